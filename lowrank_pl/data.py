@@ -1,0 +1,280 @@
+"""Text for learning ranks, for statistics and for validation, as a Lightning data module."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lowrank_pl.base_model import load_tokenizer
+from lowrank_pl.loader import Place, WindowLoader
+from lowrank_pl.text import parse_text
+from lowrank_pl.windows import token_windows, tokenizer_fingerprint, uses_bos, windows_fingerprint
+
+__all__ = ["CalibrationData"]
+
+PROBE = 32  # so many equal tokens in a row are the same passage, not the same phrase
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    train: Tensor
+    statistics: Tensor
+    validation: Tensor
+
+
+class CalibrationData(pl.LightningDataModule):
+    """Token windows to learn ranks from, to measure statistics on, and to validate with.
+
+    A text is named as :mod:`lowrank_pl.text` says: ``python-docs``, a file, folder or glob, or a hub dataset. Training
+    goes on after a checkpoint, also in the middle of an epoch, with exactly the batches that would have followed.
+
+    Args:
+        text: What the ranks are learnt from.
+        tokenizer: The base model's tokenizer, or the name of the base model to load it of.
+        length: Tokens in a window.
+        windows: How many windows an epoch has.
+        batch_size: Windows in a training batch of one process.
+        shuffle: Whether each epoch has its own random order.
+        seed: Seed of these orders.
+        statistics_text: What the moments of activations are measured on; by default the learning text.
+        statistics_length: Tokens in a window for statistics; by default ``length``.
+        statistics_windows: How many windows for statistics; by default ``windows``.
+        validation_text: What the hard plan is validated on; by default windows of the learning text that follow those
+            for learning and statistics and are in neither.
+        validation_windows: How many windows for validation; 0 switches it off.
+        validation_batch_size: Windows in a validation batch of one process.
+        num_workers: Processes that fetch batches ahead; the windows are in memory, so 0 is usually best.
+        trust_remote_code: Whether a tokenizer may run code that comes with it.
+
+    >>> from lowrank_pl.tiny_models import byte_tokenizer
+    >>> data = CalibrationData("python-docs", byte_tokenizer(), length=32, windows=6, validation_windows=2)
+    >>> data.train_windows.shape, data.validation_windows.shape
+    (torch.Size([6, 32]), torch.Size([2, 32]))
+    >>> next(iter(data.train_dataloader())).shape
+    torch.Size([1, 32])
+    """
+
+    def __init__(
+        self,
+        text: str = "python-docs",
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        *,
+        length: int = 512,
+        windows: int = 256,
+        batch_size: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        statistics_text: str | None = None,
+        statistics_length: int | None = None,
+        statistics_windows: int | None = None,
+        validation_text: str | None = None,
+        validation_windows: int = 8,
+        validation_batch_size: int = 1,
+        num_workers: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.text = text
+        self.length = length
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.statistics_text = text if statistics_text is None else statistics_text
+        self.statistics_length = length if statistics_length is None else statistics_length
+        self.validation_text = text if validation_text is None else validation_text
+        self.validation_batch_size = validation_batch_size
+        self.num_workers = num_workers
+        self.trust_remote_code = trust_remote_code
+        self._tokenizer = tokenizer
+        self._counts = {
+            "windows": windows,
+            "statistics_windows": windows if statistics_windows is None else statistics_windows,
+            "validation_windows": validation_windows,
+        }
+        self._built: _Windows | None = None
+        self._check_arguments()
+
+    def prepare_data(self) -> None:
+        """Fill the token caches, in one process."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the windows, once.
+
+        Args:
+            stage: As Lightning calls it; every stage has the same data.
+
+        Raises:
+            ValueError: A text can't be read or is too short.
+        """
+        if self._built is None:
+            self._built = self._build()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when it was given by name."""
+        if self._tokenizer is None:
+            raise ValueError("CalibrationData has tokenizer=None: give the base model's tokenizer, or the model's name")
+        if isinstance(self._tokenizer, str):
+            self._tokenizer = load_tokenizer(self._tokenizer, trust_remote_code=self.trust_remote_code)
+        return self._tokenizer
+
+    @property
+    def train_windows(self) -> Tensor:
+        """The windows to learn from, int64 ``[windows, length]``."""
+        return self._ready().train
+
+    @property
+    def statistics_windows(self) -> Tensor:
+        """The windows for statistics, int64 ``[statistics_windows, statistics_length]``."""
+        return self._ready().statistics
+
+    @property
+    def validation_windows(self) -> Tensor:
+        """The windows for validation, int64 ``[validation_windows, length]``."""
+        return self._ready().validation
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return SHA-256 fingerprints of all that statistics of a model depend on besides the model."""
+        return {
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "statistics_windows": windows_fingerprint(self.statistics_windows),
+        }
+
+    def train_dataloader(self) -> WindowLoader:
+        """Return the batches int64 ``[batch_size, length]`` of this process."""
+        # a Trainer that overfits on a few batches means the same ones in every epoch
+        overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
+        rank, world_size = self._share()
+        return WindowLoader(
+            self.train_windows,
+            batch_size=self.batch_size,
+            seed=self.seed if self.shuffle and not overfitting else None,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self.num_workers,
+            place=self._place if self.trainer is not None and self.trainer.training else None,
+        )
+
+    def val_dataloader(self) -> list[WindowLoader]:
+        """Return this process's share of the validation windows; nothing when there are none."""
+        if not len(self.validation_windows):
+            return []
+        rank, world_size = self._share()
+        loader = WindowLoader(
+            self.validation_windows,
+            batch_size=self.validation_batch_size,
+            seed=None,
+            rank=rank,
+            world_size=world_size,
+            drop_tail=False,
+            num_workers=self.num_workers,
+        )
+        return [loader]
+
+    def _check_arguments(self) -> None:
+        sizes = {
+            "length": (self.length, 2),
+            "statistics_length": (self.statistics_length, 2),
+            "batch_size": (self.batch_size, 1),
+            "validation_batch_size": (self.validation_batch_size, 1),
+            "num_workers": (self.num_workers, 0),
+            **{name: (value, 0 if name == "validation_windows" else 1) for name, value in self._counts.items()},
+        }
+        for name, (value, least) in sizes.items():
+            if value < least:
+                raise ValueError(f"CalibrationData has {name}={value}, expected {least} or more")
+
+    def _ready(self) -> _Windows:
+        self.setup()
+        assert self._built is not None
+        return self._built
+
+    def _share(self) -> tuple[int, int]:
+        """Return which process this is and of how many."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _place(self) -> Place:
+        """Return the epoch and how many of its batches have been trained on, by the Trainer's own counters."""
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        epochs: Any = loop.epoch_progress.current
+        return epochs.processed, loop.epoch_loop.batch_progress.current.ready
+
+    def _build(self) -> _Windows:
+        """Return all windows; with the learning text alone, those for validation come after all others."""
+        learning, statistics, validation = map(parse_text, (self.text, self.statistics_text, self.validation_text))
+        held_out = self._counts["validation_windows"] if validation == learning else 0
+        bos = int(uses_bos(self.tokenizer))
+        room, statistics_room = self.length - bos, self.statistics_length - bos
+        wanted = self._counts["windows"]
+        shared = bool(held_out) and statistics == learning
+        if shared:
+            # as many learning windows as cover the tokens that the statistics read
+            wanted = max(wanted, -(-self._counts["statistics_windows"] * statistics_room // room))
+        found = self._read(self.text, self.length, wanted + held_out)
+        before = len(found) - held_out
+        most = before * room // statistics_room if shared else self._counts["statistics_windows"]
+        if before < 1 or most < 1:
+            raise ValueError(
+                f"text {self.text!r} has {len(found)} windows of {self.length} tokens, too few to hold out {held_out} "
+                "for validation: give a longer text, a validation_text, smaller lengths or fewer validation_windows"
+            )
+        return self._reported(
+            _Windows(
+                train=found[: min(before, self._counts["windows"])],
+                statistics=self._statistics(most),
+                validation=found[before:] if held_out else self._validation(),
+            ),
+            held_out=bool(held_out),
+        )
+
+    def _statistics(self, most: int) -> Tensor:
+        wanted = self._counts["statistics_windows"]
+        if most < wanted:
+            _log.warning("statistics use %d windows instead of %d: those held out for validation follow", most, wanted)
+        return self._read(self.statistics_text, self.statistics_length, min(most, wanted))
+
+    def _validation(self) -> Tensor:
+        wanted = self._counts["validation_windows"]
+        if wanted == 0:
+            return torch.empty(0, self.length, dtype=torch.int64)
+        return self._read(self.validation_text, self.length, wanted)
+
+    def _read(self, text: str, length: int, windows: int) -> Tensor:
+        return token_windows(text, self.tokenizer, length=length, windows=windows)
+
+    def _reported(self, built: _Windows, *, held_out: bool) -> _Windows:
+        """Say in the log what the windows are, and warn when validation text is among the others."""
+        _log.info(
+            "%d windows of %d tokens of %r to learn from, %d of %d of %r for statistics, "
+            "%d of %d of %r%s for validation",
+            *built.train.shape, self.text, *built.statistics.shape, self.statistics_text, *built.validation.shape,
+            self.validation_text, " that follow those" if held_out else "",
+        )  # fmt: skip
+        bos = int(uses_bos(self.tokenizer))
+        streams = [part[:, bos:].flatten() for part in (built.train, built.statistics)]
+        known = sum(any(_contains(stream, window[bos:]) for stream in streams) for window in built.validation)
+        if known:
+            _log.warning(
+                "%d of %d validation windows hold text that is learnt from as well: their perplexity flatters",
+                known, len(built.validation),
+            )  # fmt: skip
+        return built
+
+
+def _contains(stream: Tensor, window: Tensor) -> bool:
+    """Return whether the tokens in the middle of ``window`` stand in a row in ``stream``."""
+    begin = max(0, (len(window) - PROBE) // 2)
+    probe = window[begin : begin + PROBE]
+    starts = torch.arange(len(stream) - len(probe) + 1)
+    for place, token in enumerate(probe):
+        starts = starts[stream[starts + place] == token]
+    return len(starts) > 0

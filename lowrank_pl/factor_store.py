@@ -1,0 +1,203 @@
+"""Tensors on disk by module name, under a fingerprint of what they were made from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lowrank_pl.decompose import Factors, truncate
+from lowrank_pl.files import atomic_write, cache_root, canonical_json, sha256_of, write_json
+
+__all__ = ["FactorStore", "TensorStore"]
+
+_log = logging.getLogger(__name__)
+_SCHEMA = 1
+_MANIFEST = "manifest.json"
+
+
+class TensorStore:
+    """A folder with one safetensors file per name and a manifest that says what they were made from.
+
+    Each file is written whole or not at all, so the names present are the work done: an interrupted job asks for
+    ``missing`` and goes on there. A folder with another fingerprint is refused, never overwritten.
+
+    Args:
+        kind: What is stored, part of the manifest.
+        fingerprint: What it was made from, content hashes and settings, JSON values.
+        directory: Where; by default a folder named by the fingerprint under ``lowrank_pl.files.cache_root()``.
+
+    Raises:
+        ValueError: ``directory`` holds something else; the message lists what differs.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> store = TensorStore("demo", {"model": "a"}, folder)
+        >>> store.write("layer.0", {"x": torch.ones(2)})
+        >>> store.missing(["layer.0", "layer.1"])
+        ['layer.1']
+        >>> TensorStore("demo", {"model": "b"}, folder)
+        Traceback (most recent call last):
+        ...
+        ValueError: the demo store at ... was made from something else: model is 'a' there and 'b' here. ...
+    """
+
+    def __init__(self, kind: str, fingerprint: Mapping[str, Any], directory: str | Path | None = None) -> None:
+        self.kind = kind
+        self.fingerprint = json.loads(canonical_json(fingerprint))
+        self.digest = sha256_of(kind, canonical_json(fingerprint))
+        self.directory = Path(directory) if directory else cache_root() / kind / self.digest[:20]
+        if (self.directory / _MANIFEST).exists():
+            self._check_manifest()
+        else:
+            self._create()
+
+    def _create(self) -> None:
+        if self.directory.exists() and any(self.directory.iterdir()):
+            raise ValueError(
+                f"{self.directory} is not empty and holds no {self.kind} store: name an empty or new folder"
+            )
+        write_json(
+            self.directory / _MANIFEST,
+            {"schema": _SCHEMA, "kind": self.kind, "digest": self.digest, "fingerprint": self.fingerprint},
+        )
+
+    def _check_manifest(self) -> None:
+        manifest = read_manifest(self.directory)
+        if manifest["kind"] != self.kind:
+            raise ValueError(f"{self.directory} holds a {manifest['kind']} store: expected a {self.kind} store")
+        theirs = manifest["fingerprint"]
+        keys = sorted({*theirs, *self.fingerprint})
+        differ = [key for key in keys if theirs.get(key) != self.fingerprint.get(key)]
+        if differ:
+            said = "; ".join(f"{key} is {theirs.get(key)!r} there and {self.fingerprint.get(key)!r} here" for key in differ)
+            raise ValueError(
+                f"the {self.kind} store at {self.directory} was made from something else: {said}. "
+                "Use the same inputs and settings, another folder, or delete that one"
+            )
+
+    def path(self, name: str) -> Path:
+        """Return the file of ``name``, present or not."""
+        return self.directory / f"{name}.safetensors"
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether ``name`` has been written."""
+        return isinstance(name, str) and self.path(name).exists()
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return those of ``names`` that still have to be made, in order."""
+        return [name for name in names if name not in self]
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], *, notes: Mapping[str, str] | None = None) -> None:
+        """Write the tensors of ``name``, atomically, with ``notes`` beside them.
+
+        Raises:
+            OSError: The disk is full or not writable; nothing of ``name`` is left then.
+        """
+        ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        atomic_write(self.path(name), save(ready, metadata={"digest": self.digest, **(notes or {})}))
+
+    def read(self, name: str, key: str, *, rows: int | None = None, columns: int | None = None) -> Tensor:
+        """Return one tensor of ``name``, or only its first ``rows`` or ``columns``; nothing else is read from disk.
+
+        Raises:
+            ValueError: The file is absent or damaged; the message names it and the cure.
+        """
+        try:
+            with safe_open(self.path(name), framework="pt") as file:
+                view = file.get_slice(key)
+                if rows is None and columns is None:
+                    return file.get_tensor(key)
+                return (view[:rows] if columns is None else view[:, :columns]).contiguous()
+        except FileNotFoundError:
+            raise ValueError(f"the {self.kind} store at {self.directory} has nothing for {name}: build it again") from None
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.path(name)} is damaged ({error}): delete it and run again, only this file is made anew"
+            ) from None
+
+    def notes(self, name: str) -> dict[str, str]:
+        """Return what was noted when ``name`` was written."""
+        with safe_open(self.path(name), framework="pt") as file:
+            return {key: value for key, value in (file.metadata() or {}).items() if key != "digest"}
+
+
+class FactorStore(TensorStore):
+    """The full-rank factors of every module, read truncated.
+
+    Args:
+        fingerprint: Model, tokenizer, text and settings that the factors depend on.
+        directory: As in ``TensorStore``.
+    """
+
+    def __init__(self, fingerprint: Mapping[str, Any], directory: str | Path | None = None) -> None:
+        super().__init__("factors", fingerprint, directory)
+
+    @classmethod
+    def existing(cls, directory: str | Path) -> FactorStore:
+        """Return the store in ``directory`` under its own fingerprint.
+
+        Raises:
+            ValueError: There is none.
+        """
+        return cls(read_manifest(Path(directory))["fingerprint"], directory)
+
+    def add(self, name: str, factors: Factors, *, notes: Mapping[str, str] | None = None) -> None:
+        """Write the factors of module ``name`` in float32, sigma in float64."""
+        tensors = {"left": factors.left.float(), "right": factors.right.float(), "sigma": factors.sigma.double()}
+        self.write(name, tensors, notes=notes)
+
+    def sigma(self, name: str) -> Tensor:
+        """Return all singular values of module ``name``, float64, descending."""
+        return self.read(name, "sigma")
+
+    def factors(self, name: str, components: int | Tensor | None = None) -> Factors:
+        """Return the first components of module ``name``, or those of the given indices, or all of them.
+
+        Args:
+            name: The module.
+            components: How many, or an index tensor ``[rank]``.
+        """
+        rank = components if isinstance(components, int) else None
+        whole = Factors(
+            self.read(name, "left", columns=rank), self.read(name, "right", rows=rank), self.sigma(name)[:rank]
+        )
+        if isinstance(components, Tensor):
+            return truncate(whole, components)
+        return whole
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of the store in ``directory``.
+
+    Raises:
+        ValueError: There is none, or it is not one of ours.
+    """
+    path = directory / _MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["schema"] != _SCHEMA:
+            raise ValueError(f"{path} has schema {manifest['schema']!r}: this version of lowrank_pl reads {_SCHEMA}")
+        return {key: manifest[key] for key in ("kind", "digest", "fingerprint")}
+    except FileNotFoundError:
+        raise ValueError(f"no store at {directory}: expected a folder with {_MANIFEST}") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete the folder {directory} and build it again") from None
+
+
+def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a SHA-256 over names, types, shapes and bytes of tensors."""
+    parts: list[str | bytes] = []
+    for name, tensor in named:
+        flat = tensor.detach().cpu().contiguous()
+        parts.append(f"{name} {flat.dtype} {tuple(flat.shape)}")
+        parts.append(sha256_of(flat.view(-1).view(torch.uint8).numpy().data))
+    return sha256_of(*parts)

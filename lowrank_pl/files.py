@@ -1,0 +1,109 @@
+"""Files that are either whole or absent: atomic writes, fingerprints and the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["atomic_directory", "atomic_write", "cache_root", "canonical_json", "sha256_of", "write_json"]
+
+
+def cache_root() -> Path:
+    """Return the folder for token caches and factor stores: ``$LOWRANK_HOME`` or ``~/.cache/lowrank_pl``."""
+    return Path(os.environ.get("LOWRANK_HOME") or Path.home() / ".cache" / "lowrank_pl")
+
+
+def canonical_json(value: Any) -> str:
+    """Return ``value`` as JSON with sorted keys and no spaces, so that equal values give equal text.
+
+    >>> canonical_json({"b": 1, "a": [1.5, None]})
+    '{"a":[1.5,null],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def sha256_of(*parts: str | bytes) -> str:
+    """Return the hexadecimal SHA-256 of the parts; where one part ends and the next begins counts.
+
+    >>> sha256_of("ab", "c") == sha256_of("a", "bc")
+    False
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def atomic_write(path: str | Path, data: str | bytes) -> Path:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, never a part.
+
+    Raises:
+        OSError: The disk is full or the folder can't be written; ``path`` is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        _open_to_umask(Path(name), 0o666)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write ``value`` as indented JSON, atomically, keys in the order given."""
+    return atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``path`` when the block ends well and vanishes when it does not.
+
+    An older folder at ``path`` is replaced only at the end, so a failure or Ctrl-C loses nothing.
+
+    Args:
+        path: The folder to make.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        _open_to_umask(building, 0o777)
+        yield building
+        _swap(building, path)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _swap(building: Path, path: Path) -> None:
+    """Put ``building`` in the place of ``path``."""
+    if not path.exists():
+        os.replace(building, path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+    os.replace(path, old / "old")
+    os.replace(building, path)
+    shutil.rmtree(old)
+
+
+def _open_to_umask(path: Path, mode: int) -> None:
+    """Give ``path`` the mode that a plain ``open`` or ``mkdir`` would: ``mkstemp`` makes it private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(mode & ~mask)

@@ -1,0 +1,225 @@
+"""The end of every run: export, reload in a fresh process, score beside the baselines, write it all down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_pl import hf_format
+from lowrank_pl.allocate import allocator
+from lowrank_pl.budget import Budget
+from lowrank_pl.compress import compress, compressed
+from lowrank_pl.evaluate import Score, excess_nats, generate_samples, perplexity
+from lowrank_pl.export import ExportError, ExportReport, save_compressed
+from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.files import atomic_write, write_json
+from lowrank_pl.plan import RankPlan
+from lowrank_pl.plan_report import rank_map
+from lowrank_pl.report import Row, model_card, row_table, write_summary
+
+__all__ = ["Finished", "Protocol", "export_plan", "finish_run", "score_in_fresh_process"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What models are scored on; the same for every row of a table.
+
+    Args:
+        text: Name of the text, for the record.
+        windows: ``[windows, length]`` token ids.
+        prompts: What to continue, to show what the models sound like.
+        max_new_tokens: How far to continue.
+    """
+
+    text: str
+    windows: Tensor
+    prompts: Sequence[str] = ()
+    max_new_tokens: int = 40
+
+    def describe(self) -> dict[str, Any]:
+        """Return the protocol as JSON values."""
+        count, length = self.windows.shape
+        return {"text": self.text, "windows": count, "length": length}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run has to show.
+
+    Args:
+        rows: Scores by model.
+        samples: Prompt, dense continuation, compressed continuation.
+        report: What was exported.
+    """
+
+    rows: list[Row]
+    samples: list[tuple[str, str, str]]
+    report: ExportReport
+
+    def text(self, run: Path) -> str:
+        """Return the table, the continuations and where everything lies, for a terminal."""
+        parts = [row_table(self.rows)]
+        for prompt, dense, small in self.samples:
+            parts.append(f"prompt      {prompt!r}\n  dense     {dense!r}\n  compressed {small!r}")
+        places = {
+            "model": self.report.directory,
+            "plan": run / "plan.json",
+            "scores": run / "summary.json",
+            "rank map": run / "rank_map.png",
+            "TensorBoard": f"tensorboard --logdir {run}",
+        }
+        parts.append("\n".join(f"{name:12} {place}" for name, place in places.items()))
+        return "\n\n".join(parts)
+
+
+def export_plan(
+    model: PreTrainedModel,
+    plan: RankPlan,
+    store: FactorStore,
+    directory: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    command: str,
+    merge: bool = False,
+) -> ExportReport:
+    """Compress ``model`` by ``plan``, in place, and write it to ``directory``, checked by a reload in a fresh process.
+
+    Args:
+        model: The dense base, or the masked model that learned the plan.
+        plan: Which ranks.
+        store: The factors.
+        directory: Folder of the export.
+        tokenizer: Saved beside the weights.
+        command: How the model card says that it was made.
+        merge: Write dense weights that any runtime loads, instead of factors.
+
+    Raises:
+        ValueError: The plan does not fit the model or the store.
+        ExportError: The reloaded model differs; nothing is left at ``directory`` then.
+    """
+    compress(model, plan, store)
+    card = model_card(plan, (), base=plan.origin.get("base", ""), command=command)
+    return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge)
+
+
+def finish_run(
+    run: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: RankPlan,
+    store: FactorStore,
+    budget: Budget,
+    protocol: Protocol,
+    *,
+    baselines: Sequence[str] = ("uniform",),
+    seconds: Mapping[str, float],
+    command: str,
+    merge: bool = False,
+) -> Finished:
+    """Write plan, export, scores and rank map of a run to its folder, and return what they say.
+
+    The dense model and the baselines are scored from memory. The learned model is scored in a fresh process from the
+    exported folder, as its user will run it.
+
+    Args:
+        run: The run's folder.
+        model: The dense base; compressed afterwards.
+        tokenizer: The base's.
+        plan: What was learned.
+        store: The factors.
+        budget: What the plan was drawn for; the baselines get the same.
+        protocol: What to score on.
+        baselines: Allocators to compare with.
+        seconds: Time spent so far on ``factors`` and ``learning``.
+        command: How the run was started.
+        merge: Export dense weights.
+
+    Raises:
+        ExportError: The export failed its check or can't be scored.
+    """
+    plan.save(run / "plan.json")
+    dense = perplexity(model, protocol.windows, progress="score dense")
+    texts = generate_samples(model, tokenizer, protocol.prompts, max_new_tokens=protocol.max_new_tokens)
+    rows = [Row("dense", dense.perplexity, 0.0, 1.0, 1.0, plan.dense_bytes, 0.0)]
+    for name in baselines:
+        baseline = allocator(name)(store, budget)
+        with compressed(model, baseline, store):
+            score = perplexity(model, protocol.windows, progress=f"score {name}")
+        rows.append(_row(name, score, dense, baseline, baseline.bytes, seconds["factors"]))
+    began = time.perf_counter()
+    report = export_plan(model, plan, store, run / "model", tokenizer=tokenizer, command=command, merge=merge)
+    spent = sum(seconds.values()) + time.perf_counter() - began
+    score, small = score_in_fresh_process(report.directory, protocol, device=model.device)
+    rows.append(_row("learned", score, dense, plan, report.bytes, spent))
+    samples = list(zip(protocol.prompts, texts, small, strict=True))
+    card = model_card(plan, rows, base=plan.origin.get("base", ""), command=command, samples=samples)
+    atomic_write(report.directory / "README.md", card)
+    rank_map(plan).savefig(run / "rank_map.png", dpi=120)
+    write_summary(
+        run, rows, method=plan.method, keep=plan.keep, command=command, protocol=protocol.describe(),
+        seconds=dict(seconds), samples=[list(sample) for sample in samples], notes=list(plan.notes),
+    )  # fmt: skip
+    return Finished(rows, samples, report)
+
+
+def _row(name: str, score: Score, dense: Score, plan: RankPlan, size: int, seconds: float) -> Row:
+    return Row(
+        name, score.perplexity, excess_nats(score, dense), plan.keep_targeted, plan.keep_model, size, seconds
+    )
+
+
+def score_in_fresh_process(
+    directory: Path, protocol: Protocol, *, device: torch.device | str = "cpu"
+) -> tuple[Score, list[str]]:
+    """Return score and continuations of the model in ``directory``, loaded by plain transformers in a new process.
+
+    Args:
+        directory: An export.
+        protocol: What to score on and which prompts to continue.
+        device: Where to run.
+
+    Raises:
+        ExportError: The process failed; the message ends with what it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job, windows, result = (Path(folder) / name for name in ("job.json", "windows.safetensors", "result.json"))
+        save_file({"windows": protocol.windows.contiguous()}, windows)
+        settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens}
+        write_json(job, {"directory": str(directory), "device": str(device), "windows": str(windows), **settings})
+        # stderr goes to the terminal, where its progress bar belongs.
+        code = subprocess.run([sys.executable, "-m", "lowrank_pl.finish", str(job), str(result)]).returncode
+        if code != 0 or not result.exists():
+            raise ExportError(f"scoring {directory} in a fresh process failed with exit code {code}; see above")
+        data = json.loads(result.read_text())
+    return Score(**data["score"]), data["continuations"]
+
+
+def _score_job(job: Path, result: Path) -> None:
+    """Do in this process what ``score_in_fresh_process`` asked for."""
+    settings = json.loads(job.read_text())
+    assert hf_format.METHOD == "lowrank"  # the import has registered the format
+    model = AutoModelForCausalLM.from_pretrained(settings["directory"]).to(settings["device"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(settings["directory"])
+    score = perplexity(model, load_file(settings["windows"])["windows"], progress="score export")
+    continuations = generate_samples(model, tokenizer, settings["prompts"], max_new_tokens=settings["max_new_tokens"])
+    figures = {"perplexity": score.perplexity, "nats": score.nats, "tokens": score.tokens, "seconds": score.seconds}
+    write_json(result, {"score": figures, "continuations": continuations})
+
+
+if __name__ == "__main__":
+    _score_job(Path(sys.argv[1]), Path(sys.argv[2]))

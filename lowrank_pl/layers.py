@@ -1,0 +1,101 @@
+"""The linear layer that learning runs on: a dense weight, its components and a learnable gate between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_pl.decompose import Factors
+from lowrank_pl.masks.base import Mask
+from lowrank_pl.targets import dense_weight
+
+__all__ = ["Choice", "MaskedLinear", "chosen", "masked_layers"]
+
+Choice = Literal["mask", "dense"] | int | Tensor
+"""What a masked layer computes with: its mask, its dense weight, its first components, or an index set of them."""
+
+
+class MaskedLinear(nn.Linear):
+    """A frozen linear map that computes ``left @ (gate * (right @ x)) + bias`` or, told so, with its dense weight.
+
+    Args:
+        dense: The layer to stand in for; ``nn.Linear`` or GPT-2's ``Conv1D``. Its bias is kept.
+        factors: Its first ``mask.rank`` components, cast to the weight's type.
+        mask: The gate, whose parameters are the only ones that learn.
+    """
+
+    def __init__(self, dense: nn.Module, factors: Factors, mask: Mask) -> None:
+        weight = dense_weight(dense).detach()
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        # Contiguous because FSDP2 refuses strided parameters, which slices and transposes are.
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        bias = getattr(dense, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.left = nn.Parameter(factors.left.to(weight).contiguous(), requires_grad=False)
+        self.right = nn.Parameter(factors.right.to(weight).contiguous(), requires_grad=False)
+        self.mask = mask
+        self.choice: Choice = "mask"
+        self.was_conv1d = isinstance(dense, Conv1D)
+
+    def dense(self) -> nn.Module:
+        """Return the layer that this one stands in for, sharing its weight."""
+        new: nn.Module
+        if self.was_conv1d:
+            new = Conv1D(self.out_features, 0)
+            new.nx, new.weight = self.in_features, nn.Parameter(self.weight.mT.contiguous(), requires_grad=False)
+        else:
+            new = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+            new.weight = self.weight
+        new.bias = self.bias
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output ``[..., out]`` for ``x`` ``[..., in]`` under the present choice."""
+        choice = self.choice
+        if isinstance(choice, str):
+            if choice == "dense":
+                return functional.linear(x, self.weight, self.bias)
+            return functional.linear(functional.linear(x, self.right) * self.mask().to(x.dtype), self.left, self.bias)
+        pick = slice(choice) if isinstance(choice, int) else choice
+        return functional.linear(functional.linear(x, self.right[pick]), self.left[:, pick], self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for printing."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, components={self.mask.rank}"
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+    """Return the masked layers of ``model`` by name, in its order."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
+
+
+@contextmanager
+def chosen(layers: dict[str, MaskedLinear], choices: dict[str, Choice] | Choice) -> Iterator[None]:
+    """Let layers compute with other choices inside the block, then with those from before.
+
+    Args:
+        layers: Whose choices change.
+        choices: One for all, or one for each name.
+    """
+    before = {name: layer.choice for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.choice = choices[name] if isinstance(choices, dict) else choices
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.choice = before[name]
+
+
+def plan_choice(rank: int | None, indices: tuple[int, ...] | None, device: torch.device) -> Choice:
+    """Return the choice that computes what a plan's entry says."""
+    if rank is None:
+        return "dense"
+    return rank if indices is None else torch.tensor(indices, device=device)

@@ -1,0 +1,167 @@
+"""ARA's staircase masks: a mixture of prefix lengths for every module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.budget import Budget
+from lowrank_pl.masks.base import Mask, MaskMethod
+from lowrank_pl.objectives import budget_penalty, guidance_penalty
+from lowrank_pl.plan import RankPlan
+
+__all__ = ["Staircase", "StaircaseMask"]
+
+_DENSE_FROM = 0.99
+
+
+class StaircaseMask(Mask):
+    """A probability over ``steps + 1`` prefix lengths of one module's components.
+
+    Candidate ``i`` keeps the first ``int(rank * (steps - i) / steps)`` components. With ``alpha = softmax(logits)`` the
+    gate's expectation ``p`` falls from left to right, and every logit sees the whole spectrum through it. The forward
+    value is the hard prefix of the expected length, the gradient that of ``p`` (straight through).
+
+    Args:
+        shape: ``(out, in)`` of the module.
+        rank: Components that it gates.
+        sigma: All singular values of the module, descending, for the error table.
+        keep: Fraction of parameters that it starts from.
+        steps: Candidates less one, 100 in the paper.
+    """
+
+    rungs: Tensor
+    candidates: Tensor
+    error: Tensor
+
+    def __init__(
+        self, shape: tuple[int, int], rank: int, sigma: Tensor, keep: float, *, steps: int = 100, top: float
+    ) -> None:
+        super().__init__(shape, rank)
+        self.top = top
+        lengths = torch.tensor([rank * (steps - i) // steps for i in range(steps + 1)])
+        candidates = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+        self.logits = nn.Parameter(_starting_logits(candidates, keep / top).float())
+        # Position j (from 0) is on under the candidates whose length exceeds j: these come first, so their joint
+        # probability is one entry of the cumulative sum. This replaces the (steps + 1) x rank staircase matrix.
+        rungs = torch.searchsorted(-lengths, -torch.arange(rank), side="left") - 1
+        self.register_buffer("rungs", rungs, persistent=False)
+        self.register_buffer("candidates", candidates.float(), persistent=False)
+        self.register_buffer("error", relative_errors(shape, sigma).float(), persistent=False)
+
+    def probabilities(self) -> Tensor:
+        """Return the expected gate ``[rank]``, non-increasing."""
+        return self.logits.softmax(0).cumsum(0)[self.rungs]
+
+    def fraction(self) -> Tensor:
+        """Return the expected fraction of the gated components, a scalar in [0, 1]."""
+        return (self.logits.softmax(0) * self.candidates).sum()
+
+    def ratio(self) -> Tensor:
+        """Return the expected parameters as a fraction of the dense weight's, in [0, top], a scalar."""
+        return self.top * self.fraction()
+
+    def forward(self) -> Tensor:
+        """Return the hard prefix ``[rank]`` whose gradient is that of the expected gate."""
+        expected = self.probabilities()
+        length = (self.rank * self.fraction().detach()).round()
+        hard = (torch.arange(self.rank, device=expected.device) < length).to(expected.dtype)
+        return hard + (expected - expected.detach())
+
+    def error_at(self, ratio: Tensor) -> Tensor:
+        """Return the share of the spectrum's norm that is lost at ``ratio``, from the table at whole percents."""
+        return self.error[(ratio.detach() * 100).round().long().clamp(1, 99) - 1]
+
+
+class Staircase(MaskMethod):
+    """Adaptive Rank Allocation (ARA, arXiv 2510.19389): staircase masks, a budget penalty and a guidance loss.
+
+    Args:
+        steps: Candidate lengths of each module less one.
+        top: Parameters of the gated components over those of the dense weight; above 1 so that dense is in reach.
+        budget_weight: Weight of the squared distance of kept parameters from the budget.
+        guidance_weight: Weight of the pull to dense of modules whose components cost more than they preserve.
+
+    Raises:
+        ValueError: ``steps`` below 2, or ``top`` not above 1.
+    """
+
+    name = "ara"
+
+    def __init__(
+        self, *, steps: int = 100, top: float = 1.2, budget_weight: float = 100.0, guidance_weight: float = 50.0
+    ) -> None:
+        if steps < 2:
+            raise ValueError(f"steps is {steps}: expected at least 2 candidate lengths besides none")
+        if not top > 1:
+            raise ValueError(f"top is {top}: it must exceed 1, or no module could ever be dense")
+        self.steps = steps
+        self.top = top
+        self.budget_weight = budget_weight
+        self.guidance_weight = guidance_weight
+
+    def stored_rank(self, shape: tuple[int, int]) -> int:
+        """Return ``int(top * mn / (m + n))``, at most ``min(m, n)``."""
+        m, n = shape
+        return max(1, min(int(self.top * m * n / (m + n)), m, n))
+
+    def create(self, shape: tuple[int, int], sigma: Tensor, keep: float) -> StaircaseMask:
+        """Return a mask whose expected ratio is ``keep``; arguments as in ``MaskMethod.create``."""
+        m, n = shape
+        rank = self.stored_rank(shape)
+        # Where min(m, n) caps the components, all of them cost less than `top` times the dense weight.
+        top = self.top if rank < min(m, n) else min(self.top, rank * (m + n) / (m * n))
+        return StaircaseMask(shape, rank, sigma, keep, steps=self.steps, top=top)
+
+    def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float) -> dict[str, Tensor]:
+        """Return ``budget`` and ``guidance``, weighted; arguments as in ``MaskMethod.penalties``."""
+        kept = ratios.clamp(max=1.0)
+        sizes = torch.tensor([m * n for m, n in (mask.shape for mask in masks.values())], device=ratios.device)
+        errors = torch.stack(
+            [_staircase(mask).error_at(ratio) for mask, ratio in zip(masks.values(), kept, strict=True)]
+        )
+        return {
+            "budget": self.budget_weight * budget_penalty(kept, sizes, keep),
+            "guidance": self.guidance_weight * guidance_penalty(kept, errors),
+        }
+
+    def finalise(self, masks: Mapping[str, Mask], budget: Budget) -> RankPlan:
+        """Return the plan of expected lengths: ratios from 0.99 become dense, the rest share one factor."""
+        wishes = {}
+        with torch.no_grad():
+            for name, mask in masks.items():
+                dense = mask.ratio().item() >= _DENSE_FROM
+                wishes[name] = math.inf if dense else _staircase(mask).fraction().item() * mask.rank
+        return budget.fit(wishes, method=self.name)
+
+
+def _staircase(mask: Mask) -> StaircaseMask:
+    assert isinstance(mask, StaircaseMask)
+    return mask
+
+
+def _starting_logits(candidates: Tensor, fraction: float) -> Tensor:
+    """Return logits of one value ``d`` for candidates of at least ``fraction`` and 0 below, with mean ``fraction``.
+
+    The equation is linear in ``exp(d)``. At the ends of the range no finite ``d`` solves it; the clamp then leaves the
+    mask within a thousandth of where it was to start.
+    """
+    upper = candidates >= fraction - 1e-12
+    high, low = candidates[upper], candidates[~upper]
+    gain = (fraction * len(low) - low.sum()).clamp_min(1e-3) / (high.sum() - fraction * len(high)).clamp_min(1e-3)
+    return torch.where(upper, gain.log(), torch.zeros((), dtype=candidates.dtype))
+
+
+def relative_errors(shape: tuple[int, int], sigma: Tensor) -> Tensor:
+    """Return the lost share of the spectrum's norm at kept fractions .01, .02, ... .99, ``[99]``.
+
+    Entry ``s`` is ``sqrt(sum(sigma[k:] ** 2) / sum(sigma ** 2))`` with ``k = int(s * mn / (m + n))``.
+    """
+    m, n = shape
+    energy = sigma.double().square()
+    tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    ranks = torch.tensor([min(m * n * percent // (100 * (m + n)), len(energy)) for percent in range(1, 100)])
+    return (tail[ranks] / tail[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()

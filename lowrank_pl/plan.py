@@ -1,0 +1,230 @@
+"""The rank plan: what every method produces and every export consumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lowrank_pl.files import atomic_write
+
+__all__ = ["SCHEMA", "ModulePlan", "RankPlan"]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What becomes of one linear map.
+
+    Args:
+        shape: ``(out, in)`` of its weight.
+        rank: How many components are kept; ``None`` leaves the module dense.
+        indices: Which components, when they are not the first ``rank`` ones; ascending.
+    """
+
+    shape: tuple[int, int]
+    rank: int | None = None
+    indices: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and not 1 <= self.rank <= min(self.shape):
+            raise ValueError(f"a rank of {self.rank} was given for shape {self.shape}: expected 1..{min(self.shape)}")
+        if self.indices is not None:
+            _check_indices(self.indices, self.rank, self.shape)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense weight."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that stay."""
+        return self.dense_parameters if self.rank is None else self.rank * sum(self.shape)
+
+
+def _check_indices(indices: tuple[int, ...], rank: int | None, shape: tuple[int, int]) -> None:
+    ascending = all(a < b for a, b in zip(indices, indices[1:], strict=False))
+    if len(indices) != rank or not ascending or indices[0] < 0 or indices[-1] >= min(shape):
+        raise ValueError(
+            f"component indices {indices[:4]}... do not fit rank {rank} and shape {shape}: "
+            f"expected {rank} ascending numbers below {min(shape)}"
+        )
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks for every targeted module of one model, with the counts that follow from them.
+
+    Args:
+        method: Who drew the plan, as in ``lowrank allocate --method`` or the mask's name.
+        keep: Fraction of the targeted parameters that was asked for.
+        modules: The plan of each targeted module by name, in the model's order.
+        model_parameters: Parameters of the whole dense model, tied ones counted once.
+        bytes_per_parameter: Bytes of one stored number.
+        origin: How to build the factors again: base, text, settings, store.
+        fingerprint: What the factors were made from, by content.
+        notes: Whatever was skipped, left dense, clamped or scaled, in words.
+
+    Example:
+        >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
+        ...                 modules={"a": ModulePlan((10, 10), 2), "b": ModulePlan((10, 10))})
+        >>> plan.keep_targeted, round(plan.keep_model, 2)
+        (0.7, 0.8)
+        >>> RankPlan.from_json(plan.to_json()) == plan
+        True
+    """
+
+    method: str
+    keep: float
+    modules: Mapping[str, ModulePlan]
+    model_parameters: int
+    bytes_per_parameter: int = 4
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def targeted_parameters(self) -> int:
+        """Parameters of the targeted modules before."""
+        return sum(module.dense_parameters for module in self.modules.values())
+
+    @property
+    def kept_parameters(self) -> int:
+        """Parameters of the targeted modules after."""
+        return sum(module.parameters for module in self.modules.values())
+
+    @property
+    def keep_targeted(self) -> float:
+        """Kept fraction of the targeted modules' parameters."""
+        return self.kept_parameters / self.targeted_parameters
+
+    @property
+    def kept_model_parameters(self) -> int:
+        """Parameters of the whole model after."""
+        return self.model_parameters - self.targeted_parameters + self.kept_parameters
+
+    @property
+    def keep_model(self) -> float:
+        """Kept fraction of the whole model's parameters, embeddings and norms included."""
+        return self.kept_model_parameters / self.model_parameters
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole compressed model's parameters."""
+        return self.kept_model_parameters * self.bytes_per_parameter
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the whole dense model's parameters."""
+        return self.model_parameters * self.bytes_per_parameter
+
+    @property
+    def dense_modules(self) -> list[str]:
+        """Names of the targeted modules that stay dense."""
+        return [name for name, module in self.modules.items() if module.rank is None]
+
+    def with_origin(
+        self, origin: Mapping[str, Any], fingerprint: Mapping[str, Any], notes: Iterable[str] = ()
+    ) -> RankPlan:
+        """Return the plan with what its factors come from, and ``notes`` put first."""
+        return replace(self, origin=origin, fingerprint=fingerprint, notes=(*notes, *self.notes))
+
+    def to_json(self) -> str:
+        """Return the plan as JSON, one line a module, in a stable order.
+
+        The counts are written for people and scripts; reading a plan recomputes them from the ranks.
+        """
+        head = {
+            "schema": SCHEMA,
+            "method": self.method,
+            "keep": {"asked": self.keep, "targeted": self.keep_targeted, "model": self.keep_model},
+            "parameters": {
+                "targeted": {"dense": self.targeted_parameters, "kept": self.kept_parameters},
+                "model": {"dense": self.model_parameters, "kept": self.kept_model_parameters},
+            },
+            "bytes": {"dense": self.dense_bytes, "kept": self.bytes, "per_parameter": self.bytes_per_parameter},
+            "counts": {"modules": len(self.modules), "dense": len(self.dense_modules)},
+            "notes": list(self.notes),
+            "origin": dict(self.origin),
+            "fingerprint": dict(self.fingerprint),
+        }
+        lines = [f"    {json.dumps(name)}: {json.dumps(_module_json(plan))}" for name, plan in self.modules.items()]
+        body = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
+        return body + ',\n  "modules": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlan:
+        """Return the plan that ``to_json`` wrote, or that a person edited.
+
+        Raises:
+            ValueError: Not JSON, another schema, a missing key or an impossible rank.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the plan is not JSON ({error}): expected a file written by `lowrank allocate`") from None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            given = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"the plan has schema {given!r}: this version of lowrank_pl reads schema {SCHEMA}")
+        try:
+            return cls._from_dict(data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the plan lacks or misspells {error}: write it anew with `lowrank allocate`") from None
+
+    @classmethod
+    def _from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
+        modules = {}
+        for name, entry in data["modules"].items():
+            try:
+                modules[name] = _module_from_json(entry)
+            except ValueError as error:
+                raise ValueError(f"module {name} of the plan: {error}") from None
+        return cls(
+            method=data["method"],
+            keep=data["keep"]["asked"],
+            modules=modules,
+            model_parameters=data["parameters"]["model"]["dense"],
+            bytes_per_parameter=data["bytes"]["per_parameter"],
+            origin=data["origin"],
+            fingerprint=data["fingerprint"],
+            notes=tuple(data["notes"]),
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan to ``path`` as JSON, atomically."""
+        return atomic_write(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankPlan:
+        """Return the plan in the file ``path``.
+
+        Raises:
+            ValueError: No such file, or no plan in it; the message names the file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no plan at {path}: expected a JSON file written by `lowrank allocate` or `lowrank fit`")
+        try:
+            return cls.from_json(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _module_json(plan: ModulePlan) -> dict[str, Any]:
+    entry: dict[str, Any] = {"shape": list(plan.shape), "rank": "dense" if plan.rank is None else plan.rank}
+    if plan.indices is not None:
+        entry["indices"] = list(plan.indices)
+    return entry
+
+
+def _module_from_json(entry: Mapping[str, Any]) -> ModulePlan:
+    rank = entry["rank"]
+    if rank != "dense" and (not isinstance(rank, int) or isinstance(rank, bool)):
+        raise ValueError(f'rank {rank!r} is neither a whole number nor "dense"')
+    out_features, in_features = entry["shape"]
+    indices = tuple(entry["indices"]) if "indices" in entry else None
+    return ModulePlan((out_features, in_features), None if rank == "dense" else rank, indices)

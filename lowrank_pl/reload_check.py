@@ -1,0 +1,74 @@
+"""What a fresh process computes with an exported folder: the other half of the check in export.py.
+
+Its text is run by ``python -c`` and needs torch and transformers only, so that nothing of lowrank_pl can help a
+merged export to load. Not covered: generation, and inputs other than the two probes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+__all__ = ["PROBE_TEXT", "digest", "probe"]
+
+PROBE_TEXT = "Energy is conserved; 12 + 30 = 42.\n\tÀ bientôt!"
+
+
+@torch.no_grad()
+def probe(model: nn.Module) -> Tensor:
+    """Return the logits of fixed tokens, ``[33, vocabulary]``, on the CPU.
+
+    Two windows of 16 tokens and, because matrix-vector products are other kernels, one token alone.
+    """
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    tokens = (torch.arange(32, device=embedding.weight.device) * 7919 + 11) % embedding.num_embeddings
+    parts = [model(input_ids=tokens.view(2, 16)).logits, model(input_ids=tokens[None, :1]).logits]
+    return torch.cat([part.flatten(0, 1) for part in parts]).cpu()
+
+
+def digest(tensor: Tensor) -> str:
+    """Return the SHA-256 of the type, the shape and the very bytes of ``tensor``.
+
+    >>> digest(torch.zeros(2)) == digest(-torch.zeros(2))
+    False
+    """
+    label = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+    return hashlib.sha256(label + tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _main(request: dict[str, Any]) -> None:
+    """Load the folder as a stranger would and print what came out as one line of JSON."""
+    disable_progress_bar()
+    torch.set_num_threads(request["threads"])
+    torch.set_float32_matmul_precision(request["precision"])
+    if request["compressed"]:
+        sys.path.insert(0, request["directory"])
+        __import__("hf_format")
+    options = {"attn_implementation": request["attention"], "device_map": request["device_map"]}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        request["directory"], trust_remote_code=request["trust"], output_loading_info=True, **options
+    )
+    # As hf_format does for compressed models: addresses decide the last bit of a matrix-vector product.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    tokenizer = AutoTokenizer.from_pretrained(request["directory"], trust_remote_code=request["trust"])
+    answer = {
+        "logits": digest(probe(model)),
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "token_ids": tokenizer(PROBE_TEXT)["input_ids"],
+        "chat_template": tokenizer.chat_template,
+    }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

@@ -1,0 +1,148 @@
+"""Second moments of the inputs of linear maps, streamed over batches of calibration text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lowrank_pl.targets import Target
+
+__all__ = ["InputMoments", "collect_input_moments"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class InputMoments:
+    """Sums over tokens of one input: ``x x'`` and ``|x|``; two of them merge by addition.
+
+    Args:
+        second: ``[in, in]`` sum of outer products, float64.
+        absolute: ``[in]`` sum of absolute values, float64.
+        tokens: How many tokens were summed.
+
+    Example:
+        >>> moments = InputMoments.empty(2)
+        >>> moments.update(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        >>> moments.second_moment.tolist(), moments.tokens
+        ([[5.0, 7.0], [7.0, 10.0]], 2)
+    """
+
+    second: Tensor
+    absolute: Tensor
+    tokens: int
+
+    @classmethod
+    def empty(cls, features: int, *, device: torch.device | str = "cpu") -> InputMoments:
+        """Return sums of nothing for inputs of ``features`` values."""
+        second = torch.zeros(features, features, dtype=torch.float64, device=device)
+        return cls(second, torch.zeros(features, dtype=torch.float64, device=device), 0)
+
+    def update(self, inputs: Tensor) -> None:
+        """Add ``inputs`` ``[..., in]``.
+
+        Raises:
+            ValueError: They hold NaN or infinity, or their squares overflow float32.
+        """
+        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        # One product per batch in float32 keeps matrix-multiply speed; summing the batches in float64 keeps the digits.
+        product = flat.mT @ flat
+        if not torch.isfinite(product).all():
+            # Massive activations may overflow a float32 square while the inputs themselves are sound.
+            product = flat.double().mT @ flat.double()
+        if not torch.isfinite(product).all():
+            raise ValueError("the inputs hold NaN or infinity")
+        self.second += product
+        self.absolute += flat.abs().sum(0)
+        self.tokens += flat.shape[0]
+
+    def merge(self, other: InputMoments) -> None:
+        """Add the sums of ``other``, from other tokens of the same input."""
+        self.second += other.second
+        self.absolute += other.absolute
+        self.tokens += other.tokens
+
+    @property
+    def second_moment(self) -> Tensor:
+        """``[in, in]`` mean of ``x x'`` over tokens."""
+        return self.second / max(1, self.tokens)
+
+    @property
+    def mean_absolute(self) -> Tensor:
+        """``[in]`` mean of ``|x|`` over tokens."""
+        return self.absolute / max(1, self.tokens)
+
+
+def collect_input_moments(
+    model: nn.Module, targets: Sequence[Target], windows: Tensor, *, batch_size: int = 1
+) -> dict[str, InputMoments]:
+    """Return the moments of every distinct input of ``targets``, keyed by ``Target.group``.
+
+    Modules that share an input (q/k/v, gate/up) share one entry. The model runs forward once over ``windows``.
+
+    Args:
+        model: The dense model; its training flag is restored afterwards.
+        targets: Whose inputs to watch.
+        windows: ``[windows, length]`` token ids.
+        batch_size: Windows per forward.
+
+    Raises:
+        ValueError: An input holds NaN or infinity (the message names module and batch).
+    """
+    leaders = {target.group: target for target in targets}
+    device = next(model.parameters()).device
+    moments = {group: InputMoments.empty(target.shape[1], device=device) for group, target in leaders.items()}
+    batches = windows.split(batch_size)
+    with _watching(model, moments) as position, torch.no_grad():
+        for position[0], batch in enumerate(tqdm(batches, desc="statistics", unit="batch")):
+            model(input_ids=batch.to(device), use_cache=False)
+    _warn_if_short(leaders, moments)
+    return moments
+
+
+@contextmanager
+def _watching(model: nn.Module, moments: Mapping[str, InputMoments]) -> Iterator[list[int]]:
+    """Feed ``moments`` from the inputs of the modules that they are named after; yields the batch number, to be set."""
+    position = [0]
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def update(_: nn.Module, args: tuple[Any, ...]) -> None:
+            try:
+                moments[name].update(args[0])
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}: at module {name} in calibration batch {position[0]}; "
+                    "check the checkpoint, or load it in a wider dtype"
+                ) from None
+
+        return update
+
+    training = model.training
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in moments]
+    model.eval()
+    try:
+        yield position
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+def _warn_if_short(leaders: Mapping[str, Target], moments: Mapping[str, InputMoments]) -> None:
+    short = [name for name, target in leaders.items() if moments[name].tokens < target.shape[1]]
+    if short:
+        _log.warning(
+            "%d inputs saw fewer tokens than they have features (%s: %d tokens, %d features): their second moment is "
+            "singular and rests on damping; give more calibration text",
+            len(short),
+            short[0],
+            moments[short[0]].tokens,
+            leaders[short[0]].shape[1],
+        )

@@ -1,0 +1,123 @@
+"""The check that a folder reloads as exactly the model in memory: the half that runs beside that model.
+
+The other half is reload_check.py, in a fresh process. What is special: logits are compared by the hash of their
+bytes, so a lost bias, a cast buffer or a transposed square matrix can't hide in a tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_pl import reload_check
+
+__all__ = ["ExportError", "base_class", "check_merged", "check_reload", "logits_of"]
+
+
+class ExportError(RuntimeError):
+    """An export that could not be written or did not reload as the model in memory; its folder is gone."""
+
+
+def base_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
+    """Return transformers' own class of ``model``; None for a model that came with code of its own."""
+    base = getattr(transformers, type(model).__name__, None)
+    return base if isinstance(base, type) and isinstance(model, base) else None
+
+
+def logits_of(model: PreTrainedModel) -> Tensor:
+    """Return the probes' logits in eval mode, every module's mode as before afterwards.
+
+    Raises:
+        ExportError: They hold NaN, which would compare equal to any other broken model's.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        logits = reload_check.probe(model)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if logits.isnan().any():
+        raise ExportError("nothing was exported: the model here gives logits that are NaN; look at its factors")
+    return logits
+
+
+def check_merged(low_rank: Tensor, merged: Tensor) -> None:
+    """Raise unless the merged model computes what the low-rank one does, up to rounding."""
+    tolerance = torch.finfo(merged.dtype).eps ** 0.5
+    exact, other = low_rank.double(), merged.double()
+    error = float((other - exact).norm() / exact.norm())
+    if not error <= tolerance:
+        raise ExportError(
+            f"the merged weights give logits that are off by {error:.2g} (relative root mean square, "
+            f"{tolerance:.2g} allowed in {merged.dtype}): the factors' product does not fit the type; export in float32"
+        )
+
+
+def check_reload(
+    model: PreTrainedModel, folder: Path, reference: Tensor, tokenizer: PreTrainedTokenizerBase, *, merged: bool
+) -> None:
+    """Raise unless a fresh process gets the very same logits and tokens out of ``folder``."""
+    answer = _ask_fresh_process(model, folder, compressed=not merged)
+    for kind in ("missing", "unexpected"):
+        if answer[kind]:
+            raise ExportError(f"the export was removed: reloading it finds {kind} weights: {', '.join(answer[kind])}")
+    if answer["logits"] != reload_check.digest(reference):
+        difference = _first_difference(model, folder)
+        raise ExportError(f"the export was removed: reloaded, it gives other logits than the model here: {difference}")
+    if answer["token_ids"] != tokenizer(reload_check.PROBE_TEXT)["input_ids"]:
+        raise ExportError("the export was removed: the reloaded tokenizer gives other token ids than the one here")
+    if answer["chat_template"] != tokenizer.chat_template:
+        raise ExportError("the export was removed: the reloaded tokenizer has another chat template than the one here")
+
+
+def _ask_fresh_process(model: PreTrainedModel, folder: Path, *, compressed: bool) -> dict[str, Any]:
+    """Return what reload_check.py finds in ``folder``."""
+    device = str(model.device)
+    request = {
+        "directory": str(folder.resolve()),
+        "compressed": compressed,
+        "trust": base_class(model) is None,
+        "attention": model.config._attn_implementation,
+        "device_map": getattr(model, "hf_device_map", None) or (None if device == "cpu" else {"": device}),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+    }
+    # Its text, not the module: `-m` would import lowrank_pl. -B: no __pycache__ in the export.
+    source = Path(reload_check.__file__).read_text(encoding="utf-8")
+    command = [sys.executable, "-B", "-c", source, json.dumps(request)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # In the folder, so that no file of the caller's own folder hides a package from the child.
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    if done.returncode:
+        raise ExportError(
+            f"the export was removed: a fresh process can't load it (exit status {done.returncode}):\n"
+            f"{done.stderr.strip()[-2000:]}"
+        )
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def _first_difference(model: PreTrainedModel, folder: Path) -> str:
+    """Return the first tensor of the reloaded model that isn't what the model here holds."""
+    attention = model.config._attn_implementation
+    trust = base_class(model) is None
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, trust_remote_code=trust)
+    there = dict(reloaded.named_parameters()) | dict(reloaded.named_buffers())
+    for name, here in [*model.named_parameters(), *model.named_buffers()]:
+        other = there[name].to(here.device)
+        if here.dtype != other.dtype:
+            hint = "; load the base with dtype=, never convert a model by .to()" if "inv_freq" in name else ""
+            return f"{name} is {here.dtype} here and {other.dtype} reloaded{hint}"
+        if not torch.equal(here, other):
+            return f"{name} differs"
+    return "all weights are equal, the computation is not: are there hooks or patched methods on the model?"

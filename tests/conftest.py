@@ -1,0 +1,40 @@
+"""Fixtures: a private cache folder, tiny random models and a few windows of Python's own documentation."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache(tmp_path_factory):
+    os.environ["LOWRANK_HOME"] = str(tmp_path_factory.mktemp("lowrank_home"))
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tokenizer():
+    from lowrank_pl.tiny_models import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def windows():
+    """Sixteen windows of 64 byte tokens of Python's documentation."""
+    from pydoc_data.topics import topics
+
+    data = "".join(topics[key] for key in sorted(topics)[:20]).encode()[: 16 * 64]
+    return torch.tensor(list(data)).view(16, 64)
+
+
+@pytest.fixture
+def llama():
+    from lowrank_pl.tiny_models import tiny_model
+
+    return tiny_model("llama")
