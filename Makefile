@@ -39,7 +39,7 @@ versions: $(VENV)/.dev ## Show what the tests run with
 
 clean: ## Remove caches and builds; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache lightning_logs
-	find lowrank_pl tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after all of its recipe went well, so a half-made environment is never taken for a whole one.
 $(VENV)/.made:

@@ -136,7 +136,7 @@ class Budget:
             scale_up: Whether the factor may exceed 1, so that the budget is spent in full.
 
         Raises:
-            ValueError: A module without a wish, or a wish that is negative or NaN.
+            ValueError: A module without a wish, a wish for no module, or one that is negative or NaN.
         """
         self._check_wishes(wishes)
         notes = [f"{name}: too small for a rank of {self.multiple_of}, left dense" for name in self._too_small()]
@@ -165,6 +165,8 @@ class Budget:
         if missing:
             raise ValueError(f"no rank is wished for {missing[0]} and {len(missing) - 1} more: expected one a module")
         for name, wish in wishes.items():
+            if name not in self.shapes:
+                raise ValueError(f"a rank is wished for {name}, which is none of the {len(self.shapes)} modules")
             if math.isnan(wish) or wish < 0:
                 raise ValueError(f"the rank wished for {name} is {wish}: expected a number of at least 0")
 
@@ -173,15 +175,15 @@ class Budget:
 
     def _scaled(self, wishes: Mapping[str, float], factor: float) -> dict[str, int | None]:
         # inf * 0 is NaN, so dense wishes are kept out of the product.
-        return {n: self.snap(n, w if math.isinf(w) else w * factor) for n, w in wishes.items() if n in self.shapes}
+        return {name: self.snap(name, w if math.isinf(w) else w * factor) for name, w in wishes.items()}
 
     def _spent(self, ranks: Mapping[str, int | None]) -> int:
         return sum(self.cost(name, rank) for name, rank in ranks.items())
 
     def _without_dense_wishes(self, wishes: Mapping[str, float]) -> tuple[dict[str, float], int]:
         even = {n: m * k / (m + k) for n, (m, k) in self.shapes.items()}
-        dense = [name for name, wish in wishes.items() if math.isinf(wish)]
-        return {n: even[n] if math.isinf(w) else w for n, w in wishes.items() if n in self.shapes}, len(dense)
+        dropped = sum(math.isinf(wish) for wish in wishes.values())
+        return {name: even[name] if math.isinf(wish) else wish for name, wish in wishes.items()}, dropped
 
     def _largest_factor(self, wishes: Mapping[str, float], *, most: float) -> float:
         """Return the largest common factor at which the wishes, rounded down, still meet the budget."""

@@ -52,11 +52,8 @@ def compress(model: Model, plan: RankPlan, store: FactorStore) -> Model:
     """
     _check(model, plan, store)
     for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
-        old = model.get_submodule(name)
-        if entry.rank is not None:
-            replace_module(model, name, _low_rank(old, entry, store, name))
-        elif isinstance(old, MaskedLinear):
-            replace_module(model, name, old.dense())
+        old = _unmasked(model.get_submodule(name))
+        replace_module(model, name, old if entry.rank is None else _low_rank(old, entry, store, name))
     _log.info("compressed %d of %d modules", len(plan.modules) - len(plan.dense_modules), len(plan.modules))
     return model
 
@@ -67,6 +64,10 @@ def _low_rank(old: nn.Module, entry: ModulePlan, store: FactorStore, name: str) 
     weight = dense_weight(old)
     bias = getattr(old, "bias", None)
     return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), bias)
+
+
+def _unmasked(module: nn.Module) -> nn.Module:
+    return module.dense() if isinstance(module, MaskedLinear) else module
 
 
 def restore_dense(model: Model) -> Model:
@@ -98,6 +99,6 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
     for name, entry in plan.modules.items():
         if name not in modules:
             raise ValueError(f"the plan names {name}, which the model lacks: the plan is for another model")
-        shape = tuple(dense_weight(modules[name]).shape)
+        shape = tuple(dense_weight(_unmasked(modules[name])).shape)
         if shape != entry.shape:
             raise ValueError(f"the plan gives {name} the shape {entry.shape}, the model has {shape}: another model?")

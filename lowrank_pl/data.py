@@ -202,11 +202,16 @@ class CalibrationData(pl.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _place(self) -> Place:
-        """Return the epoch and how many of its batches have been trained on, by the Trainer's own counters."""
+        """Return the epoch and how many of its batches are done, from how many were trained on in all.
+
+        Lightning 2.6.6, going on with ``max_steps`` from a checkpoint of an epoch's end, counts that epoch twice and
+        asks it for one batch more. So the epoch follows from all batches processed, and one that is over has none left.
+        """
         assert self.trainer is not None
-        loop = self.trainer.fit_loop
-        epochs: Any = loop.epoch_progress.current
-        return epochs.processed, loop.epoch_loop.batch_progress.current.ready
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        size = int(self.trainer.num_training_batches)
+        epoch, done = divmod(batches.total.processed, size)
+        return epoch, done if batches.current.ready < size else len(self.train_windows)
 
     def _build(self) -> _Windows:
         """Return all windows; with the learning text alone, those for validation come after all others."""

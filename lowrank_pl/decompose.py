@@ -87,7 +87,7 @@ def square_root(second_moment: Tensor, *, damping: float = 1e-6) -> SquareRoot:
 def decompose(weight: Tensor, *, whitening: SquareRoot | None = None) -> Factors:
     """Return the exact singular components of ``weight``, whitened by the inputs' second moment when given.
 
-    With ``L = whitening.root`` and ``U S V' = weight @ L``, truncating at rank ``k`` gives the weight that minimises the
+    With ``L = whitening.root`` and ``U S V' = weight @ L``, truncating at rank ``k`` gives the weight with the least
     mean squared error of the outputs, which is then ``sum(sigma[k:] ** 2)`` exactly (SVD-LLM, arXiv 2403.07378).
     Without it this is the plain SVD.
 

@@ -142,22 +142,13 @@ def load_compressed(directory: str | Path, **from_pretrained_kwargs: Any) -> Pre
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(
-            f"{str(directory)!r} is no folder: expected one that save_compressed or `lowrank export` wrote"
-        )
+        raise ValueError(f"no folder {str(directory)!r}: expected one that save_compressed wrote")
     _check_is_compressed(directory)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(directory), output_loading_info=True, **from_pretrained_kwargs
-        )
+        model = AutoModelForCausalLM.from_pretrained(str(directory), **from_pretrained_kwargs)
     except (OSError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0]
         raise ValueError(f"can't read the weights in {str(directory)!r}: {cause}; copy or export it again") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"the weights in {str(directory)!r} lack {missing[0]} and {len(missing) - 1} more: copy or export it again"
-        )
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -216,9 +207,8 @@ def _ranks(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str,
                 # Its left factor would have the dense shape, and a loader that knows nothing would take it for that.
                 raise ValueError(f"{name} has rank {ranks[name]}, as many as it has inputs: leave it dense")
             if (module.bias is None) != (original.bias is None):
-                raise ValueError(
-                    f"{name} has {'no' if module.bias is None else 'a'} bias, unlike in {type(model).__name__}"
-                )
+                has = "no bias" if module.bias is None else "a bias"
+                raise ValueError(f"{name} has {has}, unlike the {type(model).__name__} that its config describes")
         elif name and type(module) is not type(original) and _layout(module, original) is None:
             expected = "none" if original is None else f"a {type(original).__name__}"
             raise ValueError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,9 @@ class TensorStore:
             self._create()
 
     def _create(self) -> None:
-        if self.directory.exists() and any(self.directory.iterdir()):
+        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise ValueError(
-                f"{self.directory} is not empty and holds no {self.kind} store: name an empty or new folder"
+                f"{self.directory} is no empty folder and holds no {self.kind} store: name an empty or new folder"
             )
         write_json(
             self.directory / _MANIFEST,
@@ -78,7 +79,9 @@ class TensorStore:
         keys = sorted({*theirs, *self.fingerprint})
         differ = [key for key in keys if theirs.get(key) != self.fingerprint.get(key)]
         if differ:
-            said = "; ".join(f"{key} is {theirs.get(key)!r} there and {self.fingerprint.get(key)!r} here" for key in differ)
+            said = "; ".join(
+                f"{key} is {theirs.get(key)!r} there and {self.fingerprint.get(key)!r} here" for key in differ
+            )
             raise ValueError(
                 f"the {self.kind} store at {self.directory} was made from something else: {said}. "
                 "Use the same inputs and settings, another folder, or delete that one"
@@ -111,22 +114,30 @@ class TensorStore:
         Raises:
             ValueError: The file is absent or damaged; the message names it and the cure.
         """
+        with self._open(name) as file:
+            if rows is None and columns is None:
+                return file.get_tensor(key)
+            view = file.get_slice(key)
+            return (view[:rows] if columns is None else view[:, :columns]).contiguous()
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[safe_open]:
+        """Yield the open file of ``name``; errors name it and the cure."""
         try:
             with safe_open(self.path(name), framework="pt") as file:
-                view = file.get_slice(key)
-                if rows is None and columns is None:
-                    return file.get_tensor(key)
-                return (view[:rows] if columns is None else view[:, :columns]).contiguous()
+                yield file
         except FileNotFoundError:
-            raise ValueError(f"the {self.kind} store at {self.directory} has nothing for {name}: build it again") from None
+            raise ValueError(
+                f"the {self.kind} store at {self.directory} has nothing for {name}: build it again"
+            ) from None
         except SafetensorError as error:
             raise ValueError(
                 f"{self.path(name)} is damaged ({error}): delete it and run again, only this file is made anew"
             ) from None
 
     def notes(self, name: str) -> dict[str, str]:
-        """Return what was noted when ``name`` was written."""
-        with safe_open(self.path(name), framework="pt") as file:
+        """Return what was noted when ``name`` was written; errors as in ``read``."""
+        with self._open(name) as file:
             return {key: value for key, value in (file.metadata() or {}).items() if key != "digest"}
 
 
@@ -183,13 +194,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / _MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["schema"] != _SCHEMA:
             raise ValueError(f"{path} has schema {manifest['schema']!r}: this version of lowrank_pl reads {_SCHEMA}")
         return {key: manifest[key] for key in ("kind", "digest", "fingerprint")}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no store at {directory}: expected a folder with {_MANIFEST}") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete the folder {directory} and build it again") from None
 
 

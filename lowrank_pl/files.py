@@ -97,8 +97,14 @@ def _swap(building: Path, path: Path) -> None:
         os.replace(building, path)
         return
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-    os.replace(path, old / "old")
-    os.replace(building, path)
+    try:
+        os.replace(path, old / "old")
+        os.replace(building, path)
+    except BaseException:
+        if not path.exists():
+            os.replace(old / "old", path)
+        old.rmdir()
+        raise
     shutil.rmtree(old)
 
 

@@ -113,7 +113,7 @@ def export_plan(
         ExportError: The reloaded model differs; nothing is left at ``directory`` then.
     """
     compress(model, plan, store)
-    card = model_card(plan, (), base=plan.origin.get("base", ""), command=command)
+    card = model_card(plan, (), base=plan.origin.get("base", ""), command=command, merged=merge)
     return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge)
 
 
@@ -167,7 +167,7 @@ def finish_run(
     score, small = score_in_fresh_process(report.directory, protocol, device=model.device)
     rows.append(_row("learned", score, dense, plan, report.bytes, spent))
     samples = list(zip(protocol.prompts, texts, small, strict=True))
-    card = model_card(plan, rows, base=plan.origin.get("base", ""), command=command, samples=samples)
+    card = model_card(plan, rows, base=plan.origin.get("base", ""), command=command, samples=samples, merged=merge)
     atomic_write(report.directory / "README.md", card)
     rank_map(plan).savefig(run / "rank_map.png", dpi=120)
     write_summary(

@@ -211,20 +211,33 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """Refuse factors that were absent from the files, and let the model save itself with this file beside it."""
-        for name, module in model.named_modules():
-            if isinstance(module, LowRankLinear):
-                for key, parameter in module.named_parameters():
-                    # On meta lie parameters that a device_map keeps on disk: they are read when used.
-                    if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
-                        raise ValueError(f"the weight files hold no {name}.{key}: the folder is damaged, export again")
+        """Refuse weights that the files lack, and let the model save itself with this file beside it."""
+        name = type(model).__name__
+        missing = _missing(model, own_head=_auto_class(name) is None)
+        if missing:
+            raise ValueError(
+                f"the weight files hold no {missing[0]}"
+                + (f" and {len(missing) - 1} more" if missing[1:] else "")
+                + ": transformers would make them up; the folder is damaged, copy or export it again"
+            )
         align(model)
         # Its parameters are plain floats: .float() and .half() must not be refused as for packed integers.
         model.is_quantized = False
-        name = type(model).__name__
         if type(model) is getattr(transformers, name, None) and _auto_class(name) is not None:
             model.__class__ = _portable_class(name)
         return model
+
+
+def _missing(model: PreTrainedModel, *, own_head: bool) -> list[str]:
+    """Return the parameters that were not read from the files; a new head, as for classification, may be new."""
+    body = {id(parameter) for parameter in model.base_model.parameters()}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        # On meta lie parameters that a device_map keeps on disk: they are read when used.
+        if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
+        and not (own_head and id(parameter) not in body)
+    ]
 
 
 @torch.no_grad()
@@ -278,7 +291,9 @@ def _portable_class(name: str) -> type[PreTrainedModel]:
         base = getattr(transformers, name, None)
         if not (isinstance(base, type) and issubclass(base, PreTrainedModel) and _auto_class(name)):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor has transformers such a model")
-        body = {"__module__": __name__, "__doc__": base.__doc__}
+        # Left at True, transformers would skip its renaming of old checkpoint keys (GPT-NeoX's embed_out): the head
+        # stayed random.
+        body = {"__module__": __name__, "__doc__": base.__doc__, "is_custom_code": classmethod(lambda _: False)}
         made = globals()[name] = type(name, (base,), body)
         made.register_for_auto_class(_auto_class(name))
     portable: type[PreTrainedModel] = made

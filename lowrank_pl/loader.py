@@ -69,11 +69,9 @@ class WindowLoader:
                 "processes: give more text or a smaller batch size"
             )
         if rank == 0 and self._used < len(windows):
-            _log.warning(
-                "%d of %d windows are left out%s: %d processes take equal batches of %d",
-                len(windows) - self._used, len(windows), "" if seed is None else ", others in each epoch",
-                world_size, batch_size,
-            )  # fmt: skip
+            others = "" if seed is None else ", others in each epoch"
+            left = len(windows) - self._used
+            _log.warning("%d of %d windows are left out%s: %d are taken at a time", left, len(windows), others, unit)
         epochs = count()
         self._place = place or (lambda: (next(epochs), 0))
         self._windows = windows

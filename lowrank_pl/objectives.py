@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ class DataTerms:
             the number of a block, from 0. Their divergences are averaged.
 
     Raises:
-        ValueError: A negative weight, all weights 0, or no place for a divergence that is asked for.
+        ValueError: A negative weight, all weights 0, an unknown kind, or no place for a divergence that is asked for.
     """
 
     cross_entropy: float = 1.0
@@ -123,6 +123,9 @@ class DataTerms:
         weights = {"cross_entropy": self.cross_entropy, "kl": self.kl, "divergence": self.divergence}
         if min(weights.values()) < 0 or max(weights.values()) == 0:
             raise ValueError(f"the weights of the data terms are {weights}: expected none below 0 and one above")
+        if self.divergence_kind not in get_args(DivergenceKind):
+            kinds = ", ".join(get_args(DivergenceKind))
+            raise ValueError(f"divergence_kind is {self.divergence_kind!r}: expected one of {kinds}")
         if self.divergence and not self.divergence_at:
             raise ValueError("divergence has a weight but divergence_at names no place: give middle, last or a block")
 
@@ -143,7 +146,9 @@ class DataTerms:
         places: dict[str, int | None] = {}
         for place in self.divergence_at if self.divergence else ():
             if place not in ("middle", "last") and not (place.isdigit() and int(place) < count):
-                raise ValueError(f"divergence_at holds {place!r}: expected middle, last or a block from 0 to {count - 1}")
+                raise ValueError(
+                    f"divergence_at holds {place!r}: expected middle, last or a block from 0 to {count - 1}"
+                )
             places[place] = None if place == "last" else count // 2 if place == "middle" else int(place)
         return places
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class ModulePlan:
     indices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if len(self.shape) != 2 or not all(type(size) is int and size > 0 for size in self.shape):
+            raise ValueError(f"the shape {self.shape} was given: expected two positive whole numbers, out and in")
         if self.rank is not None and not 1 <= self.rank <= min(self.shape):
             raise ValueError(f"a rank of {self.rank} was given for shape {self.shape}: expected 1..{min(self.shape)}")
         if self.indices is not None:
@@ -47,7 +50,8 @@ class ModulePlan:
 
 
 def _check_indices(indices: tuple[int, ...], rank: int | None, shape: tuple[int, int]) -> None:
-    ascending = all(a < b for a, b in zip(indices, indices[1:], strict=False))
+    whole = all(type(index) is int for index in indices)
+    ascending = whole and all(a < b for a, b in pairwise(indices))
     if len(indices) != rank or not ascending or indices[0] < 0 or indices[-1] >= min(shape):
         raise ValueError(
             f"component indices {indices[:4]}... do not fit rank {rank} and shape {shape}: "
@@ -172,7 +176,7 @@ class RankPlan:
             raise ValueError(f"the plan has schema {given!r}: this version of lowrank_pl reads schema {SCHEMA}")
         try:
             return cls._from_dict(data)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the plan lacks or misspells {error}: write it anew with `lowrank allocate`") from None
 
     @classmethod
@@ -183,6 +187,8 @@ class RankPlan:
                 modules[name] = _module_from_json(entry)
             except ValueError as error:
                 raise ValueError(f"module {name} of the plan: {error}") from None
+        if not modules:
+            raise ValueError("the plan names no module: write it anew with `lowrank allocate`")
         return cls(
             method=data["method"],
             keep=data["keep"]["asked"],
@@ -209,7 +215,7 @@ class RankPlan:
         if not path.is_file():
             raise ValueError(f"no plan at {path}: expected a JSON file written by `lowrank allocate` or `lowrank fit`")
         try:
-            return cls.from_json(path.read_text())
+            return cls.from_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -225,6 +231,5 @@ def _module_from_json(entry: Mapping[str, Any]) -> ModulePlan:
     rank = entry["rank"]
     if rank != "dense" and (not isinstance(rank, int) or isinstance(rank, bool)):
         raise ValueError(f'rank {rank!r} is neither a whole number nor "dense"')
-    out_features, in_features = entry["shape"]
     indices = tuple(entry["indices"]) if "indices" in entry else None
-    return ModulePlan((out_features, in_features), None if rank == "dense" else rank, indices)
+    return ModulePlan(tuple(entry["shape"]), None if rank == "dense" else rank, indices)

@@ -37,7 +37,7 @@ def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
         ...                 modules={"h.0.q": ModulePlan((10, 10), 2), "h.1.q": ModulePlan((10, 10))})
         >>> print(rank_table(plan, fmt="github").splitlines()[2])
-        | q           |         2 |       1 |   70.0 % |  40.0 % | 100.0 % |
+        | q             |         2 |       1 |      70.0 % |  40.0 % | 100.0 % |
     """
     kinds: dict[str, list[ModulePlan]] = {}
     for name, module in plan.modules.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,13 +17,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.budget import Budget
-from lowrank_pl.decompose import Factors, SquareRoot, decompose, square_root
+from lowrank_pl.decompose import SquareRoot, decompose, square_root
 from lowrank_pl.factor_store import FactorStore, TensorStore, tensor_digest
 from lowrank_pl.statistics import InputMoments, collect_input_moments
 from lowrank_pl.targets import Target, Targets, dense_weight
 from lowrank_pl.windows import tokenizer_fingerprint, windows_fingerprint
 
-__all__ = ["Decomposition", "budget_for", "build_factors", "describe_origin", "model_fingerprint", "model_parameters", "preparation_notes"]
+__all__ = [
+    "Decomposition",
+    "budget_for",
+    "build_factors",
+    "describe_origin",
+    "model_fingerprint",
+    "model_parameters",
+    "preparation_notes",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -34,10 +43,19 @@ class Decomposition:
     Args:
         kind: ``whitened`` weighs errors by the inputs' second moment (SVD-LLM, arXiv 2403.07378), ``svd`` does not.
         damping: Added to the diagonal of the second moment, relative to its mean.
+
+    Raises:
+        ValueError: Another kind, or a damping that is negative or not finite.
     """
 
     kind: Literal["whitened", "svd"] = "whitened"
     damping: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("whitened", "svd"):
+            raise ValueError(f"the kind of decomposition is {self.kind!r}: expected whitened or svd")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping is {self.damping}: expected a finite number of at least 0")
 
     @property
     def needs_text(self) -> bool:
@@ -56,7 +74,12 @@ def model_parameters(model: nn.Module) -> int:
 
 
 def budget_for(
-    model: PreTrainedModel, targets: Targets, keep: float, *, multiple_of: int = 1, floors: dict[str, float] | None = None
+    model: PreTrainedModel,
+    targets: Targets,
+    keep: float,
+    *,
+    multiple_of: int = 1,
+    floors: dict[str, float] | None = None,
 ) -> Budget:
     """Return the budget of ``keep`` of the targeted parameters of a dense ``model``; arguments as in ``Budget``."""
     return Budget(
@@ -142,12 +165,20 @@ def build_factors(
     missing = set(store.missing(target.name for target in targets.modules))
     todo = [target for target in targets.modules if target.name in missing]
     _log.info("factors: %d of %d modules to decompose, in %s", len(todo), len(targets.modules), store.directory)
+    _check_finite(model, todo)
     if todo and settings.needs_text:
         statistics = _statistics(model, todo, windows, source, store, explicit=directory is not None, batch=batch_size)
         _decompose_all(model, todo, store, settings, statistics)
     elif todo:
         _decompose_all(model, todo, store, settings, None)
     return store
+
+
+def _check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:
+    # Before the statistics, which would blame the modules that come after the damaged one.
+    for target in todo:
+        if not torch.isfinite(dense_weight(model.get_submodule(target.name))).all():
+            raise ValueError(f"the weight of {target.name} holds NaN or infinity: the checkpoint is damaged")
 
 
 def _statistics(
@@ -172,8 +203,14 @@ def _statistics(
 
 
 def _save_moments(statistics: TensorStore, group: str, moments: InputMoments) -> None:
-    # float32 on disk: the batch products were summed from float32 products, more digits would only be noise.
-    tensors = {"second_moment": moments.second_moment.float(), "mean_absolute": moments.mean_absolute.float()}
+    # float32 on disk: the batch products were summed from float32 products, more digits would only be noise. But the
+    # squares of massive activations may lie beyond its range.
+    second = moments.second_moment
+    narrow = second.float()
+    tensors = {
+        "second_moment": narrow if torch.isfinite(narrow).all() else second,
+        "mean_absolute": moments.mean_absolute.float(),
+    }
     statistics.write(group, tensors, notes={"tokens": str(moments.tokens)})
 
 
@@ -192,7 +229,7 @@ def _decompose_all(
         if root is not None:
             kinds[root.kind] += 1
         for target in members:
-            factors = _decompose_one(model, target, root)
+            factors = decompose(dense_weight(model.get_submodule(target.name)).detach(), whitening=root)
             store.add(target.name, factors, notes={} if root is None else {"square_root": root.kind})
             bar.update()
     bar.close()
@@ -212,10 +249,3 @@ def _root(statistics: TensorStore, group: str, settings: Decomposition, device: 
         return square_root(moment, damping=settings.damping)
     except ValueError as error:
         raise ValueError(f"{error}: at the input of {group}") from None
-
-
-def _decompose_one(model: PreTrainedModel, target: Target, root: SquareRoot | None) -> Factors:
-    try:
-        return decompose(dense_weight(model.get_submodule(target.name)), whitening=root)
-    except ValueError as error:
-        raise ValueError(f"{error}: at module {target.name}") from None

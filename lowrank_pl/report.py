@@ -66,7 +66,7 @@ def row_table(rows: Iterable[Row], *, fmt: str = "simple") -> str:
     Example:
         >>> rows = [Row("dense", 20.7, 0.0, 1.0, 1.0, 538_060_672), Row("learned", 23.456, 0.125, 0.8, 0.84)]
         >>> print(row_table(rows, fmt="github").splitlines()[-1])
-        | learned |        23.46 |         0.125 |           80.0 % |        84.0 % |        - |         - |
+        | learned |        23.46 |         0.125 |          80.0 % |       84.0 % |         - |         - |
     """
     head = ("model", "perplexity", "excess nats", "kept targeted", "kept model", "on disk", "seconds")
     body = [
@@ -119,7 +119,7 @@ def read_summary(run_dir: str | Path) -> tuple[list[Row], dict[str, Any]]:
         raise ValueError(f"no {SUMMARY} in {run_dir}: expected the folder of a finished run")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        facts = data.pop(FACTS, {})
+        facts = dict(data.pop(FACTS, {}))
         return [Row(name, **figures) for name, figures in data.items()], facts
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a run's summary ({error}): delete it or run again") from None
@@ -211,7 +211,7 @@ def _what(plan: RankPlan, base: str, *, merged: bool) -> str:
     name = base.rstrip("/").rsplit("/", 1)[-1]
     factored = len(plan.modules) - len(plan.dense_modules)
     return (
-        f"# {name}, {percent(plan.keep_targeted)} of the decoder's linear layers kept\n\n"
+        f"# {name} with {percent(plan.keep_targeted)} of its linear layers' parameters\n\n"
         f"`{base}` compressed with `lowrank_pl`: {factored} of "
         f"{len(plan.modules)} linear maps are replaced by low-rank factors, {stored}; the others are as they were."
     )

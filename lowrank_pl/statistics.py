@@ -49,7 +49,7 @@ class InputMoments:
         """Add ``inputs`` ``[..., in]``.
 
         Raises:
-            ValueError: They hold NaN or infinity, or their squares overflow float32.
+            ValueError: They hold NaN or infinity.
         """
         flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         # One product per batch in float32 keeps matrix-multiply speed; summing the batches in float64 keeps the digits.
@@ -60,7 +60,7 @@ class InputMoments:
         if not torch.isfinite(product).all():
             raise ValueError("the inputs hold NaN or infinity")
         self.second += product
-        self.absolute += flat.abs().sum(0)
+        self.absolute += flat.abs().sum(0, dtype=torch.float64)
         self.tokens += flat.shape[0]
 
     def merge(self, other: InputMoments) -> None:

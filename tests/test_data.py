@@ -21,7 +21,8 @@ from lowrank_pl.tiny_models import byte_tokenizer
 from lowrank_pl.windows import tokenizer_fingerprint, windows_fingerprint
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The dirpath has changed", "ignore:.*exists and is not empty", "ignore:.*in eval mode"
+    "ignore:The dirpath has changed",  # of ModelCheckpoint, where a test resumes into another folder
+    "ignore:.*isinstance.treespec, LeafSpec:FutureWarning",  # Lightning 2.6 on torch 2.13
 )
 LENGTH = 16
 WINDOWS = 11  # two in a batch: five batches an epoch, and a tail
@@ -61,11 +62,26 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder, *, data=None, module=None, ckpt_path=None, every=1, **settings):
+class SaveAlsoAtEnds(pl.Callback):
+    """Saves at the other places where ``ModelCheckpoint`` may: after validation and at the end of an epoch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_validation_end(self, trainer, module):
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(self.folder / f"validation={trainer.global_step}.ckpt")
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.save_checkpoint(self.folder / f"epoch={trainer.global_step}.ckpt")
+
+
+def fit(folder, *, data=None, module=None, ckpt_path=None, **settings):
     module = module or Recorder()
-    callback = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1, save_last=True)
+    callback = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last=True)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=settings.pop("devices", 1), logger=False, callbacks=[callback],
+        accelerator="cpu", devices=settings.pop("devices", 1), logger=False,
+        callbacks=[callback, SaveAlsoAtEnds(Path(folder))],
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=1, **settings,
     )  # fmt: skip
     trainer.fit(module, datamodule=data or make_data(), ckpt_path=ckpt_path, weights_only=False)
@@ -202,10 +218,11 @@ def test_order_follows_from_seed_and_epoch():
 
 def test_processes_share_every_step_and_leave_the_same_tail(caplog):
     whole = WindowLoader(ELEVEN, batch_size=4, seed=3).batches(7)
+    caplog.clear()
     halves = [WindowLoader(ELEVEN, batch_size=2, seed=3, rank=rank, world_size=2).batches(7) for rank in range(2)]
     assert [one + two for one, two in zip(*halves, strict=True)] == whole
-    assert "3 of 11 windows are left out, others in each epoch: 2 processes take equal batches of 2" in caplog.text
-    assert len([record for record in caplog.records if "2 processes" in record.message]) == 1
+    assert "3 of 11 windows are left out, others in each epoch: 4 are taken at a time" in caplog.text
+    assert len(caplog.records) == 1
 
 
 def test_validation_keeps_its_tail_and_gives_every_process_as_many(caplog):
@@ -217,7 +234,7 @@ def test_validation_keeps_its_tail_and_gives_every_process_as_many(caplog):
     assert [[len(batch) for batch in share] for share in shares] == [[4, 1], [4, 1]]
     assert [len(share) for share in shares] == [2, 2]
     assert sorted(n for share in shares for batch in share.batches(0) for n in batch) == list(range(10))
-    assert "1 of 11 windows are left out: 2 processes take equal batches of 4" in caplog.text
+    assert "1 of 11 windows are left out: 2 are taken at a time" in caplog.text
 
 
 def test_too_few_windows_for_a_batch():
@@ -254,30 +271,36 @@ def test_after_a_fit_the_loader_starts_anew(tmp_path):
 )
 def test_every_checkpoint_is_followed_by_the_batches_that_would_have_come(tmp_path, settings):
     whole = fit(tmp_path / "whole", **settings)
-    checkpoints = sorted((tmp_path / "whole").glob("step=*.ckpt"), key=lambda path: int(path.stem[5:]))
-    assert len(checkpoints) >= 6
+    checkpoints = sorted((tmp_path / "whole").glob("*=*.ckpt"))
+    assert len(checkpoints) >= 9
     for checkpoint in checkpoints:
         loops = torch.load(checkpoint, weights_only=True)["loops"]["fit_loop"]
         done = loops["epoch_loop.batch_progress"]["total"]["ready"]
-        assert fit(tmp_path / "part", ckpt_path=checkpoint, every=100, **settings) == whole[done:], checkpoint.name
+        assert fit(tmp_path / checkpoint.stem, ckpt_path=checkpoint, **settings) == whole[done:], checkpoint.name
 
 
 def test_workers_that_fetch_ahead_do_not_shift_the_place(tmp_path):
     whole = fit(tmp_path / "whole", max_steps=8)
     assert fit(tmp_path / "part", max_steps=8, data=make_data(num_workers=1)) == whole
-    resumed = fit(tmp_path / "more", max_steps=8, data=make_data(num_workers=1), ckpt_path=tmp_path / "part/step=3.ckpt")
+    resumed = fit(
+        tmp_path / "more", max_steps=8, data=make_data(num_workers=1), ckpt_path=tmp_path / "part/step=3.ckpt"
+    )
     assert resumed == whole[3:]
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path, caplog):
     fit(tmp_path / "whole", max_steps=4)
     last = tmp_path / "whole" / "last.ckpt"
-    with pytest.raises(ValueError, match=r"learning from other data \(seed 5 there and 6 here\), its place in the epoch"):
+    with pytest.raises(
+        ValueError, match=r"learning from other data \(seed 5 there and 6 here\), its place in the epoch"
+    ):
         fit(tmp_path / "part", max_steps=8, data=make_data(seed=6), ckpt_path=last)
-    with pytest.raises(ValueError, match="learning from other data .windows [0-9a-f]{64} there"):
+    with pytest.raises(ValueError, match=r"learning from other data .windows [0-9a-f]{64} there"):
         fit(tmp_path / "part", max_steps=8, data=make_data(length=32), ckpt_path=last)
     fit(tmp_path / "part", max_steps=8, data=make_data(batch_size=1), ckpt_path=last)
-    assert "goes on with other batches than the checkpoint's run would have had: batch_size 2 there and 1" in caplog.text
+    assert (
+        "goes on with other batches than the checkpoint's run would have had: batch_size 2 there and 1" in caplog.text
+    )
 
 
 def test_overfitting_repeats_the_same_batches(tmp_path):

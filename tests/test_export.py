@@ -350,8 +350,9 @@ def test_nothing_is_left_of_an_interrupted_export(tmp_path, monkeypatch, error):
 
     model = compressed("llama")
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
-    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ExportError
-    with pytest.raises(expected, match="" if expected is KeyboardInterrupt else "the disk is full: nothing was export"):
+    ctrl_c = isinstance(error, KeyboardInterrupt)
+    expected, text = (KeyboardInterrupt, None) if ctrl_c else (ExportError, "the disk is full: nothing was exported to")
+    with pytest.raises(expected, match=text):
         save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), merge=True)
     assert not list(tmp_path.iterdir())
     assert isinstance(model.model.layers[0].mlp.up_proj, LowRankLinear)
@@ -392,7 +393,7 @@ def test_layers_that_cannot_be_stored_are_refused(tmp_path):
         export(name, LowRankLinear(32, 32, 3))
     with pytest.raises(ValueError, match=f"{name} is a Identity where LlamaForCausalLM has a Linear: only low-rank"):
         export(name, nn.Identity())
-    with pytest.raises(ValueError, match="model.extra is a Linear where LlamaForCausalLM has none"):
+    with pytest.raises(ValueError, match=r"model\.extra is a Linear where LlamaForCausalLM has none"):
         export("model.extra", nn.Linear(2, 2))
 
 
@@ -425,11 +426,11 @@ def drop(key):
     [
         (
             lambda folder: (folder / "model.safetensors").unlink(),
-            "can't read the weights in .*: Error no file named mod",
+            "can't read the weights in .*: Error no file",
         ),
         (truncate, "can't read the weights in .*copy or export it again"),
         (drop("model.layers.0.mlp.up_proj.right"), "weight files hold no model.layers.0.mlp.up_proj.right"),
-        (drop("model.norm.weight"), "lack model.norm.weight and 0 more: copy or export it again"),
+        (drop("model.norm.weight"), "weight files hold no model.norm.weight: transformers would make them up"),
         (lambda folder: (folder / "config.json").unlink(), "holds no readable config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "holds no readable config.json"),
     ],
@@ -441,7 +442,7 @@ def test_a_damaged_folder_is_an_error(exports, tmp_path, change, text):
 
 
 def test_what_is_no_compressed_folder_is_an_error(exports, tmp_path):
-    with pytest.raises(ValueError, match="no folder '.*absent': expected one that save_compressed wrote"):
+    with pytest.raises(ValueError, match=r"no folder '.*absent': expected one that save_compressed wrote"):
         load_compressed(tmp_path / "absent")
     config = json.loads((exports[0] / "llama" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq"}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from lowrank_pl import hf_format
@@ -153,7 +154,7 @@ def test_the_config_survives_json():
     [
         (
             {"schema": 2, "pivots": {}},
-            "stored in lowrank schema 2, this code reads schemas up to 1: upgrade lowrank_pl",
+            "stored in lowrank schema 2, this code reads schemas up to 1: upgrade",
         ),
         ({"pivots": {}}, r"unknown keys \['pivots'\]"),
         ({"modules": {"a": 0}}, "gives 'a' the rank 0: expected a positive integer"),
@@ -215,7 +216,7 @@ def test_a_device_map_and_another_dtype_work(small, tmp_path, device_map):
     [
         (
             "model.layers.7.mlp.up_proj",
-            "names the module 'model.layers.7.mlp.up_proj', which LlamaForCausalLM does not",
+            "names the module 'model.layers.7.mlp.up_proj', which LlamaForCausalLM does",
         ),
         ("model.norm", "'model.norm' is a LlamaRMSNorm: only nn.Linear and Conv1D"),
     ],
@@ -232,6 +233,18 @@ def test_a_wrong_rank_is_a_size_mismatch(small, tmp_path):
     small.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_new_head_may_be_new_and_nothing_else(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(classifier.model.layers[1].mlp.up_proj.right, small.model.layers[1].mlp.up_proj.right)
+    weights = load_file(tmp_path / "model.safetensors")
+    for key in list(weights):
+        damaged = {name: value for name, value in weights.items() if name != key}
+        save_file(damaged, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"the weight files hold no {key}: transformers would make them up"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_dense_model_is_not_compressed_by_loading_it(llama, tmp_path):

@@ -53,7 +53,10 @@ def trained(kind):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no/such/file.txt", r"no/such/file.txt is no file, folder or glob with a match, and .* is not the id OWNER/NAME"),
+        (
+            "no/such/file.txt",
+            r"no/such/file.txt is no file, folder or glob with a match, and .* is not the id OWNER/NAME",
+        ),
         ("nowhere", "give one of these, or python-docs"),
         ("", "is no file, folder or glob"),
         ("x" * 300, "is no file, folder or glob"),
@@ -147,7 +150,7 @@ def test_json_arrays_and_parquet(tmp_path):
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     for name in ("rows.json", "rows.parquet"):
         assert list(read_documents(f"{tmp_path / name}::field=body")) == [row["body"] for row in rows]
-        assert list(read_documents(f"{tmp_path / name}::part=99%-100%"))[0] == "row 594"
+        assert next(read_documents(f"{tmp_path / name}::part=99%-100%")) == "row 594"
 
 
 def test_chats_go_through_the_chat_template(tmp_path):
@@ -174,9 +177,21 @@ def test_chats_go_through_the_chat_template(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "fine"}\n{"text": \n', r"a.jsonl:2: not valid JSON: Expecting value at column"),
-        ("a.json", b'[{"text": "fine"},\n{"text" 1}]', r"a.json:2: not valid JSON: Expecting ':' delimiter at column 9"),
-        ("a.jsonl", b'{"id": 1, "title": "x"}', r"a.jsonl:1: none of the fields text, .*; there are id, title: choose one"),
-        ("a.jsonl", b'{"text": [1, 2]}', r"a.jsonl:1: field 'text' holds list, expected text or a list of chat messages"),
+        (
+            "a.json",
+            b'[{"text": "fine"},\n{"text" 1}]',
+            r"a.json:2: not valid JSON: Expecting ':' delimiter at column 9",
+        ),
+        (
+            "a.jsonl",
+            b'{"id": 1, "title": "x"}',
+            r"a.jsonl:1: none of the fields text, .*; there are id, title: choose one",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": [1, 2]}',
+            r"a.jsonl:1: field 'text' holds list, expected text or a list of chat messages",
+        ),
         ("a.jsonl", b"17", "the row is int, expected an object with a field of text"),
         ("a.txt", b"fine\nline two \xff\xfe", r"a.txt is not UTF-8 text: byte 14, in line 2, is 0xff"),
         ("a.txt", "fine\nhé".encode()[:-1], r"a.txt is not UTF-8 text: byte 6, in line 2, is 0xc3"),
@@ -202,7 +217,9 @@ def test_undecodable_byte_is_found_across_chunks(tmp_path, monkeypatch):
 
 def test_missing_field_lists_the_fields(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "title": "y"}')
-    with pytest.raises(ValueError, match=r"a.jsonl:1: no field 'body'; there are text, title: choose one with ::field="):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl:1: no field 'body'; there are text, title: choose one with ::field="
+    ):
         list(read_documents(f"{tmp_path / 'a.jsonl'}::field=body"))
 
 
@@ -242,7 +259,10 @@ def test_hub_options_reach_datasets(monkeypatch):
     ("options", "message"),
     [
         ("::split=nope", r"\(config default, split nope\) could not be read: ValueError: Bad split: nope. Available"),
-        ("::config=nope", r"\(config nope, split train\) could not be read: ValueError: BuilderConfig 'nope' not found"),
+        (
+            "::config=nope",
+            r"\(config nope, split train\) could not be read: ValueError: BuilderConfig 'nope' not found",
+        ),
         ("::field=nope", r"row 1: no field 'nope'; there are text: choose one"),
     ],
 )
@@ -253,8 +273,8 @@ def test_bad_hub_options(dataset, options, message):
 
 def test_unreachable_hub_names_both_things_tried():
     expected = (
-        r"text 'owner/name': there is no file or folder \S+/owner/name, and the hub dataset 'owner/name' .* could not be "
-        r"read: ConnectionError: .*owner/name.* or download the data and give the path of its files"
+        r"text 'owner/name': there is no file or folder \S+/owner/name, and the hub dataset 'owner/name' .* could "
+        r"not be read: ConnectionError: .*owner/name.* or download the data and give the path of its files"
     )
     with pytest.raises(ValueError, match=expected):
         list(read_documents("owner/name"))
@@ -272,7 +292,9 @@ def test_the_stream_equals_tokenising_at_once(kind, piece, monkeypatch):
     pieces = [LINES[begin : begin + piece] for begin in range(0, len(LINES), piece)]
     segments = list(windows._token_stream(pieces, tokenizer))
     assert len(segments) > 10
-    assert sum(segments, []) == tokenizer(LINES, add_special_tokens=False)["input_ids"]
+    assert [token for segment in segments for token in segment] == tokenizer(LINES, add_special_tokens=False)[
+        "input_ids"
+    ]
 
 
 def test_windows_are_consecutive_and_without_special_tokens(novel):
@@ -334,7 +356,10 @@ def test_fewer_windows_than_asked_for_is_said_also_from_the_cache(tmp_path, capl
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "short.txt' is empty"), ("12345", "short.txt' has 5 tokens, one window needs 10: give a longer text or a sma")],
+    [
+        ("", "short.txt' is empty"),
+        ("12345", "short.txt' has 5 tokens, one window needs 10: give a longer text or a sma"),
+    ],
 )
 def test_too_little_text(tmp_path, content, message):
     path = tmp_path / "short.txt"

@@ -114,7 +114,8 @@ class Staircase(MaskMethod):
         rank = self.stored_rank(shape)
         # Where min(m, n) caps the components, all of them cost less than `top` times the dense weight.
         top = self.top if rank < min(m, n) else min(self.top, rank * (m + n) / (m * n))
-        return StaircaseMask(shape, rank, sigma, keep, steps=self.steps, top=top)
+        # A plan to start from may hold ranks that cost more than dense.
+        return StaircaseMask(shape, rank, sigma, min(keep, 1.0), steps=self.steps, top=top)
 
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float) -> dict[str, Tensor]:
         """Return ``budget`` and ``guidance``, weighted; arguments as in ``MaskMethod.penalties``."""
