@@ -28,7 +28,8 @@ class SquareRoot:
     def solve_right(self, rows: Tensor) -> Tensor:
         """Return ``rows @ inverse(root)`` for ``rows`` ``[k, n]``."""
         if self.kind == "cholesky":
-            return torch.linalg.solve_triangular(self.root, rows, upper=False, left=False)
+            solved: Tensor = torch.linalg.solve_triangular(self.root, rows, upper=False, left=False)
+            return solved
         # root = Q diag(s) with Q orthonormal: dividing each column by its squared norm s^2 and transposing inverts it.
         return rows @ (self.root / self.root.square().sum(0)).mT
 

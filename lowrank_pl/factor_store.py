@@ -115,13 +115,12 @@ class TensorStore:
             ValueError: The file is absent or damaged; the message names it and the cure.
         """
         with self._open(name) as file:
-            if rows is None and columns is None:
-                return file.get_tensor(key)
             view = file.get_slice(key)
-            return (view[:rows] if columns is None else view[:, :columns]).contiguous()
+            part: Tensor = view[:rows] if columns is None else view[:rows, :columns]
+            return part.contiguous()
 
     @contextmanager
-    def _open(self, name: str) -> Iterator[safe_open]:
+    def _open(self, name: str) -> Iterator[Any]:
         """Yield the open file of ``name``; errors name it and the cure."""
         try:
             with safe_open(self.path(name), framework="pt") as file:

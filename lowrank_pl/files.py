@@ -29,7 +29,7 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def sha256_of(*parts: str | bytes) -> str:
+def sha256_of(*parts: str | bytes | memoryview) -> str:
     """Return the hexadecimal SHA-256 of the parts; where one part ends and the next begins counts.
 
     >>> sha256_of("ab", "c") == sha256_of("a", "bc")
@@ -37,8 +37,8 @@ def sha256_of(*parts: str | bytes) -> str:
     """
     digest = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little"))
+        data = memoryview(part.encode() if isinstance(part, str) else part)
+        digest.update(data.nbytes.to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
 

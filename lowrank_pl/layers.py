@@ -37,7 +37,7 @@ class MaskedLinear(nn.Linear):
         # Contiguous because FSDP2 refuses strided parameters, which slices and transposes are.
         self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         bias = getattr(dense, "bias", None)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.left = nn.Parameter(factors.left.to(weight).contiguous(), requires_grad=False)
         self.right = nn.Parameter(factors.right.to(weight).contiguous(), requires_grad=False)
         self.mask = mask
@@ -45,16 +45,16 @@ class MaskedLinear(nn.Linear):
         self.was_conv1d = isinstance(dense, Conv1D)
 
     def dense(self) -> nn.Module:
-        """Return the layer that this one stands in for, sharing its weight."""
-        new: nn.Module
+        """Return the layer that this one stands in for; it shares the bias and, but for ``Conv1D``, the weight."""
         if self.was_conv1d:
-            new = Conv1D(self.out_features, 0)
-            new.nx, new.weight = self.in_features, nn.Parameter(self.weight.mT.contiguous(), requires_grad=False)
-        else:
-            new = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-            new.weight = self.weight
-        new.bias = self.bias
-        return new
+            conv = Conv1D(self.out_features, 0)
+            conv.nx, conv.bias = self.in_features, self.bias
+            conv.weight = nn.Parameter(self.weight.mT.contiguous(), requires_grad=False)
+            new: nn.Module = conv
+            return new
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output ``[..., out]`` for ``x`` ``[..., in]`` under the present choice."""

@@ -99,7 +99,7 @@ def collect_input_moments(
     leaders = {target.group: target for target in targets}
     device = next(model.parameters()).device
     moments = {group: InputMoments.empty(target.shape[1], device=device) for group, target in leaders.items()}
-    batches = windows.split(batch_size)
+    batches = torch.split(windows, batch_size)
     with _watching(model, moments) as position, torch.no_grad():
         for position[0], batch in enumerate(tqdm(batches, desc="statistics", unit="batch")):
             model(input_ids=batch.to(device), use_cache=False)
