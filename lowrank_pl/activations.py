@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.targets import decoder_blocks
 
-__all__ = ["refuse_dropout", "watched_forward"]
+__all__ = ["recompute_blocks", "refuse_dropout", "watched_forward"]
 
 
 def watched_forward(
     model: PreTrainedModel, tokens: Tensor, places: Mapping[str, int | None]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the logits ``[batch, length, vocabulary]`` and the activations ``[batch, length, features]`` at ``places``.
+    """Return logits ``[batch, length, vocabulary]`` and the activations ``[batch, length, features]`` at ``places``.
 
     Args:
         model: A causal language model.
@@ -46,6 +46,13 @@ def _keeping_output(module: nn.Module, seen: dict[str, Tensor], place: str) -> I
         yield
     finally:
         handle.remove()
+
+
+def recompute_blocks(model: PreTrainedModel) -> None:
+    """Let the backward pass compute each block's activations again instead of keeping them, in train mode only."""
+    # Later releases of transformers 5 warn of the name that the first ones have.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def refuse_dropout(model: nn.Module) -> None:

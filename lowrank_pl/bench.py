@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.base_model import load_base, load_tokenizer
-from lowrank_pl.compress import restore_dense
+from lowrank_pl.commands import pick_device
 from lowrank_pl.files import write_json
 from lowrank_pl.layers import MaskedLinear, masked_layers
 from lowrank_pl.masks import Staircase
@@ -61,9 +61,14 @@ def bench(
         json: Write the figures there.
 
     Returns:
-        Rows keyed by case.
+        One row, under the base's name.
+
+    Raises:
+        ValueError: No repeats, or a base, text or device that can't be used.
     """
-    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}: expected a whole number of at least 1")
+    place = pick_device(device)
     model, tokenizer = load_base(base, dtype=getattr(torch, dtype)).to(place), load_tokenizer(base)
     windows = token_windows(text, tokenizer, length=length, windows=max(batch_size, _STATISTICS_WINDOWS))
     batch = windows[:batch_size].to(place)
@@ -80,7 +85,7 @@ def bench(
     def learning() -> None:
         for layer in layers.values():
             layer.choice = "mask"
-        next_token_loss(model(input_ids=batch, use_cache=False).logits, batch).backward()
+        next_token_loss(model(input_ids=batch, use_cache=False).logits, batch).backward()  # type: ignore[no-untyped-call]
 
     seconds = _fastest({"frozen": frozen, "learning": learning}, repeats, place)
     row = {
@@ -91,7 +96,6 @@ def bench(
         "tokens": batch.numel(),
         "peak_memory_bytes": peak_memory(place),
     }
-    restore_dense(model)
     print(tabulate([{"case": base, **row}], headers="keys", floatfmt=".3f"))
     figures = {base.removeprefix("package:").removeprefix("llm_") if base.startswith("package:") else base: row}
     if json is not None:
@@ -119,7 +123,7 @@ def _mask(model: PreTrainedModel, windows: Tensor, tokenizer: Any, keep: float) 
 def _input_gradient_step(model: PreTrainedModel, batch: Tensor) -> None:
     """Run forward, and backward to the embeddings, which is as far as the lowest mask's gradient has to come."""
     embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()
-    next_token_loss(model(inputs_embeds=embeddings, use_cache=False).logits, batch).backward()
+    next_token_loss(model(inputs_embeds=embeddings, use_cache=False).logits, batch).backward()  # type: ignore[no-untyped-call]
 
 
 def _fastest(actions: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:

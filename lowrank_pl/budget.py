@@ -13,6 +13,7 @@ from lowrank_pl.plan import ModulePlan, RankPlan
 __all__ = ["Budget", "break_even", "factored_cost", "parameter_ratio"]
 
 _log = logging.getLogger(__name__)
+_BOUNDLESS = 1e6
 Shape = tuple[int, int]
 
 
@@ -148,7 +149,9 @@ class Budget:
         ranks = self._scaled(wishes, factor)
         if scale_up:
             self._spend_rest(ranks, {name: factor * wish for name, wish in wishes.items()})
-        notes.append(f"wished ranks scaled by {factor:.4f} to meet keep {self.keep}")
+        # Where even boundless scaling stays within the budget, everything has come out dense and the factor says nothing.
+        if factor < _BOUNDLESS:
+            notes.append(f"wished ranks scaled by {factor:.4f} to meet keep {self.keep}")
         for note in notes:
             _log.info("%s: %s", method, note)
         return RankPlan(
@@ -188,7 +191,7 @@ class Budget:
     def _largest_factor(self, wishes: Mapping[str, float], *, most: float) -> float:
         """Return the largest common factor at which the wishes, rounded down, still meet the budget."""
         low, high = 0.0, min(1.0, most)
-        while high < min(most, 1e6) and self._spent(self._scaled(wishes, high)) <= self.limit:
+        while high < min(most, _BOUNDLESS) and self._spent(self._scaled(wishes, high)) <= self.limit:
             low, high = high, high * 2
         if self._spent(self._scaled(wishes, high)) <= self.limit:
             return high

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-import torch
 
+from lowrank_pl.allocate import allocator
 from lowrank_pl.base_model import load_base
 from lowrank_pl.compress import restore_dense
-from lowrank_pl.data import CalibrationData
+from lowrank_pl.data import CalibrationData, calibration_data
+from lowrank_pl.evaluate import check_windows
 from lowrank_pl.files import write_json
-from lowrank_pl.finish import Finished, Protocol, finish_run
+from lowrank_pl.finish import Finished, Protocol, command_line, finish_run
 from lowrank_pl.module import RankLearner
 from lowrank_pl.plan_report import block_and_kind, rank_map
 from lowrank_pl.windows import token_windows
@@ -37,12 +38,18 @@ class RankMonitor(Callback):
     Args:
         every_n_steps: Steps between scalars.
         map_every_n_steps: Steps between rank maps; one is drawn at the start and at the end in any case.
+
+    Raises:
+        ValueError: A number of steps below 1.
     """
 
     def __init__(self, every_n_steps: int = 10, map_every_n_steps: int = 100) -> None:
+        for name, steps in {"every_n_steps": every_n_steps, "map_every_n_steps": map_every_n_steps}.items():
+            if steps < 1:
+                raise ValueError(f"{name} is {steps}: expected a whole number of at least 1")
         self.every_n_steps = every_n_steps
         self.map_every_n_steps = map_every_n_steps
-        self._mapped = -1
+        self._logged = self._mapped = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the first rank map."""
@@ -63,6 +70,9 @@ class RankMonitor(Callback):
 
     def _scalars(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RankLearner)
+        if self._logged == trainer.global_step:  # of several batches that make one step, the first has said it
+            return
+        self._logged = trainer.global_step
         ratios = torch.stack([mask.ratio() for mask in pl_module.masks.values()]).detach().clamp(max=1).tolist()
         groups: dict[str, list[float]] = defaultdict(list)
         for name, ratio in zip(pl_module.masks, ratios, strict=True):
@@ -101,6 +111,9 @@ class FinishRun(Callback):
         max_new_tokens: How far they continue.
         merge: Export dense weights for any runtime instead of factors.
         json: A file for the table's figures.
+
+    Raises:
+        ValueError: A baseline that no allocator is called.
     """
 
     def __init__(
@@ -117,23 +130,48 @@ class FinishRun(Callback):
         self.score_text, self.score_length, self.score_windows = score_text, score_length, score_windows
         self.baselines, self.prompts, self.max_new_tokens = tuple(baselines), tuple(prompts), max_new_tokens
         self.merge, self.json = merge, json
+        for name in baselines:
+            allocator(name)
         self.finished: Finished | None = None
-        self._began = 0.0
+        self._began: float | None = None
+        self._before = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the text for scores now: a mistake in its name must not surface after hours of learning."""
         if stage == "fit":
-            self.protocol = self._protocol(_data(trainer))
+            data = calibration_data(trainer)
+            self.protocol = self._protocol(data)
+            for prompt in self.prompts:
+                if not data.tokenizer(prompt)["input_ids"]:
+                    raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether the model can be scored on that text, for the same reason."""
+        assert isinstance(pl_module, RankLearner)
+        assert pl_module.model is not None
+        check_windows(pl_module.model, self.protocol.windows)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._began = time.perf_counter()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds spent learning so far, for the checkpoint."""
+        return {"learning": self._learning_seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from the seconds that the checkpoint's run had spent."""
+        self._before = state_dict["learning"]
+
+    def _learning_seconds(self) -> float:
+        # A checkpoint of a finished run is resumed without any training.
+        return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the run on the first process, while the others wait."""
         assert isinstance(pl_module, RankLearner)
         if trainer.is_global_zero:
-            pl_module.seconds["learning"] = time.perf_counter() - self._began
+            pl_module.seconds["learning"] = self._learning_seconds()
             self.finished = self._finish(trainer, pl_module)
             self._log_result(trainer, pl_module, self.finished)
             run = Path(trainer.default_root_dir)
@@ -144,17 +182,19 @@ class FinishRun(Callback):
 
     def _finish(self, trainer: Trainer, learner: RankLearner) -> Finished:
         plan = learner.plan()
+        for note in plan.notes:
+            _log.info("%s", note)
         return finish_run(
             Path(trainer.default_root_dir),
             self._dense_model(trainer, learner),
-            _data(trainer).tokenizer,
+            calibration_data(trainer).tokenizer,
             plan,
             learner.store,
             learner.budget,
             self.protocol,
             baselines=self.baselines,
             seconds=learner.seconds,
-            command=shlex.join(["lowrank", *sys.argv[1:]]),
+            command=command_line(),
             merge=self.merge,
         )
 
@@ -187,13 +227,15 @@ class FinishRun(Callback):
         }
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(learner.settings(), metrics)
+                logger.log_hyperparams(_settings(learner), metrics)
                 text = "\n\n".join(f"**{p}**\n\ndense: {d}\n\ncompressed: {s}" for p, d, s in finished.samples)
                 if text:
                     logger.experiment.add_text("samples", text, trainer.global_step)
 
 
-def _data(trainer: Trainer) -> CalibrationData:
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(data, CalibrationData)
-    return data
+def _settings(learner: RankLearner) -> dict[str, Any]:
+    """Return the settings that tell runs apart, flat, for TensorBoard."""
+    terms = {key: value for key, value in asdict(learner.data_terms).items() if isinstance(value, float | str)}
+    mask = {f"mask.{key}": value for key, value in vars(learner.mask_method).items()}
+    rate = learner.trainer.optimizers[0].defaults["lr"]
+    return {"base": learner.base, "keep": learner.keep, "dtype": learner.dtype_name, "lr": rate, **terms, **mask}

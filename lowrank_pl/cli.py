@@ -6,24 +6,30 @@ import inspect
 import logging
 import os
 import sys
+import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 
 from lowrank_pl import __version__
 from lowrank_pl.bench import bench
 from lowrank_pl.callbacks import FinishRun, RankMonitor
+from lowrank_pl.checkpointing import AtomicCheckpoints, read_checkpoint
 from lowrank_pl.commands import allocate, evaluate, export
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.export import ExportError
 from lowrank_pl.files import atomic_write
 from lowrank_pl.module import RankLearner
+from lowrank_pl.progress import LearningBar
 
 __all__ = ["RankCLI", "main"]
 
@@ -43,20 +49,47 @@ class RankCLI(LightningCLI):
         super().__init__(
             RankLearner,
             CalibrationData,
-            trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
+            trainer_defaults={
+                "max_epochs": 1,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "enable_model_summary": False,
+            },
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             auto_configure_optimizers=False,
             # Otherwise settings in a checkpoint silently win over YAML and flags.
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "lowrank", "version": __version__},
+            parser_kwargs={"prog": "lowrank", "version": __version__, "exit_on_error": False},
             args=list(args),
         )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the Trainer methods on offer: ``fit`` alone."""
-        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words; LightningCLI's own would warn that they are the command line's."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Look at the checkpoint before anything is loaded; LightningCLI's own would take settings from it."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        # A folder is what FSDP2 writes; the words are Lightning's own.
+        if path and path not in ("last", "best", "hpc") and not Path(path).is_dir():
+            read_checkpoint(path)
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Run the Trainer; after Ctrl-C say how to go on."""
+        try:
+            self.trainer.fit(model, weights_only=True, **kwargs)
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
+            last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+            advice = f"go on with --ckpt_path {last}" if last.exists() else "there is no checkpoint yet"
+            raise KeyboardInterrupt(advice) from None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--run``, ``--json`` and the callbacks of every run."""
@@ -78,13 +111,21 @@ class RankCLI(LightningCLI):
         parser.link_arguments("json", "finish.json")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return the Trainer; without a logger of the user's own it logs to ``RUN/tensorboard``."""
-        config = self._get(self.config, "trainer")
+        """Return the Trainer with what the user has not chosen: TensorBoard, a progress bar, atomic checkpoints."""
+        config = self._get(self.config_init, "trainer")
         if config.logger is None or config.logger is True:
             run = Path(self._get(self.config, "run"))
             kwargs["logger"] = TensorBoardLogger(run, name="", version="tensorboard", default_hp_metric=False)
-        return super().instantiate_trainer(**kwargs)
+        callbacks, plugins = _listed(config.callbacks), _listed(config.plugins)
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(LearningBar())
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpoints())
+        return super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
 
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, Sequence) else [value]
 
 
 class SaveConfig(SaveConfigCallback):
@@ -92,7 +133,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it, on the first process."""
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         atomic_write(Path(trainer.default_root_dir) / "config.yaml", text)
 
 
@@ -101,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Args:
         argv: The words after ``lowrank``; by default those of this process.
+
+    Raises:
+        SystemExit: With status 1 after an error, 2 after words that can't be understood, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
@@ -110,9 +154,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         _dispatch(words)
-    except KeyboardInterrupt:
-        sys.exit(_said("interrupted: what was finished is kept, nothing half-written is left", 130))
-    except (ValueError, OSError, ExportError) as error:
+    except KeyboardInterrupt as interrupt:
+        said = str(interrupt) or "what was finished is kept"
+        sys.exit(_said(f"interrupted: {said}, nothing half-written is left", 130))
+    except ArgumentError as error:
+        said = " ".join(str(error).split())
+        sys.exit(_said(f"error: {said}; `lowrank {words[0]} --help` lists the options", 2))
+    except (ValueError, OSError, ExportError, MisconfigurationException) as error:
         if os.environ.get("LOWRANK_DEBUG"):
             raise
         sys.exit(_said(f"error: {error}", 1))
@@ -134,7 +182,10 @@ def _first_sentences() -> dict[str, str]:
 
 def _dispatch(words: list[str]) -> None:
     if words[0] in FUNCTIONS:
-        auto_cli(FUNCTIONS, as_positional=False, args=words, prog="lowrank", version=__version__, parser_mode="yaml")
+        auto_cli(
+            FUNCTIONS, as_positional=False, args=words, prog="lowrank", version=__version__, parser_mode="yaml",
+            exit_on_error=False,
+        )  # fmt: skip
     elif words[0] == "fit" or words[0].startswith("-"):
         RankCLI(words)
     else:
@@ -147,7 +198,32 @@ def _said(message: str, code: int) -> int:
     return code
 
 
+CHATTER = (
+    "Tip: For seamless",  # advertises
+    "TPU available",
+    "`Trainer.fit` stopped: `max_",  # the bar shows it
+    "Detected KeyboardInterrupt",  # `main` says it
+)
+EXPECTED = (
+    r".*isinstance\(treespec, LeafSpec\)",  # of Lightning 2.6 on torch 2.13
+    r"Found \d+ module\(s\) in eval mode",  # the frozen base, on purpose
+    r"Checkpoint directory .* exists and is not empty",  # of a run that goes on
+    r".*does not have many workers",  # the windows are in memory
+    r".*number of training batches .* is smaller than the logging interval",
+)
+"""Lines that others log and warnings that others give, by their beginning, which no user of this command needs."""
+
+
 def _quiet_others() -> None:
-    """Leave the terminal to this package: others speak from warnings on."""
-    for name in ("httpx", "httpcore", "fsspec", "matplotlib", "datasets", "urllib3"):
+    """Leave the terminal to this package: others speak from warnings on, and not of what is meant to be so."""
+    for name in ("httpx", "httpcore", "fsspec", "matplotlib", "datasets", "urllib3", "lowrank_pl.budget"):
+        # The plan's notes are said once, at the end, by FinishRun.
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_no_chatter)
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _no_chatter(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in CHATTER)

@@ -1,10 +1,8 @@
-"""What ``lowrank evaluate``, ``allocate``, ``export`` and ``bench`` do: plain typed functions, usable from Python too."""
+"""What ``lowrank evaluate``, ``allocate`` and ``export`` do: plain typed functions, usable from Python too."""
 
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +16,7 @@ from lowrank_pl.evaluate import generate_samples, perplexity
 from lowrank_pl.export import is_compressed, load_compressed
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import write_json
-from lowrank_pl.finish import export_plan
+from lowrank_pl.finish import command_line, export_plan
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import rank_table
 from lowrank_pl.prepare import Decomposition, budget_for, build_factors, describe_origin, preparation_notes
@@ -26,7 +24,7 @@ from lowrank_pl.report import Row, row_table
 from lowrank_pl.targets import find_targets
 from lowrank_pl.windows import token_windows
 
-__all__ = ["allocate", "evaluate", "export"]
+__all__ = ["allocate", "evaluate", "export", "pick_device"]
 
 _log = logging.getLogger(__name__)
 DType = Literal["float32", "bfloat16", "float16"]
@@ -68,7 +66,7 @@ def evaluate(
         The figures that ``json`` gets.
     """
     network, tokenizer = _load(model, dtype, trust_remote_code=trust_remote_code)
-    network.to(_device(device))
+    network.to(pick_device(device))
     tokens = token_windows(text, tokenizer, length=length, windows=windows)
     score = perplexity(network, tokens, batch_size=batch_size, progress="score")
     figures: dict[str, Any] = {
@@ -141,11 +139,9 @@ def allocate(
     budget = budget_for(model, targets, keep, multiple_of=multiple_of, floors=floors)
     tokens = token_windows(text, tokenizer, length=length, windows=windows)
     factors = build_factors(
-        model.to(_device(device)), targets, tokens, tokenizer, settings=decomposition, directory=store
+        model.to(pick_device(device)), targets, tokens, tokenizer, settings=decomposition, directory=store
     )
-    origin = describe_origin(
-        base=base, dtype=dtype, text=text, windows=tokens, settings=decomposition, store=factors
-    )
+    origin = describe_origin(base=base, dtype=dtype, text=text, windows=tokens, settings=decomposition, store=factors)
     plan = draw(factors, budget).with_origin(origin, factors.fingerprint, preparation_notes(targets, factors))
     plan.save(output)
     print(f"{_plan_line(plan)}\n{rank_table(plan)}\nplan   {output}\nstore  {factors.directory}")
@@ -184,11 +180,10 @@ def export(
     if base is None:
         raise ValueError(f"{plan} does not say which base it is for: name it with --base")
     dtype = getattr(torch, drawn.origin.get("dtype", "float32"))
-    model = load_base(base, dtype=dtype, trust_remote_code=trust_remote_code).to(_device(device))
+    model = load_base(base, dtype=dtype, trust_remote_code=trust_remote_code).to(pick_device(device))
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     factors = _factors_of(drawn, model, tokenizer, store)
-    command = shlex.join(["lowrank", *sys.argv[1:]])
-    report = export_plan(model, drawn, factors, output, tokenizer=tokenizer, command=command, merge=merge)
+    report = export_plan(model, drawn, factors, output, tokenizer=tokenizer, command=command_line(), merge=merge)
     row = Row("export", kept_targeted=drawn.keep_targeted, kept_model=drawn.keep_model, bytes=report.bytes)
     print(f"{row_table([row])}\n\nmodel  {report.directory}")
     figures = {**_plan_figures(drawn), "model": str(report.directory), "bytes": report.bytes, "merged": report.merged}
@@ -209,9 +204,7 @@ def _factors_of(
     calibration = dict(plan.origin["calibration"])
     tokens = token_windows(calibration.pop("text"), tokenizer, **calibration)
     targets = find_targets(model, include=list(plan.modules))
-    return build_factors(
-        model, targets, tokens, tokenizer, settings=Decomposition(**plan.origin["decomposition"])
-    )
+    return build_factors(model, targets, tokens, tokenizer, settings=Decomposition(**plan.origin["decomposition"]))
 
 
 def _load(
@@ -225,10 +218,21 @@ def _load(
     return loaded, load_tokenizer(model, trust_remote_code=trust_remote_code)
 
 
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(name: str) -> torch.device:
+    """Return the device called ``name``; for ``auto`` that is ``cuda`` where there is one, else ``cpu``.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    # What is raised depends on how torch was built.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {name!r} can't be used here ({str(error).splitlines()[0]}): give auto, cpu or cuda"
+        ) from None
 
 
 def _plan_line(plan: RankPlan) -> str:

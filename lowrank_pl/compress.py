@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.factor_store import FactorStore, weight_digest
 from lowrank_pl.hf_format import LowRankLinear
 from lowrank_pl.layers import MaskedLinear, masked_layers
 from lowrank_pl.plan import ModulePlan, RankPlan
@@ -102,3 +102,16 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
         shape = tuple(dense_weight(_unmasked(modules[name])).shape)
         if shape != entry.shape:
             raise ValueError(f"the plan gives {name} the shape {entry.shape}, the model has {shape}: another model?")
+    for name, entry in plan.modules.items():
+        weight = dense_weight(_unmasked(modules[name])).detach()
+        if entry.rank is not None and not _made_from(weight, store.notes(name).get("weight", "")):
+            raise ValueError(
+                f"the factors of {name} in {store.directory} were made from another weight than the model's: load the "
+                "base that the store was built from"
+            )
+
+
+def _made_from(weight: Tensor, noted: str) -> bool:
+    """Tell whether factors were made from ``weight``, as far as can be told: not when its type is another one."""
+    ours = weight_digest(weight)
+    return noted == ours or noted.split(":")[0] != ours.split(":")[0]

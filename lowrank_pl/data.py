@@ -16,7 +16,7 @@ from lowrank_pl.loader import Place, WindowLoader
 from lowrank_pl.text import parse_text
 from lowrank_pl.windows import token_windows, tokenizer_fingerprint, uses_bos, windows_fingerprint
 
-__all__ = ["CalibrationData"]
+__all__ = ["CalibrationData", "calibration_data"]
 
 PROBE = 32  # so many equal tokens in a row are the same passage, not the same phrase
 _log = logging.getLogger(__name__)
@@ -273,6 +273,19 @@ class CalibrationData(pl.LightningDataModule):
                 known, len(built.validation),
             )  # fmt: skip
         return built
+
+
+def calibration_data(trainer: pl.Trainer) -> CalibrationData:
+    """Return the datamodule that ``trainer`` was given.
+
+    Raises:
+        ValueError: It is of another type.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, CalibrationData):
+        given = "no datamodule" if data is None else f"{type(data).__name__} as its datamodule"
+        raise ValueError(f"trainer.fit got {given}: expected a CalibrationData, whose text the factors are made from")
+    return data
 
 
 def _contains(stream: Tensor, window: Tensor) -> bool:

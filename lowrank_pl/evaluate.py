@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Score", "excess_nats", "generate_samples", "perplexity"]
+__all__ = ["Score", "check_windows", "excess_nats", "generate_samples", "perplexity"]
 
 CHUNK_NUMBERS = 2**24
 """Logits taken to fp32 at a time: 256k words times a window of 2,048 would be 2 GiB at once, and as much softmaxed."""
@@ -72,7 +72,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, 
         >>> score.tokens, score.perplexity > 100
         (60, True)
     """
-    _check_windows(model, windows, batch_size)
+    check_windows(model, windows, batch_size)
     start = time.perf_counter()
     total = 0.0
     with _evaluating(model), tqdm(total=len(windows), desc=progress, unit="window", disable=progress is None) as bar:
@@ -122,7 +122,12 @@ def generate_samples(
         return [_continue(model, tokenizer, prompt) for prompt in prompts]
 
 
-def _check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int) -> None:
+def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int = 1) -> None:
+    """Check, without computing anything, that ``model`` can be scored on ``windows``.
+
+    Raises:
+        ValueError: Not whole-number ids ``[windows, length]``, ids that the model lacks, too long, or no batch.
+    """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
         raise ValueError(
             f"windows of shape {tuple(windows.shape)} and type {windows.dtype} were given: "

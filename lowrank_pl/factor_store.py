@@ -62,7 +62,7 @@ class TensorStore:
             self._create()
 
     def _create(self) -> None:
-        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+        if self.directory.exists() and (not self.directory.is_dir() or self._strangers()):
             raise ValueError(
                 f"{self.directory} is no empty folder and holds no {self.kind} store: name an empty or new folder"
             )
@@ -70,6 +70,10 @@ class TensorStore:
             self.directory / _MANIFEST,
             {"schema": _SCHEMA, "kind": self.kind, "digest": self.digest, "fingerprint": self.fingerprint},
         )
+
+    def _strangers(self) -> bool:
+        """Tell whether the folder holds anything but what a job killed while it wrote the manifest left behind."""
+        return any(not path.name.endswith(".tmp") for path in self.directory.iterdir())
 
     def _check_manifest(self) -> None:
         manifest = read_manifest(self.directory)
@@ -211,3 +215,8 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
         parts.append(f"{name} {flat.dtype} {tuple(flat.shape)}")
         parts.append(sha256_of(flat.view(-1).view(torch.uint8).numpy().data))
     return sha256_of(*parts)
+
+
+def weight_digest(weight: Tensor) -> str:
+    """Return the type and a SHA-256 of one weight ``[out, in]``, by which factors know what they were made from."""
+    return f"{weight.dtype}:{tensor_digest([('', weight)])}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import rank_map
 from lowrank_pl.report import Row, model_card, row_table, write_summary
 
-__all__ = ["Finished", "Protocol", "export_plan", "finish_run", "score_in_fresh_process"]
+__all__ = ["Finished", "Protocol", "command_line", "export_plan", "finish_run", "score_in_fresh_process"]
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +87,13 @@ class Finished:
         }
         parts.append("\n".join(f"{name:12} {place}" for name, place in places.items()))
         return "\n\n".join(parts)
+
+
+def command_line() -> str:
+    """Return the command that this process was started with, for model cards and summaries."""
+    # `python -m lowrank_pl` has the path of __main__.py there.
+    program = Path(sys.argv[0]).name.replace("__main__.py", "lowrank")
+    return shlex.join([program, *sys.argv[1:]])
 
 
 def export_plan(
@@ -169,7 +178,9 @@ def finish_run(
     samples = list(zip(protocol.prompts, texts, small, strict=True))
     card = model_card(plan, rows, base=plan.origin.get("base", ""), command=command, samples=samples, merged=merge)
     atomic_write(report.directory / "README.md", card)
-    rank_map(plan).savefig(run / "rank_map.png", dpi=120)
+    picture = BytesIO()
+    rank_map(plan).savefig(picture, dpi=120, format="png")
+    atomic_write(run / "rank_map.png", picture.getvalue())
     write_summary(
         run, rows, method=plan.method, keep=plan.keep, command=command, protocol=protocol.describe(),
         seconds=dict(seconds), samples=[list(sample) for sample in samples], notes=list(plan.notes),
@@ -178,9 +189,7 @@ def finish_run(
 
 
 def _row(name: str, score: Score, dense: Score, plan: RankPlan, size: int, seconds: float) -> Row:
-    return Row(
-        name, score.perplexity, excess_nats(score, dense), plan.keep_targeted, plan.keep_model, size, seconds
-    )
+    return Row(name, score.perplexity, excess_nats(score, dense), plan.keep_targeted, plan.keep_model, size, seconds)
 
 
 def score_in_fresh_process(
@@ -222,4 +231,7 @@ def _score_job(job: Path, result: Path) -> None:
 
 
 if __name__ == "__main__":
-    _score_job(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        _score_job(Path(sys.argv[1]), Path(sys.argv[2]))
+    except KeyboardInterrupt:
+        sys.exit(130)  # the process that waits for this one says it

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,31 +13,26 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
+from lowrank_pl.activations import recompute_blocks, refuse_dropout, watched_forward
 from lowrank_pl.base_model import load_base
-from lowrank_pl.budget import Budget, check_keep
-from lowrank_pl.data import CalibrationData
+from lowrank_pl.budget import check_keep
+from lowrank_pl.checkpointing import check_fit, mark
+from lowrank_pl.data import CalibrationData, calibration_data
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.layers import Choice, MaskedLinear, chosen, masked_layers, plan_choice
 from lowrank_pl.masks import Mask, MaskMethod, Staircase
 from lowrank_pl.objectives import DataTerms, next_token_loss
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.prepare import (
-    Decomposition,
-    budget_for,
-    build_factors,
-    describe_origin,
-    preparation_notes,
-)
+from lowrank_pl.prepare import Decomposition, budget_for, build_factors, describe_origin, preparation_notes
+from lowrank_pl.sharding import average_gradients, shard_frozen
 from lowrank_pl.targets import decoder_blocks, find_targets, replace_module
 
 __all__ = ["RankLearner"]
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
 
 
 class RankLearner(LightningModule):
@@ -108,7 +101,7 @@ class RankLearner(LightningModule):
     ) -> None:
         super().__init__()
         check_keep(keep)
-        if (keep_start is None) != (keep_steps == 0):
+        if (keep_start is None) != (keep_steps == 0) or keep_steps < 0:
             raise ValueError(f"keep_start is {keep_start} and keep_steps {keep_steps}: a schedule needs both")
         if keep_start is not None:
             check_keep(keep_start)
@@ -142,23 +135,18 @@ class RankLearner(LightningModule):
         """Load the base, take or build its factors, put the masked layers in; once."""
         if self.model is not None:
             return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, CalibrationData):
-            raise ValueError(
-                f"trainer.fit got {type(data).__name__} as its datamodule: expected a CalibrationData, "
-                "whose text the factors are made from"
-            )
+        data = calibration_data(self.trainer)
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         began = time.perf_counter()
         model = load_base(self.base, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code)
         if self.gradient_checkpointing:
-            _refuse_dropout(model)
+            refuse_dropout(model)
         if not sharded:
             model.to(self.trainer.strategy.root_device)
         self.build(model, data)
         self.seconds["factors"] = time.perf_counter() - began
         if sharded:
-            self._shard()
+            shard_frozen(model, self.device_mesh["data_parallel"], self.mask_parameters())  # type: ignore[index]
 
     def build(self, model: PreTrainedModel, data: CalibrationData) -> None:
         """Make ``model`` the one that this learner works on.
@@ -188,10 +176,12 @@ class RankLearner(LightningModule):
             mask.to(dense.weight.device)
             replace_module(model, target.name, MaskedLinear(dense, factors, mask))
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_blocks(model)
         self.model = model
         self.layers = masked_layers(model)
         self.masks: dict[str, Mask] = {name: layer.mask for name, layer in self.layers.items()}
+        learnt, frozen = sum(p.numel() for p in self.mask_parameters()), self.budget.model_parameters
+        _log.info("%s mask parameters learn, the base's %s do not move", f"{learnt:,}", f"{frozen:,}")
 
     def _factors(self, model: PreTrainedModel, targets: Any, data: CalibrationData) -> FactorStore:
         """Build the factors on the first process; the others wait, then find them made."""
@@ -217,15 +207,6 @@ class RankLearner(LightningModule):
         if missing:
             raise ValueError(f"the plan to start from does not cover {missing[0]} and {len(missing) - 1} more modules")
         return {name: plan[name].parameters / plan[name].dense_parameters for name in self.budget.shapes}
-
-    def _shard(self) -> None:
-        """Shard the frozen weights and factors over processes (FSDP2); masks stay whole on each."""
-        assert self.model is not None
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
-        whole = set(self.mask_parameters())
-        for block in decoder_blocks(self.model)[1]:
-            fully_shard(block, mesh=mesh, ignored_params=whole)
-        fully_shard(self.model, mesh=mesh, ignored_params=whole)
 
     def mask_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that learn, in the model's order."""
@@ -271,36 +252,19 @@ class RankLearner(LightningModule):
         return ((ratios.detach().clamp(max=1) * sizes).sum() / sizes.sum()).item()
 
     def _data_terms(self, tokens: Tensor) -> dict[str, Tensor]:
+        model = self._base()
+        places = self.data_terms.blocks(len(decoder_blocks(model)[1]))
         teacher_logits, teacher_activations = None, None
         if self.data_terms.needs_teacher:
             with torch.no_grad(), chosen(self.layers, "dense"):
-                teacher_logits, teacher_activations = self._forward(tokens)
-        logits, activations = self._forward(tokens)
+                teacher_logits, teacher_activations = watched_forward(model, tokens, places)
+        logits, activations = watched_forward(model, tokens, places)
         return self.data_terms.compute(tokens, logits, activations, teacher_logits, teacher_activations)
 
-    def _forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the logits and the activations at the places that the divergence compares."""
-        model = self._base()
-        blocks = decoder_blocks(model)[1]
-        seen: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for place, block in self.data_terms.blocks(len(blocks)).items():
-                watched = model.base_model if block is None else blocks[block]
-                stack.enter_context(_keeping_output(watched, seen, place))
-            logits = model(input_ids=tokens, use_cache=False).logits
-        return logits, seen
-
-    def on_after_backward(self) -> None:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Average the mask gradients over processes when FSDP2, which leaves masks alone, is in charge."""
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or self.trainer.world_size == 1:
-            return
-        gradients = [p.grad for p in self.mask_parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        # gloo has no average: sum and divide, in one message for all masks.
-        torch.distributed.all_reduce(flat)
-        flat /= self.trainer.world_size
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
+            average_gradients(self.mask_parameters())
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the mask parameters, with its schedule if one was given."""
@@ -319,52 +283,53 @@ class RankLearner(LightningModule):
         plan = self.mask_method.finalise(self.masks, self.budget)
         return plan.with_origin(self.origin, self.store.fingerprint, self.notes)
 
-    def plan_choices(self, plan: RankPlan) -> dict[str, Choice]:
-        """Return the choices under which the masked layers compute what ``plan`` says."""
-        return {name: plan_choice(m.rank, m.indices, self.device) for name, m in plan.modules.items()}
-
     def on_validation_start(self) -> None:
         """Take the plan that this validation scores."""
-        self._choices = self.plan_choices(self.plan())
+        modules = self.plan().modules
+        self._choices = {name: plan_choice(m.rank, m.indices, self.device) for name, m in modules.items()}
         self._need_dense = self._dense_nats.update_count == 0
         self._validation_nats.reset()
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
-        """Score one batch of token ids ``[batch, length]`` with the hard plan, the first time densely too."""
-        model = self._base()
-        predictions = tokens[:, 1:].numel()
-        with chosen(self.layers, self._choices):
-            nats = next_token_loss(model(input_ids=tokens, use_cache=False).logits, tokens)
-        self._validation_nats.update(nats, weight=predictions)
-        if self._need_dense:
-            with chosen(self.layers, "dense"):
-                nats = next_token_loss(model(input_ids=tokens, use_cache=False).logits, tokens)
-            self._dense_nats.update(nats, weight=predictions)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log perplexity of the hard plan and its excess over the dense model in nats.
+        """Score one batch of token ids ``[batch, length]`` with the hard plan, the first time densely too.
 
         Raises:
-            ValueError: They are not finite.
+            ValueError: A score is not finite.
         """
-        nats, dense = self._validation_nats.compute(), self._dense_nats.compute()
-        if not torch.isfinite(nats + dense):
+        self._score(tokens, self._choices, self._validation_nats)
+        if self._need_dense:
+            self._score(tokens, "dense", self._dense_nats)
+
+    def _score(self, tokens: Tensor, choices: dict[str, Choice] | Choice, nats: MeanMetric) -> None:
+        with chosen(self.layers, choices):
+            loss = next_token_loss(self._base()(input_ids=tokens, use_cache=False).logits, tokens)
+        # Asked of each batch: the metric would leave a NaN out and say little.
+        if not torch.isfinite(loss):
+            which = "dense model" if choices == "dense" else "hard plan"
             raise ValueError(
-                f"validation gave {nats.item()} nats a token (dense {dense.item()}): logits are not finite; "
-                "load the base in a wider type or check the checkpoint"
+                f"validation of the {which} gave {loss.item()} nats a token: its logits are not finite; "
+                "load the base in a wider type or check the weights"
             )
+        nats.update(loss, weight=tokens[:, 1:].numel())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log perplexity of the hard plan and its excess over the dense model in nats."""
+        nats, dense = self._validation_nats.compute(), self._dense_nats.compute()
         self.log("val/perplexity", nats.exp())
         self.log("val/excess", nats - dense, prog_bar=True)
+        if self.trainer.sanity_checking:
+            # It saw some of the windows only; the next validation needs the dense score of all.
+            self._dense_nats.reset()
 
     # -- checkpoints: masks only -------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the mask parameters alone: everything else comes from the base and the store."""
-        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+        return {name: value.detach() for name, value in self.named_parameters() if value.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what the masks belong to."""
-        checkpoint["lowrank_pl"] = {"format": _FORMAT, **self._identity()}
+        mark(checkpoint, self._identity())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose masks do not fit.
@@ -372,24 +337,7 @@ class RankLearner(LightningModule):
         Raises:
             ValueError: It is of another kind, model, store or mask; the message says what differs.
         """
-        theirs = checkpoint.get("lowrank_pl")
-        if not isinstance(theirs, Mapping) or theirs.get("format") != _FORMAT:
-            raise ValueError("the checkpoint was not written by this version of lowrank_pl: expected one that was")
-        ours = self._identity()
-        differ = [key for key in ours if theirs.get(key) != ours[key]]
-        if differ:
-            said = "; ".join(_difference(key, theirs.get(key), ours[key]) for key in differ)
-            raise ValueError(
-                f"the checkpoint does not fit this run: {said}. Resume with the settings that it was written with, "
-                "or start anew without --ckpt_path"
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that tell runs apart, flat, for loggers."""
-        terms = {key: value for key, value in asdict(self.data_terms).items() if isinstance(value, float | str)}
-        mask = {f"mask.{key}": value for key, value in vars(self.mask_method).items()}
-        rate = self.trainer.optimizers[0].defaults["lr"]
-        return {"base": self.base, "keep": self.keep, "dtype": self.dtype_name, "lr": rate, **terms, **mask}
+        check_fit(checkpoint, self._identity())
 
     def _identity(self) -> dict[str, Any]:
         masks = {name: list(value.shape) for name, value in self.named_parameters() if value.requires_grad}
@@ -398,39 +346,3 @@ class RankLearner(LightningModule):
     def _base(self) -> PreTrainedModel:
         assert self.model is not None, "configure_model has not run"
         return self.model
-
-
-@contextmanager
-def _keeping_output(module: nn.Module, seen: dict[str, Tensor], place: str) -> Iterator[None]:
-    """Keep the first output of ``module`` under ``place`` while the block runs."""
-
-    def hook(_: nn.Module, args: Any, output: Any) -> None:
-        seen[place] = output if isinstance(output, Tensor) else output[0]
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _refuse_dropout(model: PreTrainedModel) -> None:
-    """Refuse dropout, which train mode would switch on.
-
-    Raises:
-        ValueError: The configuration has some.
-    """
-    rates = {k: v for k, v in model.config.get_text_config().to_dict().items() if "drop" in k and isinstance(v, float)}
-    active = {key: rate for key, rate in rates.items() if rate > 0}
-    if active:
-        raise ValueError(
-            f"the base has dropout ({', '.join(f'{k} {v}' for k, v in active.items())}), which gradient checkpointing "
-            "would switch on: set it to 0 in its config.json, or leave gradient_checkpointing off"
-        )
-
-
-def _difference(key: str, theirs: Any, ours: Any) -> str:
-    if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
-        return f"{key} is {theirs!r} there and {ours!r} here"
-    odd = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    return f"{len(odd)} of {len(ours)} {key} differ, e.g. {odd[0]}: {theirs.get(odd[0])} there, {ours.get(odd[0])} here"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.budget import Budget
 from lowrank_pl.decompose import SquareRoot, decompose, square_root
-from lowrank_pl.factor_store import FactorStore, TensorStore, tensor_digest
+from lowrank_pl.factor_store import FactorStore, TensorStore, tensor_digest, weight_digest
+from lowrank_pl.files import sha256_of
 from lowrank_pl.statistics import InputMoments, collect_input_moments
 from lowrank_pl.targets import Target, Targets, dense_weight
 from lowrank_pl.windows import tokenizer_fingerprint, windows_fingerprint
@@ -34,6 +37,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+_NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "auto_map"}
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,17 @@ class Decomposition:
         return self.kind == "whitened"
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 over the names, types, shapes and values of all parameters."""
-    return tensor_digest(model.named_parameters())
+def model_fingerprint(model: PreTrainedModel) -> dict[str, str]:
+    """Return SHA-256 digests of all that a model computes with.
+
+    ``model`` covers the names, types, shapes and values of all parameters, ``config`` what else decides on the outputs
+    (rotary base, norm epsilon, ...).
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_COMPUTED_WITH}
+    return {
+        "model": tensor_digest(model.named_parameters()),
+        "config": sha256_of(json.dumps(config, sort_keys=True, default=str)),
+    }
 
 
 def model_parameters(model: nn.Module) -> int:
@@ -123,10 +135,13 @@ def preparation_notes(targets: Targets, store: FactorStore) -> list[str]:
         those = [skipped for skipped in targets.skipped if skipped.reason == reason]
         count = sum(skipped.parameters for skipped in those)
         notes.append(f"not targeted, {reason}: {len(those)} ({count:,} parameters), e.g. {those[0].name}")
-    names = [target.name for target in targets.modules]
-    eigen = [name for name in names if store.notes(name).get("square_root") == "eigen"]
+    made = {target: store.notes(target.name) for target in targets.modules}
+    eigen = [target.name for target, how in made.items() if how.get("square_root") == "eigen"]
     if eigen:
         notes.append(f"square root by eigen-decomposition for {len(eigen)} modules, e.g. {eigen[0]}")
+    short = [target.name for target, how in made.items() if int(how.get("tokens", sys.maxsize)) < target.shape[1]]
+    if short:
+        notes.append(f"fewer calibration tokens than inputs for {len(short)} modules, e.g. {short[0]}")
     return notes
 
 
@@ -158,7 +173,7 @@ def build_factors(
         ValueError: ``directory`` holds a store of something else, or a weight or an input is not finite.
     """
     settings = settings or Decomposition()
-    source = {"model": model_fingerprint(model)}
+    source = model_fingerprint(model)
     if settings.needs_text:
         source |= {"tokenizer": tokenizer_fingerprint(tokenizer), "text": windows_fingerprint(windows)}
     store = FactorStore({**source, **asdict(settings)}, directory)
@@ -229,8 +244,11 @@ def _decompose_all(
         if root is not None:
             kinds[root.kind] += 1
         for target in members:
-            factors = decompose(dense_weight(model.get_submodule(target.name)).detach(), whitening=root)
-            store.add(target.name, factors, notes={} if root is None else {"square_root": root.kind})
+            weight = dense_weight(model.get_submodule(target.name)).detach()
+            notes = {"weight": weight_digest(weight)}
+            if root is not None and statistics is not None:
+                notes |= {"square_root": root.kind, "tokens": statistics.notes(group)["tokens"]}
+            store.add(target.name, decompose(weight, whitening=root), notes=notes)
             bar.update()
     bar.close()
     if kinds["eigen"]:

@@ -112,10 +112,10 @@ def _watching(model: nn.Module, moments: Mapping[str, InputMoments]) -> Iterator
     """Feed ``moments`` from the inputs of the modules that they are named after; yields the batch number, to be set."""
     position = [0]
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def update(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def update(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             try:
-                moments[name].update(args[0])
+                moments[name].update(args[0] if args else kwargs["input" if "input" in kwargs else "x"])
             except ValueError as error:
                 raise ValueError(
                     f"{error}: at module {name} in calibration batch {position[0]}; "
@@ -125,7 +125,7 @@ def _watching(model: nn.Module, moments: Mapping[str, InputMoments]) -> Iterator
         return update
 
     training = model.training
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in moments]
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in moments]
     model.eval()
     try:
         yield position

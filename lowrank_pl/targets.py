@@ -196,13 +196,14 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 def _is_linear_map(module: nn.Module) -> bool:
     """Whether ``module`` computes ``weight @ x + bias`` and nothing else, as far as its parameters show."""
-    names = {name for name, _ in module.named_parameters(recurse=False)}
-    if not {"weight"} <= names <= {"weight", "bias"}:
+    if {name for name, _ in module.named_parameters(recurse=False)} not in ({"weight"}, {"weight", "bias"}):
         return False
     if isinstance(module, Conv1D):
         return True
-    # Layers with other storage (adapters, factors, packed weights) are nn.Linear as well.
-    return isinstance(module, nn.Linear) and module.weight.shape == (module.out_features, module.in_features)
+    # Layers with other storage (adapters, factors, packed weights) or other arithmetic are nn.Linear as well.
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return module.weight.shape == (module.out_features, module.in_features)
+    return False
 
 
 def _matrices(model: PreTrainedModel) -> Iterator[_Matrix]:

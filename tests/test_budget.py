@@ -37,9 +37,7 @@ def allowed_sizes(shape, multiple, floor):
 def test_budget_is_met_to_within_one_step(data, shapes, keep, multiple, with_floors):
     shapes = named(shapes)
     floors = {"block.0": data.draw(st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]))} if with_floors else {}
-    ladders = {
-        name: allowed_sizes(shape, multiple, Fraction(floors.get(name, 0.0))) for name, shape in shapes.items()
-    }
+    ladders = {name: allowed_sizes(shape, multiple, Fraction(floors.get(name, 0.0))) for name, shape in shapes.items()}
     total = sum(m * n for m, n in shapes.values())
     assume(sum(ladder[0][1] for ladder in ladders.values()) <= math.floor(keep * total + 1e-6))
     budget = Budget(
@@ -135,9 +133,9 @@ def test_multiple_of_leaves_small_modules_dense_and_says_so():
 
 def test_floors_hold():
     shapes = {"a.q_proj": (64, 64), "a.up": (64, 64), "b.q_proj": (64, 64)}
-    plan = Budget(
-        keep=0.6, shapes=shapes, model_parameters=12288, floors={"*q_proj": 0.7, "a.*": 0.1}
-    ).fit({"a.q_proj": 1.0, "a.up": 30.0, "b.q_proj": 1.0}, method="x")
+    plan = Budget(keep=0.6, shapes=shapes, model_parameters=12288, floors={"*q_proj": 0.7, "a.*": 0.1}).fit(
+        {"a.q_proj": 1.0, "a.up": 30.0, "b.q_proj": 1.0}, method="x"
+    )
     assert plan.modules["a.q_proj"].rank == plan.modules["b.q_proj"].rank == 23  # ceil(0.7 * 32)
     assert plan.modules["a.up"].rank == 11  # 57 components fit 0.6 of the budget, 46 are taken
     dense = Budget(keep=0.5, shapes=shapes, model_parameters=12288, floors={"a.up": 1.0})
@@ -183,8 +181,6 @@ def test_impossible_budgets(arguments, message):
         Budget(**{"keep": 0.5, "shapes": {"a": (20, 40), "b": (40, 20)}, "model_parameters": 1600, **arguments})
 
 
-
-
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
@@ -210,3 +206,13 @@ def test_uniform_keeps_the_same_fraction_everywhere():
     assert allocator("uniform") is uniform
     with pytest.raises(ValueError, match=r"no allocator is called 'best': expected one of uniform"):
         allocator("best")
+
+
+def test_what_is_left_goes_to_the_largest_rounding_loss():
+    # Just below the factor at which the large module would take its 10th component, 60 parameters are left: one step
+    # of a small module, and 3.9 lost more to rounding than 3.2.
+    shapes = {"small": (20, 20), "other": (20, 20), "large": (100, 100)}
+    plan = Budget(keep=2100 / 10_800, shapes=shapes, model_parameters=10_800).fit(
+        {"small": 3.2, "other": 3.9, "large": 10.0}, method="x"
+    )
+    assert [module.rank for module in plan.modules.values()] == [3, 4, 9]

@@ -105,9 +105,14 @@ def test_directory_replaces_an_older_one_only_at_the_end(tmp_path):
 def test_failed_directory_leaves_the_old_one(tmp_path, problem):
     with atomic_directory(tmp_path / "made") as building:
         (building / "old").write_text("1")
-    with pytest.raises(problem), atomic_directory(tmp_path / "made") as building:
-        (building / "new").write_text("2")
-        raise problem
+
+    def fail():
+        with atomic_directory(tmp_path / "made") as building:
+            (building / "new").write_text("2")
+            raise problem
+
+    with pytest.raises(problem):
+        fail()
     assert everything_in(tmp_path) == ["made", "made/old"]
 
 

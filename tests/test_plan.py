@@ -114,8 +114,11 @@ def test_origin_puts_notes_first(plan):
         (lambda d: d.update(modules={}), r"the plan names no module"),
         (lambda d: d["modules"]["z.last"].pop("rank"), r"lacks or misspells 'rank'"),
         (lambda d: d["modules"]["z.last"].pop("shape"), r"lacks or misspells 'shape'"),
-        (lambda d: d["modules"]["z.last"].update(rank=2.5), r'module z.last of the plan: rank 2.5 is neither a whole'),
-        (lambda d: d["modules"]["z.last"].update(rank="Dense"), r"rank 'Dense' is neither a whole number nor \"dense\""),
+        (lambda d: d["modules"]["z.last"].update(rank=2.5), r"module z.last of the plan: rank 2.5 is neither a whole"),
+        (
+            lambda d: d["modules"]["z.last"].update(rank="Dense"),
+            r"rank 'Dense' is neither a whole number nor \"dense\"",
+        ),
         (lambda d: d["modules"]["z.last"].update(rank=True), r"rank True is neither"),
         (lambda d: d["modules"]["z.last"].update(rank=None), r"rank None is neither"),
         (

@@ -1,0 +1,154 @@
+"""evaluate, allocate, export and bench as Python functions: the road from a text to a smaller model without training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lowrank_pl import RankPlan, load_compressed, perplexity, token_windows
+from lowrank_pl.bench import bench
+from lowrank_pl.commands import allocate, evaluate, export, pick_device
+from lowrank_pl.prepare import Decomposition
+from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
+
+TEXT = "python-docs::part=0%-10%"
+
+
+@pytest.fixture
+def plan_file(tmp_path, capsys):
+    allocate(
+        "random:llama", keep=0.5, text=TEXT, length=32, windows=8, output=tmp_path / "plan.json",
+        store=tmp_path / "store",
+    )  # fmt: skip
+    (tmp_path / "shown.txt").write_text(capsys.readouterr().out)
+    return tmp_path / "plan.json"
+
+
+def test_evaluate_gives_the_perplexity_and_its_figures(tmp_path, capsys):
+    figures = evaluate(
+        "random:llama", TEXT, length=32, windows=4, batch_size=2, prompts=["A list"], max_new_tokens=3,
+        json=tmp_path / "scores.json",
+    )  # fmt: skip
+    expected = perplexity(tiny_model("llama"), token_windows(TEXT, byte_tokenizer(), length=32, windows=4))
+    assert figures["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert json.loads((tmp_path / "scores.json").read_text()) == figures
+    assert (figures["windows"], figures["length"], figures["tokens"], figures["dtype"]) == (4, 32, 124, "float32")
+    assert figures["parameters"] == tiny_model("llama").num_parameters()
+    assert figures["tokens_per_second"] > 0
+    assert list(figures["samples"]) == ["A list"]
+    shown = capsys.readouterr().out
+    assert f"perplexity  {expected.perplexity:.4f}" in shown
+    assert "'A list' -> " in shown
+
+
+def test_evaluate_loads_in_the_type_asked_for():
+    assert evaluate("random:llama", TEXT, length=32, windows=1, dtype="bfloat16")["dtype"] == "bfloat16"
+
+
+def test_allocate_writes_a_plan_with_its_origin(plan_file, tmp_path):
+    plan = RankPlan.load(plan_file)
+    assert plan.method == "uniform"
+    assert 0.45 < plan.keep_targeted <= 0.5
+    assert plan.origin["store"] == str(tmp_path / "store")
+    assert plan.origin["calibration"] == {"text": TEXT, "length": 32, "windows": 8}
+    shown = (tmp_path / "shown.txt").read_text()
+    assert "uniform: kept 49." in shown
+    assert "module type" in shown
+
+
+def test_allocate_export_evaluate_is_one_road(plan_file, tmp_path, capsys):
+    figures = tmp_path / "export.json"
+    folder = export(plan_file, output=tmp_path / "model", json=figures)
+    assert folder == tmp_path / "model"
+    written = json.loads(figures.read_text())
+    assert (written["merged"], written["modules"], written["method"]) == (False, 14, "uniform")
+    assert written["bytes"] == (folder / "model.safetensors").stat().st_size
+    assert "kept targeted" in capsys.readouterr().out
+    score = evaluate(str(folder), TEXT, length=32, windows=2)
+    expected = perplexity(load_compressed(folder), token_windows(TEXT, byte_tokenizer(), length=32, windows=2))
+    assert score["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+
+
+def test_factors_that_are_gone_are_made_again_and_merge_writes_dense_weights(plan_file, tmp_path, caplog):
+    from transformers import AutoModelForCausalLM
+
+    shutil.rmtree(tmp_path / "store")
+    folder = export(plan_file, output=tmp_path / "merged", merge=True)
+    assert f"the factors at {tmp_path / 'store'} are gone: making them again from the plan's origin" in caplog.text
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
+    assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is torch.nn.Linear
+    rank = RankPlan.load(plan_file).modules["model.layers.0.mlp.up_proj"].rank
+    assert torch.linalg.matrix_rank(weight) == rank
+    assert "import lowrank_pl" not in (folder / "README.md").read_text()
+
+
+def test_export_refuses_what_does_not_belong_together(plan_file, tmp_path):
+    allocate(
+        "random:qwen2", keep=0.5, text=TEXT, length=32, windows=8, output=tmp_path / "other.json",
+        store=tmp_path / "other",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"drawn for other factors than those in .*other: .*model differ"):
+        export(plan_file, output=tmp_path / "model", store=tmp_path / "other")
+    with pytest.raises(ValueError, match="no store at"):
+        export(plan_file, output=tmp_path / "model", store=tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no plan at"):
+        export(tmp_path / "nothing.json", output=tmp_path / "model")
+    data = json.loads(plan_file.read_text())
+    plan_file.write_text(json.dumps({**data, "origin": {}}))
+    with pytest.raises(ValueError, match="does not say which base it is for: name it with --base"):
+        export(plan_file, output=tmp_path / "model")
+    with pytest.raises(ValueError, match="does not say what its factors were made from: name their folder with --st"):
+        export(plan_file, base="random:llama", output=tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_plan_edited_by_hand_is_exported(plan_file, tmp_path):
+    data = json.loads(plan_file.read_text())
+    data["modules"]["model.layers.0.mlp.up_proj"]["rank"] = 3
+    data["modules"]["model.layers.1.mlp.up_proj"]["rank"] = "dense"
+    plan_file.write_text(json.dumps(data))
+    model = load_compressed(export(plan_file, output=tmp_path / "model"))
+    assert model.get_submodule("model.layers.0.mlp.up_proj").rank == 3
+    assert torch.equal(
+        model.get_submodule("model.layers.1.mlp.up_proj").weight,
+        tiny_model("llama").get_submodule("model.layers.1.mlp.up_proj").weight,
+    )
+
+
+def test_allocate_passes_its_settings_on(tmp_path):
+    plan = allocate(
+        "random:gpt2", keep=0.6, text=TEXT, length=32, windows=4, decomposition=Decomposition(kind="svd"),
+        exclude=("*.c_proj",), multiple_of=2, floors={"*.c_attn": 0.7}, output=tmp_path / "plan.json",
+        json=tmp_path / "figures.json", dtype="bfloat16",
+    )  # fmt: skip
+    assert not any("c_proj" in name for name in plan.modules)
+    assert {entry.rank % 2 for entry in plan.modules.values() if entry.rank} == {0}
+    assert plan.origin["decomposition"]["kind"] == "svd"
+    assert plan.bytes_per_parameter == 2
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["kept_targeted"] == plan.keep_targeted <= 0.6
+    with pytest.raises(ValueError, match="no allocator is called 'best'"):
+        allocate("random:gpt2", method="best")
+
+
+def test_bench_compares_a_learning_step_with_the_frozen_model(tmp_path, capsys):
+    figures = bench(base="random:llama", text=TEXT, length=32, batch_size=2, repeats=2, json=tmp_path / "bench.json")
+    row = figures["random:llama"]
+    assert row["ratio_to_frozen"] == pytest.approx(row["step_seconds"] / row["frozen_seconds"])
+    assert row["tokens"] == 64
+    assert row["weights_ratio"] > 1
+    assert json.loads((tmp_path / "bench.json").read_text()) == figures
+    assert "ratio_to_frozen" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="repeats is 0: expected a whole number of at least 1"):
+        bench(base="random:llama", repeats=0)
+
+
+def test_devices():
+    assert pick_device("auto").type in ("cpu", "cuda")
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device 'tpu9' can't be used here"):
+        pick_device("tpu9")

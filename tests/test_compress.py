@@ -1,0 +1,228 @@
+"""Plans and factors become models of every family; whatever does not belong together is refused."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_pl.budget import break_even
+from lowrank_pl.compress import compress, compressed, restore_dense
+from lowrank_pl.decompose import truncate
+from lowrank_pl.hf_format import LowRankLinear
+from lowrank_pl.layers import MaskedLinear, chosen, masked_layers, plan_choice
+from lowrank_pl.masks import Staircase
+from lowrank_pl.plan import ModulePlan, RankPlan
+from lowrank_pl.prepare import build_factors
+from lowrank_pl.targets import dense_weight, find_targets, replace_module
+from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
+
+
+def factored(family, windows, **changes):
+    model = tiny_model(family, **changes)
+    targets = find_targets(model)
+    return model, targets, build_factors(model, targets, windows[:4], byte_tokenizer())
+
+
+def drawn(targets, store, rank):
+    """A plan with ``rank(target)`` for every target; an entry of its own may be returned too."""
+    entries = {target.name: rank(target) for target in targets.modules}
+    modules = {
+        target.name: entry if isinstance(entry, ModulePlan) else ModulePlan(target.shape, entry)
+        for target, entry in zip(targets.modules, entries.values(), strict=True)
+    }
+    return RankPlan(method="hand", keep=0.5, modules=modules, model_parameters=10**6, fingerprint=store.fingerprint)
+
+
+def logits(model, windows):
+    with torch.no_grad():
+        return model(input_ids=windows[4:6]).logits
+
+
+def half(target):
+    return max(1, break_even(target.shape) // 2)
+
+
+def mask_all(model, targets, store, keep=0.5):
+    for target in targets.modules:
+        mask = Staircase().create(target.shape, store.sigma(target.name), keep)
+        factors = store.factors(target.name, mask.rank)
+        replace_module(model, target.name, MaskedLinear(model.get_submodule(target.name), factors, mask))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_changes_nothing(family, windows):
+    model, targets, store = factored(family, windows)
+    before = logits(model, windows)
+    plan = drawn(targets, store, lambda target: min(target.shape))
+    small = compress(model, plan, store)
+    assert small is model
+    assert all(isinstance(model.get_submodule(target.name), LowRankLinear) for target in targets.modules)
+    torch.testing.assert_close(logits(small, windows), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compressed_modules_compute_with_truncated_weights(family, windows):
+    model, targets, store = factored(family, windows)
+    twin = tiny_model(family)
+    dense = {target.name for target in targets.modules[1::3]}
+    plan = drawn(targets, store, lambda target: None if target.name in dense else half(target))
+    originals = {name: model.get_submodule(name) for name in dense}
+    compress(model, plan, store)
+    for target in targets.modules:
+        if target.name in dense:
+            assert model.get_submodule(target.name) is originals[target.name]
+            continue
+        layer, other = model.get_submodule(target.name), twin.get_submodule(target.name)
+        assert (layer.weight.shape[1], layer.right.shape[0]) == (half(target), half(target))
+        assert (layer.bias is None) == (other.bias is None)
+        assert layer.bias is None or torch.equal(layer.bias, other.bias)
+        weight = (layer.weight.double() @ layer.right.double()).float().detach()
+        assert torch.linalg.matrix_rank(weight) == half(target)
+        # The dense twin gets the truncated weight: whatever differs then is the layer's doing.
+        other.weight.data.copy_(weight.T if isinstance(other, Conv1D) else weight)
+    torch.testing.assert_close(logits(model, windows), logits(twin, windows), rtol=1e-3, atol=1e-3)
+
+
+def test_counts_of_the_plan_are_those_of_the_model(windows):
+    model, targets, store = factored("qwen2", windows)
+    total = model.num_parameters()
+    plan = drawn(targets, store, half)
+    plan = RankPlan(
+        method="hand", keep=0.5, modules=plan.modules, model_parameters=total, fingerprint=store.fingerprint
+    )
+    assert compress(model, plan, store).num_parameters() == plan.kept_model_parameters
+
+
+def test_index_sets(windows):
+    model, targets, store = factored("llama", windows)
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight.double()
+    plan = drawn(targets, store, lambda target: ModulePlan(target.shape, 3, (0, 2, 9)))
+    whole = store.factors("model.layers.0.mlp.up_proj")
+    compress(model, plan, store)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    expected = sum(torch.outer(whole.left[:, j], whole.right[j]) for j in (0, 2, 9))
+    torch.testing.assert_close(layer.weight @ layer.right, expected)
+    assert torch.linalg.matrix_norm(weight - (layer.weight @ layer.right).double()) < torch.linalg.matrix_norm(weight)
+
+
+def test_bfloat16_models_get_bfloat16_factors(windows):
+    model, targets, store = factored("llama", windows)
+    plan = drawn(targets, store, half)
+    small = compress(tiny_model("llama").bfloat16(), plan, store)
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    expected = logits(compress(model, plan, store), windows)
+    assert (logits(small, windows).float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_masked_model_compresses_to_what_its_masks_compute(family, windows):
+    model, targets, store = factored(family, windows)
+    plan = drawn(targets, store, lambda target: None if target.kind.endswith("proj") else half(target))
+    mask_all(model, targets, store)
+    choices = {name: plan_choice(entry.rank, entry.indices, model.device) for name, entry in plan.modules.items()}
+    with chosen(masked_layers(model), choices):
+        learned = logits(model, windows)
+    small = compress(model, plan, store)
+    assert not masked_layers(small)
+    torch.testing.assert_close(logits(small, windows), learned, rtol=1e-4, atol=1e-4)
+    reference = compress(tiny_model(family), plan, store)
+    assert {name: type(m) for name, m in small.named_modules()} == {
+        name: type(m) for name, m in reference.named_modules()
+    }
+    for (name, mine), (_, theirs) in zip(small.named_parameters(), reference.named_parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_restore_dense_undoes_masking(family, windows):
+    model, targets, store = factored(family, windows)
+    before, classes = logits(model, windows), [type(module) for module in model.modules()]
+    mask_all(model, targets, store)
+    assert not torch.equal(logits(model, windows), before)
+    assert restore_dense(model) is model
+    assert torch.equal(logits(model, windows), before)
+    assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("problem", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("masked", [False, True])
+def test_compressed_block_puts_everything_back(windows, problem, masked):
+    model, targets, store = factored("llama", windows)
+    if masked:
+        mask_all(model, targets, store)
+    before, modules = logits(model, windows), dict(model.named_modules())
+    plan = drawn(targets, store, half)
+    leaving = pytest.raises(problem) if problem else nullcontext()
+    with leaving, compressed(model, plan, store) as small:
+        assert small is model
+        inside = logits(small, windows)
+        if problem:
+            raise problem
+    assert not torch.allclose(inside, before)
+    assert torch.equal(logits(model, windows), before)
+    assert dict(model.named_modules()) == modules
+
+
+def test_failure_inside_compression_is_undone_by_the_block(windows):
+    model, targets, store = factored("llama", windows)
+    before, modules = logits(model, windows), dict(model.named_modules())
+    store.path(targets.modules[6].name).write_bytes(b"short")
+    with (
+        pytest.raises(ValueError, match=r"safetensors is damaged .*: delete it and run again"),
+        compressed(model, drawn(targets, store, half), store),
+    ):
+        pass
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(logits(model, windows), before)
+    store.path(targets.modules[6].name).unlink()
+
+
+def test_factors_of_another_origin_are_refused(windows):
+    model, targets, store = factored("llama", windows)
+    plan = drawn(targets, store, half)
+    other = plan.with_origin({}, {**store.fingerprint, "text": "x", "damping": 1.0})
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match="drawn for other factors") as caught:
+        compress(model, other, store)
+    assert str(caught.value) == (
+        f"the plan was drawn for other factors than those in {store.directory}: damping, text differ. "
+        "Allocate again on this store, or name the store that the plan came from"
+    )
+    assert dict(model.named_modules()) == modules
+
+
+def test_another_model_is_refused_before_anything_changes(windows):
+    _, targets, store = factored("llama", windows)
+    plan = drawn(targets, store, half)
+    shorter = tiny_model("llama", layers=1)
+    with pytest.raises(ValueError, match=r"the plan names model.layers.1.self_attn.q_proj, which the model lacks"):
+        compress(shorter, plan, store)
+    wider = tiny_model("llama", hidden=48)
+    with pytest.raises(ValueError, match=r"q_proj the shape \(32, 32\), the model has \(48, 48\): another model\?"):
+        compress(wider, plan, store)
+    for model in (shorter, wider):
+        assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+def test_compressing_twice_is_refused(windows):
+    model, targets, store = factored("llama", windows)
+    plan = drawn(targets, store, half)
+    compress(model, plan, store)
+    with pytest.raises(ValueError, match="LowRankLinear is no plain linear map"):
+        compress(model, plan, store)
+
+
+def test_truncating_the_store_is_truncating_the_whole(windows):
+    model, targets, store = factored("gpt_neox", windows)
+    for target in targets.modules:
+        whole = store.factors(target.name)
+        part = truncate(whole, 3)
+        read = store.factors(target.name, 3)
+        assert torch.equal(part.left, read.left)
+        assert torch.equal(part.right, read.right)
+        weight = dense_weight(model.get_submodule(target.name))
+        torch.testing.assert_close(whole.left @ whole.right, weight, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,185 @@
+"""Masked layers against explicit matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_pl.decompose import decompose, truncate
+from lowrank_pl.layers import MaskedLinear, chosen, masked_layers, plan_choice
+from lowrank_pl.masks import Staircase
+
+OUT, IN = 20, 28
+
+
+@pytest.fixture(params=["linear", "linear without bias", "conv1d"])
+def layer(request):
+    """A layer, its dense weight [out, in] and its bias."""
+    torch.manual_seed(0)
+    if request.param == "conv1d":
+        module = Conv1D(OUT, IN)
+        nn.init.normal_(module.weight)
+        nn.init.normal_(module.bias)
+    else:
+        module = nn.Linear(IN, OUT, bias=request.param == "linear")
+    return module.requires_grad_(False)
+
+
+def weight_and_bias(module):
+    bias = torch.zeros(OUT) if module.bias is None else module.bias
+    return (module.weight.T if isinstance(module, Conv1D) else module.weight), bias
+
+
+def mask_in(module, keep=0.6):
+    weight, _ = weight_and_bias(module)
+    factors = decompose(weight.float())
+    mask = Staircase().create((OUT, IN), factors.sigma, keep)
+    return MaskedLinear(module, truncate(factors, mask.rank), mask)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(1))
+
+
+def reference(module, x, gate):
+    """Each token's output by explicit matrices in float64: W rebuilt from its gated singular triples."""
+    weight, bias = weight_and_bias(module)
+    U, S, V = torch.linalg.svd(weight.double(), full_matrices=False)
+    matrix = sum(g * s * torch.outer(u, v) for g, s, u, v in zip(gate, S, U.T, V, strict=False))
+    return torch.stack([matrix @ row.double() + bias.double() for row in x.reshape(-1, IN)]).reshape(*x.shape[:-1], OUT)
+
+
+def close(measured, expected, tolerance=1e-4):
+    torch.testing.assert_close(measured.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_mask_choice_gates_components(layer, x):
+    masked = mask_in(layer)
+    gate = masked.mask().tolist()
+    assert 0 < sum(gate) < len(gate)
+    close(masked(x), reference(layer, x, gate))
+
+
+def test_gate_values_between_zero_and_one_scale_components(layer, x):
+    masked = mask_in(layer)
+    gate = torch.linspace(1, 0, masked.mask.rank)
+    masked.mask.forward = lambda: gate
+    close(masked(x), reference(layer, x, gate.tolist()))
+
+
+def test_dense_choice_is_the_layer_itself(layer, x):
+    masked = mask_in(layer)
+    masked.choice = "dense"
+    torch.testing.assert_close(masked(x), layer(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 13])
+def test_rank_choice_keeps_the_first_components(layer, x, rank):
+    masked = mask_in(layer)
+    masked.choice = rank
+    close(masked(x), reference(layer, x, [1.0] * rank))
+
+
+def test_index_choice_keeps_those_components(layer, x):
+    masked = mask_in(layer)
+    masked.choice = torch.tensor([0, 3, 7])
+    close(masked(x), reference(layer, x, [float(j in (0, 3, 7)) for j in range(masked.mask.rank)]))
+
+
+def test_only_the_mask_learns(layer, x):
+    masked = mask_in(layer)
+    learning = [name for name, parameter in masked.named_parameters() if parameter.requires_grad]
+    assert learning == ["mask.logits"]
+    upstream = torch.randn(3, 5, OUT, generator=torch.Generator().manual_seed(2))
+    inputs = x.clone().requires_grad_()
+    (masked(inputs) * upstream).sum().backward()
+    assert all(p.grad is None for name, p in masked.named_parameters() if name != "mask.logits")
+    # d loss / d gate_j = sum over tokens of (upstream . u_j s_j) (v_j . x); the gate's own slope is that of p
+    weight, _ = weight_and_bias(layer)
+    U, S, V = torch.linalg.svd(weight.double(), full_matrices=False)
+    slopes = [
+        sum(
+            (up.double() @ U[:, j]) * S[j] * (V[j] @ row.double())
+            for up, row in zip(upstream.reshape(-1, OUT), x.reshape(-1, IN), strict=True)
+        ).item()
+        for j in range(masked.mask.rank)
+    ]
+    alpha = masked.mask.logits.detach().double().softmax(0)
+    D = len(alpha) - 1
+    M = torch.tensor(
+        [[float(j < masked.mask.rank * (D - i) // D) for j in range(masked.mask.rank)] for i in range(D + 1)]
+    ).double()
+    expected = (alpha[:, None] * (M - alpha @ M)) @ torch.tensor(slopes).double()
+    torch.testing.assert_close(masked.mask.logits.grad.double(), expected, rtol=1e-3, atol=1e-5)
+    gate = masked.mask().detach().double()
+    matrix = (U[:, : len(gate)] * S[: len(gate)] * gate) @ V[: len(gate)]
+    close(inputs.grad, (upstream.double() @ matrix))
+
+
+def test_bfloat16_base_with_float32_mask(layer, x):
+    masked = mask_in(layer.bfloat16())
+    assert {p.dtype for name, p in masked.named_parameters() if name != "mask.logits"} == {torch.bfloat16}
+    assert masked.mask.logits.dtype == torch.float32
+    output = masked(x.bfloat16())
+    assert output.dtype == torch.bfloat16
+    close(output, reference(layer, x.bfloat16(), masked.mask().tolist()), 0.1)
+    output.float().square().sum().backward()
+    assert masked.mask.logits.grad.dtype == torch.float32
+    before = masked.mask.logits.detach().clone()
+    torch.optim.AdamW(masked.mask.parameters(), lr=1e-3).step()
+    assert ((masked.mask.logits.detach() - before).abs() > 1e-4).any()
+
+
+def test_dense_brings_the_layer_back(layer, x):
+    masked = mask_in(layer)
+    back = masked.dense()
+    assert type(back) is type(layer)
+    assert torch.equal(back.weight, layer.weight)
+    assert back.weight.is_contiguous()
+    assert (back.bias is None) == (layer.bias is None)
+    assert back.bias is None or torch.equal(back.bias, layer.bias)
+    assert torch.equal(back(x), layer(x))
+    assert repr(back) == repr(layer)
+    assert list(back.state_dict()) == list(layer.state_dict())
+    assert not any(parameter.requires_grad for parameter in back.parameters())
+
+
+def test_linear_shares_memory_with_its_masked_form():
+    layer = nn.Linear(IN, OUT)
+    masked = mask_in(layer)
+    assert masked.weight.data_ptr() == layer.weight.data_ptr() == masked.dense().weight.data_ptr()
+    assert masked.bias.data_ptr() == layer.bias.data_ptr()
+
+
+def test_parameters_are_contiguous_for_fsdp(layer):
+    masked = mask_in(layer)
+    assert all(parameter.is_contiguous() for parameter in masked.parameters())
+    assert (masked.in_features, masked.out_features, masked.weight.shape) == (IN, OUT, (OUT, IN))
+    assert f"in_features={IN}, out_features={OUT}, components={masked.mask.rank}" in repr(masked)
+
+
+def test_choices_hold_inside_the_block_only():
+    model = nn.ModuleDict({"a": mask_in(nn.Linear(IN, OUT)), "b": mask_in(nn.Linear(IN, OUT)), "c": nn.Linear(2, 2)})
+    layers = masked_layers(model)
+    assert list(layers) == ["a", "b"]
+    layers["b"].choice = 3
+    with chosen(layers, "dense"):
+        assert [layer.choice for layer in layers.values()] == ["dense", "dense"]
+        with chosen(layers, {"a": 2, "b": "mask"}):
+            assert [layer.choice for layer in layers.values()] == [2, "mask"]
+    assert [layer.choice for layer in layers.values()] == ["mask", 3]
+    with pytest.raises(KeyError), chosen(layers, {"a": "dense"}):
+        pass
+    with pytest.raises(KeyboardInterrupt), chosen(layers, "dense"):
+        raise KeyboardInterrupt
+    assert [layer.choice for layer in layers.values()] == ["mask", 3]
+
+
+def test_choice_of_a_plan():
+    device = torch.device("cpu")
+    assert plan_choice(None, None, device) == "dense"
+    assert plan_choice(4, None, device) == 4
+    assert torch.equal(plan_choice(2, (1, 5), device), torch.tensor([1, 5]))

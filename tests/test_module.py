@@ -1,0 +1,418 @@
+"""RankLearner: what learns, what is kept, and that its numbers are those of a slow reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from learning import fit, logits_of, make_data, make_learner, make_trainer
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from lowrank_pl import RankPlan, compress, perplexity
+from lowrank_pl.activations import refuse_dropout
+from lowrank_pl.base_model import load_base
+from lowrank_pl.checkpointing import AtomicCheckpoints, read_checkpoint
+from lowrank_pl.layers import MaskedLinear
+from lowrank_pl.masks import Staircase
+from lowrank_pl.objectives import DataTerms
+from lowrank_pl.prepare import Decomposition
+from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
+
+
+def save_base(folder, model):
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def built(base="random:llama", data=None, **changes):
+    """Return a learner with its masked model, without a Trainer."""
+    learner = make_learner(base, **changes)
+    learner.build(load_base(base), data or make_data())
+    return learner
+
+
+class Spy(Callback):
+    """Keeps what a step logged and the mask gradients, and counts how often a layer computed."""
+
+    def __init__(self):
+        self.logged, self.gradients, self.calls = [], [], 0
+
+    def on_train_start(self, trainer, pl_module):
+        first = next(iter(pl_module.layers.values()))
+        first.register_forward_hook(lambda *_: setattr(self, "calls", self.calls + 1))
+
+    def on_after_backward(self, trainer, pl_module):
+        self.gradients.append({name: mask.logits.grad.clone() for name, mask in pl_module.masks.items()})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.logged.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+
+# -- what learns ---------------------------------------------------------------------------------------------------
+
+
+def test_only_masks_are_in_optimizer_and_checkpoint(tmp_path):
+    learner = make_learner()
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=0, save_last=True)
+    trainer = fit(learner, max_steps=2, enable_checkpointing=True, callbacks=[saving])
+    (group,) = trainer.optimizers[0].param_groups
+    assert [id(p) for p in group["params"]] == [id(mask.logits) for mask in learner.masks.values()]
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    assert set(checkpoint["state_dict"]) == {f"model.{name}.mask.logits" for name in learner.masks}
+    assert {tuple(value.shape) for value in checkpoint["state_dict"].values()} == {(101,)}
+    assert len(learner.masks) == 14
+    assert (tmp_path / "last.ckpt").stat().st_size < 60_000
+    assert not any(p.requires_grad for n, p in learner.named_parameters() if "mask" not in n)
+
+
+def test_masks_stay_float32_beside_a_bfloat16_base_and_move():
+    learner = make_learner(dtype="bfloat16")
+    fit(learner, max_steps=1)
+    before = built(dtype="bfloat16").masks
+    assert {p.dtype for n, p in learner.model.named_parameters() if "mask" not in n} == {torch.bfloat16}
+    for name, mask in learner.masks.items():
+        assert mask.logits.dtype == torch.float32
+        assert (mask.logits - before[name].logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_precisions_that_cast_masks_are_refused(precision):
+    with pytest.raises(ValueError, match=f"the Trainer's precision is '{precision}', which casts the masks too"):
+        fit(make_learner(), max_steps=1, precision=precision)
+
+
+def test_mixed_precision_learns():
+    learner = make_learner()
+    fit(learner, max_steps=1, precision="bf16-mixed")
+    assert {mask.logits.dtype for mask in learner.masks.values()} == {torch.float32}
+
+
+class OtherData(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(2, 8, dtype=torch.int64))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no")
+def test_a_datamodule_of_another_type_is_refused():
+    with pytest.raises(ValueError, match="got OtherData as its datamodule: expected a CalibrationData"):
+        fit(make_learner(), OtherData(), max_steps=1)
+    with pytest.raises(ValueError, match="got no datamodule: expected a CalibrationData"):
+        make_trainer(max_steps=1).fit(make_learner(), OtherData().train_dataloader())
+
+
+def test_half_a_schedule_and_an_impossible_keep_are_refused():
+    for half in ({"keep_start": 0.9}, {"keep_steps": 4}, {"keep_start": 0.9, "keep_steps": -4}):
+        with pytest.raises(ValueError, match="a schedule needs both"):
+            make_learner(**half)
+    for keep in (0, 1.5, -1):
+        with pytest.raises(ValueError, match=f"keep is {keep}: expected the fraction of parameters to keep"):
+            make_learner(keep=keep)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "phi3", "gpt_neox"])
+def test_other_families_learn_too_also_with_gradient_checkpointing(family):
+    learner = make_learner(f"random:{family}", gradient_checkpointing=True)
+    fit(learner, max_steps=1)
+    before = built(f"random:{family}")
+    moved = [(mask.logits - before.masks[name].logits).abs().max().item() for name, mask in learner.masks.items()]
+    assert min(moved) > 0.01
+    assert learner.plan().keep_targeted <= 0.5
+
+
+# -- gradient checkpointing ----------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_and_is_really_active():
+    terms = DataTerms(kl=0.5, divergence=1.0)
+    plain, saving = Spy(), Spy()
+    fit(make_learner(data_terms=terms), max_steps=2, callbacks=[plain])
+    learner = make_learner(data_terms=terms, gradient_checkpointing=True)
+    fit(learner, max_steps=2, callbacks=[saving])
+    assert learner.model.training
+    # Teacher and student; recomputed, the student's layers compute once more.
+    assert (plain.calls, saving.calls) == (4, 6)
+    for one, other in zip(plain.gradients, saving.gradients, strict=True):
+        for name in one:
+            assert one[name].abs().max() > 0
+            assert torch.equal(one[name], other[name])
+
+
+def test_dropout_is_refused_with_gradient_checkpointing(tmp_path):
+    model = tiny_model("llama")
+    model.config.attention_dropout = 0.25
+    base = save_base(tmp_path, model)
+    with pytest.raises(ValueError, match=r"the base has dropout \(.*attention_dropout = 0.25\), which gradient check"):
+        fit(make_learner(base, gradient_checkpointing=True), max_steps=1)
+
+
+def test_dropout_of_heads_that_are_absent_does_not_count():
+    gpt2 = tiny_model("gpt2")
+    assert gpt2.config.summary_first_dropout > 0
+    refuse_dropout(gpt2)
+    gpt2.transformer.h[1].mlp.dropout.p = 0.1
+    with pytest.raises(ValueError, match=r"\(transformer.h.1.mlp.dropout.p = 0.1\)"):
+        refuse_dropout(gpt2)
+
+
+# -- the loss against a slow reference -----------------------------------------------------------------------------
+
+
+def reference_student(learner):
+    """Return a dense copy whose weights are the products of the gated factors."""
+    copy = tiny_model("llama")
+    for name, layer in learner.layers.items():
+        share = sum((100 - i) / 100 * p.item() for i, p in enumerate(layer.mask.logits.double().softmax(0)))
+        length = round(layer.mask.rank * share)
+        copy.get_submodule(name).weight = torch.nn.Parameter(layer.left[:, :length] @ layer.right[:length])
+    return copy
+
+
+def compared(student, teacher, kind):
+    """Return the divergence of activations by a loop over positions."""
+    student, teacher = student.double().flatten(0, 1), teacher.double().flatten(0, 1)
+    if kind == "cosine":
+        each = [float(s @ t / (s.norm() * t.norm())) for s, t in zip(student, teacher, strict=True)]
+        return 1 - sum(each) / len(each)
+    error = sum(float(((s - t) ** 2).mean()) for s, t in zip(student, teacher, strict=True)) / len(student)
+    scale = sum(float((t**2).mean()) for t in teacher) / len(teacher)
+    return error / scale if kind == "normalised_mse" else error
+
+
+@pytest.mark.parametrize(
+    ("kind", "places"), [("mse", ("middle", "last")), ("cosine", ("last",)), ("normalised_mse", ("0", "middle"))]
+)
+@torch.no_grad()
+def test_teacher_terms_against_a_dense_copy(kind, places):
+    terms = DataTerms(cross_entropy=0.5, kl=2.0, divergence=3.0, divergence_kind=kind, divergence_at=places)
+    data, spy = make_data(batch_size=2), Spy()
+    learner = built(data=data)
+    tokens = data.train_windows[data.train_dataloader().batches(0)[0]]
+    with torch.enable_grad():
+        fit(make_learner(data_terms=terms), data, max_steps=1, callbacks=[spy])
+    student = reference_student(learner)(tokens, output_hidden_states=True)
+    teacher = tiny_model("llama")(tokens, output_hidden_states=True)
+    p, q = (out.logits.double().softmax(-1) for out in (teacher, student))
+    states = {"0": 1, "middle": 2, "last": -1}  # of two blocks; entry 0 is the embedding
+    if "middle" in places:
+        # hidden_states has the last block's output only after the norm
+        captured = {}
+        models = {"student": reference_student(learner), "teacher": tiny_model("llama")}
+        for name, model in models.items():
+            model.model.layers[1].register_forward_hook(
+                lambda _m, _i, out, name=name: captured.update({name: out if torch.is_tensor(out) else out[0]})
+            )
+            model(tokens)
+    each = []
+    for place in places:
+        pair = (
+            (captured["student"], captured["teacher"])
+            if place == "middle"
+            else (student.hidden_states[states[place]], teacher.hidden_states[states[place]])
+        )
+        each.append(compared(*pair, kind))
+    chosen = q[:, :-1].gather(-1, tokens[:, 1:, None])
+    (logged,) = spy.logged
+    assert logged["loss/cross_entropy"] == pytest.approx(0.5 * -chosen.log().mean().item(), rel=1e-4)
+    assert logged["loss/kl"] == pytest.approx(2.0 * (p * (p / q).log()).sum(-1).mean().item(), rel=1e-3)
+    assert logged["loss/divergence"] == pytest.approx(3.0 * sum(each) / len(each), rel=1e-3)
+    parts = sum(value for name, value in logged.items() if name.startswith("loss/") and name != "loss/total")
+    assert logged["loss/total"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_a_place_that_the_model_lacks_is_refused():
+    terms = DataTerms(divergence=1.0, divergence_at=("7",))
+    with pytest.raises(ValueError, match="divergence_at holds '7': expected middle, last or a block from 0 to 1"):
+        built(data_terms=terms)
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch():
+    large, small = make_learner(), make_learner()
+    fit(large, make_data(batch_size=2), max_steps=2)
+    fit(small, make_data(batch_size=1), max_steps=2, accumulate_grad_batches=2)
+    for name, value in logits_of(large).items():
+        torch.testing.assert_close(logits_of(small)[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_learning_rate_schedule_steps_with_the_optimizer():
+    learner = make_learner(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 4))
+    trainer = fit(learner, max_steps=3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 / 4)
+
+
+# -- settings that shape the plan ----------------------------------------------------------------------------------
+
+
+def test_the_aim_moves_from_keep_start_to_keep():
+    spy = Spy()
+    learner = make_learner(keep_start=0.9, keep_steps=4)
+    fit(learner, max_steps=6, callbacks=[spy])
+    assert [step["keep/aim"] for step in spy.logged] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.5])
+    assert spy.logged[0]["keep/expected"] == pytest.approx(0.9, abs=0.01)
+    assert learner.plan().keep_targeted <= 0.5
+
+
+def test_masks_start_from_a_plan(tmp_path):
+    first = built()
+    names = list(first.masks)
+    wishes = {name: 12.0 if number % 2 else 3.0 for number, name in enumerate(names)}
+    plan = first.budget.fit(wishes, method="hand")
+    learner = built(start=plan.save(tmp_path / "plan.json"))
+    for name, mask in learner.masks.items():
+        entry = plan.modules[name]
+        assert mask.ratio().item() == pytest.approx(entry.parameters / entry.dense_parameters, abs=0.005)
+    assert {name: entry.rank for name, entry in learner.plan().modules.items()} == pytest.approx(
+        {name: entry.rank for name, entry in plan.modules.items()}, abs=1
+    )
+
+
+def test_a_plan_that_does_not_cover_the_modules_is_refused(tmp_path):
+    plan = built(include=("*.mlp.*",)).plan()
+    with pytest.raises(ValueError, match=r"does not cover model\.layers\.0\.self_attn\.q_proj and 7 more modules"):
+        built(start=plan.save(tmp_path / "plan.json"))
+    with pytest.raises(ValueError, match="no plan at"):
+        make_learner(start=tmp_path / "none.json")
+
+
+def test_multiple_of_floors_include_and_exclude_shape_the_plan():
+    learner = make_learner(
+        multiple_of=4, floors={"*.k_proj": 1.0, "*.up_proj": 0.6}, exclude=("*.down_proj",), include=("*.layers.*",)
+    )
+    fit(learner, max_steps=2)
+    plan = learner.plan()
+    assert not any("down_proj" in name for name in plan.modules)
+    assert all(entry.rank is None for name, entry in plan.modules.items() if "k_proj" in name)
+    kept = {name: entry.parameters / entry.dense_parameters for name, entry in plan.modules.items()}
+    assert min(share for name, share in kept.items() if "up_proj" in name) >= 0.6
+    assert {entry.rank % 4 for entry in plan.modules.values() if entry.rank} == {0}
+    assert plan.keep_targeted <= 0.5
+    with pytest.raises(ValueError, match=r"the floors and multiple_of 1 need at least .*: raise keep or lower them"):
+        built(floors={"*": 0.9})
+
+
+def test_the_plan_says_where_its_factors_come_from():
+    learner = built()
+    plan = RankPlan.from_json(learner.plan().to_json())
+    assert plan.origin["base"] == "random:llama"
+    assert plan.origin["calibration"] == {"text": "python-docs", "length": 32, "windows": 8}
+    assert plan.fingerprint == learner.store.fingerprint
+    assert any(note.startswith("wished ranks scaled by") for note in plan.notes)
+
+
+# -- validation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_validation_is_the_perplexity_of_the_compressed_model(sanity):
+    learner, data = make_learner(), make_data(validation_batch_size=2)
+    trainer = fit(learner, data, max_epochs=1, num_sanity_val_steps=sanity)
+    dense = perplexity(tiny_model("llama"), data.validation_windows)
+    small = perplexity(compress(tiny_model("llama"), learner.plan(), learner.store), data.validation_windows)
+    assert trainer.callback_metrics["val/perplexity"].item() == pytest.approx(small.perplexity, rel=1e-4)
+    assert trainer.callback_metrics["val/excess"].item() == pytest.approx(small.nats - dense.nats, abs=1e-5)
+    assert {layer.choice for layer in learner.layers.values()} <= {"mask", "dense"}
+
+
+class Poison(Callback):
+    """Makes the embedding of one token NaN."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def on_validation_start(self, trainer, pl_module):
+        with torch.no_grad():
+            pl_module.model.get_input_embeddings().weight[self.token] = math.nan
+
+
+def test_one_window_of_nan_among_others_is_an_error():
+    data = make_data()
+    first, *_, last = data.validation_windows
+    token = next(token for token in last.tolist() if token not in first.tolist())
+    with pytest.raises(ValueError, match="validation of the hard plan gave nan nats a token: its logits are not fin"):
+        fit(make_learner(), data, max_epochs=1, callbacks=[Poison(token)])
+
+
+def test_early_stopping_watches_the_hard_plan():
+    stop = EarlyStopping("val/excess", patience=1, min_delta=100.0)
+    trainer = fit(make_learner(), max_epochs=5, callbacks=[stop])
+    assert trainer.current_epoch == 2
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    saving = ModelCheckpoint(tmp_path / "first", every_n_train_steps=2, save_top_k=0, save_last=True)
+    fit(make_learner(), max_steps=2, enable_checkpointing=True, callbacks=[saving])
+    return tmp_path / "first" / "last.ckpt"
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path):
+    base = save_base(tmp_path / "deeper", tiny_model("llama", layers=4))
+    with pytest.raises(ValueError, match=r"does not fit this run: factors is .*14 of 28 masks differ, e\.g\. .*layers\.2\."):
+        fit(make_learner(base), max_steps=4, ckpt_path=checkpoint)
+
+
+def test_a_checkpoint_of_other_factors_or_masks_is_refused(checkpoint):
+    content = read_checkpoint(checkpoint)
+    built().on_load_checkpoint(content)
+    with pytest.raises(ValueError, match=r"factors is '.*' there and '.*' here\. Resume with the settings"):
+        built(decomposition=Decomposition(kind="svd")).on_load_checkpoint(content)
+    with pytest.raises(ValueError, match=r"14 of 14 masks differ, e\.g\. .*logits: \[101\] there, \[51\] here"):
+        built(mask=Staircase(steps=50)).on_load_checkpoint(content)
+    with pytest.raises(ValueError, match="was not written by this version of lowrank_pl"):
+        built().on_load_checkpoint({"state_dict": {}})
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_no_checkpoint_runs_code(tmp_path, capsys):
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {}, "x": Evil()}, path)
+    for read in (read_checkpoint, AtomicCheckpoints().load_checkpoint):
+        with pytest.raises(ValueError, match=r"evil\.ckpt is damaged or no checkpoint of `lowrank fit`"):
+            read(path)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        fit(make_learner(), max_steps=1, ckpt_path=path)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint at .*none.ckpt: expected a file that `lowrank fit` wrote"):
+        read_checkpoint(tmp_path / "none.ckpt")
+    (tmp_path / "text.ckpt").write_text("no zip")
+    with pytest.raises(ValueError, match=r"text\.ckpt is damaged"):
+        read_checkpoint(tmp_path / "text.ckpt")
+    torch.save(torch.ones(2), tmp_path / "tensor.ckpt")
+    with pytest.raises(ValueError, match="holds a Tensor: expected a checkpoint"):
+        read_checkpoint(tmp_path / "tensor.ckpt")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpoints().save_checkpoint({"step": 1}, path)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        AtomicCheckpoints().save_checkpoint({"step": 2}, path)
+    assert AtomicCheckpoints().load_checkpoint(path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_the_model_is_built_once():
+    learner = make_learner()
+    trainer = fit(learner, max_steps=1)
+    model = learner.model
+    trainer.validate(learner, make_data(), verbose=False)
+    assert learner.model is model
+    assert sum(isinstance(module, MaskedLinear) for module in model.modules()) == 14
