@@ -13,7 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from lowrank_pl.files import atomic_write
 
-__all__ = ["AtomicCheckpoints", "check_fit", "mark", "read_checkpoint"]
+__all__ = ["AtomicCheckpoints", "check_fit", "mark", "mark_of", "read_checkpoint"]
 
 KEY = "lowrank_pl"
 FORMAT = 1
@@ -65,6 +65,18 @@ def mark(checkpoint: dict[str, Any], identity: Mapping[str, Any]) -> None:
     checkpoint[KEY] = {"format": FORMAT, **identity}
 
 
+def mark_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what ``mark`` recorded in ``checkpoint``.
+
+    Raises:
+        ValueError: Nothing, or in another format.
+    """
+    found = checkpoint.get(KEY)
+    if not isinstance(found, Mapping) or found.get("format") != FORMAT:
+        raise ValueError("the checkpoint was not written by this version of lowrank_pl: expected one that was")
+    return found
+
+
 def check_fit(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose masks belong to something else.
 
@@ -75,9 +87,7 @@ def check_fit(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> Non
     Raises:
         ValueError: It is of another kind, model, store or mask; the message says what differs.
     """
-    theirs = checkpoint.get(KEY)
-    if not isinstance(theirs, Mapping) or theirs.get("format") != FORMAT:
-        raise ValueError("the checkpoint was not written by this version of lowrank_pl: expected one that was")
+    theirs = mark_of(checkpoint)
     differ = [key for key in identity if theirs.get(key) != identity[key]]
     if differ:
         said = "; ".join(_difference(key, theirs.get(key), identity[key]) for key in differ)

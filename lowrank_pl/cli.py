@@ -23,7 +23,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lowrank_pl import __version__
 from lowrank_pl.bench import bench
 from lowrank_pl.callbacks import FinishRun, RankMonitor
-from lowrank_pl.checkpointing import AtomicCheckpoints, read_checkpoint
+from lowrank_pl.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
 from lowrank_pl.commands import allocate, evaluate, export
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.export import ExportError
@@ -78,7 +78,7 @@ class RankCLI(LightningCLI):
         path = self.config[self.config.subcommand].get("ckpt_path")
         # A folder is what FSDP2 writes; the words are Lightning's own.
         if path and path not in ("last", "best", "hpc") and not Path(path).is_dir():
-            read_checkpoint(path)
+            mark_of(read_checkpoint(path))
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Run the Trainer; after Ctrl-C say how to go on."""
@@ -147,7 +147,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: With status 1 after an error, 2 after words that can't be understood, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    # Of several processes that do the same, the first says it.
+    first = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
+    level = logging.INFO if first else logging.WARNING
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     _quiet_others()
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -159,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(_said(f"interrupted: {said}, nothing half-written is left", 130))
     except ArgumentError as error:
         said = " ".join(str(error).split())
-        sys.exit(_said(f"error: {said}; `lowrank {words[0]} --help` lists the options", 2))
+        command = words[0] if words[0] in FUNCTIONS else "fit"
+        sys.exit(_said(f"error: {said}; `lowrank {command} --help` lists the options", 2))
     except (ValueError, OSError, ExportError, MisconfigurationException) as error:
         if os.environ.get("LOWRANK_DEBUG"):
             raise
@@ -208,6 +212,9 @@ EXPECTED = (
     r".*isinstance\(treespec, LeafSpec\)",  # of Lightning 2.6 on torch 2.13
     r"Found \d+ module\(s\) in eval mode",  # the frozen base, on purpose
     r"Checkpoint directory .* exists and is not empty",  # of a run that goes on
+    r'Be aware that when using `ckpt_path`.*: \["ModelCheckpoint\{[^"]*"\]',  # it saves at other steps now, no more
+    r"The dirpath has changed",  # of a run that goes on in another folder
+    r"Detected an existing checkpoint in .*last\.ckpt",  # of FSDP2
     r".*does not have many workers",  # the windows are in memory
     r".*number of training batches .* is smaller than the logging interval",
 )

@@ -315,8 +315,9 @@ class RankLearner(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log perplexity of the hard plan and its excess over the dense model in nats."""
         nats, dense = self._validation_nats.compute(), self._dense_nats.compute()
-        self.log("val/perplexity", nats.exp())
-        self.log("val/excess", nats - dense, prog_bar=True)
+        # Already the same on all processes; without sync_dist Lightning would warn that they may not be.
+        self.log("val/perplexity", nats.exp(), sync_dist=True)
+        self.log("val/excess", nats - dense, prog_bar=True, sync_dist=True)
         if self.trainer.sanity_checking:
             # It saw some of the windows only; the next validation needs the dense score of all.
             self._dense_nats.reset()

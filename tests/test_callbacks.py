@@ -45,9 +45,12 @@ def events(run):
 
 def test_ranks_by_type_and_block_are_logged_once_a_step(events):
     tags = events.Tags()["scalars"]
-    assert {"kept by type/self_attn.q_proj", "kept by type/mlp.down_proj", "kept by block/000", "kept by block/001"} <= {
-        *tags
-    }
+    assert {
+        "kept by type/self_attn.q_proj",
+        "kept by type/mlp.down_proj",
+        "kept by block/000",
+        "kept by block/001",
+    } <= {*tags}
     assert {"keep/dense modules", "keep/expected", "keep/aim", "loss/total", "loss/budget", "val/perplexity"} <= {*tags}
     # Two batches make a step: both end with the same number of steps, one point is enough.
     assert [event.step for event in events.Scalars("kept by block/000")] == [0, 2, 4]
@@ -95,9 +98,7 @@ def test_the_terminal_is_told_what_and_where(run):
     for place in ("model", "plan.json", "summary.json", "rank_map.png"):
         assert str(folder / place) in text
     assert "'A list is'" in text
-    assert "'A list is'" in repr((folder / "model" / "README.md").read_text()) or "A list is" in (
-        folder / "model" / "README.md"
-    ).read_text()
+    assert "| A list is |" in " ".join((folder / "model" / "README.md").read_text().split())
 
 
 def test_a_finished_run_is_finished_again_from_its_checkpoint_and_counts_seconds_on(run, tmp_path):

@@ -1,4 +1,4 @@
-"""evaluate, allocate, export and bench as Python functions: the road from a text to a smaller model without training."""
+"""evaluate, allocate, export and bench as Python functions: from a text to a smaller model without training."""
 
 from __future__ import annotations
 

@@ -353,7 +353,9 @@ def checkpoint(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path):
     base = save_base(tmp_path / "deeper", tiny_model("llama", layers=4))
-    with pytest.raises(ValueError, match=r"does not fit this run: factors is .*14 of 28 masks differ, e\.g\. .*layers\.2\."):
+    with pytest.raises(
+        ValueError, match=r"does not fit this run: factors is .*14 of 28 masks differ, e\.g\. .*layers\.2\."
+    ):
         fit(make_learner(base), max_steps=4, ckpt_path=checkpoint)
 
 
@@ -385,7 +387,7 @@ def test_no_checkpoint_runs_code(tmp_path, capsys):
 
 
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint at .*none.ckpt: expected a file that `lowrank fit` wrote"):
+    with pytest.raises(ValueError, match=r"no checkpoint at .*none\.ckpt: expected a file that `lowrank fit` wrote"):
         read_checkpoint(tmp_path / "none.ckpt")
     (tmp_path / "text.ckpt").write_text("no zip")
     with pytest.raises(ValueError, match=r"text\.ckpt is damaged"):
