@@ -19,7 +19,9 @@ def test_quickstart_runs_on_a_tiny_model(monkeypatch, tmp_path):
     monkeypatch.setenv("LOWRANK_OUTPUT", str(tmp_path / "model"))
     notebook = nbformat.read(NOTEBOOKS / "quickstart.ipynb", as_version=4)
     NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
-    drawn = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    drawn = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert len(drawn) == 1
     assert "learned" in printed
