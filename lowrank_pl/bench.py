@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.commands import pick_device
 from lowrank_pl.files import write_json
-from lowrank_pl.layers import MaskedLinear, masked_layers
+from lowrank_pl.layers import insert_masks, masked_layers
 from lowrank_pl.masks import Staircase
 from lowrank_pl.objectives import next_token_loss
 from lowrank_pl.prepare import build_factors
-from lowrank_pl.targets import find_targets, replace_module
+from lowrank_pl.targets import find_targets
 from lowrank_pl.windows import token_windows
 
 __all__ = ["bench", "peak_memory"]
@@ -113,11 +113,8 @@ def peak_memory(device: torch.device) -> int:
 
 def _mask(model: PreTrainedModel, windows: Tensor, tokenizer: Any, keep: float) -> None:
     targets = find_targets(model)
-    store, method = build_factors(model, targets, windows, tokenizer), Staircase()
-    for target in targets.modules:
-        mask = method.create(target.shape, store.sigma(target.name), keep).to(model.device)
-        factors = store.factors(target.name, mask.rank)
-        replace_module(model, target.name, MaskedLinear(model.get_submodule(target.name), factors, mask))
+    store = build_factors(model, targets, windows, tokenizer)
+    insert_masks(model, store, Staircase(), {target.name: keep for target in targets.modules})
 
 
 def _input_gradient_step(model: PreTrainedModel, batch: Tensor) -> None:

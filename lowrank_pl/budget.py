@@ -149,7 +149,7 @@ class Budget:
         ranks = self._scaled(wishes, factor)
         if scale_up:
             self._spend_rest(ranks, {name: factor * wish for name, wish in wishes.items()})
-        # Where even boundless scaling stays within the budget everything has come out dense, and the factor says nothing.
+        # Where even boundless scaling meets the budget everything has come out dense, and the factor says nothing.
         if factor < _BOUNDLESS:
             notes.append(f"wished ranks scaled by {factor:.4f} to meet keep {self.keep}")
         for note in notes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -12,10 +12,11 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.decompose import Factors
-from lowrank_pl.masks.base import Mask
-from lowrank_pl.targets import dense_weight
+from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.masks.base import Mask, MaskMethod
+from lowrank_pl.targets import dense_weight, replace_module
 
-__all__ = ["Choice", "MaskedLinear", "chosen", "masked_layers"]
+__all__ = ["Choice", "MaskedLinear", "chosen", "insert_masks", "masked_layers"]
 
 Choice = Literal["mask", "dense"] | int | Tensor
 """What a masked layer computes with: its mask, its dense weight, its first components, or an index set of them."""
@@ -69,6 +70,23 @@ class MaskedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Return the sizes, for printing."""
         return f"in_features={self.in_features}, out_features={self.out_features}, components={self.mask.rank}"
+
+
+def insert_masks(model: nn.Module, store: FactorStore, method: MaskMethod, starts: Mapping[str, float]) -> None:
+    """Replace linear maps of ``model`` by masked ones, in place.
+
+    Args:
+        model: The dense base.
+        store: Their factors.
+        method: Makes the masks.
+        starts: Which maps, by name, and the fraction of parameters that the mask of each starts at.
+    """
+    for name, keep in starts.items():
+        dense = model.get_submodule(name)
+        weight = dense_weight(dense)
+        out_features, in_features = weight.shape
+        mask = method.create((out_features, in_features), store.sigma(name), keep).to(weight.device)
+        replace_module(model, name, MaskedLinear(dense, store.factors(name, mask.rank), mask))
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:

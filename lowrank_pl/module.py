@@ -22,13 +22,13 @@ from lowrank_pl.budget import check_keep
 from lowrank_pl.checkpointing import check_fit, mark
 from lowrank_pl.data import CalibrationData, calibration_data
 from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.layers import Choice, MaskedLinear, chosen, masked_layers, plan_choice
+from lowrank_pl.layers import Choice, chosen, insert_masks, masked_layers, plan_choice
 from lowrank_pl.masks import Mask, MaskMethod, Staircase
 from lowrank_pl.objectives import DataTerms, next_token_loss
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import Decomposition, budget_for, build_factors, describe_origin, preparation_notes
 from lowrank_pl.sharding import average_gradients, shard_frozen
-from lowrank_pl.targets import decoder_blocks, find_targets, replace_module
+from lowrank_pl.targets import decoder_blocks, find_targets
 
 __all__ = ["RankLearner"]
 
@@ -168,13 +168,7 @@ class RankLearner(LightningModule):
             settings=self.decomposition,
             store=self.store,
         )
-        starts = self._starting_ratios()
-        for target in targets.modules:
-            mask = self.mask_method.create(target.shape, self.store.sigma(target.name), starts[target.name])
-            factors = self.store.factors(target.name, mask.rank)
-            dense = model.get_submodule(target.name)
-            mask.to(dense.weight.device)
-            replace_module(model, target.name, MaskedLinear(dense, factors, mask))
+        insert_masks(model, self.store, self.mask_method, self._starting_ratios())
         if self.gradient_checkpointing:
             recompute_blocks(model)
         self.model = model
