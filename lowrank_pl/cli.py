@@ -28,6 +28,7 @@ from lowrank_pl.commands import allocate, evaluate, export
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.export import ExportError
 from lowrank_pl.files import atomic_write
+from lowrank_pl.interrupt import StopBetweenBatches
 from lowrank_pl.module import RankLearner
 from lowrank_pl.progress import LearningBar
 
@@ -119,6 +120,7 @@ class RankCLI(LightningCLI):
         callbacks, plugins = _listed(config.callbacks), _listed(config.plugins)
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(LearningBar())
+        callbacks.append(StopBetweenBatches())
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpoints())
         return super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)

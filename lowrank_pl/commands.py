@@ -18,7 +18,7 @@ from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import write_json
 from lowrank_pl.finish import command_line, export_plan
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.plan_report import rank_table
+from lowrank_pl.plan_report import rank_table, table
 from lowrank_pl.prepare import Decomposition, budget_for, build_factors, describe_origin, preparation_notes
 from lowrank_pl.report import Row, row_table
 from lowrank_pl.targets import find_targets
@@ -81,8 +81,10 @@ def evaluate(
             zip(prompts, generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens), strict=True)
         ),
     }
-    print(f"perplexity  {score.perplexity:.4f}   nats/token {score.nats:.5f}   tokens {score.tokens:,}   "
-          f"tokens/s {score.tokens_per_second:,.0f}")  # fmt: skip
+    head = ("model", "perplexity", "nats/token", "tokens", "tokens/s", "parameters")
+    body = (model, f"{score.perplexity:.4f}", f"{score.nats:.5f}", f"{score.tokens:,}",
+            f"{score.tokens_per_second:,.0f}", f"{figures['parameters']:,}")  # fmt: skip
+    print(table(head, [body], "simple"))
     for prompt, sample in figures["samples"].items():
         print(f"{prompt!r} -> {sample!r}")
     return _written(figures, json)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
 from learning import fit, make_data, make_learner
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lowrank_pl import FinishRun, RankMonitor, RankPlan, load_compressed, perplexity
+from lowrank_pl.interrupt import StopBetweenBatches
 from lowrank_pl.progress import LearningBar
 
 ROWS = ["dense", "uniform", "learned"]
@@ -152,3 +155,39 @@ def test_nothing_is_finished_after_an_error(tmp_path):
     with pytest.raises(torch.cuda.OutOfMemoryError):
         fit(make_learner(), max_steps=2, default_root_dir=tmp_path, callbacks=[Broken()])
     assert [*tmp_path.iterdir()] == []
+
+
+class Pressing(Callback):
+    """Presses Ctrl-C in the middle of a step, and notes what still happens."""
+
+    def __init__(self, times):
+        self.times, self.seen = times, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for _ in range(self.times):
+            signal.raise_signal(signal.SIGINT)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(("times", "steps"), [(1, [1]), (2, [])])
+def test_ctrl_c_waits_for_the_end_of_the_step_and_a_second_one_does_not(times, steps):
+    before, pressing = signal.getsignal(signal.SIGINT), Pressing(times)
+    try:
+        with pytest.raises(SystemExit):
+            fit(make_learner(), max_steps=4, callbacks=[pressing, StopBetweenBatches()])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert pressing.seen == steps
+
+
+def test_ctrl_c_in_the_last_step_still_stops_and_the_handler_is_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            fit(make_learner(), max_steps=1, callbacks=[Pressing(1), StopBetweenBatches()])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    fit(make_learner(), max_steps=1, callbacks=[StopBetweenBatches()])
+    assert signal.getsignal(signal.SIGINT) is before

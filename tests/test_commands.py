@@ -40,7 +40,7 @@ def test_evaluate_gives_the_perplexity_and_its_figures(tmp_path, capsys):
     assert figures["tokens_per_second"] > 0
     assert list(figures["samples"]) == ["A list"]
     shown = capsys.readouterr().out
-    assert f"perplexity  {expected.perplexity:.4f}" in shown
+    assert f" {expected.perplexity:.4f} " in shown
     assert "'A list' -> " in shown
 
 
