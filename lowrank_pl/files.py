@@ -74,7 +74,8 @@ def write_json(path: str | Path, value: Any) -> Path:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block ends well and vanishes when it does not.
 
-    An older folder at ``path`` is replaced only at the end, so a failure or Ctrl-C loses nothing.
+    Its files get the permissions that a plain ``open`` gives. An older folder at ``path`` is replaced only at the end,
+    so a failure or Ctrl-C loses nothing.
 
     Args:
         path: The folder to make.
@@ -85,6 +86,10 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     try:
         _open_to_umask(building, 0o777)
         yield building
+        for file in building.rglob("*"):
+            # safetensors keeps weights to their owner, and an export is there to be shared.
+            if file.is_file():
+                _open_to_umask(file, 0o666)
         _swap(building, path)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)

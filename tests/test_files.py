@@ -151,3 +151,12 @@ def test_cache_root_follows_the_environment(tmp_path, monkeypatch):
     assert cache_root() == tmp_path
     monkeypatch.delenv("LOWRANK_HOME")
     assert cache_root() == Path.home() / ".cache" / "lowrank_pl"
+
+
+def test_a_finished_folder_and_its_files_are_as_open_as_plain_ones(tmp_path):
+    with atomic_directory(tmp_path / "made") as folder:
+        secret = folder / "weights"
+        secret.write_bytes(b"")
+        secret.chmod(0o600)
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "made" / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
