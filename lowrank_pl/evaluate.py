@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_pl.evaluating import evaluating
 
 __all__ = ["Score", "check_windows", "excess_nats", "generate_samples", "perplexity"]
 
@@ -75,7 +77,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, 
     check_windows(model, windows, batch_size)
     start = time.perf_counter()
     total = 0.0
-    with _evaluating(model), tqdm(total=len(windows), desc=progress, unit="window", disable=progress is None) as bar:
+    with evaluating(model), tqdm(total=len(windows), desc=progress, unit="window", disable=progress is None) as bar:
         for first in range(0, len(windows), batch_size):
             batch = windows[first : first + batch_size]
             total += _negative_log_likelihoods(model, batch, first=first).sum().item()
@@ -118,7 +120,7 @@ def generate_samples(
         True
     """
     config = _greedy(model, tokenizer, max_new_tokens)
-    with _evaluating(model), _generating(model, config):
+    with evaluating(model), _generating(model, config):
         return [_continue(model, tokenizer, prompt) for prompt in prompts]
 
 
@@ -148,19 +150,6 @@ def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int = 1) 
             f"windows of {windows.shape[1]} tokens were given, but the model has {positions} positions: "
             "use shorter windows"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in evaluation mode without gradients, and every module back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _negative_log_likelihoods(model: PreTrainedModel, batch: Tensor, *, first: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lowrank_pl.evaluating import evaluating
 from lowrank_pl.targets import Target
 
 __all__ = ["InputMoments", "collect_input_moments"]
@@ -100,7 +101,7 @@ def collect_input_moments(
     device = next(model.parameters()).device
     moments = {group: InputMoments.empty(target.shape[1], device=device) for group, target in leaders.items()}
     batches = torch.split(windows, batch_size)
-    with _watching(model, moments) as position, torch.no_grad():
+    with _watching(model, moments) as position, evaluating(model):
         for position[0], batch in enumerate(tqdm(batches, desc="statistics", unit="batch")):
             model(input_ids=batch.to(device), use_cache=False)
     _warn_if_short(leaders, moments)
@@ -124,13 +125,10 @@ def _watching(model: nn.Module, moments: Mapping[str, InputMoments]) -> Iterator
 
         return update
 
-    training = model.training
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in moments]
-    model.eval()
     try:
         yield position
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
 

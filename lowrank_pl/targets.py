@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from lowrank_pl.evaluating import evaluating
 
 __all__ = ["Skipped", "Target", "Targets", "decoder_blocks", "dense_weight", "find_targets", "replace_module"]
 
@@ -278,23 +280,11 @@ def _probe(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Calls:
         return hook
 
     tokens = torch.arange(2, device=model.get_input_embeddings().weight.device)[None]
-    with _evaluating(model), torch.no_grad(), ExitStack() as hooks:
+    with evaluating(model), ExitStack() as hooks:
         for name, module in modules.items():
             hooks.callback(module.register_forward_pre_hook(remember(name), with_kwargs=True).remove)
         model(input_ids=tokens, use_cache=False)
     return dict(calls)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode for a while and every module back as it was."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def _targets(taken: dict[str, _Matrix], calls: Calls) -> Iterator[Target]:

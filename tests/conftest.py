@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from novel import LINES
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,3 +39,11 @@ def llama():
     from lowrank_pl.tiny_models import tiny_model
 
     return tiny_model("llama")
+
+
+@pytest.fixture
+def novel(tmp_path):
+    """A file with the lines of ``novel``."""
+    path = tmp_path / "novel.txt"
+    path.write_text(LINES, encoding="utf-8")
+    return path

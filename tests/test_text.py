@@ -6,20 +6,11 @@ import gzip
 import json
 
 import pytest
+from novel import LINES
 
 from lowrank_pl import text_files
 from lowrank_pl.text import parse_text, read_documents, read_stream, source_identity
 from lowrank_pl.tiny_models import byte_tokenizer
-
-LINES = "".join(f"Line {n} of the text, with  spaces, digits {n * 7919}, ünïcödé and 漢字 🙂.\n\n" for n in range(200))
-
-
-@pytest.fixture
-def novel(tmp_path):
-    path = tmp_path / "novel.txt"
-    path.write_text(LINES, encoding="utf-8")
-    return path
-
 
 # -- names --------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from novel import LINES
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
@@ -15,15 +16,6 @@ from lowrank_pl import windows
 from lowrank_pl.files import cache_root
 from lowrank_pl.tiny_models import byte_tokenizer
 from lowrank_pl.windows import token_windows, tokenizer_fingerprint, uses_bos, windows_fingerprint
-
-LINES = "".join(f"Line {n} of the text, with  spaces, digits {n * 7919}, ünïcödé and 漢字 🙂.\n\n" for n in range(200))
-
-
-@pytest.fixture
-def novel(tmp_path):
-    path = tmp_path / "novel.txt"
-    path.write_text(LINES, encoding="utf-8")
-    return path
 
 
 @pytest.fixture
