@@ -99,16 +99,21 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
     for name, entry in plan.modules.items():
         if name not in modules:
             raise ValueError(f"the plan names {name}, which the model lacks: the plan is for another model")
-        shape = tuple(dense_weight(_unmasked(modules[name])).shape)
+        shape = tuple(_weight(modules[name]).shape)
         if shape != entry.shape:
             raise ValueError(f"the plan gives {name} the shape {entry.shape}, the model has {shape}: another model?")
     for name, entry in plan.modules.items():
-        weight = dense_weight(_unmasked(modules[name])).detach()
+        weight = _weight(modules[name]).detach()
         if entry.rank is not None and not _made_from(weight, store.notes(name).get("weight", "")):
             raise ValueError(
                 f"the factors of {name} in {store.directory} were made from another weight than the model's: load the "
                 "base that the store was built from"
             )
+
+
+def _weight(module: nn.Module) -> Tensor:
+    # A masked layer has it at hand, without making the layer that it stands in for.
+    return module.weight if isinstance(module, MaskedLinear) else dense_weight(module)
 
 
 def _made_from(weight: Tensor, noted: str) -> bool:
