@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lowrank_pl.order import ComponentOrder, wish_scores
 from lowrank_pl.plan import ModulePlan, RankPlan
 
 __all__ = ["Budget", "break_even", "factored_cost", "parameter_ratio"]
 
 _log = logging.getLogger(__name__)
-_BOUNDLESS = 1e6
 Shape = tuple[int, int]
 
 
@@ -114,22 +120,11 @@ class Budget:
         rank = math.ceil(wanted / self.multiple_of) * self.multiple_of
         return rank if floor < 1 and rank <= self.top_rank(name) else None
 
-    def next_rank(self, name: str, rank: int) -> int | None:
-        """Return the allowed size one step above ``rank``; ``None`` is dense."""
-        return rank + self.multiple_of if rank + self.multiple_of <= self.top_rank(name) else None
-
-    def snap(self, name: str, rank: float) -> int | None:
-        """Return the largest allowed size not above ``rank``; at or above break-even that is dense (``None``)."""
-        least, (m, n) = self.least_rank(name), self.shapes[name]
-        if least is None or rank * (m + n) >= m * n:
-            return None
-        return min(max(least, int(rank) // self.multiple_of * self.multiple_of), self.top_rank(name))
-
     def fit(self, wishes: Mapping[str, float], *, method: str, scale_up: bool = True) -> RankPlan:
         """Return the plan nearest to the wished ranks that meets the budget to within one rank step.
 
-        Finite wishes are scaled by one common factor (ARA's rule) and rounded down to allowed ranks; what is left is
-        given out step by step, largest rounding loss first, until no further step of any module fits.
+        Finite wishes are scaled by one common factor (ARA's rule) and rounded down to allowed ranks; what is left goes
+        to the modules nearest to their next component, until no further step of any module fits.
 
         Args:
             wishes: A real rank for every module; ``math.inf`` asks for dense and is not scaled.
@@ -139,85 +134,160 @@ class Budget:
         Raises:
             ValueError: A module without a wish, a wish for no module, or one that is negative or NaN.
         """
-        self._check_wishes(wishes)
-        notes = [f"{name}: too small for a rank of {self.multiple_of}, left dense" for name in self._too_small()]
+        self._check_names(wishes, "rank is wished for")
+        for name, wish in wishes.items():
+            if math.isnan(wish) or wish < 0:
+                raise ValueError(f"the rank wished for {name} is {wish}: expected a number of at least 0")
+        notes = []
         wishes = dict(wishes)
-        if self._spent(self._scaled(wishes, 0.0)) > self.limit:
+        if sum(self.cost(n, self.least_rank(n) if math.isfinite(w) else None) for n, w in wishes.items()) > self.limit:
             wishes, dropped = self._without_dense_wishes(wishes)
             notes.append(f"{dropped} modules were wished dense, which the budget does not allow: scaled like the rest")
-        factor = self._largest_factor(wishes, most=math.inf if scale_up else 1.0)
-        ranks = self._scaled(wishes, factor)
-        if scale_up:
-            self._spend_rest(ranks, {name: factor * wish for name, wish in wishes.items()})
-        # Where even boundless scaling meets the budget everything has come out dense, and the factor says nothing.
-        if factor < _BOUNDLESS:
-            notes.append(f"wished ranks scaled by {factor:.4f} to meet keep {self.keep}")
+        order = ComponentOrder({name: wish_scores(shape, wishes[name]) for name, shape in self.shapes.items()})
+        chosen = self._choose(order, least_score=-math.inf if scale_up else 1.0)
+        # Where everything has come out dense, the factor says nothing.
+        if 0 < chosen.threshold < math.inf and any(size is not None for size in chosen.sizes.values()):
+            notes.append(f"wished ranks scaled by {1 / chosen.threshold:.4f} to meet keep {self.keep}")
+        return self._plan(chosen, order, method, notes)
+
+    def select(
+        self,
+        scores: Mapping[str, Tensor],
+        *,
+        method: str,
+        notes: Iterable[str] = (),
+        within: Mapping[str, ModulePlan] | None = None,
+    ) -> RankPlan:
+        """Return the plan of the highest-scored components that meets the budget to within one rank step.
+
+        Components are taken one by one, highest score first, each at what it adds to its module's cost: nothing for
+        those beyond break-even once a module is dense (the accounting of ZS-SVD, arXiv 2602.02848). A component whose
+        step no longer fits closes its module. The plan carries the scores, so that other sizes follow from it.
+
+        Args:
+            scores: For every module a number for each of its first components, none beyond ``min(out, in)``; those
+                without one come last. Higher is kept longer, across modules; ties go by position.
+            method: Name of whoever made the scores.
+            notes: What to note in the plan.
+            within: A plan of more that this one has to be contained in.
+
+        Raises:
+            ValueError: A module without scores, scores for no module, or too many, or NaN.
+
+        Example:
+            >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128)
+            >>> plan = budget.select({"a": torch.tensor([9.0, 1, 8]), "b": torch.tensor([7.0, 6.0])}, method="hand")
+            >>> [(module.rank, module.indices) for module in plan.modules.values()]
+            [(2, (0, 2)), (2, None)]
+        """
+        self._check_names(scores, "component is scored for")
+        for name, shape in self.shapes.items():
+            if len(scores[name]) > min(shape):
+                raise ValueError(f"{name} of shape {shape} has {len(scores[name])} scores: expected {min(shape)} or less")
+        order = ComponentOrder(scores)
+        return self._plan(self._choose(order, within=within), order, method, list(notes))
+
+    def _choose(
+        self,
+        order: ComponentOrder,
+        *,
+        least_score: float = -math.inf,
+        within: Mapping[str, ModulePlan] | None = None,
+    ) -> _Choice:
+        """Return the sizes that ``order`` leads to, and the score of the last component before one did not fit."""
+        names = list(self.shapes)
+        ladders = [self._ladder(name, within[name].rank if within else None) for name in names]
+        values, owners, prices = [], [], []
+        for owner, (name, ladder) in enumerate(zip(names, ladders, strict=True)):
+            costs = np.array([self.cost(name, size) for size in ladder])
+            values.append(self._values(name, ladder, order.scores[name]))
+            prices.append(np.diff(costs))
+            owners.append(np.full(len(ladder) - 1, owner))
+        value, owner_of, price = np.concatenate(values), np.concatenate(owners), np.concatenate(prices)
+        # Stable, so that equal scores, above all the steps of one module, stay in order.
+        sequence = np.argsort(-value, kind="stable")
+        sequence = sequence[value[sequence] >= least_score]
+        rest = self.limit - sum(self.cost(name, ladder[0]) for name, ladder in zip(names, ladders, strict=True))
+        spent = np.cumsum(price[sequence])
+        fitting = int(np.searchsorted(spent, rest, side="right"))
+        rest -= int(spent[fitting - 1]) if fitting else 0
+        taken = np.bincount(owner_of[sequence[:fitting]], minlength=len(names))
+        closed: set[int] = set()
+        for step in sequence[fitting:]:
+            owner = int(owner_of[step])
+            if owner in closed or price[step] > rest:
+                closed.add(owner)
+                if len(closed) == len(names):
+                    break
+                continue
+            taken[owner] += 1
+            rest -= int(price[step])
+        sizes = {name: ladder[count] for name, ladder, count in zip(names, ladders, taken, strict=True)}
+        finite = [float(score) for score in value[sequence[:fitting]] if math.isfinite(score)]
+        return _Choice(sizes, finite[-1] if finite else math.inf)
+
+    def _ladder(self, name: str, most: int | None) -> list[int | None]:
+        """Return the allowed sizes of ``name`` from the smallest on, up to ``most``; ``None`` is dense."""
+        least = self.least_rank(name)
+        if least is None:
+            return [None]
+        ranks: list[int | None] = list(range(least, self.top_rank(name) + 1, self.multiple_of))
+        return [*ranks, None] if most is None else [rank for rank in ranks if rank is not None and rank <= most]
+
+    def _values(self, name: str, ladder: Sequence[int | None], scores: Tensor) -> NDArray[np.float32]:
+        """Return the lowest score among the components that each step of ``ladder`` but the first adds."""
+        ranked = np.full(min(self.shapes[name]) + 1, -np.inf, dtype=np.float32)
+        ranked[: len(scores)] = np.sort(scores.numpy())[::-1]
+        # Dense is the first size that pays for no further component: the one beyond break-even.
+        reached = [break_even(self.shapes[name]) + 1 if size is None else size for size in ladder[1:]]
+        return ranked[np.array(reached, dtype=np.int64) - 1]
+
+    def _plan(self, chosen: _Choice, order: ComponentOrder, method: str, notes: Sequence[str]) -> RankPlan:
+        too_small = [name for name in self.shapes if self.top_rank(name) == 0]
+        notes = [*(f"{name}: too small for a rank of {self.multiple_of}, left dense" for name in too_small), *notes]
         for note in notes:
             _log.info("%s: %s", method, note)
         return RankPlan(
             method=method,
             keep=self.keep,
-            modules={name: ModulePlan(self.shapes[name], ranks[name]) for name in self.shapes},
+            modules={name: self._module(name, size, order.scores[name]) for name, size in chosen.sizes.items()},
             model_parameters=self.model_parameters,
             bytes_per_parameter=self.bytes_per_parameter,
             notes=tuple(notes),
+            order=order,
+            multiple_of=self.multiple_of,
+            floors=dict(self.floors),
         )
 
-    def _check_wishes(self, wishes: Mapping[str, float]) -> None:
-        missing = [name for name in self.shapes if name not in wishes]
+    def _module(self, name: str, size: int | None, scores: Tensor) -> ModulePlan:
+        shape = self.shapes[name]
+        if size is None:
+            return ModulePlan(shape)
+        padded = torch.cat([scores, torch.full((min(shape) - len(scores),), -math.inf)])
+        best = padded.argsort(descending=True, stable=True)[:size].sort().values
+        prefix = int(best[-1]) == size - 1
+        return ModulePlan(shape, size, None if prefix else tuple(best.tolist()))
+
+    def _check_names(self, given: Mapping[str, Any], what: str) -> None:
+        missing = [name for name in self.shapes if name not in given]
         if missing:
-            raise ValueError(f"no rank is wished for {missing[0]} and {len(missing) - 1} more: expected one a module")
-        for name, wish in wishes.items():
+            raise ValueError(f"no {what} {missing[0]} and {len(missing) - 1} more: expected one a module")
+        for name in given:
             if name not in self.shapes:
-                raise ValueError(f"a rank is wished for {name}, which is none of the {len(self.shapes)} modules")
-            if math.isnan(wish) or wish < 0:
-                raise ValueError(f"the rank wished for {name} is {wish}: expected a number of at least 0")
-
-    def _too_small(self) -> Iterator[str]:
-        return (name for name in self.shapes if self.top_rank(name) == 0)
-
-    def _scaled(self, wishes: Mapping[str, float], factor: float) -> dict[str, int | None]:
-        # inf * 0 is NaN, so dense wishes are kept out of the product.
-        return {name: self.snap(name, w if math.isinf(w) else w * factor) for name, w in wishes.items()}
-
-    def _spent(self, ranks: Mapping[str, int | None]) -> int:
-        return sum(self.cost(name, rank) for name, rank in ranks.items())
+                raise ValueError(f"a {what} {name}, which is none of the {len(self.shapes)} modules")
 
     def _without_dense_wishes(self, wishes: Mapping[str, float]) -> tuple[dict[str, float], int]:
         even = {n: m * k / (m + k) for n, (m, k) in self.shapes.items()}
         dropped = sum(math.isinf(wish) for wish in wishes.values())
         return {name: even[name] if math.isinf(wish) else wish for name, wish in wishes.items()}, dropped
 
-    def _largest_factor(self, wishes: Mapping[str, float], *, most: float) -> float:
-        """Return the largest common factor at which the wishes, rounded down, still meet the budget."""
-        low, high = 0.0, min(1.0, most)
-        while high < min(most, _BOUNDLESS) and self._spent(self._scaled(wishes, high)) <= self.limit:
-            low, high = high, high * 2
-        if self._spent(self._scaled(wishes, high)) <= self.limit:
-            return high
-        for _ in range(60):
-            middle = (low + high) / 2
-            fits = self._spent(self._scaled(wishes, middle)) <= self.limit
-            low, high = (middle, high) if fits else (low, middle)
-        return low
 
-    def _spend_rest(self, ranks: dict[str, int | None], exact: Mapping[str, float]) -> None:
-        """Raise ranks in place, largest distance below the exact wish first, while a step fits."""
-        rest = self.limit - self._spent(ranks)
-        while True:
-            steps = [
-                (exact[name] - rank, name, self.cost(name, self.next_rank(name, rank)) - self.cost(name, rank))
-                for name, rank in ranks.items()
-                if rank is not None
-            ]
-            steps = [step for step in steps if step[2] <= rest]
-            if not steps:
-                return
-            for _, name, price in sorted(steps, key=lambda step: -step[0]):
-                rank = ranks[name]
-                if price <= rest and rank is not None:
-                    ranks[name] = self.next_rank(name, rank)
-                    rest -= price
+@dataclass(frozen=True)
+class _Choice:
+    """Sizes by module (``None`` is dense), and the lowest score among those that were taken in a row."""
+
+    sizes: dict[str, int | None]
+    threshold: float
 
 
 def check_keep(keep: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.allocate import allocator
+from lowrank_pl.allocate import Problem, allocator
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.evaluate import generate_samples, perplexity
 from lowrank_pl.export import is_compressed, load_compressed
@@ -19,7 +19,7 @@ from lowrank_pl.files import write_json
 from lowrank_pl.finish import command_line, export_plan
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import rank_table, table
-from lowrank_pl.prepare import Decomposition, budget_for, build_factors, describe_origin, preparation_notes
+from lowrank_pl.prepare import Decomposition, budget_for, build_factors, build_gradients, describe_origin, preparation_notes
 from lowrank_pl.report import Row, row_table
 from lowrank_pl.targets import find_targets
 from lowrank_pl.windows import token_windows
@@ -94,6 +94,7 @@ def allocate(
     base: str,
     *,
     method: str = "uniform",
+    settings: dict[str, Any] | None = None,
     keep: float = 0.8,
     text: str = "python-docs",
     length: int = 512,
@@ -114,7 +115,8 @@ def allocate(
 
     Args:
         base: Hub id, folder, .gguf file, package:NAME or random:FAMILY.
-        method: The allocator: uniform.
+        method: The allocator: uniform, fisher.
+        settings: Its settings, such as --settings.rounds 5 for zero_sum.
         keep: Fraction of the targeted parameters to keep.
         text: Calibration text for the factors: file, glob, hub dataset or python-docs.
         length: Tokens of a calibration window.
@@ -134,17 +136,18 @@ def allocate(
     Returns:
         The plan.
     """
-    draw = allocator(method)
+    drawer = allocator(method, **(settings or {}))
     model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     targets = find_targets(model, include=include, exclude=exclude)
     budget = budget_for(model, targets, keep, multiple_of=multiple_of, floors=floors)
     tokens = token_windows(text, tokenizer, length=length, windows=windows)
-    factors = build_factors(
-        model.to(pick_device(device)), targets, tokens, tokenizer, settings=decomposition, directory=store
-    )
+    model.to(pick_device(device))
+    factors = build_factors(model, targets, tokens, tokenizer, settings=decomposition, directory=store)
+    gradients = build_gradients(model, targets, tokens, tokenizer, directory=store) if drawer.needs_gradients else None
     origin = describe_origin(base=base, dtype=dtype, text=text, windows=tokens, settings=decomposition, store=factors)
-    plan = draw(factors, budget).with_origin(origin, factors.fingerprint, preparation_notes(targets, factors))
+    problem = Problem(budget, factors, targets, model=model, windows=tokens, gradients=gradients)
+    plan = drawer.plan(problem).with_origin(origin, factors.fingerprint, preparation_notes(targets, factors))
     plan.save(output)
     print(f"{_plan_line(plan)}\n{rank_table(plan)}\nplan   {output}\nstore  {factors.directory}")
     _written({"plan": str(output), **_plan_figures(plan)}, json)

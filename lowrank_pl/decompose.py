@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "SquareRoot", "decompose", "square_root", "truncate"]
+__all__ = ["Factors", "SquareRoot", "decompose", "diagonal_root", "square_root", "truncate"]
 
 
 @dataclass(frozen=True)
@@ -16,20 +16,26 @@ class SquareRoot:
     """A matrix ``root`` with ``root @ root.T`` equal to a damped second moment.
 
     Args:
-        root: ``[n, n]``, float64; lower triangular when ``kind`` is ``"cholesky"``.
-        kind: ``"cholesky"``, or ``"eigen"`` where Cholesky refused.
+        root: ``[n, n]``, float64; lower triangular when ``kind`` is ``"cholesky"``, ``[n]`` when it is ``"diagonal"``.
+        kind: ``"cholesky"``, ``"eigen"`` where Cholesky refused, or ``"diagonal"``.
         damping: What was added to the diagonal, absolute.
     """
 
     root: Tensor
-    kind: Literal["cholesky", "eigen"]
+    kind: Literal["cholesky", "eigen", "diagonal"]
     damping: float
+
+    def multiply_right(self, rows: Tensor) -> Tensor:
+        """Return ``rows @ root`` for ``rows`` ``[k, n]``."""
+        return rows * self.root if self.kind == "diagonal" else rows @ self.root
 
     def solve_right(self, rows: Tensor) -> Tensor:
         """Return ``rows @ inverse(root)`` for ``rows`` ``[k, n]``."""
         if self.kind == "cholesky":
             solved: Tensor = torch.linalg.solve_triangular(self.root, rows, upper=False, left=False)
             return solved
+        if self.kind == "diagonal":
+            return rows / self.root
         # root = Q diag(s) with Q orthonormal: dividing each column by its squared norm s^2 and transposing inverts it.
         return rows @ (self.root / self.root.square().sum(0)).mT
 
@@ -85,16 +91,41 @@ def square_root(second_moment: Tensor, *, damping: float = 1e-6) -> SquareRoot:
     return SquareRoot(vectors * values.clamp_min(floor).sqrt(), "eigen", added)
 
 
-def decompose(weight: Tensor, *, whitening: SquareRoot | None = None) -> Factors:
-    """Return the exact singular components of ``weight``, whitened by the inputs' second moment when given.
+def diagonal_root(scales: Tensor, *, damping: float = 1e-6) -> SquareRoot:
+    """Return the square root that weighs each feature by itself, from its positive ``scales`` ``[n]``.
 
-    With ``L = whitening.root`` and ``U S V' = weight @ L``, truncating at rank ``k`` gives the weight with the least
-    mean squared error of the outputs, which is then ``sum(sigma[k:] ** 2)`` exactly (SVD-LLM, arXiv 2403.07378).
-    Without it this is the plain SVD.
+    Args:
+        scales: ``[n]``, the root's diagonal, of at least 0.
+        damping: Added to the scales, relative to their mean, so that features that are always 0 can be divided by.
+
+    Raises:
+        ValueError: A value is NaN, infinite or negative.
+
+    Example:
+        >>> diagonal_root(torch.tensor([1.0, 3.0]), damping=0.0).root.tolist()
+        [1.0, 3.0]
+    """
+    root = scales.double()
+    if not torch.isfinite(root).all() or (root < 0).any():
+        raise ValueError("the scales hold NaN, infinity or negative numbers: what they were summed from did too")
+    scale = root.mean().item()
+    added = damping * scale if scale > 0 else 1.0
+    return SquareRoot((root + added).clamp_min(torch.finfo(torch.float64).tiny), "diagonal", added)
+
+
+def decompose(weight: Tensor, *, inputs: SquareRoot | None = None, outputs: SquareRoot | None = None) -> Factors:
+    """Return the exact singular components of ``weight``, weighted on the side of its inputs, of its outputs, or both.
+
+    With ``L = inputs.root``, ``R = outputs.root`` and ``U S V' = R' @ weight @ L``, truncating at rank ``k`` gives the
+    weight with the least ``|R' (weight - truncated) L|^2``, which is then ``sum(sigma[k:] ** 2)`` exactly. With the
+    inputs' second moment alone that is the mean squared error of the outputs (SVD-LLM, arXiv 2403.07378); with the
+    output gradients' second moment as well, twice the K-FAC estimate of the rise of the loss in nats. With neither
+    this is the plain SVD.
 
     Args:
         weight: ``[out, in]``.
-        whitening: Square root of the second moment ``[in, in]`` of the inputs.
+        inputs: Square root ``[in, in]`` of the second moment of the inputs, or of what is to stand for it.
+        outputs: Square root ``[out, out]`` of the second moment of the output gradients, likewise.
 
     Returns:
         Factors in float64, ``min(out, in)`` components, the singular values split evenly over both sides.
@@ -110,12 +141,16 @@ def decompose(weight: Tensor, *, whitening: SquareRoot | None = None) -> Factors
     matrix = weight.double()
     if not torch.isfinite(matrix).all():
         raise ValueError("the weight holds NaN or infinity: the checkpoint is damaged")
-    if whitening is not None:
-        matrix = matrix @ whitening.root
+    if outputs is not None:
+        matrix = outputs.multiply_right(matrix.mT).mT
+    if inputs is not None:
+        matrix = inputs.multiply_right(matrix)
     left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
     half = sigma.sqrt()
-    if whitening is not None:
-        right = whitening.solve_right(right)
+    if outputs is not None:
+        left = outputs.solve_right(left.mT).mT
+    if inputs is not None:
+        right = inputs.solve_right(right)
     return Factors(left * half, half[:, None] * right, sigma)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl import hf_format
-from lowrank_pl.allocate import allocator
+from lowrank_pl.allocate import Problem, allocator
 from lowrank_pl.budget import Budget
 from lowrank_pl.compress import compress, compressed
 from lowrank_pl.evaluate import Score, excess_nats, generate_samples, perplexity
@@ -31,6 +31,7 @@ from lowrank_pl.files import atomic_write, write_json
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import rank_map
 from lowrank_pl.report import Row, model_card, row_table, write_summary
+from lowrank_pl.targets import find_targets
 
 __all__ = ["Finished", "Protocol", "command_line", "export_plan", "finish_run", "score_in_fresh_process"]
 
@@ -165,8 +166,9 @@ def finish_run(
     dense = perplexity(model, protocol.windows, progress="score dense")
     texts = generate_samples(model, tokenizer, protocol.prompts, max_new_tokens=protocol.max_new_tokens)
     rows = [Row("dense", dense.perplexity, 0.0, 1.0, 1.0, plan.dense_bytes, 0.0)]
+    problem = Problem(budget, store, find_targets(model, include=list(plan.modules)), model=model)
     for name in baselines:
-        baseline = allocator(name)(store, budget)
+        baseline = allocator(name).plan(problem)
         with compressed(model, baseline, store):
             score = perplexity(model, protocol.windows, progress=f"score {name}")
         rows.append(_row(name, score, dense, baseline, baseline.bytes, seconds["factors"]))

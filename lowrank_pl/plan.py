@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_pl.files import atomic_write
+from lowrank_pl.order import ComponentOrder
 
 __all__ = ["SCHEMA", "ModulePlan", "RankPlan"]
 
@@ -72,6 +73,9 @@ class RankPlan:
         origin: How to build the factors again: base, text, settings, store.
         fingerprint: What the factors were made from, by content.
         notes: Whatever was skipped, left dense, clamped or scaled, in words.
+        order: In which order components go when the model shrinks, where the method knows one.
+        multiple_of: What every rank had to be a multiple of.
+        floors: Least kept fractions that held, by glob on module names.
 
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
@@ -90,6 +94,9 @@ class RankPlan:
     origin: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    order: ComponentOrder | None = None
+    multiple_of: int = 1
+    floors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def targeted_parameters(self) -> int:
@@ -152,13 +159,19 @@ class RankPlan:
             },
             "bytes": {"dense": self.dense_bytes, "kept": self.bytes, "per_parameter": self.bytes_per_parameter},
             "counts": {"modules": len(self.modules), "dense": len(self.dense_modules)},
+            "constraints": {"multiple_of": self.multiple_of, "floors": dict(self.floors)},
             "notes": list(self.notes),
             "origin": dict(self.origin),
             "fingerprint": dict(self.fingerprint),
         }
         lines = [f"    {json.dumps(name)}: {json.dumps(_module_json(plan))}" for name, plan in self.modules.items()]
         body = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
-        return body + ',\n  "modules": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+        whole = body + ',\n  "modules": {\n' + ",\n".join(lines) + "\n  }"
+        if self.order is not None:
+            # Last, because it is not for reading.
+            scores = [f"    {json.dumps(name)}: {json.dumps(text)}" for name, text in self.order.to_json().items()]
+            whole += ',\n  "order": {\n' + ",\n".join(scores) + "\n  }"
+        return whole + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> RankPlan:
@@ -189,6 +202,8 @@ class RankPlan:
                 raise ValueError(f"module {name} of the plan: {error}") from None
         if not modules:
             raise ValueError("the plan names no module: write it anew with `lowrank allocate`")
+        # Plans of version 0.1 have neither.
+        constraints = data.get("constraints", {"multiple_of": 1, "floors": {}})
         return cls(
             method=data["method"],
             keep=data["keep"]["asked"],
@@ -198,6 +213,9 @@ class RankPlan:
             origin=data["origin"],
             fingerprint=data["fingerprint"],
             notes=tuple(data["notes"]),
+            order=ComponentOrder.from_json(data["order"]) if "order" in data else None,
+            multiple_of=constraints["multiple_of"],
+            floors=constraints["floors"],
         )
 
     def save(self, path: str | Path) -> Path:

@@ -7,11 +7,11 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.budget import Budget
-from lowrank_pl.decompose import SquareRoot, decompose, square_root
+from lowrank_pl.collected import Statistics
+from lowrank_pl.decompose import SquareRoot, decompose, diagonal_root, square_root
 from lowrank_pl.factor_store import FactorStore, TensorStore, tensor_digest, weight_digest
 from lowrank_pl.files import sha256_of
-from lowrank_pl.statistics import InputMoments, collect_input_moments
+from lowrank_pl.gradients import Labels
 from lowrank_pl.targets import Target, Targets, dense_weight
 from lowrank_pl.windows import tokenizer_fingerprint, windows_fingerprint
 
@@ -30,6 +31,7 @@ __all__ = [
     "Decomposition",
     "budget_for",
     "build_factors",
+    "build_gradients",
     "describe_origin",
     "model_fingerprint",
     "model_parameters",
@@ -40,31 +42,70 @@ _log = logging.getLogger(__name__)
 _NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "auto_map"}
 
 
+Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
+
+
 @dataclass(frozen=True)
 class Decomposition:
-    """How weights are decomposed.
+    """How weights are decomposed: by what the errors of inputs and outputs are weighted.
+
+    ================  ================================================  ==================================
+    kind              inputs weighted by                                outputs weighted by
+    ================  ================================================  ==================================
+    ``svd``           nothing                                           nothing
+    ``asvd``          mean absolute value to the power ``alpha``        nothing
+    ``fwsvd``         nothing                                           root of summed squared weight gradients
+    ``whitened``      second moment                                     nothing
+    ``two_sided``     second moment                                     second moment of output gradients
+    ================  ================================================  ==================================
+
+    Sources: ASVD (arXiv 2312.05821), FWSVD (arXiv 2207.00112), SVD-LLM (arXiv 2403.07378); ``two_sided`` weighs by
+    K-FAC's estimate (arXiv 1503.05671) of the loss, so that its singular values compare across modules.
 
     Args:
-        kind: ``whitened`` weighs errors by the inputs' second moment (SVD-LLM, arXiv 2403.07378), ``svd`` does not.
-        damping: Added to the diagonal of the second moment, relative to its mean.
+        kind: One of the table.
+        damping: Added to the inputs' weights, relative to their mean.
+        output_damping: Added to the outputs' weights, likewise.
+        alpha: Power of ``asvd``.
+        labels: ``two_sided``: gradients of a loss whose labels are ``sampled`` from the model, or those of the
+            ``text``.
 
     Raises:
-        ValueError: Another kind, or a damping that is negative or not finite.
+        ValueError: Another kind, labels or power, or a damping that is negative or not finite.
     """
 
-    kind: Literal["whitened", "svd"] = "whitened"
+    kind: Kind = "whitened"
     damping: float = 1e-6
+    output_damping: float = 1e-4
+    alpha: float = 0.5
+    labels: Labels = "sampled"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("whitened", "svd"):
-            raise ValueError(f"the kind of decomposition is {self.kind!r}: expected whitened or svd")
-        if not 0 <= self.damping < math.inf:
-            raise ValueError(f"damping is {self.damping}: expected a finite number of at least 0")
+        for name, value, choices in (("kind", self.kind, Kind), ("labels", self.labels, Labels)):
+            if value not in get_args(choices):
+                what = "kind of decomposition is" if name == "kind" else "labels of the decomposition are"
+                raise ValueError(f"the {what} {value!r}: expected one of {', '.join(get_args(choices))}")
+        for name in ("damping", "output_damping"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number of at least 0")
+        if not 0 < self.alpha <= 2:
+            raise ValueError(f"alpha is {self.alpha}: expected a power above 0 and at most 2")
 
     @property
     def needs_text(self) -> bool:
         """Whether calibration text changes the result."""
-        return self.kind == "whitened"
+        return self.kind != "svd"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that change the result, which are not all for every kind."""
+        uses = {
+            "svd": (),
+            "asvd": ("damping", "alpha"),
+            "fwsvd": ("output_damping",),
+            "whitened": ("damping",),
+            "two_sided": ("damping", "output_damping", "labels"),
+        }
+        return {"kind": self.kind, **{name: getattr(self, name) for name in uses[self.kind]}}
 
 
 def model_fingerprint(model: PreTrainedModel) -> dict[str, str]:
@@ -123,7 +164,7 @@ def describe_origin(
         "base": base,
         "dtype": dtype,
         "calibration": calibration,
-        "decomposition": asdict(settings),
+        "decomposition": settings.identity(),
         "store": str(store.directory.resolve()),
     }
 
@@ -136,7 +177,7 @@ def preparation_notes(targets: Targets, store: FactorStore) -> list[str]:
         count = sum(skipped.parameters for skipped in those)
         notes.append(f"not targeted, {reason}: {len(those)} ({count:,} parameters), e.g. {those[0].name}")
     made = {target: store.notes(target.name) for target in targets.modules}
-    eigen = [target.name for target, how in made.items() if how.get("square_root") == "eigen"]
+    eigen = [t.name for t, how in made.items() if "eigen" in (how.get("square_root"), how.get("output_root"))]
     if eigen:
         notes.append(f"square root by eigen-decomposition for {len(eigen)} modules, e.g. {eigen[0]}")
     short = [target.name for target, how in made.items() if int(how.get("tokens", sys.maxsize)) < target.shape[1]]
@@ -157,7 +198,7 @@ def build_factors(
 ) -> FactorStore:
     """Return a store that holds the factors of every target, making only those that are missing.
 
-    Statistics are kept beside the factors, in a store of their own, so that another decomposition of the same model
+    Statistics are kept beside the factors, in stores of their own, so that another decomposition of the same model
     and text starts from them.
 
     Args:
@@ -173,20 +214,56 @@ def build_factors(
         ValueError: ``directory`` holds a store of something else, or a weight or an input is not finite.
     """
     settings = settings or Decomposition()
-    source = model_fingerprint(model)
-    if settings.needs_text:
-        source |= {"tokenizer": tokenizer_fingerprint(tokenizer), "text": windows_fingerprint(windows)}
-    store = FactorStore({**source, **asdict(settings)}, directory)
+    statistics = Statistics(
+        model, windows, _source(model, windows, tokenizer), directory=directory, batch_size=batch_size
+    )
+    source = statistics.source if settings.needs_text else model_fingerprint(model)
+    store = FactorStore({**source, **settings.identity()}, directory)
     missing = set(store.missing(target.name for target in targets.modules))
     todo = [target for target in targets.modules if target.name in missing]
     _log.info("factors: %d of %d modules to decompose, in %s", len(todo), len(targets.modules), store.directory)
     _check_finite(model, todo)
-    if todo and settings.needs_text:
-        statistics = _statistics(model, todo, windows, source, store, explicit=directory is not None, batch=batch_size)
-        _decompose_all(model, todo, store, settings, statistics)
-    elif todo:
-        _decompose_all(model, todo, store, settings, None)
+    if todo:
+        _decompose_all(model, todo, store, Roots(settings, statistics, todo, model.device))
     return store
+
+
+def build_gradients(
+    model: PreTrainedModel,
+    targets: Targets,
+    windows: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    directory: str | Path | None = None,
+    batch_size: int = 1,
+) -> TensorStore:
+    """Return a store of every target's mean weight gradient ``mean`` ``[out, in]``, making those that are missing.
+
+    Beside it stand ``mean_squares`` ``[out]``: each row's summed squared gradient, averaged over batches.
+
+    Args:
+        model: The dense base.
+        targets: What ``find_targets`` found in it.
+        windows: ``[windows, length]`` calibration token ids.
+        tokenizer: The one that made them; part of the fingerprint.
+        directory: Folder of a factor store whose statistics lie inside it; by default they are in the cache.
+        batch_size: Windows per pass, and in the loss that is differentiated.
+
+    Raises:
+        ValueError: A loss or a gradient is not finite.
+    """
+    statistics = Statistics(
+        model, windows, _source(model, windows, tokenizer), directory=directory, batch_size=batch_size
+    )
+    return statistics.weight_gradients(targets.modules)
+
+
+def _source(model: PreTrainedModel, windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {
+        **model_fingerprint(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "text": windows_fingerprint(windows),
+    }
 
 
 def _check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:
@@ -196,74 +273,87 @@ def _check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:
             raise ValueError(f"the weight of {target.name} holds NaN or infinity: the checkpoint is damaged")
 
 
-def _statistics(
-    model: PreTrainedModel,
-    todo: Sequence[Target],
-    windows: Tensor,
-    source: dict[str, str],
-    store: FactorStore,
-    *,
-    explicit: bool,
-    batch: int,
-) -> TensorStore:
-    """Return the store of input moments, with those that ``todo`` needs collected."""
-    statistics = TensorStore("statistics", source, store.directory / "statistics" if explicit else None)
-    groups = set(statistics.missing(target.group for target in todo))
-    if groups:
-        moments = collect_input_moments(model, [t for t in todo if t.group in groups], windows, batch_size=batch)
-        for group in tqdm(list(moments), desc="saving statistics", unit="input"):
-            # Popped, so that memory shrinks as the disk fills.
-            _save_moments(statistics, group, moments.pop(group))
-    return statistics
-
-
-def _save_moments(statistics: TensorStore, group: str, moments: InputMoments) -> None:
-    # float32 on disk: the batch products were summed from float32 products, more digits would only be noise. But the
-    # squares of massive activations may lie beyond its range.
-    second = moments.second_moment
-    narrow = second.float()
-    tensors = {
-        "second_moment": narrow if torch.isfinite(narrow).all() else second,
-        "mean_absolute": moments.mean_absolute.float(),
-    }
-    statistics.write(group, tensors, notes={"tokens": str(moments.tokens)})
-
-
-def _decompose_all(
-    model: PreTrainedModel,
-    todo: Sequence[Target],
-    store: FactorStore,
-    settings: Decomposition,
-    statistics: TensorStore | None,
-) -> None:
+def _decompose_all(model: PreTrainedModel, todo: Sequence[Target], store: FactorStore, roots: Roots) -> None:
     kinds: Counter[str] = Counter()
     bar = tqdm(total=len(todo), desc="decompose", unit="module")
     # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
     for group, members in groupby(todo, key=lambda target: target.group):
-        root = None if statistics is None else _root(statistics, group, settings, model.device)
-        if root is not None:
-            kinds[root.kind] += 1
+        inputs = roots.of_inputs(group)
+        if inputs is not None:
+            kinds[inputs.kind] += 1
         for target in members:
             weight = dense_weight(model.get_submodule(target.name)).detach()
-            notes = {"weight": weight_digest(weight)}
-            if root is not None and statistics is not None:
-                notes |= {"square_root": root.kind, "tokens": statistics.notes(group)["tokens"]}
-            store.add(target.name, decompose(weight, whitening=root), notes=notes)
+            outputs = roots.of_outputs(target.name)
+            if outputs is not None:
+                kinds[outputs.kind] += 1
+            notes = {"weight": weight_digest(weight), **roots.notes(target, inputs, outputs)}
+            store.add(target.name, decompose(weight, inputs=inputs, outputs=outputs), notes=notes)
             bar.update()
     bar.close()
     if kinds["eigen"]:
         _log.warning(
-            "%d of %d second moments were not positive definite after damping %g: their square root was taken by "
+            "%d of %d second moments were not positive definite after damping: their square root was taken by "
             "eigen-decomposition",
             kinds["eigen"],
             kinds.total(),
-            settings.damping,
         )
 
 
-def _root(statistics: TensorStore, group: str, settings: Decomposition, device: torch.device) -> SquareRoot:
-    moment = statistics.read(group, "second_moment").to(device)
+class Roots:
+    """The square roots that a decomposition weighs by, from statistics that are collected when first needed.
+
+    Args:
+        settings: How to decompose.
+        statistics: Where what was measured comes from.
+        todo: The maps to decompose.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self, settings: Decomposition, statistics: Statistics, todo: Sequence[Target], device: torch.device
+    ) -> None:
+        self.settings, self.device = settings, device
+        kind = settings.kind
+        self.inputs = statistics.inputs(todo) if kind in ("asvd", "whitened", "two_sided") else None
+        self.moments = statistics.output_gradients(todo, settings.labels) if kind == "two_sided" else None
+        self.weights = statistics.weight_gradients(todo) if kind == "fwsvd" else None
+
+    def of_inputs(self, group: str) -> SquareRoot | None:
+        """Return what the inputs of ``group`` are weighted by."""
+        if self.inputs is None:
+            return None
+        if self.settings.kind == "asvd":
+            mean = self.inputs.read(group, "mean_absolute").to(self.device)
+            return _located(
+                lambda: diagonal_root(mean**self.settings.alpha, damping=self.settings.damping), "input", group
+            )
+        moment = self.inputs.read(group, "second_moment").to(self.device)
+        return _located(lambda: square_root(moment, damping=self.settings.damping), "input", group)
+
+    def of_outputs(self, name: str) -> SquareRoot | None:
+        """Return what the outputs of module ``name`` are weighted by."""
+        if self.moments is not None:
+            moment = self.moments.read(name, "second_moment").to(self.device)
+            return _located(lambda: square_root(moment, damping=self.settings.output_damping), "output", name)
+        if self.weights is not None:
+            squares = self.weights.read(name, "mean_squares").to(self.device)
+            return _located(
+                lambda: diagonal_root(squares.sqrt(), damping=self.settings.output_damping), "output", name
+            )
+        return None
+
+    def notes(self, target: Target, inputs: SquareRoot | None, outputs: SquareRoot | None) -> dict[str, str]:
+        """Return what to note beside the factors of ``target``: the kinds of its roots, and their tokens."""
+        notes = {}
+        if inputs is not None and self.inputs is not None:
+            notes |= {"square_root": inputs.kind, "tokens": self.inputs.notes(target.group)["tokens"]}
+        if outputs is not None:
+            notes["output_root"] = outputs.kind
+        return notes
+
+
+def _located(root: Callable[[], SquareRoot], side: str, name: str) -> SquareRoot:
     try:
-        return square_root(moment, damping=settings.damping)
+        return root()
     except ValueError as error:
-        raise ValueError(f"{error}: at the input of {group}") from None
+        raise ValueError(f"{error}: at the {side} of {name}") from None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lowrank_pl.allocate import ALLOCATORS, allocator, uniform
+from lowrank_pl.allocate import Problem, Uniform, allocator
 from lowrank_pl.budget import Budget, break_even, check_keep, factored_cost, parameter_ratio
 
 sizes = st.integers(1, 90)
@@ -19,6 +20,11 @@ wish = st.one_of(st.floats(0, 200), st.just(math.inf), st.just(0.0), st.floats(0
 
 def named(shapes):
     return {f"block.{i}": shape for i, shape in enumerate(shapes)}
+
+
+def problem(budget):
+    """A problem for allocators that look at nothing but the budget."""
+    return Problem(budget, SimpleNamespace(fingerprint={"kind": "whitened"}), None)
 
 
 def allowed_sizes(shape, multiple, floor):
@@ -118,7 +124,7 @@ def test_keep_one_is_dense():
     shapes = named([(40, 40), (7, 90)])
     budget = Budget(keep=1.0, shapes=shapes, model_parameters=3200)
     assert budget.fit(dict.fromkeys(shapes, 1.0), method="x").keep_targeted == 1.0
-    assert uniform(None, budget).dense_modules == list(shapes)
+    assert Uniform().plan(problem(budget)).dense_modules == list(shapes)
 
 
 def test_multiple_of_leaves_small_modules_dense_and_says_so():
@@ -199,11 +205,10 @@ def test_impossible_wishes(wishes, message):
 
 def test_uniform_keeps_the_same_fraction_everywhere():
     shapes = {"a": (64, 64), "b": (192, 64), "c": (64, 192), "d": (100, 30)}
-    plan = ALLOCATORS["uniform"](None, Budget(keep=0.6, shapes=shapes, model_parameters=40_000))
+    plan = allocator("uniform").plan(problem(Budget(keep=0.6, shapes=shapes, model_parameters=40_000)))
     assert plan.method == "uniform"
     for (m, n), module in zip(shapes.values(), plan.modules.values(), strict=True):
         assert abs(module.rank - 0.6 * m * n / (m + n)) <= 1.0
-    assert allocator("uniform") is uniform
     with pytest.raises(ValueError, match=r"no allocator is called 'best': expected one of uniform"):
         allocator("best")
 

@@ -31,7 +31,7 @@ def test_whitening_identity_holds_exactly_on_a_sample(shape):
     inputs = sample(60, shape[1])
     moment = torch.stack([torch.outer(x, x) for x in inputs]).mean(0)
     matrix = weight(*shape)
-    factors = decompose(matrix, whitening=square_root(moment, damping=0.0))
+    factors = decompose(matrix, inputs=square_root(moment, damping=0.0))
     assert factors.left.dtype == factors.right.dtype == factors.sigma.dtype == torch.float64
     for rank in range(min(shape) + 1):
         part = truncate(factors, rank)
@@ -46,7 +46,7 @@ def test_no_other_matrix_of_that_rank_does_better():
     inputs = sample(50, 8)
     moment = inputs.T @ inputs / 50
     matrix = weight(6, 8)
-    best = truncate(decompose(matrix, whitening=square_root(moment, damping=0.0)), 3)
+    best = truncate(decompose(matrix, inputs=square_root(moment, damping=0.0)), 3)
     least = mean_output_error(matrix - best.left @ best.right, inputs)
     for seed in range(20):
         left = best.left + 1e-2 * weight(6, 3, seed=seed)
@@ -74,7 +74,7 @@ def test_singular_values_are_split_evenly_over_both_sides():
 
 
 def test_zero_weight_has_zero_factors():
-    factors = decompose(torch.zeros(4, 6), whitening=square_root(torch.eye(6)))
+    factors = decompose(torch.zeros(4, 6), inputs=square_root(torch.eye(6)))
     assert factors.sigma.tolist() == [0.0] * 4
     assert torch.equal(factors.left @ factors.right, torch.zeros(4, 6, dtype=torch.float64))
 
@@ -133,7 +133,7 @@ def test_square_root_never_fails(make, damping):
     # The eigen fallback lifts eigenvalues to its floor, negative ones from as far below as they were.
     lifted = max(0.0, -torch.linalg.eigvalsh(expected)[0].item()) + root.damping + 1e-14 * largest
     assert (root.root @ root.root.T - expected).abs().max() <= 2 * lifted
-    factors = decompose(weight(8, 10), whitening=root)
+    factors = decompose(weight(8, 10), inputs=root)
     assert torch.isfinite(factors.left).all()
     assert torch.isfinite(factors.right).all()
 
@@ -145,7 +145,7 @@ def test_indefinite_moments_fall_back_to_eigenvectors_whose_inverse_is_right():
     torch.testing.assert_close(root.solve_right(root.root), identity, rtol=0, atol=1e-6)
     torch.testing.assert_close(root.solve_right(identity), torch.linalg.inv(root.root), rtol=1e-5, atol=1e-5)
     matrix = weight(8, 10)
-    factors = decompose(matrix, whitening=root)
+    factors = decompose(matrix, inputs=root)
     torch.testing.assert_close(factors.left @ factors.right, matrix, rtol=0, atol=1e-6)
 
 

@@ -60,7 +60,7 @@ def test_json_is_stable_and_one_line_a_module(plan):
 def test_json_schema(plan):
     data = json.loads(plan.to_json())
     assert list(data) == [
-        *("schema", "method", "keep", "parameters", "bytes", "counts", "notes", "origin", "fingerprint", "modules")
+        *("schema", "method", "keep", "parameters", "bytes", "counts", "constraints", "notes", "origin", "fingerprint", "modules")
     ]
     assert data["schema"] == SCHEMA == 1
     assert data["keep"] == {"asked": 0.6, "targeted": plan.keep_targeted, "model": plan.keep_model}

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from lowrank_pl import files, prepare
+from lowrank_pl import collected, files, prepare
 from lowrank_pl.prepare import (
     Decomposition,
     budget_for,
@@ -32,18 +32,18 @@ def work(monkeypatch):
     """Names of what was done: one ``forward`` a batch, one ``decompose`` a module, one ``root`` an input."""
     done = []
 
-    def counting(name, what):
-        real = getattr(prepare, name)
+    def counting(module, name, what):
+        real = getattr(module, name)
 
         def call(*args, **kwargs):
             done.append(what)
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(prepare, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    counting("decompose", "decompose")
-    counting("square_root", "root")
-    counting("collect_input_moments", "statistics")
+    counting(prepare, "decompose", "decompose")
+    counting(prepare, "square_root", "root")
+    counting(collected, "collect_input_moments", "statistics")
     return done
 
 
@@ -149,13 +149,13 @@ def test_interrupted_decomposition_resumes_at_the_next_module(build, work, monke
 
 
 def test_interrupted_statistics_collect_only_what_is_missing(build, monkeypatch):
-    real, groups = prepare.collect_input_moments, []
+    real, groups = collected.collect_input_moments, []
 
     def remember(model, targets, windows, **kwargs):
         groups.append({target.group for target in targets})
         return real(model, targets, windows, **kwargs)
 
-    monkeypatch.setattr(prepare, "collect_input_moments", remember)
+    monkeypatch.setattr(collected, "collect_input_moments", remember)
     save, saved = prepare._save_moments, []
 
     def interrupt(statistics, group, moments):
@@ -278,7 +278,7 @@ def test_damaged_file_is_named_in_the_notes_too(llama, build):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "Whitened"}, r"the kind of decomposition is 'Whitened': expected whitened or svd"),
+        ({"kind": "Whitened"}, r"the kind of decomposition is 'Whitened': expected one of whitened, two_sided, svd, asvd, fwsvd"),
         ({"damping": -1.0}, r"damping is -1.0: expected a finite number of at least 0"),
         ({"damping": float("nan")}, r"damping is nan: expected"),
     ],

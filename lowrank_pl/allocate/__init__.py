@@ -1,27 +1,35 @@
-"""Closed-form allocators: one function a file, ``(store, budget) -> RankPlan``, named in ``ALLOCATORS``."""
+"""Closed-form allocators: one a file, named in ``ALLOCATORS``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from typing import Any
 
-from lowrank_pl.allocate.uniform import uniform
-from lowrank_pl.budget import Budget
-from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.plan import RankPlan
+from lowrank_pl.allocate.base import Allocator, Problem
+from lowrank_pl.allocate.fisher import Fisher
+from lowrank_pl.allocate.uniform import Uniform
 
-__all__ = ["ALLOCATORS", "Allocator", "allocator", "uniform"]
+__all__ = ["ALLOCATORS", "Allocator", "Fisher", "Problem", "Uniform", "allocator"]
 
-Allocator = Callable[[FactorStore, Budget], RankPlan]
-
-ALLOCATORS: dict[str, Allocator] = {"uniform": uniform}
+ALLOCATORS: dict[str, type[Allocator]] = {kind.name: kind for kind in (Uniform, Fisher)}
 
 
-def allocator(name: str) -> Allocator:
-    """Return the allocator called ``name``.
+def allocator(name: str, **settings: Any) -> Allocator:
+    """Return the allocator called ``name`` with its ``settings``.
 
     Raises:
-        ValueError: There is none; the message lists those that exist.
+        ValueError: There is none, or it has no such setting; the message lists those that exist.
+
+    >>> allocator("uniform").name
+    'uniform'
     """
     if name not in ALLOCATORS:
         raise ValueError(f"no allocator is called {name!r}: expected one of {', '.join(ALLOCATORS)}")
-    return ALLOCATORS[name]
+    kind: Any = ALLOCATORS[name]
+    known = [field.name for field in dataclasses.fields(kind)]
+    for setting in settings:
+        if setting not in known:
+            has = f"one of {', '.join(known)}" if known else "none, it has no settings"
+            raise ValueError(f"the allocator {name} has no setting {setting!r}: expected {has}")
+    made: Allocator = kind(**settings)
+    return made

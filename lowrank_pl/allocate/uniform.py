@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from lowrank_pl.budget import Budget
-from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.plan import RankPlan
+from dataclasses import dataclass
+from typing import ClassVar
 
-__all__ = ["uniform"]
+from torch import Tensor
+
+from lowrank_pl.allocate.base import Allocator, Problem
+from lowrank_pl.order import wish_scores
+
+__all__ = ["Uniform"]
 
 
-def uniform(store: FactorStore, budget: Budget) -> RankPlan:
-    """Return the plan in which every module keeps the same fraction (SVD-LLM, arXiv 2403.07378).
+@dataclass(frozen=True)
+class Uniform(Allocator):
+    """The plan in which every module keeps the same fraction (SVD-LLM, arXiv 2403.07378)."""
 
-    Args:
-        store: Unused: the shapes in ``budget`` say everything that this allocator looks at.
-        budget: How much to keep, and of what.
-    """
-    wishes = {name: m * n / (m + n) for name, (m, n) in budget.shapes.items()}
-    return budget.fit({name: budget.keep * wish for name, wish in wishes.items()}, method="uniform")
+    name: ClassVar[str] = "uniform"
+
+    def scores(self, problem: Problem) -> dict[str, Tensor]:
+        """Return scores by which every module shrinks from break-even at the same rate."""
+        return {name: wish_scores((m, n), m * n / (m + n)) for name, (m, n) in problem.budget.shapes.items()}

@@ -1,0 +1,114 @@
+"""Statistics on disk: what was measured on a model and a text is measured once, whoever asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.factor_store import TensorStore
+from lowrank_pl.gradients import GradientMoments, Labels, WeightGradients, collect_gradients
+from lowrank_pl.statistics import InputMoments, collect_input_moments
+from lowrank_pl.targets import Target
+
+__all__ = ["Statistics"]
+
+Measured = TypeVar("Measured")
+
+
+class Statistics:
+    """What is measured on one model and text, each kind in a store of its own that fills when asked.
+
+    Args:
+        model: The dense base.
+        windows: ``[windows, length]`` calibration token ids.
+        source: Fingerprint of model, tokenizer and windows.
+        directory: Folder that gets a folder for each kind; by default each lies in the cache under its fingerprint.
+        batch_size: Windows per pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Tensor,
+        source: Mapping[str, str],
+        *,
+        directory: str | Path | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        self.model, self.windows, self.source, self.batch_size = model, windows, dict(source), batch_size
+        self._directory = None if directory is None else Path(directory)
+
+    def inputs(self, targets: Sequence[Target]) -> TensorStore:
+        """Return the store of ``second_moment`` ``[in, in]`` and ``mean_absolute`` ``[in]``, keyed by group."""
+        store = self._store("statistics")
+        groups = set(store.missing(target.group for target in targets))
+        if groups:
+            todo = [target for target in targets if target.group in groups]
+            moments = collect_input_moments(self.model, todo, self.windows, batch_size=self.batch_size)
+            _save(store, moments, _input_tensors, lambda found: {"tokens": str(found.tokens)})
+        return store
+
+    def output_gradients(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
+        """Return the store of ``second_moment`` ``[out, out]`` of output gradients, keyed by module."""
+        store = self._store("output_gradients", labels=labels)
+        todo = _missing(store, targets)
+        if todo:
+            moments, _ = collect_gradients(
+                self.model, self.windows, moments=todo, labels=labels, batch_size=self.batch_size
+            )
+            _save(store, moments, _gradient_tensors, lambda found: {"tokens": str(found.tokens)})
+        return store
+
+    def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
+        """Return the store of ``mean`` ``[out, in]`` and ``mean_squares`` ``[out]`` of gradients, keyed by module."""
+        store = self._store("weight_gradients", batch_size=str(self.batch_size))
+        todo = _missing(store, targets)
+        if todo:
+            _, weights = collect_gradients(self.model, self.windows, weights=todo, batch_size=self.batch_size)
+            _save(store, weights, _weight_tensors, lambda found: {"batches": str(found.batches)})
+        return store
+
+    def _store(self, kind: str, **settings: str) -> TensorStore:
+        return TensorStore(kind, {**self.source, **settings}, self._directory / kind if self._directory else None)
+
+
+def _missing(store: TensorStore, targets: Iterable[Target]) -> list[Target]:
+    return [target for target in targets if target.name not in store]
+
+
+def _save(
+    store: TensorStore,
+    measured: dict[str, Measured],
+    tensors: Callable[[Measured], dict[str, Tensor]],
+    notes: Callable[[Measured], dict[str, str]],
+) -> None:
+    for name in tqdm(list(measured), desc=f"saving {store.kind.replace('_', ' ')}", unit="file"):
+        # Popped, so that memory shrinks as the disk fills.
+        found = measured.pop(name)
+        store.write(name, tensors(found), notes=notes(found))
+
+
+def _input_tensors(moments: InputMoments) -> dict[str, Tensor]:
+    return {"second_moment": _narrow(moments.second_moment), "mean_absolute": moments.mean_absolute.float()}
+
+
+def _gradient_tensors(moments: GradientMoments) -> dict[str, Tensor]:
+    return {"second_moment": _narrow(moments.second_moment)}
+
+
+def _weight_tensors(gradients: WeightGradients) -> dict[str, Tensor]:
+    return {"mean": gradients.mean, "mean_squares": gradients.mean_squares}
+
+
+def _narrow(second: Tensor) -> Tensor:
+    # float32 on disk: the batch products were summed from float32 products, more digits would only be noise. But the
+    # squares of massive activations may lie beyond its range, and those of faint gradients below it.
+    narrow = second.float()
+    lost = not torch.isfinite(narrow).all() or second.diagonal().abs().max() < torch.finfo(torch.float32).tiny * 1e6
+    return second if lost else narrow

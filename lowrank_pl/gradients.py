@@ -1,0 +1,252 @@
+"""What a backward pass over calibration text tells of linear maps: moments of output gradients, weight gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.evaluating import evaluating
+from lowrank_pl.targets import Target
+
+__all__ = ["GradientMoments", "Labels", "WeightGradients", "collect_gradients", "embeddings_with_gradient"]
+
+Labels = Literal["sampled", "text"]
+"""Whose next tokens the loss asks for: drawn from the model (the Fisher matrix) or the text's (the empirical one)."""
+
+
+@dataclass
+class GradientMoments:
+    """Sum over tokens of ``g g'``, with ``g`` the gradient of the summed loss by one output; two merge by addition.
+
+    Its mean over tokens is the output factor of K-FAC (arXiv 1503.05671): with the inputs' second moment ``C``,
+    ``tr(R dW C dW') / 2`` estimates by how many nats a token the loss rises when ``W`` becomes ``W + dW``.
+
+    Args:
+        second: ``[out, out]`` sum of outer products, float64.
+        tokens: How many tokens had a label.
+    """
+
+    second: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, features: int, *, device: torch.device | str = "cpu") -> GradientMoments:
+        """Return sums of nothing for outputs of ``features`` values."""
+        return cls(torch.zeros(features, features, dtype=torch.float64, device=device))
+
+    def update(self, gradient: Tensor, tokens: int) -> None:
+        """Add the gradients ``[..., out]`` of a summed loss that asked for ``tokens`` labels."""
+        flat = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+        self.second += flat.mT @ flat
+        self.tokens += tokens
+
+    def merge(self, other: GradientMoments) -> None:
+        """Add the sums of ``other``, from other tokens."""
+        self.second += other.second
+        self.tokens += other.tokens
+
+    @property
+    def second_moment(self) -> Tensor:
+        """``[out, out]`` mean of ``g g'`` over tokens with a label."""
+        return self.second / max(1, self.tokens)
+
+
+@dataclass
+class WeightGradients:
+    """Sums over batches of the gradient of the mean cross-entropy by one weight; two merge by addition.
+
+    Args:
+        total: ``[out, in]`` sum of gradients, float32.
+        squares: ``[out]`` sum of their squares, added along each row, float64 (the row weights of FWSVD).
+        batches: How many batches were summed.
+    """
+
+    total: Tensor
+    squares: Tensor
+    batches: int = 0
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> WeightGradients:
+        """Return sums of nothing for a weight of ``shape`` ``(out, in)``."""
+        return cls(torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=torch.float64, device=device))
+
+    def update(self, gradient: Tensor) -> None:
+        """Add the gradient ``[out, in]`` of one batch."""
+        self.total += gradient
+        self.squares += gradient.double().square().sum(1)
+        self.batches += 1
+
+    def merge(self, other: WeightGradients) -> None:
+        """Add the sums of ``other``, from other batches."""
+        self.total += other.total
+        self.squares += other.squares
+        self.batches += other.batches
+
+    @property
+    def mean(self) -> Tensor:
+        """``[out, in]`` mean gradient."""
+        return self.total / max(1, self.batches)
+
+    @property
+    def mean_squares(self) -> Tensor:
+        """``[out]`` mean over batches of each row's sum of squared gradients."""
+        return self.squares / max(1, self.batches)
+
+
+def collect_gradients(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    moments: Sequence[Target] = (),
+    weights: Sequence[Target] = (),
+    labels: Labels = "sampled",
+    batch_size: int = 1,
+    seed: int = 0,
+    progress: str = "gradients",
+) -> tuple[dict[str, GradientMoments], dict[str, WeightGradients]]:
+    """Return moments of output gradients and mean weight gradients by module name, from one forward pass a batch.
+
+    Weight gradients always come from the text's own next tokens; the moments come from labels of their own, for which
+    a second backward pass is made where both are asked for and ``labels`` is ``sampled``.
+
+    Args:
+        model: The model to differentiate; evaluation mode is used and restored, no parameter gets a gradient.
+        windows: ``[windows, length]`` token ids.
+        moments: Maps whose output gradients to watch.
+        weights: Maps whose weight gradients to average.
+        labels: Whose next tokens the moments' loss asks for.
+        batch_size: Windows per pass.
+        seed: Of the sampled labels; each batch draws from a generator of its own.
+        progress: Label of the progress bar.
+
+    Raises:
+        ValueError: A window of less than two tokens, or a loss or a gradient that is not finite.
+    """
+    if windows.shape[1] < 2:
+        raise ValueError(f"windows of {windows.shape[1]} tokens were given: a loss needs at least two")
+    device = next(model.parameters()).device
+    seen = {target.name: GradientMoments.empty(target.shape[0], device=device) for target in moments}
+    sums = {target.name: WeightGradients.empty(target.shape, device=device) for target in weights}
+    recorder = _Recorder()
+    with ExitStack() as stack:
+        stack.enter_context(_differentiable(model))
+        stack.enter_context(recorder.watching(model, dict.fromkeys([*seen, *sums])))
+        for number, batch in enumerate(tqdm(torch.split(windows, batch_size), desc=progress, unit="batch")):
+            tokens = batch.to(device)
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            _backward(logits, tokens[:, 1:], seen, sums, recorder, labels, generator, number)
+            recorder.clear()
+    return seen, sums
+
+
+def _backward(
+    logits: Tensor,
+    following: Tensor,
+    seen: Mapping[str, GradientMoments],
+    sums: Mapping[str, WeightGradients],
+    recorder: _Recorder,
+    labels: Labels,
+    generator: torch.Generator,
+    number: int,
+) -> None:
+    """Run the backward passes of one batch: the text's labels once if anything asks for them, sampled ones likewise."""
+    of_text = bool(sums) or labels == "text"
+    if of_text:
+        again = bool(seen) and labels != "text"
+        for name, inputs, gradient in recorder.gradients(_loss(logits, following, number), again):
+            if name in sums:
+                # The loss is summed; its mean over tokens is what a step of training would see.
+                weight = gradient.flatten(0, -2).float().mT @ inputs.flatten(0, -2).float() / following.numel()
+                _check(weight, name, number)
+                sums[name].update(weight)
+            if name in seen and labels == "text":
+                _check(gradient, name, number)
+                seen[name].update(gradient, following.numel())
+    if seen and labels == "sampled":
+        probabilities = logits.detach().softmax(-1).flatten(0, 1).cpu()
+        drawn = torch.multinomial(probabilities, 1, generator=generator).view_as(following).to(logits.device)
+        for name, _, gradient in recorder.gradients(_loss(logits, drawn, number), False):
+            if name in seen:
+                _check(gradient, name, number)
+                seen[name].update(gradient, following.numel())
+
+
+def _loss(logits: Tensor, following: Tensor, number: int) -> Tensor:
+    loss = functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"the loss of calibration batch {number} is {loss.item()}: check the checkpoint, or load it in a wider dtype"
+        )
+    return loss
+
+
+def _check(gradient: Tensor, name: str, number: int) -> None:
+    if not torch.isfinite(gradient).all():
+        raise ValueError(
+            f"the gradient at module {name} in calibration batch {number} holds NaN or infinity: "
+            "check the checkpoint, or load it in a wider dtype"
+        )
+
+
+class _Recorder:
+    """Inputs and outputs of watched maps in one forward pass, and the gradients by these outputs."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[str, Tensor, Tensor]] = []
+
+    @contextmanager
+    def watching(self, model: nn.Module, names: Mapping[str, Any]) -> Iterator[None]:
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+            def keep(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                self._calls.append((name, args[0].detach(), output))
+
+            return keep
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.callback(model.get_submodule(name).register_forward_hook(hook(name)).remove)
+            yield
+
+    def gradients(self, loss: Tensor, again: bool) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield name, input and the gradient of ``loss`` by the output of every call; ``again``: keep the graph."""
+        outputs = [output for _, _, output in self._calls]
+        found = torch.autograd.grad(loss, outputs, retain_graph=again)
+        for (name, inputs, _), gradient in zip(self._calls, found, strict=True):
+            yield name, inputs, gradient
+
+    def clear(self) -> None:
+        self._calls.clear()
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel) -> Iterator[None]:
+    """Let gradients flow from the embeddings up while no parameter takes one, in evaluation mode; then as before."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        with evaluating(model), torch.enable_grad(), embeddings_with_gradient(model):
+            yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def embeddings_with_gradient(model: PreTrainedModel) -> Iterator[None]:
+    """Let gradients reach the output of the input embeddings of ``model``, whose weights are frozen, for a while."""
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
