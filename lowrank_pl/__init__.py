@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.budget import Budget
 from lowrank_pl.compress import compress
+from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.evaluate import Score, perplexity
 from lowrank_pl.export import load_compressed, save_compressed
 from lowrank_pl.hf_format import LowRankLinear
 from lowrank_pl.plan import ModulePlan, RankPlan
-from lowrank_pl.prepare import Decomposition, build_factors
+from lowrank_pl.prepare import build_factors
 from lowrank_pl.targets import find_targets
 from lowrank_pl.windows import token_windows
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +17,14 @@ from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.commands import pick_device
 from lowrank_pl.files import write_json
 from lowrank_pl.layers import insert_masks, masked_layers
+from lowrank_pl.machine import peak_memory
 from lowrank_pl.masks import Staircase
 from lowrank_pl.objectives import next_token_loss
 from lowrank_pl.prepare import build_factors
 from lowrank_pl.targets import find_targets
 from lowrank_pl.windows import token_windows
 
-__all__ = ["bench", "peak_memory"]
+__all__ = ["bench"]
 
 _STATISTICS_WINDOWS = 8  # the factors only have to be of the right size here
 
@@ -101,14 +100,6 @@ def bench(
     if json is not None:
         write_json(json, figures)
     return figures
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held so far: of the GPU, or resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _mask(model: PreTrainedModel, windows: Tensor, tokenizer: Any, keep: float) -> None:

@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -124,7 +123,8 @@ class Budget:
         """Return the plan nearest to the wished ranks that meets the budget to within one rank step.
 
         Finite wishes are scaled by one common factor (ARA's rule) and rounded down to allowed ranks; what is left goes
-        to the modules nearest to their next component, until no further step of any module fits.
+        to the modules nearest to their next component, until no further step of any module fits. In the order that the
+        plan carries, modules wished dense stay dense at this size and above, and shrink with the rest below it.
 
         Args:
             wishes: A real rank for every module; ``math.inf`` asks for dense and is not scaled.
@@ -145,6 +145,7 @@ class Budget:
             notes.append(f"{dropped} modules were wished dense, which the budget does not allow: scaled like the rest")
         order = ComponentOrder({name: wish_scores(shape, wishes[name]) for name, shape in self.shapes.items()})
         chosen = self._choose(order, least_score=-math.inf if scale_up else 1.0)
+        order = self._with_finite_wishes(order, wishes, chosen.threshold)
         # Where everything has come out dense, the factor says nothing.
         if 0 < chosen.threshold < math.inf and any(size is not None for size in chosen.sizes.values()):
             notes.append(f"wished ranks scaled by {1 / chosen.threshold:.4f} to meet keep {self.keep}")
@@ -157,35 +158,41 @@ class Budget:
         method: str,
         notes: Iterable[str] = (),
         within: Mapping[str, ModulePlan] | None = None,
+        beyond: Mapping[str, ModulePlan] | None = None,
     ) -> RankPlan:
         """Return the plan of the highest-scored components that meets the budget to within one rank step.
 
         Components are taken one by one, highest score first, each at what it adds to its module's cost: nothing for
         those beyond break-even once a module is dense (the accounting of ZS-SVD, arXiv 2602.02848). A component whose
-        step no longer fits closes its module. The plan carries the scores, so that other sizes follow from it.
+        step no longer fits closes its module. The plan carries the scores, so that other sizes follow from it (the
+        score map of ACIP, arXiv 2502.01717).
 
         Args:
             scores: For every module a number for each of its first components, none beyond ``min(out, in)``; those
-                without one come last. Higher is kept longer, across modules; ties go by position.
+                without one come last. Higher is kept longer, across modules; of equals, whichever is nearer to the
+                start of its module.
             method: Name of whoever made the scores.
             notes: What to note in the plan.
-            within: A plan of more that this one has to be contained in.
+            within: Modules of a larger plan whose ranks are not exceeded.
+            beyond: Modules of a smaller plan whose ranks are kept, whatever ``multiple_of`` and ``floors`` say.
 
         Raises:
-            ValueError: A module without scores, scores for no module, or too many, or NaN.
+            ValueError: A module without scores, scores for no module, too many or NaN, or ``beyond`` costs too much.
 
         Example:
+            >>> import torch
             >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128)
             >>> plan = budget.select({"a": torch.tensor([9.0, 1, 8]), "b": torch.tensor([7.0, 6.0])}, method="hand")
             >>> [(module.rank, module.indices) for module in plan.modules.values()]
             [(2, (0, 2)), (2, None)]
         """
         self._check_names(scores, "component is scored for")
-        for name, shape in self.shapes.items():
-            if len(scores[name]) > min(shape):
-                raise ValueError(f"{name} of shape {shape} has {len(scores[name])} scores: expected {min(shape)} or less")
         order = ComponentOrder(scores)
-        return self._plan(self._choose(order, within=within), order, method, list(notes))
+        for name, shape in self.shapes.items():
+            if len(order.scores[name]) > min(shape):
+                given = len(order.scores[name])
+                raise ValueError(f"{name} of shape {shape} has {given} scores: expected {min(shape)} or fewer")
+        return self._plan(self._choose(order, within=within, beyond=beyond), order, method, list(notes))
 
     def _choose(
         self,
@@ -193,21 +200,18 @@ class Budget:
         *,
         least_score: float = -math.inf,
         within: Mapping[str, ModulePlan] | None = None,
+        beyond: Mapping[str, ModulePlan] | None = None,
     ) -> _Choice:
         """Return the sizes that ``order`` leads to, and the score of the last component before one did not fit."""
         names = list(self.shapes)
-        ladders = [self._ladder(name, within[name].rank if within else None) for name in names]
-        values, owners, prices = [], [], []
-        for owner, (name, ladder) in enumerate(zip(names, ladders, strict=True)):
-            costs = np.array([self.cost(name, size) for size in ladder])
-            values.append(self._values(name, ladder, order.scores[name]))
-            prices.append(np.diff(costs))
-            owners.append(np.full(len(ladder) - 1, owner))
-        value, owner_of, price = np.concatenate(values), np.concatenate(owners), np.concatenate(prices)
-        # Stable, so that equal scores, above all the steps of one module, stay in order.
-        sequence = np.argsort(-value, kind="stable")
-        sequence = sequence[value[sequence] >= least_score]
+        ladders = [
+            self._ladder(name, within[name] if within else None, beyond[name] if beyond else None) for name in names
+        ]
         rest = self.limit - sum(self.cost(name, ladder[0]) for name, ladder in zip(names, ladders, strict=True))
+        if rest < 0:
+            raise ValueError(f"the plan to go beyond has {-rest:,} parameters more than keep {self.keep} allows")
+        value, owner_of, price, sequence = self._steps(order, ladders)
+        sequence = sequence[value[sequence] >= least_score]
         spent = np.cumsum(price[sequence])
         fitting = int(np.searchsorted(spent, rest, side="right"))
         rest -= int(spent[fitting - 1]) if fitting else 0
@@ -223,24 +227,46 @@ class Budget:
             taken[owner] += 1
             rest -= int(price[step])
         sizes = {name: ladder[count] for name, ladder, count in zip(names, ladders, taken, strict=True)}
-        finite = [float(score) for score in value[sequence[:fitting]] if math.isfinite(score)]
-        return _Choice(sizes, finite[-1] if finite else math.inf)
+        in_a_row = value[sequence[:fitting]]
+        finite = in_a_row[np.isfinite(in_a_row)]
+        return _Choice(sizes, float(finite[-1]) if len(finite) else math.inf)
 
-    def _ladder(self, name: str, most: int | None) -> list[int | None]:
-        """Return the allowed sizes of ``name`` from the smallest on, up to ``most``; ``None`` is dense."""
-        least = self.least_rank(name)
+    def _steps(
+        self, order: ComponentOrder, ladders: Sequence[Sequence[int | None]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return score, module and price of every step of every ladder, and in which sequence they are taken."""
+        values, owners, prices, places = [], [], [], []
+        for owner, (name, ladder) in enumerate(zip(self.shapes, ladders, strict=True)):
+            dense = break_even(self.shapes[name]) + 1
+            # Dense is the first size that pays for no further component: the one beyond break-even.
+            reached = np.array([dense if size is None else size for size in ladder[1:]], dtype=np.int64)
+            ranked = np.full(min(self.shapes[name]) + 1, -np.inf, dtype=np.float32)
+            scores = order.scores[name]
+            ranked[: len(scores)] = np.sort(scores.numpy())[::-1]
+            values.append(ranked[reached - 1])
+            owners.append(np.full(len(reached), owner, dtype=np.int64))
+            costs = np.array([self.cost(name, size) for size in ladder], dtype=np.int64)
+            prices.append(costs[1:] - costs[:-1])
+            places.append(reached / dense)
+        value, owner_of, price = np.concatenate(values), np.concatenate(owners), np.concatenate(prices)
+        # By position among equals: in the order of modules, the first would be filled up before the last got anything.
+        return value, owner_of, price, np.lexsort((np.concatenate(places), -value))
+
+    def _ladder(self, name: str, most: ModulePlan | None, least: ModulePlan | None) -> list[int | None]:
+        """Return the allowed sizes of ``name`` from the smallest on; ``None`` is dense.
+
+        ``least`` and ``most`` may come from a plan edited by hand, so they stand even where they are not allowed.
+        """
+        first = self.least_rank(name)
+        ranks: list[int] = [] if first is None else list(range(first, self.top_rank(name) + 1, self.multiple_of))
+        if most is not None and most.rank is not None:
+            return [rank for rank in ranks if rank <= most.rank] or [most.rank]
         if least is None:
+            return [*ranks, None]
+        if least.rank is None:
             return [None]
-        ranks: list[int | None] = list(range(least, self.top_rank(name) + 1, self.multiple_of))
-        return [*ranks, None] if most is None else [rank for rank in ranks if rank is not None and rank <= most]
-
-    def _values(self, name: str, ladder: Sequence[int | None], scores: Tensor) -> NDArray[np.float32]:
-        """Return the lowest score among the components that each step of ``ladder`` but the first adds."""
-        ranked = np.full(min(self.shapes[name]) + 1, -np.inf, dtype=np.float32)
-        ranked[: len(scores)] = np.sort(scores.numpy())[::-1]
-        # Dense is the first size that pays for no further component: the one beyond break-even.
-        reached = [break_even(self.shapes[name]) + 1 if size is None else size for size in ladder[1:]]
-        return ranked[np.array(reached, dtype=np.int64) - 1]
+        more = [rank for rank in ranks if rank > least.rank]
+        return [least.rank, *more, *([None] if least.rank <= break_even(self.shapes[name]) else [])]
 
     def _plan(self, chosen: _Choice, order: ComponentOrder, method: str, notes: Sequence[str]) -> RankPlan:
         too_small = [name for name in self.shapes if self.top_rank(name) == 0]
@@ -250,7 +276,9 @@ class Budget:
         return RankPlan(
             method=method,
             keep=self.keep,
-            modules={name: self._module(name, size, order.scores[name]) for name, size in chosen.sizes.items()},
+            modules={
+                n: ModulePlan.of_highest(self.shapes[n], size, order.scores[n]) for n, size in chosen.sizes.items()
+            },
             model_parameters=self.model_parameters,
             bytes_per_parameter=self.bytes_per_parameter,
             notes=tuple(notes),
@@ -259,14 +287,24 @@ class Budget:
             floors=dict(self.floors),
         )
 
-    def _module(self, name: str, size: int | None, scores: Tensor) -> ModulePlan:
-        shape = self.shapes[name]
-        if size is None:
-            return ModulePlan(shape)
-        padded = torch.cat([scores, torch.full((min(shape) - len(scores),), -math.inf)])
-        best = padded.argsort(descending=True, stable=True)[:size].sort().values
-        prefix = int(best[-1]) == size - 1
-        return ModulePlan(shape, size, None if prefix else tuple(best.tolist()))
+    def _with_finite_wishes(
+        self, order: ComponentOrder, wishes: Mapping[str, float], threshold: float
+    ) -> ComponentOrder:
+        """Return ``order`` with just enough of a wish for modules wished dense to be dense at ``threshold``.
+
+        Infinite wishes would keep these modules dense in smaller plans too, until the others had nothing left.
+        """
+        if not math.isfinite(threshold):
+            finite = [float(order.scores[name].max()) for name, wish in wishes.items() if math.isfinite(wish)]
+            threshold = max([1.0, *finite])
+        scores = dict(order.scores)
+        for name, wish in wishes.items():
+            if math.isinf(wish):
+                shape = self.shapes[name]
+                # A little above, for no component of another module may come between.
+                just_dense = (break_even(shape) + 1) * max(threshold, 1e-30) * (1 + 1e-6)
+                scores[name] = wish_scores(shape, just_dense)
+        return ComponentOrder(scores)
 
     def _check_names(self, given: Mapping[str, Any], what: str) -> None:
         missing = [name for name in self.shapes if name not in given]

@@ -24,13 +24,16 @@ from lowrank_pl import __version__
 from lowrank_pl.bench import bench
 from lowrank_pl.callbacks import FinishRun, RankMonitor
 from lowrank_pl.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
-from lowrank_pl.commands import allocate, evaluate, export
+from lowrank_pl.commands import allocate, export
+from lowrank_pl.compare import compare
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.export import ExportError
 from lowrank_pl.files import atomic_write
 from lowrank_pl.interrupt import StopBetweenBatches
 from lowrank_pl.module import RankLearner
 from lowrank_pl.progress import LearningBar
+from lowrank_pl.scoring import evaluate
+from lowrank_pl.words import readable_words
 
 __all__ = ["RankCLI", "main"]
 
@@ -38,6 +41,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "allocate": allocate,
     "export": export,
+    "compare": compare,
     "bench": bench,
 }
 FIT = "Learn ranks for a model, export it and score it beside the baselines."
@@ -188,6 +192,7 @@ def _first_sentences() -> dict[str, str]:
 
 def _dispatch(words: list[str]) -> None:
     if words[0] in FUNCTIONS:
+        words = [words[0], *readable_words(words[1:], FUNCTIONS[words[0]])]
         auto_cli(
             FUNCTIONS, as_positional=False, args=words, prog="lowrank", version=__version__, parser_mode="yaml",
             exit_on_error=False,

@@ -1,93 +1,34 @@
-"""What ``lowrank evaluate``, ``allocate`` and ``export`` do: plain typed functions, usable from Python too."""
+"""What ``lowrank allocate`` and ``export`` do: plain typed functions, usable from Python too; see also ``scoring``."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.allocate import Problem, allocator
+from lowrank_pl.allocate import allocator
 from lowrank_pl.base_model import load_base, load_tokenizer
-from lowrank_pl.evaluate import generate_samples, perplexity
-from lowrank_pl.export import is_compressed, load_compressed
+from lowrank_pl.decomposition import Decomposition
+from lowrank_pl.draw import draw_plan
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import write_json
 from lowrank_pl.finish import command_line, export_plan
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.plan_report import rank_table, table
-from lowrank_pl.prepare import Decomposition, budget_for, build_factors, build_gradients, describe_origin, preparation_notes
+from lowrank_pl.plan_report import rank_table
+from lowrank_pl.prepare import budget_for, build_factors
 from lowrank_pl.report import Row, row_table
+from lowrank_pl.sizes import nested
 from lowrank_pl.targets import find_targets
 from lowrank_pl.windows import token_windows
 
-__all__ = ["allocate", "evaluate", "export", "pick_device"]
+__all__ = ["allocate", "base_of", "export", "factors_of", "pick_device"]
 
 _log = logging.getLogger(__name__)
 DType = Literal["float32", "bfloat16", "float16"]
-
-
-def evaluate(
-    model: str,
-    text: str,
-    *,
-    length: int = 1024,
-    windows: int | None = None,
-    batch_size: int = 1,
-    dtype: DType | None = None,
-    device: str = "auto",
-    prompts: Sequence[str] = (),
-    max_new_tokens: int = 40,
-    trust_remote_code: bool = False,
-    json: Path | None = None,
-) -> dict[str, Any]:
-    """Score a compressed folder or any base model: perplexity on a text, and tokens a second.
-
-    Windows do not overlap, each begins with BOS where the tokenizer itself adds it, losses are summed in float64, and
-    logits that are not finite are an error.
-
-    Args:
-        model: An export, or a base: hub id, folder, .gguf file, package:NAME or random:FAMILY.
-        text: File, glob, hub dataset or python-docs, as in the README.
-        length: Tokens of a window.
-        windows: How many windows; all of the text by default.
-        batch_size: Windows per forward.
-        dtype: Type to load in; the folder's own by default, float32 for a GGUF file.
-        device: cpu, cuda, ...; auto takes cuda where there is one.
-        prompts: Texts to continue greedily.
-        max_new_tokens: How far.
-        trust_remote_code: Run Python code that comes with a base model.
-        json: Write the figures there.
-
-    Returns:
-        The figures that ``json`` gets.
-    """
-    network, tokenizer = _load(model, dtype, trust_remote_code=trust_remote_code)
-    network.to(pick_device(device))
-    tokens = token_windows(text, tokenizer, length=length, windows=windows)
-    score = perplexity(network, tokens, batch_size=batch_size, progress="score")
-    figures: dict[str, Any] = {
-        "model": model,
-        "text": text,
-        "windows": len(tokens),
-        "length": length,
-        "dtype": str(network.dtype).removeprefix("torch."),
-        "parameters": network.num_parameters(),
-        **score.to_dict(),
-        "samples": dict(
-            zip(prompts, generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens), strict=True)
-        ),
-    }
-    head = ("model", "perplexity", "nats/token", "tokens", "tokens/s", "parameters")
-    body = (model, f"{score.perplexity:.4f}", f"{score.nats:.5f}", f"{score.tokens:,}",
-            f"{score.tokens_per_second:,.0f}", f"{figures['parameters']:,}")  # fmt: skip
-    print(table(head, [body], "simple"))
-    for prompt, sample in figures["samples"].items():
-        print(f"{prompt!r} -> {sample!r}")
-    return _written(figures, json)
 
 
 def allocate(
@@ -100,7 +41,7 @@ def allocate(
     length: int = 512,
     windows: int = 256,
     dtype: DType = "float32",
-    decomposition: Decomposition = Decomposition(),
+    decomposition: Decomposition | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     multiple_of: int = 1,
@@ -115,14 +56,14 @@ def allocate(
 
     Args:
         base: Hub id, folder, .gguf file, package:NAME or random:FAMILY.
-        method: The allocator: uniform, fisher.
-        settings: Its settings, such as --settings.rounds 5 for zero_sum.
+        method: The allocator: uniform, energy, drank, svdllm_v2, strs, zero_sum, or fisher.
+        settings: Its settings, such as --settings.rounds 5 for zero_sum; a wrong one lists those that there are.
         keep: Fraction of the targeted parameters to keep.
         text: Calibration text for the factors: file, glob, hub dataset or python-docs.
         length: Tokens of a calibration window.
         windows: How many windows.
         dtype: Type to load the base in; the export has it too.
-        decomposition: How weights are decomposed.
+        decomposition: How weights are decomposed; by default two_sided for fisher, asvd for strs, else whitened.
         include: Globs of modules to target, on full names or names inside a block.
         exclude: Globs of modules to leave alone; they are not counted in keep.
         multiple_of: Every rank is a multiple of this.
@@ -143,21 +84,22 @@ def allocate(
     budget = budget_for(model, targets, keep, multiple_of=multiple_of, floors=floors)
     tokens = token_windows(text, tokenizer, length=length, windows=windows)
     model.to(pick_device(device))
-    factors = build_factors(model, targets, tokens, tokenizer, settings=decomposition, directory=store)
-    gradients = build_gradients(model, targets, tokens, tokenizer, directory=store) if drawer.needs_gradients else None
-    origin = describe_origin(base=base, dtype=dtype, text=text, windows=tokens, settings=decomposition, store=factors)
-    problem = Problem(budget, factors, targets, model=model, windows=tokens, gradients=gradients)
-    plan = drawer.plan(problem).with_origin(origin, factors.fingerprint, preparation_notes(targets, factors))
-    plan.save(output)
-    print(f"{_plan_line(plan)}\n{rank_table(plan)}\nplan   {output}\nstore  {factors.directory}")
-    _written({"plan": str(output), **_plan_figures(plan)}, json)
-    return plan
+    drawn, factors = draw_plan(
+        drawer, budget, targets, model, tokens, tokenizer, settings=decomposition or drawer.default_decomposition(),
+        base=base, dtype=dtype, text=text, directory=store,
+    )  # fmt: skip
+    drawn.save(output)
+    print(f"{_plan_line(drawn)}\n{rank_table(drawn)}\nplan   {output}\nstore  {factors.directory}")
+    if json is not None:
+        write_json(json, {"plan": str(output), **_plan_figures(drawn)})
+    return drawn
 
 
 def export(
     plan: Path,
     *,
     output: Path = Path("model"),
+    keep: Sequence[float] | None = None,
     base: str | None = None,
     store: Path | None = None,
     merge: bool = False,
@@ -169,7 +111,9 @@ def export(
 
     Args:
         plan: A plan written by ``lowrank allocate`` or ``lowrank fit``, or edited by hand.
-        output: Folder of the model.
+        output: Folder of the model; with keep, of the models.
+        keep: Other sizes, each with a folder of its own, keep-0.90 and so on: --keep 0.9 0.8. They follow from the
+            plan's component order, and each is contained in the larger ones.
         base: The base, where the plan's own name for it does not lead there from here.
         store: Folder of the factors, likewise; factors that are gone are made again from the plan's origin.
         merge: Write dense weights for runtimes that know no factors, instead of factors.
@@ -181,28 +125,81 @@ def export(
         The folder.
     """
     drawn = RankPlan.load(plan)
-    base = base or drawn.origin.get("base")
-    if base is None:
-        raise ValueError(f"{plan} does not say which base it is for: name it with --base")
+    # Impossible sizes and places are refused before anything is loaded.
+    todo = {output: drawn} if keep is None else _folders(output, nested(drawn, keep))
+    base = base_of(drawn, plan, base)
     dtype = getattr(torch, drawn.origin.get("dtype", "float32"))
     model = load_base(base, dtype=dtype, trust_remote_code=trust_remote_code).to(pick_device(device))
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    factors = _factors_of(drawn, model, tokenizer, store)
-    report = export_plan(model, drawn, factors, output, tokenizer=tokenizer, command=command_line(), merge=merge)
-    row = Row("export", kept_targeted=drawn.keep_targeted, kept_model=drawn.keep_model, bytes=report.bytes)
-    print(f"{row_table([row])}\n\nmodel  {report.directory}")
-    figures = {**_plan_figures(drawn), "model": str(report.directory), "bytes": report.bytes, "merged": report.merged}
-    _written({**figures, "verified": report.verified}, json)
-    return report.directory
+    factors = factors_of(drawn, model, tokenizer, store)
+    rows: list[Row] = []
+    figures: list[dict[str, Any]] = []
+    try:
+        for folder, size in todo.items():
+            _log.info("exporting %s, %d of %d", folder, len(rows) + 1, len(todo))
+            report = export_plan(
+                model, size, factors, folder, tokenizer=tokenizer, command=command_line(), merge=merge,
+                put_back=len(rows) + 1 < len(todo),
+            )  # fmt: skip
+            name = "export" if keep is None else folder.name
+            rows.append(Row(name, kept_targeted=size.keep_targeted, kept_model=size.keep_model, bytes=report.bytes))
+            made = {"model": str(folder), "bytes": report.bytes, "merged": report.merged, "verified": report.verified}
+            figures.append({**_plan_figures(size), **made})
+    except BaseException:
+        if rows:
+            _log.warning("whole and checked are: %s", ", ".join(str(folder) for folder in [*todo][: len(rows)]))
+        raise
+    print(f"{row_table(rows)}\n\n{'model ' if keep is None else 'models'} {output}")
+    if json is not None:
+        write_json(json, figures[0] if keep is None else figures)
+    return output
 
 
-def _factors_of(
+def _folders(output: Path, sizes: Mapping[float, RankPlan]) -> dict[Path, RankPlan]:
+    """Return a folder in ``output`` for each size."""
+    if (output / "config.json").exists():
+        raise ValueError(f"{str(output)!r} is itself a model: name another folder for the models of several sizes")
+    # Two digits, so that they sort, unless that would give two sizes one name.
+    return {
+        output / f"keep-{keep:.2f}" if round(keep, 2) == keep else output / f"keep-{keep}": plan
+        for keep, plan in sizes.items()
+    }
+
+
+def base_of(plan: RankPlan, path: Path, base: str | None) -> str:
+    """Return ``base`` or else the plan's own name for its base.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    named = base or plan.origin.get("base")
+    if named is None:
+        raise ValueError(f"{path} does not say which base it is for: name it with --base")
+    return str(named)
+
+
+def factors_of(
     plan: RankPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, store: Path | None
 ) -> FactorStore:
-    """Return the factors that ``plan`` was drawn for: those on disk, or made again in the cache."""
+    """Return the factors that ``plan`` was drawn for: those on disk, or made again in the cache.
+
+    Args:
+        plan: The plan.
+        model: Its dense base.
+        tokenizer: The base's.
+        store: Folder of the factors, where the plan's own name for it does not lead there.
+
+    Raises:
+        ValueError: They are gone and the plan does not say how to make them.
+    """
     directory = store or Path(plan.origin.get("store", ""))
     if store is not None or (plan.origin.get("store") and (directory / "manifest.json").exists()):
         return FactorStore.existing(directory)
+    if "correction" in plan.fingerprint:
+        raise ValueError(
+            f"the corrected factors at {directory} are gone, and only the whole correction makes them again: draw the "
+            f"plan anew with `lowrank allocate --method {plan.method}`, or name their folder with --store"
+        )
     if "calibration" not in plan.origin:
         raise ValueError("the plan does not say what its factors were made from: name their folder with --store")
     _log.warning("the factors at %s are gone: making them again from the plan's origin", directory)
@@ -210,17 +207,6 @@ def _factors_of(
     tokens = token_windows(calibration.pop("text"), tokenizer, **calibration)
     targets = find_targets(model, include=list(plan.modules))
     return build_factors(model, targets, tokens, tokenizer, settings=Decomposition(**plan.origin["decomposition"]))
-
-
-def _load(
-    model: str, dtype: DType | None, *, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return an export or a base with its tokenizer."""
-    if is_compressed(model):
-        settings = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-        return load_compressed(model, **settings), AutoTokenizer.from_pretrained(model)
-    loaded = load_base(model, dtype=getattr(torch, dtype or "float32"), trust_remote_code=trust_remote_code)
-    return loaded, load_tokenizer(model, trust_remote_code=trust_remote_code)
 
 
 def pick_device(name: str) -> torch.device:
@@ -258,9 +244,3 @@ def _plan_figures(plan: RankPlan) -> dict[str, Any]:
         "modules": len(plan.modules),
         "notes": list(plan.notes),
     }
-
-
-def _written(figures: dict[str, Any], path: Path | None) -> dict[str, Any]:
-    if path is not None:
-        write_json(path, figures)
-    return figures

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -106,6 +107,7 @@ def export_plan(
     tokenizer: PreTrainedTokenizerBase,
     command: str,
     merge: bool = False,
+    put_back: bool = False,
 ) -> ExportReport:
     """Compress ``model`` by ``plan``, in place, and write it to ``directory``, checked by a reload in a fresh process.
 
@@ -117,14 +119,15 @@ def export_plan(
         tokenizer: Saved beside the weights.
         command: How the model card says that it was made.
         merge: Write dense weights that any runtime loads, instead of factors.
+        put_back: Whether to give ``model`` its modules back afterwards, for the next size; takes memory for both.
 
     Raises:
         ValueError: The plan does not fit the model or the store.
         ExportError: The reloaded model differs; nothing is left at ``directory`` then.
     """
-    compress(model, plan, store)
-    card = model_card(plan, (), base=plan.origin.get("base", ""), command=command, merged=merge)
-    return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge)
+    with compressed(model, plan, store) if put_back else nullcontext(compress(model, plan, store)):
+        card = model_card(plan, (), base=plan.origin.get("base", ""), command=command, merged=merge)
+        return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge)
 
 
 def finish_run(

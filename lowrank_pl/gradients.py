@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.targets import Target
 
-__all__ = ["GradientMoments", "Labels", "WeightGradients", "collect_gradients", "embeddings_with_gradient"]
+__all__ = ["GradientMoments", "Labels", "WeightGradients", "collect_gradients"]
 
 Labels = Literal["sampled", "text"]
 """Whose next tokens the loss asks for: drawn from the model (the Fisher matrix) or the text's (the empirical one)."""
@@ -184,7 +184,8 @@ def _loss(logits: Tensor, following: Tensor, number: int) -> Tensor:
     loss = functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
     if not torch.isfinite(loss):
         raise ValueError(
-            f"the loss of calibration batch {number} is {loss.item()}: check the checkpoint, or load it in a wider dtype"
+            f"the loss of calibration batch {number} is {loss.item()}: "
+            "check the checkpoint, or load it in a wider dtype"
         )
     return loss
 
@@ -234,7 +235,7 @@ def _differentiable(model: PreTrainedModel) -> Iterator[None]:
     for parameter in asking:
         parameter.requires_grad_(False)
     try:
-        with evaluating(model), torch.enable_grad(), embeddings_with_gradient(model):
+        with evaluating(model), torch.enable_grad(), _embeddings_with_gradient(model):
             yield
     finally:
         for parameter in asking:
@@ -242,7 +243,7 @@ def _differentiable(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def embeddings_with_gradient(model: PreTrainedModel) -> Iterator[None]:
+def _embeddings_with_gradient(model: PreTrainedModel) -> Iterator[None]:
     """Let gradients reach the output of the input embeddings of ``model``, whose weights are frozen, for a while."""
     embeddings = model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())

@@ -16,7 +16,7 @@ from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.masks.base import Mask, MaskMethod
 from lowrank_pl.targets import dense_weight, replace_module
 
-__all__ = ["Choice", "MaskedLinear", "chosen", "insert_masks", "masked_layers"]
+__all__ = ["Choice", "MaskedLinear", "chosen", "insert_masks", "masked_layers", "switch_dense"]
 
 Choice = Literal["mask", "dense"] | int | Tensor
 """What a masked layer computes with: its mask, its dense weight, its first components, or an index set of them."""
@@ -72,7 +72,14 @@ class MaskedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, components={self.mask.rank}"
 
 
-def insert_masks(model: nn.Module, store: FactorStore, method: MaskMethod, starts: Mapping[str, float]) -> None:
+def insert_masks(
+    model: nn.Module,
+    store: FactorStore,
+    method: MaskMethod,
+    starts: Mapping[str, float],
+    *,
+    kept: Mapping[str, Tensor] | None = None,
+) -> None:
     """Replace linear maps of ``model`` by masked ones, in place.
 
     Args:
@@ -80,18 +87,37 @@ def insert_masks(model: nn.Module, store: FactorStore, method: MaskMethod, start
         store: Their factors.
         method: Makes the masks.
         starts: Which maps, by name, and the fraction of parameters that the mask of each starts at.
+        kept: Component indices to start from, for maps where these are not the first ones.
     """
     for name, keep in starts.items():
         dense = model.get_submodule(name)
         weight = dense_weight(dense)
         out_features, in_features = weight.shape
-        mask = method.create((out_features, in_features), store.sigma(name), keep).to(weight.device)
+        mask = method.create((out_features, in_features), store.sigma(name), keep, kept=(kept or {}).get(name))
+        mask.to(weight.device)
         replace_module(model, name, MaskedLinear(dense, store.factors(name, mask.rank), mask))
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     """Return the masked layers of ``model`` by name, in its order."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
+
+
+def switch_dense(layers: Mapping[str, MaskedLinear], dense_from: float) -> Tensor:
+    """Let layers compute densely whose ratio has come to ``dense_from``, the others with their masks.
+
+    Args:
+        layers: By name.
+        dense_from: The ratio.
+
+    Returns:
+        All ratios ``[layers]``, differentiable.
+    """
+    ratios = torch.stack([layer.mask.ratio() for layer in layers.values()])
+    # One transfer for all layers: asking each for itself would wait for the device once a layer.
+    for layer, dense in zip(layers.values(), (ratios >= dense_from).tolist(), strict=True):
+        layer.choice = "dense" if dense else "mask"
+    return ratios
 
 
 @contextmanager

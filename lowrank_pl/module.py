@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,22 +14,25 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
-from lowrank_pl.activations import recompute_blocks, refuse_dropout, watched_forward
+from lowrank_pl.activations import recompute_blocks, refuse_dropout
 from lowrank_pl.base_model import load_base
-from lowrank_pl.budget import check_keep
 from lowrank_pl.checkpointing import check_fit, mark
 from lowrank_pl.data import CalibrationData, calibration_data
+from lowrank_pl.decomposition import Decomposition
+from lowrank_pl.draw import draw
 from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.layers import Choice, chosen, insert_masks, masked_layers, plan_choice
-from lowrank_pl.masks import Mask, MaskMethod, Staircase
-from lowrank_pl.objectives import DataTerms, next_token_loss
+from lowrank_pl.layers import insert_masks, masked_layers, switch_dense
+from lowrank_pl.masked_losses import PlanScore, data_losses
+from lowrank_pl.masks import Lifetimes, Mask, MaskMethod, Staircase
+from lowrank_pl.objectives import DataTerms, kept_share
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.prepare import Decomposition, budget_for, build_factors, describe_origin, preparation_notes
+from lowrank_pl.prepare import budget_for, build_factors, describe_origin, preparation_notes
+from lowrank_pl.schedule import AimSchedule
 from lowrank_pl.sharding import average_gradients, shard_frozen
-from lowrank_pl.targets import decoder_blocks, find_targets
+from lowrank_pl.start import read_start, start_of
+from lowrank_pl.targets import Targets, decoder_blocks, find_targets
 
 __all__ = ["RankLearner"]
 
@@ -55,15 +59,19 @@ class RankLearner(LightningModule):
         exclude: Globs of modules to leave alone; they are not counted in ``keep``.
         multiple_of: Every rank is a multiple of this.
         floors: Least kept fraction by glob on module names; 1.0 keeps these dense.
-        start: A plan to start the masks from, instead of the same ratio everywhere.
+        start: A plan to start the masks from, instead of the same ratio everywhere: its file, or the name of an
+            allocator that draws it on the learner's own factors and budget.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
         keep_start: Where a schedule of the aimed-at fraction starts; needs ``keep_steps``.
         keep_steps: Optimizer steps over which the aim moves linearly from ``keep_start`` to ``keep``.
+        record_order: Draw plans by how long components were kept while the aim came down from ``keep_start`` (ACIP,
+            arXiv 2501.01717) instead of by the masks as they are: one run then orders them for all sizes between.
         gradient_checkpointing: Recompute block activations in the backward pass, to save memory.
         trust_remote_code: Run Python code that comes with the base.
 
     Raises:
-        ValueError: ``keep`` outside (0, 1], or half of a schedule.
+        ValueError: ``keep`` outside (0, 1], half of a schedule, an order without a schedule that comes down, or a start
+            that is neither a plan nor an allocator.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -92,33 +100,33 @@ class RankLearner(LightningModule):
         exclude: Sequence[str] = (),
         multiple_of: int = 1,
         floors: dict[str, float] | None = None,
-        start: Path | None = None,
+        start: str | Path | None = None,
         store: Path | None = None,
         keep_start: float | None = None,
         keep_steps: int = 0,
+        record_order: bool = False,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        check_keep(keep)
-        if (keep_start is None) != (keep_steps == 0) or keep_steps < 0:
-            raise ValueError(f"keep_start is {keep_start} and keep_steps {keep_steps}: a schedule needs both")
-        if keep_start is not None:
-            check_keep(keep_start)
+        self.schedule = AimSchedule(keep, keep_start, keep_steps, falling=record_order)
         self.base, self.keep, self.dtype_name = base, keep, dtype
         self.mask_method = mask or Staircase()
         self.data_terms, self.decomposition = data_terms, decomposition
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.multiple_of, self.floors = multiple_of, floors or {}
-        self.start_plan = None if start is None else RankPlan.load(start)
+        self.start = read_start(start)
         self.store_directory = store
-        self.keep_start, self.keep_steps = keep_start, keep_steps
+        self.record_order = record_order
         self.gradient_checkpointing, self.trust_remote_code = gradient_checkpointing, trust_remote_code
         self.strict_loading = False
         self.seconds: dict[str, float] = {}
         self.model: PreTrainedModel | None = None
-        self._validation_nats, self._dense_nats = MeanMetric(), MeanMetric()
+        self.masks: dict[str, Mask] = {}
+        self.shared: nn.Module | None = None
+        self.lifetimes: Lifetimes | None = None
+        self.score = PlanScore()
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -161,19 +169,21 @@ class RankLearner(LightningModule):
         self.store = self._factors(model, targets, data)
         self.notes = preparation_notes(targets, self.store)
         self.origin = describe_origin(
-            base=self.base,
-            dtype=self.dtype_name,
-            text=data.statistics_text,
-            windows=data.statistics_windows,
-            settings=self.decomposition,
-            store=self.store,
-        )
-        insert_masks(model, self.store, self.mask_method, self._starting_ratios())
+            base=self.base, dtype=self.dtype_name, text=data.statistics_text, windows=data.statistics_windows,
+            settings=self.decomposition, store=self.store,
+        )  # fmt: skip
+        start = start_of(self._start_plan(model, targets, data), self.budget, self.mask_method, self.aim)
+        insert_masks(model, self.store, self.mask_method, start.ratios, kept=start.kept)
         if self.gradient_checkpointing:
             recompute_blocks(model)
         self.model = model
         self.layers = masked_layers(model)
-        self.masks: dict[str, Mask] = {name: layer.mask for name, layer in self.layers.items()}
+        self.masks = {name: layer.mask for name, layer in self.layers.items()}
+        self.shared = self.mask_method.share(self.masks)
+        if self.record_order:
+            self.lifetimes = Lifetimes({name: mask.rank for name, mask in self.masks.items()})
+        for module in self._beside().values():
+            module.to(model.device)
         learnt, frozen = sum(p.numel() for p in self.mask_parameters()), self.budget.model_parameters
         _log.info("%s mask parameters learn, the base's %s do not move", f"{learnt:,}", f"{frozen:,}")
 
@@ -193,28 +203,34 @@ class RankLearner(LightningModule):
         self.trainer.strategy.barrier("factors")
         return build()
 
-    def _starting_ratios(self) -> dict[str, float]:
-        if self.start_plan is None:
-            return dict.fromkeys(self.budget.shapes, self.aim)
-        plan = self.start_plan.modules
-        missing = [name for name, shape in self.budget.shapes.items() if name not in plan or plan[name].shape != shape]
-        if missing:
-            raise ValueError(f"the plan to start from does not cover {missing[0]} and {len(missing) - 1} more modules")
-        return {name: plan[name].parameters / plan[name].dense_parameters for name in self.budget.shapes}
+    def _start_plan(self, model: PreTrainedModel, targets: Targets, data: CalibrationData) -> RankPlan | None:
+        """Return the plan to start from; an allocator draws it on the first process, for all."""
+        if self.start is None or isinstance(self.start, RankPlan):
+            return self.start
+        text = ""
+        if not self._trainer or self.trainer.is_global_zero:
+            text = draw(
+                self.start, replace(self.budget, keep=self.aim), self.store, targets, model, data.statistics_windows,
+                data.tokenizer, directory=self.store_directory,
+            ).to_json()  # fmt: skip
+        return RankPlan.from_json(self.trainer.strategy.broadcast(text) if self._trainer else text)
 
     def mask_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that learn, in the model's order."""
-        return [parameter for mask in self.masks.values() for parameter in mask.parameters()]
+        """Return the parameters that learn: those of the masks in the model's order, then what they share."""
+        learning = [*self.masks.values(), *self._beside().values()]
+        return [parameter for module in learning for parameter in module.parameters()]
+
+    def _beside(self) -> dict[str, nn.Module]:
+        """Return what learns or remembers beside the masks, by name."""
+        found = {"shared": self.shared, "lifetimes": self.lifetimes}
+        return {name: module for name, module in found.items() if module is not None}
 
     # -- learning ---------------------------------------------------------------------------------------------------
 
     @property
     def aim(self) -> float:
         """The fraction to keep that the penalties aim at in this step."""
-        if self.keep_start is None:
-            return self.keep
-        done = min(1.0, (self.global_step if self._trainer else 0) / self.keep_steps)
-        return self.keep_start + done * (self.keep - self.keep_start)
+        return self.schedule.at(self.global_step if self._trainer else 0)
 
     def on_fit_start(self) -> None:
         """Put the base in train mode when it checkpoints gradients, which is inert in eval mode; else in eval mode."""
@@ -222,38 +238,37 @@ class RankLearner(LightningModule):
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of one batch of token ids ``[batch, length]``."""
-        ratios = self.set_dense_switches()
-        terms = self._data_terms(tokens)
-        terms |= self.mask_method.penalties(self.masks, ratios, self.aim)
+        self.mask_method.advance(self.masks, self.global_step)
+        ratios = switch_dense(self.layers, self.mask_method.dense_from)
+        terms = data_losses(self._base(), self.layers, self.data_terms, tokens)
+        terms |= self.mask_method.penalties(self.masks, ratios, self.aim, self.global_step)
         loss = torch.stack(list(terms.values())).sum()
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
         self.log("loss/total", loss.detach(), prog_bar=True)
-        self.log("keep/expected", self.expected_keep(ratios), prog_bar=True)
+        sizes = torch.tensor([m * n for m, n in self.budget.shapes.values()], device=ratios.device)
+        self.log("keep/expected", kept_share(ratios.detach().clamp(max=1), sizes), prog_bar=True)
         self.log("keep/aim", self.aim)
         return loss
 
-    def set_dense_switches(self) -> Tensor:
-        """Let modules whose ratio has reached 1 compute densely; return all ratios ``[modules]``, differentiable."""
-        ratios = torch.stack([mask.ratio() for mask in self.masks.values()])
-        # One transfer for all modules: asking each mask for itself would wait for the device once a layer.
-        for layer, dense in zip(self.layers.values(), (ratios >= 1).tolist(), strict=True):
-            layer.choice = "dense" if dense else "mask"
-        return ratios
+    def on_train_start(self) -> None:
+        """Look where the masks are: a checkpoint may be of a run that had come to its end."""
+        self._look_at_masks(self.global_step)
 
-    def expected_keep(self, ratios: Tensor) -> float:
-        """Return the fraction of targeted parameters that ``ratios`` ``[modules]`` stand for."""
-        sizes = torch.tensor([m * n for m, n in self.budget.shapes.values()], device=ratios.device)
-        return ((ratios.detach().clamp(max=1) * sizes).sum() / sizes.sum()).item()
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Step, then look where the masks are, before any callback writes a checkpoint of it."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._look_at_masks(self.global_step + 1)
 
-    def _data_terms(self, tokens: Tensor) -> dict[str, Tensor]:
-        model = self._base()
-        places = self.data_terms.blocks(len(decoder_blocks(model)[1]))
-        teacher_logits, teacher_activations = None, None
-        if self.data_terms.needs_teacher:
-            with torch.no_grad(), chosen(self.layers, "dense"):
-                teacher_logits, teacher_activations = watched_forward(model, tokens, places)
-        logits, activations = watched_forward(model, tokens, places)
-        return self.data_terms.compute(tokens, logits, activations, teacher_logits, teacher_activations)
+    @torch.no_grad()
+    def _look_at_masks(self, step: int) -> None:
+        self.mask_method.advance(self.masks, step)
+        if self.lifetimes is not None:
+            self.lifetimes.record(self.masks, step)
+        if not self.trainer.should_stop and self.mask_method.finished(self.masks, self.budget, step):
+            _log.info("%s: learning is over after %d steps", self.mask_method.name, step)
+            self.trainer.should_stop = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Average the mask gradients over processes when FSDP2, which leaves masks alone, is in charge."""
@@ -274,15 +289,18 @@ class RankLearner(LightningModule):
 
     def plan(self) -> RankPlan:
         """Return the plan that the masks stand for now, at the exact budget, with its origin and notes."""
-        plan = self.mask_method.finalise(self.masks, self.budget)
+        if self.lifetimes is None:
+            plan = self.mask_method.finalise(self.masks, self.budget)
+        else:
+            note = (
+                f"components in the order in which they were last kept from keep {self.schedule.start} to {self.keep}"
+            )
+            plan = self.budget.select(self.lifetimes.scores(), method=self.mask_method.name, notes=[note])
         return plan.with_origin(self.origin, self.store.fingerprint, self.notes)
 
     def on_validation_start(self) -> None:
         """Take the plan that this validation scores."""
-        modules = self.plan().modules
-        self._choices = {name: plan_choice(m.rank, m.indices, self.device) for name, m in modules.items()}
-        self._need_dense = self._dense_nats.update_count == 0
-        self._validation_nats.reset()
+        self.score.begin(self.plan(), self.device)
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
         """Score one batch of token ids ``[batch, length]`` with the hard plan, the first time densely too.
@@ -290,37 +308,28 @@ class RankLearner(LightningModule):
         Raises:
             ValueError: A score is not finite.
         """
-        self._score(tokens, self._choices, self._validation_nats)
-        if self._need_dense:
-            self._score(tokens, "dense", self._dense_nats)
-
-    def _score(self, tokens: Tensor, choices: dict[str, Choice] | Choice, nats: MeanMetric) -> None:
-        with chosen(self.layers, choices):
-            loss = next_token_loss(self._base()(input_ids=tokens, use_cache=False).logits, tokens)
-        # Asked of each batch: the metric would leave a NaN out and say little.
-        if not torch.isfinite(loss):
-            which = "dense model" if choices == "dense" else "hard plan"
-            raise ValueError(
-                f"validation of the {which} gave {loss.item()} nats a token: its logits are not finite; "
-                "load the base in a wider type or check the weights"
-            )
-        nats.update(loss, weight=tokens[:, 1:].numel())
+        self.score.add(self._base(), self.layers, tokens)
 
     def on_validation_epoch_end(self) -> None:
         """Log perplexity of the hard plan and its excess over the dense model in nats."""
-        nats, dense = self._validation_nats.compute(), self._dense_nats.compute()
+        nats, dense = self.score.plan.compute(), self.score.dense.compute()
         # Already the same on all processes; without sync_dist Lightning would warn that they may not be.
         self.log("val/perplexity", nats.exp(), sync_dist=True)
         self.log("val/excess", nats - dense, prog_bar=True, sync_dist=True)
         if self.trainer.sanity_checking:
             # It saw some of the windows only; the next validation needs the dense score of all.
-            self._dense_nats.reset()
+            self.score.dense.reset()
 
     # -- checkpoints: masks only -------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the mask parameters alone: everything else comes from the base and the store."""
-        return {name: value.detach() for name, value in self.named_parameters() if value.requires_grad}
+        """Return the masks and what they share, alone: everything else comes from the base and the store."""
+        saved: dict[str, Any] = {}
+        for name, mask in self.masks.items():
+            saved |= mask.state_dict(prefix=f"model.{name}.mask.")
+        for name, module in self._beside().items():
+            saved |= module.state_dict(prefix=f"{name}.")
+        return saved
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what the masks belong to."""
@@ -335,7 +344,7 @@ class RankLearner(LightningModule):
         check_fit(checkpoint, self._identity())
 
     def _identity(self) -> dict[str, Any]:
-        masks = {name: list(value.shape) for name, value in self.named_parameters() if value.requires_grad}
+        masks = {name: list(value.shape) for name, value in self.state_dict().items()}
         return {"mask": self.mask_method.name, "factors": self.store.digest, "masks": masks}
 
     def _base(self) -> PreTrainedModel:

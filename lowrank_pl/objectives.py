@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -13,10 +14,16 @@ from torch.nn import functional
 __all__ = [
     "DataTerms",
     "activation_divergence",
+    "alignment_penalty",
     "budget_penalty",
+    "cyclical_weight",
     "guidance_penalty",
+    "kept_fractions",
+    "kept_share",
+    "log_budget_penalty",
     "logit_kl",
     "next_token_loss",
+    "total_variation",
 ]
 
 DivergenceKind = Literal["mse", "cosine", "normalised_mse"]
@@ -63,6 +70,32 @@ def activation_divergence(student: Tensor, teacher: Tensor, kind: DivergenceKind
     return error / teacher.square().mean().clamp_min(1e-12) if kind == "normalised_mse" else error
 
 
+def kept_fractions(ratios: Tensor) -> Tensor:
+    """Return the kept fraction of each module ``[modules]``: its ratio, but 1 where the factors cost more than dense.
+
+    The gradient is that of the ratio also above 1, unlike a clamp's, so that a dense module still hears of the budget.
+
+    Args:
+        ratios: ``[modules]`` parameters of the components over those of the dense weight.
+    """
+    return ratios - (ratios - 1).clamp(min=0).detach()
+
+
+def kept_share(ratios: Tensor, sizes: Tensor) -> Tensor:
+    """Return the kept fraction of the parameters of all modules together, a scalar.
+
+    Args:
+        ratios: ``[modules]`` kept fraction of each module.
+        sizes: ``[modules]`` dense parameters of each module.
+
+    Example:
+        >>> kept_share(torch.tensor([0.5, 1.0]), torch.tensor([3, 1])).item()
+        0.625
+    """
+    weights = sizes.to(ratios.dtype)
+    return (ratios * weights).sum() / weights.sum()
+
+
 def budget_penalty(ratios: Tensor, sizes: Tensor, keep: float) -> Tensor:
     """Return the squared distance of the kept fraction of parameters from ``keep`` (ARA, arXiv 2510.19389).
 
@@ -75,8 +108,7 @@ def budget_penalty(ratios: Tensor, sizes: Tensor, keep: float) -> Tensor:
         >>> round(budget_penalty(torch.tensor([0.5, 1.0]), torch.tensor([3, 1]), 0.5).item(), 6)
         0.015625
     """
-    weights = sizes.to(ratios.dtype)
-    return ((ratios * weights).sum() / weights.sum() - keep).square()
+    return (kept_share(ratios, sizes) - keep).square()
 
 
 def guidance_penalty(ratios: Tensor, errors: Tensor) -> Tensor:
@@ -95,6 +127,73 @@ def guidance_penalty(ratios: Tensor, errors: Tensor) -> Tensor:
     """
     wasteful = (ratios > 1 - errors).to(ratios.dtype)
     return ((1 - ratios) * wasteful).mean()
+
+
+def log_budget_penalty(ratios: Tensor, sizes: Tensor, keep: float) -> Tensor:
+    """Return ``log(max(T, keep) / keep)`` with the kept fraction ``T``: 0 once the budget is met (ARS, NAACL 2024).
+
+    Args:
+        ratios: ``[modules]`` kept fraction of each module, at most 1.
+        sizes: ``[modules]`` dense parameters of each module.
+        keep: The fraction aimed at.
+
+    Example:
+        >>> round(log_budget_penalty(torch.tensor([0.5, 1.0]), torch.tensor([3, 1]), 0.5).item(), 4)
+        0.2231
+    """
+    return (kept_share(ratios, sizes) / keep).clamp(min=1).log()
+
+
+def total_variation(gates: Sequence[Tensor]) -> Tensor:
+    """Return the mean of ``|gate[j + 1] - gate[j]|`` over all neighbours in all gates, a scalar (LLRC, 2512.13733).
+
+    Args:
+        gates: ``[rank]`` each; those of one component have no neighbours.
+
+    Example:
+        >>> total_variation([torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0])]).item()
+        0.75
+    """
+    steps = torch.cat([gate.diff().abs() for gate in gates])
+    return steps.sum() / max(1, len(steps))
+
+
+def alignment_penalty(gate: Tensor, sigma: Tensor) -> Tensor:
+    """Return the share of a spectrum's energy on which ``gate`` and the prefix of the same count differ, a scalar.
+
+    ARS's mean squared error of ``gate * sigma`` from ``prefix * sigma`` (Gao et al., NAACL 2024), with sigma scaled to
+    a mean square of 1, so that modules count alike. No gradient flows through the prefix.
+
+    Args:
+        gate: ``[rank]``, of zeros and ones.
+        sigma: ``[rank]`` singular values, descending.
+
+    Example:
+        >>> round(alignment_penalty(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([2.0, 1.0, 1.0])).item(), 4)
+        0.3333
+    """
+    prefix = (torch.arange(len(gate), device=gate.device) < gate.detach().sum().round()).to(gate.dtype)
+    energy = sigma.square()
+    return ((gate - prefix).square() * energy).sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+
+
+def cyclical_weight(step: int, *, low: float, high: float, period: int, cycle: str = "cosine") -> float:
+    """Return a weight that goes from ``low`` to ``high`` and back once every ``period`` steps.
+
+    Args:
+        step: Optimizer steps done; at 0 the weight is ``low``.
+        low: The least weight.
+        high: The greatest.
+        period: Steps of a cycle.
+        cycle: ``cosine`` or ``triangular``.
+
+    Example:
+        >>> [cyclical_weight(step, low=1.0, high=3.0, period=4, cycle="triangular") for step in range(5)]
+        [1.0, 2.0, 3.0, 2.0, 1.0]
+    """
+    phase = step % period / period
+    risen = (1 - math.cos(2 * math.pi * phase)) / 2 if cycle == "cosine" else 1 - abs(2 * phase - 1)
+    return low + (high - low) * risen
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class ComponentOrder:
 def wish_scores(shape: tuple[int, int], wish: float) -> Tensor:
     """Return scores ``[min(out, in)]`` by which all modules keep their wished ranks times one common factor.
 
-    Component ``j`` (from 1) scores ``wish / j``: it is kept while ``factor * wish >= j`` (ARA's rule, arXiv 2510.19389).
+    Component ``j`` (from 1) scores ``wish / j``: it is kept while ``factor * wish >= j`` (ARA, arXiv 2510.19389).
 
     Args:
         shape: ``(out, in)`` of the module.

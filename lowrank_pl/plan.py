@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lowrank_pl.files import atomic_write
 from lowrank_pl.order import ComponentOrder
@@ -38,6 +42,29 @@ class ModulePlan:
             raise ValueError(f"a rank of {self.rank} was given for shape {self.shape}: expected 1..{min(self.shape)}")
         if self.indices is not None:
             _check_indices(self.indices, self.rank, self.shape)
+
+    @classmethod
+    def of_highest(cls, shape: tuple[int, int], rank: int | None, scores: Tensor) -> ModulePlan:
+        """Return the plan that keeps the ``rank`` components of the highest scores; of equals the first ones.
+
+        Args:
+            shape: ``(out, in)`` of the module.
+            rank: How many components; ``None`` is dense.
+            scores: ``[components]``, at most ``min(out, in)``; components without one come last.
+
+        >>> ModulePlan.of_highest((8, 8), 2, torch.tensor([3.0, 1.0, 2.0])).indices
+        (0, 2)
+        """
+        if rank is None:
+            return cls(shape)
+        padded = torch.cat([scores, scores.new_full((min(shape) - len(scores),), -math.inf)])
+        best = padded.argsort(descending=True, stable=True)[:rank].sort().values.tolist()
+        return cls(shape, rank, None if best[-1] == rank - 1 else tuple(best))
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the kept components are the first ones; so it is for dense modules."""
+        return self.indices is None or self.indices == tuple(range(len(self.indices)))
 
     @property
     def dense_parameters(self) -> int:
@@ -73,9 +100,10 @@ class RankPlan:
         origin: How to build the factors again: base, text, settings, store.
         fingerprint: What the factors were made from, by content.
         notes: Whatever was skipped, left dense, clamped or scaled, in words.
-        order: In which order components go when the model shrinks, where the method knows one.
-        multiple_of: What every rank had to be a multiple of.
-        floors: Least kept fractions that held, by glob on module names.
+        order: In which order components go when the model shrinks, where the method knows one; with it, other sizes
+            follow from the plan (``lowrank_pl.sizes``).
+        multiple_of: What every rank had to be a multiple of; holds for other sizes too.
+        floors: Least kept fractions that held, by glob on module names; likewise.
 
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
@@ -138,6 +166,11 @@ class RankPlan:
         """Names of the targeted modules that stay dense."""
         return [name for name, module in self.modules.items() if module.rank is None]
 
+    @property
+    def any_k_modules(self) -> list[str]:
+        """Names of the modules whose kept components are not the first ones."""
+        return [name for name, module in self.modules.items() if not module.is_prefix]
+
     def with_origin(
         self, origin: Mapping[str, Any], fingerprint: Mapping[str, Any], notes: Iterable[str] = ()
     ) -> RankPlan:
@@ -145,9 +178,10 @@ class RankPlan:
         return replace(self, origin=origin, fingerprint=fingerprint, notes=(*notes, *self.notes))
 
     def to_json(self) -> str:
-        """Return the plan as JSON, one line a module, in a stable order.
+        """Return the plan as JSON, one line a module, in a stable order; the component order comes last.
 
-        The counts are written for people and scripts; reading a plan recomputes them from the ranks.
+        The counts are written for people and scripts; reading a plan recomputes them from the ranks. The order is a
+        line of base64 a module, not for reading: whoever edits ranks by hand leaves it alone.
         """
         head = {
             "schema": SCHEMA,
@@ -158,7 +192,11 @@ class RankPlan:
                 "model": {"dense": self.model_parameters, "kept": self.kept_model_parameters},
             },
             "bytes": {"dense": self.dense_bytes, "kept": self.bytes, "per_parameter": self.bytes_per_parameter},
-            "counts": {"modules": len(self.modules), "dense": len(self.dense_modules)},
+            "counts": {
+                "modules": len(self.modules),
+                "dense": len(self.dense_modules),
+                "any_k": len(self.any_k_modules),
+            },
             "constraints": {"multiple_of": self.multiple_of, "floors": dict(self.floors)},
             "notes": list(self.notes),
             "origin": dict(self.origin),
@@ -204,6 +242,7 @@ class RankPlan:
             raise ValueError("the plan names no module: write it anew with `lowrank allocate`")
         # Plans of version 0.1 have neither.
         constraints = data.get("constraints", {"multiple_of": 1, "floors": {}})
+        _check_constraints(constraints)
         return cls(
             method=data["method"],
             keep=data["keep"]["asked"],
@@ -236,6 +275,15 @@ class RankPlan:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _check_constraints(constraints: Mapping[str, Any]) -> None:
+    multiple, floors = constraints["multiple_of"], constraints["floors"]
+    if type(multiple) is not int or multiple < 1:
+        raise ValueError(f"multiple_of is {multiple!r} in the plan: expected a whole number of at least 1")
+    for pattern, floor in floors.items():
+        if type(floor) not in (int, float) or not 0 <= floor <= 1:
+            raise ValueError(f"the floor of {pattern!r} is {floor!r} in the plan: expected a fraction in [0, 1]")
 
 
 def _module_json(plan: ModulePlan) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,10 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from lowrank_pl.files import atomic_write
 from lowrank_pl.plan import ModulePlan, RankPlan
 
-__all__ = ["block_and_kind", "percent", "rank_map", "rank_table", "table"]
+__all__ = ["block_and_kind", "percent", "rank_map", "rank_table", "save_figure", "table"]
 
 WIDE = 40
 """Blocks beyond which not every number fits under its column."""
@@ -33,6 +36,8 @@ def block_and_kind(name: str) -> tuple[int | None, str]:
 def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
     """Return how much of each module type a plan keeps: mean, least and most over the blocks.
 
+    Where components are kept that are not the first ones, a column counts the modules of which that is true.
+
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
         ...                 modules={"h.0.q": ModulePlan((10, 10), 2), "h.1.q": ModulePlan((10, 10))})
@@ -42,9 +47,14 @@ def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
     kinds: dict[str, list[ModulePlan]] = {}
     for name, module in plan.modules.items():
         kinds.setdefault(block_and_kind(name)[1], []).append(module)
+    kinds["all"] = list(plan.modules.values())
+    head = ["module type", "modules", "dense", "mean kept", "least", "most"]
     body = [_kept_line(kind, modules) for kind, modules in kinds.items()]
-    body.append(_kept_line("all", list(plan.modules.values())))
-    return table(("module type", "modules", "dense", "mean kept", "least", "most"), body, fmt)
+    if plan.any_k_modules:
+        head.insert(3, "any-k")
+        for line, modules in zip(body, kinds.values(), strict=True):
+            line.insert(3, str(sum(not module.is_prefix for module in modules)))
+    return table(head, body, fmt)
 
 
 def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
@@ -84,6 +94,13 @@ def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
     return figure
 
 
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write ``figure`` to ``path`` as PNG, whole or not at all, and return the path."""
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    return atomic_write(path, picture.getvalue())
+
+
 def table(head: Sequence[str], body: Sequence[Sequence[str]], fmt: str, *, align: Sequence[str] | None = None) -> str:
     """Return text cells as a table of ``tabulate``'s ``fmt``: the first column left, the others right, unless said."""
     align = align or ("left", *["right"] * (len(head) - 1))
@@ -103,12 +120,12 @@ def _kept(module: ModulePlan) -> float:
     return module.parameters / module.dense_parameters
 
 
-def _kept_line(kind: str, modules: Sequence[ModulePlan]) -> tuple[str, ...]:
+def _kept_line(kind: str, modules: Sequence[ModulePlan]) -> list[str]:
     kept = [_kept(module) for module in modules]
     dense = sum(module.rank is None for module in modules)
     # Weighted by size, so that the line of all modules gives the plan's own fraction.
     mean = sum(module.parameters for module in modules) / sum(module.dense_parameters for module in modules)
-    return (kind, str(len(modules)), str(dense), percent(mean), percent(min(kept)), percent(max(kept)))
+    return [kind, str(len(modules)), str(dense), percent(mean), percent(min(kept)), percent(max(kept))]
 
 
 def _kept_grid(plan: RankPlan) -> tuple[NDArray[np.float64], list[int | None], list[str]]:

@@ -12,6 +12,7 @@ from typing import Any
 from lowrank_pl.files import write_json
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import block_and_kind, percent, rank_map, rank_table, table
+from lowrank_pl.sizes import RESIZED
 
 __all__ = [
     "Row",
@@ -214,7 +215,14 @@ def _what(plan: RankPlan, base: str, *, merged: bool) -> str:
         f"# {name} with {percent(plan.keep_targeted)} of its linear layers' parameters\n\n"
         f"`{base}` compressed with `lowrank_pl`: {factored} of "
         f"{len(plan.modules)} linear maps are replaced by low-rank factors, {stored}; the others are as they were."
+        f"{_resized(plan)}"
     )
+
+
+def _resized(plan: RankPlan) -> str:
+    """Return the sentence that tells a size that was not drawn for itself."""
+    note = next((note for note in plan.notes if note.startswith(RESIZED)), None)
+    return "" if note is None else f" This size was {note}, and contains the smaller sizes made with it."
 
 
 def _load(*, merged: bool) -> str:
@@ -230,7 +238,13 @@ def _counts(plan: RankPlan, *, merged: bool) -> str:
     ]
     shown = [(what, f"{dense:,}", f"{kept:,}", percent(share)) for what, dense, kept, share in body]
     merged_line = "These are the counts of the factors, not of the dense weights in this folder.\n\n" if merged else ""
-    return f"## Size\n\n{merged_line}{table(head, shown, 'github')}\n\n{rank_table(plan, fmt='github')}"
+    any_k = (
+        f"\n\nIn {len(plan.any_k_modules)} modules (any-k) the kept components are not those of the largest singular "
+        "values, but a chosen set; `plan.json` lists it."
+        if plan.any_k_modules
+        else ""
+    )
+    return f"## Size\n\n{merged_line}{table(head, shown, 'github')}\n\n{rank_table(plan, fmt='github')}{any_k}"
 
 
 def _made(plan: RankPlan, command: str) -> str:

@@ -7,11 +7,13 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lowrank_pl.allocate import Problem, Uniform, allocator
 from lowrank_pl.budget import Budget, break_even, check_keep, factored_cost, parameter_ratio
+from lowrank_pl.plan import ModulePlan
 
 sizes = st.integers(1, 90)
 shape_lists = st.lists(st.tuples(sizes, sizes), min_size=1, max_size=7)
@@ -211,6 +213,35 @@ def test_uniform_keeps_the_same_fraction_everywhere():
         assert abs(module.rank - 0.6 * m * n / (m + n)) <= 1.0
     with pytest.raises(ValueError, match=r"no allocator is called 'best': expected one of uniform"):
         allocator("best")
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"a": [1.0]}, r"no component is scored for b and 0 more: expected one a module"),
+        ({"a": [1.0], "b": [1.0], "c": [1.0]}, r"a component is scored for c, which is none of the 2 modules"),
+        ({"a": [1.0] * 21, "b": [1.0]}, r"a of shape \(20, 40\) has 21 scores: expected 20 or fewer"),
+        ({"a": [math.nan], "b": [1.0]}, r"the scores of a have shape \(1,\) or hold NaN: expected one number a compon"),
+        ({"a": 1.0, "b": [1.0]}, r"the scores of a have shape \(\) or hold NaN"),
+    ],
+)
+def test_impossible_scores(scores, message):
+    budget = Budget(keep=0.5, shapes={"a": (20, 40), "b": (40, 20)}, model_parameters=1600)
+    with pytest.raises(ValueError, match=message):
+        budget.select({name: torch.tensor(values) for name, values in scores.items()}, method="x")
+
+
+def test_bounds_of_other_plans():
+    shapes = {"a": (40, 40), "b": (40, 40)}
+    scores = {"a": torch.arange(40, 0, -1.0), "b": torch.arange(40, 0, -1.0) / 100}
+    budget = Budget(keep=0.5, shapes=shapes, model_parameters=3200)
+    assert [m.rank for m in budget.select(scores, method="x").modules.values()] == [19, 1]
+    bound = {"a": ModulePlan((40, 40), 5), "b": ModulePlan((40, 40), 9)}
+    assert [m.rank for m in budget.select(scores, method="x", within=bound).modules.values()] == [5, 9]
+    assert [m.rank for m in budget.select(scores, method="x", beyond=bound).modules.values()] == [11, 9]
+    dense = {"a": ModulePlan((40, 40)), "b": ModulePlan((40, 40), 2)}
+    with pytest.raises(ValueError, match=r"the plan to go beyond has 160 parameters more than keep 0.5 allows"):
+        budget.select(scores, method="x", beyond=dense)
 
 
 def test_what_is_left_goes_to_the_largest_rounding_loss():

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
-from lowrank_pl import RankPlan, load_compressed, perplexity, token_windows
+from lowrank_pl import RankPlan, commands, finish, load_compressed, perplexity, token_windows
 from lowrank_pl.bench import bench
-from lowrank_pl.commands import allocate, evaluate, export, pick_device
-from lowrank_pl.prepare import Decomposition
+from lowrank_pl.cli import main
+from lowrank_pl.commands import allocate, export, pick_device
+from lowrank_pl.decomposition import Decomposition
+from lowrank_pl.scoring import evaluate
 from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
 
 TEXT = "python-docs::part=0%-10%"
@@ -29,7 +33,7 @@ def plan_file(tmp_path, capsys):
 
 def test_evaluate_gives_the_perplexity_and_its_figures(tmp_path, capsys):
     figures = evaluate(
-        "random:llama", TEXT, length=32, windows=4, batch_size=2, prompts=["A list"], max_new_tokens=3,
+        "random:llama", text=TEXT, length=32, windows=4, batch_size=2, prompts=["A list"], max_new_tokens=3,
         json=tmp_path / "scores.json",
     )  # fmt: skip
     expected = perplexity(tiny_model("llama"), token_windows(TEXT, byte_tokenizer(), length=32, windows=4))
@@ -45,17 +49,19 @@ def test_evaluate_gives_the_perplexity_and_its_figures(tmp_path, capsys):
 
 
 def test_evaluate_loads_in_the_type_asked_for():
-    assert evaluate("random:llama", TEXT, length=32, windows=1, dtype="bfloat16")["dtype"] == "bfloat16"
+    assert evaluate("random:llama", text=TEXT, length=32, windows=1, dtype="bfloat16")["dtype"] == "bfloat16"
 
 
 def test_allocate_writes_a_plan_with_its_origin(plan_file, tmp_path):
     plan = RankPlan.load(plan_file)
     assert plan.method == "uniform"
-    assert 0.45 < plan.keep_targeted <= 0.5
+    assert 0.49 < plan.keep_targeted <= 0.5
+    assert plan.order is not None
     assert plan.origin["store"] == str(tmp_path / "store")
     assert plan.origin["calibration"] == {"text": TEXT, "length": 32, "windows": 8}
     shown = (tmp_path / "shown.txt").read_text()
-    assert "uniform: kept " in shown
+    assert f"uniform: kept {plan.keep_targeted:.4%} of the targeted parameters (asked 50.0000%)" in shown
+    assert "uniform: kept 49." in shown
     assert "module type" in shown
 
 
@@ -67,7 +73,7 @@ def test_allocate_export_evaluate_is_one_road(plan_file, tmp_path, capsys):
     assert (written["merged"], written["modules"], written["method"]) == (False, 14, "uniform")
     assert written["bytes"] == (folder / "model.safetensors").stat().st_size
     assert "kept targeted" in capsys.readouterr().out
-    score = evaluate(str(folder), TEXT, length=32, windows=2)
+    score = evaluate(str(folder), text=TEXT, length=32, windows=2)
     expected = perplexity(load_compressed(folder), token_windows(TEXT, byte_tokenizer(), length=32, windows=2))
     assert score["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
 
@@ -117,6 +123,93 @@ def test_a_plan_edited_by_hand_is_exported(plan_file, tmp_path):
         model.get_submodule("model.layers.1.mlp.up_proj").weight,
         tiny_model("llama").get_submodule("model.layers.1.mlp.up_proj").weight,
     )
+
+
+def components(plan):
+    return {
+        name: None if entry.rank is None else set(entry.indices or range(entry.rank))
+        for name, entry in plan.modules.items()
+    }
+
+
+def test_one_plan_is_exported_in_several_sizes_one_inside_the_other(plan_file, tmp_path, capsys, monkeypatch):
+    loaded = []
+    real = commands.load_base
+    monkeypatch.setattr(commands, "load_base", lambda *args, **kwargs: loaded.append(args) or real(*args, **kwargs))
+    figures = tmp_path / "figures.json"
+    output = export(plan_file, keep=[0.4, 1.0, 0.5, 0.625], output=tmp_path / "sizes", json=figures)
+    assert len(loaded) == 1
+    names = ["keep-1.00", "keep-0.625", "keep-0.50", "keep-0.40"]
+    assert output == tmp_path / "sizes"
+    assert sorted(path.name for path in output.iterdir()) == sorted(names)
+    written = json.loads(figures.read_text())
+    assert [Path(entry["model"]).name for entry in written] == names
+    assert [entry["keep"] for entry in written] == [1.0, 0.625, 0.5, 0.4]
+    assert all(entry["verified"] for entry in written)
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[2:6]] == names
+    assert f"models {output}" in shown
+    plans = [RankPlan.load(output / name / "plan.json") for name in names]
+    assert plans[2] == RankPlan.load(plan_file)
+    for large, small in pairwise(plans):
+        for name, kept in components(small).items():
+            assert components(large)[name] is None or kept <= components(large)[name]
+    for name, plan in zip(names, plans, strict=True):
+        model = load_compressed(output / name)
+        ranks = {key: m.rank for key, m in model.named_modules() if type(m).__name__ == "LowRankLinear"}
+        assert ranks == {key: entry.rank for key, entry in plan.modules.items() if entry.rank is not None}
+        card = (output / name / "README.md").read_text()
+        resized = "This size was resized from the plan of uniform at keep 0.5, by its component order" in card
+        assert resized == (name != "keep-0.50")
+    alone = load_compressed(export(plan_file, output=tmp_path / "alone"))
+    one = load_compressed(output / "keep-0.50")
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), one.parameters(), strict=True))
+
+
+def test_what_is_exported_stays_when_a_later_size_fails(plan_file, tmp_path, monkeypatch, caplog):
+    real = finish.save_compressed
+
+    def failing(model, directory, **kwargs):
+        if directory.name == "keep-0.40":
+            raise OSError(28, "No space left on device")
+        return real(model, directory, **kwargs)
+
+    monkeypatch.setattr(finish, "save_compressed", failing)
+    with pytest.raises(OSError, match="No space left on device"):
+        export(plan_file, keep=[0.4, 0.5], output=tmp_path / "sizes", json=tmp_path / "figures.json")
+    assert [path.name for path in (tmp_path / "sizes").iterdir()] == ["keep-0.50"]
+    assert f"whole and checked are: {tmp_path / 'sizes' / 'keep-0.50'}" in caplog.text
+    assert load_compressed(tmp_path / "sizes" / "keep-0.50").num_parameters() > 0
+    assert not (tmp_path / "figures.json").exists()
+
+
+def test_sizes_that_can_not_be_are_refused_before_anything_is_loaded(plan_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "load_base", None)
+    with pytest.raises(ValueError, match="no size was asked for: expected one or more fractions to keep"):
+        export(plan_file, keep=[], output=tmp_path / "model")
+    with pytest.raises(ValueError, match=r"keep is 1.2: expected the fraction of parameters to keep"):
+        export(plan_file, keep=[0.5, 1.2], output=tmp_path / "model")
+    with pytest.raises(ValueError, match=r"keep 0.01 allows .* need at least"):
+        export(plan_file, keep=[0.01], output=tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model' is itself a model: name another folder for the models of several"):
+        export(plan_file, keep=[0.4], output=tmp_path / "model")
+    data = json.loads(plan_file.read_text())
+    del data["order"]
+    plan_file.write_text(json.dumps(data))
+    with pytest.raises(
+        ValueError, match=r"the plan \(method uniform\) carries no component order, so it has this one s"
+    ):
+        export(plan_file, keep=[0.4], output=tmp_path / "sizes")
+    assert not (tmp_path / "sizes").exists()
+
+
+def test_the_command_line_of_several_sizes(plan_file, tmp_path, capsys):
+    main(["export", "--plan", str(plan_file), "--keep", "0.6", "0.4", "--output", str(tmp_path / "sizes")])
+    main(["export", "--plan", str(plan_file), "--keep", "[0.45]", "--output", str(tmp_path / "sizes")])
+    assert {path.name for path in (tmp_path / "sizes").iterdir()} == {"keep-0.60", "keep-0.40", "keep-0.45"}
+    capsys.readouterr()
 
 
 def test_allocate_passes_its_settings_on(tmp_path):

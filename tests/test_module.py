@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +15,16 @@ from torch.utils.data import DataLoader
 
 from lowrank_pl import RankPlan, compress, perplexity
 from lowrank_pl.activations import refuse_dropout
+from lowrank_pl.allocate import Problem, allocator
 from lowrank_pl.base_model import load_base
 from lowrank_pl.checkpointing import AtomicCheckpoints, read_checkpoint
+from lowrank_pl.cli import main
+from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.layers import MaskedLinear
-from lowrank_pl.masks import Staircase
+from lowrank_pl.masks import ARS, Fermi, PerValue, Staircase, Tanh
 from lowrank_pl.objectives import DataTerms
-from lowrank_pl.prepare import Decomposition
+from lowrank_pl.prepare import build_gradients
+from lowrank_pl.targets import find_targets
 from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
 
 
@@ -269,6 +275,103 @@ def test_masks_start_from_a_plan(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["uniform", "zero_sum"])
+def test_masks_start_from_a_plan_that_an_allocator_draws(name):
+    learner = built(start=name, keep=0.6)
+    targets = find_targets(load_base("random:llama"))
+    data, method = make_data(), allocator(name)
+    model, windows = load_base("random:llama"), data.statistics_windows
+    gradients = build_gradients(model, targets, windows, data.tokenizer) if method.needs_gradients else None
+    problem = Problem(budget=learner.budget, factors=learner.store, targets=targets, model=model, windows=windows,
+                      gradients=gradients)  # fmt: skip
+    plan = method.plan(problem)
+    for key, mask in learner.masks.items():
+        entry = plan.modules[key]
+        assert mask.ratio().item() == pytest.approx(min(1, entry.parameters / entry.dense_parameters), abs=0.005)
+    assert method.needs_gradients is (name == "zero_sum")
+
+
+def test_an_allocator_draws_the_start_for_the_first_aim():
+    learner = built(start="uniform", keep_start=0.8, keep_steps=5)
+    assert sum(mask.ratio().item() for mask in learner.masks.values()) / 14 == pytest.approx(0.8, abs=0.05)
+
+
+def test_a_start_that_is_neither_file_nor_allocator_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"start is 'fishr', which is no file, and no allocator is called 'fishr': exp"
+    ):
+        make_learner(start="fishr")
+    for path in ("runs/plan", "plan.json", tmp_path / "uniform"):
+        with pytest.raises(ValueError, match="no plan at"):
+            make_learner(start=path)
+
+
+def test_masks_of_prefixes_start_from_the_count_of_a_subset_and_say_so(tmp_path, caplog):
+    first = built()
+    scores = {name: torch.arange(min(shape)).float() for name, shape in first.budget.shapes.items()}
+    plan = first.budget.select(scores, method="hand")
+    learner = built(start=plan.save(tmp_path / "plan.json"))
+    assert "keep components that are not the first ones: masks of ara start from as many" in caplog.text
+    for name, mask in learner.masks.items():
+        entry = plan.modules[name]
+        assert mask.ratio().item() == pytest.approx(entry.parameters / entry.dense_parameters, abs=0.005)
+
+
+# -- one order for every size --------------------------------------------------------------------------------------
+
+
+def annealed(**changes):
+    return make_learner(**{"keep": 0.3, "keep_start": 0.9, "keep_steps": 12, "record_order": True, **changes})
+
+
+def test_components_are_ordered_by_when_they_were_last_kept():
+    class Watch(Callback):
+        def __init__(self):
+            self.last = {}
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            for name, mask in pl_module.masks.items():
+                kept = [True] * mask.rank if mask.ratio() >= 1 else mask.kept().tolist()
+                for j, on in enumerate(kept):
+                    if on:
+                        self.last[name, j] = trainer.global_step
+
+    learner, watch = annealed(), Watch()
+    fit(learner, max_steps=16, callbacks=[watch])
+    scores = learner.lifetimes.scores()
+    for name, mask in learner.masks.items():
+        # step 0, before the first batch, had the first prefix
+        expected = [watch.last.get((name, j), -1) - j / mask.rank for j in range(mask.rank)]
+        for j, value in enumerate(scores[name].tolist()):
+            assert value == pytest.approx(expected[j]) or value in (-j / mask.rank, -1 - j / mask.rank)
+    assert len({round(value.max().item()) for value in scores.values()}) <= 2
+    plan = learner.plan()
+    assert plan.method == "ara"
+    assert plan.keep_targeted <= 0.3
+    assert "components in the order in which they were last kept from keep 0.9 to 0.3" in plan.notes
+    assert torch.equal(plan.order.scores["model.layers.0.mlp.up_proj"], scores["model.layers.0.mlp.up_proj"].float())
+
+
+def test_the_order_survives_a_checkpoint(tmp_path):
+    def saving(folder):
+        return ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+
+    whole, rest = annealed(), annealed()
+    fit(whole, max_steps=14, enable_checkpointing=True, callbacks=[saving(tmp_path)])
+    path = tmp_path / "step=5.ckpt"
+    with pytest.warns(UserWarning, match="The dirpath has changed"):
+        fit(rest, max_steps=14, ckpt_path=path, enable_checkpointing=True, callbacks=[saving(tmp_path / "rest")])
+    assert torch.equal(whole.lifetimes.last, rest.lifetimes.last)
+    with pytest.raises(ValueError, match=r"15 masks differ|masks differ, e\.g\. lifetimes\.last"):
+        built(keep=0.3).on_load_checkpoint(read_checkpoint(path))
+
+
+@pytest.mark.parametrize("changes", [{"keep_start": None, "keep_steps": 0}, {"keep_start": 0.2}])
+def test_an_order_needs_an_aim_that_comes_down(changes):
+    with pytest.raises(ValueError, match="record_order needs a keep_start above keep: they are"):
+        annealed(**changes)
+
+
 def test_a_plan_that_does_not_cover_the_modules_is_refused(tmp_path):
     plan = built(include=("*.mlp.*",)).plan()
     with pytest.raises(ValueError, match=r"does not cover model\.layers\.0\.self_attn\.q_proj and 7 more modules"):
@@ -300,6 +403,25 @@ def test_the_plan_says_where_its_factors_come_from():
     assert plan.origin["calibration"] == {"text": "python-docs", "length": 32, "windows": 8}
     assert plan.fingerprint == learner.store.fingerprint
     assert any(note.startswith("wished ranks scaled by") for note in plan.notes)
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# In place of texts from the hub and a model of billions of parameters.
+SMALL = "--model.base random:llama --data.text python-docs --data.length 32 --data.windows 8 --data.batch_size 1 "
+SMALL += "--data.statistics_length 32 --data.statistics_windows 8 --data.validation_windows 2 --trainer.max_steps 2 "
+SMALL += "--trainer.accelerator cpu --trainer.val_check_interval 2 --finish.baselines []"
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.parametrize("name", ["llrc", "ars", "tanh", "fermi"])
+def test_the_shipped_configuration_of_every_mask_runs(tmp_path, name):
+    main(["fit", "-c", str(CONFIGS / f"{name}.yaml"), "--run", str(tmp_path), *SMALL.split()])
+    assert RankPlan.load(tmp_path / "plan.json").method == name
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    kind = {"llrc": PerValue, "ars": ARS, "tanh": Tanh, "fermi": Fermi}[name]
+    # Every setting is written out, so that a reader need not look anywhere else.
+    for setting in inspect.signature(kind).parameters:
+        assert f"      {setting}: " in text
 
 
 # -- validation ----------------------------------------------------------------------------------------------------

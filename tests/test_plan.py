@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
+import torch
 
+from lowrank_pl.order import ComponentOrder
 from lowrank_pl.plan import SCHEMA, ModulePlan, RankPlan
 
 
@@ -60,13 +64,47 @@ def test_json_is_stable_and_one_line_a_module(plan):
 def test_json_schema(plan):
     data = json.loads(plan.to_json())
     assert list(data) == [
-        *("schema", "method", "keep", "parameters", "bytes", "counts", "constraints", "notes", "origin", "fingerprint", "modules")
+        *("schema", "method", "keep", "parameters", "bytes", "counts"),
+        *("constraints", "notes", "origin", "fingerprint", "modules"),
     ]
     assert data["schema"] == SCHEMA == 1
     assert data["keep"] == {"asked": 0.6, "targeted": plan.keep_targeted, "model": plan.keep_model}
     assert data["parameters"] == {"targeted": {"dense": 464, "kept": 322}, "model": {"dense": 1000, "kept": 858}}
     assert data["bytes"] == {"dense": 2000, "kept": 1716, "per_parameter": 2}
-    assert data["counts"] == {"modules": 3, "dense": 1}
+    assert data["counts"] == {"modules": 3, "dense": 1, "any_k": 1}
+
+
+def test_the_order_comes_last_one_line_a_module(plan):
+    order = ComponentOrder({"z.last": torch.tensor([math.inf, 2.5]), "m.some": torch.tensor([-math.inf])})
+    ordered = replace(plan, order=order, multiple_of=2, floors={"a*": 1.0})
+    text = ordered.to_json()
+    assert text.endswith('  },\n  "order": {\n    "z.last": "AACAfwAAIEA=",\n    "m.some": "AACA/w=="\n  }\n}\n')
+    assert text.startswith(plan.to_json().split('  "constraints"')[0])
+    read = RankPlan.from_json(text)
+    assert read == ordered != plan
+    assert read.order.scores["z.last"].tolist() == [math.inf, 2.5]
+    assert json.loads(text)["constraints"] == {"multiple_of": 2, "floors": {"a*": 1.0}}
+
+
+def test_plans_without_constraints_and_order_are_read(plan):
+    read = RankPlan.from_json(edited(plan, lambda d: d.pop("constraints")))
+    assert (read.order, read.multiple_of, read.floors) == (None, 1, {})
+
+
+def test_any_k_modules_are_those_that_keep_no_prefix(plan):
+    assert plan.any_k_modules == ["m.some"]
+    assert ModulePlan((8, 8), 2, (0, 1)).is_prefix
+    assert ModulePlan((8, 8)).is_prefix
+
+
+def test_the_highest_components():
+    scores = torch.tensor([1.0, 5.0, 5.0, -math.inf])
+    assert ModulePlan.of_highest((6, 9), None, scores) == ModulePlan((6, 9))
+    assert ModulePlan.of_highest((6, 9), 1, scores).indices == (1,)
+    assert ModulePlan.of_highest((6, 9), 2, scores).indices == (1, 2)
+    assert ModulePlan.of_highest((6, 9), 3, scores).indices is None
+    assert ModulePlan.of_highest((6, 9), 5, scores[[1, 1, 0]]) == ModulePlan((6, 9), 5)
+    assert ModulePlan.of_highest((6, 9), 1, torch.tensor([])) == ModulePlan((6, 9), 1)
 
 
 def test_round_trip_through_a_file(plan, tmp_path):
@@ -113,6 +151,31 @@ def test_origin_puts_notes_first(plan):
         (lambda d: d.update(modules=["a"]), r"the plan lacks or misspells .*list"),
         (lambda d: d.update(modules={}), r"the plan names no module"),
         (lambda d: d["modules"]["z.last"].pop("rank"), r"lacks or misspells 'rank'"),
+        (lambda d: d["constraints"].pop("floors"), r"the plan lacks or misspells 'floors'"),
+        (
+            lambda d: d["constraints"].update(multiple_of="8"),
+            r"multiple_of is '8' in the plan: expected a whole number",
+        ),
+        (lambda d: d["constraints"].update(multiple_of=0), r"multiple_of is 0 in the plan: expected a whole number of"),
+        (
+            lambda d: d["constraints"].update(floors={"*": "1"}),
+            r"the floor of '\*' is '1' in the plan: expected a fract",
+        ),
+        (
+            lambda d: d["constraints"].update(floors={"*": 1.5}),
+            r"the floor of '\*' is 1.5 in the plan: expected a fract",
+        ),
+        (lambda d: d["constraints"].update(floors=["*"]), r"the plan lacks or misspells .*list"),
+        (
+            lambda d: d.update(order={"z.last": "AAA"}),
+            r"the component order of z.last is damaged \(.*\): allocate again",
+        ),
+        (
+            lambda d: d.update(order={"z.last": "AAAA"}),
+            r"the component order of z.last is damaged \(.*\): allocate again",
+        ),
+        (lambda d: d.update(order={"z.last": "AADAfw=="}), r"the scores of z.last have shape \(1,\) or hold NaN"),
+        (lambda d: d.update(order=3), r"the plan lacks or misspells"),
         (lambda d: d["modules"]["z.last"].pop("shape"), r"lacks or misspells 'shape'"),
         (lambda d: d["modules"]["z.last"].update(rank=2.5), r"module z.last of the plan: rank 2.5 is neither a whole"),
         (

@@ -8,9 +8,9 @@ import logging
 import pytest
 import torch
 
-from lowrank_pl import collected, files, prepare
+from lowrank_pl import collected, decomposition, files, prepare
+from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.prepare import (
-    Decomposition,
     budget_for,
     build_factors,
     describe_origin,
@@ -42,7 +42,7 @@ def work(monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     counting(prepare, "decompose", "decompose")
-    counting(prepare, "square_root", "root")
+    counting(decomposition, "square_root", "root")
     counting(collected, "collect_input_moments", "statistics")
     return done
 
@@ -156,18 +156,19 @@ def test_interrupted_statistics_collect_only_what_is_missing(build, monkeypatch)
         return real(model, targets, windows, **kwargs)
 
     monkeypatch.setattr(collected, "collect_input_moments", remember)
-    save, saved = prepare._save_moments, []
+    write, saved = collected.TensorStore.write, []
 
-    def interrupt(statistics, group, moments):
-        if len(saved) == 3:
-            raise KeyboardInterrupt
-        saved.append(group)
-        save(statistics, group, moments)
+    def interrupt(store, name, tensors, **kwargs):
+        if store.kind == "statistics":
+            if len(saved) == 3:
+                raise KeyboardInterrupt
+            saved.append(name)
+        write(store, name, tensors, **kwargs)
 
-    monkeypatch.setattr(prepare, "_save_moments", interrupt)
+    monkeypatch.setattr(collected.TensorStore, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build()
-    monkeypatch.setattr(prepare, "_save_moments", save)
+    monkeypatch.setattr(collected.TensorStore, "write", write)
     build()
     assert groups[1] == groups[0] - set(saved)
     assert len(groups[1]) == 5
@@ -254,7 +255,7 @@ def test_fallback_is_told(llama, windows, tokenizer, caplog):
     eigen = [name for name in (t.name for t in targets.modules) if store.notes(name)["square_root"] == "eigen"]
     assert eigen
     assert f"square root by eigen-decomposition for {len(eigen)} modules, e.g. {eigen[0]}" in notes
-    assert any("second moments were not positive definite after damping 0" in text for text in caplog.messages)
+    assert any("8 of 8 second moments were not positive definite after damping" in text for text in caplog.messages)
     for name in eigen:
         factors = store.factors(name)
         torch.testing.assert_close(factors.left @ factors.right, llama.get_submodule(name).weight, rtol=0, atol=1e-3)
@@ -278,7 +279,10 @@ def test_damaged_file_is_named_in_the_notes_too(llama, build):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "Whitened"}, r"the kind of decomposition is 'Whitened': expected one of whitened, two_sided, svd, asvd, fwsvd"),
+        (
+            {"kind": "Whitened"},
+            r"the kind of decomposition is 'Whitened': expected one of whitened, two_sided, svd, asvd, fwsvd",
+        ),
         ({"damping": -1.0}, r"damping is -1.0: expected a finite number of at least 0"),
         ({"damping": float("nan")}, r"damping is nan: expected"),
     ],

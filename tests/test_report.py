@@ -146,6 +146,24 @@ def test_rank_map_of_a_tiny_plan(tmp_path):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rank_table_counts_modules_whose_components_are_no_prefix():
+    modules = {"h.0.q": ModulePlan((8, 8), 2, (0, 3)), "h.1.q": ModulePlan((8, 8), 2), "h.0.k": ModulePlan((8, 8))}
+    plan = RankPlan(method="llrc", keep=0.8, modules=modules, model_parameters=1000)
+    lines = [line.split() for line in rank_table(plan).splitlines()]
+    assert lines[0] == ["module", "type", "modules", "dense", "any-k", "mean", "kept", "least", "most"]
+    assert [line[:4] for line in lines[2:]] == [["q", "2", "0", "1"], ["k", "1", "1", "0"], ["all", "3", "1", "1"]]
+    assert "In 1 modules (any-k) the kept components are not those of" in model_card(plan, [], base="b", command="c")
+    assert "any-k" not in rank_table(plan_of(2))
+    assert "any-k" not in model_card(plan_of(2), [], base="b", command="c")
+
+
+def test_card_says_from_which_plan_a_size_was_resized():
+    plan = plan_of(1, notes=("resized from the plan of ara at keep 0.8, by its component order",))
+    text = model_card(plan, [], base="b", command="c")
+    assert "This size was resized from the plan of ara at keep 0.8, by its component order" in text
+    assert "resized" not in card()
+
+
 def test_rank_map_marks_dense_modules_of_a_deep_plan():
     figure = rank_map(plan_of(30))
     axes = figure.axes[0]

@@ -195,7 +195,7 @@ def test_loss_is_the_papers(target):
         masks[f"module.{i}"] = mask
         tables.append(slow_errors(shape, sigma))
     ratios = torch.stack([mask.ratio() for mask in masks.values()])
-    penalties = method.penalties(masks, ratios, target)
+    penalties = method.penalties(masks, ratios, target, 0)
     budget, guidance, guided = slow_loss(ratios.tolist(), shapes, tables, target)
     assert True in guided
     assert False in guided
@@ -222,8 +222,8 @@ def test_loss_is_the_papers(target):
 def test_weights_of_the_penalties():
     masks = {"a": made((64, 64), 0.5)}
     ratios = torch.tensor([0.5])
-    paper = Staircase().penalties(masks, ratios, 0.8)
-    other = Staircase(budget_weight=7.0, guidance_weight=0.0).penalties(masks, ratios, 0.8)
+    paper = Staircase().penalties(masks, ratios, 0.8, 0)
+    other = Staircase(budget_weight=7.0, guidance_weight=0.0).penalties(masks, ratios, 0.8, 0)
     assert other["budget"].item() == pytest.approx(0.07 * paper["budget"].item())
     assert other["guidance"].item() == 0
 

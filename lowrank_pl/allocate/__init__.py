@@ -5,13 +5,33 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lowrank_pl.allocate.base import Allocator, Problem
+from lowrank_pl.allocate.base import Allocator, Problem, drawn_on
+from lowrank_pl.allocate.drank import DRank
+from lowrank_pl.allocate.energy import Energy
 from lowrank_pl.allocate.fisher import Fisher
+from lowrank_pl.allocate.strs import Strs
+from lowrank_pl.allocate.svdllm_v2 import SvdLlmV2
 from lowrank_pl.allocate.uniform import Uniform
+from lowrank_pl.allocate.zero_sum import ZeroSum
 
-__all__ = ["ALLOCATORS", "Allocator", "Fisher", "Problem", "Uniform", "allocator"]
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "DRank",
+    "Energy",
+    "Fisher",
+    "Problem",
+    "Strs",
+    "SvdLlmV2",
+    "Uniform",
+    "ZeroSum",
+    "allocator",
+    "drawn_on",
+]
 
-ALLOCATORS: dict[str, type[Allocator]] = {kind.name: kind for kind in (Uniform, Fisher)}
+ALLOCATORS: dict[str, type[Allocator]] = {
+    kind.name: kind for kind in (Uniform, Energy, DRank, SvdLlmV2, Strs, ZeroSum, Fisher)
+}
 
 
 def allocator(name: str, **settings: Any) -> Allocator:

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_pl.budget import Budget
+from lowrank_pl.decomposition import Decomposition, Kind
 from lowrank_pl.factor_store import FactorStore, TensorStore
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.targets import Targets
 
-__all__ = ["Allocator", "Problem"]
+__all__ = ["Allocator", "Problem", "drawn_on"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class Allocator(ABC):
 
     Attributes:
         name: What ``lowrank allocate --method`` calls it.
+        default_kind: Kind of decomposition that it draws on when none is asked for, its paper's where there is one.
         kinds: Kinds of decomposition whose singular values mean what the scores take them for; empty for any.
         needs_gradients: Whether ``Problem.gradients`` has to be there.
     """
 
     name: ClassVar[str]
+    default_kind: ClassVar[Kind] = "whitened"
     kinds: ClassVar[tuple[str, ...]] = ()
     needs_gradients: ClassVar[bool] = False
 
@@ -63,11 +66,30 @@ class Allocator(ABC):
     def plan(self, problem: Problem) -> RankPlan:
         """Return the plan of the highest-scored components at exactly the budget.
 
+        A method that makes factors of its own, as a correction of weights does, names them in the plan: its fingerprint
+        is that of the new factors and ``origin["store"]`` their folder. Otherwise both are empty, and the plan is one
+        for ``problem.factors``; ``drawn_on`` tells.
+
         Raises:
             ValueError: The factors are of a kind that this method can't read, or what it needs is missing.
         """
         self.check(problem)
         return problem.budget.select(self.scores(problem), method=self.name, notes=self.notes(problem))
+
+    def default_decomposition(self) -> Decomposition:
+        """Return the decomposition that this method draws on when none is asked for."""
+        return Decomposition(self.default_kind)
+
+    def need_model(self, problem: Problem) -> tuple[PreTrainedModel, Tensor]:
+        """Return the dense model and the calibration windows.
+
+        Raises:
+            ValueError: One of them is missing.
+        """
+        if problem.model is None or problem.windows is None:
+            what = "model" if problem.model is None else "calibration windows"
+            raise ValueError(f"the allocator {self.name} was given no {what}, on which it measures")
+        return problem.model, problem.windows
 
     def check(self, problem: Problem) -> None:
         """Check that ``problem`` has what this method needs.
@@ -86,3 +108,8 @@ class Allocator(ABC):
                 f"the allocator {self.name} was given no weight gradients: collect them with "
                 "lowrank_pl.prepare.build_gradients"
             )
+
+
+def drawn_on(plan: RankPlan, factors: FactorStore) -> FactorStore:
+    """Return the factors that an allocator's ``plan`` is for: those that it was given, or those that it made."""
+    return FactorStore.existing(plan.origin["store"]) if plan.fingerprint else factors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lowrank_pl.allocate.base import Allocator, Problem
 from lowrank_pl.budget import Budget
+from lowrank_pl.decomposition import Kind
 
 __all__ = ["Fisher", "hull_slopes"]
 
@@ -27,12 +29,12 @@ class Fisher(Allocator):
     """
 
     name: ClassVar[str] = "fisher"
+    default_kind: ClassVar[Kind] = "two_sided"
     kinds: ClassVar[tuple[str, ...]] = ("two_sided",)
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return for every component the predicted nats a parameter at which it is given up."""
         return {name: hull_slopes(problem.budget, name, problem.factors.sigma(name)) for name in problem.budget.shapes}
-
 
 
 def hull_slopes(budget: Budget, name: str, sigma: Tensor) -> Tensor:
@@ -43,16 +45,21 @@ def hull_slopes(budget: Budget, name: str, sigma: Tensor) -> Tensor:
         name: The module.
         sigma: ``[components]`` singular values in roots of twice a loss, descending.
     """
-    energy = sigma.double().square()
+    least = budget.least_rank(name)
+    energy = sigma.double().square().numpy() / 2
+    if least is None:
+        return torch.zeros(len(sigma), dtype=torch.float64)
     # tail[k] is the loss at rank k, and dense loses nothing.
-    tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]).numpy() / 2
-    top = budget.top_rank(name)
-    costs = np.array([0, *(budget.cost(name, rank) for rank in range(1, top + 1)), budget.cost(name, None)])
-    losses = np.append(tail[: top + 1], 0.0)
-    slopes = _hull(costs.astype(np.float64), losses)
+    tail = np.append(energy[::-1].cumsum()[::-1], 0.0)
+    ranks = [*range(least, budget.top_rank(name) + 1, budget.multiple_of)]
+    costs = np.array([*(budget.cost(name, rank) for rank in ranks), budget.cost(name, None)], dtype=np.float64)
+    slopes = _hull(costs, np.array([*tail[ranks], 0.0]))
+    scores = np.empty(len(sigma))
+    # What the budget grants every module anyway lies on no hull, and goes after all that does.
+    scores[:least] = np.maximum(energy[:least] / sum(budget.shapes[name]), slopes[0])
     # Dense is one step from the last rank; all components beyond share what it is worth.
-    scores = np.full(len(sigma), slopes[-1])
-    scores[:top] = slopes[:top]
+    for low, high, slope in zip(ranks, [*ranks[1:], len(sigma)], slopes, strict=True):
+        scores[low:high] = slope
     return torch.from_numpy(scores)
 
 
@@ -64,7 +71,7 @@ def _hull(costs: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np
             hull.pop()
         hull.append(point)
     slopes = np.empty(len(costs) - 1)
-    for low, high in zip(hull[:-1], hull[1:], strict=True):
+    for low, high in pairwise(hull):
         slopes[low:high] = _slope(costs, losses, low, high)
     return slopes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from lowrank_pl.budget import Budget
 from lowrank_pl.plan import RankPlan
 
-__all__ = ["Mask", "MaskMethod"]
+__all__ = ["Mask", "MaskMethod", "check_numbers"]
 
 
 class Mask(nn.Module, ABC):
     """The learnable gate of one module's components; its parameters stay float32 whatever the base's type is.
+
+    Its ``state_dict`` is what a checkpoint holds of it, so buffers that can be derived are not persistent.
 
     Args:
         shape: ``(out, in)`` of the module.
@@ -26,6 +29,12 @@ class Mask(nn.Module, ABC):
         self.shape = shape
         self.rank = rank
 
+    @property
+    def price(self) -> float:
+        """Parameters of one component as a fraction of the dense weight's."""
+        m, n = self.shape
+        return (m + n) / (m * n)
+
     @abstractmethod
     def forward(self) -> Tensor:
         """Return the gate ``[rank]`` of this training step, differentiable in the mask's parameters."""
@@ -34,39 +43,110 @@ class Mask(nn.Module, ABC):
     def ratio(self) -> Tensor:
         """Return the expected parameters as a fraction of the dense weight's, differentiable, a scalar.
 
-        At 1 and above the module is dense.
+        At 1 and above the finished module is dense.
         """
+
+    @abstractmethod
+    def kept(self) -> Tensor:
+        """Return which components the mask stands for now, without noise, bool ``[rank]``."""
 
 
 class MaskMethod(ABC):
-    """A family of masks with its settings: makes them, charges them and turns them into a plan."""
+    """A family of masks with its settings: makes them, moves them on, charges them and turns them into a plan.
+
+    It has no state besides its settings: what changes while it learns lies in the masks, or in the module that
+    ``share`` returns, where checkpoints find it. The order of calls is ``create`` for every module, ``share``, then
+    for each step ``advance``, forward passes and ``penalties``, and after the optimizer's step ``advance`` and
+    ``finished``.
+
+    Attributes:
+        name: What plans call the method.
+        dense_from: The ratio from which a module computes with its dense weight during training; infinity is never.
+        any_k: Whether its plans may keep components that are not the first ones.
+    """
 
     name: str
+    dense_from: float = 1.0
+    any_k: bool = False
 
     @abstractmethod
     def stored_rank(self, shape: tuple[int, int]) -> int:
         """Return how many components of a module of ``shape`` a mask gates."""
 
+    def start_keep(self, aim: float) -> float:
+        """Return the fraction that masks start at without a plan to start from, when learning begins at ``aim``."""
+        return aim
+
     @abstractmethod
-    def create(self, shape: tuple[int, int], sigma: Tensor, keep: float) -> Mask:
+    def create(self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None) -> Mask:
         """Return a mask that starts at ``keep`` of the module's parameters.
 
         Args:
             shape: ``(out, in)`` of the module.
             sigma: All its singular values, descending.
-            keep: Fraction to start from; 1 is dense.
+            keep: Fraction to start from; 1 and above is dense.
+            kept: Component indices to start from where they are not the first ones. A method whose ``any_k`` is false
+                takes as many of the first ones.
         """
 
+    def share(self, masks: Mapping[str, Mask]) -> nn.Module | None:
+        """Return what all masks have in common and learners register beside them; most methods have nothing.
+
+        Args:
+            masks: Every module's mask by name, all made by this method.
+        """
+        return None
+
+    def advance(self, masks: Mapping[str, Mask], step: int) -> None:
+        """Bring the masks to optimizer step ``step``: temperatures, noise, what a shared network gives.
+
+        Called before every training step with gradients on, and after every optimizer step without.
+
+        Args:
+            masks: Every module's mask by name.
+            step: Optimizer steps done.
+        """
+        return
+
     @abstractmethod
-    def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float) -> dict[str, Tensor]:
+    def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return the weighted loss terms that hold the masks to the budget, by name, each a scalar.
 
         Args:
             masks: Every module's mask by name.
             ratios: ``[modules]``, each mask's ``ratio()`` in the same order.
-            keep: Fraction of the targeted parameters aimed at.
+            keep: Fraction of the targeted parameters aimed at in this step.
+            step: Optimizer steps done.
         """
+
+    def finished(self, masks: Mapping[str, Mask], budget: Budget, step: int) -> bool:
+        """Tell whether learning is over by the method's own rule, of which most have none.
+
+        Called after every optimizer step and before a checkpoint of it is written; calls with the same step agree.
+
+        Args:
+            masks: Every module's mask by name.
+            budget: What the masks are to meet in the end.
+            step: Optimizer steps done.
+        """
+        return False
 
     @abstractmethod
     def finalise(self, masks: Mapping[str, Mask], budget: Budget) -> RankPlan:
         """Return the plan that the masks stand for, at the exact budget."""
+
+
+def check_numbers(least: Mapping[str, tuple[float, float]], *, above: bool = False) -> None:
+    """Check settings that have a smallest value.
+
+    Args:
+        least: By the setting's name, its value and the smallest that is allowed.
+        above: Whether that smallest value itself is refused.
+
+    Raises:
+        ValueError: A value is too small, infinite or NaN.
+    """
+    for name, (value, bound) in least.items():
+        if not (bound < value if above else bound <= value) or math.isinf(value):
+            word = "above" if above else "of at least"
+            raise ValueError(f"{name} is {value}: expected a finite number {word} {bound:g}")

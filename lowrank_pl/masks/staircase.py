@@ -67,9 +67,12 @@ class StaircaseMask(Mask):
     def forward(self) -> Tensor:
         """Return the hard prefix ``[rank]`` whose gradient is that of the expected gate."""
         expected = self.probabilities()
+        return self.kept().to(expected.dtype) + (expected - expected.detach())
+
+    def kept(self) -> Tensor:
+        """Return the prefix of the expected length, bool ``[rank]``."""
         length = (self.rank * self.fraction().detach()).round()
-        hard = (torch.arange(self.rank, device=expected.device) < length).to(expected.dtype)
-        return hard + (expected - expected.detach())
+        return torch.arange(self.rank, device=length.device) < length
 
     def error_at(self, ratio: Tensor) -> Tensor:
         """Return the share of the spectrum's norm that is lost at ``ratio``, from the table at whole percents."""
@@ -108,7 +111,9 @@ class Staircase(MaskMethod):
         m, n = shape
         return max(1, min(int(self.top * m * n / (m + n)), m, n))
 
-    def create(self, shape: tuple[int, int], sigma: Tensor, keep: float) -> StaircaseMask:
+    def create(
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None
+    ) -> StaircaseMask:
         """Return a mask whose expected ratio is ``keep``; arguments as in ``MaskMethod.create``."""
         m, n = shape
         rank = self.stored_rank(shape)
@@ -117,7 +122,7 @@ class Staircase(MaskMethod):
         # A plan to start from may hold ranks that cost more than dense.
         return StaircaseMask(shape, rank, sigma, min(keep, 1.0), steps=self.steps, top=top)
 
-    def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float) -> dict[str, Tensor]:
+    def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget`` and ``guidance``, weighted; arguments as in ``MaskMethod.penalties``."""
         kept = ratios.clamp(max=1.0)
         sizes = torch.tensor([m * n for m, n in (mask.shape for mask in masks.values())], device=ratios.device)

@@ -1,0 +1,346 @@
+"""``lowrank compare``: any set of methods on one model, from shared statistics, under one budget and one protocol."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_pl.allocate import allocator
+from lowrank_pl.base_model import load_base, load_tokenizer
+from lowrank_pl.callbacks import RankMonitor
+from lowrank_pl.checkpointing import AtomicCheckpoints
+from lowrank_pl.commands import pick_device
+from lowrank_pl.comparison import DENSE, comparison_table, write_comparison
+from lowrank_pl.compress import compressed
+from lowrank_pl.data import CalibrationData
+from lowrank_pl.draw import draw_plan
+from lowrank_pl.evaluate import check_windows, perplexity
+from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.files import canonical_json, sha256_of, write_json
+from lowrank_pl.finish import command_line
+from lowrank_pl.interrupt import StopBetweenBatches
+from lowrank_pl.machine import describe_machine, peak_memory, reset_peak_memory
+from lowrank_pl.module import RankLearner
+from lowrank_pl.plan import RankPlan
+from lowrank_pl.prepare import budget_for, model_fingerprint
+from lowrank_pl.progress import LearningBar
+from lowrank_pl.recipes import Recipe, recipe
+from lowrank_pl.targets import Targets, find_targets
+from lowrank_pl.windows import token_windows, windows_fingerprint
+
+__all__ = ["compare"]
+
+_log = logging.getLogger(__name__)
+
+
+def compare(
+    base: str,
+    *,
+    methods: list[str] = ["uniform", "fisher"],  # noqa: B006 (jsonargparse shows it; it is never changed)
+    keep: list[float] = [0.8],  # noqa: B006
+    calibration: str = "python-docs::part=0%-50%",
+    scores: list[str] = ["python-docs::part=50%-100%"],  # noqa: B006
+    recipes: dict[str, Recipe] | None = None,
+    calibration_length: int = 512,
+    calibration_windows: int = 64,
+    score_length: int = 1024,
+    score_windows: dict[str, int] | None = None,
+    run: Path = Path("runs/compare"),
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    multiple_of: int = 1,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    json: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Compare methods on one model: the same statistics and factors, the same budgets, the same texts to score.
+
+    What is finished is kept in the run's folder, so that a comparison that was killed goes on where it stopped, and one
+    with more methods or sizes adds to the results. A method whose settings have changed is made anew.
+
+    Args:
+        base: Hub id, folder, .gguf file, package:NAME or random:FAMILY.
+        methods: Names of recipes, those that ship with lowrank_pl or your own.
+        keep: Fractions of the targeted parameters to keep.
+        calibration: Text for statistics and for learning: file, glob, hub dataset or python-docs.
+        scores: Texts to score, each as TEXT or NAME=TEXT; never calibrated on.
+        recipes: Your own recipes by name; they win over those of the same name.
+        calibration_length: Tokens of a window of the calibration text.
+        calibration_windows: Windows for statistics.
+        score_length: Tokens of a window to score.
+        score_windows: How many windows of a text by its name; all of it by default.
+        run: Folder of the results: results.json, results.md, plots, and a folder for each method and size.
+        dtype: Type to load the base in.
+        device: cpu, cuda, ...; auto takes cuda where there is one.
+        include: Globs of modules to target, on full names or names inside a block.
+        exclude: Globs of modules to leave alone; they are not counted in keep.
+        multiple_of: Every rank is a multiple of this.
+        seed: Of the order of windows in learning.
+        trust_remote_code: Run Python code that comes with the base.
+        json: Write the results there too.
+
+    Returns:
+        The results, one a method and size.
+
+    Raises:
+        ValueError: An unknown method, an impossible size or text, or a folder that holds another comparison.
+    """
+    chosen = {name: recipe(name, recipes) for name in methods}
+    model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).to(pick_device(device))
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    targets = find_targets(model, include=include, exclude=exclude)
+    for fraction in keep:
+        budget_for(model, targets, fraction, multiple_of=multiple_of)
+    texts = dict(map(_named_text, scores))
+    limits = score_windows or {}
+    if unknown := sorted(set(limits) - set(texts)):
+        raise ValueError(f"score_windows names {unknown[0]!r}, which is none of the texts to score: {', '.join(texts)}")
+    windows = {
+        name: token_windows(text, tokenizer, length=score_length, windows=limits.get(name))
+        for name, text in texts.items()
+    }
+    for scored in windows.values():
+        check_windows(model, scored)
+    bench = _Comparison(
+        run=run,
+        base=base,
+        dtype=dtype,
+        model=model,
+        tokenizer=tokenizer,
+        targets=targets,
+        calibration=calibration,
+        tokens=token_windows(calibration, tokenizer, length=calibration_length, windows=calibration_windows),
+        scored=windows,
+        options={"include": list(include), "exclude": list(exclude), "multiple_of": multiple_of},
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    results = bench.results(chosen, keep)
+    if json is not None:
+        write_json(json, results)
+    print(f"\n{comparison_table(results, fmt='simple')}\n\nresults  {run / 'results.json'}")
+    return results
+
+
+@dataclass
+class _Comparison:
+    """One model, one calibration text and the texts to score; makes and keeps one result a method and size."""
+
+    run: Path
+    base: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    targets: Targets
+    calibration: str
+    tokens: Tensor
+    scored: dict[str, Tensor]
+    options: dict[str, Any]
+    seed: int
+    trust_remote_code: bool
+
+    def results(self, recipes: Mapping[str, Recipe], keeps: Sequence[float]) -> list[dict[str, Any]]:
+        """Return all results, those of earlier calls in the same folder included, making what is missing."""
+        self._claim_folder()
+        results = {(row["method"], row["keep"]["asked"]): row for row in self._finished()}
+        dense = results.get((DENSE, 1.0)) or self._keep(self._dense())
+        results[DENSE, 1.0] = dense
+        todo = [(name, keep) for name in recipes for keep in sorted(keeps, reverse=True)]
+        for number, (name, keep) in enumerate(todo, 1):
+            identity = self._identity(recipes[name], keep)
+            if results.get((name, keep), {}).get("identity") == identity:
+                _log.info("%d of %d: %s at keep %s is there", number, len(todo), name, keep)
+                continue
+            _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
+            results[name, keep] = self._keep(self._result(name, recipes[name], keep, identity, dense))
+            self._write(results)
+        self._write(results)
+        return list(results.values())
+
+    def _write(self, results: Mapping[tuple[str, float], dict[str, Any]]) -> None:
+        write_comparison(self.run, list(results.values()), command=command_line())
+
+    def _claim_folder(self) -> None:
+        """Refuse a folder whose results were made from another model, calibration or protocol."""
+        protocol = {
+            "base": model_fingerprint(self.model),
+            "calibration": windows_fingerprint(self.tokens),
+            "scores": {name: windows_fingerprint(windows) for name, windows in self.scored.items()},
+            "options": self.options,
+        }
+        path = self.run / "protocol.json"
+        if not path.exists():
+            write_json(path, protocol)
+        theirs = jsonlib.loads(path.read_text(encoding="utf-8"))
+        differ = [key for key in protocol if theirs.get(key) != protocol[key]]
+        if differ:
+            raise ValueError(
+                f"{self.run} holds a comparison made with other settings ({', '.join(differ)} differ): name another "
+                "folder with --run, or delete that one"
+            )
+
+    def _folder(self, name: str, keep: float) -> Path:
+        return self.run / name / f"keep-{keep:g}"
+
+    def _finished(self) -> list[dict[str, Any]]:
+        found = sorted(self.run.glob("*/keep-*/result.json"))
+        return [jsonlib.loads(path.read_text(encoding="utf-8")) for path in found]
+
+    def _keep(self, result: dict[str, Any]) -> dict[str, Any]:
+        write_json(self._folder(result["method"], result["keep"]["asked"]) / "result.json", result)
+        return result
+
+    def _identity(self, method: Recipe, keep: float) -> str:
+        return sha256_of(canonical_json(method.describe()), str(keep), str(self.seed))
+
+    def _dense(self) -> dict[str, Any]:
+        reset_peak_memory(self.model.device)
+        nats, seconds = self._score(DENSE)
+        parameters = self.model.num_parameters()
+        return {
+            "method": DENSE,
+            "settings": {},
+            "identity": "",
+            "fingerprint": model_fingerprint(self.model),
+            "keep": {"asked": 1.0, "targeted": 1.0, "model": 1.0},
+            "parameters": parameters,
+            "bytes": parameters * self.model.dtype.itemsize,
+            **_figures(nats, nats),
+            "ranks": {},
+            "seconds": {"scores": seconds},
+            "peak_memory": peak_memory(self.model.device),
+            "machine": describe_machine(self.model.device),
+        }
+
+    def _result(
+        self, name: str, method: Recipe, keep: float, identity: str, dense: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        reset_peak_memory(self.model.device)
+        began = time.perf_counter()
+        plan, store = self._plan(name, method, keep)
+        made = time.perf_counter() - began
+        plan.save(self._folder(name, keep) / "plan.json")
+        with compressed(self.model, plan, store):
+            nats, seconds = self._score(f"{name} at {keep:g}")
+        return {
+            "method": name,
+            "settings": method.describe(),
+            "identity": identity,
+            "fingerprint": dict(plan.fingerprint),
+            "keep": {"asked": keep, "targeted": plan.keep_targeted, "model": plan.keep_model},
+            "parameters": plan.kept_model_parameters,
+            "bytes": plan.bytes,
+            **_figures(nats, dense["nats"]),
+            "ranks": {module: entry.rank for module, entry in plan.modules.items()},
+            "dense_modules": len(plan.dense_modules),
+            "notes": list(plan.notes),
+            "seconds": {"plan": made, "scores": seconds},
+            "peak_memory": peak_memory(self.model.device),
+            "machine": describe_machine(self.model.device),
+        }
+
+    def _score(self, label: str) -> tuple[dict[str, float], float]:
+        """Return nats a token on every text, and the seconds that it took."""
+        began = time.perf_counter()
+        nats = {
+            corpus: perplexity(self.model, windows, progress=f"score {label} on {corpus}").nats
+            for corpus, windows in self.scored.items()
+        }
+        return nats, time.perf_counter() - began
+
+    def _plan(self, name: str, method: Recipe, keep: float) -> tuple[RankPlan, FactorStore]:
+        """Return the plan of ``method`` with its origin, and the factors that it is for."""
+        if method.learning is not None:
+            return self._learn(method, keep, self._folder(name, keep) / f"learning-{self._identity(method, keep)[:12]}")
+        budget = budget_for(self.model, self.targets, keep, multiple_of=self.options["multiple_of"])
+        return draw_plan(
+            allocator(method.allocator, **method.settings),
+            budget,
+            self.targets,
+            self.model,
+            self.tokens,
+            self.tokenizer,
+            settings=method.decomposition,
+            base=self.base,
+            dtype=self.dtype,
+            text=self.calibration,
+        )
+
+    def _learn(self, method: Recipe, keep: float, folder: Path) -> tuple[RankPlan, FactorStore]:
+        """Return the plan that a mask learned, by Lightning; a run that was killed goes on from its checkpoint."""
+        learning = method.learning
+        assert learning is not None
+        seed_everything(self.seed, verbose=False)
+        count, length = self.tokens.shape
+        data = CalibrationData(
+            self.calibration,
+            self.tokenizer,
+            length=length,
+            windows=learning.windows,
+            batch_size=learning.batch_size,
+            seed=self.seed,
+            statistics_windows=count,
+            validation_windows=0,
+        )
+        learner = RankLearner(
+            self.base,
+            keep=keep,
+            dtype=self.dtype,
+            mask=learning.mask,
+            data_terms=learning.data_terms,
+            decomposition=method.decomposition,
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning.lr, weight_decay=0.0),
+            start=learning.start,
+            trust_remote_code=self.trust_remote_code,
+            **self.options,
+        )
+        checkpoints = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=25, save_last=True, save_top_k=1)
+        monitor = RankMonitor(map_every_n_steps=learning.steps)
+        trainer = Trainer(
+            max_steps=learning.steps,
+            max_epochs=-1,
+            accelerator="auto" if self.model.device.type != "cpu" else "cpu",
+            devices=1,
+            default_root_dir=folder,
+            limit_val_batches=0,
+            logger=TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
+            callbacks=[checkpoints, monitor, LearningBar(), StopBetweenBatches()],
+            plugins=[AtomicCheckpoints()],
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            enable_model_summary=False,
+        )
+        last = folder / "checkpoints" / "last.ckpt"
+        trainer.fit(learner, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        return learner.plan(), learner.store
+
+
+def _figures(nats: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    return {
+        "nats": dict(nats),
+        "perplexity": {corpus: float(torch.tensor(value, dtype=torch.float64).exp()) for corpus, value in nats.items()},
+        "excess": {corpus: value - dense[corpus] for corpus, value in nats.items()},
+    }
+
+
+def _named_text(entry: str) -> tuple[str, str]:
+    """Return name and text of ``NAME=TEXT``, or of ``TEXT``, which then names itself by its file."""
+    named = re.fullmatch(r"([\w.-]+)=(.+)", entry, flags=re.DOTALL)
+    if named:
+        return named[1], named[2]
+    return Path(entry.partition("::")[0]).stem, entry

@@ -1,0 +1,108 @@
+"""What people read of a comparison: its results as a list, a table and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lowrank_pl.files import atomic_write, write_json
+from lowrank_pl.plan_report import percent, table
+
+__all__ = ["comparison_plot", "comparison_table", "write_comparison"]
+
+DENSE = "dense"
+MARKERS = "osD^vP*Xhd<>"
+
+
+def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github") -> str:
+    """Return the results as a table, the best of each size first.
+
+    Args:
+        results: As in ``results.json``.
+        fmt: A format of ``tabulate``.
+    """
+    corpora = list(results[0]["perplexity"]) if results else []
+    head = ["method", "keep", "kept model", "MB", *(f"ppl {c}" for c in corpora), *(f"excess {c}" for c in corpora)]
+    head += ["seconds", "peak GB"]
+    body = [
+        [
+            row["method"],
+            percent(row["keep"]["targeted"]),
+            percent(row["keep"]["model"]),
+            f"{row['bytes'] / 1e6:,.1f}",
+            *(f"{row['perplexity'][corpus]:.2f}" for corpus in corpora),
+            *(f"{row['excess'][corpus]:.3f}" for corpus in corpora),
+            f"{sum(value for key, value in row['seconds'].items() if key != 'scores'):,.0f}",
+            f"{row['peak_memory'] / 1e9:.1f}",
+        ]
+        for row in sorted(results, key=lambda row: (-row["keep"]["asked"], _mean_excess(row)))
+    ]
+    return table(head, body, fmt)
+
+
+def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str) -> Figure:
+    """Return a plot of the excess in nats on ``corpus`` against the kept fraction, one line a method, best on top.
+
+    Args:
+        results: As in ``results.json``.
+        corpus: One of the texts that were scored.
+    """
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    methods: dict[str, list[Mapping[str, Any]]] = {}
+    for row in results:
+        if row["method"] != DENSE:
+            methods.setdefault(row["method"], []).append(row)
+    ranked = sorted(methods, key=lambda name: min(_mean_excess(row) for row in methods[name]))
+    for place, name in enumerate(ranked):
+        rows = sorted(methods[name], key=lambda row: row["keep"]["targeted"])
+        axes.plot(
+            [row["keep"]["targeted"] for row in rows],
+            [row["excess"][corpus] for row in rows],
+            marker=MARKERS[place % len(MARKERS)],
+            linewidth=1.2,
+            markersize=5,
+            label=name,
+            color=f"C{place % 10}",
+            linestyle="-" if place < 10 else "--",
+        )
+    # A tiny random model may come out better than dense by chance.
+    if all(row["excess"][corpus] > 0 for rows in methods.values() for row in rows):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel("kept fraction of the targeted parameters")
+    axes.set_ylabel("excess over the dense model in nats a token")
+    axes.set_title(f"{corpus}: lower is better")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def write_comparison(folder: Path, results: Sequence[Mapping[str, Any]], *, command: str) -> None:
+    """Write ``results.json``, ``results.md`` and a plot for each corpus to ``folder``, each whole or not at all."""
+    write_json(folder / "results.json", list(results))
+    atomic_write(folder / "results.md", f"{comparison_table(results)}\n\nMade by `{command}`.\n")
+    drawn = [row for row in results if row["method"] != DENSE]
+    for corpus in drawn[0]["perplexity"] if drawn else ():
+        picture = BytesIO()
+        comparison_plot(results, corpus).savefig(picture, dpi=130, format="png")
+        atomic_write(folder / f"excess-{corpus}.png", picture.getvalue())
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Return the list in ``results.json`` of ``folder``, empty where there is none yet."""
+    path = folder / "results.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return found
+
+
+def _mean_excess(row: Mapping[str, Any]) -> float:
+    excess: dict[str, float] = row["excess"]
+    return sum(excess.values()) / max(1, len(excess))

@@ -1,0 +1,140 @@
+"""How weights are decomposed: by what their inputs and outputs are weighted, and the square roots of these weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from lowrank_pl.collected import Statistics
+from lowrank_pl.decompose import SquareRoot, diagonal_root, square_root
+from lowrank_pl.gradients import Labels
+from lowrank_pl.targets import Target
+
+__all__ = ["Decomposition", "Kind", "Roots"]
+
+Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """How weights are decomposed: by what the errors of inputs and outputs are weighted.
+
+    ================  ================================================  ==================================
+    kind              inputs weighted by                                outputs weighted by
+    ================  ================================================  ==================================
+    ``svd``           nothing                                           nothing
+    ``asvd``          mean absolute value to the power ``alpha``        nothing
+    ``fwsvd``         nothing                                           root of summed squared weight gradients
+    ``whitened``      second moment                                     nothing
+    ``two_sided``     second moment                                     second moment of output gradients
+    ================  ================================================  ==================================
+
+    Sources: ASVD (arXiv 2312.05821), FWSVD (arXiv 2207.00112), SVD-LLM (arXiv 2403.07378); ``two_sided`` weighs by
+    K-FAC's estimate (arXiv 1503.05671) of the loss, so that its singular values compare across modules.
+
+    Args:
+        kind: One of the table.
+        damping: Added to the inputs' weights, relative to their mean.
+        output_damping: Added to the outputs' weights, likewise.
+        alpha: Power of ``asvd``.
+        labels: ``two_sided``: gradients of a loss whose labels are ``sampled`` from the model, or those of the
+            ``text``.
+
+    Raises:
+        ValueError: Another kind, labels or power, or a damping that is negative or not finite.
+    """
+
+    kind: Kind = "whitened"
+    damping: float = 1e-6
+    output_damping: float = 1e-2
+    alpha: float = 0.5
+    labels: Labels = "sampled"
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("kind", self.kind, Kind), ("labels", self.labels, Labels)):
+            if value not in get_args(choices):
+                what = "kind of decomposition is" if name == "kind" else "labels of the decomposition are"
+                raise ValueError(f"the {what} {value!r}: expected one of {', '.join(get_args(choices))}")
+        for name in ("damping", "output_damping"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number of at least 0")
+        if not 0 < self.alpha <= 2:
+            raise ValueError(f"alpha is {self.alpha}: expected a power above 0 and at most 2")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text changes the result."""
+        return self.kind != "svd"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that change the result, which are not all for every kind."""
+        uses = {
+            "svd": (),
+            "asvd": ("damping", "alpha"),
+            "fwsvd": ("output_damping",),
+            "whitened": ("damping",),
+            "two_sided": ("damping", "output_damping", "labels"),
+        }
+        return {"kind": self.kind, **{name: getattr(self, name) for name in uses[self.kind]}}
+
+
+class Roots:
+    """The square roots that a decomposition weighs by, from statistics that are collected when first needed.
+
+    Args:
+        settings: How to decompose.
+        statistics: Where what was measured comes from.
+        todo: The maps to decompose.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self, settings: Decomposition, statistics: Statistics, todo: Sequence[Target], device: torch.device
+    ) -> None:
+        self.settings, self.device = settings, device
+        kind = settings.kind
+        self.inputs = statistics.inputs(todo) if kind in ("asvd", "whitened", "two_sided") else None
+        self.moments = statistics.output_gradients(todo, settings.labels) if kind == "two_sided" else None
+        self.weights = statistics.weight_gradients(todo) if kind == "fwsvd" else None
+
+    def of_inputs(self, group: str) -> SquareRoot | None:
+        """Return what the inputs of ``group`` are weighted by."""
+        if self.inputs is None:
+            return None
+        if self.settings.kind == "asvd":
+            mean = self.inputs.read(group, "mean_absolute").to(self.device)
+            return _located(
+                lambda: diagonal_root(mean**self.settings.alpha, damping=self.settings.damping), "input", group
+            )
+        moment = self.inputs.read(group, "second_moment").to(self.device)
+        return _located(lambda: square_root(moment, damping=self.settings.damping), "input", group)
+
+    def of_outputs(self, name: str) -> SquareRoot | None:
+        """Return what the outputs of module ``name`` are weighted by."""
+        if self.moments is not None:
+            moment = self.moments.read(name, "second_moment").to(self.device)
+            return _located(lambda: square_root(moment, damping=self.settings.output_damping), "output", name)
+        if self.weights is not None:
+            squares = self.weights.read(name, "mean_squares").to(self.device)
+            return _located(lambda: diagonal_root(squares.sqrt(), damping=self.settings.output_damping), "output", name)
+        return None
+
+    def notes(self, target: Target, inputs: SquareRoot | None, outputs: SquareRoot | None) -> dict[str, str]:
+        """Return what to note beside the factors of ``target``: the kinds of its roots, and their tokens."""
+        notes: dict[str, str] = {}
+        if inputs is not None and self.inputs is not None:
+            notes |= {"square_root": inputs.kind, "tokens": self.inputs.notes(target.group)["tokens"]}
+        if outputs is not None:
+            notes["output_root"] = outputs.kind
+        return notes
+
+
+def _located(root: Callable[[], SquareRoot], side: str, name: str) -> SquareRoot:
+    try:
+        return root()
+    except ValueError as error:
+        raise ValueError(f"{error}: at the {side} of {name}") from None

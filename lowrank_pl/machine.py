@@ -1,0 +1,69 @@
+"""What a figure was measured on, and how much memory it took."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["describe_machine", "peak_memory", "reset_peak_memory"]
+
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_CPU = Path("/proc/cpuinfo")
+
+
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return processor, cores and threads, accelerator, and the versions of Python and torch, as JSON values.
+
+    >>> sorted(describe_machine())
+    ['accelerator', 'cores', 'processor', 'python', 'threads', 'torch']
+    """
+    device = torch.device(device)
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Return the most bytes that this process has held since the last reset: of the GPU, or resident on the host."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        high = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        if high:
+            return int(high[0].split()[1]) * 1024
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
+    """Let ``peak_memory`` count from now on; False where the system can't, and it counts from the process's start."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _processor() -> str:
+    if _CPU.exists():
+        for line in _CPU.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,125 @@
+"""Every method of the field by name: a base decomposition, and who draws the plan on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lowrank_pl.allocate import allocator
+from lowrank_pl.decomposition import Decomposition
+from lowrank_pl.masks import MaskMethod, PerValue, Staircase
+from lowrank_pl.masks.ars import ARS
+from lowrank_pl.masks.cutoff import Fermi, Tanh
+from lowrank_pl.objectives import DataTerms
+
+__all__ = ["RECIPES", "Learning", "Recipe", "recipe"]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a mask learns.
+
+    Args:
+        mask: The mask method with its settings.
+        steps: Optimizer steps.
+        lr: Step size of AdamW, without weight decay.
+        windows: Windows of the calibration text to learn from; passed over again when the steps are more.
+        batch_size: Windows in a step.
+        data_terms: What the masks learn from.
+        start: The allocator whose plan the masks start from; ``None`` starts from the same ratio everywhere.
+
+    Raises:
+        ValueError: No steps, windows or batch, or a step size that is not above 0.
+    """
+
+    mask: MaskMethod
+    steps: int = 150
+    lr: float = 0.03
+    windows: int = 256
+    batch_size: int = 1
+    data_terms: DataTerms = DataTerms()
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "windows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a recipe's learning is {getattr(self, name)}: expected at least 1")
+        if not self.lr > 0:
+            raise ValueError(f"lr of a recipe's learning is {self.lr}: expected a number above 0")
+        if self.start is not None:
+            allocator(self.start)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method: how weights are decomposed, and an allocator or a learned mask that draws the plan.
+
+    Args:
+        decomposition: The base.
+        allocator: Who draws the plan without training; unused when ``learning`` is given.
+        settings: The allocator's settings.
+        learning: How a mask learns the plan instead.
+
+    Raises:
+        ValueError: An allocator or a setting that does not exist.
+    """
+
+    decomposition: Decomposition = Decomposition()
+    allocator: str = "uniform"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    learning: Learning | None = None
+
+    def __post_init__(self) -> None:
+        allocator(self.allocator, **self.settings)
+
+    def describe(self) -> dict[str, Any]:
+        """Return all settings that the result depends on, as JSON values."""
+        base = {"decomposition": self.decomposition.identity()}
+        if self.learning is None:
+            return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
+        learning = self.learning
+        mask = {key: value for key, value in vars(learning.mask).items() if not key.startswith("_")}
+        described = {f: getattr(learning, f) for f in ("steps", "lr", "windows", "batch_size", "start")}
+        terms = {key: list(v) if isinstance(v, tuple | list) else v for key, v in asdict(learning.data_terms).items()}
+        return {**base, "learning": {**described, "mask": learning.mask.name, **mask, "data_terms": terms}}
+
+
+_ASVD = Decomposition("asvd")
+_TWO_SIDED = Decomposition("two_sided")
+_DIVERGENCE = DataTerms(cross_entropy=0.0, divergence=1.0, divergence_at=("middle", "last"))
+
+RECIPES: dict[str, Recipe] = {
+    "svd": Recipe(Decomposition("svd")),
+    "fwsvd": Recipe(Decomposition("fwsvd")),
+    "asvd": Recipe(_ASVD),
+    "strs": Recipe(_ASVD, "strs"),
+    "uniform": Recipe(),
+    "svdllm_v2": Recipe(allocator="svdllm_v2"),
+    "energy": Recipe(allocator="energy"),
+    "drank": Recipe(allocator="drank"),
+    "zero_sum": Recipe(allocator="zero_sum"),
+    "zero_sum_corrected": Recipe(allocator="zero_sum", settings={"rounds": 1}),
+    "two_sided": Recipe(_TWO_SIDED),
+    "fisher": Recipe(_TWO_SIDED, "fisher"),
+    "ara": Recipe(learning=Learning(Staircase())),
+    "llrc": Recipe(_ASVD, learning=Learning(PerValue(), data_terms=_DIVERGENCE)),
+    "llrc_prefix": Recipe(_ASVD, learning=Learning(PerValue(any_k=False), data_terms=_DIVERGENCE)),
+    "ars": Recipe(learning=Learning(ARS(), lr=1e-3)),
+    "tanh": Recipe(learning=Learning(Tanh())),
+    "fermi": Recipe(learning=Learning(Fermi())),
+    "fisher_ara": Recipe(_TWO_SIDED, learning=Learning(Staircase(), start="fisher")),
+}
+"""What ``lowrank compare`` knows. Learning is short, for a comparison; ``configs/*.yaml`` have the papers' lengths."""
+
+
+def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
+    """Return the recipe called ``name``: one of ``own``, or one that ships with the package.
+
+    Raises:
+        ValueError: There is none; the message lists those that exist.
+    """
+    known = {**RECIPES, **(own or {})}
+    if name not in known:
+        raise ValueError(f"no method is called {name!r}: expected one of {', '.join(known)}")
+    return known[name]

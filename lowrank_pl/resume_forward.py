@@ -1,0 +1,118 @@
+"""Forward passes that begin at a later decoder block, with what the dense model computed before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowrank_pl.evaluating import evaluating
+from lowrank_pl.targets import decoder_blocks
+
+__all__ = ["block_outputs", "can_resume", "resumed"]
+
+
+@contextmanager
+def resumed(model: PreTrainedModel, block: int, outputs: Sequence[Any]) -> Iterator[None]:
+    """Let forward passes of ``model`` begin at ``block``: pass number ``i`` takes ``outputs[i]`` of the block before.
+
+    Embeddings, masks and positions are still computed; the blocks before compute nothing. Exact where a block looks at
+    nothing of earlier blocks but the hidden state, see ``can_resume``.
+
+    Args:
+        model: A causal language model.
+        block: Number of the first block that runs.
+        outputs: What block ``block - 1`` returned, one a pass (``block_outputs``); unused for block 0.
+    """
+    blocks = decoder_blocks(model)[1]
+    passes = iter(outputs)
+    current: list[Any] = [None]
+
+    def first(*_: Any, **__: Any) -> Any:
+        current[0] = next(passes)
+        # Some blocks add to their input in place.
+        return _copied(current[0]) if block == 1 else current[0]
+
+    def later(*_: Any, **__: Any) -> Any:
+        return current[0]
+
+    def last(*_: Any, **__: Any) -> Any:
+        return _copied(current[0])
+
+    with ExitStack() as stack:
+        for number in range(block):
+            stand_in = first if number == 0 else last if number == block - 1 else later
+            stack.enter_context(_forward_replaced(blocks[number], stand_in))
+        yield
+
+
+def block_outputs(
+    model: PreTrainedModel, windows: Tensor, block: int, *, batch_size: int, start: int = 0, outputs: Sequence[Any] = ()
+) -> list[Any]:
+    """Return what ``block`` returns in each pass over ``windows``.
+
+    Args:
+        model: A causal language model; in evaluation mode meanwhile.
+        windows: ``[windows, length]`` token ids.
+        block: Whose output.
+        batch_size: Windows per pass.
+        start: Block to begin at, where ``outputs`` of the one before it are known.
+        outputs: As in ``resumed``.
+    """
+    found: list[Any] = []
+    handle = decoder_blocks(model)[1][block].register_forward_hook(lambda _, __, output: found.append(_copied(output)))
+    device = model.get_input_embeddings().weight.device
+    try:
+        with evaluating(model), resumed(model, start, outputs):
+            for batch in torch.split(windows, batch_size):
+                model(input_ids=batch.to(device), use_cache=False)
+    finally:
+        handle.remove()
+    return found
+
+
+def can_resume(model: PreTrainedModel, windows: Tensor) -> bool:
+    """Tell whether passes that begin at any block give the very logits of whole passes.
+
+    They do not where blocks share more than the hidden state, such as keys and values of earlier blocks.
+
+    Args:
+        model: A causal language model.
+        windows: ``[windows, length]`` token ids to try it on; a few short ones are enough.
+    """
+    device = model.get_input_embeddings().weight.device
+    with evaluating(model):
+        whole = model(input_ids=windows.to(device), use_cache=False).logits
+        for block in range(1, len(decoder_blocks(model)[1])):
+            outputs = block_outputs(model, windows, block - 1, batch_size=len(windows))
+            if len(outputs) != 1:
+                return False
+            with resumed(model, block, outputs):
+                if not torch.equal(model(input_ids=windows.to(device), use_cache=False).logits, whole):
+                    return False
+    return True
+
+
+@contextmanager
+def _forward_replaced(block: nn.Module, stand_in: Any) -> Iterator[None]:
+    # Not the module: the loop over blocks may read attributes of theirs, and others may hold references.
+    own = vars(block).get("forward")
+    block.forward = stand_in
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
+
+
+def _copied(output: Any) -> Any:
+    """Return the output of a block, a tensor or a tuple that begins with one, with tensors of its own."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    return type(output)(_copied(part) if isinstance(part, Tensor) else part for part in output)
