@@ -112,6 +112,7 @@ class RankLearner(LightningModule):
         self.schedule = AimSchedule(keep, keep_start, keep_steps, falling=record_order)
         self.base, self.keep, self.dtype_name = base, keep, dtype
         self.mask_method = mask or Staircase()
+        self.mask_method.check_base(decomposition.kind)
         self.data_terms, self.decomposition = data_terms, decomposition
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.include, self.exclude = tuple(include), tuple(exclude)
@@ -238,7 +239,7 @@ class RankLearner(LightningModule):
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of one batch of token ids ``[batch, length]``."""
-        self.mask_method.advance(self.masks, self.global_step)
+        self.mask_method.advance(self.masks, self.global_step, replace(self.budget, keep=self.aim))
         ratios = switch_dense(self.layers, self.mask_method.dense_from)
         terms = data_losses(self._base(), self.layers, self.data_terms, tokens)
         terms |= self.mask_method.penalties(self.masks, ratios, self.aim, self.global_step)
@@ -263,7 +264,7 @@ class RankLearner(LightningModule):
 
     @torch.no_grad()
     def _look_at_masks(self, step: int) -> None:
-        self.mask_method.advance(self.masks, step)
+        self.mask_method.advance(self.masks, step, replace(self.budget, keep=self.schedule.at(step)))
         if self.lifetimes is not None:
             self.lifetimes.record(self.masks, step)
         if not self.trainer.should_stop and self.mask_method.finished(self.masks, self.budget, step):

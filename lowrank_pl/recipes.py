@@ -8,9 +8,7 @@ from typing import Any
 
 from lowrank_pl.allocate import allocator
 from lowrank_pl.decomposition import Decomposition
-from lowrank_pl.masks import MaskMethod, PerValue, Staircase
-from lowrank_pl.masks.ars import ARS
-from lowrank_pl.masks.cutoff import Fermi, Tanh
+from lowrank_pl.masks import ARS, Fermi, MaskMethod, PerValue, Rescaled, Staircase, Tanh
 from lowrank_pl.objectives import DataTerms
 
 __all__ = ["RECIPES", "Learning", "Recipe", "recipe"]
@@ -109,6 +107,7 @@ RECIPES: dict[str, Recipe] = {
     "tanh": Recipe(learning=Learning(Tanh())),
     "fermi": Recipe(learning=Learning(Fermi())),
     "fisher_ara": Recipe(_TWO_SIDED, learning=Learning(Staircase(), start="fisher")),
+    "rescaled": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), steps=100)),
 }
 """What ``lowrank compare`` knows. Learning is short, for a comparison; ``configs/*.yaml`` have the papers' lengths."""
 

@@ -68,6 +68,10 @@ def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, aim: flo
     Raises:
         ValueError: The plan does not cover all modules.
     """
+    if plan is not None and method.own_start:
+        raise ValueError(
+            f"a plan to start from was given, but masks of {method.name} have a start of their own: leave it out"
+        )
     if plan is None:
         return Start(dict.fromkeys(budget.shapes, method.start_keep(aim)))
     found = plan.modules

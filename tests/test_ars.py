@@ -45,7 +45,7 @@ def some(method=None, keep=1.0):
     with torch.no_grad():
         for parameter in network.heads.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    method.advance(masks, 5)
+    method.advance(masks, 5, None)
     return method, masks, network
 
 
@@ -175,7 +175,7 @@ def test_the_budget_reaches_modules_that_cost_more_than_dense():
     method = ARS()
     masks = {"a": method.create((12, 12), spectrum((12, 12)), 1.0)}
     network = method.share(masks)
-    method.advance(masks, 0)
+    method.advance(masks, 0, None)
     method.penalties(masks, torch.stack([masks["a"].ratio()]), 0.5, 0)["budget"].backward()
     assert masks["a"].ratio() > 1
     assert (network.heads[0].bias.grad > 0).all()
@@ -190,7 +190,7 @@ def test_the_plan_has_no_noise_and_the_present_network(any_k):
     shape = (20, 20)
     masks = {name: method.create(shape, spectrum(shape), 1.0) for name in ("a", "b")}
     network = method.share(masks)
-    method.advance(masks, 0)
+    method.advance(masks, 0, None)
     with torch.no_grad():  # as an optimizer would, without another evaluation
         for head, on in zip(network.heads, ([0, 3, 4], [0, 1, 2, 3, 4, 5, 9]), strict=True):
             head.bias.fill_(-5.0)

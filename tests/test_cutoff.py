@@ -55,7 +55,7 @@ def test_tanh_is_the_papers(shape, keep):
 def test_fermi_is_the_papers_at_its_temperature(shape, step):
     method = Fermi(temperature_start=4.0, temperature_end=0.5, anneal_steps=100, relative=False)
     mask = made(method, shape)
-    method.advance({"a": mask}, step)
+    method.advance({"a": mask}, step, None)
     temperature = 4.0 * (0.5 / 4.0) ** min(1.0, step / 100)
     expected = slow_fermi(0.5 * even(shape), mask.rank, temperature)
     torch.testing.assert_close(mask().double(), torch.tensor(expected).double(), rtol=1e-3, atol=1e-5)
@@ -151,7 +151,7 @@ def test_cutoffs_stay_in_reach():
     with torch.no_grad():
         for mask, level in zip(masks.values(), (-0.3, 1.5, 1.5), strict=True):
             mask.level.fill_(level)
-    method.advance(masks, 3)
+    method.advance(masks, 3, None)
     assert [mask.level.item() for mask in masks.values()] == pytest.approx([0.0, 1.2, 6 * 506 / 3000])
 
 

@@ -7,6 +7,7 @@ from lowrank_pl.masks.base import Mask, MaskMethod
 from lowrank_pl.masks.cutoff import CutoffMask, Fermi, Tanh
 from lowrank_pl.masks.lifetimes import Lifetimes
 from lowrank_pl.masks.per_value import PerValue, PerValueMask
+from lowrank_pl.masks.rescaled import Rescaled, RescaledMask
 from lowrank_pl.masks.staircase import Staircase, StaircaseMask
 from lowrank_pl.masks.switches import SwitchMask
 
@@ -20,6 +21,8 @@ __all__ = [
     "MaskMethod",
     "PerValue",
     "PerValueMask",
+    "Rescaled",
+    "RescaledMask",
     "Staircase",
     "StaircaseMask",
     "SwitchMask",

@@ -167,7 +167,7 @@ class ARS(MaskMethod):
             _ars(mask).source = (network, index)
         return network
 
-    def advance(self, masks: Mapping[str, Mask], step: int) -> None:
+    def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
         """Evaluate the network for this step and draw its noise."""
         _refresh(masks)
         draw_noise(masks, kind=self.noise, seed=self.seed, step=step)

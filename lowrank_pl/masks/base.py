@@ -63,15 +63,31 @@ class MaskMethod(ABC):
         name: What plans call the method.
         dense_from: The ratio from which a module computes with its dense weight during training; infinity is never.
         any_k: Whether its plans may keep components that are not the first ones.
+        kinds: Kinds of decomposition whose singular values mean what the masks take them for; empty for any.
+        own_start: Whether its masks have a start of their own and take no plan to start from.
     """
 
     name: str
     dense_from: float = 1.0
     any_k: bool = False
+    kinds: tuple[str, ...] = ()
+    own_start: bool = False
 
     @abstractmethod
     def stored_rank(self, shape: tuple[int, int]) -> int:
         """Return how many components of a module of ``shape`` a mask gates."""
+
+    def check_base(self, kind: str) -> None:
+        """Check that masks of this method can gate factors of a ``kind`` of decomposition.
+
+        Raises:
+            ValueError: Their singular values mean something else.
+        """
+        if self.kinds and kind not in self.kinds:
+            raise ValueError(
+                f"masks of {self.name} were given factors of the kind {kind!r}: expected {' or '.join(self.kinds)} "
+                "(--model.decomposition.kind)"
+            )
 
     def start_keep(self, aim: float) -> float:
         """Return the fraction that masks start at without a plan to start from, when learning begins at ``aim``."""
@@ -97,7 +113,7 @@ class MaskMethod(ABC):
         """
         return None
 
-    def advance(self, masks: Mapping[str, Mask], step: int) -> None:
+    def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
         """Bring the masks to optimizer step ``step``: temperatures, noise, what a shared network gives.
 
         Called before every training step with gradients on, and after every optimizer step without.
@@ -105,6 +121,7 @@ class MaskMethod(ABC):
         Args:
             masks: Every module's mask by name.
             step: Optimizer steps done.
+            budget: What is aimed at in this step.
         """
         return
 

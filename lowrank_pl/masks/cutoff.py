@@ -95,7 +95,7 @@ class CutoffMethod(MaskMethod):
         top = self.top if rank < min(m, n) else min(self.top, rank * (m + n) / (m * n))
         return CutoffMask(shape, rank, min(keep, 1.0), top=top, slope=self.slope_at(shape, 0))
 
-    def advance(self, masks: Mapping[str, Mask], step: int) -> None:
+    def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
         """Set the slopes of ``step`` and put cutoffs that have left their range back."""
         with torch.no_grad():
             for mask in _cutoffs(masks):

@@ -148,7 +148,7 @@ class PerValue(MaskMethod):
             _per_value(mask).progress = (progress,)  # in a tuple, so that only the learner registers it
         return progress
 
-    def advance(self, masks: Mapping[str, Mask], step: int) -> None:
+    def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
         """Draw the noise of ``step``."""
         draw_noise(masks, kind=self.noise, seed=self.seed, step=step)
 
