@@ -23,7 +23,7 @@ from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.callbacks import RankMonitor
 from lowrank_pl.checkpointing import AtomicCheckpoints
 from lowrank_pl.commands import pick_device
-from lowrank_pl.comparison import DENSE, comparison_table, write_comparison
+from lowrank_pl.comparison import DENSE, comparison_table, read_results, write_comparison
 from lowrank_pl.compress import compressed
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.draw import draw_plan
@@ -157,9 +157,11 @@ class _Comparison:
     def results(self, recipes: Mapping[str, Recipe], keeps: Sequence[float]) -> list[dict[str, Any]]:
         """Return all results, those of earlier calls in the same folder included, making what is missing."""
         self._claim_folder()
-        results = {(row["method"], row["keep"]["asked"]): row for row in self._finished()}
-        dense = results.get((DENSE, 1.0)) or self._keep(self._dense())
-        results[DENSE, 1.0] = dense
+        results = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
+        if (DENSE, 1.0) not in results:
+            results[DENSE, 1.0] = self._dense()
+            self._write(results)
+        dense = results[DENSE, 1.0]
         todo = [(name, keep) for name in recipes for keep in sorted(keeps, reverse=True)]
         for number, (name, keep) in enumerate(todo, 1):
             identity = self._identity(recipes[name], keep)
@@ -167,9 +169,8 @@ class _Comparison:
                 _log.info("%d of %d: %s at keep %s is there", number, len(todo), name, keep)
                 continue
             _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
-            results[name, keep] = self._keep(self._result(name, recipes[name], keep, identity, dense))
+            results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
             self._write(results)
-        self._write(results)
         return list(results.values())
 
     def _write(self, results: Mapping[tuple[str, float], dict[str, Any]]) -> None:
@@ -196,14 +197,6 @@ class _Comparison:
 
     def _folder(self, name: str, keep: float) -> Path:
         return self.run / name / f"keep-{keep:g}"
-
-    def _finished(self) -> list[dict[str, Any]]:
-        found = sorted(self.run.glob("*/keep-*/result.json"))
-        return [jsonlib.loads(path.read_text(encoding="utf-8")) for path in found]
-
-    def _keep(self, result: dict[str, Any]) -> dict[str, Any]:
-        write_json(self._folder(result["method"], result["keep"]["asked"]) / "result.json", result)
-        return result
 
     def _identity(self, method: Recipe, keep: float) -> str:
         return sha256_of(canonical_json(method.describe()), str(keep), str(self.seed))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lowrank_pl.files import atomic_write, write_json
 from lowrank_pl.plan_report import percent, table
 
-__all__ = ["comparison_plot", "comparison_table", "write_comparison"]
+__all__ = ["comparison_plot", "comparison_table", "read_results", "write_comparison"]
 
 DENSE = "dense"
 MARKERS = "osD^vP*Xhd<>"
@@ -99,7 +99,16 @@ def write_comparison(folder: Path, results: Sequence[Mapping[str, Any]], *, comm
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Return the list in ``results.json`` of ``folder``, empty where there is none yet."""
     path = folder / "results.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        if not all({"method", "keep", "excess", "seconds"} <= row.keys() for row in found):
+            raise ValueError("a row lacks what every result has")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} holds no comparison ({error}): delete it or name another folder"
+        ) from None
     return found
 
 

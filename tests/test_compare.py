@@ -138,6 +138,14 @@ def test_mistakes_are_told_before_any_work(tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_damaged_results_are_not_overwritten(tmp_path):
+    (tmp_path / "results.json").write_text('[{"method": "x"}]')
+    with pytest.raises(
+        ValueError, match=r"holds no comparison \(a row lacks .*: delete it or name another"
+    ):
+        compare("random:llama", methods=["uniform"], keep=[0.5], run=tmp_path, **SETTINGS)
+
+
 def test_a_folder_of_another_comparison_is_refused(folder):
     with pytest.raises(ValueError, match=r"holds a comparison made with other settings \(calibration differ\)"):
         compare("random:llama", methods=["uniform"], keep=[0.5], run=folder, **{**SETTINGS, "calibration_windows": 7})

@@ -167,9 +167,7 @@ def test_impossible_settings(settings, message):
 
 
 def test_other_factors_and_other_starts_are_refused():
-    with pytest.raises(
-        ValueError, match=r"masks of rescaled were given factors of the kind 'whitened': expected two"
-    ):
+    with pytest.raises(ValueError, match=r"masks of rescaled were given factors of the kind 'whitened': expected two"):
         make_learner(mask=Rescaled())
     with pytest.raises(ValueError, match="masks of rescaled have a start of their own: leave it out"):
         fit(learner_of(start="fisher"), make_data(), max_steps=1)
