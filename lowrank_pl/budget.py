@@ -141,7 +141,9 @@ class Budget:
         notes = []
         wishes = dict(wishes)
         if sum(self.cost(n, self.least_rank(n) if math.isfinite(w) else None) for n, w in wishes.items()) > self.limit:
-            wishes, dropped = self._without_dense_wishes(wishes)
+            dropped = sum(math.isinf(wish) for wish in wishes.values())
+            even = {name: m * n / (m + n) for name, (m, n) in self.shapes.items()}
+            wishes = {name: even[name] if math.isinf(wish) else wish for name, wish in wishes.items()}
             notes.append(f"{dropped} modules were wished dense, which the budget does not allow: scaled like the rest")
         order = ComponentOrder({name: wish_scores(shape, wishes[name]) for name, shape in self.shapes.items()})
         chosen = self._choose(order, least_score=-math.inf if scale_up else 1.0)
@@ -149,7 +151,7 @@ class Budget:
         # Where everything has come out dense, the factor says nothing.
         if 0 < chosen.threshold < math.inf and any(size is not None for size in chosen.sizes.values()):
             notes.append(f"wished ranks scaled by {1 / chosen.threshold:.4f} to meet keep {self.keep}")
-        return self._plan(chosen, order, method, notes)
+        return self._plan(chosen.sizes, order, method, notes)
 
     def select(
         self,
@@ -186,13 +188,25 @@ class Budget:
             >>> [(module.rank, module.indices) for module in plan.modules.values()]
             [(2, (0, 2)), (2, None)]
         """
+        order = self._order(scores)
+        return self._plan(self.sizes(order.scores, within=within, beyond=beyond), order, method, list(notes))
+
+    def sizes(
+        self,
+        scores: Mapping[str, Tensor],
+        *,
+        within: Mapping[str, ModulePlan] | None = None,
+        beyond: Mapping[str, ModulePlan] | None = None,
+    ) -> dict[str, int | None]:
+        """Return the rank of every module (``None`` is dense) in ``select``'s plan, without making that plan."""
+        return self._choose(self._order(scores), within=within, beyond=beyond).sizes
+
+    def _order(self, scores: Mapping[str, Tensor]) -> ComponentOrder:
         self._check_names(scores, "component is scored for")
-        order = ComponentOrder(scores)
         for name, shape in self.shapes.items():
-            if len(order.scores[name]) > min(shape):
-                given = len(order.scores[name])
+            if (given := scores[name].numel()) > min(shape):
                 raise ValueError(f"{name} of shape {shape} has {given} scores: expected {min(shape)} or fewer")
-        return self._plan(self._choose(order, within=within, beyond=beyond), order, method, list(notes))
+        return ComponentOrder(scores)
 
     def _choose(
         self,
@@ -209,7 +223,10 @@ class Budget:
         ]
         rest = self.limit - sum(self.cost(name, ladder[0]) for name, ladder in zip(names, ladders, strict=True))
         if rest < 0:
-            raise ValueError(f"the plan to go beyond has {-rest:,} parameters more than keep {self.keep} allows")
+            raise ValueError(
+                f"the plan to go beyond has {-rest:,} parameters more than keep {self.keep} allows: give a smaller "
+                f"plan, or raise keep to {math.ceil(1e4 * (self.limit - rest) / self.total) / 1e4}"
+            )
         value, owner_of, price, sequence = self._steps(order, ladders)
         sequence = sequence[value[sequence] >= least_score]
         spent = np.cumsum(price[sequence])
@@ -268,7 +285,9 @@ class Budget:
         more = [rank for rank in ranks if rank > least.rank]
         return [least.rank, *more, *([None] if least.rank <= break_even(self.shapes[name]) else [])]
 
-    def _plan(self, chosen: _Choice, order: ComponentOrder, method: str, notes: Sequence[str]) -> RankPlan:
+    def _plan(
+        self, sizes: Mapping[str, int | None], order: ComponentOrder, method: str, notes: Sequence[str]
+    ) -> RankPlan:
         too_small = [name for name in self.shapes if self.top_rank(name) == 0]
         notes = [*(f"{name}: too small for a rank of {self.multiple_of}, left dense" for name in too_small), *notes]
         for note in notes:
@@ -276,9 +295,7 @@ class Budget:
         return RankPlan(
             method=method,
             keep=self.keep,
-            modules={
-                n: ModulePlan.of_highest(self.shapes[n], size, order.scores[n]) for n, size in chosen.sizes.items()
-            },
+            modules={n: ModulePlan.of_highest(self.shapes[n], size, order.scores[n]) for n, size in sizes.items()},
             model_parameters=self.model_parameters,
             bytes_per_parameter=self.bytes_per_parameter,
             notes=tuple(notes),
@@ -313,11 +330,6 @@ class Budget:
         for name in given:
             if name not in self.shapes:
                 raise ValueError(f"a {what} {name}, which is none of the {len(self.shapes)} modules")
-
-    def _without_dense_wishes(self, wishes: Mapping[str, float]) -> tuple[dict[str, float], int]:
-        even = {n: m * k / (m + k) for n, (m, k) in self.shapes.items()}
-        dropped = sum(math.isinf(wish) for wish in wishes.values())
-        return {name: even[name] if math.isinf(wish) else wish for name, wish in wishes.items()}, dropped
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class FinishRun(Callback):
         score_text: Text for the table; by default the validation windows. Never learned from or calibrated on.
         score_length: Tokens of a window of ``score_text``.
         score_windows: How many windows; all of the text by default.
-        baselines: Allocators to compare with.
+        baselines: Allocators to compare with, drawn on the factors that learning runs on.
         prompts: What the dense and the compressed model continue, side by side.
         max_new_tokens: How far they continue.
         merge: Export dense weights for any runtime instead of factors.
@@ -137,13 +137,22 @@ class FinishRun(Callback):
         self._before = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the text for scores now: a mistake in its name must not surface after hours of learning."""
+        """Look at baselines and read the text for scores: a mistake there must not surface after hours of learning."""
         if stage == "fit":
+            self._check_baselines(pl_module)
             data = calibration_data(trainer)
             self.protocol = self._protocol(data)
             for prompt in self.prompts:
                 if not data.tokenizer(prompt)["input_ids"]:
                     raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
+
+    def _check_baselines(self, learner: LightningModule) -> None:
+        assert isinstance(learner, RankLearner)
+        for name in self.baselines:
+            try:
+                allocator(name).check_kind(learner.decomposition.kind)
+            except ValueError as error:
+                raise ValueError(f"the baseline {name} can't be drawn beside what is learned: {error}") from None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look whether the model can be scored on that text, for the same reason."""
@@ -181,17 +190,19 @@ class FinishRun(Callback):
         trainer.strategy.barrier("finish")
 
     def _finish(self, trainer: Trainer, learner: RankLearner) -> Finished:
-        plan = learner.plan()
+        plan, data = learner.plan(), calibration_data(trainer)
         for note in plan.notes:
             _log.info("%s", note)
         return finish_run(
             Path(trainer.default_root_dir),
             self._dense_model(trainer, learner),
-            calibration_data(trainer).tokenizer,
+            data.tokenizer,
             plan,
             learner.store,
             learner.budget,
             self.protocol,
+            statistics=data.statistics_windows,
+            directory=learner.store_directory,
             baselines=self.baselines,
             seconds=learner.seconds,
             command=command_line(),

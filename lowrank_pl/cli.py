@@ -181,8 +181,8 @@ def usage() -> str:
     lines = [f"  {name:10} {what}" for name, what in {"fit": FIT, **_first_sentences()}.items()]
     return "\n".join([
         "usage: lowrank COMMAND [options]", "", "commands:", *lines, "",
-        "`lowrank COMMAND --help` lists the options. LOWRANK_DEBUG=1 shows the traceback of an error,",
-        "LOWRANK_HOME the folder of token and factor caches.",
+        "`lowrank COMMAND --help` lists the options, -c FILE reads them from YAML. LOWRANK_DEBUG=1 shows the traceback",
+        "of an error, LOWRANK_HOME is the folder of token and factor caches.",
     ])  # fmt: skip
 
 

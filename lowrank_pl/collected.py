@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from lowrank_pl.gradients import GradientMoments, Labels, WeightGradients, colle
 from lowrank_pl.statistics import InputMoments, collect_input_moments
 from lowrank_pl.targets import Target
 
-__all__ = ["Statistics"]
+__all__ = ["Statistic", "Statistics"]
+
+Statistic = Literal["inputs", "output_gradients", "weight_gradients"]
 
 Measured = TypeVar("Measured")
 
@@ -50,8 +53,9 @@ class Statistics:
         groups = set(store.missing(target.group for target in targets))
         if groups:
             todo = [target for target in targets if target.group in groups]
+            began = time.perf_counter()
             moments = collect_input_moments(self.model, todo, self.windows, batch_size=self.batch_size)
-            _save(store, moments, _input_tensors, lambda found: {"tokens": str(found.tokens)})
+            _save(store, moments, _input_tensors, lambda found: {"tokens": str(found.tokens)}, began)
         return store
 
     def output_gradients(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
@@ -59,10 +63,11 @@ class Statistics:
         store = self._store("output_gradients", labels=labels)
         todo = _missing(store, targets)
         if todo:
+            began = time.perf_counter()
             moments, _ = collect_gradients(
                 self.model, self.windows, moments=todo, labels=labels, batch_size=self.batch_size
             )
-            _save(store, moments, _gradient_tensors, lambda found: {"tokens": str(found.tokens)})
+            _save(store, moments, _gradient_tensors, lambda found: {"tokens": str(found.tokens)}, began)
         return store
 
     def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
@@ -70,9 +75,30 @@ class Statistics:
         store = self._store("weight_gradients", batch_size=str(self.batch_size))
         todo = _missing(store, targets)
         if todo:
+            began = time.perf_counter()
             _, weights = collect_gradients(self.model, self.windows, weights=todo, batch_size=self.batch_size)
-            _save(store, weights, _weight_tensors, lambda found: {"batches": str(found.batches)})
+            _save(store, weights, _weight_tensors, lambda found: {"batches": str(found.batches)}, began)
         return store
+
+    def seconds(self, needs: Iterable[Statistic], targets: Sequence[Target], labels: Labels) -> float | None:
+        """Return what collecting the statistics that are needed for ``targets`` took; ``None`` where it is not known.
+
+        Args:
+            needs: Which statistics; those that are missing are collected.
+            targets: For which maps.
+            labels: As in ``output_gradients``.
+        """
+        names = [target.name for target in targets]
+        spent: list[float | None] = []
+        for need in needs:
+            if need == "inputs":
+                spent.append(self.inputs(targets).seconds({target.group for target in targets}))
+            elif need == "output_gradients":
+                spent.append(self.output_gradients(targets, labels).seconds(names))
+            else:
+                spent.append(self.weight_gradients(targets).seconds(names))
+        known = [part for part in spent if part is not None]
+        return sum(known) if len(known) == len(spent) else None
 
     def _store(self, kind: str, **settings: str) -> TensorStore:
         return TensorStore(kind, {**self.source, **settings}, self._directory / kind if self._directory else None)
@@ -87,11 +113,14 @@ def _save(
     measured: dict[str, Measured],
     tensors: Callable[[Measured], dict[str, Tensor]],
     notes: Callable[[Measured], dict[str, str]],
+    began: float,
 ) -> None:
+    # What one pass took is shared out among its files, so that a store knows what it cost however often it resumed.
+    seconds = (time.perf_counter() - began) / max(1, len(measured))
     for name in tqdm(list(measured), desc=f"saving {store.kind.replace('_', ' ')}", unit="file"):
         # Popped, so that memory shrinks as the disk fills.
         found = measured.pop(name)
-        store.write(name, tensors(found), notes=notes(found))
+        store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
 
 
 def _input_tensors(moments: InputMoments) -> dict[str, Tensor]:

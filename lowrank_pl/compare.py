@@ -16,30 +16,33 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowrank_pl import __version__
 from lowrank_pl.allocate import allocator
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.callbacks import RankMonitor
 from lowrank_pl.checkpointing import AtomicCheckpoints
+from lowrank_pl.collected import Statistic
 from lowrank_pl.commands import pick_device
 from lowrank_pl.comparison import DENSE, comparison_table, read_results, write_comparison
-from lowrank_pl.compress import compressed
+from lowrank_pl.compress import compressed, restore_dense
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.draw import draw_plan
 from lowrank_pl.evaluate import check_windows, perplexity
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import canonical_json, sha256_of, write_json
 from lowrank_pl.finish import command_line
-from lowrank_pl.interrupt import StopBetweenBatches
+from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
 from lowrank_pl.machine import describe_machine, peak_memory, reset_peak_memory
 from lowrank_pl.module import RankLearner
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.prepare import budget_for, model_fingerprint
+from lowrank_pl.prepare import budget_for, build_factors, model_fingerprint, statistics_of
 from lowrank_pl.progress import LearningBar
 from lowrank_pl.recipes import Recipe, recipe
 from lowrank_pl.targets import Targets, find_targets
-from lowrank_pl.windows import token_windows, windows_fingerprint
+from lowrank_pl.windows import known_windows, token_windows, windows_fingerprint
 
 __all__ = ["compare"]
 
@@ -106,7 +109,7 @@ def compare(
     targets = find_targets(model, include=include, exclude=exclude)
     for fraction in keep:
         budget_for(model, targets, fraction, multiple_of=multiple_of)
-    texts = dict(map(_named_text, scores))
+    texts = _named_texts(scores)
     limits = score_windows or {}
     if unknown := sorted(set(limits) - set(texts)):
         raise ValueError(f"score_windows names {unknown[0]!r}, which is none of the texts to score: {', '.join(texts)}")
@@ -130,6 +133,7 @@ def compare(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
+    _warn_of_known_text(windows, bench.tokens, calibration, tokenizer, chosen)
     results = bench.results(chosen, keep)
     if json is not None:
         write_json(json, results)
@@ -174,7 +178,9 @@ class _Comparison:
         return list(results.values())
 
     def _write(self, results: Mapping[tuple[str, float], dict[str, Any]]) -> None:
-        write_comparison(self.run, list(results.values()), command=command_line())
+        # Another comparison may have added to the folder since.
+        theirs = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
+        write_comparison(self.run, list({**theirs, **results}.values()), command=command_line())
 
     def _claim_folder(self) -> None:
         """Refuse a folder whose results were made from another model, calibration or protocol."""
@@ -199,7 +205,7 @@ class _Comparison:
         return self.run / name / f"keep-{keep:g}"
 
     def _identity(self, method: Recipe, keep: float) -> str:
-        return sha256_of(canonical_json(method.describe()), str(keep), str(self.seed))
+        return sha256_of(__version__, canonical_json(method.describe()), str(keep), str(self.seed))
 
     def _dense(self) -> dict[str, Any]:
         reset_peak_memory(self.model.device)
@@ -223,6 +229,7 @@ class _Comparison:
     def _result(
         self, name: str, method: Recipe, keep: float, identity: str, dense: Mapping[str, Any]
     ) -> dict[str, Any]:
+        costs = self._prepare(method)
         reset_peak_memory(self.model.device)
         began = time.perf_counter()
         plan, store = self._plan(name, method, keep)
@@ -242,9 +249,23 @@ class _Comparison:
             "ranks": {module: entry.rank for module, entry in plan.modules.items()},
             "dense_modules": len(plan.dense_modules),
             "notes": list(plan.notes),
-            "seconds": {"plan": made, "scores": seconds},
+            "seconds": {**costs, "plan": made, "scores": seconds},
             "peak_memory": peak_memory(self.model.device),
             "machine": describe_machine(self.model.device),
+        }
+
+    def _prepare(self, method: Recipe) -> dict[str, float | None]:
+        """Make statistics and factors, which methods share, and return what they cost, now or when they were made."""
+        settings = method.decomposition
+        drawer = allocator(method.allocator, **method.settings)
+        factors = build_factors(self.model, self.targets, self.tokens, self.tokenizer, settings=settings)
+        statistics = statistics_of(self.model, self.tokens, self.tokenizer)
+        needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
+        if drawer.needs_gradients:
+            needs["weight_gradients"] = None
+        return {
+            "statistics": statistics.seconds(needs, self.targets.modules, settings.labels),
+            "factors": factors.seconds(target.name for target in self.targets.modules),
         }
 
     def _score(self, label: str) -> tuple[dict[str, float], float]:
@@ -298,17 +319,20 @@ class _Comparison:
             data_terms=learning.data_terms,
             decomposition=method.decomposition,
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning.lr, weight_decay=0.0),
+            lr_scheduler=(lambda o: CosineAnnealingLR(o, learning.steps)) if learning.cosine else None,
             start=learning.start,
             trust_remote_code=self.trust_remote_code,
             **self.options,
         )
-        checkpoints = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=25, save_last=True, save_top_k=1)
+        checkpoints = ModelCheckpoint(
+            folder / "checkpoints", every_n_train_steps=25, save_last=True, save_top_k=1, enable_version_counter=False
+        )
         monitor = RankMonitor(map_every_n_steps=learning.steps)
         trainer = Trainer(
             max_steps=learning.steps,
             max_epochs=-1,
             accelerator="auto" if self.model.device.type != "cpu" else "cpu",
-            devices=1,
+            devices=1 if self.model.device.type == "cpu" else [self.model.device.index or 0],
             default_root_dir=folder,
             limit_val_batches=0,
             logger=TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
@@ -319,8 +343,15 @@ class _Comparison:
             enable_model_summary=False,
         )
         last = folder / "checkpoints" / "last.ckpt"
-        trainer.fit(learner, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-        return learner.plan(), learner.store
+        device = self.model.device
+        try:
+            # On the model that is there: a learner would load a second one.
+            learner.build(self.model, data)
+            with told_when_interrupted(trainer, lambda: "run the same command again to go on"):
+                trainer.fit(learner, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+            return learner.plan(), learner.store
+        finally:
+            restore_dense(self.model).to(device)
 
 
 def _figures(nats: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -329,6 +360,35 @@ def _figures(nats: Mapping[str, float], dense: Mapping[str, float]) -> dict[str,
         "perplexity": {corpus: float(torch.tensor(value, dtype=torch.float64).exp()) for corpus, value in nats.items()},
         "excess": {corpus: value - dense[corpus] for corpus, value in nats.items()},
     }
+
+
+def _warn_of_known_text(
+    scored: Mapping[str, Tensor],
+    statistics: Tensor,
+    calibration: str,
+    tokenizer: PreTrainedTokenizerBase,
+    recipes: Mapping[str, Recipe],
+) -> None:
+    counts = [method.learning.windows for method in recipes.values() if method.learning is not None]
+    learnt = token_windows(calibration, tokenizer, length=statistics.shape[1], windows=max([len(statistics), *counts]))
+    for corpus, windows in scored.items():
+        known = known_windows(windows, [learnt], tokenizer)
+        if known:
+            _log.warning(
+                "%d of %d windows of %s hold text that methods are calibrated on: their perplexity flatters",
+                known,
+                len(windows),
+                corpus,
+            )
+
+
+def _named_texts(entries: Sequence[str]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for name, text in map(_named_text, entries):
+        if name in texts:
+            raise ValueError(f"two texts to score are called {name!r}: name them, as NAME=TEXT")
+        texts[name] = text
+    return texts
 
 
 def _named_text(entry: str) -> tuple[str, str]:

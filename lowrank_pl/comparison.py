@@ -37,7 +37,7 @@ def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github
             f"{row['bytes'] / 1e6:,.1f}",
             *(f"{row['perplexity'][corpus]:.2f}" for corpus in corpora),
             *(f"{row['excess'][corpus]:.3f}" for corpus in corpora),
-            f"{sum(value for key, value in row['seconds'].items() if key != 'scores'):,.0f}",
+            _seconds(row["seconds"]),
             f"{row['peak_memory'] / 1e9:.1f}",
         ]
         for row in sorted(results, key=lambda row: (-row["keep"]["asked"], _mean_excess(row)))
@@ -106,10 +106,15 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         if not all({"method", "keep", "excess", "seconds"} <= row.keys() for row in found):
             raise ValueError("a row lacks what every result has")
     except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds no comparison ({error}): delete it or name another folder"
-        ) from None
+        raise ValueError(f"{path} holds no comparison ({error}): delete it or name another folder") from None
     return found
+
+
+def _seconds(parts: Mapping[str, float | None]) -> str:
+    """Return the seconds from the dense model to the plan; a plus where some of them are not known."""
+    spent = {name: part for name, part in parts.items() if name != "scores"}
+    known = sum(part for part in spent.values() if part is not None)
+    return f"{known:,.0f}{'+' if None in spent.values() else ''}"
 
 
 def _mean_excess(row: Mapping[str, Any]) -> float:

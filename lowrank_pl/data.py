@@ -14,11 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from lowrank_pl.base_model import load_tokenizer
 from lowrank_pl.loader import Place, WindowLoader
 from lowrank_pl.text import parse_text
-from lowrank_pl.windows import token_windows, tokenizer_fingerprint, uses_bos, windows_fingerprint
+from lowrank_pl.windows import known_windows, token_windows, tokenizer_fingerprint, uses_bos, windows_fingerprint
 
 __all__ = ["CalibrationData", "calibration_data"]
 
-PROBE = 32  # so many equal tokens in a row are the same passage, not the same phrase
 _log = logging.getLogger(__name__)
 
 
@@ -264,9 +263,7 @@ class CalibrationData(pl.LightningDataModule):
             *built.train.shape, self.text, *built.statistics.shape, self.statistics_text, *built.validation.shape,
             self.validation_text, " that follow those" if held_out else "",
         )  # fmt: skip
-        bos = int(uses_bos(self.tokenizer))
-        streams = [part[:, bos:].flatten() for part in (built.train, built.statistics)]
-        known = sum(any(_contains(stream, window[bos:]) for stream in streams) for window in built.validation)
+        known = known_windows(built.validation, (built.train, built.statistics), self.tokenizer)
         if known:
             _log.warning(
                 "%d of %d validation windows hold text that is learnt from as well: their perplexity flatters",
@@ -286,13 +283,3 @@ def calibration_data(trainer: pl.Trainer) -> CalibrationData:
         given = "no datamodule" if data is None else f"{type(data).__name__} as its datamodule"
         raise ValueError(f"trainer.fit got {given}: expected a CalibrationData, whose text the factors are made from")
     return data
-
-
-def _contains(stream: Tensor, window: Tensor) -> bool:
-    """Return whether the tokens in the middle of ``window`` stand in a row in ``stream``."""
-    begin = max(0, (len(window) - PROBE) // 2)
-    probe = window[begin : begin + PROBE]
-    starts = torch.arange(len(stream) - len(probe) + 1)
-    for place, token in enumerate(probe):
-        starts = starts[stream[starts + place] == token]
-    return len(starts) > 0

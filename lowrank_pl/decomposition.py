@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lowrank_pl.collected import Statistics
+from lowrank_pl.collected import Statistic, Statistics
 from lowrank_pl.decompose import SquareRoot, diagonal_root, square_root
 from lowrank_pl.gradients import Labels
 from lowrank_pl.targets import Target
@@ -17,6 +17,13 @@ from lowrank_pl.targets import Target
 __all__ = ["Decomposition", "Kind", "Roots"]
 
 Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
+_NEEDS: dict[str, tuple[Statistic, ...]] = {
+    "svd": (),
+    "asvd": ("inputs",),
+    "fwsvd": ("weight_gradients",),
+    "whitened": ("inputs",),
+    "two_sided": ("inputs", "output_gradients"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,12 @@ class Decomposition:
     @property
     def needs_text(self) -> bool:
         """Whether calibration text changes the result."""
-        return self.kind != "svd"
+        return bool(self.needs)
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        """The statistics that the weights come from."""
+        return _NEEDS[self.kind]
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that change the result, which are not all for every kind."""
@@ -96,10 +108,10 @@ class Roots:
         self, settings: Decomposition, statistics: Statistics, todo: Sequence[Target], device: torch.device
     ) -> None:
         self.settings, self.device = settings, device
-        kind = settings.kind
-        self.inputs = statistics.inputs(todo) if kind in ("asvd", "whitened", "two_sided") else None
-        self.moments = statistics.output_gradients(todo, settings.labels) if kind == "two_sided" else None
-        self.weights = statistics.weight_gradients(todo) if kind == "fwsvd" else None
+        needs = settings.needs
+        self.inputs = statistics.inputs(todo) if "inputs" in needs else None
+        self.moments = statistics.output_gradients(todo, settings.labels) if "output_gradients" in needs else None
+        self.weights = statistics.weight_gradients(todo) if "weight_gradients" in needs else None
 
     def of_inputs(self, group: str) -> SquareRoot | None:
         """Return what the inputs of ``group`` are weighted by."""

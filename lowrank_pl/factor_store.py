@@ -144,6 +144,12 @@ class TensorStore:
             return {key: value for key, value in (file.metadata() or {}).items() if key != "digest"}
 
 
+    def seconds(self, names: Iterable[str]) -> float | None:
+        """Return how long it took to make what is stored of ``names``; ``None`` where that was not noted."""
+        noted = [self.notes(name).get("seconds") for name in names]
+        return None if None in noted else sum(float(seconds) for seconds in noted if seconds is not None)
+
+
 class FactorStore(TensorStore):
     """The full-rank factors of every module, read truncated.
 

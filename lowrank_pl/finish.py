@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl import hf_format
-from lowrank_pl.allocate import Problem, allocator
+from lowrank_pl.allocate import allocator, drawn_on
 from lowrank_pl.budget import Budget
 from lowrank_pl.compress import compress, compressed
+from lowrank_pl.draw import draw
 from lowrank_pl.evaluate import Score, excess_nats, generate_samples, perplexity
 from lowrank_pl.export import ExportError, ExportReport, save_compressed
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import atomic_write, write_json
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.plan_report import rank_map
+from lowrank_pl.plan_report import rank_map, save_figure
 from lowrank_pl.report import Row, model_card, row_table, write_summary
 from lowrank_pl.targets import find_targets
 
@@ -139,6 +139,8 @@ def finish_run(
     budget: Budget,
     protocol: Protocol,
     *,
+    statistics: Tensor,
+    directory: Path | None = None,
     baselines: Sequence[str] = ("uniform",),
     seconds: Mapping[str, float],
     command: str,
@@ -157,24 +159,29 @@ def finish_run(
         store: The factors.
         budget: What the plan was drawn for; the baselines get the same.
         protocol: What to score on.
+        statistics: ``[windows, length]`` token ids that the factors were made from; baselines measure on them.
+        directory: The store's folder where it was named, as for ``lowrank_pl.draw.draw``.
         baselines: Allocators to compare with.
         seconds: Time spent so far on ``factors`` and ``learning``.
         command: How the run was started.
         merge: Export dense weights.
 
     Raises:
+        ValueError: A baseline can't be drawn on these factors.
         ExportError: The export failed its check or can't be scored.
     """
     plan.save(run / "plan.json")
     dense = perplexity(model, protocol.windows, progress="score dense")
     texts = generate_samples(model, tokenizer, protocol.prompts, max_new_tokens=protocol.max_new_tokens)
     rows = [Row("dense", dense.perplexity, 0.0, 1.0, 1.0, plan.dense_bytes, 0.0)]
-    problem = Problem(budget, store, find_targets(model, include=list(plan.modules)), model=model)
+    targets = find_targets(model, include=list(plan.modules))
     for name in baselines:
-        baseline = allocator(name).plan(problem)
-        with compressed(model, baseline, store):
+        began = time.perf_counter()
+        baseline = draw(allocator(name), budget, store, targets, model, statistics, tokenizer, directory=directory)
+        spent = seconds["factors"] + time.perf_counter() - began
+        with compressed(model, baseline, drawn_on(baseline, store)):
             score = perplexity(model, protocol.windows, progress=f"score {name}")
-        rows.append(_row(name, score, dense, baseline, baseline.bytes, seconds["factors"]))
+        rows.append(_row(name, score, dense, baseline, baseline.bytes, spent))
     began = time.perf_counter()
     report = export_plan(model, plan, store, run / "model", tokenizer=tokenizer, command=command, merge=merge)
     spent = sum(seconds.values()) + time.perf_counter() - began
@@ -183,9 +190,7 @@ def finish_run(
     samples = list(zip(protocol.prompts, texts, small, strict=True))
     card = model_card(plan, rows, base=plan.origin.get("base", ""), command=command, samples=samples, merged=merge)
     atomic_write(report.directory / "README.md", card)
-    picture = BytesIO()
-    rank_map(plan).savefig(picture, dpi=120, format="png")
-    atomic_write(run / "rank_map.png", picture.getvalue())
+    save_figure(rank_map(plan), run / "rank_map.png")
     write_summary(
         run, rows, method=plan.method, keep=plan.keep, command=command, protocol=protocol.describe(),
         seconds=dict(seconds), samples=[list(sample) for sample in samples], notes=list(plan.notes),

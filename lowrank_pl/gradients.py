@@ -20,6 +20,8 @@ __all__ = ["GradientMoments", "Labels", "WeightGradients", "collect_gradients"]
 
 Labels = Literal["sampled", "text"]
 """Whose next tokens the loss asks for: drawn from the model (the Fisher matrix) or the text's (the empirical one)."""
+Call = tuple[Tensor, Tensor]
+"""Input of one call of a map, and the gradient by its output."""
 
 
 @dataclass
@@ -162,22 +164,31 @@ def _backward(
     of_text = bool(sums) or labels == "text"
     if of_text:
         again = bool(seen) and labels != "text"
-        for name, inputs, gradient in recorder.gradients(_loss(logits, following, number), again):
+        for name, calls in recorder.gradients(_loss(logits, following, number), again):
             if name in sums:
-                # The loss is summed; its mean over tokens is what a step of training would see.
-                weight = gradient.flatten(0, -2).float().mT @ inputs.flatten(0, -2).float() / following.numel()
+                weight = torch.stack([_weight_gradient(inputs, gradient) for inputs, gradient in calls]).sum(0)
                 _check(weight, name, number)
-                sums[name].update(weight)
+                # The loss is summed; its mean over tokens is what a step of training would see.
+                sums[name].update(weight / following.numel())
             if name in seen and labels == "text":
-                _check(gradient, name, number)
-                seen[name].update(gradient, following.numel())
+                _update(seen[name], calls, following.numel(), name, number)
     if seen and labels == "sampled":
         probabilities = logits.detach().softmax(-1).flatten(0, 1).cpu()
         drawn = torch.multinomial(probabilities, 1, generator=generator).view_as(following).to(logits.device)
-        for name, _, gradient in recorder.gradients(_loss(logits, drawn, number), False):
+        for name, calls in recorder.gradients(_loss(logits, drawn, number), False):
             if name in seen:
-                _check(gradient, name, number)
-                seen[name].update(gradient, following.numel())
+                _update(seen[name], calls, following.numel(), name, number)
+
+
+def _weight_gradient(inputs: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.flatten(0, -2).float().mT @ inputs.flatten(0, -2).float()
+
+
+def _update(moments: GradientMoments, calls: Sequence[Call], tokens: int, name: str, number: int) -> None:
+    # A map that is called more than once for a token adds up what each call does, and the token counts once.
+    for place, (_, gradient) in enumerate(calls):
+        _check(gradient, name, number)
+        moments.update(gradient, tokens if place == 0 else 0)
 
 
 def _loss(logits: Tensor, following: Tensor, number: int) -> Tensor:
@@ -217,12 +228,14 @@ class _Recorder:
                 stack.callback(model.get_submodule(name).register_forward_hook(hook(name)).remove)
             yield
 
-    def gradients(self, loss: Tensor, again: bool) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield name, input and the gradient of ``loss`` by the output of every call; ``again``: keep the graph."""
+    def gradients(self, loss: Tensor, again: bool) -> Iterator[tuple[str, list[Call]]]:
+        """Yield for every map its calls, each an input and the gradient of ``loss``; ``again``: keep the graph."""
         outputs = [output for _, _, output in self._calls]
         found = torch.autograd.grad(loss, outputs, retain_graph=again)
+        calls: dict[str, list[Call]] = {}
         for (name, inputs, _), gradient in zip(self._calls, found, strict=True):
-            yield name, inputs, gradient
+            calls.setdefault(name, []).append((inputs, gradient))
+        yield from calls.items()
 
     def clear(self) -> None:
         self._calls.clear()

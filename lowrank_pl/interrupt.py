@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["StopBetweenBatches"]
+__all__ = ["StopBetweenBatches", "told_when_interrupted"]
+
+
+@contextmanager
+def told_when_interrupted(trainer: Trainer, advice: Callable[[], str]) -> Iterator[None]:
+    """Turn the silent exit by which Lightning ends an interrupted fit into a ``KeyboardInterrupt`` with advice.
+
+    Args:
+        trainer: Whose fit runs inside the block.
+        advice: Says how to go on.
+
+    Raises:
+        KeyboardInterrupt: The fit was interrupted.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        raise KeyboardInterrupt(advice()) from None
+    finally:
+        # Lightning leaves Ctrl-C ignored.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 class StopBetweenBatches(Callback):

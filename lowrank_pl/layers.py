@@ -87,7 +87,7 @@ def insert_masks(
         store: Their factors.
         method: Makes the masks.
         starts: Which maps, by name, and the fraction of parameters that the mask of each starts at.
-        kept: Component indices to start from, for maps where these are not the first ones.
+        kept: Component indices to start from, for maps that start from a plan.
     """
     for name, keep in starts.items():
         dense = model.get_submodule(name)

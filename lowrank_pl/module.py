@@ -26,6 +26,7 @@ from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.layers import insert_masks, masked_layers, switch_dense
 from lowrank_pl.masked_losses import PlanScore, data_losses
 from lowrank_pl.masks import Lifetimes, Mask, MaskMethod, Staircase
+from lowrank_pl.masks.base import dense_sizes
 from lowrank_pl.objectives import DataTerms, kept_share
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import budget_for, build_factors, describe_origin, preparation_notes
@@ -197,11 +198,10 @@ class RankLearner(LightningModule):
                 directory=self.store_directory,
             )  # fmt: skip
 
-        if not self._trainer or self.trainer.world_size == 1:
-            return build()
-        if self.trainer.is_global_zero:
-            build()
-        self.trainer.strategy.barrier("factors")
+        if self._trainer and self.trainer.world_size > 1:
+            if self.trainer.is_global_zero:
+                build()
+            self.trainer.strategy.barrier("factors")
         return build()
 
     def _start_plan(self, model: PreTrainedModel, targets: Targets, data: CalibrationData) -> RankPlan | None:
@@ -246,8 +246,8 @@ class RankLearner(LightningModule):
         loss = torch.stack(list(terms.values())).sum()
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
         self.log("loss/total", loss.detach(), prog_bar=True)
-        sizes = torch.tensor([m * n for m, n in self.budget.shapes.values()], device=ratios.device)
-        self.log("keep/expected", kept_share(ratios.detach().clamp(max=1), sizes), prog_bar=True)
+        kept = kept_share(ratios.detach().clamp(max=1), dense_sizes(self.masks, ratios))
+        self.log("keep/expected", kept, prog_bar=True)
         self.log("keep/aim", self.aim)
         return loss
 
@@ -272,19 +272,19 @@ class RankLearner(LightningModule):
             self.trainer.should_stop = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Average the mask gradients over processes when FSDP2, which leaves masks alone, is in charge."""
+        """Average gradients over processes where FSDP2, which leaves masks alone, is in charge; let the method look."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
             average_gradients(self.mask_parameters())
+        # Lightning divides each loss by this, clips after this hook, and steps on what an epoch's end leaves over.
+        self.mask_method.observe(self.masks, self.global_step, accumulated=self.trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the mask parameters, with its schedule if one was given."""
         optimizer = self.optimizer(self.mask_parameters())
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # -- validation: the hard plan at the exact budget ---------------------------------------------------------------
 
@@ -293,10 +293,7 @@ class RankLearner(LightningModule):
         if self.lifetimes is None:
             plan = self.mask_method.finalise(self.masks, self.budget)
         else:
-            note = (
-                f"components in the order in which they were last kept from keep {self.schedule.start} to {self.keep}"
-            )
-            plan = self.budget.select(self.lifetimes.scores(), method=self.mask_method.name, notes=[note])
+            plan = self.lifetimes.finalise(self.budget, method=self.mask_method.name, start=self.schedule.start)
         return plan.with_origin(self.origin, self.store.fingerprint, self.notes)
 
     def on_validation_start(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -33,6 +34,7 @@ __all__ = [
     "model_fingerprint",
     "model_parameters",
     "preparation_notes",
+    "statistics_of",
 ]
 
 _log = logging.getLogger(__name__)
@@ -145,9 +147,7 @@ def build_factors(
         ValueError: ``directory`` holds a store of something else, or a weight or an input is not finite.
     """
     settings = settings or Decomposition()
-    statistics = Statistics(
-        model, windows, _source(model, windows, tokenizer), directory=directory, batch_size=batch_size
-    )
+    statistics = statistics_of(model, windows, tokenizer, directory=directory, batch_size=batch_size)
     source = statistics.source if settings.needs_text else model_fingerprint(model)
     store = FactorStore({**source, **settings.identity()}, directory)
     missing = set(store.missing(target.name for target in targets.modules))
@@ -183,18 +183,23 @@ def build_gradients(
     Raises:
         ValueError: A loss or a gradient is not finite.
     """
-    statistics = Statistics(
-        model, windows, _source(model, windows, tokenizer), directory=directory, batch_size=batch_size
-    )
+    statistics = statistics_of(model, windows, tokenizer, directory=directory, batch_size=batch_size)
     return statistics.weight_gradients(targets.modules)
 
 
-def _source(model: PreTrainedModel, windows: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    return {
-        **model_fingerprint(model),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "text": windows_fingerprint(windows),
-    }
+def statistics_of(
+    model: PreTrainedModel,
+    windows: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    directory: str | Path | None = None,
+    batch_size: int = 1,
+) -> Statistics:
+    """Return the statistics of ``model`` on ``windows``, on disk, collected when asked; arguments as in the others."""
+    source = {"tokenizer": tokenizer_fingerprint(tokenizer), "text": windows_fingerprint(windows)}
+    return Statistics(
+        model, windows, {**model_fingerprint(model), **source}, directory=directory, batch_size=batch_size
+    )
 
 
 def _check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:
@@ -209,6 +214,7 @@ def _decompose_all(model: PreTrainedModel, todo: Sequence[Target], store: Factor
     bar = tqdm(total=len(todo), desc="decompose", unit="module")
     # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
     for group, members in groupby(todo, key=lambda target: target.group):
+        began = time.perf_counter()
         inputs = roots.of_inputs(group)
         if inputs is not None:
             kinds[inputs.kind] += 1
@@ -217,8 +223,11 @@ def _decompose_all(model: PreTrainedModel, todo: Sequence[Target], store: Factor
             outputs = roots.of_outputs(target.name)
             if outputs is not None:
                 kinds[outputs.kind] += 1
-            notes = {"weight": weight_digest(weight), **roots.notes(target, inputs, outputs)}
-            store.add(target.name, decompose(weight, inputs=inputs, outputs=outputs), notes=notes)
+            factors = decompose(weight, inputs=inputs, outputs=outputs)
+            # The first of a group has made the square root that the others share.
+            spent, began = time.perf_counter() - began, time.perf_counter()
+            notes = {"weight": weight_digest(weight), "seconds": f"{spent:.4f}"}
+            store.add(target.name, factors, notes={**notes, **roots.notes(target, inputs, outputs)})
             bar.update()
     bar.close()
     if kinds["eigen"]:

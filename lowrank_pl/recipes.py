@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ class Learning:
         batch_size: Windows in a step.
         data_terms: What the masks learn from.
         start: The allocator whose plan the masks start from; ``None`` starts from the same ratio everywhere.
+        cosine: Let the step size fall to 0 along a cosine.
 
     Raises:
         ValueError: No steps, windows or batch, or a step size that is not above 0.
@@ -38,6 +40,7 @@ class Learning:
     batch_size: int = 1
     data_terms: DataTerms = DataTerms()
     start: str | None = None
+    cosine: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "windows", "batch_size"):
@@ -78,14 +81,21 @@ class Recipe:
             return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
         learning = self.learning
         mask = {key: value for key, value in vars(learning.mask).items() if not key.startswith("_")}
-        described = {f: getattr(learning, f) for f in ("steps", "lr", "windows", "batch_size", "start")}
+        described = {f: getattr(learning, f) for f in ("steps", "lr", "windows", "batch_size", "start", "cosine")}
         terms = {key: list(v) if isinstance(v, tuple | list) else v for key, v in asdict(learning.data_terms).items()}
-        return {**base, "learning": {**described, "mask": learning.mask.name, **mask, "data_terms": terms}}
+        return {**base, "learning": {**described, "mask": {"name": learning.mask.name, **mask}, "data_terms": terms}}
 
 
 _ASVD = Decomposition("asvd")
 _TWO_SIDED = Decomposition("two_sided")
-_DIVERGENCE = DataTerms(cross_entropy=0.0, divergence=1.0, divergence_at=("middle", "last"))
+
+
+def _llrc(*, any_k: bool) -> Recipe:
+    # Pressure takes the logits down by the step size a step: the budget is reached after about 230 of 320 steps.
+    mask = PerValue(any_k=any_k, period=100, patience=None)
+    terms = DataTerms(cross_entropy=0.0, divergence=0.5)
+    return Recipe(_ASVD, learning=Learning(mask, steps=320, lr=0.02, data_terms=terms))
+
 
 RECIPES: dict[str, Recipe] = {
     "svd": Recipe(Decomposition("svd")),
@@ -101,13 +111,13 @@ RECIPES: dict[str, Recipe] = {
     "two_sided": Recipe(_TWO_SIDED),
     "fisher": Recipe(_TWO_SIDED, "fisher"),
     "ara": Recipe(learning=Learning(Staircase())),
-    "llrc": Recipe(_ASVD, learning=Learning(PerValue(), data_terms=_DIVERGENCE)),
-    "llrc_prefix": Recipe(_ASVD, learning=Learning(PerValue(any_k=False), data_terms=_DIVERGENCE)),
-    "ars": Recipe(learning=Learning(ARS(), lr=1e-3)),
-    "tanh": Recipe(learning=Learning(Tanh())),
-    "fermi": Recipe(learning=Learning(Fermi())),
+    "llrc": _llrc(any_k=True),
+    "llrc_prefix": _llrc(any_k=False),
+    "ars": Recipe(learning=Learning(ARS(), steps=300, lr=5e-3)),
+    "tanh": Recipe(learning=Learning(Tanh(), lr=5e-3)),
+    "fermi": Recipe(learning=Learning(Fermi(anneal_steps=120), lr=1e-2)),
     "fisher_ara": Recipe(_TWO_SIDED, learning=Learning(Staircase(), start="fisher")),
-    "rescaled": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), steps=100)),
+    "rescaled": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True)),
 }
 """What ``lowrank compare`` knows. Learning is short, for a comparison; ``configs/*.yaml`` have the papers' lengths."""
 
@@ -116,8 +126,11 @@ def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     """Return the recipe called ``name``: one of ``own``, or one that ships with the package.
 
     Raises:
-        ValueError: There is none; the message lists those that exist.
+        ValueError: There is none, the message lists those that exist; or the name is no word that a folder can have.
     """
+    # Results go to a folder of this name, and `dense` is the row that all others are compared with.
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name == "dense":
+        raise ValueError(f"a method is called {name!r}: expected letters, digits and _.+-, other than dense")
     known = {**RECIPES, **(own or {})}
     if name not in known:
         raise ValueError(f"no method is called {name!r}: expected one of {', '.join(known)}")

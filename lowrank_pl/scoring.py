@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from lowrank_pl.export import is_compressed, load_compressed
 from lowrank_pl.files import write_json
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import save_figure, table
-from lowrank_pl.sizes import nested
+from lowrank_pl.sizes import largest_keep, nested
 from lowrank_pl.windows import token_windows
 
 __all__ = ["evaluate"]
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -52,7 +55,7 @@ def evaluate(
         text: File, glob, hub dataset or python-docs, as in the README.
         plan: A plan instead of a model, scored in memory without an export, beside its dense base.
         keep_curve: Sizes to score the plan in, each from its component order: --keep-curve 0.9 0.8; no number means
-            1 .9 .8 .7 .6 .5. Without it the plan is scored as it is.
+            1 .9 .8 .7 .6 .5, as far as the plan goes. Without it the plan is scored as it is.
         base: The plan's base, as for export.
         store: Folder of the plan's factors, as for export.
         output: Picture of the curve, a PNG file; by default beside the figures of json.
@@ -128,7 +131,7 @@ def _evaluate_plan(
 ) -> dict[str, Any]:
     drawn = RankPlan.load(path)
     # Impossible sizes are refused before anything is loaded.
-    sizes = [] if keeps is None else list(nested(drawn, keeps or KEEPS).values())
+    sizes = [] if keeps is None else _sizes(drawn, keeps)
     named = base_of(drawn, path, base)
     tokenizer = load_tokenizer(named, trust_remote_code=trust_remote_code)
     tokens = token_windows(text, tokenizer, length=length, windows=windows)
@@ -155,6 +158,16 @@ def _evaluate_plan(
     if json is not None:
         write_json(json, figures)
     return figures
+
+
+def _sizes(plan: RankPlan, keeps: Sequence[float]) -> list[RankPlan]:
+    """Return the plans of ``keeps``; where none were named, of those of the usual sizes that the plan has."""
+    most = largest_keep(plan)
+    if not keeps and most < max(KEEPS):
+        _log.info("the weights were corrected for keep %g: the curve has no larger sizes", most)
+    # Its own size stands for a corrected plan that has none of the usual ones.
+    usual = [keep for keep in KEEPS if keep <= most] or [plan.keep]
+    return list(nested(plan, keeps or usual).values())
 
 
 def _load(

@@ -1,7 +1,8 @@
 """Any size from one run: a plan that carries a component order becomes plans of other budgets, one inside the other.
 
 What is special: sizes are counted from the plan itself. A smaller one is contained in it and a larger one contains it,
-so that the plan is a member of its own family, and ranks that a person edited hold as bounds.
+so that the plan is a member of its own family, and ranks that a person edited hold as bounds. Weights that were
+corrected for a size (``lowrank_pl.correct``) serve that one and smaller ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from lowrank_pl.budget import Budget
 from lowrank_pl.plan import ModulePlan, RankPlan
 
-__all__ = ["nested", "resize"]
+__all__ = ["largest_keep", "nested", "resize"]
 
 RESIZED = "resized from"
 """How the note begins that tells a resized plan."""
@@ -33,7 +34,7 @@ def resize(plan: RankPlan, keep: float) -> RankPlan:
 
     Raises:
         ValueError: The plan has no order, or keeps components that its order does not put first, or the budget is
-            impossible.
+            impossible, or larger than the weights were corrected for.
 
     Example:
         >>> import torch
@@ -71,12 +72,28 @@ def nested(plan: RankPlan, keeps: Iterable[float]) -> dict[float, RankPlan]:
     return {keep: plans[keep] for keep in reversed(ascending)}
 
 
+def largest_keep(plan: RankPlan) -> float:
+    """Return the largest fraction of a plan's sizes: 1, or what its weights were corrected for.
+
+    A correction moves truncated weights away from the base's, to make up for what its size loses: a larger size, which
+    loses less, would come out worse.
+    """
+    correction = plan.fingerprint.get("correction")
+    return 1.0 if correction is None else float(correction["keep"])
+
+
 def _is_larger(plan: RankPlan, keep: float) -> bool:
     """Tell whether ``keep`` is more than ``plan`` was drawn for and pays for it, if it was edited to more by hand."""
     return keep > plan.keep and _budget(plan, keep).limit >= plan.kept_parameters
 
 
 def _beyond(plan: RankPlan, keep: float) -> RankPlan:
+    most = largest_keep(plan)
+    if keep > most:
+        raise ValueError(
+            f"keep is {keep:g}, but the weights were corrected for keep {most:g}: larger sizes need a plan of their "
+            "own, which `lowrank allocate` draws"
+        )
     drawn = _budget(plan, keep).select(_scores(plan), method=plan.method, beyond=plan.modules)
     return _described(drawn, plan)
 

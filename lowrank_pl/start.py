@@ -26,7 +26,7 @@ class Start:
 
     Args:
         ratios: The fraction of parameters by module name.
-        kept: Component indices of the modules that do not start from their first ones.
+        kept: Component indices of the modules that a plan has fewer of than dense costs.
     """
 
     ratios: Mapping[str, float]
@@ -77,14 +77,23 @@ def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, aim: flo
     found = plan.modules
     missing = [name for name, shape in budget.shapes.items() if name not in found or found[name].shape != shape]
     if missing:
-        raise ValueError(f"the plan to start from does not cover {missing[0]} and {len(missing) - 1} more modules")
+        raise ValueError(
+            f"the plan to start from does not cover {missing[0]} and {len(missing) - 1} more modules: give a plan that "
+            "was drawn for this base with the same include and exclude, or the name of an allocator (--model.start)"
+        )
     entries = {name: found[name] for name in budget.shapes}
-    kept = {name: torch.tensor(entry.indices) for name, entry in entries.items() if entry.indices is not None}
-    if kept and not method.any_k:
+    subsets = [name for name, entry in entries.items() if entry.indices is not None]
+    if subsets and not method.any_k:
         _log.warning(
             "%d modules of the plan to start from keep components that are not the first ones: masks of %s start from "
             "as many of the first ones",
-            len(kept),
+            len(subsets),
             method.name,
         )
-    return Start({name: entry.parameters / entry.dense_parameters for name, entry in entries.items()}, kept)
+    ratios = {name: entry.parameters / entry.dense_parameters for name, entry in entries.items()}
+    kept = {
+        name: torch.arange(entry.rank) if entry.indices is None else torch.tensor(entry.indices)
+        for name, entry in entries.items()
+        if entry.rank is not None and (ratios[name] < 1 or entry.indices is not None)
+    }
+    return Start(ratios, kept)

@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from lowrank_pl.files import atomic_write, cache_root, sha256_of
 from lowrank_pl.text import parse_text, read_stream, source_identity
 
-__all__ = ["token_windows", "tokenizer_fingerprint", "uses_bos", "windows_fingerprint"]
+__all__ = ["known_windows", "token_windows", "tokenizer_fingerprint", "uses_bos", "windows_fingerprint"]
 
 SEGMENT = 1 << 16  # characters tokenised at a time
 CONTEXT = 1 << 11  # characters around them that are tokenised too, and dropped
 CACHE_FORMAT = "1"
 PROBE = "The quick brown fox"
+PASSAGE = 32  # so many equal tokens in a row are the same passage, not the same phrase
 _log = logging.getLogger(__name__)
 
 
@@ -179,3 +180,26 @@ def _tokens_between(buffer: str, begin: int, end: int, tokenizer: PreTrainedToke
     coded = tokenizer(buffer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     pairs = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
     return end, [token for token, (start, _) in pairs if begin <= start < end]
+
+
+def known_windows(windows: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many of ``windows`` ``[windows, length]`` have their middle passage in one of ``others``.
+
+    Args:
+        windows: Token ids that should be new.
+        others: Token ids that were used, each ``[windows, length]``.
+        tokenizer: The one that made them: its BOS at the head of windows is no text.
+    """
+    bos = int(uses_bos(tokenizer))
+    streams = [part[:, bos:].flatten() for part in others]
+    return sum(any(_contains(stream, window[bos:]) for stream in streams) for window in windows)
+
+
+def _contains(stream: Tensor, window: Tensor) -> bool:
+    """Return whether the tokens in the middle of ``window`` stand in a row in ``stream``."""
+    begin = max(0, (len(window) - PASSAGE) // 2)
+    probe = window[begin : begin + PASSAGE]
+    starts = torch.arange(len(stream) - len(probe) + 1)
+    for place, token in enumerate(probe):
+        starts = starts[stream[starts + place] == token]
+    return len(starts) > 0

@@ -1,7 +1,7 @@
 """Words of the command line as people write them, made into what jsonargparse reads.
 
 What is special: jsonargparse 4.53 takes a list only as ``--keep [0.9,0.8]`` or one ``--keep+`` each, and flags only
-with the underscores of Python.
+with the underscores of Python; ``-c`` is a word of LightningCLI alone, and of a flag given twice the last one wins.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ __all__ = ["readable_words"]
 
 
 def readable_words(words: Sequence[str], function: Callable[..., Any]) -> list[str]:
-    """Return the words for jsonargparse: ``--keep 0.9 0.8`` as ``--keep=[0.9,0.8]``, ``--keep-curve`` with ``_``.
+    """Return the words for jsonargparse: ``--keep 0.9 0.8`` as ``--keep=[0.9,0.8]``, ``-c`` as ``--config``.
 
-    A flag is a list's where the parameter of its name takes one. It has the words up to the next flag; none make an
-    empty list. A list in brackets, ``null`` and ``--keep+`` stay as they are.
+    A flag is a list's where the parameter of its name takes one, with ``-`` or ``_`` in it. It has the words up to the
+    next flag; none make an empty list, and those of a flag that comes several times make one list. A list in brackets,
+    ``null`` and ``--keep+`` stay as they are.
 
     Args:
         words: The words after the command's name.
         function: What the command runs.
+
+    Raises:
+        ValueError: A list's flag comes several times, and once in brackets or as ``null``.
 
     Example:
         >>> def export(*, keep: Sequence[float] | None = None, names: Sequence[str] = (), plan: str = "") -> None: ...
@@ -32,7 +36,8 @@ def readable_words(words: Sequence[str], function: Callable[..., Any]) -> list[s
     """
     hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
     written: list[str] = []
-    waiting = list(words)
+    lists: dict[str, list[str]] = {}
+    waiting = [re.sub(r"^-c(?=$|=)", "--config", word) for word in words]
     while waiting:
         flag, equals, value = _python_name(waiting.pop(0), hints).partition("=")
         hint = hints.get(flag.removeprefix("--")) if flag.startswith("--") else None
@@ -42,8 +47,22 @@ def readable_words(words: Sequence[str], function: Callable[..., Any]) -> list[s
         values = [value] if equals else []
         while not equals and waiting and not _is_flag(waiting[0]):
             values.append(waiting.pop(0))
+        if flag in lists:
+            # Where it comes last, so that it still wins over a --config before it.
+            written.remove(f"{flag}={_as_list(lists[flag], hint)}")
+            values = _joined(flag, lists[flag], values)
+        lists[flag] = values
         written.append(f"{flag}={_as_list(values, hint)}")
     return written
+
+
+def _joined(flag: str, before: list[str], values: list[str]) -> list[str]:
+    """Return the values of a list's flag that comes again."""
+    if _is_whole(before) or _is_whole(values):
+        raise ValueError(
+            f"{flag} was given several times, of which one is a whole list: name all values after one {flag}"
+        )
+    return [*before, *values]
 
 
 def _python_name(word: str, hints: dict[str, Any]) -> str:
@@ -70,8 +89,13 @@ def _element(hint: Any) -> Any:
 
 
 def _as_list(values: list[str], hint: Any) -> str:
-    whole = " ".join(values)
-    if whole.startswith("[") or whole in ("null", "None") or (len(values) == 1 and str in _alternatives(hint)):
-        return whole
+    if _is_whole(values) or (len(values) == 1 and str in _alternatives(hint)):
+        return " ".join(values)
     # Texts may hold whatever YAML reads as something else; numbers may have had commas between them already.
     return json.dumps(values) if _element(hint) is str else f"[{','.join(value.strip(',') for value in values)}]"
+
+
+def _is_whole(values: list[str]) -> bool:
+    """Tell whether the words are a list in brackets, or ``null``, as jsonargparse reads them."""
+    whole = " ".join(values)
+    return whole.startswith("[") or whole in ("null", "None")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 
 from lowrank_pl.allocate import ALLOCATORS, Problem, allocator
 from lowrank_pl.budget import Budget
+from lowrank_pl.cli import main
 from lowrank_pl.commands import allocate
+from lowrank_pl.plan import RankPlan
 from lowrank_pl.sizes import nested
 from lowrank_pl.targets import Target, Targets
 
@@ -149,6 +153,16 @@ def test_svdllm_v2_removes_less_where_more_is_lost():
     assert ranks[1] > max(ranks[0], ranks[2])
 
 
+def test_svdllm_v2_notes_modules_of_which_it_would_remove_more_than_there_is():
+    problem, sigmas, _ = problem_of(keep=0.3)
+    assert allocator("svdllm_v2").plan(problem).notes == ()
+    for block, scale in enumerate((0.0, 1e6, 1e6)):
+        sigmas[f"layers.{block}.mlp.up_proj"].mul_(scale)
+    plan = allocator("svdllm_v2").plan(problem)
+    assert plan.notes == ("the rule removes all of 1 modules, which keep the least rank, e.g. layers.0.mlp.up_proj",)
+    assert plan.modules["layers.0.mlp.up_proj"].rank == 1
+
+
 @pytest.mark.parametrize("name", ["uniform", "energy", "drank", "svdllm_v2"])
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.8, 1.0])
 def test_the_budget_is_met_and_other_sizes_follow(name, keep):
@@ -172,6 +186,13 @@ def test_factors_without_output_errors_are_refused():
         allocator("svdllm_v2").plan(problem_of(kind="svd")[0])
 
 
+@pytest.mark.parametrize(("given", "what"), [({}, "model"), ({"model": "a model"}, "calibration windows")])
+def test_what_is_measured_on_has_to_be_given(given, what):
+    message = rf"the allocator strs was given no {what}, on which it measures: give Problem both model and windows, or "
+    with pytest.raises(ValueError, match=message):
+        allocator("strs").plan(replace(problem_of(kind="asvd")[0], **given))
+
+
 def test_names_and_settings():
     assert list(ALLOCATORS) == ["uniform", "energy", "drank", "svdllm_v2", "strs", "zero_sum", "fisher"]
     assert all(allocator(name).name == name for name in ALLOCATORS)
@@ -187,9 +208,6 @@ def test_names_and_settings():
 
 @pytest.mark.parametrize("method", list(ALLOCATORS))
 def test_every_method_by_its_name(method, tmp_path, monkeypatch):
-    from lowrank_pl.cli import main
-    from lowrank_pl.plan import RankPlan
-
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
     kind = "two_sided" if method == "fisher" else "whitened"
     words = ["allocate", "--base", "random:llama", "--method", method, "--keep", "0.5", "--length", "32"]
@@ -201,6 +219,31 @@ def test_every_method_by_its_name(method, tmp_path, monkeypatch):
     assert (plan.method, plan.order is not None) == (method, True)
     assert 0.47 < plan.keep_targeted <= 0.5
     assert plan.origin["base"] == "random:llama"
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "allocate").glob("*.yaml"))
+SMALL = {"strs": ["--settings.windows", "1", "--settings.ratios", "[0.5]"]}
+BASES = {"asvd": "asvd", "strs": "asvd", "fwsvd": "fwsvd", "fisher": "two_sided"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
+    words = ["--base", "random:llama", "--text", "python-docs::part=0%-10%", "--length", "32", "--windows", "2"]
+    words += ["--output", str(tmp_path / "plan.json"), *SMALL.get(path.stem, [])]
+    main(["allocate", "-c", str(path), *words])
+    plan = RankPlan.load(tmp_path / "plan.json")
+    method = {"asvd": "uniform", "fwsvd": "uniform", "zero_sum_corrected": "zero_sum"}.get(path.stem, path.stem)
+    assert (plan.method, plan.keep) == (method, 0.8)
+    assert plan.origin["decomposition"]["kind"] == BASES.get(path.stem, "whitened")
+    assert plan.fingerprint.get("correction", {}).get("rounds", 0) == (5 if path.stem == "zero_sum_corrected" else 0)
+    said = path.read_text()
+    assert f"lowrank allocate -c configs/allocate/{path.name} --base NAME_OR_DIR" in said
+
+
+def test_every_allocator_and_base_has_a_configuration():
+    names = {path.stem for path in CONFIGS}
+    assert {*ALLOCATORS, "asvd", "fwsvd", "zero_sum_corrected"} == names
 
 
 def test_help_names_every_method():

@@ -313,6 +313,7 @@ FSDP2 = "--trainer.strategy ModelParallelStrategy --trainer.strategy.data_parall
 FSDP2 += "--trainer.strategy.tensor_parallel_size 1 --trainer.strategy.save_distributed_checkpoint false"
 MASKS = {
     "ars": "--model.mask lowrank_pl.masks.ARS --model.mask.width 8",
+    "rescaled": "--model.mask lowrank_pl.masks.Rescaled --model.mask.warmup 1 --model.decomposition.kind two_sided",
     "llrc": "--model.mask lowrank_pl.masks.PerValue --model.mask.start_high 0.4 --model.mask.start_low 0.2",
 }
 
@@ -335,5 +336,6 @@ def test_two_processes_learn_the_same_whether_the_base_is_copied_or_sharded(tmp_
     one, other = (read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (ddp, fsdp))
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert name != "rescaled" or one["shared.counted"] == 4
     plans = [json.loads((folder / "plan.json").read_text()) for folder in (ddp, fsdp)]
     assert plans[0]["modules"] == plans[1]["modules"]

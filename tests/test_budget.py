@@ -240,8 +240,38 @@ def test_bounds_of_other_plans():
     assert [m.rank for m in budget.select(scores, method="x", within=bound).modules.values()] == [5, 9]
     assert [m.rank for m in budget.select(scores, method="x", beyond=bound).modules.values()] == [11, 9]
     dense = {"a": ModulePlan((40, 40)), "b": ModulePlan((40, 40), 2)}
-    with pytest.raises(ValueError, match=r"the plan to go beyond has 160 parameters more than keep 0.5 allows"):
+    message = (
+        r"the plan to go beyond has 160 parameters more than keep 0.5 allows: give a smaller plan, or raise keep to "
+    )
+    with pytest.raises(ValueError, match=message + "0.55$"):
         budget.select(scores, method="x", beyond=dense)
+    raised = Budget(keep=0.55, shapes=shapes, model_parameters=3200).select(scores, method="x", beyond=dense)
+    assert [m.rank for m in raised.modules.values()] == [None, 2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), shape_lists, st.floats(0.3, 1.0), st.sampled_from([1, 3]))
+def test_sizes_are_those_of_the_selected_plan(data, shapes, keep, multiple):
+    shapes = named(shapes)
+    total = sum(m * n for m, n in shapes.values())
+    least = sum(allowed_sizes(shape, multiple, Fraction(0))[0][1] for shape in shapes.values())
+    assume(least <= math.floor(keep * total + 1e-6))
+    budget = Budget(keep=keep, shapes=shapes, model_parameters=total, multiple_of=multiple)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    scores = {name: torch.rand(min(shape), generator=generator) for name, shape in shapes.items()}
+    plan = budget.select(scores, method="x")
+    assert budget.sizes(scores) == {name: module.rank for name, module in plan.modules.items()}
+
+
+def test_sizes_check_their_scores_and_log_nothing(caplog):
+    caplog.set_level("INFO")
+    budget = Budget(keep=0.6, shapes={"a": (64, 64), "b": (8, 8)}, model_parameters=5000, multiple_of=8)
+    assert budget.sizes({"a": torch.ones(64), "b": torch.ones(8)}) == {"a": 16, "b": None}
+    assert caplog.text == ""
+    with pytest.raises(ValueError, match="no component is scored for b and 0 more"):
+        budget.sizes({"a": torch.ones(64)})
+    with pytest.raises(ValueError, match=r"b of shape \(8, 8\) has 9 scores: expected 8 or fewer"):
+        budget.sizes({"a": torch.ones(64), "b": torch.ones(9)})
 
 
 def test_what_is_left_goes_to_the_largest_rounding_loss():

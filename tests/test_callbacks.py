@@ -14,8 +14,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lowrank_pl import FinishRun, RankMonitor, RankPlan, load_compressed, perplexity
+from lowrank_pl.allocate import allocator
+from lowrank_pl.compress import compressed
+from lowrank_pl.decomposition import Decomposition
+from lowrank_pl.draw import draw
 from lowrank_pl.interrupt import StopBetweenBatches
 from lowrank_pl.progress import LearningBar
+from lowrank_pl.targets import find_targets
+from lowrank_pl.tiny_models import tiny_model
 
 ROWS = ["dense", "uniform", "learned"]
 FIGURES = {"perplexity", "excess_nats", "kept_targeted", "kept_model", "bytes", "seconds"}
@@ -120,6 +126,32 @@ def test_a_finished_run_is_finished_again_from_its_checkpoint_and_counts_seconds
     assert finish.finished.report.merged
 
 
+def test_baselines_that_measure_and_differentiate_are_drawn_on_the_runs_own_factors(tmp_path):
+    finish = FinishRun(baselines=["zero_sum", "strs", "svdllm_v2"])
+    learner, data = make_learner(), make_data(statistics_length=48, statistics_windows=5)
+    fit(learner, data, max_steps=1, default_root_dir=tmp_path, callbacks=[finish])
+    rows = {row.name: row for row in finish.finished.rows}
+    assert list(rows) == ["dense", "zero_sum", "strs", "svdllm_v2", "learned"]
+    model = tiny_model("llama")
+    targets = find_targets(model)
+    for name in ("zero_sum", "strs", "svdllm_v2"):
+        plan = draw(
+            allocator(name), learner.budget, learner.store, targets, model, data.statistics_windows, data.tokenizer
+        )
+        with compressed(model, plan, learner.store):
+            score = perplexity(model, data.validation_windows)
+        assert rows[name].perplexity == pytest.approx(score.perplexity, rel=1e-5)
+        assert rows[name].kept_targeted == plan.keep_targeted
+        assert rows[name].seconds > learner.seconds["factors"]
+
+
+def test_a_baseline_of_two_sided_factors_goes_with_two_sided_factors(tmp_path):
+    finish = FinishRun(baselines=["fisher"])
+    learner = make_learner(decomposition=Decomposition("two_sided"), store=tmp_path / "store")
+    fit(learner, max_steps=1, default_root_dir=tmp_path / "run", callbacks=[finish])
+    assert [row.name for row in finish.finished.rows] == ["dense", "fisher", "learned"]
+
+
 def test_mistakes_surface_before_learning(tmp_path):
     with pytest.raises(ValueError, match="no allocator is called 'unifrom': expected one of uniform"):
         FinishRun(baselines=["unifrom"])
@@ -127,6 +159,10 @@ def test_mistakes_surface_before_learning(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is 0: expected a whole number of at least 1"):
             RankMonitor(**{name: 0})
     learner = make_learner()
+    with pytest.raises(
+        ValueError, match=r"the baseline fisher can't be drawn .* of the kind 'whitened': expected two_s"
+    ):
+        fit(learner, max_steps=1, callbacks=[FinishRun(baselines=["uniform", "fisher"])])
     with pytest.raises(ValueError, match=r"text '.*none\.txt'"):
         fit(learner, max_steps=1, callbacks=[FinishRun(score_text=str(tmp_path / "none.txt"))])
     with pytest.raises(ValueError, match="there is neither a score_text nor a validation window: give one of them"):

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lowrank_pl import RankPlan
-from lowrank_pl.cli import CHATTER, main, usage
+from lowrank_pl.cli import CHATTER, FUNCTIONS, main, usage
 
 ROOT = Path(__file__).parents[1]
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
@@ -185,13 +185,21 @@ def test_allocate_export_evaluate(tmp_path, capsys):
     assert f" {figures['perplexity']:.4f} " in capsys.readouterr().out
 
 
-def test_a_command_reads_its_settings_from_yaml(tmp_path, capsys):
+@pytest.mark.parametrize("flag", ["--config={}", "-c={}", "--config {}", "-c {}"])
+def test_a_command_reads_its_settings_from_yaml(tmp_path, capsys, flag):
     config = tmp_path / "evaluate.yaml"
     config.write_text("model: random:llama\ntext: python-docs\nlength: 16\nwindows: 2\n")
-    main(["evaluate", "--config", str(config), "--windows", "3"])
+    main(["evaluate", *flag.format(config).split(), "--windows", "3"])
     assert " 45 " in capsys.readouterr().out
     config.write_text("model: random:llama\ntxt: python-docs\n")
     assert "txt" in failing(capsys, "evaluate", "--config", config, status=2)
+
+
+@pytest.mark.parametrize("command", sorted(FUNCTIONS))
+def test_every_command_takes_c(command, tmp_path, capsys):
+    config = tmp_path / "none.yaml"
+    config.write_text("none: 1\n")
+    assert "none" in failing(capsys, command, "-c", config, status=2)
 
 
 def test_bench_writes_figures(tmp_path, capsys):
@@ -303,6 +311,11 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path, run):
 
 def test_other_mistakes_of_users(capsys, tmp_path):
     assert "casts the masks too" in failing_fit(capsys, tmp_path, "--trainer.precision", "bf16-true")
+    said = failing_fit(capsys, tmp_path, "--finish.baselines", "[uniform,fisher]")
+    assert said == (
+        "the baseline fisher can't be drawn beside what is learned: the allocator fisher was given factors of the kind "
+        "'whitened': expected two_sided (decomposition.kind)"
+    )
     assert "no allocator is called 'best'" in failing_fit(capsys, tmp_path, "--finish.baselines", "[best]")
     assert "no plan at" in failing_fit(capsys, tmp_path, "--model.start", tmp_path / "none.json")
     assert "the weights of the data terms" in failing_fit(capsys, tmp_path, "--model.data_terms.cross_entropy", "0")

@@ -125,6 +125,39 @@ def test_a_plan_edited_by_hand_is_exported(plan_file, tmp_path):
     )
 
 
+def test_a_plan_of_any_components_scores_the_same_from_its_file_and_exported(plan_file, tmp_path, capsys):
+    data = json.loads(plan_file.read_text())
+    del data["order"]
+    for place, entry in enumerate(data["modules"].values()):
+        if entry["rank"] != "dense" and place % 3:
+            # Every other component, and not the first one.
+            entry["indices"] = list(range(1, 2 * entry["rank"], 2)) if place % 3 == 1 else [0, 2, 5]
+            entry["rank"] = len(entry["indices"])
+    made = tmp_path / "any.json"
+    made.write_text(json.dumps(data))
+    plan = RankPlan.load(made)
+    assert len(plan.any_k_modules) > 6
+    main(["export", "--plan", str(made), "--output", str(tmp_path / "model")])
+    assert RankPlan.load(tmp_path / "model" / "plan.json").modules == plan.modules
+    assert "(any-k)" in (tmp_path / "model" / "README.md").read_text()
+    text = ["--text", TEXT, "--length", "32", "--windows", "3"]
+    main(["evaluate", "--model", str(tmp_path / "model"), *text, "--json", str(tmp_path / "model.json")])
+    main(["evaluate", "--plan", str(made), *text, "--json", str(tmp_path / "plan-scores.json")])
+    capsys.readouterr()
+    exported = json.loads((tmp_path / "model.json").read_text())
+    in_memory = json.loads((tmp_path / "plan-scores.json").read_text())
+    (size,) = in_memory["sizes"]
+    assert size["nats"] == pytest.approx(exported["nats"], rel=1e-6)
+    assert size["nats"] != pytest.approx(in_memory["dense"]["nats"], rel=1e-6)
+    # Neither is what the first components give.
+    for entry in data["modules"].values():
+        entry.pop("indices", None)
+    made.write_text(json.dumps(data))
+    assert evaluate(plan=made, text=TEXT, length=32, windows=3)["sizes"][0]["nats"] != pytest.approx(
+        exported["nats"], rel=1e-6
+    )
+
+
 def components(plan):
     return {
         name: None if entry.rank is None else set(entry.indices or range(entry.rank))

@@ -126,6 +126,9 @@ def test_shipped_comparisons_name_recipes_that_exist(path):
     ("changes", "message"),
     [
         ({"methods": ["best"]}, r"no method is called 'best': expected one of svd, fwsvd"),
+        ({"methods": ["../a"]}, r"a method is called '../a': expected letters, digits and _.\+-, other than dense"),
+        ({"methods": ["dense"]}, r"a method is called 'dense'"),
+        ({"scores": ["a/test.txt", "b/test.txt"]}, r"two texts to score are called 'test': name them, as NAME=TEXT"),
         ({"keep": [1.5]}, r"keep is 1.5: expected the fraction of parameters to keep"),
         ({"score_windows": {"c4": 3}}, r"score_windows names 'c4', which is none of the texts to score: docs"),
         ({"scores": ["docs=nowhere.txt"]}, r"nowhere.txt"),
@@ -140,9 +143,7 @@ def test_mistakes_are_told_before_any_work(tmp_path, changes, message):
 
 def test_damaged_results_are_not_overwritten(tmp_path):
     (tmp_path / "results.json").write_text('[{"method": "x"}]')
-    with pytest.raises(
-        ValueError, match=r"holds no comparison \(a row lacks .*: delete it or name another"
-    ):
+    with pytest.raises(ValueError, match=r"holds no comparison \(a row lacks .*: delete it or name another"):
         compare("random:llama", methods=["uniform"], keep=[0.5], run=tmp_path, **SETTINGS)
 
 
@@ -165,6 +166,16 @@ def test_a_folder_of_another_comparison_is_refused(folder):
 def test_impossible_recipes(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 9}, {"lr": 0.5}, {"windows": 5}, {"batch_size": 2}, {"start": "fisher"}, {"cosine": True}]
+)
+def test_every_setting_of_learning_tells_recipes_apart(changes):
+    for mask in (Staircase(), RECIPES["ars"].learning.mask):
+        one, other = Recipe(learning=Learning(mask)), Recipe(learning=Learning(mask, **changes))
+        assert one.describe() != other.describe()
+        assert other.describe()["learning"][next(iter(changes))] == next(iter(changes.values()))
 
 
 @pytest.mark.parametrize("name", RECIPES)

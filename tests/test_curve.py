@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib._pylab_helpers import Gcf
 
-from lowrank_pl import RankPlan, build_factors, compress, find_targets, perplexity
+from lowrank_pl import RankPlan, build_factors, compress, find_targets, perplexity, scoring
 from lowrank_pl.allocate import Problem, allocator
 from lowrank_pl.cli import main
 from lowrank_pl.commands import allocate
@@ -174,3 +174,34 @@ def test_a_plan_without_an_order_has_no_curve(plan_file, tmp_path):
     with pytest.raises(ValueError, match=r"carries no component order, so it has this one size only"):
         evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, windows=1, keep_curve=[])
     assert len(evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, windows=1)["sizes"]) == 1
+
+
+def test_the_curve_of_a_corrected_plan_ends_at_its_own_size(tmp_path, caplog, capsys):
+    words = ["--text", TEXT, "--length", "32"]
+    method = ["--method", "zero_sum", "--settings.rounds", "1", "--keep", "0.65", "--store", str(tmp_path / "store")]
+    output = ["--output", str(tmp_path / "plan.json")]
+    main(["allocate", "--base", "random:llama", *method, *words, "--windows", "4", *output])
+    with caplog.at_level("INFO", logger="lowrank_pl.scoring"):
+        figures = evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, windows=1, keep_curve=[])
+    assert [size["keep"]["asked"] for size in figures["sizes"]] == [0.65, 0.6, 0.5]
+    assert "the weights were corrected for keep 0.65: the curve has no larger sizes" in caplog.text
+    capsys.readouterr()
+    command = [
+        "evaluate",
+        "--plan",
+        str(tmp_path / "plan.json"),
+        *words,
+        "--windows",
+        "1",
+        "--keep-curve",
+        "0.8",
+        "0.6",
+    ]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "keep is 0.8, but the weights were corrected for keep 0.65: larger sizes need" in capsys.readouterr().err
+
+
+def test_a_corrected_plan_below_the_usual_sizes_is_scored_at_its_own(plan_file):
+    plan = replace(RankPlan.load(plan_file), keep=0.45, fingerprint={"correction": {"keep": 0.45}})
+    assert [size.keep for size in scoring._sizes(plan, [])] == [0.45]

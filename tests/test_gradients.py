@@ -10,7 +10,7 @@ from lowrank_pl.decompose import decompose, diagonal_root, square_root, truncate
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.gradients import GradientMoments, WeightGradients, collect_gradients
 from lowrank_pl.prepare import build_factors, build_gradients
-from lowrank_pl.targets import dense_weight, find_targets
+from lowrank_pl.targets import Target, dense_weight, find_targets
 from lowrank_pl.tiny_models import tiny_model
 
 
@@ -272,4 +272,24 @@ def test_gradients_are_collected_once(llama, windows, tokenizer, monkeypatch):
     torch.testing.assert_close(
         again.read(name, "mean"), (expected[0][name] + expected[1][name]) / 2, rtol=1e-4, atol=1e-6
     )
-    assert again.notes(name) == {"batches": "2"}
+    assert again.notes(name)["batches"] == "2"
+
+
+def test_a_map_that_is_called_twice_adds_up_its_calls(tokenizer):
+    """Two blocks that share one feed-forward map: gradients add up, and every token and batch counts once."""
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj = model.model.layers[0].mlp.down_proj
+    name = "model.layers.0.mlp.down_proj"
+    m, n = model.get_submodule(name).weight.shape
+    target = Target(name=name, block=0, kind="mlp.down_proj", shape=(m, n), group=name)
+    windows = torch.arange(96).view(3, 32)
+    moments, weights = collect_gradients(model, windows, moments=[target], weights=[target], labels="text")
+    expected = torch.zeros(m, n)
+    for window in windows:
+        model.zero_grad()
+        model.get_submodule(name).weight.requires_grad_(True)
+        logits = model(input_ids=window[None]).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], window[1:]).backward()
+        expected += model.get_submodule(name).weight.grad / len(windows)
+    torch.testing.assert_close(weights[name].mean, expected, rtol=1e-4, atol=1e-7)
+    assert (weights[name].batches, moments[name].tokens) == (3, 3 * 31)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lowrank_pl import RankPlan, compress, perplexity
+from lowrank_pl import RankPlan, compress, masks, perplexity
 from lowrank_pl.activations import refuse_dropout
 from lowrank_pl.allocate import Problem, allocator
 from lowrank_pl.base_model import load_base
@@ -275,6 +275,32 @@ def test_masks_start_from_a_plan(tmp_path):
     )
 
 
+STARTING = [Staircase(), PerValue(), PerValue(any_k=False), ARS(), ARS(any_k=True), Tanh(), Fermi()]
+
+
+@pytest.mark.parametrize("name", ["fisher", "zero_sum"])
+@pytest.mark.parametrize("method", STARTING, ids=lambda method: f"{method.name}-{'any_k' if method.any_k else 'first'}")
+def test_every_mask_starts_at_exactly_the_ranks_of_a_drawn_plan(method, name):
+    kind = {"fisher": "two_sided", "zero_sum": "whitened"}[name]
+    learner = built(mask=method, start=name, keep=0.7, decomposition=Decomposition(kind))
+    plan = learner._start_plan(load_base("random:llama"), find_targets(load_base("random:llama")), make_data())
+    assert plan.method == name
+    assert len({module.rank for module in plan.modules.values()}) > 3
+    for key, mask in learner.masks.items():
+        entry = plan.modules[key]
+        if entry.rank is None:
+            assert mask.ratio().item() >= min(1.0, method.dense_from) - 1e-6
+        else:
+            assert mask.kept().sum().item() == entry.rank
+    assert {n: m.rank for n, m in learner.plan().modules.items()} == {n: m.rank for n, m in plan.modules.items()}
+
+
+def test_every_mask_that_takes_a_start_is_tried():
+    kinds = [kind for kind in vars(masks).values() if isinstance(kind, type) and issubclass(kind, masks.MaskMethod)]
+    starting = {kind for kind in kinds if not inspect.isabstract(kind) and not kind.own_start}
+    assert starting == {type(method) for method in STARTING}
+
+
 @pytest.mark.parametrize("name", ["uniform", "zero_sum"])
 def test_masks_start_from_a_plan_that_an_allocator_draws(name):
     learner = built(start=name, keep=0.6)
@@ -287,7 +313,7 @@ def test_masks_start_from_a_plan_that_an_allocator_draws(name):
     plan = method.plan(problem)
     for key, mask in learner.masks.items():
         entry = plan.modules[key]
-        assert mask.ratio().item() == pytest.approx(min(1, entry.parameters / entry.dense_parameters), abs=0.005)
+        assert mask.ratio().item() == pytest.approx(min(1, entry.parameters / entry.dense_parameters), abs=0.01)
     assert method.needs_gradients is (name == "zero_sum")
 
 
@@ -375,6 +401,9 @@ def test_an_order_needs_an_aim_that_comes_down(changes):
 def test_a_plan_that_does_not_cover_the_modules_is_refused(tmp_path):
     plan = built(include=("*.mlp.*",)).plan()
     with pytest.raises(ValueError, match=r"does not cover model\.layers\.0\.self_attn\.q_proj and 7 more modules"):
+        built(start=plan.save(tmp_path / "plan.json"))
+    with pytest.raises(ValueError, match=r"give a plan that was drawn for this base with the same include and exclude, "
+                       r"or the name of an allocator \(--model\.start\)"):  # fmt: skip
         built(start=plan.save(tmp_path / "plan.json"))
     with pytest.raises(ValueError, match="no plan at"):
         make_learner(start=tmp_path / "none.json")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lowrank_pl.allocate import Problem, Uniform
 from lowrank_pl.budget import Budget
 from lowrank_pl.plan import ModulePlan, RankPlan
-from lowrank_pl.sizes import nested, resize
+from lowrank_pl.sizes import largest_keep, nested, resize
 
 extents = st.integers(1, 40)
 shape_lists = st.lists(st.tuples(extents, extents), min_size=1, max_size=5)
@@ -240,3 +240,24 @@ def test_plans_that_have_one_size_only():
         resize(added, 0.4)
     fewer = replace(plan, modules={"a": plan.modules["a"]})
     assert list(resize(fewer, 0.3).modules) == ["a"]
+
+
+def test_weights_that_were_corrected_for_a_size_serve_smaller_ones_only():
+    plan = draw({"a": (64, 64), "b": (64, 64)}, 0.5)
+    plan = replace(plan, fingerprint={"kind": "whitened", "correction": {"keep": 0.5, "round": 1}})
+    assert (largest_keep(plan), largest_keep(replace(plan, fingerprint={"kind": "whitened"}))) == (0.5, 1.0)
+    message = r"keep is 0.6, but the weights were corrected for keep 0.5: larger sizes need a plan of their own"
+    with pytest.raises(ValueError, match=message):
+        resize(plan, 0.6)
+    with pytest.raises(ValueError, match=message):
+        nested(plan, [0.3, 0.6])
+    small = resize(plan, 0.25)
+    assert contained(small, plan)
+    assert small.fingerprint == plan.fingerprint
+    # The factors of a smaller size are the same ones, and it grows as far as they go.
+    assert resize(small, 0.5).modules == plan.modules
+    with pytest.raises(ValueError, match=message):
+        resize(small, 0.6)
+    read = RankPlan.from_json(plan.to_json())
+    with pytest.raises(ValueError, match=message):
+        resize(read, 0.6)

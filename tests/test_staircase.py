@@ -109,6 +109,19 @@ def test_start_hits_the_target(shape, keep):
         assert mask.top == pytest.approx(min(1.2, min(shape) * sum(shape) / (shape[0] * shape[1])))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_start_from_a_plan_has_exactly_its_ranks(shape):
+    m, n = shape
+    for rank in range(1, (m * n - 1) // (m + n) + 1):
+        keep = rank * (m + n) / (m * n)
+        mask = Staircase().create(shape, spectrum(shape), keep, kept=torch.arange(rank))
+        assert mask.kept().sum().item() == mask().sum().item() == rank
+        # at most one component away, and only where the length asks for it
+        assert mask.ratio().item() == pytest.approx(keep, abs=1.01 * mask.price)
+    over = Staircase().create((64, 64), spectrum((64, 64)), 40 / 32, kept=torch.arange(40))
+    assert over.ratio().item() == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("keep", [1e-4, 0.01, 1.7])
 def test_start_at_the_ends_of_the_range(keep):
     for shape in SHAPES:

@@ -50,6 +50,10 @@ def read(*words):
         ("--keep", {"keep": []}),
         ("--keep null", {"keep": None}),
         ("--keep+ 0.9 --keep+=0.8", {"keep": [0.9, 0.8]}),
+        ("--keep 0.9 --keep 0.8", {"keep": [0.9, 0.8]}),
+        ("--keep 0.9 --dry-run true --keep=0.8,0.7 --keep 0.6", {"keep": [0.9, 0.8, 0.7, 0.6], "dry_run": True}),
+        ("--keep_curve 1.0 --keep-curve 0.5", {"keep_curve": [1.0, 0.5]}),
+        ("--names a --names b --text one --text two", {"names": ["a", "b"], "text": ["one", "two"]}),
         ("--keep_curve 1.0 0.5", {"keep_curve": [1.0, 0.5]}),
         ("--keep-curve --keep 0.5", {"keep_curve": [], "keep": [0.5]}),
         ("--keep-curve=[0.5]", {"keep_curve": [0.5]}),
@@ -75,3 +79,25 @@ def test_other_words_stay():
     words = ["--plan", "a-b", "--un-known", "1", "-h", "--plan=x-y"]
     assert readable_words(words, command) == words
     assert readable_words([], command) == []
+
+
+@pytest.mark.parametrize("again", ["--keep [0.8]", "--keep null", "--keep=[0.8, 0.7]"])
+def test_a_whole_list_does_not_come_twice(again):
+    for words in (f"--keep 0.9 {again}", f"{again} --keep 0.9"):
+        with pytest.raises(ValueError, match=r"--keep was given several times, of which one is a whole list: name all"):
+            readable_words(words.split(), command)
+
+
+def test_c_is_config():
+    assert readable_words(["-c", "x.yaml", "--keep", "1", "-c=y.yaml"], command) == [
+        "--config", "x.yaml", "--keep=[1]", "--config=y.yaml",
+    ]  # fmt: skip
+    assert readable_words(["-cx", "--text", "a-c", "--plan", "-c.txt"], command) == [
+        "-cx", "--text=a-c", "--plan", "-c.txt",
+    ]  # fmt: skip
+
+
+def test_lists_on_the_command_line_win_over_a_file_before_them(tmp_path):
+    (tmp_path / "x.yaml").write_text("keep: [0.1]\nranks: [7]\n")
+    got = read("--keep", "0.9", "-c", str(tmp_path / "x.yaml"), "--keep", "0.8")
+    assert (got["keep"], got["ranks"]) == ([0.9, 0.8], [7])

@@ -88,8 +88,23 @@ class Allocator(ABC):
         """
         if problem.model is None or problem.windows is None:
             what = "model" if problem.model is None else "calibration windows"
-            raise ValueError(f"the allocator {self.name} was given no {what}, on which it measures")
+            raise ValueError(
+                f"the allocator {self.name} was given no {what}, on which it measures: give Problem both model and "
+                "windows, or draw the plan with lowrank_pl.draw.draw"
+            )
         return problem.model, problem.windows
+
+    def check_kind(self, kind: str | None) -> None:
+        """Check that this method can read factors of ``kind``, which it can be asked before there are any.
+
+        Raises:
+            ValueError: It can't.
+        """
+        if self.kinds and kind not in self.kinds:
+            raise ValueError(
+                f"the allocator {self.name} was given factors of the kind {kind!r}: expected "
+                f"{' or '.join(self.kinds)} (decomposition.kind)"
+            )
 
     def check(self, problem: Problem) -> None:
         """Check that ``problem`` has what this method needs.
@@ -97,12 +112,7 @@ class Allocator(ABC):
         Raises:
             ValueError: It has not.
         """
-        kind = problem.factors.fingerprint.get("kind")
-        if self.kinds and kind not in self.kinds:
-            raise ValueError(
-                f"the allocator {self.name} was given factors of the kind {kind!r}: expected "
-                f"{' or '.join(self.kinds)} (--decomposition.kind)"
-            )
+        self.check_kind(problem.factors.fingerprint.get("kind"))
         if self.needs_gradients and problem.gradients is None:
             raise ValueError(
                 f"the allocator {self.name} was given no weight gradients: collect them with "

@@ -9,7 +9,7 @@ from lowrank_pl.masks.lifetimes import Lifetimes
 from lowrank_pl.masks.per_value import PerValue, PerValueMask
 from lowrank_pl.masks.rescaled import Rescaled, RescaledMask
 from lowrank_pl.masks.staircase import Staircase, StaircaseMask
-from lowrank_pl.masks.switches import SwitchMask
+from lowrank_pl.masks.switches import SwitchMask, SwitchMethod
 
 __all__ = [
     "ARS",
@@ -26,5 +26,6 @@ __all__ = [
     "Staircase",
     "StaircaseMask",
     "SwitchMask",
+    "SwitchMethod",
     "Tanh",
 ]

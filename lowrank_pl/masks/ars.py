@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_pl.budget import Budget
-from lowrank_pl.masks.base import Mask, MaskMethod, check_numbers
+from lowrank_pl.masks.base import Mask, check_numbers, dense_sizes
 from lowrank_pl.masks.switches import (
     Noise,
     SwitchMask,
+    SwitchMethod,
     check_noise,
     chosen_at_start,
     draw_noise,
@@ -95,7 +96,7 @@ class ARSMask(SwitchMask):
         return self.offset + network.rows[index]
 
 
-class ARS(MaskMethod):
+class ARS(SwitchMethod):
     """Adaptive Rank Selections (ARS, Gao et al., NAACL 2024): switches from a hyper-network, drawn towards prefixes.
 
     Masks gate full-rank factors, start with everything on, and never compute densely while they learn. The budget
@@ -119,7 +120,6 @@ class ARS(MaskMethod):
     """
 
     name = "ars"
-    dense_from = float("inf")
 
     def __init__(
         self,
@@ -144,14 +144,6 @@ class ARS(MaskMethod):
         self.budget_weight, self.alignment_weight = budget_weight, alignment_weight
         self.width, self.inputs, self.any_k, self.seed = width, inputs, any_k, seed
 
-    def stored_rank(self, shape: tuple[int, int]) -> int:
-        """Return ``min(m, n)``: every component has its switch."""
-        return min(shape)
-
-    def start_keep(self, aim: float) -> float:
-        """Return 1: without a plan everything starts on, whatever ``aim`` is."""
-        return 1.0
-
     def create(self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None) -> ARSMask:
         """Return a mask with the components of the start on and all others off; arguments as in ``MaskMethod``."""
         rank = self.stored_rank(shape)
@@ -175,11 +167,10 @@ class ARS(MaskMethod):
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget`` and ``alignment``, weighted; arguments as in ``MaskMethod.penalties``."""
         gates = {name: mask() for name, mask in masks.items()}
-        sizes = torch.tensor([m * n for m, n in (mask.shape for mask in masks.values())], device=ratios.device)
         drawn = torch.stack([mask.price * gates[name].sum() for name, mask in masks.items()])
         apart = torch.stack([alignment_penalty(gates[name], _ars(mask).sigma) for name, mask in masks.items()])
         return {
-            "budget": self.budget_weight * log_budget_penalty(kept_fractions(drawn), sizes, keep),
+            "budget": self.budget_weight * log_budget_penalty(kept_fractions(drawn), dense_sizes(masks, ratios), keep),
             "alignment": self.alignment_weight * apart.mean(),
         }
 

@@ -6,12 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_pl.budget import Budget
 from lowrank_pl.plan import RankPlan
 
-__all__ = ["Mask", "MaskMethod", "check_numbers"]
+__all__ = ["Mask", "MaskMethod", "check_numbers", "dense_sizes", "gated_rank", "reachable_top"]
 
 
 class Mask(nn.Module, ABC):
@@ -56,8 +57,8 @@ class MaskMethod(ABC):
 
     It has no state besides its settings: what changes while it learns lies in the masks, or in the module that
     ``share`` returns, where checkpoints find it. The order of calls is ``create`` for every module, ``share``, then
-    for each step ``advance``, forward passes and ``penalties``, and after the optimizer's step ``advance`` and
-    ``finished``.
+    for each step ``advance``, forward passes and ``penalties``, once for each accumulated batch, then ``observe``, and
+    after the optimizer's step ``advance`` and ``finished``.
 
     Attributes:
         name: What plans call the method.
@@ -101,7 +102,7 @@ class MaskMethod(ABC):
             shape: ``(out, in)`` of the module.
             sigma: All its singular values, descending.
             keep: Fraction to start from; 1 and above is dense.
-            kept: Component indices to start from where they are not the first ones. A method whose ``any_k`` is false
+            kept: Component indices to start from exactly, where there is a plan. A method whose ``any_k`` is false
                 takes as many of the first ones.
         """
 
@@ -136,6 +137,18 @@ class MaskMethod(ABC):
             step: Optimizer steps done.
         """
 
+    def observe(self, masks: Mapping[str, Mask], step: int, *, accumulated: int = 1) -> None:
+        """Look at the gradients that optimizer step ``step`` will use: averaged over processes, not yet clipped.
+
+        A parameter whose gradient is set to ``None`` here is left as it is by the optimizer, its momentum included.
+
+        Args:
+            masks: Every module's mask by name.
+            step: Optimizer steps done.
+            accumulated: What the loss of each batch was divided by. The last step of an epoch may have fewer batches.
+        """
+        return
+
     def finished(self, masks: Mapping[str, Mask], budget: Budget, step: int) -> bool:
         """Tell whether learning is over by the method's own rule, of which most have none.
 
@@ -151,6 +164,32 @@ class MaskMethod(ABC):
     @abstractmethod
     def finalise(self, masks: Mapping[str, Mask], budget: Budget) -> RankPlan:
         """Return the plan that the masks stand for, at the exact budget."""
+
+
+def gated_rank(shape: tuple[int, int], top: float) -> int:
+    """Return how many components cost ``top`` times the dense weight: ``int(top * mn / (m + n))``, at most all.
+
+    >>> gated_rank((30, 60), 1.2), gated_rank((30, 900), 1.2)
+    (24, 30)
+    """
+    m, n = shape
+    return max(1, min(int(top * m * n / (m + n)), m, n))
+
+
+def reachable_top(shape: tuple[int, int], top: float) -> float:
+    """Return ``top``, or less where the module has not components enough to cost that many times the dense weight.
+
+    >>> reachable_top((30, 60), 1.2), round(reachable_top((30, 900), 1.2), 4)
+    (1.2, 1.0333)
+    """
+    m, n = shape
+    rank = gated_rank(shape, top)
+    return top if rank < min(m, n) else min(top, rank * (m + n) / (m * n))
+
+
+def dense_sizes(masks: Mapping[str, Mask], like: Tensor) -> Tensor:
+    """Return the parameters ``[modules]`` of the dense weights, on the device of ``like``."""
+    return torch.tensor([mask.shape[0] * mask.shape[1] for mask in masks.values()], device=like.device)
 
 
 def check_numbers(least: Mapping[str, tuple[float, float]], *, above: bool = False) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.budget import Budget
-from lowrank_pl.masks.base import Mask, MaskMethod, check_numbers
+from lowrank_pl.masks.base import Mask, MaskMethod, check_numbers, dense_sizes, gated_rank, reachable_top
 from lowrank_pl.objectives import budget_penalty, kept_fractions
 from lowrank_pl.plan import RankPlan
 
@@ -84,15 +84,12 @@ class CutoffMethod(MaskMethod):
         """Return the steepness of the gate of a module of ``shape`` at ``step``, per component."""
 
     def stored_rank(self, shape: tuple[int, int]) -> int:
-        """Return ``int(top * mn / (m + n))``, at most ``min(m, n)``."""
-        m, n = shape
-        return max(1, min(int(self.top * m * n / (m + n)), m, n))
+        """Return how many components cost ``top`` times the dense weight, at most ``min(m, n)``."""
+        return gated_rank(shape, self.top)
 
     def create(self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None) -> CutoffMask:
         """Return a mask whose cutoff stands for ``keep``; arguments as in ``MaskMethod.create``."""
-        m, n = shape
-        rank = self.stored_rank(shape)
-        top = self.top if rank < min(m, n) else min(self.top, rank * (m + n) / (m * n))
+        rank, top = self.stored_rank(shape), reachable_top(shape, self.top)
         return CutoffMask(shape, rank, min(keep, 1.0), top=top, slope=self.slope_at(shape, 0))
 
     def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
@@ -104,8 +101,7 @@ class CutoffMethod(MaskMethod):
 
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget``, weighted; arguments as in ``MaskMethod.penalties``."""
-        sizes = torch.tensor([m * n for m, n in (mask.shape for mask in masks.values())], device=ratios.device)
-        return {"budget": self.budget_weight * budget_penalty(kept_fractions(ratios), sizes, keep)}
+        return {"budget": self.budget_weight * budget_penalty(kept_fractions(ratios), dense_sizes(masks, ratios), keep)}
 
     def finalise(self, masks: Mapping[str, Mask], budget: Budget) -> RankPlan:
         """Return the plan of the cutoffs: ratios from 1 become dense, the rest share one factor."""

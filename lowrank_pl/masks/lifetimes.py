@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lowrank_pl.budget import Budget
 from lowrank_pl.masks.base import Mask
+from lowrank_pl.plan import RankPlan
 
 __all__ = ["Lifetimes"]
 
@@ -45,3 +47,14 @@ class Lifetimes(nn.Module):
             name: part.double() - torch.arange(len(part)) / len(part)
             for name, part in zip(self.ranks, parts, strict=True)
         }
+
+    def finalise(self, budget: Budget, *, method: str, start: float | None) -> RankPlan:
+        """Return the plan of the components that were kept longest, at the exact budget.
+
+        Args:
+            budget: What to meet.
+            method: Name for the plan.
+            start: Where the aim came down from.
+        """
+        note = f"components in the order in which they were last kept from keep {start} to {budget.keep}"
+        return budget.select(self.scores(), method=method, notes=[note])

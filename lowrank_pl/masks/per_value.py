@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.budget import Budget
-from lowrank_pl.masks.base import Mask, MaskMethod, check_numbers
+from lowrank_pl.masks.base import Mask, check_numbers, dense_sizes
 from lowrank_pl.masks.switches import (
     Noise,
     SwitchMask,
+    SwitchMethod,
     check_noise,
     chosen_at_start,
     draw_noise,
@@ -57,7 +58,7 @@ class Progress(nn.Module):
         self.register_buffer("reached", torch.tensor(-1))
 
 
-class PerValue(MaskMethod):
+class PerValue(SwitchMethod):
     """Learning to Low-Rank Compress (LLRC, arXiv 2512.13733): a noisy switch for every singular value.
 
     Masks gate full-rank factors and start with everything on; the mean of all logits is the pressure that turns
@@ -88,7 +89,6 @@ class PerValue(MaskMethod):
     """
 
     name = "llrc"
-    dense_from = float("inf")
 
     def __init__(
         self,
@@ -124,14 +124,6 @@ class PerValue(MaskMethod):
         self.tolerance, self.variation_weight, self.budget_weight = tolerance, variation_weight, budget_weight
         self.patience, self.seed = patience, seed
 
-    def stored_rank(self, shape: tuple[int, int]) -> int:
-        """Return ``min(m, n)``: every component has its switch."""
-        return min(shape)
-
-    def start_keep(self, aim: float) -> float:
-        """Return 1: without a plan everything starts on, whatever ``aim`` is."""
-        return 1.0
-
     def create(self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None) -> PerValueMask:
         """Return a mask with the components of the start on and all others off; arguments as in ``MaskMethod``."""
         rank = self.stored_rank(shape)
@@ -160,7 +152,7 @@ class PerValue(MaskMethod):
 
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``pressure`` and ``variation``, and ``budget`` where it has a weight, each weighted."""
-        sizes = _sizes(masks, ratios)
+        sizes = dense_sizes(masks, ratios)
         kept = kept_fractions(ratios)
         short = (kept_share(kept.detach(), sizes) > keep + self.tolerance).to(ratios.dtype)
         logits = torch.cat([mask.switch_logits() for mask in switches(masks)])
@@ -179,7 +171,7 @@ class PerValue(MaskMethod):
         reached = int(progress[0].reached)
         if reached < 0:
             ratios = torch.stack([mask.ratio().detach() for mask in masks.values()])
-            if kept_share(kept_fractions(ratios), _sizes(masks, ratios)).item() > budget.keep + self.tolerance:
+            if kept_share(kept_fractions(ratios), dense_sizes(masks, ratios)).item() > budget.keep + self.tolerance:
                 return False
             progress[0].reached.fill_(step)
             reached = step
@@ -193,7 +185,3 @@ class PerValue(MaskMethod):
 def _per_value(mask: Mask) -> PerValueMask:
     assert isinstance(mask, PerValueMask)
     return mask
-
-
-def _sizes(masks: Mapping[str, Mask], like: Tensor) -> Tensor:
-    return torch.tensor([mask.shape[0] * mask.shape[1] for mask in masks.values()], device=like.device)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_pl.budget import Budget
 from lowrank_pl.hull import hull_slopes
-from lowrank_pl.masks.base import Mask, MaskMethod, check_numbers
+from lowrank_pl.masks.base import Mask, MaskMethod, check_numbers, gated_rank
 from lowrank_pl.plan import RankPlan
 
 __all__ = ["Rescaled", "RescaledMask"]
@@ -22,56 +22,80 @@ class RescaledMask(Mask):
     Args:
         shape: ``(out, in)`` of the module.
         rank: Components that it gates.
-        slopes: ``[min(out, in)]`` predicted loss a parameter at which each component is given up.
+        sigma: ``[min(out, in)]`` singular values in roots of twice a loss, descending.
         width: Components on each side of the end over which the slope is averaged, as a fraction of the length.
+
+    Attributes:
+        scale: Of the module's losses, as of the last allocation.
+        length: Components of the prefix, by the last allocation; ``None`` is dense.
     """
 
-    slopes: Tensor
-
-    def __init__(self, shape: tuple[int, int], rank: int, slopes: Tensor, *, width: float) -> None:
+    def __init__(self, shape: tuple[int, int], rank: int, sigma: Tensor, *, width: float) -> None:
         super().__init__(shape, rank)
         self.width = width
         self.log_scale = nn.Parameter(torch.zeros(()))
-        self.register_buffer("slopes", slopes.float(), persistent=False)
+        # No buffers: sizes are chosen on the CPU, wherever the model is.
+        self.sigma = sigma.double().cpu()
+        self._slopes: tuple[tuple[int, int | None], Tensor] | None = None
+        self.scale = 1.0
         self.length: int | None = rank
         self.foreseen = self.charged = 0.0
         self.remembered: tuple[Balance, ...] = ()
 
-    def scores(self) -> Tensor:
-        """Return the rescaled slopes ``[min(out, in)]``."""
-        return self.log_scale.detach().exp() * self.slopes
+    def slopes(self, budget: Budget, name: str) -> Tensor:
+        """Return the predicted loss a parameter ``[min(out, in)]`` at which each component is given up.
+
+        Args:
+            budget: Has the sizes that the module may take, whose hull it is.
+            name: What the module is called there.
+        """
+        sizes = budget.multiple_of, budget.least_rank(name)
+        if self._slopes is None or self._slopes[0] != sizes:
+            self._slopes = sizes, hull_slopes(budget, name, self.sigma).float()
+        return self._slopes[1]
+
+    def reach(self) -> int:
+        """Return how many components on each side of the end are measured; 0 where there are none beyond it."""
+        if self.length is None:
+            return 0
+        return min(max(3, math.ceil(self.width * self.length)), self.length, self.rank - self.length)
 
     def predicted(self) -> float:
-        """Return the rescaled loss that the next component is predicted to save; 0 when dense."""
-        if self.length is None:
+        """Return the rescaled loss that the next component is predicted to save; 0 where none is measured."""
+        if self._slopes is None or self.length is None or not self.reach():
             return 0.0
-        return float(self.scores()[min(self.length, len(self.slopes) - 1)]) * sum(self.shape)
+        return self.scale * float(self._slopes[1][self.length]) * sum(self.shape)
 
     def forward(self) -> Tensor:
         """Return the hard prefix ``[rank]``; the scale gets the mean gradient of the gates around its end.
 
         With a loss that is quadratic in the gates, the slope at a gate of 1 is nothing and at 0 twice what the
-        component is worth: their mean over both sides is what moving the end by one component is worth.
+        component is worth: their mean over as many gates on both sides is what moving the end by one component is
+        worth.
         """
-        length = self.rank if self.length is None else self.length
-        positions = torch.arange(self.rank, device=self.slopes.device)
-        near = max(3, math.ceil(self.width * length))
-        inside = ((positions >= length - near) & (positions < length + near)).float()
-        soft = self.log_scale * inside / inside.sum().clamp_min(1)
+        length, near = self.rank if self.length is None else self.length, self.reach()
+        positions = torch.arange(self.rank, device=self.log_scale.device)
+        around = ((positions >= length - near) & (positions < length + near)).float()
+        soft = self.log_scale * around / max(1, 2 * near)
         return (positions < length).float() + (soft - soft.detach())
 
     def ratio(self) -> Tensor:
         """Return the parameters of the prefix over the dense weight's, 1 when dense; constant in the scale."""
-        return torch.tensor(1.0 if self.length is None else self.length * self.price, device=self.slopes.device)
+        return torch.tensor(1.0 if self.length is None else self.length * self.price, device=self.log_scale.device)
 
     def kept(self) -> Tensor:
         """Return which components the prefix has, bool ``[rank]``."""
         length = self.rank if self.length is None else self.length
-        return torch.arange(self.rank, device=self.slopes.device) < length
+        return torch.arange(self.rank, device=self.log_scale.device) < length
 
 
 class Balance(nn.Module):
-    """Sums of measured and of predicted savings over all modules and steps, and the last step that they include."""
+    """Sums of measured and of predicted savings over all modules and steps, and how many steps they are of.
+
+    Attributes:
+        batches: Times that the next step's gradients were added to.
+        drawn: Scales and budget of the last allocation.
+    """
 
     measured: Tensor
     predicted: Tensor
@@ -82,11 +106,13 @@ class Balance(nn.Module):
         for name in ("measured", "predicted"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
         self.register_buffer("counted", torch.tensor(0))
+        self.batches = 0
+        self.drawn: tuple[list[float], Budget] | None = None
 
     def ratio(self) -> float:
         """Return by how much more a component saves than was predicted, on average; 1 before anything is known."""
-        ratio = (self.measured / self.predicted).item() if self.predicted > 0 else 1.0
-        return ratio if ratio > 0 else 1.0
+        measured, predicted = torch.stack([self.measured, self.predicted]).tolist()
+        return measured / predicted if predicted > 0 and measured > 0 else 1.0
 
 
 class Rescaled(MaskMethod):
@@ -97,10 +123,12 @@ class Rescaled(MaskMethod):
     true loss, taken where each module's prefix ends in the compressed model, does. A scale rises where a component
     saves more than predicted, compared with the average module, and rests where the ratio is the average one: there
     all modules give up their last component at the same price a parameter, which no allocation can improve to first
-    order. Modules that are dense have no end to measure at, and keep their scale.
+    order. Modules that are dense, or whose prefix has all gated components, have no end to measure at: the optimizer
+    leaves them out, and they keep their scale.
 
     Args:
-        width: Components on each side of a prefix's end that are measured, as a fraction of its length.
+        width: Components on each side of a prefix's end that are measured, as a fraction of its length; at least 3
+            where there are as many.
         warmup: First steps, which only measure the average.
         top: Parameters of the gated components over those of the dense weight.
 
@@ -119,14 +147,12 @@ class Rescaled(MaskMethod):
         self.width, self.warmup, self.top = width, warmup, top
 
     def stored_rank(self, shape: tuple[int, int]) -> int:
-        """Return ``int(top * mn / (m + n))``, at most ``min(m, n)``."""
-        m, n = shape
-        return max(1, min(int(self.top * m * n / (m + n)), m, n))
+        """Return how many components cost ``top`` times the dense weight, at most ``min(m, n)``."""
+        return gated_rank(shape, self.top)
 
     def create(self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None) -> RescaledMask:
         """Return a mask of scale 1; where its prefix ends, ``advance`` says. Arguments as in ``MaskMethod.create``."""
-        alone = Budget(keep=1.0, shapes={"": shape}, model_parameters=shape[0] * shape[1])
-        return RescaledMask(shape, self.stored_rank(shape), hull_slopes(alone, "", sigma), width=self.width)
+        return RescaledMask(shape, self.stored_rank(shape), sigma, width=self.width)
 
     def share(self, masks: Mapping[str, Mask]) -> Balance:
         """Return the sums of what was measured and predicted."""
@@ -136,46 +162,77 @@ class Rescaled(MaskMethod):
         return balance
 
     def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
-        """Take in what the last step measured, and end every prefix where the rescaled allocation has it."""
-        every = list(_rescaled(masks))
-        balance = every[0].remembered[0] if every[0].remembered else None
-        if balance is not None and step > int(balance.counted):
+        """End every prefix where the rescaled allocation has it; while it warms up, put scales back to 1 first."""
+        every, balance = _rescaled(masks), _balance(masks)
+        if 0 < step <= self.warmup:
             for mask in every:
-                _count(mask, balance)
-            balance.counted.fill_(step)
-            if step <= self.warmup:
-                for mask in every:
-                    mask.log_scale.data.zero_()
-        plan = self.finalise(masks, budget)
-        for mask, entry in zip(every, plan.modules.values(), strict=True):
-            mask.length = entry.rank if entry.rank is None else min(entry.rank, mask.rank)
+                mask.log_scale.data.zero_()
+        logs = _log_scales(masks)
+        if balance.drawn == (logs, budget):
+            return
+        sizes = budget.sizes(_scores(masks, budget, logs))
+        for mask, log, size in zip(every, logs, sizes.values(), strict=True):
+            mask.scale = math.exp(log)
+            mask.length = None if size is None else min(size, mask.rank)
+        balance.drawn = logs, budget
 
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``balance``, linear in the scales: its gradient is what each module saves at the average ratio."""
-        every = list(_rescaled(masks))
-        balance = every[0].remembered[0] if every[0].remembered else None
-        average = 1.0 if balance is None else balance.ratio()
+        every, balance = _rescaled(masks), _balance(masks)
+        average = balance.ratio()
+        balance.batches += 1
         for mask in every:
             mask.foreseen = mask.predicted()
             mask.charged = average * mask.foreseen
         return {"balance": torch.stack([mask.charged * mask.log_scale for mask in every]).sum()}
 
+    def observe(self, masks: Mapping[str, Mask], step: int, *, accumulated: int = 1) -> None:
+        """Add what the gradients say to the balance, without the penalty's part; leave out what was not measured."""
+        balance = _balance(masks)
+        batches, balance.batches = balance.batches, 0
+        measured = [mask for mask in _rescaled(masks) if mask.foreseen > 0 and mask.log_scale.grad is not None]
+        for mask in _rescaled(masks):
+            if mask.foreseen == 0:
+                mask.log_scale.grad = None
+        if step < int(balance.counted) or not batches or not measured:
+            return
+        # One transfer for all modules.
+        gradients = torch.stack([mask.log_scale.grad for mask in measured if mask.log_scale.grad is not None]).tolist()
+        mean = accumulated / batches
+        saved = sum(m.charged - mean * gradient for m, gradient in zip(measured, gradients, strict=True))
+        # Steps of mixed precision that overflow are skipped by the optimizer too.
+        if math.isfinite(saved):
+            balance.measured += saved
+            balance.predicted += sum(mask.foreseen for mask in measured)
+        balance.counted.fill_(step + 1)
+
     def finalise(self, masks: Mapping[str, Mask], budget: Budget) -> RankPlan:
         """Return the plan that minimises the rescaled loss at the exact budget."""
-        scores = {name: mask.scores() for name, mask in zip(masks, _rescaled(masks), strict=True)}
-        scales = torch.stack([mask.log_scale.detach() for mask in _rescaled(masks)]).exp()
-        note = f"predicted losses rescaled by {scales.min():.2f} to {scales.max():.2f}"
-        return budget.select(scores, method=self.name, notes=[note])
+        logs = _log_scales(masks)
+        note = f"predicted losses rescaled by {math.exp(min(logs)):.2f} to {math.exp(max(logs)):.2f}"
+        return budget.select(_scores(masks, budget, logs), method=self.name, notes=[note])
 
 
-def _count(mask: RescaledMask, balance: Balance) -> None:
-    """Add what the gradient of the last step says of ``mask`` to ``balance``; the penalty's part is taken out again."""
-    if mask.log_scale.grad is not None and mask.foreseen > 0:
-        balance.measured += mask.charged - mask.log_scale.grad.double()
-        balance.predicted += mask.foreseen
+def _scores(masks: Mapping[str, Mask], budget: Budget, logs: Sequence[float]) -> dict[str, Tensor]:
+    """Return the rescaled slopes of every module by name."""
+    return {
+        name: math.exp(log) * mask.slopes(budget, name)
+        for name, mask, log in zip(masks, _rescaled(masks), logs, strict=True)
+    }
 
 
-def _rescaled(masks: Mapping[str, Mask]) -> Iterable[RescaledMask]:
-    for mask in masks.values():
-        assert isinstance(mask, RescaledMask)
-        yield mask
+def _log_scales(masks: Mapping[str, Mask]) -> list[float]:
+    # One transfer for all modules: asking each for itself would wait for the device once a module.
+    logs: list[float] = torch.stack([mask.log_scale.detach() for mask in _rescaled(masks)]).tolist()
+    return logs
+
+
+def _balance(masks: Mapping[str, Mask]) -> Balance:
+    (balance,) = _rescaled(masks)[0].remembered
+    return balance
+
+
+def _rescaled(masks: Mapping[str, Mask]) -> list[RescaledMask]:
+    found = [mask for mask in masks.values() if isinstance(mask, RescaledMask)]
+    assert len(found) == len(masks)
+    return found

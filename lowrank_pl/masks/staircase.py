@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.budget import Budget
-from lowrank_pl.masks.base import Mask, MaskMethod
+from lowrank_pl.masks.base import Mask, MaskMethod, dense_sizes, gated_rank, reachable_top
 from lowrank_pl.objectives import budget_penalty, guidance_penalty
 from lowrank_pl.plan import RankPlan
 
@@ -107,30 +107,30 @@ class Staircase(MaskMethod):
         self.guidance_weight = guidance_weight
 
     def stored_rank(self, shape: tuple[int, int]) -> int:
-        """Return ``int(top * mn / (m + n))``, at most ``min(m, n)``."""
-        m, n = shape
-        return max(1, min(int(self.top * m * n / (m + n)), m, n))
+        """Return how many components cost ``top`` times the dense weight, at most ``min(m, n)``."""
+        return gated_rank(shape, self.top)
 
     def create(
         self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None
     ) -> StaircaseMask:
-        """Return a mask whose expected ratio is ``keep``; arguments as in ``MaskMethod.create``."""
-        m, n = shape
-        rank = self.stored_rank(shape)
-        # Where min(m, n) caps the components, all of them cost less than `top` times the dense weight.
-        top = self.top if rank < min(m, n) else min(self.top, rank * (m + n) / (m * n))
+        """Return a mask whose expected ratio is ``keep``, or as near to it as its prefix has as many as ``kept``."""
+        rank, top = self.stored_rank(shape), reachable_top(shape, self.top)
         # A plan to start from may hold ranks that cost more than dense.
-        return StaircaseMask(shape, rank, sigma, min(keep, 1.0), steps=self.steps, top=top)
+        keep = min(keep, 1.0)
+        if kept is not None and keep < 1:
+            # `rank` is rounded down and `top` is not, so that a ratio may be a component away from the length.
+            low, high = (top * (len(kept) + off) / rank for off in (-0.49, 0.49))
+            keep = min(max(keep, low), high)
+        return StaircaseMask(shape, rank, sigma, keep, steps=self.steps, top=top)
 
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget`` and ``guidance``, weighted; arguments as in ``MaskMethod.penalties``."""
         kept = ratios.clamp(max=1.0)
-        sizes = torch.tensor([m * n for m, n in (mask.shape for mask in masks.values())], device=ratios.device)
         errors = torch.stack(
             [_staircase(mask).error_at(ratio) for mask, ratio in zip(masks.values(), kept, strict=True)]
         )
         return {
-            "budget": self.budget_weight * budget_penalty(kept, sizes, keep),
+            "budget": self.budget_weight * budget_penalty(kept, dense_sizes(masks, ratios), keep),
             "guidance": self.guidance_weight * guidance_penalty(kept, errors),
         }
 

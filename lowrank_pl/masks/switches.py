@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.budget import Budget
-from lowrank_pl.masks.base import Mask
+from lowrank_pl.masks.base import Mask, MaskMethod
 from lowrank_pl.plan import RankPlan
 
-__all__ = ["Noise", "SwitchMask", "chosen_at_start", "draw_noise", "seeded", "select_by_logits", "switches"]
+__all__ = [
+    "Noise",
+    "SwitchMask",
+    "SwitchMethod",
+    "chosen_at_start",
+    "draw_noise",
+    "seeded",
+    "select_by_logits",
+    "switches",
+]
 
 Noise = Literal["gumbel", "logistic", "none"]
 """Gumbel(0, 1), the difference of two of them, or nothing."""
@@ -65,6 +74,24 @@ class SwitchMask(Mask):
 
     def _arranged(self, on: Tensor) -> Tensor:
         return on if self.any_k else torch.arange(self.rank, device=on.device) < on.sum()
+
+
+class SwitchMethod(MaskMethod):
+    """What methods with switches have in common: full-rank factors that never compute densely, and a start with all on.
+
+    Attributes:
+        dense_from: Infinity.
+    """
+
+    dense_from = float("inf")
+
+    def stored_rank(self, shape: tuple[int, int]) -> int:
+        """Return ``min(m, n)``: every component has its switch."""
+        return min(shape)
+
+    def start_keep(self, aim: float) -> float:
+        """Return 1: without a plan everything starts on, whatever ``aim`` is."""
+        return 1.0
 
 
 def switches(masks: Mapping[str, Mask]) -> list[SwitchMask]:
