@@ -63,7 +63,8 @@ def allocate(
         length: Tokens of a calibration window.
         windows: How many windows.
         dtype: Type to load the base in; the export has it too.
-        decomposition: How weights are decomposed; by default two_sided for fisher, asvd for strs, else whitened.
+        decomposition: How weights are decomposed, such as --decomposition.kind svd; by default two_sided for fisher,
+            asvd for strs, else whitened.
         include: Globs of modules to target, on full names or names inside a block.
         exclude: Globs of modules to leave alone; they are not counted in keep.
         multiple_of: Every rank is a multiple of this.

@@ -66,7 +66,7 @@ class RankLearner(LightningModule):
         keep_start: Where a schedule of the aimed-at fraction starts; needs ``keep_steps``.
         keep_steps: Optimizer steps over which the aim moves linearly from ``keep_start`` to ``keep``.
         record_order: Draw plans by how long components were kept while the aim came down from ``keep_start`` (ACIP,
-            arXiv 2501.01717) instead of by the masks as they are: one run then orders them for all sizes between.
+            arXiv 2502.01717) instead of by the masks as they are: one run then orders them for all sizes between.
         gradient_checkpointing: Recompute block activations in the backward pass, to save memory.
         trust_remote_code: Run Python code that comes with the base.
 

@@ -17,7 +17,7 @@ __all__ = ["ComponentOrder", "wish_scores"]
 class ComponentOrder:
     """Scores of every module's components: of two components the one with the higher score is kept longer.
 
-    One order serves every size (the score map of ACIP, arXiv 2501.01717): whatever the budget, the components with the
+    One order serves every size (the score map of ACIP, arXiv 2502.01717): whatever the budget, the components with the
     highest scores that fit are kept, so that the smaller of two models is contained in the larger.
 
     Args:

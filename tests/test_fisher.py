@@ -73,6 +73,6 @@ def test_factors_of_another_kind_are_refused():
     with pytest.raises(
         ValueError,
         match=r"the allocator fisher was given factors of the kind 'whitened': expected two_sided "
-        r"\(--decomposition.kind\)",
+        r"\(decomposition.kind\)",
     ):
         allocator("fisher").plan(Problem(budget, factors, None))

@@ -15,7 +15,7 @@ __all__ = ["Lifetimes"]
 
 
 class Lifetimes(nn.Module):
-    """Remembers for every component the last step at which its mask kept it (the score map of ACIP, arXiv 2501.01717).
+    """Remembers for every component the last step at which its mask kept it (the score map of ACIP, arXiv 2502.01717).
 
     While the aim goes from a large model to a small one, a later step is a smaller model: components that were kept
     later are the ones to keep longer. The record is part of checkpoints.

@@ -61,10 +61,16 @@ class RescaledMask(Mask):
         return min(max(3, math.ceil(self.width * self.length)), self.length, self.rank - self.length)
 
     def predicted(self) -> float:
-        """Return the rescaled loss that the next component is predicted to save; 0 where none is measured."""
-        if self._slopes is None or self.length is None or not self.reach():
+        """Return what ``forward`` would measure if the rescaled prediction were true; 0 where nothing is measured.
+
+        That is what the components beyond the end are worth, not the slope of the hull, which where the next size is
+        dense stands for all of them at once.
+        """
+        near = self.reach()
+        if not near:
             return 0.0
-        return self.scale * float(self._slopes[1][self.length]) * sum(self.shape)
+        assert self.length is not None
+        return self.scale * float(self.sigma[self.length : self.length + near].square().mean()) / 2
 
     def forward(self) -> Tensor:
         """Return the hard prefix ``[rank]``; the scale gets the mean gradient of the gates around its end.
@@ -121,9 +127,8 @@ class Rescaled(MaskMethod):
     The allocation minimises ``sum(exp(scale) * predicted loss)`` at the budget exactly, every step anew, from the
     plan of ``fisher`` on. The quadratic prediction knows nothing of how modules disturb each other; the gradient of the
     true loss, taken where each module's prefix ends in the compressed model, does. A scale rises where a component
-    saves more than predicted, compared with the average module, and rests where the ratio is the average one: there
-    all modules give up their last component at the same price a parameter, which no allocation can improve to first
-    order. Modules that are dense, or whose prefix has all gated components, have no end to measure at: the optimizer
+    saves more than predicted, compared with the average module, and rests where the ratio is the average one: there the rescaled prediction is right in its
+    relations, and the allocation that is exact for it as good as any to first order. Modules that are dense, or whose prefix has all gated components, have no end to measure at: the optimizer
     leaves them out, and they keep their scale.
 
     Args:
