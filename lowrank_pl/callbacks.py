@@ -27,7 +27,7 @@ from lowrank_pl.module import RankLearner
 from lowrank_pl.plan_report import block_and_kind, rank_map
 from lowrank_pl.windows import token_windows
 
-__all__ = ["FinishRun", "RankMonitor"]
+__all__ = ["FinishRun", "RankMonitor", "Stopwatch"]
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,32 @@ class RankMonitor(Callback):
             board.experiment.add_figure("rank map", rank_map(plan, title=title), global_step=trainer.global_step)
 
 
-class FinishRun(Callback):
+class Stopwatch(Callback):
+    """Counts the seconds that are spent learning, over all the parts of a run that was resumed."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._before = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds spent learning so far, for the checkpoint."""
+        return {"learning": self.learning_seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from the seconds that the checkpoint's run had spent."""
+        self._before = state_dict["learning"]
+
+    def learning_seconds(self) -> float:
+        """Return the seconds spent learning, those before a resume included."""
+        # A checkpoint of a finished run is resumed without any training.
+        return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+
+class FinishRun(Stopwatch):
     """Exports what was learned and scores it beside the dense model and the baselines, when training ends well.
 
     The run's folder (``trainer.default_root_dir``) then holds ``plan.json``, ``model/``, ``summary.json`` and
@@ -127,14 +152,13 @@ class FinishRun(Callback):
         merge: bool = False,
         json: Path | None = None,
     ) -> None:
+        super().__init__()
         self.score_text, self.score_length, self.score_windows = score_text, score_length, score_windows
         self.baselines, self.prompts, self.max_new_tokens = tuple(baselines), tuple(prompts), max_new_tokens
         self.merge, self.json = merge, json
         for name in baselines:
             allocator(name)
         self.finished: Finished | None = None
-        self._began: float | None = None
-        self._before = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at baselines and read the text for scores: a mistake there must not surface after hours of learning."""
@@ -160,27 +184,11 @@ class FinishRun(Callback):
         assert pl_module.model is not None
         check_windows(pl_module.model, self.protocol.windows)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._began = time.perf_counter()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the seconds spent learning so far, for the checkpoint."""
-        return {"learning": self._learning_seconds()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on from the seconds that the checkpoint's run had spent."""
-        self._before = state_dict["learning"]
-
-    def _learning_seconds(self) -> float:
-        # A checkpoint of a finished run is resumed without any training.
-        return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the run on the first process, while the others wait."""
         assert isinstance(pl_module, RankLearner)
         if trainer.is_global_zero:
-            pl_module.seconds["learning"] = self._learning_seconds()
+            pl_module.seconds["learning"] = self.learning_seconds()
             self.finished = self._finish(trainer, pl_module)
             self._log_result(trainer, pl_module, self.finished)
             run = Path(trainer.default_root_dir)

@@ -29,7 +29,7 @@ from lowrank_pl.compare import compare
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.export import ExportError
 from lowrank_pl.files import atomic_write
-from lowrank_pl.interrupt import StopBetweenBatches
+from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
 from lowrank_pl.module import RankLearner
 from lowrank_pl.progress import LearningBar
 from lowrank_pl.scoring import evaluate
@@ -87,14 +87,13 @@ class RankCLI(LightningCLI):
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Run the Trainer; after Ctrl-C say how to go on."""
-        try:
+        last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+
+        def advice() -> str:
+            return f"go on with --ckpt_path {last}" if last.exists() else "there is no checkpoint yet"
+
+        with told_when_interrupted(self.trainer, advice):
             self.trainer.fit(model, weights_only=True, **kwargs)
-        except SystemExit:
-            if not self.trainer.interrupted:
-                raise
-            last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-            advice = f"go on with --ckpt_path {last}" if last.exists() else "there is no checkpoint yet"
-            raise KeyboardInterrupt(advice) from None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--run``, ``--json`` and the callbacks of every run."""

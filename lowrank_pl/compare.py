@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_pl import __version__
 from lowrank_pl.allocate import allocator
 from lowrank_pl.base_model import load_base, load_tokenizer
-from lowrank_pl.callbacks import RankMonitor
+from lowrank_pl.callbacks import RankMonitor, Stopwatch
 from lowrank_pl.checkpointing import AtomicCheckpoints
 from lowrank_pl.collected import Statistic
 from lowrank_pl.commands import pick_device
@@ -231,9 +231,7 @@ class _Comparison:
     ) -> dict[str, Any]:
         costs = self._prepare(method)
         reset_peak_memory(self.model.device)
-        began = time.perf_counter()
-        plan, store = self._plan(name, method, keep)
-        made = time.perf_counter() - began
+        plan, store, made = self._plan(name, method, keep)
         plan.save(self._folder(name, keep) / "plan.json")
         with compressed(self.model, plan, store):
             nats, seconds = self._score(f"{name} at {keep:g}")
@@ -277,12 +275,13 @@ class _Comparison:
         }
         return nats, time.perf_counter() - began
 
-    def _plan(self, name: str, method: Recipe, keep: float) -> tuple[RankPlan, FactorStore]:
-        """Return the plan of ``method`` with its origin, and the factors that it is for."""
+    def _plan(self, name: str, method: Recipe, keep: float) -> tuple[RankPlan, FactorStore, float]:
+        """Return the plan of ``method`` with its origin, the factors that it is for, and the seconds that it took."""
+        began = time.perf_counter()
         if method.learning is not None:
             return self._learn(method, keep, self._folder(name, keep) / f"learning-{self._identity(method, keep)[:12]}")
         budget = budget_for(self.model, self.targets, keep, multiple_of=self.options["multiple_of"])
-        return draw_plan(
+        plan, store = draw_plan(
             allocator(method.allocator, **method.settings),
             budget,
             self.targets,
@@ -294,8 +293,9 @@ class _Comparison:
             dtype=self.dtype,
             text=self.calibration,
         )
+        return plan, store, time.perf_counter() - began
 
-    def _learn(self, method: Recipe, keep: float, folder: Path) -> tuple[RankPlan, FactorStore]:
+    def _learn(self, method: Recipe, keep: float, folder: Path) -> tuple[RankPlan, FactorStore, float]:
         """Return the plan that a mask learned, by Lightning; a run that was killed goes on from its checkpoint."""
         learning = method.learning
         assert learning is not None
@@ -327,6 +327,7 @@ class _Comparison:
         checkpoints = ModelCheckpoint(
             folder / "checkpoints", every_n_train_steps=25, save_last=True, save_top_k=1, enable_version_counter=False
         )
+        watch = Stopwatch()
         monitor = RankMonitor(map_every_n_steps=learning.steps)
         trainer = Trainer(
             max_steps=learning.steps,
@@ -336,7 +337,7 @@ class _Comparison:
             default_root_dir=folder,
             limit_val_batches=0,
             logger=TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
-            callbacks=[checkpoints, monitor, LearningBar(), StopBetweenBatches()],
+            callbacks=[checkpoints, watch, monitor, LearningBar(), StopBetweenBatches()],
             plugins=[AtomicCheckpoints()],
             num_sanity_val_steps=0,
             log_every_n_steps=1,
@@ -349,7 +350,7 @@ class _Comparison:
             learner.build(self.model, data)
             with told_when_interrupted(trainer, lambda: "run the same command again to go on"):
                 trainer.fit(learner, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-            return learner.plan(), learner.store
+            return learner.plan(), learner.store, watch.learning_seconds()
         finally:
             restore_dense(self.model).to(device)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from lowrank_pl.files import atomic_write, write_json
-from lowrank_pl.plan_report import percent, table
+from lowrank_pl.plan_report import percent, save_figure, table
 
 __all__ = ["comparison_plot", "comparison_table", "read_results", "write_comparison"]
 
@@ -91,9 +90,7 @@ def write_comparison(folder: Path, results: Sequence[Mapping[str, Any]], *, comm
     atomic_write(folder / "results.md", f"{comparison_table(results)}\n\nMade by `{command}`.\n")
     drawn = [row for row in results if row["method"] != DENSE]
     for corpus in drawn[0]["perplexity"] if drawn else ():
-        picture = BytesIO()
-        comparison_plot(results, corpus).savefig(picture, dpi=130, format="png")
-        atomic_write(folder / f"excess-{corpus}.png", picture.getvalue())
+        save_figure(comparison_plot(results, corpus), folder / f"excess-{corpus}.png")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

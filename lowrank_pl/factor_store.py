@@ -143,7 +143,6 @@ class TensorStore:
         with self._open(name) as file:
             return {key: value for key, value in (file.metadata() or {}).items() if key != "digest"}
 
-
     def seconds(self, names: Iterable[str]) -> float | None:
         """Return how long it took to make what is stored of ``names``; ``None`` where that was not noted."""
         noted = [self.notes(name).get("seconds") for name in names]

@@ -127,9 +127,10 @@ class Rescaled(MaskMethod):
     The allocation minimises ``sum(exp(scale) * predicted loss)`` at the budget exactly, every step anew, from the
     plan of ``fisher`` on. The quadratic prediction knows nothing of how modules disturb each other; the gradient of the
     true loss, taken where each module's prefix ends in the compressed model, does. A scale rises where a component
-    saves more than predicted, compared with the average module, and rests where the ratio is the average one: there the rescaled prediction is right in its
-    relations, and the allocation that is exact for it as good as any to first order. Modules that are dense, or whose prefix has all gated components, have no end to measure at: the optimizer
-    leaves them out, and they keep their scale.
+    saves more than predicted, compared with the average module, and rests where the ratio is the average one: there
+    the rescaled prediction has the true loss's slopes, up to one common factor, and the allocation that is exact for it
+    cannot be improved to first order. Modules that are dense, or whose prefix has all gated components, have no end to
+    measure at: the optimizer leaves them out, and they keep their scale.
 
     Args:
         width: Components on each side of a prefix's end that are measured, as a fraction of its length; at least 3
