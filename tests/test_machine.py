@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,16 +20,19 @@ def test_the_description_says_what_this_is():
     assert found["processor"]
 
 
-def test_the_peak_counts_from_the_last_reset():
-    assert reset_peak_memory()
+def test_the_peak_counts_from_the_last_reset_where_the_system_can():
+    resets = reset_peak_memory()
+    assert resets == Path("/proc/self/clear_refs").exists()
     before = peak_memory()
     block = torch.ones(50_000_000)  # 200 MB
     high = peak_memory()
     del block
-    assert high - before > 150e6
+    assert high >= before
     assert peak_memory() == pytest.approx(high, rel=0.02)
-    assert reset_peak_memory()
-    assert peak_memory() < high - 150e6
+    if resets:
+        assert high - before > 150e6
+        assert reset_peak_memory()
+        assert peak_memory() < high - 150e6
 
 
 def test_without_a_mark_to_reset_the_peak_is_the_process_one(monkeypatch, tmp_path):
