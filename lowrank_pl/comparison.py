@@ -74,6 +74,9 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str) -> Figure
     if all(row["excess"][corpus] > 0 for rows in methods.values() for row in rows):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter("{x:g}")
+    sizes = sorted({row["keep"]["asked"] for rows in methods.values() for row in rows})
+    if len(sizes) <= 8:
+        axes.set_xticks(sizes, [percent(size) for size in sizes])
     axes.set_xlabel("kept fraction of the targeted parameters")
     axes.set_ylabel("excess over the dense model in nats a token")
     axes.set_title(f"{corpus}: lower is better")
