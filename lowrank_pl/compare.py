@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as jsonlib
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,8 +40,9 @@ from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import budget_for, build_factors, model_fingerprint, statistics_of
 from lowrank_pl.progress import LearningBar
 from lowrank_pl.recipes import Recipe, recipe
+from lowrank_pl.scored_texts import named_texts, warn_of_known_text
 from lowrank_pl.targets import Targets, find_targets
-from lowrank_pl.windows import known_windows, token_windows, windows_fingerprint
+from lowrank_pl.windows import token_windows, windows_fingerprint
 
 __all__ = ["compare"]
 
@@ -109,7 +109,7 @@ def compare(
     targets = find_targets(model, include=include, exclude=exclude)
     for fraction in keep:
         budget_for(model, targets, fraction, multiple_of=multiple_of)
-    texts = _named_texts(scores)
+    texts = named_texts(scores)
     limits = score_windows or {}
     if unknown := sorted(set(limits) - set(texts)):
         raise ValueError(f"score_windows names {unknown[0]!r}, which is none of the texts to score: {', '.join(texts)}")
@@ -133,7 +133,7 @@ def compare(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    _warn_of_known_text(windows, bench.tokens, calibration, tokenizer, chosen)
+    warn_of_known_text(windows, bench.tokens, calibration, tokenizer, chosen)
     results = bench.results(chosen, keep)
     if json is not None:
         write_json(json, results)
@@ -361,40 +361,3 @@ def _figures(nats: Mapping[str, float], dense: Mapping[str, float]) -> dict[str,
         "perplexity": {corpus: float(torch.tensor(value, dtype=torch.float64).exp()) for corpus, value in nats.items()},
         "excess": {corpus: value - dense[corpus] for corpus, value in nats.items()},
     }
-
-
-def _warn_of_known_text(
-    scored: Mapping[str, Tensor],
-    statistics: Tensor,
-    calibration: str,
-    tokenizer: PreTrainedTokenizerBase,
-    recipes: Mapping[str, Recipe],
-) -> None:
-    counts = [method.learning.windows for method in recipes.values() if method.learning is not None]
-    learnt = token_windows(calibration, tokenizer, length=statistics.shape[1], windows=max([len(statistics), *counts]))
-    for corpus, windows in scored.items():
-        known = known_windows(windows, [learnt], tokenizer)
-        if known:
-            _log.warning(
-                "%d of %d windows of %s hold text that methods are calibrated on: their perplexity flatters",
-                known,
-                len(windows),
-                corpus,
-            )
-
-
-def _named_texts(entries: Sequence[str]) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    for name, text in map(_named_text, entries):
-        if name in texts:
-            raise ValueError(f"two texts to score are called {name!r}: name them, as NAME=TEXT")
-        texts[name] = text
-    return texts
-
-
-def _named_text(entry: str) -> tuple[str, str]:
-    """Return name and text of ``NAME=TEXT``, or of ``TEXT``, which then names itself by its file."""
-    named = re.fullmatch(r"([\w.-]+)=(.+)", entry, flags=re.DOTALL)
-    if named:
-        return named[1], named[2]
-    return Path(entry.partition("::")[0]).stem, entry
