@@ -15,7 +15,7 @@ from lowrank_pl.compress import compress
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.evaluate import Score, perplexity
 from lowrank_pl.export import load_compressed, save_compressed
-from lowrank_pl.hf_format import LowRankLinear
+from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.plan import ModulePlan, RankPlan
 from lowrank_pl.prepare import build_factors
 from lowrank_pl.targets import find_targets
@@ -35,6 +35,7 @@ __all__ = [
     "FinishRun",
     "LowRankLinear",
     "ModulePlan",
+    "PivotedLinear",
     "RankLearner",
     "RankMonitor",
     "RankPlan",

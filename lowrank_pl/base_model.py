@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, from a hub id, a folder, a GGUF file, an installed package, or a random family."""
+"""The base model and its tokenizer, from a hub id, a folder, a GGUF file, an installed package, or random weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lowrank_pl.block_shapes import SHAPES, random_blocks
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
 
 __all__ = ["BaseSpec", "load_base", "load_tokenizer", "resolve_base"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMS = "a hub id, a local folder, a .gguf file, package:NAME or random:FAMILY"
+FORMS = "a hub id, a local folder, a .gguf file, package:NAME, random:FAMILY or layers:NAME"
 # Families whose real tokenizers put a BOS before every text, and whose models go wrong without it.
 BOS_FAMILIES = ("gemma2", "gemma3")
 
@@ -40,12 +41,16 @@ class BaseSpec:
         path: Hub id or local folder, as ``from_pretrained`` takes it; empty for a random model.
         gguf_file: Name of the GGUF file inside ``path``, if the weights are in one.
         family: Family of a random model (``random:FAMILY``), else ``None``.
+        shapes: Large model of whose shapes random blocks are (``layers:NAME``), else ``None``.
+        blocks: How many blocks these are.
     """
 
     name: str
     path: str
     gguf_file: str | None = None
     family: str | None = None
+    shapes: str | None = None
+    blocks: int = 1
 
 
 def resolve_base(base: str) -> BaseSpec:
@@ -53,8 +58,9 @@ def resolve_base(base: str) -> BaseSpec:
 
     Args:
         base: A hub id (``HuggingFaceTB/SmolLM2-135M``), a local folder, the path of a ``.gguf`` file,
-            ``package:NAME`` (the one GGUF file inside an installed Python package, which is never imported) or
-            ``random:FAMILY`` (a tiny random model, for trials).
+            ``package:NAME`` (the one GGUF file inside an installed Python package, which is never imported),
+            ``random:FAMILY`` (a tiny random model, for trials) or ``layers:NAME`` (a block of a large model's shapes
+            with random weights, to measure speed; ``layers:NAME:4`` has four).
 
     Raises:
         ValueError: Nothing of the kind exists here; the message says what was found instead.
@@ -67,6 +73,8 @@ def resolve_base(base: str) -> BaseSpec:
     scheme, _, rest = base.partition(":")
     if scheme == "random":
         return _random(rest)
+    if scheme == "layers":
+        return _layers(rest)
     if scheme == "package":
         return _package(rest)
     path = Path(base).expanduser()
@@ -104,6 +112,8 @@ def load_base(base: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
     spec = resolve_base(base)
     if spec.family is not None:
         model = _rebuilt(tiny_model(spec.family), dtype)
+    elif spec.shapes is not None:
+        model = random_blocks(spec.shapes, blocks=spec.blocks, dtype=dtype)
     elif spec.gguf_file is not None:
         model = _load_gguf(spec, dtype)
     else:
@@ -125,7 +135,7 @@ def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> PreTrainedT
     [97, 98]
     """
     spec = resolve_base(base)
-    if spec.family is not None:
+    if spec.family is not None or spec.shapes is not None:
         return byte_tokenizer(bos=spec.family in BOS_FAMILIES)
     advice = "give a folder that holds the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the model"
     with _explained(f"can't load the tokenizer of {base!r}", advice if Path(spec.path).is_dir() else _hub_advice()):
@@ -141,6 +151,18 @@ def _random(family: str) -> BaseSpec:
     if family not in FAMILIES:
         raise ValueError(f"base model 'random:{family}': unknown family; expected one of {', '.join(FAMILIES)}")
     return BaseSpec(name=f"random-{family}", path="", family=family)
+
+
+def _layers(text: str) -> BaseSpec:
+    name, _, blocks = text.partition(":")
+    if name not in SHAPES:
+        raise ValueError(f"base model 'layers:{text}': unknown shapes; expected one of {', '.join(SHAPES)}")
+    count = blocks or "1"
+    if not (count.isascii() and count.isdecimal() and int(count)):
+        raise ValueError(
+            f"base model 'layers:{text}': {blocks!r} is no number of blocks; write layers:{name}:2 for two"
+        )
+    return BaseSpec(name=f"layers-{text.replace(':', '-')}", path="", shapes=name, blocks=int(count))
 
 
 def _package(name: str) -> BaseSpec:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,35 +16,12 @@ from torch import Tensor
 
 from lowrank_pl.order import ComponentOrder, wish_scores
 from lowrank_pl.plan import ModulePlan, RankPlan
+from lowrank_pl.storage import Storage, StorageChoice
 
-__all__ = ["Budget", "break_even", "factored_cost", "parameter_ratio"]
+__all__ = ["Budget"]
 
 _log = logging.getLogger(__name__)
 Shape = tuple[int, int]
-
-
-def factored_cost(shape: Shape, rank: int) -> int:
-    """Return the parameters of ``rank`` components of a map of ``shape`` ``(out, in)``.
-
-    >>> factored_cost((10, 20), 3)
-    90
-    """
-    return rank * sum(shape)
-
-
-def break_even(shape: Shape) -> int:
-    """Return the largest rank whose factors are smaller than the dense weight; 0 if there is none.
-
-    >>> break_even((10, 20)), break_even((1, 5))
-    (6, 0)
-    """
-    out_features, in_features = shape
-    return (out_features * in_features - 1) // (out_features + in_features)
-
-
-def parameter_ratio(shape: Shape, rank: float) -> float:
-    """Return the parameters of ``rank`` components as a fraction of the dense weight's."""
-    return rank * sum(shape) / (shape[0] * shape[1])
 
 
 @dataclass(frozen=True)
@@ -57,12 +35,13 @@ class Budget:
         bytes_per_parameter: Bytes of one stored number.
         multiple_of: Every rank is a multiple of this; modules too small for one multiple stay dense.
         floors: Least kept fraction by glob on the module's name; 1.0 keeps the matching modules dense.
+        storage: How low-rank modules are stored, which decides on what a rank costs.
 
     Raises:
         ValueError: ``keep`` outside (0, 1], a floor outside [0, 1] or matching nothing, or floors above ``keep``.
 
     Example:
-        >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128)
+        >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
         >>> plan = budget.fit({"a": 3.0, "b": 1.0}, method="hand")
         >>> [module.rank for module in plan.modules.values()], plan.keep_targeted
         ([3, 1], 0.5)
@@ -74,6 +53,7 @@ class Budget:
     bytes_per_parameter: int = 4
     multiple_of: int = 1
     floors: Mapping[str, float] = field(default_factory=dict)
+    storage: StorageChoice = "auto"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -103,19 +83,33 @@ class Budget:
         return min(self.total, math.floor(self.keep * self.total + 1e-6))
 
     def cost(self, name: str, rank: int | None) -> int:
-        """Return the parameters of module ``name`` at ``rank``; ``None`` is dense."""
+        """Return the parameters of module ``name`` at ``rank``, indices of pivots included; ``None`` is dense."""
         shape = self.shapes[name]
-        return shape[0] * shape[1] if rank is None else factored_cost(shape, rank)
+        return shape[0] * shape[1] if rank is None else self.prices.cost(shape, rank)
+
+    def costs(self, name: str, sizes: Sequence[int | None]) -> NDArray[np.int64]:
+        """Return the cost of each of ``sizes`` of module ``name``."""
+        m, n = self.shapes[name]
+        ranks = np.array([0 if size is None else size for size in sizes], dtype=np.int64)
+        return np.where([size is None for size in sizes], m * n, self.prices.costs((m, n), ranks))
+
+    @cached_property
+    def prices(self) -> Storage:
+        """What ranks cost."""
+        return Storage(self.storage, self.bytes_per_parameter)
+
+    def break_even(self, name: str) -> int:
+        """Return the largest rank of ``name`` that takes less than its dense weight; 0 if there is none."""
+        return self.prices.break_even(self.shapes[name])
 
     def top_rank(self, name: str) -> int:
         """Return the largest allowed rank of ``name`` below dense; 0 where only dense is left."""
-        return break_even(self.shapes[name]) // self.multiple_of * self.multiple_of
+        return self.break_even(name) // self.multiple_of * self.multiple_of
 
     def least_rank(self, name: str) -> int | None:
         """Return the smallest allowed rank of ``name``; ``None`` where it must stay dense."""
         floor = max((f for pattern, f in self.floors.items() if fnmatchcase(name, pattern)), default=0.0)
-        m, n = self.shapes[name]
-        wanted = max(1, math.ceil(floor * m * n / (m + n) - 1e-9))
+        wanted = max(1, math.ceil(self.prices.rank_at(self.shapes[name], floor) - 1e-9))
         rank = math.ceil(wanted / self.multiple_of) * self.multiple_of
         return rank if floor < 1 and rank <= self.top_rank(name) else None
 
@@ -142,7 +136,7 @@ class Budget:
         wishes = dict(wishes)
         if sum(self.cost(n, self.least_rank(n) if math.isfinite(w) else None) for n, w in wishes.items()) > self.limit:
             dropped = sum(math.isinf(wish) for wish in wishes.values())
-            even = {name: m * n / (m + n) for name, (m, n) in self.shapes.items()}
+            even = {name: self.prices.rank_at(shape, 1.0) for name, shape in self.shapes.items()}
             wishes = {name: even[name] if math.isinf(wish) else wish for name, wish in wishes.items()}
             notes.append(f"{dropped} modules were wished dense, which the budget does not allow: scaled like the rest")
         order = ComponentOrder({name: wish_scores(shape, wishes[name]) for name, shape in self.shapes.items()})
@@ -183,7 +177,7 @@ class Budget:
 
         Example:
             >>> import torch
-            >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128)
+            >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
             >>> plan = budget.select({"a": torch.tensor([9.0, 1, 8]), "b": torch.tensor([7.0, 6.0])}, method="hand")
             >>> [(module.rank, module.indices) for module in plan.modules.values()]
             [(2, (0, 2)), (2, None)]
@@ -254,7 +248,7 @@ class Budget:
         """Return score, module and price of every step of every ladder, and in which sequence they are taken."""
         values, owners, prices, places = [], [], [], []
         for owner, (name, ladder) in enumerate(zip(self.shapes, ladders, strict=True)):
-            dense = break_even(self.shapes[name]) + 1
+            dense = self.break_even(name) + 1
             # Dense is the first size that pays for no further component: the one beyond break-even.
             reached = np.array([dense if size is None else size for size in ladder[1:]], dtype=np.int64)
             ranked = np.full(min(self.shapes[name]) + 1, -np.inf, dtype=np.float32)
@@ -262,7 +256,7 @@ class Budget:
             ranked[: len(scores)] = np.sort(scores.numpy())[::-1]
             values.append(ranked[reached - 1])
             owners.append(np.full(len(reached), owner, dtype=np.int64))
-            costs = np.array([self.cost(name, size) for size in ladder], dtype=np.int64)
+            costs = self.costs(name, ladder)
             prices.append(costs[1:] - costs[:-1])
             places.append(reached / dense)
         value, owner_of, price = np.concatenate(values), np.concatenate(owners), np.concatenate(prices)
@@ -283,7 +277,7 @@ class Budget:
         if least.rank is None:
             return [None]
         more = [rank for rank in ranks if rank > least.rank]
-        return [least.rank, *more, *([None] if least.rank <= break_even(self.shapes[name]) else [])]
+        return [least.rank, *more, *([None] if least.rank <= self.break_even(name) else [])]
 
     def _plan(
         self, sizes: Mapping[str, int | None], order: ComponentOrder, method: str, notes: Sequence[str]
@@ -292,16 +286,22 @@ class Budget:
         notes = [*(f"{name}: too small for a rank of {self.multiple_of}, left dense" for name in too_small), *notes]
         for note in notes:
             _log.info("%s: %s", method, note)
+        modules = {}
+        for name, size in sizes.items():
+            shape = self.shapes[name]
+            form = "factored" if size is None else self.prices.form(shape, size)
+            modules[name] = ModulePlan.of_highest(shape, size, order.scores[name], storage=form)
         return RankPlan(
             method=method,
             keep=self.keep,
-            modules={n: ModulePlan.of_highest(self.shapes[n], size, order.scores[n]) for n, size in sizes.items()},
+            modules=modules,
             model_parameters=self.model_parameters,
             bytes_per_parameter=self.bytes_per_parameter,
             notes=tuple(notes),
             order=order,
             multiple_of=self.multiple_of,
             floors=dict(self.floors),
+            storage=self.storage,
         )
 
     def _with_finite_wishes(
@@ -319,7 +319,7 @@ class Budget:
             if math.isinf(wish):
                 shape = self.shapes[name]
                 # A little above, for no component of another module may come between.
-                just_dense = (break_even(shape) + 1) * max(threshold, 1e-30) * (1 + 1e-6)
+                just_dense = (self.break_even(name) + 1) * max(threshold, 1e-30) * (1 + 1e-6)
                 scores[name] = wish_scores(shape, just_dense)
         return ComponentOrder(scores)
 

@@ -22,6 +22,7 @@ from lowrank_pl.plan_report import rank_table
 from lowrank_pl.prepare import budget_for, build_factors
 from lowrank_pl.report import Row, row_table
 from lowrank_pl.sizes import nested
+from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import find_targets
 from lowrank_pl.windows import token_windows
 
@@ -46,6 +47,7 @@ def allocate(
     exclude: Sequence[str] = (),
     multiple_of: int = 1,
     floors: dict[str, float] | None = None,
+    storage: StorageChoice = "auto",
     output: Path = Path("plan.json"),
     store: Path | None = None,
     device: str = "auto",
@@ -69,6 +71,7 @@ def allocate(
         exclude: Globs of modules to leave alone; they are not counted in keep.
         multiple_of: Every rank is a multiple of this.
         floors: Least kept fraction by glob on module names; 1.0 keeps these dense.
+        storage: How low-rank modules are stored: as two factors, pivoted, or auto for the smaller of both.
         output: Where the plan goes.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
         device: cpu, cuda, ...; auto takes cuda where there is one.
@@ -82,7 +85,7 @@ def allocate(
     model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     targets = find_targets(model, include=include, exclude=exclude)
-    budget = budget_for(model, targets, keep, multiple_of=multiple_of, floors=floors)
+    budget = budget_for(model, targets, keep, multiple_of=multiple_of, floors=floors, storage=storage)
     tokens = token_windows(text, tokenizer, length=length, windows=windows)
     model.to(pick_device(device))
     drawn, factors = draw_plan(
@@ -138,7 +141,7 @@ def export(
     try:
         for folder, size in todo.items():
             _log.info("exporting %s, %d of %d", folder, len(rows) + 1, len(todo))
-            report = export_plan(
+            report, size = export_plan(
                 model, size, factors, folder, tokenizer=tokenizer, command=command_line(), merge=merge,
                 put_back=len(rows) + 1 < len(todo),
             )  # fmt: skip

@@ -26,7 +26,7 @@ from lowrank_pl.checkpointing import AtomicCheckpoints
 from lowrank_pl.collected import Statistic
 from lowrank_pl.commands import pick_device
 from lowrank_pl.comparison import DENSE, comparison_table, read_results, write_comparison
-from lowrank_pl.compress import compressed, restore_dense
+from lowrank_pl.compress import compressed, deployed_plan, restore_dense
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.draw import draw_plan
 from lowrank_pl.evaluate import check_windows, perplexity
@@ -234,6 +234,7 @@ class _Comparison:
         plan, store, made = self._plan(name, method, keep)
         plan.save(self._folder(name, keep) / "plan.json")
         with compressed(self.model, plan, store):
+            plan = deployed_plan(self.model, plan)
             nats, seconds = self._score(f"{name} at {keep:g}")
         return {
             "method": name,
@@ -280,7 +281,9 @@ class _Comparison:
         began = time.perf_counter()
         if method.learning is not None:
             return self._learn(method, keep, self._folder(name, keep) / f"learning-{self._identity(method, keep)[:12]}")
-        budget = budget_for(self.model, self.targets, keep, multiple_of=self.options["multiple_of"])
+        budget = budget_for(
+            self.model, self.targets, keep, multiple_of=self.options["multiple_of"], storage=method.storage
+        )
         plan, store = draw_plan(
             allocator(method.allocator, **method.settings),
             budget,
@@ -321,6 +324,7 @@ class _Comparison:
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning.lr, weight_decay=0.0),
             lr_scheduler=(lambda o: CosineAnnealingLR(o, learning.steps)) if learning.cosine else None,
             start=learning.start,
+            storage=method.storage,
             trust_remote_code=self.trust_remote_code,
             **self.options,
         )

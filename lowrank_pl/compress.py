@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_pl.factor_store import FactorStore, weight_digest
-from lowrank_pl.hf_format import LowRankLinear
+from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.layers import MaskedLinear, masked_layers
+from lowrank_pl.pivot import pivot
 from lowrank_pl.plan import ModulePlan, RankPlan
 from lowrank_pl.targets import dense_weight, replace_module
 
-__all__ = ["compress", "compressed", "restore_dense"]
+__all__ = ["compress", "compressed", "deployed_plan", "restore_dense"]
 
 _log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,7 +29,8 @@ def compress(model: Model, plan: RankPlan, store: FactorStore) -> Model:
     """Replace the planned modules of ``model`` by their factors at the planned ranks, in place, and return it.
 
     Modules that the plan leaves dense stay as they are. Biases are kept. Works on the dense base as well as on the
-    masked model that ranks were learned with.
+    masked model that ranks were learned with. A module that can't be stored pivoted accurately in its weight's type is
+    stored as two factors, with a warning; ``deployed_plan`` says which.
 
     Args:
         model: The base that plan and store were made from.
@@ -48,7 +51,7 @@ def compress(model: Model, plan: RankPlan, store: FactorStore) -> Model:
         >>> budget = Budget(keep=0.5, shapes=shapes, model_parameters=model.num_parameters())
         >>> plan = budget.fit({name: 1.0 for name in shapes}, method="hand")
         >>> compress(model, plan, store).get_submodule("model.layers.0.mlp.up_proj")
-        LowRankLinear(in_features=..., out_features=..., rank=..., bias=False)
+        PivotedLinear(in_features=..., out_features=..., rank=..., side=in, bias=False)
     """
     _check(model, plan, store)
     for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
@@ -58,12 +61,45 @@ def compress(model: Model, plan: RankPlan, store: FactorStore) -> Model:
     return model
 
 
-def _low_rank(old: nn.Module, entry: ModulePlan, store: FactorStore, name: str) -> LowRankLinear:
+def _low_rank(old: nn.Module, entry: ModulePlan, store: FactorStore, name: str) -> LowRankLinear | PivotedLinear:
     assert entry.rank is not None
     factors = store.factors(name, entry.rank if entry.indices is None else torch.tensor(entry.indices))
     weight = dense_weight(old)
     bias = getattr(old, "bias", None)
+    if entry.storage == "pivoted":
+        # Double precision: on the weight's device where that is fast.
+        place = weight.device if weight.device.type == "cuda" else factors.left.device
+        found = pivot(factors.left.to(place), factors.right.to(place), dtype=weight.dtype)
+        if found.is_accurate:
+            parts = (found.weight.to(weight.device), found.right.to(weight.device), found.pivots.to(weight.device))
+            return PivotedLinear.from_parts(*parts, side=found.side, bias=bias)
+        _log.warning(
+            "%s is stored as two factors: stored pivoted in %s it would be off by %.2g, as factors it is by %.2g "
+            "(largest coefficient %.3g)",
+            *(name, _type_name(weight.dtype), found.error, found.plain, found.growth),
+        )
     return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), bias)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
+    """Return ``plan`` with the storage that the layers of ``model``, which it compressed, really have.
+
+    Modules that should be stored pivoted and are stored as two factors become so in the plan, and its notes count them;
+    without any the plan is returned as it is.
+    """
+    layers = {name: model.get_submodule(name) for name in plan.pivoted_modules}
+    factored = [name for name, layer in layers.items() if isinstance(layer, LowRankLinear)]
+    if not factored:
+        return plan
+    kind = _type_name(model.get_submodule(factored[0]).get_parameter("weight").dtype)
+    some = "1 module" if len(factored) == 1 else f"{len(factored)} modules"
+    note = f"{some} could not be stored pivoted in {kind}: factored, e.g. {factored[0]}"
+    changed = {name: replace(plan.modules[name], storage="factored") for name in factored}
+    return replace(plan, modules={**plan.modules, **changed}, notes=(*plan.notes, note))
 
 
 def _unmasked(module: nn.Module) -> nn.Module:

@@ -119,6 +119,7 @@ class _Correction:
             "keep": plan.keep,
             "multiple_of": plan.multiple_of,
             "floors": dict(plan.floors),
+            "storage": plan.storage,
             "plan": sha256_of(canonical_json(ranks)),
             "windows": windows_fingerprint(windows),
             # Runs of fewer rounds are runs of their own, whose last round nobody else removes.

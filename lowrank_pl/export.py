@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_pl import hf_format
+from lowrank_pl import hf_format, hf_layers
 from lowrank_pl.files import atomic_directory, atomic_write
-from lowrank_pl.hf_format import METHOD, LowRankConfig, LowRankLinear, align
+from lowrank_pl.hf_format import METHOD, LowRankConfig, align
+from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.verify import ExportError, base_class, check_merged, check_reload, logits_of
 
 __all__ = ["ExportError", "ExportReport", "is_compressed", "load_compressed", "save_compressed"]
@@ -34,6 +35,9 @@ __all__ = ["ExportError", "ExportReport", "is_compressed", "load_compressed", "s
 logger = logging.getLogger(__name__)
 
 CODE = Path(hf_format.__file__).name
+
+Entry = int | dict[str, Any]
+"""What the config says of one module: its rank, or rank, storage and side."""
 
 
 class Plan(Protocol):
@@ -75,9 +79,9 @@ def save_compressed(
     """Write ``model`` to a folder that reloads as exactly this model, and return what was written.
 
     The folder holds safetensors weights, ``config.json``, the generation configuration, the tokenizer with its chat
-    template, ``plan.json``, ``README.md`` and ``hf_format.py``. It loads with :func:`load_compressed`; with
-    ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl.hf_format``; or anywhere with
-    ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
+    template, ``plan.json``, ``README.md``, and as code ``hf_format.py`` and ``hf_layers.py``. It loads with
+    :func:`load_compressed`; with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl.hf_format``; or
+    anywhere with ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
 
     The check runs the same probes here and in a fresh process on the same device, with as many threads and the same
     attention, and compares the bytes of the logits; it needs the memory of a second copy of what is written. A merged
@@ -87,7 +91,7 @@ def save_compressed(
     ``model`` keeps its modules, values, config and mode; tensors in main memory may move (see ``hf_format.align``).
 
     Args:
-        model: A causal language model, some of whose linear maps are ``LowRankLinear``.
+        model: A causal language model, some of whose linear maps are ``LowRankLinear`` or ``PivotedLinear``.
         directory: The folder to make; an older export there is replaced once the new one has passed.
         tokenizer: Its tokenizer.
         plan: The plan that the ranks came from.
@@ -112,13 +116,13 @@ def save_compressed(
     directory = Path(directory)
     _check_destination(directory)
     originals = _originals(model)
-    ranks = _ranks(model, originals)
+    entries = _entries(model, originals)
     align(model)
     with _full_disk_explained(directory), atomic_directory(directory) as folder:
         swaps = _swaps(model, originals, merge=merge)
         before = logits_of(model) if verify and swaps else None
         with _swapped(model, swaps):
-            _write(model, folder, tokenizer, None if merge else ranks)
+            _write(model, folder, tokenizer, None if merge else entries)
             _write_texts(folder, plan, card)
             if verify:
                 reference = logits_of(model)
@@ -126,8 +130,8 @@ def save_compressed(
                     check_merged(before, reference)
                 check_reload(model, folder, reference, tokenizer, merged=merge)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    logger.info("exported %d low-rank modules to %s, %d bytes of weights", len(ranks), directory, size)
-    return ExportReport(directory=directory, bytes=size, merged=merge, modules=len(ranks), verified=verify)
+    logger.info("exported %d low-rank modules to %s, %d bytes of weights", len(entries), directory, size)
+    return ExportReport(directory=directory, bytes=size, merged=merge, modules=len(entries), verified=verify)
 
 
 def load_compressed(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
@@ -196,16 +200,16 @@ def _originals(model: PreTrainedModel) -> dict[str, nn.Module]:
         return dict((base_class(model) or type(model))(config).named_modules())
 
 
-def _ranks(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, int]:
-    """Return the rank of every low-rank module, having looked that each module of the model can be stored."""
-    ranks = {}
+def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, Entry]:
+    """Return what the config says of each low-rank module, having looked that each module can be stored."""
+    entries: dict[str, Entry] = {}
     for name, module in model.named_modules():
         original = originals.get(name)
         if _is_low_rank(module) and isinstance(original, (nn.Linear, Conv1D)):
-            ranks[name] = module.weight.shape[1]
-            if ranks[name] == module.in_features:
+            entries[name] = _entry(module)
+            if module.weight.shape[1] == module.in_features:
                 # Its left factor would have the dense shape, and a loader that knows nothing would take it for that.
-                raise ValueError(f"{name} has rank {ranks[name]}, as many as it has inputs: leave it dense")
+                raise ValueError(f"{name} has rank {module.rank}, as many as it has inputs: leave it dense")
             if (module.bias is None) != (original.bias is None):
                 has = "no bias" if module.bias is None else "a bias"
                 raise ValueError(f"{name} has {has}, unlike the {type(model).__name__} that its config describes")
@@ -215,14 +219,19 @@ def _ranks(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str,
                 f"{name} is a {type(module).__name__} where {type(model).__name__} has {expected}: "
                 "only low-rank and dense layers can be stored; compress the model, or merge adapters first"
             )
-    return ranks
+    return entries
 
 
 def _is_low_rank(module: nn.Module) -> bool:
-    """Tell a LowRankLinear of this package or of a folder's copy of its code."""
-    return isinstance(module, LowRankLinear) or (
-        type(module).__name__ == "LowRankLinear" and isinstance(module, nn.Linear)
-    )
+    """Tell a low-rank layer of this package or of a folder's copy of its code."""
+    return isinstance(module, nn.Linear) and type(module).__name__ in (LowRankLinear.__name__, PivotedLinear.__name__)
+
+
+def _entry(module: nn.Module) -> Entry:
+    """Return what the config says of a low-rank layer."""
+    rank: Any = module.rank
+    side = getattr(module, "side", None)
+    return rank if side is None else {"rank": rank, "storage": "pivoted", "side": side}
 
 
 def _layout(module: nn.Module, original: nn.Module | None) -> type[nn.Module] | None:
@@ -264,9 +273,9 @@ def _swapped(model: nn.Module, swaps: dict[str, nn.Module]) -> Iterator[None]:
 
 
 def _write(
-    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, ranks: dict[str, int] | None
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, entries: dict[str, Entry] | None
 ) -> None:
-    """Write weights, configs, tokenizer and code; ``ranks`` is None for a plain dense model."""
+    """Write weights, configs, tokenizer and code; ``entries`` is None for a plain dense model."""
     # A second shell around the same tensors: save_pretrained writes into the config, and lets a quantizer that the
     # model was loaded with have its say.
     shell = copy.copy(model)
@@ -278,12 +287,13 @@ def _write(
         shell.__class__ = base
         config.__dict__.pop("auto_map", None)
     config.__dict__.pop("quantization_config", None)
-    if ranks is not None:
-        config.quantization_config = LowRankConfig(ranks)
+    if entries is not None:
+        config.quantization_config = LowRankConfig(entries)
         if base is not None:
             classes = {"AutoModelForCausalLM": base.__name__, "AutoModel": type(model.base_model).__name__}
             config.auto_map = {auto: f"{Path(CODE).stem}.{name}" for auto, name in classes.items()}
-        shutil.copyfile(hf_format.__file__, folder / CODE)
+        for code in (hf_format.__file__, hf_layers.__file__):
+            shutil.copyfile(code, folder / Path(code).name)
     shell.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from lowrank_pl import hf_format
 from lowrank_pl.allocate import allocator, drawn_on
 from lowrank_pl.budget import Budget
-from lowrank_pl.compress import compress, compressed
+from lowrank_pl.compress import compress, compressed, deployed_plan
 from lowrank_pl.draw import draw
 from lowrank_pl.evaluate import Score, excess_nats, generate_samples, perplexity
 from lowrank_pl.export import ExportError, ExportReport, save_compressed
@@ -108,8 +108,10 @@ def export_plan(
     command: str,
     merge: bool = False,
     put_back: bool = False,
-) -> ExportReport:
+) -> tuple[ExportReport, RankPlan]:
     """Compress ``model`` by ``plan``, in place, and write it to ``directory``, checked by a reload in a fresh process.
+
+    Returns what was written, and the plan as its layers are really stored (``lowrank_pl.compress.deployed_plan``).
 
     Args:
         model: The dense base, or the masked model that learned the plan.
@@ -126,8 +128,9 @@ def export_plan(
         ExportError: The reloaded model differs; nothing is left at ``directory`` then.
     """
     with compressed(model, plan, store) if put_back else nullcontext(compress(model, plan, store)):
+        plan = deployed_plan(model, plan)
         card = model_card(plan, (), base=plan.origin.get("base", ""), command=command, merged=merge)
-        return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge)
+        return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge), plan
 
 
 def finish_run(
@@ -183,7 +186,8 @@ def finish_run(
             score = perplexity(model, protocol.windows, progress=f"score {name}")
         rows.append(_row(name, score, dense, baseline, baseline.bytes, spent))
     began = time.perf_counter()
-    report = export_plan(model, plan, store, run / "model", tokenizer=tokenizer, command=command, merge=merge)
+    report, plan = export_plan(model, plan, store, run / "model", tokenizer=tokenizer, command=command, merge=merge)
+    plan.save(run / "plan.json")
     spent = sum(seconds.values()) + time.perf_counter() - began
     score, small = score_in_fresh_process(report.directory, protocol, device=model.device)
     rows.append(_row("learned", score, dense, plan, report.bytes, spent))

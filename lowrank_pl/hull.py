@@ -29,7 +29,7 @@ def hull_slopes(budget: Budget, name: str, sigma: Tensor) -> Tensor:
     # tail[k] is the loss at rank k, and dense loses nothing.
     tail = np.append(energy[::-1].cumsum()[::-1], 0.0)
     ranks = [*range(least, budget.top_rank(name) + 1, budget.multiple_of)]
-    costs = np.array([*(budget.cost(name, rank) for rank in ranks), budget.cost(name, None)], dtype=np.float64)
+    costs = budget.costs(name, [*ranks, None]).astype(np.float64)
     slopes = _hull(costs, np.array([*tail[ranks], 0.0]))
     scores = np.empty(len(sigma))
     # What the budget grants every module anyway lies on no hull, and goes after all that does.

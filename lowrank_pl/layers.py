@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_pl.decompose import Factors
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.masks.base import Mask, MaskMethod
+from lowrank_pl.storage import Storage
 from lowrank_pl.targets import dense_weight, replace_module
 
 __all__ = ["Choice", "MaskedLinear", "chosen", "insert_masks", "masked_layers", "switch_dense"]
@@ -78,6 +79,7 @@ def insert_masks(
     method: MaskMethod,
     starts: Mapping[str, float],
     *,
+    prices: Storage,
     kept: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Replace linear maps of ``model`` by masked ones, in place.
@@ -87,13 +89,15 @@ def insert_masks(
         store: Their factors.
         method: Makes the masks.
         starts: Which maps, by name, and the fraction of parameters that the mask of each starts at.
+        prices: What ranks cost in the finished model.
         kept: Component indices to start from, for maps that start from a plan.
     """
     for name, keep in starts.items():
         dense = model.get_submodule(name)
         weight = dense_weight(dense)
         out_features, in_features = weight.shape
-        mask = method.create((out_features, in_features), store.sigma(name), keep, kept=(kept or {}).get(name))
+        shape = (out_features, in_features)
+        mask = method.create(shape, store.sigma(name), keep, prices=prices, kept=(kept or {}).get(name))
         mask.to(weight.device)
         replace_module(model, name, MaskedLinear(dense, store.factors(name, mask.rank), mask))
 

@@ -33,6 +33,7 @@ from lowrank_pl.prepare import budget_for, build_factors, describe_origin, prepa
 from lowrank_pl.schedule import AimSchedule
 from lowrank_pl.sharding import average_gradients, shard_frozen
 from lowrank_pl.start import read_start, start_of
+from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import Targets, decoder_blocks, find_targets
 
 __all__ = ["RankLearner"]
@@ -60,6 +61,8 @@ class RankLearner(LightningModule):
         exclude: Globs of modules to leave alone; they are not counted in ``keep``.
         multiple_of: Every rank is a multiple of this.
         floors: Least kept fraction by glob on module names; 1.0 keeps these dense.
+        storage: How low-rank modules are stored in the end, which decides on what a rank costs: as two factors,
+            pivoted, or ``auto`` for the smaller of both.
         start: A plan to start the masks from, instead of the same ratio everywhere: its file, or the name of an
             allocator that draws it on the learner's own factors and budget.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
@@ -101,6 +104,7 @@ class RankLearner(LightningModule):
         exclude: Sequence[str] = (),
         multiple_of: int = 1,
         floors: dict[str, float] | None = None,
+        storage: StorageChoice = "auto",
         start: str | Path | None = None,
         store: Path | None = None,
         keep_start: float | None = None,
@@ -117,7 +121,7 @@ class RankLearner(LightningModule):
         self.data_terms, self.decomposition = data_terms, decomposition
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.include, self.exclude = tuple(include), tuple(exclude)
-        self.multiple_of, self.floors = multiple_of, floors or {}
+        self.multiple_of, self.floors, self.storage = multiple_of, floors or {}, storage
         self.start = read_start(start)
         self.store_directory = store
         self.record_order = record_order
@@ -166,7 +170,9 @@ class RankLearner(LightningModule):
             data: Gives the tokenizer and the windows for statistics.
         """
         targets = find_targets(model, include=self.include, exclude=self.exclude)
-        self.budget = budget_for(model, targets, self.keep, multiple_of=self.multiple_of, floors=self.floors)
+        self.budget = budget_for(
+            model, targets, self.keep, multiple_of=self.multiple_of, floors=self.floors, storage=self.storage
+        )
         self.data_terms.blocks(len(decoder_blocks(model)[1]))
         self.store = self._factors(model, targets, data)
         self.notes = preparation_notes(targets, self.store)
@@ -175,7 +181,7 @@ class RankLearner(LightningModule):
             settings=self.decomposition, store=self.store,
         )  # fmt: skip
         start = start_of(self._start_plan(model, targets, data), self.budget, self.mask_method, self.aim)
-        insert_masks(model, self.store, self.mask_method, start.ratios, kept=start.kept)
+        insert_masks(model, self.store, self.mask_method, start.ratios, prices=self.budget.prices, kept=start.kept)
         if self.gradient_checkpointing:
             recompute_blocks(model)
         self.model = model

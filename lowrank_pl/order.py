@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ComponentOrder", "wish_scores"]
+from lowrank_pl.storage import Storage
+
+__all__ = ["ComponentOrder", "share_scores", "wish_scores"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,3 +91,18 @@ def wish_scores(shape: tuple[int, int], wish: float) -> Tensor:
         [4.0, 2.0]
     """
     return wish / torch.arange(1, min(shape) + 1, dtype=torch.float64)
+
+
+def share_scores(prices: Storage, shape: tuple[int, int], share: float) -> Tensor:
+    """Return scores ``[min(out, in)]`` by which all modules keep their share of parameters times one common factor.
+
+    Args:
+        prices: What ranks cost.
+        shape: ``(out, in)`` of the module.
+        share: Fraction of its parameters, relative to the other modules'.
+
+    Example:
+        >>> share_scores(Storage("factored"), (3, 6), 0.5).tolist()
+        [1.0, 0.5, 0.3333333333333333]
+    """
+    return share / prices.ratio(shape, torch.arange(1, min(shape) + 1, dtype=torch.float64))

@@ -8,17 +8,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lowrank_pl.files import atomic_write
 from lowrank_pl.order import ComponentOrder
+from lowrank_pl.storage import Form, Storage, StorageChoice
 
 __all__ = ["SCHEMA", "ModulePlan", "RankPlan"]
 
-SCHEMA = 1
+SCHEMA = 2
+"""Since 2 a module may be stored pivoted; older plans are read as well."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class ModulePlan:
         shape: ``(out, in)`` of its weight.
         rank: How many components are kept; ``None`` leaves the module dense.
         indices: Which components, when they are not the first ``rank`` ones; ascending.
+        storage: In which form; of no meaning when dense.
     """
 
     shape: tuple[int, int]
     rank: int | None = None
     indices: tuple[int, ...] | None = None
+    storage: Form = "factored"
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or not all(type(size) is int and size > 0 for size in self.shape):
@@ -42,15 +46,22 @@ class ModulePlan:
             raise ValueError(f"a rank of {self.rank} was given for shape {self.shape}: expected 1..{min(self.shape)}")
         if self.indices is not None:
             _check_indices(self.indices, self.rank, self.shape)
+        if self.storage not in get_args(Form):
+            raise ValueError(f"a storage of {self.storage!r} was given: expected one of {', '.join(get_args(Form))}")
+        if self.storage == "pivoted" and self.rank == min(self.shape):
+            raise ValueError(f"rank {self.rank} of shape {self.shape} has nothing to pivot: store it factored or dense")
 
     @classmethod
-    def of_highest(cls, shape: tuple[int, int], rank: int | None, scores: Tensor) -> ModulePlan:
+    def of_highest(
+        cls, shape: tuple[int, int], rank: int | None, scores: Tensor, *, storage: Form = "factored"
+    ) -> ModulePlan:
         """Return the plan that keeps the ``rank`` components of the highest scores; of equals the first ones.
 
         Args:
             shape: ``(out, in)`` of the module.
             rank: How many components; ``None`` is dense.
             scores: ``[components]``, at most ``min(out, in)``; components without one come last.
+            storage: In which form it is stored.
 
         >>> ModulePlan.of_highest((8, 8), 2, torch.tensor([3.0, 1.0, 2.0])).indices
         (0, 2)
@@ -59,7 +70,7 @@ class ModulePlan:
             return cls(shape)
         padded = torch.cat([scores, scores.new_full((min(shape) - len(scores),), -math.inf)])
         best = padded.argsort(descending=True, stable=True)[:rank].sort().values.tolist()
-        return cls(shape, rank, None if best[-1] == rank - 1 else tuple(best))
+        return cls(shape, rank, None if best[-1] == rank - 1 else tuple(best), storage)
 
     @property
     def is_prefix(self) -> bool:
@@ -73,8 +84,16 @@ class ModulePlan:
 
     @property
     def parameters(self) -> int:
-        """Parameters that stay."""
-        return self.dense_parameters if self.rank is None else self.rank * sum(self.shape)
+        """Parameters that stay, without the indices of pivots."""
+        if self.rank is None:
+            return self.dense_parameters
+        return self.rank * (sum(self.shape) - (self.rank if self.storage == "pivoted" else 0))
+
+    def numbers(self, bytes_per_parameter: int) -> int:
+        """Return the parameters that stay, with the indices of pivots as the numbers whose room they take."""
+        if self.rank is None:
+            return self.dense_parameters
+        return Storage(self.storage, bytes_per_parameter).cost(self.shape, self.rank)
 
 
 def _check_indices(indices: tuple[int, ...], rank: int | None, shape: tuple[int, int]) -> None:
@@ -104,6 +123,7 @@ class RankPlan:
             follow from the plan (``lowrank_pl.sizes``).
         multiple_of: What every rank had to be a multiple of; holds for other sizes too.
         floors: Least kept fractions that held, by glob on module names; likewise.
+        storage: The choice of form that was to be had; likewise.
 
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
@@ -125,6 +145,7 @@ class RankPlan:
     order: ComponentOrder | None = None
     multiple_of: int = 1
     floors: Mapping[str, float] = field(default_factory=dict)
+    storage: StorageChoice = "factored"
 
     @property
     def targeted_parameters(self) -> int:
@@ -133,8 +154,8 @@ class RankPlan:
 
     @property
     def kept_parameters(self) -> int:
-        """Parameters of the targeted modules after."""
-        return sum(module.parameters for module in self.modules.values())
+        """Parameters of the targeted modules after, indices of pivots counted as the numbers whose room they take."""
+        return sum(module.numbers(self.bytes_per_parameter) for module in self.modules.values())
 
     @property
     def keep_targeted(self) -> float:
@@ -167,6 +188,12 @@ class RankPlan:
         return [name for name, module in self.modules.items() if module.rank is None]
 
     @property
+    def pivoted_modules(self) -> list[str]:
+        """Names of the modules that are stored pivoted."""
+        low_rank = {name: module for name, module in self.modules.items() if module.rank is not None}
+        return [name for name, module in low_rank.items() if module.storage == "pivoted"]
+
+    @property
     def any_k_modules(self) -> list[str]:
         """Names of the modules whose kept components are not the first ones."""
         return [name for name, module in self.modules.items() if not module.is_prefix]
@@ -196,8 +223,9 @@ class RankPlan:
                 "modules": len(self.modules),
                 "dense": len(self.dense_modules),
                 "any_k": len(self.any_k_modules),
+                "pivoted": len(self.pivoted_modules),
             },
-            "constraints": {"multiple_of": self.multiple_of, "floors": dict(self.floors)},
+            "constraints": {"multiple_of": self.multiple_of, "floors": dict(self.floors), "storage": self.storage},
             "notes": list(self.notes),
             "origin": dict(self.origin),
             "fingerprint": dict(self.fingerprint),
@@ -222,9 +250,9 @@ class RankPlan:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"the plan is not JSON ({error}): expected a file written by `lowrank allocate`") from None
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or data.get("schema") not in range(1, SCHEMA + 1):
             given = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"the plan has schema {given!r}: this version of lowrank_pl reads schema {SCHEMA}")
+            raise ValueError(f"the plan has schema {given!r}: this version of lowrank_pl reads schemas 1 to {SCHEMA}")
         try:
             return cls._from_dict(data)
         except (KeyError, TypeError, AttributeError) as error:
@@ -240,8 +268,8 @@ class RankPlan:
                 raise ValueError(f"module {name} of the plan: {error}") from None
         if not modules:
             raise ValueError("the plan names no module: write it anew with `lowrank allocate`")
-        # Plans of version 0.1 have neither.
-        constraints = data.get("constraints", {"multiple_of": 1, "floors": {}})
+        # Plans of schema 1 know factored storage only, and those of version 0.1 no constraints.
+        constraints = {"storage": "factored", **data.get("constraints", {"multiple_of": 1, "floors": {}})}
         _check_constraints(constraints)
         return cls(
             method=data["method"],
@@ -255,6 +283,7 @@ class RankPlan:
             order=ComponentOrder.from_json(data["order"]) if "order" in data else None,
             multiple_of=constraints["multiple_of"],
             floors=constraints["floors"],
+            storage=constraints["storage"],
         )
 
     def save(self, path: str | Path) -> Path:
@@ -278,7 +307,9 @@ class RankPlan:
 
 
 def _check_constraints(constraints: Mapping[str, Any]) -> None:
-    multiple, floors = constraints["multiple_of"], constraints["floors"]
+    multiple, floors, storage = constraints["multiple_of"], constraints["floors"], constraints["storage"]
+    if storage not in get_args(StorageChoice):
+        raise ValueError(f"storage is {storage!r} in the plan: expected one of {', '.join(get_args(StorageChoice))}")
     if type(multiple) is not int or multiple < 1:
         raise ValueError(f"multiple_of is {multiple!r} in the plan: expected a whole number of at least 1")
     for pattern, floor in floors.items():
@@ -290,6 +321,8 @@ def _module_json(plan: ModulePlan) -> dict[str, Any]:
     entry: dict[str, Any] = {"shape": list(plan.shape), "rank": "dense" if plan.rank is None else plan.rank}
     if plan.indices is not None:
         entry["indices"] = list(plan.indices)
+    if plan.rank is not None and plan.storage != "factored":
+        entry["storage"] = plan.storage
     return entry
 
 
@@ -298,4 +331,5 @@ def _module_from_json(entry: Mapping[str, Any]) -> ModulePlan:
     if rank != "dense" and (not isinstance(rank, int) or isinstance(rank, bool)):
         raise ValueError(f'rank {rank!r} is neither a whole number nor "dense"')
     indices = tuple(entry["indices"]) if "indices" in entry else None
-    return ModulePlan(tuple(entry["shape"]), None if rank == "dense" else rank, indices)
+    form = entry.get("storage", "factored")
+    return ModulePlan(tuple(entry["shape"]), None if rank == "dense" else rank, indices, form)

@@ -23,6 +23,7 @@ from lowrank_pl.decompose import decompose
 from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.factor_store import FactorStore, TensorStore, tensor_digest, weight_digest
 from lowrank_pl.files import sha256_of
+from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import Target, Targets, dense_weight
 from lowrank_pl.windows import tokenizer_fingerprint, windows_fingerprint
 
@@ -66,6 +67,7 @@ def budget_for(
     *,
     multiple_of: int = 1,
     floors: dict[str, float] | None = None,
+    storage: StorageChoice = "auto",
 ) -> Budget:
     """Return the budget of ``keep`` of the targeted parameters of a dense ``model``; arguments as in ``Budget``."""
     return Budget(
@@ -75,6 +77,7 @@ def budget_for(
         bytes_per_parameter=model.dtype.itemsize,
         multiple_of=multiple_of,
         floors=floors or {},
+        storage=storage,
     )
 
 

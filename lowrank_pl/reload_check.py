@@ -7,8 +7,10 @@ merged export to load. Not covered: generation, and inputs other than the two pr
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import sys
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,8 +51,11 @@ def _main(request: dict[str, Any]) -> None:
     torch.set_num_threads(request["threads"])
     torch.set_float32_matmul_precision(request["precision"])
     if request["compressed"]:
-        sys.path.insert(0, request["directory"])
-        __import__("hf_format")
+        # The folder as a package, because hf_format.py there imports its neighbour.
+        package = ModuleType("compressed")
+        package.__path__ = [request["directory"]]
+        sys.modules["compressed"] = package
+        importlib.import_module("compressed.hf_format")
     options = {"attn_implementation": request["attention"], "device_map": request["device_map"]}
     model, info = AutoModelForCausalLM.from_pretrained(
         request["directory"], trust_remote_code=request["trust"], output_loading_info=True, **options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ __all__ = ["block_outputs", "can_resume", "resumed"]
 
 
 @contextmanager
-def resumed(model: PreTrainedModel, block: int, outputs: Sequence[Any]) -> Iterator[None]:
+def resumed(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Iterator[None]:
     """Let forward passes of ``model`` begin at ``block``: pass number ``i`` takes ``outputs[i]`` of the block before.
 
     Embeddings, masks and positions are still computed; the blocks before compute nothing. Exact where a block looks at

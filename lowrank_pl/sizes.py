@@ -38,7 +38,7 @@ def resize(plan: RankPlan, keep: float) -> RankPlan:
 
     Example:
         >>> import torch
-        >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128)
+        >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
         >>> plan = budget.select({"a": torch.arange(8, 0, -1.0), "b": torch.arange(4, 0, -0.5)}, method="hand")
         >>> [module.rank for module in plan.modules.values()]
         [3, 1]
@@ -117,6 +117,7 @@ def _budget(plan: RankPlan, keep: float) -> Budget:
         bytes_per_parameter=plan.bytes_per_parameter,
         multiple_of=plan.multiple_of,
         floors=plan.floors,
+        storage=plan.storage,
     )
 
 

@@ -90,7 +90,8 @@ def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, aim: flo
             len(subsets),
             method.name,
         )
-    ratios = {name: entry.parameters / entry.dense_parameters for name, entry in entries.items()}
+    # As this run's model will store them, whatever the plan's own storage is.
+    ratios = {name: budget.cost(name, entry.rank) / entry.dense_parameters for name, entry in entries.items()}
     kept = {
         name: torch.arange(entry.rank) if entry.indices is None else torch.tensor(entry.indices)
         for name, entry in entries.items()

@@ -2,10 +2,12 @@
 
 What is special: jsonargparse 4.53 takes a list only as ``--keep [0.9,0.8]`` or one ``--keep+`` each, and flags only
 with the underscores of Python; ``-c`` is a word of LightningCLI alone, and of a flag given twice the last one wins.
+Of parameters that Python takes by position it makes all flags, required or not, or all places (``as_positional``).
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import types
@@ -20,7 +22,8 @@ def readable_words(words: Sequence[str], function: Callable[..., Any]) -> list[s
 
     A flag is a list's where the parameter of its name takes one, with ``-`` or ``_`` in it. It has the words up to the
     next flag; none make an empty list, and those of a flag that comes several times make one list. A list in brackets,
-    ``null`` and ``--keep+`` stay as they are.
+    ``null`` and ``--keep+`` stay as they are. Words before the first flag are the values of the parameters that Python
+    takes by position.
 
     Args:
         words: The words after the command's name.
@@ -37,7 +40,7 @@ def readable_words(words: Sequence[str], function: Callable[..., Any]) -> list[s
     hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
     written: list[str] = []
     lists: dict[str, list[str]] = {}
-    waiting = [re.sub(r"^-c(?=$|=)", "--config", word) for word in words]
+    waiting = _named([re.sub(r"^-c(?=$|=)", "--config", word) for word in words], function)
     while waiting:
         flag, equals, value = _python_name(waiting.pop(0), hints).partition("=")
         hint = hints.get(flag.removeprefix("--")) if flag.startswith("--") else None
@@ -54,6 +57,15 @@ def readable_words(words: Sequence[str], function: Callable[..., Any]) -> list[s
         lists[flag] = values
         written.append(f"{flag}={_as_list(values, hint)}")
     return written
+
+
+def _named(words: list[str], function: Callable[..., Any]) -> list[str]:
+    """Return the words with a flag for each one before the first flag, as far as ``function`` takes it by position."""
+    before = next((place for place, word in enumerate(words) if _is_flag(word)), len(words))
+    parameters = inspect.signature(function).parameters.values()
+    by_position = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    named = [f"--{name}={word}" for name, word in zip(by_position, words[:before], strict=False)]
+    return [*named, *words[len(named) :]]
 
 
 def _joined(flag: str, before: list[str], values: list[str]) -> list[str]:

@@ -42,7 +42,7 @@ def problem_of(keep=0.5, kinds=KINDS, kind="whitened"):
         sigma=sigmas.__getitem__, fingerprint={"kind": kind}, notes=lambda name: {"tokens": str(TOKENS)}
     )
     total = sum(m * n for m, n in shapes.values())
-    budget = Budget(keep=keep, shapes=shapes, model_parameters=total)
+    budget = Budget(storage="factored", keep=keep, shapes=shapes, model_parameters=total)
     return Problem(budget, factors, Targets(tuple(modules), ())), sigmas, shapes
 
 

@@ -21,7 +21,10 @@ from lowrank_pl.checkpointing import read_checkpoint
 from lowrank_pl.export import save_compressed
 from lowrank_pl.masks import ARS
 from lowrank_pl.masks.ars import HyperNetwork
+from lowrank_pl.storage import Storage
 from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
+
+FACTORED = Storage("factored")
 
 SHAPES = [(12, 12), (8, 20), (20, 8), (1, 5)]
 # The writer of TensorBoard is closed by the garbage collector.
@@ -39,7 +42,7 @@ def spectrum(shape, decay=0.9):
 def some(method=None, keep=1.0):
     """Masks of every shape whose network has random heads, with noise drawn."""
     method = method or ARS()
-    masks = {f"m.{i}": method.create(shape, spectrum(shape), keep) for i, shape in enumerate(SHAPES)}
+    masks = {f"m.{i}": method.create(shape, spectrum(shape), keep, prices=FACTORED) for i, shape in enumerate(SHAPES)}
     network = method.share(masks)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -118,18 +121,18 @@ def test_starts_are_exact():
     assert method.start_keep(0.3) == 1.0
     for shape in SHAPES:
         m, n = shape
-        mask = method.create(shape, spectrum(shape), 1.0)
+        mask = method.create(shape, spectrum(shape), 1.0, prices=FACTORED)
         method.share({"a": mask})
         assert mask.switch_logits().tolist() == [3.0] * min(shape)
         for rank in range(1, (m * n - 1) // (m + n) + 1):
-            mask = method.create(shape, spectrum(shape), rank * (m + n) / (m * n))
+            mask = method.create(shape, spectrum(shape), rank * (m + n) / (m * n), prices=FACTORED)
             method.share({"a": mask})
             assert mask.kept().tolist() == [j < rank for j in range(min(shape))]
             assert mask.ratio().item() == pytest.approx(rank * (m + n) / (m * n))
     free = ARS(any_k=True)
-    mask = free.create((12, 12), spectrum((12, 12)), 0.5, kept=torch.tensor([0, 5]))
+    mask = free.create((12, 12), spectrum((12, 12)), 0.5, kept=torch.tensor([0, 5]), prices=FACTORED)
     assert mask.kept().nonzero().flatten().tolist() == [0, 5]
-    mask = method.create((12, 12), spectrum((12, 12)), 2 * 24 / 144, kept=torch.tensor([0, 5]))
+    mask = method.create((12, 12), spectrum((12, 12)), 2 * 24 / 144, kept=torch.tensor([0, 5]), prices=FACTORED)
     assert mask.kept().nonzero().flatten().tolist() == [0, 1]
 
 
@@ -173,7 +176,7 @@ def test_the_alignment_does_not_depend_on_the_scale_of_the_spectrum():
 
 def test_the_budget_reaches_modules_that_cost_more_than_dense():
     method = ARS()
-    masks = {"a": method.create((12, 12), spectrum((12, 12)), 1.0)}
+    masks = {"a": method.create((12, 12), spectrum((12, 12)), 1.0, prices=FACTORED)}
     network = method.share(masks)
     method.advance(masks, 0, None)
     method.penalties(masks, torch.stack([masks["a"].ratio()]), 0.5, 0)["budget"].backward()
@@ -188,14 +191,16 @@ def test_the_budget_reaches_modules_that_cost_more_than_dense():
 def test_the_plan_has_no_noise_and_the_present_network(any_k):
     method = ARS(any_k=any_k)
     shape = (20, 20)
-    masks = {name: method.create(shape, spectrum(shape), 1.0) for name in ("a", "b")}
+    masks = {name: method.create(shape, spectrum(shape), 1.0, prices=FACTORED) for name in ("a", "b")}
     network = method.share(masks)
     method.advance(masks, 0, None)
     with torch.no_grad():  # as an optimizer would, without another evaluation
         for head, on in zip(network.heads, ([0, 3, 4], [0, 1, 2, 3, 4, 5, 9]), strict=True):
             head.bias.fill_(-5.0)
             head.bias[on] = 1.0
-    plan = method.finalise(masks, Budget(keep=0.5, shapes=dict.fromkeys(masks, shape), model_parameters=1000))
+    plan = method.finalise(
+        masks, Budget(storage="factored", keep=0.5, shapes=dict.fromkeys(masks, shape), model_parameters=1000)
+    )
     assert plan.method == "ars"
     assert [entry.rank for entry in plan.modules.values()] == [3, 7]
     indices = [entry.indices for entry in plan.modules.values()]

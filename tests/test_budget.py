@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lowrank_pl.allocate import Problem, Uniform, allocator
-from lowrank_pl.budget import Budget, break_even, check_keep, factored_cost, parameter_ratio
+from lowrank_pl.budget import Budget, check_keep
 from lowrank_pl.plan import ModulePlan
 
 sizes = st.integers(1, 90)
@@ -29,27 +29,47 @@ def problem(budget):
     return Problem(budget, SimpleNamespace(fingerprint={"kind": "whitened"}), None)
 
 
-def allowed_sizes(shape, multiple, floor):
-    """Every allowed size of a module as (rank or None, parameters), cheapest first, by trying them all."""
+def allowed_sizes(shape, multiple, floor, storage="factored"):
+    """Every allowed size of a module as (rank or None, parameters), cheapest first, by trying them all.
+
+    A parameter takes two bytes and an index four.
+    """
     m, n = shape
-    sizes = [
-        (k, k * m + k * n)
-        for k in range(1, min(m, n) + 1)
-        if k % multiple == 0 and k * m + k * n < m * n and Fraction(k * (m + n), m * n) >= floor - Fraction(1, 10**9)
-    ]
+    sizes = []
+    for k in range(1, min(m, n) + 1):
+        factored, pivoted = k * m + k * n, k * n + (m - k) * k + 2 * k
+        cost = {"factored": factored, "pivoted": pivoted, "auto": min(factored, pivoted)}[storage]
+        granted = factored if storage == "factored" else pivoted
+        if k % multiple == 0 and cost < m * n and Fraction(granted, m * n) >= floor - Fraction(1, 10**9):
+            sizes.append((k, cost))
     return [*(sizes if floor < 1 else []), (None, m * n)]
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data(), shape_lists, st.floats(0.02, 1.0), st.sampled_from([1, 1, 2, 3, 8]), st.booleans())
-def test_budget_is_met_to_within_one_step(data, shapes, keep, multiple, with_floors):
+@given(
+    st.data(),
+    shape_lists,
+    st.floats(0.02, 1.0),
+    st.sampled_from([1, 1, 2, 3, 8]),
+    st.booleans(),
+    st.sampled_from(["factored", "pivoted", "auto"]),
+)
+def test_budget_is_met_to_within_one_step(data, shapes, keep, multiple, with_floors, storage):
     shapes = named(shapes)
     floors = {"block.0": data.draw(st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]))} if with_floors else {}
-    ladders = {name: allowed_sizes(shape, multiple, Fraction(floors.get(name, 0.0))) for name, shape in shapes.items()}
+    ladders = {
+        name: allowed_sizes(shape, multiple, Fraction(floors.get(name, 0.0)), storage) for name, shape in shapes.items()
+    }
     total = sum(m * n for m, n in shapes.values())
     assume(sum(ladder[0][1] for ladder in ladders.values()) <= math.floor(keep * total + 1e-6))
     budget = Budget(
-        keep=keep, shapes=shapes, model_parameters=total + 7, multiple_of=multiple, floors=floors, bytes_per_parameter=2
+        storage=storage,
+        keep=keep,
+        shapes=shapes,
+        model_parameters=total + 7,
+        multiple_of=multiple,
+        floors=floors,
+        bytes_per_parameter=2,
     )
     wishes = {name: data.draw(wish) for name in shapes}
     plan = budget.fit(wishes, method="drawn")
@@ -75,7 +95,7 @@ def test_without_scaling_up_no_rank_exceeds_its_wish(shapes, keep, wished):
     total = sum(m * n for m, n in shapes.values())
     least = sum(allowed_sizes(shape, 1, Fraction(0))[0][1] for shape in shapes.values())
     assume(least <= math.floor(keep * total + 1e-6))
-    budget = Budget(keep=keep, shapes=shapes, model_parameters=total)
+    budget = Budget(storage="factored", keep=keep, shapes=shapes, model_parameters=total)
     wishes = dict(zip(shapes, wished, strict=False))
     plan = budget.fit(wishes, method="x", scale_up=False)
     assert plan.kept_parameters <= keep * total + 1e-6
@@ -91,14 +111,14 @@ def test_wishes_that_fit_exactly_stay():
     shapes = named([(30, 30), (30, 60), (60, 30)])
     wishes = dict(zip(shapes, [5.0, 9.0, 2.0], strict=True))
     spent = 5 * 60 + 9 * 90 + 2 * 90
-    plan = Budget(keep=spent / 4500, shapes=shapes, model_parameters=4500).fit(wishes, method="x")
+    plan = Budget(storage="factored", keep=spent / 4500, shapes=shapes, model_parameters=4500).fit(wishes, method="x")
     assert [module.rank for module in plan.modules.values()] == [5, 9, 2]
     assert plan.kept_parameters == spent
 
 
 def test_relations_of_wishes_survive_scaling():
     shapes = named([(400, 400)] * 3)
-    plan = Budget(keep=0.5, shapes=shapes, model_parameters=480_000).fit(
+    plan = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=480_000).fit(
         {"block.0": 10.0, "block.1": 20.0, "block.2": 30.0}, method="x"
     )
     ranks = [module.rank for module in plan.modules.values()]
@@ -109,7 +129,7 @@ def test_relations_of_wishes_survive_scaling():
 def test_dense_wishes_are_granted_and_not_scaled():
     shapes = named([(40, 40)] * 4)
     wishes = {"block.0": math.inf, "block.1": 12.0, "block.2": 12.0, "block.3": 12.0}
-    plan = Budget(keep=0.6, shapes=shapes, model_parameters=6400).fit(wishes, method="x")
+    plan = Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=6400).fit(wishes, method="x")
     assert plan.dense_modules == ["block.0"]
     assert [plan.modules[f"block.{i}"].rank for i in (1, 2, 3)] == [10, 9, 9]
     assert any("wished ranks scaled by 0.8" in note for note in plan.notes)
@@ -117,21 +137,23 @@ def test_dense_wishes_are_granted_and_not_scaled():
 
 def test_dense_wishes_that_the_budget_cannot_pay_are_scaled_and_noted():
     shapes = named([(40, 40)] * 2)
-    plan = Budget(keep=0.5, shapes=shapes, model_parameters=3200).fit(dict.fromkeys(shapes, math.inf), method="x")
+    plan = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=3200).fit(
+        dict.fromkeys(shapes, math.inf), method="x"
+    )
     assert [module.rank for module in plan.modules.values()] == [10, 10]
     assert plan.notes[0] == "2 modules were wished dense, which the budget does not allow: scaled like the rest"
 
 
 def test_keep_one_is_dense():
     shapes = named([(40, 40), (7, 90)])
-    budget = Budget(keep=1.0, shapes=shapes, model_parameters=3200)
+    budget = Budget(storage="factored", keep=1.0, shapes=shapes, model_parameters=3200)
     assert budget.fit(dict.fromkeys(shapes, 1.0), method="x").keep_targeted == 1.0
     assert Uniform().plan(problem(budget)).dense_modules == list(shapes)
 
 
 def test_multiple_of_leaves_small_modules_dense_and_says_so():
     shapes = named([(64, 64), (8, 8)])
-    plan = Budget(keep=0.6, shapes=shapes, model_parameters=5000, multiple_of=8).fit(
+    plan = Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=5000, multiple_of=8).fit(
         dict.fromkeys(shapes, 10.0), method="x"
     )
     assert plan.modules["block.0"].rank == 16
@@ -141,22 +163,13 @@ def test_multiple_of_leaves_small_modules_dense_and_says_so():
 
 def test_floors_hold():
     shapes = {"a.q_proj": (64, 64), "a.up": (64, 64), "b.q_proj": (64, 64)}
-    plan = Budget(keep=0.6, shapes=shapes, model_parameters=12288, floors={"*q_proj": 0.7, "a.*": 0.1}).fit(
-        {"a.q_proj": 1.0, "a.up": 30.0, "b.q_proj": 1.0}, method="x"
-    )
+    plan = Budget(
+        storage="factored", keep=0.6, shapes=shapes, model_parameters=12288, floors={"*q_proj": 0.7, "a.*": 0.1}
+    ).fit({"a.q_proj": 1.0, "a.up": 30.0, "b.q_proj": 1.0}, method="x")
     assert plan.modules["a.q_proj"].rank == plan.modules["b.q_proj"].rank == 23  # ceil(0.7 * 32)
     assert plan.modules["a.up"].rank == 11  # 57 components fit 0.6 of the budget, 46 are taken
-    dense = Budget(keep=0.5, shapes=shapes, model_parameters=12288, floors={"a.up": 1.0})
+    dense = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=12288, floors={"a.up": 1.0})
     assert dense.fit(dict.fromkeys(shapes, 1.0), method="x").dense_modules == ["a.up"]
-
-
-def test_costs():
-    assert factored_cost((10, 30), 4) == 160
-    assert parameter_ratio((10, 30), 4) == 160 / 300
-    for m in range(1, 14):
-        for n in range(1, 14):
-            smaller = [k for k in range(1, m + n) if k * (m + n) < m * n]
-            assert break_even((m, n)) == max(smaller, default=0)
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.0001, math.nan, math.inf])
@@ -165,7 +178,7 @@ def test_impossible_keep(keep):
     with pytest.raises(ValueError, match=message):
         check_keep(keep)
     with pytest.raises(ValueError, match=message):
-        Budget(keep=keep, shapes={"a": (9, 9)}, model_parameters=81)
+        Budget(storage="factored", keep=keep, shapes={"a": (9, 9)}, model_parameters=81)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +199,10 @@ def test_impossible_keep(keep):
 )
 def test_impossible_budgets(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Budget(**{"keep": 0.5, "shapes": {"a": (20, 40), "b": (40, 20)}, "model_parameters": 1600, **arguments})
+        Budget(
+            storage="factored",
+            **{"keep": 0.5, "shapes": {"a": (20, 40), "b": (40, 20)}, "model_parameters": 1600, **arguments},
+        )
 
 
 @pytest.mark.parametrize(
@@ -200,14 +216,16 @@ def test_impossible_budgets(arguments, message):
     ],
 )
 def test_impossible_wishes(wishes, message):
-    budget = Budget(keep=0.5, shapes={"a": (20, 40), "b": (40, 20)}, model_parameters=1600)
+    budget = Budget(storage="factored", keep=0.5, shapes={"a": (20, 40), "b": (40, 20)}, model_parameters=1600)
     with pytest.raises(ValueError, match=message):
         budget.fit(wishes, method="x")
 
 
 def test_uniform_keeps_the_same_fraction_everywhere():
     shapes = {"a": (64, 64), "b": (192, 64), "c": (64, 192), "d": (100, 30)}
-    plan = allocator("uniform").plan(problem(Budget(keep=0.6, shapes=shapes, model_parameters=40_000)))
+    plan = allocator("uniform").plan(
+        problem(Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=40_000))
+    )
     assert plan.method == "uniform"
     for (m, n), module in zip(shapes.values(), plan.modules.values(), strict=True):
         assert abs(module.rank - 0.6 * m * n / (m + n)) <= 1.0
@@ -226,7 +244,7 @@ def test_uniform_keeps_the_same_fraction_everywhere():
     ],
 )
 def test_impossible_scores(scores, message):
-    budget = Budget(keep=0.5, shapes={"a": (20, 40), "b": (40, 20)}, model_parameters=1600)
+    budget = Budget(storage="factored", keep=0.5, shapes={"a": (20, 40), "b": (40, 20)}, model_parameters=1600)
     with pytest.raises(ValueError, match=message):
         budget.select({name: torch.tensor(values) for name, values in scores.items()}, method="x")
 
@@ -234,7 +252,7 @@ def test_impossible_scores(scores, message):
 def test_bounds_of_other_plans():
     shapes = {"a": (40, 40), "b": (40, 40)}
     scores = {"a": torch.arange(40, 0, -1.0), "b": torch.arange(40, 0, -1.0) / 100}
-    budget = Budget(keep=0.5, shapes=shapes, model_parameters=3200)
+    budget = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=3200)
     assert [m.rank for m in budget.select(scores, method="x").modules.values()] == [19, 1]
     bound = {"a": ModulePlan((40, 40), 5), "b": ModulePlan((40, 40), 9)}
     assert [m.rank for m in budget.select(scores, method="x", within=bound).modules.values()] == [5, 9]
@@ -245,7 +263,9 @@ def test_bounds_of_other_plans():
     )
     with pytest.raises(ValueError, match=message + "0.55$"):
         budget.select(scores, method="x", beyond=dense)
-    raised = Budget(keep=0.55, shapes=shapes, model_parameters=3200).select(scores, method="x", beyond=dense)
+    raised = Budget(storage="factored", keep=0.55, shapes=shapes, model_parameters=3200).select(
+        scores, method="x", beyond=dense
+    )
     assert [m.rank for m in raised.modules.values()] == [None, 2]
 
 
@@ -256,7 +276,7 @@ def test_sizes_are_those_of_the_selected_plan(data, shapes, keep, multiple):
     total = sum(m * n for m, n in shapes.values())
     least = sum(allowed_sizes(shape, multiple, Fraction(0))[0][1] for shape in shapes.values())
     assume(least <= math.floor(keep * total + 1e-6))
-    budget = Budget(keep=keep, shapes=shapes, model_parameters=total, multiple_of=multiple)
+    budget = Budget(storage="factored", keep=keep, shapes=shapes, model_parameters=total, multiple_of=multiple)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     scores = {name: torch.rand(min(shape), generator=generator) for name, shape in shapes.items()}
     plan = budget.select(scores, method="x")
@@ -265,7 +285,9 @@ def test_sizes_are_those_of_the_selected_plan(data, shapes, keep, multiple):
 
 def test_sizes_check_their_scores_and_log_nothing(caplog):
     caplog.set_level("INFO")
-    budget = Budget(keep=0.6, shapes={"a": (64, 64), "b": (8, 8)}, model_parameters=5000, multiple_of=8)
+    budget = Budget(
+        storage="factored", keep=0.6, shapes={"a": (64, 64), "b": (8, 8)}, model_parameters=5000, multiple_of=8
+    )
     assert budget.sizes({"a": torch.ones(64), "b": torch.ones(8)}) == {"a": 16, "b": None}
     assert caplog.text == ""
     with pytest.raises(ValueError, match="no component is scored for b and 0 more"):
@@ -278,7 +300,7 @@ def test_what_is_left_goes_to_the_largest_rounding_loss():
     # Just below the factor at which the large module would take its 10th component, 60 parameters are left: one step
     # of a small module, and 3.9 lost more to rounding than 3.2.
     shapes = {"small": (20, 20), "other": (20, 20), "large": (100, 100)}
-    plan = Budget(keep=2100 / 10_800, shapes=shapes, model_parameters=10_800).fit(
+    plan = Budget(storage="factored", keep=2100 / 10_800, shapes=shapes, model_parameters=10_800).fit(
         {"small": 3.2, "other": 3.9, "large": 10.0}, method="x"
     )
     assert [module.rank for module in plan.modules.values()] == [3, 4, 9]

@@ -102,7 +102,7 @@ def test_the_commands_are_listed(capsys, words):
         ("evaluate", ["--model MODEL", "--text TEXT", "Windows per forward", "--json JSON"]),
         ("allocate", ["--decomposition.kind", "Every rank is a multiple of this", "--output", "--json JSON"]),
         ("export", ["--merge", "Write dense weights for runtimes that know no factors", "--json JSON"]),
-        ("bench", ["--repeats", "--json JSON"]),
+        ("bench", ["What to measure: step, decode or prefill", "--storage", "--repeats", "--json JSON"]),
     ],
 )
 def test_every_argument_is_a_flag_with_its_docstring(capsys, command, words):
@@ -208,6 +208,33 @@ def test_bench_writes_figures(tmp_path, capsys):
     )
     assert json.loads((tmp_path / "bench.json").read_text())["random:llama"]["step_seconds"] > 0
     assert "ratio_to_frozen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["decode", "prefill"])
+def test_bench_names_its_case_in_front(case, tmp_path, capsys):
+    words = ["bench", case, "--base", "random:llama", "--length", "4", "--repeats", "1", "--keep", "0.8", "0.5"]
+    words += ["--batch-size", "1", "2", "--dtype", "bfloat16", "--storage", "pivoted"]
+    main([*words, "--json", str(tmp_path / "speed.json")])
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [(row["case"], row["dtype"], row["batch"], row["storage"], row["keep"]) for row in rows] == [
+        (case, "bfloat16", batch, *kind)
+        for batch in (1, 2)
+        for kind in (("dense", 1.0), ("pivoted", 0.8), ("pivoted", 0.5))
+    ]
+    shown = capsys.readouterr()
+    assert "of limit" in shown.out
+    assert f"bench {case}: 100%" in shown.err
+
+
+def test_bench_settings_from_yaml_and_unknown_cases(tmp_path, capsys):
+    config = tmp_path / "bench.yaml"
+    config.write_text(
+        "case: decode\nbase: random:llama\nkeep: 0.5\nlength: 4\nrepeats: 1\nbatch_size: 1\ndtype: float32\n"
+    )
+    main(["bench", "-c", str(config)])
+    assert capsys.readouterr().out.count("50.0 %") == 2
+    assert "decod" in failing(capsys, "bench", "decod", status=2)
+    assert "unrecognized arguments: more" in failing(capsys, "bench", "decode", "more", status=2)
 
 
 def test_the_smoke_configuration_of_a_callback_by_name(tmp_path, capsys):

@@ -15,6 +15,7 @@ from lowrank_pl.bench import bench
 from lowrank_pl.cli import main
 from lowrank_pl.commands import allocate, export, pick_device
 from lowrank_pl.decomposition import Decomposition
+from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.scoring import evaluate
 from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
 
@@ -189,7 +190,8 @@ def test_one_plan_is_exported_in_several_sizes_one_inside_the_other(plan_file, t
             assert components(large)[name] is None or kept <= components(large)[name]
     for name, plan in zip(names, plans, strict=True):
         model = load_compressed(output / name)
-        ranks = {key: m.rank for key, m in model.named_modules() if type(m).__name__ == "LowRankLinear"}
+        low_rank = (LowRankLinear, PivotedLinear)
+        ranks = {key: m.rank for key, m in model.named_modules() if isinstance(m, low_rank)}
         assert ranks == {key: entry.rank for key, entry in plan.modules.items() if entry.rank is not None}
         card = (output / name / "README.md").read_text()
         resized = "This size was resized from the plan of uniform at keep 0.5, by its component order" in card

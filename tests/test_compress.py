@@ -8,16 +8,19 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_pl.budget import break_even
-from lowrank_pl.compress import compress, compressed, restore_dense
+from lowrank_pl.compress import compress, compressed, deployed_plan, restore_dense
 from lowrank_pl.decompose import truncate
-from lowrank_pl.hf_format import LowRankLinear
+from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.layers import MaskedLinear, chosen, masked_layers, plan_choice
 from lowrank_pl.masks import Staircase
+from lowrank_pl.pivot import Pivoted
 from lowrank_pl.plan import ModulePlan, RankPlan
 from lowrank_pl.prepare import build_factors
+from lowrank_pl.storage import Storage
 from lowrank_pl.targets import dense_weight, find_targets, replace_module
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
+
+FACTORED = Storage("factored")
 
 
 def factored(family, windows, **changes):
@@ -42,12 +45,12 @@ def logits(model, windows):
 
 
 def half(target):
-    return max(1, break_even(target.shape) // 2)
+    return max(1, FACTORED.break_even(target.shape) // 2)
 
 
 def mask_all(model, targets, store, keep=0.5):
     for target in targets.modules:
-        mask = Staircase().create(target.shape, store.sigma(target.name), keep)
+        mask = Staircase().create(target.shape, store.sigma(target.name), keep, prices=FACTORED)
         factors = store.factors(target.name, mask.rank)
         replace_module(model, target.name, MaskedLinear(model.get_submodule(target.name), factors, mask))
     return model
@@ -226,3 +229,83 @@ def test_truncating_the_store_is_truncating_the_whole(windows):
         assert torch.equal(part.right, read.right)
         weight = dense_weight(model.get_submodule(target.name))
         torch.testing.assert_close(whole.left @ whole.right, weight, rtol=1e-3, atol=1e-4)
+
+
+# pivoted storage
+
+
+def pivoted(target):
+    return ModulePlan(target.shape, min(target.shape) // 2, storage="pivoted")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pivoted_modules_compute_what_their_factors_do(family, windows):
+    model, targets, store = factored(family, windows)
+    plan = drawn(targets, store, pivoted)
+    expected = compress(tiny_model(family), drawn(targets, store, lambda target: min(target.shape) // 2), store)
+    assert compress(model, plan, store) is model
+    sides = set()
+    for target in targets.modules:
+        layer, other = model.get_submodule(target.name), expected.get_submodule(target.name)
+        assert type(layer) is PivotedLinear
+        assert layer.bias is other.bias or torch.equal(layer.bias, other.bias)
+        assert layer.weight.numel() + layer.right.numel() == plan.modules[target.name].parameters
+        torch.testing.assert_close(layer.dense(), other.dense(), rtol=1e-4, atol=1e-5)
+        sides.add(layer.side)
+    assert sides == {"out", "in"}
+    torch.testing.assert_close(logits(model, windows), logits(expected, windows), rtol=1e-3, atol=1e-3)
+    assert deployed_plan(model, plan) is plan
+
+
+def test_pivots_of_index_sets_of_masked_and_of_bfloat16_models(windows):
+    model, targets, store = factored("llama", windows)
+    entry = {target.name: ModulePlan(target.shape, 3, (0, 2, 9), "pivoted") for target in targets.modules}
+    plan = drawn(targets, store, lambda target: entry[target.name])
+    masked = compress(mask_all(tiny_model("llama"), targets, store), plan, store)
+    half = compress(tiny_model("llama").bfloat16(), plan, store)
+    compress(model, plan, store)
+    for name in entry:
+        whole, layer = store.factors(name), model.get_submodule(name)
+        expected = sum(torch.outer(whole.left[:, j], whole.right[j]) for j in (0, 2, 9))
+        torch.testing.assert_close(layer.dense(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(masked.get_submodule(name).weight, layer.weight)
+        other = half.get_submodule(name)
+        assert (other.weight.dtype, other.pivots.dtype) == (torch.bfloat16, torch.int32)
+        torch.testing.assert_close(other.dense().float(), expected, rtol=0.05, atol=0.02)
+
+
+def test_a_module_that_cannot_be_pivoted_is_stored_as_factors_aloud(windows, monkeypatch, caplog):
+    model, targets, store = factored("llama", windows)
+    names = [target.name for target in targets.modules]
+    plan = drawn(targets, store, lambda target: half(target) if target.name == names[5] else pivoted(target))
+    inaccurate = {names[2], names[3]}
+    shapes = {plan.modules[name].shape for name in inaccurate}
+    monkeypatch.setattr(Pivoted, "is_accurate", property(lambda found: found_shape(found) not in shapes))
+    compress(model, plan, store)
+    fallen = [name for name in names if plan.modules[name].shape in shapes and name != names[5]]
+    assert inaccurate <= set(fallen)
+    for name in names:
+        expected = LowRankLinear if name in {*fallen, names[5]} else PivotedLinear
+        assert type(model.get_submodule(name)) is expected
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == len(fallen)
+    assert warnings[0].startswith(
+        f"{fallen[0]} is stored as two factors: stored pivoted in float32 it would be off by "
+    )
+    changed = deployed_plan(model, plan)
+    assert [name for name in names if changed.modules[name] != plan.modules[name]] == fallen
+    assert {changed.modules[name].storage for name in fallen} == {"factored"}
+    assert changed.notes == (
+        f"{len(fallen)} modules could not be stored pivoted in float32: factored, e.g. {fallen[0]}",
+    )
+    assert deployed_plan(model, changed) is changed
+    layers = [model.get_submodule(name) for name in names]
+    assert sum(layer.weight.numel() + layer.right.numel() for layer in layers) == sum(
+        changed.modules[name].parameters for name in names
+    )
+
+
+def found_shape(found):
+    """Shape of the map in a pivoted form."""
+    layer = PivotedLinear.from_parts(found.weight, found.right, found.pivots, side=found.side)
+    return layer.out_features, layer.in_features

@@ -12,6 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lowrank_pl.base_model import load_base
 from lowrank_pl.budget import Budget
 from lowrank_pl.masks import Fermi, Staircase, Tanh
+from lowrank_pl.storage import Storage
+
+FACTORED = Storage("factored")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 SHAPES = [(96, 96), (40, 72), (192, 64), (128, 24), (500, 6), (3, 3), (1, 40)]
@@ -23,7 +26,7 @@ def spectrum(shape):
 
 
 def made(method, shape=(96, 96), keep=0.5, kept=None):
-    return method.create(shape, spectrum(shape), keep, kept=kept)
+    return method.create(shape, spectrum(shape), keep, kept=kept, prices=FACTORED)
 
 
 def even(shape):
@@ -98,7 +101,7 @@ def test_starts_are_exact(kind, shape):
         mask = made(kind(), shape, keep)
         assert mask.ratio().item() == pytest.approx(min(keep, 1.0), rel=1e-6)
         assert mask.cutoff().item() == pytest.approx(min(keep, 1.0) * even(shape), rel=1e-5)
-        assert mask.rank == Staircase().stored_rank(shape)
+        assert mask.rank == Staircase().stored_rank(shape, FACTORED)
     for rank in range(1, math.ceil(even(shape))):
         assert made(kind(), shape, rank / even(shape)).kept().sum() == rank
     assert made(kind(), (96, 96), 2 / 48, torch.tensor([3, 9])).kept().nonzero().flatten().tolist() == [0, 1]
@@ -162,7 +165,7 @@ def test_the_plan_rounds_the_cutoffs():
     with torch.no_grad():
         for name, level in (("a", 0.25), ("b", 1.0), ("c", -0.1)):
             masks[name].level.fill_(level)
-    budget = Budget(keep=0.6, shapes=shapes, model_parameters=30_000)
+    budget = Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=30_000)
     plan = method.finalise(masks, budget)
     assert plan.method == "fermi"
     assert plan.modules["b"].rank is None
@@ -241,5 +244,5 @@ def test_a_start_from_a_plan(tmp_path):
     learner.build(load_base("random:llama"), data)
     for name, mask in learner.masks.items():
         entry = plan.modules[name]
-        assert mask.ratio().item() == pytest.approx(entry.parameters / entry.dense_parameters, rel=1e-5)
+        assert mask.ratio().item() == pytest.approx(entry.numbers(4) / entry.dense_parameters, rel=1e-5)
         assert entry.rank is None or mask.kept().sum() == entry.rank

@@ -15,9 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_pl import reload_check, verify
+from lowrank_pl import hf_layers, reload_check, verify
 from lowrank_pl.export import ExportError, ExportReport, load_compressed, save_compressed
-from lowrank_pl.hf_format import LowRankLinear
+from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.pivot import pivot
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
 
 TOKENS = torch.arange(24)[None]
@@ -25,19 +26,25 @@ TOKENS = torch.arange(24)[None]
 
 @torch.no_grad()
 def compressed(family, dtype=torch.float32):
-    """A tiny model whose linear maps in the blocks are cut to half their full rank, biases kept."""
+    """A tiny model whose linear maps in the blocks have half their full rank and their biases; two of three pivoted."""
     model = tiny_model(family)
     if dtype != torch.float32:
         dense = model.state_dict()
         model = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
         model.load_state_dict(dense)
-    for name, module in list(model.base_model.named_modules(prefix=model.base_model_prefix)):
-        if isinstance(module, (nn.Linear, Conv1D)):
-            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            rank = min(weight.shape) // 2
-            left, sigma, right = torch.linalg.svd(weight.float(), full_matrices=False)
-            left, right = (left[:, :rank] * sigma[:rank]).to(dtype), right[:rank].to(dtype)
-            model.set_submodule(name, LowRankLinear.from_factors(left, right, module.bias))
+    modules = model.base_model.named_modules(prefix=model.base_model_prefix)
+    linear = [(name, module) for name, module in modules if isinstance(module, (nn.Linear, Conv1D))]
+    for number, (name, module) in enumerate(linear):
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        rank = min(weight.shape) // 2
+        left, sigma, right = torch.linalg.svd(weight.float(), full_matrices=False)
+        left, right = left[:, :rank] * sigma[:rank], right[:rank]
+        if number % 3 == 0:
+            new = LowRankLinear.from_factors(left.to(dtype), right.to(dtype), module.bias)
+        else:
+            found = pivot(left, right, dtype=dtype)
+            new = PivotedLinear.from_parts(found.weight, found.right, found.pivots, side=found.side, bias=module.bias)
+        model.set_submodule(name, new)
     return model
 
 
@@ -186,8 +193,14 @@ def test_here_reload_generate_and_tokenizer_equal(exports, family):
 def test_what_is_in_the_folders(exports, family):
     home, models = exports
     config = json.loads((home / family / "config.json").read_text())
-    ranks = {name: m.rank for name, m in models[family].named_modules() if isinstance(m, LowRankLinear)}
-    assert config["quantization_config"] == {"modules": ranks, "quant_method": "lowrank", "schema": 1}
+    modules = {}
+    for name, module in models[family].named_modules():
+        if isinstance(module, LowRankLinear):
+            modules[name] = module.rank
+        elif isinstance(module, PivotedLinear):
+            modules[name] = {"rank": module.rank, "storage": "pivoted", "side": module.side}
+    assert {type(entry) for entry in modules.values()} == {int, dict}
+    assert config["quantization_config"] == {"modules": modules, "quant_method": "lowrank", "schema": 2}
     assert config["auto_map"]["AutoModelForCausalLM"] == f"hf_format.{type(models[family]).__name__}"
     plain = json.loads((home / "merged" / family / "config.json").read_text())
     assert not {"quantization_config", "auto_map"} & set(plain)
@@ -196,7 +209,8 @@ def test_what_is_in_the_folders(exports, family):
     dense = load_file(home / "dense" / family / "model.safetensors")
     merged = load_file(home / "merged" / family / "model.safetensors")
     assert {key: value.shape for key, value in merged.items()} == {key: value.shape for key, value in dense.items()}
-    assert not (home / "merged" / family / "hf_format.py").exists()
+    assert not [file.name for file in (home / "merged" / family).glob("*.py")]
+    assert sorted(file.name for file in (home / family).glob("*.py")) == ["hf_format.py", "hf_layers.py"]
 
 
 def test_the_model_in_memory_is_left_as_it_was(tmp_path):
@@ -230,7 +244,7 @@ def test_the_check_passes_and_the_report_counts(tmp_path):
     assert (out / "plan.json").read_text() == '{"schema": 1}'
     assert (out / "README.md").read_text() == "# A card\n"
     names = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "hf_format.py"}
-    names |= {"model.safetensors", "plan.json", "tokenizer.json", "tokenizer_config.json"}
+    names |= {"hf_layers.py", "model.safetensors", "plan.json", "tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in out.iterdir()} == names
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     loaded = load_compressed(out)
@@ -250,6 +264,24 @@ def test_a_loaded_model_is_merged_and_checked(exports, tmp_path):
     torch.testing.assert_close(logits(plain), logits(loaded), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="is a plain model, not one compressed by lowrank_pl: load it with transf"):
         load_compressed(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("kind", ["LowRankLinear", "PivotedLinear"])
+def test_layers_of_a_folders_copy_of_the_code_are_low_rank_too(tmp_path, kind):
+    names = {"__name__": "copy_of_hf_layers"}
+    exec(Path(hf_layers.__file__).read_text(encoding="utf-8"), names)
+    model = compressed("gpt2")
+    theirs = [module for module in model.modules() if type(module).__name__ == kind]
+    for module in theirs:
+        module.__class__ = names[kind]
+        assert not isinstance(module, (LowRankLinear, PivotedLinear))
+    assert len(theirs) == {"LowRankLinear": 3, "PivotedLinear": 5}[kind]
+    report = save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), verify=False)
+    assert report.modules == 8
+    assert torch.equal(logits(load_compressed(tmp_path / "out")), logits(model))
+    save_compressed(model, tmp_path / "merged", tokenizer=byte_tokenizer(), merge=True, verify=False)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_a_linear_layer_where_gpt2_has_conv1d_is_written_in_gpt2s_layout(tmp_path):
@@ -355,7 +387,7 @@ def test_nothing_is_left_of_an_interrupted_export(tmp_path, monkeypatch, error):
     with pytest.raises(expected, match=text):
         save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), merge=True)
     assert not list(tmp_path.iterdir())
-    assert isinstance(model.model.layers[0].mlp.up_proj, LowRankLinear)
+    assert isinstance(model.model.layers[0].mlp.up_proj, PivotedLinear)
 
 
 def test_other_os_errors_stay_what_they_are(tmp_path, monkeypatch):
@@ -391,6 +423,8 @@ def test_layers_that_cannot_be_stored_are_refused(tmp_path):
         export(name, LowRankLinear(32, 32, 32, bias=False))
     with pytest.raises(ValueError, match=f"{name} has a bias, unlike the LlamaForCausalLM that its config describes"):
         export(name, LowRankLinear(32, 32, 3))
+    with pytest.raises(ValueError, match=f"{name} has a bias, unlike the LlamaForCausalLM that its config describes"):
+        export(name, PivotedLinear(32, 32, 3, side="in"))
     with pytest.raises(ValueError, match=f"{name} is a Identity where LlamaForCausalLM has a Linear: only low-rank"):
         export(name, nn.Identity())
     with pytest.raises(ValueError, match=r"model\.extra is a Linear where LlamaForCausalLM has none"):
@@ -430,6 +464,7 @@ def drop(key):
         ),
         (truncate, "can't read the weights in .*copy or export it again"),
         (drop("model.layers.0.mlp.up_proj.right"), "weight files hold no model.layers.0.mlp.up_proj.right"),
+        (drop("model.layers.0.mlp.up_proj.pivots"), "weight files hold no model.layers.0.mlp.up_proj.pivots: transf"),
         (drop("model.norm.weight"), "weight files hold no model.norm.weight: transformers would make them up"),
         (lambda folder: (folder / "config.json").unlink(), "holds no readable config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "holds no readable config.json"),
@@ -454,11 +489,11 @@ def test_what_is_no_compressed_folder_is_an_error(exports, tmp_path):
 def test_a_newer_schema_is_an_error(exports, tmp_path):
     def newer(folder):
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] |= {"schema": 2, "pivots": {}}
+        config["quantization_config"] |= {"schema": 3, "pivots": {}}
         (folder / "config.json").write_text(json.dumps(config))
 
     folder = damaged(exports[0] / "llama", tmp_path / "copy", newer)
-    with pytest.raises(ValueError, match="stored in lowrank schema 2, this code reads schemas up to 1"):
+    with pytest.raises(ValueError, match="stored in lowrank schema 3, this code reads schemas up to 2"):
         load_compressed(folder)
 
 
@@ -500,6 +535,6 @@ def test_the_digest_sees_every_bit():
 
 def test_files_of_the_package_are_self_contained():
     folder = Path(verify.__file__).parent
-    for name in ("hf_format.py", "reload_check.py"):
+    for name in ("hf_format.py", "hf_layers.py", "reload_check.py"):
         assert "import lowrank_pl" not in (folder / name).read_text().replace("``import lowrank_pl", "")
         assert "from lowrank_pl" not in (folder / name).read_text()

@@ -28,21 +28,25 @@ def draw(sigmas, keep, **constraints):
     return allocator("fisher").plan(Problem(budget, factors, None))
 
 
-def sizes_of(shape, sigma, multiple, least):
-    """Every allowed (rank or None, parameters, predicted loss)."""
+def sizes_of(shape, sigma, multiple, least, storage):
+    """Every allowed (rank or None, parameters, predicted loss); an index takes as much as a parameter."""
     m, n = shape
-    ranks = [k for k in range(1, min(m, n)) if k % multiple == 0 and k >= least and k * (m + n) < m * n]
-    return [*((k, k * (m + n), sum(s.item() ** 2 for s in sigma[k:]) / 2) for k in ranks), (None, m * n, 0.0)]
+    cost = {k: k * (m + n) if storage == "factored" else k * (m + n - k) + k for k in range(1, min(m, n))}
+    ranks = [k for k in cost if k % multiple == 0 and k >= least and cost[k] < m * n]
+    return [*((k, cost[k], sum(s.item() ** 2 for s in sigma[k:]) / 2) for k in ranks), (None, m * n, 0.0)]
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(("multiple", "floor"), [(1, 0.0), (2, 0.0), (1, 0.6)])
-def test_no_combination_of_ranks_does_better_at_any_budget_of_the_hull(seed, multiple, floor):
+@pytest.mark.parametrize(
+    ("storage", "multiple", "least"),
+    [("factored", 1, 1), ("factored", 2, 1), ("factored", 1, 3), ("pivoted", 1, 1), ("auto", 2, 1), ("pivoted", 1, 3)],
+)
+def test_no_combination_of_ranks_does_better_at_any_budget_of_the_hull(seed, storage, multiple, least):
     sigmas = {n: spectrum(s, 10 * seed + i, flat=(seed + i) % 2 == 0) for i, (n, s) in enumerate(SHAPES.items())}
-    floors = {"c": floor} if floor else {}
+    # The fraction that three components of a 7 x 7 weight take.
+    floors = {"c": (42 if storage == "factored" else 36) / 49} if least > 1 else {}
     ladders = [
-        sizes_of(shape, sigmas[name], multiple, np.ceil(floor * 49 / 14) if name == "c" else 1)
-        for name, shape in SHAPES.items()
+        sizes_of(shape, sigmas[name], multiple, least if name == "c" else 1, storage) for name, shape in SHAPES.items()
     ]
     combinations = [
         (sum(cost for _, cost, _ in chosen), sum(loss for _, _, loss in chosen), [rank for rank, _, _ in chosen])
@@ -53,11 +57,13 @@ def test_no_combination_of_ranks_does_better_at_any_budget_of_the_hull(seed, mul
         min(combinations, key=lambda entry: entry[1] + price * entry[0])[0] for price in np.geomspace(1e-5, 1e2, 4000)
     }
     assert len(best) > 3
-    plans = {cost: draw(sigmas, cost / total, multiple_of=multiple, floors=floors) for cost in sorted(best)}
+    plans = {
+        cost: draw(sigmas, cost / total, multiple_of=multiple, floors=floors, storage=storage) for cost in sorted(best)
+    }
     for cost, plan in plans.items():
-        least = min((loss, ranks) for spent, loss, ranks in combinations if spent <= cost)
+        lowest = min((loss, ranks) for spent, loss, ranks in combinations if spent <= cost)
         assert plan.kept_parameters == cost
-        assert [module.rank for module in plan.modules.values()] == least[1]
+        assert [module.rank for module in plan.modules.values()] == lowest[1]
     ranks = [[module.rank or 99 for module in plan.modules.values()] for plan in plans.values()]
     for smaller, larger in pairwise(ranks):
         assert all(a <= b for a, b in zip(smaller, larger, strict=True))
@@ -69,7 +75,7 @@ def test_no_combination_of_ranks_does_better_at_any_budget_of_the_hull(seed, mul
 
 def test_factors_of_another_kind_are_refused():
     factors = SimpleNamespace(fingerprint={"kind": "whitened"})
-    budget = Budget(keep=0.5, shapes=SHAPES, model_parameters=200)
+    budget = Budget(storage="factored", keep=0.5, shapes=SHAPES, model_parameters=200)
     with pytest.raises(
         ValueError,
         match=r"the allocator fisher was given factors of the kind 'whitened': expected two_sided "

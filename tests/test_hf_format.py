@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from lowrank_pl import hf_format
-from lowrank_pl.hf_format import LowRankConfig, LowRankLinear, align
+from lowrank_pl import hf_format, hf_layers
+from lowrank_pl.hf_format import LowRankConfig, align
+from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.tiny_models import tiny_model
 
 
@@ -23,16 +25,32 @@ def layer():
     return LowRankLinear.from_factors(torch.randn(12, 4), torch.randn(4, 8), torch.randn(12))
 
 
+def entry(rank, storage, side="out"):
+    return rank if storage == "factored" else {"rank": rank, "storage": storage, "side": side}
+
+
+@pytest.fixture(params=["factored", "pivoted"])
+def storage(request):
+    return request.param
+
+
 @pytest.fixture
-def small():
-    """A Llama whose linear maps in the blocks all have rank 5."""
+def small(storage):
+    """A Llama whose linear maps in the blocks all have rank 5; pivots of every other one are columns."""
+    torch.manual_seed(0)
     model = tiny_model("llama")
-    ranks = {}
+    entries = {}
     for name, module in list(model.model.named_modules(prefix="model")):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, LowRankLinear(module.in_features, module.out_features, 5, bias=False))
-            ranks[name] = 5
-    model.config.quantization_config = LowRankConfig(ranks)
+        if not isinstance(module, nn.Linear):
+            continue
+        side = "out" if len(entries) % 2 else "in"
+        new = LowRankLinear(module.in_features, module.out_features, 5, bias=False)
+        if storage == "pivoted":
+            new = PivotedLinear(module.in_features, module.out_features, 5, side=side, bias=False)
+            new.pivots = torch.tensor([1, 4, 5, 9, 15], dtype=torch.int32)
+        model.set_submodule(name, new)
+        entries[name] = entry(5, storage, side)
+    model.config.quantization_config = LowRankConfig(entries)
     return model
 
 
@@ -147,18 +165,25 @@ def test_the_config_survives_json():
     config = LowRankConfig({"a": 3})
     assert config.to_dict() == {"modules": {"a": 3}, "schema": 1, "quant_method": "lowrank"}
     assert LowRankConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    modules = {"a": 3, "b": {"rank": 2, "storage": "pivoted", "side": "in"}}
+    config = LowRankConfig(modules)
+    assert config.to_dict() == {"modules": modules, "schema": 2, "quant_method": "lowrank"}
+    assert LowRankConfig.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(
     ("given", "text"),
     [
         (
-            {"schema": 2, "pivots": {}},
-            "stored in lowrank schema 2, this code reads schemas up to 1: upgrade",
+            {"schema": 3, "pivots": {}},
+            "stored in lowrank schema 3, this code reads schemas up to 2: upgrade",
         ),
         ({"pivots": {}}, r"unknown keys \['pivots'\]"),
         ({"modules": {"a": 0}}, "gives 'a' the rank 0: expected a positive integer"),
         ({"modules": {"a": "3"}}, "gives 'a' the rank '3': expected a positive integer"),
+        ({"modules": {"a": entry(0, "pivoted")}}, "gives 'a' the rank 0: expected a positive integer"),
+        ({"modules": {"a": entry(3, "sparse")}}, "gives 'a' the entry .*'sparse'.*: expected a rank, or rank, storage"),
+        ({"modules": {"a": {"rank": 3}}}, "gives 'a' the entry {'rank': 3}: expected a rank, or rank, storage \"pivo"),
     ],
 )
 def test_a_config_that_is_not_understood_is_refused(given, text):
@@ -175,7 +200,8 @@ def test_saving_and_loading_twice_keeps_every_bit(small, tmp_path):
     assert torch.equal(logits(loaded), logits(small))
     assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
     loaded.save_pretrained(tmp_path / "two")
-    assert (tmp_path / "two" / "hf_format.py").read_bytes() == Path(hf_format.__file__).read_bytes()
+    for code in (hf_format.__file__, hf_layers.__file__):
+        assert (tmp_path / "two" / Path(code).name).read_bytes() == Path(code).read_bytes()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert torch.equal(logits(again), logits(small))
     assert again.config.auto_map == {"AutoModelForCausalLM": "hf_format.LlamaForCausalLM"}
@@ -228,11 +254,66 @@ def test_a_config_that_does_not_fit_the_model_is_refused(small, tmp_path, name, 
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_wrong_rank_is_a_size_mismatch(small, tmp_path):
-    small.config.quantization_config.modules["model.layers.0.mlp.up_proj"] = 4
+@pytest.mark.parametrize("rank", [4, 6])
+def test_a_wrong_rank_is_a_size_mismatch(small, storage, tmp_path, rank):
+    small.config.quantization_config.modules["model.layers.0.mlp.up_proj"] = entry(rank, storage)
     small.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_another_storage_is_a_size_mismatch(small, storage, tmp_path):
+    other = {"factored": "pivoted", "pivoted": "factored"}[storage]
+    small.config.quantization_config.modules["model.layers.0.mlp.up_proj"] = entry(5, other)
+    small.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (
+            entry(32, "pivoted"),
+            r"up_proj: rank 32 of a map of shape \[96, 32\] can't be stored pivoted: expected 1 to 31",
+        ),
+        (entry(5, "pivoted", "left"), "quantization_config, model.layers.0.mlp.up_proj: the side 'left' was given"),
+    ],
+)
+@pytest.mark.parametrize("storage", ["pivoted"])
+def test_a_config_of_an_impossible_layer_is_refused(small, tmp_path, given, text):
+    small.config.quantization_config.modules["model.layers.0.mlp.up_proj"] = given
+    small.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=text):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("pivots", [[0, 0, 1, 2, 3], [0, 1, 2, 3, 96], [-1, 0, 1, 2, 3], [0, 0, 0, 0, 0]])
+@pytest.mark.parametrize("storage", ["pivoted"])
+def test_pivots_that_are_damaged_are_an_error(small, tmp_path, pivots):
+    small.model.layers[0].mlp.up_proj.pivots = torch.tensor(pivots, dtype=torch.int32)
+    small.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"mlp.up_proj: the pivots .* are not 5 ascending .*; the folder is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_a_model_whose_parts_stay_on_disk_computes_the_same(small, tmp_path, offload_buffers):
+    small.save_pretrained(tmp_path / "one")
+    places = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload", "offload_buffers": offload_buffers}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", **places)
+    assert loaded.model.layers[0].mlp.up_proj.weight.is_meta
+    torch.testing.assert_close(logits(loaded), logits(small), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), logits(small), rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_of_the_first_schema_still_loads(tmp_path, llama):
+    llama.model.layers[0].mlp.up_proj = LowRankLinear(32, 96, 8, bias=False)
+    llama.config.quantization_config = LowRankConfig({"model.layers.0.mlp.up_proj": 8})
+    llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config == {"modules": {"model.layers.0.mlp.up_proj": 8}, "quant_method": "lowrank", "schema": 1}
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(llama))
 
 
 def test_a_new_head_may_be_new_and_nothing_else(small, tmp_path):
@@ -240,7 +321,7 @@ def test_a_new_head_may_be_new_and_nothing_else(small, tmp_path):
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(classifier.model.layers[1].mlp.up_proj.right, small.model.layers[1].mlp.up_proj.right)
     weights = load_file(tmp_path / "model.safetensors")
-    for key in list(weights):
+    for key in [key for key in weights if ".layers.1." not in key]:
         damaged = {name: value for name, value in weights.items() if name != key}
         save_file(damaged, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=f"the weight files hold no {key}: transformers would make them up"):
@@ -264,8 +345,8 @@ def test_only_model_classes_of_transformers_are_made_up():
 def test_a_copy_registers_only_if_it_reads_more(monkeypatch):
     monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "lowrank", LowRankConfig)
     source = Path(hf_format.__file__).read_text(encoding="utf-8")
-    same, newer = {"__name__": "copy_of_hf_format"}, {"__name__": "newer_hf_format"}
+    same, newer = ({"__name__": name, "__package__": "lowrank_pl"} for name in ("copy_of_hf_format", "newer_hf_format"))
     exec(source, same)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is LowRankConfig
-    exec(source.replace("SCHEMA = 1", "SCHEMA = 2"), newer)
+    exec(source.replace("SCHEMA = 2", "SCHEMA = 3"), newer)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is newer["LowRankConfig"]

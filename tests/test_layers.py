@@ -10,6 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_pl.decompose import decompose, truncate
 from lowrank_pl.layers import MaskedLinear, chosen, masked_layers, plan_choice
 from lowrank_pl.masks import Staircase
+from lowrank_pl.storage import Storage
+
+FACTORED = Storage("factored")
 
 OUT, IN = 20, 28
 
@@ -35,7 +38,7 @@ def weight_and_bias(module):
 def mask_in(module, keep=0.6):
     weight, _ = weight_and_bias(module)
     factors = decompose(weight.float())
-    mask = Staircase().create((OUT, IN), factors.sigma, keep)
+    mask = Staircase().create((OUT, IN), factors.sigma, keep, prices=FACTORED)
     return MaskedLinear(module, truncate(factors, mask.rank), mask)
 
 

@@ -269,7 +269,7 @@ def test_masks_start_from_a_plan(tmp_path):
     learner = built(start=plan.save(tmp_path / "plan.json"))
     for name, mask in learner.masks.items():
         entry = plan.modules[name]
-        assert mask.ratio().item() == pytest.approx(entry.parameters / entry.dense_parameters, abs=0.005)
+        assert mask.ratio().item() == pytest.approx(entry.numbers(4) / entry.dense_parameters, abs=0.005)
     assert {name: entry.rank for name, entry in learner.plan().modules.items()} == pytest.approx(
         {name: entry.rank for name, entry in plan.modules.items()}, abs=1
     )
@@ -314,7 +314,7 @@ def test_masks_start_from_a_plan_that_an_allocator_draws(name):
     for key, mask in learner.masks.items():
         entry = plan.modules[key]
         assert mask.ratio().item() == pytest.approx(
-            min(1, entry.parameters / entry.dense_parameters), abs=mask.price / 2
+            min(1, entry.numbers(4) / entry.dense_parameters), abs=sum(mask.shape) / (2 * entry.dense_parameters)
         )
     assert method.needs_gradients is (name == "zero_sum")
 
@@ -342,7 +342,7 @@ def test_masks_of_prefixes_start_from_the_count_of_a_subset_and_say_so(tmp_path,
     assert "keep components that are not the first ones: masks of ara start from as many" in caplog.text
     for name, mask in learner.masks.items():
         entry = plan.modules[name]
-        assert mask.ratio().item() == pytest.approx(entry.parameters / entry.dense_parameters, abs=0.005)
+        assert mask.ratio().item() == pytest.approx(entry.numbers(4) / entry.dense_parameters, abs=0.005)
 
 
 # -- one order for every size --------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_multiple_of_floors_include_and_exclude_shape_the_plan():
     plan = learner.plan()
     assert not any("down_proj" in name for name in plan.modules)
     assert all(entry.rank is None for name, entry in plan.modules.items() if "k_proj" in name)
-    kept = {name: entry.parameters / entry.dense_parameters for name, entry in plan.modules.items()}
+    kept = {name: entry.numbers(4) / entry.dense_parameters for name, entry in plan.modules.items()}
     assert min(share for name, share in kept.items() if "up_proj" in name) >= 0.6
     assert {entry.rank % 4 for entry in plan.modules.values() if entry.rank} == {0}
     assert plan.keep_targeted <= 0.5

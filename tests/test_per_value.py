@@ -18,7 +18,10 @@ from lowrank_pl.masks import PerValue
 from lowrank_pl.masks.switches import draw_noise, seeded
 from lowrank_pl.objectives import DataTerms
 from lowrank_pl.plan import ModulePlan
+from lowrank_pl.storage import Storage
 from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
+
+FACTORED = Storage("factored")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 SHAPES = [(12, 12), (8, 20), (20, 8), (1, 5)]
@@ -29,7 +32,7 @@ def spectrum(shape):
 
 
 def made(shape=(12, 12), keep=1.0, kept=None, **settings):
-    return PerValue(**settings).create(shape, spectrum(shape), keep, kept=kept)
+    return PerValue(**settings).create(shape, spectrum(shape), keep, kept=kept, prices=FACTORED)
 
 
 def shuffled(mask, seed=0):
@@ -271,7 +274,7 @@ def test_learning_ends_patience_steps_after_the_budget_is_first_met():
     method = PerValue(patience=5)
     masks = {"a": made((20, 20)), "b": made((20, 20))}
     progress = method.share(masks)
-    budget = Budget(keep=0.5, shapes={"a": (20, 20), "b": (20, 20)}, model_parameters=800)
+    budget = Budget(storage="factored", keep=0.5, shapes={"a": (20, 20), "b": (20, 20)}, model_parameters=800)
 
     def set_on(count):
         with torch.no_grad():
@@ -299,12 +302,12 @@ def test_learning_ends_patience_steps_after_the_budget_is_first_met():
 
 def planned(logits, keep, *, any_k=True, shape=(20, 20)):
     method = PerValue(any_k=any_k)
-    masks = {name: method.create(shape, spectrum(shape), 1.0) for name in logits}
+    masks = {name: method.create(shape, spectrum(shape), 1.0, prices=FACTORED) for name in logits}
     with torch.no_grad():
         for name, values in logits.items():
             masks[name].logits.copy_(torch.tensor(values))
             masks[name].noise.fill_(100.0)  # has no part in it
-    budget = Budget(keep=keep, shapes=dict.fromkeys(logits, shape), model_parameters=1000)
+    budget = Budget(storage="factored", keep=keep, shapes=dict.fromkeys(logits, shape), model_parameters=1000)
     return method.finalise(masks, budget)
 
 

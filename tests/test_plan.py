@@ -67,11 +67,11 @@ def test_json_schema(plan):
         *("schema", "method", "keep", "parameters", "bytes", "counts"),
         *("constraints", "notes", "origin", "fingerprint", "modules"),
     ]
-    assert data["schema"] == SCHEMA == 1
+    assert data["schema"] == SCHEMA == 2
     assert data["keep"] == {"asked": 0.6, "targeted": plan.keep_targeted, "model": plan.keep_model}
     assert data["parameters"] == {"targeted": {"dense": 464, "kept": 322}, "model": {"dense": 1000, "kept": 858}}
     assert data["bytes"] == {"dense": 2000, "kept": 1716, "per_parameter": 2}
-    assert data["counts"] == {"modules": 3, "dense": 1, "any_k": 1}
+    assert data["counts"] == {"modules": 3, "dense": 1, "any_k": 1, "pivoted": 0}
 
 
 def test_the_order_comes_last_one_line_a_module(plan):
@@ -83,7 +83,7 @@ def test_the_order_comes_last_one_line_a_module(plan):
     read = RankPlan.from_json(text)
     assert read == ordered != plan
     assert read.order.scores["z.last"].tolist() == [math.inf, 2.5]
-    assert json.loads(text)["constraints"] == {"multiple_of": 2, "floors": {"a*": 1.0}}
+    assert json.loads(text)["constraints"] == {"multiple_of": 2, "floors": {"a*": 1.0}, "storage": "factored"}
 
 
 def test_plans_without_constraints_and_order_are_read(plan):
@@ -143,7 +143,7 @@ def test_origin_puts_notes_first(plan):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=99), r"the plan has schema 99: this version of lowrank_pl reads schema 1"),
+        (lambda d: d.update(schema=99), r"the plan has schema 99: this version of lowrank_pl reads schemas 1 to 2"),
         (lambda d: d.pop("schema"), r"the plan has schema None"),
         (lambda d: d.pop("method"), r"the plan lacks or misspells 'method': write it anew with `lowrank allocate`"),
         (lambda d: d["parameters"].pop("model"), r"lacks or misspells 'model'"),
@@ -216,8 +216,8 @@ def test_no_json_and_no_file(plan, tmp_path):
         RankPlan.load(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="no plan at"):
         RankPlan.load(tmp_path)
-    (tmp_path / "bad.json").write_text(edited(plan, lambda d: d.update(schema=2)))
-    with pytest.raises(ValueError, match=r"bad.json: the plan has schema 2"):
+    (tmp_path / "bad.json").write_text(edited(plan, lambda d: d.update(schema=3)))
+    with pytest.raises(ValueError, match=r"bad.json: the plan has schema 3"):
         RankPlan.load(tmp_path / "bad.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"binary.json: "):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,14 @@ from lowrank_pl.allocate import Problem, allocator
 from lowrank_pl.budget import Budget
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.masks import Rescaled
+from lowrank_pl.storage import Storage
+
+FACTORED = Storage("factored")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Be aware that when using")
 SHAPES = {"a": (48, 48), "b": (48, 96), "c": (96, 32)}
-BUDGET_OF_FOUR = Budget(keep=0.5, shapes={**SHAPES, "d": (4, 4)}, model_parameters=12_000)
-BUDGET = Budget(keep=0.5, shapes=SHAPES, model_parameters=12_000)
+BUDGET_OF_FOUR = Budget(storage="factored", keep=0.5, shapes={**SHAPES, "d": (4, 4)}, model_parameters=12_000)
+BUDGET = Budget(storage="factored", keep=0.5, shapes=SHAPES, model_parameters=12_000)
 
 
 def sigma_of(name):
@@ -37,7 +41,7 @@ def method():
 
 
 def made(method, budget=BUDGET):
-    masks = {name: method.create(shape, sigma_of(name), 0.5) for name, shape in SHAPES.items()}
+    masks = {name: method.create(shape, sigma_of(name), 0.5, prices=FACTORED) for name, shape in SHAPES.items()}
     method.share(masks)
     method.advance(masks, 0, budget)
     return masks
@@ -59,11 +63,15 @@ def ranks(masks):
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.7])
 def test_scale_one_is_the_fisher_plan(method, constraints, keep):
     budget = Budget(
-        keep=keep + 0.3 * len(constraints.get("floors", ())), shapes=SHAPES, model_parameters=12_000, **constraints
+        storage="factored",
+        keep=keep + 0.3 * len(constraints.get("floors", ())),
+        shapes=SHAPES,
+        model_parameters=12_000,
+        **constraints,
     )
     plan = allocator("fisher").plan(Problem(budget, Store(), None))
     # A plan can be asked for before the first step: a checkpoint that is exported.
-    fresh = {name: method.create(shape, sigma_of(name), 0.5) for name, shape in SHAPES.items()}
+    fresh = {name: method.create(shape, sigma_of(name), 0.5, prices=FACTORED) for name, shape in SHAPES.items()}
     assert method.finalise(fresh, budget).modules == plan.modules
     masks = made(method, budget)
     assert ranks(masks) == {name: module.rank for name, module in plan.modules.items()}
@@ -191,10 +199,12 @@ def test_one_allocation_a_step_without_a_word(masks, method, monkeypatch, caplog
     calls, plain = [], Budget.sizes
     monkeypatch.setattr(Budget, "sizes", lambda self, scores, **rest: calls.append(self.keep) or plain(self, scores))
     caplog.set_level(logging.INFO)
-    budget = Budget(keep=0.9, shapes={**SHAPES, "d": (4, 4)}, model_parameters=12_000, multiple_of=8)
-    masks["d"] = method.create((4, 4), torch.ones(4), 0.5)
+    budget = Budget(
+        storage="factored", keep=0.9, shapes={**SHAPES, "d": (4, 4)}, model_parameters=12_000, multiple_of=8
+    )
+    masks["d"] = method.create((4, 4), torch.ones(4), 0.5, prices=FACTORED)
     for _ in range(3):
-        method.advance(masks, 1, Budget(**vars(budget)))
+        method.advance(masks, 1, replace(budget))
     assert calls == [0.9]
     assert caplog.text == ""
     masks["a"].log_scale.data.fill_(0.5)

@@ -16,6 +16,7 @@ from lowrank_pl.allocate import Problem, Uniform
 from lowrank_pl.budget import Budget
 from lowrank_pl.plan import ModulePlan, RankPlan
 from lowrank_pl.sizes import largest_keep, nested, resize
+from lowrank_pl.storage import Storage
 
 extents = st.integers(1, 40)
 shape_lists = st.lists(st.tuples(extents, extents), min_size=1, max_size=5)
@@ -34,7 +35,12 @@ def drawn_plans(draw):
     floors = draw(st.sampled_from([{}, {}, {"block.0.*": 0.5}, {"block.0.*": 1.0}, {"*": 0.2}]))
     try:
         budget = Budget(
-            keep=draw(keeps), shapes=shapes, model_parameters=total + 5, multiple_of=multiple, floors=floors
+            storage=draw(st.sampled_from(["factored", "pivoted", "auto"])),
+            keep=draw(keeps),
+            shapes=shapes,
+            model_parameters=total + 5,
+            multiple_of=multiple,
+            floors=floors,
         )
     except ValueError:
         assume(False)
@@ -48,9 +54,16 @@ def drawn_plans(draw):
 def allowed(plan, name):
     """Every allowed size of a module, by trying them all."""
     m, n = plan.modules[name].shape
+    # Of the smallest ranks `auto` grants those that pivoting pays for.
+    granted = Storage(plan.storage if plan.storage != "auto" else "pivoted", plan.bytes_per_parameter)
     floor = max([f for pattern, f in plan.floors.items() if pattern == "*" or name.startswith(pattern[:-1])], default=0)
-    ranks = [k for k in range(1, min(m, n) + 1) if k % plan.multiple_of == 0 and k * (m + n) < m * n]
-    return [*([k for k in ranks if k * (m + n) >= floor * m * n - 1e-6] if floor < 1 else []), None]
+    ranks = [k for k in range(1, min(m, n) + 1) if k % plan.multiple_of == 0 and cost(plan, name, k) < m * n]
+    return [*([k for k in ranks if granted.cost((m, n), k) >= floor * m * n - 1e-6] if floor < 1 else []), None]
+
+
+def cost(plan, name, rank):
+    m, n = plan.modules[name].shape
+    return m * n if rank is None else Storage(plan.storage, plan.bytes_per_parameter).cost((m, n), rank)
 
 
 def order_of(size):
@@ -73,7 +86,7 @@ def contained(small, large):
 
 def possible(plan, keep):
     total = plan.targeted_parameters
-    least = sum(replace(plan.modules[n], rank=allowed(plan, n)[0], indices=None).parameters for n in plan.modules)
+    least = sum(cost(plan, name, allowed(plan, name)[0]) for name in plan.modules)
     return least <= math.floor(keep * total + 1e-6)
 
 
@@ -87,7 +100,7 @@ def unspent_step(plan, keep, larger=None):
         following = sizes[place + 1]
         if larger is not None and order_of(following) > order_of(larger.modules[name].rank):
             continue
-        step = replace(module, rank=following, indices=None).parameters - module.parameters
+        step = cost(plan, name, following) - cost(plan, name, module.rank)
         if plan.kept_parameters + step <= keep * plan.targeted_parameters + 1e-6:
             return True
     return False
@@ -149,13 +162,15 @@ def test_everything_is_dense_at_keep_one():
 
 
 def draw(shapes, keep, **budget):
-    problem = Budget(keep=keep, shapes=shapes, model_parameters=10_000, **budget)
+    problem = Budget(storage="factored", keep=keep, shapes=shapes, model_parameters=10_000, **budget)
     return Uniform().plan(Problem(problem, SimpleNamespace(fingerprint={}), None))
 
 
 def test_a_module_wished_dense_shrinks_with_the_rest_below_the_size_that_paid_for_it():
     shapes = {"a": (40, 40), "b": (40, 40), "c": (40, 40)}
-    plan = Budget(keep=0.6, shapes=shapes, model_parameters=4800).fit({"a": math.inf, "b": 8.0, "c": 8.0}, method="x")
+    plan = Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=4800).fit(
+        {"a": math.inf, "b": 8.0, "c": 8.0}, method="x"
+    )
     assert plan.dense_modules == ["a"]
     assert [module.rank for module in resize(plan, 0.8).modules.values()] == [None, 14, 14]
     # Half the budget, half the ranks: 20 * 0.5 and 8 * 0.5, where an infinite score would have left 1 and 1.
@@ -164,7 +179,7 @@ def test_a_module_wished_dense_shrinks_with_the_rest_below_the_size_that_paid_fo
 
 def test_what_has_equal_scores_is_kept_evenly():
     shapes = {"a": (40, 40), "b": (40, 40)}
-    budget = Budget(keep=0.5, shapes=shapes, model_parameters=3200)
+    budget = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=3200)
     plan = budget.select({"a": torch.full((40,), math.inf), "b": torch.full((40,), math.inf)}, method="x")
     assert [module.rank for module in plan.modules.values()] == [10, 10]
     unscored = budget.select({"a": torch.tensor([1.0]), "b": torch.tensor([])}, method="x")
@@ -174,7 +189,7 @@ def test_what_has_equal_scores_is_kept_evenly():
 def test_any_components_stay_nested():
     shapes = {"a": (30, 30), "b": (30, 30)}
     scores = {name: torch.rand(30, generator=torch.Generator().manual_seed(3)) for name in shapes}
-    plan = Budget(keep=0.5, shapes=shapes, model_parameters=1800).select(scores, method="x")
+    plan = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=1800).select(scores, method="x")
     small = resize(plan, 0.2)
     assert plan.any_k_modules == ["a", "b"]
     assert set(small.modules["a"].indices) < set(plan.modules["a"].indices)
@@ -200,7 +215,7 @@ def test_constraints_origin_and_notes_are_inherited():
 
 
 def test_notes_about_the_old_size_are_left_out():
-    plan = Budget(keep=0.5, shapes={"a": (40, 40), "b": (40, 40)}, model_parameters=3200).fit(
+    plan = Budget(storage="factored", keep=0.5, shapes={"a": (40, 40), "b": (40, 40)}, model_parameters=3200).fit(
         {"a": 9.0, "b": 8.0}, method="x"
     )
     assert "wished ranks scaled by" in plan.notes[0]

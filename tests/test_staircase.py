@@ -11,6 +11,9 @@ import torch
 
 from lowrank_pl.budget import Budget
 from lowrank_pl.masks import Staircase, StaircaseMask
+from lowrank_pl.storage import Storage
+
+FACTORED = Storage("factored")
 
 STEPS = 100
 SHAPES = [(96, 96), (40, 72), (72, 40), (192, 64), (128, 24), (24, 128), (500, 6), (6, 500), (3, 3), (1, 40)]
@@ -21,7 +24,7 @@ def spectrum(shape, *, decay=0.9):
 
 
 def made(shape, keep=0.8, **settings):
-    return Staircase(**settings).create(shape, spectrum(shape), keep)
+    return Staircase(**settings).create(shape, spectrum(shape), keep, prices=FACTORED)
 
 
 def shuffled(mask, *, seed=0, scale=1.0):
@@ -29,6 +32,12 @@ def shuffled(mask, *, seed=0, scale=1.0):
     with torch.no_grad():
         mask.logits.copy_(scale * torch.randn(len(mask.logits), generator=torch.Generator().manual_seed(seed)))
     return mask
+
+
+def top_of(mask):
+    """The largest ratio of a mask of factors."""
+    m, n = mask.shape
+    return mask.longest * (m + n) / (m * n)
 
 
 class Reference:
@@ -56,7 +65,7 @@ class Reference:
 @pytest.mark.parametrize("scale", [0.3, 4.0])
 def test_mask_is_the_papers(shape, steps, scale):
     mask = shuffled(made(shape, steps=steps), scale=scale)
-    reference = Reference(mask.logits, mask.rank, mask.top)
+    reference = Reference(mask.logits, mask.rank, top_of(mask))
     torch.testing.assert_close(mask.probabilities().double(), reference.p, rtol=1e-5, atol=1e-6)
     assert (mask.probabilities().diff() <= 0).all()
     assert mask.ratio().item() == pytest.approx(reference.ratio, rel=1e-5)
@@ -80,9 +89,11 @@ def test_every_logit_sees_the_whole_spectrum():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ratio_gradient(shape):
     mask = shuffled(made(shape))
-    reference = Reference(mask.logits, mask.rank, mask.top)
+    reference = Reference(mask.logits, mask.rank, top_of(mask))
     mask.ratio().backward()
-    expected = [mask.top * a * ((STEPS - i) / STEPS - reference.rho) for i, a in enumerate(reference.alpha.tolist())]
+    expected = [
+        top_of(mask) * a * ((STEPS - i) / STEPS - reference.rho) for i, a in enumerate(reference.alpha.tolist())
+    ]
     torch.testing.assert_close(mask.logits.grad, torch.tensor(expected), rtol=1e-4, atol=1e-7)
 
 
@@ -100,13 +111,13 @@ def test_start_is_the_papers_number():
 @pytest.mark.parametrize("keep", [0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0])
 def test_start_hits_the_target(shape, keep):
     mask = made(shape, keep)
-    reference = Reference(mask.logits, mask.rank, mask.top)
+    reference = Reference(mask.logits, mask.rank, top_of(mask))
     assert reference.ratio == pytest.approx(keep, abs=2e-6)
     assert len(set(mask.logits.tolist())) == 2
     if mask.rank < min(shape):
-        assert mask.top == 1.2
+        assert top_of(mask) == pytest.approx(1.2)
     else:  # all components together cost less than 1.2 times dense, and the ratio must say so
-        assert mask.top == pytest.approx(min(1.2, min(shape) * sum(shape) / (shape[0] * shape[1])))
+        assert top_of(mask) == pytest.approx(min(1.2, min(shape) * sum(shape) / (shape[0] * shape[1])))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -114,11 +125,11 @@ def test_a_start_from_a_plan_has_exactly_its_ranks(shape):
     m, n = shape
     for rank in range(1, (m * n - 1) // (m + n) + 1):
         keep = rank * (m + n) / (m * n)
-        mask = Staircase().create(shape, spectrum(shape), keep, kept=torch.arange(rank))
+        mask = Staircase().create(shape, spectrum(shape), keep, kept=torch.arange(rank), prices=FACTORED)
         assert mask.kept().sum().item() == mask().sum().item() == rank
         # at most one component away, and only where the length asks for it
-        assert mask.ratio().item() == pytest.approx(keep, abs=1.01 * mask.price)
-    over = Staircase().create((64, 64), spectrum((64, 64)), 40 / 32, kept=torch.arange(40))
+        assert mask.ratio().item() == pytest.approx(keep, abs=1.01 * sum(mask.shape) / (mask.shape[0] * mask.shape[1]))
+    over = Staircase().create((64, 64), spectrum((64, 64)), 40 / 32, kept=torch.arange(40), prices=FACTORED)
     assert over.ratio().item() == pytest.approx(1.0)
 
 
@@ -141,8 +152,8 @@ def test_rectangular_modules_can_become_dense():
 def test_stored_rank():
     method = Staircase()
     for m, n in SHAPES:
-        assert method.stored_rank((m, n)) == max(1, min(int(1.2 * m * n / (m + n)), m, n))
-    assert Staircase(top=1.6).stored_rank((100, 100)) == 80
+        assert method.stored_rank((m, n), FACTORED) == max(1, min(int(1.2 * m * n / (m + n)), m, n))
+    assert Staircase(top=1.6).stored_rank((100, 100), FACTORED) == 80
 
 
 def test_only_logits_are_saved_and_they_are_float32():
@@ -167,7 +178,7 @@ def slow_errors(shape, sigma):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_table(shape):
     sigma = spectrum(shape)
-    mask = Staircase().create(shape, sigma, 0.8)
+    mask = Staircase().create(shape, sigma, 0.8, prices=FACTORED)
     table = slow_errors(shape, sigma)
     torch.testing.assert_close(mask.error.double(), torch.tensor(list(table.values())).double(), rtol=1e-5, atol=1e-7)
     for ratio, percent in [(0.0, 1), (0.334, 33), (0.336, 34), (0.8, 80), (0.999, 99), (1.0, 99), (1.2, 99)]:
@@ -175,7 +186,7 @@ def test_error_table(shape):
 
 
 def test_zero_weight_has_a_table():
-    mask = Staircase().create((8, 8), torch.zeros(8), 0.8)
+    mask = Staircase().create((8, 8), torch.zeros(8), 0.8, prices=FACTORED)
     assert mask.error.tolist() == [0.0] * 99
 
 
@@ -201,7 +212,7 @@ def test_loss_is_the_papers(target):
     masks, tables = {}, []
     for i, (shape, decay) in enumerate(zip(shapes, decays, strict=True)):
         sigma = spectrum(shape, decay=decay)
-        mask = method.create(shape, sigma, [0.4, 0.9, 0.7, 0.6, 0.5, 0.8][i])
+        mask = method.create(shape, sigma, [0.4, 0.9, 0.7, 0.6, 0.5, 0.8][i], prices=FACTORED)
         if i == 1:  # one module beyond dense, whose ratio counts as 1
             with torch.no_grad():
                 mask.logits.zero_()[0] = 20.0
@@ -223,11 +234,12 @@ def test_loss_is_the_papers(target):
     share = sum(min(r, 1.0) * p for r, p in zip(ratios.tolist(), sizes, strict=True)) / sum(sizes)
     for i, mask in enumerate(masks.values()):
         slope = 200 * (share - target) * sizes[i] / sum(sizes) - (50 / len(sizes) if guided[i] else 0.0)
-        reference = Reference(mask.logits, mask.rank, mask.top)
+        reference = Reference(mask.logits, mask.rank, top_of(mask))
         if reference.ratio > 1:
             slope = 0.0
         expected = [
-            slope * mask.top * a * ((STEPS - k) / STEPS - reference.rho) for k, a in enumerate(reference.alpha.tolist())
+            slope * top_of(mask) * a * ((STEPS - k) / STEPS - reference.rho)
+            for k, a in enumerate(reference.alpha.tolist())
         ]
         torch.testing.assert_close(mask.logits.grad, torch.tensor(expected), rtol=1e-3, atol=1e-6)
 
@@ -244,9 +256,9 @@ def test_weights_of_the_penalties():
 def finalised(ratios, shapes, keep):
     """The plan of masks at given ratios, with the paper's factor and its ranks."""
     method = Staircase()
-    masks = {f"m.{i}": method.create(shape, spectrum(shape), 0.5) for i, shape in enumerate(shapes)}
+    masks = {f"m.{i}": method.create(shape, spectrum(shape), 0.5, prices=FACTORED) for i, shape in enumerate(shapes)}
     for ratio, mask in zip(ratios, masks.values(), strict=True):
-        fraction, candidates = ratio / mask.top, [(STEPS - i) / STEPS for i in range(STEPS + 1)]
+        fraction, candidates = ratio / top_of(mask), [(STEPS - i) / STEPS for i in range(STEPS + 1)]
         if ratio >= 0.99:
             with torch.no_grad():
                 # two candidates mixed, for ratios out of the starting formula's reach
@@ -255,16 +267,18 @@ def finalised(ratios, shapes, keep):
                 mask.logits.fill_(-60.0)[lower] = math.log(share + 1e-12)
                 mask.logits[lower + 1] = math.log(1 - share + 1e-12)
         else:
-            masks[f"m.{list(masks.values()).index(mask)}"] = method.create(mask.shape, spectrum(mask.shape), ratio)
+            masks[f"m.{list(masks.values()).index(mask)}"] = method.create(
+                mask.shape, spectrum(mask.shape), ratio, prices=FACTORED
+            )
     sizes = [m * n for m, n in shapes]
     total = sum(sizes)
-    budget = Budget(keep=keep, shapes=dict(zip(masks, shapes, strict=True)), model_parameters=total)
+    budget = Budget(storage="factored", keep=keep, shapes=dict(zip(masks, shapes, strict=True)), model_parameters=total)
     dense = [ratio >= 0.99 for ratio in ratios]
     spent = sum(p * (1.0 if d else r) for p, r, d in zip(sizes, ratios, dense, strict=True)) / total
     compressed = sum(p * r for p, r, d in zip(sizes, ratios, dense, strict=True) if not d)
     factor = 1 - (spent - keep) * total / compressed
     ranks = [
-        None if d else max(1, int(factor * (r / mask.top) * mask.rank))
+        None if d else max(1, int(factor * (r / top_of(mask)) * mask.rank))
         for r, d, mask in zip(ratios, dense, masks.values(), strict=True)
     ]
     return method.finalise(masks, budget), factor, ranks
@@ -325,9 +339,11 @@ def test_dense_modules_that_the_budget_cannot_pay_are_compressed_and_noted():
 
 def test_finalise_follows_multiples_and_floors():
     method = Staircase()
-    masks = {name: method.create((64, 64), spectrum((64, 64)), 0.5) for name in ("a", "b")}
+    masks = {name: method.create((64, 64), spectrum((64, 64)), 0.5, prices=FACTORED) for name in ("a", "b")}
     shapes = {"a": (64, 64), "b": (64, 64)}
-    budget = Budget(keep=0.5, shapes=shapes, model_parameters=8192, multiple_of=4, floors={"b": 0.6})
+    budget = Budget(
+        storage="factored", keep=0.5, shapes=shapes, model_parameters=8192, multiple_of=4, floors={"b": 0.6}
+    )
     plan = method.finalise(masks, budget)
     assert (plan.modules["a"].rank, plan.modules["b"].rank) == (12, 20)
 

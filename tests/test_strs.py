@@ -41,7 +41,13 @@ def evaluations(monkeypatch):
 def problem_of(model, windows, tokenizer, keep=0.6, **constraints):
     targets = find_targets(model)
     store = build_factors(model, targets, windows[:3], tokenizer)
-    return Problem(budget_for(model, targets, keep, **constraints), store, targets, model=model, windows=windows[:3])
+    return Problem(
+        budget_for(model, targets, keep, storage="factored", **constraints),
+        store,
+        targets,
+        model=model,
+        windows=windows[:3],
+    )
 
 
 def mean_loss(model, windows):
@@ -84,7 +90,7 @@ def test_every_cut_of_the_sorted_list_is_a_plan(family, windows, tokenizer):
             n: None if r == 1.0 else int(shapes[n][0] * shapes[n][1] * r / sum(shapes[n])) for n, r in ratios.items()
         }
         kept = sum(shapes[n][0] * shapes[n][1] if rank is None else rank * sum(shapes[n]) for n, rank in ranks.items())
-        budget = budget_for(model, problem.targets, kept / total)
+        budget = budget_for(model, problem.targets, kept / total, storage="factored")
         plan = budget.select(scores, method="strs")
         assert {n: module.rank for n, module in plan.modules.items()} == ranks
         seen += 1
@@ -107,7 +113,7 @@ def test_losses_are_those_of_whole_passes(llama, windows, tokenizer):
 
 def test_grid_scores_by_hand():
     # 10 x 10: component j has ratio j / 5, so that 1 and 2 are at or below 0.4, 3 leads to 0.4, 4 to 0.6, 5 to 0.8.
-    scores = grid_scores((10, 10), (0.4, 0.6, 0.8), (3.0, 4.0, 1.0), 7.0)
+    scores = grid_scores(torch.arange(1, 11, dtype=torch.float64) / 5, (0.4, 0.6, 0.8), (3.0, 4.0, 1.0), 7.0)
     assert scores.tolist() == pytest.approx([9.0, 8.0, 3.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
 
 

@@ -101,3 +101,10 @@ def test_lists_on_the_command_line_win_over_a_file_before_them(tmp_path):
     (tmp_path / "x.yaml").write_text("keep: [0.1]\nranks: [7]\n")
     got = read("--keep", "0.9", "-c", str(tmp_path / "x.yaml"), "--keep", "0.8")
     assert (got["keep"], got["ranks"]) == ([0.9, 0.8], [7])
+
+
+def test_words_in_front_are_what_python_takes_by_position():
+    assert readable_words(["x", "--keep", "1"], command) == ["--plan=x", "--keep=[1]"]
+    assert readable_words(["x"], command) == ["--plan=x"]
+    assert readable_words(["x", "y", "-h"], command) == ["--plan=x", "y", "-h"]
+    assert readable_words(["-c", "x.yaml"], command) == ["--config", "x.yaml"]

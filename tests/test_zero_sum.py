@@ -54,13 +54,13 @@ def test_ranks_are_those_of_the_papers_loop(seed, keep_rank_ratio):
     for asked in (0.9, 0.7, 0.55, 0.4, 0.25):
         ranks, removed = paper_loop({n: c.tolist() for n, c in changes.items()}, asked, keep_rank_ratio)
         keep = (TOTAL - removed) / TOTAL
-        budget = Budget(keep=keep, shapes=SHAPES, model_parameters=TOTAL)
+        budget = Budget(storage="factored", keep=keep, shapes=SHAPES, model_parameters=TOTAL)
         floors = {n: max(1, math.ceil(keep_rank_ratio * ((m * k - 1) // (m + k)))) for n, (m, k) in SHAPES.items()}
         plan = budget.select(drop_order(changes, floors), method="zero_sum")
         assert plan.kept_parameters == TOTAL - removed
         assert {n: module.rank for n, module in plan.modules.items()} == ranks
         # What the paper's last drop gave back too much goes to components whose steps still fit.
-        wider = Budget(keep=max(asked, keep), shapes=SHAPES, model_parameters=TOTAL)
+        wider = Budget(storage="factored", keep=max(asked, keep), shapes=SHAPES, model_parameters=TOTAL)
         filled = wider.select(drop_order(changes, floors), method="zero_sum")
         assert all((filled.modules[n].rank or 99) >= (rank or 99) for n, rank in ranks.items())
         assert filled.kept_parameters <= max(asked, keep) * TOTAL
@@ -143,7 +143,7 @@ def test_impossible_settings(settings, message):
 
 
 def test_what_it_needs_is_asked_for():
-    budget = Budget(keep=0.5, shapes=SHAPES, model_parameters=TOTAL)
+    budget = Budget(storage="factored", keep=0.5, shapes=SHAPES, model_parameters=TOTAL)
     problem = Problem(budget, SimpleNamespace(fingerprint={"kind": "whitened"}), None)
     with pytest.raises(ValueError, match=r"the allocator zero_sum was given no weight gradients: collect them with"):
         allocator("zero_sum").plan(problem)

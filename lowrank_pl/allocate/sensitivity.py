@@ -20,7 +20,7 @@ from lowrank_pl.decompose import Factors, truncate
 from lowrank_pl.evaluate import perplexity
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import atomic_write, canonical_json, sha256_of
-from lowrank_pl.hf_format import LowRankLinear
+from lowrank_pl.hf_layers import LowRankLinear
 from lowrank_pl.resume_forward import block_outputs, can_resume, resumed
 from lowrank_pl.targets import Target, decoder_blocks, dense_weight, replace_module
 from lowrank_pl.windows import windows_fingerprint

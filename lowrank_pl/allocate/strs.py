@@ -57,7 +57,11 @@ class Strs(Allocator):
         """Return by how many nats a token the loss exceeds the dense model's once a component's module is below it."""
         model, windows = self.need_model(problem)
         shapes = problem.budget.shapes
-        ranks = {name: [self._rank(shape, ratio) for ratio in self.ratios] for name, shape in shapes.items()}
+        prices = problem.budget.prices
+        ranks = {
+            name: [max(1, int(prices.rank_at(shape, ratio) + 1e-9)) for ratio in self.ratios]
+            for name, shape in shapes.items()
+        }
         # A module that has to stay dense asks for no measurement.
         open_ = [t for t in problem.targets.modules if t.name in shapes and problem.budget.least_rank(t.name)]
         known = measure(
@@ -70,7 +74,9 @@ class Strs(Allocator):
         rises = {t.name: [known[t.name, rank] - known[DENSE] for rank in ranks[t.name]] for t in open_}
         ceiling = max((rise for found in rises.values() for rise in found), default=0.0)
         return {
-            name: grid_scores(shape, self.ratios, rises[name], ceiling) if name in rises else torch.zeros(min(shape))
+            name: grid_scores(prices.ratio(shape, _places(shape)), self.ratios, rises[name], ceiling)
+            if name in rises
+            else torch.zeros(min(shape))
             for name, shape in shapes.items()
         }
 
@@ -80,27 +86,24 @@ class Strs(Allocator):
         used = windows[: self.windows, : self.length]
         return (f"sensitivity measured on {used.shape[0]} windows of {used.shape[1]} tokens",)
 
-    @staticmethod
-    def _rank(shape: tuple[int, int], ratio: float) -> int:
-        m, n = shape
-        return max(1, int(m * n * ratio / (m + n) + 1e-9))
+
+def _places(shape: tuple[int, int]) -> Tensor:
+    return torch.arange(1, min(shape) + 1, dtype=torch.float64)
 
 
-def grid_scores(shape: tuple[int, int], ratios: Sequence[float], rises: Sequence[float], ceiling: float) -> Tensor:
+def grid_scores(own: Tensor, ratios: Sequence[float], rises: Sequence[float], ceiling: float) -> Tensor:
     """Return scores ``[min(out, in)]`` of a module's components from the losses measured at a grid of its ratios.
 
     Args:
-        shape: ``(out, in)`` of the module.
+        own: ``[min(out, in)]`` the ratio at which the module has as many components as each one's place.
         ratios: The grid, ascending.
         rises: The loss at each.
         ceiling: The highest loss of any module, above which components below the grid score.
 
-    >>> grid_scores((4, 4), (0.5, 0.9), (3.0, 1.0), 5.0).tolist()
+    >>> grid_scores(torch.tensor([0.5, 1.0, 1.5, 2.0]), (0.5, 0.9), (3.0, 1.0), 5.0).tolist()
     [6.0, 1.0, 1.0, 1.0]
     """
-    m, n = shape
-    own = torch.arange(1, min(shape) + 1, dtype=torch.float64) * (m + n) / (m * n)
     # Where a smaller ratio costs less than a larger one, the threshold reaches it first.
     least = torch.tensor(rises, dtype=torch.float64).cummin(0).values
-    below = torch.searchsorted(torch.tensor(ratios, dtype=torch.float64), own - 1e-9)
+    below = torch.searchsorted(torch.tensor(ratios, dtype=torch.float64), own.double() - 1e-9)
     return torch.where(below == 0, ceiling + ratios[0] / own, least[(below - 1).clamp_min(0)])

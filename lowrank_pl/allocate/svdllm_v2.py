@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowrank_pl.allocate.base import Allocator, Problem
-from lowrank_pl.order import wish_scores
+from lowrank_pl.order import share_scores
 
 __all__ = ["SvdLlmV2"]
 
@@ -35,9 +35,8 @@ class SvdLlmV2(Allocator):
         """Return scores by which every module shrinks in proportion to its wished rank."""
         scores = {}
         for name, share in _kept_shares(problem).items():
-            m, n = problem.budget.shapes[name]
             # A share below nothing leaves the rank that the budget grants every module anyway.
-            scores[name] = wish_scores((m, n), max(0.0, share) * m * n / (m + n))
+            scores[name] = share_scores(problem.budget.prices, problem.budget.shapes[name], max(0.0, share))
         return scores
 
     def notes(self, problem: Problem) -> Sequence[str]:
@@ -65,6 +64,6 @@ def _kept_shares(problem: Problem) -> dict[str, float]:
 
 def _loss(problem: Problem, name: str) -> float:
     """Return the root of the weighted squared error over all calibration tokens at the uniform rank."""
-    m, n = problem.budget.shapes[name]
-    tail = problem.factors.sigma(name)[int(problem.budget.keep * m * n / (m + n)) :]
+    rank = int(problem.budget.prices.rank_at(problem.budget.shapes[name], problem.budget.keep))
+    tail = problem.factors.sigma(name)[rank:]
     return math.sqrt(int(problem.factors.notes(name)["tokens"]) * tail.double().square().sum().item())

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowrank_pl.allocate.base import Allocator, Problem
-from lowrank_pl.order import wish_scores
+from lowrank_pl.order import share_scores
 
 __all__ = ["Uniform"]
 
@@ -21,4 +21,5 @@ class Uniform(Allocator):
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks from break-even at the same rate."""
-        return {name: wish_scores((m, n), m * n / (m + n)) for name, (m, n) in problem.budget.shapes.items()}
+        budget = problem.budget
+        return {name: share_scores(budget.prices, shape, 1.0) for name, shape in budget.shapes.items()}

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.allocate.base import Allocator, Problem
-from lowrank_pl.budget import break_even
 from lowrank_pl.correct import correct
 from lowrank_pl.plan import RankPlan
 
@@ -87,10 +86,11 @@ class ZeroSum(Allocator):
 
     def _floor(self, problem: Problem, name: str) -> int:
         """Return how many components of ``name`` are not on offer: those that the budget grants it anyway, or more."""
-        shape = problem.budget.shapes[name]
         least = problem.budget.least_rank(name)
         # A module that has to stay dense has nothing to offer.
-        return min(shape) if least is None else max(least, math.ceil(self.keep_rank_ratio * break_even(shape)))
+        if least is None:
+            return min(problem.budget.shapes[name])
+        return max(least, math.ceil(self.keep_rank_ratio * problem.budget.break_even(name)))
 
 
 def _changes(problem: Problem) -> dict[str, Tensor]:

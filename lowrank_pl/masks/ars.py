@@ -22,6 +22,7 @@ from lowrank_pl.masks.switches import (
 )
 from lowrank_pl.objectives import alignment_penalty, kept_fractions, log_budget_penalty
 from lowrank_pl.plan import RankPlan
+from lowrank_pl.storage import Storage
 
 __all__ = ["ARS", "ARSMask", "HyperNetwork"]
 
@@ -74,15 +75,18 @@ class ARSMask(SwitchMask):
         shape: ``(out, in)`` of the module.
         sigma: Singular values of the gated components.
         offset: ``[rank]`` logits to start from.
+        prices: What ranks cost in the finished model.
         temperature: Of the sigmoid.
     """
 
     sigma: Tensor
     offset: Tensor
 
-    def __init__(self, shape: tuple[int, int], sigma: Tensor, offset: Tensor, *, temperature: float) -> None:
+    def __init__(
+        self, shape: tuple[int, int], sigma: Tensor, offset: Tensor, *, prices: Storage, temperature: float
+    ) -> None:
         # Any subset while it learns, whatever the plan keeps: the alignment is what draws gates to prefixes.
-        super().__init__(shape, len(offset), temperature=temperature, any_k=True)
+        super().__init__(shape, len(offset), prices=prices, temperature=temperature, any_k=True)
         self.register_buffer("sigma", sigma.float(), persistent=False)
         self.register_buffer("offset", offset.float(), persistent=False)
         # In a tuple, so that the network is registered once and not with every mask.
@@ -144,11 +148,14 @@ class ARS(SwitchMethod):
         self.budget_weight, self.alignment_weight = budget_weight, alignment_weight
         self.width, self.inputs, self.any_k, self.seed = width, inputs, any_k, seed
 
-    def create(self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None) -> ARSMask:
+    def create(
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
+    ) -> ARSMask:
         """Return a mask with the components of the start on and all others off; arguments as in ``MaskMethod``."""
-        rank = self.stored_rank(shape)
-        on = chosen_at_start(shape, rank, keep, kept if self.any_k else None)
-        return ARSMask(shape, sigma[:rank], self.start * (2.0 * on - 1.0), temperature=self.temperature)
+        rank = self.stored_rank(shape, prices)
+        on = chosen_at_start(shape, rank, keep, kept if self.any_k else None, prices=prices)
+        offset = self.start * (2.0 * on - 1.0)
+        return ARSMask(shape, sigma[:rank], offset, prices=prices, temperature=self.temperature)
 
     def share(self, masks: Mapping[str, Mask]) -> HyperNetwork:
         """Return the network that gives all masks their logits."""
@@ -167,7 +174,7 @@ class ARS(SwitchMethod):
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget`` and ``alignment``, weighted; arguments as in ``MaskMethod.penalties``."""
         gates = {name: mask() for name, mask in masks.items()}
-        drawn = torch.stack([mask.price * gates[name].sum() for name, mask in masks.items()])
+        drawn = torch.stack([mask.prices.ratio(mask.shape, gates[name].sum()) for name, mask in masks.items()])
         apart = torch.stack([alignment_penalty(gates[name], _ars(mask).sigma) for name, mask in masks.items()])
         return {
             "budget": self.budget_weight * log_budget_penalty(kept_fractions(drawn), dense_sizes(masks, ratios), keep),

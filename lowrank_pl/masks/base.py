@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lowrank_pl.budget import Budget
 from lowrank_pl.plan import RankPlan
+from lowrank_pl.storage import Storage
 
-__all__ = ["Mask", "MaskMethod", "check_numbers", "dense_sizes", "gated_rank", "reachable_top"]
+__all__ = ["Mask", "MaskMethod", "check_numbers", "dense_sizes", "gated_rank"]
 
 
 class Mask(nn.Module, ABC):
@@ -23,18 +24,14 @@ class Mask(nn.Module, ABC):
     Args:
         shape: ``(out, in)`` of the module.
         rank: Components that it gates.
+        prices: What ranks cost in the finished model.
     """
 
-    def __init__(self, shape: tuple[int, int], rank: int) -> None:
+    def __init__(self, shape: tuple[int, int], rank: int, prices: Storage) -> None:
         super().__init__()
         self.shape = shape
         self.rank = rank
-
-    @property
-    def price(self) -> float:
-        """Parameters of one component as a fraction of the dense weight's."""
-        m, n = self.shape
-        return (m + n) / (m * n)
+        self.prices = prices
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -75,8 +72,8 @@ class MaskMethod(ABC):
     own_start: bool = False
 
     @abstractmethod
-    def stored_rank(self, shape: tuple[int, int]) -> int:
-        """Return how many components of a module of ``shape`` a mask gates."""
+    def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
+        """Return how many components of a module of ``shape`` a mask gates, where ranks cost ``prices``."""
 
     def check_base(self, kind: str) -> None:
         """Check that masks of this method can gate factors of a ``kind`` of decomposition.
@@ -95,13 +92,16 @@ class MaskMethod(ABC):
         return aim
 
     @abstractmethod
-    def create(self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None) -> Mask:
+    def create(
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
+    ) -> Mask:
         """Return a mask that starts at ``keep`` of the module's parameters.
 
         Args:
             shape: ``(out, in)`` of the module.
             sigma: All its singular values, descending.
             keep: Fraction to start from; 1 and above is dense.
+            prices: What ranks cost in the finished model.
             kept: Component indices to start from exactly, where there is a plan. A method whose ``any_k`` is false
                 takes as many of the first ones.
         """
@@ -166,25 +166,13 @@ class MaskMethod(ABC):
         """Return the plan that the masks stand for, at the exact budget."""
 
 
-def gated_rank(shape: tuple[int, int], top: float) -> int:
-    """Return how many components cost ``top`` times the dense weight: ``int(top * mn / (m + n))``, at most all.
+def gated_rank(shape: tuple[int, int], top: float, prices: Storage) -> int:
+    """Return how many components cost ``top`` times the dense weight, rounded down, at most all.
 
-    >>> gated_rank((30, 60), 1.2), gated_rank((30, 900), 1.2)
+    >>> gated_rank((30, 60), 1.2, Storage("factored")), gated_rank((30, 900), 1.2, Storage("factored"))
     (24, 30)
     """
-    m, n = shape
-    return max(1, min(int(top * m * n / (m + n)), m, n))
-
-
-def reachable_top(shape: tuple[int, int], top: float) -> float:
-    """Return ``top``, or less where the module has not components enough to cost that many times the dense weight.
-
-    >>> reachable_top((30, 60), 1.2), round(reachable_top((30, 900), 1.2), 4)
-    (1.2, 1.0333)
-    """
-    m, n = shape
-    rank = gated_rank(shape, top)
-    return top if rank < min(m, n) else min(top, rank * (m + n) / (m * n))
+    return max(1, int(prices.rank_at(shape, top)))
 
 
 def dense_sizes(masks: Mapping[str, Mask], like: Tensor) -> Tensor:

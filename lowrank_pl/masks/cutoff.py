@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.budget import Budget
-from lowrank_pl.masks.base import Mask, MaskMethod, check_numbers, dense_sizes, gated_rank, reachable_top
+from lowrank_pl.masks.base import Mask, MaskMethod, check_numbers, dense_sizes, gated_rank
 from lowrank_pl.objectives import budget_penalty, kept_fractions
 from lowrank_pl.plan import RankPlan
+from lowrank_pl.storage import Storage
 
 __all__ = ["CutoffMask", "CutoffMethod", "Fermi", "Tanh"]
 
@@ -20,35 +21,40 @@ __all__ = ["CutoffMask", "CutoffMethod", "Fermi", "Tanh"]
 class CutoffMask(Mask):
     """A smooth step ``sigmoid(slope * (cutoff - position))`` over the components of one module.
 
-    The learnable number is the cutoff over the break-even rank ``mn / (m + n)``, which is the module's parameter ratio:
-    an optimizer step of 0.01 then moves any module by one percent of its dense size. Component ``j``, from 0, lies at
-    position ``j + 1/2``, so that the gates of a spectrum that reaches far enough sum up to the cutoff.
+    The learnable number is the cutoff over the rank that costs what the dense weight does, ``mn / (m + n)`` for
+    factors: of these it is the module's parameter ratio, and an optimizer step of 0.01 moves any module by one percent
+    of its dense size. Component ``j``, from 0, lies at position ``j + 1/2``, so that the gates of a spectrum that
+    reaches far enough sum up to the cutoff.
 
     Args:
         shape: ``(out, in)`` of the module.
         rank: Components that it gates.
         keep: Ratio that it starts at.
-        top: The largest ratio; the cutoff stays in reach of the components.
+        prices: What ranks cost in the finished model.
+        top: The largest level; the cutoff stays in reach of the components.
         slope: Steepness at the cutoff, per component.
     """
 
     positions: Tensor
     slope: Tensor
 
-    def __init__(self, shape: tuple[int, int], rank: int, keep: float, *, top: float, slope: float) -> None:
-        super().__init__(shape, rank)
+    def __init__(
+        self, shape: tuple[int, int], rank: int, keep: float, *, prices: Storage, top: float, slope: float
+    ) -> None:
+        super().__init__(shape, rank, prices)
+        self.even = even_rank(shape, prices)
         self.top = top
-        self.level = nn.Parameter(torch.tensor(float(keep)))
+        self.level = nn.Parameter(torch.tensor(prices.rank_at(shape, keep) / self.even))
         self.register_buffer("positions", torch.arange(rank) + 0.5, persistent=False)
         self.register_buffer("slope", torch.tensor(float(slope)), persistent=False)
 
     def cutoff(self) -> Tensor:
         """Return the cutoff in components, a scalar."""
-        return self.level / self.price
+        return self.level * self.even
 
     def ratio(self) -> Tensor:
-        """Return the parameters up to the cutoff as a fraction of the dense weight's, in [0, top], a scalar."""
-        return self.level.clone()
+        """Return the parameters up to the cutoff as a fraction of the dense weight's, a scalar."""
+        return self.prices.ratio(self.shape, self.cutoff())
 
     def forward(self) -> Tensor:
         """Return the soft gate ``[rank]``, falling from left to right; its gradient is its own."""
@@ -80,23 +86,27 @@ class CutoffMethod(MaskMethod):
         self.budget_weight = budget_weight
 
     @abstractmethod
-    def slope_at(self, shape: tuple[int, int], step: int) -> float:
-        """Return the steepness of the gate of a module of ``shape`` at ``step``, per component."""
+    def slope_at(self, mask: CutoffMask, step: int) -> float:
+        """Return the steepness of the gate ``mask`` at ``step``, per component."""
 
-    def stored_rank(self, shape: tuple[int, int]) -> int:
+    def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
         """Return how many components cost ``top`` times the dense weight, at most ``min(m, n)``."""
-        return gated_rank(shape, self.top)
+        return gated_rank(shape, self.top, prices)
 
-    def create(self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None) -> CutoffMask:
+    def create(
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
+    ) -> CutoffMask:
         """Return a mask whose cutoff stands for ``keep``; arguments as in ``MaskMethod.create``."""
-        rank, top = self.stored_rank(shape), reachable_top(shape, self.top)
-        return CutoffMask(shape, rank, min(keep, 1.0), top=top, slope=self.slope_at(shape, 0))
+        rank, top = self.stored_rank(shape, prices), prices.rank_at(shape, self.top) / even_rank(shape, prices)
+        mask = CutoffMask(shape, rank, min(keep, 1.0), prices=prices, top=top, slope=0.0)
+        mask.slope.fill_(self.slope_at(mask, 0))
+        return mask
 
     def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
         """Set the slopes of ``step`` and put cutoffs that have left their range back."""
         with torch.no_grad():
             for mask in _cutoffs(masks):
-                mask.slope.fill_(self.slope_at(mask.shape, step))
+                mask.slope.fill_(self.slope_at(mask, step))
                 mask.level.clamp_(0.0, mask.top)
 
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
@@ -132,7 +142,7 @@ class Tanh(CutoffMethod):
         check_numbers({"steepness": (steepness, 0)}, above=True)
         self.steepness = steepness
 
-    def slope_at(self, shape: tuple[int, int], step: int) -> float:
+    def slope_at(self, mask: CutoffMask, step: int) -> float:
         """Return twice the steepness: ``tanh(x) / 2 + 1/2`` is ``sigmoid(2 x)``."""
         return 2 * self.steepness
 
@@ -179,10 +189,14 @@ class Fermi(CutoffMethod):
         done = min(1.0, step / self.anneal_steps) if self.anneal_steps else 1.0
         return float(self.temperature_start * (self.temperature_end / self.temperature_start) ** done)
 
-    def slope_at(self, shape: tuple[int, int], step: int) -> float:
+    def slope_at(self, mask: CutoffMask, step: int) -> float:
         """Return the inverse of the temperature in components."""
-        m, n = shape
-        return 1 / (self.temperature_at(step) * (m * n / (m + n) if self.relative else 1.0))
+        return 1 / (self.temperature_at(step) * (mask.even if self.relative else 1.0))
+
+
+def even_rank(shape: tuple[int, int], prices: Storage) -> float:
+    """Return the real rank that costs what the dense weight does, at most ``min(out, in)``."""
+    return prices.rank_at(shape, 1.0)
 
 
 def _cutoffs(masks: Mapping[str, Mask]) -> list[CutoffMask]:

@@ -22,6 +22,7 @@ from lowrank_pl.masks.switches import (
 )
 from lowrank_pl.objectives import budget_penalty, cyclical_weight, kept_fractions, kept_share, total_variation
 from lowrank_pl.plan import RankPlan
+from lowrank_pl.storage import Storage
 
 __all__ = ["PerValue", "PerValueMask"]
 
@@ -34,12 +35,15 @@ class PerValueMask(SwitchMask):
     Args:
         shape: ``(out, in)`` of the module.
         logits: ``[rank]`` to start from.
+        prices: As in ``SwitchMask``.
         temperature: Of the sigmoid.
         any_k: As in ``SwitchMask``.
     """
 
-    def __init__(self, shape: tuple[int, int], logits: Tensor, *, temperature: float, any_k: bool) -> None:
-        super().__init__(shape, len(logits), temperature=temperature, any_k=any_k)
+    def __init__(
+        self, shape: tuple[int, int], logits: Tensor, *, prices: Storage, temperature: float, any_k: bool
+    ) -> None:
+        super().__init__(shape, len(logits), prices=prices, temperature=temperature, any_k=any_k)
         self.logits = nn.Parameter(logits.float())
         self.progress: tuple[Progress, ...] = ()
 
@@ -124,14 +128,15 @@ class PerValue(SwitchMethod):
         self.tolerance, self.variation_weight, self.budget_weight = tolerance, variation_weight, budget_weight
         self.patience, self.seed = patience, seed
 
-    def create(self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None) -> PerValueMask:
+    def create(
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
+    ) -> PerValueMask:
         """Return a mask with the components of the start on and all others off; arguments as in ``MaskMethod``."""
-        rank = self.stored_rank(shape)
-        on = chosen_at_start(shape, rank, keep, kept)
+        rank = self.stored_rank(shape, prices)
+        on = chosen_at_start(shape, rank, keep, kept, prices=prices)
         slope = torch.linspace(self.start_high, self.start_low, rank)
-        return PerValueMask(
-            shape, torch.where(on, slope, -slope.flip(0)), temperature=self.temperature, any_k=self.any_k
-        )
+        logits = torch.where(on, slope, -slope.flip(0))
+        return PerValueMask(shape, logits, prices=prices, temperature=self.temperature, any_k=self.any_k)
 
     def share(self, masks: Mapping[str, Mask]) -> Progress:
         """Return the record of when the budget was met."""

@@ -12,6 +12,7 @@ from lowrank_pl.budget import Budget
 from lowrank_pl.hull import hull_slopes
 from lowrank_pl.masks.base import Mask, MaskMethod, check_numbers, gated_rank
 from lowrank_pl.plan import RankPlan
+from lowrank_pl.storage import Storage
 
 __all__ = ["Rescaled", "RescaledMask"]
 
@@ -23,6 +24,7 @@ class RescaledMask(Mask):
         shape: ``(out, in)`` of the module.
         rank: Components that it gates.
         sigma: ``[min(out, in)]`` singular values in roots of twice a loss, descending.
+        prices: What ranks cost in the finished model.
         width: Components on each side of the end over which the slope is averaged, as a fraction of the length.
 
     Attributes:
@@ -30,8 +32,8 @@ class RescaledMask(Mask):
         length: Components of the prefix, by the last allocation; ``None`` is dense.
     """
 
-    def __init__(self, shape: tuple[int, int], rank: int, sigma: Tensor, *, width: float) -> None:
-        super().__init__(shape, rank)
+    def __init__(self, shape: tuple[int, int], rank: int, sigma: Tensor, *, prices: Storage, width: float) -> None:
+        super().__init__(shape, rank, prices)
         self.width = width
         self.log_scale = nn.Parameter(torch.zeros(()))
         # No buffers: sizes are chosen on the CPU, wherever the model is.
@@ -87,7 +89,8 @@ class RescaledMask(Mask):
 
     def ratio(self) -> Tensor:
         """Return the parameters of the prefix over the dense weight's, 1 when dense; constant in the scale."""
-        return torch.tensor(1.0 if self.length is None else self.length * self.price, device=self.log_scale.device)
+        length = torch.tensor(float(self.rank if self.length is None else self.length), device=self.log_scale.device)
+        return torch.ones_like(length) if self.length is None else self.prices.ratio(self.shape, length)
 
     def kept(self) -> Tensor:
         """Return which components the prefix has, bool ``[rank]``."""
@@ -152,13 +155,15 @@ class Rescaled(MaskMethod):
         check_numbers({"warmup": (warmup, 0)})
         self.width, self.warmup, self.top = width, warmup, top
 
-    def stored_rank(self, shape: tuple[int, int]) -> int:
+    def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
         """Return how many components cost ``top`` times the dense weight, at most ``min(m, n)``."""
-        return gated_rank(shape, self.top)
+        return gated_rank(shape, self.top, prices)
 
-    def create(self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None) -> RescaledMask:
+    def create(
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
+    ) -> RescaledMask:
         """Return a mask of scale 1; where its prefix ends, ``advance`` says. Arguments as in ``MaskMethod.create``."""
-        return RescaledMask(shape, self.stored_rank(shape), sigma, width=self.width)
+        return RescaledMask(shape, self.stored_rank(shape, prices), sigma, prices=prices, width=self.width)
 
     def share(self, masks: Mapping[str, Mask]) -> Balance:
         """Return the sums of what was measured and predicted."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.budget import Budget
-from lowrank_pl.masks.base import Mask, MaskMethod, dense_sizes, gated_rank, reachable_top
+from lowrank_pl.masks.base import Mask, MaskMethod, dense_sizes, gated_rank
 from lowrank_pl.objectives import budget_penalty, guidance_penalty
 from lowrank_pl.plan import RankPlan
+from lowrank_pl.storage import Storage
 
 __all__ = ["Staircase", "StaircaseMask"]
 
@@ -29,8 +30,10 @@ class StaircaseMask(Mask):
         shape: ``(out, in)`` of the module.
         rank: Components that it gates.
         sigma: All singular values of the module, descending, for the error table.
-        keep: Fraction of parameters that it starts from.
+        start: Fraction of the gated components that it starts from.
+        prices: What ranks cost in the finished model.
         steps: Candidates less one, 100 in the paper.
+        longest: Real number of components that the longest candidate is charged for; ``rank`` is its whole part.
     """
 
     rungs: Tensor
@@ -38,19 +41,27 @@ class StaircaseMask(Mask):
     error: Tensor
 
     def __init__(
-        self, shape: tuple[int, int], rank: int, sigma: Tensor, keep: float, *, steps: int = 100, top: float
+        self,
+        shape: tuple[int, int],
+        rank: int,
+        sigma: Tensor,
+        start: float,
+        *,
+        prices: Storage,
+        steps: int = 100,
+        longest: float,
     ) -> None:
-        super().__init__(shape, rank)
-        self.top = top
+        super().__init__(shape, rank, prices)
+        self.longest = longest
         lengths = torch.tensor([rank * (steps - i) // steps for i in range(steps + 1)])
         candidates = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-        self.logits = nn.Parameter(_starting_logits(candidates, keep / top).float())
+        self.logits = nn.Parameter(_starting_logits(candidates, start).float())
         # Position j (from 0) is on under the candidates whose length exceeds j: these come first, so their joint
         # probability is one entry of the cumulative sum. This replaces the (steps + 1) x rank staircase matrix.
         rungs = torch.searchsorted(-lengths, -torch.arange(rank), side="left") - 1
         self.register_buffer("rungs", rungs, persistent=False)
         self.register_buffer("candidates", candidates.float(), persistent=False)
-        self.register_buffer("error", relative_errors(shape, sigma).float(), persistent=False)
+        self.register_buffer("error", relative_errors(shape, sigma, prices).float(), persistent=False)
 
     def probabilities(self) -> Tensor:
         """Return the expected gate ``[rank]``, non-increasing."""
@@ -61,8 +72,8 @@ class StaircaseMask(Mask):
         return (self.logits.softmax(0) * self.candidates).sum()
 
     def ratio(self) -> Tensor:
-        """Return the expected parameters as a fraction of the dense weight's, in [0, top], a scalar."""
-        return self.top * self.fraction()
+        """Return the parameters of the prefix of expected length as a fraction of the dense weight's, a scalar."""
+        return self.prices.ratio(self.shape, self.longest * self.fraction())
 
     def forward(self) -> Tensor:
         """Return the hard prefix ``[rank]`` whose gradient is that of the expected gate."""
@@ -106,22 +117,22 @@ class Staircase(MaskMethod):
         self.budget_weight = budget_weight
         self.guidance_weight = guidance_weight
 
-    def stored_rank(self, shape: tuple[int, int]) -> int:
+    def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
         """Return how many components cost ``top`` times the dense weight, at most ``min(m, n)``."""
-        return gated_rank(shape, self.top)
+        return gated_rank(shape, self.top, prices)
 
     def create(
-        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, kept: Tensor | None = None
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
     ) -> StaircaseMask:
         """Return a mask whose expected ratio is ``keep``, or as near to it as its prefix has as many as ``kept``."""
-        rank, top = self.stored_rank(shape), reachable_top(shape, self.top)
+        rank, longest = self.stored_rank(shape, prices), prices.rank_at(shape, self.top)
         # A plan to start from may hold ranks that cost more than dense.
-        keep = min(keep, 1.0)
+        start = prices.rank_at(shape, min(keep, 1.0)) / longest
         if kept is not None and keep < 1:
-            # `rank` is rounded down and `top` is not, so that a ratio may be a component away from the length.
-            low, high = (top * (len(kept) + off) / rank for off in (-0.49, 0.49))
-            keep = min(max(keep, low), high)
-        return StaircaseMask(shape, rank, sigma, keep, steps=self.steps, top=top)
+            # `rank` is rounded down and `longest` is not, so that a ratio may be a component away from the length.
+            low, high = ((len(kept) + off) / rank for off in (-0.49, 0.49))
+            start = min(max(start, low), high)
+        return StaircaseMask(shape, rank, sigma, start, prices=prices, steps=self.steps, longest=longest)
 
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget`` and ``guidance``, weighted; arguments as in ``MaskMethod.penalties``."""
@@ -161,13 +172,14 @@ def _starting_logits(candidates: Tensor, fraction: float) -> Tensor:
     return torch.where(upper, gain.log(), torch.zeros((), dtype=candidates.dtype))
 
 
-def relative_errors(shape: tuple[int, int], sigma: Tensor) -> Tensor:
+def relative_errors(shape: tuple[int, int], sigma: Tensor, prices: Storage) -> Tensor:
     """Return the lost share of the spectrum's norm at kept fractions .01, .02, ... .99, ``[99]``.
 
-    Entry ``s`` is ``sqrt(sum(sigma[k:] ** 2) / sum(sigma ** 2))`` with ``k = int(s * mn / (m + n))``.
+    Entry ``s`` is ``sqrt(sum(sigma[k:] ** 2) / sum(sigma ** 2))`` with the whole rank ``k`` that ``s`` pays for:
+    ``int(s * mn / (m + n))`` of factors.
     """
-    m, n = shape
     energy = sigma.double().square()
     tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-    ranks = torch.tensor([min(m * n * percent // (100 * (m + n)), len(energy)) for percent in range(1, 100)])
+    paid = [int(prices.rank_at(shape, percent / 100) + 1e-9) for percent in range(1, 100)]
+    ranks = torch.tensor([min(rank, len(energy)) for rank in paid])
     return (tail[ranks] / tail[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_pl.budget import Budget
 from lowrank_pl.masks.base import Mask, MaskMethod
 from lowrank_pl.plan import RankPlan
+from lowrank_pl.storage import Storage
 
 __all__ = [
     "Noise",
@@ -39,13 +40,14 @@ class SwitchMask(Mask):
         shape: ``(out, in)`` of the module.
         rank: Components that it gates.
         temperature: Of the sigmoid.
+        prices: What ranks cost in the finished model.
         any_k: Whether the components that are on stay where they are; otherwise as many of the first ones are on.
     """
 
     noise: Tensor
 
-    def __init__(self, shape: tuple[int, int], rank: int, *, temperature: float, any_k: bool) -> None:
-        super().__init__(shape, rank)
+    def __init__(self, shape: tuple[int, int], rank: int, *, prices: Storage, temperature: float, any_k: bool) -> None:
+        super().__init__(shape, rank, prices)
         self.temperature = temperature
         self.any_k = any_k
         self.drawn_at: int | None = None
@@ -67,10 +69,10 @@ class SwitchMask(Mask):
     def ratio(self) -> Tensor:
         """Return the parameters of the components that are on without noise, over the dense weight's, a scalar.
 
-        The value is that of the hard count, the gradient that of the soft one.
+        The value is that of the hard count; the gradient that of the soft one, at what the next component costs.
         """
         soft = (self.switch_logits() / self.temperature).sigmoid().sum()
-        return self.price * (self.kept().sum() + (soft - soft.detach()))
+        return self.prices.ratio(self.shape, self.kept().sum() + (soft - soft.detach()))
 
     def _arranged(self, on: Tensor) -> Tensor:
         return on if self.any_k else torch.arange(self.rank, device=on.device) < on.sum()
@@ -85,7 +87,7 @@ class SwitchMethod(MaskMethod):
 
     dense_from = float("inf")
 
-    def stored_rank(self, shape: tuple[int, int]) -> int:
+    def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
         """Return ``min(m, n)``: every component has its switch."""
         return min(shape)
 
@@ -148,7 +150,7 @@ def check_noise(noise: str) -> None:
         raise ValueError(f"noise is {noise!r}: expected one of {', '.join(get_args(Noise))}")
 
 
-def chosen_at_start(shape: tuple[int, int], rank: int, keep: float, kept: Tensor | None) -> Tensor:
+def chosen_at_start(shape: tuple[int, int], rank: int, keep: float, kept: Tensor | None, *, prices: Storage) -> Tensor:
     """Return which components are on at the start, bool ``[rank]``.
 
     Args:
@@ -156,13 +158,13 @@ def chosen_at_start(shape: tuple[int, int], rank: int, keep: float, kept: Tensor
         rank: Components that the mask gates.
         keep: Fraction of the module's parameters; from 1 on all components are on.
         kept: Indices of the components instead.
+        prices: What ranks cost.
 
     Raises:
         ValueError: An index is not one of the components.
     """
     if kept is None:
-        m, n = shape
-        count = rank if keep >= 1 else min(rank, max(1, round(keep * m * n / (m + n))))
+        count = rank if keep >= 1 else min(rank, max(1, round(prices.rank_at(shape, keep))))
         return torch.arange(rank) < count
     if len(kept) and not (kept.min() >= 0 and kept.max() < rank):
         raise ValueError(f"a component to start from has an index of {kept.tolist()}: expected 0 to {rank - 1}")
@@ -189,7 +191,7 @@ def select_by_logits(
     with torch.no_grad():
         logits = {name: mask.switch_logits().cpu() for name, mask in zip(masks, switches(masks), strict=True)}
     on = {name: int((values > 0).sum()) for name, values in logits.items()}
-    bare = sum(min(sum(mask.shape) * on[name], mask.shape[0] * mask.shape[1]) for name, mask in masks.items())
+    bare = sum(min(budget.cost(name, on[name]), budget.cost(name, None)) for name in masks)
     notes = [f"{method}: the bare threshold at 0 would have kept {bare / budget.total:.4f} of the targeted", *notes]
     scores = logits if any_k else {name: values.sort(descending=True).values for name, values in logits.items()}
     return budget.select(scores, method=method, notes=notes)
