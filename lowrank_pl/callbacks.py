@@ -25,6 +25,7 @@ from lowrank_pl.files import write_json
 from lowrank_pl.finish import Finished, Protocol, command_line, finish_run
 from lowrank_pl.module import RankLearner
 from lowrank_pl.plan_report import block_and_kind, rank_map
+from lowrank_pl.refit import Refit
 from lowrank_pl.windows import token_windows
 
 __all__ = ["FinishRun", "RankMonitor", "Stopwatch"]
@@ -135,6 +136,8 @@ class FinishRun(Stopwatch):
         prompts: What the dense and the compressed model continue, side by side.
         max_new_tokens: How far they continue.
         merge: Export dense weights for any runtime instead of factors.
+        refit: How the learned plan's factors are fitted again to the compressed model's own inputs, on the windows that
+            were learned from; left out, they stay as they are.
         json: A file for the table's figures.
 
     Raises:
@@ -150,12 +153,13 @@ class FinishRun(Stopwatch):
         prompts: Sequence[str] = (),
         max_new_tokens: int = 40,
         merge: bool = False,
+        refit: Refit | None = None,
         json: Path | None = None,
     ) -> None:
         super().__init__()
         self.score_text, self.score_length, self.score_windows = score_text, score_length, score_windows
         self.baselines, self.prompts, self.max_new_tokens = tuple(baselines), tuple(prompts), max_new_tokens
-        self.merge, self.json = merge, json
+        self.merge, self.refit, self.json = merge, refit, json
         for name in baselines:
             allocator(name)
         self.finished: Finished | None = None
@@ -215,6 +219,8 @@ class FinishRun(Stopwatch):
             seconds=learner.seconds,
             command=command_line(),
             merge=self.merge,
+            refit=self.refit,
+            refit_windows=data.train_windows,
         )
 
     def _dense_model(self, trainer: Trainer, learner: RankLearner) -> Any:

@@ -24,7 +24,7 @@ from lowrank_pl import __version__
 from lowrank_pl.bench import bench
 from lowrank_pl.callbacks import FinishRun, RankMonitor
 from lowrank_pl.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
-from lowrank_pl.commands import allocate, export
+from lowrank_pl.commands import allocate, export, refit
 from lowrank_pl.compare import compare
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.export import ExportError
@@ -40,6 +40,7 @@ __all__ = ["RankCLI", "main"]
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "allocate": allocate,
+    "refit": refit,
     "export": export,
     "compare": compare,
     "bench": bench,

@@ -20,13 +20,15 @@ from lowrank_pl.finish import command_line, export_plan
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import rank_table
 from lowrank_pl.prepare import budget_for, build_factors
+from lowrank_pl.refit import Refit
+from lowrank_pl.refit import refit as refit_factors
 from lowrank_pl.report import Row, row_table
 from lowrank_pl.sizes import nested
 from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import find_targets
 from lowrank_pl.windows import token_windows
 
-__all__ = ["allocate", "base_of", "export", "factors_of", "pick_device"]
+__all__ = ["allocate", "base_of", "export", "factors_of", "pick_device", "refit"]
 
 _log = logging.getLogger(__name__)
 DType = Literal["float32", "bfloat16", "float16"]
@@ -159,6 +161,62 @@ def export(
     return output
 
 
+def refit(
+    plan: Path,
+    *,
+    output: Path = Path("refitted.json"),
+    text: str | None = None,
+    settings: Refit = Refit(),  # noqa: B008 (frozen)
+    base: str | None = None,
+    store: Path | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    json: Path | None = None,
+) -> RankPlan:
+    """Fit a plan's factors again to what the compressed model itself feeds them, block by block and in closed form.
+
+    Every choice is made module by module on windows that are held back, and what does not help there is not applied.
+    A killed run goes on at the block it was in.
+
+    Args:
+        plan: A plan written by ``lowrank allocate`` or ``lowrank fit``.
+        output: Where the plan for the refitted factors goes; ``lowrank export`` takes it like any other.
+        text: Calibration text; by default the plan's own.
+        settings: How to refit, such as --settings.windows 256; more windows make better factors, and take longer.
+        base: The base, where the plan's own name for it does not lead there from here.
+        store: Folder of the plan's factors, likewise.
+        device: cpu, cuda, ...; auto takes cuda where there is one.
+        trust_remote_code: Run Python code that comes with the base.
+        json: Write the figures there.
+
+    Returns:
+        The plan for the refitted factors.
+    """
+    drawn = RankPlan.load(plan)
+    calibration = drawn.origin.get("calibration")
+    if calibration is None:
+        raise ValueError(f"{plan} does not say what text it was made from: draw it anew with `lowrank allocate`")
+    base = base_of(drawn, plan, base)
+    dtype = getattr(torch, drawn.origin.get("dtype", "float32"))
+    model = load_base(base, dtype=dtype, trust_remote_code=trust_remote_code).to(pick_device(device))
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    length, own = calibration["length"], calibration["text"]
+    made, factors = refit_factors(
+        drawn,
+        factors_of(drawn, model, tokenizer, store),
+        model=model,
+        targets=find_targets(model, include=list(drawn.modules)),
+        windows=token_windows(text or own, tokenizer, length=length, windows=settings.windows),
+        calibration=token_windows(own, tokenizer, length=length, windows=calibration["windows"]),
+        settings=settings,
+    )
+    made.save(output)
+    print("\n".join([_plan_line(made), *made.notes, f"plan   {output}", f"store  {factors.directory}"]))
+    if json is not None:
+        write_json(json, {"plan": str(output), **_plan_figures(made)})
+    return made
+
+
 def _folders(output: Path, sizes: Mapping[float, RankPlan]) -> dict[Path, RankPlan]:
     """Return a folder in ``output`` for each size."""
     if (output / "config.json").exists():
@@ -199,6 +257,11 @@ def factors_of(
     directory = store or Path(plan.origin.get("store", ""))
     if store is not None or (plan.origin.get("store") and (directory / "manifest.json").exists()):
         return FactorStore.existing(directory)
+    if "refit" in plan.fingerprint:
+        raise ValueError(
+            f"the refitted factors at {directory} are gone: refit the plan that they came from again with `lowrank "
+            "refit`, or name their folder with --store"
+        )
     if "correction" in plan.fingerprint:
         raise ValueError(
             f"the corrected factors at {directory} are gone, and only the whole correction makes them again: draw the "

@@ -40,6 +40,7 @@ from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import budget_for, build_factors, model_fingerprint, statistics_of
 from lowrank_pl.progress import LearningBar
 from lowrank_pl.recipes import Recipe, recipe
+from lowrank_pl.refit import Refit, refit
 from lowrank_pl.scored_texts import named_texts, warn_of_known_text
 from lowrank_pl.targets import Targets, find_targets
 from lowrank_pl.windows import token_windows, windows_fingerprint
@@ -232,6 +233,10 @@ class _Comparison:
         costs = self._prepare(method)
         reset_peak_memory(self.model.device)
         plan, store, made = self._plan(name, method, keep)
+        if method.refit is not None:
+            began = time.perf_counter()
+            plan, store = self._refit(plan, store, method.refit)
+            costs["refit"] = time.perf_counter() - began
         plan.save(self._folder(name, keep) / "plan.json")
         with compressed(self.model, plan, store):
             plan = deployed_plan(self.model, plan)
@@ -266,6 +271,13 @@ class _Comparison:
             "statistics": statistics.seconds(needs, self.targets.modules, settings.labels),
             "factors": factors.seconds(target.name for target in self.targets.modules),
         }
+
+    def _refit(self, plan: RankPlan, store: FactorStore, settings: Refit) -> tuple[RankPlan, FactorStore]:
+        windows = token_windows(self.calibration, self.tokenizer, length=self.tokens.shape[1], windows=settings.windows)
+        return refit(
+            plan, store, model=self.model, targets=self.targets, windows=windows, calibration=self.tokens,
+            settings=settings,
+        )  # fmt: skip
 
     def _score(self, label: str) -> tuple[dict[str, float], float]:
         """Return nats a token on every text, and the seconds that it took."""

@@ -31,6 +31,8 @@ from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import atomic_write, write_json
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import rank_map, save_figure
+from lowrank_pl.refit import Refit
+from lowrank_pl.refit import refit as refit_factors
 from lowrank_pl.report import Row, model_card, row_table, write_summary
 from lowrank_pl.targets import find_targets
 
@@ -148,6 +150,8 @@ def finish_run(
     seconds: Mapping[str, float],
     command: str,
     merge: bool = False,
+    refit: Refit | None = None,
+    refit_windows: Tensor | None = None,
 ) -> Finished:
     """Write plan, export, scores and rank map of a run to its folder, and return what they say.
 
@@ -168,6 +172,9 @@ def finish_run(
         seconds: Time spent so far on ``factors`` and ``learning``.
         command: How the run was started.
         merge: Export dense weights.
+        refit: How to fit the factors again to the compressed model's own inputs, if that is wished for. The table then
+            has a row for the plan without it.
+        refit_windows: ``[windows, length]`` token ids to do that on.
 
     Raises:
         ValueError: A baseline can't be drawn on these factors.
@@ -185,10 +192,21 @@ def finish_run(
         with compressed(model, baseline, drawn_on(baseline, store)):
             score = perplexity(model, protocol.windows, progress=f"score {name}")
         rows.append(_row(name, score, dense, baseline, baseline.bytes, spent))
+    spent = sum(seconds.values())
+    if refit is not None:
+        assert refit_windows is not None
+        with compressed(model, plan, store):
+            score = perplexity(model, protocol.windows, progress="score learned ranks")
+        rows.append(_row("learned, no refit", score, dense, plan, plan.bytes, spent))
+        began = time.perf_counter()
+        plan, store = refit_factors(
+            plan, store, model=model, targets=targets, windows=refit_windows, calibration=statistics, settings=refit
+        )
+        spent += time.perf_counter() - began
     began = time.perf_counter()
     report, plan = export_plan(model, plan, store, run / "model", tokenizer=tokenizer, command=command, merge=merge)
     plan.save(run / "plan.json")
-    spent = sum(seconds.values()) + time.perf_counter() - began
+    spent += time.perf_counter() - began
     score, small = score_in_fresh_process(report.directory, protocol, device=model.device)
     rows.append(_row("learned", score, dense, plan, report.bytes, spent))
     samples = list(zip(protocol.prompts, texts, small, strict=True))

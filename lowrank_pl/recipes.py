@@ -12,6 +12,7 @@ from lowrank_pl.allocate import allocator
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.masks import ARS, Fermi, MaskMethod, PerValue, Rescaled, Staircase, Tanh
 from lowrank_pl.objectives import DataTerms
+from lowrank_pl.refit import Refit
 from lowrank_pl.storage import StorageChoice
 
 __all__ = ["RECIPES", "VARIANTS", "Learning", "Recipe", "recipe"]
@@ -64,6 +65,7 @@ class Recipe:
         settings: The allocator's settings.
         learning: How a mask learns the plan instead.
         storage: How low-rank modules are stored: factored in all papers but those about pivoting.
+        refit: How the plan's factors are fitted again to the compressed model's own inputs, if they are.
 
     Raises:
         ValueError: An allocator or a setting that does not exist.
@@ -74,6 +76,7 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
     learning: Learning | None = None
     storage: StorageChoice = "factored"
+    refit: Refit | None = None
 
     def __post_init__(self) -> None:
         allocator(self.allocator, **self.settings)
@@ -83,13 +86,19 @@ class Recipe:
         base: dict[str, Any] = {"decomposition": self.decomposition.identity()}
         if self.storage != "factored":
             base["storage"] = self.storage
+        if self.refit is not None:
+            base["refit"] = _jsonable(asdict(self.refit))
         if self.learning is None:
             return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
         learning = self.learning
         mask = {key: value for key, value in vars(learning.mask).items() if not key.startswith("_")}
         described = {f: getattr(learning, f) for f in ("steps", "lr", "windows", "batch_size", "start", "cosine")}
-        terms = {key: list(v) if isinstance(v, tuple | list) else v for key, v in asdict(learning.data_terms).items()}
+        terms = _jsonable(asdict(learning.data_terms))
         return {**base, "learning": {**described, "mask": {"name": learning.mask.name, **mask}, "data_terms": terms}}
+
+
+def _jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 _ASVD = Decomposition("asvd")
@@ -131,6 +140,7 @@ RECIPES: dict[str, Recipe] = {
 
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
+    "refit": lambda plain: replace(plain, refit=Refit()),
 }
 """What ``+WORD`` after a recipe's name changes in it."""
 
@@ -138,7 +148,8 @@ VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
 def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     """Return the recipe called ``name``: one of ``own``, or one that ships with the package, or a variant of one.
 
-    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage.
+    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted, and
+    ``NAME+pivoted+refit`` both.
 
     Raises:
         ValueError: There is none, the message lists those that exist; or the name is no word that a folder can have.

@@ -164,7 +164,7 @@ def _sizes(plan: RankPlan, keeps: Sequence[float]) -> list[RankPlan]:
     """Return the plans of ``keeps``; where none were named, of those of the usual sizes that the plan has."""
     most = largest_keep(plan)
     if not keeps and most < max(KEEPS):
-        _log.info("the weights were corrected for keep %g: the curve has no larger sizes", most)
+        _log.info("the weights were changed for keep %g: the curve has no larger sizes", most)
     # Its own size stands for a corrected plan that has none of the usual ones.
     usual = [keep for keep in KEEPS if keep <= most] or [plan.keep]
     return list(nested(plan, keeps or usual).values())

@@ -2,7 +2,7 @@
 
 What is special: sizes are counted from the plan itself. A smaller one is contained in it and a larger one contains it,
 so that the plan is a member of its own family, and ranks that a person edited hold as bounds. Weights that were
-corrected for a size (``lowrank_pl.correct``) serve that one and smaller ones.
+corrected (``lowrank_pl.correct``) or refitted (``lowrank_pl.refit``) for a size serve that one and smaller ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def resize(plan: RankPlan, keep: float) -> RankPlan:
 
     Raises:
         ValueError: The plan has no order, or keeps components that its order does not put first, or the budget is
-            impossible, or larger than the weights were corrected for.
+            impossible, or larger than the weights were corrected or refitted for.
 
     Example:
         >>> import torch
@@ -73,13 +73,13 @@ def nested(plan: RankPlan, keeps: Iterable[float]) -> dict[float, RankPlan]:
 
 
 def largest_keep(plan: RankPlan) -> float:
-    """Return the largest fraction of a plan's sizes: 1, or what its weights were corrected for.
+    """Return the largest fraction of a plan's sizes: 1, or what its weights were corrected or refitted for.
 
     A correction moves truncated weights away from the base's, to make up for what its size loses: a larger size, which
     loses less, would come out worse.
     """
-    correction = plan.fingerprint.get("correction")
-    return 1.0 if correction is None else float(correction["keep"])
+    changes = [plan.fingerprint[change] for change in ("correction", "refit") if change in plan.fingerprint]
+    return min([1.0, *(float(change["keep"]) for change in changes)])
 
 
 def _is_larger(plan: RankPlan, keep: float) -> bool:
@@ -91,7 +91,7 @@ def _beyond(plan: RankPlan, keep: float) -> RankPlan:
     most = largest_keep(plan)
     if keep > most:
         raise ValueError(
-            f"keep is {keep:g}, but the weights were corrected for keep {most:g}: larger sizes need a plan of their "
+            f"keep is {keep:g}, but the weights were changed for keep {most:g}: larger sizes need a plan of their "
             "own, which `lowrank allocate` draws"
         )
     drawn = _budget(plan, keep).select(_scores(plan), method=plan.method, beyond=plan.modules)

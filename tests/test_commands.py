@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from lowrank_pl import RankPlan, commands, finish, load_compressed, perplexity, token_windows
 from lowrank_pl.bench import bench
 from lowrank_pl.cli import main
-from lowrank_pl.commands import allocate, export, pick_device
+from lowrank_pl.commands import allocate, export, pick_device, refit
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.refit import Refit
 from lowrank_pl.scoring import evaluate
 from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
 
@@ -91,6 +93,29 @@ def test_factors_that_are_gone_are_made_again_and_merge_writes_dense_weights(pla
     rank = RankPlan.load(plan_file).modules["model.layers.0.mlp.up_proj"].rank
     assert torch.linalg.matrix_rank(weight) == rank
     assert "import lowrank_pl" not in (folder / "README.md").read_text()
+
+
+def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):
+    output = tmp_path / "refitted.json"
+    settings = Refit(windows=10, margin=0.0)
+    made = refit(plan_file, output=output, settings=settings, json=tmp_path / "refit.json")
+    drawn = RankPlan.load(plan_file)
+    assert RankPlan.load(output) == made
+    assert made.keep_targeted == drawn.keep_targeted
+    assert {n: m.rank for n, m in made.modules.items()} == {n: m.rank for n, m in drawn.modules.items()}
+    (note,) = [note for note in made.notes if note.startswith("refitted ")]
+    assert re.search(r"^refitted \d+ of 14 modules to 10 windows, chosen on 2 of them", note)
+    assert note in capsys.readouterr().out
+    assert json.loads((tmp_path / "refit.json").read_text())["plan"] == str(output)
+    folder = export(output, output=tmp_path / "model")
+    assert RankPlan.load(folder / "plan.json").fingerprint["refit"]["windows"] != drawn.fingerprint.get("refit")
+    with pytest.raises(ValueError, match=r"keep is 0.7, but the weights were changed for keep 0.5"):
+        export(output, output=tmp_path / "larger", keep=[0.7])
+    with pytest.raises(ValueError, match=r"are refitted already: give those they were made from"):
+        refit(output, output=tmp_path / "twice.json", settings=settings)
+    shutil.rmtree(tmp_path / "store" / "refit")
+    with pytest.raises(ValueError, match=r"the refitted factors at .* are gone: refit the plan that they came from"):
+        export(output, output=tmp_path / "gone")
 
 
 def test_export_refuses_what_does_not_belong_together(plan_file, tmp_path):

@@ -65,6 +65,21 @@ def test_every_method_and_size_has_a_result(folder):
     assert (folder / "excess-docs.png").stat().st_size > 5000
 
 
+def test_variants_of_a_recipe(tmp_path):
+    names = ["uniform", "uniform+pivoted", "uniform+pivoted+refit"]
+    results = compare("random:llama", methods=names, keep=[0.5], run=tmp_path, **SETTINGS)
+    plain, pivoted, refitted = (next(row for row in results if row["method"] == name) for name in names)
+    assert "storage" not in plain["settings"]
+    assert pivoted["settings"]["storage"] == refitted["settings"]["storage"] == "auto"
+    assert all(pivoted["ranks"][name] > rank for name, rank in plain["ranks"].items())
+    assert pivoted["ranks"] == refitted["ranks"]
+    assert refitted["settings"]["refit"]["hold_back"] == 0.2
+    assert refitted["seconds"]["refit"] > 0
+    assert any(note.startswith("refitted ") for note in refitted["notes"])
+    for row in (plain, pivoted, refitted):
+        assert 0.97 * 0.5 < row["keep"]["targeted"] <= 0.5
+
+
 def test_nothing_finished_is_made_again(folder, monkeypatch):
     before = read_results(folder)
     monkeypatch.setattr(compare_module.__name__ + ".perplexity", lambda *_, **__: pytest.fail("scored again"))

@@ -184,7 +184,7 @@ def test_the_curve_of_a_corrected_plan_ends_at_its_own_size(tmp_path, caplog, ca
     with caplog.at_level("INFO", logger="lowrank_pl.scoring"):
         figures = evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, windows=1, keep_curve=[])
     assert [size["keep"]["asked"] for size in figures["sizes"]] == [0.65, 0.6, 0.5]
-    assert "the weights were corrected for keep 0.65: the curve has no larger sizes" in caplog.text
+    assert "the weights were changed for keep 0.65: the curve has no larger sizes" in caplog.text
     capsys.readouterr()
     command = [
         "evaluate",
@@ -199,7 +199,7 @@ def test_the_curve_of_a_corrected_plan_ends_at_its_own_size(tmp_path, caplog, ca
     ]
     with pytest.raises(SystemExit):
         main(command)
-    assert "keep is 0.8, but the weights were corrected for keep 0.65: larger sizes need" in capsys.readouterr().err
+    assert "keep is 0.8, but the weights were changed for keep 0.65: larger sizes need" in capsys.readouterr().err
 
 
 def test_a_corrected_plan_below_the_usual_sizes_is_scored_at_its_own(plan_file):

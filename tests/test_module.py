@@ -21,7 +21,7 @@ from lowrank_pl.checkpointing import AtomicCheckpoints, read_checkpoint
 from lowrank_pl.cli import main
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.layers import MaskedLinear
-from lowrank_pl.masks import ARS, Fermi, PerValue, Staircase, Tanh
+from lowrank_pl.masks import ARS, Fermi, PerValue, Rescaled, Staircase, Tanh
 from lowrank_pl.objectives import DataTerms
 from lowrank_pl.prepare import build_gradients
 from lowrank_pl.targets import find_targets
@@ -444,12 +444,15 @@ SMALL += "--trainer.accelerator cpu --trainer.val_check_interval 2 --finish.base
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-@pytest.mark.parametrize("name", ["llrc", "ars", "tanh", "fermi"])
+@pytest.mark.parametrize("name", ["llrc", "ars", "tanh", "fermi", "rescaled", "best"])
 def test_the_shipped_configuration_of_every_mask_runs(tmp_path, name):
     main(["fit", "-c", str(CONFIGS / f"{name}.yaml"), "--run", str(tmp_path), *SMALL.split()])
-    assert RankPlan.load(tmp_path / "plan.json").method == name
+    plan = RankPlan.load(tmp_path / "plan.json")
+    assert plan.method == ("rescaled" if name == "best" else name)
+    assert plan.storage == ("auto" if name in ("rescaled", "best") else "factored")
+    assert any(note.startswith("refitted ") for note in plan.notes) == (name == "best")
     text = (CONFIGS / f"{name}.yaml").read_text()
-    kind = {"llrc": PerValue, "ars": ARS, "tanh": Tanh, "fermi": Fermi}[name]
+    kind = {"llrc": PerValue, "ars": ARS, "tanh": Tanh, "fermi": Fermi}.get(name, Rescaled)
     # Every setting is written out, so that a reader need not look anywhere else.
     for setting in inspect.signature(kind).parameters:
         assert f"      {setting}: " in text

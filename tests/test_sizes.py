@@ -261,7 +261,7 @@ def test_weights_that_were_corrected_for_a_size_serve_smaller_ones_only():
     plan = draw({"a": (64, 64), "b": (64, 64)}, 0.5)
     plan = replace(plan, fingerprint={"kind": "whitened", "correction": {"keep": 0.5, "round": 1}})
     assert (largest_keep(plan), largest_keep(replace(plan, fingerprint={"kind": "whitened"}))) == (0.5, 1.0)
-    message = r"keep is 0.6, but the weights were corrected for keep 0.5: larger sizes need a plan of their own"
+    message = r"keep is 0.6, but the weights were changed for keep 0.5: larger sizes need a plan of their own"
     with pytest.raises(ValueError, match=message):
         resize(plan, 0.6)
     with pytest.raises(ValueError, match=message):

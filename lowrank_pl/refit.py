@@ -1,0 +1,321 @@
+"""Refit: factors are fitted again, block by block, to what the compressed model itself feeds them, in closed form."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.collected import Statistics
+from lowrank_pl.decompose import Factors
+from lowrank_pl.decomposition import Decomposition, Roots
+from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.files import cache_root, canonical_json, sha256_of
+from lowrank_pl.hf_layers import LowRankLinear
+from lowrank_pl.plan import RankPlan
+from lowrank_pl.refit_moments import PairMoments
+from lowrank_pl.refit_passes import Pair, Place, Twins, survey
+from lowrank_pl.refit_plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, check_belongs, refitted_plan
+from lowrank_pl.refit_solve import NOTHING, Choice, Problem, choose, refitted
+from lowrank_pl.targets import Target, Targets, dense_weight
+from lowrank_pl.windows import windows_fingerprint
+
+__all__ = ["Refit", "refit"]
+
+_log = logging.getLogger(__name__)
+_SOURCE = ("model", "config", "tokenizer", "text")
+_DECOMPOSITION = ("kind", "damping", "output_damping", "alpha", "labels")
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How factors are refitted.
+
+    Everything that can do harm is chosen module by module on held-back text: a refit on too little text makes a model
+    worse.
+
+    Args:
+        windows: How many windows of text to use, the first ones; more make better factors and take longer.
+        hold_back: Fraction of the windows that choices are made on, the last ones: text next to what was fitted, of the
+            same article, would flatter every choice. The factors chosen are then fitted to all windows.
+        margin: By what fraction a refit has to lower a module's error on held-back text to be applied.
+        blends: What parts of an error to try to make up for; 1 is all of it. 0 is always tried.
+        dampings: Ridges of the regression to try, relative to each input's second moment; more is nearer to the dense
+            weight.
+        residual: Whether modules whose output is added to a stream, as attention's and the MLP's last ones, also make
+            up for the error that the stream has there.
+        two_sided: Whether errors are weighted by the outputs' gradients where the factors were.
+
+    Raises:
+        ValueError: A setting out of its range.
+    """
+
+    windows: int = 256
+    hold_back: float = 0.2
+    margin: float = 0.01
+    blends: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    dampings: tuple[float, ...] = (0.03, 0.3, 3.0)
+    residual: bool = True
+    two_sided: bool = True
+
+    def __post_init__(self) -> None:
+        if self.windows < 2:
+            raise ValueError(f"windows is {self.windows}: expected at least 2, of which one is held back")
+        if not 0 < self.hold_back < 1:
+            raise ValueError(f"hold_back is {self.hold_back}: expected a fraction of the windows, above 0 and below 1")
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"margin is {self.margin}: expected a fraction of at least 0 and below 1")
+        if not self.blends or not all(0 <= blend <= 1 for blend in self.blends):
+            raise ValueError(f"blends are {self.blends}: expected one or more fractions in [0, 1]")
+        # Less is lost in the rounding of the moments.
+        if not self.dampings or not all(1e-4 <= damping < math.inf for damping in self.dampings):
+            raise ValueError(f"dampings are {self.dampings}: expected one or more finite numbers of at least 0.0001")
+
+    def split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the windows to fit and those to hold back, at least one each.
+
+        Raises:
+            ValueError: There is only one window, or none.
+
+        >>> [len(part) for part in Refit().split(torch.zeros(64, 512))]
+        [51, 13]
+        """
+        if len(windows) < 2:
+            raise ValueError(f"{len(windows)} windows of text were given: a refit needs two or more, one is held back")
+        held = min(max(1, round(self.hold_back * len(windows))), len(windows) - 1)
+        return windows[:-held], windows[-held:]
+
+
+def refit(
+    plan: RankPlan,
+    factors: FactorStore,
+    *,
+    model: PreTrainedModel,
+    targets: Targets,
+    windows: Tensor,
+    calibration: Tensor,
+    settings: Refit | None = None,
+    batch_size: int = 1,
+) -> tuple[RankPlan, FactorStore]:
+    """Return the plan with every module's factors fitted to the compressed model's own inputs, and these factors.
+
+    Compressing a module changes the inputs of all that come after it. In the order of execution, with all modules
+    before it refitted, each module's factors of the planned rank are chosen anew, so that on the compressed model's
+    inputs ``t`` they give what the dense weight gives on the dense model's ``x`` (closed-form updates of SVD-LLM,
+    arXiv 2403.07378, and PIFA, arXiv 2501.19090). What is minimised is ``E|R' (W x + e - W' t)|^2``, where ``e`` is
+    what the stream lacks that the output is added to, and ``R R'`` the second moment of the outputs' gradients.
+
+    How much is made up for, and how far the regression is damped, is chosen for each module on held-back windows; where
+    nothing lowers the error there by the margin, the module keeps its factors. Modules that the plan leaves dense stay
+    as they are.
+
+    The new factors go into a folder of ``factors``, module by module: a killed run goes on at the block it was in.
+    Passes take about as long as six over all windows; moments of one input at a time are in memory, and hidden states
+    of all windows for both models, on the CPU.
+
+    Args:
+        plan: The plan; modules with an index set are refitted to its size.
+        factors: What it was drawn on.
+        model: The dense base, left as it was.
+        targets: What was found in it.
+        windows: ``[windows, length]`` token ids to fit to; those that the factors were made from, or more.
+        calibration: ``[windows, length]`` token ids that the factors were made from.
+        settings: How to refit.
+        batch_size: Windows per pass.
+
+    Raises:
+        ValueError: The plan, the factors and the model don't belong together, there are too few windows, or what the
+            model computes is not finite.
+    """
+    work = _Work(plan, factors, model, targets, windows, calibration, settings or Refit(), batch_size)
+    work.run()
+    return refitted_plan(plan, work.made, fitted=len(work.fitting), held=len(work.held)), work.made
+
+
+class _Work:
+    """One refit: where it lies, and its modules one group after the other."""
+
+    def __init__(
+        self,
+        plan: RankPlan,
+        base: FactorStore,
+        model: PreTrainedModel,
+        targets: Targets,
+        windows: Tensor,
+        calibration: Tensor,
+        settings: Refit,
+        batch_size: int,
+    ) -> None:
+        check_belongs(plan, base, model, targets)
+        self.plan, self.base, self.model, self.settings = plan, base, model, settings
+        self.windows, self.calibration, self.batch_size = windows[: settings.windows], calibration, batch_size
+        self.fitting, self.held = settings.split(self.windows)
+        self.modules = [target for target in targets.modules if target.name in plan.modules]
+        fingerprint = {**base.fingerprint, "refit": self._identity()}
+        folder = base.directory / "refit" / sha256_of(canonical_json(fingerprint))[:20]
+        self.made = FactorStore(fingerprint, folder)
+        self._began = 0.0
+        self.damping = float(base.fingerprint.get("damping", Decomposition().damping))
+
+    def _identity(self) -> dict[str, Any]:
+        ranks = {name: [module.rank, module.indices] for name, module in self.plan.modules.items()}
+        return {
+            **asdict(self.settings),
+            "keep": self.plan.keep,
+            "plan": sha256_of(canonical_json(ranks)),
+            "windows": windows_fingerprint(self.windows),
+        }
+
+    def run(self) -> None:
+        """Make what is missing."""
+        dense = [target.name for target in self.modules if self.plan.modules[target.name].rank is None]
+        for name in self.made.missing(dense):
+            # A smaller size of the plan may cut it.
+            self.made.add(name, self.base.factors(name), notes={**self.base.notes(name), "seconds": "0"})
+        low_rank = [target for target in self.modules if target.name not in dense]
+        missing = self.made.missing(target.name for target in low_rank)
+        total, done = len(low_rank), len(low_rank) - len(missing)
+        _log.info("refit: %d of %d modules are done, in %s", done, total, self.made.directory)
+        if missing:
+            with tqdm(total=total, initial=done, desc="refit", unit="module") as bar:
+                self._run(low_rank, bar)
+
+    def _run(self, low_rank: Sequence[Target], bar: tqdm[Any]) -> None:
+        batches = [*torch.split(self.fitting, self.batch_size), *torch.split(self.held, self.batch_size)]
+        places = survey(self.model, low_rank, self.windows[:1, :32])
+        twins = Twins(self.model, batches)
+        roots = self._output_roots()
+        self._began = time.perf_counter()
+        for block, inside in groupby(low_rank, key=lambda target: target.block):
+            of_block = list(inside)
+            if self.made.missing(target.name for target in of_block):
+                twins.go_to(block)
+            # An input that another module takes up later again makes two groups.
+            for _, found in groupby(of_block, key=lambda target: target.group):
+                members = list(found)
+                todo = [target for target in members if target.name not in self.made]
+                if todo:
+                    self._solve(todo, places, twins, roots)
+                    bar.update(len(todo))
+                twins.layers.update({target.name: self._layer(target.name) for target in members})
+
+    def _solve(self, todo: Sequence[Target], places: Mapping[str, Place], twins: Twins, roots: Roots | None) -> None:
+        """Refit modules that share an input."""
+        place = places[todo[0].name]
+        found = self._moments(todo[0], place, twins) if place.every_token else None
+        if found is None:
+            return self._leave(todo, UNPAIRED)
+        fit, held = found
+        if fit.nothing_lost and held.nothing_lost:
+            return self._leave(todo, UNCHANGED)
+        problems = [
+            Problem(
+                dense_weight(self.model.get_submodule(target.name)).detach(),
+                outputs=None if roots is None else roots.of_outputs(target.name),
+                has_stream=fit.stream is not None and places[target.name].stream == place.stream,
+            )
+            for target in todo
+        ]
+        text = _Text(fit.mean(), held.mean(), fit.merged(held).mean())
+        choices = choose(problems, text.fit, text.held, blends=self.settings.blends, dampings=self.settings.dampings)
+        for target, problem, choice in zip(todo, problems, choices, strict=True):
+            self._decide(target, problem, choice, text)
+        return None
+
+    def _moments(self, leader: Target, place: Place, twins: Twins) -> tuple[PairMoments, PairMoments] | None:
+        """Return moments of the fitted and of the held-back windows; None where tokens can't be told apart."""
+        stream = place.stream if self.settings.residual else None
+        width = leader.shape[0] if stream is not None else None
+        fit = PairMoments.empty(leader.shape[1], stream=width, errors=False, device=self.model.device)
+        held = PairMoments.empty(leader.shape[1], stream=width, device=self.model.device)
+        first_held = -(-len(self.fitting) // self.batch_size)
+        unpaired = []
+
+        def receive(number: int, inputs: Pair | None, streams: Pair | None) -> None:
+            if inputs is None:
+                unpaired.append(number)
+                return
+            try:
+                (fit if number < first_held else held).update(*inputs, streams)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}: before module {leader.name} in batch {number} of the refit's windows; check the "
+                    "checkpoint, or load it in a wider dtype"
+                ) from None
+
+        twins.compare(leader.name, stream, receive)
+        return None if unpaired else (fit, held)
+
+    def _decide(self, target: Target, problem: Problem, choice: Choice, text: _Text) -> None:
+        """Store the refit of a module where held-back text is for it, or else the factors that it has."""
+        entry, present = self.plan.modules[target.name], self._present(target.name)
+        assert entry.rank is not None
+        plain, other = (refitted(problem, text.fit, how, entry.rank, damping=self.damping) for how in (NOTHING, choice))
+        errors = problem.errors([present, plain, other], text.held)
+        if not all(map(math.isfinite, errors)):
+            raise ValueError(f"the errors of {target.name} are {errors}: load the base in a wider dtype")
+        # Factors that were made from the held-back text as well are flattered by it: what they are worth on other text
+        # is told by their like that was not.
+        before, after = max(errors[:2]), errors[2]
+        gain = 1 - after / before if before > 0 else 0.0
+        numbers = {"gain": gain, "drift": choice.drift, "damping": choice.damping}
+        if problem.has_stream:
+            numbers["stream"] = choice.stream
+        _log.debug("%s: error %.4g becomes %.4g by %s", target.name, before, after, choice)
+        if gain > self.settings.margin:
+            made = refitted(problem, text.both, choice, entry.rank, damping=self.damping)
+            self._store(target.name, made, APPLIED, numbers)
+        else:
+            self._store(target.name, present, NO_GAIN, numbers)
+
+    def _leave(self, members: Sequence[Target], why: str) -> None:
+        for target in members:
+            self._store(target.name, self._present(target.name), why, {})
+
+    def _store(self, name: str, factors: Factors, how: str, numbers: Mapping[str, float]) -> None:
+        if not all(torch.isfinite(part.float()).all() for part in (factors.left, factors.right)):
+            raise ValueError(f"the refitted factors of {name} hold NaN or infinity: load the base in a wider dtype")
+        # The first of a group takes the passes' time.
+        spent, self._began = time.perf_counter() - self._began, time.perf_counter()
+        notes = {"refit": how, "seconds": f"{spent:.4f}", **{key: f"{value:.6g}" for key, value in numbers.items()}}
+        self.made.add(name, factors, notes={**self.base.notes(name), **notes})
+
+    def _present(self, name: str) -> Factors:
+        """Return the factors that the plan keeps of a module."""
+        entry = self.plan.modules[name]
+        return self.base.factors(name, entry.rank if entry.indices is None else torch.tensor(entry.indices))
+
+    def _layer(self, name: str) -> nn.Module:
+        old = self.model.get_submodule(name)
+        factors, weight = self.made.factors(name), dense_weight(old)
+        return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), getattr(old, "bias", None))
+
+    def _output_roots(self) -> Roots | None:
+        """Return the roots that the factors' outputs were weighted by, if they were and it is asked for."""
+        known = {key: value for key, value in self.base.fingerprint.items() if key in _DECOMPOSITION}
+        if not self.settings.two_sided or known.get("kind") != "two_sided":
+            return None
+        source = {key: self.base.fingerprint[key] for key in _SOURCE if key in self.base.fingerprint}
+        # Corrected factors lie in a folder of those that they were made from.
+        corrected, store = "correction" in self.base.fingerprint, self.base.directory.resolve()
+        store = store.parents[1] if corrected else store
+        in_cache = store.parent == (cache_root() / self.base.kind).resolve()
+        statistics = Statistics(self.model, self.calibration, source, directory=None if in_cache else store)
+        return Roots(Decomposition(**known), statistics, self.modules, self.model.device)
+
+
+class _Text(NamedTuple):
+    """Mean moments of the windows to fit, of those held back, and of both."""
+
+    fit: PairMoments
+    held: PairMoments
+    both: PairMoments
