@@ -81,14 +81,15 @@ class Refit:
             raise ValueError(f"dampings are {self.dampings}: expected one or more finite numbers of at least 0.0001")
 
     def split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the windows to fit and those to hold back, at least one each.
+        """Return of the first windows those to fit and those to hold back, at least one each.
 
         Raises:
             ValueError: There is only one window, or none.
 
-        >>> [len(part) for part in Refit().split(torch.zeros(64, 512))]
+        >>> [len(part) for part in Refit(windows=64).split(torch.zeros(100, 512))]
         [51, 13]
         """
+        windows = windows[: self.windows]
         if len(windows) < 2:
             raise ValueError(f"{len(windows)} windows of text were given: a refit needs two or more, one is held back")
         held = min(max(1, round(self.hold_back * len(windows))), len(windows) - 1)
@@ -127,7 +128,8 @@ def refit(
         factors: What it was drawn on.
         model: The dense base, left as it was.
         targets: What was found in it.
-        windows: ``[windows, length]`` token ids to fit to; those that the factors were made from, or more.
+        windows: ``[windows, length]`` token ids, the first of which are fitted to (``Refit.windows``): those that the
+            factors were made from, or more.
         calibration: ``[windows, length]`` token ids that the factors were made from.
         settings: How to refit.
         batch_size: Windows per pass.
@@ -157,8 +159,8 @@ class _Work:
     ) -> None:
         check_belongs(plan, base, model, targets)
         self.plan, self.base, self.model, self.settings = plan, base, model, settings
-        self.windows, self.calibration, self.batch_size = windows[: settings.windows], calibration, batch_size
-        self.fitting, self.held = settings.split(self.windows)
+        self.calibration, self.batch_size = calibration, batch_size
+        self.fitting, self.held = settings.split(windows)
         self.modules = [target for target in targets.modules if target.name in plan.modules]
         fingerprint = {**base.fingerprint, "refit": self._identity()}
         folder = base.directory / "refit" / sha256_of(canonical_json(fingerprint))[:20]
@@ -172,7 +174,7 @@ class _Work:
             **asdict(self.settings),
             "keep": self.plan.keep,
             "plan": sha256_of(canonical_json(ranks)),
-            "windows": windows_fingerprint(self.windows),
+            "windows": windows_fingerprint(torch.cat([self.fitting, self.held])),
         }
 
     def run(self) -> None:
@@ -191,7 +193,7 @@ class _Work:
 
     def _run(self, low_rank: Sequence[Target], bar: tqdm[Any]) -> None:
         batches = [*torch.split(self.fitting, self.batch_size), *torch.split(self.held, self.batch_size)]
-        places = survey(self.model, low_rank, self.windows[:1, :32])
+        places = survey(self.model, low_rank, self.fitting[:1, :32])
         twins = Twins(self.model, batches)
         roots = self._output_roots()
         self._began = time.perf_counter()

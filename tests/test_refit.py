@@ -462,6 +462,7 @@ def test_what_does_not_belong_together_is_refused(llama, windows, tokenizer, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"windows": 1}, "windows is 1: expected at least 2, of which one is held back"),
         ({"hold_back": 0.0}, "hold_back is 0.0: expected a fraction of the windows, above 0 and below 1"),
         ({"margin": 1.0}, "margin is 1.0: expected a fraction of at least 0 and below 1"),
         ({"blends": ()}, r"blends are \(\): expected one or more fractions in \[0, 1\]"),
@@ -481,6 +482,8 @@ def test_the_last_windows_are_held_back(fraction, count, held):
     fitting, held_back = Refit(hold_back=fraction).split(windows)
     assert len(held_back) == held
     assert torch.equal(torch.cat([fitting, held_back]), windows)
+    fitting, held_back = Refit(windows=3, hold_back=0.5).split(torch.arange(9)[:, None])
+    assert (fitting.flatten().tolist(), held_back.flatten().tolist()) == ([0], [1, 2])
 
 
 def test_inputs_that_are_not_finite_are_named(llama, windows, tokenizer):
