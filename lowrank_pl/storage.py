@@ -107,7 +107,7 @@ class Storage:
         >>> storage = Storage("pivoted")
         >>> rank = storage.rank_at((20, 20), 0.5)
         >>> round(rank, 2), round(storage.ratio((20, 20), torch.tensor(rank)).item(), 4)
-        (5.97, 0.5)
+        (5.66, 0.5)
         """
         m, n = shape
         if self.choice == "factored":

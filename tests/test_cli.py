@@ -259,7 +259,7 @@ def test_the_smoke_configuration_of_a_callback_by_name(tmp_path, capsys):
 
 def test_words_that_mean_nothing(capsys, tmp_path):
     said = failing(capsys, "fitt")
-    assert said == "there is no command 'fitt': expected one of fit, evaluate, allocate, export, compare, bench"
+    assert said == "there is no command 'fitt': expected one of fit, evaluate, allocate, refit, export, compare, bench"
     assert "--model.kep" in failing_fit(capsys, tmp_path, "--model.kep", "0.5", status=2)
     assert "File does not exist" in failing(capsys, "fit", "-c", "none.yaml", status=2)
     assert "`lowrank evaluate --help` lists" in failing(capsys, "evaluate", "--length", "many", status=2)
