@@ -86,7 +86,7 @@ def test_the_commands_are_listed(capsys, words):
     main(words)
     shown = capsys.readouterr().out
     assert shown == usage() + "\n"
-    for name in ("fit", "evaluate", "allocate", "export", "compare", "bench"):
+    for name in ("fit", "evaluate", "allocate", "refit", "export", "compare", "bench"):
         assert f"\n  {name} " in shown
 
 
@@ -102,6 +102,7 @@ def test_the_commands_are_listed(capsys, words):
         ("evaluate", ["--model MODEL", "--text TEXT", "Windows per forward", "--json JSON"]),
         ("allocate", ["--decomposition.kind", "Every rank is a multiple of this", "--output", "--json JSON"]),
         ("export", ["--merge", "Write dense weights for runtimes that know no factors", "--json JSON"]),
+        ("refit", ["--plan PLAN", "--settings.windows", "--json JSON"]),
         ("bench", ["What to measure: step, decode or prefill", "--storage", "--repeats", "--json JSON"]),
     ],
 )
