@@ -12,15 +12,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.factor_store import TensorStore
+from lowrank_pl.factor_store import FactorStore, TensorStore, read_manifest
+from lowrank_pl.files import cache_root
 from lowrank_pl.gradients import GradientMoments, Labels, WeightGradients, collect_gradients
 from lowrank_pl.statistics import InputMoments, collect_input_moments
 from lowrank_pl.targets import Target
 
-__all__ = ["Statistic", "Statistics"]
+__all__ = ["Statistic", "Statistics", "statistics_behind"]
 
 Statistic = Literal["inputs", "output_gradients", "weight_gradients"]
 
+_SOURCE = ("model", "config", "tokenizer", "text")
 Measured = TypeVar("Measured")
 
 
@@ -102,6 +104,24 @@ class Statistics:
 
     def _store(self, kind: str, **settings: str) -> TensorStore:
         return TensorStore(kind, {**self.source, **settings}, self._directory / kind if self._directory else None)
+
+
+def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Tensor) -> Statistics:
+    """Return the statistics that ``factors`` were made from, where they lie.
+
+    Args:
+        factors: Those of a decomposition, or of a correction of one.
+        model: The dense base.
+        windows: ``[windows, length]`` calibration token ids that they were made from.
+    """
+    source = {key: factors.fingerprint[key] for key in _SOURCE if key in factors.fingerprint}
+    directory = factors.directory.resolve()
+    if "correction" in factors.fingerprint:
+        # Corrected factors lie in a folder of those that they were made from.
+        directory = directory.parents[1]
+    digest = read_manifest(directory)["digest"]
+    in_cache = directory == (cache_root() / factors.kind / digest[:20]).resolve()
+    return Statistics(model, windows, source, directory=None if in_cache else directory)
 
 
 def _missing(store: TensorStore, targets: Iterable[Target]) -> list[Target]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lowrank_pl.decompose import Factors
 from lowrank_pl.factor_store import FactorStore, weight_digest
 from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.layers import MaskedLinear, masked_layers
@@ -19,7 +20,7 @@ from lowrank_pl.pivot import pivot
 from lowrank_pl.plan import ModulePlan, RankPlan
 from lowrank_pl.targets import dense_weight, replace_module
 
-__all__ = ["compress", "compressed", "deployed_plan", "restore_dense"]
+__all__ = ["compress", "compressed", "deployed_plan", "factored_layer", "restore_dense"]
 
 _log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -63,22 +64,26 @@ def compress(model: Model, plan: RankPlan, store: FactorStore) -> Model:
 
 def _low_rank(old: nn.Module, entry: ModulePlan, store: FactorStore, name: str) -> LowRankLinear | PivotedLinear:
     assert entry.rank is not None
-    factors = store.factors(name, entry.rank if entry.indices is None else torch.tensor(entry.indices))
-    weight = dense_weight(old)
-    bias = getattr(old, "bias", None)
+    factors, weight = store.kept(name, entry), dense_weight(old)
     if entry.storage == "pivoted":
         # Double precision: on the weight's device where that is fast.
         place = weight.device if weight.device.type == "cuda" else factors.left.device
         found = pivot(factors.left.to(place), factors.right.to(place), dtype=weight.dtype)
         if found.is_accurate:
             parts = (found.weight.to(weight.device), found.right.to(weight.device), found.pivots.to(weight.device))
-            return PivotedLinear.from_parts(*parts, side=found.side, bias=bias)
+            return PivotedLinear.from_parts(*parts, side=found.side, bias=getattr(old, "bias", None))
         _log.warning(
             "%s is stored as two factors: stored pivoted in %s it would be off by %.2g, as factors it is by %.2g "
             "(largest coefficient %.3g)",
             *(name, _type_name(weight.dtype), found.error, found.plain, found.growth),
         )
-    return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), bias)
+    return factored_layer(old, factors)
+
+
+def factored_layer(old: nn.Module, factors: Factors) -> LowRankLinear:
+    """Return the layer of ``factors`` that takes the place of ``old``, in its weight's type and with its bias."""
+    weight = dense_weight(old)
+    return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), getattr(old, "bias", None))
 
 
 def _type_name(dtype: torch.dtype) -> str:

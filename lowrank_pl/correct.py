@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.collected import Statistics
+from lowrank_pl.collected import statistics_behind
 from lowrank_pl.compress import compressed
-from lowrank_pl.decompose import Factors, decompose
+from lowrank_pl.decompose import decompose
 from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.factor_store import FactorStore, TensorStore, weight_digest
-from lowrank_pl.files import atomic_directory, cache_root, canonical_json, sha256_of
+from lowrank_pl.files import atomic_directory, canonical_json, sha256_of
 from lowrank_pl.gradients import collect_gradients
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.targets import Targets, dense_weight, replace_module
@@ -29,7 +29,6 @@ from lowrank_pl.windows import windows_fingerprint
 __all__ = ["correct", "projected_step"]
 
 _log = logging.getLogger(__name__)
-_SOURCE = ("model", "config", "tokenizer", "text")
 Redraw = Callable[[FactorStore, TensorStore], RankPlan]
 
 
@@ -163,7 +162,12 @@ class _Correction:
             _, weights = collect_gradients(
                 self.model, self.windows, weights=moving, progress="gradients of the cut model"
             )
-        roots = Roots(self._decomposition(), self._statistics(), self.modules, self.model.device)
+        roots = Roots(
+            Decomposition.behind(self.base.fingerprint),
+            statistics_behind(self.base, self.model, self.calibration),
+            self.modules,
+            self.model.device,
+        )
         bar = tqdm(total=len(self.modules), desc="correct", unit="module")
         for group, members in groupby(self.modules, key=lambda target: target.group):
             inputs = roots.of_inputs(group)
@@ -195,20 +199,10 @@ class _Correction:
             found = weights.pop(name)
             gradients.write(name, {"mean": found.mean, "mean_squares": found.mean_squares})
 
-    def _decomposition(self) -> Decomposition:
-        known = ("kind", "damping", "output_damping", "alpha", "labels")
-        return Decomposition(**{key: self.base.fingerprint[key] for key in known if key in self.base.fingerprint})
-
-    def _statistics(self) -> Statistics:
-        source = {key: self.base.fingerprint[key] for key in _SOURCE if key in self.base.fingerprint}
-        in_cache = self.base.directory.resolve() == (cache_root() / self.base.kind / self.base.digest[:20]).resolve()
-        return Statistics(self.model, self.calibration, source, directory=None if in_cache else self.base.directory)
-
 
 def _cut(plan: RankPlan, factors: FactorStore, name: str, device: torch.device) -> Tensor:
     """Return the weight ``[out, in]`` that the plan leaves of a module, float64."""
-    module = plan.modules[name]
-    part: Factors = factors.factors(name, module.rank if module.indices is None else torch.tensor(module.indices))
+    part = factors.kept(name, plan.modules[name])
     return part.left.to(device).double() @ part.right.to(device).double()
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -71,6 +71,11 @@ class Decomposition:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number of at least 0")
         if not 0 < self.alpha <= 2:
             raise ValueError(f"alpha is {self.alpha}: expected a power above 0 and at most 2")
+
+    @classmethod
+    def behind(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
+        """Return the decomposition that factors of ``fingerprint`` were made by."""
+        return cls(**{part.name: fingerprint[part.name] for part in fields(cls) if part.name in fingerprint})
 
     @property
     def needs_text(self) -> bool:

@@ -28,6 +28,7 @@ from lowrank_pl import hf_format, hf_layers
 from lowrank_pl.files import atomic_directory, atomic_write
 from lowrank_pl.hf_format import METHOD, LowRankConfig, align
 from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.targets import replaced
 from lowrank_pl.verify import ExportError, base_class, check_merged, check_reload, logits_of
 
 __all__ = ["ExportError", "ExportReport", "is_compressed", "load_compressed", "save_compressed"]
@@ -121,7 +122,7 @@ def save_compressed(
     with _full_disk_explained(directory), atomic_directory(directory) as folder:
         swaps = _swaps(model, originals, merge=merge)
         before = logits_of(model) if verify and swaps else None
-        with _swapped(model, swaps):
+        with replaced(model, swaps):
             _write(model, folder, tokenizer, None if merge else entries)
             _write_texts(folder, plan, card)
             if verify:
@@ -257,19 +258,6 @@ def _as_dense(module: nn.Module, original: nn.Module) -> nn.Module:
     if module.bias is not None:
         dense.bias = module.bias
     return original
-
-
-@contextmanager
-def _swapped(model: nn.Module, swaps: dict[str, nn.Module]) -> Iterator[None]:
-    """Let other modules stand in the model inside the block."""
-    before = {name: model.get_submodule(name) for name in swaps}
-    try:
-        for name, module in swaps.items():
-            model.set_submodule(name, module)
-        yield
-    finally:
-        for name, module in before.items():
-            model.set_submodule(name, module)
 
 
 def _write(

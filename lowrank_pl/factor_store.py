@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank_pl.decompose import Factors, truncate
 from lowrank_pl.files import atomic_write, cache_root, canonical_json, sha256_of, write_json
+from lowrank_pl.plan import ModulePlan
 
 __all__ = ["FactorStore", "TensorStore"]
 
@@ -192,6 +193,10 @@ class FactorStore(TensorStore):
         if isinstance(components, Tensor):
             return truncate(whole, components)
         return whole
+
+    def kept(self, name: str, entry: ModulePlan) -> Factors:
+        """Return the components that ``entry`` keeps of module ``name``; all of a dense one."""
+        return self.factors(name, entry.rank if entry.indices is None else torch.tensor(entry.indices))
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

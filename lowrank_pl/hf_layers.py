@@ -118,9 +118,7 @@ class LowRankLinear(nn.Linear):
 
         fp32 factors are multiplied in fp64, half-precision ones in fp32, so only the last rounding is lost.
         """
-        wide = torch.float64 if self.weight.dtype == torch.float32 else torch.float32
-        wide = torch.promote_types(wide, self.weight.dtype)
-        return (self.weight.to(wide) @ self.right.to(wide)).to(self.weight.dtype)
+        return _product(self.weight, self.right)
 
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(model)``."""
@@ -292,9 +290,7 @@ class PivotedLinear(nn.Linear):
 
         fp32 parts are multiplied in fp64, half-precision ones in fp32, so only the last rounding is lost.
         """
-        wide = torch.float64 if self.weight.dtype == torch.float32 else torch.float32
-        wide = torch.promote_types(wide, self.weight.dtype)
-        others = (self.weight.to(wide) @ self.right.to(wide)).to(self.weight.dtype)
+        others = _product(self.weight, self.right)
         if self.side == "out":
             return torch.cat([self.right, others]).index_select(0, *self._indices())
         return torch.cat([self.weight, others], 1).index_select(1, torch.cat(self._indices()).argsort())
@@ -315,6 +311,13 @@ class PivotedLinear(nn.Linear):
         """Return the sizes, for ``print(model)``."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         return f"{sizes}, side={self.side}, bias={self.bias is not None}"
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right`` in their type, the product taken in a wider one."""
+    wide = torch.float64 if left.dtype == torch.float32 else torch.float32
+    wide = torch.promote_types(wide, left.dtype)
+    return (left.to(wide) @ right.to(wide)).to(left.dtype)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

@@ -105,4 +105,4 @@ def share_scores(prices: Storage, shape: tuple[int, int], share: float) -> Tenso
         >>> share_scores(Storage("factored"), (3, 6), 0.5).tolist()
         [1.0, 0.5, 0.3333333333333333]
     """
-    return share / prices.ratio(shape, torch.arange(1, min(shape) + 1, dtype=torch.float64))
+    return share / prices.ratios(shape)

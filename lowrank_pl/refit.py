@@ -11,16 +11,16 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.collected import Statistics
+from lowrank_pl.collected import statistics_behind
+from lowrank_pl.compress import factored_layer
 from lowrank_pl.decompose import Factors
 from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.files import cache_root, canonical_json, sha256_of
-from lowrank_pl.hf_layers import LowRankLinear
+from lowrank_pl.files import canonical_json, sha256_of
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.refit_moments import PairMoments
 from lowrank_pl.refit_passes import Pair, Place, Twins, survey
@@ -32,8 +32,6 @@ from lowrank_pl.windows import windows_fingerprint
 __all__ = ["Refit", "refit"]
 
 _log = logging.getLogger(__name__)
-_SOURCE = ("model", "config", "tokenizer", "text")
-_DECOMPOSITION = ("kind", "damping", "output_damping", "alpha", "labels")
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,9 @@ class _Work:
                 if todo:
                     self._solve(todo, places, twins, roots)
                     bar.update(len(todo))
-                twins.layers.update({target.name: self._layer(target.name) for target in members})
+                for target in members:
+                    old = self.model.get_submodule(target.name)
+                    twins.layers[target.name] = factored_layer(old, self.made.factors(target.name))
 
     def _solve(self, todo: Sequence[Target], places: Mapping[str, Place], twins: Twins, roots: Roots | None) -> None:
         """Refit modules that share an input."""
@@ -259,7 +259,8 @@ class _Work:
 
     def _decide(self, target: Target, problem: Problem, choice: Choice, text: _Text) -> None:
         """Store the refit of a module where held-back text is for it, or else the factors that it has."""
-        entry, present = self.plan.modules[target.name], self._present(target.name)
+        entry = self.plan.modules[target.name]
+        present = self.base.kept(target.name, entry)
         assert entry.rank is not None
         plain, other = (refitted(problem, text.fit, how, entry.rank, damping=self.damping) for how in (NOTHING, choice))
         errors = problem.errors([present, plain, other], text.held)
@@ -281,7 +282,7 @@ class _Work:
 
     def _leave(self, members: Sequence[Target], why: str) -> None:
         for target in members:
-            self._store(target.name, self._present(target.name), why, {})
+            self._store(target.name, self.base.kept(target.name, self.plan.modules[target.name]), why, {})
 
     def _store(self, name: str, factors: Factors, how: str, numbers: Mapping[str, float]) -> None:
         if not all(torch.isfinite(part.float()).all() for part in (factors.left, factors.right)):
@@ -291,28 +292,12 @@ class _Work:
         notes = {"refit": how, "seconds": f"{spent:.4f}", **{key: f"{value:.6g}" for key, value in numbers.items()}}
         self.made.add(name, factors, notes={**self.base.notes(name), **notes})
 
-    def _present(self, name: str) -> Factors:
-        """Return the factors that the plan keeps of a module."""
-        entry = self.plan.modules[name]
-        return self.base.factors(name, entry.rank if entry.indices is None else torch.tensor(entry.indices))
-
-    def _layer(self, name: str) -> nn.Module:
-        old = self.model.get_submodule(name)
-        factors, weight = self.made.factors(name), dense_weight(old)
-        return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), getattr(old, "bias", None))
-
     def _output_roots(self) -> Roots | None:
         """Return the roots that the factors' outputs were weighted by, if they were and it is asked for."""
-        known = {key: value for key, value in self.base.fingerprint.items() if key in _DECOMPOSITION}
-        if not self.settings.two_sided or known.get("kind") != "two_sided":
+        if not self.settings.two_sided or self.base.fingerprint.get("kind") != "two_sided":
             return None
-        source = {key: self.base.fingerprint[key] for key in _SOURCE if key in self.base.fingerprint}
-        # Corrected factors lie in a folder of those that they were made from.
-        corrected, store = "correction" in self.base.fingerprint, self.base.directory.resolve()
-        store = store.parents[1] if corrected else store
-        in_cache = store.parent == (cache_root() / self.base.kind).resolve()
-        statistics = Statistics(self.model, self.calibration, source, directory=None if in_cache else store)
-        return Roots(Decomposition(**known), statistics, self.modules, self.model.device)
+        statistics = statistics_behind(self.base, self.model, self.calibration)
+        return Roots(Decomposition.behind(self.base.fingerprint), statistics, self.modules, self.model.device)
 
 
 class _Text(NamedTuple):

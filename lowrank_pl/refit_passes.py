@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.resume_forward import can_resume, resumed
-from lowrank_pl.targets import Target, decoder_blocks, replace_module
+from lowrank_pl.targets import Target, decoder_blocks, replaced
 
 __all__ = ["Pair", "Place", "Twins", "survey"]
 
@@ -224,22 +224,10 @@ class Twins:
         with evaluating(self.model), resumed(self.model, self._start, states):
             for number, batch in enumerate(self.batches):
                 for layers in ({}, self.layers):
-                    with _installed(self.model, layers), ExitStack() as stack, suppress(_EnoughError):
+                    with replaced(self.model, layers), ExitStack() as stack, suppress(_EnoughError):
                         watch(stack)
                         self.model(input_ids=batch.to(device), use_cache=False)
                 done(number)
-
-
-@contextmanager
-def _installed(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    before = {name: model.get_submodule(name) for name in layers}
-    try:
-        for name, layer in layers.items():
-            replace_module(model, name, layer)
-        yield
-    finally:
-        for name, module in before.items():
-            replace_module(model, name, module)
 
 
 def _moved(output: Any, device: torch.device) -> Any:

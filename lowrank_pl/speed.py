@@ -7,8 +7,7 @@ fraction of its parameters, so that neither text nor decomposition is needed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear, Side
 from lowrank_pl.plan_report import percent, table
 from lowrank_pl.standing_cache import standing_cache
 from lowrank_pl.storage import Form, Storage
-from lowrank_pl.targets import Targets, dense_weight, find_targets, replace_module
+from lowrank_pl.targets import Targets, dense_weight, find_targets, replaced
 
 __all__ = [
     "DENSE",
@@ -125,7 +124,7 @@ def measure_speed(
     with evaluating(model), torch.inference_mode():
         inputs = _step_inputs(model, tokens, case)
         for number, (variant, turns) in enumerate(_turns(variants, repeats, in_a_row=compiled)):
-            with _swapped(model, {} if variant == DENSE else uniform_modules(model, targets, variant, multiple_of)):
+            with replaced(model, {} if variant == DENSE else uniform_modules(model, targets, variant, multiple_of)):
                 if variant not in found:
                     counted = multiply_adds(model, tokens[:1, :-1]) if case == "prefill" else 0
                     found[variant] = Measured(float("inf"), read_bytes(model), counted)
@@ -317,15 +316,3 @@ def _fastest(forward: Callable[..., Any], inputs: Mapping[str, Any], device: tor
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _swapped(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    before = {name: model.get_submodule(name) for name in modules}
-    try:
-        for name, module in modules.items():
-            replace_module(model, name, module)
-        yield
-    finally:
-        for name, module in before.items():
-            replace_module(model, name, module)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -97,6 +98,10 @@ class Storage:
         if self.choice == "factored":
             return rank * ((m + n) / (m * n))
         return rank * (m + n + self.per_index - rank) / (m * n)
+
+    def ratios(self, shape: Shape) -> Tensor:
+        """Return ``ratio`` at every whole rank from 1 on, ``[min(out, in)]``, float64."""
+        return self.ratio(shape, torch.arange(1, min(shape) + 1, dtype=torch.float64))
 
     def rank_at(self, shape: Shape, ratio: float) -> float:
         """Return the real rank that takes ``ratio`` of the dense weight's numbers, at most ``min(out, in)``.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -21,7 +21,16 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.evaluating import evaluating
 
-__all__ = ["Skipped", "Target", "Targets", "decoder_blocks", "dense_weight", "find_targets", "replace_module"]
+__all__ = [
+    "Skipped",
+    "Target",
+    "Targets",
+    "decoder_blocks",
+    "dense_weight",
+    "find_targets",
+    "replace_module",
+    "replaced",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +203,19 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     if not last:
         raise ValueError("the model itself can't be replaced: give the name of one of its submodules")
     setattr(model.get_submodule(parent), last, new)
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let ``modules`` stand in ``model`` in the places of those called so, and put these back at the end."""
+    before = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            replace_module(model, name, module)
+        yield
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)
 
 
 def _is_linear_map(module: nn.Module) -> bool:

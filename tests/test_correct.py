@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from untouched import assert_untouched, state
 
 from lowrank_pl import RankPlan, load_compressed
 from lowrank_pl import correct as correction
@@ -49,17 +50,6 @@ def problem_of(model, windows, tokenizer, *, keep=0.6, settings=None, directory=
     gradients = build_gradients(model, targets, windows[:4], tokenizer, directory=directory)
     budget = budget_for(model, targets, keep)
     return Problem(budget, store, targets, model=model, windows=windows[:4], gradients=gradients)
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, list(model.modules())
-
-
-def assert_untouched(model, before):
-    tensors, modules = before
-    assert list(model.modules()) == modules
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def weight_gradients(model, names, windows):

@@ -11,6 +11,7 @@ from itertools import groupby
 import pytest
 import torch
 from torch import nn
+from untouched import assert_untouched, state
 
 from lowrank_pl import refit as refitting
 from lowrank_pl.allocate import Problem as Drawing
@@ -51,24 +52,6 @@ def run(model, plan, store, targets, windows, **options):
 
 def outcomes(plan, made):
     return {name: made.notes(name)["refit"] for name, module in plan.modules.items() if module.rank is not None}
-
-
-def kept(plan, store, name):
-    """The factors that a plan keeps of a module."""
-    module = plan.modules[name]
-    return store.factors(name, module.rank if module.indices is None else torch.tensor(module.indices))
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, list(model.modules())
-
-
-def assert_untouched(model, before):
-    tensors, modules = before
-    assert list(model.modules()) == modules
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    assert not any("forward" in vars(module) for module in modules)
 
 
 def all_tensors(store, names):
@@ -160,7 +143,10 @@ def test_factors_are_those_of_a_slow_refit_in_the_same_order(llama, windows, tok
                 torch.testing.assert_close(product(made.factors(name)), expected, rtol=1e-3, atol=1e-4)
                 # The choice was made on the last three windows, with factors of the others.
                 fit, held = raw.part(slice(0, -3)), raw.part(slice(-3, None))
-                errors = [held.error(new) for new in (product(kept(plan, store, name)), fit.refitted(rank, 0.0, 1.0))]
+                errors = [
+                    held.error(new)
+                    for new in (product(store.kept(name, plan.modules[name])), fit.refitted(rank, 0.0, 1.0))
+                ]
                 gain = 1 - held.error(fit.refitted(rank, **how)) / max(errors)
                 assert float(notes["gain"]) == pytest.approx(gain, abs=1e-4)
                 checked.append(name)
@@ -194,7 +180,7 @@ def test_every_family(family, windows, tokenizer):
     found = outcomes(plan, made)
     assert APPLIED in found.values()
     for name, how in found.items():
-        factors, old = made.factors(name), kept(plan, store, name)
+        factors, old = made.factors(name), store.kept(name, plan.modules[name])
         assert factors.left.shape == old.left.shape
         assert torch.equal(factors.left, old.left) == (how != APPLIED)
         assert (factors.sigma.diff() <= 0).all()
@@ -212,7 +198,7 @@ def test_first_modules_keep_their_factors_and_a_lone_one_all_of_the_model(llama,
     lone = replace(plan, modules={name: plan.modules[name]})
     new, made = run(llama, lone, store, targets, windows)
     assert outcomes(lone, made) == {name: UNCHANGED}
-    assert_same_factors(all_tensors(made, [name]), {name: kept(plan, store, name)})
+    assert_same_factors(all_tensors(made, [name]), {name: store.kept(name, plan.modules[name])})
     assert new.notes == (
         "refitted 0 of 1 modules to 16 windows, chosen on 3 of them",
         f"not refitted, inputs as in the dense model: 1, e.g. {name}",
@@ -234,7 +220,7 @@ def test_a_refit_that_does_not_help_on_held_back_text_is_not_applied_and_counted
     assert len(left) > 3
     for name in left:
         assert float(made.notes(name)["gain"]) <= 0.01
-        assert_same_factors(all_tensors(made, [name]), {name: kept(plan, store, name)})
+        assert_same_factors(all_tensors(made, [name]), {name: store.kept(name, plan.modules[name])})
     assert f"not refitted, no gain on held-back text: {len(left)}, e.g. {left[0]}" in new.notes
     assert f"refit: not refitted, no gain on held-back text: {len(left)}, e.g. {left[0]}" in caplog.messages
 
@@ -403,7 +389,7 @@ def test_modules_that_not_every_token_goes_through_are_left_and_counted(llama, w
     assert left == [f"model.layers.1.mlp.{kind}_proj" for kind in ("gate", "up", "down")]
     assert f"not refitted, not called once for every token: 3, e.g. {left[0]}" in new.notes
     for name in left:
-        assert_same_factors(all_tensors(made, [name]), {name: kept(plan, store, name)})
+        assert_same_factors(all_tensors(made, [name]), {name: store.kept(name, plan.modules[name])})
 
 
 def test_dense_modules_and_index_sets(llama, windows, tokenizer):
@@ -417,7 +403,9 @@ def test_dense_modules_and_index_sets(llama, windows, tokenizer):
     plan = replace(plan, modules={**plan.modules, **changed})
     # So that the index set stays.
     new, made = run(llama, plan, store, targets, windows, settings=Refit(margin=0.9))
-    assert_same_factors(all_tensors(made, [dense, odd]), {dense: store.factors(dense), odd: kept(plan, store, odd)})
+    assert_same_factors(
+        all_tensors(made, [dense, odd]), {dense: store.factors(dense), odd: store.kept(odd, plan.modules[odd])}
+    )
     assert new.modules[dense].rank is None
     assert (new.modules[odd].rank, new.modules[odd].indices) == (5, None)
     assert torch.equal(new.order.scores[odd], plan.order.scores[odd][list(indices)])

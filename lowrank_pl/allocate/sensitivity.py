@@ -16,13 +16,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_pl.compress import factored_layer
 from lowrank_pl.decompose import Factors, truncate
 from lowrank_pl.evaluate import perplexity
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import atomic_write, canonical_json, sha256_of
-from lowrank_pl.hf_layers import LowRankLinear
 from lowrank_pl.resume_forward import block_outputs, can_resume, resumed
-from lowrank_pl.targets import Target, decoder_blocks, dense_weight, replace_module
+from lowrank_pl.targets import Target, decoder_blocks, replaced
 from lowrank_pl.windows import windows_fingerprint
 
 __all__ = ["DENSE", "Measured", "measure", "truncated"]
@@ -111,14 +111,8 @@ def _measure(
 @contextmanager
 def truncated(model: PreTrainedModel, name: str, factors: Factors) -> Iterator[None]:
     """Put a layer of ``factors`` in the place of module ``name`` for a while."""
-    old = model.get_submodule(name)
-    weight = dense_weight(old)
-    new = LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), getattr(old, "bias", None))
-    replace_module(model, name, new)
-    try:
+    with replaced(model, {name: factored_layer(model.get_submodule(name), factors)}):
         yield
-    finally:
-        replace_module(model, name, old)
 
 
 class _Clock:

@@ -74,7 +74,7 @@ class Strs(Allocator):
         rises = {t.name: [known[t.name, rank] - known[DENSE] for rank in ranks[t.name]] for t in open_}
         ceiling = max((rise for found in rises.values() for rise in found), default=0.0)
         return {
-            name: grid_scores(prices.ratio(shape, _places(shape)), self.ratios, rises[name], ceiling)
+            name: grid_scores(prices.ratios(shape), self.ratios, rises[name], ceiling)
             if name in rises
             else torch.zeros(min(shape))
             for name, shape in shapes.items()
@@ -85,10 +85,6 @@ class Strs(Allocator):
         _, windows = self.need_model(problem)
         used = windows[: self.windows, : self.length]
         return (f"sensitivity measured on {used.shape[0]} windows of {used.shape[1]} tokens",)
-
-
-def _places(shape: tuple[int, int]) -> Tensor:
-    return torch.arange(1, min(shape) + 1, dtype=torch.float64)
 
 
 def grid_scores(own: Tensor, ratios: Sequence[float], rises: Sequence[float], ceiling: float) -> Tensor:

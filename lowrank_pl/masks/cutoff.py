@@ -42,7 +42,7 @@ class CutoffMask(Mask):
         self, shape: tuple[int, int], rank: int, keep: float, *, prices: Storage, top: float, slope: float
     ) -> None:
         super().__init__(shape, rank, prices)
-        self.even = even_rank(shape, prices)
+        self.even = prices.rank_at(shape, 1.0)
         self.top = top
         self.level = nn.Parameter(torch.tensor(prices.rank_at(shape, keep) / self.even))
         self.register_buffer("positions", torch.arange(rank) + 0.5, persistent=False)
@@ -97,7 +97,7 @@ class CutoffMethod(MaskMethod):
         self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
     ) -> CutoffMask:
         """Return a mask whose cutoff stands for ``keep``; arguments as in ``MaskMethod.create``."""
-        rank, top = self.stored_rank(shape, prices), prices.rank_at(shape, self.top) / even_rank(shape, prices)
+        rank, top = self.stored_rank(shape, prices), prices.rank_at(shape, self.top) / prices.rank_at(shape, 1.0)
         mask = CutoffMask(shape, rank, min(keep, 1.0), prices=prices, top=top, slope=0.0)
         mask.slope.fill_(self.slope_at(mask, 0))
         return mask
@@ -192,11 +192,6 @@ class Fermi(CutoffMethod):
     def slope_at(self, mask: CutoffMask, step: int) -> float:
         """Return the inverse of the temperature in components."""
         return 1 / (self.temperature_at(step) * (mask.even if self.relative else 1.0))
-
-
-def even_rank(shape: tuple[int, int], prices: Storage) -> float:
-    """Return the real rank that costs what the dense weight does, at most ``min(out, in)``."""
-    return prices.rank_at(shape, 1.0)
 
 
 def _cutoffs(masks: Mapping[str, Mask]) -> list[CutoffMask]:
