@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,24 +35,40 @@ class Statistics:
         source: Fingerprint of model, tokenizer and windows.
         directory: Folder that gets a folder for each kind; by default each lies in the cache under its fingerprint.
         batch_size: Windows per pass.
+        collecting: Whether ``model`` is what ``source`` says, so that what is missing can be collected.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         windows: Tensor,
-        source: Mapping[str, str],
+        source: Mapping[str, Any],
         *,
         directory: str | Path | None = None,
         batch_size: int = 1,
+        collecting: bool = True,
     ) -> None:
         self.model, self.windows, self.source, self.batch_size = model, windows, dict(source), batch_size
+        self.collecting = collecting
         self._directory = None if directory is None else Path(directory)
+
+    def compressed(self, point: Mapping[str, Any], *, collecting: bool = False) -> Statistics:
+        """Return the statistics of the same model when it is compressed as ``point`` says, on the same windows.
+
+        Args:
+            point: Added to the fingerprint.
+            collecting: Whether the model is compressed so when they are asked for what is missing.
+        """
+        directory = None if self._directory is None else self._directory / "compressed"
+        return Statistics(
+            self.model, self.windows, {**self.source, **point},
+            directory=directory, batch_size=self.batch_size, collecting=collecting,
+        )  # fmt: skip
 
     def inputs(self, targets: Sequence[Target]) -> TensorStore:
         """Return the store of ``second_moment`` ``[in, in]`` and ``mean_absolute`` ``[in]``, keyed by group."""
         store = self._store("statistics")
-        groups = set(store.missing(target.group for target in targets))
+        groups = set(self._missing(store, (target.group for target in targets)))
         if groups:
             todo = [target for target in targets if target.group in groups]
             began = time.perf_counter()
@@ -63,7 +79,7 @@ class Statistics:
     def output_gradients(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
         """Return the store of ``second_moment`` ``[out, out]`` of output gradients, keyed by module."""
         store = self._store("output_gradients", labels=labels)
-        todo = _missing(store, targets)
+        todo = self._todo(store, targets)
         if todo:
             began = time.perf_counter()
             moments, _ = collect_gradients(
@@ -75,12 +91,26 @@ class Statistics:
     def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
         """Return the store of ``mean`` ``[out, in]`` and ``mean_squares`` ``[out]`` of gradients, keyed by module."""
         store = self._store("weight_gradients", batch_size=str(self.batch_size))
-        todo = _missing(store, targets)
+        todo = self._todo(store, targets)
         if todo:
             began = time.perf_counter()
             _, weights = collect_gradients(self.model, self.windows, weights=todo, batch_size=self.batch_size)
             _save(store, weights, _weight_tensors, lambda found: {"batches": str(found.batches)}, began)
         return store
+
+    def stores(
+        self, needs: Iterable[Statistic], targets: Sequence[Target], labels: Labels
+    ) -> dict[Statistic, TensorStore]:
+        """Return the store of each statistic that is needed for ``targets``; arguments as in ``seconds``."""
+        found: dict[Statistic, TensorStore] = {}
+        for need in needs:
+            if need == "inputs":
+                found[need] = self.inputs(targets)
+            elif need == "output_gradients":
+                found[need] = self.output_gradients(targets, labels)
+            else:
+                found[need] = self.weight_gradients(targets)
+        return found
 
     def seconds(self, needs: Iterable[Statistic], targets: Sequence[Target], labels: Labels) -> float | None:
         """Return what collecting the statistics that are needed for ``targets`` took; ``None`` where it is not known.
@@ -91,19 +121,30 @@ class Statistics:
             labels: As in ``output_gradients``.
         """
         names = [target.name for target in targets]
-        spent: list[float | None] = []
-        for need in needs:
-            if need == "inputs":
-                spent.append(self.inputs(targets).seconds({target.group for target in targets}))
-            elif need == "output_gradients":
-                spent.append(self.output_gradients(targets, labels).seconds(names))
-            else:
-                spent.append(self.weight_gradients(targets).seconds(names))
+        spent = [
+            store.seconds({target.group for target in targets} if need == "inputs" else names)
+            for need, store in self.stores(needs, targets, labels).items()
+        ]
         known = [part for part in spent if part is not None]
         return sum(known) if len(known) == len(spent) else None
 
     def _store(self, kind: str, **settings: str) -> TensorStore:
         return TensorStore(kind, {**self.source, **settings}, self._directory / kind if self._directory else None)
+
+    def _todo(self, store: TensorStore, targets: Sequence[Target]) -> list[Target]:
+        missing = set(self._missing(store, (target.name for target in targets)))
+        return [target for target in targets if target.name in missing]
+
+    def _missing(self, store: TensorStore, names: Iterable[str]) -> list[str]:
+        """Return those of ``names`` that have to be collected, in order."""
+        missing = store.missing(names)
+        if missing and not self.collecting:
+            raise ValueError(
+                f"what was measured in the compressed model is missing in {store.directory} for {missing[0]} and "
+                f"{len(missing) - 1} more: delete the factors that were made from it and decompose the base again "
+                "(at_keep)"
+            )
+        return missing
 
 
 def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Tensor) -> Statistics:
@@ -122,10 +163,6 @@ def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Ten
     digest = read_manifest(directory)["digest"]
     in_cache = directory == (cache_root() / factors.kind / digest[:20]).resolve()
     return Statistics(model, windows, source, directory=None if in_cache else directory)
-
-
-def _missing(store: TensorStore, targets: Iterable[Target]) -> list[Target]:
-    return [target for target in targets if target.name not in store]
 
 
 def _save(

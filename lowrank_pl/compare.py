@@ -267,8 +267,13 @@ class _Comparison:
         needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
         if drawer.needs_gradients:
             needs["weight_gradients"] = None
+        spent = [statistics.seconds(needs, self.targets.modules, settings.labels)]
+        if settings.at_keep is not None:
+            there = statistics.compressed(settings.point(factors.fingerprint["at_modules"]))
+            spent.append(there.seconds(settings.needs, self.targets.modules, settings.labels))
+        known = [seconds for seconds in spent if seconds is not None]
         return {
-            "statistics": statistics.seconds(needs, self.targets.modules, settings.labels),
+            "statistics": sum(known) if len(known) == len(spent) else None,
             "factors": factors.seconds(target.name for target in self.targets.modules),
         }
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.collected import statistics_behind
 from lowrank_pl.compress import compressed
 from lowrank_pl.decompose import decompose
-from lowrank_pl.decomposition import Decomposition, Roots
+from lowrank_pl.decomposition import Roots
 from lowrank_pl.factor_store import FactorStore, TensorStore, weight_digest
 from lowrank_pl.files import atomic_directory, canonical_json, sha256_of
 from lowrank_pl.gradients import collect_gradients
@@ -162,12 +161,7 @@ class _Correction:
             _, weights = collect_gradients(
                 self.model, self.windows, weights=moving, progress="gradients of the cut model"
             )
-        roots = Roots(
-            Decomposition.behind(self.base.fingerprint),
-            statistics_behind(self.base, self.model, self.calibration),
-            self.modules,
-            self.model.device,
-        )
+        roots = Roots.behind(self.base, self.model, self.calibration, self.modules)
         bar = tqdm(total=len(self.modules), desc="correct", unit="module")
         for group, members in groupby(self.modules, key=lambda target: target.group):
             inputs = roots.of_inputs(group)

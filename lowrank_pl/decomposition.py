@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from lowrank_pl.collected import Statistic, Statistics
+from lowrank_pl.collected import Statistic, Statistics, statistics_behind
 from lowrank_pl.decompose import SquareRoot, diagonal_root, square_root
+from lowrank_pl.factor_store import FactorStore, TensorStore
 from lowrank_pl.gradients import Labels
 from lowrank_pl.targets import Target
 
@@ -50,9 +53,14 @@ class Decomposition:
         alpha: Power of ``asvd``.
         labels: ``two_sided``: gradients of a loss whose labels are ``sampled`` from the model, or those of the
             ``text``.
+        at_keep: ``two_sided``: measure everything a second time, in the model that is already compressed to this
+            fraction (by the ``fisher`` allocator on the factors of the first time), and weigh by the mean of the two.
+            The loss's curvature far from the dense model is another than at it.
+        at_weight: What the second time weighs in that mean, from 0 to 1.
 
     Raises:
-        ValueError: Another kind, labels or power, or a damping that is negative or not finite.
+        ValueError: Another kind, labels or power, a damping that is negative or not finite, a fraction or weight
+            outside its range, or ``at_keep`` with another kind.
     """
 
     kind: Kind = "whitened"
@@ -60,6 +68,8 @@ class Decomposition:
     output_damping: float = 1e-2
     alpha: float = 0.5
     labels: Labels = "sampled"
+    at_keep: float | None = None
+    at_weight: float = 0.5
 
     def __post_init__(self) -> None:
         for name, value, choices in (("kind", self.kind, Kind), ("labels", self.labels, Labels)):
@@ -71,6 +81,16 @@ class Decomposition:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number of at least 0")
         if not 0 < self.alpha <= 2:
             raise ValueError(f"alpha is {self.alpha}: expected a power above 0 and at most 2")
+        if self.at_keep is not None:
+            if not 0 < self.at_keep < 1:
+                raise ValueError(f"at_keep is {self.at_keep}: expected a fraction above 0 and below 1")
+            if self.kind != "two_sided":
+                raise ValueError(
+                    f"at_keep is given to a decomposition of the kind {self.kind!r}: only two_sided measures in the "
+                    "compressed model; leave it out"
+                )
+        if not 0 < self.at_weight <= 1:
+            raise ValueError(f"at_weight is {self.at_weight}: expected a number above 0 and at most 1")
 
     @classmethod
     def behind(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
@@ -96,7 +116,16 @@ class Decomposition:
             "whitened": ("damping",),
             "two_sided": ("damping", "output_damping", "labels"),
         }
-        return {"kind": self.kind, **{name: getattr(self, name) for name in uses[self.kind]}}
+        again = () if self.at_keep is None else ("at_keep", "at_weight")
+        return {"kind": self.kind, **{name: getattr(self, name) for name in (*uses[self.kind], *again)}}
+
+    def point(self, modules: str) -> dict[str, Any]:
+        """Return what tells the compressed model of ``at_keep`` from others made from the same base and text.
+
+        Args:
+            modules: Digest of the names of all maps that were compressed.
+        """
+        return {"compressed": {**replace(self, at_keep=None).identity(), "keep": self.at_keep, "modules": modules}}
 
 
 class Roots:
@@ -107,16 +136,44 @@ class Roots:
         statistics: Where what was measured comes from.
         todo: The maps to decompose.
         device: Where to compute.
+        compressed: What was measured in the compressed model, with ``settings.at_keep``.
     """
 
     def __init__(
-        self, settings: Decomposition, statistics: Statistics, todo: Sequence[Target], device: torch.device
+        self,
+        settings: Decomposition,
+        statistics: Statistics,
+        todo: Sequence[Target],
+        device: torch.device,
+        compressed: Statistics | None = None,
     ) -> None:
         self.settings, self.device = settings, device
-        needs = settings.needs
-        self.inputs = statistics.inputs(todo) if "inputs" in needs else None
-        self.moments = statistics.output_gradients(todo, settings.labels) if "output_gradients" in needs else None
-        self.weights = statistics.weight_gradients(todo) if "weight_gradients" in needs else None
+        found = statistics.stores(settings.needs, todo, settings.labels)
+        self.inputs, self.moments = found.get("inputs"), found.get("output_gradients")
+        self.weights = found.get("weight_gradients")
+        self.later: dict[Statistic, TensorStore] = {}
+        if compressed is not None:
+            self.later = compressed.stores(settings.needs, todo, settings.labels)
+
+    @classmethod
+    def behind(cls, factors: FactorStore, model: PreTrainedModel, windows: Tensor, todo: Sequence[Target]) -> Roots:
+        """Return the roots that ``factors`` were made by, of the maps ``todo``.
+
+        Args:
+            factors: Those of a decomposition, or of a correction of one.
+            model: The dense base.
+            windows: ``[windows, length]`` calibration token ids that they were made from.
+            todo: Which maps.
+
+        Raises:
+            ValueError: What was measured in a compressed model is gone.
+        """
+        settings = Decomposition.behind(factors.fingerprint)
+        statistics = statistics_behind(factors, model, windows)
+        compressed = None
+        if settings.at_keep is not None:
+            compressed = statistics.compressed(settings.point(factors.fingerprint["at_modules"]))
+        return cls(settings, statistics, todo, model.device, compressed)
 
     def of_inputs(self, group: str) -> SquareRoot | None:
         """Return what the inputs of ``group`` are weighted by."""
@@ -127,18 +184,26 @@ class Roots:
             return _located(
                 lambda: diagonal_root(mean**self.settings.alpha, damping=self.settings.damping), "input", group
             )
-        moment = self.inputs.read(group, "second_moment").to(self.device)
+        moment = self._moment("inputs", self.inputs, group)
         return _located(lambda: square_root(moment, damping=self.settings.damping), "input", group)
 
     def of_outputs(self, name: str) -> SquareRoot | None:
         """Return what the outputs of module ``name`` are weighted by."""
         if self.moments is not None:
-            moment = self.moments.read(name, "second_moment").to(self.device)
+            moment = self._moment("output_gradients", self.moments, name)
             return _located(lambda: square_root(moment, damping=self.settings.output_damping), "output", name)
         if self.weights is not None:
             squares = self.weights.read(name, "mean_squares").to(self.device)
             return _located(lambda: diagonal_root(squares.sqrt(), damping=self.settings.output_damping), "output", name)
         return None
+
+    def _moment(self, statistic: Statistic, store: TensorStore, name: str) -> Tensor:
+        """Return the second moment that ``name`` has, or the mean of those before and after compression."""
+        moment = store.read(name, "second_moment").to(self.device)
+        if statistic not in self.later:
+            return moment
+        later = self.later[statistic].read(name, "second_moment").to(self.device)
+        return torch.lerp(moment.double(), later.double(), self.settings.at_weight)
 
     def notes(self, target: Target, inputs: SquareRoot | None, outputs: SquareRoot | None) -> dict[str, str]:
         """Return what to note beside the factors of ``target``: the kinds of its roots, and their tokens."""

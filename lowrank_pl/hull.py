@@ -10,8 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_pl.budget import Budget
+from lowrank_pl.factor_store import FactorStore
 
-__all__ = ["hull_slopes"]
+__all__ = ["hull_slopes", "predicted_scores"]
+
+
+def predicted_scores(budget: Budget, factors: FactorStore) -> dict[str, Tensor]:
+    """Return for every component of every module the predicted nats a parameter at which it is given up.
+
+    Args:
+        budget: What sizes cost.
+        factors: Two-sided ones, whose singular values are roots of twice a loss.
+    """
+    return {name: hull_slopes(budget, name, factors.sigma(name)) for name in budget.shapes}
 
 
 def hull_slopes(budget: Budget, name: str, sigma: Tensor) -> Tensor:

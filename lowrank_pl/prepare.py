@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.budget import Budget
 from lowrank_pl.collected import Statistics
+from lowrank_pl.compress import compressed as while_compressed
 from lowrank_pl.decompose import decompose
 from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.factor_store import FactorStore, TensorStore, tensor_digest, weight_digest
 from lowrank_pl.files import sha256_of
+from lowrank_pl.hull import predicted_scores
 from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import Target, Targets, dense_weight
 from lowrank_pl.windows import tokenizer_fingerprint, windows_fingerprint
@@ -149,17 +152,60 @@ def build_factors(
     Raises:
         ValueError: ``directory`` holds a store of something else, or a weight or an input is not finite.
     """
-    settings = settings or Decomposition()
     statistics = statistics_of(model, windows, tokenizer, directory=directory, batch_size=batch_size)
-    source = statistics.source if settings.needs_text else model_fingerprint(model)
+    return _factors(model, targets, statistics, settings or Decomposition(), directory)
+
+
+def _factors(
+    model: PreTrainedModel,
+    targets: Targets,
+    statistics: Statistics,
+    settings: Decomposition,
+    directory: str | Path | None,
+) -> FactorStore:
+    source = dict(statistics.source if settings.needs_text else model_fingerprint(model))
+    if settings.at_keep is not None:
+        source["at_modules"] = _digest(targets)
     store = FactorStore({**source, **settings.identity()}, directory)
     missing = set(store.missing(target.name for target in targets.modules))
     todo = [target for target in targets.modules if target.name in missing]
     _log.info("factors: %d of %d modules to decompose, in %s", len(todo), len(targets.modules), store.directory)
     _check_finite(model, todo)
     if todo:
-        _decompose_all(model, todo, store, Roots(settings, statistics, todo, model.device))
+        compressed = None
+        if settings.at_keep is not None:
+            compressed = _statistics_compressed(model, targets, statistics, settings, settings.at_keep, directory)
+        _decompose_all(model, todo, store, Roots(settings, statistics, todo, model.device, compressed))
     return store
+
+
+def _statistics_compressed(
+    model: PreTrainedModel,
+    targets: Targets,
+    statistics: Statistics,
+    settings: Decomposition,
+    keep: float,
+    directory: str | Path | None,
+) -> Statistics:
+    """Return the statistics of the model compressed to ``keep``, collected where they are missing.
+
+    The plan is that of the ``fisher`` allocator on the factors that the same settings give in the dense model, with
+    each module stored the cheaper way.
+    """
+    before = None if directory is None else Path(directory) / "dense"
+    factors = _factors(model, targets, statistics, replace(settings, at_keep=None), before)
+    budget = budget_for(model, targets, keep)
+    plan = budget.select(predicted_scores(budget, factors), method="fisher")
+    point = settings.point(_digest(targets))
+    _log.info("measuring in the model compressed to %.3f of its targeted parameters", plan.keep_targeted)
+    with while_compressed(model, plan, factors):
+        statistics.compressed(point, collecting=True).stores(settings.needs, targets.modules, settings.labels)
+    return statistics.compressed(point)
+
+
+def _digest(targets: Targets) -> str:
+    # Which modules are compressed decides on what is measured in each.
+    return sha256_of(*(target.name for target in targets.modules))
 
 
 def build_gradients(

@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.collected import statistics_behind
 from lowrank_pl.compress import factored_layer
 from lowrank_pl.decompose import Factors
 from lowrank_pl.decomposition import Decomposition, Roots
@@ -296,8 +295,7 @@ class _Work:
         """Return the roots that the factors' outputs were weighted by, if they were and it is asked for."""
         if not self.settings.two_sided or self.base.fingerprint.get("kind") != "two_sided":
             return None
-        statistics = statistics_behind(self.base, self.model, self.calibration)
-        return Roots(Decomposition.behind(self.base.fingerprint), statistics, self.modules, self.model.device)
+        return Roots.behind(self.base, self.model, self.calibration, self.modules)
 
 
 class _Text(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_pl.allocate.base import Allocator, Problem
 from lowrank_pl.decomposition import Kind
-from lowrank_pl.hull import hull_slopes
+from lowrank_pl.hull import predicted_scores
 
 __all__ = ["Fisher"]
 
@@ -30,4 +30,4 @@ class Fisher(Allocator):
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return for every component the predicted nats a parameter at which it is given up."""
-        return {name: hull_slopes(problem.budget, name, problem.factors.sigma(name)) for name in problem.budget.shapes}
+        return predicted_scores(problem.budget, problem.factors)
