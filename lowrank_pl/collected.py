@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.factor_store import FactorStore, TensorStore, read_manifest
+from lowrank_pl.factor_store import FactorStore, TensorStore, read_manifest, total_seconds
 from lowrank_pl.files import cache_root
 from lowrank_pl.gradients import GradientMoments, Labels, WeightGradients, collect_gradients
 from lowrank_pl.statistics import InputMoments, collect_input_moments
@@ -121,12 +121,10 @@ class Statistics:
             labels: As in ``output_gradients``.
         """
         names = [target.name for target in targets]
-        spent = [
+        return total_seconds(
             store.seconds({target.group for target in targets} if need == "inputs" else names)
             for need, store in self.stores(needs, targets, labels).items()
-        ]
-        known = [part for part in spent if part is not None]
-        return sum(known) if len(known) == len(spent) else None
+        )
 
     def _store(self, kind: str, **settings: str) -> TensorStore:
         return TensorStore(kind, {**self.source, **settings}, self._directory / kind if self._directory else None)

@@ -30,7 +30,7 @@ from lowrank_pl.compress import compressed, deployed_plan, restore_dense
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.draw import draw_plan
 from lowrank_pl.evaluate import check_windows, perplexity
-from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.factor_store import FactorStore, total_seconds
 from lowrank_pl.files import canonical_json, sha256_of, write_json
 from lowrank_pl.finish import command_line
 from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
@@ -271,9 +271,8 @@ class _Comparison:
         if settings.at_keep is not None:
             there = statistics.compressed(settings.point(factors.fingerprint["at_modules"]))
             spent.append(there.seconds(settings.needs, self.targets.modules, settings.labels))
-        known = [seconds for seconds in spent if seconds is not None]
         return {
-            "statistics": sum(known) if len(known) == len(spent) else None,
+            "statistics": total_seconds(spent),
             "factors": factors.seconds(target.name for target in self.targets.modules),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lowrank_pl.factor_store import FactorStore, TensorStore, weight_digest
 from lowrank_pl.files import atomic_directory, canonical_json, sha256_of
 from lowrank_pl.gradients import collect_gradients
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.targets import Targets, dense_weight, replace_module
+from lowrank_pl.targets import Targets, dense_weight, replaced
 from lowrank_pl.windows import windows_fingerprint
 
 __all__ = ["correct", "projected_step"]
@@ -203,15 +203,15 @@ def _cut(plan: RankPlan, factors: FactorStore, name: str, device: torch.device) 
 @contextmanager
 def _reweighted(model: nn.Module, names: Sequence[str], factors: FactorStore) -> Iterator[None]:
     """Let ``model`` compute with the whole weights that ``factors`` multiply to, for a while."""
-    with ExitStack() as stack:
-        for name in names:
-            old = model.get_submodule(name)
-            weight = dense_weight(old)
-            whole = factors.factors(name)
-            new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            product = whole.left.to(weight.device) @ whole.right.to(weight.device)
-            new.weight = nn.Parameter(product.to(weight.dtype), requires_grad=False)
-            new.register_parameter("bias", getattr(old, "bias", None))
-            stack.callback(replace_module, model, name, old)
-            replace_module(model, name, new)
+    whole = {}
+    for name in names:
+        old = model.get_submodule(name)
+        weight = dense_weight(old)
+        parts = factors.factors(name)
+        new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        product = parts.left.to(weight.device) @ parts.right.to(weight.device)
+        new.weight = nn.Parameter(product.to(weight.dtype), requires_grad=False)
+        new.register_parameter("bias", getattr(old, "bias", None))
+        whole[name] = new
+    with replaced(model, whole):
         yield

@@ -18,7 +18,7 @@ from lowrank_pl.decompose import Factors, truncate
 from lowrank_pl.files import atomic_write, cache_root, canonical_json, sha256_of, write_json
 from lowrank_pl.plan import ModulePlan
 
-__all__ = ["FactorStore", "TensorStore"]
+__all__ = ["FactorStore", "TensorStore", "total_seconds"]
 
 _log = logging.getLogger(__name__)
 _SCHEMA = 1
@@ -147,7 +147,21 @@ class TensorStore:
     def seconds(self, names: Iterable[str]) -> float | None:
         """Return how long it took to make what is stored of ``names``; ``None`` where that was not noted."""
         noted = [self.notes(name).get("seconds") for name in names]
-        return None if None in noted else sum(float(seconds) for seconds in noted if seconds is not None)
+        return total_seconds(None if seconds is None else float(seconds) for seconds in noted)
+
+
+def total_seconds(parts: Iterable[float | None]) -> float | None:
+    """Return the sum of ``parts``; ``None`` where one of them is not known.
+
+    >>> total_seconds([1.0, 2.0]), total_seconds([1.0, None])
+    (3.0, None)
+    """
+    total = 0.0
+    for part in parts:
+        if part is None:
+            return None
+        total += part
+    return total
 
 
 class FactorStore(TensorStore):

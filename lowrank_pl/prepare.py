@@ -165,7 +165,8 @@ def _factors(
 ) -> FactorStore:
     source = dict(statistics.source if settings.needs_text else model_fingerprint(model))
     if settings.at_keep is not None:
-        source["at_modules"] = _digest(targets)
+        # Which modules are compressed decides on what is measured in each.
+        source["at_modules"] = sha256_of(*(target.name for target in targets.modules))
     store = FactorStore({**source, **settings.identity()}, directory)
     missing = set(store.missing(target.name for target in targets.modules))
     todo = [target for target in targets.modules if target.name in missing]
@@ -174,7 +175,10 @@ def _factors(
     if todo:
         compressed = None
         if settings.at_keep is not None:
-            compressed = _statistics_compressed(model, targets, statistics, settings, settings.at_keep, directory)
+            before = None if directory is None else Path(directory) / "dense"
+            factors = _factors(model, targets, statistics, replace(settings, at_keep=None), before)
+            point = settings.point(source["at_modules"])
+            compressed = _statistics_compressed(model, targets, statistics, settings, factors, settings.at_keep, point)
         _decompose_all(model, todo, store, Roots(settings, statistics, todo, model.device, compressed))
     return store
 
@@ -184,28 +188,21 @@ def _statistics_compressed(
     targets: Targets,
     statistics: Statistics,
     settings: Decomposition,
+    factors: FactorStore,
     keep: float,
-    directory: str | Path | None,
+    point: dict[str, Any],
 ) -> Statistics:
     """Return the statistics of the model compressed to ``keep``, collected where they are missing.
 
-    The plan is that of the ``fisher`` allocator on the factors that the same settings give in the dense model, with
+    The plan is that of the ``fisher`` allocator on ``factors``, which the same settings give in the dense model, with
     each module stored the cheaper way.
     """
-    before = None if directory is None else Path(directory) / "dense"
-    factors = _factors(model, targets, statistics, replace(settings, at_keep=None), before)
     budget = budget_for(model, targets, keep)
     plan = budget.select(predicted_scores(budget, factors), method="fisher")
-    point = settings.point(_digest(targets))
     _log.info("measuring in the model compressed to %.3f of its targeted parameters", plan.keep_targeted)
     with while_compressed(model, plan, factors):
         statistics.compressed(point, collecting=True).stores(settings.needs, targets.modules, settings.labels)
     return statistics.compressed(point)
-
-
-def _digest(targets: Targets) -> str:
-    # Which modules are compressed decides on what is measured in each.
-    return sha256_of(*(target.name for target in targets.modules))
 
 
 def build_gradients(
