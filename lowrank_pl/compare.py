@@ -6,7 +6,7 @@ import json as jsonlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl import __version__
@@ -296,7 +295,9 @@ class _Comparison:
         """Return the plan of ``method`` with its origin, the factors that it is for, and the seconds that it took."""
         began = time.perf_counter()
         if method.learning is not None:
-            return self._learn(method, keep, self._folder(name, keep) / f"learning-{self._identity(method, keep)[:12]}")
+            # What comes after the learning has no part in it: a method and its +refit learn once.
+            learned = self._identity(replace(method, refit=None), keep)
+            return self._learn(method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}")
         budget = budget_for(
             self.model, self.targets, keep, multiple_of=self.options["multiple_of"], storage=method.storage
         )
@@ -338,7 +339,7 @@ class _Comparison:
             data_terms=learning.data_terms,
             decomposition=method.decomposition,
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning.lr, weight_decay=0.0),
-            lr_scheduler=(lambda o: CosineAnnealingLR(o, learning.steps)) if learning.cosine else None,
+            cosine=learning.cosine,
             start=learning.start,
             storage=method.storage,
             trust_remote_code=self.trust_remote_code,

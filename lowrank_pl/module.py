@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +32,7 @@ from lowrank_pl.masks.base import dense_sizes
 from lowrank_pl.objectives import DataTerms, kept_share
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import budget_for, build_factors, describe_origin, preparation_notes
-from lowrank_pl.schedule import AimSchedule
+from lowrank_pl.schedule import AimSchedule, half_cosine
 from lowrank_pl.sharding import average_gradients, shard_frozen
 from lowrank_pl.start import read_start, start_of
 from lowrank_pl.storage import StorageChoice
@@ -57,6 +59,7 @@ class RankLearner(LightningModule):
         decomposition: How weights are decomposed.
         optimizer: Makes the optimizer of the mask parameters.
         lr_scheduler: Makes its schedule, stepped after every optimizer step.
+        cosine: Let the step size fall to 0 along half a cosine over all steps of the run, instead of a schedule.
         include: Globs of modules to target, on full names or names inside a block.
         exclude: Globs of modules to leave alone; they are not counted in ``keep``.
         multiple_of: Every rank is a multiple of this.
@@ -74,8 +77,8 @@ class RankLearner(LightningModule):
         trust_remote_code: Run Python code that comes with the base.
 
     Raises:
-        ValueError: ``keep`` outside (0, 1], half of a schedule, an order without a schedule that comes down, or a start
-            that is neither a plan nor an allocator.
+        ValueError: ``keep`` outside (0, 1], half of a schedule, an order without a schedule that comes down, two
+            schedules of the step size, or a start that is neither a plan nor an allocator.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -100,6 +103,7 @@ class RankLearner(LightningModule):
         decomposition: Decomposition = Decomposition(),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
+        cosine: bool = False,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         multiple_of: int = 1,
@@ -119,7 +123,9 @@ class RankLearner(LightningModule):
         self.mask_method = mask or Staircase()
         self.mask_method.check_base(decomposition.kind)
         self.data_terms, self.decomposition = data_terms, decomposition
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        if cosine and lr_scheduler is not None:
+            raise ValueError("cosine and lr_scheduler both say how the step size moves: give one of them")
+        self.optimizer, self.lr_scheduler, self.cosine = optimizer, lr_scheduler, cosine
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.multiple_of, self.floors, self.storage = multiple_of, floors or {}, storage
         self.start = read_start(start)
@@ -285,12 +291,21 @@ class RankLearner(LightningModule):
         self.mask_method.observe(self.masks, self.global_step, accumulated=self.trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer of the mask parameters, with its schedule if one was given."""
+        """Return the optimizer of the mask parameters, with its schedule if one was given.
+
+        Raises:
+            ValueError: The step size is to fall along a cosine over a run that has no end.
+        """
         optimizer = self.optimizer(self.mask_parameters())
-        if self.lr_scheduler is None:
+        make = self.lr_scheduler
+        if self.cosine:
+            steps = self.trainer.estimated_stepping_batches
+            if steps == math.inf:
+                raise ValueError("cosine needs a run with an end: give the trainer max_steps, or the data windows")
+            make = partial(half_cosine, steps=int(steps))
+        if make is None:
             return optimizer
-        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer), "interval": "step"}}
 
     # -- validation: the hard plan at the exact budget ---------------------------------------------------------------
 

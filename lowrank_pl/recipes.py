@@ -134,6 +134,7 @@ RECIPES: dict[str, Recipe] = {
     "fermi": Recipe(learning=Learning(Fermi(anneal_steps=120), lr=1e-2)),
     "fisher_ara": Recipe(_TWO_SIDED, learning=Learning(Staircase(), start="fisher")),
     "rescaled": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True)),
+    "best": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True), storage="auto", refit=Refit()),
 }
 """What ``lowrank compare`` knows. Learning is short, for a comparison; ``configs/*.yaml`` have the papers' lengths."""
 

@@ -56,7 +56,7 @@ class Refit:
         ValueError: A setting out of its range.
     """
 
-    windows: int = 256
+    windows: int = 128
     hold_back: float = 0.2
     margin: float = 0.01
     blends: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)

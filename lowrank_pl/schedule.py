@@ -1,12 +1,16 @@
-"""How the aimed-at fraction of parameters moves while ranks are learned."""
+"""How the aimed-at fraction of parameters, and the step size, move while ranks are learned."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lowrank_pl.budget import check_keep
 
-__all__ = ["AimSchedule"]
+__all__ = ["AimSchedule", "half_cosine"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,15 @@ class AimSchedule:
         if self.start is None:
             return self.keep
         return self.start + min(1.0, step / self.steps) * (self.keep - self.start)
+
+
+def half_cosine(optimizer: Optimizer, *, steps: int) -> LambdaLR:
+    """Return a schedule that lets the step size fall to 0 along half a cosine, and stay there.
+
+    ``CosineAnnealingLR`` would rise again after its end, and a resumed one keeps the end of the run that it began in.
+
+    Args:
+        optimizer: Whose step size.
+        steps: Optimizer steps until it is 0, at least 1.
+    """
+    return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(1.0, step / steps))) / 2)

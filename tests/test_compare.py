@@ -121,6 +121,24 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     assert find(resumed)["ranks"] == find(whole)["ranks"]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_method_and_its_refit_learn_once(tmp_path, monkeypatch):
+    real, steps = compare_module.RankLearner.training_step, []
+    monkeypatch.setattr(
+        compare_module.RankLearner, "training_step", lambda self, *args: (steps.append(1), real(self, *args))[1]
+    )
+    long = Recipe(learning=Learning(Staircase(), steps=25, windows=4))
+    results = compare(
+        "random:llama", run=tmp_path, methods=["long", "long+refit"], keep=[0.5], recipes={"long": long}, **SETTINGS
+    )
+    plain, refitted = results[1:]
+    assert len(steps) == 25
+    assert refitted["ranks"] == plain["ranks"]
+    assert refitted["nats"] != plain["nats"]
+    assert refitted["seconds"]["plan"] > plain["seconds"]["plan"] / 2  # of the checkpoint, not of the moment
+    assert refitted["seconds"]["refit"] > 0
+
+
 def test_the_command_line_and_the_shipped_configuration(tmp_path, capsys):
     words = ["compare", "--config", str(ROOT / "configs" / "compare" / "smoke.yaml"), "--run", str(tmp_path / "run")]
     main([*words, "--methods", "[uniform, quick]", "--keep", "[0.6]", "--json", str(tmp_path / "out.json")])
@@ -134,13 +152,14 @@ def test_the_command_line_and_the_shipped_configuration(tmp_path, capsys):
 def test_shipped_comparisons_name_recipes_that_exist(path):
     settings = yaml.safe_load(path.read_text())
     for name in settings["methods"]:
-        assert name in RECIPES or name in settings.get("recipes", {})
+        own = dict.fromkeys(settings.get("recipes", {}), RECIPES["uniform"])
+        assert recipe(name, own)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ["best"]}, r"no method is called 'best': expected one of svd, fwsvd"),
+        ({"methods": ["better"]}, r"no method is called 'better': expected one of svd, fwsvd"),
         ({"methods": ["../a"]}, r"a method is called '../a': expected letters, digits and _.\+-, other than dense"),
         ({"methods": ["dense"]}, r"a method is called 'dense'"),
         ({"scores": ["a/test.txt", "b/test.txt"]}, r"two texts to score are called 'test': name them, as NAME=TEXT"),

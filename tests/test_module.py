@@ -42,10 +42,10 @@ def built(base="random:llama", data=None, **changes):
 
 
 class Spy(Callback):
-    """Keeps what a step logged and the mask gradients, and counts how often a layer computed."""
+    """Keeps what a step logged, the mask gradients and step sizes, and counts how often a layer computed."""
 
     def __init__(self):
-        self.logged, self.gradients, self.calls = [], [], 0
+        self.logged, self.gradients, self.step_sizes, self.calls = [], [], [], 0
 
     def on_train_start(self, trainer, pl_module):
         first = next(iter(pl_module.layers.values()))
@@ -53,6 +53,9 @@ class Spy(Callback):
 
     def on_after_backward(self, trainer, pl_module):
         self.gradients.append({name: mask.logits.grad.clone() for name, mask in pl_module.masks.items()})
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.step_sizes.append(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.logged.append({name: value.item() for name, value in trainer.callback_metrics.items()})
@@ -247,6 +250,32 @@ def test_a_learning_rate_schedule_steps_with_the_optimizer():
     learner = make_learner(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 4))
     trainer = fit(learner, max_steps=3)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 / 4)
+
+
+@pytest.mark.parametrize(("limits", "steps"), [({"max_steps": 3}, 3), ({"max_steps": -1, "max_epochs": 2}, 8)])
+def test_a_cosine_ends_with_the_run(limits, steps):
+    spy = Spy()
+    trainer = fit(make_learner(cosine=True), make_data(windows=4), callbacks=[spy], **limits)
+    rates = [0.05 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps + 1)]
+    assert spy.step_sizes == pytest.approx(rates[:-1])
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_cosine_that_was_resumed_ends_with_the_longer_run(tmp_path):
+    fit(make_learner(cosine=True), max_steps=2).save_checkpoint(tmp_path / "half.ckpt")
+    spy = Spy()
+    fit(make_learner(cosine=True), max_steps=4, ckpt_path=tmp_path / "half.ckpt", callbacks=[spy])
+    assert spy.step_sizes == pytest.approx([0.0, 0.05 * (1 + math.cos(math.pi * 3 / 4)) / 2], abs=1e-12)
+
+
+def test_two_schedules_of_the_step_size_are_refused():
+    with pytest.raises(ValueError, match="cosine and lr_scheduler both say how the step size moves: give one of them"):
+        make_learner(cosine=True, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer))
+
+
+def test_a_cosine_needs_an_end():
+    with pytest.raises(ValueError, match="cosine needs a run with an end: give the trainer max_steps"):
+        fit(make_learner(cosine=True), max_steps=-1, max_epochs=-1)
 
 
 # -- settings that shape the plan ----------------------------------------------------------------------------------
