@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,14 +14,30 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.decompose import Factors
 from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.gated import Components, gated_product
 from lowrank_pl.masks.base import Mask, MaskMethod
 from lowrank_pl.storage import Storage
 from lowrank_pl.targets import dense_weight, replace_module
 
-__all__ = ["Choice", "MaskedLinear", "chosen", "insert_masks", "masked_layers", "switch_dense"]
+__all__ = ["Choice", "MaskedLinear", "Work", "chosen", "insert_masks", "masked_layers", "set_to_work"]
 
 Choice = Literal["mask", "dense"] | int | Tensor
 """What a masked layer computes with: its mask, its dense weight, its first components, or an index set of them."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a masked layer multiplies by in a step while it computes with its mask.
+
+    Args:
+        lit: The components that every token goes through, the gates of all others being 0; None multiplies by all.
+        every: The others' gates get their gradient from every so many-th token.
+        offset: The first of these.
+    """
+
+    lit: Components | None = None
+    every: int = 1
+    offset: int = 0
 
 
 class MaskedLinear(nn.Linear):
@@ -44,6 +61,7 @@ class MaskedLinear(nn.Linear):
         self.right = nn.Parameter(factors.right.to(weight).contiguous(), requires_grad=False)
         self.mask = mask
         self.choice: Choice = "mask"
+        self.work = Work()
         self.was_conv1d = isinstance(dense, Conv1D)
 
     def dense(self) -> nn.Module:
@@ -64,9 +82,20 @@ class MaskedLinear(nn.Linear):
         if isinstance(choice, str):
             if choice == "dense":
                 return functional.linear(x, self.weight, self.bias)
-            return functional.linear(functional.linear(x, self.right) * self.mask().to(x.dtype), self.left, self.bias)
+            return self._gated(x)
         pick = slice(choice) if isinstance(choice, int) else choice
         return functional.linear(functional.linear(x, self.right[pick]), self.left[:, pick], self.bias)
+
+    def _gated(self, x: Tensor) -> Tensor:
+        gate, work = self.mask(), self.work
+        # Mixed precision casts what its own list of operations is given, which the product is not on.
+        if work.lit is None or torch.is_autocast_enabled(x.device.type):
+            return functional.linear(functional.linear(x, self.right) * gate.to(x.dtype), self.left, self.bias)
+        y = gated_product(
+            x, self.left, self.right, gate, work.lit, rest_learns=self.mask.rest_learns, every=work.every,
+            offset=work.offset,
+        )  # fmt: skip
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Return the sizes, for printing."""
@@ -107,12 +136,14 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
 
 
-def switch_dense(layers: Mapping[str, MaskedLinear], dense_from: float) -> Tensor:
-    """Let layers compute densely whose ratio has come to ``dense_from``, the others with their masks.
+def set_to_work(layers: Mapping[str, MaskedLinear], dense_from: float, *, every: int = 1, offset: int = 0) -> Tensor:
+    """Let layers compute densely whose ratio has come to ``dense_from``, the others with what their masks need.
 
     Args:
         layers: By name.
         dense_from: The ratio.
+        every: Gates of components that are off get their gradient from every so many-th token; 1 is exact.
+        offset: The first of these.
 
     Returns:
         All ratios ``[layers]``, differentiable.
@@ -121,7 +152,28 @@ def switch_dense(layers: Mapping[str, MaskedLinear], dense_from: float) -> Tenso
     # One transfer for all layers: asking each for itself would wait for the device once a layer.
     for layer, dense in zip(layers.values(), (ratios >= dense_from).tolist(), strict=True):
         layer.choice = "dense" if dense else "mask"
+    for layer, lit in zip(layers.values(), _lit_components(layers), strict=True):
+        layer.work = Work(lit, every, offset)
     return ratios
+
+
+def _lit_components(layers: Mapping[str, MaskedLinear]) -> list[Components | None]:
+    """Return the lit components of each layer, with one transfer from the device and one to it."""
+    asked = [layer.mask.lit() for layer in layers.values()]
+    flags = [lit for lit in asked if lit is not None]
+    if not flags:
+        return [None] * len(asked)
+    sizes = [len(lit) for lit in flags]
+    parts = iter(torch.split(torch.cat(flags).cpu(), sizes))
+    counted = [None if lit is None else next(parts).nonzero().flatten() for lit in asked]
+    prefix = [found is None or len(found) == 0 or int(found[-1]) == len(found) - 1 for found in counted]
+    scattered = [found for found, first in zip(counted, prefix, strict=True) if not first and found is not None]
+    device = next(iter(layers.values())).left.device
+    moved = iter(torch.split(torch.cat(scattered).to(device), [len(found) for found in scattered]) if scattered else [])
+    return [
+        None if found is None else len(found) if first else next(moved)
+        for found, first in zip(counted, prefix, strict=True)
+    ]
 
 
 @contextmanager

@@ -25,10 +25,11 @@ from lowrank_pl.data import CalibrationData, calibration_data
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.draw import draw
 from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.layers import insert_masks, masked_layers, switch_dense
+from lowrank_pl.layers import insert_masks, masked_layers, set_to_work
 from lowrank_pl.masked_losses import PlanScore, data_losses
 from lowrank_pl.masks import Lifetimes, Mask, MaskMethod, Staircase
 from lowrank_pl.masks.base import dense_sizes
+from lowrank_pl.masks.switches import seeded
 from lowrank_pl.objectives import DataTerms, kept_share
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import budget_for, build_factors, describe_origin, preparation_notes
@@ -73,12 +74,14 @@ class RankLearner(LightningModule):
         keep_steps: Optimizer steps over which the aim moves linearly from ``keep_start`` to ``keep``.
         record_order: Draw plans by how long components were kept while the aim came down from ``keep_start`` (ACIP,
             arXiv 2502.01717) instead of by the masks as they are: one run then orders them for all sizes between.
+        rest_every: Gates of components that are off learn from every so many-th token of a batch, which is an unbiased
+            estimate and saves most of what they cost; 1 is exact.
         gradient_checkpointing: Recompute block activations in the backward pass, to save memory.
         trust_remote_code: Run Python code that comes with the base.
 
     Raises:
         ValueError: ``keep`` outside (0, 1], half of a schedule, an order without a schedule that comes down, two
-            schedules of the step size, or a start that is neither a plan nor an allocator.
+            schedules of the step size, ``rest_every`` below 1, or a start that is neither a plan nor an allocator.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -114,12 +117,16 @@ class RankLearner(LightningModule):
         keep_start: float | None = None,
         keep_steps: int = 0,
         record_order: bool = False,
+        rest_every: int = 1,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.schedule = AimSchedule(keep, keep_start, keep_steps, falling=record_order)
         self.base, self.keep, self.dtype_name = base, keep, dtype
+        if rest_every < 1:
+            raise ValueError(f"rest_every is {rest_every}: expected a whole number of at least 1, which is exact")
+        self.rest_every = rest_every
         self.mask_method = mask or Staircase()
         self.mask_method.check_base(decomposition.kind)
         self.data_terms, self.decomposition = data_terms, decomposition
@@ -252,7 +259,10 @@ class RankLearner(LightningModule):
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of one batch of token ids ``[batch, length]``."""
         self.mask_method.advance(self.masks, self.global_step, replace(self.budget, keep=self.aim))
-        ratios = switch_dense(self.layers, self.mask_method.dense_from)
+        ratios = set_to_work(
+            self.layers, self.mask_method.dense_from, every=self.rest_every,
+            offset=int(torch.randint(self.rest_every, (), generator=seeded("rest", self.global_step, batch_idx))),
+        )  # fmt: skip
         terms = data_losses(self._base(), self.layers, self.data_terms, tokens)
         terms |= self.mask_method.penalties(self.masks, ratios, self.aim, self.global_step)
         loss = torch.stack(list(terms.values())).sum()

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_pl.budget import Budget
 from lowrank_pl.decompose import decompose, truncate
-from lowrank_pl.layers import MaskedLinear, chosen, masked_layers, plan_choice
-from lowrank_pl.masks import Staircase
+from lowrank_pl.layers import MaskedLinear, Work, chosen, masked_layers, plan_choice, set_to_work
+from lowrank_pl.masks import ARS, Fermi, PerValue, Rescaled, Staircase
 from lowrank_pl.storage import Storage
 
 FACTORED = Storage("factored")
@@ -71,6 +72,68 @@ def test_gate_values_between_zero_and_one_scale_components(layer, x):
     gate = torch.linspace(1, 0, masked.mask.rank)
     masked.mask.forward = lambda: gate
     close(masked(x), reference(layer, x, gate.tolist()))
+
+
+METHODS = {
+    "staircase": Staircase(),
+    "prefixes": PerValue(any_k=False, start_high=1.0, start_low=0.1, noise="logistic"),
+    "subsets": PerValue(start_high=1.0, start_low=0.1, noise="logistic"),
+    "ars": ARS(start=0.5),
+    "rescaled": Rescaled(),
+    "fermi": Fermi(),
+}
+
+
+def masked_by(method, modules):
+    """Return masked layers that have come to a step of ``method``, and what is below them, all in float64."""
+    layers = {}
+    shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
+    budget = Budget(keep=0.6, shapes=shapes, model_parameters=10_000, bytes_per_parameter=8, storage="factored")
+    for name, module in modules.items():
+        factors = decompose(module.weight.float())
+        mask = method.create(shapes[name], factors.sigma, 0.6, prices=FACTORED)
+        layers[name] = MaskedLinear(module, truncate(factors, mask.rank), mask)
+    masks = {name: layer.mask for name, layer in layers.items()}
+    method.share(masks)
+    method.advance(masks, 3, budget)
+    return layers
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_at_work_compute_what_their_masks_say(name):
+    torch.manual_seed(0)
+    modules = {n: nn.Linear(IN, OUT, bias=n == "a").double().requires_grad_(False) for n in "ab"}
+    method = METHODS[name]
+    layers = masked_by(method, modules)
+    x = torch.randn(2, 16, IN, dtype=torch.float64, requires_grad=True)
+    parameters = [parameter for layer in layers.values() for parameter in layer.mask.parameters()]
+
+    def outcome():
+        y = torch.cat([layer(x) for layer in layers.values()])
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *parameters], allow_unused=True, retain_graph=True)]
+
+    expected = outcome()
+    assert all(layer.work == Work() for layer in layers.values())
+    set_to_work(layers, float("inf"))
+    lit = [layer.work.lit for layer in layers.values()]
+    for one, two in zip(outcome(), expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    if name == "fermi":
+        assert lit == [None, None]
+    elif name in ("subsets", "ars"):
+        assert any(isinstance(part, torch.Tensor) for part in lit)
+    else:
+        assert all(isinstance(part, int) and part < layers["a"].mask.rank for part in lit)
+
+
+def test_mixed_precision_takes_the_plain_way(layer, x):
+    masked = mask_in(layer)
+    set_to_work({"a": masked}, float("inf"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = masked(x)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert masked.mask.logits.grad.abs().sum() > 0
 
 
 def test_dense_choice_is_the_layer_itself(layer, x):

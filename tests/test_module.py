@@ -268,6 +268,22 @@ def test_a_cosine_that_was_resumed_ends_with_the_longer_run(tmp_path):
     assert spy.step_sizes == pytest.approx([0.0, 0.05 * (1 + math.cos(math.pi * 3 / 4)) / 2], abs=1e-12)
 
 
+def test_gates_that_are_off_learn_from_some_tokens():
+    exact, some = Spy(), Spy()
+    fit(make_learner(), max_steps=1, callbacks=[exact])
+    fit(make_learner(rest_every=4), max_steps=1, callbacks=[some])
+    assert exact.logged[0]["loss/total"] == some.logged[0]["loss/total"]
+    pairs = [(gradient, some.gradients[0][name]) for name, gradient in exact.gradients[0].items()]
+    near = torch.stack([torch.nn.functional.cosine_similarity(one, two, dim=0) for one, two in pairs])
+    assert near.max() < 0.99999
+    assert near.mean() > 0.5  # eight tokens stand for 32
+
+
+def test_a_rest_of_no_tokens_is_refused():
+    with pytest.raises(ValueError, match="rest_every is 0: expected a whole number of at least 1, which is exact"):
+        make_learner(rest_every=0)
+
+
 def test_two_schedules_of_the_step_size_are_refused():
     with pytest.raises(ValueError, match="cosine and lr_scheduler both say how the step size moves: give one of them"):
         make_learner(cosine=True, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer))

@@ -25,7 +25,12 @@ class Mask(nn.Module, ABC):
         shape: ``(out, in)`` of the module.
         rank: Components that it gates.
         prices: What ranks cost in the finished model.
+
+    Attributes:
+        rest_learns: Whether gates of components that are not ``lit`` have a gradient.
     """
+
+    rest_learns: bool = True
 
     def __init__(self, shape: tuple[int, int], rank: int, prices: Storage) -> None:
         super().__init__()
@@ -36,6 +41,13 @@ class Mask(nn.Module, ABC):
     @abstractmethod
     def forward(self) -> Tensor:
         """Return the gate ``[rank]`` of this training step, differentiable in the mask's parameters."""
+
+    def lit(self) -> Tensor | None:
+        """Return the components that a token has to go through in this step, bool ``[rank]``; None for all.
+
+        The gate of all others is exactly 0.
+        """
+        return None
 
     @abstractmethod
     def ratio(self) -> Tensor:

@@ -32,6 +32,8 @@ class RescaledMask(Mask):
         length: Components of the prefix, by the last allocation; ``None`` is dense.
     """
 
+    rest_learns = False
+
     def __init__(self, shape: tuple[int, int], rank: int, sigma: Tensor, *, prices: Storage, width: float) -> None:
         super().__init__(shape, rank, prices)
         self.width = width
@@ -86,6 +88,11 @@ class RescaledMask(Mask):
         around = ((positions >= length - near) & (positions < length + near)).float()
         soft = self.log_scale * around / max(1, 2 * near)
         return (positions < length).float() + (soft - soft.detach())
+
+    def lit(self) -> Tensor:
+        """Return the prefix and what is measured beyond its end, bool ``[rank]``, on the CPU."""
+        length = self.rank if self.length is None else self.length
+        return torch.arange(self.rank) < length + self.reach()
 
     def ratio(self) -> Tensor:
         """Return the parameters of the prefix over the dense weight's, 1 when dense; constant in the scale."""

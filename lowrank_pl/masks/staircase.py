@@ -80,6 +80,10 @@ class StaircaseMask(Mask):
         expected = self.probabilities()
         return self.kept().to(expected.dtype) + (expected - expected.detach())
 
+    def lit(self) -> Tensor:
+        """Return the prefix of the expected length, bool ``[rank]``."""
+        return self.kept()
+
     def kept(self) -> Tensor:
         """Return the prefix of the expected length, bool ``[rank]``."""
         length = (self.rank * self.fraction().detach()).round()

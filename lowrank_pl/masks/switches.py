@@ -59,8 +59,12 @@ class SwitchMask(Mask):
 
     def forward(self) -> Tensor:
         """Return the hard gate ``[rank]`` under this step's noise, with the gradient of the soft one."""
-        soft = ((self.switch_logits() + self.noise) / self.temperature).sigmoid()
+        soft = self._soft()
         return self._arranged(soft > 0.5).to(soft.dtype) + (soft - soft.detach())
+
+    def lit(self) -> Tensor:
+        """Return which components are on under this step's noise, bool ``[rank]``."""
+        return self._arranged(self._soft().detach() > 0.5)
 
     def kept(self) -> Tensor:
         """Return which components are on without noise, bool ``[rank]``."""
@@ -73,6 +77,9 @@ class SwitchMask(Mask):
         """
         soft = (self.switch_logits() / self.temperature).sigmoid().sum()
         return self.prices.ratio(self.shape, self.kept().sum() + (soft - soft.detach()))
+
+    def _soft(self) -> Tensor:
+        return ((self.switch_logits() + self.noise) / self.temperature).sigmoid()
 
     def _arranged(self, on: Tensor) -> Tensor:
         return on if self.any_k else torch.arange(self.rank, device=on.device) < on.sum()
