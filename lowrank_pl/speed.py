@@ -32,6 +32,7 @@ __all__ = [
     "Variant",
     "measure_speed",
     "multiply_adds",
+    "random_tokens",
     "read_bytes",
     "speed_rows",
     "speed_table",
@@ -115,8 +116,7 @@ def measure_speed(
     Raises:
         ValueError: The model has too few positions, or no cache of keys and values.
     """
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(model.get_input_embeddings().num_embeddings, (1, length + 1), generator=generator)
+    drawn = random_tokens(model, length + 1)
     check_windows(model, drawn if case == "decode" else drawn[:, :-1], batch_size)
     tokens = drawn.to(model.device).expand(batch_size, -1)
     targets = find_targets(model)
@@ -136,6 +136,12 @@ def measure_speed(
                         found[variant] = Measured(min(seconds, old.seconds), old.bytes, old.multiply_adds)
                     tick(variant)
     return found
+
+
+def random_tokens(model: PreTrainedModel, length: int) -> Tensor:
+    """Return ``[1, length]`` token ids of the model's vocabulary, on the CPU; equal arguments give equal ones."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.get_input_embeddings().num_embeddings, (1, length), generator=generator)
 
 
 def uniform_modules(

@@ -12,13 +12,19 @@ import pytest
 import torch
 
 from lowrank_pl import RankPlan, commands, finish, load_compressed, perplexity, token_windows
+from lowrank_pl.base_model import load_base
 from lowrank_pl.bench import bench
 from lowrank_pl.cli import main
 from lowrank_pl.commands import allocate, export, pick_device, refit
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.layers import MaskedLinear
+from lowrank_pl.masks import PerValue
 from lowrank_pl.refit import Refit
 from lowrank_pl.scoring import evaluate
+from lowrank_pl.speed import random_tokens
+from lowrank_pl.step_cost import measure_step
+from lowrank_pl.storage import Storage
 from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
 
 TEXT = "python-docs::part=0%-10%"
@@ -288,16 +294,30 @@ def test_allocate_passes_its_settings_on(tmp_path):
         allocate("random:gpt2", method="best")
 
 
-def test_bench_compares_a_learning_step_with_the_frozen_model(tmp_path, capsys):
-    figures = bench(base="random:llama", text=TEXT, length=32, batch_size=2, repeats=2, json=tmp_path / "bench.json")
-    row = figures["random:llama"]
-    assert row["ratio_to_frozen"] == pytest.approx(row["step_seconds"] / row["frozen_seconds"])
+def test_bench_compares_learning_steps_with_the_frozen_model(tmp_path, capsys):
+    figures = bench(base="random:llama", length=32, batch_size=2, repeats=2, json=tmp_path / "bench.json")
+    assert list(figures) == ["random:llama", "random:llama_pivoted"]
+    row, pivoted = figures.values()
+    for prefix, form in (("", "step"), ("exact_", "exact"), ("plain_", "plain")):
+        assert row[f"{prefix}ratio_to_frozen"] == pytest.approx(row[f"{form}_seconds"] / row["frozen_seconds"])
     assert row["tokens"] == 64
-    assert row["weights_ratio"] > 1
+    assert (row["storage"], row["keep"], row["every"]) == ("factored", 0.8, 8)
+    # 1.2 times the parameters of all targets, whose share of the model is what the dense weights have.
+    assert 1 < row["weights_ratio"] < 2.2
+    assert pivoted["weights_ratio"] > row["weights_ratio"]
     assert json.loads((tmp_path / "bench.json").read_text()) == figures
-    assert "ratio_to_frozen" in capsys.readouterr().out
+    assert "plain_ratio_to_frozen" in capsys.readouterr().out
     with pytest.raises(ValueError, match="repeats is 0: expected a whole number of at least 1"):
         bench(base="random:llama", repeats=0)
+
+
+def test_bench_leaves_the_model_as_it_was():
+    model = load_base("random:llama")
+    tokens = random_tokens(model, 16)
+    before = model(tokens).logits
+    measure_step(model, tokens, keep=0.6, prices=Storage("pivoted"), every=4, repeats=1, method=PerValue())
+    assert torch.equal(model(tokens).logits, before)
+    assert not any(isinstance(module, MaskedLinear) for module in model.modules())
 
 
 def test_devices():

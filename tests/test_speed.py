@@ -266,8 +266,8 @@ def test_bench_takes_one_value_or_several(capsys):
 @pytest.mark.parametrize(
     ("case", "options", "text"),
     [
-        ("decode", {"text": "python-docs"}, "bench decode has no use for text, which is 'python-docs': leave it out"),
-        ("step", {"storage": ["pivoted"]}, r"bench step has no use for storage, which is \['pivoted'\]: leave it out"),
+        ("decode", {"rest_every": 4}, "bench decode has no use for rest_every, which is 4: leave it out"),
+        ("step", {"rest_every": 0}, "rest_every is 0: expected a whole number of at least 1"),
         ("step", {"multiple_of": 8}, "bench step has no use for multiple_of, which is 8"),
         ("step", {"compile": True}, "bench step has no use for compile, which is True"),
         ("step", {"keep": [0.8, 0.5]}, "keep is 0.8, 0.5: bench step takes one value, decode and prefill take several"),
