@@ -68,7 +68,7 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str) -> Figure
             markersize=5,
             label=name,
             color=f"C{place % 10}",
-            linestyle="-" if place < 10 else "--",
+            linestyle=("-", "--", ":")[place // 10 % 3],
         )
     # A tiny random model may come out better than dense by chance.
     if all(row["excess"][corpus] > 0 for rows in methods.values() for row in rows):
