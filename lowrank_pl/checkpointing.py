@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = ["AtomicCheckpoints", "check_fit", "mark", "mark_of", "read_checkpoint
 
 KEY = "lowrank_pl"
 FORMAT = 1
+_CURE = "resume from another one of its folder, or start anew without --ckpt_path"
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -48,16 +50,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"no checkpoint at {path}: expected a file that `lowrank fit` wrote, as RUN/checkpoints/last.ckpt"
         )
+    _check_whole(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError):
         # What torch says here advises to switch off the protection.
-        raise ValueError(
-            f"{path} is damaged or no checkpoint of `lowrank fit`: it holds more than plain data"
-        ) from None
+        raise ValueError(f"{path} is no checkpoint of `lowrank fit`: it holds more than plain data") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}: expected a checkpoint of `lowrank fit`")
     return checkpoint
+
+
+def _check_whole(path: Path) -> None:
+    """Compare the checksums that ``torch.save`` writes beside every tensor, which ``torch.load`` does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint of `lowrank fit` ({error}): {_CURE}") from None
+    if bad is not None:
+        raise ValueError(f"{path} is damaged (the checksum of {bad} is wrong): {_CURE}")
 
 
 def mark(checkpoint: dict[str, Any], identity: Mapping[str, Any]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import mmap
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +26,8 @@ __all__ = ["FactorStore", "TensorStore", "total_seconds"]
 _log = logging.getLogger(__name__)
 _SCHEMA = 1
 _MANIFEST = "manifest.json"
+_CHECKSUM = "crc32"
+_UNKNOWN = "00000000"
 
 
 class TensorStore:
@@ -57,6 +62,7 @@ class TensorStore:
         self.fingerprint = json.loads(canonical_json(fingerprint))
         self.digest = sha256_of(kind, canonical_json(fingerprint))
         self.directory = Path(directory) if directory else cache_root() / kind / self.digest[:20]
+        self._whole: set[str] = set()
         if (self.directory / _MANIFEST).exists():
             self._check_manifest()
         else:
@@ -111,7 +117,9 @@ class TensorStore:
             OSError: The disk is full or not writable; nothing of ``name`` is left then.
         """
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        atomic_write(self.path(name), save(ready, metadata={"digest": self.digest, **(notes or {})}))
+        notes = {"digest": self.digest, **(notes or {}), _CHECKSUM: _UNKNOWN}
+        atomic_write(self.path(name), _with_checksum(save(ready, metadata=notes)))
+        self._whole.discard(name)
 
     def read(self, name: str, key: str, *, rows: int | None = None, columns: int | None = None) -> Tensor:
         """Return one tensor of ``name``, or only its first ``rows`` or ``columns``; nothing else is read from disk.
@@ -128,13 +136,16 @@ class TensorStore:
     def _open(self, name: str) -> Iterator[Any]:
         """Yield the open file of ``name``; errors name it and the cure."""
         try:
+            if name not in self._whole:
+                _check_whole(self.path(name))
+                self._whole.add(name)
             with safe_open(self.path(name), framework="pt") as file:
                 yield file
         except FileNotFoundError:
             raise ValueError(
                 f"the {self.kind} store at {self.directory} has nothing for {name}: build it again"
             ) from None
-        except SafetensorError as error:
+        except (SafetensorError, _DamagedError) as error:
             raise ValueError(
                 f"{self.path(name)} is damaged ({error}): delete it and run again, only this file is made anew"
             ) from None
@@ -142,12 +153,49 @@ class TensorStore:
     def notes(self, name: str) -> dict[str, str]:
         """Return what was noted when ``name`` was written; errors as in ``read``."""
         with self._open(name) as file:
-            return {key: value for key, value in (file.metadata() or {}).items() if key != "digest"}
+            return {key: value for key, value in (file.metadata() or {}).items() if key not in ("digest", _CHECKSUM)}
 
     def seconds(self, names: Iterable[str]) -> float | None:
         """Return how long it took to make what is stored of ``names``; ``None`` where that was not noted."""
         noted = [self.notes(name).get("seconds") for name in names]
         return total_seconds(None if seconds is None else float(seconds) for seconds in noted)
+
+
+class _DamagedError(Exception):
+    """A file's bytes are not those that were written."""
+
+
+def _with_checksum(data: bytes) -> bytes:
+    """Return a safetensors file with the checksum of its tensors in the place of the one not known."""
+    header = _header_bytes(data)
+    known = f"{zlib.crc32(memoryview(data)[header:]):08x}"
+    old, new = (f'"{_CHECKSUM}":"{value}"'.encode() for value in (_UNKNOWN, known))
+    assert data[:header].count(old) == 1
+    return data[:header].replace(old, new) + data[header:]
+
+
+def _check_whole(path: Path) -> None:
+    """Compare the tensors of a file with their checksum: a flipped bit would be read without a word.
+
+    Files of versions that wrote none are taken as they are.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        _DamagedError: They differ, or the file is empty.
+    """
+    if not path.stat().st_size:
+        raise _DamagedError("it is empty")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        header = _header_bytes(data)
+        found = re.search(rb'"%b":"([0-9a-f]{8})"' % _CHECKSUM.encode(), data[:header])
+        with memoryview(data) as view:
+            if found and int(found[1], 16) != zlib.crc32(view[header:]):
+                raise _DamagedError("the checksum of its tensors is wrong")
+
+
+def _header_bytes(data: bytes | mmap.mmap) -> int:
+    # A safetensors file begins with the length of its header, which is JSON; all else is tensors.
+    return 8 + int.from_bytes(data[:8], "little")
 
 
 def total_seconds(parts: Iterable[float | None]) -> float | None:

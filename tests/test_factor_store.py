@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from lowrank_pl import files
 from lowrank_pl.decompose import decompose
@@ -132,6 +134,26 @@ def test_absent_and_damaged_files_are_named_with_the_cure(store):
                 read("block.0.q")
     path.unlink()
     assert store.missing(["block.0.q"]) == ["block.0.q"]
+
+
+@pytest.mark.parametrize("where", [0.5, 0.999])
+@pytest.mark.parametrize("read", [FactorStore.sigma, FactorStore.factors, FactorStore.notes])
+def test_a_flipped_bit_is_found(store, where, read):
+    path = store.path("block.0.q")
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 16
+    path.write_bytes(data)
+    message = r"block.0.q.safetensors is damaged \(the checksum of its tensors is wrong\): delete it and run again"
+    with pytest.raises(ValueError, match=message):
+        read(FactorStore.existing(store.directory), "block.0.q")
+
+
+def test_a_file_without_a_checksum_is_read(store, factors):
+    path = store.path("block.0.q")
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    path.write_bytes(save(tensors, metadata={"digest": store.digest, "square_root": "eigen"}))
+    assert torch.equal(FactorStore.existing(store.directory).sigma("block.0.q"), factors.sigma)
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
