@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -68,34 +69,43 @@ class Statistics:
     def inputs(self, targets: Sequence[Target]) -> TensorStore:
         """Return the store of ``second_moment`` ``[in, in]`` and ``mean_absolute`` ``[in]``, keyed by group."""
         store = self._store("statistics")
-        groups = set(self._missing(store, (target.group for target in targets)))
-        if groups:
-            todo = [target for target in targets if target.group in groups]
-            began = time.perf_counter()
-            moments = collect_input_moments(self.model, todo, self.windows, batch_size=self.batch_size)
-            _save(store, moments, _input_tensors, lambda found: {"tokens": str(found.tokens)}, began)
+
+        def todo() -> list[Target]:
+            groups = set(self._missing(store, (target.group for target in targets)))
+            return [target for target in targets if target.group in groups]
+
+        def collect(those: Sequence[Target]) -> dict[str, InputMoments]:
+            return collect_input_moments(self.model, those, self.windows, batch_size=self.batch_size)
+
+        _fill(store, todo, collect, _input_tensors, lambda found: {"tokens": str(found.tokens)})
         return store
 
     def output_gradients(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
         """Return the store of ``second_moment`` ``[out, out]`` of output gradients, keyed by module."""
         store = self._store("output_gradients", labels=labels)
-        todo = self._todo(store, targets)
-        if todo:
-            began = time.perf_counter()
-            moments, _ = collect_gradients(
-                self.model, self.windows, moments=todo, labels=labels, batch_size=self.batch_size
-            )
-            _save(store, moments, _gradient_tensors, lambda found: {"tokens": str(found.tokens)}, began)
+
+        def collect(those: Sequence[Target]) -> dict[str, GradientMoments]:
+            return collect_gradients(
+                self.model, self.windows, moments=those, labels=labels, batch_size=self.batch_size
+            )[0]
+
+        _fill(
+            store, partial(self._todo, store, targets), collect, _gradient_tensors,
+            lambda found: {"tokens": str(found.tokens)},
+        )  # fmt: skip
         return store
 
     def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
         """Return the store of ``mean`` ``[out, in]`` and ``mean_squares`` ``[out]`` of gradients, keyed by module."""
         store = self._store("weight_gradients", batch_size=str(self.batch_size))
-        todo = self._todo(store, targets)
-        if todo:
-            began = time.perf_counter()
-            _, weights = collect_gradients(self.model, self.windows, weights=todo, batch_size=self.batch_size)
-            _save(store, weights, _weight_tensors, lambda found: {"batches": str(found.batches)}, began)
+
+        def collect(those: Sequence[Target]) -> dict[str, WeightGradients]:
+            return collect_gradients(self.model, self.windows, weights=those, batch_size=self.batch_size)[1]
+
+        _fill(
+            store, partial(self._todo, store, targets), collect, _weight_tensors,
+            lambda found: {"batches": str(found.batches)},
+        )  # fmt: skip
         return store
 
     def stores(
@@ -163,19 +173,26 @@ def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Ten
     return Statistics(model, windows, source, directory=None if in_cache else directory)
 
 
-def _save(
+def _fill(
     store: TensorStore,
-    measured: dict[str, Measured],
+    todo: Callable[[], Sequence[Target]],
+    collect: Callable[[Sequence[Target]], dict[str, Measured]],
     tensors: Callable[[Measured], dict[str, Tensor]],
     notes: Callable[[Measured], dict[str, str]],
-    began: float,
 ) -> None:
-    # What one pass took is shared out among its files, so that a store knows what it cost however often it resumed.
-    seconds = (time.perf_counter() - began) / max(1, len(measured))
-    for name in tqdm(list(measured), desc=f"saving {store.kind.replace('_', ' ')}", unit="file"):
-        # Popped, so that memory shrinks as the disk fills.
-        found = measured.pop(name)
-        store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
+    """Collect what ``todo`` says is missing, unless another run that was at it has done so in the meantime."""
+    if not todo():
+        return
+    with store.claimed():
+        those = todo()
+        began = time.perf_counter()
+        measured = collect(those) if those else {}
+        # What one pass took is shared out among its files, so that a store knows what it cost however often it resumed.
+        seconds = (time.perf_counter() - began) / max(1, len(measured))
+        for name in tqdm(list(measured), desc=f"saving {store.kind.replace('_', ' ')}", unit="file"):
+            # Popped, so that memory shrinks as the disk fills.
+            found = measured.pop(name)
+            store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
 
 
 def _input_tensors(moments: InputMoments) -> dict[str, Tensor]:

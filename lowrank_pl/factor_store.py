@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -120,6 +121,23 @@ class TensorStore:
         notes = {"digest": self.digest, **(notes or {}), _CHECKSUM: _UNKNOWN}
         atomic_write(self.path(name), _with_checksum(save(ready, metadata=notes)))
         self._whole.discard(name)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Let no other process write here while the block runs; wait for one that does.
+
+        What was missing before may then be there. A killed process gives its claim back.
+        """
+        lock = FileLock(self.directory / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _log.warning("another run is filling the %s store at %s: waiting for it to end", self.kind, self.directory)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def read(self, name: str, key: str, *, rows: int | None = None, columns: int | None = None) -> Tensor:
         """Return one tensor of ``name``, or only its first ``rows`` or ``columns``; nothing else is read from disk.

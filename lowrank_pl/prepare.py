@@ -168,19 +168,37 @@ def _factors(
         # Which modules are compressed decides on what is measured in each.
         source["at_modules"] = sha256_of(*(target.name for target in targets.modules))
     store = FactorStore({**source, **settings.identity()}, directory)
-    missing = set(store.missing(target.name for target in targets.modules))
-    todo = [target for target in targets.modules if target.name in missing]
-    _log.info("factors: %d of %d modules to decompose, in %s", len(todo), len(targets.modules), store.directory)
-    _check_finite(model, todo)
-    if todo:
-        compressed = None
-        if settings.at_keep is not None:
-            before = None if directory is None else Path(directory) / "dense"
-            factors = _factors(model, targets, statistics, replace(settings, at_keep=None), before)
-            point = settings.point(source["at_modules"])
-            compressed = _statistics_compressed(model, targets, statistics, settings, factors, settings.at_keep, point)
-        _decompose_all(model, todo, store, Roots(settings, statistics, todo, model.device, compressed))
+    names = [target.name for target in targets.modules]
+    count = len(store.missing(names))
+    _log.info("factors: %d of %d modules to decompose, in %s", count, len(names), store.directory)
+    if count:
+        with store.claimed():
+            # Another run that was at it may have made them in the meantime.
+            missing = set(store.missing(names))
+            todo = [target for target in targets.modules if target.name in missing]
+            _check_finite(model, todo)
+            if todo:
+                _make(model, targets, todo, statistics, settings, store, directory)
     return store
+
+
+def _make(
+    model: PreTrainedModel,
+    targets: Targets,
+    todo: Sequence[Target],
+    statistics: Statistics,
+    settings: Decomposition,
+    store: FactorStore,
+    directory: str | Path | None,
+) -> None:
+    """Decompose ``todo``, measuring what is needed and not there."""
+    compressed = None
+    if settings.at_keep is not None:
+        before = None if directory is None else Path(directory) / "dense"
+        factors = _factors(model, targets, statistics, replace(settings, at_keep=None), before)
+        point = settings.point(store.fingerprint["at_modules"])
+        compressed = _statistics_compressed(model, targets, statistics, settings, factors, settings.at_keep, point)
+    _decompose_all(model, todo, store, Roots(settings, statistics, todo, model.device, compressed))
 
 
 def _statistics_compressed(

@@ -175,7 +175,12 @@ class _Work:
         }
 
     def run(self) -> None:
-        """Make what is missing."""
+        """Make what is missing, by this run or another that is at it."""
+        if self.made.missing(target.name for target in self.modules):
+            with self.made.claimed():
+                self._make_missing()
+
+    def _make_missing(self) -> None:
         dense = [target.name for target in self.modules if self.plan.modules[target.name].rank is None]
         for name in self.made.missing(dense):
             # A smaller size of the plan may cut it.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -146,6 +149,34 @@ def test_a_flipped_bit_is_found(store, where, read):
     message = r"block.0.q.safetensors is damaged \(the checksum of its tensors is wrong\): delete it and run again"
     with pytest.raises(ValueError, match=message):
         read(FactorStore.existing(store.directory), "block.0.q")
+
+
+CLAIM = """
+import sys, time
+from lowrank_pl.factor_store import FactorStore
+with FactorStore.existing(sys.argv[1]).claimed():
+    print("mine", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_store_that_another_run_fills_is_waited_for_and_a_killed_one_gives_it_back(store, caplog):
+    other = subprocess.Popen([sys.executable, "-c", CLAIM, str(store.directory)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "mine\n"
+    entered = threading.Event()
+
+    def claim():
+        with store.claimed():
+            entered.set()
+
+    waiting = threading.Thread(target=claim)
+    waiting.start()
+    assert not entered.wait(0.5)
+    assert "another run is filling the factors store at" in caplog.text
+    other.kill()
+    other.communicate()
+    assert entered.wait(20)
+    waiting.join()
 
 
 def test_a_file_without_a_checksum_is_read(store, factors):

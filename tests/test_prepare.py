@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -146,6 +147,23 @@ def test_interrupted_decomposition_resumes_at_the_next_module(build, work, monke
     whole = build(directory=tmp_path / "other")
     for target in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         assert torch.equal(store.factors(target).left, whole.factors(target).left)
+
+
+def test_what_another_run_made_while_this_one_waited_is_taken(build, work, monkeypatch):
+    real, theirs = prepare.FactorStore.claimed, []
+
+    @contextmanager
+    def waited(store):
+        if not theirs and store.kind == "factors":
+            theirs.append(store.directory)
+            build()
+            work.clear()
+        with real(store):
+            yield
+
+    monkeypatch.setattr(prepare.FactorStore, "claimed", waited)
+    assert build().directory == theirs[0]
+    assert work == []
 
 
 def test_interrupted_statistics_collect_only_what_is_missing(build, monkeypatch):
