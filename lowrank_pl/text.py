@@ -5,16 +5,20 @@ One string names a text everywhere: ``SOURCE[::key=value[,key=value...]]``.
 ======================  ==============================================================  =============================
 source                  what it is                                                      options
 ======================  ==============================================================  =============================
-``python-docs``         the English documentation that ships with Python                ``part``, ``limit``
-file, folder or glob    ``.txt .md .json .jsonl .parquet``, each also with ``.gz``      ``field``, ``part``, ``limit``
+``python-docs``         the English documentation that ships with Python                ``part``, ``limit``,
+                                                                                        ``every``
+file, folder or glob    ``.txt .md .json .jsonl .parquet``, each also with ``.gz``      ``field``, ``part``, ``limit``,
+                                                                                        ``every``
 ``OWNER/NAME``          dataset of the hub, streamed; ``hub:NAME`` says so explicitly   ``field``, ``config``,
                                                                                         ``split``, ``revision``,
-                                                                                        ``limit``
+                                                                                        ``limit``, ``every``
 ======================  ==============================================================  =============================
 
 ``limit=N`` takes the first N documents. ``part=A%-B%`` takes a share: of the *characters* of ``python-docs`` (whole
 topics, spread over the alphabet) and of a single ``.txt`` or ``.md`` file (whole lines, in order); of the *documents*
-of any other local source (in order). Parts that do not overlap share no document and no line.
+of any other local source (in order). Parts that do not overlap share no document and no line. ``every=N`` takes every
+N-th window of tokens of all that: as many windows of a text in a fixed order, such as an encyclopaedia's, are then of N
+times as many articles.
 """
 
 from __future__ import annotations
@@ -44,9 +48,9 @@ HUB = "hub:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PART = re.compile(r"\s*(\d+(?:\.\d+)?)%\s*-\s*(\d+(?:\.\d+)?)%\s*")
 OPTIONS = {
-    "docs": ("part", "limit"),
-    "files": ("field", "part", "limit"),
-    "hub": ("field", "config", "split", "revision", "limit"),
+    "docs": ("part", "limit", "every"),
+    "files": ("field", "part", "limit", "every"),
+    "hub": ("field", "config", "split", "revision", "limit", "every"),
 }
 REPEATED = 60  # a paragraph of so many characters that stands in two topics is a copy, not a common phrase
 _log = logging.getLogger(__name__)
@@ -62,6 +66,7 @@ class TextSource:
         name: The source without prefix and options; local ones as an absolute path.
         paths: The files, sorted, of a local source.
         part: Beginning and end of the share, between 0 and 1.
+        every: Which windows to take: the first of every so many.
     """
 
     text: str = field(compare=False)
@@ -74,6 +79,7 @@ class TextSource:
     revision: str | None = None
     part: tuple[Fraction, Fraction] | None = None
     limit: int | None = None
+    every: int = 1
 
 
 def parse_text(text: str) -> TextSource:
@@ -103,8 +109,9 @@ def parse_text(text: str) -> TextSource:
         )
     _check_options(text, kind, given)
     values: dict[str, Any] = dict(given)
-    if "limit" in given:
-        values["limit"] = _limit(text, given["limit"])
+    for option, what in (("limit", "a number of documents"), ("every", "a number of windows")):
+        if option in given:
+            values[option] = _count(text, option, given[option], what)
     if "part" in given:
         values["part"] = _part(text, given["part"])
     return TextSource(text=text, kind=kind, name=name, paths=paths, **values)
@@ -176,9 +183,9 @@ def _check_options(text: str, kind: str, given: dict[str, str]) -> None:
             raise ValueError(f"text {text!r}: unknown option {key!r}; {source} take {', '.join(OPTIONS[kind])}")
 
 
-def _limit(text: str, value: str) -> int:
+def _count(text: str, option: str, value: str, what: str) -> int:
     if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"text {text!r}: limit={value} is not a number of documents, expected 1 or more")
+        raise ValueError(f"text {text!r}: {option}={value} is not {what}, expected 1 or more")
     return int(value)
 
 

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def token_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, windows: int | None = None) -> Tensor:
-    r"""Return consecutive windows of tokens of ``text``, int64 ``[windows, length]``.
+    r"""Return consecutive windows of tokens of ``text``, or every so many-th, int64 ``[windows, length]``.
 
     Documents are joined by a blank line and tokenised as one string without special tokens. Where the tokenizer puts
     a BOS before every text (:func:`uses_bos`), each window is that BOS and ``length - 1`` tokens of text. No more of
@@ -50,12 +50,13 @@ def token_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, length: int,
     """
     if length < 2 or (windows is not None and windows < 1):
         raise ValueError(f"windows of text need length >= 2 and windows >= 1, but length={length}, windows={windows}")
-    identity = source_identity(parse_text(text))
+    source = parse_text(text)
+    identity = source_identity(source)
     key = sha256_of(CACHE_FORMAT, tokenizer_fingerprint(tokenizer), identity, str(length), str(windows))
     path = cache_root() / "tokens" / f"{key}.safetensors"
     found = _cached(path, length)
     if found is None:
-        found = _packed(text, tokenizer, length, windows)
+        found = _packed(text, tokenizer, length, windows, every=source.every)
         _keep(path, found)
     if windows is not None and len(found) < windows:
         _log.warning("%d windows of %d tokens were asked for, text %r has %d", windows, length, text, len(found))
@@ -118,11 +119,11 @@ def _keep(path: Path, windows: Tensor) -> None:
         _log.warning("tokens are not kept for the next time: %s", error)
 
 
-def _packed(text: str, tokenizer: PreTrainedTokenizerBase, length: int, windows: int | None) -> Tensor:
+def _packed(text: str, tokenizer: PreTrainedTokenizerBase, length: int, windows: int | None, *, every: int) -> Tensor:
     """Return the windows, int32 ``[windows, length]``, made from the text."""
     bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
     room = length - len(bos)
-    wanted = None if windows is None else windows * room
+    wanted = None if windows is None else ((windows - 1) * every + 1) * room
     segments: list[Tensor] = []
     count = 0
     with tqdm(total=wanted, desc=f"tokens of {text}", unit="tok", unit_scale=True, delay=2, leave=False) as bar:
@@ -138,9 +139,8 @@ def _packed(text: str, tokenizer: PreTrainedTokenizerBase, length: int, windows:
         raise ValueError(
             f"text {text!r} has {count} tokens, one window needs {room}: give a longer text or a smaller length"
         )
-    whole = count // room if windows is None else min(windows, count // room)
-    body = torch.cat(segments)[: whole * room].view(whole, room)
-    return torch.cat([torch.tensor([bos] * whole, dtype=torch.int32).view(whole, len(bos)), body], dim=1)
+    body = torch.cat(segments)[: count // room * room].view(-1, room)[::every][:windows]
+    return torch.cat([torch.tensor([bos] * len(body), dtype=torch.int32).view(len(body), len(bos)), body], dim=1)
 
 
 def _token_stream(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

@@ -74,6 +74,16 @@ def test_no_more_is_read_than_needed(tmp_path):
     assert len(token_windows(str(path), byte_tokenizer(), length=100, windows=10)) == 10
 
 
+@pytest.mark.parametrize("count", [None, 1, 4, 1000])
+@pytest.mark.parametrize("bos", [False, True])
+def test_every_so_many_th_window(novel, count, bos, caplog):
+    tokenizer = byte_tokenizer(bos=bos)
+    whole = token_windows(str(novel), tokenizer, length=16)
+    found = token_windows(f"{novel}::every=7", tokenizer, length=16, windows=count)
+    assert torch.equal(found, whole[::7][:count])
+    assert bool(caplog.text) == (count == 1000)
+
+
 def test_tokenizers_without_offsets(novel, monkeypatch):
     class Letters(PreTrainedTokenizer):
         """A tokenizer in Python: one token for each letter."""
