@@ -194,7 +194,7 @@ def test_a_folder_of_another_comparison_is_refused(folder):
         (lambda: Learning(Staircase(), start="best"), r"no allocator is called 'best'"),
         (lambda: Recipe(allocator="best"), r"no allocator is called 'best'"),
         (lambda: Recipe(settings={"x": 1}), r"the allocator uniform has no setting 'x': expected none"),
-        (lambda: recipe("best", {"own": Recipe()}), r"expected one of svd, .*, own"),
+        (lambda: recipe("better", {"own": Recipe()}), r"expected one of svd, .*, own"),
     ],
 )
 def test_impossible_recipes(make, message):
