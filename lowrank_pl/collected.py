@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -70,14 +69,11 @@ class Statistics:
         """Return the store of ``second_moment`` ``[in, in]`` and ``mean_absolute`` ``[in]``, keyed by group."""
         store = self._store("statistics")
 
-        def todo() -> list[Target]:
-            groups = set(self._missing(store, (target.group for target in targets)))
-            return [target for target in targets if target.group in groups]
-
         def collect(those: Sequence[Target]) -> dict[str, InputMoments]:
             return collect_input_moments(self.model, those, self.windows, batch_size=self.batch_size)
 
-        _fill(store, todo, collect, _input_tensors, lambda found: {"tokens": str(found.tokens)})
+        groups = {target: target.group for target in targets}
+        self._fill(store, groups, collect, _input_tensors, lambda found: {"tokens": str(found.tokens)})
         return store
 
     def output_gradients(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
@@ -89,10 +85,8 @@ class Statistics:
                 self.model, self.windows, moments=those, labels=labels, batch_size=self.batch_size
             )[0]
 
-        _fill(
-            store, partial(self._todo, store, targets), collect, _gradient_tensors,
-            lambda found: {"tokens": str(found.tokens)},
-        )  # fmt: skip
+        names = {target: target.name for target in targets}
+        self._fill(store, names, collect, _gradient_tensors, lambda found: {"tokens": str(found.tokens)})
         return store
 
     def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
@@ -102,10 +96,8 @@ class Statistics:
         def collect(those: Sequence[Target]) -> dict[str, WeightGradients]:
             return collect_gradients(self.model, self.windows, weights=those, batch_size=self.batch_size)[1]
 
-        _fill(
-            store, partial(self._todo, store, targets), collect, _weight_tensors,
-            lambda found: {"batches": str(found.batches)},
-        )  # fmt: skip
+        names = {target: target.name for target in targets}
+        self._fill(store, names, collect, _weight_tensors, lambda found: {"batches": str(found.batches)})
         return store
 
     def stores(
@@ -139,20 +131,34 @@ class Statistics:
     def _store(self, kind: str, **settings: str) -> TensorStore:
         return TensorStore(kind, {**self.source, **settings}, self._directory / kind if self._directory else None)
 
-    def _todo(self, store: TensorStore, targets: Sequence[Target]) -> list[Target]:
-        missing = set(self._missing(store, (target.name for target in targets)))
-        return [target for target in targets if target.name in missing]
-
-    def _missing(self, store: TensorStore, names: Iterable[str]) -> list[str]:
-        """Return those of ``names`` that have to be collected, in order."""
-        missing = store.missing(names)
-        if missing and not self.collecting:
-            raise ValueError(
-                f"what was measured in the compressed model is missing in {store.directory} for {missing[0]} and "
-                f"{len(missing) - 1} more: delete the factors that were made from it and decompose the base again "
-                "(at_keep)"
-            )
-        return missing
+    def _fill(
+        self,
+        store: TensorStore,
+        keys: Mapping[Target, str],
+        collect: Callable[[Sequence[Target]], dict[str, Measured]],
+        tensors: Callable[[Measured], dict[str, Tensor]],
+        notes: Callable[[Measured], dict[str, str]],
+    ) -> None:
+        """Collect and write what ``store`` lacks of ``keys``, what each target's entry is called there."""
+        with store.making(keys.values()) as missing:
+            if missing and not self.collecting:
+                raise ValueError(
+                    f"what was measured in the compressed model is missing in {store.directory} for {missing[0]} and "
+                    f"{len(missing) - 1} more: delete the factors that were made from it and decompose the base again "
+                    "(at_keep)"
+                )
+            if not missing:
+                return
+            lacking = set(missing)
+            began = time.perf_counter()
+            measured = collect([target for target, key in keys.items() if key in lacking])
+            # What one pass took is shared out among its files, so that a store knows what it cost however often it
+            # resumed.
+            seconds = (time.perf_counter() - began) / max(1, len(measured))
+            for name in tqdm(list(measured), desc=f"saving {store.kind.replace('_', ' ')}", unit="file"):
+                # Popped, so that memory shrinks as the disk fills.
+                found = measured.pop(name)
+                store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
 
 
 def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Tensor) -> Statistics:
@@ -171,28 +177,6 @@ def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Ten
     digest = read_manifest(directory)["digest"]
     in_cache = directory == (cache_root() / factors.kind / digest[:20]).resolve()
     return Statistics(model, windows, source, directory=None if in_cache else directory)
-
-
-def _fill(
-    store: TensorStore,
-    todo: Callable[[], Sequence[Target]],
-    collect: Callable[[Sequence[Target]], dict[str, Measured]],
-    tensors: Callable[[Measured], dict[str, Tensor]],
-    notes: Callable[[Measured], dict[str, str]],
-) -> None:
-    """Collect what ``todo`` says is missing, unless another run that was at it has done so in the meantime."""
-    if not todo():
-        return
-    with store.claimed():
-        those = todo()
-        began = time.perf_counter()
-        measured = collect(those) if those else {}
-        # What one pass took is shared out among its files, so that a store knows what it cost however often it resumed.
-        seconds = (time.perf_counter() - began) / max(1, len(measured))
-        for name in tqdm(list(measured), desc=f"saving {store.kind.replace('_', ' ')}", unit="file"):
-            # Popped, so that memory shrinks as the disk fills.
-            found = measured.pop(name)
-            store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
 
 
 def _input_tensors(moments: InputMoments) -> dict[str, Tensor]:

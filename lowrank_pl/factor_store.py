@@ -139,6 +139,17 @@ class TensorStore:
         finally:
             lock.release()
 
+    @contextmanager
+    def making(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Yield those of ``names`` that this run has to make, in order, the store claimed for it; none is no claim."""
+        names = list(names)
+        if not self.missing(names):
+            yield []
+            return
+        with self.claimed():
+            # Another run that was at it may have made them in the meantime.
+            yield self.missing(names)
+
     def read(self, name: str, key: str, *, rows: int | None = None, columns: int | None = None) -> Tensor:
         """Return one tensor of ``name``, or only its first ``rows`` or ``columns``; nothing else is read from disk.
 

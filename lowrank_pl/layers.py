@@ -159,21 +159,18 @@ def set_to_work(layers: Mapping[str, MaskedLinear], dense_from: float, *, every:
 
 def _lit_components(layers: Mapping[str, MaskedLinear]) -> list[Components | None]:
     """Return the lit components of each layer, with one transfer from the device and one to it."""
-    asked = [layer.mask.lit() for layer in layers.values()]
-    flags = [lit for lit in asked if lit is not None]
+    flags = [lit for layer in layers.values() if (lit := layer.mask.lit()) is not None]
+    # Masks of one method, which all say so or none.
     if not flags:
-        return [None] * len(asked)
-    sizes = [len(lit) for lit in flags]
-    parts = iter(torch.split(torch.cat(flags).cpu(), sizes))
-    counted = [None if lit is None else next(parts).nonzero().flatten() for lit in asked]
-    prefix = [found is None or len(found) == 0 or int(found[-1]) == len(found) - 1 for found in counted]
-    scattered = [found for found, first in zip(counted, prefix, strict=True) if not first and found is not None]
+        return [None] * len(layers)
+    found = [part.nonzero().flatten() for part in torch.split(torch.cat(flags).cpu(), [len(lit) for lit in flags])]
+    counts = [len(part) for part in found]
+    prefix = [not count or int(part[-1]) == count - 1 for part, count in zip(found, counts, strict=True)]
+    if all(prefix):
+        return [*counts]
     device = next(iter(layers.values())).left.device
-    moved = iter(torch.split(torch.cat(scattered).to(device), [len(found) for found in scattered]) if scattered else [])
-    return [
-        None if found is None else len(found) if first else next(moved)
-        for found, first in zip(counted, prefix, strict=True)
-    ]
+    moved = torch.split(torch.cat(found).to(device), counts)
+    return [count if first else part for count, first, part in zip(counts, prefix, moved, strict=True)]
 
 
 @contextmanager

@@ -168,17 +168,12 @@ def _factors(
         # Which modules are compressed decides on what is measured in each.
         source["at_modules"] = sha256_of(*(target.name for target in targets.modules))
     store = FactorStore({**source, **settings.identity()}, directory)
-    names = [target.name for target in targets.modules]
-    count = len(store.missing(names))
-    _log.info("factors: %d of %d modules to decompose, in %s", count, len(names), store.directory)
-    if count:
-        with store.claimed():
-            # Another run that was at it may have made them in the meantime.
-            missing = set(store.missing(names))
-            todo = [target for target in targets.modules if target.name in missing]
-            _check_finite(model, todo)
-            if todo:
-                _make(model, targets, todo, statistics, settings, store, directory)
+    with store.making(target.name for target in targets.modules) as missing:
+        _log.info("factors: %d of %d modules to decompose, in %s", len(missing), len(targets.modules), store.directory)
+        todo = [target for target in targets.modules if target.name in set(missing)]
+        _check_finite(model, todo)
+        if todo:
+            _make(model, targets, todo, statistics, settings, store, directory)
     return store
 
 

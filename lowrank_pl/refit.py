@@ -176,8 +176,8 @@ class _Work:
 
     def run(self) -> None:
         """Make what is missing, by this run or another that is at it."""
-        if self.made.missing(target.name for target in self.modules):
-            with self.made.claimed():
+        with self.made.making(target.name for target in self.modules) as missing:
+            if missing:
                 self._make_missing()
 
     def _make_missing(self) -> None:
