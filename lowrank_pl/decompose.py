@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowrank_pl.svd import thin_svd
+
 __all__ = ["Factors", "SquareRoot", "decompose", "diagonal_root", "square_root", "truncate"]
 
 
@@ -145,7 +147,7 @@ def decompose(weight: Tensor, *, inputs: SquareRoot | None = None, outputs: Squa
         matrix = outputs.multiply_right(matrix.mT).mT
     if inputs is not None:
         matrix = inputs.multiply_right(matrix)
-    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, sigma, right = thin_svd(matrix)
     half = sigma.sqrt()
     if outputs is not None:
         left = outputs.solve_right(left.mT).mT

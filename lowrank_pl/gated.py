@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Components", "gated_product"]
+__all__ = ["TILE", "Components", "gated_product"]
 
 Components = int | Tensor
 """How many of the first components, or an index tensor of them, ascending."""
+TILE = 8
+"""Matrix units of GPUs take rows at full speed whose bytes are a multiple of 16: so many numbers of two bytes."""
 
 
 def gated_product(
@@ -83,13 +85,14 @@ class _GatedProduct(Function):
         to_gate = None
         if ctx.needs_input_grad[3]:
             to_gate = torch.zeros_like(gate)
-            _put(to_gate, lit, _over_tokens(back, inner))
-            rest = _others(lit, len(gate)) if ctx.rest_learns else None
+            rest = _others(lit, len(gate), TILE if gate.is_cuda else 1) if ctx.rest_learns else None
             if rest is not None:
                 some = slice(ctx.offset, None, ctx.every)
                 inputs, outputs = _rows(x)[some], _rows(given)[some]
                 worth = _over_tokens(outputs @ _pick(left, 1, rest), inputs @ _pick(right, 0, rest).mT)
                 _put(to_gate, rest, worth * ctx.every)
+            # Last, because some of these may have gone along with the rest.
+            _put(to_gate, lit, _over_tokens(back, inner))
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = (back * _pick(gate, 0, lit).to(back.dtype)) @ _pick(right, 0, lit)
@@ -98,7 +101,8 @@ class _GatedProduct(Function):
 
 def _pick(tensor: Tensor, dim: int, which: Components | slice) -> Tensor:
     if isinstance(which, Tensor):
-        return tensor.index_select(dim, which)
+        # Masked layers keep a component's part of either factor as a row.
+        return tensor.index_select(0, which) if dim == 0 else tensor.mT.index_select(0, which).mT
     part = slice(which) if isinstance(which, int) else which
     return tensor[part] if dim == 0 else tensor[:, part]
 
@@ -107,16 +111,18 @@ def _put(tensor: Tensor, which: Components | slice, values: Tensor) -> None:
     tensor[slice(which) if isinstance(which, int) else which] = values.to(tensor.dtype)
 
 
-def _others(lit: Components, rank: int) -> slice | Tensor | None:
-    """Return the components that are not lit; None where all are."""
-    if isinstance(lit, int):
-        return slice(lit, rank) if lit < rank else None
-    if len(lit) == rank:
+def _others(lit: Components, rank: int, tile: int) -> slice | Tensor | None:
+    """Return the components that are not lit, with lit ones up to a multiple of ``tile``; None where all are lit."""
+    count = rank - (lit if isinstance(lit, int) else len(lit))
+    if not count:
         return None
+    count = min(count + -count % tile, rank)
+    if isinstance(lit, int):
+        return slice(rank - count, rank)
     dark = torch.ones(rank, dtype=torch.bool, device=lit.device)
     dark[lit] = False
     # Their number is known, so that no device has to be waited for.
-    return dark.to(torch.uint8).argsort(descending=True, stable=True)[: rank - len(lit)]
+    return dark.to(torch.uint8).argsort(descending=True, stable=True)[:count]
 
 
 def _over_tokens(one: Tensor, two: Tensor) -> Tensor:

@@ -173,11 +173,19 @@ def _backward(
             if name in seen and labels == "text":
                 _update(seen[name], calls, following.numel(), name, number)
     if seen and labels == "sampled":
-        probabilities = logits.detach().softmax(-1).flatten(0, 1).cpu()
-        drawn = torch.multinomial(probabilities, 1, generator=generator).view_as(following).to(logits.device)
+        drawn = _drawn(logits.detach().flatten(0, 1), generator).view_as(following)
         for name, calls in recorder.gradients(_loss(logits, drawn, number), False):
             if name in seen:
                 _update(seen[name], calls, following.numel(), name, number)
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a token for each row of ``logits`` by chances that the CPU draws, so that devices draw alike."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    chances = torch.rand(len(logits), 1, generator=generator).to(cumulative)
+    # The first token that lies above the chance: one of probability 0 never does.
+    found = torch.searchsorted(cumulative, chances * cumulative[:, -1:], right=True)
+    return found.clamp_max(logits.shape[-1] - 1)
 
 
 def _weight_gradient(inputs: Tensor, gradient: Tensor) -> Tensor:

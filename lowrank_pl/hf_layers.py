@@ -9,7 +9,7 @@ nothing of these layers stops at a size mismatch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -273,16 +273,26 @@ class PivotedLinear(nn.Linear):
         No buffer holds them, because loaders fill buffers that no file has with whatever the memory held: they are
         made anew whenever another tensor stands for the pivots, as after loading, moving or broadcasting.
         """
-        if self._derived[0] is not self.pivots:
-            # Tensors made in inference mode could not be used in training afterwards.
-            with torch.inference_mode(False):
-                size = self.out_features if self.side == "out" else self.in_features
-                is_pivot = torch.zeros(size, device=self.pivots.device, dtype=torch.int32)
-                is_pivot[self.pivots.long()] = 1
-                order = is_pivot.argsort(descending=True, stable=True)
-                indices = (order.argsort(),) if self.side == "out" else (order[: self.rank], order[self.rank :])
-                self._derived = (self.pivots, *indices)
-        return self._derived[1:]
+        if self._derived[0] is self.pivots:
+            return self._derived[1:]
+        # Tensors made in inference mode could not be used in training afterwards.
+        with torch.inference_mode(False):
+            size = self.out_features if self.side == "out" else self.in_features
+            is_pivot = torch.isin(torch.arange(size, device=self.pivots.device), self.pivots).int()
+            order = is_pivot.argsort(descending=True, stable=True)
+            indices = (order.argsort(),) if self.side == "out" else (order[: self.rank], order[self.rank :])
+        # What a recorded CUDA graph computes is overwritten by its next run.
+        if not torch.compiler.is_compiling():
+            self._derived = (self.pivots, *indices)
+        return indices
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PivotedLinear:
+        """Convert or move as every module does, indices included: a compiled model would make them in every run."""
+        known = self._derived[0] is not None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if known and not self.pivots.is_meta:
+            self._indices()
+        return self
 
     @torch.no_grad()
     def dense(self) -> Tensor:

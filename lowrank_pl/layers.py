@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.decompose import Factors
 from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.gated import Components, gated_product
+from lowrank_pl.gated import TILE, Components, gated_product
 from lowrank_pl.masks.base import Mask, MaskMethod
 from lowrank_pl.storage import Storage
 from lowrank_pl.targets import dense_weight, replace_module
@@ -57,12 +57,19 @@ class MaskedLinear(nn.Linear):
         self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         bias = getattr(dense, "bias", None)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self.left = nn.Parameter(factors.left.to(weight).contiguous(), requires_grad=False)
+        # A component is a row on both sides, so that those of any choice lie together, at addresses and in steps that
+        # the matrix units of a GPU take at full speed, however many they are.
+        self.left_rows = nn.Parameter(factors.left.to(weight).mT.contiguous(), requires_grad=False)
         self.right = nn.Parameter(factors.right.to(weight).contiguous(), requires_grad=False)
         self.mask = mask
         self.choice: Choice = "mask"
         self.work = Work()
         self.was_conv1d = isinstance(dense, Conv1D)
+
+    @property
+    def left(self) -> Tensor:
+        """``[out, rank]``, a view."""
+        return self.left_rows.mT
 
     def dense(self) -> nn.Module:
         """Return the layer that this one stands in for; it shares the bias and, but for ``Conv1D``, the weight."""
@@ -158,12 +165,18 @@ def set_to_work(layers: Mapping[str, MaskedLinear], dense_from: float, *, every:
 
 
 def _lit_components(layers: Mapping[str, MaskedLinear]) -> list[Components | None]:
-    """Return the lit components of each layer, with one transfer from the device and one to it."""
+    """Return the lit components of each layer, with one transfer from the device and one to it.
+
+    On a GPU some that are off go along where that fills up a multiple of ``TILE``.
+    """
     flags = [lit for layer in layers.values() if (lit := layer.mask.lit()) is not None]
     # Masks of one method, which all say so or none.
     if not flags:
         return [None] * len(layers)
-    found = [part.nonzero().flatten() for part in torch.split(torch.cat(flags).cpu(), [len(lit) for lit in flags])]
+    parts = torch.split(torch.cat(flags).cpu(), [len(lit) for lit in flags])
+    if flags[0].is_cuda:
+        parts = tuple(_filled(part) for part in parts)
+    found = [part.nonzero().flatten() for part in parts]
     counts = [len(part) for part in found]
     prefix = [not count or int(part[-1]) == count - 1 for part, count in zip(found, counts, strict=True)]
     if all(prefix):
@@ -171,6 +184,12 @@ def _lit_components(layers: Mapping[str, MaskedLinear]) -> list[Components | Non
     device = next(iter(layers.values())).left.device
     moved = torch.split(torch.cat(found).to(device), counts)
     return [count if first else part for count, first, part in zip(counts, prefix, moved, strict=True)]
+
+
+def _filled(lit: Tensor) -> Tensor:
+    """Return ``lit`` with the first others up to a multiple of ``TILE``; their gates are 0, which changes no result."""
+    others = (~lit).nonzero().flatten()[: -int(lit.sum()) % TILE]
+    return lit.index_fill(0, others, True)
 
 
 @contextmanager

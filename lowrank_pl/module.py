@@ -165,12 +165,17 @@ class RankLearner(LightningModule):
         data = calibration_data(self.trainer)
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         began = time.perf_counter()
-        model = load_base(self.base, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code)
-        if self.gradient_checkpointing:
-            refuse_dropout(model)
-        if not sharded:
-            model.to(self.trainer.strategy.root_device)
-        self.build(model, data)
+        # The Trainer would have everything made on its device, where tables of angles come out other than in a model
+        # that is loaded and moved, and where generators of the CPU can't draw.
+        with torch.device("cpu"):
+            model = load_base(
+                self.base, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code
+            )
+            if self.gradient_checkpointing:
+                refuse_dropout(model)
+            if not sharded:
+                model.to(self.trainer.strategy.root_device)
+            self.build(model, data)
         self.seconds["factors"] = time.perf_counter() - began
         if sharded:
             shard_frozen(model, self.device_mesh["data_parallel"], self.mask_parameters())  # type: ignore[index]

@@ -32,6 +32,9 @@ __all__ = ["Refit", "refit"]
 
 _log = logging.getLogger(__name__)
 
+_BUSY = 8192
+"""Tokens in a pass of one block that take a GPU longer than its kernels take to launch."""
+
 
 @dataclass(frozen=True)
 class Refit:
@@ -102,7 +105,7 @@ def refit(
     windows: Tensor,
     calibration: Tensor,
     settings: Refit | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> tuple[RankPlan, FactorStore]:
     """Return the plan with every module's factors fitted to the compressed model's own inputs, and these factors.
 
@@ -129,7 +132,7 @@ def refit(
             factors were made from, or more.
         calibration: ``[windows, length]`` token ids that the factors were made from.
         settings: How to refit.
-        batch_size: Windows per pass.
+        batch_size: Windows per pass; by default one, on a GPU as many as keep it busy.
 
     Raises:
         ValueError: The plan, the factors and the model don't belong together, there are too few windows, or what the
@@ -152,11 +155,12 @@ class _Work:
         windows: Tensor,
         calibration: Tensor,
         settings: Refit,
-        batch_size: int,
+        batch_size: int | None,
     ) -> None:
         check_belongs(plan, base, model, targets)
         self.plan, self.base, self.model, self.settings = plan, base, model, settings
-        self.calibration, self.batch_size = calibration, batch_size
+        self.calibration = calibration
+        self.batch_size = batch_size or (max(1, _BUSY // windows.shape[1]) if model.device.type == "cuda" else 1)
         self.fitting, self.held = settings.split(windows)
         self.modules = [target for target in targets.modules if target.name in plan.modules]
         fingerprint = {**base.fingerprint, "refit": self._identity()}

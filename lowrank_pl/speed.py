@@ -93,14 +93,15 @@ def measure_speed(
     length: int,
     repeats: int,
     compiled: bool = False,
+    recorded: bool = False,
     multiple_of: int = 1,
     tick: Callable[[Variant], object] = lambda _: None,
 ) -> dict[Variant, Measured]:
     """Return how long a step of each variant takes, and what it reads and computes.
 
     Variants take turns, ``repeats`` of each after one to warm up, so that all meet the same disturbances; only where
-    they are compiled does each have its turns in a row. They are put into the model one at a time, and at the end it is
-    as it was.
+    they are compiled or recorded does each have its turns in a row. They are put into the model one at a time, and at
+    the end it is as it was.
 
     Args:
         model: The dense model.
@@ -110,11 +111,12 @@ def measure_speed(
         length: Tokens in the cache before a step of decoding; tokens of a prompt.
         repeats: Turns of each variant that count.
         compiled: Whether to run what ``torch.compile`` makes of the model.
+        recorded: Whether to record a step as a CUDA graph and to time its replays, as servers decode.
         multiple_of: Every rank is a multiple of this.
         tick: Called after every turn with its variant.
 
     Raises:
-        ValueError: The model has too few positions, or no cache of keys and values.
+        ValueError: The model has too few positions, or no cache of keys and values, or can't be recorded.
     """
     drawn = random_tokens(model, length + 1)
     check_windows(model, drawn if case == "decode" else drawn[:, :-1], batch_size)
@@ -123,12 +125,16 @@ def measure_speed(
     found: dict[Variant, Measured] = {}
     with evaluating(model), torch.inference_mode():
         inputs = _step_inputs(model, tokens, case)
-        for number, (variant, turns) in enumerate(_turns(variants, repeats, in_a_row=compiled)):
+        for number, (variant, turns) in enumerate(_turns(variants, repeats, in_a_row=compiled or recorded)):
             with replaced(model, {} if variant == DENSE else uniform_modules(model, targets, variant, multiple_of)):
                 if variant not in found:
                     counted = multiply_adds(model, tokens[:1, :-1]) if case == "prefill" else 0
                     found[variant] = Measured(float("inf"), read_bytes(model), counted)
-                forward = _compiled(model, inputs) if compiled else model
+                forward: Callable[..., Any] = model
+                if compiled:
+                    forward = _compiled(model, inputs)
+                elif recorded:
+                    forward = _recorded(model, inputs)
                 for turn in range(turns):
                     seconds = _fastest(forward, inputs, model.device)
                     if turn or number >= len(variants):
@@ -186,6 +192,7 @@ def _random_layer(
     layer = PivotedLinear(inputs, outputs, rank, side=side, bias=bias, device=device, dtype=dtype)
     # Scattered, as they are in a compressed model.
     layer.pivots = torch.randperm(min(shape))[:rank].sort().values.to(layer.pivots)
+    layer.check_pivots()
     return layer
 
 
@@ -208,8 +215,9 @@ def multiply_adds(model: PreTrainedModel, prompt: Tensor) -> int:
         model: The model.
         prompt: Token ids ``[1, length]``, of which only the last logits are computed.
     """
-    # Of itself torch counts no attention that runs on a CPU.
-    uncounted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    # Of itself torch counts no attention that runs on a CPU, and stops at fewer heads of keys than of queries.
+    kinds = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    uncounted = {getattr(torch.ops.aten, f"_scaled_dot_product_{kind}"): _attention_flops for kind in kinds}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         model(input_ids=prompt, use_cache=False, logits_to_keep=1)
     counts: dict[Any, int] = counter.get_flop_counts()["Global"]
@@ -305,6 +313,27 @@ def _compiled(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[...
     for _ in range(3):  # compiles, warms up, records
         forward(**inputs)
     return forward
+
+
+def _recorded(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[..., object]:
+    """Return what replays a step of the model on these very inputs."""
+    if model.device.type != "cuda":
+        raise ValueError(f"the model is on {model.device}: only what runs on a CUDA device can be recorded")
+    aside = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream(model.device))
+    with torch.cuda.stream(aside):  # a recording may not be the first to use a library
+        for _ in range(3):
+            model(**inputs)
+    torch.cuda.current_stream(model.device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits: Tensor = model(**inputs).logits
+
+    def replay(**_: Any) -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
 
 
 def _fastest(forward: Callable[..., Any], inputs: Mapping[str, Any], device: torch.device) -> float:

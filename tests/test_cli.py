@@ -103,7 +103,7 @@ def test_the_commands_are_listed(capsys, words):
         ("allocate", ["--decomposition.kind", "Every rank is a multiple of this", "--output", "--json JSON"]),
         ("export", ["--merge", "Write dense weights for runtimes that know no factors", "--json JSON"]),
         ("refit", ["--plan PLAN", "--settings.windows", "--json JSON"]),
-        ("bench", ["What to measure: step, decode or prefill", "--storage", "--repeats", "--json JSON"]),
+        ("bench", ["What to measure: step, decode, prefill or svd", "--storage", "--repeats", "--json JSON"]),
     ],
 )
 def test_every_argument_is_a_flag_with_its_docstring(capsys, command, words):

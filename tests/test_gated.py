@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowrank_pl import gated
 from lowrank_pl.gated import gated_product
 
 TOKENS, IN, OUT, RANK = 24, 10, 7, 6
@@ -86,6 +87,29 @@ def test_bfloat16_has_a_float32_gradient():
     wide = run(lambda: plain(x.double(), left.double(), right.double(), gate), x, gate, direction.double())
     assert (y.dtype, to_x.dtype, to_gate.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     torch.testing.assert_close(to_gate, wide[2], rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize("lit", [0, 1, PREFIX, 5, RANK, SCATTERED], ids=str)
+@pytest.mark.parametrize("tile", [1, 2, 4, 8])
+def test_others_fill_up_tiles_with_lit_ones(lit, tile):
+    others = gated._others(lit, RANK, tile)
+    on = set(range(lit)) if isinstance(lit, int) else set(lit.tolist())
+    if len(on) == RANK:
+        assert others is None
+        return
+    found = torch.arange(RANK)[others].tolist()
+    assert set(range(RANK)) - on <= set(found)
+    assert len(set(found)) == len(found) == min(RANK, -(-(RANK - len(on)) // tile) * tile)
+
+
+def test_lit_ones_that_go_along_with_the_rest_keep_their_own_gradient(monkeypatch):
+    x, left, right, gate = pieces(PREFIX)
+    direction = torch.randn(2, TOKENS // 2, OUT, dtype=torch.float64)
+    expected = run(lambda: gated_product(x, left, right, gate, PREFIX, every=3), x, gate, direction)
+    whole = gated._others
+    monkeypatch.setattr(gated, "_others", lambda lit, rank, tile: whole(lit, rank, 4))
+    found = run(lambda: gated_product(x, left, right, gate, PREFIX, every=3), x, gate, direction)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
 def test_without_a_gradient_for_x_none_is_computed():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from lowrank_pl import gradients
 from lowrank_pl.decompose import decompose, diagonal_root, square_root, truncate
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.gradients import GradientMoments, WeightGradients, collect_gradients
@@ -106,9 +107,20 @@ def test_sampled_labels_are_drawn_from_the_model_and_reproducible(llama, windows
     for number, window in enumerate(short):
         with torch.no_grad():
             chances = llama(input_ids=window[None]).logits[0, :-1].softmax(-1)
-        labels = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(number))[:, 0]
+        lots = torch.rand(len(chances), 1, generator=torch.Generator().manual_seed(number))
+        labels = (chances.cumsum(-1) <= lots).sum(-1)
         total = total + per_token(llama, targets, window, labels)[targets[-1].name]
     torch.testing.assert_close(first, total, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_are_drawn_as_often_as_their_probability_says():
+    chances = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
+    logits = chances.log().expand(20_000, -1)
+    drawn = gradients._drawn(logits, torch.Generator().manual_seed(0))
+    assert drawn.shape == (20_000, 1)
+    counts = torch.bincount(drawn.flatten(), minlength=6) / 20_000
+    assert (counts[chances == 0] == 0).all()
+    torch.testing.assert_close(counts, chances, rtol=0, atol=0.015)
 
 
 def test_mean_of_sampled_gradients_is_the_fisher_of_the_head(llama):

@@ -231,7 +231,7 @@ def test_bench_measures_every_combination(case, tmp_path, capsys):
     )  # fmt: skip
     assert json.loads((tmp_path / "speed.json").read_text()) == figures
     assert figures["machine"]["torch"] == torch.__version__
-    assert figures["settings"] == {"repeats": 1, "multiple_of": 1, "compile": False}
+    assert figures["settings"] == {"repeats": 1, "multiple_of": 1, "compile": False, "record": False}
     rows = figures["rows"]
     kinds = [(row["dtype"], row["batch"]) for row in rows]
     assert list(dict.fromkeys(kinds)) == [("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2)]
