@@ -11,36 +11,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl import __version__
 from lowrank_pl.allocate import allocator
 from lowrank_pl.base_model import load_base, load_tokenizer
-from lowrank_pl.callbacks import RankMonitor, Stopwatch
-from lowrank_pl.checkpointing import AtomicCheckpoints
 from lowrank_pl.collected import Statistic
 from lowrank_pl.commands import pick_device
 from lowrank_pl.comparison import DENSE, comparison_table, read_results, write_comparison
-from lowrank_pl.compress import compressed, deployed_plan, restore_dense
-from lowrank_pl.data import CalibrationData
+from lowrank_pl.compress import compressed, deployed_plan
 from lowrank_pl.draw import draw_plan
 from lowrank_pl.evaluate import check_windows, perplexity
 from lowrank_pl.factor_store import FactorStore, total_seconds
 from lowrank_pl.files import canonical_json, sha256_of, write_json
 from lowrank_pl.finish import command_line
-from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
 from lowrank_pl.machine import describe_machine, peak_memory, reset_peak_memory
-from lowrank_pl.module import RankLearner
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import budget_for, build_factors, model_fingerprint, statistics_of
-from lowrank_pl.progress import LearningBar
 from lowrank_pl.recipes import Recipe, recipe
 from lowrank_pl.refit import Refit, refit
 from lowrank_pl.scored_texts import named_texts, warn_of_known_text
+from lowrank_pl.short_run import ShortRun
 from lowrank_pl.targets import Targets, find_targets
 from lowrank_pl.windows import token_windows, windows_fingerprint
 
@@ -119,6 +111,12 @@ def compare(
     }
     for scored in windows.values():
         check_windows(model, scored)
+    options = {"include": list(include), "exclude": list(exclude), "multiple_of": multiple_of}
+    tokens = token_windows(calibration, tokenizer, length=calibration_length, windows=calibration_windows)
+    learner = ShortRun(
+        model=model, base=base, dtype=dtype, tokenizer=tokenizer, calibration=calibration, tokens=tokens,
+        options=options, seed=seed, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     bench = _Comparison(
         run=run,
         base=base,
@@ -127,11 +125,11 @@ def compare(
         tokenizer=tokenizer,
         targets=targets,
         calibration=calibration,
-        tokens=token_windows(calibration, tokenizer, length=calibration_length, windows=calibration_windows),
+        tokens=tokens,
         scored=windows,
-        options={"include": list(include), "exclude": list(exclude), "multiple_of": multiple_of},
+        options=options,
         seed=seed,
-        trust_remote_code=trust_remote_code,
+        learner=learner,
     )
     warn_of_known_text(windows, bench.tokens, calibration, tokenizer, chosen)
     results = bench.results(chosen, keep)
@@ -156,7 +154,7 @@ class _Comparison:
     scored: dict[str, Tensor]
     options: dict[str, Any]
     seed: int
-    trust_remote_code: bool
+    learner: ShortRun
 
     def results(self, recipes: Mapping[str, Recipe], keeps: Sequence[float]) -> list[dict[str, Any]]:
         """Return all results, those of earlier calls in the same folder included, making what is missing."""
@@ -297,7 +295,7 @@ class _Comparison:
         if method.learning is not None:
             # What comes after the learning has no part in it: a method and its +refit learn once.
             learned = self._identity(replace(method, refit=None), keep)
-            return self._learn(method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}")
+            return self.learner.learn(method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}")
         budget = budget_for(
             self.model, self.targets, keep, multiple_of=self.options["multiple_of"], storage=method.storage
         )
@@ -314,66 +312,6 @@ class _Comparison:
             text=self.calibration,
         )
         return plan, store, time.perf_counter() - began
-
-    def _learn(self, method: Recipe, keep: float, folder: Path) -> tuple[RankPlan, FactorStore, float]:
-        """Return the plan that a mask learned, by Lightning; a run that was killed goes on from its checkpoint."""
-        learning = method.learning
-        assert learning is not None
-        seed_everything(self.seed, verbose=False)
-        count, length = self.tokens.shape
-        data = CalibrationData(
-            self.calibration,
-            self.tokenizer,
-            length=length,
-            windows=learning.windows,
-            batch_size=learning.batch_size,
-            seed=self.seed,
-            statistics_windows=count,
-            validation_windows=0,
-        )
-        learner = RankLearner(
-            self.base,
-            keep=keep,
-            dtype=self.dtype,
-            mask=learning.mask,
-            data_terms=learning.data_terms,
-            decomposition=method.decomposition,
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning.lr, weight_decay=0.0),
-            cosine=learning.cosine,
-            start=learning.start,
-            storage=method.storage,
-            trust_remote_code=self.trust_remote_code,
-            **self.options,
-        )
-        checkpoints = ModelCheckpoint(
-            folder / "checkpoints", every_n_train_steps=25, save_last=True, save_top_k=1, enable_version_counter=False
-        )
-        watch = Stopwatch()
-        monitor = RankMonitor(map_every_n_steps=learning.steps)
-        trainer = Trainer(
-            max_steps=learning.steps,
-            max_epochs=-1,
-            accelerator="auto" if self.model.device.type != "cpu" else "cpu",
-            devices=1 if self.model.device.type == "cpu" else [self.model.device.index or 0],
-            default_root_dir=folder,
-            limit_val_batches=0,
-            logger=TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
-            callbacks=[checkpoints, watch, monitor, LearningBar(), StopBetweenBatches()],
-            plugins=[AtomicCheckpoints()],
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            enable_model_summary=False,
-        )
-        last = folder / "checkpoints" / "last.ckpt"
-        device = self.model.device
-        try:
-            # On the model that is there: a learner would load a second one.
-            learner.build(self.model, data)
-            with told_when_interrupted(trainer, lambda: "run the same command again to go on"):
-                trainer.fit(learner, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-            return learner.plan(), learner.store, watch.learning_seconds()
-        finally:
-            restore_dense(self.model).to(device)
 
 
 def _figures(nats: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -31,6 +31,7 @@ class Learning:
         data_terms: What the masks learn from.
         start: The allocator whose plan the masks start from; ``None`` starts from the same ratio everywhere.
         cosine: Let the step size fall to 0 along a cosine.
+        rest_every: Gates that are off learn from every so many-th token of a batch; 1 is exact.
 
     Raises:
         ValueError: No steps, windows or batch, or a step size that is not above 0.
@@ -44,9 +45,10 @@ class Learning:
     data_terms: DataTerms = DataTerms()
     start: str | None = None
     cosine: bool = False
+    rest_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "windows", "batch_size"):
+        for name in ("steps", "windows", "batch_size", "rest_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of a recipe's learning is {getattr(self, name)}: expected at least 1")
         if not self.lr > 0:
@@ -93,6 +95,8 @@ class Recipe:
         learning = self.learning
         mask = {key: value for key, value in vars(learning.mask).items() if not key.startswith("_")}
         described = {f: getattr(learning, f) for f in ("steps", "lr", "windows", "batch_size", "start", "cosine")}
+        if learning.rest_every > 1:
+            described["rest_every"] = learning.rest_every
         terms = _jsonable(asdict(learning.data_terms))
         return {**base, "learning": {**described, "mask": {"name": learning.mask.name, **mask}, "data_terms": terms}}
 

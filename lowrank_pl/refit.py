@@ -32,7 +32,7 @@ __all__ = ["Refit", "refit"]
 
 _log = logging.getLogger(__name__)
 
-_BUSY = 8192
+_BUSY = 32_768
 """Tokens in a pass of one block that take a GPU longer than its kernels take to launch."""
 
 

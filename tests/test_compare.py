@@ -97,7 +97,7 @@ def test_a_changed_recipe_is_made_anew(folder, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    real = compare_module.RankLearner.training_step
+    real = short_run.RankLearner.training_step
 
     def killed(self, tokens, batch_idx):
         if self.global_step == 26:
@@ -107,12 +107,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     long = Recipe(learning=Learning(Staircase(), steps=28, windows=4))
     arguments = {"methods": ["long"], "keep": [0.5], "recipes": {"long": long}, **SETTINGS}
     whole = compare("random:llama", run=tmp_path / "whole", **arguments)
-    monkeypatch.setattr(compare_module.RankLearner, "training_step", killed)
+    monkeypatch.setattr(short_run.RankLearner, "training_step", killed)
     with pytest.raises(SystemError, match="killed"):
         compare("random:llama", run=tmp_path / "killed", **arguments)
     steps = []
     monkeypatch.setattr(
-        compare_module.RankLearner, "training_step", lambda self, *args: (steps.append(1), real(self, *args))[1]
+        short_run.RankLearner, "training_step", lambda self, *args: (steps.append(1), real(self, *args))[1]
     )
     resumed = compare("random:llama", run=tmp_path / "killed", **arguments)
     assert len(steps) == 3  # from step 25 to 28
@@ -123,9 +123,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_method_and_its_refit_learn_once(tmp_path, monkeypatch):
-    real, steps = compare_module.RankLearner.training_step, []
+    real, steps = short_run.RankLearner.training_step, []
     monkeypatch.setattr(
-        compare_module.RankLearner, "training_step", lambda self, *args: (steps.append(1), real(self, *args))[1]
+        short_run.RankLearner, "training_step", lambda self, *args: (steps.append(1), real(self, *args))[1]
     )
     long = Recipe(learning=Learning(Staircase(), steps=25, windows=4))
     results = compare(

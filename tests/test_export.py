@@ -5,6 +5,7 @@ import errno
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -351,6 +352,29 @@ def test_a_changed_weight_is_named(exports):
     model = copy.deepcopy(models["llama"])
     model.model.norm.weight.data += 1
     assert verify._first_difference(model, home / "llama") == "model.norm.weight differs"
+
+
+def test_on_a_gpu_rounding_is_no_difference_and_more_is(exports, monkeypatch):
+    home, models = exports
+    model, tokenizer = models["llama"], byte_tokenizer()
+    reference = reload_check.probe(model)
+    other = reference.clone()
+
+    def answer(_, __, logits, **___):
+        torch.save(other, logits)
+        told = {"token_ids": tokenizer(reload_check.PROBE_TEXT)["input_ids"], "chat_template": tokenizer.chat_template}
+        return {"logits": reload_check.digest(other), "missing": [], "unexpected": [], **told}
+
+    monkeypatch.setattr(verify, "_ask_fresh_process", answer)
+    check = partial(verify.check_reload, model, home / "llama", reference, tokenizer, merged=False)
+    other[0, 0] += 1e-5
+    with pytest.raises(ExportError, match="all weights are equal, the computation is not"):
+        check()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    check()
+    other[0] += 1.0
+    with pytest.raises(ExportError, match=r"all weights are equal, and the logits are off by 0\.\d+ \(relative"):
+        check()
 
 
 def test_merged_weights_that_overflow_are_refused():

@@ -14,7 +14,8 @@ import pytest
 import lowrank_pl
 
 PACKAGE = Path(lowrank_pl.__file__).parent
-OUTER = {"module", "data", "callbacks", "checkpointing", "compare", "interrupt", "progress", "cli", "__main__"}
+OUTER = {"module", "data", "callbacks", "checkpointing", "compare", "interrupt", "progress", "short_run", "cli"}
+OUTER |= {"__main__"}
 FORBIDDEN = ("lightning", "pytorch_lightning", "tensorboard", "torch.utils.tensorboard")
 
 
