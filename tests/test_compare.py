@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowrank_pl import RankPlan
+from lowrank_pl import RankPlan, short_run
 from lowrank_pl import compare as compare_module
-from lowrank_pl import short_run
 from lowrank_pl.cli import main
 from lowrank_pl.compare import compare
 from lowrank_pl.comparison import comparison_plot, comparison_table, read_results
