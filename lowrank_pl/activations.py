@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.targets import decoder_blocks
 
-__all__ = ["recompute_blocks", "refuse_dropout", "watched_forward"]
+__all__ = ["keep_activations", "recompute_blocks", "refuse_dropout", "watched_forward"]
 
 
 def watched_forward(
@@ -53,6 +53,12 @@ def recompute_blocks(model: PreTrainedModel) -> None:
     # Later releases of transformers 5 warn of the name that the first ones have.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def keep_activations(model: PreTrainedModel) -> None:
+    """Undo ``recompute_blocks``."""
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
 
 
 def refuse_dropout(model: nn.Module) -> None:

@@ -43,6 +43,7 @@ def bench(
     dtype: DType | list[DType] | None = None,
     multiple_of: int | None = None,
     rest_every: int | None = None,
+    gradient_checkpointing: bool = False,
     compile: bool = False,
     record: bool | None = None,
     device: str = "auto",
@@ -77,6 +78,8 @@ def bench(
         dtype: Types to load the base in; by default float32 bfloat16, for step float32.
         multiple_of: Every rank is a multiple of this; by default 1. Not for step.
         rest_every: Gates that are off learn from every so many-th token; by default 8. For step only.
+        gradient_checkpointing: Learning steps compute the activations of each block again instead of keeping them. For
+            step only.
         compile: Run what torch.compile makes of the models. For decode and prefill.
         record: Record a step as a CUDA graph and time its replays, as servers decode; by default on a GPU, where the
             launching of kernels would hide what they take, unless compile is given. For decode and prefill.
@@ -106,6 +109,7 @@ def bench(
         _refuse(
             case, keep=keep, storage=storage, length=length, batch_size=batch_size, dtype=dtype,
             multiple_of=multiple_of, rest_every=rest_every, compile=compile or None, record=record,
+            gradient_checkpointing=gradient_checkpointing or None,
         )  # fmt: skip
         rows = measure_drivers(_shapes([base] if base else _SVD_BASES), place, repeats=repeats)
         print(tabulate(rows, headers="keys", floatfmt=".3g"))
@@ -119,9 +123,10 @@ def bench(
         figures = _steps(
             base, keep=_only("keep", keep, 0.8), length=length, batch_size=_only("batch_size", sizes, 1),
             repeats=repeats, dtype=_only("dtype", dtype, "float32"), every=rest_every or 8, forms=forms, place=place,
+            recompute=gradient_checkpointing,
         )  # fmt: skip
     else:
-        _refuse(case, rest_every=rest_every)
+        _refuse(case, rest_every=rest_every, gradient_checkpointing=gradient_checkpointing or None)
         keeps = _several("keep", keep, [0.8, 0.6, 0.5])
         figures = _speed(
             case, base or _BASE, [DENSE, *(Variant(form, fraction) for form in forms for fraction in keeps)],
@@ -206,6 +211,7 @@ def _steps(
     every: int,
     forms: list[Form],
     place: torch.device,
+    recompute: bool,
 ) -> dict[str, Any]:
     check_keep(keep)
     cases = _STEP_CASES if base is None else {_case_name(base): (base, 512)}
@@ -217,7 +223,9 @@ def _steps(
         tokens = drawn.to(place).expand(batch_size, -1)
         for form in forms:
             prices = Storage(form, model.dtype.itemsize)
-            row = measure_step(model, tokens, keep=keep, prices=prices, every=every, repeats=repeats)
+            row = measure_step(
+                model, tokens, keep=keep, prices=prices, every=every, repeats=repeats, gradient_checkpointing=recompute
+            )
             figures[name if form == "factored" else f"{name}_{form}"] = {**row, "machine": describe_machine(place)}
     shown = ("tokens", *(f"{form}_seconds" for form in ("frozen", "step")), *_STEP_RATIOS)
     rows = [{"case": name, **{key: row[key] for key in shown}} for name, row in figures.items()]

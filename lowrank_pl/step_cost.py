@@ -7,7 +7,8 @@ needed, and blocks of models that fit no machine can be measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_pl.activations import keep_activations, recompute_blocks, refuse_dropout
 from lowrank_pl.decompose import Factors
 from lowrank_pl.layers import MaskedLinear, Work, set_to_work
 from lowrank_pl.machine import peak_memory, reset_peak_memory
@@ -34,6 +36,7 @@ def measure_step(
     prices: Storage,
     every: int,
     repeats: int,
+    gradient_checkpointing: bool = False,
     method: MaskMethod | None = None,
 ) -> dict[str, Any]:
     """Return the seconds of a learning step in three forms and of the frozen model's, and their ratios.
@@ -49,15 +52,24 @@ def measure_step(
         prices: What ranks cost, and so how many a fraction pays for.
         every: As above.
         repeats: Turns of each, after one to warm up.
+        gradient_checkpointing: Whether learning steps compute the activations of each block again in the backward
+            pass; the frozen step keeps them.
         method: Makes the masks; ARA's by default.
+
+    Raises:
+        ValueError: Activations are to be computed again and the model has dropout.
     """
     method = method or Staircase()
+    if gradient_checkpointing:
+        refuse_dropout(model)
     layers = _masked(model, method, keep, prices)
     dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
     added = sum(layer.left.nbytes + layer.right.nbytes for layer in layers.values())
 
     def learning(*, every: int | None) -> Callable[[], None]:
         def step() -> None:
+            # Blocks compute again what they did not keep in train mode only.
+            model.train(gradient_checkpointing)
             set_to_work(layers, method.dense_from, every=every or 1)
             if every is None:
                 for layer in layers.values():
@@ -67,15 +79,15 @@ def measure_step(
         return step
 
     def frozen() -> None:
+        model.eval()
         for layer in layers.values():
             layer.choice = "dense"
         embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
         _loss(model(inputs_embeds=embeddings, use_cache=False).logits, tokens)
 
     steps = {"step": learning(every=every), "exact": learning(every=1), "plain": learning(every=None)}
-    reset_peak_memory(model.device)
-    with replaced(model, layers):
-        seconds = _fastest({"frozen": frozen, **steps}, repeats, model.device)
+    with replaced(model, layers), _recomputing(model, gradient_checkpointing):
+        seconds, peaks = _fastest({"frozen": frozen, **steps}, repeats, model.device)
     ratios = {name: seconds[name] / seconds["frozen"] for name in steps}
     return {
         "keep": keep,
@@ -87,7 +99,8 @@ def measure_step(
         "exact_ratio_to_frozen": ratios["exact"],
         "plain_ratio_to_frozen": ratios["plain"],
         "weights_ratio": (dense_bytes + added) / dense_bytes,
-        "peak_memory_bytes": peak_memory(model.device),
+        "gradient_checkpointing": gradient_checkpointing,
+        **{f"{name}_peak_memory": value for name, value in peaks.items()},
     }
 
 
@@ -109,21 +122,43 @@ def _masked(model: PreTrainedModel, method: MaskMethod, keep: float, prices: Sto
     return layers
 
 
+@contextmanager
+def _recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Let blocks compute activations again in train mode, where that is wanted; the mode at the end is that before."""
+    before = model.training
+    if wanted:
+        recompute_blocks(model)
+    try:
+        yield
+    finally:
+        model.train(before)
+        if wanted:
+            keep_activations(model)
+
+
 def _loss(logits: Tensor, tokens: Tensor) -> None:
     next_token_loss(logits, tokens).backward()  # type: ignore[no-untyped-call]
 
 
-def _fastest(actions: Mapping[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Return the fastest time of each action in seconds; they take turns, so that all meet the same disturbances."""
-    best = dict.fromkeys(actions, float("inf"))
+def _fastest(
+    actions: Mapping[str, Callable[[], None]], repeats: int, device: torch.device
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Return each action's fastest time in seconds, and the most bytes that were in use during its first turn.
+
+    They take turns, so that all meet the same disturbances.
+    """
+    best, peaks = dict.fromkeys(actions, float("inf")), {}
     with tqdm(total=(repeats + 1) * len(actions), desc="bench step", unit="step") as bar:
         for turn in range(repeats + 1):
             for name, action in actions.items():
+                reset_peak_memory(device)
                 began = time.perf_counter()
                 action()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 if turn:
                     best[name] = min(best[name], time.perf_counter() - began)
+                else:
+                    peaks[name] = peak_memory(device)
                 bar.update()
-    return best
+    return best, peaks

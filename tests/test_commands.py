@@ -311,11 +311,25 @@ def test_bench_compares_learning_steps_with_the_frozen_model(tmp_path, capsys):
         bench(base="random:llama", repeats=0)
 
 
-def test_bench_leaves_the_model_as_it_was():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bench_leaves_the_model_as_it_was(recompute, monkeypatch):
     model = load_base("random:llama")
+    calls = []
+    monkeypatch.setattr(
+        model.model.layers[0].mlp, "forward", lambda x, f=model.model.layers[0].mlp.forward: (calls.append(1), f(x))[1]
+    )
     tokens = random_tokens(model, 16)
     before = model(tokens).logits
-    measure_step(model, tokens, keep=0.6, prices=Storage("pivoted"), every=4, repeats=1, method=PerValue())
+    calls.clear()
+    row = measure_step(
+        model, tokens, keep=0.6, prices=Storage("pivoted"), every=4, repeats=1, method=PerValue(),
+        gradient_checkpointing=recompute,
+    )  # fmt: skip
+    # Targets are found by one pass; then two turns of four steps, of which those that learn compute the block twice.
+    assert len(calls) == 1 + 2 * (4 + 3 * recompute)
+    assert row["step_peak_memory"] > 0
+    assert not model.training
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert torch.equal(model(tokens).logits, before)
     assert not any(isinstance(module, MaskedLinear) for module in model.modules())
 
