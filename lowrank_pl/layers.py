@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -156,32 +156,35 @@ def set_to_work(layers: Mapping[str, MaskedLinear], dense_from: float, *, every:
         All ratios ``[layers]``, differentiable.
     """
     ratios = torch.stack([layer.mask.ratio() for layer in layers.values()])
+    # Masks of one method, which all say what is lit or none.
+    flags = [lit for layer in layers.values() if (lit := layer.mask.lit()) is not None]
     # One transfer for all layers: asking each for itself would wait for the device once a layer.
-    for layer, dense in zip(layers.values(), (ratios >= dense_from).tolist(), strict=True):
-        layer.choice = "dense" if dense else "mask"
-    for layer, lit in zip(layers.values(), _lit_components(layers), strict=True):
-        layer.work = Work(lit, every, offset)
+    dense, *lit_flags = torch.split(
+        torch.cat([ratios >= dense_from, *flags]).cpu(), [len(layers), *(len(lit) for lit in flags)]
+    )
+    lit: Sequence[Components | None] = [None] * len(layers)
+    if flags:
+        lit = _lit_components(lit_flags, ratios.device)
+    for layer, is_dense, components in zip(layers.values(), dense.tolist(), lit, strict=True):
+        layer.choice = "dense" if is_dense else "mask"
+        layer.work = Work(components, every, offset)
     return ratios
 
 
-def _lit_components(layers: Mapping[str, MaskedLinear]) -> list[Components | None]:
-    """Return the lit components of each layer, with one transfer from the device and one to it.
+def _lit_components(flags: Sequence[Tensor], device: torch.device) -> list[Components]:
+    """Return the lit components of each layer, with one transfer to the device.
 
     On a GPU some that are off go along where that fills up a multiple of ``TILE``.
+
+    Args:
+        flags: What is lit, on the CPU.
+        device: Where index sets go.
     """
-    flags = [lit for layer in layers.values() if (lit := layer.mask.lit()) is not None]
-    # Masks of one method, which all say so or none.
-    if not flags:
-        return [None] * len(layers)
-    parts = torch.split(torch.cat(flags).cpu(), [len(lit) for lit in flags])
-    if flags[0].is_cuda:
-        parts = tuple(_filled(part) for part in parts)
-    found = [part.nonzero().flatten() for part in parts]
+    found = [(_filled(part) if device.type == "cuda" else part).nonzero().flatten() for part in flags]
     counts = [len(part) for part in found]
     prefix = [not count or int(part[-1]) == count - 1 for part, count in zip(found, counts, strict=True)]
     if all(prefix):
         return [*counts]
-    device = next(iter(layers.values())).left.device
     moved = torch.split(torch.cat(found).to(device), counts)
     return [count if first else part for count, first, part in zip(counts, prefix, moved, strict=True)]
 
