@@ -162,10 +162,10 @@ def set_to_work(layers: Mapping[str, MaskedLinear], dense_from: float, *, every:
     dense, *lit_flags = torch.split(
         torch.cat([ratios >= dense_from, *flags]).cpu(), [len(layers), *(len(lit) for lit in flags)]
     )
-    lit: Sequence[Components | None] = [None] * len(layers)
+    multiplied: Sequence[Components | None] = [None] * len(layers)
     if flags:
-        lit = _lit_components(lit_flags, ratios.device)
-    for layer, is_dense, components in zip(layers.values(), dense.tolist(), lit, strict=True):
+        multiplied = _lit_components(lit_flags, ratios.device)
+    for layer, is_dense, components in zip(layers.values(), dense.tolist(), multiplied, strict=True):
         layer.choice = "dense" if is_dense else "mask"
         layer.work = Work(components, every, offset)
     return ratios
