@@ -124,11 +124,12 @@ def test_masks_learn_what_they_learn_on_the_cpu(name):
     method, settings = METHODS[name]
     found = []
     for accelerator in ("cpu", "gpu"):
-        learner = make_learner(mask=method(), **settings)
+        # Not Adam, whose steps are as large where a gradient is nothing but rounding.
+        learner = make_learner(mask=method(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5), **settings)
         fit(learner, accelerator=accelerator, max_steps=4)
         found.append((learner.plan(), [part.detach().cpu() for part in learner.mask_parameters()]))
     for one, two in zip(found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(one, two, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
     ranks = [[entry.rank or 0 for entry in plan.modules.values()] for plan, _ in found]
     assert max(abs(one - two) for one, two in zip(*ranks, strict=True)) <= 1
 
