@@ -126,6 +126,17 @@ def test_layers_at_work_compute_what_their_masks_say(name):
         assert all(isinstance(part, int) and part < layers["a"].mask.rank for part in lit)
 
 
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"ars"}))  # whose gates lie in a network that masks share
+def test_all_that_masks_say_lies_where_they_do(name):
+    # On another device than where they are made, as on a GPU.
+    modules = {n: nn.Linear(IN, OUT, bias=False).requires_grad_(False) for n in "ab"}
+    mask = masked_by(METHODS[name], modules)["a"].mask
+    mask.to("meta")
+    lit = mask.lit()
+    said = [mask(), mask.ratio(), mask.kept(), *([] if lit is None else [lit])]
+    assert {part.device.type for part in said} == {"meta"}
+
+
 def test_mixed_precision_takes_the_plain_way(layer, x):
     masked = mask_in(layer)
     set_to_work({"a": masked}, float("inf"))

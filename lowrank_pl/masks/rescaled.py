@@ -90,9 +90,9 @@ class RescaledMask(Mask):
         return (positions < length).float() + (soft - soft.detach())
 
     def lit(self) -> Tensor:
-        """Return the prefix and what is measured beyond its end, bool ``[rank]``, on the CPU."""
+        """Return the prefix and what is measured beyond its end, bool ``[rank]``."""
         length = self.rank if self.length is None else self.length
-        return torch.arange(self.rank) < length + self.reach()
+        return torch.arange(self.rank, device=self.log_scale.device) < length + self.reach()
 
     def ratio(self) -> Tensor:
         """Return the parameters of the prefix over the dense weight's, 1 when dense; constant in the scale."""
