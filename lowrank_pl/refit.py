@@ -121,7 +121,7 @@ def refit(
 
     The new factors go into a folder of ``factors``, module by module: a killed run goes on at the block it was in.
     Passes take about as long as six over all windows; moments of one input at a time are in memory, and hidden states
-    of all windows for both models, on the CPU.
+    of all windows for both models, on the CPU where a GPU has no room.
 
     Args:
         plan: The plan; modules with an index set are refitted to its size.

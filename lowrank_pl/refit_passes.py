@@ -140,8 +140,8 @@ class Twins:
     """A dense model and its compressed twin, run side by side over the same windows, block by block.
 
     There is one model: for a pass of the twin its low-rank layers stand in the places of the dense ones. Between
-    blocks the hidden states of both wait on the CPU, so that a pass runs one block, and of that no more than what comes
-    before the map that is asked about.
+    blocks the hidden states of both wait, on a GPU that has room for them or on the CPU, so that a pass runs one block,
+    and of that no more than what comes before the map that is asked about.
 
     Args:
         model: The dense model; left as it was.
@@ -162,6 +162,7 @@ class Twins:
                 type(model).__name__,
             )
         self._start = 0
+        self._place = _resting_place(model, sum(batch.numel() for batch in self.batches))
         # Of the dense model and its twin in turn.
         self._hidden: list[Any] = []
 
@@ -176,7 +177,7 @@ class Twins:
         found: list[Any] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(_moved(output, torch.device("cpu")))
+            found.append(_moved(output, self._place))
             raise _EnoughError
 
         self._run(lambda stack: stack.callback(last.register_forward_hook(keep).remove), lambda _: None)
@@ -228,6 +229,17 @@ class Twins:
                         watch(stack)
                         self.model(input_ids=batch.to(device), use_cache=False)
                 done(number)
+
+
+def _resting_place(model: PreTrainedModel, tokens: int) -> torch.device:
+    """Return where hidden states of ``tokens`` tokens wait: moving them takes a GPU longer than what it computes."""
+    device = model.device
+    if device.type == "cuda":
+        width, size = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
+        # Those of both models, and while a block is passed, in front of it and behind it.
+        if 4 * tokens * width * size < torch.cuda.mem_get_info(device)[0] / 2:
+            return device
+    return torch.device("cpu")
 
 
 def _moved(output: Any, device: torch.device) -> Any:

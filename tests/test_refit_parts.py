@@ -9,7 +9,7 @@ import torch
 
 from lowrank_pl.decompose import Factors, decompose, square_root, truncate
 from lowrank_pl.refit_moments import PairMoments
-from lowrank_pl.refit_passes import Place, survey
+from lowrank_pl.refit_passes import Place, _resting_place, survey
 from lowrank_pl.refit_solve import NOTHING, Choice, Problem, choose, refitted
 from lowrank_pl.targets import find_targets
 from lowrank_pl.tiny_models import tiny_model
@@ -228,3 +228,15 @@ def test_maps_that_run_twice_or_never_have_no_place(llama):
     assert places["model.layers.0.mlp.up_proj"] == Place(False, None)
     assert places["model.layers.0.mlp.gate_proj"] == Place(True, None)
     assert places["model.layers.1.mlp.gate_proj"] == Place(False, None)
+
+
+@pytest.mark.parametrize(("free", "place"), [(10_000_000, "cuda"), (10_000, "cpu")])
+def test_hidden_states_wait_on_a_gpu_that_has_room(free, place, llama, monkeypatch):
+    monkeypatch.setattr(type(llama), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    # Four times 100 tokens of 32 float32 numbers.
+    assert _resting_place(llama, 100).type == place
+
+
+def test_hidden_states_wait_on_the_cpu(llama):
+    assert _resting_place(llama, 100).type == "cpu"
