@@ -233,7 +233,7 @@ class Twins:
 
 def _resting_place(model: PreTrainedModel, tokens: int) -> torch.device:
     """Return where hidden states of ``tokens`` tokens wait: moving them takes a GPU longer than what it computes."""
-    device = model.device
+    device: torch.device = model.device
     if device.type == "cuda":
         width, size = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
         # Those of both models, and while a block is passed, in front of it and behind it.
