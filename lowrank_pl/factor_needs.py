@@ -39,8 +39,10 @@ def load_phase(model: Anatomy, machine: Machine, program: float) -> Phase:
         host["the same in float32, unpacked"] = 4.0 * model.parameters
         host["packed file"] = _PACKED * model.parameters
     if not machine.unified:
-        # A model is made on the CPU and moved, or sharded, as a whole.
+        # A model is made on the CPU as a whole, then moved, or sharded when its masked layers are in.
         host["dense weights before they move"] = model.bytes
+    if machine.sharded:
+        device = {}
     return Phase("load", device, host, read=(_PACKED if model.unpacked else model.itemsize) * model.parameters)
 
 

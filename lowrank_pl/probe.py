@@ -22,9 +22,9 @@ from lowrank_pl.svd import thin_svd
 __all__ = ["ASSUMED", "MEMORY", "existing_folder", "probe"]
 
 ASSUMED = {
-    # A multiply-add is two operations: 400 of the 989 TFLOP/s that are on paper, at half efficiency, in bf16; in
-    # float32 (TF32 is off) and float64 on the matrix units half of 67. Decompositions are mostly waiting, as `lowrank
-    # bench svd` found. NVLink and InfiniBand are taken as one link of 50 GB/s, the slower of both.
+    # A multiply-add is two operations: 400 of the 989 TFLOP/s that are on paper, at half efficiency, in bf16; half of
+    # the 67 in float32 (TF32 is off) and in float64. Decompositions take many steps that are no products: `lowrank
+    # bench svd` measures them. NVLink and InfiniBand are taken as one link of 50 GB/s, the slower of both.
     "h100": Speeds(
         "assumed for an H100: 400 TFLOP/s in bf16 at 50 % efficiency, 33 TFLOP/s in float32 and float64, 2 % of that "
         "in decompositions, 50 GB/s between processes, 2 GB/s to and from disk",
