@@ -198,9 +198,9 @@ def test_factors_alone_are_made_block_by_block_where_no_gradient_is_needed(llama
 
 def test_too_little_memory_is_said(capsys):
     settings = Decomposition("two_sided")
-    dry_run_decompose("shapes:llama-3.2-1b", decomposition=settings, windows=2, length=4000, speeds="h100")
+    dry_run_decompose("shapes:llama-3.2-1b", decomposition=settings, windows=2, length=64, speeds="h100")
     assert "TOO LITTLE" not in capsys.readouterr().out
-    dry_run_decompose("layers:llama-3-70b:3", decomposition=settings, windows=2, length=64, speeds="h100")
+    dry_run_decompose("layers:llama-3-70b:5", decomposition=settings, windows=2, length=64, speeds="h100")
     assert "TOO LITTLE GPU MEMORY: 80.00 GB, and more is needed for output gradients" in capsys.readouterr().out
 
 
