@@ -1,0 +1,244 @@
+"""What a dry run says, beside what real runs of tiny models take, and that it loads and writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_pl import build_factors, find_targets
+from lowrank_pl import compare as compare_module
+from lowrank_pl import module as learner_module
+from lowrank_pl.anatomy import anatomy, read_config
+from lowrank_pl.cli import main
+from lowrank_pl.command_work import compare_workload, machine_of
+from lowrank_pl.decomposition import Decomposition
+from lowrank_pl.dry_run import dry_run_decompose, estimate
+from lowrank_pl.layers import insert_masks, masked_layers
+from lowrank_pl.masks import PerValue, Rescaled, Staircase
+from lowrank_pl.needs import Phase, held_on_to
+from lowrank_pl.probe import ASSUMED, probe
+from lowrank_pl.recipes import recipe
+from lowrank_pl.speed import multiply_adds
+from lowrank_pl.storage import Storage
+from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
+from lowrank_pl.workload import Learner, Machine, Workload
+
+SMOKE = str(Path(__file__).parents[1] / "configs" / "smoke.yaml")
+TWO_SIDED = Decomposition("two_sided")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return anatomy("random:llama", length=64)
+
+
+def phase_of(found, name):
+    return next(phase for phase in found.phases if phase.name == name)
+
+
+def bytes_in(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_shapes_without_values_tell_what_the_model_is(family):
+    found, model = anatomy(f"random:{family}", length=16), tiny_model(family)
+    head = model.get_output_embeddings().weight.numel()
+    assert found.modules == find_targets(model).modules
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.multiply_adds * 16 == multiply_adds(model, torch.zeros(1, 16, dtype=torch.long)) + 16 * head
+
+
+def test_large_models_are_known_by_name():
+    found = anatomy("shapes:llama-3.2-1b", dtype=torch.bfloat16, length=2)
+    assert (found.parameters, found.bytes, len(found.modules)) == (1_235_814_400, 2_471_628_800, 16 * 7)
+    assert read_config("shapes:llama-3.1-405b").num_hidden_layers == 126
+
+
+def test_activations_grow_with_the_text_and_halve_with_the_type():
+    short, wide = (anatomy("random:llama", length=length).kept for length in (64, 128))
+    narrow = anatomy("random:llama", dtype=torch.bfloat16, length=128).kept
+    assert wide == pytest.approx(short, rel=0.1)
+    assert narrow < 0.8 * wide
+
+
+def test_stores_take_the_disk_that_was_said(llama, tmp_path):
+    model, windows = tiny_model("llama"), torch.arange(256).view(4, 64)
+    build_factors(
+        model, find_targets(model), windows, byte_tokenizer(), settings=TWO_SIDED, directory=tmp_path / "factors"
+    )
+    work = Workload(windows=4, length=64, decompositions=(TWO_SIDED,))
+    said = estimate(llama, work, Machine()).totals()["disk"]
+    # Headers and notes of files of some kilobytes are the rest.
+    assert said <= bytes_in(tmp_path) <= 1.1 * said
+
+
+@pytest.mark.parametrize("mask", [Staircase(), Rescaled(), PerValue()])
+def test_masked_layers_hold_the_factors_that_were_said(llama, mask, tmp_path):
+    model, windows = tiny_model("llama"), torch.arange(256).view(4, 64)
+    targets = find_targets(model)
+    store = build_factors(model, targets, windows, byte_tokenizer(), settings=TWO_SIDED, directory=tmp_path / "f")
+    insert_masks(model, store, mask, {target.name: 0.5 for target in targets.modules}, prices=Storage("auto"))
+    real = sum(layer.left.nbytes + layer.right.nbytes for layer in masked_layers(model).values())
+    work = Workload(keeps=(0.5,), length=64, learners=[Learner("learning", mask, steps=1, length=64)])
+    assert phase_of(estimate(llama, work, Machine()), "learning").device["factors"] == real
+
+
+def test_sharding_spreads_what_is_frozen_and_gathers_it_in_every_pass(llama):
+    work = Workload(keeps=(0.5,), learners=[Learner("learning", Staircase(), steps=3, length=64)])
+    one, eight = (
+        phase_of(estimate(llama, work, machine), "learning")
+        for machine in (Machine("cuda"), Machine("cuda", 8, sharded=True))
+    )
+    assert eight.device["dense weights"] == one.device["dense weights"] / 8
+    assert eight.device["factors"] == one.device["factors"] / 8
+    assert eight.device["activations"] == one.device["activations"]
+    assert eight.tokens == 8 * one.tokens
+    whole = one.device["dense weights"] + one.device["factors"]
+    assert (one.sent, eight.sent) == (0, 3 * 2 * whole * 7 / 8)
+
+
+def test_a_memory_budget_makes_groups_of_blocks_and_more_passes(llama):
+    def gradients(memory):
+        work = Workload(windows=4, length=64, decompositions=(TWO_SIDED,), memory=memory)
+        return phase_of(estimate(llama, work, Machine()), "output gradients")
+
+    whole, parts = gradients(None), gradients(1)
+    assert parts.device["sums of output gradients"] == whole.device["sums of output gradients"] / 2
+    assert parts.tokens == 2 * whole.tokens
+    assert parts.disk == whole.disk
+
+
+def test_a_cpu_holds_on_to_its_most():
+    first, then = held_on_to([Phase("a", {"x": 2.0}, {"y": 3.0}), Phase("b", {"x": 1.0})])
+    assert first.host == {"y": 3.0}
+    assert then.host == {"freed before, not given back": 4.0}
+
+
+def test_speeds_are_measured_and_leave_nothing_behind(llama, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("LOWRANK_HOME", str(home))
+    found = probe(llama, read_config("random:llama"), dtype=torch.float32, device="cpu", length=32)
+    assert all(speed > 0 for speed in (*found.multiply_adds.values(), found.disk))
+    assert "one block" in found.source
+    assert list(tmp_path.iterdir()) == []
+    assert Phase("p", disk={"x": 2 * found.disk}, read=found.disk).seconds(found) == pytest.approx(3)
+
+
+def test_fit_says_it_and_loads_nothing(tmp_path, monkeypatch, capsys):
+    refuse_to_load(monkeypatch)
+    run, figures = tmp_path / "run", tmp_path / "needs.json"
+    main(["fit", "-c", SMOKE, "--run", str(run), "--json", str(figures), "--dry_run"])
+    said = capsys.readouterr().out
+    assert "learning" in said
+    assert "measured here" in said
+    found = json.loads(figures.read_text())
+    assert found["phases"][0]["name"] == "load"
+    assert found["total"]["memory"] > 0
+    assert not run.exists()
+
+
+def test_fit_is_right_about_its_tokens(tmp_path):
+    options = ["fit", "-c", SMOKE, "--run", str(tmp_path / "run"), "--finish.prompts", "[]"]
+    main([*options, "--json", str(tmp_path / "needs.json"), "--dry_run", "h100"])
+    said = json.loads((tmp_path / "needs.json").read_text())["total"]["tokens"]
+    seen = []
+
+    def count(module, args):
+        if isinstance(module, torch.nn.Embedding):
+            seen.append(args[0].numel())
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        main(options)
+    finally:
+        handle.remove()
+    # What was exported is scored in another process.
+    assert sum(seen) == pytest.approx(said, rel=0.2)
+
+
+def test_compare_says_it_and_loads_nothing(tmp_path, monkeypatch, capsys):
+    refuse_to_load(monkeypatch)
+    main([
+        "compare", "random:llama", "--methods", "uniform", "best", "--scores", "t=x.txt", "--score_windows", "{t: 2}",
+        "--score_length", "32", "--run", str(tmp_path / "run"), "--dry-run",
+    ])  # fmt: skip
+    said = capsys.readouterr().out
+    for name in ("moments of inputs", "output gradients", "learning best", "refit", "scoring"):
+        assert name in said
+    assert not (tmp_path / "run").exists()
+
+
+def refuse_to_load(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something was loaded")
+
+    for module in (learner_module, compare_module):
+        monkeypatch.setattr(f"{module.__name__}.load_base", refuse)
+    monkeypatch.setattr("lowrank_pl.compare.load_tokenizer", refuse)
+    monkeypatch.setattr("lowrank_pl.data.load_tokenizer", refuse)
+
+
+def test_factors_alone_are_made_block_by_block_where_no_gradient_is_needed(llama):
+    def needs(kind):
+        return dry_run_decompose("random:llama", decomposition=Decomposition(kind), windows=4, length=64, speeds="h100")
+
+    walked, whole = needs("whitened"), needs("two_sided")
+    assert [phase.name for phase in walked.phases] == ["moments of inputs", "decomposition"]
+    of_block = phase_of(walked, "moments of inputs").device
+    assert of_block["weights of a block"] + of_block["weights around"] < llama.bytes
+    assert of_block["second moments of inputs"] == phase_of(whole, "moments of inputs").device[
+        "second moments of inputs"
+    ] / 2  # fmt: skip
+    assert phase_of(whole, "output gradients").device["dense weights"] == llama.bytes
+
+
+def test_too_little_memory_is_said(capsys):
+    settings = Decomposition("two_sided")
+    dry_run_decompose("shapes:llama-3.2-1b", decomposition=settings, windows=2, length=64, speeds="h100")
+    assert "TOO LITTLE" not in capsys.readouterr().out
+    dry_run_decompose("layers:llama-3-70b:5", decomposition=settings, windows=2, length=64, speeds="h100")
+    assert "TOO LITTLE GPU MEMORY: 80.00 GB, and more is needed for output gradients" in capsys.readouterr().out
+
+
+def test_what_is_not_known_is_said(llama):
+    work = compare_workload(
+        {"uniform": recipe("uniform")},
+        keeps=[0.5],
+        windows=2,
+        length=32,
+        score_length=32,
+        score_windows={},
+        texts=["t"],
+    )
+    assert any("scoring is left out" in note for note in estimate(llama, work, Machine()).notes)
+
+
+def test_devices_as_lightning_takes_them():
+    assert machine_of("auto", "8", 8, speeds="h100", sharded=True) == Machine("cuda", 64, sharded=True)
+    assert machine_of("cpu", [0, 1]) == Machine("cpu", 2)
+    assert machine_of("cpu", "auto") == Machine("cpu")
+    assert ASSUMED["h100"].multiply_adds["forward"] == 1e14
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_not_measured():
+    with pytest.raises(ValueError, match=r"device 'cuda' can't be measured here.*--dry_run h100"):
+        machine_of("cuda")
+
+
+def test_impossible_input(tmp_path):
+    with pytest.raises(ValueError, match=r"the shapes of 'llama-9' are not known: expected one of .*llama-3-70b"):
+        anatomy("shapes:llama-9")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"can't read the configuration of .*give the folder of its config.json"):
+        read_config(str(tmp_path))
+    with pytest.raises(ValueError, match="no fraction to keep was given"):
+        Workload(keeps=())
+    with pytest.raises(ValueError, match="windows is 0: expected a whole number of at least 1"):
+        Workload(windows=0)
+    with pytest.raises(ValueError, match="0 processes were asked for"):
+        Machine(processes=0)
