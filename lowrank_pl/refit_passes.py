@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.resume_forward import can_resume, resumed
+from lowrank_pl.resume_forward import EnoughError, can_resume, resumed
 from lowrank_pl.targets import Target, decoder_blocks, replaced
 
 __all__ = ["Pair", "Place", "Twins", "survey"]
@@ -132,10 +132,6 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-class _EnoughError(Exception):
-    """Ends a forward pass of whose rest nobody wants to know."""
-
-
 class Twins:
     """A dense model and its compressed twin, run side by side over the same windows, block by block.
 
@@ -177,7 +173,7 @@ class Twins:
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             found.append(_moved(output, torch.device("cpu")))
-            raise _EnoughError
+            raise EnoughError
 
         self._run(lambda stack: stack.callback(last.register_forward_hook(keep).remove), lambda _: None)
         self._hidden, self._start = found, block
@@ -200,7 +196,7 @@ class Twins:
                 # A stream may be written to in place, and what matters is what it was.
                 seen.setdefault(where, []).append(_first(args, kwargs).clone())
                 if where == name:
-                    raise _EnoughError
+                    raise EnoughError
 
             return hook
 
@@ -224,7 +220,7 @@ class Twins:
         with evaluating(self.model), resumed(self.model, self._start, states):
             for number, batch in enumerate(self.batches):
                 for layers in ({}, self.layers):
-                    with replaced(self.model, layers), ExitStack() as stack, suppress(_EnoughError):
+                    with replaced(self.model, layers), ExitStack() as stack, suppress(EnoughError):
                         watch(stack)
                         self.model(input_ids=batch.to(device), use_cache=False)
                 done(number)

@@ -1,9 +1,9 @@
-"""Forward passes that begin at a later decoder block, with what the dense model computed before it."""
+"""Forward passes that begin at a later decoder block, with what came before it, or end at an earlier one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,7 +13,11 @@ from transformers import PreTrainedModel
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.targets import decoder_blocks
 
-__all__ = ["block_outputs", "can_resume", "resumed"]
+__all__ = ["EnoughError", "block_outputs", "can_resume", "ended", "forward_replaced", "resumed"]
+
+
+class EnoughError(Exception):
+    """Ends a forward pass of whose rest nobody wants to know."""
 
 
 @contextmanager
@@ -46,7 +50,32 @@ def resumed(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Itera
     with ExitStack() as stack:
         for number in range(block):
             stand_in = first if number == 0 else last if number == block - 1 else later
-            stack.enter_context(_forward_replaced(blocks[number], stand_in))
+            stack.enter_context(forward_replaced(blocks[number], stand_in))
+        yield
+
+
+@contextmanager
+def ended(model: PreTrainedModel, block: int, receive: Callable[[Any], None] = lambda _: None) -> Iterator[None]:
+    """Let forward passes of ``model`` end with ``block``, and return nothing.
+
+    Args:
+        model: A causal language model.
+        block: Number of the last block that runs.
+        receive: Is given what it returned, once a pass.
+    """
+    whole = model.forward
+
+    def part(*args: Any, **kwargs: Any) -> None:
+        with suppress(EnoughError):
+            whole(*args, **kwargs)
+
+    def stop(_: nn.Module, __: Any, output: Any) -> None:
+        receive(output)
+        raise EnoughError
+
+    with ExitStack() as stack:
+        stack.enter_context(forward_replaced(model, part))
+        stack.callback(decoder_blocks(model)[1][block].register_forward_hook(stop).remove)
         yield
 
 
@@ -98,17 +127,18 @@ def can_resume(model: PreTrainedModel, windows: Tensor) -> bool:
 
 
 @contextmanager
-def _forward_replaced(block: nn.Module, stand_in: Any) -> Iterator[None]:
+def forward_replaced(module: nn.Module, stand_in: Any) -> Iterator[None]:
+    """Let ``stand_in`` be called in the place of what ``module`` computes, for a while."""
     # Not the module: the loop over blocks may read attributes of theirs, and others may hold references.
-    own = vars(block).get("forward")
-    block.forward = stand_in
+    own = vars(module).get("forward")
+    module.forward = stand_in
     try:
         yield
     finally:
         if own is None:
-            del block.forward
+            del module.forward
         else:
-            block.forward = own
+            module.forward = own
 
 
 def _copied(output: Any) -> Any:
