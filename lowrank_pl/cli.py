@@ -28,6 +28,7 @@ from lowrank_pl.commands import allocate, export, refit
 from lowrank_pl.compare import compare
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.export import ExportError
+from lowrank_pl.factoring import decompose
 from lowrank_pl.files import atomic_write
 from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
 from lowrank_pl.module import RankLearner
@@ -39,6 +40,7 @@ __all__ = ["RankCLI", "main"]
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
+    "decompose": decompose,
     "allocate": allocate,
     "refit": refit,
     "export": export,

@@ -88,6 +88,11 @@ class Statistics:
         self._fill(store, groups, sizes, collect, _input_tensors, lambda found: {"tokens": str(found.tokens)})
         return store
 
+    def unmeasured(self, targets: Sequence[Target]) -> list[Target]:
+        """Return those of ``targets`` whose inputs have not been measured yet."""
+        store = self._store("statistics")
+        return [target for target in targets if target.group not in store]
+
     def output_gradients(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
         """Return the store of ``second_moment`` ``[out, out]`` of output gradients, keyed by module."""
         store = self._store("output_gradients", labels=labels)

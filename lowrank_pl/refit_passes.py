@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.resume_forward import EnoughError, can_resume, resumed
+from lowrank_pl.resume_forward import EnoughError, can_resume, moved, resumed
 from lowrank_pl.targets import Target, decoder_blocks, replaced
 
 __all__ = ["Pair", "Place", "Twins", "survey"]
@@ -172,7 +172,7 @@ class Twins:
         found: list[Any] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(_moved(output, torch.device("cpu")))
+            found.append(moved(output, torch.device("cpu")))
             raise EnoughError
 
         self._run(lambda stack: stack.callback(last.register_forward_hook(keep).remove), lambda _: None)
@@ -216,7 +216,7 @@ class Twins:
     def _run(self, watch: Callable[[ExitStack], Any], done: Callable[[int], None]) -> None:
         """Run the dense model over one batch and then its twin, both watched; so with all batches."""
         device = self.model.device
-        states = (_moved(state, device) for state in self._hidden)
+        states = (moved(state, device) for state in self._hidden)
         with evaluating(self.model), resumed(self.model, self._start, states):
             for number, batch in enumerate(self.batches):
                 for layers in ({}, self.layers):
@@ -224,10 +224,3 @@ class Twins:
                         watch(stack)
                         self.model(input_ids=batch.to(device), use_cache=False)
                 done(number)
-
-
-def _moved(output: Any, device: torch.device) -> Any:
-    """Return the output of a block, a tensor or a tuple that begins with one, on ``device``."""
-    if isinstance(output, Tensor):
-        return output.to(device)
-    return type(output)(part.to(device) if isinstance(part, Tensor) else part for part in output)

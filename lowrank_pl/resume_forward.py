@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.targets import decoder_blocks
 
-__all__ = ["EnoughError", "block_outputs", "can_resume", "ended", "forward_replaced", "resumed"]
+__all__ = ["EnoughError", "block_outputs", "can_resume", "copied", "ended", "forward_replaced", "moved", "resumed"]
 
 
 class EnoughError(Exception):
@@ -39,13 +39,13 @@ def resumed(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Itera
     def first(*_: Any, **__: Any) -> Any:
         current[0] = next(passes)
         # Some blocks add to their input in place.
-        return _copied(current[0]) if block == 1 else current[0]
+        return copied(current[0]) if block == 1 else current[0]
 
     def later(*_: Any, **__: Any) -> Any:
         return current[0]
 
     def last(*_: Any, **__: Any) -> Any:
-        return _copied(current[0])
+        return copied(current[0])
 
     with ExitStack() as stack:
         for number in range(block):
@@ -93,7 +93,7 @@ def block_outputs(
         outputs: As in ``resumed``.
     """
     found: list[Any] = []
-    handle = decoder_blocks(model)[1][block].register_forward_hook(lambda _, __, output: found.append(_copied(output)))
+    handle = decoder_blocks(model)[1][block].register_forward_hook(lambda _, __, output: found.append(copied(output)))
     device = model.get_input_embeddings().weight.device
     try:
         with evaluating(model), resumed(model, start, outputs):
@@ -141,8 +141,15 @@ def forward_replaced(module: nn.Module, stand_in: Any) -> Iterator[None]:
             module.forward = own
 
 
-def _copied(output: Any) -> Any:
+def copied(output: Any) -> Any:
     """Return the output of a block, a tensor or a tuple that begins with one, with tensors of its own."""
     if isinstance(output, Tensor):
         return output.clone()
-    return type(output)(_copied(part) if isinstance(part, Tensor) else part for part in output)
+    return type(output)(copied(part) if isinstance(part, Tensor) else part for part in output)
+
+
+def moved(output: Any, device: torch.device) -> Any:
+    """Return the output of a block, a tensor or a tuple that begins with one, on ``device``."""
+    if isinstance(output, Tensor):
+        return output.to(device)
+    return type(output)(part.to(device) if isinstance(part, Tensor) else part for part in output)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.targets import Target
+from lowrank_pl.targets import Target, dense_weight
 
 __all__ = ["InputMoments", "collect_input_moments"]
 
@@ -98,7 +98,8 @@ def collect_input_moments(
         ValueError: An input holds NaN or infinity (the message names module and batch).
     """
     leaders = {target.group: target for target in targets}
-    device = next(model.parameters()).device
+    # Of a model that is walked block by block, only what is watched has its weights.
+    device = dense_weight(model.get_submodule(targets[0].name)).device
     moments = {group: InputMoments.empty(target.shape[1], device=device) for group, target in leaders.items()}
     batches = torch.split(windows, batch_size)
     with _watching(model, moments) as position, evaluating(model):
