@@ -17,7 +17,6 @@ from lowrank_pl.block_groups import block_groups
 from lowrank_pl.factor_store import FactorStore, TensorStore, read_manifest, total_seconds
 from lowrank_pl.files import cache_root
 from lowrank_pl.gradients import GradientMoments, Labels, WeightGradients, collect_gradients
-from lowrank_pl.resume_forward import ended
 from lowrank_pl.statistics import InputMoments, collect_input_moments
 from lowrank_pl.targets import Target
 
@@ -80,8 +79,7 @@ class Statistics:
         store = self._store("statistics")
 
         def collect(those: Sequence[Target]) -> dict[str, InputMoments]:
-            with ended(self.model, max(target.block for target in those)):
-                return collect_input_moments(self.model, those, self.windows, batch_size=self.batch_size)
+            return collect_input_moments(self.model, those, self.windows, batch_size=self.batch_size)
 
         groups = {target: target.group for target in targets}
         sizes = {target: 8 * target.shape[1] ** 2 for target in targets}

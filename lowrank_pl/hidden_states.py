@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import tempfile
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from lowrank_pl.files import cache_root
 
 __all__ = ["Cache", "HiddenStates"]
 
+_log = logging.getLogger(__name__)
 Cache = Literal["ram", "disk"]
 """Where hidden states wait."""
 
@@ -59,6 +62,8 @@ class HiddenStates:
 
     def _room(self, like: Tensor) -> Tensor:
         shape = (self.windows, *like.shape[1:])
+        size = math.prod(shape)
+        _log.info("hidden states of all windows: %.2f GB (%s)", size * like.element_size() / 1e9, self.cache)
         if self.cache == "ram":
             return torch.empty(shape, dtype=like.dtype)
         folder = cache_root()
@@ -70,5 +75,4 @@ class HiddenStates:
             for _ in range(self.windows):
                 file.write(row)
             file.flush()
-            size = self.windows * like[0].numel()
             return torch.from_file(file.name, shared=True, size=size, dtype=like.dtype).view(shape)

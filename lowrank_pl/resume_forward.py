@@ -55,12 +55,12 @@ def resumed(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Itera
 
 
 @contextmanager
-def ended(model: PreTrainedModel, block: int, receive: Callable[[Any], None] = lambda _: None) -> Iterator[None]:
-    """Let forward passes of ``model`` end with ``block``, and return nothing.
+def ended(model: PreTrainedModel, module: nn.Module, receive: Callable[[Any], None] = lambda _: None) -> Iterator[None]:
+    """Let forward passes of ``model`` end when ``module`` has run, and return nothing.
 
     Args:
         model: A causal language model.
-        block: Number of the last block that runs.
+        module: A part of it, such as a decoder block, or ``model.base_model`` for all but the head.
         receive: Is given what it returned, once a pass.
     """
     whole = model.forward
@@ -75,7 +75,7 @@ def ended(model: PreTrainedModel, block: int, receive: Callable[[Any], None] = l
 
     with ExitStack() as stack:
         stack.enter_context(forward_replaced(model, part))
-        stack.callback(decoder_blocks(model)[1][block].register_forward_hook(stop).remove)
+        stack.callback(module.register_forward_hook(stop).remove)
         yield
 
 

@@ -84,7 +84,7 @@ class Skeleton:
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
-        """Let forward passes find each decoder block's weights there when they come to it, and end with the last."""
+        """Let forward passes find each decoder block's weights there when they come to it, and end before the head."""
         blocks = decoder_blocks(self.model)[1]
         with self.loaded([*self.embeddings, *self.outer]), ExitStack() as hooks, ExitStack() as current:
             bar = hooks.enter_context(tqdm(total=len(blocks), desc="trying blocks", unit="block"))
@@ -96,7 +96,7 @@ class Skeleton:
             for block, names in zip(blocks, self.blocks, strict=True):
                 hooks.callback(block.register_forward_pre_hook(lambda *_, names=names: load(names)).remove)
                 hooks.callback(block.register_forward_hook(lambda *_: current.close()).remove)
-            with ended(self.model, len(blocks) - 1):
+            with ended(self.model, self.model.base_model):
                 yield
 
     def find_targets(self, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Targets:

@@ -107,8 +107,8 @@ class Walk:
         cache: Where hidden states wait between blocks.
 
     Raises:
-        CannotWalkError: The model's code fails where only one block is loaded, or blocks return more than the hidden
-            state.
+        CannotWalkError: The model's code fails where only one block is loaded, or blocks are not run once each, or
+            return more than the hidden state.
     """
 
     def __init__(self, skeleton: Skeleton, windows: Tensor, *, batch_size: int = 1, cache: Cache = "ram") -> None:
@@ -123,6 +123,8 @@ class Walk:
                 stack.callback(block.register_forward_hook(self._remember).remove)
             stack.enter_context(skeleton.streaming())
             self._run(self._trial)
+        if len(self._whole) != len(skeleton.blocks):
+            raise CannotWalkError("its blocks are not run once each")
 
     def _remember(self, _: nn.Module, __: Any, output: Any) -> None:
         if not isinstance(output, Tensor) and any(isinstance(part, Tensor) for part in output[1:]):
@@ -142,6 +144,7 @@ class Walk:
         Raises:
             CannotWalkError: Blocks share more than the hidden state.
         """
+        model = self.skeleton.model
         starts = range(0, len(self.windows), self.batch_size)
         inputs = (moved(self._states.read(start, self.batch_size), self.skeleton.device) for start in starts)
         self._passes = 0
@@ -153,7 +156,7 @@ class Walk:
 
         with self._only(block):
             self._compare(block)
-            with resumed(self.skeleton.model, block, inputs), ended(self.skeleton.model, block, keep):
+            with resumed(model, block, inputs), ended(model, decoder_blocks(model)[1][block], keep):
                 yield
                 if self._passes == 0:
                     for batch in tqdm(torch.split(self.windows, self.batch_size), desc="forward", unit="batch"):
@@ -183,7 +186,8 @@ class Walk:
         found: list[Any] = []
         before = [moved(self._whole[block - 1], self.skeleton.device)] if block else []
         model = self.skeleton.model
-        with one_by_one(), resumed(model, block, before), ended(model, block, found.append):
+        alone = decoder_blocks(model)[1][block]
+        with one_by_one(), resumed(model, block, before), ended(model, alone, found.append):
             self._run(self._trial)
         if not torch.equal(_hidden(found[0]).cpu(), _hidden(self._whole[block])):
             raise CannotWalkError("its blocks share more than the hidden state")

@@ -106,12 +106,3 @@ def test_blocks_before_the_first_watched_keep_nothing(llama, windows, again):
     graphs.clear()
     gradients.collect_gradients(llama, windows[:1], moments=last, gradient_checkpointing=again)
     assert graphs == [False, True, *[True] * again]  # run again in the backward pass
-
-
-def test_inputs_of_early_blocks_run_no_later_ones(llama, windows, tokenizer, tmp_path):
-    ran = []
-    decoder_blocks(llama)[1][1].register_forward_hook(lambda *_: ran.append(1))
-    first = [target for target in find_targets(llama).modules if target.block == 0]
-    ran.clear()
-    statistics_of(llama, windows[:2], tokenizer, directory=tmp_path).inputs(first)
-    assert ran == []

@@ -15,7 +15,8 @@ from lowrank_pl.commands import allocate
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.factoring import decompose
 from lowrank_pl.prepare import build_factors, model_fingerprint
-from lowrank_pl.skeleton import CannotWalkError, open_skeleton
+from lowrank_pl.shards import Shards
+from lowrank_pl.skeleton import CannotWalkError, Skeleton, open_skeleton
 from lowrank_pl.targets import decoder_blocks, find_targets
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
 from lowrank_pl.walk import walk_factors
@@ -134,6 +135,16 @@ def test_blocks_that_share_more_than_the_hidden_state_are_told(saved, windows, t
     first.register_forward_hook(lambda _, __, output: kept.update(shared=output * 2))
     second.register_forward_hook(lambda _, __, output: output + kept.pop("shared", 0))
     with pytest.raises(CannotWalkError, match="its blocks share more than the hidden state"):
+        walk_factors(skeleton, targets, windows[:1], tokenizer)
+
+
+def test_a_block_that_is_run_twice_is_told(saved, windows, tokenizer):
+    base = saved()
+    model = open_skeleton(base).model
+    model.model.layers[2] = model.model.layers[1]
+    skeleton = Skeleton(model, Shards(base, model), torch.device("cpu"))
+    targets = skeleton.find_targets()
+    with pytest.raises(CannotWalkError, match="its blocks are not run once each"):
         walk_factors(skeleton, targets, windows[:1], tokenizer)
 
 
