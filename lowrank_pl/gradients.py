@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.evaluating import evaluating
+from lowrank_pl.processes import add_up, is_first, share, total
 from lowrank_pl.targets import Target
 
 __all__ = ["GradientMoments", "Labels", "WeightGradients", "collect_gradients"]
@@ -55,6 +56,11 @@ class GradientMoments:
         self.second += other.second
         self.tokens += other.tokens
 
+    def merge_processes(self) -> None:
+        """Add the sums of all processes that work together."""
+        add_up(self.second)
+        self.tokens = total(self.tokens)
+
     @property
     def second_moment(self) -> Tensor:
         """``[out, out]`` mean of ``g g'`` over tokens with a label."""
@@ -92,6 +98,12 @@ class WeightGradients:
         self.squares += other.squares
         self.batches += other.batches
 
+    def merge_processes(self) -> None:
+        """Add the sums of all processes that work together."""
+        add_up(self.total)
+        add_up(self.squares)
+        self.batches = total(self.batches)
+
     @property
     def mean(self) -> Tensor:
         """``[out, in]`` mean gradient."""
@@ -117,7 +129,8 @@ def collect_gradients(
     """Return moments of output gradients and mean weight gradients by module name, from one forward pass a batch.
 
     Weight gradients always come from the text's own next tokens; the moments come from labels of their own, for which
-    a second backward pass is made where both are asked for and ``labels`` is ``sampled``.
+    a second backward pass is made where both are asked for and ``labels`` is ``sampled``. Processes that work together
+    take a share of the batches each.
 
     Args:
         model: The model to differentiate; evaluation mode is used and restored, no parameter gets a gradient.
@@ -141,12 +154,17 @@ def collect_gradients(
     with ExitStack() as stack:
         stack.enter_context(_differentiable(model))
         stack.enter_context(recorder.watching(model, dict.fromkeys([*seen, *sums])))
-        for number, batch in enumerate(tqdm(torch.split(windows, batch_size), desc=progress, unit="batch")):
+        # A batch keeps its number, and so its sampled labels, whichever process it goes to.
+        mine = share(list(enumerate(torch.split(windows, batch_size))))
+        for number, batch in tqdm(mine, desc=progress, unit="batch", disable=not is_first()):
             tokens = batch.to(device)
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             _backward(logits, tokens[:, 1:], seen, sums, recorder, labels, generator, number)
             recorder.clear()
+    measured: list[GradientMoments | WeightGradients] = [*seen.values(), *sums.values()]
+    for found in measured:
+        found.merge_processes()
     return seen, sums
 
 
