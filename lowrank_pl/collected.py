@@ -17,6 +17,7 @@ from lowrank_pl.block_groups import block_groups
 from lowrank_pl.factor_store import FactorStore, TensorStore, read_manifest, total_seconds
 from lowrank_pl.files import cache_root
 from lowrank_pl.gradients import GradientMoments, Labels, WeightGradients, collect_gradients
+from lowrank_pl.processes import is_first, share
 from lowrank_pl.statistics import InputMoments, collect_input_moments
 from lowrank_pl.targets import Target
 
@@ -195,7 +196,9 @@ class Statistics:
                 # What one pass took is shared out among its files, so that a store knows what it cost however often it
                 # resumed.
                 seconds = (time.perf_counter() - began) / max(1, len(measured))
-                for name in tqdm(list(measured), desc=f"saving {_said(store)}", unit="file"):
+                # All processes have the sums, each writes a share of them.
+                measured = {name: measured[name] for name in share(list(measured))}
+                for name in tqdm(list(measured), desc=f"saving {_said(store)}", unit="file", disable=not is_first()):
                     # Popped, so that memory shrinks as the disk fills.
                     found = measured.pop(name)
                     store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.activations import recomputing
 from lowrank_pl.evaluating import evaluating
+from lowrank_pl.processes import add_up, is_first, share, total
 from lowrank_pl.targets import Target, decoder_blocks
 
 __all__ = ["GradientMoments", "Labels", "WeightGradients", "collect_gradients"]
@@ -56,6 +57,11 @@ class GradientMoments:
         self.second += other.second
         self.tokens += other.tokens
 
+    def merge_processes(self) -> None:
+        """Add the sums of all processes that work together."""
+        add_up(self.second)
+        self.tokens = total(self.tokens)
+
     @property
     def second_moment(self) -> Tensor:
         """``[out, out]`` mean of ``g g'`` over tokens with a label."""
@@ -93,6 +99,12 @@ class WeightGradients:
         self.squares += other.squares
         self.batches += other.batches
 
+    def merge_processes(self) -> None:
+        """Add the sums of all processes that work together."""
+        add_up(self.total)
+        add_up(self.squares)
+        self.batches = total(self.batches)
+
     @property
     def mean(self) -> Tensor:
         """``[out, in]`` mean gradient."""
@@ -120,7 +132,8 @@ def collect_gradients(
 
     Weight gradients always come from the text's own next tokens; the moments come from labels of their own, for which
     a second backward pass is made where both are asked for and ``labels`` is ``sampled``. Blocks before the first that
-    is watched keep no activations and see no backward pass.
+    is watched keep no activations and see no backward pass. Processes that work together take a share of the batches
+    each.
 
     Args:
         model: The model to differentiate; evaluation mode is used and restored, no parameter gets a gradient.
@@ -144,7 +157,9 @@ def collect_gradients(
     recorder = _Recorder()
     first = min((target.block for target in (*moments, *weights)), default=0)
     with _differentiable(model, first), recomputing(model) if gradient_checkpointing else nullcontext():
-        for number, batch in enumerate(tqdm(torch.split(windows, batch_size), desc=progress, unit="batch")):
+        # A batch keeps its number, and so its sampled labels, whichever process it goes to.
+        mine = share(list(enumerate(torch.split(windows, batch_size))))
+        for number, batch in tqdm(mine, desc=progress, unit="batch", disable=not is_first()):
             tokens = batch.to(device)
             # Not in the backward pass, where blocks may be run again.
             with recorder.watching(model, dict.fromkeys([*seen, *sums])):
@@ -152,6 +167,9 @@ def collect_gradients(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             _backward(logits, tokens[:, 1:], seen, sums, recorder, labels, generator, number)
             recorder.clear()
+    measured: list[GradientMoments | WeightGradients] = [*seen.values(), *sums.values()]
+    for found in measured:
+        found.merge_processes()
     return seen, sums
 
 

@@ -26,6 +26,7 @@ from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.factor_store import FactorStore, TensorStore, tensor_digest, weight_digest
 from lowrank_pl.files import sha256_of
 from lowrank_pl.hull import predicted_scores
+from lowrank_pl.processes import balanced, is_first
 from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import Target, Targets, dense_weight
 from lowrank_pl.windows import tokenizer_fingerprint, windows_fingerprint
@@ -147,7 +148,8 @@ def build_factors(
     """Return a store that holds the factors of every target, making only those that are missing.
 
     Statistics are kept beside the factors, in stores of their own, so that another decomposition of the same model
-    and text starts from them.
+    and text starts from them. Processes that work together (``lowrank_pl.processes.together``) take a share each of the
+    windows and of the decompositions; all need the same folder.
 
     Args:
         model: The dense base, on the device that is to do the work.
@@ -311,11 +313,13 @@ def check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:
 def decompose_all(model: PreTrainedModel, todo: Sequence[Target], store: FactorStore, roots: Roots) -> None:
     """Write the factors of ``todo``, maps of ``model``, to ``store``, weighted by ``roots``."""
     kinds: Counter[str] = Counter()
-    bar = tqdm(total=len(todo), desc="decompose", unit="module")
     # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
-    for group, members in groupby(todo, key=lambda target: target.group):
+    groups = [list(members) for _, members in groupby(todo, key=lambda target: target.group)]
+    mine = balanced(groups, [sum(_svd_cost(target) for target in members) for members in groups])
+    bar = tqdm(total=sum(map(len, mine)), desc="decompose", unit="module", disable=not is_first())
+    for members in mine:
         began = time.perf_counter()
-        inputs = roots.of_inputs(group)
+        inputs = roots.of_inputs(members[0].group)
         if inputs is not None:
             kinds[inputs.kind] += 1
         for target in members:
@@ -337,3 +341,9 @@ def decompose_all(model: PreTrainedModel, todo: Sequence[Target], store: FactorS
             kinds["eigen"],
             kinds.total(),
         )
+
+
+def _svd_cost(target: Target) -> int:
+    """Return what the number of operations of its decomposition grows with."""
+    m, n = target.shape
+    return m * n * min(m, n)
