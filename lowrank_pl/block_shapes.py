@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lowrank_pl.tiny_models import BOS, EOS, PAD, VOCABULARY
 
-__all__ = ["SHAPES", "random_blocks"]
+__all__ = ["SHAPES", "random_blocks", "whole_config"]
 
 
 def random_blocks(name: str, *, blocks: int = 1, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -32,11 +32,9 @@ def random_blocks(name: str, *, blocks: int = 1, dtype: torch.dtype = torch.floa
     >>> model.get_submodule("model.layers.0.mlp.up_proj")
     Linear(in_features=2048, out_features=8192, bias=False)
     """
-    if name not in SHAPES:
-        raise ValueError(f"the shapes of {name!r} are not known: expected one of {', '.join(SHAPES)}")
+    kind, sizes = _known(name)
     if blocks < 1:
         raise ValueError(f"{blocks} blocks of {name} were asked for: expected a whole number of at least 1")
-    kind, sizes = SHAPES[name]
     config = AutoConfig.for_model(
         kind, num_hidden_layers=blocks, vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
         **sizes,
@@ -45,6 +43,33 @@ def random_blocks(name: str, *, blocks: int = 1, dtype: torch.dtype = torch.floa
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
+
+
+def whole_config(name: str) -> PreTrainedConfig:
+    """Return the configuration of the large model ``name`` with all its blocks and its whole vocabulary.
+
+    Nothing is downloaded: what a run would need can be told from it, and no weight can be loaded.
+
+    Args:
+        name: One of :data:`SHAPES`.
+
+    Raises:
+        ValueError: An unknown name.
+
+    >>> whole_config("llama-3-70b").num_hidden_layers
+    80
+    """
+    kind, sizes = _known(name)
+    blocks, vocabulary, tied = WHOLE[name]
+    return AutoConfig.for_model(
+        kind, num_hidden_layers=blocks, vocab_size=vocabulary, tie_word_embeddings=tied, **sizes
+    )
+
+
+def _known(name: str) -> tuple[str, Mapping[str, Any]]:
+    if name not in SHAPES:
+        raise ValueError(f"the shapes of {name!r} are not known: expected one of {', '.join(SHAPES)}")
+    return SHAPES[name]
 
 
 def _sizes(hidden: int, intermediate: int, heads: int, key_heads: int, **more: Any) -> Mapping[str, Any]:
@@ -64,6 +89,18 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama-3.2-1b": ("llama", _sizes(2048, 8192, 32, 8)),
     "llama-3-8b": ("llama", _sizes(4096, 14336, 32, 8)),
     "llama-3-70b": ("llama", _sizes(8192, 28672, 64, 8)),
+    "llama-3.1-405b": ("llama", _sizes(16384, 53248, 128, 8)),
     "qwen2.5-7b": ("qwen2", _sizes(3584, 18944, 28, 4)),
 }
 """Model type and sizes of a block, by the large model's name, as in ``layers:llama-3-8b``."""
+
+WHOLE: Mapping[str, tuple[int, int, bool]] = {
+    "llama-2-7b": (32, 32_000, False),
+    "llama-2-13b": (40, 32_000, False),
+    "llama-3.2-1b": (16, 128_256, True),
+    "llama-3-8b": (32, 128_256, False),
+    "llama-3-70b": (80, 128_256, False),
+    "llama-3.1-405b": (126, 128_256, False),
+    "qwen2.5-7b": (28, 152_064, False),
+}
+"""Blocks and vocabulary of the whole model, and whether its head shares the embeddings' weight."""

@@ -19,14 +19,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lowrank_pl import __version__
 from lowrank_pl.bench import bench
 from lowrank_pl.callbacks import FinishRun, RankMonitor
 from lowrank_pl.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
+from lowrank_pl.command_work import DryRun, fit_workload, machine_of
 from lowrank_pl.commands import allocate, export, refit
 from lowrank_pl.compare import compare
 from lowrank_pl.data import CalibrationData
+from lowrank_pl.dry_run import dry_run
 from lowrank_pl.export import ExportError
 from lowrank_pl.factoring import decompose
 from lowrank_pl.files import atomic_write
@@ -35,7 +38,7 @@ from lowrank_pl.module import RankLearner
 from lowrank_pl.processes import LostProcessError, told_when_lost
 from lowrank_pl.progress import LearningBar
 from lowrank_pl.scoring import evaluate
-from lowrank_pl.words import readable_words
+from lowrank_pl.words import bare_flags, readable_words
 
 __all__ = ["RankCLI", "main"]
 
@@ -103,6 +106,10 @@ class RankCLI(LightningCLI):
         """Add ``--run``, ``--json`` and the callbacks of every run."""
         parser.add_argument("--run", type=str, default="runs/fit", help="Folder of the run: plan, model, scores, logs.")
         parser.add_argument("--json", type=str | None, default=None, help="Write the table's figures there.")
+        parser.add_argument(
+            "--dry_run", type=DryRun, default=False,
+            help="Print what the run will need, loading and writing nothing; h100: at that GPU's speed, assumed.",
+        )  # fmt: skip
         parser.add_lightning_class_args(RankMonitor, "monitor")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(FinishRun, "finish")
@@ -117,6 +124,34 @@ class RankCLI(LightningCLI):
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("run", "checkpoint.dirpath", compute_fn=lambda run: str(Path(run) / "checkpoints"))
         parser.link_arguments("json", "finish.json")
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and Trainer; in a dry run only what describes the run, which is then printed."""
+        if not self._get(self.config, "dry_run"):
+            return super().instantiate_classes()
+        config = self.parser.instantiate_classes(self.config)
+        trainer, speeds = self._get(config, "trainer"), self._get(config, "dry_run")
+        learner = self._get(config, "model")
+        machine = machine_of(
+            trainer.accelerator, trainer.devices, trainer.num_nodes, speeds=speeds,
+            sharded=isinstance(trainer.strategy, ModelParallelStrategy),
+        )  # fmt: skip
+        dry_run(
+            learner.base,
+            fit_workload(learner, self._get(self.config, "data"), trainer, self._get(config, "finish"), machine),
+            machine,
+            dtype=learner.dtype_name,
+            include=learner.include,
+            exclude=learner.exclude,
+            speeds=speeds,
+            trust_remote_code=learner.trust_remote_code,
+            json=self._get(self.config, "json"),
+        )
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self._get(self.config, "dry_run"):
+            super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the Trainer with what the user has not chosen: TensorBoard, a progress bar, atomic checkpoints."""
@@ -165,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage())
         return
     try:
-        _dispatch(words)
+        _dispatch(bare_flags(words, "dry_run"))
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or "what was finished is kept"
         sys.exit(_said(f"interrupted: {said}, nothing half-written is left", 130))

@@ -18,10 +18,12 @@ from lowrank_pl import __version__
 from lowrank_pl.allocate import allocator
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.collected import Statistic
+from lowrank_pl.command_work import DryRun, compare_workload, machine_of
 from lowrank_pl.commands import pick_device
 from lowrank_pl.comparison import DENSE, comparison_table, read_results, write_comparison
 from lowrank_pl.compress import compressed, deployed_plan
 from lowrank_pl.draw import draw_plan
+from lowrank_pl.dry_run import dry_run as what_it_needs
 from lowrank_pl.evaluate import check_windows, perplexity
 from lowrank_pl.factor_store import FactorStore, total_seconds
 from lowrank_pl.files import canonical_json, sha256_of, write_json
@@ -62,6 +64,7 @@ def compare(
     seed: int = 0,
     trust_remote_code: bool = False,
     json: Path | None = None,
+    dry_run: DryRun = False,
 ) -> list[dict[str, Any]]:
     """Compare methods on one model: the same statistics and factors, the same budgets, the same texts to score.
 
@@ -88,14 +91,25 @@ def compare(
         seed: Of the order of windows in learning.
         trust_remote_code: Run Python code that comes with the base.
         json: Write the results there too.
+        dry_run: Print what the comparison will need, loading and writing nothing; h100: at that GPU's speed, assumed.
 
     Returns:
-        The results, one a method and size.
+        The results, one a method and size; none of a dry run.
 
     Raises:
         ValueError: An unknown method, an impossible size or text, or a folder that holds another comparison.
     """
     chosen = {name: recipe(name, recipes) for name in methods}
+    if dry_run:
+        work = compare_workload(
+            chosen, keeps=keep, windows=calibration_windows, length=calibration_length, score_length=score_length,
+            score_windows=score_windows or {}, texts=tuple(named_texts(scores)),
+        )  # fmt: skip
+        what_it_needs(
+            base, work, machine_of(device, speeds=dry_run), dtype=dtype, include=include, exclude=exclude,
+            speeds=dry_run, trust_remote_code=trust_remote_code, json=json,
+        )  # fmt: skip
+        return []
     model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).to(pick_device(device))
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     targets = find_targets(model, include=include, exclude=exclude)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe_machine", "peak_memory", "reset_peak_memory"]
+__all__ = ["describe_machine", "peak_memory", "reset_peak_memory", "resident_memory"]
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -67,3 +67,12 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def resident_memory() -> int:
+    """Return the bytes that this process holds in main memory now; where the system doesn't say, the most it held."""
+    if _STATUS.exists():
+        resident = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmRSS:")]
+        if resident:
+            return int(resident[0].split()[1]) * 1024
+    return peak_memory()

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["readable_words"]
+__all__ = ["bare_flags", "readable_words"]
 
 
 def readable_words(words: Sequence[str], function: Callable[..., Any]) -> list[str]:
@@ -57,6 +57,23 @@ def readable_words(words: Sequence[str], function: Callable[..., Any]) -> list[s
         lists[flag] = values
         written.append(f"{flag}={_as_list(values, hint)}")
     return written
+
+
+def bare_flags(words: Sequence[str], name: str) -> list[str]:
+    """Return the words with ``=true`` behind the flag ``name`` wherever no value follows it.
+
+    >>> bare_flags(["fit", "--dry-run", "--run", "r", "--dry_run", "h100"], "dry_run")
+    ['fit', '--dry_run=true', '--run', 'r', '--dry_run', 'h100']
+    """
+    found: list[str] = []
+    for place, word in enumerate(words):
+        if word.replace("-", "_") != f"__{name}":
+            found.append(word)
+        elif place + 1 == len(words) or _is_flag(words[place + 1]):
+            found.append(f"--{name}=true")
+        else:
+            found.append(f"--{name}")
+    return found
 
 
 def _named(words: list[str], function: Callable[..., Any]) -> list[str]:

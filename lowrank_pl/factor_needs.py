@@ -1,0 +1,232 @@
+"""What loading, statistics and decomposition need: formulas of shapes, each beside the code that it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
+from lowrank_pl.anatomy import Anatomy
+from lowrank_pl.needs import Phase, WorkKind
+from lowrank_pl.workload import Machine, Workload
+
+__all__ = ["decomposition_phase", "factor_bytes", "load_phase", "statistics_phases"]
+
+_SAVING = 4
+"""Copies of a store's file in memory while it is written: the tensors in float32, the file, and the file again while
+its checksum is put in."""
+_ROOTS = 4
+"""Matrices of float64 while a square root is taken: the moment, it and its transpose averaged, the root."""
+_SVD_WORK = 5
+"""What LAPACK's divide and conquer works in, in squares of the smaller side; the polar iteration takes no more."""
+_READS = 3
+"""How often weights that are never whole in memory are read: for their fingerprint, a trial, and the walk itself."""
+_PACKED = 0.75
+"""Bytes a number in a GGUF, of four to five bits, with the room for those that are not packed."""
+
+
+def load_phase(model: Anatomy, machine: Machine, program: float) -> Phase:
+    """Return what loading the base takes.
+
+    Args:
+        model: The base.
+        machine: Where.
+        program: Bytes of Python and its libraries.
+    """
+    host: dict[str, float] = {"Python and libraries": program}
+    device: dict[str, float] = {"dense weights": model.bytes}
+    if model.unpacked:
+        # First its tensors beside the model that takes them, then that model beside its copy without a quantisation.
+        host["the same in float32, unpacked"] = 4.0 * model.parameters
+        host["packed file"] = _PACKED * model.parameters
+    if not machine.unified:
+        # A model is made on the CPU and moved, or sharded, as a whole.
+        host["dense weights before they move"] = model.bytes
+    return Phase("load", device, host, read=(_PACKED if model.unpacked else model.itemsize) * model.parameters)
+
+
+def statistics_phases(model: Anatomy, work: Workload, machine: Machine, program: float) -> list[Phase]:
+    """Return what measuring takes: moments of inputs, of output gradients, and weight gradients, as far as needed.
+
+    Arguments as in the other functions here, and ``work``, what the run does.
+    """
+    needs = {need for settings in work.decompositions for need in settings.needs}
+    phases = []
+    if "inputs" in needs:
+        phases.append(_input_moments(model, work, machine, program))
+    if "output_gradients" in needs:
+        sums = {target.name: 8.0 * target.shape[0] ** 2 for target in model.modules}
+        gram = float(sum(target.shape[0] ** 2 for target in model.modules))
+        phases.append(_gradients("output gradients", model, work, machine, program, sums=sums, gram=gram, on_disk=0.5))
+    if "weight_gradients" in needs or work.weight_gradients:
+        sums = {target.name: 4.0 * target.shape[0] * target.shape[1] for target in model.modules}
+        gram = float(model.targeted)
+        phases.append(_gradients("weight gradients", model, work, machine, program, sums=sums, gram=gram, on_disk=1.0))
+    return phases
+
+
+def _input_moments(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
+    widths = model.input_widths
+    blocks = {target.group: target.block for target in model.modules}
+    sums = {group: 8.0 * width**2 for group, width in widths.items()}
+    # Blocks that are loaded one by one have their sums one by one too, and each is run over all windows once.
+    most, passes = _at_a_time(sums, blocks, 0 if work.streamed else work.memory)
+    passes = 1 if work.streamed else passes
+    widest = max(widths.values())
+    device = {
+        **_weights(model, work),
+        "second moments of inputs": most,
+        # The product of a batch, and the look whether it is finite.
+        "products of a batch": 3 * 4.0 * widest**2,
+        "activations": 4 * work.length * widest * model.itemsize,
+        "logits": work.length * model.vocabulary * model.itemsize,
+    }
+    squares = sum(width**2 for width in widths.values())
+    tokens = work.windows * work.length
+    # Passes for a group of blocks end behind it: on average half of the model.
+    runs = _again(work) * (1 if passes == 1 else (passes + 1) / 2)
+    done: dict[WorkKind, float] = {"forward": runs * tokens * model.multiply_adds, "float32": tokens * squares}
+    done["float32"] *= _again(work)
+    disk = {"moments of inputs": _again(work) * sum(4.0 * width * (width + 1) for width in widths.values())}
+    host = {"Python and libraries": program, "a file being written": _SAVING * 4.0 * widest**2}
+    if work.streamed:
+        host["hidden states"] = float(tokens * model.hidden * model.itemsize)
+    return _placed("moments of inputs", device, host, machine, work, disk, tokens * _again(work) * passes, done,
+        read=_READS * model.bytes if work.streamed else 0.0,
+    )  # fmt: skip
+
+
+def _gradients(
+    name: str,
+    model: Anatomy,
+    work: Workload,
+    machine: Machine,
+    program: float,
+    *,
+    sums: Mapping[str, float],
+    gram: float,
+    on_disk: float,
+) -> Phase:
+    """Return what passes with a backward pass take.
+
+    Args:
+        name: Of the phase.
+        model: As in the others.
+        work: Likewise.
+        machine: Likewise.
+        program: Likewise.
+        sums: Bytes of what is summed, by module.
+        gram: Multiply-adds a token of these sums.
+        on_disk: How much of the bytes of the sums goes to disk; float64 is stored as float32.
+    """
+    blocks = {target.name: target.block for target in model.modules}
+    most, passes = _at_a_time(sums, blocks, work.memory)
+    rows, columns = (max(target.shape[side] for target in model.modules) for side in (0, 1))
+    per_token = model.kept_with_outputs
+    found = sum(target.shape[0] for target in model.modules) * float(model.itemsize)
+    if work.recomputed:
+        # What stays is each block's input and what is watched; one block at a time has all of it.
+        per_token = len(model.blocks) * model.hidden * model.itemsize + model.kept_with_outputs / len(model.blocks)
+        per_token += model.watched / passes
+    # At the end of the forward pass all activations are there, and the logits four times in float32: themselves, their
+    # logarithms, and the gradients by both. At the end of the backward pass there are the gradients by all outputs.
+    forward = work.length * (per_token + 16 * model.vocabulary)
+    backward = work.length * (model.watched / passes + found / passes + 4 * model.vocabulary)
+    device = {
+        **_weights(model, work),
+        f"sums of {name}": most,
+        "products of a batch": 2 * 4.0 * max(rows**2, rows * columns if on_disk == 1 else 0),
+    }
+    if forward >= backward:
+        device |= {"activations": work.length * per_token, "logits": 16.0 * work.length * model.vocabulary}
+    else:
+        device |= {"activations": work.length * model.watched / passes, "gradients by outputs": work.length * found}
+        device["logits"] = 4.0 * work.length * model.vocabulary
+    tokens = work.windows * work.length
+    times = 3 if work.recomputed else 2
+    done: dict[WorkKind, float] = {
+        "forward": _again(work) * passes * times * tokens * model.multiply_adds,
+        "float32": _again(work) * tokens * gram,
+    }
+    disk = {name: _again(work) * on_disk * sum(sums.values())}
+    host = {"Python and libraries": program, "a file being written": _SAVING * on_disk * max(sums.values())}
+    return _placed(name, device, host, machine, work, disk, tokens * _again(work) * passes, done)
+
+
+def decomposition_phase(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
+    """Return what square roots and singular value decompositions take; arguments as in ``statistics_phases``."""
+    both = any("output_gradients" in settings.needs for settings in work.decompositions)
+    some = any(settings.needs for settings in work.decompositions)
+    # Each kind makes all factors anew, and one that measures in the compressed model makes those before it as well.
+    times = sum(1 if settings.at_keep is None else 2 for settings in work.decompositions)
+    most, double, svd, root_work = 0.0, 0.0, 0.0, 0.0
+    for target in model.modules:
+        (m, n), k = target.shape, min(target.shape)
+        roots = 8.0 * ((n**2 if some else 0) + (m**2 if both else 0))
+        widest = max(n if some else 0, m if both else 0)
+        # The weight, the weighted one, the copy that is worked in, and the parts twice: as they come and unweighted.
+        parts = 8.0 * (3 * m * n + 2 * k * (m + n) + _SVD_WORK * k * k)
+        most = max(most, roots + parts, roots + 8.0 * (_ROOTS - 1) * widest**2)
+        double += (m * n + k * n) * n * some + (m * n + k * m) * m * both
+        root_work += m**3 / 3 * both
+        svd += m * n * k
+    if some:
+        root_work += sum(width**3 / 3 for width in model.input_widths.values())
+    moments = 4.0 * some * sum(width**2 for width in model.input_widths.values())
+    moments += 4.0 * both * sum(target.shape[0] ** 2 for target in model.modules)
+    largest = max(factor_bytes([target.shape]) for target in model.modules)
+    done: dict[WorkKind, float] = {"double": times * (double + root_work), "svd": times * svd}
+    device = {**_weights(model, work), "roots and decomposition of a module": most}
+    host = {"Python and libraries": program, "a file being written": _SAVING * largest}
+    disk = {"factors": times * factor_bytes(target.shape for target in model.modules)}
+    return _placed("decomposition", device, host, machine, work, disk, 0, done, read=times * moments)
+
+
+def factor_bytes(shapes: Iterable[tuple[int, int]]) -> float:
+    """Return the bytes of a store of all components of maps of ``shapes``: float32, singular values in float64.
+
+    >>> factor_bytes([(2, 3)])
+    56.0
+    """
+    return float(sum(min(shape) * (4 * sum(shape) + 8) for shape in shapes))
+
+
+def _weights(model: Anatomy, work: Workload) -> dict[str, float]:
+    if not work.streamed:
+        return {"dense weights": model.bytes}
+    return {"weights of a block": max(model.blocks) * model.itemsize, "weights around": model.outside * model.itemsize}
+
+
+def _again(work: Workload) -> int:
+    """Return how often everything is measured: twice where the compressed model is measured as well."""
+    return 1 + any(settings.at_keep is not None for settings in work.decompositions)
+
+
+def _at_a_time(sums: Mapping[str, float], blocks: Mapping[str, int], memory: int | None) -> tuple[float, int]:
+    """Return the bytes of the sums that are there at the same time, and in how many groups of blocks all come."""
+    by_block = [sum(sums[name] for name in names) for _, names in groupby(sums, key=lambda name: blocks[name])]
+    if memory is None:
+        return sum(by_block), 1
+    groups: list[float] = []
+    for size in by_block:
+        if groups and groups[-1] + size <= memory:
+            groups[-1] += size
+        else:
+            groups.append(size)
+    return max(groups), len(groups)
+
+
+def _placed(
+    name: str,
+    device: dict[str, float],
+    host: dict[str, float],
+    machine: Machine,
+    work: Workload,
+    disk: Mapping[str, float],
+    tokens: int,
+    done: Mapping[WorkKind, float],
+    read: float = 0.0,
+) -> Phase:
+    """Return the phase; a base that is to be sharded is on the CPU of the first process until then."""
+    if machine.sharded and not work.streamed:
+        device, host = {}, {**host, **device}
+    return Phase(name, device, host, disk=disk, tokens=tokens, work=done, read=read)
