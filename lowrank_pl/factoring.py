@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.block_groups import memory_size
+from lowrank_pl.command_work import DryRun
 from lowrank_pl.commands import DType, pick_device
 from lowrank_pl.decomposition import Decomposition
+from lowrank_pl.dry_run import dry_run_decompose
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import write_json
 from lowrank_pl.hidden_states import Cache
@@ -47,7 +49,8 @@ def decompose(
     device: str = "auto",
     trust_remote_code: bool = False,
     json: Path | None = None,
-) -> FactorStore:
+    dry_run: DryRun = False,
+) -> FactorStore | None:
     """Make a model's factors, one block in memory at a time; allocate and fit then find them made.
 
     What needs gradients (two_sided, fwsvd), a .gguf file, or a model whose blocks share more than the hidden state is
@@ -70,12 +73,20 @@ def decompose(
         device: cpu, cuda, ...; auto takes cuda where there is one.
         trust_remote_code: Run Python code that comes with the base.
         json: Write the figures there.
+        dry_run: Print what it will need, loading and writing nothing; h100: at that GPU's speed, assumed.
 
     Returns:
-        The factors.
+        The factors; None of a dry run.
     """
     began = time.perf_counter()
     budget = None if memory is None else memory_size(memory)
+    if dry_run:
+        dry_run_decompose(
+            base, decomposition=decomposition, windows=windows, length=length, dtype=dtype, device=device,
+            memory=budget, gradient_checkpointing=gradient_checkpointing, include=include, exclude=exclude,
+            speeds=dry_run, trust_remote_code=trust_remote_code, json=json,
+        )  # fmt: skip
+        return None
     place, kind = pick_device(device), getattr(torch, dtype)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     tokens = token_windows(text, tokenizer, length=length, windows=windows)

@@ -194,6 +194,12 @@ def test_the_command_line_takes_lists_and_sizes(saved, tmp_path, capsys):
     assert len(list((tmp_path / "store").glob("*.safetensors"))) == 6
 
 
+def test_a_dry_run_makes_nothing(saved, tmp_path, capsys):
+    assert decompose(saved(), text=TEXT, store=tmp_path / "store", dry_run="h100") is None
+    assert "21 targets" in capsys.readouterr().out
+    assert not (tmp_path / "store").exists()
+
+
 def test_allocate_finds_the_factors_made(saved, tmp_path, monkeypatch, capsys):
     base, settings = saved(), {"text": TEXT, "length": 32, "windows": 4}
     made = decompose(base, **settings, json=tmp_path / "figures.json")
