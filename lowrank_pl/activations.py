@@ -1,17 +1,20 @@
-"""Forward passes that keep activations on the way, and the check that recomputing them would change nothing."""
+"""Forward passes that keep activations on the way, and backward passes that compute them again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lowrank_pl.resume_forward import forward_replaced
 from lowrank_pl.targets import decoder_blocks
 
-__all__ = ["keep_activations", "recompute_blocks", "refuse_dropout", "watched_forward"]
+__all__ = ["recompute_blocks", "recomputing", "refuse_dropout", "watched_forward"]
 
 
 def watched_forward(
@@ -55,10 +58,17 @@ def recompute_blocks(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def keep_activations(model: PreTrainedModel) -> None:
-    """Undo ``recompute_blocks``."""
-    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-    disable()
+@contextmanager
+def recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Let backward passes compute each block's activations again instead of keeping them, for a while, in any mode.
+
+    What ``recompute_blocks`` asks of transformers works in train mode only, and lets gradients begin at the embeddings.
+    """
+    with ExitStack() as stack:
+        for block in decoder_blocks(model)[1]:
+            again = partial(checkpoint, block.forward, use_reentrant=False)
+            stack.enter_context(forward_replaced(block, again))
+        yield
 
 
 def refuse_dropout(model: nn.Module) -> None:

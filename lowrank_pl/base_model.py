@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lowrank_pl.block_shapes import SHAPES, random_blocks
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
 
-__all__ = ["BaseSpec", "load_base", "load_tokenizer", "resolve_base"]
+__all__ = ["BaseSpec", "load_base", "load_tokenizer", "read_config", "resolve_base"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = "a hub id, a local folder, a .gguf file, package:NAME, random:FAMILY or layers:NAME"
@@ -210,7 +211,16 @@ def _listing(folder: Path) -> str:
     return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "nothing"
 
 
-def _load_checkpoint(spec: BaseSpec, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def read_config(spec: BaseSpec, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the configuration of the model in a folder or on the hub.
+
+    Args:
+        spec: Which.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Raises:
+        ValueError: It can't be read, or the model is quantised or no causal language model.
+    """
     local = Path(spec.path).is_dir()
     if local:
         problem, advice = f"can't read the configuration in the folder {spec.path!r}", "check its config.json"
@@ -221,6 +231,11 @@ def _load_checkpoint(spec: BaseSpec, dtype: torch.dtype, trust_remote_code: bool
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=trust_remote_code)
     _refuse_quantised(spec, config)
     _refuse_other_tasks(spec, config)
+    return config
+
+
+def _load_checkpoint(spec: BaseSpec, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    config = read_config(spec, trust_remote_code=trust_remote_code)
     with _explained(f"can't load the weights of {spec.path!r}", "check that the checkpoint is whole"):
         model, report = AutoModelForCausalLM.from_pretrained(
             spec.path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True

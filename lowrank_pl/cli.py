@@ -31,9 +31,11 @@ from lowrank_pl.compare import compare
 from lowrank_pl.data import CalibrationData
 from lowrank_pl.dry_run import dry_run
 from lowrank_pl.export import ExportError
+from lowrank_pl.factoring import decompose
 from lowrank_pl.files import atomic_write
 from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
 from lowrank_pl.module import RankLearner
+from lowrank_pl.processes import LostProcessError, told_when_lost
 from lowrank_pl.progress import LearningBar
 from lowrank_pl.scoring import evaluate
 from lowrank_pl.words import bare_flags, readable_words
@@ -42,6 +44,7 @@ __all__ = ["RankCLI", "main"]
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
+    "decompose": decompose,
     "allocate": allocate,
     "refit": refit,
     "export": export,
@@ -90,13 +93,13 @@ class RankCLI(LightningCLI):
             mark_of(read_checkpoint(path))
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Run the Trainer; after Ctrl-C say how to go on."""
+        """Run the Trainer; after Ctrl-C, or the end of another process, say how to go on."""
         last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
 
         def advice() -> str:
             return f"go on with --ckpt_path {last}" if last.exists() else "there is no checkpoint yet"
 
-        with told_when_interrupted(self.trainer, advice):
+        with told_when_interrupted(self.trainer, advice), told_when_lost(advice):
             self.trainer.fit(model, weights_only=True, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -205,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = " ".join(str(error).split())
         command = words[0] if words[0] in FUNCTIONS else "fit"
         sys.exit(_said(f"error: {said}; `lowrank {command} --help` lists the options", 2))
-    except (ValueError, OSError, ExportError, MisconfigurationException) as error:
+    except (ValueError, OSError, ExportError, MisconfigurationException, LostProcessError) as error:
         if os.environ.get("LOWRANK_DEBUG"):
             raise
         sys.exit(_said(f"error: {error}", 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_pl.block_groups import block_groups
 from lowrank_pl.factor_store import FactorStore, TensorStore, read_manifest, total_seconds
 from lowrank_pl.files import cache_root
 from lowrank_pl.gradients import GradientMoments, Labels, WeightGradients, collect_gradients
+from lowrank_pl.processes import is_first, share
 from lowrank_pl.statistics import InputMoments, collect_input_moments
 from lowrank_pl.targets import Target
 
@@ -22,6 +25,7 @@ __all__ = ["Statistic", "Statistics", "statistics_behind"]
 
 Statistic = Literal["inputs", "output_gradients", "weight_gradients"]
 
+_log = logging.getLogger(__name__)
 _SOURCE = ("model", "config", "tokenizer", "text")
 Measured = TypeVar("Measured")
 
@@ -35,6 +39,9 @@ class Statistics:
         source: Fingerprint of model, tokenizer and windows.
         directory: Folder that gets a folder for each kind; by default each lies in the cache under its fingerprint.
         batch_size: Windows per pass.
+        memory: Bytes that the sums of what is collected at a time may take: as many consecutive blocks as fit, at least
+            one, get passes of their own and are written before the next begin. By default all blocks at once.
+        gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
         collecting: Whether ``model`` is what ``source`` says, so that what is missing can be collected.
     """
 
@@ -46,10 +53,12 @@ class Statistics:
         *,
         directory: str | Path | None = None,
         batch_size: int = 1,
+        memory: int | None = None,
+        gradient_checkpointing: bool = False,
         collecting: bool = True,
     ) -> None:
         self.model, self.windows, self.source, self.batch_size = model, windows, dict(source), batch_size
-        self.collecting = collecting
+        self.memory, self.gradient_checkpointing, self.collecting = memory, gradient_checkpointing, collecting
         self._directory = None if directory is None else Path(directory)
 
     def compressed(self, point: Mapping[str, Any], *, collecting: bool = False) -> Statistics:
@@ -62,7 +71,8 @@ class Statistics:
         directory = None if self._directory is None else self._directory / "compressed"
         return Statistics(
             self.model, self.windows, {**self.source, **point},
-            directory=directory, batch_size=self.batch_size, collecting=collecting,
+            directory=directory, batch_size=self.batch_size, memory=self.memory,
+            gradient_checkpointing=self.gradient_checkpointing, collecting=collecting,
         )  # fmt: skip
 
     def inputs(self, targets: Sequence[Target]) -> TensorStore:
@@ -73,8 +83,14 @@ class Statistics:
             return collect_input_moments(self.model, those, self.windows, batch_size=self.batch_size)
 
         groups = {target: target.group for target in targets}
-        self._fill(store, groups, collect, _input_tensors, lambda found: {"tokens": str(found.tokens)})
+        sizes = {target: 8 * target.shape[1] ** 2 for target in targets}
+        self._fill(store, groups, sizes, collect, _input_tensors, lambda found: {"tokens": str(found.tokens)})
         return store
+
+    def unmeasured(self, targets: Sequence[Target]) -> list[Target]:
+        """Return those of ``targets`` whose inputs have not been measured yet."""
+        store = self._store("statistics")
+        return [target for target in targets if target.group not in store]
 
     def output_gradients(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
         """Return the store of ``second_moment`` ``[out, out]`` of output gradients, keyed by module."""
@@ -82,11 +98,13 @@ class Statistics:
 
         def collect(those: Sequence[Target]) -> dict[str, GradientMoments]:
             return collect_gradients(
-                self.model, self.windows, moments=those, labels=labels, batch_size=self.batch_size
-            )[0]
+                self.model, self.windows, moments=those, labels=labels, batch_size=self.batch_size,
+                gradient_checkpointing=self.gradient_checkpointing,
+            )[0]  # fmt: skip
 
         names = {target: target.name for target in targets}
-        self._fill(store, names, collect, _gradient_tensors, lambda found: {"tokens": str(found.tokens)})
+        sizes = {target: 8 * target.shape[0] ** 2 for target in targets}
+        self._fill(store, names, sizes, collect, _gradient_tensors, lambda found: {"tokens": str(found.tokens)})
         return store
 
     def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
@@ -94,10 +112,14 @@ class Statistics:
         store = self._store("weight_gradients", batch_size=str(self.batch_size))
 
         def collect(those: Sequence[Target]) -> dict[str, WeightGradients]:
-            return collect_gradients(self.model, self.windows, weights=those, batch_size=self.batch_size)[1]
+            return collect_gradients(
+                self.model, self.windows, weights=those, batch_size=self.batch_size,
+                gradient_checkpointing=self.gradient_checkpointing,
+            )[1]  # fmt: skip
 
         names = {target: target.name for target in targets}
-        self._fill(store, names, collect, _weight_tensors, lambda found: {"batches": str(found.batches)})
+        sizes = {target: 4 * target.shape[0] * target.shape[1] for target in targets}
+        self._fill(store, names, sizes, collect, _weight_tensors, lambda found: {"batches": str(found.batches)})
         return store
 
     def stores(
@@ -135,11 +157,21 @@ class Statistics:
         self,
         store: TensorStore,
         keys: Mapping[Target, str],
+        sizes: Mapping[Target, int],
         collect: Callable[[Sequence[Target]], dict[str, Measured]],
         tensors: Callable[[Measured], dict[str, Tensor]],
         notes: Callable[[Measured], dict[str, str]],
     ) -> None:
-        """Collect and write what ``store`` lacks of ``keys``, what each target's entry is called there."""
+        """Collect and write what ``store`` lacks, group of blocks by group of blocks.
+
+        Args:
+            store: Where it goes.
+            keys: What each target's entry is called there.
+            sizes: Bytes that the sums of each target's entry take.
+            collect: Measures what is asked for of targets.
+            tensors: What of the measured is written.
+            notes: What is noted beside it.
+        """
         with store.making(keys.values()) as missing:
             if missing and not self.collecting:
                 raise ValueError(
@@ -147,18 +179,29 @@ class Statistics:
                     f"{len(missing) - 1} more: delete the factors that were made from it and decompose the base again "
                     "(at_keep)"
                 )
-            if not missing:
-                return
-            lacking = set(missing)
-            began = time.perf_counter()
-            measured = collect([target for target, key in keys.items() if key in lacking])
-            # What one pass took is shared out among its files, so that a store knows what it cost however often it
-            # resumed.
-            seconds = (time.perf_counter() - began) / max(1, len(measured))
-            for name in tqdm(list(measured), desc=f"saving {store.kind.replace('_', ' ')}", unit="file"):
-                # Popped, so that memory shrinks as the disk fills.
-                found = measured.pop(name)
-                store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
+            lacking, first = set(missing), dict[str, Target]()
+            for target, key in keys.items():
+                # The first of those that share an entry stands for them all.
+                if key in lacking:
+                    first.setdefault(key, target)
+            groups = block_groups(list(first.values()), sizes, self.memory)
+            for number, those in enumerate(groups, 1):
+                if len(groups) > 1:
+                    _log.info(
+                        "%s: blocks %d to %d, group %d of %d",
+                        _said(store), those[0].block, those[-1].block, number, len(groups),
+                    )  # fmt: skip
+                began = time.perf_counter()
+                measured = collect(those)
+                # What one pass took is shared out among its files, so that a store knows what it cost however often it
+                # resumed.
+                seconds = (time.perf_counter() - began) / max(1, len(measured))
+                # All processes have the sums, each writes a share of them.
+                measured = {name: measured[name] for name in share(list(measured))}
+                for name in tqdm(list(measured), desc=f"saving {_said(store)}", unit="file", disable=not is_first()):
+                    # Popped, so that memory shrinks as the disk fills.
+                    found = measured.pop(name)
+                    store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
 
 
 def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Tensor) -> Statistics:
@@ -177,6 +220,10 @@ def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Ten
     digest = read_manifest(directory)["digest"]
     in_cache = directory == (cache_root() / factors.kind / digest[:20]).resolve()
     return Statistics(model, windows, source, directory=None if in_cache else directory)
+
+
+def _said(store: TensorStore) -> str:
+    return store.kind.replace("_", " ")
 
 
 def _input_tensors(moments: InputMoments) -> dict[str, Tensor]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import mmap
-import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lowrank_pl.checksums import KEY, UNKNOWN, DamagedError, check_whole, with_checksum
 from lowrank_pl.decompose import Factors, truncate
 from lowrank_pl.files import atomic_write, cache_root, canonical_json, sha256_of, write_json
 from lowrank_pl.plan import ModulePlan
+from lowrank_pl.processes import from_first, in_turn, is_first, wait, world_size
 
 __all__ = ["FactorStore", "TensorStore", "total_seconds"]
 
 _log = logging.getLogger(__name__)
 _SCHEMA = 1
 _MANIFEST = "manifest.json"
-_CHECKSUM = "crc32"
-_UNKNOWN = "00000000"
 
 
 class TensorStore:
@@ -64,10 +61,11 @@ class TensorStore:
         self.digest = sha256_of(kind, canonical_json(fingerprint))
         self.directory = Path(directory) if directory else cache_root() / kind / self.digest[:20]
         self._whole: set[str] = set()
-        if (self.directory / _MANIFEST).exists():
-            self._check_manifest()
-        else:
-            self._create()
+        with in_turn():
+            if (self.directory / _MANIFEST).exists():
+                self._check_manifest()
+            else:
+                self._create()
 
     def _create(self) -> None:
         if self.directory.exists() and (not self.directory.is_dir() or self._strangers()):
@@ -118,8 +116,8 @@ class TensorStore:
             OSError: The disk is full or not writable; nothing of ``name`` is left then.
         """
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        notes = {"digest": self.digest, **(notes or {}), _CHECKSUM: _UNKNOWN}
-        atomic_write(self.path(name), _with_checksum(save(ready, metadata=notes)))
+        notes = {"digest": self.digest, **(notes or {}), KEY: UNKNOWN}
+        atomic_write(self.path(name), with_checksum(save(ready, metadata=notes)))
         self._whole.discard(name)
 
     @contextmanager
@@ -141,24 +139,46 @@ class TensorStore:
 
     @contextmanager
     def making(self, names: Iterable[str]) -> Iterator[list[str]]:
-        """Yield those of ``names`` that this run has to make, in order, the store claimed for it; none is no claim."""
-        names = list(names)
-        if not self.missing(names):
-            yield []
-            return
-        with self.claimed():
-            # Another run that was at it may have made them in the meantime.
-            yield self.missing(names)
+        """Yield those of ``names`` that this run has to make, in order, the store claimed for it; none is no claim.
 
-    def read(self, name: str, key: str, *, rows: int | None = None, columns: int | None = None) -> Tensor:
-        """Return one tensor of ``name``, or only its first ``rows`` or ``columns``; nothing else is read from disk.
+        Processes that work together get the same names, each of which one of them has to write, and leave the block
+        when all are there; the first one holds the claim.
+
+        Raises:
+            ValueError: What another process has written is not in this one's folder.
+        """
+        names = list(names)
+        if from_first(lambda: self.missing(names)):
+            with self.claimed() if is_first() else nullcontext():
+                # Another run that was at it may have made them in the meantime.
+                yield from_first(lambda: self.missing(names))
+                wait()
+        else:
+            yield []
+        self._check_shared(names)
+
+    def _check_shared(self, names: Sequence[str]) -> None:
+        absent = self.missing(names) if world_size() > 1 else []
+        if absent:
+            raise ValueError(
+                f"{len(absent)} of {len(names)} files of the {self.kind} store that other processes wrote are not in "
+                f"{self.directory}, e.g. {absent[0]}: all processes of a run need the same folder; let LOWRANK_HOME or "
+                "the store (--model.store) lie on a file system that all nodes share"
+            )
+
+    def read(
+        self, name: str, key: str, *, rows: slice | int | None = None, columns: slice | int | None = None
+    ) -> Tensor:
+        """Return one tensor of ``name``, or a slice of ``rows`` or ``columns``, or so many first ones.
+
+        Nothing else is read from disk, but for the first time, when the file's checksum is compared.
 
         Raises:
             ValueError: The file is absent or damaged; the message names it and the cure.
         """
         with self._open(name) as file:
             view = file.get_slice(key)
-            part: Tensor = view[:rows] if columns is None else view[:rows, :columns]
+            part: Tensor = view[_slice(rows)] if columns is None else view[_slice(rows), _slice(columns)]
             return part.contiguous()
 
     @contextmanager
@@ -166,7 +186,7 @@ class TensorStore:
         """Yield the open file of ``name``; errors name it and the cure."""
         try:
             if name not in self._whole:
-                _check_whole(self.path(name))
+                check_whole(self.path(name))
                 self._whole.add(name)
             with safe_open(self.path(name), framework="pt") as file:
                 yield file
@@ -174,7 +194,7 @@ class TensorStore:
             raise ValueError(
                 f"the {self.kind} store at {self.directory} has nothing for {name}: build it again"
             ) from None
-        except (SafetensorError, _DamagedError) as error:
+        except (SafetensorError, DamagedError) as error:
             raise ValueError(
                 f"{self.path(name)} is damaged ({error}): delete it and run again, only this file is made anew"
             ) from None
@@ -182,7 +202,7 @@ class TensorStore:
     def notes(self, name: str) -> dict[str, str]:
         """Return what was noted when ``name`` was written; errors as in ``read``."""
         with self._open(name) as file:
-            return {key: value for key, value in (file.metadata() or {}).items() if key not in ("digest", _CHECKSUM)}
+            return {key: value for key, value in (file.metadata() or {}).items() if key not in ("digest", KEY)}
 
     def seconds(self, names: Iterable[str]) -> float | None:
         """Return how long it took to make what is stored of ``names``; ``None`` where that was not noted."""
@@ -190,41 +210,8 @@ class TensorStore:
         return total_seconds(None if seconds is None else float(seconds) for seconds in noted)
 
 
-class _DamagedError(Exception):
-    """A file's bytes are not those that were written."""
-
-
-def _with_checksum(data: bytes) -> bytes:
-    """Return a safetensors file with the checksum of its tensors in the place of the one not known."""
-    header = _header_bytes(data)
-    known = f"{zlib.crc32(memoryview(data)[header:]):08x}"
-    old, new = (f'"{_CHECKSUM}":"{value}"'.encode() for value in (_UNKNOWN, known))
-    assert data[:header].count(old) == 1
-    return data[:header].replace(old, new) + data[header:]
-
-
-def _check_whole(path: Path) -> None:
-    """Compare the tensors of a file with their checksum: a flipped bit would be read without a word.
-
-    Files of versions that wrote none are taken as they are.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        _DamagedError: They differ, or the file is empty.
-    """
-    if not path.stat().st_size:
-        raise _DamagedError("it is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        header = _header_bytes(data)
-        found = re.search(rb'"%b":"([0-9a-f]{8})"' % _CHECKSUM.encode(), data[:header])
-        with memoryview(data) as view:
-            if found and int(found[1], 16) != zlib.crc32(view[header:]):
-                raise _DamagedError("the checksum of its tensors is wrong")
-
-
-def _header_bytes(data: bytes | mmap.mmap) -> int:
-    # A safetensors file begins with the length of its header, which is JSON; all else is tensors.
-    return 8 + int.from_bytes(data[:8], "little")
+def _slice(part: slice | int | None) -> slice:
+    return part if isinstance(part, slice) else slice(part)
 
 
 def total_seconds(parts: Iterable[float | None]) -> float | None:
@@ -270,16 +257,16 @@ class FactorStore(TensorStore):
         """Return all singular values of module ``name``, float64, descending."""
         return self.read(name, "sigma")
 
-    def factors(self, name: str, components: int | Tensor | None = None) -> Factors:
-        """Return the first components of module ``name``, or those of the given indices, or all of them.
+    def factors(self, name: str, components: int | slice | Tensor | None = None) -> Factors:
+        """Return the first components of module ``name``, or a slice or those of the given indices, or all of them.
 
         Args:
             name: The module.
-            components: How many, or an index tensor ``[rank]``.
+            components: How many, a slice of them, or an index tensor ``[rank]``.
         """
-        rank = components if isinstance(components, int) else None
+        part = _slice(None if isinstance(components, Tensor) else components)
         whole = Factors(
-            self.read(name, "left", columns=rank), self.read(name, "right", rows=rank), self.sigma(name)[:rank]
+            self.read(name, "left", columns=part), self.read(name, "right", rows=part), self.sigma(name)[part]
         )
         if isinstance(components, Tensor):
             return truncate(whole, components)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +13,10 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_pl.activations import recomputing
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.targets import Target
+from lowrank_pl.processes import add_up, is_first, share, total
+from lowrank_pl.targets import Target, decoder_blocks
 
 __all__ = ["GradientMoments", "Labels", "WeightGradients", "collect_gradients"]
 
@@ -55,6 +57,11 @@ class GradientMoments:
         self.second += other.second
         self.tokens += other.tokens
 
+    def merge_processes(self) -> None:
+        """Add the sums of all processes that work together."""
+        add_up(self.second)
+        self.tokens = total(self.tokens)
+
     @property
     def second_moment(self) -> Tensor:
         """``[out, out]`` mean of ``g g'`` over tokens with a label."""
@@ -92,6 +99,12 @@ class WeightGradients:
         self.squares += other.squares
         self.batches += other.batches
 
+    def merge_processes(self) -> None:
+        """Add the sums of all processes that work together."""
+        add_up(self.total)
+        add_up(self.squares)
+        self.batches = total(self.batches)
+
     @property
     def mean(self) -> Tensor:
         """``[out, in]`` mean gradient."""
@@ -112,12 +125,15 @@ def collect_gradients(
     labels: Labels = "sampled",
     batch_size: int = 1,
     seed: int = 0,
+    gradient_checkpointing: bool = False,
     progress: str = "gradients",
 ) -> tuple[dict[str, GradientMoments], dict[str, WeightGradients]]:
     """Return moments of output gradients and mean weight gradients by module name, from one forward pass a batch.
 
     Weight gradients always come from the text's own next tokens; the moments come from labels of their own, for which
-    a second backward pass is made where both are asked for and ``labels`` is ``sampled``.
+    a second backward pass is made where both are asked for and ``labels`` is ``sampled``. Blocks before the first that
+    is watched keep no activations and see no backward pass. Processes that work together take a share of the batches
+    each.
 
     Args:
         model: The model to differentiate; evaluation mode is used and restored, no parameter gets a gradient.
@@ -127,6 +143,7 @@ def collect_gradients(
         labels: Whose next tokens the moments' loss asks for.
         batch_size: Windows per pass.
         seed: Of the sampled labels; each batch draws from a generator of its own.
+        gradient_checkpointing: Compute each block's activations again in the backward pass, to save memory.
         progress: Label of the progress bar.
 
     Raises:
@@ -138,15 +155,21 @@ def collect_gradients(
     seen = {target.name: GradientMoments.empty(target.shape[0], device=device) for target in moments}
     sums = {target.name: WeightGradients.empty(target.shape, device=device) for target in weights}
     recorder = _Recorder()
-    with ExitStack() as stack:
-        stack.enter_context(_differentiable(model))
-        stack.enter_context(recorder.watching(model, dict.fromkeys([*seen, *sums])))
-        for number, batch in enumerate(tqdm(torch.split(windows, batch_size), desc=progress, unit="batch")):
+    first = min((target.block for target in (*moments, *weights)), default=0)
+    with _differentiable(model, first), recomputing(model) if gradient_checkpointing else nullcontext():
+        # A batch keeps its number, and so its sampled labels, whichever process it goes to.
+        mine = share(list(enumerate(torch.split(windows, batch_size))))
+        for number, batch in tqdm(mine, desc=progress, unit="batch", disable=not is_first()):
             tokens = batch.to(device)
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+            # Not in the backward pass, where blocks may be run again.
+            with recorder.watching(model, dict.fromkeys([*seen, *sums])):
+                logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             _backward(logits, tokens[:, 1:], seen, sums, recorder, labels, generator, number)
             recorder.clear()
+    measured: list[GradientMoments | WeightGradients] = [*seen.values(), *sums.values()]
+    for found in measured:
+        found.merge_processes()
     return seen, sums
 
 
@@ -250,13 +273,13 @@ class _Recorder:
 
 
 @contextmanager
-def _differentiable(model: PreTrainedModel) -> Iterator[None]:
-    """Let gradients flow from the embeddings up while no parameter takes one, in evaluation mode; then as before."""
+def _differentiable(model: PreTrainedModel, first: int) -> Iterator[None]:
+    """Let gradients flow from block ``first`` up while no parameter takes one, in evaluation mode; then as before."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)
     try:
-        with evaluating(model), torch.enable_grad(), _embeddings_with_gradient(model):
+        with evaluating(model), torch.enable_grad(), _inputs_with_gradient(model, first):
             yield
     finally:
         for parameter in asking:
@@ -264,10 +287,14 @@ def _differentiable(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _embeddings_with_gradient(model: PreTrainedModel) -> Iterator[None]:
-    """Let gradients reach the output of the input embeddings of ``model``, whose weights are frozen, for a while."""
-    embeddings = model.get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+def _inputs_with_gradient(model: PreTrainedModel, first: int) -> Iterator[None]:
+    """Let gradients reach what block ``first`` of ``model`` is fed, while all weights are frozen, for a while."""
+    before = model.get_input_embeddings() if first == 0 else decoder_blocks(model)[1][first - 1]
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        (output if isinstance(output, Tensor) else output[0]).requires_grad_()
+
+    handle = before.register_forward_hook(hook)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from lowrank_pl.masks.base import Mask, MaskMethod
 from lowrank_pl.storage import Storage
 from lowrank_pl.targets import dense_weight, replace_module
 
-__all__ = ["Choice", "MaskedLinear", "Work", "chosen", "insert_masks", "masked_layers", "set_to_work"]
+__all__ = ["Choice", "MaskedLinear", "Work", "chosen", "component_rows", "insert_masks", "masked_layers", "set_to_work"]
 
 Choice = Literal["mask", "dense"] | int | Tensor
 """What a masked layer computes with: its mask, its dense weight, its first components, or an index set of them."""
@@ -45,7 +45,8 @@ class MaskedLinear(nn.Linear):
 
     Args:
         dense: The layer to stand in for; ``nn.Linear`` or GPT-2's ``Conv1D``. Its bias is kept.
-        factors: Its first ``mask.rank`` components, cast to the weight's type.
+        factors: Its first ``mask.rank`` components, cast to the weight's type; those on the meta device stay there, for
+            values that come later.
         mask: The gate, whose parameters are the only ones that learn.
     """
 
@@ -59,8 +60,9 @@ class MaskedLinear(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         # A component is a row on both sides, so that those of any choice lie together, at addresses and in steps that
         # the matrix units of a GPU take at full speed, however many they are.
-        self.left_rows = nn.Parameter(factors.left.to(weight).mT.contiguous(), requires_grad=False)
-        self.right = nn.Parameter(factors.right.to(weight).contiguous(), requires_grad=False)
+        left_rows, right = component_rows(factors, weight)
+        self.left_rows = nn.Parameter(left_rows, requires_grad=False)
+        self.right = nn.Parameter(right, requires_grad=False)
         self.mask = mask
         self.choice: Choice = "mask"
         self.work = Work()
@@ -109,6 +111,16 @@ class MaskedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, components={self.mask.rank}"
 
 
+def component_rows(factors: Factors, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``left_rows`` ``[rank, out]`` and ``right`` ``[rank, in]`` of a layer, of the type of its weight ``like``.
+
+    They are on its device, or on the meta device where ``factors`` are.
+    """
+    place = factors.left.device if factors.left.is_meta else like.device
+    left, right = (part.to(place, like.dtype) for part in (factors.left, factors.right))
+    return left.mT.contiguous(), right.contiguous()
+
+
 def insert_masks(
     model: nn.Module,
     store: FactorStore,
@@ -117,6 +129,7 @@ def insert_masks(
     *,
     prices: Storage,
     kept: Mapping[str, Tensor] | None = None,
+    empty: bool = False,
 ) -> None:
     """Replace linear maps of ``model`` by masked ones, in place.
 
@@ -127,15 +140,25 @@ def insert_masks(
         starts: Which maps, by name, and the fraction of parameters that the mask of each starts at.
         prices: What ranks cost in the finished model.
         kept: Component indices to start from, for maps that start from a plan.
+        empty: Leave the factors on the meta device, for ``lowrank_pl.sharding.shard_frozen`` to read.
     """
     for name, keep in starts.items():
         dense = model.get_submodule(name)
         weight = dense_weight(dense)
         out_features, in_features = weight.shape
         shape = (out_features, in_features)
-        mask = method.create(shape, store.sigma(name), keep, prices=prices, kept=(kept or {}).get(name))
+        sigma = store.sigma(name)
+        mask = method.create(shape, sigma, keep, prices=prices, kept=(kept or {}).get(name))
         mask.to(weight.device)
-        replace_module(model, name, MaskedLinear(dense, store.factors(name, mask.rank), mask))
+        factors = _empty_factors(shape, sigma[: mask.rank]) if empty else store.factors(name, mask.rank)
+        replace_module(model, name, MaskedLinear(dense, factors, mask))
+
+
+def _empty_factors(shape: tuple[int, int], sigma: Tensor) -> Factors:
+    """Return factors of a map of ``shape`` ``(out, in)`` without values, on the meta device."""
+    out_features, in_features = shape
+    left = torch.empty(out_features, len(sigma), device="meta")
+    return Factors(left, torch.empty(len(sigma), in_features, device="meta"), sigma)
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:

@@ -33,6 +33,7 @@ from lowrank_pl.masks.switches import seeded
 from lowrank_pl.objectives import DataTerms, kept_share
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import budget_for, build_factors, describe_origin, preparation_notes
+from lowrank_pl.processes import together
 from lowrank_pl.schedule import AimSchedule, half_cosine
 from lowrank_pl.sharding import average_gradients, shard_frozen
 from lowrank_pl.start import read_start, start_of
@@ -175,17 +176,18 @@ class RankLearner(LightningModule):
                 refuse_dropout(model)
             if not sharded:
                 model.to(self.trainer.strategy.root_device)
-            self.build(model, data)
+            self.build(model, data, sharded=sharded)
         self.seconds["factors"] = time.perf_counter() - began
         if sharded:
-            shard_frozen(model, self.device_mesh["data_parallel"], self.mask_parameters())  # type: ignore[index]
+            shard_frozen(model, self.store, self.mask_parameters(), self.trainer.strategy.root_device)
 
-    def build(self, model: PreTrainedModel, data: CalibrationData) -> None:
+    def build(self, model: PreTrainedModel, data: CalibrationData, *, sharded: bool = False) -> None:
         """Make ``model`` the one that this learner works on.
 
         Args:
             model: The dense base.
             data: Gives the tokenizer and the windows for statistics.
+            sharded: Leave the factors on disk, for ``shard_frozen`` to read this process's share of them.
         """
         targets = find_targets(model, include=self.include, exclude=self.exclude)
         self.budget = budget_for(
@@ -199,7 +201,10 @@ class RankLearner(LightningModule):
             settings=self.decomposition, store=self.store,
         )  # fmt: skip
         start = start_of(self._start_plan(model, targets, data), self.budget, self.mask_method, self.aim)
-        insert_masks(model, self.store, self.mask_method, start.ratios, prices=self.budget.prices, kept=start.kept)
+        insert_masks(
+            model, self.store, self.mask_method, start.ratios, prices=self.budget.prices, kept=start.kept,
+            empty=sharded,
+        )  # fmt: skip
         if self.gradient_checkpointing:
             recompute_blocks(model)
         self.model = model
@@ -213,20 +218,13 @@ class RankLearner(LightningModule):
         learnt, frozen = sum(p.numel() for p in self.mask_parameters()), self.budget.model_parameters
         _log.info("%s mask parameters learn, the base's %s do not move", f"{learnt:,}", f"{frozen:,}")
 
-    def _factors(self, model: PreTrainedModel, targets: Any, data: CalibrationData) -> FactorStore:
-        """Build the factors on the first process; the others wait, then find them made."""
-
-        def build() -> FactorStore:
+    def _factors(self, model: PreTrainedModel, targets: Targets, data: CalibrationData) -> FactorStore:
+        """Return the store of the factors, which all processes build together."""
+        with together():
             return build_factors(
                 model, targets, data.statistics_windows, data.tokenizer, settings=self.decomposition,
                 directory=self.store_directory,
             )  # fmt: skip
-
-        if self._trainer and self.trainer.world_size > 1:
-            if self.trainer.is_global_zero:
-                build()
-            self.trainer.strategy.barrier("factors")
-        return build()
 
     def _start_plan(self, model: PreTrainedModel, targets: Targets, data: CalibrationData) -> RankPlan | None:
         """Return the plan to start from; an allocator draws it on the first process, for all."""

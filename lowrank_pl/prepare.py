@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +26,7 @@ from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.factor_store import FactorStore, TensorStore, tensor_digest, weight_digest
 from lowrank_pl.files import sha256_of
 from lowrank_pl.hull import predicted_scores
+from lowrank_pl.processes import balanced, is_first
 from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import Target, Targets, dense_weight
 from lowrank_pl.windows import tokenizer_fingerprint, windows_fingerprint
@@ -34,7 +35,10 @@ __all__ = [
     "budget_for",
     "build_factors",
     "build_gradients",
+    "check_finite",
+    "decompose_all",
     "describe_origin",
+    "factor_store",
     "model_fingerprint",
     "model_parameters",
     "preparation_notes",
@@ -45,15 +49,19 @@ _log = logging.getLogger(__name__)
 _NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "auto_map"}
 
 
-def model_fingerprint(model: PreTrainedModel) -> dict[str, str]:
+def model_fingerprint(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]] | None = None) -> dict[str, str]:
     """Return SHA-256 digests of all that a model computes with.
 
     ``model`` covers the names, types, shapes and values of all parameters, ``config`` what else decides on the outputs
     (rotary base, norm epsilon, ...).
+
+    Args:
+        model: The model.
+        parameters: Its named parameters in their order, looked at one at a time, where it does not hold them itself.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_COMPUTED_WITH}
     return {
-        "model": tensor_digest(model.named_parameters()),
+        "model": tensor_digest(model.named_parameters() if parameters is None else parameters),
         "config": sha256_of(json.dumps(config, sort_keys=True, default=str)),
     }
 
@@ -134,11 +142,14 @@ def build_factors(
     settings: Decomposition | None = None,
     directory: str | Path | None = None,
     batch_size: int = 1,
+    memory: int | None = None,
+    gradient_checkpointing: bool = False,
 ) -> FactorStore:
     """Return a store that holds the factors of every target, making only those that are missing.
 
     Statistics are kept beside the factors, in stores of their own, so that another decomposition of the same model
-    and text starts from them.
+    and text starts from them. Processes that work together (``lowrank_pl.processes.together``) take a share each of the
+    windows and of the decompositions; all need the same folder.
 
     Args:
         model: The dense base, on the device that is to do the work.
@@ -148,12 +159,36 @@ def build_factors(
         settings: How to decompose.
         directory: Folder of the store; by default one named by the fingerprint in the cache.
         batch_size: Windows per forward.
+        memory: Bytes that the statistics of a group of blocks may take while they are collected; by default all blocks
+            are one group. Groups take passes of their own, and a killed run goes on at the group it was in.
+        gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
 
     Raises:
         ValueError: ``directory`` holds a store of something else, or a weight or an input is not finite.
     """
-    statistics = statistics_of(model, windows, tokenizer, directory=directory, batch_size=batch_size)
+    statistics = statistics_of(
+        model, windows, tokenizer, directory=directory, batch_size=batch_size, memory=memory,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
     return _factors(model, targets, statistics, settings or Decomposition(), directory)
+
+
+def factor_store(
+    targets: Targets, source: Mapping[str, Any], settings: Decomposition, directory: str | Path | None
+) -> FactorStore:
+    """Return the store of the factors that ``settings`` give of a model and a text, whatever it holds so far.
+
+    Args:
+        targets: The maps to decompose.
+        source: Fingerprint of model, tokenizer and windows.
+        settings: How to decompose.
+        directory: Its folder; by default one named by the fingerprint in the cache.
+    """
+    used = {key: source[key] for key in source if settings.needs_text or key in ("model", "config")}
+    if settings.at_keep is not None:
+        # Which modules are compressed decides on what is measured in each.
+        used["at_modules"] = sha256_of(*(target.name for target in targets.modules))
+    return FactorStore({**used, **settings.identity()}, directory)
 
 
 def _factors(
@@ -163,16 +198,12 @@ def _factors(
     settings: Decomposition,
     directory: str | Path | None,
 ) -> FactorStore:
-    source = dict(statistics.source if settings.needs_text else model_fingerprint(model))
-    if settings.at_keep is not None:
-        # Which modules are compressed decides on what is measured in each.
-        source["at_modules"] = sha256_of(*(target.name for target in targets.modules))
-    store = FactorStore({**source, **settings.identity()}, directory)
+    store = factor_store(targets, statistics.source, settings, directory)
     with store.making(target.name for target in targets.modules) as missing:
         _log.info("factors: %d of %d modules to decompose, in %s", len(missing), len(targets.modules), store.directory)
         todo = [target for target in targets.modules if target.name in set(missing)]
-        _check_finite(model, todo)
         if todo:
+            check_finite(model, todo)
             _make(model, targets, todo, statistics, settings, store, directory)
     return store
 
@@ -193,7 +224,7 @@ def _make(
         factors = _factors(model, targets, statistics, replace(settings, at_keep=None), before)
         point = settings.point(store.fingerprint["at_modules"])
         compressed = _statistics_compressed(model, targets, statistics, settings, factors, settings.at_keep, point)
-    _decompose_all(model, todo, store, Roots(settings, statistics, todo, model.device, compressed))
+    decompose_all(model, todo, store, Roots(settings, statistics, todo, model.device, compressed))
 
 
 def _statistics_compressed(
@@ -251,30 +282,44 @@ def statistics_of(
     windows: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    parameters: Iterable[tuple[str, Tensor]] | None = None,
     directory: str | Path | None = None,
     batch_size: int = 1,
+    memory: int | None = None,
+    gradient_checkpointing: bool = False,
 ) -> Statistics:
-    """Return the statistics of ``model`` on ``windows``, on disk, collected when asked; arguments as in the others."""
+    """Return the statistics of ``model`` on ``windows``, on disk, collected when asked.
+
+    Arguments are those of ``build_factors`` and ``model_fingerprint``.
+    """
     source = {"tokenizer": tokenizer_fingerprint(tokenizer), "text": windows_fingerprint(windows)}
     return Statistics(
-        model, windows, {**model_fingerprint(model), **source}, directory=directory, batch_size=batch_size
-    )
+        model, windows, {**model_fingerprint(model, parameters), **source}, directory=directory, batch_size=batch_size,
+        memory=memory, gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
 
 
-def _check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:
-    # Before the statistics, which would blame the modules that come after the damaged one.
+def check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:
+    """Refuse weights that hold NaN or infinity; the statistics would blame the modules that come after them.
+
+    Raises:
+        ValueError: One does.
+    """
     for target in todo:
         if not torch.isfinite(dense_weight(model.get_submodule(target.name))).all():
             raise ValueError(f"the weight of {target.name} holds NaN or infinity: the checkpoint is damaged")
 
 
-def _decompose_all(model: PreTrainedModel, todo: Sequence[Target], store: FactorStore, roots: Roots) -> None:
+def decompose_all(model: PreTrainedModel, todo: Sequence[Target], store: FactorStore, roots: Roots) -> None:
+    """Write the factors of ``todo``, maps of ``model``, to ``store``, weighted by ``roots``."""
     kinds: Counter[str] = Counter()
-    bar = tqdm(total=len(todo), desc="decompose", unit="module")
     # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
-    for group, members in groupby(todo, key=lambda target: target.group):
+    groups = [list(members) for _, members in groupby(todo, key=lambda target: target.group)]
+    mine = balanced(groups, [sum(_svd_cost(target) for target in members) for members in groups])
+    bar = tqdm(total=sum(map(len, mine)), desc="decompose", unit="module", disable=not is_first())
+    for members in mine:
         began = time.perf_counter()
-        inputs = roots.of_inputs(group)
+        inputs = roots.of_inputs(members[0].group)
         if inputs is not None:
             kinds[inputs.kind] += 1
         for target in members:
@@ -296,3 +341,9 @@ def _decompose_all(model: PreTrainedModel, todo: Sequence[Target], store: Factor
             kinds["eigen"],
             kinds.total(),
         )
+
+
+def _svd_cost(target: Target) -> int:
+    """Return what the number of operations of its decomposition grows with."""
+    m, n = target.shape
+    return m * n * min(m, n)

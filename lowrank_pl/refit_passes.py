@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.resume_forward import can_resume, resumed
+from lowrank_pl.resume_forward import EnoughError, can_resume, moved, resumed
 from lowrank_pl.targets import Target, decoder_blocks, replaced
 
 __all__ = ["Pair", "Place", "Twins", "survey"]
@@ -132,10 +132,6 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-class _EnoughError(Exception):
-    """Ends a forward pass of whose rest nobody wants to know."""
-
-
 class Twins:
     """A dense model and its compressed twin, run side by side over the same windows, block by block.
 
@@ -177,8 +173,8 @@ class Twins:
         found: list[Any] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(_moved(output, self._place))
-            raise _EnoughError
+            found.append(moved(output, self._place))
+            raise EnoughError
 
         self._run(lambda stack: stack.callback(last.register_forward_hook(keep).remove), lambda _: None)
         self._hidden, self._start = found, block
@@ -201,7 +197,7 @@ class Twins:
                 # A stream may be written to in place, and what matters is what it was.
                 seen.setdefault(where, []).append(_first(args, kwargs).clone())
                 if where == name:
-                    raise _EnoughError
+                    raise EnoughError
 
             return hook
 
@@ -221,11 +217,11 @@ class Twins:
     def _run(self, watch: Callable[[ExitStack], Any], done: Callable[[int], None]) -> None:
         """Run the dense model over one batch and then its twin, both watched; so with all batches."""
         device = self.model.device
-        states = (_moved(state, device) for state in self._hidden)
+        states = (moved(state, device) for state in self._hidden)
         with evaluating(self.model), resumed(self.model, self._start, states):
             for number, batch in enumerate(self.batches):
                 for layers in ({}, self.layers):
-                    with replaced(self.model, layers), ExitStack() as stack, suppress(_EnoughError):
+                    with replaced(self.model, layers), ExitStack() as stack, suppress(EnoughError):
                         watch(stack)
                         self.model(input_ids=batch.to(device), use_cache=False)
                 done(number)
@@ -240,10 +236,3 @@ def _resting_place(model: PreTrainedModel, tokens: int) -> torch.device:
         if 4 * tokens * width * size < torch.cuda.mem_get_info(device)[0] / 2:
             return device
     return torch.device("cpu")
-
-
-def _moved(output: Any, device: torch.device) -> Any:
-    """Return the output of a block, a tensor or a tuple that begins with one, on ``device``."""
-    if isinstance(output, Tensor):
-        return output.to(device)
-    return type(output)(part.to(device) if isinstance(part, Tensor) else part for part in output)

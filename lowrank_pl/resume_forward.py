@@ -1,9 +1,9 @@
-"""Forward passes that begin at a later decoder block, with what the dense model computed before it."""
+"""Forward passes that begin at a later decoder block, with what came before it, or end at an earlier one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,7 +13,11 @@ from transformers import PreTrainedModel
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.targets import decoder_blocks
 
-__all__ = ["block_outputs", "can_resume", "resumed"]
+__all__ = ["EnoughError", "block_outputs", "can_resume", "copied", "ended", "forward_replaced", "moved", "resumed"]
+
+
+class EnoughError(Exception):
+    """Ends a forward pass of whose rest nobody wants to know."""
 
 
 @contextmanager
@@ -35,18 +39,43 @@ def resumed(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Itera
     def first(*_: Any, **__: Any) -> Any:
         current[0] = next(passes)
         # Some blocks add to their input in place.
-        return _copied(current[0]) if block == 1 else current[0]
+        return copied(current[0]) if block == 1 else current[0]
 
     def later(*_: Any, **__: Any) -> Any:
         return current[0]
 
     def last(*_: Any, **__: Any) -> Any:
-        return _copied(current[0])
+        return copied(current[0])
 
     with ExitStack() as stack:
         for number in range(block):
             stand_in = first if number == 0 else last if number == block - 1 else later
-            stack.enter_context(_forward_replaced(blocks[number], stand_in))
+            stack.enter_context(forward_replaced(blocks[number], stand_in))
+        yield
+
+
+@contextmanager
+def ended(model: PreTrainedModel, module: nn.Module, receive: Callable[[Any], None] = lambda _: None) -> Iterator[None]:
+    """Let forward passes of ``model`` end when ``module`` has run, and return nothing.
+
+    Args:
+        model: A causal language model.
+        module: A part of it, such as a decoder block, or ``model.base_model`` for all but the head.
+        receive: Is given what it returned, once a pass.
+    """
+    whole = model.forward
+
+    def part(*args: Any, **kwargs: Any) -> None:
+        with suppress(EnoughError):
+            whole(*args, **kwargs)
+
+    def stop(_: nn.Module, __: Any, output: Any) -> None:
+        receive(output)
+        raise EnoughError
+
+    with ExitStack() as stack:
+        stack.enter_context(forward_replaced(model, part))
+        stack.callback(module.register_forward_hook(stop).remove)
         yield
 
 
@@ -64,7 +93,7 @@ def block_outputs(
         outputs: As in ``resumed``.
     """
     found: list[Any] = []
-    handle = decoder_blocks(model)[1][block].register_forward_hook(lambda _, __, output: found.append(_copied(output)))
+    handle = decoder_blocks(model)[1][block].register_forward_hook(lambda _, __, output: found.append(copied(output)))
     device = model.get_input_embeddings().weight.device
     try:
         with evaluating(model), resumed(model, start, outputs):
@@ -98,21 +127,29 @@ def can_resume(model: PreTrainedModel, windows: Tensor) -> bool:
 
 
 @contextmanager
-def _forward_replaced(block: nn.Module, stand_in: Any) -> Iterator[None]:
+def forward_replaced(module: nn.Module, stand_in: Any) -> Iterator[None]:
+    """Let ``stand_in`` be called in the place of what ``module`` computes, for a while."""
     # Not the module: the loop over blocks may read attributes of theirs, and others may hold references.
-    own = vars(block).get("forward")
-    block.forward = stand_in
+    own = vars(module).get("forward")
+    module.forward = stand_in
     try:
         yield
     finally:
         if own is None:
-            del block.forward
+            del module.forward
         else:
-            block.forward = own
+            module.forward = own
 
 
-def _copied(output: Any) -> Any:
+def copied(output: Any) -> Any:
     """Return the output of a block, a tensor or a tuple that begins with one, with tensors of its own."""
     if isinstance(output, Tensor):
         return output.clone()
-    return type(output)(_copied(part) if isinstance(part, Tensor) else part for part in output)
+    return type(output)(copied(part) if isinstance(part, Tensor) else part for part in output)
+
+
+def moved(output: Any, device: torch.device) -> Any:
+    """Return the output of a block, a tensor or a tuple that begins with one, on ``device``."""
+    if isinstance(output, Tensor):
+        return output.to(device)
+    return type(output)(part.to(device) if isinstance(part, Tensor) else part for part in output)

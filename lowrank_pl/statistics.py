@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.targets import Target
+from lowrank_pl.processes import add_up, is_first, share, total
+from lowrank_pl.targets import Target, dense_weight
 
 __all__ = ["InputMoments", "collect_input_moments"]
 
@@ -70,6 +71,12 @@ class InputMoments:
         self.absolute += other.absolute
         self.tokens += other.tokens
 
+    def merge_processes(self) -> None:
+        """Add the sums of all processes that work together."""
+        add_up(self.second)
+        add_up(self.absolute)
+        self.tokens = total(self.tokens)
+
     @property
     def second_moment(self) -> Tensor:
         """``[in, in]`` mean of ``x x'`` over tokens."""
@@ -86,7 +93,8 @@ def collect_input_moments(
 ) -> dict[str, InputMoments]:
     """Return the moments of every distinct input of ``targets``, keyed by ``Target.group``.
 
-    Modules that share an input (q/k/v, gate/up) share one entry. The model runs forward once over ``windows``.
+    Modules that share an input (q/k/v, gate/up) share one entry. The model runs forward once over ``windows``, of which
+    processes that work together take a share each.
 
     Args:
         model: The dense model; its training flag is restored afterwards.
@@ -98,13 +106,18 @@ def collect_input_moments(
         ValueError: An input holds NaN or infinity (the message names module and batch).
     """
     leaders = {target.group: target for target in targets}
-    device = next(model.parameters()).device
+    # Of a model that is walked block by block, only what is watched has its weights.
+    device = dense_weight(model.get_submodule(targets[0].name)).device
     moments = {group: InputMoments.empty(target.shape[1], device=device) for group, target in leaders.items()}
     batches = torch.split(windows, batch_size)
     with _watching(model, moments) as position, evaluating(model):
-        for position[0], batch in enumerate(tqdm(batches, desc="statistics", unit="batch")):
+        mine = share(list(enumerate(batches)))
+        for position[0], batch in tqdm(mine, desc="statistics", unit="batch", disable=not is_first()):
             model(input_ids=batch.to(device), use_cache=False)
-    _warn_if_short(leaders, moments)
+    for found in moments.values():
+        found.merge_processes()
+    if is_first():
+        _warn_if_short(leaders, moments)
     return moments
 
 

@@ -7,8 +7,8 @@ needed, and blocks of models that fit no machine can be measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.activations import keep_activations, recompute_blocks, refuse_dropout
+from lowrank_pl.activations import recomputing
 from lowrank_pl.decompose import Factors
 from lowrank_pl.layers import MaskedLinear, Work, set_to_work
 from lowrank_pl.machine import peak_memory, reset_peak_memory
@@ -55,38 +55,31 @@ def measure_step(
         gradient_checkpointing: Whether learning steps compute the activations of each block again in the backward
             pass; the frozen step keeps them.
         method: Makes the masks; ARA's by default.
-
-    Raises:
-        ValueError: Activations are to be computed again and the model has dropout.
     """
     method = method or Staircase()
-    if gradient_checkpointing:
-        refuse_dropout(model)
     layers = _masked(model, method, keep, prices)
     dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
     added = sum(layer.left.nbytes + layer.right.nbytes for layer in layers.values())
 
     def learning(*, every: int | None) -> Callable[[], None]:
         def step() -> None:
-            # Blocks compute again what they did not keep in train mode only.
-            model.train(gradient_checkpointing)
             set_to_work(layers, method.dense_from, every=every or 1)
             if every is None:
                 for layer in layers.values():
                     layer.work = Work()
-            _loss(model(input_ids=tokens, use_cache=False).logits, tokens)
+            with recomputing(model) if gradient_checkpointing else nullcontext():
+                _loss(model(input_ids=tokens, use_cache=False).logits, tokens)
 
         return step
 
     def frozen() -> None:
-        model.eval()
         for layer in layers.values():
             layer.choice = "dense"
         embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
         _loss(model(inputs_embeds=embeddings, use_cache=False).logits, tokens)
 
     steps = {"step": learning(every=every), "exact": learning(every=1), "plain": learning(every=None)}
-    with replaced(model, layers), _recomputing(model, gradient_checkpointing):
+    with replaced(model, layers):
         seconds, peaks = _fastest({"frozen": frozen, **steps}, repeats, model.device)
     ratios = {name: seconds[name] / seconds["frozen"] for name in steps}
     return {
@@ -120,20 +113,6 @@ def _masked(model: PreTrainedModel, method: MaskMethod, keep: float, prices: Sto
     masks = {name: layer.mask for name, layer in layers.items()}
     method.share(masks)
     return layers
-
-
-@contextmanager
-def _recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Let blocks compute activations again in train mode, where that is wanted; the mode at the end is that before."""
-    before = model.training
-    if wanted:
-        recompute_blocks(model)
-    try:
-        yield
-    finally:
-        model.train(before)
-        if wanted:
-            keep_activations(model)
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> None:

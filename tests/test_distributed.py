@@ -10,28 +10,43 @@ from pathlib import Path
 
 import pytest
 import torch
+from pair import in_two_processes
 
-from lowrank_pl import RankPlan, load_compressed
+from lowrank_pl import Decomposition, RankPlan, build_factors, find_targets, load_compressed
 from lowrank_pl.checkpointing import read_checkpoint
 from lowrank_pl.cli import main
+from lowrank_pl.layers import insert_masks, masked_layers
+from lowrank_pl.masks import Staircase
+from lowrank_pl.sharding import shard_frozen
+from lowrank_pl.storage import Storage
+from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
 
 # The writer of TensorBoard is closed by the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-SMOKE = str(Path(__file__).parents[1] / "configs" / "smoke.yaml")
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "configs"
+SMOKE = str(CONFIGS / "smoke.yaml")
 SETTINGS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.gradient_clip_val 1.0 --finish.prompts [] "
 SETTINGS += "--checkpoint.every_n_train_steps 2 --checkpoint.save_top_k -1 --finish.baselines [] "
 SETTINGS += "--trainer.accumulate_grad_batches 2 --model.data_terms.kl 0.5 --model.data_terms.divergence 0.1"
-FSDP2 = "--trainer.strategy ModelParallelStrategy --trainer.strategy.data_parallel_size 2 "
-FSDP2 += "--trainer.strategy.tensor_parallel_size 1"
+SHARDED_CHECKPOINTS = "--trainer.strategy.init_args.save_distributed_checkpoint true"
+LIGHTNING = ("-m", "lowrank_pl")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lowrank_pl")
 
 
-def run(folder, *options):
-    """Run ``lowrank fit``; Lightning starts the second process itself."""
-    words = ["fit", "-c", SMOKE, "--run", str(folder), *SETTINGS.split(), *" ".join(options).split()]
-    ended = subprocess.run(
-        [sys.executable, "-m", "lowrank_pl", *words], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+def start(folder, strategy, *options, launcher=LIGHTNING):
+    """Run ``lowrank fit`` in two processes, started by Lightning or ``torchrun``, and return how it ended."""
+    words = ["fit", "-c", SMOKE, "-c", str(CONFIGS / "strategy" / f"{strategy}.yaml"), "--run", str(folder)]
+    words += [*SETTINGS.split(), "--trainer.devices", "2", *" ".join(options).split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(TESTS)])}
+    return subprocess.run(
+        [sys.executable, *launcher, *words], capture_output=True, text=True, timeout=240, env=environment, check=False
+    )
+
+
+def run(folder, strategy, *options, launcher=LIGHTNING):
+    """Run ``lowrank fit`` in two processes to its good end and return its folder."""
+    ended = start(folder, strategy, *options, launcher=launcher)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "Warning" not in ended.stderr
     return folder
@@ -39,13 +54,12 @@ def run(folder, *options):
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("ddp"), "--trainer.devices 2 --trainer.strategy ddp")
+    return run(tmp_path_factory.mktemp("ddp"), "ddp")
 
 
 @pytest.fixture(scope="module")
 def fsdp(tmp_path_factory):
-    whole = "--trainer.strategy.save_distributed_checkpoint false"
-    return run(tmp_path_factory.mktemp("fsdp"), "--trainer.devices 2", FSDP2, whole)
+    return run(tmp_path_factory.mktemp("fsdp"), "fsdp", launcher=TORCHRUN)
 
 
 def masks(folder, name="last.ckpt"):
@@ -81,8 +95,61 @@ def test_both_export_and_score_at_the_end(ddp, fsdp):
 
 
 def test_fsdp2_goes_on_from_a_sharded_checkpoint_bit_for_bit(ddp, tmp_path):
-    first = run(tmp_path / "first", "--trainer.devices 2", FSDP2, "--trainer.max_steps 2")
+    first = run(tmp_path / "first", "fsdp", SHARDED_CHECKPOINTS, "--trainer.max_steps 2")
     last = first / "checkpoints" / "last.ckpt"
     assert last.is_dir()
-    again = run(tmp_path / "again", "--trainer.devices 2", FSDP2, f"--ckpt_path {last}")
+    again = run(tmp_path / "again", "fsdp", SHARDED_CHECKPOINTS, f"--ckpt_path {last}")
     assert RankPlan.load(again / "plan.json") == RankPlan.load(ddp / "plan.json")
+
+
+def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_bits(ddp, tmp_path):
+    folder = tmp_path / "killed"
+    ended = start(folder, "ddp", "--trainer.callbacks+ killer.Killed")
+    last = folder / "checkpoints" / "last.ckpt"
+    assert ended.returncode == 1
+    assert "lowrank: error: another process of this run has ended or can't be reached" in ended.stderr
+    assert f"go on with --ckpt_path {last}" in ended.stderr
+    assert not (folder / "plan.json").exists()
+    run(folder, "ddp", f"--ckpt_path {last}")
+    assert_equal(masks(folder), masks(ddp))
+
+
+def sharded(rank, folder):
+    """Write what this process holds of a sharded model, and whether it computes what the whole one does."""
+    tokens = torch.arange(64).view(1, 64)
+    model = tiny_model("llama")
+    store = build_factors(
+        model,
+        find_targets(model),
+        tokens,
+        byte_tokenizer(),
+        settings=Decomposition("svd"),
+        directory=folder / f"{rank}",
+    )
+    logits = []
+    for empty in (False, True):
+        model = tiny_model("llama")
+        starts = {target.name: 0.5 for target in find_targets(model).modules}
+        insert_masks(model, store, Staircase(), starts, prices=Storage("factored"), empty=empty)
+        layers = masked_layers(model)
+        if empty:
+            learning = [parameter for layer in layers.values() for parameter in layer.mask.parameters()]
+            shard_frozen(model, store, learning, torch.device("cpu"))
+        logits.append(model(input_ids=tokens).logits)
+    assert torch.equal(*logits)
+    for name, layer in layers.items():
+        whole = store.factors(name, layer.mask.rank)
+        assert torch.equal(layer.left_rows.full_tensor(), whole.left.mT)
+        assert torch.equal(layer.right.full_tensor(), whole.right)
+    held = {name: [len(part.to_local()) for part in (p.weight, p.left_rows, p.right)] for name, p in layers.items()}
+    ranks = {name: [layer.out_features, layer.mask.rank, layer.mask.rank] for name, layer in layers.items()}
+    (folder / f"held{rank}.json").write_text(json.dumps([held, ranks]))
+
+
+def test_weights_and_factors_are_shared_out_to_the_last_row(tmp_path):
+    in_two_processes(sharded, tmp_path)
+    (first, ranks), (second, _) = (json.loads((tmp_path / f"held{rank}.json").read_text()) for rank in (0, 1))
+    assert any(rank % 2 for _, rank, _ in ranks.values())
+    for name, sizes in ranks.items():
+        assert first[name] == [-(-size // 2) for size in sizes]
+        assert second[name] == [size // 2 for size in sizes]

@@ -1,0 +1,188 @@
+"""A model that is never whole in memory: parts of it get their weights from the checkpoint's files for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lowrank_pl.base_model import read_config, resolve_base
+from lowrank_pl.resume_forward import ended
+from lowrank_pl.shards import Shards
+from lowrank_pl.targets import Targets, decoder_blocks, find_targets
+
+__all__ = ["CannotWalkError", "Skeleton", "one_by_one", "open_skeleton"]
+
+
+class CannotWalkError(Exception):
+    """A base has to be loaded whole; the message says why."""
+
+
+class Skeleton:
+    """A causal language model on the meta device, whose buffers are real, and the files that its weights lie in.
+
+    Args:
+        model: The model, without weights.
+        shards: Hold each of its parameters.
+        device: Where weights go that are loaded.
+
+    Attributes:
+        blocks: Names of the parameters of each decoder block.
+        embeddings: Those of the input embeddings.
+        outer: Those outside the blocks, but for the embeddings and the head.
+    """
+
+    def __init__(self, model: PreTrainedModel, shards: Shards, device: torch.device) -> None:
+        self.model, self.shards, self.device = model, shards, device
+        self._parameters = dict(model.named_parameters())
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        # A tied one stands in several places.
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self._parameters}
+        for module in model.modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                self._places[names[id(parameter)]].append((module, key))
+
+        def names_in(module: nn.Module | None) -> list[str]:
+            return [] if module is None else [names[id(parameter)] for parameter in module.parameters()]
+
+        self.blocks = [names_in(block) for block in decoder_blocks(model)[1]]
+        self.embeddings = names_in(model.get_input_embeddings())
+        elsewhere = {*self.embeddings, *names_in(model.get_output_embeddings()), *chain(*self.blocks)}
+        self.outer = [name for name in self._parameters if name not in elsewhere]
+        for module in model.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                module._buffers[key] = buffer.to(device)
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and value of every parameter in the model's order, each read when it is asked for."""
+        for name, parameter in tqdm(self._parameters.items(), desc="reading weights", unit="tensor"):
+            yield name, self.shards.read(name).to(parameter.dtype)
+
+    @contextmanager
+    def loaded(self, names: Iterable[str]) -> Iterator[None]:
+        """Let the parameters ``names`` have their weights while the block runs."""
+        there = list(names)
+        try:
+            for name in there:
+                # A copy: the file's pages would count as long as they are looked at.
+                weight = self.shards.read(name).to(self.device, self._parameters[name].dtype, copy=True)
+                self._put(name, nn.Parameter(weight, requires_grad=False))
+            yield
+        finally:
+            for name in there:
+                self._put(name, self._parameters[name])
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        for module, key in self._places[name]:
+            module._parameters[key] = parameter
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Let forward passes find each decoder block's weights there when they come to it, and end before the head."""
+        blocks = decoder_blocks(self.model)[1]
+        with self.loaded([*self.embeddings, *self.outer]), ExitStack() as hooks, ExitStack() as current:
+            bar = hooks.enter_context(tqdm(total=len(blocks), desc="trying blocks", unit="block"))
+
+            def load(names: Sequence[str]) -> None:
+                current.enter_context(self.loaded(names))
+                bar.update()
+
+            for block, names in zip(blocks, self.blocks, strict=True):
+                hooks.callback(block.register_forward_pre_hook(lambda *_, names=names: load(names)).remove)
+                hooks.callback(block.register_forward_hook(lambda *_: current.close()).remove)
+            with ended(self.model, self.model.base_model):
+                yield
+
+    def find_targets(self, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Targets:
+        """Return what ``targets.find_targets`` finds in the model with all its weights.
+
+        Raises:
+            ValueError: As there.
+            CannotWalkError: Blocks can't be run with their weights loaded one by one.
+        """
+        with one_by_one(), self.streaming():
+            return find_targets(self.model, include=include, exclude=exclude)
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Take what fails in the block for a sign that decoder blocks can't be run with only one of them loaded.
+
+    Raises:
+        CannotWalkError: Anything but a ``ValueError`` was raised.
+    """
+    try:
+        yield
+    except (CannotWalkError, ValueError):
+        raise
+    except Exception as error:  # of the model's own code, which may be anyone's
+        raise CannotWalkError(f"its blocks can't be run one by one: {_line(error)}") from error
+
+
+def open_skeleton(
+    base: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> Skeleton:
+    """Return the base model without its weights, of which parts can be loaded.
+
+    Args:
+        base: As for ``load_base``.
+        dtype: Type of the weights that will be loaded.
+        device: Where they go.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Raises:
+        ValueError: The base is none, as ``load_base`` says.
+        CannotWalkError: It can only be loaded whole.
+    """
+    spec = resolve_base(base)
+    if spec.family is not None or spec.shapes is not None:
+        raise CannotWalkError("its random weights are made all at once")
+    if spec.gguf_file is not None:
+        raise CannotWalkError("its weights lie in a .gguf file, not in safetensors files")
+    config = read_config(spec, trust_remote_code=trust_remote_code)
+    try:
+        model = _on_meta(config, dtype, trust_remote_code)
+        shards = Shards(spec.path, model)
+    except Exception as error:  # of the hub, of safetensors or of the model's own code
+        raise CannotWalkError(_line(error)) from error
+    _refuse_unlike(model, shards, dtype)
+    return Skeleton(model, shards, torch.device(device))
+
+
+def _on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    # Each was put on the meta device for itself.
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _refuse_unlike(model: PreTrainedModel, shards: Shards, dtype: torch.dtype) -> None:
+    """Refuse a model whose weights are not just what the files hold, cast to ``dtype``."""
+    for name, parameter in model.named_parameters():
+        if shards.shapes.get(name) != tuple(parameter.shape):
+            raise CannotWalkError(f"its files hold no {name} of shape {tuple(parameter.shape)} as it is")
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = [name for name in model.state_dict() if name not in parameters]
+    if buffers:
+        raise CannotWalkError(f"{buffers[0]} comes from its files, but is no parameter")
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    wide = list(chain(*(getattr(model, name, None) or () for name in names)))
+    if wide and dtype != torch.float32:
+        raise CannotWalkError(f"its modules {', '.join(sorted(wide))} stay in float32")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
