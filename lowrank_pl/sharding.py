@@ -24,7 +24,7 @@ __all__ = ["average_gradients", "own_rows", "shard_frozen"]
 def shard_frozen(
     model: PreTrainedModel, store: FactorStore, whole: Sequence[nn.Parameter], device: torch.device
 ) -> None:
-    """Shard the parameters of ``model`` over all processes, block by block, in place.
+    """Shard the parameters of ``model`` over all processes, layer by layer, in place.
 
     Of the factors each process reads its own components from disk; nowhere are they whole in memory.
 
@@ -34,16 +34,16 @@ def shard_frozen(
         whole: The parameters that learn; they stay as they are on every process.
         device: Where this process computes.
     """
-    # Lightning's own mesh has a dimension for tensor parallelism, which takes half the processes away.
+    # Lightning's own mesh would split them into data and tensor parallelism, and this model over a part of them only.
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     ignored = set(whole)
     names = {layer: name for name, layer in masked_layers(model).items()}
     for block in tqdm(decoder_blocks(model)[1], desc="shard", unit="block", disable=mesh.get_rank() > 0):
+        # Each layer by itself: what a step gathers at a time, and once more ahead, then is a layer and not a block.
+        for layer in [layer for layer in block.modules() if isinstance(layer, MaskedLinear)]:
+            fully_shard(layer, mesh=mesh, ignored_params=ignored)
+            _read_share(layer, store, names[layer], device)
         fully_shard(block, mesh=mesh, ignored_params=ignored)
-        # Block by block, so that each has let go of the rest of its weights before its factors come in.
-        for layer in block.modules():
-            if isinstance(layer, MaskedLinear):
-                _read_share(layer, store, names[layer], device)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
 
 

@@ -31,7 +31,7 @@ SETTINGS += "--checkpoint.every_n_train_steps 2 --checkpoint.save_top_k -1 --fin
 SETTINGS += "--trainer.accumulate_grad_batches 2 --model.data_terms.kl 0.5 --model.data_terms.divergence 0.1"
 SHARDED_CHECKPOINTS = "--trainer.strategy.init_args.save_distributed_checkpoint true"
 LIGHTNING = ("-m", "lowrank_pl")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lowrank_pl")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "lowrank_pl")
 
 
 def start(folder, strategy, *options, launcher=LIGHTNING):
@@ -40,7 +40,7 @@ def start(folder, strategy, *options, launcher=LIGHTNING):
     words += [*SETTINGS.split(), "--trainer.devices", "2", *" ".join(options).split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(TESTS)])}
     return subprocess.run(
-        [sys.executable, *launcher, *words], capture_output=True, text=True, timeout=240, env=environment, check=False
+        [sys.executable, *launcher, *words], capture_output=True, text=True, timeout=600, env=environment, check=False
     )
 
 

@@ -116,6 +116,11 @@ def test_partial_reads_equal_full_reads(store, factors):
         assert torch.equal(part.sigma, whole.sigma[:rank])
         assert part.left.is_contiguous()
         assert part.right.is_contiguous()
+    for rows in (slice(2, 5), slice(5, 99), slice(7, 7)):
+        part = store.factors("block.0.q", rows)
+        assert torch.equal(part.left, whole.left[:, rows])
+        assert torch.equal(part.right, whole.right[rows])
+        assert torch.equal(part.sigma, whole.sigma[rows])
     picked = store.factors("block.0.q", torch.tensor([1, 2, 6]))
     assert torch.equal(picked.left, whole.left[:, [1, 2, 6]])
     assert torch.equal(picked.right, whole.right[[1, 2, 6]])
