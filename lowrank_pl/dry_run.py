@@ -62,13 +62,13 @@ def _notes(work: Workload, machine: Machine) -> Iterator[str]:
     if not machine.unified:
         yield "GPU memory is what tensors take; CUDA itself takes about half a GB beside them"
     if machine.processes > 1:
-        yield f"memory is that of one of {machine.processes} processes; statistics and decomposition run on the first"
+        yield f"memory is that of one of {machine.processes} processes, which share statistics and decomposition"
     if machine.sharded:
         yield (
             "a base that is to be sharded is measured and decomposed in main memory, and takes longer there than the "
             "time says; `lowrank decompose` makes the factors on a GPU before"
         )
-        yield "every process makes the whole model with its factors in main memory before it is sharded"
+        yield "every process loads the whole base into main memory before it is sharded"
     if work.models and not work.scored:
         yield "the whole text is scored, whose tokens are not known before it is read: scoring is left out"
 

@@ -228,7 +228,8 @@ def _placed(
     done: Mapping[WorkKind, float],
     read: float = 0.0,
 ) -> Phase:
-    """Return the phase; a base that is to be sharded is on the CPU of the first process until then."""
+    """Return the phase of one of the processes, which share the work; a base to be sharded is on the CPU until then."""
+    done = {kind: amount / machine.processes for kind, amount in done.items()}
     if machine.sharded and not work.streamed:
         device, host = {}, {**host, **device}
-    return Phase(name, device, host, disk=disk, tokens=tokens, work=done, read=read)
+    return Phase(name, device, host, disk=disk, tokens=tokens, work=done, read=read / machine.processes)

@@ -31,7 +31,7 @@ class _Layers:
 
     Args:
         factors: Numbers in both factors.
-        largest: Numbers in those of one decoder block.
+        largest: Numbers in the factors and the dense weight of the largest layer.
         lit: Numbers in the parts of the factors that every token goes through.
         inner: Components that every token goes through.
         components: All of them.
@@ -67,13 +67,12 @@ def learning_phase(model: Anatomy, learner: Learner, work: Workload, machine: Ma
     }
     host: dict[str, float] = {"Python and libraries": program}
     if machine.sharded:
-        # The block that computes, and the next one, which is fetched meanwhile.
-        device["blocks gathered"] = 2 * (max(model.blocks) + widest.largest) * model.itemsize
+        # The layer that computes, and the next one, which is fetched meanwhile.
+        device["layers gathered"] = 2 * widest.largest * model.itemsize
         device["embeddings and head gathered"] = model.outside * model.itemsize
     if not machine.unified:
-        host["model and factors before they move"] = (
-            (model.parameters + widest.factors) * model.itemsize if machine.sharded else 0.0
-        )
+        # Each process loads the base as a whole; of the factors it reads its share.
+        host["dense weights before they are sharded"] = model.bytes if machine.sharded else 0.0
     per_step = learner.windows * learner.length
     done = sum(_multiply_adds(model, learner, one) for one in layers)
     validated = learner.validated * learner.length * len(layers)
@@ -97,12 +96,10 @@ def _layers(model: Anatomy, learner: Learner, keep: float) -> _Layers:
     sides = [(target, sum(target.shape)) for target in model.modules]
     stored = {target: learner.stored(target.shape, model.itemsize) for target, _ in sides}
     lit = {target: learner.lit(target.shape, model.itemsize, keep) for target, _ in sides}
-    of_block = [0] * len(model.blocks)
-    for target, side in sides:
-        of_block[target.block] += stored[target] * side
+    factors = {target: stored[target] * side for target, side in sides}
     return _Layers(
-        factors=sum(of_block),
-        largest=max(of_block),
+        factors=sum(factors.values()),
+        largest=max(factors[target] + target.shape[0] * target.shape[1] for target, _ in sides),
         lit=sum(lit[target] * side for target, side in sides),
         inner=sum(lit.values()),
         components=sum(stored.values()),
