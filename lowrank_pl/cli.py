@@ -27,6 +27,7 @@ from lowrank_pl.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
 from lowrank_pl.commands import allocate, export, refit
 from lowrank_pl.compare import compare
 from lowrank_pl.data import CalibrationData
+from lowrank_pl.doctor import SickModelError, doctor
 from lowrank_pl.export import ExportError
 from lowrank_pl.files import atomic_write
 from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
@@ -42,6 +43,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "allocate": allocate,
     "refit": refit,
     "export": export,
+    "doctor": doctor,
     "compare": compare,
     "bench": bench,
 }
@@ -170,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = " ".join(str(error).split())
         command = words[0] if words[0] in FUNCTIONS else "fit"
         sys.exit(_said(f"error: {said}; `lowrank {command} --help` lists the options", 2))
+    except SickModelError as sick:
+        sys.exit(_said(str(sick), 1))
     except (ValueError, OSError, ExportError, MisconfigurationException) as error:
         if os.environ.get("LOWRANK_DEBUG"):
             raise

@@ -17,6 +17,7 @@ from lowrank_pl.evaluating import evaluating
 
 __all__ = [
     "Divergence",
+    "LogitsError",
     "Score",
     "check_windows",
     "divergence",
@@ -26,6 +27,10 @@ __all__ = [
 
 CHUNK_NUMBERS = 2**24
 """Logits taken to fp32 at a time: 256k words times a window of 2,048 would be 2 GiB at once, and as much softmaxed."""
+
+
+class LogitsError(ValueError):
+    """A model gave logits that are NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, 
         progress: Label of a progress bar with the remaining time; ``None`` shows none.
 
     Raises:
-        ValueError: Windows that the model can't score, or logits that are NaN or infinite; the window is named.
+        ValueError: Windows that the model can't score.
+        LogitsError: Logits that are NaN or infinite; the window is named.
 
     Example:
         >>> from lowrank_pl.tiny_models import tiny_model
@@ -153,8 +159,8 @@ def divergence(
         progress: Label of a progress bar with the remaining time; ``None`` shows none.
 
     Raises:
-        ValueError: Windows that a model can't be scored on, vocabularies of different sizes, or logits of either model
-            that are NaN or infinite; the window is named.
+        ValueError: Windows that a model can't be scored on, or vocabularies of different sizes.
+        LogitsError: Logits of either model that are NaN or infinite; the window is named.
 
     Example:
         >>> from lowrank_pl.tiny_models import tiny_model
@@ -273,7 +279,7 @@ def _finite(piece: Tensor, first: int, whose: str = "the") -> Tensor:
     if not finite.all():
         window = first + int((~finite).any(dim=1).nonzero()[0])
         # No position is named: attention spreads a NaN over the whole window, backwards too.
-        raise ValueError(
+        raise LogitsError(
             f"{whose} logits of window {window} are NaN or infinite: expected finite numbers; "
             "the model's weights are damaged or its storage type (fp16?) is too narrow for it"
         )

@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,8 +23,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl import reload_check
+from lowrank_pl.doctor_tokenizer import check_tokenizer
+from lowrank_pl.doctor_weights import check_plan, check_weights, tensors_of
+from lowrank_pl.plan import RankPlan
 
-__all__ = ["ExportError", "ReloadError", "base_class", "check_merged", "check_reload", "compare_reload", "logits_of"]
+__all__ = [
+    "ExportError",
+    "ReloadError",
+    "base_class",
+    "check_contents",
+    "check_merged",
+    "check_reload",
+    "compare_reload",
+    "logits_of",
+]
 
 
 _log = logging.getLogger(__name__)
@@ -60,6 +73,33 @@ def logits_of(model: PreTrainedModel) -> Tensor:
     if logits.isnan().any():
         raise ExportError("nothing was exported: the model here gives logits that are NaN; look at its factors")
     return logits
+
+
+def check_contents(
+    model: PreTrainedModel, entries: Mapping[str, Any], plan: RankPlan | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise if ``lowrank doctor`` would find what was written sick, and log what it would warn of.
+
+    Nothing is loaded: the reload shows that the folder holds the very same tensors.
+
+    Args:
+        model: The model that was written.
+        entries: What its config says of each low-rank module; none of a merged one.
+        plan: The plan beside it.
+        tokenizer: Its tokenizer.
+    """
+    tensors = tensors_of(model)
+    findings = check_weights(tensors, entries)
+    if plan is not None:
+        findings += check_plan(plan, tensors, entries)
+    known = None if plan is None else plan.fingerprint.get("tokenizer")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    findings += check_tokenizer(tokenizer, model.config, vocabulary, fingerprint=known)
+    for finding in findings:
+        if finding.health == "sick":
+            raise ExportError(f"the export was removed: {finding.name}: {finding.said}")
+        if finding.health == "warning":
+            _log.warning("%s: %s", finding.name, finding.sentence)
 
 
 def check_merged(low_rank: Tensor, merged: Tensor) -> None:
