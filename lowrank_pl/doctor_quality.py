@@ -62,7 +62,7 @@ def check_generation(
     *,
     max_new_tokens: int,
 ) -> tuple[Finding, list[Sample]]:
-    """Return whether ``model`` repeats itself more than the dense one, and what both say to the prompts.
+    """Return whether ``model`` repeats itself, or says nothing, more than the dense one, and what both say.
 
     Args:
         model: The model to examine.
@@ -81,14 +81,10 @@ def check_generation(
             one, tokenizer, prompts, max_new_tokens=max_new_tokens, chat=chat, progress=f"generate {when}"
         )
 
-    after = spoken(model, "after")
-    rate = repetition_rate([new.tokens for new in after])
-    if dense is None:
-        samples = [Sample(prompt, new.text) for prompt, new in zip(prompts, after, strict=True)]
-        return _repetition(rate, None, chat=chat), samples
-    before = spoken(dense, "before")
-    samples = [Sample(prompt, new.text, old.text) for prompt, new, old in zip(prompts, after, before, strict=True)]
-    return _repetition(rate, repetition_rate([old.tokens for old in before]), chat=chat), samples
+    after, before = spoken(model, "after"), None if dense is None else spoken(dense, "before")
+    old_texts = [None] * len(after) if before is None else [old.text for old in before]
+    samples = [Sample(*texts) for texts in zip(prompts, [new.text for new in after], old_texts, strict=True)]
+    return _speech(after, before, chat=chat), samples
 
 
 def _chance(model: PreTrainedModel) -> float:
@@ -124,12 +120,23 @@ def _beside(found: Divergence, chance: float) -> Finding:
     return Finding("quality", "healthy", said, figures)
 
 
-def _repetition(rate: float, dense: float | None, *, chat: bool) -> Finding:
-    figures: dict[str, Any] = {"repetition": rate, "dense_repetition": dense, "chat_template": chat}
+def _speech(after: Sequence[Continuation], before: Sequence[Continuation] | None, *, chat: bool) -> Finding:
+    rate, silent = repetition_rate([new.tokens for new in after]), _silent(after)
+    figures: dict[str, Any] = {"repetition": rate, "silent": silent, "prompts": len(after), "chat_template": chat}
     said = f"{percent(rate)} of the 4-grams repeat"
-    if dense is None:
+    if before is None:
         return Finding("generation", "healthy", f"{said}; there is no dense model beside it", figures)
-    said += f", before {percent(dense)}"
-    if rate > dense + REPETITION_MARGIN:
-        return Finding("generation", "warning", said, figures, "read the texts above; keep more or refit if they loop")
+    old_rate, old_silent = repetition_rate([old.tokens for old in before]), _silent(before)
+    figures |= {"dense_repetition": old_rate, "dense_silent": old_silent}
+    said += f", before {percent(old_rate)}"
+    if silent > old_silent:
+        said = f"to {silent} of {len(after)} prompts there is no answer, before {old_silent}; {said}"
+    if silent > old_silent or rate > old_rate + REPETITION_MARGIN:
+        advice = "read the texts above; keep more, refit, or calibrate on chats if it answers them badly"
+        return Finding("generation", "warning", said, figures, advice)
     return Finding("generation", "healthy", said, figures)
+
+
+def _silent(spoken: Sequence[Continuation]) -> int:
+    """Return how many continuations are empty, as of a model that ends every chat at once."""
+    return sum(not one.text.strip() for one in spoken)

@@ -96,7 +96,7 @@ def _bos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Findin
         return Finding("BOS", "warning", said, figures, "look whether the base's template has none either")
     again = "; tokenize a chat written as text with add_special_tokens=False, or it has two"
     two = again if figures["in_chats_as_text"] > 1 else ""
-    return Finding("BOS", "healthy", f"{rule}, {figures['in_chats']} before chats{two}", figures)
+    return Finding("BOS", "healthy", f"{rule}, {figures['in_chats'] or 'none'} before chats{two}", figures)
 
 
 def _leading(tokens: list[int], bos: int | None) -> int:
