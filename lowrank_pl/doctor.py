@@ -33,7 +33,6 @@ __all__ = ["SickModelError", "diagnose", "doctor"]
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-AGAIN = "export it again"
 
 
 class SickModelError(RuntimeError):
@@ -168,8 +167,11 @@ def _admitted(folder: Path, place: torch.device, findings: list[Finding], *, tru
     entries = None if config is None else _attempted("loads", lambda: _entries(config), findings)
     if config is None or entries is None:
         return None
-    model = _attempted("loads", lambda: _model(folder, config, trust=trust).to(place), findings)
+    model = _attempted("loads", lambda: _model(folder, config, trust=trust), findings)
     tokenizer = _attempted("tokenizer", lambda: load_tokenizer(str(folder), trust_remote_code=trust), findings)
+    if model is not None:
+        # Not where errors are findings: a device that is full says nothing of the model.
+        model.to(place)
     if model is not None and tokenizer is not None:
         findings.append(_reload(folder, model, tokenizer))
     plan = None
@@ -222,8 +224,10 @@ def _reload(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     except ReloadError as error:
         # Of what the process said, the last line is its error.
         lines = str(error).strip().splitlines()
-        said = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
-        return Finding("loads", "sick", said, {"told": str(error)}, AGAIN)
+        if len(lines) > 1:
+            advice = "--json has all that it said"
+            return Finding("loads", "sick", f"{lines[0]} {lines[-1]}", {"told": str(error)}, advice)
+        return Finding("loads", "sick", lines[0], {}, "export it again")
     said = "a fresh process loads it with transformers alone, to the same logits and without missing weights"
     return Finding("loads", "healthy", said)
 

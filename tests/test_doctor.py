@@ -266,7 +266,9 @@ def test_a_fresh_process_that_fails_is_quoted_in_one_line(exports, tmp_path, mon
     monkeypatch.setattr("lowrank_pl.reload_check.__file__", str(broken))
     health, said = found(diagnose(exports / "small", **QUICK))["loads"]
     assert health == "sick"
-    assert said == ("a fresh process can't load it (exit status 1): RuntimeError: no such kernel; export it again")
+    assert said == (
+        "a fresh process can't load it (exit status 1): RuntimeError: no such kernel; --json has all that it said"
+    )
 
 
 @pytest.mark.parametrize(
