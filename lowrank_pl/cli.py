@@ -29,7 +29,12 @@ from lowrank_pl.command_work import DryRun, fit_workload, machine_of
 from lowrank_pl.commands import allocate, export, refit
 from lowrank_pl.compare import compare
 from lowrank_pl.data import CalibrationData
+    except SickModelError as sick:
+        sys.exit(_said(str(sick), 1))
 from lowrank_pl.dry_run import dry_run
+=======
+from lowrank_pl.doctor import SickModelError, doctor
+>>>>>>> 90e87617cac1027b939277581ed95e833216083f
 from lowrank_pl.export import ExportError
 from lowrank_pl.factoring import decompose
 from lowrank_pl.files import atomic_write
@@ -48,6 +53,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "allocate": allocate,
     "refit": refit,
     "export": export,
+    "doctor": doctor,
     "compare": compare,
     "bench": bench,
 }
@@ -208,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = " ".join(str(error).split())
         command = words[0] if words[0] in FUNCTIONS else "fit"
         sys.exit(_said(f"error: {said}; `lowrank {command} --help` lists the options", 2))
+<<<<<<< HEAD
     except (ValueError, OSError, ExportError, MisconfigurationException, LostProcessError) as error:
         if os.environ.get("LOWRANK_DEBUG"):
             raise

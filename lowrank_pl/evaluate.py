@@ -1,25 +1,36 @@
-"""Scores of a language model: perplexity on fixed token windows, excess over the dense model, greedy samples."""
+"""Scores of a language model on fixed token windows: perplexity, divergence from the dense model."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lowrank_pl.evaluating import evaluating
 
-__all__ = ["Score", "check_windows", "excess_nats", "generate_samples", "perplexity"]
+__all__ = [
+    "Divergence",
+    "LogitsError",
+    "Score",
+    "check_windows",
+    "divergence",
+    "excess_nats",
+    "perplexity",
+]
 
 CHUNK_NUMBERS = 2**24
 """Logits taken to fp32 at a time: 256k words times a window of 2,048 would be 2 GiB at once, and as much softmaxed."""
+
+
+class LogitsError(ValueError):
+    """A model gave logits that are NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,45 @@ class Score:
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """How far the predictions of a model are from those of the dense one, on the same windows.
+
+    Args:
+        kl: Mean of KL(dense || model) over the predicted tokens, in nats, each over the whole vocabulary.
+        agreement: Fraction of the tokens for which both models find the same one most likely.
+        nats: Mean negative log-likelihood of a token under the model.
+        dense_nats: The same under the dense model.
+        tokens: Tokens predicted, one fewer than its length in every window.
+
+    Example:
+        >>> found = Divergence(kl=0.3, agreement=0.8, nats=3.0, dense_nats=2.75, tokens=100)
+        >>> found.excess_nats, round(found.perplexity, 1)
+        (0.25, 20.1)
+    """
+
+    kl: float
+    agreement: float
+    nats: float
+    dense_nats: float
+    tokens: int
+
+    @property
+    def excess_nats(self) -> float:
+        """Nats by which a token is less likely than under the dense model."""
+        return self.nats - self.dense_nats
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity of the model, as the function of that name returns."""
+        return _exp(self.nats)
+
+    @property
+    def dense_perplexity(self) -> float:
+        """Perplexity of the dense model."""
+        return _exp(self.dense_nats)
+
+
 def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, progress: str | None = None) -> Score:
     """Return the perplexity of ``model`` on ``windows``: each token after the first, given those before it.
 
@@ -66,7 +116,8 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, 
         progress: Label of a progress bar with the remaining time; ``None`` shows none.
 
     Raises:
-        ValueError: Windows that the model can't score, or logits that are NaN or infinite; the window is named.
+        ValueError: Windows that the model can't score.
+        LogitsError: Logits that are NaN or infinite; the window is named.
 
     Example:
         >>> from lowrank_pl.tiny_models import tiny_model
@@ -87,6 +138,53 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, 
     return Score(_exp(nats), nats, tokens, time.perf_counter() - start)
 
 
+def divergence(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    windows: Tensor,
+    *,
+    batch_size: int = 1,
+    progress: str | None = None,
+) -> Divergence:
+    """Return how far ``model`` is from ``dense`` on ``windows``: KL divergence, agreement and both likelihoods.
+
+    Both models read each batch in turn, so no more than the logits of one batch of either are held; they are taken to
+    fp32 a piece at a time and summed in fp64, as in ``perplexity``. The models may be on different devices.
+
+    Args:
+        model: The compressed model.
+        dense: The one it was made from.
+        windows: Token ids ``[windows, length]``, as the tokenizer's own BOS rule made them.
+        batch_size: Windows in one forward pass.
+        progress: Label of a progress bar with the remaining time; ``None`` shows none.
+
+    Raises:
+        ValueError: Windows that a model can't be scored on, or vocabularies of different sizes.
+        LogitsError: Logits of either model that are NaN or infinite; the window is named.
+
+    Example:
+        >>> from lowrank_pl.tiny_models import tiny_model
+        >>> found = divergence(tiny_model("llama"), tiny_model("llama"), torch.arange(64).view(4, 16))
+        >>> found.kl, found.agreement, found.tokens
+        (0.0, 1.0, 60)
+    """
+    for one in (dense, model):
+        check_windows(one, windows, batch_size)
+    sums = torch.zeros(4, dtype=torch.float64)
+    with (
+        evaluating(model),
+        evaluating(dense),
+        tqdm(total=len(windows), desc=progress, unit="window", disable=progress is None) as bar,
+    ):
+        for first in range(0, len(windows), batch_size):
+            batch = windows[first : first + batch_size]
+            sums += _compared(model, dense, batch, first=first)
+            bar.update(len(batch))
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    kl, agreement, nats, dense_nats = (sums / tokens).tolist()
+    return Divergence(kl, agreement, nats, dense_nats, tokens)
+
+
 def excess_nats(score: Score, dense: Score) -> float:
     """Return by how many nats a token is less likely than under the dense model: ``log(ppl / dense ppl)``.
 
@@ -94,34 +192,6 @@ def excess_nats(score: Score, dense: Score) -> float:
     0.5
     """
     return score.nats - dense.nats
-
-
-def generate_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 40
-) -> list[str]:
-    """Return the greedy continuation of each prompt, without the prompt.
-
-    The text goes to the model as it is, without a chat template; whatever sampling the model's own generation
-    config asks for is left aside, so equal models give equal text.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        prompts: Texts to continue, one at a time: padding would make them depend on each other.
-        max_new_tokens: Most tokens to add; fewer where the model ends the text.
-
-    Raises:
-        ValueError: A prompt that has no token.
-
-    Example:
-        >>> from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
-        >>> [text] = generate_samples(tiny_model("llama"), byte_tokenizer(), ["A list is"], max_new_tokens=3)
-        >>> isinstance(text, str)
-        True
-    """
-    config = _greedy(model, tokenizer, max_new_tokens)
-    with evaluating(model), _generating(model, config):
-        return [_continue(model, tokenizer, prompt) for prompt in prompts]
 
 
 def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int = 1) -> None:
@@ -154,27 +224,66 @@ def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int = 1) 
 
 def _negative_log_likelihoods(model: PreTrainedModel, batch: Tensor, *, first: int) -> Tensor:
     """Return ``[batch, length - 1]`` in fp64 on the CPU; ``first`` is the number of the batch's first window."""
-    device = model.get_input_embeddings().weight.device
-    logits = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1]
+    logits = _logits(model, batch)
     targets = batch[:, 1:].to(logits.device)
-    step = max(1, CHUNK_NUMBERS // (logits.shape[0] * logits.shape[2]))
     pieces = []
-    for at in range(0, logits.shape[1], step):
-        piece = logits[:, at : at + step].float()
-        finite = piece.isfinite().all(dim=-1)
-        if not finite.all():
-            _refuse(first + int((~finite).any(dim=1).nonzero()[0]))
-        nats = F.cross_entropy(piece.flatten(0, 1), targets[:, at : at + step].flatten(), reduction="none")
-        pieces.append(nats.view(finite.shape).cpu())
+    for span in _spans(logits):
+        piece = _finite(logits[:, span], first)
+        nats = F.cross_entropy(piece.flatten(0, 1), targets[:, span].flatten(), reduction="none")
+        pieces.append(nats.view(piece.shape[:2]).cpu())
     return torch.cat(pieces, dim=1).double()
 
 
-def _refuse(window: int) -> None:
-    # No position is named: attention spreads a NaN over the whole window, backwards too.
-    raise ValueError(
-        f"the logits of window {window} are NaN or infinite: expected finite numbers; "
-        "the model's weights are damaged or its storage type (fp16?) is too narrow for it"
-    )
+def _compared(model: PreTrainedModel, dense: PreTrainedModel, batch: Tensor, *, first: int) -> Tensor:
+    """Return the sums over a batch of KL, agreement, nats and dense nats, ``[4]`` in fp64 on the CPU."""
+    ours, theirs = _logits(model, batch), _logits(dense, batch)
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"the model gives logits of {ours.shape[-1]} words, the dense one of {theirs.shape[-1]}: "
+            "compare a model with the base that it was made from"
+        )
+    targets = batch[:, 1:].to(ours.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=ours.device)
+    for span in _spans(ours):
+        here = _finite(ours[:, span], first).log_softmax(-1)
+        there = _finite(theirs[:, span].to(here.device), first, whose="the dense model's").log_softmax(-1)
+        index = targets[:, span, None]
+        figures = (
+            F.kl_div(here, there, reduction="none", log_target=True).sum(-1),
+            here.argmax(-1) == there.argmax(-1),
+            -here.gather(-1, index),
+            -there.gather(-1, index),
+        )
+        sums += torch.stack([figure.double().sum() for figure in figures])
+    return sums.cpu()
+
+
+def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """Return ``[batch, length - 1, vocabulary]``, on the model's device and in its type."""
+    device = model.get_input_embeddings().weight.device
+    logits: Tensor = model(input_ids=batch.to(device), use_cache=False).logits
+    return logits[:, :-1]
+
+
+def _spans(logits: Tensor) -> Iterator[slice]:
+    """Yield the spans of positions whose logits are taken to fp32 at a time."""
+    step = max(1, CHUNK_NUMBERS // (logits.shape[0] * logits.shape[2]))
+    for at in range(0, logits.shape[1], step):
+        yield slice(at, at + step)
+
+
+def _finite(piece: Tensor, first: int, whose: str = "the") -> Tensor:
+    """Return logits ``[batch, positions, vocabulary]`` in fp32; those that are not finite are refused."""
+    piece = piece.float()
+    finite = piece.isfinite().all(dim=-1)
+    if not finite.all():
+        window = first + int((~finite).any(dim=1).nonzero()[0])
+        # No position is named: attention spreads a NaN over the whole window, backwards too.
+        raise LogitsError(
+            f"{whose} logits of window {window} are NaN or infinite: expected finite numbers; "
+            "the model's weights are damaged or its storage type (fp16?) is too narrow for it"
+        )
+    return piece
 
 
 def _exp(nats: float) -> float:
@@ -182,39 +291,3 @@ def _exp(nats: float) -> float:
         return math.exp(nats)
     except OverflowError:
         return math.inf
-
-
-@contextmanager
-def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Give ``model`` the generation ``config`` for a while.
-
-    Passing it to ``generate`` is not enough: what it leaves open, such as a repetition penalty, comes from the model.
-    """
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
-    length = encoded["input_ids"].shape[1]
-    if length == 0:
-        raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
-    output = model.generate(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])[0]
-    whole = str(tokenizer.decode(output, skip_special_tokens=True))
-    start = str(tokenizer.decode(output[:length], skip_special_tokens=True))
-    # Decoding the new tokens alone would lose the space before a word in SentencePiece vocabularies.
-    if whole.startswith(start):
-        return whole[len(start) :]
-    return str(tokenizer.decode(output[length:], skip_special_tokens=True))
-
-
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    own = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    end = ends[0] if isinstance(ends, list) else ends
-    pad = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
-    return GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad)

@@ -28,8 +28,9 @@ from lowrank_pl import hf_format, hf_layers
 from lowrank_pl.files import atomic_directory, atomic_write
 from lowrank_pl.hf_format import METHOD, LowRankConfig, align
 from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.plan import RankPlan
 from lowrank_pl.targets import replaced
-from lowrank_pl.verify import ExportError, base_class, check_merged, check_reload, logits_of
+from lowrank_pl.verify import ExportError, base_class, check_contents, check_merged, check_reload, logits_of
 
 __all__ = ["ExportError", "ExportReport", "is_compressed", "load_compressed", "save_compressed"]
 
@@ -87,7 +88,9 @@ def save_compressed(
     The check runs the same probes here and in a fresh process on the same device, with as many threads and the same
     attention, and compares the bytes of the logits; it needs the memory of a second copy of what is written. A merged
     model is compared with its merged weights in memory byte for byte, and these with the low-rank model within
-    ``sqrt(eps)`` of the type, as relative root mean square.
+    ``sqrt(eps)`` of the type, as relative root mean square. In the same pass it makes those checks of ``lowrank
+    doctor`` that need no text: finite weights, ranks and counts of a ``RankPlan``, BOS and token ids. What is sick is
+    not exported, and warnings are logged.
 
     ``model`` keeps its modules, values, config and mode; tensors in main memory may move (see ``hf_format.align``).
 
@@ -98,11 +101,11 @@ def save_compressed(
         plan: The plan that the ranks came from.
         card: Text of the model card.
         merge: Write dense weights under the plain config of the base, for runtimes that know nothing of factors.
-        verify: Whether to check the folder in a fresh process.
+        verify: Whether to check the folder, in a fresh process too.
 
     Raises:
         ValueError: The model holds layers that can't be stored, or ``directory`` is something else than an export.
-        ExportError: The folder does not reload as the model in memory, or the disk is full.
+        ExportError: The folder does not reload as the model in memory, it is sick, or the disk is full.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
@@ -129,6 +132,8 @@ def save_compressed(
                 reference = logits_of(model)
                 if before is not None:
                     check_merged(before, reference)
+                checkable = plan if isinstance(plan, RankPlan) else None
+                check_contents(model, {} if merge else entries, checkable, tokenizer)
                 check_reload(model, folder, reference, tokenizer, merged=merge)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     logger.info("exported %d low-rank modules to %s, %d bytes of weights", len(entries), directory, size)

@@ -25,10 +25,11 @@ from lowrank_pl.allocate import allocator, drawn_on
 from lowrank_pl.budget import Budget
 from lowrank_pl.compress import compress, compressed, deployed_plan
 from lowrank_pl.draw import draw
-from lowrank_pl.evaluate import Score, excess_nats, generate_samples, perplexity
+from lowrank_pl.evaluate import Score, excess_nats, perplexity
 from lowrank_pl.export import ExportError, ExportReport, save_compressed
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import atomic_write, write_json
+from lowrank_pl.generation import generate_samples
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import rank_map, save_figure
 from lowrank_pl.refit import Refit

@@ -13,9 +13,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.commands import DType, base_of, factors_of, pick_device
 from lowrank_pl.curve import KEEPS, curve_plot, curve_table, score_curve
-from lowrank_pl.evaluate import generate_samples, perplexity
+from lowrank_pl.evaluate import perplexity
 from lowrank_pl.export import is_compressed, load_compressed
 from lowrank_pl.files import write_json
+from lowrank_pl.generation import generate_samples
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import save_figure, table
 from lowrank_pl.sizes import largest_keep, nested

@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,8 +23,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl import reload_check
+from lowrank_pl.doctor_tokenizer import check_tokenizer
+from lowrank_pl.doctor_weights import check_plan, check_weights, tensors_of
+from lowrank_pl.plan import RankPlan
 
-__all__ = ["ExportError", "base_class", "check_merged", "check_reload", "logits_of"]
+__all__ = [
+    "ExportError",
+    "ReloadError",
+    "base_class",
+    "check_contents",
+    "check_merged",
+    "check_reload",
+    "compare_reload",
+    "logits_of",
+]
 
 
 _log = logging.getLogger(__name__)
@@ -32,6 +45,10 @@ _HOOKS = "are there hooks or patched methods on the model?"
 
 class ExportError(RuntimeError):
     """An export that could not be written or did not reload as the model in memory; its folder is gone."""
+
+
+class ReloadError(RuntimeError):
+    """A folder that a fresh process does not load as the model in memory."""
 
 
 def base_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
@@ -58,6 +75,33 @@ def logits_of(model: PreTrainedModel) -> Tensor:
     return logits
 
 
+def check_contents(
+    model: PreTrainedModel, entries: Mapping[str, Any], plan: RankPlan | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise if ``lowrank doctor`` would find what was written sick, and log what it would warn of.
+
+    Nothing is loaded: the reload shows that the folder holds the very same tensors.
+
+    Args:
+        model: The model that was written.
+        entries: What its config says of each low-rank module; none of a merged one.
+        plan: The plan beside it.
+        tokenizer: Its tokenizer.
+    """
+    tensors = tensors_of(model)
+    findings = check_weights(tensors, entries)
+    if plan is not None:
+        findings += check_plan(plan, tensors, entries)
+    known = None if plan is None else plan.fingerprint.get("tokenizer")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    findings += check_tokenizer(tokenizer, model.config, vocabulary, fingerprint=known)
+    for finding in findings:
+        if finding.health == "sick":
+            raise ExportError(f"the export was removed: {finding.name}: {finding.said}")
+        if finding.health == "warning":
+            _log.warning("%s: %s", finding.name, finding.sentence)
+
+
 def check_merged(low_rank: Tensor, merged: Tensor) -> None:
     """Raise unless the merged model computes what the low-rank one does, up to rounding."""
     tolerance = torch.finfo(merged.dtype).eps ** 0.5
@@ -72,35 +116,54 @@ def check_merged(low_rank: Tensor, merged: Tensor) -> None:
 def check_reload(
     model: PreTrainedModel, folder: Path, reference: Tensor, tokenizer: PreTrainedTokenizerBase, *, merged: bool
 ) -> None:
-    """Raise unless a fresh process gets the very same logits and tokens out of ``folder``."""
+    """Raise ``ExportError`` unless a fresh process gets the very same logits and tokens out of ``folder``."""
+    try:
+        compare_reload(model, folder, reference, tokenizer, merged=merged)
+    except ReloadError as error:
+        raise ExportError(f"the export was removed: {error}") from error
+
+
+def compare_reload(
+    model: PreTrainedModel, folder: Path, reference: Tensor, tokenizer: PreTrainedTokenizerBase, *, merged: bool
+) -> None:
+    """Load ``folder`` in a fresh process, and compare what it computes there with the model here.
+
+    Args:
+        model: What the folder should reload as.
+        folder: The folder.
+        reference: The logits of ``model`` on the probes, ``[33, vocabulary]``.
+        tokenizer: What the folder's tokenizer should reload as.
+        merged: Whether the folder holds dense weights under a plain config.
+
+    Raises:
+        ReloadError: It can't be loaded there, misses weights or has others, or logits or tokens differ.
+    """
     with TemporaryDirectory() as aside:
         file = Path(aside) / "logits.pt"
         answer = _ask_fresh_process(model, folder, file, compressed=not merged)
         found = torch.load(file) if file.exists() else None
     for kind in ("missing", "unexpected"):
         if answer[kind]:
-            raise ExportError(f"the export was removed: reloading it finds {kind} weights: {', '.join(answer[kind])}")
+            raise ReloadError(f"reloading it finds {kind} weights: {', '.join(answer[kind])}")
     if answer["logits"] != reload_check.digest(reference):
         difference = _first_difference(model, folder)
         if difference is not None or model.device.type == "cpu" or found is None:
             difference = difference or f"all weights are equal, the computation is not: {_HOOKS}"
-            raise ExportError(
-                f"the export was removed: reloaded, it gives other logits than the model here: {difference}"
-            )
+            raise ReloadError(f"reloaded, it gives other logits than the model here: {difference}")
         _check_rounding(reference, found)
     if answer["token_ids"] != tokenizer(reload_check.PROBE_TEXT)["input_ids"]:
-        raise ExportError("the export was removed: the reloaded tokenizer gives other token ids than the one here")
+        raise ReloadError("the reloaded tokenizer gives other token ids than the one here")
     if answer["chat_template"] != tokenizer.chat_template:
-        raise ExportError("the export was removed: the reloaded tokenizer has another chat template than the one here")
+        raise ReloadError("the reloaded tokenizer has another chat template than the one here")
 
 
 def _check_rounding(reference: Tensor, found: Tensor) -> None:
     """Raise unless the logits of equal weights differ by no more than other kernels' rounding."""
     error = _relative_error(reference, found)
     if not error <= torch.finfo(reference.dtype).eps ** 0.5:
-        raise ExportError(
-            f"the export was removed: reloaded, all weights are equal, and the logits are off by {error:.2g} (relative "
-            f"root mean square): {_HOOKS}"
+        raise ReloadError(
+            f"reloaded, all weights are equal, and the logits are off by {error:.2g} (relative root mean square): "
+            f"{_HOOKS}"
         )
     _log.info("reloaded on the GPU, all weights are equal, and logits are but for rounding (%.2g)", error)
 
@@ -129,9 +192,8 @@ def _ask_fresh_process(model: PreTrainedModel, folder: Path, logits: Path, *, co
     # In the folder, so that no file of the caller's own folder hides a package from the child.
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     if done.returncode:
-        raise ExportError(
-            f"the export was removed: a fresh process can't load it (exit status {done.returncode}):\n"
-            f"{done.stderr.strip()[-2000:]}"
+        raise ReloadError(
+            f"a fresh process can't load it (exit status {done.returncode}):\n{done.stderr.strip()[-2000:]}"
         )
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer

@@ -86,7 +86,7 @@ def test_the_commands_are_listed(capsys, words):
     main(words)
     shown = capsys.readouterr().out
     assert shown == usage() + "\n"
-    for name in ("fit", "evaluate", "allocate", "refit", "export", "compare", "bench"):
+    for name in ("fit", "evaluate", "allocate", "refit", "export", "doctor", "compare", "bench"):
         assert f"\n  {name} " in shown
 
 
@@ -102,6 +102,7 @@ def test_the_commands_are_listed(capsys, words):
         ("evaluate", ["--model MODEL", "--text TEXT", "Windows per forward", "--json JSON"]),
         ("allocate", ["--decomposition.kind", "Every rank is a multiple of this", "--output", "--json JSON"]),
         ("export", ["--merge", "Write dense weights for runtimes that know no factors", "--json JSON"]),
+        ("doctor", ["--directory DIRECTORY", "the one that the folder's plan names", "--prompts", "--json JSON"]),
         ("refit", ["--plan PLAN", "--settings.windows", "--json JSON"]),
         ("bench", ["What to measure: step, decode, prefill or svd", "--storage", "--repeats", "--json JSON"]),
     ],
@@ -260,7 +261,8 @@ def test_the_smoke_configuration_of_a_callback_by_name(tmp_path, capsys):
 
 def test_words_that_mean_nothing(capsys, tmp_path):
     said = failing(capsys, "fitt")
-    assert said == "there is no command 'fitt': expected one of fit, evaluate, allocate, refit, export, compare, bench"
+    known = "fit, evaluate, allocate, refit, export, doctor, compare, bench"
+    assert said == f"there is no command 'fitt': expected one of {known}"
     assert "--model.kep" in failing_fit(capsys, tmp_path, "--model.kep", "0.5", status=2)
     assert "File does not exist" in failing(capsys, "fit", "-c", "none.yaml", status=2)
     assert "`lowrank evaluate --help` lists" in failing(capsys, "evaluate", "--length", "many", status=2)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lowrank_pl import evaluate
-from lowrank_pl.evaluate import Score, excess_nats, generate_samples, perplexity
+from lowrank_pl.evaluate import Score, divergence, excess_nats, perplexity
+from lowrank_pl.generation import continuations, generate_samples, repetition_rate
 from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
 
 
@@ -201,3 +202,70 @@ def test_samples_ignore_the_models_own_sampling_and_warn_of_nothing(llama, token
 def test_sample_of_nothing_is_refused(llama, tokenizer):
     with pytest.raises(ValueError, match="the prompt '' has no token: expected a text to continue"):
         generate_samples(llama, tokenizer, [""])
+
+
+def test_samples_through_the_chat_template(llama):
+    tokenizer = byte_tokenizer(bos=True)
+    [answer] = continuations(llama, tokenizer, ["Hi"], max_new_tokens=8, chat=True)
+    written = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert answer.text == slow_greedy(llama, tokenizer, written, 8)
+    assert tokenizer.decode(answer.tokens, skip_special_tokens=True) == answer.text
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="a chat was asked for, and the tokenizer has no chat template"):
+        continuations(llama, tokenizer, ["Hi"], chat=True)
+
+
+@pytest.mark.parametrize(
+    ("texts", "rate"),
+    [
+        ([], 0.0),
+        ([[1, 2, 3]], 0.0),
+        ([[1, 2, 3, 4, 5, 6]], 0.0),
+        ([[7] * 8], 0.8),
+        ([[1, 2, 1, 2, 1, 2, 1]], 0.5),
+        ([[1, 2, 3, 4], [7] * 8, [1]], 0.4),
+    ],
+)
+def test_repetition_rate_of_known_sequences(texts, rate):
+    assert repetition_rate(texts) == pytest.approx(rate)
+
+
+# -- divergence ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch_size", "numbers"), [(1, 2**24), (5, 261 * 7 * 4 + 1)])
+def test_divergence_is_that_of_the_whole_logits(llama, windows, monkeypatch, batch_size, numbers):
+    other = tiny_model("llama", seed=1)
+    with torch.no_grad():
+        ours, theirs = (model(windows).logits[:, :-1].double().log_softmax(-1) for model in (llama, other))
+    # torch's own order: what is measured first, then the distribution that the mean is taken over.
+    kl = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean().item()
+    monkeypatch.setattr(evaluate, "CHUNK_NUMBERS", numbers)
+    found = divergence(llama, other, windows, batch_size=batch_size)
+    assert found.kl == pytest.approx(kl, rel=1e-5)
+    assert found.agreement == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).double().mean().item())
+    assert found.nats == pytest.approx(perplexity(llama, windows).nats, rel=1e-6)
+    assert found.dense_nats == pytest.approx(perplexity(other, windows).nats, rel=1e-6)
+    assert found.tokens == 16 * 63
+
+
+def test_kl_is_taken_over_the_dense_models_distribution(llama, windows):
+    """By hand, one token: sum of p (log p - log q) with p the dense model's."""
+    other = tiny_model("llama", seed=1)
+    window = windows[:1, :2]
+    with torch.no_grad():
+        q, p = (model(window).logits[0, 0].double().softmax(-1) for model in (llama, other))
+    assert divergence(llama, other, window).kl == pytest.approx(float((p * (p.log() - q.log())).sum()), rel=1e-5)
+
+
+def test_divergence_refuses_other_vocabularies_and_names_the_broken_model(llama, windows):
+    other = tiny_model("llama")
+    other.resize_token_embeddings(300, mean_resizing=False)
+    with pytest.raises(ValueError, match="gives logits of 261 words, the dense one of 300: compare a model with the b"):
+        divergence(llama, other, windows)
+    broken = tiny_model("llama")
+    broken.lm_head.weight = torch.nn.Parameter(torch.full_like(broken.lm_head.weight, math.nan))
+    with pytest.raises(ValueError, match="the dense model's logits of window 0 are NaN or infinite"):
+        divergence(llama, broken, windows)
+    with pytest.raises(ValueError, match="the logits of window 0 are NaN or infinite"):
+        divergence(broken, llama, windows)
