@@ -29,12 +29,8 @@ from lowrank_pl.command_work import DryRun, fit_workload, machine_of
 from lowrank_pl.commands import allocate, export, refit
 from lowrank_pl.compare import compare
 from lowrank_pl.data import CalibrationData
-    except SickModelError as sick:
-        sys.exit(_said(str(sick), 1))
-from lowrank_pl.dry_run import dry_run
-=======
 from lowrank_pl.doctor import SickModelError, doctor
->>>>>>> 90e87617cac1027b939277581ed95e833216083f
+from lowrank_pl.dry_run import dry_run
 from lowrank_pl.export import ExportError
 from lowrank_pl.factoring import decompose
 from lowrank_pl.files import atomic_write
