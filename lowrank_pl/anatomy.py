@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lowrank_pl.base_model import read_config as read_checkpoint_config
 from lowrank_pl.base_model import resolve_base
 from lowrank_pl.block_shapes import random_blocks, whole_config
 from lowrank_pl.speed import multiply_adds
@@ -151,17 +152,18 @@ def read_config(base: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     if spec.shapes is not None:
         with FakeTensorMode():
             return random_blocks(spec.shapes, blocks=spec.blocks).config
-    source = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
+    if spec.gguf_file is None:
+        try:
+            return read_checkpoint_config(spec, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise ValueError(f"{error}, or give shapes:NAME for a large model by name (shapes:llama-3-70b)") from error
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(spec.path, trust_remote_code=trust_remote_code, **source)
-    except Exception as error:  # transformers, huggingface_hub and gguf raise classes of their own
+        config: PreTrainedConfig = AutoConfig.from_pretrained(spec.path, gguf_file=spec.gguf_file)
+    except Exception as error:  # transformers and gguf raise classes of their own
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        raise ValueError(
-            f"can't read the configuration of {base!r}: {cause}; give the folder of its config.json, or shapes:NAME "
-            "for a large model by name (shapes:llama-3-70b)"
-        ) from error
-    # Of a GGUF's packed blocks: it would be taken for a quantised model, which load_base unpacks.
-    if spec.gguf_file and hasattr(config, "quantization_config"):
+        raise ValueError(f"can't read the configuration of {base!r}: {cause}") from error
+    # Of its packed blocks: it would be taken for a quantised model, which load_base unpacks.
+    if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
