@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.processes import add_up, is_first, share, total
-from lowrank_pl.targets import Target, dense_weight
+from lowrank_pl.targets import Target
 
 __all__ = ["InputMoments", "collect_input_moments"]
 
@@ -107,7 +107,7 @@ def collect_input_moments(
     """
     leaders = {target.group: target for target in targets}
     # Of a model that is walked block by block, only what is watched has its weights.
-    device = dense_weight(model.get_submodule(targets[0].name)).device
+    device = next(model.get_submodule(targets[0].name).parameters()).device
     moments = {group: InputMoments.empty(target.shape[1], device=device) for group, target in leaders.items()}
     batches = torch.split(windows, batch_size)
     with _watching(model, moments) as position, evaluating(model):

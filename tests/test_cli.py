@@ -86,7 +86,7 @@ def test_the_commands_are_listed(capsys, words):
     main(words)
     shown = capsys.readouterr().out
     assert shown == usage() + "\n"
-    for name in ("fit", "evaluate", "allocate", "refit", "export", "doctor", "compare", "bench"):
+    for name in ("fit", "evaluate", "decompose", "allocate", "refit", "export", "doctor", "compare", "bench"):
         assert f"\n  {name} " in shown
 
 
@@ -261,7 +261,7 @@ def test_the_smoke_configuration_of_a_callback_by_name(tmp_path, capsys):
 
 def test_words_that_mean_nothing(capsys, tmp_path):
     said = failing(capsys, "fitt")
-    known = "fit, evaluate, allocate, refit, export, doctor, compare, bench"
+    known = "fit, evaluate, decompose, allocate, refit, export, doctor, compare, bench"
     assert said == f"there is no command 'fitt': expected one of {known}"
     assert "--model.kep" in failing_fit(capsys, tmp_path, "--model.kep", "0.5", status=2)
     assert "File does not exist" in failing(capsys, "fit", "-c", "none.yaml", status=2)

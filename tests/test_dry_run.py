@@ -141,7 +141,9 @@ def test_fit_says_it_and_loads_nothing(tmp_path, monkeypatch, capsys):
     assert not run.exists()
 
 
-def test_fit_is_right_about_its_tokens(tmp_path):
+def test_fit_is_right_about_its_tokens(tmp_path, monkeypatch):
+    # A dry run takes nothing off for what a cache holds.
+    monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
     options = ["fit", "-c", SMOKE, "--run", str(tmp_path / "run"), "--finish.prompts", "[]"]
     main([*options, "--json", str(tmp_path / "needs.json"), "--dry_run", "h100"])
     said = json.loads((tmp_path / "needs.json").read_text())["total"]["tokens"]
