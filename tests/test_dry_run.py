@@ -236,7 +236,7 @@ def test_impossible_input(tmp_path):
     with pytest.raises(ValueError, match=r"the shapes of 'llama-9' are not known: expected one of .*llama-3-70b"):
         anatomy("shapes:llama-9")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"can't read the configuration in the folder .*check its config.json, or give shapes:NAME"):
+    with pytest.raises(ValueError, match=r"can't read the configuration in .*check its config.json, or give shapes:"):
         read_config(str(tmp_path))
     with pytest.raises(ValueError, match="no fraction to keep was given"):
         Workload(keeps=())
