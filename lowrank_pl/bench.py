@@ -111,25 +111,20 @@ def bench(
             multiple_of=multiple_of, rest_every=rest_every, compile=compile or None, record=record,
             gradient_checkpointing=gradient_checkpointing or None,
         )  # fmt: skip
-        rows = measure_drivers(_shapes([base] if base else _SVD_BASES), place, repeats=repeats)
-        print(tabulate(rows, headers="keys", floatfmt=".3g"))
-        figures = {"machine": describe_machine(place), "settings": {"repeats": repeats}, "rows": rows}
-        if json is not None:
-            write_json(json, figures)
-        return figures
-    forms: list[Form] = _several("storage", storage, ["factored", "pivoted"])
-    if case == "step":
+        figures = _decompositions(base, repeats=repeats, place=place)
+    elif case == "step":
         _refuse(case, multiple_of=multiple_of, compile=compile or None, record=record)
         figures = _steps(
             base, keep=_only("keep", keep, 0.8), length=length, batch_size=_only("batch_size", sizes, 1),
-            repeats=repeats, dtype=_only("dtype", dtype, "float32"), every=rest_every or 8, forms=forms, place=place,
+            repeats=repeats, dtype=_only("dtype", dtype, "float32"), every=rest_every or 8, forms=_forms(storage),
+            place=place,
             recompute=gradient_checkpointing,
         )  # fmt: skip
     else:
         _refuse(case, rest_every=rest_every, gradient_checkpointing=gradient_checkpointing or None)
         keeps = _several("keep", keep, [0.8, 0.6, 0.5])
         figures = _speed(
-            case, base or _BASE, [DENSE, *(Variant(form, fraction) for form in forms for fraction in keeps)],
+            case, base or _BASE, [DENSE, *(Variant(form, fraction) for form in _forms(storage) for fraction in keeps)],
             length=length or 512, batch_sizes=sizes, repeats=repeats,
             dtypes=_several("dtype", dtype, ["float32", "bfloat16"]), multiple_of=multiple_of or 1, compiled=compile,
             recorded=place.type == "cuda" and not compile if record is None else record, place=place,
@@ -137,6 +132,16 @@ def bench(
     if json is not None:
         write_json(json, figures)
     return figures
+
+
+def _forms(storage: list[Form] | None) -> list[Form]:
+    return _several("storage", storage, ["factored", "pivoted"])
+
+
+def _decompositions(base: str | None, *, repeats: int, place: torch.device) -> dict[str, Any]:
+    rows = measure_drivers(_shapes([base] if base else _SVD_BASES), place, repeats=repeats)
+    print(tabulate(rows, headers="keys", floatfmt=".3g"))
+    return {"machine": describe_machine(place), "settings": {"repeats": repeats}, "rows": rows}
 
 
 def _shapes(bases: list[str]) -> list[tuple[int, int]]:

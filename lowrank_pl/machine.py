@@ -6,12 +6,16 @@ import os
 import platform
 import resource
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["describe_machine", "peak_memory", "reset_peak_memory", "resident_memory"]
+__all__ = ["describe_machine", "peak_memory", "reset_peak_memory", "resident_memory", "timed"]
+
+Outcome = TypeVar("Outcome")
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -40,10 +44,9 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.exists():
-        high = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
-        if high:
-            return int(high[0].split()[1]) * 1024
+    high = _status("VmHWM")
+    if high is not None:
+        return high
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -71,8 +74,29 @@ def _processor() -> str:
 
 def resident_memory() -> int:
     """Return the bytes that this process holds in main memory now; where the system doesn't say, the most it held."""
+    resident = _status("VmRSS")
+    return peak_memory() if resident is None else resident
+
+
+def timed(action: Callable[[], Outcome], device: torch.device | str = "cpu") -> tuple[Outcome, float]:
+    """Return what ``action`` returns, and the seconds until ``device`` is done with it, which was idle before."""
+    device = torch.device(device)
+    _wait(device)
+    began = time.perf_counter()
+    outcome = action()
+    _wait(device)
+    return outcome, time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _status(name: str) -> int | None:
+    """Return the bytes that the system notes under ``name`` for this process; None where it notes none."""
     if _STATUS.exists():
-        resident = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmRSS:")]
-        if resident:
-            return int(resident[0].split()[1]) * 1024
-    return peak_memory()
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lowrank_pl.anatomy import Anatomy
 from lowrank_pl.files import atomic_write, cache_root
-from lowrank_pl.machine import describe_machine
+from lowrank_pl.machine import describe_machine, timed
 from lowrank_pl.needs import Speeds
 from lowrank_pl.svd import thin_svd
 
@@ -100,7 +99,7 @@ def _block(model: Anatomy, config: PreTrainedConfig, dtype: torch.dtype, device:
         def step() -> None:
             made(inputs_embeds=embedded, use_cache=False).logits.float().sum().backward()
 
-        return 2 * count * model.blocks[0] / _seconds(step, device)
+        return 2 * count * model.blocks[0] / timed(step, device)[1]
 
 
 def _product(model: Anatomy, config: PreTrainedConfig, dtype: torch.dtype, device: str, length: int) -> float:
@@ -108,7 +107,7 @@ def _product(model: Anatomy, config: PreTrainedConfig, dtype: torch.dtype, devic
     rows = min(rows, max(1, _LARGEST // (columns * dtype.itemsize)))
     weight = torch.full((rows, columns), 0.01, dtype=dtype, device=device)
     inputs = torch.full((_tokens(rows * columns, length), columns), 0.01, dtype=dtype, device=device)
-    return len(inputs) * rows * columns / _seconds(lambda: inputs @ weight.mT, device)
+    return len(inputs) * rows * columns / timed(lambda: inputs @ weight.mT, device)[1]
 
 
 def _tokens(parameters: int, length: int) -> int:
@@ -123,12 +122,12 @@ def _gram(model: Anatomy, device: str, length: int) -> float:
     def step() -> Tensor:
         return total.add_(inputs.mT @ inputs)
 
-    return length * width * width / _seconds(step, device)
+    return length * width * width / timed(step, device)[1]
 
 
 def _double(device: str) -> float:
     matrix = torch.ones(2 * _SIDE, 2 * _SIDE, dtype=torch.float64, device=device)
-    return float(len(matrix)) ** 3 / _seconds(lambda: matrix @ matrix, device)
+    return float(len(matrix)) ** 3 / timed(lambda: matrix @ matrix, device)[1]
 
 
 def _decomposition(model: Anatomy, device: str) -> float:
@@ -137,17 +136,15 @@ def _decomposition(model: Anatomy, device: str) -> float:
     generator = torch.Generator().manual_seed(0)
     shape = (max(1, int(rows * scale)), max(1, int(columns * scale)))
     matrix = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
-    return shape[0] * shape[1] * min(shape) / _seconds(lambda: thin_svd(matrix), device)
+    return shape[0] * shape[1] * min(shape) / timed(lambda: thin_svd(matrix), device)[1]
 
 
 def _writing() -> float:
     data = bytes(_FILE)
     # Nothing is to be left behind, not even the folder of the caches.
     path = existing_folder(cache_root()) / ".lowrank-probe"
-    began = time.perf_counter()
     try:
-        atomic_write(path, data)
-        return _FILE / (time.perf_counter() - began)
+        return _FILE / timed(lambda: atomic_write(path, data))[1]
     finally:
         with suppress(FileNotFoundError):
             path.unlink()
@@ -156,11 +153,3 @@ def _writing() -> float:
 def existing_folder(path: Path) -> Path:
     """Return ``path``, or the nearest folder above it that exists."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-
-
-def _seconds(action: Callable[[], object], device: str) -> float:
-    began = time.perf_counter()
-    action()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began

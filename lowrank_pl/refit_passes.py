@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.resume_forward import EnoughError, can_resume, moved, resumed
+from lowrank_pl.resume_forward import EnoughError, can_resume, ended, moved, resumed
 from lowrank_pl.targets import Target, decoder_blocks, replaced
 
 __all__ = ["Pair", "Place", "Twins", "survey"]
@@ -172,11 +172,10 @@ class Twins:
         last = decoder_blocks(self.model)[1][block - 1]
         found: list[Any] = []
 
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
+        def keep(output: Any) -> None:
             found.append(moved(output, self._place))
-            raise EnoughError
 
-        self._run(lambda stack: stack.callback(last.register_forward_hook(keep).remove), lambda _: None)
+        self._run(lambda stack: stack.enter_context(ended(self.model, last, keep)), lambda _: None)
         self._hidden, self._start = found, block
         # They are behind the hidden states now.
         self.layers.clear()

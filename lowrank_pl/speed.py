@@ -6,7 +6,6 @@ fraction of its parameters, so that neither text nor decomposition is needed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from lowrank_pl.budget import check_keep
 from lowrank_pl.evaluate import check_windows
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear, Side
+from lowrank_pl.machine import timed
 from lowrank_pl.plan_report import percent, table
 from lowrank_pl.standing_cache import standing_cache
 from lowrank_pl.storage import Form, Storage
@@ -340,14 +340,5 @@ def _fastest(forward: Callable[..., Any], inputs: Mapping[str, Any], device: tor
     """Return the seconds of the fastest of some steps one after the other."""
     seconds: list[float] = []
     while len(seconds) < _STEPS and sum(seconds) < _SECONDS:
-        _wait(device)
-        began = time.perf_counter()
-        forward(**inputs)
-        _wait(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(timed(lambda: forward(**inputs), device)[1])
     return min(seconds)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -6,7 +6,6 @@ needed, and blocks of models that fit no machine can be measured.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.activations import recomputing
 from lowrank_pl.decompose import Factors
 from lowrank_pl.layers import MaskedLinear, Work, set_to_work
-from lowrank_pl.machine import peak_memory, reset_peak_memory
+from lowrank_pl.machine import peak_memory, reset_peak_memory, timed
 from lowrank_pl.masks import MaskMethod, Staircase
 from lowrank_pl.objectives import next_token_loss
 from lowrank_pl.storage import Storage
@@ -131,12 +130,9 @@ def _fastest(
         for turn in range(repeats + 1):
             for name, action in actions.items():
                 reset_peak_memory(device)
-                began = time.perf_counter()
-                action()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                _, seconds = timed(action, device)
                 if turn:
-                    best[name] = min(best[name], time.perf_counter() - began)
+                    best[name] = min(best[name], seconds)
                 else:
                     peaks[name] = peak_memory(device)
                 bar.update()

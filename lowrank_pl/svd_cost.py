@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lowrank_pl.machine import timed
 from lowrank_pl.svd import DRIVERS
 
 __all__ = ["measure_drivers"]
@@ -38,11 +39,10 @@ def measure_drivers(shapes: Sequence[tuple[int, int]], device: torch.device, *, 
             matrix = _graded(shape).to(device)
             for name in names:
                 driver = _on_cpu if name == "cpu" else DRIVERS[name]
-                seconds = _timed(driver, matrix)
+                (left, sigma, right), seconds = timed(partial(driver, matrix), device)
                 # What warms up is soon over, but for drivers that nobody would wait for twice.
                 if seconds < _SLOW:
-                    seconds = min(_timed(driver, matrix) for _ in range(repeats))
-                left, sigma, right = driver(matrix)
+                    seconds = min(timed(partial(driver, matrix), device)[1] for _ in range(repeats))
                 identity = torch.eye(left.shape[1], dtype=left.dtype, device=device)
                 rows.append({
                     "shape": f"{shape[0]} x {shape[1]}",
@@ -64,11 +64,3 @@ def _graded(shape: tuple[int, int]) -> Tensor:
 def _on_cpu(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left, sigma, right = DRIVERS["lapack"](matrix.cpu())
     return left.to(matrix), sigma.to(matrix), right.to(matrix)
-
-
-def _timed(driver: Callable[[Tensor], object], matrix: Tensor) -> float:
-    began = time.perf_counter()
-    driver(matrix)
-    if matrix.is_cuda:
-        torch.cuda.synchronize(matrix.device)
-    return time.perf_counter() - began
