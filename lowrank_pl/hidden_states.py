@@ -1,4 +1,4 @@
-"""What one decoder block returned in every pass, waiting for the next: in memory, or memory-mapped on disk."""
+"""What a decoder block returned, or a part of it was fed, in every pass: in memory, or memory-mapped on disk."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class HiddenStates:
     Args:
         windows: How many windows.
         cache: ``ram``, or ``disk`` for a file in the cache folder that is gone when the process is.
+        device: Whose memory ``ram`` is.
 
     Example:
         >>> states = HiddenStates(3, cache="ram")
@@ -33,8 +34,8 @@ class HiddenStates:
         torch.Size([1, 4, 8])
     """
 
-    def __init__(self, windows: int, *, cache: Cache = "ram") -> None:
-        self.windows, self.cache = windows, cache
+    def __init__(self, windows: int, *, cache: Cache = "ram", device: torch.device | str = "cpu") -> None:
+        self.windows, self.cache, self.device = windows, cache, device
         self._values: Tensor | None = None
         self._rest: tuple[Any, ...] | None = None
 
@@ -65,7 +66,7 @@ class HiddenStates:
         size = math.prod(shape)
         _log.info("hidden states of all windows: %.2f GB (%s)", size * like.element_size() / 1e9, self.cache)
         if self.cache == "ram":
-            return torch.empty(shape, dtype=like.dtype)
+            return torch.empty(shape, dtype=like.dtype, device=self.device)
         folder = cache_root()
         folder.mkdir(parents=True, exist_ok=True)
         # The file has no name any more when this returns, so a killed run leaves nothing; its pages stay mapped.

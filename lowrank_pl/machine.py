@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["describe_machine", "peak_memory", "reset_peak_memory", "resident_memory", "timed"]
+__all__ = ["available_memory", "describe_machine", "peak_memory", "reset_peak_memory", "resident_memory", "timed"]
 
 Outcome = TypeVar("Outcome")
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 _CPU = Path("/proc/cpuinfo")
 
 
@@ -78,6 +79,11 @@ def resident_memory() -> int:
     return peak_memory() if resident is None else resident
 
 
+def available_memory() -> int | None:
+    """Return the bytes of main memory that programs could take without swapping; None where the system doesn't say."""
+    return _noted(_MEMORY, "MemAvailable")
+
+
 def timed(action: Callable[[], Outcome], device: torch.device | str = "cpu") -> tuple[Outcome, float]:
     """Return what ``action`` returns, and the seconds until ``device`` is done with it, which was idle before."""
     device = torch.device(device)
@@ -95,8 +101,12 @@ def _wait(device: torch.device) -> None:
 
 def _status(name: str) -> int | None:
     """Return the bytes that the system notes under ``name`` for this process; None where it notes none."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
+    return _noted(_STATUS, name)
+
+
+def _noted(path: Path, name: str) -> int | None:
+    if path.exists():
+        for line in path.read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return None

@@ -120,8 +120,9 @@ def refit(
     as they are.
 
     The new factors go into a folder of ``factors``, module by module: a killed run goes on at the block it was in.
-    Passes take about as long as six over all windows; moments of one input at a time are in memory, and hidden states
-    of all windows for both models, on the CPU where a GPU has no room.
+    Passes take about as long as four over all windows; moments of one input at a time are in memory, and of all windows
+    the hidden states of both models and what the dense model's maps are fed in one block: on the CPU where a GPU has no
+    room, the latter on disk where the CPU has none.
 
     Args:
         plan: The plan; modules with an index set are refitted to its size.
@@ -204,19 +205,23 @@ class _Work:
         roots = self._output_roots()
         self._began = time.perf_counter()
         for block, inside in groupby(low_rank, key=lambda target: target.block):
-            of_block = list(inside)
-            if self.made.missing(target.name for target in of_block):
-                twins.go_to(block)
             # An input that another module takes up later again makes two groups.
-            for _, found in groupby(of_block, key=lambda target: target.group):
-                members = list(found)
-                todo = [target for target in members if target.name not in self.made]
-                if todo:
-                    self._solve(todo, places, twins, roots)
-                    bar.update(len(todo))
+            groups = [list(members) for _, members in groupby(inside, key=lambda target: target.group)]
+            todo = [[target for target in members if target.name not in self.made] for members in groups]
+            leaders = [missing[0].name for missing in todo if missing]
+            if leaders:
+                paired = {name: self._stream(places[name]) for name in leaders if places[name].every_token}
+                twins.go_to(block, paired)
+            for members, missing in zip(groups, todo, strict=True):
+                if missing:
+                    self._solve(missing, places, twins, roots)
+                    bar.update(len(missing))
                 for target in members:
                     old = self.model.get_submodule(target.name)
                     twins.layers[target.name] = factored_layer(old, self.made.factors(target.name))
+
+    def _stream(self, place: Place) -> str | None:
+        return place.stream if self.settings.residual else None
 
     def _solve(self, todo: Sequence[Target], places: Mapping[str, Place], twins: Twins, roots: Roots | None) -> None:
         """Refit modules that share an input."""
@@ -243,7 +248,7 @@ class _Work:
 
     def _moments(self, leader: Target, place: Place, twins: Twins) -> tuple[PairMoments, PairMoments] | None:
         """Return moments of the fitted and of the held-back windows; None where tokens can't be told apart."""
-        stream = place.stream if self.settings.residual else None
+        stream = self._stream(place)
         width = leader.shape[0] if stream is not None else None
         fit = PairMoments.empty(leader.shape[1], stream=width, errors=False, device=self.model.device)
         held = PairMoments.empty(leader.shape[1], stream=width, device=self.model.device)
@@ -251,7 +256,7 @@ class _Work:
         unpaired = []
 
         def receive(number: int, inputs: Pair | None, streams: Pair | None) -> None:
-            if inputs is None:
+            if inputs is None or (stream is not None and streams is None):
                 unpaired.append(number)
                 return
             try:
@@ -262,7 +267,7 @@ class _Work:
                     "checkpoint, or load it in a wider dtype"
                 ) from None
 
-        twins.compare(leader.name, stream, receive)
+        twins.compare(leader.name, receive)
         return None if unpaired else (fit, held)
 
     def _decide(self, target: Target, problem: Problem, choice: Choice, text: _Text) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.resume_forward import EnoughError, can_resume, ended, moved, resumed
-from lowrank_pl.targets import Target, decoder_blocks, replaced
+from lowrank_pl.hidden_states import Cache, HiddenStates
+from lowrank_pl.machine import available_memory
+from lowrank_pl.resume_forward import can_resume, ended, moved, resumed
+from lowrank_pl.targets import Target, decoder_blocks, dense_weight, replaced
 
 __all__ = ["Pair", "Place", "Twins", "survey"]
 
@@ -25,6 +27,9 @@ _ROUNDINGS = 4
 Pair = tuple[Tensor, Tensor]
 """The same tensor in the dense and in the compressed model."""
 Receive = Callable[[int, Pair | None, Pair | None], None]
+Seen = dict[str, list[Tensor]]
+"""What modules were fed in one pass, one a call."""
+Done = Callable[[int, Seen], None]
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,11 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 class Twins:
-    """A dense model and its compressed twin, run side by side over the same windows, block by block.
+    """A dense model and its compressed twin, run over the same windows, block by block.
 
-    There is one model: for a pass of the twin its low-rank layers stand in the places of the dense ones. Between
-    blocks the hidden states of both wait, on a GPU that has room for them or on the CPU, so that a pass runs one block,
-    and of that no more than what comes before the map that is asked about.
+    There is one model: for passes of the twin its low-rank layers stand in the places of the dense ones. The dense
+    model runs each block once, and what its maps are fed there waits for the twin. The twin runs a block again for
+    every map that is asked about, since the layers before it have changed, but no more than what comes before that map.
 
     Args:
         model: The dense model; left as it was.
@@ -157,81 +162,150 @@ class Twins:
                 "the blocks of %s share more than the hidden state: every pass runs all blocks up to the one it is for",
                 type(model).__name__,
             )
-        self._start = 0
-        self._place = _resting_place(model, sum(batch.numel() for batch in self.batches))
-        # Of the dense model and its twin in turn.
-        self._hidden: list[Any] = []
+        # The dense model is behind a block when its twin is before it.
+        self._dense, self._twin = (_Course(0, [None] * len(self.batches)) for _ in range(2))
+        self._place = _resting_place(model, 2 * self._tokens * _width(model, None) * model.dtype.itemsize)
+        self._streams: Mapping[str, str | None] = {}
+        self._fed: dict[str, HiddenStates] = {}
+        self._not_once: set[str] = set()
 
-    def go_to(self, block: int) -> None:
-        """Let passes begin at ``block``, having run all that comes before it, through the layers that there are.
+    def go_to(self, block: int, maps: Mapping[str, str | None]) -> None:
+        """Let passes be about ``block``, having run all that comes before it, through the layers that there are.
 
-        Where blocks share more than the hidden state, every pass begins at the embeddings and this does nothing.
+        Args:
+            block: Number of the block.
+            maps: Those of its maps that are to be compared, each with the module that is fed the stream
+                (``Place.stream``), or None if it is not asked for.
         """
-        if not self._resuming or block == self._start:
-            return
-        last = decoder_blocks(self.model)[1][block - 1]
-        found: list[Any] = []
+        if self._resuming and block > self._twin.start:
+            self._advance(self._twin, block, self.layers)
+            # They are behind the hidden states now.
+            self.layers.clear()
+        # What the block before was fed makes room.
+        self._fed.clear()
+        self._streams, self._fed, self._not_once = maps, self._waiting(maps), set()
 
-        def keep(output: Any) -> None:
-            found.append(moved(output, self._place))
+        def write(number: int, seen: Seen) -> None:
+            batch = self.batches[number]
+            for name, calls in seen.items():
+                if len(calls) != 1 or _tokens(calls[0]) != batch.numel():
+                    self._not_once.add(name)
+                else:
+                    self._fed[name].write(self._first(number), calls[0].reshape(len(batch), -1, calls[0].shape[-1]))
 
-        self._run(lambda stack: stack.enter_context(ended(self.model, last, keep)), lambda _: None)
-        self._hidden, self._start = found, block
-        # They are behind the hidden states now.
-        self.layers.clear()
+        self._advance(self._dense, block + 1, {}, list(self._fed), write)
 
-    def compare(self, name: str, stream: str | None, receive: Receive) -> None:
+    def compare(self, name: str, receive: Receive) -> None:
         """Give the inputs of map ``name`` in both models to ``receive``, batch by batch.
 
         Args:
-            name: A map of the block that passes begin at; the twin has no layer for it yet.
-            stream: The module that is fed the stream (``Place.stream``), or None if it is not asked for.
+            name: A map of those given to ``go_to``; the twin has no layer for it yet.
             receive: Is given the batch's number, the inputs, which are None where the map is not called for every token
                 as an expert is not, and the streams.
         """
-        seen: dict[str, list[Tensor]] = {}
+        stream = self._streams[name]
 
-        def keep(where: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                # A stream may be written to in place, and what matters is what it was.
-                seen.setdefault(where, []).append(_first(args, kwargs).clone())
-                if where == name:
-                    raise EnoughError
+        def pair(number: int, where: str, seen: Seen) -> Pair | None:
+            batch, calls = self.batches[number], seen[where]
+            if where in self._not_once or len(calls) != 1 or _tokens(calls[0]) != batch.numel():
+                return None
+            dense = self._fed[where].read(self._first(number), len(batch))
+            return dense.to(self.model.device).reshape(calls[0].shape), calls[0]
 
-            return hook
+        def done(number: int, seen: Seen) -> None:
+            receive(number, pair(number, name, seen), None if stream is None else pair(number, stream, seen))
 
-        def watch(stack: ExitStack) -> None:
-            for where in dict.fromkeys(filter(None, (stream, name))):
-                module = self.model.get_submodule(where)
-                stack.callback(module.register_forward_pre_hook(keep(where), with_kwargs=True).remove)
+        module = self.model.get_submodule(name)
+        watched = list(dict.fromkeys(filter(None, (stream, name))))
+        self._run(self._twin, self.layers, watched, done, lambda _: ended(self.model, module, before=True))
 
-        def done(number: int) -> None:
-            calls, streams = seen.get(name, []), seen.get(stream or "", [])
-            whole = len(calls) == 2 and all(_tokens(value) == self.batches[number].numel() for value in calls)
-            receive(number, (calls[0], calls[1]) if whole else None, (streams[0], streams[-1]) if streams else None)
-            seen.clear()
+    def _advance(
+        self,
+        course: _Course,
+        block: int,
+        layers: Mapping[str, nn.Module],
+        watched: Sequence[str] = (),
+        done: Done = lambda *_: None,
+    ) -> None:
+        """Run what ``course`` is of up to ``block``, and have it begin there from then on."""
+        last = decoder_blocks(self.model)[1][block - 1]
 
-        self._run(watch, done)
+        def end(number: int) -> AbstractContextManager[None]:
+            def keep(output: Any) -> None:
+                # What this pass began with is not needed any more.
+                course.states[number] = moved(output, self._place) if self._resuming else None
 
-    def _run(self, watch: Callable[[ExitStack], Any], done: Callable[[int], None]) -> None:
-        """Run the dense model over one batch and then its twin, both watched; so with all batches."""
+            return ended(self.model, last, keep)
+
+        self._run(course, layers, watched, done, end)
+        course.start = block if self._resuming else 0
+
+    def _run(
+        self,
+        course: _Course,
+        layers: Mapping[str, nn.Module],
+        watched: Sequence[str],
+        done: Done,
+        end: Callable[[int], AbstractContextManager[None]],
+    ) -> None:
+        """Run the model with ``layers`` over all batches and tell ``done`` what the modules ``watched`` were fed."""
         device = self.model.device
-        states = (moved(state, device) for state in self._hidden)
-        with evaluating(self.model), resumed(self.model, self._start, states):
+        states = (moved(state, device) for state in course.states)
+        with evaluating(self.model), replaced(self.model, layers), resumed(self.model, course.start, states):
             for number, batch in enumerate(self.batches):
-                for layers in ({}, self.layers):
-                    with replaced(self.model, layers), ExitStack() as stack, suppress(EnoughError):
-                        watch(stack)
-                        self.model(input_ids=batch.to(device), use_cache=False)
-                done(number)
+                seen: Seen = {name: [] for name in watched}
+                with ExitStack() as stack:
+                    for name, calls in seen.items():
+                        hook = self.model.get_submodule(name).register_forward_pre_hook(_keep(calls), with_kwargs=True)
+                        stack.callback(hook.remove)
+                    stack.enter_context(end(number))
+                    self.model(input_ids=batch.to(device), use_cache=False)
+                done(number, seen)
+
+    def _waiting(self, maps: Mapping[str, str | None]) -> dict[str, HiddenStates]:
+        """Return room for what ``maps`` and the modules of their streams are fed, where there is some."""
+        names = list(dict.fromkeys(filter(None, (*maps, *maps.values()))))
+        width = sum(_width(self.model, name if name in maps else None) for name in names)
+        size = width * self._tokens * self.model.dtype.itemsize
+        place = _resting_place(self.model, size)
+        free = available_memory()
+        cache: Cache = "disk" if place.type == "cpu" and free is not None and size > free / 2 else "ram"
+        return {name: HiddenStates(sum(map(len, self.batches)), cache=cache, device=place) for name in names}
+
+    @property
+    def _tokens(self) -> int:
+        return sum(batch.numel() for batch in self.batches)
+
+    def _first(self, number: int) -> int:
+        """Return the number of the first window of batch ``number``."""
+        return sum(map(len, self.batches[:number]))
 
 
-def _resting_place(model: PreTrainedModel, tokens: int) -> torch.device:
-    """Return where hidden states of ``tokens`` tokens wait: moving them takes a GPU longer than what it computes."""
+@dataclass
+class _Course:
+    """How far a model has been run: the block that passes begin at, and for each what the block before returned."""
+
+    start: int
+    states: list[Any]
+
+
+def _keep(calls: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A stream may be written to in place, and what matters is what it was.
+        calls.append(_first(args, kwargs).clone())
+
+    return hook
+
+
+def _width(model: PreTrainedModel, name: str | None) -> int:
+    """Return how many values a token has in what the map ``name`` is fed, or in the hidden state."""
+    weight = model.get_input_embeddings().weight if name is None else dense_weight(model.get_submodule(name))
+    return int(weight.shape[1])
+
+
+def _resting_place(model: PreTrainedModel, size: int) -> torch.device:
+    """Return where ``size`` bytes wait for passes: moving them takes a GPU longer than what it computes."""
     device: torch.device = model.device
-    if device.type == "cuda":
-        width, size = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
-        # Those of both models, and while a block is passed, in front of it and behind it.
-        if 4 * tokens * width * size < torch.cuda.mem_get_info(device)[0] / 2:
-            return device
+    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+        return device
     return torch.device("cpu")

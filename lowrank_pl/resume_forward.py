@@ -55,13 +55,21 @@ def resumed(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Itera
 
 
 @contextmanager
-def ended(model: PreTrainedModel, module: nn.Module, receive: Callable[[Any], None] = lambda _: None) -> Iterator[None]:
+def ended(
+    model: PreTrainedModel,
+    module: nn.Module,
+    receive: Callable[[Any], None] = lambda _: None,
+    *,
+    before: bool = False,
+) -> Iterator[None]:
     """Let forward passes of ``model`` end when ``module`` has run, and return nothing.
 
     Args:
         model: A causal language model.
         module: A part of it, such as a decoder block, or ``model.base_model`` for all but the head.
         receive: Is given what it returned, once a pass.
+        before: End when it is about to run; hooks that were set before this one still see its inputs, and nothing is
+            received.
     """
     whole = model.forward
 
@@ -73,9 +81,13 @@ def ended(model: PreTrainedModel, module: nn.Module, receive: Callable[[Any], No
         receive(output)
         raise EnoughError
 
+    def stop_before(_: nn.Module, __: Any) -> None:
+        raise EnoughError
+
     with ExitStack() as stack:
         stack.enter_context(forward_replaced(model, part))
-        stack.callback(module.register_forward_hook(stop).remove)
+        handle = module.register_forward_pre_hook(stop_before) if before else module.register_forward_hook(stop)
+        stack.callback(handle.remove)
         yield
 
 

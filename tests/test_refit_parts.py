@@ -230,13 +230,12 @@ def test_maps_that_run_twice_or_never_have_no_place(llama):
     assert places["model.layers.1.mlp.gate_proj"] == Place(False, None)
 
 
-@pytest.mark.parametrize(("free", "place"), [(10_000_000, "cuda"), (10_000, "cpu")])
+@pytest.mark.parametrize(("free", "place"), [(10_000_000, "cuda"), (102_400, "cpu")])
 def test_hidden_states_wait_on_a_gpu_that_has_room(free, place, llama, monkeypatch):
     monkeypatch.setattr(type(llama), "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    # Four times 100 tokens of 32 float32 numbers.
-    assert _resting_place(llama, 100).type == place
+    assert _resting_place(llama, 51_200).type == place
 
 
 def test_hidden_states_wait_on_the_cpu(llama):
-    assert _resting_place(llama, 100).type == "cpu"
+    assert _resting_place(llama, 51_200).type == "cpu"
