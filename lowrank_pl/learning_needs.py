@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,12 +18,12 @@ _LOGITS = 12
 """Bytes a logit in a step: its logarithm in float32, and the gradients by it and by the logit."""
 _MASK = 16
 """Bytes a component: at most one number that learns, its gradient, and two moments of AdamW, in float32."""
-_REFIT_PASSES = 6
+_REFIT_PASSES = 4
 """A refit runs over all its windows about so often (``refit``)."""
 _REFIT_MOMENTS = 14
 """Squares of an input's width in float64 at a time: sums of fitted and held-back windows, both, and their means."""
 _HIDDEN = 4
-"""Hidden states of the dense and the compressed model, those of the last block as long as those of the next come."""
+"""Hidden states of the dense and the compressed model, and what the two streams of a block are fed (``Twins``)."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def refit_phase(model: Anatomy, work: Workload, machine: Machine, program: float
     host = {
         "Python and libraries": program,
         "hidden states": float(_HIDDEN * tokens * model.hidden * model.itemsize),
+        "inputs of a block's maps": float(tokens * _inputs_of_a_block(model) * model.itemsize),
     }
     squares = sum(width**2 for width in model.input_widths.values())
     done: dict[WorkKind, float] = {
@@ -147,6 +149,14 @@ def refit_phase(model: Anatomy, work: Workload, machine: Machine, program: float
     disk = {"refitted factors": 4.0 * work.refits * kept[0]}
     tokens = work.refits * tokens * _REFIT_PASSES
     return Phase("refit", device, host, disk=disk, tokens=tokens, work=done)
+
+
+def _inputs_of_a_block(model: Anatomy) -> int:
+    """Return how many numbers a token has in all that the maps of the widest block are fed."""
+    widths: Counter[int] = Counter()
+    for target in {target.group: target for target in model.modules}.values():
+        widths[target.block] += target.shape[1]
+    return max(widths.values())
 
 
 def scoring_phase(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:

@@ -23,6 +23,7 @@ from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import budget_for, build_factors, build_gradients, statistics_of
 from lowrank_pl.refit import Refit, refit
+from lowrank_pl.refit_passes import Twins
 from lowrank_pl.refit_plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED
 from lowrank_pl.sizes import resize
 from lowrank_pl.targets import find_targets, replace_module
@@ -349,6 +350,32 @@ def test_a_finished_refit_runs_nothing(llama, windows, tokenizer, monkeypatch):
     monkeypatch.setattr(refitting, "Twins", lambda *_: pytest.fail("passes were run again"))
     again, same = run(llama, plan, store, targets, windows)
     assert (again, same.directory) == (new, made.directory)
+
+
+def test_the_dense_model_runs_a_block_once_and_its_inputs_may_wait_on_disk(
+    llama, windows, tokenizer, monkeypatch, caplog
+):
+    plan, store, targets = drawn(llama, windows, tokenizer)
+    _, made = run(llama, plan, store, targets, windows)
+    in_memory = all_tensors(made, plan.modules)
+    shutil.rmtree(made.directory)
+    monkeypatch.setattr("lowrank_pl.refit_passes.available_memory", lambda: 0)
+    passes = []
+    real = Twins._run
+
+    def counting(self, course, layers, *rest):
+        passes.append((course is self._dense, bool(layers)))
+        real(self, course, layers, *rest)
+
+    monkeypatch.setattr(Twins, "_run", counting)
+    with caplog.at_level("INFO", "lowrank_pl"):
+        _, made = run(llama, plan, store, targets, windows)
+    assert_same_factors(all_tensors(made, plan.modules), in_memory)
+    assert "(disk)" in caplog.text
+    blocks = len(llama.model.layers)
+    assert passes.count((True, False)) == blocks
+    # The twin runs up to each of the four inputs, and to the block's end before the next.
+    assert len(passes) == blocks + 4 * blocks + blocks - 1
 
 
 def test_blocks_that_share_more_than_the_hidden_state_take_whole_passes(llama, windows, tokenizer, monkeypatch, caplog):
