@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl import __version__
 from lowrank_pl.allocate import allocator
@@ -34,7 +33,7 @@ from lowrank_pl.prepare import budget_for, build_factors, model_fingerprint, sta
 from lowrank_pl.recipes import Recipe, recipe
 from lowrank_pl.refit import Refit, refit
 from lowrank_pl.scored_texts import named_texts, warn_of_known_text
-from lowrank_pl.short_run import ShortRun
+from lowrank_pl.short_run import Subject
 from lowrank_pl.targets import Targets, find_targets
 from lowrank_pl.windows import token_windows, windows_fingerprint
 
@@ -127,25 +126,12 @@ def compare(
         check_windows(model, scored)
     options = {"include": list(include), "exclude": list(exclude), "multiple_of": multiple_of}
     tokens = token_windows(calibration, tokenizer, length=calibration_length, windows=calibration_windows)
-    learner = ShortRun(
+    subject = Subject(
         model=model, base=base, dtype=dtype, tokenizer=tokenizer, calibration=calibration, tokens=tokens,
         options=options, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    bench = _Comparison(
-        run=run,
-        base=base,
-        dtype=dtype,
-        model=model,
-        tokenizer=tokenizer,
-        targets=targets,
-        calibration=calibration,
-        tokens=tokens,
-        scored=windows,
-        options=options,
-        seed=seed,
-        learner=learner,
-    )
-    warn_of_known_text(windows, bench.tokens, calibration, tokenizer, chosen)
+    bench = _Comparison(run, subject, targets, windows)
+    warn_of_known_text(windows, tokens, calibration, tokenizer, chosen)
     results = bench.results(chosen, keep)
     if json is not None:
         write_json(json, results)
@@ -158,17 +144,9 @@ class _Comparison:
     """One model, one calibration text and the texts to score; makes and keeps one result a method and size."""
 
     run: Path
-    base: str
-    dtype: Literal["float32", "bfloat16", "float16"]
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    subject: Subject
     targets: Targets
-    calibration: str
-    tokens: Tensor
     scored: dict[str, Tensor]
-    options: dict[str, Any]
-    seed: int
-    learner: ShortRun
 
     def results(self, recipes: Mapping[str, Recipe], keeps: Sequence[float]) -> list[dict[str, Any]]:
         """Return all results, those of earlier calls in the same folder included, making what is missing."""
@@ -197,10 +175,10 @@ class _Comparison:
     def _claim_folder(self) -> None:
         """Refuse a folder whose results were made from another model, calibration or protocol."""
         protocol = {
-            "base": model_fingerprint(self.model),
-            "calibration": windows_fingerprint(self.tokens),
+            "base": model_fingerprint(self.subject.model),
+            "calibration": windows_fingerprint(self.subject.tokens),
             "scores": {name: windows_fingerprint(windows) for name, windows in self.scored.items()},
-            "options": self.options,
+            "options": self.subject.options,
         }
         path = self.run / "protocol.json"
         if not path.exists():
@@ -217,40 +195,40 @@ class _Comparison:
         return self.run / name / f"keep-{keep:g}"
 
     def _identity(self, method: Recipe, keep: float) -> str:
-        return sha256_of(__version__, canonical_json(method.describe()), str(keep), str(self.seed))
+        return sha256_of(__version__, canonical_json(method.describe()), str(keep), str(self.subject.seed))
 
     def _dense(self) -> dict[str, Any]:
-        reset_peak_memory(self.model.device)
+        reset_peak_memory(self.subject.model.device)
         nats, seconds = self._score(DENSE)
-        parameters = self.model.num_parameters()
+        parameters = self.subject.model.num_parameters()
         return {
             "method": DENSE,
             "settings": {},
             "identity": "",
-            "fingerprint": model_fingerprint(self.model),
+            "fingerprint": model_fingerprint(self.subject.model),
             "keep": {"asked": 1.0, "targeted": 1.0, "model": 1.0},
             "parameters": parameters,
-            "bytes": parameters * self.model.dtype.itemsize,
+            "bytes": parameters * self.subject.model.dtype.itemsize,
             **_figures(nats, nats),
             "ranks": {},
             "seconds": {"scores": seconds},
-            "peak_memory": peak_memory(self.model.device),
-            "machine": describe_machine(self.model.device),
+            "peak_memory": peak_memory(self.subject.model.device),
+            "machine": describe_machine(self.subject.model.device),
         }
 
     def _result(
         self, name: str, method: Recipe, keep: float, identity: str, dense: Mapping[str, Any]
     ) -> dict[str, Any]:
         costs = self._prepare(method)
-        reset_peak_memory(self.model.device)
+        reset_peak_memory(self.subject.model.device)
         plan, store, made = self._plan(name, method, keep)
         if method.refit is not None:
             plan, store = self._refit(plan, store, method.refit)
             # As noted when it was made: another comparison, or this one before it was killed, may have done so.
             costs["refit"] = store.seconds(plan.modules)
         plan.save(self._folder(name, keep) / "plan.json")
-        with compressed(self.model, plan, store):
-            plan = deployed_plan(self.model, plan)
+        with compressed(self.subject.model, plan, store):
+            plan = deployed_plan(self.subject.model, plan)
             nats, seconds = self._score(f"{name} at {keep:g}")
         return {
             "method": name,
@@ -265,16 +243,18 @@ class _Comparison:
             "dense_modules": len(plan.dense_modules),
             "notes": list(plan.notes),
             "seconds": {**costs, "plan": made, "scores": seconds},
-            "peak_memory": peak_memory(self.model.device),
-            "machine": describe_machine(self.model.device),
+            "peak_memory": peak_memory(self.subject.model.device),
+            "machine": describe_machine(self.subject.model.device),
         }
 
     def _prepare(self, method: Recipe) -> dict[str, float | None]:
         """Make statistics and factors, which methods share, and return what they cost, now or when they were made."""
         settings = method.decomposition
         drawer = allocator(method.allocator, **method.settings)
-        factors = build_factors(self.model, self.targets, self.tokens, self.tokenizer, settings=settings)
-        statistics = statistics_of(self.model, self.tokens, self.tokenizer)
+        factors = build_factors(
+            self.subject.model, self.targets, self.subject.tokens, self.subject.tokenizer, settings=settings
+        )
+        statistics = statistics_of(self.subject.model, self.subject.tokens, self.subject.tokenizer)
         needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
         if drawer.needs_gradients:
             needs["weight_gradients"] = None
@@ -288,17 +268,22 @@ class _Comparison:
         }
 
     def _refit(self, plan: RankPlan, store: FactorStore, settings: Refit) -> tuple[RankPlan, FactorStore]:
-        windows = token_windows(self.calibration, self.tokenizer, length=self.tokens.shape[1], windows=settings.windows)
+        windows = token_windows(
+            self.subject.calibration,
+            self.subject.tokenizer,
+            length=self.subject.tokens.shape[1],
+            windows=settings.windows,
+        )
         return refit(
-            plan, store, model=self.model, targets=self.targets, windows=windows, calibration=self.tokens,
-            settings=settings,
+            plan, store, model=self.subject.model, targets=self.targets, windows=windows,
+            calibration=self.subject.tokens, settings=settings,
         )  # fmt: skip
 
     def _score(self, label: str) -> tuple[dict[str, float], float]:
         """Return nats a token on every text, and the seconds that it took."""
         began = time.perf_counter()
         nats = {
-            corpus: perplexity(self.model, windows, progress=f"score {label} on {corpus}").nats
+            corpus: perplexity(self.subject.model, windows, progress=f"score {label} on {corpus}").nats
             for corpus, windows in self.scored.items()
         }
         return nats, time.perf_counter() - began
@@ -309,21 +294,25 @@ class _Comparison:
         if method.learning is not None:
             # What comes after the learning has no part in it: a method and its +refit learn once.
             learned = self._identity(replace(method, refit=None), keep)
-            return self.learner.learn(method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}")
+            return self.subject.learn(method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}")
         budget = budget_for(
-            self.model, self.targets, keep, multiple_of=self.options["multiple_of"], storage=method.storage
+            self.subject.model,
+            self.targets,
+            keep,
+            multiple_of=self.subject.options["multiple_of"],
+            storage=method.storage,
         )
         plan, store = draw_plan(
             allocator(method.allocator, **method.settings),
             budget,
             self.targets,
-            self.model,
-            self.tokens,
-            self.tokenizer,
+            self.subject.model,
+            self.subject.tokens,
+            self.subject.tokenizer,
             settings=method.decomposition,
-            base=self.base,
-            dtype=self.dtype,
-            text=self.calibration,
+            base=self.subject.base,
+            dtype=self.subject.dtype,
+            text=self.subject.calibration,
         )
         return plan, store, time.perf_counter() - began
 

@@ -24,12 +24,12 @@ from lowrank_pl.plan import RankPlan
 from lowrank_pl.progress import LearningBar
 from lowrank_pl.recipes import Learning, Recipe
 
-__all__ = ["ShortRun"]
+__all__ = ["Subject"]
 
 
 @dataclass(frozen=True)
-class ShortRun:
-    """What the learning runs of a comparison share.
+class Subject:
+    """What the methods of a comparison are compared on: a model and its calibration text; masks learn on it in short.
 
     Args:
         model: The dense base; masked layers are in it only while it learns.
