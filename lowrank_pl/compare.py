@@ -62,6 +62,7 @@ def compare(
     multiple_of: int = 1,
     seed: int = 0,
     trust_remote_code: bool = False,
+    plotted: list[str] | None = None,
     json: Path | None = None,
     dry_run: DryRun = False,
 ) -> list[dict[str, Any]]:
@@ -89,6 +90,7 @@ def compare(
         multiple_of: Every rank is a multiple of this.
         seed: Of the order of windows in learning.
         trust_remote_code: Run Python code that comes with the base.
+        plotted: The methods that the plots show; all that have a result by default.
         json: Write the results there too.
         dry_run: Print what the comparison will need, loading and writing nothing; h100: at that GPU's speed, assumed.
 
@@ -99,6 +101,8 @@ def compare(
         ValueError: An unknown method, an impossible size or text, or a folder that holds another comparison.
     """
     chosen = {name: recipe(name, recipes) for name in methods}
+    for name in plotted or ():
+        recipe(name, recipes)
     if dry_run:
         work = compare_workload(
             chosen, keeps=keep, windows=calibration_windows, length=calibration_length, score_length=score_length,
@@ -130,7 +134,7 @@ def compare(
         model=model, base=base, dtype=dtype, tokenizer=tokenizer, calibration=calibration, tokens=tokens,
         options=options, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    bench = _Comparison(run, subject, targets, windows)
+    bench = _Comparison(run, subject, targets, windows, plotted or [])
     warn_of_known_text(windows, tokens, calibration, tokenizer, chosen)
     results = bench.results(chosen, keep)
     if json is not None:
@@ -147,6 +151,7 @@ class _Comparison:
     subject: Subject
     targets: Targets
     scored: dict[str, Tensor]
+    plotted: Sequence[str]
 
     def results(self, recipes: Mapping[str, Recipe], keeps: Sequence[float]) -> list[dict[str, Any]]:
         """Return all results, those of earlier calls in the same folder included, making what is missing."""
@@ -165,12 +170,15 @@ class _Comparison:
             _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
             results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
             self._write(results)
+        # The plots may be asked to show others than last time.
+        self._write(results)
         return list(results.values())
 
     def _write(self, results: Mapping[tuple[str, float], dict[str, Any]]) -> None:
         # Another comparison may have added to the folder since.
         theirs = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
-        write_comparison(self.run, list({**theirs, **results}.values()), command=command_line())
+        every = list({**theirs, **results}.values())
+        write_comparison(self.run, every, command=command_line(), plotted=self.plotted)
 
     def _claim_folder(self) -> None:
         """Refuse a folder whose results were made from another model, calibration or protocol."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_pl.files import atomic_write, write_json
@@ -16,6 +18,8 @@ __all__ = ["comparison_plot", "comparison_table", "read_results", "write_compari
 
 DENSE = "dense"
 MARKERS = "osD^vP*Xhd<>"
+_LINE = 0.16
+"""Inches from one line of small words to the next."""
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github") -> str:
@@ -44,37 +48,47 @@ def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github
     return table(head, body, fmt)
 
 
-def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str) -> Figure:
-    """Return a plot of the excess in nats on ``corpus`` against the kept fraction, one line a method, best on top.
+def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, methods: Sequence[str] = ()) -> Figure:
+    """Return a plot of the excess in nats on ``corpus`` against the kept fraction, one line a method.
+
+    Lines bear their names at the end, which is where the largest size is.
 
     Args:
         results: As in ``results.json``.
         corpus: One of the texts that were scored.
+        methods: Which to show; all by default.
+
+    Raises:
+        ValueError: A method that has no result.
     """
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    methods: dict[str, list[Mapping[str, Any]]] = {}
-    for row in results:
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(results, key=lambda row: row["keep"]["targeted"]):
         if row["method"] != DENSE:
-            methods.setdefault(row["method"], []).append(row)
-    ranked = sorted(methods, key=lambda name: min(_mean_excess(row) for row in methods[name]))
+            lines.setdefault(row["method"], []).append(row)
+    for name in methods:
+        if name not in lines:
+            raise ValueError(f"the plot is to show {name!r}, which has no result: there are {', '.join(lines)}")
+    lines = {name: lines[name] for name in methods or lines}
+    figure = Figure(figsize=(7.2, max(4.2, 1.2 + 0.19 * len(lines))), layout="constrained")
+    axes = figure.add_subplot()
+    ends = {}
+    ranked = sorted(lines, key=lambda name: min(_mean_excess(row) for row in lines[name]))
     for place, name in enumerate(ranked):
-        rows = sorted(methods[name], key=lambda row: row["keep"]["targeted"])
+        points = [(row["keep"]["targeted"], row["excess"][corpus]) for row in lines[name]]
+        ends[name] = points[-1]
         axes.plot(
-            [row["keep"]["targeted"] for row in rows],
-            [row["excess"][corpus] for row in rows],
+            *zip(*points, strict=True),
             marker=MARKERS[place % len(MARKERS)],
-            linewidth=1.2,
+            linewidth=2.4 if place == 0 else 1.2,
             markersize=5,
-            label=name,
             color=f"C{place % 10}",
             linestyle=("-", "--", ":")[place // 10 % 3],
         )
     # A tiny random model may come out better than dense by chance.
-    if all(row["excess"][corpus] > 0 for rows in methods.values() for row in rows):
+    if all(row["excess"][corpus] > 0 for rows in lines.values() for row in rows):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter("{x:g}")
-    sizes = sorted({row["keep"]["asked"] for rows in methods.values() for row in rows})
+    sizes = sorted({row["keep"]["asked"] for rows in lines.values() for row in rows})
     if len(sizes) <= 8:
         axes.set_xticks(sizes, [percent(size) for size in sizes])
     axes.set_xlabel("kept fraction of the targeted parameters")
@@ -83,17 +97,61 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str) -> Figure
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=7)
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    _name_lines(axes, ends, {name: f"C{place % 10}" for place, name in enumerate(ranked)})
     return figure
 
 
-def write_comparison(folder: Path, results: Sequence[Mapping[str, Any]], *, command: str) -> None:
-    """Write ``results.json``, ``results.md`` and a plot for each corpus to ``folder``, each whole or not at all."""
+def _name_lines(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
+    """Write the names of lines beside the axes, as near to where they end as they fit without touching."""
+    last = max(x for x, _ in ends.values())
+    # Whole ranks do not come to the very same fraction.
+    outside = {name: end for name, end in ends.items() if end[0] > last - 0.02}
+    heights = axes.transAxes.inverted().transform(axes.transData.transform(list(outside.values())))[:, 1]
+    inches = axes.get_figure(root=True).get_figheight() * axes.get_position().height
+    gap = min(_LINE / inches, 1 / max(1, len(outside) - 1))
+    places = _spread(dict(zip(outside, heights, strict=True)), gap=gap)
+    line: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.4, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
+    for name, end in ends.items():
+        look: dict[str, Any] = {"color": colours[name], "fontsize": 8, "verticalalignment": "center"}
+        if name in places:
+            beside: dict[str, Any] = {"xytext": (1.08, places[name]), "textcoords": "axes fraction"}
+            axes.annotate(name, end, **beside, **look, arrowprops={**line, "color": colours[name]})
+        else:
+            axes.annotate(name, end, xytext=(7, 0), textcoords="offset points", **look)
+
+
+def _spread(wanted: Mapping[str, float], *, gap: float) -> dict[str, float]:
+    """Return the places that are nearest to those wanted, all at least ``gap`` apart and in ``[0, 1]``."""
+    order = sorted(wanted, key=lambda name: wanted[name])
+    # Less a gap for each one below, places only need not fall: a least-squares fit pools neighbours that would.
+    pools: list[list[float]] = []
+    for number, name in enumerate(order):
+        pools.append([wanted[name] - number * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    room = 1 - (len(order) - 1) * gap
+    level = [min(max(fmean(pool), 0), room) for pool in pools for _ in pool]
+    return {name: place + number * gap for number, (name, place) in enumerate(zip(order, level, strict=True))}
+
+
+def write_comparison(
+    folder: Path, results: Sequence[Mapping[str, Any]], *, command: str, plotted: Sequence[str] = ()
+) -> None:
+    """Write ``results.json``, ``results.md`` and a plot for each corpus to ``folder``, each whole or not at all.
+
+    Args:
+        folder: Made if absent.
+        results: One a method and size.
+        command: What makes them again.
+        plotted: The methods that the plots show, of those that have a result so far; all by default.
+    """
     write_json(folder / "results.json", list(results))
     atomic_write(folder / "results.md", f"{comparison_table(results)}\n\nMade by `{command}`.\n")
     drawn = [row for row in results if row["method"] != DENSE]
+    there = {row["method"] for row in drawn}
     for corpus in drawn[0]["perplexity"] if drawn else ():
-        save_figure(comparison_plot(results, corpus), folder / f"excess-{corpus}.png")
+        shown = [name for name in plotted if name in there]
+        save_figure(comparison_plot(results, corpus, methods=shown), folder / f"excess-{corpus}.png")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

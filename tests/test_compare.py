@@ -13,7 +13,7 @@ from lowrank_pl import RankPlan, short_run
 from lowrank_pl import compare as compare_module
 from lowrank_pl.cli import main
 from lowrank_pl.compare import compare
-from lowrank_pl.comparison import comparison_plot, comparison_table, read_results
+from lowrank_pl.comparison import _spread, comparison_plot, comparison_table, read_results
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.masks import Staircase
 from lowrank_pl.recipes import RECIPES, Learning, Recipe, recipe
@@ -221,7 +221,21 @@ def test_table_and_plot(folder):
     results = read_results(folder)
     lines = comparison_table(results).splitlines()
     assert lines[2].split("|")[1].strip() == "dense"
-    figure = comparison_plot(results, "docs")
-    labels = [line.get_label() for line in figure.axes[0].lines]
-    assert "uniform" in labels
-    assert "dense" not in labels
+    names = {row["method"] for row in results} - {"dense"}
+    (axes,) = comparison_plot(results, "docs").axes
+    assert {text.get_text() for text in axes.texts} == names
+    assert len(axes.lines) == len(names)
+    (axes,) = comparison_plot(results, "docs", methods=["uniform"]).axes
+    assert [text.get_text() for text in axes.texts] == ["uniform"]
+    with pytest.raises(ValueError, match="the plot is to show 'ara9', which has no result: there are "):
+        comparison_plot(results, "docs", methods=["ara9"])
+
+
+def test_names_of_lines_keep_apart_and_near_to_where_lines_end():
+    wanted = {"a": 0.5, "b": 0.5, "c": 0.1, "d": 0.52, "e": 0.99}
+    places = _spread(wanted, gap=0.1)
+    assert sorted(places, key=places.get) == ["c", "a", "b", "d", "e"]
+    # The three that are too near share what they are moved by.
+    assert [round(places[name], 3) for name in "cabde"] == [0.1, 0.407, 0.507, 0.607, 0.99]
+    assert list(_spread(dict.fromkeys("abc", 1.0), gap=0.25).values()) == pytest.approx([0.5, 0.75, 1.0])
+    assert list(_spread(dict.fromkeys("abc", 0.0), gap=0.5).values()) == pytest.approx([0.0, 0.5, 1.0])
