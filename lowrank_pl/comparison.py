@@ -107,7 +107,9 @@ def _name_lines(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Ma
     # Whole ranks do not come to the very same fraction.
     outside = {name: end for name, end in ends.items() if end[0] > last - 0.02}
     heights = axes.transAxes.inverted().transform(axes.transData.transform(list(outside.values())))[:, 1]
-    inches = axes.get_figure(root=True).get_figheight() * axes.get_position().height
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    inches = figure.get_figheight() * axes.get_position().height
     gap = min(_LINE / inches, 1 / max(1, len(outside) - 1))
     places = _spread(dict(zip(outside, heights, strict=True)), gap=gap)
     line: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.4, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -167,6 +168,7 @@ class Twins:
         self._place = _resting_place(model, 2 * self._tokens * _width(model, None) * model.dtype.itemsize)
         self._streams: Mapping[str, str | None] = {}
         self._fed: dict[str, HiddenStates] = {}
+        self._rooms: dict[int, list[HiddenStates]] = {}
         self._not_once: set[str] = set()
 
     def go_to(self, block: int, maps: Mapping[str, str | None]) -> None:
@@ -181,8 +183,6 @@ class Twins:
             self._advance(self._twin, block, self.layers)
             # They are behind the hidden states now.
             self.layers.clear()
-        # What the block before was fed makes room.
-        self._fed.clear()
         self._streams, self._fed, self._not_once = maps, self._waiting(maps), set()
 
         def write(number: int, seen: Seen) -> None:
@@ -263,14 +263,24 @@ class Twins:
                 done(number, seen)
 
     def _waiting(self, maps: Mapping[str, str | None]) -> dict[str, HiddenStates]:
-        """Return room for what ``maps`` and the modules of their streams are fed, where there is some."""
-        names = list(dict.fromkeys(filter(None, (*maps, *maps.values()))))
-        width = sum(_width(self.model, name if name in maps else None) for name in names)
-        size = width * self._tokens * self.model.dtype.itemsize
-        place = _resting_place(self.model, size)
-        free = available_memory()
+        """Return where what ``maps`` and the modules of their streams are fed waits, there or on disk for want of room.
+
+        Blocks are alike, and what one was fed is written over what the one before was.
+        """
+        wanted: dict[int, list[str]] = {}
+        for name in dict.fromkeys(filter(None, (*maps, *maps.values()))):
+            wanted.setdefault(_width(self.model, name if name in maps else None), []).append(name)
+        rooms = {width: self._rooms.get(width, [])[: len(names)] for width, names in wanted.items()}
+        self._rooms = rooms
+        missing = {width: len(names) - len(rooms[width]) for width, names in wanted.items()}
+        size = sum(width * count for width, count in missing.items()) * self._tokens * self.model.dtype.itemsize
+        place, free = _resting_place(self.model, size), available_memory()
         cache: Cache = "disk" if place.type == "cpu" and free is not None and size > free / 2 else "ram"
-        return {name: HiddenStates(sum(map(len, self.batches)), cache=cache, device=place) for name in names}
+        windows = sum(map(len, self.batches))
+        for width, count in missing.items():
+            rooms[width] += [HiddenStates(windows, cache=cache, device=place) for _ in range(count)]
+        pairs = [zip(names, rooms[width], strict=True) for width, names in wanted.items()]
+        return dict(chain.from_iterable(pairs))
 
     @property
     def _tokens(self) -> int:
