@@ -9,7 +9,7 @@ from itertools import groupby
 
 from lowrank_pl.targets import Target
 
-__all__ = ["block_groups", "memory_size"]
+__all__ = ["block_groups", "memory_size", "packed"]
 
 _log = logging.getLogger(__name__)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -23,20 +23,28 @@ def block_groups(targets: Sequence[Target], sizes: Mapping[Target, int], memory:
         sizes: Bytes that each takes.
         memory: Bytes that a group may take; None is no limit.
     """
-    groups: list[list[Target]] = []
-    free = largest = 0
-    for _, members in groupby(targets, key=lambda target: target.block):
-        those = list(members)
-        needed = sum(sizes[target] for target in those)
-        largest = max(largest, needed)
-        if not groups or (memory is not None and needed > free):
-            groups.append([])
-            free = memory or 0
-        groups[-1] += those
-        free -= needed
-    if memory is not None and largest > memory:
+    blocks = [list(members) for _, members in groupby(targets, key=lambda target: target.block)]
+    needed = [sum(sizes[target] for target in members) for members in blocks]
+    if memory is not None and max(needed, default=0) > memory:
         text = "one block alone takes %.3g GB, more than the %.3g GB of the memory budget: going block by block"
-        _log.warning(text, largest / 1e9, memory / 1e9)
+        _log.warning(text, max(needed) / 1e9, memory / 1e9)
+    return [[target for number in group for target in blocks[number]] for group in packed(needed, memory)]
+
+
+def packed(sizes: Sequence[float], memory: float | None) -> list[list[int]]:
+    """Return the places of ``sizes`` in groups that follow each other, as large as fit ``memory``, but at least one.
+
+    >>> packed([2, 3, 1, 9, 1], 5)
+    [[0, 1], [2], [3], [4]]
+    """
+    groups: list[list[int]] = []
+    taken = 0.0
+    for place, size in enumerate(sizes):
+        if not groups or (memory is not None and taken + size > memory):
+            groups.append([])
+            taken = 0.0
+        groups[-1].append(place)
+        taken += size
     return groups
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 from lowrank_pl.anatomy import Anatomy
+from lowrank_pl.block_groups import packed
 from lowrank_pl.needs import Phase, WorkKind
 from lowrank_pl.workload import Machine, Workload
 
@@ -206,15 +207,8 @@ def _again(work: Workload) -> int:
 def _at_a_time(sums: Mapping[str, float], blocks: Mapping[str, int], memory: int | None) -> tuple[float, int]:
     """Return the bytes of the sums that are there at the same time, and in how many groups of blocks all come."""
     by_block = [sum(sums[name] for name in names) for _, names in groupby(sums, key=lambda name: blocks[name])]
-    if memory is None:
-        return sum(by_block), 1
-    groups: list[float] = []
-    for size in by_block:
-        if groups and groups[-1] + size <= memory:
-            groups[-1] += size
-        else:
-            groups.append(size)
-    return max(groups), len(groups)
+    groups = packed(by_block, memory)
+    return max(sum(by_block[place] for place in group) for group in groups), len(groups)
 
 
 def _placed(
