@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from matplotlib.figure import Figure
 from lowrank_pl.files import atomic_write, write_json
 from lowrank_pl.plan_report import percent, save_figure, table
 
-__all__ = ["comparison_plot", "comparison_table", "read_results", "write_comparison"]
+__all__ = [
+    "by_mean_excess",
+    "comparison_cells",
+    "comparison_plot",
+    "comparison_table",
+    "read_results",
+    "write_comparison",
+]
 
 DENSE = "dense"
 MARKERS = "osD^vP*Xhd<>"
@@ -25,6 +33,11 @@ def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github
         results: As in ``results.json``.
         fmt: A format of ``tabulate``.
     """
+    return table(*comparison_cells(results), fmt)
+
+
+def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the rows of the table of ``results``, the best of each size first."""
     corpora = list(results[0]["perplexity"]) if results else []
     head = ["method", "keep", "kept model", "MB", *(f"ppl {c}" for c in corpora), *(f"excess {c}" for c in corpora)]
     head += ["seconds", "peak GB"]
@@ -41,7 +54,15 @@ def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github
         ]
         for row in sorted(results, key=lambda row: (-row["keep"]["asked"], _mean_excess(row)))
     ]
-    return table(head, body, fmt)
+    return head, body
+
+
+def by_mean_excess(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the methods of ``rows``, first the one whose best size has the least mean excess over the texts."""
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["method"]] = min(best.get(row["method"], math.inf), _mean_excess(row))
+    return sorted(best, key=best.__getitem__)
 
 
 def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str) -> Figure:
@@ -57,8 +78,7 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str) -> Figure
     for row in results:
         if row["method"] != DENSE:
             methods.setdefault(row["method"], []).append(row)
-    ranked = sorted(methods, key=lambda name: min(_mean_excess(row) for row in methods[name]))
-    for place, name in enumerate(ranked):
+    for place, name in enumerate(by_mean_excess([row for rows in methods.values() for row in rows])):
         rows = sorted(methods[name], key=lambda row: row["keep"]["targeted"])
         axes.plot(
             [row["keep"]["targeted"] for row in rows],
