@@ -129,9 +129,6 @@ def _ticks(low: float, high: float) -> list[float]:
             mark for mark in marks if first <= mark and (mark <= high or mark == min(m for m in marks if m >= high))
         ]
     span = high - low or 1.0
-    step = next(
-        step
-        for step in (10.0 ** math.floor(math.log10(span)) * part for part in (0.1, 0.2, 0.5, 1))
-        if span / step <= 6
-    )
+    unit = 10.0 ** math.floor(math.log10(span))
+    step = next(unit * part for part in (0.1, 0.2, 0.5, 1, 2) if span / (unit * part) <= 6)
     return [round(step * k, 12) for k in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]

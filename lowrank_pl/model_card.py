@@ -301,9 +301,9 @@ def times(ratio: float | None) -> str:
     """Return a ratio as so many times.
 
     >>> times(1.186), times(None)
-    ('1.19 ×', '-')
+    ('1.19 x', '-')
     """
-    return "-" if ratio is None else f"{ratio:.2f} ×"
+    return "-" if ratio is None else f"{ratio:.2f} x"
 
 
 def card_of(record: RunRecord) -> str:

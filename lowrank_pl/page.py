@@ -134,7 +134,7 @@ def _environment() -> Environment:
         "megabytes": megabytes,
         "perplexity": rounded_perplexity,
         "times": times,
-        "with_error": lambda found: "–" if found is None else with_error(*found),
+        "with_error": lambda found: "-" if found is None else with_error(*found),
         "brief": brief,
         "signed": lambda value: f"{value:+.3f}",
     }
@@ -142,9 +142,9 @@ def _environment() -> Environment:
 
 
 def visible(value: Any) -> Any:
-    """Return text without characters that HTML can't hold or nobody sees; anything else as it is.
+    r"""Return text without characters that HTML can't hold or nobody sees; anything else as it is.
 
-    >>> visible("a\\x00b\\x1b[1m")
+    >>> visible("a\x00b\x1b[1m")
     'a␀b␛[1m'
     """
     if not isinstance(value, str) or isinstance(value, Markup):
@@ -202,14 +202,23 @@ def _tiles(record: RunRecord) -> list[Tile]:
     own = {speed.model: speed for speed in record.speeds}.get("learned")
     if own is not None:
         beside = f"scoring; {times(own.ratio)} the dense model" if own.ratio else "scoring"
-        tiles.append(Tile("Speed", f"{brief(own.tokens_per_second)} tokens/s", beside))
-    means = [(one.source, one.mean_accuracy) for one in record.evidence.tasks if one.mean_accuracy is not None]
-    if means:
-        rest = "; ".join(f"{source} {mean:.3f}" for source, mean in means[1:])
-        tiles.append(
-            Tile("Mean accuracy on tasks", f"{means[0][1]:.3f}", f"{means[0][0]}{'; ' + rest if rest else ''}")
-        )
+        tiles.append(Tile("Speed", f"{own.tokens_per_second:,.0f} tokens/s", beside))
+    tiles += _task_tile(record)
     return tiles
+
+
+def _task_tile(record: RunRecord) -> list[Tile]:
+    """Return the mean accuracies: that of the model itself where a file says whose it is, else all."""
+    found = [one for one in record.evidence.tasks if one.mean_accuracy is not None]
+    here = record.model and record.model.resolve()
+    own = [one for one in found if one.model and Path(one.model).resolve() == here] or found
+    if not own:
+        return []
+    rest = [f"{one.source} {one.mean_accuracy:.3f}" for one in found if one not in own]
+    note = ", ".join(one.source for one in own)
+    return [
+        Tile("Mean accuracy on tasks", ", ".join(f"{one.mean_accuracy:.3f}" for one in own), "; ".join([note, *rest]))
+    ]
 
 
 def _verdict(record: RunRecord) -> Tile:
@@ -256,8 +265,6 @@ def _about(record: RunRecord) -> dict[str, str]:
     """Return what the model is, in pairs."""
     plan = record.plan
     said = {
-        "Base": record.base,
-        "Method": plan.method,
         "Calibrated on": described(plan.origin.get("calibration", {})),
         "Scored on": described(record.facts.get("protocol", {})),
         "Weights": f"{plan.origin.get('dtype', '')} {_forms(record)}".strip(),

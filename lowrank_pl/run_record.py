@@ -173,8 +173,8 @@ def _check_folder(folder: Path) -> None:
     if (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} is a model without plan.json: copy its plan there, or try `lowrank doctor`")
     raise ValueError(
-        f"{str(folder)!r} is no run: expected plan.json, as `lowrank fit` and `lowrank export` write it, or results.json "
-        "of `lowrank compare`"
+        f"{str(folder)!r} is no run: expected plan.json, as `lowrank fit` and `lowrank export` write it, or "
+        "results.json of `lowrank compare`"
     )
 
 
