@@ -113,8 +113,8 @@ class Drawing:
     def said(self) -> str:
         """The cut in words."""
         if self.cell.rank is None:
-            return f"dense, {self.cell.full_rank}"
-        lost = "" if self.cell.lost is None else f", {_share(self.cell.lost)} of squares cut"
+            return "dense"
+        lost = "" if self.cell.lost is None else f", {_share(self.cell.lost)} lost"
         return f"{self.cell.rank} of {self.cell.full_rank}{lost}"
 
 

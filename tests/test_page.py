@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowrank_pl.comparison_page import comparison_page
+from lowrank_pl.doctor_report import Diagnosis
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.measured import read_evidence
 from lowrank_pl.page import run_page
@@ -335,6 +336,14 @@ def test_sick_weights_are_said_to_be(run):
     assert "Sick on weights, plan" in words
     file.write_bytes(b"no tensors")
     assert "the weight files can't be read" in page_of(run).words
+
+
+def test_a_diagnosis_survives_its_file():
+    found = Diagnosis.from_dict(DOCTOR)
+    assert Diagnosis.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert found.to_dict() == DOCTOR
+    with pytest.raises(ValueError, match="weights has the health 'fine': expected one of"):
+        Diagnosis.from_dict({**DOCTOR, "findings": {"weights": {"health": "fine", "said": ""}}})
 
 
 def test_named_files_must_hold_scores(run, tmp_path):
