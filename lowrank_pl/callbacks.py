@@ -125,8 +125,8 @@ class Stopwatch(Callback):
 class FinishRun(Stopwatch):
     """Exports what was learned and scores it beside the dense model and the baselines, when training ends well.
 
-    The run's folder (``trainer.default_root_dir``) then holds ``plan.json``, ``model/``, ``summary.json`` and
-    ``rank_map.png``.
+    The run's folder (``trainer.default_root_dir``) then holds ``plan.json``, ``model/``, ``summary.json``,
+    ``rank_map.png`` and ``report.html``.
 
     Args:
         score_text: Text for the table; by default the validation windows. Never learned from or calibrated on.

@@ -38,6 +38,7 @@ from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
 from lowrank_pl.module import RankLearner
 from lowrank_pl.processes import LostProcessError, told_when_lost
 from lowrank_pl.progress import LearningBar
+from lowrank_pl.reporting import report
 from lowrank_pl.scoring import evaluate
 from lowrank_pl.words import bare_flags, readable_words
 
@@ -50,6 +51,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "refit": refit,
     "export": export,
     "doctor": doctor,
+    "report": report,
     "compare": compare,
     "bench": bench,
 }

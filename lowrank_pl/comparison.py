@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +15,14 @@ from matplotlib.figure import Figure
 from lowrank_pl.files import atomic_write, write_json
 from lowrank_pl.plan_report import percent, save_figure, table
 
-__all__ = ["comparison_plot", "comparison_table", "read_results", "write_comparison"]
+__all__ = [
+    "by_mean_excess",
+    "comparison_cells",
+    "comparison_plot",
+    "comparison_table",
+    "read_results",
+    "write_comparison",
+]
 
 DENSE = "dense"
 MARKERS = "osD^vP*Xhd<>"
@@ -29,6 +37,11 @@ def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github
         results: As in ``results.json``.
         fmt: A format of ``tabulate``.
     """
+    return table(*comparison_cells(results), fmt)
+
+
+def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the rows of the table of ``results``, the best of each size first."""
     corpora = list(results[0]["perplexity"]) if results else []
     head = ["method", "keep", "kept model", "MB", *(f"ppl {c}" for c in corpora), *(f"excess {c}" for c in corpora)]
     head += ["seconds", "peak GB"]
@@ -45,7 +58,15 @@ def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github
         ]
         for row in sorted(results, key=lambda row: (-row["keep"]["asked"], _mean_excess(row)))
     ]
-    return table(head, body, fmt)
+    return head, body
+
+
+def by_mean_excess(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the methods of ``rows``, first the one whose best size has the least mean excess over the texts."""
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["method"]] = min(best.get(row["method"], math.inf), _mean_excess(row))
+    return sorted(best, key=best.__getitem__)
 
 
 def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, methods: Sequence[str] = ()) -> Figure:
@@ -72,7 +93,7 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
     figure = Figure(figsize=(7.2, max(4.2, 1.2 + 0.19 * len(lines))), layout="constrained")
     axes = figure.add_subplot()
     ends = {}
-    ranked = sorted(lines, key=lambda name: min(_mean_excess(row) for row in lines[name]))
+    ranked = by_mean_excess([row for rows in lines.values() for row in rows])
     for place, name in enumerate(ranked):
         points = [(row["keep"]["targeted"], row["excess"][corpus]) for row in lines[name]]
         ends[name] = points[-1]

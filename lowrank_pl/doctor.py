@@ -145,7 +145,8 @@ def diagnose(
     if prompts and findings[-1].health != "sick":
         said, samples = check_generation(model, dense, tokenizer, prompts, max_new_tokens=max_new_tokens)
         findings.append(said)
-    return Diagnosis(str(folder), findings, samples)
+    protocol = {"text": text, "windows": tokens.shape[0], "length": tokens.shape[1]}
+    return Diagnosis(str(folder), findings, samples, protocol)
 
 
 def _folder(directory: str | Path) -> Path:

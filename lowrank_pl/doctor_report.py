@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from lowrank_pl.doctor_findings import Finding, Health
@@ -40,6 +40,7 @@ class Diagnosis:
         directory: The folder.
         findings: One a check, in the order in which they were made.
         samples: What the model says, beside the dense one.
+        protocol: Text, windows and length that it was scored on, if it came to that.
 
     Example:
         >>> found = Diagnosis("small", [Finding("weights", "healthy", "all 9 tensors are finite")])
@@ -50,6 +51,7 @@ class Diagnosis:
     directory: str
     findings: Sequence[Finding]
     samples: Sequence[Sample] = ()
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def health(self) -> Health:
@@ -88,4 +90,22 @@ class Diagnosis:
                 for finding in self.findings
             },
             "samples": [asdict(sample) for sample in self.samples],
+            "protocol": dict(self.protocol),
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Diagnosis:
+        """Return the diagnosis that ``to_dict`` gave, each finding's advice in its sentence.
+
+        Raises:
+            ValueError: A health that there is not.
+            KeyError: Something is missing.
+        """
+        findings = []
+        for name, found in values["findings"].items():
+            if found["health"] not in get_args(Health):
+                raise ValueError(f"{name} has the health {found['health']!r}: expected one of {get_args(Health)}")
+            figures = {key: value for key, value in found.items() if key not in ("health", "said")}
+            findings.append(Finding(name, found["health"], found["said"], figures))
+        samples = [Sample(**sample) for sample in values.get("samples", ())]
+        return cls(values["directory"], findings, samples, values.get("protocol", {}))

@@ -55,7 +55,8 @@ def check_weights(tensors: Tensors, entries: Entries) -> list[Finding]:
     """
     # A device_map may keep tensors on disk, where they are not looked at.
     here = {name: tensor.detach() for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel()}
-    ranges = {name: _range(tensor) for name, tensor in here.items() if tensor.is_floating_point()}
+    bar = tqdm(here.items(), desc="weights", unit="tensor", leave=False, delay=2)
+    ranges = {name: _range(tensor) for name, tensor in bar if tensor.is_floating_point()}
     return [_finite(ranges, len(tensors) - len(here)), _alive(ranges, entries), _one_type(tensors, entries)]
 
 

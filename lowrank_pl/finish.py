@@ -12,15 +12,17 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl import hf_format
+from lowrank_pl import __version__, hf_format
 from lowrank_pl.allocate import allocator, drawn_on
 from lowrank_pl.budget import Budget
 from lowrank_pl.compress import compress, compressed, deployed_plan
@@ -28,13 +30,17 @@ from lowrank_pl.draw import draw
 from lowrank_pl.evaluate import Score, excess_nats, perplexity
 from lowrank_pl.export import ExportError, ExportReport, save_compressed
 from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.files import atomic_write, write_json
+from lowrank_pl.files import write_json
 from lowrank_pl.generation import generate_samples
+from lowrank_pl.machine import describe_machine
+from lowrank_pl.model_card import model_card, refresh_card
+from lowrank_pl.page import write_page
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import rank_map, save_figure
 from lowrank_pl.refit import Refit
 from lowrank_pl.refit import refit as refit_factors
-from lowrank_pl.report import Row, model_card, row_table, write_summary
+from lowrank_pl.report import Row, row_table, write_summary
+from lowrank_pl.run_record import read_run
 from lowrank_pl.targets import find_targets
 
 __all__ = ["Finished", "Protocol", "command_line", "export_plan", "finish_run", "score_in_fresh_process"]
@@ -88,6 +94,7 @@ class Finished:
             "plan": run / "plan.json",
             "scores": run / "summary.json",
             "rank map": run / "rank_map.png",
+            "report": run / "report.html",
             "TensorBoard": f"tensorboard --logdir {run}",
         }
         parts.append("\n".join(f"{name:12} {place}" for name, place in places.items()))
@@ -185,6 +192,7 @@ def finish_run(
     dense = perplexity(model, protocol.windows, progress="score dense")
     texts = generate_samples(model, tokenizer, protocol.prompts, max_new_tokens=protocol.max_new_tokens)
     rows = [Row("dense", dense.perplexity, 0.0, 1.0, 1.0, plan.dense_bytes, 0.0)]
+    rates = {"dense": dense.tokens_per_second}
     targets = find_targets(model, include=list(plan.modules))
     for name in baselines:
         began = time.perf_counter()
@@ -193,12 +201,14 @@ def finish_run(
         with compressed(model, baseline, drawn_on(baseline, store)):
             score = perplexity(model, protocol.windows, progress=f"score {name}")
         rows.append(_row(name, score, dense, baseline, baseline.bytes, spent))
+        rates[name] = score.tokens_per_second
     spent = sum(seconds.values())
     if refit is not None:
         assert refit_windows is not None
         with compressed(model, plan, store):
             score = perplexity(model, protocol.windows, progress="score learned ranks")
         rows.append(_row("learned, no refit", score, dense, plan, plan.bytes, spent))
+        rates["learned, no refit"] = score.tokens_per_second
         began = time.perf_counter()
         plan, store = refit_factors(
             plan, store, model=model, targets=targets, windows=refit_windows, calibration=statistics, settings=refit
@@ -210,15 +220,24 @@ def finish_run(
     spent += time.perf_counter() - began
     score, small = score_in_fresh_process(report.directory, protocol, device=model.device)
     rows.append(_row("learned", score, dense, plan, report.bytes, spent))
+    rates["learned"] = score.tokens_per_second
     samples = list(zip(protocol.prompts, texts, small, strict=True))
-    card = model_card(plan, rows, base=plan.origin.get("base", ""), command=command, samples=samples, merged=merge)
-    atomic_write(report.directory / "README.md", card)
     save_figure(rank_map(plan), run / "rank_map.png")
     write_summary(
         run, rows, method=plan.method, keep=plan.keep, command=command, protocol=protocol.describe(),
         seconds=dict(seconds), samples=[list(sample) for sample in samples], notes=list(plan.notes),
+        date=datetime.now().astimezone().isoformat(timespec="seconds"), versions=_versions(),
+        machine=describe_machine(model.device), tokens_per_second=rates, verified=report.verified,
     )  # fmt: skip
+    # The export has just been checked, and its weights need not be read for that again.
+    record = read_run(run, look=False)
+    refresh_card(record)
+    write_page(record, run / "report.html")
     return Finished(rows, samples, report)
+
+
+def _versions() -> dict[str, str]:
+    return {"lowrank_pl": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _row(name: str, score: Score, dense: Score, plan: RankPlan, size: int, seconds: float) -> Row:

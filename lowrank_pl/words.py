@@ -12,6 +12,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["bare_flags", "readable_words"]
@@ -120,8 +121,10 @@ def _element(hint: Any) -> Any:
 def _as_list(values: list[str], hint: Any) -> str:
     if _is_whole(values) or (len(values) == 1 and str in _alternatives(hint)):
         return " ".join(values)
-    # Texts may hold whatever YAML reads as something else; numbers may have had commas between them already.
-    return json.dumps(values) if _element(hint) is str else f"[{','.join(value.strip(',') for value in values)}]"
+    # Texts and paths may hold whatever YAML reads as something else; numbers may have had commas between them already.
+    return (
+        json.dumps(values) if _element(hint) in (str, Path) else f"[{','.join(value.strip(',') for value in values)}]"
+    )
 
 
 def _is_whole(values: list[str]) -> bool:

@@ -104,7 +104,7 @@ def test_the_terminal_is_told_what_and_where(run):
     folder, _, _, finish, _ = run
     text = finish.finished.text(folder)
     assert text.splitlines()[0].split()[:2] == ["model", "perplexity"]
-    for place in ("model", "plan.json", "summary.json", "rank_map.png"):
+    for place in ("model", "plan.json", "summary.json", "rank_map.png", "report.html"):
         assert str(folder / place) in text
     assert "'A list is'" in text
     assert "| A list is |" in " ".join((folder / "model" / "README.md").read_text().split())

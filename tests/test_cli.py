@@ -86,7 +86,7 @@ def test_the_commands_are_listed(capsys, words):
     main(words)
     shown = capsys.readouterr().out
     assert shown == usage() + "\n"
-    for name in ("fit", "evaluate", "decompose", "allocate", "refit", "export", "doctor", "compare", "bench"):
+    for name in ("fit", "evaluate", "decompose", "allocate", "refit", "export", "doctor", "report", "compare", "bench"):
         assert f"\n  {name} " in shown
 
 
@@ -103,6 +103,7 @@ def test_the_commands_are_listed(capsys, words):
         ("allocate", ["--decomposition.kind", "Every rank is a multiple of this", "--output", "--json JSON"]),
         ("export", ["--merge", "Write dense weights for runtimes that know no factors", "--json JSON"]),
         ("doctor", ["--directory DIRECTORY", "the one that the folder's plan names", "--prompts", "--json JSON"]),
+        ("report", ["--run RUN", "Folder of `lowrank fit`, `export` or `compare`", "--output OUTPUT", "--scores"]),
         ("refit", ["--plan PLAN", "--settings.windows", "--json JSON"]),
         ("bench", ["What to measure: step, decode, prefill or svd", "--storage", "--repeats", "--json JSON"]),
     ],
@@ -133,9 +134,25 @@ def test_a_runs_folder_and_figures(run):
     assert json.loads((folder / "figures.json").read_text()) == summary
     names = {path.name for path in folder.iterdir()}
     expected = {"plan.json", "model", "summary.json", "rank_map.png", "config.yaml", "checkpoints", "tensorboard"}
-    assert names == expected | {"figures.json"}
+    assert names == expected | {"figures.json", "report.html"}
     assert (folder / "checkpoints" / "last.ckpt").is_file()
     assert RankPlan.load(folder / "plan.json").keep_targeted <= 0.5
+
+
+def test_report_of_a_run(run, tmp_path, capsys):
+    folder, _ = run
+    scores = tmp_path / "a, b: c.json"
+    scores.write_text(json.dumps({"results": {"piqa": {"acc,none": 0.625}}}))
+    main(["report", str(folder), "--output", str(tmp_path / "page.html"), "--scores", str(scores)])
+    assert f"page     {tmp_path / 'page.html'}" in capsys.readouterr().out
+    learned = json.loads((folder / "summary.json").read_text())["learned"]["perplexity"]
+    for text in ((folder / "report.html").read_text(), (tmp_path / "page.html").read_text()):
+        assert f"<td>{learned:.2f}</td>" in text
+        assert "the same logits" in text
+        assert "Singular values of every weight" in text
+    assert "0.625" in text
+    assert "| piqa | acc | 0.625 |" in " ".join((folder / "model" / "README.md").read_text().split())
+    assert "is no run" in failing(capsys, "report", tmp_path)
 
 
 def test_what_the_terminal_shows(run):

@@ -7,11 +7,11 @@ import json
 import pytest
 from matplotlib._pylab_helpers import Gcf
 
+from lowrank_pl.model_card import model_card
 from lowrank_pl.plan import ModulePlan, RankPlan
 from lowrank_pl.report import (
     Row,
     block_and_kind,
-    model_card,
     rank_map,
     rank_table,
     read_summary,
