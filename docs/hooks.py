@@ -87,7 +87,11 @@ def read_help(text: str) -> tuple[str, list[Group]]:
 
 def command_page(command: str) -> str:
     """Return the section of one command, Markdown with HTML."""
+    from lowrank_pl.cli import FIT
+
     said, groups = read_help(help_of(command))
+    if command == "fit":  # its help begins with Lightning's own words for a Trainer's method
+        said = FIT
     parts = [f"## lowrank {command}", *(f"<p>{_text(part)}</p>" for part in said.split("\n\n") if part)]
     for group in groups:
         options = "\n".join(_option(flags, text) for flags, text in group.options)
@@ -99,10 +103,11 @@ def command_page(command: str) -> str:
 
 
 def _title(group: Group) -> str:
-    """Return a group's heading, with the beginning that its flags share."""
-    shared = os.path.commonprefix([flags.split()[0] for flags, _ in group.options]).rpartition(".")[0]
-    title = {"options": "General"}.get(group.title, group.title)
-    return f"``{shared}.*`` {title}" if shared.startswith("--") else title
+    """Return a group's heading: the flag that all of the group's begin with, and the first sentence."""
+    if group.title == "options":
+        return "General"
+    parents = [flags.split()[0] for flags, _ in group.options if flags.endswith(" CONFIG")]
+    return f"{f'``{parents[0]}`` ' if parents else ''}{group.title.split('. ')[0]}"
 
 
 def _option(flags: str, text: str) -> str:
