@@ -1,4 +1,4 @@
-"""What the build adds to the pages: what every command says of itself, and formulas as MathML, which needs no script."""
+"""What the build adds to the pages: each command's own help, and formulas as MathML, which needs no script."""
 
 from __future__ import annotations
 
