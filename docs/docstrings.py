@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from inspect import cleandoc
 from typing import Any
 
 from griffe import Extension, Object
 
-_EXAMPLE = re.compile(r"(?<=\n\n)([ ]*)>>> (?:.+\n?)+")
+_EXAMPLE = re.compile(r"(?<=\n\n)>>> (?:.+\n?)+")
 _ROLE = re.compile(r":[a-z]+:(`+[^`]+`+)")
 
 
@@ -22,5 +23,5 @@ class Docstrings(Extension):
 
 def readable(docstring: str) -> str:
     """Return a docstring whose doctests outside of sections are fenced, and whose roles are gone."""
-    fenced = _EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", f"{docstring}\n")
+    fenced = _EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", f"{cleandoc(docstring)}\n")
     return _ROLE.sub(lambda found: "`" + found[1].strip("`") + "`", fenced).rstrip()
