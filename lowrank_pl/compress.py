@@ -112,7 +112,13 @@ def _unmasked(module: nn.Module) -> nn.Module:
 
 
 def restore_dense(model: Model) -> Model:
-    """Replace the masked layers of ``model`` by the dense ones that they stand in for, in place, and return it."""
+    """Replace the masked layers of ``model`` by the dense ones that they stand in for, in place, and return it.
+
+    So the model of a ``RankLearner`` is the dense base again, to score or to compress by another plan.
+
+    Args:
+        model: A model with masked layers; one without any is returned as it is.
+    """
     for name, layer in masked_layers(model).items():
         replace_module(model, name, layer.dense())
     return model
@@ -120,7 +126,18 @@ def restore_dense(model: Model) -> Model:
 
 @contextmanager
 def compressed(model: Model, plan: RankPlan, store: FactorStore) -> Iterator[Model]:
-    """Yield ``model`` compressed by ``plan``; the modules from before are put back at the end."""
+    """Yield ``model`` compressed by ``plan``; the modules from before are put back at the end.
+
+    So several plans are scored on one model, without an export. Takes memory for the modules of both.
+
+    Args:
+        model: The base that plan and store were made from.
+        plan: Which ranks.
+        store: The factors.
+
+    Raises:
+        ValueError: As ``compress``.
+    """
     before = {name: model.get_submodule(name) for name in plan.modules}
     try:
         yield compress(model, plan, store)

@@ -2,20 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.allocate import Allocator, Problem, drawn_on
+from lowrank_pl.allocate import Allocator, Problem, allocator, drawn_on
 from lowrank_pl.budget import Budget
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.prepare import build_factors, build_gradients, describe_origin, preparation_notes
-from lowrank_pl.targets import Targets
+from lowrank_pl.prepare import budget_for, build_factors, build_gradients, describe_origin, preparation_notes
+from lowrank_pl.storage import StorageChoice
+from lowrank_pl.targets import Targets, find_targets
 
-__all__ = ["draw", "draw_plan"]
+__all__ = ["allocate_ranks", "draw", "draw_plan"]
+
+
+def allocate_ranks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    *,
+    method: str = "fisher",
+    settings: Mapping[str, Any] | None = None,
+    keep: float = 0.8,
+    decomposition: Decomposition | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    multiple_of: int = 1,
+    floors: dict[str, float] | None = None,
+    storage: StorageChoice = "auto",
+    store: Path | None = None,
+    base: str = "",
+    text: str = "",
+) -> tuple[RankPlan, FactorStore]:
+    """Return a rank plan that an allocator draws without training, and the factors that it is for.
+
+    What ``lowrank allocate`` does, on a model that is loaded. ``compress(model, plan, factors)`` is the next step.
+
+    Args:
+        model: The dense base, on the device that is to do the work; left as it was.
+        tokenizer: The base's.
+        windows: ``[windows, length]`` calibration token ids, as ``token_windows`` makes them.
+        method: Name of the allocator.
+        settings: Its settings.
+        keep: Fraction of the targeted parameters to keep.
+        decomposition: How weights are decomposed; by default as the allocator's paper does.
+        include: Globs of modules to target, on full names or names inside a block.
+        exclude: Globs of modules to leave alone; they are not counted in ``keep``.
+        multiple_of: Every rank is a multiple of this.
+        floors: Least kept fraction by glob on module names; 1.0 keeps these dense.
+        storage: How low-rank modules are stored: as two factors, pivoted, or ``auto`` for the smaller of both.
+        store: Folder of the factors; by default one named by their fingerprint in the cache.
+        base: Name of the base, for the plan to remember: without it ``lowrank export`` has to be told.
+        text: Name of the calibration text, likewise, to make factors again that are gone.
+
+    Raises:
+        ValueError: An unknown allocator or setting, a budget that can't be met, or factors that it can't read.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
+        >>> model, windows = tiny_model("llama"), torch.arange(256).view(4, 64)
+        >>> plan, factors = allocate_ranks(model, byte_tokenizer(), windows, keep=0.5)
+        >>> plan.method, plan.keep_targeted <= 0.5
+        ('fisher', True)
+    """
+    drawer = allocator(method, **(settings or {}))
+    targets = find_targets(model, include=include, exclude=exclude)
+    budget = budget_for(model, targets, keep, multiple_of=multiple_of, floors=floors, storage=storage)
+    return draw_plan(
+        drawer, budget, targets, model, windows, tokenizer, settings=decomposition or drawer.default_decomposition(),
+        base=base, dtype=str(model.dtype).removeprefix("torch."), text=text, directory=store,
+    )  # fmt: skip
 
 
 def draw(

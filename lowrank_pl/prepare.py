@@ -98,9 +98,9 @@ def describe_origin(
     """Return what a plan must remember so that its factors can be found, or made again.
 
     Args:
-        base: The base model's name.
+        base: The base model's name; empty where it is not known, and then not in the result.
         dtype: Type that it was loaded in.
-        text: The calibration text's name.
+        text: The calibration text's name; likewise.
         windows: ``[windows, length]`` that were used of it.
         settings: How weights were decomposed.
         store: Where the factors lie.
@@ -108,9 +108,9 @@ def describe_origin(
     count, length = windows.shape
     calibration = {"text": text, "length": length, "windows": count}
     return {
-        "base": base,
+        **({"base": base} if base else {}),
         "dtype": dtype,
-        "calibration": calibration,
+        **({"calibration": calibration} if text else {}),
         "decomposition": settings.identity(),
         "store": str(store.directory.resolve()),
     }

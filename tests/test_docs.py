@@ -1,0 +1,130 @@
+"""Every page of the documentation is there, every local link leads somewhere, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lowrank_pl
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+TEXTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+COMMANDS = ("fit", "evaluate", "decompose", "allocate", "refit", "export", "doctor", "compare", "bench")
+
+
+def part_of_docs(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pages(nav):
+    """The files that the navigation names."""
+    for entry in nav:
+        for target in entry.values():
+            yield from pages(target) if isinstance(target, list) else [target]
+
+
+def anchors(path):
+    """The anchors of a Markdown file's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    # Headings that the build adds.
+    return found | ({f"lowrank-{name}" for name in COMMANDS} if path.name == "cli.md" else set())
+
+
+def links(path):
+    """The local links of a Markdown file."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+@pytest.mark.parametrize("page", list(pages(SETTINGS["nav"])))
+def test_every_page_of_the_navigation_exists(page):
+    assert (DOCS / page).is_file()
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_local_links_lead_somewhere(path):
+    broken = []
+    for link in links(path):
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_the_api_page_has_every_public_name_once():
+    shown = re.findall(r"^::: lowrank_pl\.[\w.]+\.(\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(shown) == lowrank_pl.__all__
+
+
+def test_the_methods_page_names_every_method():
+    from lowrank_pl.allocate import ALLOCATORS
+    from lowrank_pl.recipes import RECIPES
+
+    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    assert [name for name in (*ALLOCATORS, *RECIPES) if f"`{name}`" not in text] == []
+
+
+def test_the_commands_page_is_what_help_says():
+    hooks = part_of_docs("hooks")
+    page = hooks.on_page_markdown((DOCS / "cli.md").read_text(encoding="utf-8"))
+    assert re.findall(r"^## lowrank (\w+)$", page, re.M) == list(COMMANDS)
+    sections = dict(zip(COMMANDS, page.split("\n## lowrank ")[1:], strict=True))
+    option = "<dt><code>--storage {factored,pivoted,auto}</code></dt>"
+    assert option in sections["allocate"]
+    assert "--plan PLAN" in sections["refit"]
+    assert "<summary><code>--model</code> Learns how many components" in sections["fit"]
+    assert "<code>--model.keep KEEP</code></dt>\n<dd>Fraction of the targeted parameters to keep." in sections["fit"]
+
+
+def test_help_without_options_is_an_error():
+    with pytest.raises(ValueError, match="no option was found in the help that begins with 'usage: x'"):
+        part_of_docs("hooks").read_help("usage: x")
+
+
+def test_formulas_become_mathml():
+    pytest.importorskip("latex2mathml")
+    made = part_of_docs("hooks").on_page_content(r'<p><span class="arithmatex">\(a &lt; W_k\)</span> and</p>')
+    assert made.startswith("<p><math")
+    assert "<mi>W</mi><mi>k</mi>" in made
+    assert "<mo>&#x0003C;</mo>" in made
+    assert "arithmatex" not in made
+
+
+def test_bare_doctests_are_fenced_and_roles_are_gone():
+    pytest.importorskip("griffe")
+    readable = part_of_docs("docstrings").readable
+    assert readable("Return it, as :func:`f` does.\n\n>>> f(1)\n2\n>>> g()\n") == (
+        "Return it, as `f` does.\n\n```pycon\n>>> f(1)\n2\n>>> g()\n```"
+    )
+    section = "Return it.\n\nExample:\n    >>> f(1)\n    2"
+    assert readable(section) == section
+
+
+def test_the_site_builds_without_a_warning_and_asks_no_other_server(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for page in sorted((tmp_path / "site").glob("*.html")):
+        html = page.read_text(encoding="utf-8")
+        fetched = re.findall(r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="(https?:)?//[^"]*"', html)
+        assert not fetched, page.name
+        assert "arithmatex" not in html, page.name
