@@ -55,15 +55,25 @@ class MemoryLM(HFLM):
     that the system ends the process.
     """
 
+    _begin = 0
+    _size = 1
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
+        if self.device.type != "cpu":
+            found: int = super()._batch_scheduler(pos, n_reordered_requests)
+            return found
+        # Asked for each request in turn, which come longest first: a batch is as large as its first one allows.
+        if pos == 0 or pos == self._begin + self._size:
+            _, context, continuation = n_reordered_requests[pos]
+            self._begin = pos
+            self._size = max(1, min(self.max_batch_size, CPU_TOKENS // (len(context) + len(continuation))))
+        return self._size
+
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         if self.device.type != "cpu":
             found: int = super()._detect_batch_size(requests, pos)
             return found
-        if not requests:
-            return CPU_SEQUENCES
-        # Requests come longest first.
-        _, context, continuation = requests[pos]
-        return max(1, min(self.max_batch_size, CPU_TOKENS // (len(context) + len(continuation))))
+        return CPU_SEQUENCES
 
 
 def load_tasks(
@@ -131,7 +141,6 @@ def run_tasks(
         "model_num_parameters": model.num_parameters(),
         "model_dtype": str(model.dtype),
         "batch_size": batch_size,
-        "batch_sizes": list(lm.batch_sizes.values()),
         "limit": limit,
     }
     results |= {
