@@ -12,10 +12,11 @@ a folder        all of its ``.jsonl`` files and YAML tasks
 ==============  =====================================================================================================
 
 Of a file of questions the likelihood of each choice is measured behind the question and a space; ``acc`` counts the
-questions whose right choice is the most likely one, ``acc_norm`` divides log-likelihoods by the characters of the choice
-first. A question with a line that begins with ``Question:`` is followed by a line ``Answer:``, unless it ends in one, as
-in lm-eval's own PIQA, ARC and BoolQ; any other question stands as it is, as in its OpenBookQA, where the choice goes on
-with the sentence. ``::cue=none`` leaves all questions as they are and ``::cue=A:`` puts a line ``A:`` behind all.
+questions whose right choice is the most likely one, ``acc_norm`` divides log-likelihoods by the characters of the
+choice first. A question with a line that begins with ``Question:`` is followed by a line ``Answer:``, unless it ends
+in one, as in lm-eval's own PIQA, ARC and BoolQ; any other question stands as it is, as in its OpenBookQA, where the
+choice goes on with the sentence. ``::cue=none`` leaves all questions as they are and ``::cue=A:`` puts a line ``A:``
+behind all.
 """
 
 from __future__ import annotations
