@@ -98,6 +98,11 @@ def load_tasks(
     with _quiet():
         for task in tasks:
             found = {"tasks": {task.name: _local(task)}} if isinstance(task, LocalTask) else managers.load(task)
+            twice = sorted(loaded["tasks"].keys() & found["tasks"].keys())
+            if twice:
+                raise ValueError(
+                    f"task {twice[0]!r} comes twice, from {task} too: name it once, or a file as NAME=FILE"
+                )
             for kind, entries in found.items():
                 loaded[kind].update(entries)
     for task in loaded["tasks"].values():
@@ -167,23 +172,24 @@ class _Managers:
 
     def load(self, task: str) -> dict[str, Any]:
         """Return what a name or a YAML path stands for."""
+        known = task in self.manager.all_tasks or Path(task).is_file()
+        if not known and self.complete:
+            raise ValueError(self._unknown(task))
         try:
-            found: dict[str, Any] = self.manager.load([task])
-            return found
-        except KeyError as error:
-            if self.complete:
-                raise ValueError(self._unknown(task, error)) from None
+            if known:
+                found: dict[str, Any] = self.manager.load([task])
+                return found
         # lm-eval and datasets raise what they like of data that are not there.
         except Exception as error:
-            raise ValueError(_unreadable(task, error)) from error
+            # A file may name tasks of lm-eval's own.
+            if self.complete:
+                raise ValueError(_unreadable(task, error)) from error
         self.manager = TaskManager(include_path=self.include_path or None)
         self.complete = True
         return self.load(task)
 
-    def _unknown(self, task: str, error: KeyError) -> str:
+    def _unknown(self, task: str) -> str:
         near = difflib.get_close_matches(task, self.manager.all_tasks, n=5)
-        if task.endswith((".yaml", ".yml")):
-            return f"task {task!r} can't be loaded: {error.args[0]}"
         advice = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
         return f"lm-eval {lm_eval.__version__} has no task {task!r}: {advice}"
 
