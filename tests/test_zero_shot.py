@@ -153,7 +153,7 @@ def test_yaml_tasks_by_file_by_folder_and_by_name(yaml_file, llama):
         ([f"{yaml_file.parent}/"], TaskSettings(limit=3)),
         (["tiny_questions"], TaskSettings([yaml_file.parent], limit=3)),
     ]
-    with pytest.raises(ValueError, match=r"task 'tiny_questions' comes twice, from tiny_questions too: name it once"):
+    with pytest.raises(ValueError, match=r"task 'tiny_questions' comes twice, from tiny_questions too: give it once"):
         ZeroShot([str(yaml_file), "tiny_questions"], TaskSettings([yaml_file.parent]))
     scores = [ZeroShot(*one).results(llama, byte_tokenizer())["samples"]["tiny_questions"] for one in given]
     assert scores[0] == scores[1] == scores[2]
