@@ -76,8 +76,8 @@ def test_what_can_not_be_compared_is_refused(pair, windows):
 
 
 def test_the_tables_show_the_ends(windows):
-    model = tiny_model("llama", layers=20)
-    shown = profile_table(where_diverged(model, model, windows[:1, :9], bins=100)).splitlines()
+    model, dense = tiny_model("llama", layers=20), tiny_model("llama", layers=20)
+    shown = profile_table(where_diverged(model, dense, windows[:1, :9], bins=100)).splitlines()
     blocks = [line.split()[0] for line in shown[shown.index("") + 3 :]]
     assert (blocks[0], blocks[-1], len(blocks)) == ("0", "19", 8)
     assert [line.split()[0] for line in shown[2:10]] == [f"{place}-{place}" for place in range(1, 9)]
