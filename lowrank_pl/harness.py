@@ -48,7 +48,7 @@ CHATTER = (
 """Warnings of lm-eval, by their beginning, of what is meant to be so."""
 
 
-class MemoryLM(HFLM):
+class MemoryLM(HFLM):  # type: ignore[misc]
     """lm-eval's Hugging Face model with batches that fit main memory.
 
     On a CPU, lm-eval's own search for a batch size never fails and takes whatever it begins with, up to the moment
