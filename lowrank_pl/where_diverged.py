@@ -162,7 +162,8 @@ def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
     """Return the mean over the tokens of the relative distance, in fp64 on the CPU."""
     theirs = theirs.to(ours.device).double()
     distance = (ours.double() - theirs).norm(dim=-1)
-    return (distance / theirs.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)).mean().cpu()
+    mean: Tensor = (distance / theirs.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+    return mean.cpu()
 
 
 def _bins(means: Tensor, bins: int) -> Iterator[PositionBin]:
