@@ -101,8 +101,8 @@ def evaluate(
     texts = [text] if isinstance(text, str) else list(text)
     if plan is not None:
         wishes = {"prompts": "let it continue texts", "tasks": "run tasks on it", "reference": "compare it"}
-        for name, value in {"prompts": prompts, "tasks": tasks, "reference": reference}.items():
-            if value:
+        for name, wish in {"prompts": prompts, "tasks": tasks, "reference": reference}.items():
+            if wish:
                 raise ValueError(f"--{name} goes with --model: export the plan to {wishes[name]}")
         if len(texts) != 1:
             raise ValueError(f"{len(texts)} texts were given: a plan is scored on one --text")

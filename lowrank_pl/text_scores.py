@@ -55,8 +55,7 @@ def show_texts(figures: Mapping[str, Mapping[str, Any]], found: Mapping[str, Whe
         found: Likewise.
     """
     if not found:
-        head = ("text", "perplexity", "nats/token", "tokens", "tokens/s")
-        return table(head, [
+        return table(("text", "perplexity", "nats/token", "tokens", "tokens/s"), [
             (name, f"{one['perplexity']:.4f}", f"{one['nats']:.5f}", f"{one['tokens']:,}",
              f"{one['tokens_per_second']:,.0f}")
             for name, one in figures.items()
