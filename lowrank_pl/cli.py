@@ -274,7 +274,8 @@ EXPECTED = (
 
 def _quiet_others() -> None:
     """Leave the terminal to this package: others speak from warnings on, and not of what is meant to be so."""
-    for name in ("httpx", "httpcore", "fsspec", "matplotlib", "datasets", "urllib3", "lowrank_pl.budget"):
+    libraries = ("httpx", "httpcore", "fsspec", "matplotlib", "datasets", "urllib3", "absl", "lm_eval")
+    for name in (*libraries, "lowrank_pl.budget"):
         # The plan's notes are said once, at the end, by FinishRun.
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

@@ -20,6 +20,7 @@ __all__ = [
     "LogitsError",
     "Score",
     "check_windows",
+    "compared",
     "divergence",
     "excess_nats",
     "perplexity",
@@ -178,7 +179,7 @@ def divergence(
     ):
         for first in range(0, len(windows), batch_size):
             batch = windows[first : first + batch_size]
-            sums += _compared(model, dense, batch, first=first)
+            sums += compared(model, dense, batch, first=first).sum(1)
             bar.update(len(batch))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     kl, agreement, nats, dense_nats = (sums / tokens).tolist()
@@ -234,8 +235,22 @@ def _negative_log_likelihoods(model: PreTrainedModel, batch: Tensor, *, first: i
     return torch.cat(pieces, dim=1).double()
 
 
-def _compared(model: PreTrainedModel, dense: PreTrainedModel, batch: Tensor, *, first: int) -> Tensor:
-    """Return the sums over a batch of KL, agreement, nats and dense nats, ``[4]`` in fp64 on the CPU."""
+def compared(model: PreTrainedModel, dense: PreTrainedModel, batch: Tensor, *, first: int = 0) -> Tensor:
+    """Return the sums over a batch of KL, agreement, nats and dense nats at each predicted position.
+
+    Args:
+        model: The compressed model, in evaluation mode without gradients.
+        dense: The one it was made from, likewise.
+        batch: Token ids ``[batch, length]``.
+        first: Number of the batch's first window, for the error.
+
+    Returns:
+        ``[4, length - 1]`` in fp64 on the CPU.
+
+    Raises:
+        ValueError: Vocabularies of different sizes.
+        LogitsError: Logits of either model that are NaN or infinite; the window is named.
+    """
     ours, theirs = _logits(model, batch), _logits(dense, batch)
     if ours.shape != theirs.shape:
         raise ValueError(
@@ -243,7 +258,7 @@ def _compared(model: PreTrainedModel, dense: PreTrainedModel, batch: Tensor, *, 
             "compare a model with the base that it was made from"
         )
     targets = batch[:, 1:].to(ours.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=ours.device)
+    sums = []
     for span in _spans(ours):
         here = _finite(ours[:, span], first).log_softmax(-1)
         there = _finite(theirs[:, span].to(here.device), first, whose="the dense model's").log_softmax(-1)
@@ -251,11 +266,11 @@ def _compared(model: PreTrainedModel, dense: PreTrainedModel, batch: Tensor, *, 
         figures = (
             F.kl_div(here, there, reduction="none", log_target=True).sum(-1),
             here.argmax(-1) == there.argmax(-1),
-            -here.gather(-1, index),
-            -there.gather(-1, index),
+            -here.gather(-1, index)[..., 0],
+            -there.gather(-1, index)[..., 0],
         )
-        sums += torch.stack([figure.double().sum() for figure in figures])
-    return sums.cpu()
+        sums.append(torch.stack([figure.double().sum(0) for figure in figures]).cpu())
+    return torch.cat(sums, dim=1)
 
 
 def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl import hf_format, hf_layers
 from lowrank_pl.files import atomic_directory, atomic_write
-from lowrank_pl.hf_format import METHOD, LowRankConfig, align
+from lowrank_pl.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align
 from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.targets import replaced
@@ -284,6 +284,7 @@ def _write(
         config.quantization_config = LowRankConfig(entries)
         if base is not None:
             classes = {"AutoModelForCausalLM": base.__name__, "AutoModel": type(model.base_model).__name__}
+            classes["AutoConfig"] = LowRankAutoConfig.__name__
             config.auto_map = {auto: f"{Path(CODE).stem}.{name}" for auto, name in classes.items()}
         for code in (hf_format.__file__, hf_layers.__file__):
             shutil.copyfile(code, folder / Path(code).name)

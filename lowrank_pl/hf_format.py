@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 # Relative, so that transformers copies that file wherever it copies this one.
 from .hf_layers import LowRankLinear, PivotedLinear
 
-__all__ = ["METHOD", "SCHEMA", "LowRankConfig", "LowRankQuantizer", "align"]
+__all__ = ["METHOD", "SCHEMA", "LowRankAutoConfig", "LowRankConfig", "LowRankQuantizer", "align"]
 
 METHOD = "lowrank"
 SCHEMA = 2
@@ -81,6 +81,23 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 raise ValueError(f"quantization_config gives {name!r} the rank {rank!r}: expected a positive integer")
         self.schema = SCHEMA if any(isinstance(entry, dict) for entry in self.modules.values()) else 1
         self.quant_method = quant_method
+
+
+class LowRankAutoConfig:
+    """What ``auto_map`` names as the class of ``config.json``: that of transformers, read once this file is loaded.
+
+    Tools that ask transformers for the quantization configuration before they ask for the model, as lm-eval does, would
+    not know the method otherwise: with ``trust_remote_code=True`` this file would come with the model's class only.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: configurations that are saved later are transformers' own."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> PretrainedConfig:
+        """Return the configuration as transformers' own class reads it."""
+        return AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]

@@ -1,9 +1,9 @@
-"""What ``lowrank evaluate`` does: scores of a model or of a plan's sizes; a plain typed function."""
+"""What ``lowrank evaluate`` does: scores of a model on texts and tasks, or of a plan's sizes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.commands import DType, base_of, factors_of, pick_device
 from lowrank_pl.curve import KEEPS, curve_plot, curve_table, score_curve
-from lowrank_pl.evaluate import perplexity
 from lowrank_pl.export import is_compressed, load_compressed
 from lowrank_pl.files import write_json
 from lowrank_pl.generation import generate_samples
+from lowrank_pl.paired import task_table
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.plan_report import save_figure, table
+from lowrank_pl.plan_report import save_figure
+from lowrank_pl.scored_texts import named_texts
 from lowrank_pl.sizes import largest_keep, nested
+from lowrank_pl.text_scores import score_texts, show_texts
 from lowrank_pl.windows import token_windows
+from lowrank_pl.zero_shot import TaskSettings, ZeroShot, figures_of
 
 __all__ = ["evaluate"]
 
@@ -30,7 +33,9 @@ _log = logging.getLogger(__name__)
 def evaluate(
     model: str | None = None,
     *,
-    text: str,
+    text: str | Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    reference: str | None = None,
     plan: Path | None = None,
     keep_curve: Sequence[float] | None = None,
     base: str | None = None,
@@ -39,6 +44,12 @@ def evaluate(
     length: int = 1024,
     windows: int | None = None,
     batch_size: int = 1,
+    position_bins: int = 8,
+    include_path: Sequence[Path] = (),
+    limit: int | None = None,
+    fewshot: int | None = None,
+    seed: int = 1234,
+    task_batch_size: str = "auto",
     dtype: DType | None = None,
     device: str = "auto",
     prompts: Sequence[str] = (),
@@ -46,14 +57,19 @@ def evaluate(
     trust_remote_code: bool = False,
     json: Path | None = None,
 ) -> dict[str, Any]:
-    """Score a compressed folder, any base model, or a plan in every size: perplexity on a text.
+    """Score a compressed folder, any base model, or a plan in every size: perplexity on texts, accuracy on tasks.
 
     Windows do not overlap, each begins with BOS where the tokenizer itself adds it, losses are summed in float64, and
-    logits that are not finite are an error.
+    logits that are not finite are an error. With a reference, texts also show KL, top-1 agreement, and the divergence
+    along the window and behind each block, and tasks the difference with its paired standard error.
 
     Args:
         model: An export, or a base: hub id, folder, .gguf file, package:NAME or random:FAMILY.
-        text: File, glob, hub dataset or python-docs, as in the README.
+        text: File, glob, hub dataset or python-docs, as in the README; several as NAME=TEXT, each behind its own --text
+            or all behind one.
+        tasks: Zero-shot tasks, run by lm-eval: its names (piqa,arc_easy), .yaml files, folders, or .jsonl files with a
+            query, choices and gold in each line, as FILE or NAME=FILE, with ::cue=none to leave the query as it is.
+        reference: The dense model, named like a model, to compare with on texts and tasks.
         plan: A plan instead of a model, scored in memory without an export, beside its dense base.
         keep_curve: Sizes to score the plan in, each from its component order: --keep-curve 0.9 0.8; no number means
             1 .9 .8 .7 .6 .5, as far as the plan goes. Without it the plan is scored as it is.
@@ -61,8 +77,14 @@ def evaluate(
         store: Folder of the plan's factors, as for export.
         output: Picture of the curve, a PNG file; by default beside the figures of json.
         length: Tokens of a window.
-        windows: How many windows; all of the text by default.
-        batch_size: Windows per forward.
+        windows: How many windows of each text; all of it by default.
+        batch_size: Windows per forward; one where there is a reference.
+        position_bins: Into how many parts a window is divided to show where a model departs from the reference.
+        include_path: Folders of lm-eval's YAML task files, whose tasks --tasks may then name.
+        limit: Rows of a task, its first ones; all by default.
+        fewshot: Examples before each question; as many as the task says by default, mostly none.
+        seed: Of the choice of these examples.
+        task_batch_size: Sequences of a task per forward; auto takes as many as fit on a GPU, as many as help on a CPU.
         dtype: Type to load in; the folder's or the plan's own by default, float32 for a GGUF file.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         prompts: Texts to continue greedily.
@@ -76,42 +98,74 @@ def evaluate(
     if (model is None) == (plan is None):
         given = "neither" if model is None else "both"
         raise ValueError(f"{given} of --model and --plan was given: name a model or a plan to score")
+    texts = [text] if isinstance(text, str) else list(text)
     if plan is not None:
-        if prompts:
-            raise ValueError("--prompts goes with --model: export the plan to let it continue texts")
+        wishes = {"prompts": "let it continue texts", "tasks": "run tasks on it", "reference": "compare it"}
+        for name, wish in {"prompts": prompts, "tasks": tasks, "reference": reference}.items():
+            if wish:
+                raise ValueError(f"--{name} goes with --model: export the plan to {wishes[name]}")
+        if len(texts) != 1:
+            raise ValueError(f"{len(texts)} texts were given: a plan is scored on one --text")
         return _evaluate_plan(
-            plan, text, keep_curve, base=base, store=store, output=output, length=length, windows=windows,
+            plan, texts[0], keep_curve, base=base, store=store, output=output, length=length, windows=windows,
             batch_size=batch_size, dtype=dtype, device=device, trust_remote_code=trust_remote_code, json=json,
         )  # fmt: skip
     for name, value in {"keep-curve": keep_curve, "base": base, "store": store, "output": output}.items():
         if value is not None:
             raise ValueError(f"--{name} goes with --plan: a model has the one size that it has")
+    if not (texts or tasks or prompts):
+        raise ValueError("there is nothing to score: give --text, --tasks or --prompts")
     assert model is not None
+    named = named_texts(texts)
+    # What is no task, or can't be read, is refused before anything large is loaded.
+    settings = TaskSettings(include_path, limit=limit, fewshot=fewshot, seed=seed, batch_size=task_batch_size)
+    suite = ZeroShot(tasks, settings) if tasks else None
+    place = pick_device(device)
     network, tokenizer = _load(model, dtype, trust_remote_code=trust_remote_code)
-    network.to(pick_device(device))
-    tokens = token_windows(text, tokenizer, length=length, windows=windows)
-    score = perplexity(network, tokens, batch_size=batch_size, progress="score")
+    network.to(place)
+    tokens = {name: token_windows(one, tokenizer, length=length, windows=windows) for name, one in named.items()}
+    dense = None if reference is None else _reference(reference, network, dtype, trust_remote_code=trust_remote_code)
     figures: dict[str, Any] = {
         "model": model,
-        "text": text,
-        "windows": len(tokens),
-        "length": length,
         "dtype": str(network.dtype).removeprefix("torch."),
         "parameters": network.num_parameters(),
-        **score.to_dict(),
-        "samples": dict(
-            zip(prompts, generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens), strict=True)
-        ),
     }
-    head = ("model", "perplexity", "nats/token", "tokens", "tokens/s", "parameters")
-    body = (model, f"{score.perplexity:.4f}", f"{score.nats:.5f}", f"{score.tokens:,}",
-            f"{score.tokens_per_second:,.0f}", f"{figures['parameters']:,}")  # fmt: skip
-    print(table(head, [body], "simple"))
+    if dense is not None:
+        figures |= {"reference": reference, "reference_parameters": dense.num_parameters()}
+    print(_heading(figures))
+    if tokens:
+        scores, diverged = score_texts(network, tokens, reference=dense, batch_size=batch_size, bins=position_bins)
+        figures["texts"] = {name: {"text": named[name], **one} for name, one in scores.items()}
+        if len(scores) == 1:
+            figures |= next(iter(figures["texts"].values()))
+        print(f"\n{show_texts(scores, diverged)}")
+    if suite is not None:
+        results = suite.results(network, tokenizer)
+        others = None if dense is None else suite.results(dense, tokenizer)
+        figures["tasks"] = figures_of(results, others)
+        print(f"\n{task_table(results, others)}")
+    samples = generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    figures["samples"] = dict(zip(prompts, samples, strict=True))
     for prompt, sample in figures["samples"].items():
         print(f"{prompt!r} -> {sample!r}")
     if json is not None:
         write_json(json, figures)
     return figures
+
+
+def _heading(figures: Mapping[str, Any]) -> str:
+    """Return which models are scored, in one line."""
+    said = f"{figures['model']}: {figures['parameters']:,} parameters, {figures['dtype']}"
+    if "reference" in figures:
+        said += f"; beside {figures['reference']}: {figures['reference_parameters']:,} parameters"
+    return said
+
+
+def _reference(name: str, model: PreTrainedModel, dtype: DType | None, *, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the dense model in the type and on the device of ``model``, unless told otherwise."""
+    own: Any = dtype or str(model.dtype).removeprefix("torch.")
+    found = _load(name, own, trust_remote_code=trust_remote_code)[0]
+    return found.to(model.device)
 
 
 def _evaluate_plan(
