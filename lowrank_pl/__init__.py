@@ -22,9 +22,11 @@ from lowrank_pl.targets import find_targets
 from lowrank_pl.windows import token_windows
 
 if TYPE_CHECKING:
-    from lowrank_pl.callbacks import FinishRun, RankMonitor
+    from lowrank_pl.callbacks import FinishRun
     from lowrank_pl.data import CalibrationData
     from lowrank_pl.module import RankLearner
+    from lowrank_pl.rank_monitor import RankMonitor
+    from lowrank_pl.text_samples import TextSamples
 
 __version__ = "0.1.0"
 
@@ -40,6 +42,7 @@ __all__ = [
     "RankMonitor",
     "RankPlan",
     "Score",
+    "TextSamples",
     "build_factors",
     "compress",
     "find_targets",
@@ -55,7 +58,8 @@ _OUTER = {
     "CalibrationData": "data",
     "FinishRun": "callbacks",
     "RankLearner": "module",
-    "RankMonitor": "callbacks",
+    "RankMonitor": "rank_monitor",
+    "TextSamples": "text_samples",
 }
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "rank_table",
     "read_summary",
     "row_table",
+    "sample_table",
     "write_summary",
 ]
 
@@ -267,9 +268,19 @@ def _brief(value: Any) -> str:
 def _samples(samples: Sequence[tuple[str, str, str]]) -> str:
     if not samples:
         return ""
+    said = "Greedy continuations of the same prompts, not chosen for looks."
+    return f"## Samples\n\n{said}\n\n{sample_table(samples)}"
+
+
+def sample_table(samples: Sequence[tuple[str, str, str]], *, name: str = "compressed") -> str:
+    """Return prompts with two continuations each as a table in Markdown.
+
+    Args:
+        samples: Prompt, continuation of the dense model and of the compressed one.
+        name: What the head calls the last.
+    """
     body = [tuple(map(_in_cell, sample)) for sample in samples]
-    side_by_side = table(("prompt", "dense", "compressed"), body, "github", align=("left",) * 3)
-    return f"## Samples\n\nGreedy continuations of the same prompts, not chosen for looks.\n\n{side_by_side}"
+    return table(("prompt", "dense", name), body, "github", align=("left",) * 3)
 
 
 def _in_cell(text: str) -> str:
