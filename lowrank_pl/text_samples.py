@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lowrank_pl.board import boards
 from lowrank_pl.callbacks import FinishRun
@@ -78,11 +78,12 @@ class TextSamples(Callback):
         if self.prompts == () or not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             return
         if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.world_size > 1:
-            _log.warning(
-                "no continuations while learning: %d processes share the model, which all of them would have to run in "
-                "lockstep; those of the exported model come at the end",
-                trainer.world_size,
-            )
+            if trainer.is_global_zero:
+                _log.warning(
+                    "no continuations while learning: %d processes share the model, which all of them would have to "
+                    "run in lockstep; those of the exported model come at the end",
+                    trainer.world_size,
+                )
             return
         data = calibration_data(trainer)
         self._prompts = self.prompts or _prompts_of_finish(trainer) or _beginnings(data)
