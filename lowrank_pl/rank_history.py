@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lowrank_pl.plan_report import WIDE, block_and_kind
+from lowrank_pl.plan_report import block_and_kind
 
 __all__ = ["Kept", "RankHistory", "kept_by_group"]
 
@@ -103,33 +104,42 @@ class RankHistory:
         }
 
     def figure(self) -> Figure:
-        """Return two heat maps, types over steps and blocks over steps, in the colours of ``rank_map``.
+        """Return two heat maps: types over steps and blocks over steps.
+
+        Colours run over what occurs, for ranks move little against all that they could be; those of ``rank_map``, which
+        is for comparing, do not.
 
         Raises:
             ValueError: Nothing has been recorded.
         """
         if not self.steps:
             raise ValueError("the record has no point: expected at least one to draw")
-        rows = [rows for rows in self.rows.values() if rows]
-        heights = [max(1.2, 0.25 * min(len(each), WIDE)) for each in rows]
-        figure = Figure(figsize=(9.0, 1.3 + sum(heights) + 0.5 * len(rows)), layout="constrained")
-        axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        edges = self._edges()
-        for axis, each, name in zip(axes, rows, ("module type", "block"), strict=True):
+        panels = {"module type": self.rows["kinds"], "block": self.rows["blocks"]}
+        heights = [min(4.0, max(1.2, 0.25 * len(rows))) for rows in panels.values()]
+        figure = Figure(figsize=(9.0, 1.6 + sum(heights)), layout="constrained")
+        axes = figure.subplots(2, 1, sharex=True, height_ratios=heights)
+        low, high = self._range()
+        for axis, height, (name, rows) in zip(axes, heights, panels.items(), strict=True):
             mesh = axis.pcolormesh(
-                edges, np.arange(len(each) + 1), np.array([*each.values()]), cmap="viridis", vmin=0.0, vmax=1.0
+                self._edges(), np.arange(len(rows) + 1), np.array([*rows.values()]), cmap="viridis", vmin=low, vmax=high
             )
-            every = max(1, -(-len(each) // WIDE))
-            labels = [group.lstrip("0") or "0" if group.isdecimal() else group for group in each]
-            axis.set_yticks(np.arange(len(each))[::every] + 0.5, labels[::every], fontsize=9)
+            labels = [group.lstrip("0") or "0" if group.isdecimal() else group for group in rows]
+            every = math.ceil(len(rows) * 0.2 / height)
+            axis.set_yticks(np.arange(len(rows))[::every] + 0.5, labels[::every], fontsize=9)
             axis.set_ylabel(name)
             axis.tick_params(axis="y", length=0)
             axis.spines[:].set_visible(False)
             axis.invert_yaxis()
         axes[-1].set_xlabel("optimizer steps")
         axes[0].set_title("kept fraction while the ranks were learned (soft masks)", pad=8)
-        figure.colorbar(mesh, ax=list(axes), label="kept fraction", pad=0.02, ticks=np.linspace(0, 1, 6))
+        figure.colorbar(mesh, ax=list(axes), label="kept fraction", pad=0.02, aspect=30)
         return figure
+
+    def _range(self) -> tuple[float, float]:
+        """Return the least and the largest fraction, at least a tenth apart, so that noise looks like noise."""
+        values = [value for rows in self.rows.values() for row in rows.values() for value in row]
+        middle, half = (min(values) + max(values)) / 2, max(0.05, (max(values) - min(values)) / 2)
+        return middle - half, middle + half
 
     def _edges(self) -> Any:
         """Return where columns begin and end: halfway between steps."""

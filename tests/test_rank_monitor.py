@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shutil
 import struct
 
 import pytest
@@ -43,7 +44,7 @@ def read(folder):
 def learn(folder, *, steps=6, ckpt_path=None, **changes):
     """Learn with everything that looks on; checkpoints of step 3 and of every third one are kept."""
     monitor = RankMonitor(every_n_steps=2, map_every_n_steps=3, histogram_every_n_steps=4)
-    saving = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=3, save_top_k=-1)
+    saving = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=3, save_top_k=0 if ckpt_path else -1)
     learner = make_learner(data_terms=DataTerms(cross_entropy=1.0, kl=0.5), **changes)
     fit(
         learner, max_steps=steps, val_check_interval=2, check_val_every_n_epoch=None, default_root_dir=folder,
@@ -199,11 +200,11 @@ def test_settings_stand_in_the_runs_own_file_with_the_metrics_that_it_logs(event
 
 def test_a_resumed_run_has_every_point_once(run, events, tmp_path):
     # As one that was killed after step 6, with a checkpoint of step 3.
-    learner, monitor = learn(tmp_path)
-    first = {name: mask.logits.detach().clone() for name, mask in learner.masks.items()}
-    learner, monitor = learn(tmp_path, ckpt_path=tmp_path / "checkpoints" / "epoch=0-step=3.ckpt")
-    assert all(torch.equal(mask.logits, first[name]) for name, mask in learner.masks.items())
-    again = read(tmp_path)
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    learner, monitor = learn(folder, ckpt_path=folder / "checkpoints" / "epoch=0-step=3.ckpt")
+    assert all(torch.equal(mask.logits, run[1].masks[name].logits) for name, mask in learner.masks.items())
+    again = read(folder)
     for tag in events.Tags()["scalars"]:
         assert steps_of(again.Scalars(tag)) == steps_of(events.Scalars(tag)), tag
     for tag in events.Tags()["images"]:
