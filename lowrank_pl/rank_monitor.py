@@ -36,7 +36,7 @@ class RankMonitor(Callback):
 
     Kept fractions by module type and by block, the share of the budget that each type has, learning rate and seconds a
     step are scalars. TensorBoard also gets a page of charts ("Custom Scalars"), rank maps of the hard plan, histograms
-    of the soft masks, a picture of the whole course at the end, and the run's settings. Nothing that it does changes
+    of the soft masks, pictures of the course so far with each map, and the run's settings. Nothing that it does changes
     what is learned. Only the first process writes; after a resume, steps that are done again replace those that were
     written before.
 
@@ -107,10 +107,8 @@ class RankMonitor(Callback):
         self._show(trainer, learner)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log and draw where the ranks have come to, and the whole way there."""
+        """Log and draw where the ranks have come to, and the way there."""
         self._show(trainer, _learner(pl_module), everything=True)
-        for board in boards(trainer):
-            board.add_figure("ranks/history", self.history.figure(), global_step=trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mark the run as one that has come to its end."""
@@ -169,6 +167,8 @@ class RankMonitor(Callback):
         for board in boards(trainer):
             title = f"kept fraction of the hard plan after {step} steps"
             board.add_figure("ranks/map", rank_map(plan, title=title), global_step=step)
+            if len(self.history.steps) > 1:
+                board.add_figure("ranks/history", self.history.figure(), global_step=step)
 
     def _bin(self, trainer: Trainer, learner: RankLearner, step: int) -> None:
         gates: dict[str, list[torch.Tensor]] = defaultdict(list)
