@@ -259,7 +259,14 @@ class Endless(FinishRun):
 def test_prompts_are_those_of_the_end_or_else_the_beginnings_of_windows(tmp_path, finish, windows, expected):
     samples, data = TextSamples(max_new_tokens=2), make_data(validation_windows=windows)
     ending = [Endless(prompts=finish)] if windows else []
-    fit(make_learner(), data, max_steps=1, logger=board(tmp_path), callbacks=[samples, *ending])
+    fit(
+        make_learner(),
+        data,
+        max_steps=1,
+        limit_val_batches=windows,
+        logger=board(tmp_path),
+        callbacks=[samples, *ending],
+    )
     if expected is None:
         heads = data.validation_windows[:, :12].tolist()
         expected = [data.tokenizer.decode(head, skip_special_tokens=True).strip() for head in heads]
