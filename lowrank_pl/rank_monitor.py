@@ -235,25 +235,28 @@ def _charts(trainer: Trainer, learner: RankLearner) -> Mapping[str, Mapping[str,
 
 
 def _settings(trainer: Trainer, learner: RankLearner) -> dict[str, Any]:
-    """Return the settings that tell runs apart, flat."""
+    """Return the settings that tell runs apart, flat.
+
+    TensorBoard sorts them by name and shows the first five: what people vary comes first that way.
+    """
     data, optimizer = calibration_data(trainer), trainer.optimizers[0]
     terms = {key: value for key, value in asdict(learner.data_terms).items() if isinstance(value, float | str)}
     steps = trainer.estimated_stepping_batches
     start = learner.start.method if isinstance(learner.start, RankPlan) else getattr(learner.start, "name", "none")
     return {
-        "base": learner.base,
+        "base": learner.base.rstrip("/").rsplit("/", 1)[-1],  # the columns are narrow
         "keep": learner.keep,
         "mask": learner.mask_method.name,
-        "decomposition": learner.decomposition.kind,
-        "storage": str(learner.storage),
-        "dtype": learner.dtype_name,
+        "prepare.decomposition": learner.decomposition.kind,
+        "prepare.storage": str(learner.storage),
+        "prepare.dtype": learner.dtype_name,
         "start": start,
         "optimizer": type(optimizer).__name__,
         "lr": optimizer.defaults["lr"],
         "steps": "open" if math.isinf(steps) else int(steps),
         "text": data.text,
-        "length": data.length,
-        "batch": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
-        **{f"loss.{key}": value for key, value in terms.items()},
+        "text.length": data.length,
+        "text.batch": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+        **{f"terms.{key}": value for key, value in terms.items()},
         **{f"mask.{key}": value for key, value in vars(learner.mask_method).items()},
     }
