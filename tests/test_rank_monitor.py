@@ -12,6 +12,7 @@ import torch
 from learning import fit, make_data, make_learner
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
@@ -213,7 +214,9 @@ def test_a_resumed_run_has_every_point_once(run, events, tmp_path):
     for tag in events.Tags()["histograms"]:
         assert steps_of(again.Histograms(tag)) == steps_of(events.Histograms(tag)), tag
     samples = "samples/while learning/text_summary"
-    assert steps_of(again.Tensors(samples)) == steps_of(events.Tensors(samples))
+    # The reader of the programming interface keeps void texts; the one that TensorBoard itself has does not.
+    shown = plugin_event_accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert steps_of(shown.Tensors(samples)) == steps_of(events.Tensors(samples))
     assert monitor.history.steps == [0, 2, 4, 6]
 
 
