@@ -34,7 +34,8 @@ def log_everywhere(trainer: Trainer, values: Mapping[str, float], step: int) -> 
 def void_from(writer: SummaryWriter, step: int) -> None:
     """Tell TensorBoard that what it has of ``step`` and later steps is void, because these steps are done again.
 
-    A run that was killed has written points of steps after its last checkpoint.
+    A run that was killed has written points of steps after its last checkpoint. TensorBoard takes the first such word
+    in a folder for the beginning of the run, so every run has to say it at step 0.
     """
     _file(writer).add_event(Event(session_log=SessionLog(status=SessionLog.START)), step)
 

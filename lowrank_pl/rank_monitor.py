@@ -79,11 +79,10 @@ class RankMonitor(Callback):
         self._done = trainer.global_step
         self._map_every = self.map_every_n_steps or _part_of(trainer, 8)
         self._histogram_every = self.histogram_every_n_steps or _part_of(trainer, 20)
+        for board in boards(trainer):
+            void_from(board, trainer.global_step + 1 if trainer.global_step else 0)
         log_settings(trainer, _settings(trainer, learner), METRICS)
-        if trainer.global_step:
-            for board in boards(trainer):
-                void_from(board, trainer.global_step + 1)
-        else:
+        if not trainer.global_step:
             self.history, self._drawn, self._binned = RankHistory(), -1, -1
             self._show(trainer, learner, everything=True)
 
