@@ -73,14 +73,14 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Any], metrics: Iterabl
             logger.log_hyperparams(plain)
     for writer in boards(trainer):
         # Written into the run's own file: `SummaryWriter.add_hparams` would make a second run of it.
-        table, start, _ = hparams(plain, dict.fromkeys(metrics, 0.0))
+        table, start, _ = hparams(plain, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
         _file(writer).add_summary(table, 0)
         _file(writer).add_summary(start, 0)
 
 
 def mark_success(writer: SummaryWriter) -> None:
     """Tell the page "HParams" that the run has come to its end."""
-    *_, end = hparams({}, {})
+    *_, end = hparams({}, {})  # type: ignore[no-untyped-call]
     _file(writer).add_summary(end, 0)
 
 

@@ -176,7 +176,7 @@ class RankMonitor(Callback):
         for kind, parts in gates.items():
             values = torch.cat(parts).clamp(0, 1).cpu().numpy()
             for board in boards(trainer):
-                board.add_histogram(f"soft masks/{kind}", values, step, bins=np.linspace(0, 1, 31))  # type: ignore[arg-type]
+                board.add_histogram(f"soft masks/{kind}", values, step, bins=np.linspace(0, 1, 31))
 
 
 def _learner(module: LightningModule) -> RankLearner:

@@ -47,7 +47,8 @@ class Mask(nn.Module, ABC):
 
         It is there to be looked at: how decided the mask is. A mask that knows no degrees gives zeros and ones.
         """
-        return self()
+        gate: Tensor = self()
+        return gate
 
     def lit(self) -> Tensor | None:
         """Return the components that a token has to go through in this step, bool ``[rank]``; None for all.
