@@ -25,12 +25,14 @@ from lowrank_pl.targets import find_targets
 from lowrank_pl.windows import token_windows
 
 if TYPE_CHECKING:
-    from lowrank_pl.callbacks import FinishRun, RankMonitor
+    from lowrank_pl.callbacks import FinishRun
     from lowrank_pl.comparison import comparison_plot
     from lowrank_pl.data import CalibrationData
     from lowrank_pl.module import RankLearner
     from lowrank_pl.plan_report import rank_map, rank_table
+    from lowrank_pl.rank_monitor import RankMonitor
     from lowrank_pl.report import Row, row_table
+    from lowrank_pl.text_samples import TextSamples
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ __all__ = [
     "RankPlan",
     "Row",
     "Score",
+    "TextSamples",
     "allocate_ranks",
     "build_factors",
     "comparison_plot",
@@ -71,8 +74,9 @@ _LAZY = {
     "CalibrationData": "data",
     "FinishRun": "callbacks",
     "RankLearner": "module",
-    "RankMonitor": "callbacks",
+    "RankMonitor": "rank_monitor",
     "Row": "report",
+    "TextSamples": "text_samples",
     "comparison_plot": "comparison",
     "rank_map": "plan_report",
     "rank_table": "plan_report",

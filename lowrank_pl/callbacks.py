@@ -1,100 +1,35 @@
-"""Lightning callbacks: ranks in TensorBoard while they move, and the export with its scores at the end."""
+"""Lightning callbacks of the end of a run: its time, the export and its scores."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lowrank_pl.allocate import allocator
 from lowrank_pl.base_model import load_base
+from lowrank_pl.board import boards, log_everywhere
 from lowrank_pl.compress import restore_dense
 from lowrank_pl.data import CalibrationData, calibration_data
 from lowrank_pl.evaluate import check_windows
 from lowrank_pl.files import write_json
 from lowrank_pl.finish import Finished, Protocol, command_line, finish_run
+from lowrank_pl.generation import check_prompts
+from lowrank_pl.model_card import sample_table
 from lowrank_pl.module import RankLearner
-from lowrank_pl.plan_report import block_and_kind, rank_map
 from lowrank_pl.refit import Refit
 from lowrank_pl.windows import token_windows
 
-__all__ = ["FinishRun", "RankMonitor", "Stopwatch"]
+__all__ = ["FinishRun", "Stopwatch"]
 
 _log = logging.getLogger(__name__)
-
-
-class RankMonitor(Callback):
-    """Logs to TensorBoard how the ranks move: kept fraction by module type and by block, dense modules, a rank map.
-
-    Args:
-        every_n_steps: Steps between scalars.
-        map_every_n_steps: Steps between rank maps; one is drawn at the start and at the end in any case.
-
-    Raises:
-        ValueError: A number of steps below 1.
-    """
-
-    def __init__(self, every_n_steps: int = 10, map_every_n_steps: int = 100) -> None:
-        for name, steps in {"every_n_steps": every_n_steps, "map_every_n_steps": map_every_n_steps}.items():
-            if steps < 1:
-                raise ValueError(f"{name} is {steps}: expected a whole number of at least 1")
-        self.every_n_steps = every_n_steps
-        self.map_every_n_steps = map_every_n_steps
-        self._logged = self._mapped = -1
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the first rank map."""
-        self._map(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Log scalars, and a rank map, when they are due."""
-        if trainer.global_step % self.every_n_steps == 0:
-            self._scalars(trainer, pl_module)
-        if trainer.global_step % self.map_every_n_steps == 0:
-            self._map(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the last rank map."""
-        self._map(trainer, pl_module)
-
-    def _scalars(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, RankLearner)
-        if self._logged == trainer.global_step:  # of several batches that make one step, the first has said it
-            return
-        self._logged = trainer.global_step
-        ratios = torch.stack([mask.ratio() for mask in pl_module.masks.values()]).detach().clamp(max=1).tolist()
-        groups: dict[str, list[float]] = defaultdict(list)
-        for name, ratio in zip(pl_module.masks, ratios, strict=True):
-            block, kind = block_and_kind(name)
-            groups[f"kept by type/{kind}"].append(ratio)
-            groups[f"kept by block/{block:03d}" if block is not None else "kept by block/other"].append(ratio)
-        values = {tag: sum(group) / len(group) for tag, group in groups.items()}
-        values["keep/dense modules"] = float(sum(ratio >= 1 for ratio in ratios))
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-
-    def _map(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, RankLearner)
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not boards or self._mapped == trainer.global_step or not trainer.is_global_zero:
-            return
-        self._mapped = trainer.global_step
-        plan = pl_module.plan()
-        for board in boards:
-            title = f"kept fraction of the hard plan after {trainer.global_step} steps"
-            board.experiment.add_figure("rank map", rank_map(plan, title=title), global_step=trainer.global_step)
 
 
 class Stopwatch(Callback):
@@ -170,9 +105,7 @@ class FinishRun(Stopwatch):
             self._check_baselines(pl_module)
             data = calibration_data(trainer)
             self.protocol = self._protocol(data)
-            for prompt in self.prompts:
-                if not data.tokenizer(prompt)["input_ids"]:
-                    raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
+            check_prompts(data.tokenizer, self.prompts)
 
     def _check_baselines(self, learner: LightningModule) -> None:
         assert isinstance(learner, RankLearner)
@@ -194,7 +127,7 @@ class FinishRun(Stopwatch):
         if trainer.is_global_zero:
             pl_module.seconds["learning"] = self.learning_seconds()
             self.finished = self._finish(trainer, pl_module)
-            self._log_result(trainer, pl_module, self.finished)
+            self._log_result(trainer, self.finished)
             run = Path(trainer.default_root_dir)
             if self.json:
                 write_json(self.json, json.loads((run / "summary.json").read_text()))
@@ -243,24 +176,14 @@ class FinishRun(Stopwatch):
             windows = token_windows(text, data.tokenizer, length=self.score_length, windows=self.score_windows)
         return Protocol(text, windows, self.prompts, self.max_new_tokens)
 
-    def _log_result(self, trainer: Trainer, learner: RankLearner, finished: Finished) -> None:
-        """Write settings and final scores where TensorBoard's hparams page finds them."""
+    def _log_result(self, trainer: Trainer, finished: Finished) -> None:
+        """Log the final scores, which TensorBoard shows beside the run's settings, and the continuations."""
         rows = {row.name: row for row in finished.rows}
         metrics = {
             f"final/{figure}": float(getattr(rows["learned"], figure))
             for figure in ("perplexity", "excess_nats", "kept_targeted", "kept_model")
         }
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(_settings(learner), metrics)
-                text = "\n\n".join(f"**{p}**\n\ndense: {d}\n\ncompressed: {s}" for p, d, s in finished.samples)
-                if text:
-                    logger.experiment.add_text("samples", text, trainer.global_step)
-
-
-def _settings(learner: RankLearner) -> dict[str, Any]:
-    """Return the settings that tell runs apart, flat, for TensorBoard."""
-    terms = {key: value for key, value in asdict(learner.data_terms).items() if isinstance(value, float | str)}
-    mask = {f"mask.{key}": value for key, value in vars(learner.mask_method).items()}
-    rate = learner.trainer.optimizers[0].defaults["lr"]
-    return {"base": learner.base, "keep": learner.keep, "dtype": learner.dtype_name, "lr": rate, **terms, **mask}
+        log_everywhere(trainer, metrics, trainer.global_step)
+        for board in boards(trainer):
+            if finished.samples:
+                board.add_text("samples/exported model", sample_table(finished.samples), trainer.global_step)

@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lowrank_pl import __version__
 from lowrank_pl.bench import bench
-from lowrank_pl.callbacks import FinishRun, RankMonitor
+from lowrank_pl.callbacks import FinishRun
 from lowrank_pl.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
 from lowrank_pl.command_work import DryRun, fit_workload, machine_of
 from lowrank_pl.commands import allocate, export, refit
@@ -38,8 +38,10 @@ from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
 from lowrank_pl.module import RankLearner
 from lowrank_pl.processes import LostProcessError, told_when_lost
 from lowrank_pl.progress import LearningBar
+from lowrank_pl.rank_monitor import RankMonitor
 from lowrank_pl.reporting import report
 from lowrank_pl.scoring import evaluate
+from lowrank_pl.text_samples import TextSamples
 from lowrank_pl.words import bare_flags, readable_words
 
 __all__ = ["RankCLI", "main"]
@@ -115,6 +117,7 @@ class RankCLI(LightningCLI):
             help="Print what the run will need, loading and writing nothing; h100: at that GPU's speed, assumed.",
         )  # fmt: skip
         parser.add_lightning_class_args(RankMonitor, "monitor")
+        parser.add_lightning_class_args(TextSamples, "samples")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(FinishRun, "finish")
         parser.set_defaults({

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lowrank_pl.evaluating import evaluating
 
-__all__ = ["Continuation", "continuations", "generate_samples", "repetition_rate"]
+__all__ = ["Continuation", "check_prompts", "continuations", "generate_samples", "repetition_rate"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,17 @@ def continuations(
     bar = tqdm(prompts, desc=progress, unit="prompt", disable=progress is None)
     with evaluating(model), _generating(model, config):
         return [_continue(model, tokenizer, prompt, chat=chat) for prompt in bar]
+
+
+def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:
+    """Check that every prompt is a text to continue.
+
+    Raises:
+        ValueError: One has no token.
+    """
+    for prompt in prompts:
+        if not tokenizer(prompt)["input_ids"]:
+            raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
 
 
 def repetition_rate(texts: Sequence[Sequence[int]], *, n: int = 4) -> float:

@@ -19,7 +19,7 @@ from lowrank_pl.objectives import DataTerms, next_token_loss
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.targets import decoder_blocks
 
-__all__ = ["PlanScore", "data_losses"]
+__all__ = ["PlanScore", "choices_of", "data_losses"]
 
 
 def data_losses(
@@ -42,6 +42,11 @@ def data_losses(
     return terms.compute(tokens, logits, activations, teacher_logits, teacher_activations)
 
 
+def choices_of(plan: RankPlan, device: torch.device) -> dict[str, Choice]:
+    """Return what masked layers on ``device`` have to compute with to be the model of ``plan``, by name."""
+    return {name: plan_choice(m.rank, m.indices, device) for name, m in plan.modules.items()}
+
+
 class PlanScore(nn.Module):
     """Mean nats a token of a plan, and of the dense model the first time; over all processes.
 
@@ -58,7 +63,7 @@ class PlanScore(nn.Module):
 
     def begin(self, plan: RankPlan, device: torch.device) -> None:
         """Start anew with ``plan``, on ``device``; the dense score is kept."""
-        self._choices = {name: plan_choice(m.rank, m.indices, device) for name, m in plan.modules.items()}
+        self._choices = choices_of(plan, device)
         self._need_dense = self.dense.update_count == 0
         self.plan.reset()
 

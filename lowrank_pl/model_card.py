@@ -24,6 +24,7 @@ __all__ = [
     "load_code",
     "model_card",
     "refresh_card",
+    "sample_table",
     "task_lines",
     "times",
     "with_error",
@@ -240,9 +241,19 @@ def _brief(value: Any) -> str:
 def _samples(samples: Sequence[tuple[str, str, str]]) -> str:
     if not samples:
         return ""
+    said = "Greedy continuations of the same prompts, not chosen for looks."
+    return f"## Samples\n\n{said}\n\n{sample_table(samples)}"
+
+
+def sample_table(samples: Sequence[tuple[str, str, str]], *, name: str = "compressed") -> str:
+    """Return prompts with two continuations each as a table in Markdown.
+
+    Args:
+        samples: Prompt, continuation of the dense model and of the compressed one.
+        name: What the head calls the last.
+    """
     body = [tuple(map(_in_cell, sample)) for sample in samples]
-    side_by_side = table(("prompt", "dense", "compressed"), body, "github", align=("left",) * 3)
-    return f"## Samples\n\nGreedy continuations of the same prompts, not chosen for looks.\n\n{side_by_side}"
+    return table(("prompt", "dense", name), body, "github", align=("left",) * 3)
 
 
 def _in_cell(text: str) -> str:

@@ -273,7 +273,9 @@ class RankLearner(LightningModule):
         self.log("loss/total", loss.detach(), prog_bar=True)
         kept = kept_share(ratios.detach().clamp(max=1), dense_sizes(self.masks, ratios))
         self.log("keep/expected", kept, prog_bar=True)
-        self.log("keep/aim", self.aim)
+        self.log_dict({"keep/aim": self.aim, "keep/overshoot": kept - self.aim})
+        # Loggers put it at the step that it is part of; Lightning's own count is one less, also in validation.
+        self.log("step", float(self.global_step + 1))
         return loss
 
     def on_train_start(self) -> None:
@@ -302,6 +304,8 @@ class RankLearner(LightningModule):
             average_gradients(self.mask_parameters())
         # Lightning divides each loss by this, clips after this hook, and steps on what an epoch's end leaves over.
         self.mask_method.observe(self.masks, self.global_step, accumulated=self.trainer.accumulate_grad_batches)
+        gradients = [parameter.grad for parameter in self.mask_parameters() if parameter.grad is not None]
+        self.log("learning/gradient norm", nn.utils.get_total_norm(gradients))
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the mask parameters, with its schedule if one was given.
@@ -348,6 +352,7 @@ class RankLearner(LightningModule):
         # Already the same on all processes; without sync_dist Lightning would warn that they may not be.
         self.log("val/perplexity", nats.exp(), sync_dist=True)
         self.log("val/excess", nats - dense, prog_bar=True, sync_dist=True)
+        self.log("step", float(self.global_step), sync_dist=True)
         if self.trainer.sanity_checking:
             # It saw some of the windows only; the next validation needs the dense score of all.
             self.score.dense.reset()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 __all__ = [
+    "DATA_TERMS",
     "DataTerms",
     "activation_divergence",
     "alignment_penalty",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 DivergenceKind = Literal["mse", "cosine", "normalised_mse"]
+DATA_TERMS = ("cross_entropy", "kl", "divergence")
+"""What the terms are called that text gives."""
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -219,7 +222,7 @@ class DataTerms:
     divergence_at: Sequence[str] = field(default=("middle", "last"))
 
     def __post_init__(self) -> None:
-        weights = {"cross_entropy": self.cross_entropy, "kl": self.kl, "divergence": self.divergence}
+        weights: dict[str, float] = {name: getattr(self, name) for name in DATA_TERMS}
         if min(weights.values()) < 0 or max(weights.values()) == 0:
             raise ValueError(f"the weights of the data terms are {weights}: expected none below 0 and one above")
         if self.divergence_kind not in get_args(DivergenceKind):

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.callbacks import RankMonitor, Stopwatch
+from lowrank_pl.callbacks import Stopwatch
 from lowrank_pl.checkpointing import AtomicCheckpoints
 from lowrank_pl.compress import restore_dense
 from lowrank_pl.data import CalibrationData
@@ -22,6 +22,7 @@ from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
 from lowrank_pl.module import RankLearner
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.progress import LearningBar
+from lowrank_pl.rank_monitor import RankMonitor
 from lowrank_pl.recipes import Learning, Recipe
 
 __all__ = ["Subject"]

@@ -68,7 +68,7 @@ def test_ranks_by_type_and_block_are_logged_once_a_step(events):
 
 
 def test_rank_maps_are_drawn_at_the_start_when_due_and_at_the_end(events):
-    images = events.Images("rank map")
+    images = events.Images("ranks/map")
     assert [image.step for image in images] == [0, 3, 4]
     assert images[0].encoded_image_string.startswith(b"\x89PNG")
 

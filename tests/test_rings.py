@@ -15,7 +15,7 @@ import lowrank_pl
 
 PACKAGE = Path(lowrank_pl.__file__).parent
 OUTER = {"module", "data", "callbacks", "checkpointing", "compare", "interrupt", "progress", "short_run", "cli"}
-OUTER |= {"__main__"}
+OUTER |= {"__main__", "board", "rank_monitor", "text_samples"}
 FORBIDDEN = ("lightning", "pytorch_lightning", "tensorboard", "torch.utils.tensorboard")
 
 

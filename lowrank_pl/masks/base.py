@@ -42,6 +42,14 @@ class Mask(nn.Module, ABC):
     def forward(self) -> Tensor:
         """Return the gate ``[rank]`` of this training step, differentiable in the mask's parameters."""
 
+    def soft(self) -> Tensor:
+        """Return how far each component is on, before any rounding and without noise, from 0 to 1, ``[rank]``.
+
+        It is there to be looked at: how decided the mask is. A mask that knows no degrees gives zeros and ones.
+        """
+        gate: Tensor = self()
+        return gate
+
     def lit(self) -> Tensor | None:
         """Return the components that a token has to go through in this step, bool ``[rank]``; None for all.
 

@@ -80,6 +80,10 @@ class StaircaseMask(Mask):
         expected = self.probabilities()
         return self.kept().to(expected.dtype) + (expected - expected.detach())
 
+    def soft(self) -> Tensor:
+        """Return the expected gate ``[rank]``."""
+        return self.probabilities()
+
     def lit(self) -> Tensor:
         """Return the prefix of the expected length, bool ``[rank]``."""
         return self.kept()

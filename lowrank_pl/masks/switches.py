@@ -62,6 +62,10 @@ class SwitchMask(Mask):
         soft = self._soft()
         return self._arranged(soft > 0.5).to(soft.dtype) + (soft - soft.detach())
 
+    def soft(self) -> Tensor:
+        """Return the sigmoid of the logits without noise, ``[rank]``."""
+        return (self.switch_logits() / self.temperature).sigmoid()
+
     def lit(self) -> Tensor:
         """Return which components are on under this step's noise, bool ``[rank]``."""
         return self._arranged(self._soft().detach() > 0.5)
@@ -75,7 +79,7 @@ class SwitchMask(Mask):
 
         The value is that of the hard count; the gradient that of the soft one, at what the next component costs.
         """
-        soft = (self.switch_logits() / self.temperature).sigmoid().sum()
+        soft = self.soft().sum()
         return self.prices.ratio(self.shape, self.kept().sum() + (soft - soft.detach()))
 
     def _soft(self) -> Tensor:
