@@ -116,7 +116,7 @@ def refuse_gradients(settings: Decomposition) -> None:
     Raises:
         CannotWalkError: It weighs by gradients.
     """
-    if set(settings.needs) - {"inputs"}:
+    if not settings.block_by_block:
         raise CannotWalkError(
             f"a {settings.kind} decomposition needs gradients, which a backward pass through the whole model gives"
         )
