@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lowrank_pl.collected import Statistics
 from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.factor_store import FactorStore
@@ -76,7 +75,8 @@ def walk_factors(
             refuse_gradients(settings)
         todo = [target for target in targets.modules if target.name in set(missing)]
         # Where everything behind a block is measured, nothing has to be run through it.
-        runs = from_first(lambda: _runs(statistics, todo) if settings.needs else 0)
+        unmeasured = statistics.unmeasured(todo) if settings.needs else []
+        runs = from_first(lambda: max((target.block + 1 for target in unmeasured), default=0))
         walk = Walk(skeleton, windows, batch_size=batch_size, cache=cache) if runs else None
         # Of the maps of one block, several processes would get shares that are far from equal.
         later = todo if world_size() > 1 else []
@@ -95,11 +95,6 @@ def walk_factors(
             roots = Roots(settings, statistics, later, skeleton.device)
             decompose_all(skeleton.model, later, store, roots, loading=partial(_loaded, skeleton))
     return store
-
-
-def _runs(statistics: Statistics, todo: Sequence[Target]) -> int:
-    """Return how many blocks have to run, for the inputs of ``todo`` that are not measured yet."""
-    return max((target.block + 1 for target in statistics.unmeasured(todo)), default=0)
 
 
 @contextmanager
