@@ -16,7 +16,7 @@ from lowrank_pl import module as learner_module
 from lowrank_pl.base_model import load_base
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.layers import insert_masks, masked_layers
+from lowrank_pl.layers import chosen, insert_masks, masked_layers
 from lowrank_pl.masks import Staircase
 from lowrank_pl.prepare import build_factors
 from lowrank_pl.processes import together
@@ -100,31 +100,31 @@ def assert_equal_factors(ours, theirs, targets):
 
 
 def check_weights(rank, folder, family, dtype):
-    """Compare what this process holds, and computes, with the whole model."""
+    """Compare what this process holds, and computes, with a model that was loaded whole."""
     base, tokens = str(folder / family), windows(1)
     shared, whole = opened(base, dtype), load_base(base, dtype=DTYPES[dtype])
-    logits = whole(input_ids=tokens).logits
     how = {"settings": Decomposition("svd"), "directory": folder / f"{family}{rank}"}
-    store = build_factors(whole, shared.targets, windows(1), byte_tokenizer(), **how)
+    store = build_factors(whole, shared.targets, tokens, byte_tokenizer(), **how)
     model = shared.skeleton.model
-    starts = {target.name: 0.5 for target in shared.targets.modules}
-    insert_masks(model, store, Staircase(), starts, prices=Storage("factored"), empty=True)
-    layers = masked_layers(model)
-    learning = [parameter for layer in layers.values() for parameter in layer.mask.parameters()]
+    for one, empty in ((model, True), (whole, False)):
+        starts = {target.name: 0.5 for target in shared.targets.modules}
+        insert_masks(one, store, Staircase(), starts, prices=Storage("factored"), empty=empty)
+    learning = [parameter for layer in masked_layers(model).values() for parameter in layer.mask.parameters()]
     shard_frozen(model, store, learning, torch.device("cpu"), shared.skeleton)
-    dense = dict(whole.named_parameters(remove_duplicate=False))
-    sharded = {name: one for name, one in model.named_parameters(remove_duplicate=False) if isinstance(one, DTensor)}
-    assert dense.keys() <= sharded.keys()
-    for name, one in sharded.items():
-        assert len(one.to_local()) == len(range(*own_rows(len(one), rank, 2).indices(len(one)))), name
-        if name in dense:
-            turned = name.removesuffix(".weight") in layers and layers[name.removesuffix(".weight")].was_conv1d
-            assert torch.equal(one.full_tensor(), dense[name].mT if turned else dense[name]), name
-    tied = whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
-    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied == (family != "llama")
-    for layer in layers.values():
-        layer.choice = "dense"
-    assert torch.equal(model(input_ids=tokens).logits, logits)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, theirs in whole.named_parameters(remove_duplicate=False):
+        ours = parameters.pop(name)
+        if isinstance(ours, DTensor):
+            assert len(ours.to_local()) == len(range(*own_rows(len(theirs), rank, 2).indices(len(theirs)))), name
+            ours = ours.full_tensor()
+        assert torch.equal(ours, theirs), name
+    assert not parameters
+    assert sum(isinstance(one, DTensor) for one in model.parameters()) == len(list(model.parameters())) - len(learning)
+    tied = [one.get_output_embeddings().weight is one.get_input_embeddings().weight for one in (model, whole)]
+    assert tied == 2 * [family != "llama"]
+    for choice in ("mask", "dense"):
+        with torch.no_grad(), chosen(masked_layers(model), choice), chosen(masked_layers(whole), choice):
+            assert torch.equal(model(input_ids=tokens).logits, whole(input_ids=tokens).logits), (family, choice)
 
 
 def learn(rank, folder):
