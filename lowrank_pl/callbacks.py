@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lowrank_pl.allocate import allocator
-from lowrank_pl.base_model import load_base
 from lowrank_pl.board import boards, log_everywhere
 from lowrank_pl.compress import restore_dense
 from lowrank_pl.data import CalibrationData, calibration_data
@@ -161,10 +160,7 @@ class FinishRun(Stopwatch):
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             assert learner.model is not None
             return restore_dense(learner.model)
-        model = load_base(
-            learner.base, dtype=getattr(torch, learner.dtype_name), trust_remote_code=learner.trust_remote_code
-        )
-        return model.to(trainer.strategy.root_device)
+        return learner.dense_base().to(trainer.strategy.root_device)
 
     def _protocol(self, data: CalibrationData) -> Protocol:
         if self.score_text is None:

@@ -9,6 +9,7 @@ import torch
 
 from lowrank_pl.allocate import allocator
 from lowrank_pl.recipes import Recipe
+from lowrank_pl.shared_base import can_be_shared
 from lowrank_pl.workload import Learner, Machine, Workload
 
 __all__ = ["DryRun", "compare_workload", "fit_workload", "machine_of"]
@@ -117,6 +118,7 @@ def fit_workload(
         steps = -(-of_epoch // gathered) * max(1, trainer["max_epochs"] or 1)
     validations = _validations(trainer, batches=steps * gathered, of_epoch=of_epoch)
     starts = learner.start if hasattr(learner.start, "needs_gradients") else None
+    shared = machine.sharded and can_be_shared(learner.base)
     validated = data["validation_windows"]
     scored = validated * length
     if finish.score_text is not None:
@@ -127,6 +129,8 @@ def fit_workload(
         length=data["statistics_length"] or length,
         decompositions=(learner.decomposition,),
         weight_gradients=bool(starts and starts.needs_gradients),
+        streamed=shared and learner.decomposition.block_by_block and not (starts and starts.needs_model),
+        shared=shared,
         learners=[
             Learner(
                 "learning", learner.mask_method, steps, length, storage=learner.storage, windows=batch * gathered,

@@ -107,6 +107,11 @@ class Decomposition:
         """The statistics that the weights come from."""
         return _NEEDS[self.kind]
 
+    @property
+    def block_by_block(self) -> bool:
+        """Whether it can be made with one decoder block in memory: gradients come from a pass through all of them."""
+        return not set(self.needs) - {"inputs"}
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that change the result, which are not all for every kind."""
         uses = {

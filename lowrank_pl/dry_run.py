@@ -13,7 +13,7 @@ import torch
 from lowrank_pl.anatomy import Anatomy, anatomy, is_packed, read_config
 from lowrank_pl.command_work import DryRun, machine_of
 from lowrank_pl.decomposition import Decomposition
-from lowrank_pl.factor_needs import decomposition_phase, load_phase, statistics_phases
+from lowrank_pl.factor_needs import decomposition_phase, load_phase, share_phase, statistics_phases
 from lowrank_pl.files import cache_root, write_json
 from lowrank_pl.learning_needs import export_phase, learning_phase, refit_phase, scoring_phase
 from lowrank_pl.machine import resident_memory
@@ -47,6 +47,8 @@ def _phases(model: Anatomy, work: Workload, machine: Machine, program: float) ->
     yield from statistics_phases(model, work, machine, program)
     if work.decompositions:
         yield decomposition_phase(model, work, machine, program)
+    if work.shared:
+        yield share_phase(model, machine, program)
     for learner in work.learners:
         yield learning_phase(model, learner, work, machine, program)
     if work.refits:
@@ -63,11 +65,14 @@ def _notes(work: Workload, machine: Machine) -> Iterator[str]:
         yield "GPU memory is what tensors take; CUDA itself takes about half a GB beside them"
     if machine.processes > 1:
         yield f"memory is that of one of {machine.processes} processes, which share statistics and decomposition"
-    if machine.sharded:
+    if machine.sharded and not work.streamed:
         yield (
-            "a base that is to be sharded is measured and decomposed in main memory, and takes longer there than the "
-            "time says; `lowrank decompose` makes the factors on a GPU before"
+            "a base that is to be sharded is measured and decomposed whole, in the main memory of every process, and "
+            "takes longer there than the time says; `lowrank decompose` makes the factors on a GPU before"
         )
+    if work.shared:
+        yield "each process reads its own share of the base, and no more where the factors are made before"
+    elif machine.sharded:
         yield "every process loads the whole base into main memory before it is sharded"
     if work.models and not work.scored:
         yield "the whole text is scored, whose tokens are not known before it is read: scoring is left out"
@@ -158,7 +163,7 @@ def dry_run_decompose(
     work = Workload(
         windows=windows, length=length, decompositions=(decomposition,), memory=memory,
         recomputed=gradient_checkpointing,
-        streamed=not set(decomposition.needs) - {"inputs"} and not is_packed(base),
+        streamed=decomposition.block_by_block and not is_packed(base),
     )  # fmt: skip
     return dry_run(
         base, work, machine_of(device, speeds=speeds), dtype=dtype, include=include, exclude=exclude, speeds=speeds,

@@ -10,7 +10,7 @@ from lowrank_pl.block_groups import packed
 from lowrank_pl.needs import Phase, WorkKind
 from lowrank_pl.workload import Machine, Workload
 
-__all__ = ["decomposition_phase", "factor_bytes", "load_phase", "statistics_phases"]
+__all__ = ["decomposition_phase", "factor_bytes", "load_phase", "share_phase", "statistics_phases"]
 
 _SAVING = 4
 """Copies of a store's file in memory while it is written: the tensors in float32, the file, and the file again while
@@ -26,7 +26,7 @@ _PACKED = 0.75
 
 
 def load_phase(model: Anatomy, machine: Machine, program: float) -> Phase:
-    """Return what loading the base takes.
+    """Return what loading the whole base takes.
 
     Args:
         model: The base.
@@ -45,6 +45,16 @@ def load_phase(model: Anatomy, machine: Machine, program: float) -> Phase:
     if machine.sharded:
         device = {}
     return Phase("load", device, host, read=(_PACKED if model.unpacked else model.itemsize) * model.parameters)
+
+
+def share_phase(model: Anatomy, machine: Machine, program: float) -> Phase:
+    """Return what reading a process's share of the base takes; arguments as in ``load_phase``."""
+    share = model.bytes / machine.processes
+    # The rows of a matrix are copied from the pages of its file, which are let go then.
+    largest = max(model.vocabulary * model.hidden, *(target.shape[0] * target.shape[1] for target in model.modules))
+    pages = largest * model.itemsize / machine.processes
+    host = {"Python and libraries": program, "its file, mapped": pages}
+    return Phase("load shares", {"dense weights": share}, host, read=share)
 
 
 def statistics_phases(model: Anatomy, work: Workload, machine: Machine, program: float) -> list[Phase]:
@@ -92,7 +102,7 @@ def _input_moments(model: Anatomy, work: Workload, machine: Machine, program: fl
     disk = {"moments of inputs": _again(work) * sum(4.0 * width * (width + 1) for width in widths.values())}
     host = {"Python and libraries": program, "a file being written": _SAVING * 4.0 * widest**2}
     if work.streamed:
-        host["hidden states"] = float(tokens * model.hidden * model.itemsize)
+        host["hidden states"] = tokens * model.hidden * model.itemsize / machine.processes
     return _placed("moments of inputs", device, host, machine, work, disk, tokens * _again(work) * passes, done,
         read=_READS * model.bytes if work.streamed else 0.0,
     )  # fmt: skip
@@ -181,7 +191,10 @@ def decomposition_phase(model: Anatomy, work: Workload, machine: Machine, progra
     device = {**_weights(model, work), "roots and decomposition of a module": most}
     host = {"Python and libraries": program, "a file being written": _SAVING * largest}
     disk = {"factors": times * factor_bytes(target.shape for target in model.modules)}
-    return _placed("decomposition", device, host, machine, work, disk, 0, done, read=times * moments)
+    # Where processes share the maps out, each reads its own once more.
+    again = model.targeted * model.itemsize if work.streamed and machine.processes > 1 else 0.0
+    read = (times * moments + again) / machine.processes
+    return _placed("decomposition", device, host, machine, work, disk, 0, done, read=read)
 
 
 def factor_bytes(shapes: Iterable[tuple[int, int]]) -> float:
@@ -226,4 +239,4 @@ def _placed(
     done = {kind: amount / machine.processes for kind, amount in done.items()}
     if machine.sharded and not work.streamed:
         device, host = {}, {**host, **device}
-    return Phase(name, device, host, disk=disk, tokens=tokens, work=done, read=read / machine.processes)
+    return Phase(name, device, host, disk=disk, tokens=tokens, work=done, read=read)

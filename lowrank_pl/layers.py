@@ -149,7 +149,8 @@ def insert_masks(
         shape = (out_features, in_features)
         sigma = store.sigma(name)
         mask = method.create(shape, sigma, keep, prices=prices, kept=(kept or {}).get(name))
-        mask.to(weight.device)
+        if not weight.is_meta:
+            mask.to(weight.device)
         factors = _empty_factors(shape, sigma[: mask.rank]) if empty else store.factors(name, mask.rank)
         replace_module(model, name, MaskedLinear(dense, factors, mask))
 

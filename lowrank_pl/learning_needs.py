@@ -72,8 +72,8 @@ def learning_phase(model: Anatomy, learner: Learner, work: Workload, machine: Ma
         device["layers gathered"] = 2 * widest.largest * model.itemsize
         device["embeddings and head gathered"] = model.outside * model.itemsize
     if not machine.unified:
-        # Each process loads the base as a whole; of the factors it reads its share.
-        host["dense weights before they are sharded"] = model.bytes if machine.sharded else 0.0
+        # Of the factors each process reads its share.
+        host["dense weights before they are sharded"] = model.bytes if machine.sharded and not work.shared else 0.0
     per_step = learner.windows * learner.length
     done = sum(_multiply_adds(model, learner, one) for one in layers)
     validated = learner.validated * learner.length * len(layers)

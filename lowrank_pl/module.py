@@ -36,6 +36,7 @@ from lowrank_pl.prepare import budget_for, build_factors, describe_origin, prepa
 from lowrank_pl.processes import together
 from lowrank_pl.schedule import AimSchedule, half_cosine
 from lowrank_pl.sharding import average_gradients, shard_frozen
+from lowrank_pl.shared_base import SharedBase, open_shared
 from lowrank_pl.start import read_start, start_of
 from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import Targets, decoder_blocks, find_targets
@@ -164,37 +165,52 @@ class RankLearner(LightningModule):
         if self.model is not None:
             return
         data = calibration_data(self.trainer)
+        device = self.trainer.strategy.root_device
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         began = time.perf_counter()
         # The Trainer would have everything made on its device, where tables of angles come out other than in a model
         # that is loaded and moved, and where generators of the CPU can't draw.
         with torch.device("cpu"):
-            model = load_base(
-                self.base, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code
-            )
+            shared = self._open_shared(device) if sharded else None
+            model = self.dense_base() if shared is None else shared.skeleton.model
             if self.gradient_checkpointing:
                 refuse_dropout(model)
             if not sharded:
-                model.to(self.trainer.strategy.root_device)
-            self.build(model, data, sharded=sharded)
+                model.to(device)
+            self.build(model, data, sharded=sharded, shared=shared)
         self.seconds["factors"] = time.perf_counter() - began
         if sharded:
-            shard_frozen(model, self.store, self.mask_parameters(), self.trainer.strategy.root_device)
+            skeleton = None if shared is None else shared.skeleton
+            shard_frozen(model, self.store, self.mask_parameters(), device, skeleton)
 
-    def build(self, model: PreTrainedModel, data: CalibrationData, *, sharded: bool = False) -> None:
+    def dense_base(self) -> PreTrainedModel:
+        """Return the whole base, loaded anew."""
+        return load_base(self.base, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code)
+
+    def _open_shared(self, device: torch.device) -> SharedBase | None:
+        return open_shared(
+            self.base, include=self.include, exclude=self.exclude, dtype=getattr(torch, self.dtype_name), device=device,
+            trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+
+    def build(
+        self, model: PreTrainedModel, data: CalibrationData, *, sharded: bool = False, shared: SharedBase | None = None
+    ) -> None:
         """Make ``model`` the one that this learner works on.
 
         Args:
             model: The dense base.
             data: Gives the tokenizer and the windows for statistics.
             sharded: Leave the factors on disk, for ``shard_frozen`` to read this process's share of them.
+            shared: What ``model`` is the skeleton of, where it has no weights; these are left on disk as well.
         """
-        targets = find_targets(model, include=self.include, exclude=self.exclude)
+        globs = {"include": self.include, "exclude": self.exclude}
+        targets = find_targets(model, **globs) if shared is None else shared.targets
         self.budget = budget_for(
             model, targets, self.keep, multiple_of=self.multiple_of, floors=self.floors, storage=self.storage
         )
         self.data_terms.blocks(len(decoder_blocks(model)[1]))
-        self.store = self._factors(model, targets, data)
+        self.store = self._factors(model, targets, data, shared)
         self.notes = preparation_notes(targets, self.store)
         self.origin = describe_origin(
             base=self.base, dtype=self.dtype_name, text=data.statistics_text, windows=data.statistics_windows,
@@ -213,18 +229,21 @@ class RankLearner(LightningModule):
         self.shared = self.mask_method.share(self.masks)
         if self.record_order:
             self.lifetimes = Lifetimes({name: mask.rank for name, mask in self.masks.items()})
-        for module in self._beside().values():
+        for module in self._beside().values() if shared is None else ():
             module.to(model.device)
         learnt, frozen = sum(p.numel() for p in self.mask_parameters()), self.budget.model_parameters
         _log.info("%s mask parameters learn, the base's %s do not move", f"{learnt:,}", f"{frozen:,}")
 
-    def _factors(self, model: PreTrainedModel, targets: Targets, data: CalibrationData) -> FactorStore:
+    def _factors(
+        self, model: PreTrainedModel, targets: Targets, data: CalibrationData, shared: SharedBase | None
+    ) -> FactorStore:
         """Return the store of the factors, which all processes build together."""
+        windows, tokenizer = data.statistics_windows, data.tokenizer
+        how: dict[str, Any] = {"settings": self.decomposition, "directory": self.store_directory}
         with together():
-            return build_factors(
-                model, targets, data.statistics_windows, data.tokenizer, settings=self.decomposition,
-                directory=self.store_directory,
-            )  # fmt: skip
+            if shared is None:
+                return build_factors(model, targets, windows, tokenizer, **how)
+            return shared.factors(windows, tokenizer, load=self.dense_base, **how)
 
     def _start_plan(self, model: PreTrainedModel, targets: Targets, data: CalibrationData) -> RankPlan | None:
         """Return the plan to start from; an allocator draws it on the first process, for all."""
@@ -232,6 +251,9 @@ class RankLearner(LightningModule):
             return self.start
         text = ""
         if not self._trainer or self.trainer.is_global_zero:
+            if model.device.type == "meta" and self.start.needs_model:
+                _log.warning("the first process loads the whole base into memory, which %s runs", self.start.name)
+                model = self.dense_base()
             text = draw(
                 self.start, replace(self.budget, keep=self.aim), self.store, targets, model, data.statistics_windows,
                 data.tokenizer, directory=self.store_directory,

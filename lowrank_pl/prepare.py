@@ -7,7 +7,8 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -310,29 +311,31 @@ def check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:
             raise ValueError(f"the weight of {target.name} holds NaN or infinity: the checkpoint is damaged")
 
 
-def decompose_all(model: PreTrainedModel, todo: Sequence[Target], store: FactorStore, roots: Roots) -> None:
-    """Write the factors of ``todo``, maps of ``model``, to ``store``, weighted by ``roots``."""
+def decompose_all(
+    model: PreTrainedModel,
+    todo: Sequence[Target],
+    store: FactorStore,
+    roots: Roots,
+    *,
+    loading: Callable[[Sequence[Target]], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Write the factors of ``todo``, maps of ``model``, to ``store``, weighted by ``roots``.
+
+    Args:
+        model: Has the maps.
+        todo: Which; processes that work together take a share each.
+        store: Where factors go.
+        roots: What they are weighted by.
+        loading: Inside of what it returns, the maps that it is given have their weights, where ``model`` has none.
+    """
     kinds: Counter[str] = Counter()
     # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
     groups = [list(members) for _, members in groupby(todo, key=lambda target: target.group)]
     mine = balanced(groups, [sum(_svd_cost(target) for target in members) for members in groups])
     bar = tqdm(total=sum(map(len, mine)), desc="decompose", unit="module", disable=not is_first())
     for members in mine:
-        began = time.perf_counter()
-        inputs = roots.of_inputs(members[0].group)
-        if inputs is not None:
-            kinds[inputs.kind] += 1
-        for target in members:
-            weight = dense_weight(model.get_submodule(target.name)).detach()
-            outputs = roots.of_outputs(target.name)
-            if outputs is not None:
-                kinds[outputs.kind] += 1
-            factors = decompose(weight, inputs=inputs, outputs=outputs)
-            # The first of a group has made the square root that the others share.
-            spent, began = time.perf_counter() - began, time.perf_counter()
-            notes = {"weight": weight_digest(weight), "seconds": f"{spent:.4f}"}
-            store.add(target.name, factors, notes={**notes, **roots.notes(target, inputs, outputs)})
-            bar.update()
+        with loading(members):
+            kinds += _decompose_group(model, members, store, roots, bar)
     bar.close()
     if kinds["eigen"]:
         _log.warning(
@@ -341,6 +344,29 @@ def decompose_all(model: PreTrainedModel, todo: Sequence[Target], store: FactorS
             kinds["eigen"],
             kinds.total(),
         )
+
+
+def _decompose_group(
+    model: PreTrainedModel, members: Sequence[Target], store: FactorStore, roots: Roots, bar: Any
+) -> Counter[str]:
+    """Write the factors of maps that share an input; return how often each kind of square root was taken."""
+    kinds: Counter[str] = Counter()
+    began = time.perf_counter()
+    inputs = roots.of_inputs(members[0].group)
+    if inputs is not None:
+        kinds[inputs.kind] += 1
+    for target in members:
+        weight = dense_weight(model.get_submodule(target.name)).detach()
+        outputs = roots.of_outputs(target.name)
+        if outputs is not None:
+            kinds[outputs.kind] += 1
+        factors = decompose(weight, inputs=inputs, outputs=outputs)
+        # The first of a group has made the square root that the others share.
+        spent, began = time.perf_counter() - began, time.perf_counter()
+        notes = {"weight": weight_digest(weight), "seconds": f"{spent:.4f}"}
+        store.add(target.name, factors, notes={**notes, **roots.notes(target, inputs, outputs)})
+        bar.update()
+    return kinds
 
 
 def _svd_cost(target: Target) -> int:

@@ -38,12 +38,12 @@ class Shards:
         self.shapes = {name: shapes[key] for key, name in names.items()}
         self._places = {name: (files[key], key) for key, name in names.items()}
 
-    def read(self, name: str) -> Tensor:
-        """Return the tensor that the model calls ``name``, a view of the file's pages."""
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> Tensor:
+        """Return the tensor that the model calls ``name``, or a part of it, a view of the file's pages."""
         file, key = self._places[name]
         # Opened for each anew: pages that were read count as memory for as long as their file is open.
         with safe_open(file, framework="pt") as shard:
-            tensor: Tensor = shard.get_tensor(key)
+            tensor: Tensor = shard.get_slice(key)[part] if part else shard.get_tensor(key)
         return tensor
 
 

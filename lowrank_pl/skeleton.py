@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowrank_pl.base_model import read_config, resolve_base
+from lowrank_pl.processes import is_first
 from lowrank_pl.resume_forward import ended
 from lowrank_pl.shards import Shards
 from lowrank_pl.targets import Targets, decoder_blocks, find_targets
@@ -55,14 +56,30 @@ class Skeleton:
         self.embeddings = names_in(model.get_input_embeddings())
         elsewhere = {*self.embeddings, *names_in(model.get_output_embeddings()), *chain(*self.blocks)}
         self.outer = [name for name in self._parameters if name not in elsewhere]
+        self._names = {name: names[id(one)] for name, one in model.named_parameters(remove_duplicate=False)}
         for module in model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = buffer.to(device)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and value of every parameter in the model's order, each read when it is asked for."""
-        for name, parameter in tqdm(self._parameters.items(), desc="reading weights", unit="tensor"):
+        bar = tqdm(self._parameters.items(), desc="reading weights", unit="tensor", disable=not is_first())
+        for name, parameter in bar:
             yield name, self.shards.read(name).to(parameter.dtype)
+
+    def rows(self, name: str, rows: slice, *, transposed: bool = False) -> Tensor:
+        """Return ``rows`` of a parameter, contiguous; of the rest nothing is read.
+
+        Args:
+            name: The parameter; a tied one by any of its names.
+            rows: Which.
+            transposed: They are to be rows of its transpose.
+        """
+        name = self._names[name]
+        part = self.shards.read(name, (slice(None), rows) if transposed else (rows,))
+        return (part.mT if transposed else part).to(
+            self.device, self._parameters[name].dtype, copy=True, memory_format=torch.contiguous_format
+        )
 
     @contextmanager
     def loaded(self, names: Iterable[str]) -> Iterator[None]:
@@ -87,7 +104,9 @@ class Skeleton:
         """Let forward passes find each decoder block's weights there when they come to it, and end before the head."""
         blocks = decoder_blocks(self.model)[1]
         with self.loaded([*self.embeddings, *self.outer]), ExitStack() as hooks, ExitStack() as current:
-            bar = hooks.enter_context(tqdm(total=len(blocks), desc="trying blocks", unit="block"))
+            bar = hooks.enter_context(
+                tqdm(total=len(blocks), desc="trying blocks", unit="block", disable=not is_first())
+            )
 
             def load(names: Sequence[str]) -> None:
                 current.enter_context(self.loaded(names))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from lowrank_pl.evaluating import evaluating
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.hidden_states import Cache, HiddenStates
 from lowrank_pl.prepare import check_finite, decompose_all, factor_store, statistics_of
+from lowrank_pl.processes import from_first, is_first, share, world_size
 from lowrank_pl.resume_forward import copied, ended, forward_replaced, moved, resumed
 from lowrank_pl.skeleton import CannotWalkError, Skeleton, one_by_one
-from lowrank_pl.targets import Targets, decoder_blocks
+from lowrank_pl.targets import Target, Targets, decoder_blocks
 
 __all__ = ["Walk", "refuse_gradients", "walk_factors"]
 
@@ -43,6 +45,9 @@ def walk_factors(
 ) -> FactorStore:
     """Return the store that ``build_factors`` gives of the same model loaded whole, holding one block at a time.
 
+    Processes that work together (``lowrank_pl.processes.together``) take a share each of the windows, and then of the
+    decompositions, for which they load one group of maps at a time; all need the same folder.
+
     Args:
         skeleton: The dense base without its weights.
         targets: What was found in it.
@@ -56,33 +61,48 @@ def walk_factors(
 
     Raises:
         ValueError: As in ``build_factors``.
-        CannotWalkError: The decomposition needs gradients, or blocks share more than the hidden state; what was made
-            before that showed is right and stays.
+        CannotWalkError: Factors are missing whose decomposition needs gradients, or blocks share more than the hidden
+            state; what was made before that showed is right and stays.
     """
     settings = settings or Decomposition()
-    refuse_gradients(settings)
     statistics = statistics_of(
         skeleton.model, windows, tokenizer, parameters=skeleton.parameters(), directory=directory,
         batch_size=batch_size, memory=memory,
     )  # fmt: skip
     store = factor_store(targets, statistics.source, settings, directory)
     with store.making(target.name for target in targets.modules) as missing:
+        if missing:
+            refuse_gradients(settings)
         todo = [target for target in targets.modules if target.name in set(missing)]
-        unmeasured = statistics.unmeasured(todo) if settings.needs else []
         # Where everything behind a block is measured, nothing has to be run through it.
-        runs = max((target.block + 1 for target in unmeasured), default=0)
+        unmeasured = statistics.unmeasured(todo) if settings.needs else []
+        runs = from_first(lambda: max((target.block + 1 for target in unmeasured), default=0))
         walk = Walk(skeleton, windows, batch_size=batch_size, cache=cache) if runs else None
+        # Of the maps of one block, several processes would get shares that are far from equal.
+        later = todo if world_size() > 1 else []
         for block, names in enumerate(skeleton.blocks):
             those = [target for target in todo if target.block == block]
-            if not those and block >= runs:
+            if block >= runs and (later or not those):
                 continue
             _log.info("block %d of %d: %d modules to decompose", block + 1, len(skeleton.blocks), len(those))
             with walk.at(block) if walk is not None and block < runs else skeleton.loaded(names):
                 check_finite(skeleton.model, those)
                 if those:
                     roots = Roots(settings, statistics, those, skeleton.device)
-                    decompose_all(skeleton.model, those, store, roots)
+                    if not later:
+                        decompose_all(skeleton.model, those, store, roots)
+        if later:
+            roots = Roots(settings, statistics, later, skeleton.device)
+            decompose_all(skeleton.model, later, store, roots, loading=partial(_loaded, skeleton))
     return store
+
+
+@contextmanager
+def _loaded(skeleton: Skeleton, those: Sequence[Target]) -> Iterator[None]:
+    """Let the maps ``those``, and nothing else, have their weights while the block runs."""
+    with skeleton.loaded(f"{target.name}.weight" for target in those):
+        check_finite(skeleton.model, those)
+        yield
 
 
 def refuse_gradients(settings: Decomposition) -> None:
@@ -91,7 +111,7 @@ def refuse_gradients(settings: Decomposition) -> None:
     Raises:
         CannotWalkError: It weighs by gradients.
     """
-    if set(settings.needs) - {"inputs"}:
+    if not settings.block_by_block:
         raise CannotWalkError(
             f"a {settings.kind} decomposition needs gradients, which a backward pass through the whole model gives"
         )
@@ -99,6 +119,8 @@ def refuse_gradients(settings: Decomposition) -> None:
 
 class Walk:
     """Forward passes over all windows through one block of a model at a time, from the first block to the last.
+
+    Processes that work together run the windows of their share alone.
 
     Args:
         skeleton: The model.
@@ -112,8 +134,11 @@ class Walk:
     """
 
     def __init__(self, skeleton: Skeleton, windows: Tensor, *, batch_size: int = 1, cache: Cache = "ram") -> None:
-        self.skeleton, self.windows, self.batch_size = skeleton, windows, batch_size
-        self._states = HiddenStates(len(windows), cache=cache)
+        self.skeleton, self.batch_size = skeleton, batch_size
+        # Those that `collect_input_moments` runs.
+        self._batches = share(torch.split(windows, batch_size))
+        self._windows = sum(map(len, self._batches))
+        self._states = HiddenStates(self._windows, cache=cache)
         self._trial = windows[:1, :_TRIAL]
         # What every block returns in one whole pass, to compare with.
         self._whole: list[Any] = []
@@ -145,7 +170,7 @@ class Walk:
             CannotWalkError: Blocks share more than the hidden state.
         """
         model = self.skeleton.model
-        starts = range(0, len(self.windows), self.batch_size)
+        starts = range(0, self._windows, self.batch_size)
         inputs = (moved(self._states.read(start, self.batch_size), self.skeleton.device) for start in starts)
         self._passes = 0
 
@@ -159,7 +184,7 @@ class Walk:
             with resumed(model, block, inputs), ended(model, decoder_blocks(model)[1][block], keep):
                 yield
                 if self._passes == 0:
-                    for batch in tqdm(torch.split(self.windows, self.batch_size), desc="forward", unit="batch"):
+                    for batch in tqdm(self._batches, desc="forward", unit="batch", disable=not is_first()):
                         self._run(batch)
         assert self._passes == len(starts)
 

@@ -111,6 +111,7 @@ class Workload:
             get passes of their own. None is no limit.
         recomputed: Whether the passes for gradients compute the activations of blocks again.
         streamed: Whether the device holds one decoder block's weights at a time while factors are made.
+        shared: Whether each process reads its own share of a base that is to be sharded, and no more of it.
 
     Raises:
         ValueError: A fraction outside (0, 1], no fraction, or a number below its least.
@@ -131,6 +132,7 @@ class Workload:
     memory: int | None = None
     recomputed: bool = False
     streamed: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if not self.keeps:

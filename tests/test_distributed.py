@@ -94,6 +94,17 @@ def test_both_export_and_score_at_the_end(ddp, fsdp):
     assert_equal(*weights)
 
 
+def test_fsdp2_reads_shares_of_files_and_learns_and_exports_the_same(ddp, tmp_path):
+    base = tmp_path / "base"
+    tiny_model("llama").save_pretrained(base, max_shard_size="20KB")
+    byte_tokenizer().save_pretrained(base)
+    # In a store of its own, so that factors are made anew.
+    folder = run(tmp_path / "run", "fsdp", f"--model.base {base} --model.store {tmp_path / 'factors'}")
+    assert_equal(masks(folder), masks(ddp))
+    assert RankPlan.load(folder / "plan.json").modules == RankPlan.load(ddp / "plan.json").modules
+    assert_equal(*(load_compressed(one / "model").state_dict() for one in (folder, ddp)))
+
+
 def test_fsdp2_goes_on_from_a_sharded_checkpoint_bit_for_bit(ddp, tmp_path):
     first = run(tmp_path / "first", "fsdp", SHARDED_CHECKPOINTS, "--trainer.max_steps 2")
     last = first / "checkpoints" / "last.ckpt"

@@ -101,6 +101,43 @@ def test_sharding_spreads_what_is_frozen_and_gathers_it_in_every_pass(llama):
     assert (one.sent, eight.sent) == (0, 3 * 2 * whole * 7 / 8)
 
 
+def test_a_base_that_is_read_in_shares_is_whole_nowhere(llama):
+    def needs(kind, shared):
+        settings, learners = Decomposition(kind), [Learner("learning", Staircase(), steps=3, length=64)]
+        work = Workload(
+            windows=16, length=64, decompositions=(settings,), learners=learners, shared=shared,
+            streamed=shared and settings.block_by_block,
+        )  # fmt: skip
+        return estimate(llama, work, Machine("cuda", 8, sharded=True))
+
+    shares, whole, gradients = needs("whitened", True), needs("whitened", False), needs("two_sided", True)
+    assert [phase.name for phase in shares.phases] == ["moments of inputs", "decomposition", "load shares", "learning"]
+    assert phase_of(shares, "load shares").device == {"dense weights": llama.bytes / 8}
+    assert phase_of(shares, "load shares").read == llama.bytes / 8
+    for phase in shares.phases:
+        assert not [what for what, size in phase.host.items() if "weights" in what and size]
+    # The windows of one process, two of sixteen.
+    assert phase_of(shares, "moments of inputs").host["hidden states"] == 2 * 64 * llama.hidden * llama.itemsize
+    for phase, host in (
+        ("load", "dense weights before they move"),
+        ("learning", "dense weights before they are sharded"),
+    ):
+        assert phase_of(whole, phase).host[host] == llama.bytes
+    assert phase_of(gradients, "output gradients").host["dense weights"] == llama.bytes
+    assert phase_of(gradients, "learning").host["dense weights before they are sharded"] == 0
+    loaded = "every process loads the whole base into main memory before it is sharded"
+    assert [loaded in found.notes for found in (shares, whole, gradients)] == [False, True, False]
+
+
+@pytest.mark.parametrize(("base", "shared"), [("shapes:llama-3.2-1b", True), ("random:llama", False)])
+def test_fit_knows_which_base_is_read_in_shares(base, shared, capsys):
+    fsdp = str(Path(SMOKE).parent / "strategy" / "fsdp.yaml")
+    main(["fit", "-c", SMOKE, "-c", fsdp, "--model.base", base, "--trainer.devices", "8", "--dry_run", "h100"])
+    said = capsys.readouterr().out
+    assert ("load shares" in said) == ("each process reads its own share of the base" in said) == shared
+    assert ("every process loads the whole base" in said) != shared
+
+
 def test_a_memory_budget_makes_groups_of_blocks_and_more_passes(llama):
     def gradients(memory):
         work = Workload(windows=4, length=64, decompositions=(TWO_SIDED,), memory=memory)

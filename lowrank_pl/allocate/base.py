@@ -48,12 +48,14 @@ class Allocator(ABC):
         default_kind: Kind of decomposition that it draws on when none is asked for, its paper's where there is one.
         kinds: Kinds of decomposition whose singular values mean what the scores take them for; empty for any.
         needs_gradients: Whether ``Problem.gradients`` has to be there.
+        needs_model: Whether it runs the model, which then has to have its weights.
     """
 
     name: ClassVar[str]
     default_kind: ClassVar[Kind] = "whitened"
     kinds: ClassVar[tuple[str, ...]] = ()
     needs_gradients: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, problem: Problem) -> dict[str, Tensor]:
@@ -86,6 +88,7 @@ class Allocator(ABC):
         Raises:
             ValueError: One of them is missing.
         """
+        assert self.needs_model
         if problem.model is None or problem.windows is None:
             what = "model" if problem.model is None else "calibration windows"
             raise ValueError(

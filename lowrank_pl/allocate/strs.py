@@ -41,6 +41,7 @@ class Strs(Allocator):
     batch_size: int = 4
     name: ClassVar[str] = "strs"
     default_kind: ClassVar[Kind] = "asvd"
+    needs_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         rising = sorted(set(self.ratios))

@@ -43,6 +43,7 @@ class ZeroSum(Allocator):
     batch: int = 8
     name: ClassVar[str] = "zero_sum"
     needs_gradients: ClassVar[bool] = True
+    needs_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.keep_rank_ratio <= 1:
