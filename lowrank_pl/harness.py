@@ -100,7 +100,7 @@ def load_tasks(
             found = {"tasks": {task.name: _local(task)}} if isinstance(task, LocalTask) else managers.load(task)
             twice = sorted(loaded["tasks"].keys() & found["tasks"].keys())
             if twice:
-                raise ValueError(f"task {twice[0]!r} comes twice, from {task} too: name it once, files as NAME=FILE")
+                raise ValueError(f"task {twice[0]!r} comes twice, from {task} too: give it once")
             for kind, entries in found.items():
                 loaded[kind].update(entries)
     for task in loaded["tasks"].values():
