@@ -278,7 +278,7 @@ def test_the_smoke_configuration_of_a_callback_by_name(tmp_path, capsys):
 
 def test_words_that_mean_nothing(capsys, tmp_path):
     said = failing(capsys, "fitt")
-    known = "fit, evaluate, decompose, allocate, refit, export, doctor, compare, bench"
+    known = "fit, evaluate, decompose, allocate, refit, export, doctor, report, compare, bench"
     assert said == f"there is no command 'fitt': expected one of {known}"
     assert "--model.kep" in failing_fit(capsys, tmp_path, "--model.kep", "0.5", status=2)
     assert "File does not exist" in failing(capsys, "fit", "-c", "none.yaml", status=2)
