@@ -67,7 +67,10 @@ class Pass:
         length: Tokens of a window.
         dtype: Type of the weights.
         perplexity: Perplexity.
-        tokens_per_second: Predicted tokens in a second, scoring.
+        tokens_per_second: Predicted tokens in a second, scoring; None beside a reference, where nothing is timed.
+        kl: KL(reference || model) in nats a token; None without a reference.
+        agreement: Fraction of tokens for which both find the same one most likely; likewise.
+        tokens: Predicted tokens.
     """
 
     source: str
@@ -77,7 +80,10 @@ class Pass:
     length: int
     dtype: str
     perplexity: float
-    tokens_per_second: float
+    tokens_per_second: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,10 +144,13 @@ class Evidence:
 
     @property
     def divergence(self) -> Agreement | None:
-        """The doctor's, where it had the dense model beside this one."""
+        """The doctor's, where it had the dense model beside this one, or else that of ``lowrank evaluate``."""
         found = [finding.figures for finding in self.diagnosis.findings] if self.diagnosis else []
         figures = next((one for one in found if {"kl", "agreement", "tokens"} <= one.keys()), None)
         if figures is None or self.diagnosis is None:
+            for one in self.passes:
+                if one.kl is not None and one.agreement is not None:
+                    return Agreement(one.kl, one.agreement, one.tokens, described(vars(one)))
             return None
         how = described(self.diagnosis.protocol) or "the text of `lowrank doctor`"
         return Agreement(float(figures["kl"]), float(figures["agreement"]), int(figures["tokens"]), how)
@@ -216,14 +225,37 @@ def _parts(whole: Evidence, path: Path, values: dict[str, Any], written: float) 
             }  # fmt: skip
         if isinstance(values.get("results"), dict):
             return {"tasks": (*whole.tasks, _tasks(path.stem, values))}
+        if "model" in values and (isinstance(values.get("texts"), dict) or isinstance(values.get("tasks"), dict)):
+            return _evaluated(whole, path.stem, values)
         if isinstance(values.get("rows"), list):
             return {"speeds": (*whole.speeds, *_speeds(values))}
         if {"model", "text", "perplexity", "tokens_per_second"} <= values.keys():
-            keys = ("model", "text", "windows", "length", "dtype", "perplexity", "tokens_per_second")
-            return {"passes": (*whole.passes, Pass(path.stem, **{key: values[key] for key in keys}))}
+            return {"passes": (*whole.passes, _pass(path.stem, values, values))}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {EXPECTED}") from None
     return {}
+
+
+def _evaluated(whole: Evidence, source: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file of ``lowrank evaluate`` says: of each text, and of tasks for the model and its reference."""
+    parts: dict[str, Any] = {}
+    if texts := values.get("texts"):
+        parts["passes"] = (*whole.passes, *(_pass(source, values, one) for one in texts.values()))
+    if tasks := values.get("tasks"):
+        names = {"model": values["model"], "reference": values.get("reference")}
+        found = [_tasks(source, {**tasks[who], "model_name": name}) for who, name in names.items() if who in tasks]
+        # In a table of tasks they stand side by side.
+        beside = [replace(one, source="dense") for one in found[1:]]
+        parts["tasks"] = (*whole.tasks, *beside, *found[:1])
+    return parts
+
+
+def _pass(source: str, whole: Mapping[str, Any], text: Mapping[str, Any]) -> Pass:
+    beside = text.get("divergence") or {}
+    return Pass(
+        source, whole["model"], text["text"], text["windows"], text["length"], whole["dtype"], text["perplexity"],
+        text.get("tokens_per_second"), beside.get("kl"), beside.get("agreement"), text.get("tokens", 0),
+    )  # fmt: skip
 
 
 def _tasks(source: str, values: Mapping[str, Any]) -> TaskScores:
@@ -231,7 +263,13 @@ def _tasks(source: str, values: Mapping[str, Any]) -> TaskScores:
     for task, metrics in values["results"].items():
         for key, value in metrics.items():
             metric, _, kind = str(key).partition(",")
-            if metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+            # Beside the metrics lm-eval notes how many rows there are.
+            if (
+                metric == "sample_len"
+                or metric.endswith("_stderr")
+                or isinstance(value, bool)
+                or not isinstance(value, int | float)
+            ):
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}" if kind else f"{metric}_stderr")
             name = metric if kind in ("", "none") else f"{metric} ({kind})"

@@ -114,6 +114,7 @@ class RunRecord:
         passes = [
             Speed(one.model, one.tokens_per_second, f"lowrank evaluate, {one.dtype}, {one.source}.json")
             for one in self.evidence.passes
+            if one.tokens_per_second is not None
         ]
         return [*own, *passes, *self.evidence.speeds]
 
@@ -244,12 +245,17 @@ def _missing(record: RunRecord, *, is_export: bool) -> list[str]:
         said.append(f"No model is exported: lowrank export --plan {record.folder / 'plan.json'} --output DIR")
     if not record.rows and not record.own_passes:
         why = "An export has no table of scores" if is_export else "There is no summary.json"
-        said.append(f"{why}: lowrank evaluate {place or 'DIR'} --text TEXT --json {record.folder / 'score.json'}")
+        said.append(
+            f"{why}: lowrank evaluate --model {place or 'DIR'} --text TEXT --json {record.folder / 'score.json'}"
+        )
     if place is not None and not record.evidence.thorough:
         said.append(
             "The model was not compared with its base, KL divergence and agreement are not known: "
             f"lowrank doctor {place} --json {record.folder / 'doctor.json'}"
         )
     if place is not None and not record.evidence.tasks:
-        said.append("No tasks were scored: give files of lm-evaluation-harness with --scores")
+        said.append(
+            f"No tasks were scored: lowrank evaluate --model {place} --reference BASE --tasks piqa,arc_easy --json "
+            f"{record.folder / 'tasks.json'}"
+        )
     return said

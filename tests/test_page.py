@@ -23,6 +23,7 @@ from lowrank_pl.plan import ModulePlan, RankPlan
 from lowrank_pl.report import Row, write_summary
 from lowrank_pl.reporting import report
 from lowrank_pl.run_record import read_run
+from lowrank_pl.scoring import evaluate
 
 HOSTILE = '<script>alert("x")</script><img src="http://evil.example/a.png" onerror=alert(1)>"\'&\x00\x1b'
 ROWS = [
@@ -308,6 +309,29 @@ def test_files_of_scores_in_the_folder_are_found(run, caplog):
     assert "Healthy, with warnings on quality, by lowrank doctor, checked.json" in page.words
 
 
+def test_what_evaluate_writes_is_read(run, tmp_path):
+    pytest.importorskip("lm_eval")
+    questions = tmp_path / "sums.jsonl"
+    rows = [{"query": f"Question: {n} and one?", "choices": [str(n), str(n + 1)], "gold": 1} for n in range(4)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = tmp_path / "text.txt"
+    text.write_text("a text to score, long enough for a window or two. " * 8)
+    figures = evaluate(
+        "random:llama", reference="random:llama", text=[f"own={text}"], tasks=[str(questions)], length=64, windows=2,
+        device="cpu", json=run / "scores.json",
+    )  # fmt: skip
+    found = read_evidence([run / "scores.json"])
+    assert found.divergence.agreement == 1.0
+    assert found.divergence.tokens == 126
+    assert found.divergence.how == f"{text}, 2 windows of 64 tokens"
+    assert [(one.text, one.perplexity) for one in found.passes] == [(str(text), figures["texts"]["own"]["perplexity"])]
+    right = figures["tasks"]["model"]["results"]["sums"]["acc,none"]
+    assert [(one.source, one.figures["sums"]["acc"][0]) for one in found.tasks] == [("dense", right), ("scores", right)]
+    page = Page(run_page(read_run(run)))
+    assert page.row("sums")[1] == "acc"
+    assert not any("were scored" in text for text in read_run(run).missing)
+
+
 def test_a_diagnosis_older_than_the_weights_is_out_of_date(run):
     path = run / "doctor.json"
     path.write_text(json.dumps(DOCTOR))
@@ -481,7 +505,7 @@ def test_an_export_says_what_it_lacks(run, capsys):
     (folder / "tokenizer.json").write_text("{}")
     report(folder)
     shown = capsys.readouterr().out
-    assert f"missing  An export has no table of scores: lowrank evaluate {folder} --text TEXT" in shown
+    assert f"missing  An export has no table of scores: lowrank evaluate --model {folder} --text TEXT" in shown
     assert f"lowrank doctor {folder} --json" in shown
     page = Page((folder / "report.html").read_text())
     assert "What is not here" in page.words
