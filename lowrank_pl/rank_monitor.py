@@ -74,7 +74,7 @@ class RankMonitor(Callback):
     # -- when -------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the settings, and where the ranks start; after a resume, void what was written of later steps."""
+        """Write the settings; after a resume, void what was written of later steps."""
         learner = _learner(pl_module)
         self._done = trainer.global_step
         self._map_every = self.map_every_n_steps or _part_of(trainer, 8)
@@ -84,10 +84,12 @@ class RankMonitor(Callback):
         log_settings(trainer, _settings(trainer, learner), METRICS)
         if not trainer.global_step:
             self.history, self._drawn, self._binned = RankHistory(), -1, -1
-            self._show(trainer, learner, everything=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note when the batch began, and at which learning rate."""
+        """Note when the batch began, and at which learning rate; before the first one, where the ranks start."""
+        # Not when training starts: masks that follow from a budget are set by the learner, whose turn comes later then.
+        if not trainer.global_step and not self.history.steps:
+            self._show(trainer, _learner(pl_module), everything=True)
         self._began, self._rate = time.perf_counter(), float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(

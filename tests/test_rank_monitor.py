@@ -109,6 +109,16 @@ def layout_of(events):
     return Layout.FromString(only.tensor_proto.string_val[0])
 
 
+def test_masks_that_follow_from_the_budget_are_at_it_from_the_first_point_on(tmp_path):
+    two_sided = {"mask": Rescaled(warmup=1), "decomposition": Decomposition("two_sided"), "keep": 0.6}
+    learner, monitor = learn(tmp_path, steps=2, **two_sided)
+    assert monitor.history.steps[0] == 0
+    first = read(tmp_path).Scalars("keep/dense modules")[0]
+    assert first.step == 0
+    # All of them, before the learner has drawn an allocation.
+    assert first.value <= len(learner.masks) / 2
+
+
 def test_the_page_of_charts_shows_tags_that_exist_and_all_loss_terms_and_types(events):
     layout, tags = layout_of(events), events.Tags()["scalars"]
     shown = {}
