@@ -117,8 +117,7 @@ def bench(
         figures = _steps(
             base, keep=_only("keep", keep, 0.8), length=length, batch_size=_only("batch_size", sizes, 1),
             repeats=repeats, dtype=_only("dtype", dtype, "float32"), every=rest_every or 8, forms=_forms(storage),
-            place=place,
-            recompute=gradient_checkpointing,
+            place=place, recompute=gradient_checkpointing,
         )  # fmt: skip
     else:
         _refuse(case, rest_every=rest_every, gradient_checkpointing=gradient_checkpointing or None)

@@ -162,6 +162,7 @@ class _Comparison:
             self._write(results)
         dense = results[DENSE, 1.0]
         todo = [(name, keep) for name in recipes for keep in sorted(keeps, reverse=True)]
+        made = False
         for number, (name, keep) in enumerate(todo, 1):
             identity = self._identity(recipes[name], keep)
             if results.get((name, keep), {}).get("identity") == identity:
@@ -170,8 +171,10 @@ class _Comparison:
             _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
             results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
             self._write(results)
-        # The plots may be asked to show others than last time.
-        self._write(results)
+            made = True
+        if not made:
+            # The plots may be asked to show others than last time.
+            self._write(results)
         return list(results.values())
 
     def _write(self, results: Mapping[tuple[str, float], dict[str, Any]]) -> None:

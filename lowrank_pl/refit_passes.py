@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -163,6 +163,9 @@ class Twins:
                 "the blocks of %s share more than the hidden state: every pass runs all blocks up to the one it is for",
                 type(model).__name__,
             )
+        # Windows before each batch, and all of them.
+        self._firsts = list(accumulate(map(len, self.batches), initial=0))
+        self._tokens = sum(batch.numel() for batch in self.batches)
         # The dense model is behind a block when its twin is before it.
         self._dense, self._twin = (_Course(0, [None] * len(self.batches)) for _ in range(2))
         self._place = _resting_place(model, 2 * self._tokens * _width(model, None) * model.dtype.itemsize)
@@ -191,7 +194,7 @@ class Twins:
                 if len(calls) != 1 or _tokens(calls[0]) != batch.numel():
                     self._not_once.add(name)
                 else:
-                    self._fed[name].write(self._first(number), calls[0].reshape(len(batch), -1, calls[0].shape[-1]))
+                    self._fed[name].write(self._firsts[number], calls[0].reshape(len(batch), -1, calls[0].shape[-1]))
 
         self._advance(self._dense, block + 1, {}, list(self._fed), write)
 
@@ -209,7 +212,7 @@ class Twins:
             batch, calls = self.batches[number], seen[where]
             if where in self._not_once or len(calls) != 1 or _tokens(calls[0]) != batch.numel():
                 return None
-            dense = self._fed[where].read(self._first(number), len(batch))
+            dense = self._fed[where].read(self._firsts[number], len(batch))
             return dense.to(self.model.device).reshape(calls[0].shape), calls[0]
 
         def done(number: int, seen: Seen) -> None:
@@ -276,19 +279,10 @@ class Twins:
         size = sum(width * count for width, count in missing.items()) * self._tokens * self.model.dtype.itemsize
         place, free = _resting_place(self.model, size), available_memory()
         cache: Cache = "disk" if place.type == "cpu" and free is not None and size > free / 2 else "ram"
-        windows = sum(map(len, self.batches))
         for width, count in missing.items():
-            rooms[width] += [HiddenStates(windows, cache=cache, device=place) for _ in range(count)]
+            rooms[width] += [HiddenStates(self._firsts[-1], cache=cache, device=place) for _ in range(count)]
         pairs = [zip(names, rooms[width], strict=True) for width, names in wanted.items()]
         return dict(chain.from_iterable(pairs))
-
-    @property
-    def _tokens(self) -> int:
-        return sum(batch.numel() for batch in self.batches)
-
-    def _first(self, number: int) -> int:
-        """Return the number of the first window of batch ``number``."""
-        return sum(map(len, self.batches[:number]))
 
 
 @dataclass

@@ -310,7 +310,6 @@ def test_files_of_scores_in_the_folder_are_found(run, caplog):
 
 
 def test_what_evaluate_writes_is_read(run, tmp_path):
-    pytest.importorskip("lm_eval")
     questions = tmp_path / "sums.jsonl"
     rows = [{"query": f"Question: {n} and one?", "choices": [str(n), str(n + 1)], "gold": 1} for n in range(4)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
