@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,10 +15,10 @@ from lowrank_pl.files import atomic_write, write_json
 from lowrank_pl.plan_report import percent, save_figure, table
 
 __all__ = [
-    "by_mean_excess",
     "comparison_cells",
     "comparison_plot",
     "comparison_table",
+    "lines_by_mean_excess",
     "read_results",
     "write_comparison",
 ]
@@ -61,12 +60,29 @@ def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], l
     return head, body
 
 
-def by_mean_excess(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the methods of ``rows``, first the one whose best size has the least mean excess over the texts."""
-    best: dict[str, float] = {}
-    for row in rows:
-        best[row["method"]] = min(best.get(row["method"], math.inf), _mean_excess(row))
-    return sorted(best, key=best.__getitem__)
+def lines_by_mean_excess(
+    results: Sequence[Mapping[str, Any]], methods: Sequence[str] = ()
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Return each method's results from its smallest size to its largest.
+
+    The first method is the one whose best size has the least mean excess over the texts.
+
+    Args:
+        results: As in ``results.json``; those of the dense model are left out.
+        methods: Which to return; all by default.
+
+    Raises:
+        ValueError: A method that has no result.
+    """
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(results, key=lambda row: row["keep"]["targeted"]):
+        if row["method"] != DENSE:
+            lines.setdefault(row["method"], []).append(row)
+    for name in methods:
+        if name not in lines:
+            raise ValueError(f"the plot is to show {name!r}, which has no result: there are {', '.join(lines)}")
+    best = {name: min(map(_mean_excess, lines[name])) for name in methods or lines}
+    return {name: lines[name] for name in sorted(best, key=best.__getitem__)}
 
 
 def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, methods: Sequence[str] = ()) -> Figure:
@@ -82,20 +98,12 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
     Raises:
         ValueError: A method that has no result.
     """
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(results, key=lambda row: row["keep"]["targeted"]):
-        if row["method"] != DENSE:
-            lines.setdefault(row["method"], []).append(row)
-    for name in methods:
-        if name not in lines:
-            raise ValueError(f"the plot is to show {name!r}, which has no result: there are {', '.join(lines)}")
-    lines = {name: lines[name] for name in methods or lines}
+    lines = lines_by_mean_excess(results, methods)
     figure = Figure(figsize=(7.2, max(4.2, 1.2 + 0.19 * len(lines))), layout="constrained")
     axes = figure.add_subplot()
     ends = {}
-    ranked = by_mean_excess([row for rows in lines.values() for row in rows])
-    for place, name in enumerate(ranked):
-        points = [(row["keep"]["targeted"], row["excess"][corpus]) for row in lines[name]]
+    for place, (name, rows) in enumerate(lines.items()):
+        points = [(row["keep"]["targeted"], row["excess"][corpus]) for row in rows]
         ends[name] = points[-1]
         axes.plot(
             *zip(*points, strict=True),
@@ -118,7 +126,7 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=7)
-    _name_lines(axes, ends, {name: f"C{place % 10}" for place, name in enumerate(ranked)})
+    _name_lines(axes, ends, {name: f"C{place % 10}" for place, name in enumerate(lines)})
     return figure
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_pl.comparison import DENSE, by_mean_excess, comparison_cells, read_results
+from lowrank_pl.comparison import comparison_cells, lines_by_mean_excess, read_results
 from lowrank_pl.files import atomic_write
 from lowrank_pl.page import render
 from lowrank_pl.plan_report import percent
@@ -74,19 +74,20 @@ def comparison_page(results: Sequence[Mapping[str, Any]], *, title: str) -> str:
     if not results:
         raise ValueError("the comparison has no results yet: run `lowrank compare` again, it goes on where it stopped")
     head, body = comparison_cells(results)
-    drawn = [row for row in results if row["method"] != DENSE]
-    names = by_mean_excess(drawn)
+    lines = lines_by_mean_excess(results)
+    corpora = results[0]["excess"] if lines else ()
     machines = {
         str(row.get("machine", {}).get("accelerator") or row.get("machine", {}).get("processor")) for row in results
     }
     return render(
-        "comparison.html", title=title, head=head, body=body, names=names, machines=sorted(machines - {"None"}),
-        plots=[_plot(drawn, names, corpus) for corpus in (drawn[0]["excess"] if drawn else ())], results=results,
+        "comparison.html", title=title, head=head, body=body, names=list(lines), machines=sorted(machines - {"None"}),
+        plots=[_plot(lines, corpus) for corpus in corpora], results=results,
         WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, BOTTOM=BOTTOM,
     )  # fmt: skip
 
 
-def _plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str], corpus: str) -> Plot:
+def _plot(results: Mapping[str, Sequence[Mapping[str, Any]]], corpus: str) -> Plot:
+    rows = [row for of_method in results.values() for row in of_method]
     sizes = [row["keep"]["targeted"] for row in rows]
     values = [row["excess"][corpus] for row in rows]
     ticks = _ticks(min(values), max(values))
@@ -103,8 +104,7 @@ def _plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str], corpus: str) 
         return round(TOP + (high - scale(value)) / ((high - low) or 1) * (HEIGHT - TOP - BOTTOM), 1)
 
     lines = []
-    for place, name in enumerate(names):
-        of_method = sorted((row for row in rows if row["method"] == name), key=lambda row: row["keep"]["targeted"])
+    for place, (name, of_method) in enumerate(results.items()):
         lines.append(Line(name, place, [
             (x(row["keep"]["targeted"]), y(row["excess"][corpus]),
              f"{name}, {percent(row['keep']['targeted'])} kept: {row['excess'][corpus]:.3f} nats")
