@@ -278,7 +278,8 @@ class Twins:
         missing = {width: len(names) - len(rooms[width]) for width, names in wanted.items()}
         size = sum(width * count for width, count in missing.items()) * self._tokens * self.model.dtype.itemsize
         place, free = _resting_place(self.model, size), available_memory()
-        cache: Cache = "disk" if place.type == "cpu" and free is not None and size > free / 2 else "ram"
+        # The rest is for hidden states and moments.
+        cache: Cache = "disk" if place.type == "cpu" and free is not None and size > free * 2 / 3 else "ram"
         for width, count in missing.items():
             rooms[width] += [HiddenStates(self._firsts[-1], cache=cache, device=place) for _ in range(count)]
         pairs = [zip(names, rooms[width], strict=True) for width, names in wanted.items()]
