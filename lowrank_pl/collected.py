@@ -16,14 +16,23 @@ from transformers import PreTrainedModel
 from lowrank_pl.block_groups import block_groups
 from lowrank_pl.factor_store import FactorStore, TensorStore, read_manifest, total_seconds
 from lowrank_pl.files import cache_root
-from lowrank_pl.gradients import GradientMoments, Labels, WeightGradients, collect_gradients
+from lowrank_pl.gradients import (
+    GradientMoments,
+    Labels,
+    OutputMeasure,
+    WeightGradients,
+    collect_gradients,
+    measure_gradients,
+)
 from lowrank_pl.processes import is_first, share
 from lowrank_pl.statistics import InputMoments, collect_input_moments
 from lowrank_pl.targets import Target
+from lowrank_pl.token_weights import TokenNorms, WeightedMoments
+from lowrank_pl.windows import windows_fingerprint
 
 __all__ = ["Statistic", "Statistics", "statistics_behind"]
 
-Statistic = Literal["inputs", "output_gradients", "weight_gradients"]
+Statistic = Literal["inputs", "output_gradients", "weighted_moments", "weight_gradients"]
 
 _log = logging.getLogger(__name__)
 _SOURCE = ("model", "config", "tokenizer", "text")
@@ -75,6 +84,15 @@ class Statistics:
             gradient_checkpointing=self.gradient_checkpointing, collecting=collecting,
         )  # fmt: skip
 
+    def on(self, windows: Tensor) -> Statistics:
+        """Return the statistics of the same model on other ``windows`` ``[windows, length]``."""
+        text = windows_fingerprint(windows)
+        directory = None if self._directory is None else self._directory / "texts" / text[:20]
+        return Statistics(
+            self.model, windows, {**self.source, "text": text}, directory=directory, batch_size=self.batch_size,
+            memory=self.memory, gradient_checkpointing=self.gradient_checkpointing, collecting=self.collecting,
+        )  # fmt: skip
+
     def inputs(self, targets: Sequence[Target]) -> TensorStore:
         """Return the store of ``second_moment`` ``[in, in]`` and ``mean_absolute`` ``[in]``, keyed by group."""
         store = self._store("statistics")
@@ -107,6 +125,49 @@ class Statistics:
         self._fill(store, names, sizes, collect, _gradient_tensors, lambda found: {"tokens": str(found.tokens)})
         return store
 
+    def weighted_moments(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
+        """Return the store of ``inputs`` ``[in, in]`` and ``outputs`` ``[out, out]``, keyed by module.
+
+        They are the means of ``|g| x x'`` and of ``g g' / |g|``, ``x`` an input and ``g`` the gradient by its output.
+        """
+        store = self._store("weighted_moments", labels=labels)
+        device = self.model.device
+
+        def collect(those: Sequence[Target]) -> dict[str, WeightedMoments]:
+            measures = {target: WeightedMoments.empty(target.shape, device=device) for target in those}
+            self._measure(measures, labels)
+            return {target.name: found for target, found in measures.items()}
+
+        names = {target: target.name for target in targets}
+        sizes = {target: 8 * sum(side**2 for side in target.shape) for target in targets}
+        self._fill(store, names, sizes, collect, _weighted_tensors, lambda found: {"tokens": str(found.tokens)})
+        return store
+
+    def gradient_norms(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
+        """Return the store of ``norms`` ``[windows, length]`` of output gradients, token by token, keyed by module.
+
+        Raises:
+            ValueError: A map is not called once for every token.
+        """
+        store = self._store("gradient_norms", labels=labels)
+
+        def collect(those: Sequence[Target]) -> dict[str, TokenNorms]:
+            shape = self.windows.shape
+            measures = {target: TokenNorms.empty(*shape, batch_size=self.batch_size) for target in those}
+            self._measure(measures, labels)
+            return {target.name: found for target, found in measures.items()}
+
+        names = {target: target.name for target in targets}
+        sizes = dict.fromkeys(targets, 4 * self.windows.numel())
+        self._fill(store, names, sizes, collect, lambda found: {"norms": found.norms}, lambda _: {})
+        return store
+
+    def _measure(self, measures: Mapping[Target, OutputMeasure], labels: Labels) -> None:
+        measure_gradients(
+            self.model, self.windows, measures, labels=labels, batch_size=self.batch_size,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )  # fmt: skip
+
     def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
         """Return the store of ``mean`` ``[out, in]`` and ``mean_squares`` ``[out]`` of gradients, keyed by module."""
         store = self._store("weight_gradients", batch_size=str(self.batch_size))
@@ -132,6 +193,8 @@ class Statistics:
                 found[need] = self.inputs(targets)
             elif need == "output_gradients":
                 found[need] = self.output_gradients(targets, labels)
+            elif need == "weighted_moments":
+                found[need] = self.weighted_moments(targets, labels)
             else:
                 found[need] = self.weight_gradients(targets)
         return found
@@ -232,6 +295,10 @@ def _input_tensors(moments: InputMoments) -> dict[str, Tensor]:
 
 def _gradient_tensors(moments: GradientMoments) -> dict[str, Tensor]:
     return {"second_moment": _narrow(moments.second_moment)}
+
+
+def _weighted_tensors(moments: WeightedMoments) -> dict[str, Tensor]:
+    return {"inputs": _narrow(moments.mean_inputs), "outputs": _narrow(moments.mean_outputs)}
 
 
 def _weight_tensors(gradients: WeightGradients) -> dict[str, Tensor]:

@@ -163,9 +163,11 @@ class _Correction:
             )
         roots = Roots.behind(self.base, self.model, self.calibration, self.modules)
         bar = tqdm(total=len(self.modules), desc="correct", unit="module")
-        for group, members in groupby(self.modules, key=lambda target: target.group):
-            inputs = roots.of_inputs(group)
-            for target in members:
+        for _, members in groupby(self.modules, key=lambda target: target.group):
+            inputs = None
+            for place, target in enumerate(members):
+                if place == 0 or not roots.inputs_shared:
+                    inputs = roots.of_inputs(target)
                 notes = self.base.notes(target.name)
                 if target.name not in weights:
                     made.add(target.name, self.base.factors(target.name), notes=notes)

@@ -40,11 +40,14 @@ class Decomposition:
     ``asvd``          mean absolute value to the power ``alpha``        nothing
     ``fwsvd``         nothing                                           root of summed squared weight gradients
     ``whitened``      second moment                                     nothing
-    ``two_sided``     second moment                                     second moment of output gradients
+    ``two_sided``     second moment, tokens weighted by the size of     second moment of output gradients, tokens
+                      their output gradient                             weighted by its inverse
     ================  ================================================  ==================================
 
     Sources: ASVD (arXiv 2312.05821), FWSVD (arXiv 2207.00112), SVD-LLM (arXiv 2403.07378); ``two_sided`` weighs by
-    K-FAC's estimate (arXiv 1503.05671) of the loss, so that its singular values compare across modules.
+    K-FAC's estimate (arXiv 1503.05671) of the loss, so that its singular values compare across modules. K-FAC takes
+    inputs and gradients to be independent; splitting the size of each token's gradient evenly over both sides
+    (``token_weights``, ours) takes only its direction to be.
 
     Args:
         kind: One of the table.
@@ -53,6 +56,8 @@ class Decomposition:
         alpha: Power of ``asvd``.
         labels: ``two_sided``: gradients of a loss whose labels are ``sampled`` from the model, or those of the
             ``text``.
+        token_weights: ``two_sided``: weigh tokens as in the table, which keeps the few that much depends on, as
+            attention sinks in keys and values, from standing for all; otherwise all weigh the same, as in K-FAC.
         at_keep: ``two_sided``: measure everything a second time, in the model that is already compressed to this
             fraction (by the ``fisher`` allocator on the factors of the first time), and weigh by the mean of the two.
             The loss's curvature far from the dense model is another than at it.
@@ -68,6 +73,7 @@ class Decomposition:
     output_damping: float = 1e-2
     alpha: float = 0.5
     labels: Labels = "sampled"
+    token_weights: bool = True
     at_keep: float | None = None
     at_weight: float = 0.5
 
@@ -95,7 +101,9 @@ class Decomposition:
     @classmethod
     def behind(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
         """Return the decomposition that factors of ``fingerprint`` were made by."""
-        return cls(**{part.name: fingerprint[part.name] for part in fields(cls) if part.name in fingerprint})
+        # Those made before there were weights say nothing of them.
+        known = {"token_weights": False, **fingerprint}
+        return cls(**{part.name: known[part.name] for part in fields(cls) if part.name in known})
 
     @property
     def needs_text(self) -> bool:
@@ -105,7 +113,14 @@ class Decomposition:
     @property
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics that the weights come from."""
+        if self.weighs_tokens:
+            return ("weighted_moments",)
         return _NEEDS[self.kind]
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count by the size of their gradient."""
+        return self.kind == "two_sided" and self.token_weights
 
     @property
     def block_by_block(self) -> bool:
@@ -119,7 +134,7 @@ class Decomposition:
             "asvd": ("damping", "alpha"),
             "fwsvd": ("output_damping",),
             "whitened": ("damping",),
-            "two_sided": ("damping", "output_damping", "labels"),
+            "two_sided": ("damping", "output_damping", "labels", "token_weights"),
         }
         again = () if self.at_keep is None else ("at_keep", "at_weight")
         return {"kind": self.kind, **{name: getattr(self, name) for name in (*uses[self.kind], *again)}}
@@ -155,7 +170,7 @@ class Roots:
         self.settings, self.device = settings, device
         found = statistics.stores(settings.needs, todo, settings.labels)
         self.inputs, self.moments = found.get("inputs"), found.get("output_gradients")
-        self.weights = found.get("weight_gradients")
+        self.weights, self.weighted = found.get("weight_gradients"), found.get("weighted_moments")
         self.later: dict[Statistic, TensorStore] = {}
         if compressed is not None:
             self.later = compressed.stores(settings.needs, todo, settings.labels)
@@ -180,41 +195,56 @@ class Roots:
             compressed = statistics.compressed(settings.point(factors.fingerprint["at_modules"]))
         return cls(settings, statistics, todo, model.device, compressed)
 
-    def of_inputs(self, group: str) -> SquareRoot | None:
-        """Return what the inputs of ``group`` are weighted by."""
-        if self.inputs is None:
+    @property
+    def inputs_shared(self) -> bool:
+        """Whether maps that share an input have the same root of it."""
+        return self.weighted is None
+
+    def of_inputs(self, target: Target) -> SquareRoot | None:
+        """Return what the inputs of ``target`` are weighted by."""
+        if self.weighted is not None:
+            moment = self._moment("weighted_moments", self.weighted, target.name, "inputs")
+        elif self.inputs is None:
             return None
-        if self.settings.kind == "asvd":
-            mean = self.inputs.read(group, "mean_absolute").to(self.device)
+        elif self.settings.kind == "asvd":
+            mean = self.inputs.read(target.group, "mean_absolute").to(self.device)
             return _located(
-                lambda: diagonal_root(mean**self.settings.alpha, damping=self.settings.damping), "input", group
+                lambda: diagonal_root(mean**self.settings.alpha, damping=self.settings.damping), "input", target.group
             )
-        moment = self._moment("inputs", self.inputs, group)
-        return _located(lambda: square_root(moment, damping=self.settings.damping), "input", group)
+        else:
+            moment = self._moment("inputs", self.inputs, target.group, "second_moment")
+        return _located(lambda: square_root(moment, damping=self.settings.damping), "input", target.group)
 
     def of_outputs(self, name: str) -> SquareRoot | None:
         """Return what the outputs of module ``name`` are weighted by."""
-        if self.moments is not None:
-            moment = self._moment("output_gradients", self.moments, name)
-            return _located(lambda: square_root(moment, damping=self.settings.output_damping), "output", name)
-        if self.weights is not None:
+        if self.weighted is not None:
+            moment = self._moment("weighted_moments", self.weighted, name, "outputs")
+        elif self.moments is not None:
+            moment = self._moment("output_gradients", self.moments, name, "second_moment")
+        elif self.weights is not None:
             squares = self.weights.read(name, "mean_squares").to(self.device)
             return _located(lambda: diagonal_root(squares.sqrt(), damping=self.settings.output_damping), "output", name)
-        return None
+        else:
+            return None
+        return _located(lambda: square_root(moment, damping=self.settings.output_damping), "output", name)
 
-    def _moment(self, statistic: Statistic, store: TensorStore, name: str) -> Tensor:
-        """Return the second moment that ``name`` has, or the mean of those before and after compression."""
-        moment = store.read(name, "second_moment").to(self.device)
+    def _moment(self, statistic: Statistic, store: TensorStore, name: str, tensor: str) -> Tensor:
+        """Return the moment that ``name`` has, or the mean of those before and after compression."""
+        moment = store.read(name, tensor).to(self.device)
         if statistic not in self.later:
             return moment
-        later = self.later[statistic].read(name, "second_moment").to(self.device)
+        later = self.later[statistic].read(name, tensor).to(self.device)
         return torch.lerp(moment.double(), later.double(), self.settings.at_weight)
 
     def notes(self, target: Target, inputs: SquareRoot | None, outputs: SquareRoot | None) -> dict[str, str]:
         """Return what to note beside the factors of ``target``: the kinds of its roots, and their tokens."""
         notes: dict[str, str] = {}
-        if inputs is not None and self.inputs is not None:
-            notes |= {"square_root": inputs.kind, "tokens": self.inputs.notes(target.group)["tokens"]}
+        if inputs is not None:
+            notes["square_root"] = inputs.kind
+        if self.weighted is not None:
+            notes["tokens"] = self.weighted.notes(target.name)["tokens"]
+        elif inputs is not None and self.inputs is not None:
+            notes["tokens"] = self.inputs.notes(target.group)["tokens"]
         if outputs is not None:
             notes["output_root"] = outputs.kind
         return notes

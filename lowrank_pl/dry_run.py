@@ -13,7 +13,7 @@ import torch
 from lowrank_pl.anatomy import Anatomy, anatomy, is_packed, read_config
 from lowrank_pl.command_work import DryRun, machine_of
 from lowrank_pl.decomposition import Decomposition
-from lowrank_pl.factor_needs import decomposition_phase, load_phase, share_phase, statistics_phases
+from lowrank_pl.factor_needs import decomposition_phase, load_phase, norms_phase, share_phase, statistics_phases
 from lowrank_pl.files import cache_root, write_json
 from lowrank_pl.learning_needs import export_phase, learning_phase, refit_phase, scoring_phase
 from lowrank_pl.machine import resident_memory
@@ -51,6 +51,8 @@ def _phases(model: Anatomy, work: Workload, machine: Machine, program: float) ->
         yield share_phase(model, machine, program)
     for learner in work.learners:
         yield learning_phase(model, learner, work, machine, program)
+    if work.refits and work.weighs_tokens:
+        yield norms_phase(model, work, machine, program)
     if work.refits:
         yield refit_phase(model, work, machine, program)
     if work.models:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import groupby
 
 from lowrank_pl.anatomy import Anatomy
@@ -10,7 +11,7 @@ from lowrank_pl.block_groups import packed
 from lowrank_pl.needs import Phase, WorkKind
 from lowrank_pl.workload import Machine, Workload
 
-__all__ = ["decomposition_phase", "factor_bytes", "load_phase", "share_phase", "statistics_phases"]
+__all__ = ["decomposition_phase", "factor_bytes", "load_phase", "norms_phase", "share_phase", "statistics_phases"]
 
 _SAVING = 4
 """Copies of a store's file in memory while it is written: the tensors in float32, the file, and the file again while
@@ -70,11 +71,22 @@ def statistics_phases(model: Anatomy, work: Workload, machine: Machine, program:
         sums = {target.name: 8.0 * target.shape[0] ** 2 for target in model.modules}
         gram = float(sum(target.shape[0] ** 2 for target in model.modules))
         phases.append(_gradients("output gradients", model, work, machine, program, sums=sums, gram=gram, on_disk=0.5))
+    if work.weighs_tokens:
+        sums = {target.name: 8.0 * _squares(target.shape) for target in model.modules}
+        gram = float(sum(_squares(target.shape) for target in model.modules))
+        phases.append(_gradients("weighted moments", model, work, machine, program, sums=sums, gram=gram, on_disk=0.5))
     if "weight_gradients" in needs or work.weight_gradients:
         sums = {target.name: 4.0 * target.shape[0] * target.shape[1] for target in model.modules}
         gram = float(model.targeted)
         phases.append(_gradients("weight gradients", model, work, machine, program, sums=sums, gram=gram, on_disk=1.0))
     return phases
+
+
+def norms_phase(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
+    """Return what measuring the gradients takes that a refit weighs its tokens by; arguments as above."""
+    sums = {target.name: 4.0 * work.refitted * work.length for target in model.modules}
+    work = replace(work, windows=work.refitted)
+    return _gradients("gradient norms", model, work, machine, program, sums=sums, gram=0.0, on_disk=1.0)
 
 
 def _input_moments(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
@@ -134,6 +146,9 @@ def _gradients(
     blocks = {target.name: target.block for target in model.modules}
     most, passes = _at_a_time(sums, blocks, work.memory)
     rows, columns = (max(target.shape[side] for target in model.modules) for side in (0, 1))
+    product = {
+        "output gradients": rows**2, "weighted moments": max(rows, columns) ** 2, "weight gradients": rows * columns,
+    }.get(name, 0)  # fmt: skip
     per_token = model.kept_with_outputs
     found = sum(target.shape[0] for target in model.modules) * float(model.itemsize)
     if work.recomputed:
@@ -147,7 +162,7 @@ def _gradients(
     device = {
         **_weights(model, work),
         f"sums of {name}": most,
-        "products of a batch": 2 * 4.0 * max(rows**2, rows * columns if on_disk == 1 else 0),
+        "products of a batch": 2 * 4.0 * product,
     }
     if forward >= backward:
         device |= {"activations": work.length * per_token, "logits": 16.0 * work.length * model.vocabulary}
@@ -167,8 +182,10 @@ def _gradients(
 
 def decomposition_phase(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
     """Return what square roots and singular value decompositions take; arguments as in ``statistics_phases``."""
-    both = any("output_gradients" in settings.needs for settings in work.decompositions)
+    both = work.weighs_tokens or any("output_gradients" in settings.needs for settings in work.decompositions)
     some = any(settings.needs for settings in work.decompositions)
+    # Maps that share an input share a root of it, unless tokens weigh for each what they do for it alone.
+    inputs = [target.shape[1] for target in model.modules] if work.weighs_tokens else list(model.input_widths.values())
     # Each kind makes all factors anew, and one that measures in the compressed model makes those before it as well.
     times = sum(1 if settings.at_keep is None else 2 for settings in work.decompositions)
     most, double, svd, root_work = 0.0, 0.0, 0.0, 0.0
@@ -183,8 +200,8 @@ def decomposition_phase(model: Anatomy, work: Workload, machine: Machine, progra
         root_work += m**3 / 3 * both
         svd += m * n * k
     if some:
-        root_work += sum(width**3 / 3 for width in model.input_widths.values())
-    moments = 4.0 * some * sum(width**2 for width in model.input_widths.values())
+        root_work += sum(width**3 / 3 for width in inputs)
+    moments = 4.0 * some * sum(width**2 for width in inputs)
     moments += 4.0 * both * sum(target.shape[0] ** 2 for target in model.modules)
     largest = max(factor_bytes([target.shape]) for target in model.modules)
     done: dict[WorkKind, float] = {"double": times * (double + root_work), "svd": times * svd}
@@ -204,6 +221,10 @@ def factor_bytes(shapes: Iterable[tuple[int, int]]) -> float:
     56.0
     """
     return float(sum(min(shape) * (4 * sum(shape) + 8) for shape in shapes))
+
+
+def _squares(shape: tuple[int, int]) -> int:
+    return sum(side**2 for side in shape)
 
 
 def _weights(model: Anatomy, work: Workload) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,29 @@ from lowrank_pl.evaluating import evaluating
 from lowrank_pl.processes import add_up, is_first, share, total
 from lowrank_pl.targets import Target, decoder_blocks
 
-__all__ = ["GradientMoments", "Labels", "WeightGradients", "collect_gradients"]
+__all__ = ["GradientMoments", "Labels", "OutputMeasure", "WeightGradients", "collect_gradients", "measure_gradients"]
 
 Labels = Literal["sampled", "text"]
 """Whose next tokens the loss asks for: drawn from the model (the Fisher matrix) or the text's (the empirical one)."""
 Call = tuple[Tensor, Tensor]
 """Input of one call of a map, and the gradient by its output."""
+
+
+class OutputMeasure(Protocol):
+    """Something that is measured of the gradients by a map's outputs."""
+
+    def add(self, inputs: Tensor, gradient: Tensor, *, tokens: int, batch: int) -> None:
+        """Take in one call of the map.
+
+        Args:
+            inputs: ``[..., in]`` what it was fed.
+            gradient: ``[..., out]`` of the summed loss, by what it returned.
+            tokens: How many labels the loss asked for; 0 where another call of the batch has told.
+            batch: Number of the batch.
+        """
+
+    def merge_processes(self) -> None:
+        """Put together what all processes that work together have seen."""
 
 
 @dataclass
@@ -46,8 +63,8 @@ class GradientMoments:
         """Return sums of nothing for outputs of ``features`` values."""
         return cls(torch.zeros(features, features, dtype=torch.float64, device=device))
 
-    def update(self, gradient: Tensor, tokens: int) -> None:
-        """Add the gradients ``[..., out]`` of a summed loss that asked for ``tokens`` labels."""
+    def add(self, inputs: Tensor, gradient: Tensor, *, tokens: int, batch: int) -> None:
+        """Add the gradients ``[..., out]`` of a summed loss that asked for ``tokens`` labels; the rest is not used."""
         flat = gradient.detach().reshape(-1, gradient.shape[-1]).float()
         self.second += flat.mT @ flat
         self.tokens += tokens
@@ -149,13 +166,58 @@ def collect_gradients(
     Raises:
         ValueError: A window of less than two tokens, or a loss or a gradient that is not finite.
     """
-    if windows.shape[1] < 2:
-        raise ValueError(f"windows of {windows.shape[1]} tokens were given: a loss needs at least two")
     device = next(model.parameters()).device
     seen = {target.name: GradientMoments.empty(target.shape[0], device=device) for target in moments}
     sums = {target.name: WeightGradients.empty(target.shape, device=device) for target in weights}
-    recorder = _Recorder()
     first = min((target.block for target in (*moments, *weights)), default=0)
+    _run(
+        model, windows, first, seen, sums, labels=labels, batch_size=batch_size, seed=seed,
+        gradient_checkpointing=gradient_checkpointing, progress=progress,
+    )  # fmt: skip
+    return seen, sums
+
+
+def measure_gradients(
+    model: PreTrainedModel,
+    windows: Tensor,
+    measures: Mapping[Target, OutputMeasure],
+    *,
+    labels: Labels = "sampled",
+    batch_size: int = 1,
+    seed: int = 0,
+    gradient_checkpointing: bool = False,
+    progress: str = "gradients",
+) -> None:
+    """Let each map's measure see the gradients by its outputs; arguments as in ``collect_gradients``.
+
+    Raises:
+        ValueError: A window of less than two tokens, or a loss or a gradient that is not finite.
+    """
+    first = min((target.block for target in measures), default=0)
+    _run(
+        model, windows, first, {target.name: measure for target, measure in measures.items()}, {}, labels=labels,
+        batch_size=batch_size, seed=seed, gradient_checkpointing=gradient_checkpointing, progress=progress,
+    )  # fmt: skip
+
+
+def _run(
+    model: PreTrainedModel,
+    windows: Tensor,
+    first: int,
+    seen: Mapping[str, OutputMeasure],
+    sums: Mapping[str, WeightGradients],
+    *,
+    labels: Labels,
+    batch_size: int,
+    seed: int,
+    gradient_checkpointing: bool,
+    progress: str,
+) -> None:
+    """Feed what is measured of outputs, ``seen``, and of weights, ``sums``, of maps from block ``first`` on."""
+    if windows.shape[1] < 2:
+        raise ValueError(f"windows of {windows.shape[1]} tokens were given: a loss needs at least two")
+    device = next(model.parameters()).device
+    recorder = _Recorder()
     with _differentiable(model, first), recomputing(model) if gradient_checkpointing else nullcontext():
         # A batch keeps its number, and so its sampled labels, whichever process it goes to.
         mine = share(list(enumerate(torch.split(windows, batch_size))))
@@ -167,16 +229,16 @@ def collect_gradients(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             _backward(logits, tokens[:, 1:], seen, sums, recorder, labels, generator, number)
             recorder.clear()
-    measured: list[GradientMoments | WeightGradients] = [*seen.values(), *sums.values()]
-    for found in measured:
-        found.merge_processes()
-    return seen, sums
+    for measure in seen.values():
+        measure.merge_processes()
+    for gradients in sums.values():
+        gradients.merge_processes()
 
 
 def _backward(
     logits: Tensor,
     following: Tensor,
-    seen: Mapping[str, GradientMoments],
+    seen: Mapping[str, OutputMeasure],
     sums: Mapping[str, WeightGradients],
     recorder: _Recorder,
     labels: Labels,
@@ -215,11 +277,17 @@ def _weight_gradient(inputs: Tensor, gradient: Tensor) -> Tensor:
     return gradient.flatten(0, -2).float().mT @ inputs.flatten(0, -2).float()
 
 
-def _update(moments: GradientMoments, calls: Sequence[Call], tokens: int, name: str, number: int) -> None:
+def _update(measure: OutputMeasure, calls: Sequence[Call], tokens: int, name: str, number: int) -> None:
     # A map that is called more than once for a token adds up what each call does, and the token counts once.
-    for place, (_, gradient) in enumerate(calls):
+    for place, (inputs, gradient) in enumerate(calls):
         _check(gradient, name, number)
-        moments.update(gradient, tokens if place == 0 else 0)
+        try:
+            measure.add(inputs, gradient, tokens=tokens if place == 0 else 0, batch=number)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: at module {name} in calibration batch {number}; "
+                "check the checkpoint, or load it in a wider dtype"
+            ) from None
 
 
 def _loss(logits: Tensor, following: Tensor, number: int) -> Tensor:

@@ -139,7 +139,9 @@ def refit_phase(model: Anatomy, work: Workload, machine: Machine, program: float
         "hidden states": float(_HIDDEN * tokens * model.hidden * model.itemsize),
         "inputs of a block's maps": float(tokens * _inputs_of_a_block(model) * model.itemsize),
     }
-    squares = sum(width**2 for width in model.input_widths.values())
+    # Where tokens weigh for each map what they do for it alone, maps that share an input have moments of their own.
+    own = [target.shape[1] for target in model.modules]
+    squares = sum(width**2 for width in (own if work.weighs_tokens else model.input_widths.values()))
     done: dict[WorkKind, float] = {
         "forward": work.refits * _REFIT_PASSES * tokens * model.multiply_adds,
         "float32": work.refits * tokens * 3.0 * squares,

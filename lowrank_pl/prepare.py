@@ -352,10 +352,12 @@ def _decompose_group(
     """Write the factors of maps that share an input; return how often each kind of square root was taken."""
     kinds: Counter[str] = Counter()
     began = time.perf_counter()
-    inputs = roots.of_inputs(members[0].group)
-    if inputs is not None:
-        kinds[inputs.kind] += 1
+    inputs = None
     for target in members:
+        if target is members[0] or not roots.inputs_shared:
+            inputs = roots.of_inputs(target)
+            if inputs is not None:
+                kinds[inputs.kind] += 1
         weight = dense_weight(model.get_submodule(target.name)).detach()
         outputs = roots.of_outputs(target.name)
         if outputs is not None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_pl.collected import statistics_behind
 from lowrank_pl.compress import factored_layer
 from lowrank_pl.decompose import Factors
 from lowrank_pl.decomposition import Decomposition, Roots
-from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.factor_store import FactorStore, TensorStore
 from lowrank_pl.files import canonical_json, sha256_of
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.refit_moments import PairMoments
@@ -32,8 +34,9 @@ __all__ = ["Refit", "refit"]
 
 _log = logging.getLogger(__name__)
 
-_BUSY = 32_768
-"""Tokens in a pass of one block that take a GPU longer than its kernels take to launch."""
+_BUSY = {"cpu": 1_024, "cuda": 32_768}
+"""Tokens in a pass of one block that take longer than what comes with every pass: adding up moments in float64 on a
+CPU, starting kernels on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Refit:
             weight.
         residual: Whether modules whose output is added to a stream, as attention's and the MLP's last ones, also make
             up for the error that the stream has there.
-        two_sided: Whether errors are weighted by the outputs' gradients where the factors were.
+        two_sided: Whether errors are weighted by the outputs' gradients, and by tokens, where the factors were.
 
     Raises:
         ValueError: A setting out of its range.
@@ -112,17 +115,18 @@ def refit(
     Compressing a module changes the inputs of all that come after it. In the order of execution, with all modules
     before it refitted, each module's factors of the planned rank are chosen anew, so that on the compressed model's
     inputs ``t`` they give what the dense weight gives on the dense model's ``x`` (closed-form updates of SVD-LLM,
-    arXiv 2403.07378, and PIFA, arXiv 2501.19090). What is minimised is ``E|R' (W x + e - W' t)|^2``, where ``e`` is
-    what the stream lacks that the output is added to, and ``R R'`` the second moment of the outputs' gradients.
+    arXiv 2403.07378, and PIFA, arXiv 2501.19090). What is minimised is ``E s |R' (W x + e - W' t)|^2``, where ``e`` is
+    what the stream lacks that the output is added to, ``R R'`` the second moment of the outputs' gradients, and ``s``
+    what a token counts: where the factors were made with weighted tokens, the size of its gradient in the dense model.
 
     How much is made up for, and how far the regression is damped, is chosen for each module on held-back windows; where
     nothing lowers the error there by the margin, the module keeps its factors. Modules that the plan leaves dense stay
     as they are.
 
     The new factors go into a folder of ``factors``, module by module: a killed run goes on at the block it was in.
-    Passes take about as long as four over all windows; moments of one input at a time are in memory, and of all windows
-    the hidden states of both models and what the dense model's maps are fed in one block: on the CPU where a GPU has no
-    room, the latter on disk where the CPU has none.
+    Passes take about as long as four over all windows, and one with a backward pass where tokens are weighted. Moments
+    of one input at a time are in memory, and of all windows the hidden states of both models and what the dense model's
+    maps are fed in one block: on the CPU where a GPU has no room, the latter on disk where the CPU has none.
 
     Args:
         plan: The plan; modules with an index set are refitted to its size.
@@ -133,7 +137,7 @@ def refit(
             factors were made from, or more.
         calibration: ``[windows, length]`` token ids that the factors were made from.
         settings: How to refit.
-        batch_size: Windows per pass; by default one, on a GPU as many as keep it busy.
+        batch_size: Windows per pass; by default as many as keep the device busy.
 
     Raises:
         ValueError: The plan, the factors and the model don't belong together, there are too few windows, or what the
@@ -161,7 +165,8 @@ class _Work:
         check_belongs(plan, base, model, targets)
         self.plan, self.base, self.model, self.settings = plan, base, model, settings
         self.calibration = calibration
-        self.batch_size = batch_size or (max(1, _BUSY // windows.shape[1]) if model.device.type == "cuda" else 1)
+        busy = _BUSY.get(model.device.type, _BUSY["cpu"])
+        self.batch_size = batch_size or max(1, busy // windows.shape[1])
         self.fitting, self.held = settings.split(windows)
         self.modules = [target for target in targets.modules if target.name in plan.modules]
         fingerprint = {**base.fingerprint, "refit": self._identity()}
@@ -199,10 +204,10 @@ class _Work:
                 self._run(low_rank, bar)
 
     def _run(self, low_rank: Sequence[Target], bar: tqdm[Any]) -> None:
-        batches = [*torch.split(self.fitting, self.batch_size), *torch.split(self.held, self.batch_size)]
+        batches = self._batches(torch.cat([self.fitting, self.held]))
         places = survey(self.model, low_rank, self.fitting[:1, :32])
         twins = Twins(self.model, batches)
-        roots = self._output_roots()
+        roots, norms = self._output_roots(), self._gradient_norms(places)
         self._began = time.perf_counter()
         for block, inside in groupby(low_rank, key=lambda target: target.block):
             # An input that another module takes up later again makes two groups.
@@ -214,45 +219,77 @@ class _Work:
                 twins.go_to(block, paired)
             for members, missing in zip(groups, todo, strict=True):
                 if missing:
-                    self._solve(missing, places, twins, roots)
+                    self._solve(missing, places, twins, roots, norms)
                     bar.update(len(missing))
                 for target in members:
                     old = self.model.get_submodule(target.name)
                     twins.layers[target.name] = factored_layer(old, self.made.factors(target.name))
 
+    def _batches(self, windows: Tensor) -> list[Tensor]:
+        """Return ``windows`` ``[windows, length]``, or what stands for their tokens, as it comes in passes."""
+        first_held = len(self.fitting)
+        return [
+            *torch.split(windows[:first_held], self.batch_size),
+            *torch.split(windows[first_held:], self.batch_size),
+        ]
+
     def _stream(self, place: Place) -> str | None:
         return place.stream if self.settings.residual else None
 
-    def _solve(self, todo: Sequence[Target], places: Mapping[str, Place], twins: Twins, roots: Roots | None) -> None:
+    def _solve(
+        self,
+        todo: Sequence[Target],
+        places: Mapping[str, Place],
+        twins: Twins,
+        roots: Roots | None,
+        norms: TensorStore | None,
+    ) -> None:
         """Refit modules that share an input."""
         place = places[todo[0].name]
-        found = self._moments(todo[0], place, twins) if place.every_token else None
+        if not place.every_token:
+            return self._leave(todo, UNPAIRED)
+        # Tokens weigh for each module what they do for it alone.
+        parts = [todo] if norms is None else [[target] for target in todo]
+        weights = [None if norms is None else _weights(norms.read(members[0].name, "norms")) for members in parts]
+        found = self._moments(todo[0], place, twins, weights)
         if found is None:
             return self._leave(todo, UNPAIRED)
-        fit, held = found
-        if fit.nothing_lost and held.nothing_lost:
-            return self._leave(todo, UNCHANGED)
-        problems = [
-            Problem(
-                dense_weight(self.model.get_submodule(target.name)).detach(),
-                outputs=None if roots is None else roots.of_outputs(target.name),
-                has_stream=fit.stream is not None and places[target.name].stream == place.stream,
-            )
-            for target in todo
-        ]
-        text = _Text(fit.mean(), held.mean(), fit.merged(held).mean())
-        choices = choose(problems, text.fit, text.held, blends=self.settings.blends, dampings=self.settings.dampings)
-        for target, problem, choice in zip(todo, problems, choices, strict=True):
-            self._decide(target, problem, choice, text)
+        for members, (fit, held) in zip(parts, found, strict=True):
+            if fit.nothing_lost and held.nothing_lost:
+                self._leave(members, UNCHANGED)
+                continue
+            problems = [
+                Problem(
+                    dense_weight(self.model.get_submodule(target.name)).detach(),
+                    outputs=None if roots is None else roots.of_outputs(target.name),
+                    has_stream=fit.stream is not None and places[target.name].stream == place.stream,
+                )
+                for target in members
+            ]
+            text = _Text(fit.mean(), held.mean(), fit.merged(held).mean())
+            settings = self.settings
+            choices = choose(problems, text.fit, text.held, blends=settings.blends, dampings=settings.dampings)
+            for target, problem, choice in zip(members, problems, choices, strict=True):
+                self._decide(target, problem, choice, text)
         return None
 
-    def _moments(self, leader: Target, place: Place, twins: Twins) -> tuple[PairMoments, PairMoments] | None:
-        """Return moments of the fitted and of the held-back windows; None where tokens can't be told apart."""
+    def _moments(
+        self, leader: Target, place: Place, twins: Twins, weights: Sequence[Tensor | None]
+    ) -> list[tuple[PairMoments, PairMoments]] | None:
+        """Return moments of the fitted and of the held-back windows; None where tokens can't be told apart.
+
+        Args:
+            leader: One of the modules that share the input.
+            place: Where it stands.
+            twins: The two models.
+            weights: What each token counts, ``[windows, length]``; there are moments for each of these.
+        """
         stream = self._stream(place)
         width = leader.shape[0] if stream is not None else None
-        fit = PairMoments.empty(leader.shape[1], stream=width, errors=False, device=self.model.device)
-        held = PairMoments.empty(leader.shape[1], stream=width, device=self.model.device)
+        empty = partial(PairMoments.empty, leader.shape[1], stream=width, device=self.model.device)
+        sums = [(empty(errors=False), empty()) for _ in weights]
         first_held = -(-len(self.fitting) // self.batch_size)
+        counted = [None if weight is None else self._batches(weight) for weight in weights]
         unpaired = []
 
         def receive(number: int, inputs: Pair | None, streams: Pair | None) -> None:
@@ -260,7 +297,9 @@ class _Work:
                 unpaired.append(number)
                 return
             try:
-                (fit if number < first_held else held).update(*inputs, streams)
+                for (fit, held), weight in zip(sums, counted, strict=True):
+                    part = None if weight is None else weight[number]
+                    (fit if number < first_held else held).update(*inputs, streams, weights=part)
             except ValueError as error:
                 raise ValueError(
                     f"{error}: before module {leader.name} in batch {number} of the refit's windows; check the "
@@ -268,7 +307,7 @@ class _Work:
                 ) from None
 
         twins.compare(leader.name, receive)
-        return None if unpaired else (fit, held)
+        return None if unpaired else sums
 
     def _decide(self, target: Target, problem: Problem, choice: Choice, text: _Text) -> None:
         """Store the refit of a module where held-back text is for it, or else the factors that it has."""
@@ -305,11 +344,31 @@ class _Work:
         notes = {"refit": how, "seconds": f"{spent:.4f}", **{key: f"{value:.6g}" for key, value in numbers.items()}}
         self.made.add(name, factors, notes={**self.base.notes(name), **notes})
 
+    @property
+    def _weighing(self) -> Decomposition | None:
+        """How the factors were made, if they were weighted by outputs and errors are to be."""
+        made = Decomposition.behind(self.base.fingerprint)
+        return made if self.settings.two_sided and made.kind == "two_sided" else None
+
     def _output_roots(self) -> Roots | None:
         """Return the roots that the factors' outputs were weighted by, if they were and it is asked for."""
-        if not self.settings.two_sided or self.base.fingerprint.get("kind") != "two_sided":
+        if self._weighing is None:
             return None
         return Roots.behind(self.base, self.model, self.calibration, self.modules)
+
+    def _gradient_norms(self, places: Mapping[str, Place]) -> TensorStore | None:
+        """Return how large output gradients are in the dense model, token by token, if tokens are to count by it."""
+        if self._weighing is None or not self._weighing.weighs_tokens:
+            return None
+        statistics = statistics_behind(self.base, self.model, self.calibration)
+        watched = [target for target in self.modules if target.name in places and places[target.name].every_token]
+        windows = torch.cat([self.fitting, self.held])
+        return statistics.on(windows).gradient_norms(watched, self._weighing.labels)
+
+
+def _weights(norms: Tensor) -> Tensor:
+    """Return what tokens count, 1 on average, by the ``norms`` of their gradients."""
+    return norms / (norms.double().mean().float() or 1.0)
 
 
 class _Text(NamedTuple):

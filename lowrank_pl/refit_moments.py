@@ -16,7 +16,7 @@ class PairMoments:
 
     The difference ``d`` is summed rather than the dense input, for in early blocks it is small beside the inputs and
     would drown in their rounding. Where the map's output is added to a stream, ``e`` is what that stream lacks before:
-    the dense model's minus the compressed one's. All are float64.
+    the dense model's minus the compressed one's. Tokens may be weighted. All are float64.
 
     Args:
         inputs: ``[in, in]`` sum of ``t t'``.
@@ -67,25 +67,39 @@ class PairMoments:
                 moments.stream_drift, moments.stream_second = zeros(stream, features), zeros(stream, stream)
         return moments
 
-    def update(self, dense: Tensor, compressed: Tensor, stream: tuple[Tensor, Tensor] | None = None) -> None:
+    def update(
+        self,
+        dense: Tensor,
+        compressed: Tensor,
+        stream: tuple[Tensor, Tensor] | None = None,
+        *,
+        weights: Tensor | None = None,
+    ) -> None:
         """Add the inputs ``[..., in]`` of the same tokens in both models.
 
         Args:
             dense: Of the dense model.
             compressed: Of the compressed model.
             stream: ``[..., out]`` of the dense and of the compressed model; needed where streams are summed.
+            weights: ``[...]`` what each token counts; by default all count the same.
 
         Raises:
             ValueError: They hold NaN or infinity.
         """
-        inputs, drift = _rows(compressed), _rows(dense) - _rows(compressed)
+        roots = None if weights is None else weights.to(compressed.device).flatten().float().sqrt()[:, None]
+
+        def counted(rows: Tensor) -> Tensor:
+            return rows if roots is None else rows * roots
+
+        inputs = _rows(compressed)
+        inputs, drift = counted(inputs), counted(_rows(dense) - inputs)
         self.inputs += _product(inputs, inputs)
         self.cross += _product(drift, inputs)
         if self.drift is not None:
             self.drift += _product(drift, drift)
         if self.stream is not None:
             assert stream is not None
-            lacking = _rows(stream[0]) - _rows(stream[1])
+            lacking = counted(_rows(stream[0]) - _rows(stream[1]))
             self.stream += _product(lacking, inputs)
             if self.stream_drift is not None and self.stream_second is not None:
                 self.stream_drift += _product(lacking, drift)

@@ -142,3 +142,8 @@ class Workload:
         for name, least in (("windows", 1), ("length", 2), ("refitted", 0), ("scored", 0), ("score_length", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a whole number of at least {least}")
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count by the size of their gradient in some decomposition."""
+        return any(settings.weighs_tokens for settings in self.decompositions)

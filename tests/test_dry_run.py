@@ -28,6 +28,7 @@ from lowrank_pl.workload import Learner, Machine, Workload
 
 SMOKE = str(Path(__file__).parents[1] / "configs" / "smoke.yaml")
 TWO_SIDED = Decomposition("two_sided")
+ALIKE = Decomposition("two_sided", token_weights=False)
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +66,13 @@ def test_activations_grow_with_the_text_and_halve_with_the_type():
     assert narrow < 0.8 * wide
 
 
-def test_stores_take_the_disk_that_was_said(llama, tmp_path):
+@pytest.mark.parametrize("settings", [TWO_SIDED, ALIKE], ids=["weighted", "alike"])
+def test_stores_take_the_disk_that_was_said(llama, tmp_path, settings):
     model, windows = tiny_model("llama"), torch.arange(256).view(4, 64)
     build_factors(
-        model, find_targets(model), windows, byte_tokenizer(), settings=TWO_SIDED, directory=tmp_path / "factors"
+        model, find_targets(model), windows, byte_tokenizer(), settings=settings, directory=tmp_path / "factors"
     )
-    work = Workload(windows=4, length=64, decompositions=(TWO_SIDED,))
+    work = Workload(windows=4, length=64, decompositions=(settings,))
     said = estimate(llama, work, Machine()).totals()["disk"]
     # Headers and notes of files of some kilobytes are the rest.
     assert said <= bytes_in(tmp_path) <= 1.1 * said
@@ -123,7 +125,7 @@ def test_a_base_that_is_read_in_shares_is_whole_nowhere(llama):
         ("learning", "dense weights before they are sharded"),
     ):
         assert phase_of(whole, phase).host[host] == llama.bytes
-    assert phase_of(gradients, "output gradients").host["dense weights"] == llama.bytes
+    assert phase_of(gradients, "weighted moments").host["dense weights"] == llama.bytes
     assert phase_of(gradients, "learning").host["dense weights before they are sharded"] == 0
     loaded = "every process loads the whole base into main memory before it is sharded"
     assert [loaded in found.notes for found in (shares, whole, gradients)] == [False, True, False]
@@ -138,13 +140,14 @@ def test_fit_knows_which_base_is_read_in_shares(base, shared, capsys):
     assert ("every process loads the whole base" in said) != shared
 
 
-def test_a_memory_budget_makes_groups_of_blocks_and_more_passes(llama):
+@pytest.mark.parametrize(("settings", "name"), [(TWO_SIDED, "weighted moments"), (ALIKE, "output gradients")])
+def test_a_memory_budget_makes_groups_of_blocks_and_more_passes(llama, settings, name):
     def gradients(memory):
-        work = Workload(windows=4, length=64, decompositions=(TWO_SIDED,), memory=memory)
-        return phase_of(estimate(llama, work, Machine()), "output gradients")
+        work = Workload(windows=4, length=64, decompositions=(settings,), memory=memory)
+        return phase_of(estimate(llama, work, Machine()), name)
 
     whole, parts = gradients(None), gradients(1)
-    assert parts.device["sums of output gradients"] == whole.device["sums of output gradients"] / 2
+    assert parts.device[f"sums of {name}"] == whole.device[f"sums of {name}"] / 2
     assert parts.tokens == 2 * whole.tokens
     assert parts.disk == whole.disk
 
@@ -206,7 +209,7 @@ def test_compare_says_it_and_loads_nothing(tmp_path, monkeypatch, capsys):
         "--score_length", "32", "--run", str(tmp_path / "run"), "--dry-run",
     ])  # fmt: skip
     said = capsys.readouterr().out
-    for name in ("moments of inputs", "output gradients", "learning best", "refit", "scoring"):
+    for name in ("moments of inputs", "weighted moments", "learning best", "gradient norms", "refit", "scoring"):
         assert name in said
     assert not (tmp_path / "run").exists()
 
@@ -222,10 +225,10 @@ def refuse_to_load(monkeypatch):
 
 
 def test_factors_alone_are_made_block_by_block_where_no_gradient_is_needed(llama):
-    def needs(kind):
-        return dry_run_decompose("random:llama", decomposition=Decomposition(kind), windows=4, length=64, speeds="h100")
+    def needs(settings):
+        return dry_run_decompose("random:llama", decomposition=settings, windows=4, length=64, speeds="h100")
 
-    walked, whole = needs("whitened"), needs("two_sided")
+    walked, whole = needs(Decomposition()), needs(ALIKE)
     assert [phase.name for phase in walked.phases] == ["moments of inputs", "decomposition"]
     of_block = phase_of(walked, "moments of inputs").device
     assert of_block["weights of a block"] + of_block["weights around"] < llama.bytes
@@ -240,7 +243,7 @@ def test_too_little_memory_is_said(capsys):
     dry_run_decompose("shapes:llama-3.2-1b", decomposition=settings, windows=2, length=64, speeds="h100")
     assert "TOO LITTLE" not in capsys.readouterr().out
     dry_run_decompose("layers:llama-3-70b:5", decomposition=settings, windows=2, length=64, speeds="h100")
-    assert "TOO LITTLE GPU MEMORY: 80.00 GB, and more is needed for output gradients" in capsys.readouterr().out
+    assert "TOO LITTLE GPU MEMORY: 80.00 GB, and more is needed for weighted moments" in capsys.readouterr().out
 
 
 def test_what_is_not_known_is_said(llama):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lowrank_pl.refit import Refit, refit
 from lowrank_pl.targets import dense_weight, find_targets
 
 TWICE = Decomposition("two_sided", labels="text", at_keep=0.5, at_weight=0.25)
+ALIKE = replace(TWICE, token_weights=False)
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +31,11 @@ def plan_at(model, targets, store, keep):
     return allocator("fisher").plan(Problem(budget_for(model, targets, keep), store, targets))
 
 
-def moments(model, targets, windows):
-    """Mean outer products of inputs and of output gradients of the summed loss, by module, one window at a time."""
+def moments(model, targets, windows, *, weighted):
+    """Mean outer products of inputs and of output gradients of the summed loss, by module, one window at a time.
+
+    ``weighted``: of each token, times the size of its gradient and divided by it.
+    """
     found = {target.name: [0.0, 0.0] for target in targets.modules}
     model.requires_grad_(True)
     for window in windows:
@@ -46,8 +51,15 @@ def moments(model, targets, windows):
         gradients = torch.autograd.grad(loss, [output for _, output in calls.values()])
         for (name, (inputs, _)), gradient in zip(calls.items(), gradients, strict=True):
             x, g = inputs[0].detach().double(), gradient[0].double()
-            found[name][0] += x.T @ x / (len(windows) * len(window))
-            found[name][1] += g.T @ g / (len(windows) * (len(window) - 1))
+            if weighted:
+                # The last token has no label.
+                x, g = x[:-1], g[:-1]
+                size = g.norm(dim=1)
+                found[name][0] += x.T @ (size[:, None] * x) / (len(windows) * len(x))
+                found[name][1] += g.T @ (g / size[:, None]) / (len(windows) * len(g))
+            else:
+                found[name][0] += x.T @ x / (len(windows) * len(window))
+                found[name][1] += g.T @ g / (len(windows) * (len(window) - 1))
         for handle in handles:
             handle.remove()
     model.requires_grad_(False)
@@ -58,16 +70,17 @@ def damped(moment, damping):
     return moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
 
 
-def test_factors_weigh_by_the_mean_of_the_moments_before_and_after_compression(llama, windows, tokenizer):
+@pytest.mark.parametrize("settings", [TWICE, ALIKE], ids=["weighted", "alike"])
+def test_factors_weigh_by_the_mean_of_the_moments_before_and_after_compression(llama, windows, tokenizer, settings):
     llama.requires_grad_(False)
     text, targets = windows[:4], find_targets(llama)
     before = state(llama)
-    store = build_factors(llama, targets, text, tokenizer, settings=TWICE)
+    store = build_factors(llama, targets, text, tokenizer, settings=settings)
     assert_untouched(llama, before)
-    plain = build_factors(llama, targets, text, tokenizer, settings=Decomposition("two_sided", labels="text"))
-    first = moments(llama, targets, text)
+    plain = build_factors(llama, targets, text, tokenizer, settings=replace(settings, at_keep=None))
+    first = moments(llama, targets, text, weighted=settings.token_weights)
     with compressed(llama, plan_at(llama, targets, plain, 0.5), plain):
-        second = moments(llama, targets, text)
+        second = moments(llama, targets, text, weighted=settings.token_weights)
     for target in targets.modules:
         inputs, outputs = (
             damped(torch.lerp(one, two, 0.25), damping)
@@ -81,11 +94,15 @@ def test_factors_weigh_by_the_mean_of_the_moments_before_and_after_compression(l
         assert not torch.allclose(plain.sigma(target.name).double(), sigma, rtol=1e-2)
 
 
+@pytest.mark.parametrize("settings", [TWICE, ALIKE], ids=["weighted", "alike"])
 @pytest.mark.parametrize("explicit", [False, True])
-def test_a_killed_build_goes_on_without_measuring_again(llama, windows, tokenizer, monkeypatch, tmp_path, explicit):
-    options = {"settings": TWICE, "directory": tmp_path / "store" if explicit else None}
+def test_a_killed_build_goes_on_without_measuring_again(
+    llama, windows, tokenizer, monkeypatch, tmp_path, explicit, settings
+):
+    options = {"settings": settings, "directory": tmp_path / "store" if explicit else None}
     targets, passes, done = find_targets(llama), [], []
-    for name in ("collect_input_moments", "collect_gradients"):
+    asked = ["measure_gradients"] if settings.token_weights else ["collect_gradients", "collect_input_moments"]
+    for name in ("collect_input_moments", "collect_gradients", "measure_gradients"):
         real = getattr(collected, name)
         monkeypatch.setattr(
             collected, name, lambda *a, real=real, name=name, **k: (passes.append(name), real(*a, **k))[1]
@@ -101,9 +118,9 @@ def test_a_killed_build_goes_on_without_measuring_again(llama, windows, tokenize
     monkeypatch.setattr(prepare, "decompose", dying)
     with pytest.raises(KeyboardInterrupt):
         build_factors(llama, targets, windows[:3], tokenizer, **options)
-    assert sorted(passes) == ["collect_gradients"] * 2 + ["collect_input_moments"] * 2
+    assert sorted(passes) == sorted(2 * asked)
     store = build_factors(llama, targets, windows[:3], tokenizer, **options)
-    assert len(passes) == 4
+    assert len(passes) == 2 * len(asked)
     assert len(done) == 14 + 14 + 1
     again = build_factors(llama, targets, windows[:3], tokenizer, **options)
     assert (again.directory, len(done)) == (store.directory, 29)
@@ -139,7 +156,7 @@ def test_corrections_take_up_the_same_weights_or_say_that_they_are_gone(llama, w
     where = collected.statistics_behind(store, llama, windows[:4]).compressed(
         TWICE.point(store.fingerprint["at_modules"])
     )
-    shutil.rmtree(where.output_gradients(targets.modules, "text").directory)
+    shutil.rmtree(where.weighted_moments(targets.modules, "text").directory)
     shutil.rmtree(store.directory / "refit")
     with pytest.raises(
         ValueError,
@@ -164,3 +181,9 @@ def test_impossible_settings(arguments, message):
 def test_identity_is_as_before_where_nothing_is_measured_again():
     assert "at_keep" not in Decomposition("two_sided").identity()
     assert Decomposition.behind(TWICE.identity()) == TWICE
+    assert Decomposition.behind(ALIKE.identity()) == ALIKE
+
+
+def test_factors_from_before_there_were_token_weights_are_known_to_have_none():
+    before = {key: value for key, value in ALIKE.identity().items() if key != "token_weights"}
+    assert Decomposition.behind(before) == ALIKE

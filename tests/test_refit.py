@@ -37,10 +37,11 @@ def _fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
 
 
-def drawn(model, windows, tokenizer, *, keep=0.5, kind="two_sided", method="uniform", **options):
+def drawn(model, windows, tokenizer, *, keep=0.5, kind="two_sided", weights=True, method="uniform", **options):
     """Targets, factors and a plan on them."""
     targets = find_targets(model)
-    store = build_factors(model, targets, windows, tokenizer, settings=Decomposition(kind=kind), **options)
+    settings = Decomposition(kind=kind, token_weights=weights)
+    store = build_factors(model, targets, windows, tokenizer, settings=settings, **options)
     budget = budget_for(model, targets, keep, storage="factored")
     plan = allocator(method).plan(Drawing(budget, store, targets))
     return plan, store, targets
@@ -85,31 +86,36 @@ def fed(model, names, windows):
 
 @dataclass
 class Raw:
-    """What one map of a llama is fed in both models ``[windows, length, in]``, and what the stream lacks there."""
+    """What one map of a llama is fed in both models ``[windows, length, in]``, and what the stream lacks there.
+
+    ``counts`` ``[windows, length]`` is what each token counts.
+    """
 
     weight: torch.Tensor
     x: torch.Tensor
     t: torch.Tensor
     stream: torch.Tensor | None
     root: torch.Tensor
+    counts: torch.Tensor
 
     @classmethod
-    def of(cls, name, weight, dense, twin, root):
+    def of(cls, name, weight, dense, twin, root, counts):
         block, last = ".".join(name.split(".")[:3]), name.split(".")[-1]
         point = {"o_proj": block, "down_proj": f"{block}.post_attention_layernorm"}.get(last)
         stream = None if point is None else dense[point] - twin[point]
-        return cls(weight.detach().double(), dense[name], twin[name], stream, root)
+        return cls(weight.detach().double(), dense[name], twin[name], stream, root, counts)
 
     def part(self, windows):
         stream = None if self.stream is None else self.stream[windows]
-        return replace(self, x=self.x[windows], t=self.t[windows], stream=stream)
+        return replace(self, x=self.x[windows], t=self.t[windows], stream=stream, counts=self.counts[windows])
 
     def refitted(self, rank, drift, damping, stream=0.0):
         """Least squares on rows of tokens, cut by a decomposition."""
         lacking = drift * (self.x - self.t) @ self.weight.T
         if self.stream is not None:
             lacking = lacking + stream * self.stream
-        rows, lacking = self.t.flatten(0, 1), lacking.flatten(0, 1)
+        roots = self.counts.flatten().sqrt()[:, None]
+        rows, lacking = roots * self.t.flatten(0, 1), roots * lacking.flatten(0, 1)
         ridge = (damping * rows.square().sum(0)).sqrt().diag()
         none = lacking.new_zeros(len(ridge), lacking.shape[1])
         change = torch.linalg.lstsq(torch.cat([rows, ridge]), torch.cat([lacking, none])).solution.T
@@ -120,14 +126,19 @@ class Raw:
     def error(self, new):
         out = self.x @ self.weight.T - self.t @ new.T
         out = out if self.stream is None else out + self.stream
-        return (out @ self.root.root).square().sum(-1).mean().item()
+        return (self.counts * (out @ self.root.root).square().sum(-1)).mean().item()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_factors_are_those_of_a_slow_refit_in_the_same_order(llama, windows, tokenizer, batch_size):
-    plan, store, targets = drawn(llama, windows, tokenizer)
+@pytest.mark.parametrize(("batch_size", "weights"), [(1, False), (2, False), (1, True), (2, True)])
+def test_factors_are_those_of_a_slow_refit_in_the_same_order(llama, windows, tokenizer, batch_size, weights):
+    plan, store, targets = drawn(llama, windows, tokenizer, weights=weights)
     _, made = run(llama, plan, store, targets, windows, batch_size=batch_size)
-    gradients = statistics_of(llama, windows, tokenizer).output_gradients(targets.modules, "sampled")
+    statistics = statistics_of(llama, windows, tokenizer)
+    if weights:
+        gradients = statistics.weighted_moments(targets.modules, "sampled")
+        norms = statistics.gradient_norms(targets.modules, "sampled")
+    else:
+        gradients = statistics.output_gradients(targets.modules, "sampled")
     points = [name for name, _ in llama.named_modules() if name.count(".") >= 2]
     dense, twin = fed(llama, points, windows), copy.deepcopy(llama)
     checked = []
@@ -137,8 +148,10 @@ def test_factors_are_those_of_a_slow_refit_in_the_same_order(llama, windows, tok
         for target in members:
             name, notes, rank = target.name, made.notes(target.name), plan.modules[target.name].rank
             if notes["refit"] == APPLIED:
-                root = square_root(gradients.read(name, "second_moment"), damping=1e-2)
-                raw = Raw.of(name, llama.get_submodule(name).weight, dense, before, root)
+                root = square_root(gradients.read(name, "outputs" if weights else "second_moment"), damping=1e-2)
+                counts = norms.read(name, "norms").double() if weights else torch.ones(windows.shape).double()
+                counts /= counts.mean()
+                raw = Raw.of(name, llama.get_submodule(name).weight, dense, before, root, counts)
                 how = {key: float(notes[key]) for key in ("drift", "damping", "stream") if key in notes}
                 expected = raw.refitted(rank, **how)
                 torch.testing.assert_close(product(made.factors(name)), expected, rtol=1e-3, atol=1e-4)
@@ -502,7 +515,7 @@ def test_the_last_windows_are_held_back(fraction, count, held):
 
 
 def test_inputs_that_are_not_finite_are_named(llama, windows, tokenizer):
-    plan, store, targets = drawn(llama, windows, tokenizer)
+    plan, store, targets = drawn(llama, windows, tokenizer, weights=False)
     norm = llama.model.layers[1].post_attention_layernorm
     norm.register_forward_hook(lambda _, __, output: output * torch.inf)
     before = list(llama.modules())
