@@ -272,7 +272,7 @@ def factors_of(
     calibration = dict(plan.origin["calibration"])
     tokens = token_windows(calibration.pop("text"), tokenizer, **calibration)
     targets = find_targets(model, include=list(plan.modules))
-    return build_factors(model, targets, tokens, tokenizer, settings=Decomposition(**plan.origin["decomposition"]))
+    return build_factors(model, targets, tokens, tokenizer, settings=Decomposition.behind(plan.origin["decomposition"]))
 
 
 def pick_device(name: str) -> torch.device:

@@ -100,9 +100,9 @@ class Decomposition:
 
     @classmethod
     def behind(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
-        """Return the decomposition that factors of ``fingerprint`` were made by."""
-        # Those made before there were weights say nothing of them.
-        known = {"token_weights": False, **fingerprint}
+        """Return the decomposition that factors of ``fingerprint`` were made by, or what it says of its settings."""
+        # What was made without weights says nothing of them.
+        known = {"token_weights": fingerprint.get("kind") != "two_sided", **fingerprint}
         return cls(**{part.name: known[part.name] for part in fields(cls) if part.name in known})
 
     @property
@@ -134,10 +134,12 @@ class Decomposition:
             "asvd": ("damping", "alpha"),
             "fwsvd": ("output_damping",),
             "whitened": ("damping",),
-            "two_sided": ("damping", "output_damping", "labels", "token_weights"),
+            "two_sided": ("damping", "output_damping", "labels"),
         }
+        # Factors that were made before there was a choice keep their identity.
+        weights = ("token_weights",) if self.weighs_tokens else ()
         again = () if self.at_keep is None else ("at_keep", "at_weight")
-        return {"kind": self.kind, **{name: getattr(self, name) for name in (*uses[self.kind], *again)}}
+        return {"kind": self.kind, **{name: getattr(self, name) for name in (*uses[self.kind], *weights, *again)}}
 
     def point(self, modules: str) -> dict[str, Any]:
         """Return what tells the compressed model of ``at_keep`` from others made from the same base and text.

@@ -101,6 +101,19 @@ def test_factors_that_are_gone_are_made_again_and_merge_writes_dense_weights(pla
     assert "import lowrank_pl" not in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_two_sided_factors_that_are_gone_are_made_again_with_the_weights_that_they_had(tmp_path, weights):
+    plan = tmp_path / "plan.json"
+    allocate(
+        "random:llama", keep=0.5, text=TEXT, length=32, windows=4, output=plan, store=tmp_path / "store",
+        decomposition=Decomposition("two_sided", token_weights=weights),
+    )  # fmt: skip
+    first = export(plan, output=tmp_path / "first")
+    shutil.rmtree(tmp_path / "store")
+    again = export(plan, output=tmp_path / "again")
+    assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
 def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):
     output = tmp_path / "refitted.json"
     settings = Refit(windows=10, margin=0.0)

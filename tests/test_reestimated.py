@@ -185,5 +185,8 @@ def test_identity_is_as_before_where_nothing_is_measured_again():
 
 
 def test_factors_from_before_there_were_token_weights_are_known_to_have_none():
-    before = {key: value for key, value in ALIKE.identity().items() if key != "token_weights"}
-    assert Decomposition.behind(before) == ALIKE
+    before = {"kind": "two_sided", "damping": 1e-6, "output_damping": 1e-2, "labels": "sampled"}
+    assert Decomposition.behind(before).identity() == before
+    assert not Decomposition.behind(before).weighs_tokens
+    assert Decomposition.behind(Decomposition("two_sided").identity()).weighs_tokens
+    assert Decomposition.behind(Decomposition().identity()) == Decomposition()
