@@ -15,10 +15,14 @@ from lowrank_pl.cli import main
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 ALLOCATE = "allocate --base random:llama --method fisher --keep 0.5 --decomposition.kind two_sided --text python-docs"
 ALLOCATE += " --length 64 --windows 16 --output plan.json"
+ALIKE = ALLOCATE.replace("plan.json", "alike.json") + " --decomposition.token_weights false"
 REFIT = "refit --plan plan.json --settings.windows 8 --output refitted.json"
 EXPORT = "export --plan refitted.json --output model"
 # What each step writes, in files of the cache or folders beside it.
-STEPS = {"statistics": ALLOCATE, "output_gradients": ALLOCATE, "factors": ALLOCATE, "refit": REFIT, "model": EXPORT}
+STEPS = {
+    "statistics": ALIKE, "output_gradients": ALIKE, "weighted_moments": ALLOCATE, "factors": ALLOCATE,
+    "gradient_norms": REFIT, "refit": REFIT, "model": EXPORT,
+}  # fmt: skip
 
 
 def in_a_child(home, commands, *, kind="", kill_at=0):
@@ -69,13 +73,22 @@ def _kind_of(path):
 def whole(tmp_path_factory):
     """The folder of a run that nothing disturbed, and what it wrote."""
     home = tmp_path_factory.mktemp("whole")
-    killed, written = in_a_child(home, [ALLOCATE, REFIT, EXPORT])
+    killed, written = in_a_child(home, [ALIKE, ALLOCATE, REFIT, EXPORT])
     assert not killed
     return home, written
 
 
 @pytest.mark.parametrize(
-    ("kind", "kill_at"), [("statistics", 3), ("output_gradients", 5), ("factors", 6), ("refit", 4), ("model", 1)]
+    ("kind", "kill_at"),
+    [
+        ("statistics", 3),
+        ("output_gradients", 5),
+        ("weighted_moments", 4),
+        ("factors", 6),
+        ("gradient_norms", 7),
+        ("refit", 4),
+        ("model", 1),
+    ],
 )
 def test_a_killed_run_loses_at_most_the_file_it_was_at(tmp_path, whole, kind, kill_at):
     theirs, files = whole

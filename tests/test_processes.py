@@ -9,9 +9,9 @@ import torch
 from pair import in_two_processes
 from safetensors import safe_open
 
-from lowrank_pl import Decomposition, build_factors, find_targets
+from lowrank_pl import Decomposition, find_targets
 from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.prepare import build_gradients
+from lowrank_pl.prepare import build_factors, build_gradients, statistics_of
 from lowrank_pl.processes import (
     LostProcessError,
     add_up,
@@ -35,14 +35,16 @@ def windows():
 
 
 def prepare(folder):
-    """Build factors and weight gradients in ``folder``; return the names of the modules decomposed here."""
+    """Build factors and all statistics in ``folder``; return the names of the modules decomposed here."""
     model, tokenizer, added = tiny_model("llama"), byte_tokenizer(), []
     targets, add = find_targets(model), FactorStore.add
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FactorStore, "add", lambda store, name, *a, **k: (added.append(name), add(store, name, *a, **k)))
-        settings = Decomposition("two_sided", at_keep=0.5)
-        build_factors(model, targets, windows(), tokenizer, settings=settings, directory=folder)
+        for weights, place in ((True, folder), (False, folder / "alike")):
+            settings = Decomposition("two_sided", at_keep=0.5, token_weights=weights)
+            build_factors(model, targets, windows(), tokenizer, settings=settings, directory=place)
     build_gradients(model, targets, windows(), tokenizer, directory=folder)
+    statistics_of(model, windows(), tokenizer, directory=folder).gradient_norms(targets.modules, "sampled")
     return added
 
 
@@ -108,7 +110,8 @@ def same_files(folder, alone):
             yield *tensors, ours.metadata(), theirs.metadata()
 
 
-KINDS = ["statistics", "output_gradients", "weight_gradients", "compressed/statistics", "compressed/output_gradients"]
+KINDS = ["weighted_moments", "compressed/weighted_moments", "weight_gradients", "gradient_norms"]
+KINDS += [f"alike/{point}{kind}" for point in ("", "compressed/") for kind in ("statistics", "output_gradients")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,8 +119,8 @@ def test_statistics_are_those_of_one_process(folder, alone, kind):
     for ours, theirs, noted, expected in same_files(folder / "together" / kind, alone / kind):
         # Two sums of the same numbers in another order, rounded to float32.
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
-        counted = "batches" if kind == "weight_gradients" else "tokens"
-        assert noted[counted] == expected[counted]
+        counted = {"weight_gradients": "batches", "gradient_norms": None}.get(kind, "tokens")
+        assert counted is None or noted[counted] == expected[counted]
 
 
 def test_factors_are_those_of_one_process(folder, alone):
@@ -132,8 +135,8 @@ def test_factors_are_those_of_one_process(folder, alone):
 def test_each_module_is_decomposed_once_and_those_that_share_a_root_in_one_process(folder):
     first, second = (json.loads((folder / f"added{rank}.json").read_text()) for rank in (0, 1))
     targets = find_targets(tiny_model("llama")).modules
-    # At first for the plan of the compressed model, then for good.
-    assert sorted(first + second) == sorted(2 * [target.name for target in targets])
+    # At first for the plan of the compressed model, then for good; with tokens weighted, and alike.
+    assert sorted(first + second) == sorted(4 * [target.name for target in targets])
     assert not {target.group for target in targets if target.name in first} & {
         target.group for target in targets if target.name in second
     }
