@@ -37,6 +37,7 @@ Statistic = Literal["inputs", "output_gradients", "weighted_moments", "weight_gr
 _log = logging.getLogger(__name__)
 _SOURCE = ("model", "config", "tokenizer", "text")
 Measured = TypeVar("Measured")
+OfOutputs = TypeVar("OfOutputs", bound=OutputMeasure)
 
 
 class Statistics:
@@ -77,20 +78,18 @@ class Statistics:
             point: Added to the fingerprint.
             collecting: Whether the model is compressed so when they are asked for what is missing.
         """
-        directory = None if self._directory is None else self._directory / "compressed"
-        return Statistics(
-            self.model, self.windows, {**self.source, **point},
-            directory=directory, batch_size=self.batch_size, memory=self.memory,
-            gradient_checkpointing=self.gradient_checkpointing, collecting=collecting,
-        )  # fmt: skip
+        return self._beside("compressed", self.windows, point, collecting)
 
     def on(self, windows: Tensor) -> Statistics:
         """Return the statistics of the same model on other ``windows`` ``[windows, length]``."""
         text = windows_fingerprint(windows)
-        directory = None if self._directory is None else self._directory / "texts" / text[:20]
+        return self._beside(f"texts/{text[:20]}", windows, {"text": text}, self.collecting)
+
+    def _beside(self, folder: str, windows: Tensor, source: Mapping[str, Any], collecting: bool) -> Statistics:
+        directory = None if self._directory is None else self._directory / folder
         return Statistics(
-            self.model, windows, {**self.source, "text": text}, directory=directory, batch_size=self.batch_size,
-            memory=self.memory, gradient_checkpointing=self.gradient_checkpointing, collecting=self.collecting,
+            self.model, windows, {**self.source, **source}, directory=directory, batch_size=self.batch_size,
+            memory=self.memory, gradient_checkpointing=self.gradient_checkpointing, collecting=collecting,
         )  # fmt: skip
 
     def inputs(self, targets: Sequence[Target]) -> TensorStore:
@@ -131,12 +130,12 @@ class Statistics:
         They are the means of ``|g| x x'`` and of ``g g' / |g|``, ``x`` an input and ``g`` the gradient by its output.
         """
         store = self._store("weighted_moments", labels=labels)
-        device = self.model.device
 
         def collect(those: Sequence[Target]) -> dict[str, WeightedMoments]:
-            measures = {target: WeightedMoments.empty(target.shape, device=device) for target in those}
-            self._measure(measures, labels)
-            return {target.name: found for target, found in measures.items()}
+            device = self.model.device
+            return self._measured(
+                {target: WeightedMoments.empty(target.shape, device=device) for target in those}, labels
+            )
 
         names = {target: target.name for target in targets}
         sizes = {target: 8 * sum(side**2 for side in target.shape) for target in targets}
@@ -153,20 +152,21 @@ class Statistics:
 
         def collect(those: Sequence[Target]) -> dict[str, TokenNorms]:
             shape = self.windows.shape
-            measures = {target: TokenNorms.empty(*shape, batch_size=self.batch_size) for target in those}
-            self._measure(measures, labels)
-            return {target.name: found for target, found in measures.items()}
+            return self._measured(
+                {target: TokenNorms.empty(*shape, batch_size=self.batch_size) for target in those}, labels
+            )
 
         names = {target: target.name for target in targets}
         sizes = dict.fromkeys(targets, 4 * self.windows.numel())
         self._fill(store, names, sizes, collect, lambda found: {"norms": found.norms}, lambda _: {})
         return store
 
-    def _measure(self, measures: Mapping[Target, OutputMeasure], labels: Labels) -> None:
+    def _measured(self, measures: Mapping[Target, OfOutputs], labels: Labels) -> dict[str, OfOutputs]:
         measure_gradients(
             self.model, self.windows, measures, labels=labels, batch_size=self.batch_size,
             gradient_checkpointing=self.gradient_checkpointing,
         )  # fmt: skip
+        return {target.name: found for target, found in measures.items()}
 
     def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
         """Return the store of ``mean`` ``[out, in]`` and ``mean_squares`` ``[out]`` of gradients, keyed by module."""

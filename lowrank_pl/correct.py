@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +162,8 @@ class _Correction:
             )
         roots = Roots.behind(self.base, self.model, self.calibration, self.modules)
         bar = tqdm(total=len(self.modules), desc="correct", unit="module")
-        for _, members in groupby(self.modules, key=lambda target: target.group):
-            inputs = None
-            for place, target in enumerate(members):
-                if place == 0 or not roots.inputs_shared:
-                    inputs = roots.of_inputs(target)
+        for inputs, members in roots.by_inputs(self.modules):
+            for target in members:
                 notes = self.base.notes(target.name)
                 if target.name not in weights:
                     made.add(target.name, self.base.factors(target.name), notes=notes)

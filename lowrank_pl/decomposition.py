@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch
@@ -197,13 +198,14 @@ class Roots:
             compressed = statistics.compressed(settings.point(factors.fingerprint["at_modules"]))
         return cls(settings, statistics, todo, model.device, compressed)
 
-    @property
-    def inputs_shared(self) -> bool:
-        """Whether maps that share an input have the same root of it."""
-        return self.weighted is None
+    def by_inputs(self, targets: Iterable[Target]) -> Iterator[tuple[SquareRoot | None, list[Target]]]:
+        """Yield the neighbours among ``targets`` whose inputs are weighted by the same, with what that is."""
+        # Tokens weigh for each map what they do for it alone.
+        for _, members in groupby(targets, key=lambda target: target.group if self.weighted is None else target.name):
+            those = list(members)
+            yield self._of_inputs(those[0]), those
 
-    def of_inputs(self, target: Target) -> SquareRoot | None:
-        """Return what the inputs of ``target`` are weighted by."""
+    def _of_inputs(self, target: Target) -> SquareRoot | None:
         if self.weighted is not None:
             moment = self._moment("weighted_moments", self.weighted, target.name, "inputs")
         elif self.inputs is None:

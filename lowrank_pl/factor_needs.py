@@ -64,21 +64,29 @@ def statistics_phases(model: Anatomy, work: Workload, machine: Machine, program:
     Arguments as in the other functions here, and ``work``, what the run does.
     """
     needs = {need for settings in work.decompositions for need in settings.needs}
+    rows, columns = (max(target.shape[side] for target in model.modules) for side in (0, 1))
     phases = []
     if "inputs" in needs:
         phases.append(_input_moments(model, work, machine, program))
     if "output_gradients" in needs:
         sums = {target.name: 8.0 * target.shape[0] ** 2 for target in model.modules}
         gram = float(sum(target.shape[0] ** 2 for target in model.modules))
-        phases.append(_gradients("output gradients", model, work, machine, program, sums=sums, gram=gram, on_disk=0.5))
+        phases.append(_gradients(
+            "output gradients", model, work, machine, program, sums=sums, gram=gram, product=rows**2, on_disk=0.5
+        ))  # fmt: skip
     if work.weighs_tokens:
         sums = {target.name: 8.0 * _squares(target.shape) for target in model.modules}
         gram = float(sum(_squares(target.shape) for target in model.modules))
-        phases.append(_gradients("weighted moments", model, work, machine, program, sums=sums, gram=gram, on_disk=0.5))
+        phases.append(_gradients(
+            "weighted moments", model, work, machine, program, sums=sums, gram=gram, product=max(rows, columns) ** 2,
+            on_disk=0.5,
+        ))  # fmt: skip
     if "weight_gradients" in needs or work.weight_gradients:
         sums = {target.name: 4.0 * target.shape[0] * target.shape[1] for target in model.modules}
         gram = float(model.targeted)
-        phases.append(_gradients("weight gradients", model, work, machine, program, sums=sums, gram=gram, on_disk=1.0))
+        phases.append(_gradients(
+            "weight gradients", model, work, machine, program, sums=sums, gram=gram, product=rows * columns, on_disk=1.0
+        ))  # fmt: skip
     return phases
 
 
@@ -86,7 +94,7 @@ def norms_phase(model: Anatomy, work: Workload, machine: Machine, program: float
     """Return what measuring the gradients takes that a refit weighs its tokens by; arguments as above."""
     sums = {target.name: 4.0 * work.refitted * work.length for target in model.modules}
     work = replace(work, windows=work.refitted)
-    return _gradients("gradient norms", model, work, machine, program, sums=sums, gram=0.0, on_disk=1.0)
+    return _gradients("gradient norms", model, work, machine, program, sums=sums, gram=0.0, product=0, on_disk=1.0)
 
 
 def _input_moments(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
@@ -129,6 +137,7 @@ def _gradients(
     *,
     sums: Mapping[str, float],
     gram: float,
+    product: int,
     on_disk: float,
 ) -> Phase:
     """Return what passes with a backward pass take.
@@ -141,14 +150,11 @@ def _gradients(
         program: Likewise.
         sums: Bytes of what is summed, by module.
         gram: Multiply-adds a token of these sums.
+        product: Numbers of the largest product of a batch.
         on_disk: How much of the bytes of the sums goes to disk; float64 is stored as float32.
     """
     blocks = {target.name: target.block for target in model.modules}
     most, passes = _at_a_time(sums, blocks, work.memory)
-    rows, columns = (max(target.shape[side] for target in model.modules) for side in (0, 1))
-    product = {
-        "output gradients": rows**2, "weighted moments": max(rows, columns) ** 2, "weight gradients": rows * columns,
-    }.get(name, 0)  # fmt: skip
     per_token = model.kept_with_outputs
     found = sum(target.shape[0] for target in model.modules) * float(model.itemsize)
     if work.recomputed:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.activations import recomputing
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.processes import add_up, is_first, share, total
+from lowrank_pl.products import rows_of
 from lowrank_pl.targets import Target, decoder_blocks
 
 __all__ = ["GradientMoments", "Labels", "OutputMeasure", "WeightGradients", "collect_gradients", "measure_gradients"]
@@ -24,6 +26,7 @@ Labels = Literal["sampled", "text"]
 """Whose next tokens the loss asks for: drawn from the model (the Fisher matrix) or the text's (the empirical one)."""
 Call = tuple[Tensor, Tensor]
 """Input of one call of a map, and the gradient by its output."""
+Measure = TypeVar("Measure")
 
 
 class OutputMeasure(Protocol):
@@ -65,7 +68,7 @@ class GradientMoments:
 
     def add(self, inputs: Tensor, gradient: Tensor, *, tokens: int, batch: int) -> None:
         """Add the gradients ``[..., out]`` of a summed loss that asked for ``tokens`` labels; the rest is not used."""
-        flat = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+        flat = rows_of(gradient)
         self.second += flat.mT @ flat
         self.tokens += tokens
 
@@ -167,20 +170,20 @@ def collect_gradients(
         ValueError: A window of less than two tokens, or a loss or a gradient that is not finite.
     """
     device = next(model.parameters()).device
-    seen = {target.name: GradientMoments.empty(target.shape[0], device=device) for target in moments}
-    sums = {target.name: WeightGradients.empty(target.shape, device=device) for target in weights}
-    first = min((target.block for target in (*moments, *weights)), default=0)
-    _run(
-        model, windows, first, seen, sums, labels=labels, batch_size=batch_size, seed=seed,
+    outputs = {target: GradientMoments.empty(target.shape[0], device=device) for target in moments}
+    sums = {target: WeightGradients.empty(target.shape, device=device) for target in weights}
+    measure_gradients(
+        model, windows, outputs, sums, labels=labels, batch_size=batch_size, seed=seed,
         gradient_checkpointing=gradient_checkpointing, progress=progress,
     )  # fmt: skip
-    return seen, sums
+    return _by_name(outputs), _by_name(sums)
 
 
 def measure_gradients(
     model: PreTrainedModel,
     windows: Tensor,
-    measures: Mapping[Target, OutputMeasure],
+    outputs: Mapping[Target, OutputMeasure],
+    weights: Mapping[Target, WeightGradients] = MappingProxyType({}),
     *,
     labels: Labels = "sampled",
     batch_size: int = 1,
@@ -188,36 +191,16 @@ def measure_gradients(
     gradient_checkpointing: bool = False,
     progress: str = "gradients",
 ) -> None:
-    """Let each map's measure see the gradients by its outputs; arguments as in ``collect_gradients``.
+    """Let what is measured of maps see the gradients by their outputs and weights; the rest as ``collect_gradients``.
 
     Raises:
         ValueError: A window of less than two tokens, or a loss or a gradient that is not finite.
     """
-    first = min((target.block for target in measures), default=0)
-    _run(
-        model, windows, first, {target.name: measure for target, measure in measures.items()}, {}, labels=labels,
-        batch_size=batch_size, seed=seed, gradient_checkpointing=gradient_checkpointing, progress=progress,
-    )  # fmt: skip
-
-
-def _run(
-    model: PreTrainedModel,
-    windows: Tensor,
-    first: int,
-    seen: Mapping[str, OutputMeasure],
-    sums: Mapping[str, WeightGradients],
-    *,
-    labels: Labels,
-    batch_size: int,
-    seed: int,
-    gradient_checkpointing: bool,
-    progress: str,
-) -> None:
-    """Feed what is measured of outputs, ``seen``, and of weights, ``sums``, of maps from block ``first`` on."""
     if windows.shape[1] < 2:
         raise ValueError(f"windows of {windows.shape[1]} tokens were given: a loss needs at least two")
     device = next(model.parameters()).device
-    recorder = _Recorder()
+    seen, sums, recorder = _by_name(outputs), _by_name(weights), _Recorder()
+    first = min((target.block for target in (*outputs, *weights)), default=0)
     with _differentiable(model, first), recomputing(model) if gradient_checkpointing else nullcontext():
         # A batch keeps its number, and so its sampled labels, whichever process it goes to.
         mine = share(list(enumerate(torch.split(windows, batch_size))))
@@ -233,6 +216,10 @@ def _run(
         measure.merge_processes()
     for gradients in sums.values():
         gradients.merge_processes()
+
+
+def _by_name(measures: Mapping[Target, Measure]) -> dict[str, Measure]:
+    return {target.name: measure for target, measure in measures.items()}
 
 
 def _backward(

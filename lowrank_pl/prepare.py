@@ -352,22 +352,20 @@ def _decompose_group(
     """Write the factors of maps that share an input; return how often each kind of square root was taken."""
     kinds: Counter[str] = Counter()
     began = time.perf_counter()
-    inputs = None
-    for target in members:
-        if target is members[0] or not roots.inputs_shared:
-            inputs = roots.of_inputs(target)
-            if inputs is not None:
-                kinds[inputs.kind] += 1
-        weight = dense_weight(model.get_submodule(target.name)).detach()
-        outputs = roots.of_outputs(target.name)
-        if outputs is not None:
-            kinds[outputs.kind] += 1
-        factors = decompose(weight, inputs=inputs, outputs=outputs)
-        # The first of a group has made the square root that the others share.
-        spent, began = time.perf_counter() - began, time.perf_counter()
-        notes = {"weight": weight_digest(weight), "seconds": f"{spent:.4f}"}
-        store.add(target.name, factors, notes={**notes, **roots.notes(target, inputs, outputs)})
-        bar.update()
+    for inputs, sharing in roots.by_inputs(members):
+        if inputs is not None:
+            kinds[inputs.kind] += 1
+        for target in sharing:
+            weight = dense_weight(model.get_submodule(target.name)).detach()
+            outputs = roots.of_outputs(target.name)
+            if outputs is not None:
+                kinds[outputs.kind] += 1
+            factors = decompose(weight, inputs=inputs, outputs=outputs)
+            # The first of those that share a square root has made it.
+            spent, began = time.perf_counter() - began, time.perf_counter()
+            notes = {"weight": weight_digest(weight), "seconds": f"{spent:.4f}"}
+            store.add(target.name, factors, notes={**notes, **roots.notes(target, inputs, outputs)})
+            bar.update()
     return kinds
 
 

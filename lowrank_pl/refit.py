@@ -168,12 +168,14 @@ class _Work:
         busy = _BUSY.get(model.device.type, _BUSY["cpu"])
         self.batch_size = batch_size or max(1, busy // windows.shape[1])
         self.fitting, self.held = settings.split(windows)
+        self.windows = windows[: settings.windows]
         self.modules = [target for target in targets.modules if target.name in plan.modules]
         fingerprint = {**base.fingerprint, "refit": self._identity()}
         folder = base.directory / "refit" / sha256_of(canonical_json(fingerprint))[:20]
         self.made = FactorStore(fingerprint, folder)
         self._began = 0.0
-        self.damping = float(base.fingerprint.get("damping", Decomposition().damping))
+        self.made_by = Decomposition.behind(base.fingerprint)
+        self.two_sided = settings.two_sided and self.made_by.kind == "two_sided"
 
     def _identity(self) -> dict[str, Any]:
         ranks = {name: [module.rank, module.indices] for name, module in self.plan.modules.items()}
@@ -181,7 +183,7 @@ class _Work:
             **asdict(self.settings),
             "keep": self.plan.keep,
             "plan": sha256_of(canonical_json(ranks)),
-            "windows": windows_fingerprint(torch.cat([self.fitting, self.held])),
+            "windows": windows_fingerprint(self.windows),
         }
 
     def run(self) -> None:
@@ -204,10 +206,11 @@ class _Work:
                 self._run(low_rank, bar)
 
     def _run(self, low_rank: Sequence[Target], bar: tqdm[Any]) -> None:
-        batches = self._batches(torch.cat([self.fitting, self.held]))
+        batches = self._batches(self.windows)
         places = survey(self.model, low_rank, self.fitting[:1, :32])
         twins = Twins(self.model, batches)
-        roots, norms = self._output_roots(), self._gradient_norms(places)
+        roots = self._output_roots()
+        norms = self._gradient_norms([target for target in low_rank if places[target.name].every_token])
         self._began = time.perf_counter()
         for block, inside in groupby(low_rank, key=lambda target: target.block):
             # An input that another module takes up later again makes two groups.
@@ -314,7 +317,9 @@ class _Work:
         entry = self.plan.modules[target.name]
         present = self.base.kept(target.name, entry)
         assert entry.rank is not None
-        plain, other = (refitted(problem, text.fit, how, entry.rank, damping=self.damping) for how in (NOTHING, choice))
+        plain, other = (
+            refitted(problem, text.fit, how, entry.rank, damping=self.made_by.damping) for how in (NOTHING, choice)
+        )
         errors = problem.errors([present, plain, other], text.held)
         if not all(map(math.isfinite, errors)):
             raise ValueError(f"the errors of {target.name} are {errors}: load the base in a wider dtype")
@@ -327,7 +332,7 @@ class _Work:
             numbers["stream"] = choice.stream
         _log.debug("%s: error %.4g becomes %.4g by %s", target.name, before, after, choice)
         if gain > self.settings.margin:
-            made = refitted(problem, text.both, choice, entry.rank, damping=self.damping)
+            made = refitted(problem, text.both, choice, entry.rank, damping=self.made_by.damping)
             self._store(target.name, made, APPLIED, numbers)
         else:
             self._store(target.name, present, NO_GAIN, numbers)
@@ -344,26 +349,18 @@ class _Work:
         notes = {"refit": how, "seconds": f"{spent:.4f}", **{key: f"{value:.6g}" for key, value in numbers.items()}}
         self.made.add(name, factors, notes={**self.base.notes(name), **notes})
 
-    @property
-    def _weighing(self) -> Decomposition | None:
-        """How the factors were made, if they were weighted by outputs and errors are to be."""
-        made = Decomposition.behind(self.base.fingerprint)
-        return made if self.settings.two_sided and made.kind == "two_sided" else None
-
     def _output_roots(self) -> Roots | None:
         """Return the roots that the factors' outputs were weighted by, if they were and it is asked for."""
-        if self._weighing is None:
+        if not self.two_sided:
             return None
         return Roots.behind(self.base, self.model, self.calibration, self.modules)
 
-    def _gradient_norms(self, places: Mapping[str, Place]) -> TensorStore | None:
+    def _gradient_norms(self, watched: Sequence[Target]) -> TensorStore | None:
         """Return how large output gradients are in the dense model, token by token, if tokens are to count by it."""
-        if self._weighing is None or not self._weighing.weighs_tokens:
+        if not (self.two_sided and self.made_by.weighs_tokens):
             return None
         statistics = statistics_behind(self.base, self.model, self.calibration)
-        watched = [target for target in self.modules if target.name in places and places[target.name].every_token]
-        windows = torch.cat([self.fitting, self.held])
-        return statistics.on(windows).gradient_norms(watched, self._weighing.labels)
+        return statistics.on(self.windows).gradient_norms(watched, self.made_by.labels)
 
 
 def _weights(norms: Tensor) -> Tensor:

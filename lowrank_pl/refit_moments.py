@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_pl.products import product, rows_of
+
 __all__ = ["PairMoments"]
+
+_HELD = "what the dense or the compressed model computes holds"
 
 
 @dataclass
@@ -91,19 +95,19 @@ class PairMoments:
         def counted(rows: Tensor) -> Tensor:
             return rows if roots is None else rows * roots
 
-        inputs = _rows(compressed)
-        inputs, drift = counted(inputs), counted(_rows(dense) - inputs)
-        self.inputs += _product(inputs, inputs)
-        self.cross += _product(drift, inputs)
+        inputs = rows_of(compressed)
+        inputs, drift = counted(inputs), counted(rows_of(dense) - inputs)
+        self.inputs += product(inputs, inputs, _HELD)
+        self.cross += product(drift, inputs, _HELD)
         if self.drift is not None:
-            self.drift += _product(drift, drift)
+            self.drift += product(drift, drift, _HELD)
         if self.stream is not None:
             assert stream is not None
-            lacking = counted(_rows(stream[0]) - _rows(stream[1]))
-            self.stream += _product(lacking, inputs)
+            lacking = counted(rows_of(stream[0]) - rows_of(stream[1]))
+            self.stream += product(lacking, inputs, _HELD)
             if self.stream_drift is not None and self.stream_second is not None:
-                self.stream_drift += _product(lacking, drift)
-                self.stream_second += _product(lacking, lacking)
+                self.stream_drift += product(lacking, drift, _HELD)
+                self.stream_second += product(lacking, lacking, _HELD)
         self.tokens += len(inputs)
 
     def merged(self, other: PairMoments) -> PairMoments:
@@ -144,19 +148,3 @@ def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:
 
 def _share(part: Tensor | None, count: int) -> Tensor | None:
     return None if part is None else part / count
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1, tensor.shape[-1]).float()
-
-
-def _product(one: Tensor, two: Tensor) -> Tensor:
-    # One product per batch in float32 keeps matrix-multiply speed; summing the batches in float64 keeps the digits.
-    product = one.mT @ two
-    # A sum shows whatever is not finite, in a fiftieth of the time that looking at every number takes.
-    if not torch.isfinite(product.sum()):
-        # Massive activations may overflow a float32 square while the inputs themselves are sound.
-        product = one.double().mT @ two.double()
-        if not torch.isfinite(product).all():
-            raise ValueError("what the dense or the compressed model computes holds NaN or infinity")
-    return product

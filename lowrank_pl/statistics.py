@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.processes import add_up, is_first, share, total
+from lowrank_pl.products import product, rows_of
 from lowrank_pl.targets import Target
 
 __all__ = ["InputMoments", "collect_input_moments"]
@@ -53,15 +54,8 @@ class InputMoments:
         Raises:
             ValueError: They hold NaN or infinity.
         """
-        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        # One product per batch in float32 keeps matrix-multiply speed; summing the batches in float64 keeps the digits.
-        product = flat.mT @ flat
-        if not torch.isfinite(product).all():
-            # Massive activations may overflow a float32 square while the inputs themselves are sound.
-            product = flat.double().mT @ flat.double()
-        if not torch.isfinite(product).all():
-            raise ValueError("the inputs hold NaN or infinity")
-        self.second += product
+        flat = rows_of(inputs)
+        self.second += product(flat, flat, "the inputs hold")
         self.absolute += flat.abs().sum(0, dtype=torch.float64)
         self.tokens += flat.shape[0]
 

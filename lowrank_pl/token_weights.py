@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.processes import add_up, total
+from lowrank_pl.products import product, rows_of
 
 __all__ = ["TokenNorms", "WeightedMoments"]
 
@@ -56,12 +57,13 @@ class WeightedMoments:
         Raises:
             ValueError: The inputs hold NaN or infinity.
         """
-        rows, gradients = _rows(inputs), _rows(gradient)
+        gradients = rows_of(gradient)
         roots = _norms(gradients).sqrt()[:, None]
-        # One product per batch in float32 keeps matrix-multiply speed; summing the batches in float64 keeps the digits.
-        self.inputs += _gram(rows * roots)
+        weighted = rows_of(inputs) * roots
         # A token without a gradient has nothing to share out.
-        self.outputs += _gram(torch.where(roots > 0, gradients / roots, 0.0))
+        shared = torch.where(roots > 0, gradients / roots, 0.0)
+        self.inputs += product(weighted, weighted, "the inputs hold")
+        self.outputs += product(shared, shared, "the gradients hold")
         self.tokens += tokens
 
     def merge_processes(self) -> None:
@@ -118,7 +120,7 @@ class TokenNorms:
         """
         first = batch * self.batch_size
         part = self.norms[first : first + self.batch_size]
-        found = _norms(_rows(gradient))
+        found = _norms(rows_of(gradient))
         if found.numel() != part.numel():
             raise ValueError(f"a map was called for {found.numel()} tokens of the {part.numel()} that there are")
         part.copy_(found.view_as(part))
@@ -128,21 +130,7 @@ class TokenNorms:
         add_up(self.norms)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1, tensor.shape[-1]).float()
-
-
 def _norms(rows: Tensor) -> Tensor:
     # The squares of faint gradients lie below what float32 can hold.
     norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
     return norms.float()
-
-
-def _gram(rows: Tensor) -> Tensor:
-    product = rows.mT @ rows
-    if not torch.isfinite(product.sum()):
-        # Massive activations may overflow a float32 square while the inputs themselves are sound.
-        product = rows.double().mT @ rows.double()
-        if not torch.isfinite(product).all():
-            raise ValueError("the inputs hold NaN or infinity")
-    return product
