@@ -36,6 +36,7 @@ from lowrank_pl.factoring import decompose
 from lowrank_pl.files import atomic_write
 from lowrank_pl.interrupt import StopBetweenBatches, told_when_interrupted
 from lowrank_pl.module import RankLearner
+from lowrank_pl.narrow import narrow
 from lowrank_pl.processes import LostProcessError, told_when_lost
 from lowrank_pl.progress import LearningBar
 from lowrank_pl.rank_monitor import RankMonitor
@@ -51,6 +52,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "decompose": decompose,
     "allocate": allocate,
     "refit": refit,
+    "narrow": narrow,
     "export": export,
     "doctor": doctor,
     "report": report,

@@ -206,18 +206,23 @@ class Roots:
             yield self._of_inputs(those[0]), those
 
     def _of_inputs(self, target: Target) -> SquareRoot | None:
-        if self.weighted is not None:
-            moment = self._moment("weighted_moments", self.weighted, target.name, "inputs")
-        elif self.inputs is None:
-            return None
-        elif self.settings.kind == "asvd":
+        if self.inputs is not None and self.settings.kind == "asvd":
             mean = self.inputs.read(target.group, "mean_absolute").to(self.device)
             return _located(
                 lambda: diagonal_root(mean**self.settings.alpha, damping=self.settings.damping), "input", target.group
             )
-        else:
-            moment = self._moment("inputs", self.inputs, target.group, "second_moment")
+        moment = self.moment_of_inputs(target)
+        if moment is None:
+            return None
         return _located(lambda: square_root(moment, damping=self.settings.damping), "input", target.group)
+
+    def moment_of_inputs(self, target: Target) -> Tensor | None:
+        """Return the second moment ``[in, in]`` that the inputs of ``target`` are weighted by, if they are by one."""
+        if self.weighted is not None:
+            return self._moment("weighted_moments", self.weighted, target.name, "inputs")
+        if self.inputs is not None:
+            return self._moment("inputs", self.inputs, target.group, "second_moment")
+        return None
 
     def of_outputs(self, name: str) -> SquareRoot | None:
         """Return what the outputs of module ``name`` are weighted by."""

@@ -149,5 +149,5 @@ def draw_plan(
     plan = draw(method, budget, made, targets, model, windows, tokenizer, directory=directory)
     store = drawn_on(plan, made)
     origin = describe_origin(base=base, dtype=dtype, text=text, windows=windows, settings=settings, store=made)
-    notes = preparation_notes(targets, made)
+    notes = preparation_notes(model, targets, made)
     return plan.with_origin({**origin, **plan.origin}, store.fingerprint, notes), store

@@ -211,7 +211,7 @@ class RankLearner(LightningModule):
         )
         self.data_terms.blocks(len(decoder_blocks(model)[1]))
         self.store = self._factors(model, targets, data, shared)
-        self.notes = preparation_notes(targets, self.store)
+        self.notes = preparation_notes(model, targets, self.store)
         self.origin = describe_origin(
             base=self.base, dtype=self.dtype_name, text=data.statistics_text, windows=data.statistics_windows,
             settings=self.decomposition, store=self.store,

@@ -27,6 +27,7 @@ from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.factor_store import FactorStore, TensorStore, tensor_digest, weight_digest
 from lowrank_pl.files import sha256_of
 from lowrank_pl.hull import predicted_scores
+from lowrank_pl.narrowing import Origin
 from lowrank_pl.processes import balanced, is_first
 from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import Target, Targets, dense_weight
@@ -44,6 +45,7 @@ __all__ = [
     "model_parameters",
     "preparation_notes",
     "statistics_of",
+    "targeted_parameters",
 ]
 
 _log = logging.getLogger(__name__)
@@ -70,6 +72,11 @@ def model_fingerprint(model: PreTrainedModel, parameters: Iterable[tuple[str, Te
 def model_parameters(model: nn.Module) -> int:
     """Return the number of parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def targeted_parameters(targets: Targets) -> int:
+    """Return the number of parameters of all maps to compress, in the blocks' own layout."""
+    return sum(rows * columns for rows, columns in (target.shape for target in targets.modules))
 
 
 def budget_for(
@@ -117,9 +124,13 @@ def describe_origin(
     }
 
 
-def preparation_notes(targets: Targets, store: FactorStore) -> list[str]:
-    """Return in sentences what was not targeted, and why, and which square roots needed the fallback."""
+def preparation_notes(model: PreTrainedModel, targets: Targets, store: FactorStore) -> list[str]:
+    """Return in sentences what the base was, what was not targeted, and which square roots needed the fallback."""
     notes = []
+    before = Origin.of(model)
+    if before is not None:
+        left = before.left(targeted_parameters(targets), model_parameters(model))
+        notes.append(f"the base was narrowed: {left} are left, and keep counts these")
     for reason in dict.fromkeys(skipped.reason for skipped in targets.skipped):
         those = [skipped for skipped in targets.skipped if skipped.reason == reason]
         count = sum(skipped.parameters for skipped in those)

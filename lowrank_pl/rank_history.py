@@ -131,6 +131,7 @@ class RankHistory:
             axis.spines[:].set_visible(False)
             axis.invert_yaxis()
         axes[-1].set_xlabel("optimizer steps")
+        axes[-1].locator_params(axis="x", integer=True)
         axes[0].set_title("kept fraction while the ranks were learned (soft masks)", pad=8)
         figure.colorbar(mesh, ax=list(axes), label="kept fraction", pad=0.02, aspect=30)
         return figure

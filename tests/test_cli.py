@@ -86,7 +86,19 @@ def test_the_commands_are_listed(capsys, words):
     main(words)
     shown = capsys.readouterr().out
     assert shown == usage() + "\n"
-    for name in ("fit", "evaluate", "decompose", "allocate", "refit", "export", "doctor", "report", "compare", "bench"):
+    for name in (
+        "fit",
+        "evaluate",
+        "decompose",
+        "allocate",
+        "refit",
+        "narrow",
+        "export",
+        "doctor",
+        "report",
+        "compare",
+        "bench",
+    ):
         assert f"\n  {name} " in shown
 
 
@@ -105,6 +117,7 @@ def test_the_commands_are_listed(capsys, words):
         ("doctor", ["--directory DIRECTORY", "the one that the folder's plan names", "--prompts", "--json JSON"]),
         ("report", ["--run RUN", "Folder of `lowrank fit`, `export` or `compare`", "--output OUTPUT", "--scores"]),
         ("refit", ["--plan PLAN", "--settings.windows", "--json JSON"]),
+        ("narrow", ["--base BASE", "Fraction of the hidden features to keep", "--damping", "--json JSON"]),
         ("bench", ["What to measure: step, decode, prefill or svd", "--storage", "--repeats", "--json JSON"]),
     ],
 )
@@ -278,7 +291,7 @@ def test_the_smoke_configuration_of_a_callback_by_name(tmp_path, capsys):
 
 def test_words_that_mean_nothing(capsys, tmp_path):
     said = failing(capsys, "fitt")
-    known = "fit, evaluate, decompose, allocate, refit, export, doctor, report, compare, bench"
+    known = "fit, evaluate, decompose, allocate, refit, narrow, export, doctor, report, compare, bench"
     assert said == f"there is no command 'fitt': expected one of {known}"
     assert "--model.kep" in failing_fit(capsys, tmp_path, "--model.kep", "0.5", status=2)
     assert "File does not exist" in failing(capsys, "fit", "-c", "none.yaml", status=2)

@@ -18,7 +18,19 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 TEXTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-COMMANDS = ("fit", "evaluate", "decompose", "allocate", "refit", "export", "doctor", "report", "compare", "bench")
+COMMANDS = (
+    "fit",
+    "evaluate",
+    "decompose",
+    "allocate",
+    "refit",
+    "narrow",
+    "export",
+    "doctor",
+    "report",
+    "compare",
+    "bench",
+)
 
 
 def part_of_docs(name):
