@@ -6,6 +6,7 @@ one by one, each with the error that those before it have left.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lowrank_pl.decompose import SquareRoot
 
-__all__ = ["Narrowed", "leave_out"]
+__all__ = ["Narrowed", "leave_out", "narrowings"]
 
 _GROUP = 32
 """Features that go at a time, out of twice as many; of few features fewer."""
@@ -61,24 +62,42 @@ def leave_out(
         >>> found.features.tolist(), found.weight.round(decimals=3).tolist()
         ([1, 2], [[5.0, 3.0]])
     """
+    (found,) = narrowings(weight, second_moment, [keep], outputs=outputs, damping=damping)
+    return found
+
+
+def narrowings(
+    weight: Tensor,
+    second_moment: Tensor,
+    keeps: Sequence[int],
+    *,
+    outputs: SquareRoot | None = None,
+    damping: float = 1e-2,
+) -> Iterator[Narrowed]:
+    """Yield what ``leave_out`` returns for each of ``keeps``, from the largest on, each contained in those before.
+
+    Arguments and errors are those of ``leave_out``.
+    """
     features = weight.shape[1]
-    if not 1 <= keep <= features:
-        raise ValueError(f"{keep} features are to stay: expected a number from 1 to the {features} that there are")
+    for keep in keeps:
+        if not 1 <= keep <= features:
+            raise ValueError(f"{keep} features are to stay: expected a number from 1 to the {features} that there are")
     rest = weight.double() if outputs is None else outputs.multiply_right(weight.double().mT).mT
     inverse = _inverse(second_moment.double(), damping)
     if not (torch.isfinite(rest).all() and torch.isfinite(inverse).all()):
         raise ValueError("the weight or the second moment holds NaN or infinity: the checkpoint is damaged")
     left, loss = torch.arange(features, device=weight.device), 0.0
-    while (surplus := len(left) - keep) > 0:
-        gone, added = _next(rest, inverse, min(_GROUP, surplus, max(1, len(left) // 32)))
-        loss += added
-        # All at once what one after the other would come to.
-        columns = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-        stay = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill(0, gone, False)
-        rest = (rest - rest[:, gone] @ columns)[:, stay]
-        inverse = (inverse - inverse[:, gone] @ columns)[stay][:, stay]
-        left = left[stay]
-    return Narrowed(left, rest if outputs is None else outputs.solve_right(rest.mT).mT, loss)
+    for keep in sorted(keeps, reverse=True):
+        while (surplus := len(left) - keep) > 0:
+            gone, added = _next(rest, inverse, min(_GROUP, surplus, max(1, len(left) // 32)))
+            loss += added
+            # All at once what one after the other would come to.
+            columns = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+            stay = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill(0, gone, False)
+            rest = (rest - rest[:, gone] @ columns)[:, stay]
+            inverse = (inverse - inverse[:, gone] @ columns)[stay][:, stay]
+            left = left[stay]
+        yield Narrowed(left, rest if outputs is None else outputs.solve_right(rest.mT).mT, loss)
 
 
 def _next(rest: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, float]:

@@ -25,7 +25,7 @@ from lowrank_pl.leaving_out import leave_out
 from lowrank_pl.plan_report import percent
 from lowrank_pl.targets import Target, Targets, dense_weight, replace_module, replaced
 
-__all__ = ["Hidden", "Origin", "find_hidden", "narrow_model", "narrowed_config"]
+__all__ = ["Hidden", "Origin", "find_hidden", "narrow_model", "narrowed_config", "rows_of"]
 
 _KEY = "lowrank_narrowed"
 """Where ``config.json`` says what the model was before."""
@@ -177,6 +177,12 @@ def narrow_model(
     return squares / 2
 
 
+def rows_of(writer: Target, width: int, features: Tensor) -> Tensor:
+    """Return the outputs of ``writer`` that ``features`` of ``width`` are made of, part by part."""
+    outputs = torch.arange(writer.shape[0], device=features.device)
+    return outputs.view(-1, width)[:, features].flatten()
+
+
 def _candidates(inside: Sequence[Target]) -> Iterator[Hidden]:
     """Yield maps of one block, in the order of their calls, whose inputs others of the same module may have made."""
     for number, reader in enumerate(inside):
@@ -218,7 +224,7 @@ def _narrowed(model: PreTrainedModel, hidden: Hidden, features: Tensor, weight: 
     modules = {hidden.reader.name: _like(model.get_submodule(hidden.reader.name), weight)}
     for writer in hidden.writers:
         old = model.get_submodule(writer.name)
-        rows = torch.arange(writer.shape[0], device=features.device).view(-1, hidden.width)[:, features].flatten()
+        rows = rows_of(writer, hidden.width, features)
         modules[writer.name] = _like(old, dense_weight(old).detach()[rows], rows)
     return modules
 

@@ -117,7 +117,7 @@ def test_the_commands_are_listed(capsys, words):
         ("doctor", ["--directory DIRECTORY", "the one that the folder's plan names", "--prompts", "--json JSON"]),
         ("report", ["--run RUN", "Folder of `lowrank fit`, `export` or `compare`", "--output OUTPUT", "--scores"]),
         ("refit", ["--plan PLAN", "--settings.windows", "--json JSON"]),
-        ("narrow", ["--base BASE", "Fraction of the hidden features to keep", "--damping", "--json JSON"]),
+        ("narrow", ["--base BASE", "--keep KEEP", "Fraction of the hidden features to keep instead", "--json JSON"]),
         ("bench", ["What to measure: step, decode, prefill or svd", "--storage", "--repeats", "--json JSON"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import combinations
 
 import pytest
@@ -15,11 +16,12 @@ from lowrank_pl import leaving_out
 from lowrank_pl.base_model import load_base
 from lowrank_pl.commands import allocate, export
 from lowrank_pl.decompose import square_root
+from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.leaving_out import leave_out
 from lowrank_pl.narrow import narrow
 from lowrank_pl.narrowing import Origin, find_hidden, narrow_model, narrowed_config
 from lowrank_pl.targets import dense_weight, find_targets
-from lowrank_pl.tiny_models import FAMILIES, tiny_model
+from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
 
 TEXT = {"text": "python-docs::part=0%-5%", "length": 32, "windows": 8}
 
@@ -208,12 +210,58 @@ def dense_width(base):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"share": 1.0}, "share is 1.0: expected the fraction of hidden features to keep, above 0 and below 1"),
-        ({"multiple_of": 0}, "multiple_of is 0: expected a whole number of at least 1"),
-        ({"share": 0.99}, "share 0.99 of 96 hidden features is 96 in multiples of 8: nothing would be left out; lower"),
+        ({"share": 1.0}, "share is 1.0: expected a fraction above 0 and below 1"),
+        ({"keep": 0.0}, "keep is 0.0: expected a fraction above 0 and below 1"),
+        ({}, "give one of keep, the size that is wanted in the end, and share, of the hidden features"),
+        ({"keep": 0.6, "share": 0.5}, "give one of keep, the size that is wanted in the end, and share"),
+        ({"share": 0.5, "multiple_of": 0}, "multiple_of is 0: expected a whole number of at least 1"),
+        (
+            {"share": 0.99},
+            "of 96 hidden features none would be left out at a share of 0.99, in multiples of 8: lower one of both",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         narrow("random:llama", output=tmp_path / "narrow", **{**TEXT, **changes})
     assert not (tmp_path / "narrow").exists()
+
+
+def test_the_width_is_the_one_that_is_predicted_to_lose_least(tmp_path, capsys):
+    # Features of which every other one is nearly the sum of two others.
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        with torch.no_grad():
+            layer.mlp.gate_proj.weight[1::2] = layer.mlp.gate_proj.weight[::2]
+            layer.mlp.up_proj.weight[1::2] = layer.mlp.up_proj.weight[::2] * 1.01
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    narrow(str(base), keep=0.6, output=tmp_path / "narrow", json=tmp_path / "narrow.json", **TEXT)
+    figures = json.loads((tmp_path / "narrow.json").read_text())
+    tried = {int(width): loss for width, loss in figures["predicted_nats_with_ranks"].items()}
+    assert max(tried) == 96
+    assert figures["width"]["after"] == min(tried, key=tried.get) <= 48
+    left = figures["parameters"]["targeted"]["kept"] / figures["parameters"]["targeted"]["dense"]
+    said = capsys.readouterr().out
+    assert f"96 hidden features, ranks to keep 0.6: predicted loss {tried[96]:.4f} nats a token" in said
+    keep = float(re.search(r"--keep ([\d.]+) keeps 60.0 % of the base's", said)[1])
+    assert keep * left == pytest.approx(0.6, abs=1e-3)
+    # As wide as before, it is what the exact allocation predicts.
+    assert tried[96] == pytest.approx(predicted(str(base), 0.6, tmp_path), rel=1e-3)
+    # And as wide as chosen, what it predicts on the result, whose moments are nearly the same.
+    total = predicted(str(tmp_path / "narrow"), keep, tmp_path) + figures["predicted_nats"]
+    assert tried[figures["width"]["after"]] == pytest.approx(total, rel=0.2)
+
+
+def predicted(base, keep, folder):
+    plan = allocate(base, method="fisher", keep=keep, output=folder / "predicted.json", **TEXT)
+    store = FactorStore.existing(plan.origin["store"])
+    cut = (store.sigma(name)[module.rank :] for name, module in plan.modules.items() if module.rank is not None)
+    return sum(rest.square().sum().item() for rest in cut) / 2
+
+
+def test_where_nothing_is_gained_ranks_are_to_be_drawn_on_the_base(tmp_path):
+    # Half of the features alone would be more than is to be left out.
+    with pytest.raises(ValueError, match=r"at keep 0\.9 no narrower MLPs are predicted to lose less: draw ranks on"):
+        narrow("random:llama", keep=0.9, multiple_of=48, output=tmp_path / "narrow", **TEXT)
