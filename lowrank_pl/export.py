@@ -32,7 +32,7 @@ from lowrank_pl.plan import RankPlan
 from lowrank_pl.targets import replaced
 from lowrank_pl.verify import ExportError, base_class, check_contents, check_merged, check_reload, logits_of
 
-__all__ = ["ExportError", "ExportReport", "is_compressed", "load_compressed", "save_compressed"]
+__all__ = ["ExportError", "ExportReport", "check_destination", "is_compressed", "load_compressed", "save_compressed"]
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def save_compressed(
     (1, True)
     """
     directory = Path(directory)
-    _check_destination(directory)
+    check_destination(directory)
     originals = _originals(model)
     entries = _entries(model, originals)
     align(model)
@@ -188,8 +188,12 @@ def _check_is_compressed(directory: Path) -> None:
         )
 
 
-def _check_destination(directory: Path) -> None:
-    """Refuse to replace what is no export: a slip of the keyboard must not cost anyone a folder."""
+def check_destination(directory: Path) -> None:
+    """Refuse to replace what is no export: a slip of the keyboard must not cost anyone a folder.
+
+    Raises:
+        ValueError: ``directory`` is a file, or a folder of something else.
+    """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{str(directory)!r} is a file: name a folder to export to")
     if not directory.exists() or not any(directory.iterdir()):

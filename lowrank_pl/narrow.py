@@ -13,9 +13,9 @@ from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.commands import DType, pick_device
 from lowrank_pl.decompose import SquareRoot
 from lowrank_pl.decomposition import Decomposition, Roots
-from lowrank_pl.export import save_compressed
+from lowrank_pl.export import check_destination, save_compressed
 from lowrank_pl.files import write_json
-from lowrank_pl.narrowing import Origin, find_hidden, narrow_model
+from lowrank_pl.narrowing import Origin, find_hidden, narrow_model, narrowed_config
 from lowrank_pl.plan_report import percent
 from lowrank_pl.prepare import check_finite, model_parameters, statistics_of, targeted_parameters
 from lowrank_pl.targets import Target, find_targets
@@ -83,6 +83,9 @@ def narrow(
     before, present = Origin.of(model), hidden[0].width
     origin = before or Origin(base, targeted_parameters(targets), model_parameters(model), present)
     widths = _widths(present, _STEPS if share is None else (share,), multiple_of)
+    # Before anything is measured.
+    narrowed_config(model, hidden, widths[0])
+    check_destination(output)
     # What the width is chosen by are the spectra of all maps.
     measured = tuple(mlp.reader for mlp in hidden) if keep is None else targets.modules
     check_finite(model, measured)

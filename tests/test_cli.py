@@ -86,19 +86,7 @@ def test_the_commands_are_listed(capsys, words):
     main(words)
     shown = capsys.readouterr().out
     assert shown == usage() + "\n"
-    for name in (
-        "fit",
-        "evaluate",
-        "decompose",
-        "allocate",
-        "refit",
-        "narrow",
-        "export",
-        "doctor",
-        "report",
-        "compare",
-        "bench",
-    ):
+    for name in ("fit", *FUNCTIONS):
         assert f"\n  {name} " in shown
 
 

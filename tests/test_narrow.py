@@ -227,6 +227,15 @@ def test_settings_that_make_no_sense_are_refused(changes, message, tmp_path):
     assert not (tmp_path / "narrow").exists()
 
 
+def test_a_folder_of_something_else_is_left_alone_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "narrow").mkdir()
+    (tmp_path / "narrow" / "thesis.txt").write_text("all of it")
+    monkeypatch.setattr("lowrank_pl.narrow.statistics_of", lambda *_: pytest.fail("text was read"))
+    with pytest.raises(ValueError, match="holds other files than an earlier export: name a new folder or empty it"):
+        narrow("random:llama", share=0.5, output=tmp_path / "narrow", **TEXT)
+    assert (tmp_path / "narrow" / "thesis.txt").read_text() == "all of it"
+
+
 def test_the_width_is_the_one_that_is_predicted_to_lose_least(tmp_path, capsys):
     # Features of which every other one is nearly the sum of two others.
     model = tiny_model("llama")
