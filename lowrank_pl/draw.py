@@ -14,7 +14,14 @@ from lowrank_pl.budget import Budget
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.prepare import budget_for, build_factors, build_gradients, describe_origin, preparation_notes
+from lowrank_pl.prepare import (
+    base_notes,
+    budget_for,
+    build_factors,
+    build_gradients,
+    describe_origin,
+    preparation_notes,
+)
 from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import Targets, find_targets
 
@@ -149,5 +156,5 @@ def draw_plan(
     plan = draw(method, budget, made, targets, model, windows, tokenizer, directory=directory)
     store = drawn_on(plan, made)
     origin = describe_origin(base=base, dtype=dtype, text=text, windows=windows, settings=settings, store=made)
-    notes = preparation_notes(model, targets, made)
+    notes = [*base_notes(model, targets), *preparation_notes(targets, made)]
     return plan.with_origin({**origin, **plan.origin}, store.fingerprint, notes), store

@@ -103,7 +103,7 @@ def decompose(
             model, targets, tokens, tokenizer, settings=decomposition, directory=store, memory=budget,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
-    seconds, memory_used, notes = time.perf_counter() - began, peak_memory(), preparation_notes(model, targets, made)
+    seconds, memory_used, notes = time.perf_counter() - began, peak_memory(), preparation_notes(targets, made)
     how = "loaded whole" if found is None else "block by block"
     head = f"{decomposition.kind}: factors of {len(targets.modules)} modules, {how}, in {seconds:.0f} s"
     print("\n".join([f"{head} and {memory_used / 1e9:.2f} GB of memory", *notes, f"store  {made.directory}"]))

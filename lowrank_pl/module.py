@@ -32,7 +32,7 @@ from lowrank_pl.masks.base import dense_sizes
 from lowrank_pl.masks.switches import seeded
 from lowrank_pl.objectives import DataTerms, kept_share
 from lowrank_pl.plan import RankPlan
-from lowrank_pl.prepare import budget_for, build_factors, describe_origin, preparation_notes
+from lowrank_pl.prepare import base_notes, budget_for, build_factors, describe_origin, preparation_notes
 from lowrank_pl.processes import together
 from lowrank_pl.schedule import AimSchedule, half_cosine
 from lowrank_pl.sharding import average_gradients, shard_frozen
@@ -211,7 +211,7 @@ class RankLearner(LightningModule):
         )
         self.data_terms.blocks(len(decoder_blocks(model)[1]))
         self.store = self._factors(model, targets, data, shared)
-        self.notes = preparation_notes(model, targets, self.store)
+        self.notes = [*base_notes(model, targets), *preparation_notes(targets, self.store)]
         self.origin = describe_origin(
             base=self.base, dtype=self.dtype_name, text=data.statistics_text, windows=data.statistics_windows,
             settings=self.decomposition, store=self.store,

@@ -34,6 +34,7 @@ from lowrank_pl.targets import Target, Targets, dense_weight
 from lowrank_pl.windows import tokenizer_fingerprint, windows_fingerprint
 
 __all__ = [
+    "base_notes",
     "budget_for",
     "build_factors",
     "build_gradients",
@@ -124,13 +125,18 @@ def describe_origin(
     }
 
 
-def preparation_notes(model: PreTrainedModel, targets: Targets, store: FactorStore) -> list[str]:
-    """Return in sentences what the base was, what was not targeted, and which square roots needed the fallback."""
-    notes = []
+def base_notes(model: PreTrainedModel, targets: Targets) -> list[str]:
+    """Return in a sentence what a narrowed base was before; nothing of any other."""
     before = Origin.of(model)
-    if before is not None:
-        left = before.left(targeted_parameters(targets), model_parameters(model))
-        notes.append(f"the base was narrowed: {left} are left, and keep counts these")
+    if before is None:
+        return []
+    left = before.left(targeted_parameters(targets), model_parameters(model))
+    return [f"the base was narrowed: {left} are left, and keep counts these"]
+
+
+def preparation_notes(targets: Targets, store: FactorStore) -> list[str]:
+    """Return in sentences what was not targeted, and why, and which square roots needed the fallback."""
+    notes = []
     for reason in dict.fromkeys(skipped.reason for skipped in targets.skipped):
         those = [skipped for skipped in targets.skipped if skipped.reason == reason]
         count = sum(skipped.parameters for skipped in those)

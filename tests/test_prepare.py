@@ -269,7 +269,7 @@ def test_fallback_is_told(llama, windows, tokenizer, caplog):
     targets = find_targets(llama)
     with caplog.at_level(logging.WARNING):
         store = build_factors(llama, targets, windows[:1, :20], tokenizer, settings=Decomposition(damping=0.0))
-    notes = preparation_notes(llama, targets, store)
+    notes = preparation_notes(targets, store)
     eigen = [name for name in (t.name for t in targets.modules) if store.notes(name)["square_root"] == "eigen"]
     assert eigen
     assert f"square root by eigen-decomposition for {len(eigen)} modules, e.g. {eigen[0]}" in notes
@@ -282,7 +282,7 @@ def test_fallback_is_told(llama, windows, tokenizer, caplog):
 def test_notes_count_what_was_skipped(llama, build):
     targets = find_targets(llama, exclude=["*down_proj"])
     store = build()
-    assert preparation_notes(llama, targets, store) == [
+    assert preparation_notes(targets, store) == [
         "not targeted, excluded by pattern '*down_proj': 2 (6,144 parameters), e.g. model.layers.0.mlp.down_proj"
     ]
 
@@ -291,7 +291,7 @@ def test_damaged_file_is_named_in_the_notes_too(llama, build):
     store = build()
     store.path("model.layers.0.mlp.up_proj").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"up_proj.safetensors is damaged .*: delete it and run again"):
-        preparation_notes(llama, find_targets(llama), store)
+        preparation_notes(find_targets(llama), store)
 
 
 @pytest.mark.parametrize(
