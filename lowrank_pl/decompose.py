@@ -10,7 +10,10 @@ from torch import Tensor
 
 from lowrank_pl.svd import thin_svd
 
-__all__ = ["Factors", "SquareRoot", "decompose", "diagonal_root", "square_root", "truncate"]
+__all__ = ["Factors", "SquareRoot", "damped_root", "decompose", "diagonal_root", "square_root", "truncate"]
+
+_DEAD = 1e-9
+"""Damping of features that are always 0, relative to the mean of all."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,28 @@ def square_root(second_moment: Tensor, *, damping: float = 1e-6) -> SquareRoot:
     values, vectors = torch.linalg.eigh(moment)
     floor = max(added, torch.finfo(torch.float64).eps * values[-1].item())
     return SquareRoot(vectors * values.clamp_min(floor).sqrt(), "eigen", added)
+
+
+def damped_root(second_moment: Tensor, damping: float) -> Tensor:
+    """Return a lower triangular root ``[n, n]`` of ``second_moment`` with ``damping`` times its own diagonal added.
+
+    A ridge on a regression: each feature is damped by what it is itself, and those that are always 0 by next to
+    nothing.
+
+    Args:
+        second_moment: ``[n, n]``, finite, symmetric up to rounding.
+        damping: Relative to each feature's own second moment.
+
+    Example:
+        >>> damped_root(torch.tensor([[2.0, 0.0], [0.0, 8.0]]), 1.0).diagonal().round(decimals=3).tolist()
+        [2.0, 4.0]
+    """
+    damped = (second_moment + second_moment.mT) / 2
+    diagonal = damped.diagonal()
+    mean = diagonal.mean().item() or 1.0
+    diagonal += damping * diagonal + _DEAD * mean
+    root: Tensor = torch.linalg.cholesky(damped)
+    return root
 
 
 def diagonal_root(scales: Tensor, *, damping: float = 1e-6) -> SquareRoot:

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_pl.decompose import SquareRoot
+from lowrank_pl.decompose import SquareRoot, damped_root
 
 __all__ = ["Narrowed", "leave_out", "narrowings"]
 
 _GROUP = 32
 """Features that go at a time, out of twice as many; of few features fewer."""
-_DEAD = 1e-9
-"""Damping of features that are always 0, relative to the mean of all."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,10 @@ def narrowings(
     for keep in keeps:
         if not 1 <= keep <= features:
             raise ValueError(f"{keep} features are to stay: expected a number from 1 to the {features} that there are")
-    rest = weight.double() if outputs is None else outputs.multiply_right(weight.double().mT).mT
-    inverse = _inverse(second_moment.double(), damping)
-    if not (torch.isfinite(rest).all() and torch.isfinite(inverse).all()):
+    if not (torch.isfinite(weight).all() and torch.isfinite(second_moment).all()):
         raise ValueError("the weight or the second moment holds NaN or infinity: the checkpoint is damaged")
+    rest = weight.double() if outputs is None else outputs.multiply_right(weight.double().mT).mT
+    inverse = torch.cholesky_inverse(damped_root(second_moment.double(), damping))
     left, loss = torch.arange(features, device=weight.device), 0.0
     for keep in sorted(keeps, reverse=True):
         while (surplus := len(left) - keep) > 0:
@@ -127,12 +125,3 @@ def _next(rest: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, float]:
         # It is out: its row and column are 0 but for rounding, and nothing is divided by them.
         inverse[one, one] = 1.0
     return tried[gone], loss
-
-
-def _inverse(moment: Tensor, damping: float) -> Tensor:
-    """Return the inverse of ``moment`` with ``damping`` times its diagonal added."""
-    damped = (moment + moment.mT) / 2
-    diagonal = damped.diagonal()
-    mean = diagonal.mean().item() or 1.0
-    diagonal += damping * diagonal + _DEAD * mean
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped))

@@ -47,8 +47,8 @@ def narrow(
     """Leave out the hidden features of every MLP that the others can stand for; the result is an ordinary checkpoint.
 
     Which ones go, and how the MLP's last map makes up for them, is worked out in closed form from one pass over some
-    text, forward and backward. All MLPs get the same width, so that plain transformers and every other runtime loads
-    the folder without code of its own. It is a base like any other: ranks can be learned or allocated on it.
+    text, forward and backward. All MLPs get the same width, so that plain transformers loads the folder without any
+    code of ours. It is a base like any other: ranks can be learned or allocated on it.
 
     Args:
         base: Hub id, folder, .gguf file, package:NAME or random:FAMILY.
@@ -80,8 +80,8 @@ def narrow(
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     targets = find_targets(model)
     hidden = find_hidden(model, targets)
-    before, present = Origin.of(model), hidden[0].width
-    origin = before or Origin(base, targeted_parameters(targets), model_parameters(model), present)
+    present = hidden[0].width
+    origin = Origin.of(model) or Origin(base, targeted_parameters(targets), model_parameters(model), present)
     widths = _widths(present, _STEPS if share is None else (share,), multiple_of)
     # Before anything is measured.
     narrowed_config(model, hidden, widths[0])

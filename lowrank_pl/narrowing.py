@@ -53,7 +53,7 @@ class Hidden:
     @property
     def parent(self) -> str:
         """Name of the module that all the maps are in."""
-        return self.reader.name.rpartition(".")[0]
+        return _parent(self.reader)
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,14 @@ def rows_of(writer: Target, width: int, features: Tensor) -> Tensor:
     return outputs.view(-1, width)[:, features].flatten()
 
 
+def _parent(target: Target) -> str:
+    return target.name.rpartition(".")[0]
+
+
 def _candidates(inside: Sequence[Target]) -> Iterator[Hidden]:
     """Yield maps of one block, in the order of their calls, whose inputs others of the same module may have made."""
     for number, reader in enumerate(inside):
-        parent = Hidden(reader, ()).parent
-        earlier = [target for target in inside[:number] if Hidden(target, ()).parent == parent]
+        earlier = [target for target in inside[:number] if _parent(target) == _parent(reader)]
         writers = tuple(target for target in earlier if target.shape[0] % reader.shape[1] == 0)
         if writers:
             yield Hidden(reader, writers)

@@ -76,7 +76,7 @@ def model_parameters(model: nn.Module) -> int:
 
 
 def targeted_parameters(targets: Targets) -> int:
-    """Return the number of parameters of all maps to compress, in the blocks' own layout."""
+    """Return the number of parameters of the weights of all maps to compress."""
     return sum(rows * columns for rows, columns in (target.shape for target in targets.modules))
 
 

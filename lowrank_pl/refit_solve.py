@@ -14,13 +14,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lowrank_pl.decompose import Factors, SquareRoot
+from lowrank_pl.decompose import Factors, SquareRoot, damped_root
 from lowrank_pl.refit_moments import PairMoments
 
 __all__ = ["NOTHING", "Choice", "Problem", "choose", "refitted"]
-
-_DEAD = 1e-9
-"""Damping of features that are always 0, relative to the mean of all."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def choose(
     to_fit = [problem.lacking(fit) for problem in problems]
     to_test = [sum(problem.lacking(held), torch.zeros_like(problem.rows)) for problem in problems]
     for damping in dampings:
-        root = _damped_root(fit.inputs, damping)
+        root = damped_root(fit.inputs, damping)
         for place, (fitting, testing) in enumerate(zip(to_fit, to_test, strict=True)):
             steps = [_regress(lacking, root) for lacking in fitting]
             for change, blend in _changes(steps, testing, held.inputs, parts):
@@ -168,7 +165,7 @@ def refitted(problem: Problem, fit: PairMoments, choice: Choice, rank: int, *, d
     target = problem.rows
     blends = [choice.drift, choice.stream]
     if any(blends):
-        root = _damped_root(fit.inputs, choice.damping)
+        root = damped_root(fit.inputs, choice.damping)
         for lacking, blend in zip(problem.lacking(fit), blends, strict=False):
             target = target + blend * _regress(lacking, root)
     # Its eigenvalues are the squares of the singular values of the target times the inputs' root.
@@ -181,16 +178,6 @@ def refitted(problem: Problem, fit: PairMoments, choice: Choice, rank: int, *, d
     if problem.outputs is not None:
         left = problem.outputs.solve_right(left.mT).mT
     return Factors(left * half, (vectors.mT @ target) / half[:, None], sigma)
-
-
-def _damped_root(moment: Tensor, damping: float) -> Tensor:
-    """Return a lower triangular root of ``moment`` with ``damping`` times its diagonal added."""
-    damped = (moment + moment.mT) / 2
-    diagonal = damped.diagonal()
-    mean = diagonal.mean().item() or 1.0
-    diagonal += damping * diagonal + _DEAD * mean
-    root: Tensor = torch.linalg.cholesky(damped)
-    return root
 
 
 def _regress(lacking: Tensor, root: Tensor) -> Tensor:

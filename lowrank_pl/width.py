@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.budget import Budget
+from lowrank_pl.decompose import SquareRoot
 from lowrank_pl.decomposition import Roots
 from lowrank_pl.hull import hull_slopes
 from lowrank_pl.leaving_out import narrowings
@@ -52,28 +53,26 @@ def predicted_losses(
         damping: As in ``leave_out``.
     """
     mlp_maps = {target.name for mlp in hidden for target in (mlp.reader, *mlp.writers)}
-    others = {
-        target.name: _Map(target.shape, _sigma(_weight(model, target), *_both(roots, target)))
-        for target in tqdm(targets.modules, desc="spectra", unit="module")
-        if target.name not in mlp_maps
-    }
+    others = {}
+    for target in tqdm([one for one in targets.modules if one.name not in mlp_maps], desc="spectra", unit="module"):
+        outputs, inputs = _both(roots, target)
+        others[target.name] = _Map(target.shape, _sigma(_weight(model, target), outputs.root, inputs.root))
     maps: dict[int, dict[str, _Map]] = {width: dict(others) for width in widths}
     lost = dict.fromkeys(widths, 0.0)
     for mlp in tqdm(hidden, desc="widths", unit="MLP"):
-        moment, outputs = roots.moment_of_inputs(mlp.reader), roots.of_outputs(mlp.reader.name)
+        moment = roots.moment_of_inputs(mlp.reader)
         assert moment is not None
-        left, right = _both(roots, mlp.reader)
-        sides = [_both(roots, writer) for writer in mlp.writers]
+        outputs, inputs = _both(roots, mlp.reader)
+        writers = [(writer, _weight(model, writer), *_both(roots, writer)) for writer in mlp.writers]
         tried = narrowings(_weight(model, mlp.reader), moment, widths, outputs=outputs, damping=damping)
         for width, found in zip(sorted(widths, reverse=True), tried, strict=True):
             lost[width] += found.loss / 2
-            maps[width][mlp.reader.name] = _Map(
-                (mlp.reader.shape[0], width), _sigma(found.weight, left, right[found.features])
-            )
-            for writer, (rows, columns) in zip(mlp.writers, sides, strict=True):
+            read = _sigma(found.weight, outputs.root, inputs.root[found.features])
+            maps[width][mlp.reader.name] = _Map((mlp.reader.shape[0], width), read)
+            for writer, weight, left, right in writers:
                 own = rows_of(writer, mlp.width, found.features)
-                weight = _weight(model, writer)[own]
-                maps[width][writer.name] = _Map((len(own), writer.shape[1]), _sigma(weight, rows[own], columns))
+                written = _sigma(weight[own], left.root[own], right.root)
+                maps[width][writer.name] = _Map((len(own), writer.shape[1]), written)
     return {
         width: lost[width] + _least_loss(maps[width], limit)
         for width in widths
@@ -85,13 +84,13 @@ def _weight(model: PreTrainedModel, target: Target) -> Tensor:
     return dense_weight(model.get_submodule(target.name)).detach().double()
 
 
-def _both(roots: Roots, target: Target) -> tuple[Tensor, Tensor]:
-    """Return what the outputs ``[out, out]`` and the inputs ``[in, in]`` of ``target`` are weighted by."""
+def _both(roots: Roots, target: Target) -> tuple[SquareRoot, SquareRoot]:
+    """Return what the outputs and the inputs of ``target`` are weighted by."""
     ((inputs, _),) = roots.by_inputs([target])
     outputs = roots.of_outputs(target.name)
     assert inputs is not None
     assert outputs is not None
-    return outputs.root, inputs.root
+    return outputs, inputs
 
 
 def _sigma(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
