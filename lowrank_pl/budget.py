@@ -31,11 +31,12 @@ class Budget:
     Args:
         keep: Fraction of the targeted parameters to keep, in (0, 1].
         shapes: ``(out, in)`` of every targeted module by name, in the model's order.
-        model_parameters: Parameters of the whole dense model.
+        model_parameters: Parameters of the whole dense model, ``left_out`` included.
         bytes_per_parameter: Bytes of one stored number.
         multiple_of: Every rank is a multiple of this; modules too small for one multiple stay dense.
         floors: Least kept fraction by glob on the module's name; 1.0 keeps the matching modules dense.
         storage: How low-rank modules are stored, which decides on what a rank costs.
+        left_out: Parameters that a narrowing has taken out of the modules before; ``keep`` counts them.
 
     Raises:
         ValueError: ``keep`` outside (0, 1], a floor outside [0, 1] or matching nothing, or floors above ``keep``.
@@ -54,6 +55,7 @@ class Budget:
     multiple_of: int = 1
     floors: Mapping[str, float] = field(default_factory=dict)
     storage: StorageChoice = "auto"
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -72,15 +74,25 @@ class Budget:
             )
 
     @property
-    def total(self) -> int:
-        """Parameters of the targeted modules before."""
+    def present(self) -> int:
+        """Parameters of the targeted modules as they are, dense."""
         return sum(m * n for m, n in self.shapes.values())
+
+    @property
+    def total(self) -> int:
+        """Parameters of the targeted modules before, those that were left out included."""
+        return self.present + self.left_out
 
     @property
     def limit(self) -> int:
         """Parameters that the targeted modules may keep."""
         # The small addend undoes the rounding of products such as 0.7 * 10 == 7.000000000000001 or 6.999...
-        return min(self.total, math.floor(self.keep * self.total + 1e-6))
+        return min(self.present, math.floor(self.keep * self.total + 1e-6))
+
+    @property
+    def share(self) -> float:
+        """What ``keep`` is of the modules as they are: the same where nothing was left out, else more, at most 1."""
+        return min(1.0, self.keep * self.total / self.present) if self.left_out else self.keep
 
     def cost(self, name: str, rank: int | None) -> int:
         """Return the parameters of module ``name`` at ``rank``, indices of pivots included; ``None`` is dense."""
@@ -302,6 +314,7 @@ class Budget:
             multiple_of=self.multiple_of,
             floors=dict(self.floors),
             storage=self.storage,
+            left_out=self.left_out,
         )
 
     def _with_finite_wishes(

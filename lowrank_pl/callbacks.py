@@ -152,6 +152,7 @@ class FinishRun(Stopwatch):
             merge=self.merge,
             refit=self.refit,
             refit_windows=data.train_windows,
+            named_base=self._named_base(trainer, learner),
         )
 
     def _dense_model(self, trainer: Trainer, learner: RankLearner) -> Any:
@@ -160,6 +161,12 @@ class FinishRun(Stopwatch):
             assert learner.model is not None
             return restore_dense(learner.model)
         return learner.dense_base().to(trainer.strategy.root_device)
+
+    def _named_base(self, trainer: Trainer, learner: RankLearner) -> Any:
+        """Return what loads the base as it was before it was narrowed, where it was."""
+        if learner.base == learner.named_base:
+            return None
+        return lambda: learner.dense_base(as_named=True).to(trainer.strategy.root_device)
 
     def _protocol(self, data: CalibrationData) -> Protocol:
         if self.score_text is None:

@@ -89,6 +89,7 @@ def compare_workload(
         weight_gradients=any(
             allocator(recipe.allocator, **recipe.settings).needs_gradients for recipe in recipes.values()
         ),
+        narrowings=tuple(dict.fromkeys(recipe.narrow for recipe in recipes.values() if recipe.narrow is not None)),
         learners=learners,
         refitted=max((refit.windows for refit in refits), default=0),
         refits=len(refits) * len(keeps),
@@ -129,6 +130,7 @@ def fit_workload(
         length=data["statistics_length"] or length,
         decompositions=(learner.decomposition,),
         weight_gradients=bool(starts and starts.needs_gradients),
+        narrowings=() if learner.narrow is None else (learner.narrow,),
         streamed=shared and learner.decomposition.block_by_block and not (starts and starts.needs_model),
         shared=shared,
         learners=[

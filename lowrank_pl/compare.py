@@ -28,6 +28,7 @@ from lowrank_pl.factor_store import FactorStore, total_seconds
 from lowrank_pl.files import canonical_json, sha256_of, write_json
 from lowrank_pl.finish import command_line
 from lowrank_pl.machine import describe_machine, peak_memory, reset_peak_memory
+from lowrank_pl.narrow_base import Narrowing, narrowed_base
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import budget_for, build_factors, model_fingerprint, statistics_of
 from lowrank_pl.recipes import Recipe, recipe
@@ -169,7 +170,8 @@ class _Comparison:
                 _log.info("%d of %d: %s at keep %s is there", number, len(todo), name, keep)
                 continue
             _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
-            results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
+            at, spent = self._narrowed(recipes[name].narrow, keep)
+            results[name, keep] = at._result(name, recipes[name], keep, identity, dense, spent)
             self._write(results)
             made = True
         if not made:
@@ -212,12 +214,18 @@ class _Comparison:
         reset_peak_memory(self.subject.model.device)
         nats, seconds = self._score(DENSE)
         parameters = self.subject.model.num_parameters()
+        # Below 1 where the base itself was narrowed.
+        whole = budget_for(self.subject.model, self.targets, 1.0)
         return {
             "method": DENSE,
             "settings": {},
             "identity": "",
             "fingerprint": model_fingerprint(self.subject.model),
-            "keep": {"asked": 1.0, "targeted": 1.0, "model": 1.0},
+            "keep": {
+                "asked": 1.0,
+                "targeted": whole.present / whole.total,
+                "model": parameters / whole.model_parameters,
+            },
             "parameters": parameters,
             "bytes": parameters * self.subject.model.dtype.itemsize,
             **_figures(nats, nats),
@@ -228,9 +236,15 @@ class _Comparison:
         }
 
     def _result(
-        self, name: str, method: Recipe, keep: float, identity: str, dense: Mapping[str, Any]
+        self,
+        name: str,
+        method: Recipe,
+        keep: float,
+        identity: str,
+        dense: Mapping[str, Any],
+        spent: Mapping[str, float | None],
     ) -> dict[str, Any]:
-        costs = self._prepare(method)
+        costs = {**spent, **self._prepare(method)}
         reset_peak_memory(self.subject.model.device)
         plan, store, made = self._plan(name, method, keep)
         if method.refit is not None:
@@ -257,6 +271,23 @@ class _Comparison:
             "peak_memory": peak_memory(self.subject.model.device),
             "machine": describe_machine(self.subject.model.device),
         }
+
+    def _narrowed(self, settings: Narrowing | None, keep: float) -> tuple[_Comparison, dict[str, float | None]]:
+        """Return this comparison on the narrowed base, and the seconds that narrowing took, now or when it was done."""
+        if settings is None:
+            return self, {}
+        subject = self.subject
+        globs = {name: subject.options[name] for name in ("include", "exclude")}
+        folder, spent = narrowed_base(
+            subject.base, settings, keep=keep, model=subject.model, tokenizer=subject.tokenizer, windows=subject.tokens,
+            **globs,
+        )  # fmt: skip
+        if folder == subject.base:
+            return self, {"narrowing": spent}
+        kind = getattr(torch, subject.dtype)
+        model = load_base(folder, dtype=kind, trust_remote_code=subject.trust_remote_code).to(subject.model.device)
+        at = replace(self, subject=replace(subject, base=folder, model=model), targets=find_targets(model, **globs))
+        return at, {"narrowing": spent}
 
     def _prepare(self, method: Recipe) -> dict[str, float | None]:
         """Make statistics and factors, which methods share, and return what they cost, now or when they were made."""

@@ -74,6 +74,7 @@ def score_curve(
     windows: Tensor,
     *,
     batch_size: int = 1,
+    dense: Score | None = None,
 ) -> Curve:
     """Return the scores of the dense ``model`` and of it at each of ``sizes``; it is dense again afterwards.
 
@@ -84,17 +85,19 @@ def score_curve(
         store: The factors.
         windows: ``[windows, length]`` token ids.
         batch_size: Windows in one forward pass.
+        dense: Score of what ``model`` was before it was narrowed, where it was; by default it is scored itself.
 
     Raises:
         ValueError: Plan, store and model don't belong together, or logits are not finite; the size is named.
     """
     check_windows(model, windows, batch_size)
-    dense = perplexity(model, windows, batch_size=batch_size, progress="score dense")
+    if dense is None:
+        dense = perplexity(model, windows, batch_size=batch_size, progress="score dense")
     todo = [*sizes] if any(size.modules == plan.modules for size in sizes) else [*sizes, plan]
     points = []
     for size in tqdm(sorted(todo, key=lambda size: -size.kept_parameters), desc="sizes", unit="size"):
         score = dense
-        if len(size.dense_modules) < len(size.modules):
+        if plan.left_out or len(size.dense_modules) < len(size.modules):
             with compressed(model, size, store):
                 try:
                     score = perplexity(model, windows, batch_size=batch_size, progress=f"score {size.keep:g}")

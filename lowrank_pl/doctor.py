@@ -124,7 +124,7 @@ def diagnose(
     patient = _admitted(folder, place, findings, trust=trust_remote_code)
     if patient is None:
         return Diagnosis(str(folder), findings)
-    named = base if base is not None or patient.plan is None else patient.plan.origin.get("base")
+    named = base if base is not None or patient.plan is None else patient.plan.named_base or None
 
     def of_base(load: Callable[..., T], **settings: Any) -> T | None:
         return _of_base(load, named, asked=base is not None, trust_remote_code=trust_remote_code, **settings)

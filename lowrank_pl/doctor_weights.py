@@ -87,7 +87,7 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
     if merged:
         said = f"all {len(plan.modules)} modules have the planned shapes; their factors were merged into dense weights"
         shapes = Finding("plan", "healthy", said, {**figures, "merged": True})
-        return [shapes, _counts(plan, plan.model_parameters, tensors)]
+        return [shapes, _counts(plan, plan.model_parameters - plan.left_out, tensors)]
     stored = replace(plan, modules=found)
     return [_storage(plan, found, figures), _counts(plan, stored.kept_model_parameters, tensors)]
 

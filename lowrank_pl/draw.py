@@ -13,6 +13,7 @@ from lowrank_pl.allocate import Allocator, Problem, allocator, drawn_on
 from lowrank_pl.budget import Budget
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.narrowing import Origin
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import (
     base_notes,
@@ -155,6 +156,8 @@ def draw_plan(
     made = build_factors(model, targets, windows, tokenizer, settings=settings, directory=directory)
     plan = draw(method, budget, made, targets, model, windows, tokenizer, directory=directory)
     store = drawn_on(plan, made)
-    origin = describe_origin(base=base, dtype=dtype, text=text, windows=windows, settings=settings, store=made)
+    origin = describe_origin(
+        base=base, dtype=dtype, text=text, windows=windows, settings=settings, store=made, narrowed=Origin.of(model)
+    )
     notes = [*base_notes(model, targets), *preparation_notes(targets, made)]
     return plan.with_origin({**origin, **plan.origin}, store.fingerprint, notes), store

@@ -13,7 +13,14 @@ import torch
 from lowrank_pl.anatomy import Anatomy, anatomy, is_packed, read_config
 from lowrank_pl.command_work import DryRun, machine_of
 from lowrank_pl.decomposition import Decomposition
-from lowrank_pl.factor_needs import decomposition_phase, load_phase, norms_phase, share_phase, statistics_phases
+from lowrank_pl.factor_needs import (
+    decomposition_phase,
+    load_phase,
+    narrowing_phases,
+    norms_phase,
+    share_phase,
+    statistics_phases,
+)
 from lowrank_pl.files import cache_root, write_json
 from lowrank_pl.learning_needs import export_phase, learning_phase, refit_phase, scoring_phase
 from lowrank_pl.machine import resident_memory
@@ -44,6 +51,8 @@ def estimate(model: Anatomy, work: Workload, machine: Machine, *, program: float
 def _phases(model: Anatomy, work: Workload, machine: Machine, program: float) -> Iterator[Phase]:
     if not work.streamed:
         yield load_phase(model, machine, program)
+    if work.narrowings:
+        yield from narrowing_phases(model, work, machine, program)
     yield from statistics_phases(model, work, machine, program)
     if work.decompositions:
         yield decomposition_phase(model, work, machine, program)
@@ -63,6 +72,8 @@ def _phases(model: Anatomy, work: Workload, machine: Machine, program: float) ->
 
 def _notes(work: Workload, machine: Machine) -> Iterator[str]:
     yield "nothing that a cache already holds is taken off; text that is read and tokenised is not counted"
+    if work.narrowings:
+        yield "what comes after the narrowing is counted as if nothing were left out: it is less"
     if not machine.unified:
         yield "GPU memory is what tensors take; CUDA itself takes about half a GB beside them"
     if machine.processes > 1:

@@ -8,10 +8,19 @@ from itertools import groupby
 
 from lowrank_pl.anatomy import Anatomy
 from lowrank_pl.block_groups import packed
+from lowrank_pl.narrow_base import STEPS
 from lowrank_pl.needs import Phase, WorkKind
 from lowrank_pl.workload import Machine, Workload
 
-__all__ = ["decomposition_phase", "factor_bytes", "load_phase", "norms_phase", "share_phase", "statistics_phases"]
+__all__ = [
+    "decomposition_phase",
+    "factor_bytes",
+    "load_phase",
+    "narrowing_phases",
+    "norms_phase",
+    "share_phase",
+    "statistics_phases",
+]
 
 _SAVING = 4
 """Copies of a store's file in memory while it is written: the tensors in float32, the file, and the file again while
@@ -20,6 +29,8 @@ _ROOTS = 4
 """Matrices of float64 while a square root is taken: the moment, it and its transpose averaged, the root."""
 _SVD_WORK = 5
 """What LAPACK's divide and conquer works in, in squares of the smaller side; the polar iteration takes no more."""
+_EIGENVALUES = 0.1
+"""What eigenvalues alone take, of a whole singular value decomposition of as large a matrix."""
 _READS = 3
 """How often weights that are never whole in memory are read: for their fingerprint, a trial, and the walk itself."""
 _PACKED = 0.75
@@ -75,12 +86,7 @@ def statistics_phases(model: Anatomy, work: Workload, machine: Machine, program:
             "output gradients", model, work, machine, program, sums=sums, gram=gram, product=rows**2, on_disk=0.5
         ))  # fmt: skip
     if work.weighs_tokens:
-        sums = {target.name: 8.0 * _squares(target.shape) for target in model.modules}
-        gram = float(sum(_squares(target.shape) for target in model.modules))
-        phases.append(_gradients(
-            "weighted moments", model, work, machine, program, sums=sums, gram=gram, product=max(rows, columns) ** 2,
-            on_disk=0.5,
-        ))  # fmt: skip
+        phases.append(_weighted_moments("weighted moments", model, work, machine, program))
     if "weight_gradients" in needs or work.weight_gradients:
         sums = {target.name: 4.0 * target.shape[0] * target.shape[1] for target in model.modules}
         gram = float(model.targeted)
@@ -88,6 +94,45 @@ def statistics_phases(model: Anatomy, work: Workload, machine: Machine, program:
             "weight gradients", model, work, machine, program, sums=sums, gram=gram, product=rows * columns, on_disk=1.0
         ))  # fmt: skip
     return phases
+
+
+def _weighted_moments(name: str, model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
+    sums = {target.name: 8.0 * _squares(target.shape) for target in model.modules}
+    gram = float(sum(_squares(target.shape) for target in model.modules))
+    widest = max(max(target.shape) for target in model.modules)
+    return _gradients(name, model, work, machine, program, sums=sums, gram=gram, product=widest**2, on_disk=0.5)
+
+
+def narrowing_phases(model: Anatomy, work: Workload, machine: Machine, program: float) -> list[Phase]:
+    """Return what making bases with narrower MLPs takes, at most; arguments as in ``statistics_phases``.
+
+    Each weighted map of an MLP is multiplied out at every width that is tried, by one process.
+    """
+    # The dense base is measured for it, whatever is measured on the narrowed one.
+    plain = replace(work, decompositions=(), streamed=False)
+    times = sum(len(work.keeps) if settings.share is None else 1 for settings in work.narrowings)
+    shares = (1.0, *STEPS) if any(settings.share is None for settings in work.narrowings) else (1.0,)
+    double, spectra, most = 0.0, 0.0, 0.0
+    for target in model.modules:
+        short, long = sorted(target.shape)
+        for share in shares if short < long else (1.0,):
+            wide = share * long
+            double += short * wide * (short + wide + short)
+            spectra += min(short, wide) ** 3
+        double += 2 * long**3
+        most = max(most, 8.0 * (_ROOTS * long**2 + 6 * short * long))
+    done: dict[WorkKind, float] = {
+        "double": machine.processes * times * double, "svd": machine.processes * times * _EIGENVALUES * spectra,
+    }  # fmt: skip
+    device = {**_weights(model, plain), "weighted maps of an MLP": 3 * most}
+    host = {"Python and libraries": program, "a file being written": float(model.bytes)}
+    beside = {"reload of what was written": float(model.bytes)}
+    disk = {"narrowed bases": times * float(model.bytes)}
+    widths = _placed("widths of MLPs", device, host, machine, plain, disk, 0, done)
+    return [
+        _weighted_moments("weighted moments, all features", model, plain, machine, program),
+        replace(widths, beside=beside),
+    ]
 
 
 def norms_phase(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -139,7 +139,7 @@ def export_plan(
     """
     with compressed(model, plan, store) if put_back else nullcontext(compress(model, plan, store)):
         plan = deployed_plan(model, plan)
-        card = model_card(plan, (), base=plan.origin.get("base", ""), command=command, merged=merge)
+        card = model_card(plan, (), base=plan.named_base, command=command, merged=merge)
         return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge), plan
 
 
@@ -160,6 +160,7 @@ def finish_run(
     merge: bool = False,
     refit: Refit | None = None,
     refit_windows: Tensor | None = None,
+    named_base: Callable[[], PreTrainedModel] | None = None,
 ) -> Finished:
     """Write plan, export, scores and rank map of a run to its folder, and return what they say.
 
@@ -183,21 +184,29 @@ def finish_run(
         refit: How to fit the factors again to the compressed model's own inputs, if that is wished for. The table then
             has a row for the plan without it.
         refit_windows: ``[windows, length]`` token ids to do that on.
+        named_base: Loads what ``model`` was before it was narrowed, where it was: the dense row is of that then, and
+            the table has one more for the narrowed model.
 
     Raises:
         ValueError: A baseline can't be drawn on these factors.
         ExportError: The export failed its check or can't be scored.
     """
     plan.save(run / "plan.json")
-    dense = perplexity(model, protocol.windows, progress="score dense")
-    texts = generate_samples(model, tokenizer, protocol.prompts, max_new_tokens=protocol.max_new_tokens)
-    rows = [Row("dense", dense.perplexity, 0.0, 1.0, 1.0, plan.dense_bytes, 0.0)]
-    rates = {"dense": dense.tokens_per_second}
+    # What was named is out of memory again before anything else is scored.
+    dense, texts = _score_dense(model if named_base is None else named_base(), tokenizer, protocol)
+    rows, rates, score, whole = [], {"dense": dense.tokens_per_second}, dense, plan.dense()
+    if named_base is not None:
+        rows.append(Row("dense", dense.perplexity, 0.0, 1.0, 1.0, plan.dense_bytes, 0.0))
+        score = perplexity(model, protocol.windows, progress="score narrowed")
+        rates["narrowed"] = score.tokens_per_second
+    name = "dense" if named_base is None else "narrowed"
+    rows.append(_row(name, score, dense, whole, whole.bytes, seconds.get("narrowing", 0.0)))
+    prepared = seconds["factors"] + seconds.get("narrowing", 0.0)
     targets = find_targets(model, include=list(plan.modules))
     for name in baselines:
         began = time.perf_counter()
         baseline = draw(allocator(name), budget, store, targets, model, statistics, tokenizer, directory=directory)
-        spent = seconds["factors"] + time.perf_counter() - began
+        spent = prepared + time.perf_counter() - began
         with compressed(model, baseline, drawn_on(baseline, store)):
             score = perplexity(model, protocol.windows, progress=f"score {name}")
         rows.append(_row(name, score, dense, baseline, baseline.bytes, spent))
@@ -234,6 +243,13 @@ def finish_run(
     refresh_card(record)
     write_page(record, run / "report.html")
     return Finished(rows, samples, report)
+
+
+def _score_dense(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol
+) -> tuple[Score, list[str]]:
+    score = perplexity(model, protocol.windows, progress="score dense")
+    return score, generate_samples(model, tokenizer, protocol.prompts, max_new_tokens=protocol.max_new_tokens)
 
 
 def _versions() -> dict[str, str]:

@@ -113,7 +113,18 @@ def _what(plan: RankPlan, base: str, *, merged: bool) -> str:
         f"# {name} with {percent(plan.keep_targeted)} of its linear layers' parameters\n\n"
         f"`{base}` compressed with `lowrank_pl`: {factored} of "
         f"{len(plan.modules)} linear maps are replaced by low-rank factors, {stored}; the others are as they were."
-        f"{_resized(plan)}"
+        f"{_narrowed(plan)}{_resized(plan)}"
+    )
+
+
+def _narrowed(plan: RankPlan) -> str:
+    """Return the sentence that tells that hidden features were left out before."""
+    narrowed = plan.origin.get("narrowed")
+    if narrowed is None:
+        return ""
+    before, left = narrowed["width"]
+    return (
+        f" Before that, {left:,} of the {before:,} hidden features of every MLP were left, which stand for the others."
     )
 
 
@@ -320,7 +331,7 @@ def times(ratio: float | None) -> str:
 def card_of(record: RunRecord) -> str:
     """Return the model card of a run's model, with all that the run's folder says."""
     return model_card(
-        record.plan, record.rows, base=str(record.plan.origin.get("base", "")), command=record.command,
+        record.plan, record.rows, base=record.plan.named_base, command=record.command,
         samples=record.samples, merged=record.merged, evidence=record.evidence, speeds=record.speeds,
         facts=record.facts,
     )  # fmt: skip

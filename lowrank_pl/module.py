@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.activations import recompute_blocks, refuse_dropout
 from lowrank_pl.base_model import load_base
+from lowrank_pl.budget import Budget
 from lowrank_pl.checkpointing import check_fit, mark
 from lowrank_pl.data import CalibrationData, calibration_data
 from lowrank_pl.decomposition import Decomposition
@@ -30,6 +31,8 @@ from lowrank_pl.masked_losses import PlanScore, data_losses
 from lowrank_pl.masks import Lifetimes, Mask, MaskMethod, Staircase
 from lowrank_pl.masks.base import dense_sizes
 from lowrank_pl.masks.switches import seeded
+from lowrank_pl.narrow_base import Narrowing, narrowed_base
+from lowrank_pl.narrowing import Origin
 from lowrank_pl.objectives import DataTerms, kept_share
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.prepare import base_notes, budget_for, build_factors, describe_origin, preparation_notes
@@ -71,6 +74,8 @@ class RankLearner(LightningModule):
             pivoted, or ``auto`` for the smaller of both.
         start: A plan to start the masks from, instead of the same ratio everywhere: its file, or the name of an
             allocator that draws it on the learner's own factors and budget.
+        narrow: How hidden features of MLPs are left out before ranks are learned; left out, all stay. The run's base is
+            then a folder in the cache; ``keep`` counts the parameters of the base that was named.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
         keep_start: Where a schedule of the aimed-at fraction starts; needs ``keep_steps``.
         keep_steps: Optimizer steps over which the aim moves linearly from ``keep_start`` to ``keep``.
@@ -115,6 +120,7 @@ class RankLearner(LightningModule):
         floors: dict[str, float] | None = None,
         storage: StorageChoice = "auto",
         start: str | Path | None = None,
+        narrow: Narrowing | None = None,
         store: Path | None = None,
         keep_start: float | None = None,
         keep_steps: int = 0,
@@ -125,7 +131,8 @@ class RankLearner(LightningModule):
     ) -> None:
         super().__init__()
         self.schedule = AimSchedule(keep, keep_start, keep_steps, falling=record_order)
-        self.base, self.keep, self.dtype_name = base, keep, dtype
+        self.base, self.named_base, self.keep, self.dtype_name = base, base, keep, dtype
+        self.narrow = narrow
         if rest_every < 1:
             raise ValueError(f"rest_every is {rest_every}: expected a whole number of at least 1, which is exact")
         self.rest_every = rest_every
@@ -167,10 +174,12 @@ class RankLearner(LightningModule):
         data = calibration_data(self.trainer)
         device = self.trainer.strategy.root_device
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        began = time.perf_counter()
         # The Trainer would have everything made on its device, where tables of angles come out other than in a model
         # that is loaded and moved, and where generators of the CPU can't draw.
         with torch.device("cpu"):
+            if self.narrow is not None:
+                self._narrow(self.narrow, data, device)
+            began = time.perf_counter()
             shared = self._open_shared(device) if sharded else None
             model = self.dense_base() if shared is None else shared.skeleton.model
             if self.gradient_checkpointing:
@@ -183,9 +192,18 @@ class RankLearner(LightningModule):
             skeleton = None if shared is None else shared.skeleton
             shard_frozen(model, self.store, self.mask_parameters(), device, skeleton)
 
-    def dense_base(self) -> PreTrainedModel:
-        """Return the whole base, loaded anew."""
-        return load_base(self.base, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code)
+    def dense_base(self, *, as_named: bool = False) -> PreTrainedModel:
+        """Return the whole base, loaded anew; as it was before a narrowing where it is wanted ``as_named``."""
+        base = self.named_base if as_named else self.base
+        return load_base(base, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code)
+
+    def _narrow(self, settings: Narrowing, data: CalibrationData, device: torch.device) -> None:
+        with together():
+            self.base, spent = narrowed_base(
+                self.named_base, settings, keep=self.keep, model=self.dense_base(as_named=True).to(device),
+                tokenizer=data.tokenizer, windows=data.statistics_windows, include=self.include, exclude=self.exclude,
+            )  # fmt: skip
+        self.seconds["narrowing"] = spent or 0.0
 
     def _open_shared(self, device: torch.device) -> SharedBase | None:
         return open_shared(
@@ -214,9 +232,10 @@ class RankLearner(LightningModule):
         self.notes = [*base_notes(model, targets), *preparation_notes(targets, self.store)]
         self.origin = describe_origin(
             base=self.base, dtype=self.dtype_name, text=data.statistics_text, windows=data.statistics_windows,
-            settings=self.decomposition, store=self.store,
+            settings=self.decomposition, store=self.store, narrowed=Origin.of(model),
         )  # fmt: skip
-        start = start_of(self._start_plan(model, targets, data), self.budget, self.mask_method, self.aim)
+        share = self._aimed_at().share
+        start = start_of(self._start_plan(model, targets, data), self.budget, self.mask_method, share)
         insert_masks(
             model, self.store, self.mask_method, start.ratios, prices=self.budget.prices, kept=start.kept,
             empty=sharded,
@@ -255,7 +274,7 @@ class RankLearner(LightningModule):
                 _log.warning("the first process loads the whole base into memory, which %s runs", self.start.name)
                 model = self.dense_base()
             text = draw(
-                self.start, replace(self.budget, keep=self.aim), self.store, targets, model, data.statistics_windows,
+                self.start, self._aimed_at(), self.store, targets, model, data.statistics_windows,
                 data.tokenizer, directory=self.store_directory,
             ).to_json()  # fmt: skip
         return RankPlan.from_json(self.trainer.strategy.broadcast(text) if self._trainer else text)
@@ -277,23 +296,27 @@ class RankLearner(LightningModule):
         """The fraction to keep that the penalties aim at in this step."""
         return self.schedule.at(self.global_step if self._trainer else 0)
 
+    def _aimed_at(self) -> Budget:
+        return replace(self.budget, keep=self.aim)
+
     def on_fit_start(self) -> None:
         """Put the base in train mode when it checkpoints gradients, which is inert in eval mode; else in eval mode."""
         self._base().train(self.gradient_checkpointing)
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of one batch of token ids ``[batch, length]``."""
-        self.mask_method.advance(self.masks, self.global_step, replace(self.budget, keep=self.aim))
+        budget = self._aimed_at()
+        self.mask_method.advance(self.masks, self.global_step, budget)
         ratios = set_to_work(
             self.layers, self.mask_method.dense_from, every=self.rest_every,
             offset=int(torch.randint(self.rest_every, (), generator=seeded("rest", self.global_step, batch_idx))),
         )  # fmt: skip
         terms = data_losses(self._base(), self.layers, self.data_terms, tokens)
-        terms |= self.mask_method.penalties(self.masks, ratios, self.aim, self.global_step)
+        terms |= self.mask_method.penalties(self.masks, ratios, budget.share, self.global_step)
         loss = torch.stack(list(terms.values())).sum()
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
         self.log("loss/total", loss.detach(), prog_bar=True)
-        kept = kept_share(ratios.detach().clamp(max=1), dense_sizes(self.masks, ratios))
+        kept = kept_share(ratios.detach().clamp(max=1), dense_sizes(self.masks, ratios)) * budget.present / budget.total
         self.log("keep/expected", kept, prog_bar=True)
         self.log_dict({"keep/aim": self.aim, "keep/overshoot": kept - self.aim})
         # Loggers put it at the step that it is part of; Lightning's own count is one less, also in validation.

@@ -25,9 +25,9 @@ from lowrank_pl.leaving_out import leave_out
 from lowrank_pl.plan_report import percent
 from lowrank_pl.targets import Target, Targets, dense_weight, replace_module, replaced
 
-__all__ = ["Hidden", "Origin", "find_hidden", "narrow_model", "narrowed_config", "rows_of"]
+__all__ = ["KEY", "Hidden", "Origin", "find_hidden", "narrow_model", "narrowed_config", "rows_of"]
 
-_KEY = "lowrank_narrowed"
+KEY = "lowrank_narrowed"
 """Where ``config.json`` says what the model was before."""
 Weights = Callable[[Target], tuple[Tensor, SquareRoot]]
 
@@ -65,24 +65,45 @@ class Origin:
         targeted: Parameters of the linear maps of its decoder blocks.
         parameters: Parameters of all of it.
         width: Hidden features of each of its MLPs.
+        left: How many of them are left.
+        maps: The maps of an MLP, by their names inside a block.
     """
 
     base: str
     targeted: int
     parameters: int
     width: int
+    left: int
+    maps: tuple[str, ...]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Origin | None:
-        """Return what ``model`` says of itself, or None where it was not narrowed."""
-        said = getattr(model.config, _KEY, None)
-        return None if said is None else cls(**said)
+        """Return what ``model`` says of itself, or None where it was not narrowed.
+
+        Raises:
+            ValueError: What it says is not what ``write`` wrote.
+        """
+        said = getattr(model.config, KEY, None)
+        if said is None:
+            return None
+        try:
+            return cls(**{**said, "maps": tuple(said["maps"])})
+        except (TypeError, KeyError):
+            raise ValueError(
+                f"config.json says {said} under {KEY}: expected what `lowrank narrow` of this version writes; narrow "
+                "the base again"
+            ) from None
 
     def write(self, model: PreTrainedModel) -> None:
         """Let the config of ``model`` say it."""
-        setattr(model.config, _KEY, dict(vars(self)))
+        setattr(model.config, KEY, {**vars(self), "maps": list(self.maps)})
 
-    def left(self, targeted: int, parameters: int) -> str:
+    def left_out(self, targets: Targets) -> int:
+        """Return how many parameters ``targets`` of the narrowed model had more before."""
+        sizes = (target.shape[0] * target.shape[1] for target in targets.modules if target.kind in self.maps)
+        return sum(size // self.left * (self.width - self.left) for size in sizes)
+
+    def remaining(self, targeted: int, parameters: int) -> str:
         """Return in words what ``targeted`` parameters of the linear maps and ``parameters`` in all are of it."""
         shares = percent(targeted / self.targeted), percent(parameters / self.parameters)
         return f"{shares[0]} of the targeted parameters of {self.base} and {shares[1]} of all"

@@ -114,7 +114,7 @@ class RankPlan:
         method: Who drew the plan, as in ``lowrank allocate --method`` or the mask's name.
         keep: Fraction of the targeted parameters that was asked for.
         modules: The plan of each targeted module by name, in the model's order.
-        model_parameters: Parameters of the whole dense model, tied ones counted once.
+        model_parameters: Parameters of the whole dense model, tied ones counted once, ``left_out`` included.
         bytes_per_parameter: Bytes of one stored number.
         origin: How to build the factors again: base, text, settings, store.
         fingerprint: What the factors were made from, by content.
@@ -124,6 +124,7 @@ class RankPlan:
         multiple_of: What every rank had to be a multiple of; holds for other sizes too.
         floors: Least kept fractions that held, by glob on module names; likewise.
         storage: The choice of form that was to be had; likewise.
+        left_out: Parameters that a narrowing had taken out of the modules before; all shares count them as gone.
 
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
@@ -146,11 +147,12 @@ class RankPlan:
     multiple_of: int = 1
     floors: Mapping[str, float] = field(default_factory=dict)
     storage: StorageChoice = "factored"
+    left_out: int = 0
 
     @property
     def targeted_parameters(self) -> int:
         """Parameters of the targeted modules before."""
-        return sum(module.dense_parameters for module in self.modules.values())
+        return sum(module.dense_parameters for module in self.modules.values()) + self.left_out
 
     @property
     def kept_parameters(self) -> int:
@@ -198,6 +200,17 @@ class RankPlan:
         """Names of the modules whose kept components are not the first ones."""
         return [name for name, module in self.modules.items() if not module.is_prefix]
 
+    @property
+    def named_base(self) -> str:
+        """The model that was compressed, as it was named, before any narrowing; empty where it is not known."""
+        narrowed = self.origin.get("narrowed")
+        return str(self.origin.get("base", "") if narrowed is None else narrowed["base"])
+
+    def dense(self) -> RankPlan:
+        """Return the plan that leaves every module as it is."""
+        modules = {name: ModulePlan(module.shape) for name, module in self.modules.items()}
+        return replace(self, keep=1.0, modules=modules, order=None)
+
     def with_origin(
         self, origin: Mapping[str, Any], fingerprint: Mapping[str, Any], notes: Iterable[str] = ()
     ) -> RankPlan:
@@ -217,6 +230,7 @@ class RankPlan:
             "parameters": {
                 "targeted": {"dense": self.targeted_parameters, "kept": self.kept_parameters},
                 "model": {"dense": self.model_parameters, "kept": self.kept_model_parameters},
+                **({"left_out": self.left_out} if self.left_out else {}),
             },
             "bytes": {"dense": self.dense_bytes, "kept": self.bytes, "per_parameter": self.bytes_per_parameter},
             "counts": {
@@ -284,6 +298,7 @@ class RankPlan:
             multiple_of=constraints["multiple_of"],
             floors=constraints["floors"],
             storage=constraints["storage"],
+            left_out=data["parameters"].get("left_out", 0),
         )
 
     def save(self, path: str | Path) -> Path:

@@ -27,7 +27,7 @@ from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.factor_store import FactorStore, TensorStore, tensor_digest, weight_digest
 from lowrank_pl.files import sha256_of
 from lowrank_pl.hull import predicted_scores
-from lowrank_pl.narrowing import Origin
+from lowrank_pl.narrowing import KEY, Origin
 from lowrank_pl.processes import balanced, is_first
 from lowrank_pl.storage import StorageChoice
 from lowrank_pl.targets import Target, Targets, dense_weight
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "auto_map"}
+_NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "auto_map", KEY}
 
 
 def model_fingerprint(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]] | None = None) -> dict[str, str]:
@@ -89,20 +89,33 @@ def budget_for(
     floors: dict[str, float] | None = None,
     storage: StorageChoice = "auto",
 ) -> Budget:
-    """Return the budget of ``keep`` of the targeted parameters of a dense ``model``; arguments as in ``Budget``."""
+    """Return the budget of ``keep`` of the targeted parameters of a dense ``model``; arguments as in ``Budget``.
+
+    Of a model that was narrowed that is of those that it had before.
+    """
+    before = Origin.of(model)
+    left_out = 0 if before is None else before.left_out(targets)
     return Budget(
         keep=keep,
         shapes={target.name: target.shape for target in targets.modules},
-        model_parameters=model_parameters(model),
+        model_parameters=model_parameters(model) + left_out,
         bytes_per_parameter=model.dtype.itemsize,
         multiple_of=multiple_of,
         floors=floors or {},
         storage=storage,
+        left_out=left_out,
     )
 
 
 def describe_origin(
-    *, base: str, dtype: str, text: str, windows: Tensor, settings: Decomposition, store: FactorStore
+    *,
+    base: str,
+    dtype: str,
+    text: str,
+    windows: Tensor,
+    settings: Decomposition,
+    store: FactorStore,
+    narrowed: Origin | None = None,
 ) -> dict[str, Any]:
     """Return what a plan must remember so that its factors can be found, or made again.
 
@@ -113,11 +126,13 @@ def describe_origin(
         windows: ``[windows, length]`` that were used of it.
         settings: How weights were decomposed.
         store: Where the factors lie.
+        narrowed: What the base was before, where it was narrowed.
     """
     count, length = windows.shape
     calibration = {"text": text, "length": length, "windows": count}
     return {
         **({"base": base} if base else {}),
+        **({"narrowed": {"base": narrowed.base, "width": [narrowed.width, narrowed.left]}} if narrowed else {}),
         "dtype": dtype,
         **({"calibration": calibration} if text else {}),
         "decomposition": settings.identity(),
@@ -130,8 +145,11 @@ def base_notes(model: PreTrainedModel, targets: Targets) -> list[str]:
     before = Origin.of(model)
     if before is None:
         return []
-    left = before.left(targeted_parameters(targets), model_parameters(model))
-    return [f"the base was narrowed: {left} are left, and keep counts these"]
+    remaining = before.remaining(targeted_parameters(targets), model_parameters(model))
+    return [
+        f"the base was narrowed from {before.width} to {before.left} hidden features of an MLP: {remaining} are left, "
+        "and keep counts those that are gone"
+    ]
 
 
 def preparation_notes(targets: Targets, store: FactorStore) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from lowrank_pl.allocate import allocator
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.masks import ARS, Fermi, MaskMethod, PerValue, Rescaled, Staircase, Tanh
+from lowrank_pl.narrow_base import Narrowing
 from lowrank_pl.objectives import DataTerms
 from lowrank_pl.refit import Refit
 from lowrank_pl.storage import StorageChoice
@@ -68,6 +69,7 @@ class Recipe:
         learning: How a mask learns the plan instead.
         storage: How low-rank modules are stored: factored in all papers but those about pivoting.
         refit: How the plan's factors are fitted again to the compressed model's own inputs, if they are.
+        narrow: How hidden features of MLPs are left out before all that, if they are.
 
     Raises:
         ValueError: An allocator or a setting that does not exist.
@@ -79,6 +81,7 @@ class Recipe:
     learning: Learning | None = None
     storage: StorageChoice = "factored"
     refit: Refit | None = None
+    narrow: Narrowing | None = None
 
     def __post_init__(self) -> None:
         allocator(self.allocator, **self.settings)
@@ -90,6 +93,8 @@ class Recipe:
             base["storage"] = self.storage
         if self.refit is not None:
             base["refit"] = _jsonable(asdict(self.refit))
+        if self.narrow is not None:
+            base["narrow"] = asdict(self.narrow)
         if self.learning is None:
             return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
         learning = self.learning
@@ -146,6 +151,7 @@ RECIPES: dict[str, Recipe] = {
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
     "refit": lambda plain: replace(plain, refit=Refit()),
+    "narrow": lambda plain: replace(plain, narrow=Narrowing()),
 }
 """What ``+WORD`` after a recipe's name changes in it."""
 
@@ -153,8 +159,8 @@ VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
 def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     """Return the recipe called ``name``: one of ``own``, or one that ships with the package, or a variant of one.
 
-    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted, and
-    ``NAME+pivoted+refit`` both.
+    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted,
+    ``NAME+narrow`` on a base with narrower MLPs, and ``NAME+narrow+pivoted+refit`` all three.
 
     Raises:
         ValueError: There is none, the message lists those that exist; or the name is no word that a folder can have.

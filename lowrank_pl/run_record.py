@@ -60,7 +60,7 @@ class RunRecord:
     @property
     def base(self) -> str:
         """The model that was compressed, as it was named."""
-        return str(self.plan.origin.get("base", "")) or "an unnamed base"
+        return self.plan.named_base or "an unnamed base"
 
     @property
     def row(self) -> Row | None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.commands import DType, base_of, factors_of, pick_device
 from lowrank_pl.curve import KEEPS, curve_plot, curve_table, score_curve
+from lowrank_pl.evaluate import perplexity
 from lowrank_pl.export import is_compressed, load_compressed
 from lowrank_pl.files import write_json
 from lowrank_pl.generation import generate_samples
@@ -193,12 +194,19 @@ def _evaluate_plan(
     kind = dtype or drawn.origin.get("dtype", "float32")
     model = load_base(named, dtype=getattr(torch, kind), trust_remote_code=trust_remote_code).to(pick_device(device))
     factors = factors_of(drawn, model, tokenizer, store)
-    curve = score_curve(model, drawn, sizes, factors, tokens, batch_size=batch_size)
+    dense = None
+    if drawn.left_out and base is None:
+        before = _reference(drawn.named_base, model, None, trust_remote_code=trust_remote_code)
+        dense = perplexity(before, tokens, batch_size=batch_size, progress="score dense")
+        del before
+    elif drawn.left_out:
+        _log.warning("what is called dense is %s, which was narrowed; without --base it is %s", base, drawn.named_base)
+    curve = score_curve(model, drawn, sizes, factors, tokens, batch_size=batch_size, dense=dense)
     print(curve_table(curve))
     figures = {
         "plan": str(path),
         "method": drawn.method,
-        "base": named,
+        "base": base or drawn.named_base,
         "text": text,
         "windows": len(tokens),
         "length": length,

@@ -118,6 +118,7 @@ def _budget(plan: RankPlan, keep: float) -> Budget:
         multiple_of=plan.multiple_of,
         floors=plan.floors,
         storage=plan.storage,
+        left_out=plan.left_out,
     )
 
 

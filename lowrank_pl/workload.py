@@ -10,6 +10,7 @@ import torch
 from lowrank_pl.budget import check_keep
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.masks import Mask, MaskMethod
+from lowrank_pl.narrow_base import Narrowing
 from lowrank_pl.storage import Storage, StorageChoice
 
 __all__ = ["Learner", "Machine", "Workload"]
@@ -100,6 +101,7 @@ class Workload:
         length: Tokens of each.
         decompositions: How weights are decomposed, each once.
         weight_gradients: Whether mean weight gradients are measured.
+        narrowings: How MLPs are narrowed, each for every one of ``keeps``.
         learners: Learning runs, each of which is done for every one of ``keeps``.
         refitted: Windows of each refit.
         refits: How many refits.
@@ -122,6 +124,7 @@ class Workload:
     length: int = 512
     decompositions: Sequence[Decomposition] = field(default_factory=lambda: (Decomposition(),))
     weight_gradients: bool = False
+    narrowings: Sequence[Narrowing] = ()
     learners: Sequence[Learner] = ()
     refitted: int = 0
     refits: int = 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +12,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from untouched import assert_untouched, state
 
-from lowrank_pl import leaving_out
+from lowrank_pl import RankPlan, leaving_out, load_compressed
 from lowrank_pl.base_model import load_base
+from lowrank_pl.budget import Budget
+from lowrank_pl.cli import main
 from lowrank_pl.commands import allocate, export
+from lowrank_pl.compare import compare
 from lowrank_pl.decompose import square_root
+from lowrank_pl.doctor import doctor
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.leaving_out import leave_out
 from lowrank_pl.narrow import narrow
+from lowrank_pl.narrow_base import Narrowing, narrowed_base
 from lowrank_pl.narrowing import Origin, find_hidden, narrow_model, narrowed_config
+from lowrank_pl.plan import ModulePlan
+from lowrank_pl.sizes import resize
 from lowrank_pl.targets import dense_weight, find_targets
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
 
@@ -29,6 +36,19 @@ TEXT = {"text": "python-docs::part=0%-5%", "length": 32, "windows": 8}
 @pytest.fixture(autouse=True)
 def _fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def doubled(tmp_path):
+    """A model whose every other hidden feature is nearly that before it."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        with torch.no_grad():
+            layer.mlp.gate_proj.weight[1::2] = layer.mlp.gate_proj.weight[::2]
+            layer.mlp.up_proj.weight[1::2] = layer.mlp.up_proj.weight[::2] * 1.01
+    for part in (model, byte_tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
 
 
 def drawn(features, outputs, *, tokens=400, seed=0):
@@ -186,22 +206,56 @@ def test_the_folder_is_a_checkpoint_like_any_other(base, tmp_path, capsys):
     assert figures["bytes"] >= 4 * whole["kept"]
     said = capsys.readouterr().out
     assert f"narrowed MLPs from {dense_width(base)} to {dense_width(base) // 2} hidden features:" in said
-    assert "plans on it count what is left: --keep 0.9 keeps " in said
-    assert Origin.of(model) == Origin(base, targeted["dense"], whole["dense"], dense_width(base))
+    assert f"keep of plans on it counts what {base} had" in said
+    origin, width = Origin.of(model), dense_width(base)
+    assert origin is not None
+    assert (origin.base, origin.targeted, origin.parameters) == (base, targeted["dense"], whole["dense"])
+    assert (origin.width, origin.left) == (width, width // 2)
+    assert origin.left_out(find_targets(model)) == targeted["dense"] - targeted["kept"]
     card = (folder / "README.md").read_text()
-    assert f"`{base}` narrowed with `lowrank narrow`" in card
-    # It is a base: its plans say what it was.
-    plan = allocate(str(folder), keep=0.8, output=tmp_path / "plan.json", **TEXT)
-    share = targeted["kept"] / targeted["dense"]
+    assert f"of {width} hidden features {width // 2} are left" in card
+    # It is a base: its plans count what it had before, and so do its exports.
+    plan = allocate(str(folder), keep=0.5, output=tmp_path / "plan.json", **TEXT)
+    assert (plan.targeted_parameters, plan.left_out) == (targeted["dense"], targeted["dense"] - targeted["kept"])
+    assert 0.49 < plan.keep_targeted <= 0.5
+    assert plan.kept_model_parameters == whole["kept"] - targeted["kept"] + plan.kept_parameters
+    assert plan.origin["narrowed"] == {"base": base, "width": [width, width // 2]}
+    share = f"{targeted['kept'] / targeted['dense']:.1%}".replace("%", " %")
     note = next(note for note in plan.notes if note.startswith("the base was narrowed"))
     assert note.startswith(
-        f"the base was narrowed: {share:.1%} of the targeted parameters of {base} ".replace("%", " %")
+        f"the base was narrowed from {width} to {width // 2} hidden features of an MLP: {share} of the"
     )
     small = export(tmp_path / "plan.json", output=tmp_path / "small")
-    assert (small / "config.json").exists()
+    assert load_compressed(small).num_parameters() == plan.kept_model_parameters - indices(plan)
+    assert not doctor(small, windows=2, length=32, prompts=["A list"], max_new_tokens=4).sick
+    merged = export(tmp_path / "plan.json", output=tmp_path / "merged", merge=True)
+    assert not doctor(merged, windows=2, length=32, prompts=["A list"], max_new_tokens=4).sick
+    read = RankPlan.load(tmp_path / "plan.json")
+    assert read == plan
+    assert 0.44 < resize(read, 0.45).keep_targeted <= 0.45
+    # All that is left stays where that is less than what may be kept.
+    most = allocate(str(folder), keep=1.0, output=tmp_path / "most.json", **TEXT)
+    assert most.keep_targeted == pytest.approx(targeted["kept"] / targeted["dense"])
+    assert len(most.dense_modules) == len(most.modules)
     # What was narrowed once keeps its origin.
-    again = narrow(str(folder), share=0.75, output=tmp_path / "again", **TEXT)
-    assert Origin.of(load_base(str(again))) == Origin.of(model)
+    again = Origin.of(load_base(str(narrow(str(folder), share=0.75, output=tmp_path / "again", **TEXT))))
+    assert again is not None
+    assert (again.base, again.width, again.left) == (base, width, 3 * width // 8)
+    part = find_targets(model, include=["*.0.*"])
+    assert origin.left_out(part) == origin.left_out(find_targets(model)) // 2
+
+
+def indices(plan):
+    """Numbers whose room the indices of pivots take, which are no parameters."""
+    return sum(plan.modules[name].numbers(4) - plan.modules[name].parameters for name in plan.pivoted_modules)
+
+
+def test_a_config_that_says_something_else_is_told(llama):
+    llama.config.lowrank_narrowed = {"base": "x", "width": 96}
+    with pytest.raises(
+        ValueError, match="under lowrank_narrowed: expected what `lowrank narrow` of this version writes"
+    ):
+        Origin.of(llama)
 
 
 def dense_width(base):
@@ -217,6 +271,7 @@ def dense_width(base):
         ({}, "give one of keep, the size that is wanted in the end, and share, of the hidden features"),
         ({"keep": 0.6, "share": 0.5}, "give one of keep, the size that is wanted in the end, and share"),
         ({"share": 0.5, "multiple_of": 0}, "multiple_of is 0: expected a whole number of at least 1"),
+        ({"share": 0.5, "damping": -1.0}, "damping is -1.0: expected a number of at least 0"),
         (
             {"share": 0.99},
             "of 96 hidden features none would be left out at a share of 0.99, in multiples of 8: lower one of both",
@@ -232,36 +287,24 @@ def test_settings_that_make_no_sense_are_refused(changes, message, tmp_path):
 def test_a_folder_of_something_else_is_left_alone_before_anything_is_measured(tmp_path, monkeypatch):
     (tmp_path / "narrow").mkdir()
     (tmp_path / "narrow" / "thesis.txt").write_text("all of it")
-    monkeypatch.setattr("lowrank_pl.narrow.statistics_of", lambda *_: pytest.fail("text was read"))
+    monkeypatch.setattr("lowrank_pl.narrow.load_base", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="holds other files than an earlier export: name a new folder or empty it"):
         narrow("random:llama", share=0.5, output=tmp_path / "narrow", **TEXT)
     assert (tmp_path / "narrow" / "thesis.txt").read_text() == "all of it"
 
 
-def test_the_width_is_the_one_that_is_predicted_to_lose_least(tmp_path, capsys):
-    # Features of which every other one is nearly the sum of two others.
-    model = tiny_model("llama")
-    for layer in model.model.layers:
-        with torch.no_grad():
-            layer.mlp.gate_proj.weight[1::2] = layer.mlp.gate_proj.weight[::2]
-            layer.mlp.up_proj.weight[1::2] = layer.mlp.up_proj.weight[::2] * 1.01
-    base = tmp_path / "base"
-    model.save_pretrained(base)
-    byte_tokenizer().save_pretrained(base)
-    narrow(str(base), keep=0.6, output=tmp_path / "narrow", json=tmp_path / "narrow.json", **TEXT)
+def test_the_width_is_the_one_that_is_predicted_to_lose_least(doubled, tmp_path, capsys):
+    narrow(doubled, keep=0.6, output=tmp_path / "narrow", json=tmp_path / "narrow.json", **TEXT)
     figures = json.loads((tmp_path / "narrow.json").read_text())
     tried = {int(width): loss for width, loss in figures["predicted_nats_with_ranks"].items()}
     assert max(tried) == 96
     assert figures["width"]["after"] == min(tried, key=tried.get) <= 48
-    left = figures["parameters"]["targeted"]["kept"] / figures["parameters"]["targeted"]["dense"]
     said = capsys.readouterr().out
     assert f"96 hidden features, ranks to keep 0.6: predicted loss {tried[96]:.4f} nats a token" in said
-    keep = float(re.search(r"--keep ([\d.]+) keeps 60.0 % of the base's", said)[1])
-    assert keep * left == pytest.approx(0.6, abs=1e-3)
     # As wide as before, it is what the exact allocation predicts.
-    assert tried[96] == pytest.approx(predicted(str(base), 0.6, tmp_path), rel=1e-3)
+    assert tried[96] == pytest.approx(predicted(doubled, 0.6, tmp_path), rel=1e-3)
     # And as wide as chosen, what it predicts on the result, whose moments are nearly the same.
-    total = predicted(str(tmp_path / "narrow"), keep, tmp_path) + figures["predicted_nats"]
+    total = predicted(str(tmp_path / "narrow"), 0.6, tmp_path) + figures["predicted_nats"]
     assert tried[figures["width"]["after"]] == pytest.approx(total, rel=0.2)
 
 
@@ -276,3 +319,125 @@ def test_where_nothing_is_gained_ranks_are_to_be_drawn_on_the_base(tmp_path):
     # Half of the features alone would be more than is to be left out.
     with pytest.raises(ValueError, match=r"at keep 0\.9 no narrower MLPs are predicted to lose less: draw ranks on"):
         narrow("random:llama", keep=0.9, multiple_of=48, output=tmp_path / "narrow", **TEXT)
+
+
+def test_budgets_and_plans_count_what_was_left_out():
+    budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=300, left_out=72, storage="factored")
+    assert (budget.present, budget.total, budget.limit) == (128, 200, 100)
+    assert budget.share == pytest.approx(100 / 128)
+    plan = budget.fit({"a": 3.0, "b": 3.0}, method="hand")
+    assert plan.kept_parameters <= 100
+    assert (plan.targeted_parameters, plan.keep_targeted) == (200, plan.kept_parameters / 200)
+    assert plan.kept_model_parameters == 300 - 200 + plan.kept_parameters
+    whole = plan.dense()
+    assert (whole.kept_parameters, whole.keep_targeted, whole.keep_model) == (128, 0.64, 228 / 300)
+    assert RankPlan.from_json(plan.to_json()) == plan
+    assert json.loads(plan.to_json())["parameters"]["left_out"] == 72
+    plain = RankPlan("hand", 0.5, {"a": ModulePlan((8, 8), 2)}, 64)
+    assert "left_out" not in json.loads(plain.to_json())["parameters"]
+    with pytest.raises(ValueError, match=r"keep 0.1 allows 20 parameters, .* need at least 32 \(keep 0.1600\)"):
+        Budget(keep=0.1, shapes=budget.shapes, model_parameters=300, left_out=72, storage="factored")
+
+
+COMPARED = {
+    "calibration_length": 32, "calibration_windows": 8,
+    "score_length": 32, "scores": ["docs=python-docs::part=50%-100%"], "score_windows": {"docs": 6},
+}  # fmt: skip
+
+
+def test_a_comparison_narrows_what_it_is_told_to_and_counts_the_base_that_was_named(doubled, tmp_path, monkeypatch):
+    names = ["fisher+pivoted", "fisher+pivoted+narrow", "rescaled+narrow+refit"]
+    results = compare(doubled, methods=names, keep=[0.6], run=tmp_path / "run", **COMPARED)
+    rows = {row["method"]: row for row in results}
+    plain, narrowed, learned = (rows[name] for name in names)
+    for row in (plain, narrowed, learned):
+        assert 0.58 < row["keep"]["targeted"] <= 0.6
+    assert narrowed["bytes"] == pytest.approx(plain["bytes"], rel=0.01)
+    assert narrowed["excess"]["docs"] < plain["excess"]["docs"]
+    assert narrowed["seconds"]["narrowing"] > 0
+    assert narrowed["settings"]["narrow"] == {"share": None, "multiple_of": 8, "damping": 0.01}
+    assert "narrow" not in plain["settings"]
+    plan = RankPlan.load(tmp_path / "run" / "fisher+pivoted+narrow" / "keep-0.6" / "plan.json")
+    assert plan.left_out > 0
+    assert plan.origin["narrowed"]["base"] == doubled
+    # Its base is in the cache, where another comparison finds it.
+    monkeypatch.setattr("lowrank_pl.narrow_base.apply_narrowing", lambda *_, **__: pytest.fail("narrowed again"))
+    again = compare(doubled, methods=names[1:2], keep=[0.6], run=tmp_path / "again", **COMPARED)
+    assert {row["method"]: row["nats"] for row in again}[names[1]] == narrowed["nats"]
+    # And is one to compare on: the dense row says what it is of the first.
+    base = plan.origin["base"]
+    on_it = compare(base, methods=["fisher+pivoted"], keep=[0.6], run=tmp_path / "on it", **COMPARED)
+    by_name = {row["method"]: row for row in on_it}
+    assert by_name["dense"]["keep"]["targeted"] == pytest.approx(plan.dense().keep_targeted)
+    assert by_name["dense"]["keep"]["model"] == pytest.approx(plan.dense().keep_model)
+    assert by_name["fisher+pivoted"]["ranks"] == narrowed["ranks"]
+
+
+def arguments(model, **changes):
+    windows = torch.arange(256).view(8, 32)
+    return {"keep": 0.6, "model": model, "tokenizer": byte_tokenizer(), "windows": windows, **changes}
+
+
+def test_the_model_stays_as_it_was_and_where_nothing_is_gained_so_does_the_base(llama, caplog):
+    before, caplog.handler.level = state(llama), 0
+    caplog.set_level("INFO", logger="lowrank_pl.narrow_base")
+    assert narrowed_base("random:llama", Narrowing(multiple_of=48), **arguments(llama, keep=0.9))[0] == "random:llama"
+    assert "at keep 0.9 no narrower MLPs are predicted to lose less than those of random:llama" in caplog.text
+    folder, spent = narrowed_base("random:llama", Narrowing(0.5), **arguments(llama))
+    assert_untouched(llama, before)
+    assert spent > 0
+    assert Origin.of(llama) is None
+    # Once more it is found, with what it took.
+    assert narrowed_base("random:llama", Narrowing(0.5), **arguments(llama)) == (folder, spent)
+    # Another text, share or size is another folder.
+    others = [
+        narrowed_base("random:llama", Narrowing(0.5, damping=0.1), **arguments(llama)),
+        narrowed_base("random:llama", Narrowing(0.75), **arguments(llama)),
+        narrowed_base(
+            "random:llama", Narrowing(0.5), **arguments(llama, windows=torch.arange(256).flip(0).view(8, 32))
+        ),
+    ]
+    assert len({folder, *(place for place, _ in others)}) == 4
+    # What is gone is made again.
+    (Path(folder) / "config.json").unlink()
+    assert narrowed_base("random:llama", Narrowing(0.5), **arguments(llama))[0] == folder
+    assert (Path(folder) / "config.json").exists()
+
+
+def test_a_share_that_leaves_less_than_is_to_be_kept_is_refused(llama):
+    with pytest.raises(
+        ValueError, match=r"a share of 0.5 of their hidden features leave 0\.6\d+ of the targeted param"
+    ):
+        narrowed_base("random:llama", Narrowing(0.5), **arguments(llama, keep=0.9))
+
+
+@pytest.mark.parametrize("mask", ["Staircase", "PerValue"])
+def test_fit_narrows_first_and_scores_the_base_that_was_named(doubled, tmp_path, capsys, mask):
+    words = ["--model.base", doubled, "--model.keep", "0.6", "--model.decomposition.kind", "two_sided"]
+    words += ["--model.mask", f"lowrank_pl.masks.{mask}", "--model.narrow.multiple_of", "4"]
+    words += ["--trainer.max_steps", "3", "--trainer.accelerator", "cpu"]
+    words += ["--data.text", "python-docs::part=0%-5%", "--data.length", "32", "--data.windows", "8"]
+    words += ["--data.validation_windows", "2", "--finish.baselines", "[fisher]", "--finish.prompts", "[A list]"]
+    main(["fit", "--run", str(tmp_path / "run"), *words])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    rows = {name: row for name, row in summary.items() if name != "facts"}
+    assert list(rows) == ["dense", "narrowed", "fisher", "learned"]
+    assert rows["dense"]["kept_targeted"] == 1.0
+    plan = RankPlan.load(tmp_path / "run" / "plan.json")
+    assert rows["narrowed"]["kept_targeted"] == plan.dense().keep_targeted < 1
+    assert rows["narrowed"]["bytes"] == plan.dense().bytes
+    for name in ("fisher", "learned"):
+        assert 0.56 < rows[name]["kept_targeted"] <= 0.6
+    assert summary["facts"]["seconds"]["narrowing"] > 0
+    assert load_compressed(tmp_path / "run" / "model").num_parameters() == plan.kept_model_parameters - indices(plan)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"`{doubled}` compressed with" in card
+    assert "of the 96 hidden features of every MLP were left" in card
+    # Scored from its plan it is the same, beside the base that was named.
+    main(["evaluate", "--plan", str(tmp_path / "run" / "plan.json"), "--text", "python-docs::part=50%-60%",
+          "--length", "32", "--windows", "4", "--json", str(tmp_path / "scores.json")])  # fmt: skip
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["base"] == doubled
+    main(["evaluate", "--model", doubled, "--text", "python-docs::part=50%-60%", "--length", "32", "--windows", "4",
+          "--json", str(tmp_path / "dense.json")])  # fmt: skip
+    assert scores["dense"]["perplexity"] == json.loads((tmp_path / "dense.json").read_text())["perplexity"]

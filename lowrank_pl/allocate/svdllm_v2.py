@@ -49,7 +49,7 @@ class SvdLlmV2(Allocator):
 
 def _kept_shares(problem: Problem) -> dict[str, float]:
     """Return the share of each module that the rule keeps, below 0 where it would remove more than there is."""
-    shapes, keep = problem.budget.shapes, problem.budget.keep
+    shapes, keep = problem.budget.shapes, problem.budget.share
     types: dict[str, list[str]] = defaultdict(list)
     for target in problem.targets.modules:
         if target.name in shapes:
@@ -64,6 +64,6 @@ def _kept_shares(problem: Problem) -> dict[str, float]:
 
 def _loss(problem: Problem, name: str) -> float:
     """Return the root of the weighted squared error over all calibration tokens at the uniform rank."""
-    rank = int(problem.budget.prices.rank_at(problem.budget.shapes[name], problem.budget.keep))
+    rank = int(problem.budget.prices.rank_at(problem.budget.shapes[name], problem.budget.share))
     tail = problem.factors.sigma(name)[rank:]
     return math.sqrt(int(problem.factors.notes(name)["tokens"]) * tail.double().square().sum().item())

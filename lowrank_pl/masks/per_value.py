@@ -176,7 +176,7 @@ class PerValue(SwitchMethod):
         reached = int(progress[0].reached)
         if reached < 0:
             ratios = torch.stack([mask.ratio().detach() for mask in masks.values()])
-            if kept_share(kept_fractions(ratios), dense_sizes(masks, ratios)).item() > budget.keep + self.tolerance:
+            if kept_share(kept_fractions(ratios), dense_sizes(masks, ratios)).item() > budget.share + self.tolerance:
                 return False
             progress[0].reached.fill_(step)
             reached = step

@@ -1,0 +1,262 @@
+"""A base with narrower MLPs instead of the one that was named, made once and kept in the cache."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_pl.collected import Statistics
+from lowrank_pl.decompose import SquareRoot
+from lowrank_pl.decomposition import Decomposition, Roots
+from lowrank_pl.export import save_compressed
+from lowrank_pl.factor_store import total_seconds
+from lowrank_pl.files import cache_root, canonical_json, sha256_of, write_json
+from lowrank_pl.narrowing import Hidden, Origin, find_hidden, narrow_model, narrowed_config
+from lowrank_pl.prepare import check_finite, model_parameters, statistics_of, targeted_parameters
+from lowrank_pl.processes import from_first, is_first
+from lowrank_pl.targets import Target, Targets, find_targets
+from lowrank_pl.width import predicted_losses
+
+__all__ = ["STEPS", "Found", "Narrowing", "apply_narrowing", "narrowed_base", "narrowed_card"]
+
+_log = logging.getLogger(__name__)
+STEPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
+"""Shares of the hidden features that are tried."""
+_TWO_SIDED = Decomposition("two_sided")
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """How hidden features of MLPs are left out before ranks are drawn.
+
+    All MLPs get the same width. ``keep`` of a run counts the parameters that the base had before.
+
+    Args:
+        share: Fraction of the hidden features that stay; by default the one of twelve, or all, that is predicted to
+            lose least once ranks are drawn that leave ``keep``.
+        multiple_of: The width is a multiple of this.
+        damping: Ridge of the change that makes up for what is left out; more trusts the text less.
+
+    Raises:
+        ValueError: A share that is no fraction, or a number below its least.
+    """
+
+    share: float | None = None
+    multiple_of: int = 8
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"share is {self.share}: expected a fraction above 0 and below 1")
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of is {self.multiple_of}: expected a whole number of at least 1")
+        if not self.damping >= 0:
+            raise ValueError(f"damping is {self.damping}: expected a number of at least 0")
+
+    def widths(self, present: int) -> list[int]:
+        """Return the widths below ``present`` to choose from, ascending.
+
+        Raises:
+            ValueError: There is none.
+        """
+        shares = STEPS if self.share is None else (self.share,)
+        rounded = {max(1, int(share * present / self.multiple_of + 0.5)) * self.multiple_of for share in shares}
+        narrower = sorted(width for width in rounded if width < present)
+        if not narrower:
+            raise ValueError(
+                f"of {present} hidden features none would be left out at a share of {', '.join(map(str, shares))}, in "
+                f"multiples of {self.multiple_of}: lower one of both"
+            )
+        return narrower
+
+
+@dataclass(frozen=True)
+class Found:
+    """How wide MLPs became.
+
+    Args:
+        before: Their hidden features before.
+        width: Those that are left, as many as before where no narrower ones are predicted to lose less.
+        nats: The loss that this is predicted to cost, in nats a token.
+        tried: By width, what is predicted with ranks.
+    """
+
+    before: int
+    width: int
+    nats: float = 0.0
+    tried: dict[int, float] = field(default_factory=dict)
+
+
+def apply_narrowing(
+    model: PreTrainedModel,
+    targets: Targets,
+    statistics: Statistics,
+    settings: Narrowing,
+    *,
+    base: str,
+    keep: float | None,
+) -> Found:
+    """Narrow the MLPs of ``model``, in place, and return how far.
+
+    Args:
+        model: The dense base; its config then says what it was.
+        targets: Its linear maps, those of all MLPs among them.
+        statistics: Of it; what is missing is collected, by all processes that work together.
+        settings: How.
+        base: Its name.
+        keep: Fraction of the targeted parameters of the first base that ranks are to leave; None where a share is set.
+
+    Raises:
+        ValueError: There is no MLP that can be narrowed, or what is to be kept of it is impossible.
+    """
+    hidden = find_hidden(model, targets)
+    present = hidden[0].width
+    origin = Origin.of(model) or _origin(model, targets, hidden, base)
+    widths = settings.widths(present)
+    narrowed_config(model, hidden, widths[0])
+    measured = _measured(targets, hidden, settings)
+    check_finite(model, measured)
+    roots = Roots(_TWO_SIDED, statistics, measured, model.device)
+    tried: dict[int, float] = {}
+    if settings.share is None:
+        assert keep is not None
+        limit = int(keep * (targeted_parameters(targets) + origin.left_out(targets)))
+        tried = predicted_losses(model, targets, hidden, roots, limit, [present, *widths], damping=settings.damping)
+    # Of equals the widest.
+    width = min(sorted(tried, reverse=True), key=tried.__getitem__) if tried else widths[0]
+    if width == present:
+        return Found(present, present, tried=tried)
+
+    def weights(reader: Target) -> tuple[Tensor, SquareRoot]:
+        moment, outputs = roots.moment_of_inputs(reader), roots.of_outputs(reader.name)
+        assert moment is not None
+        assert outputs is not None
+        return moment, outputs
+
+    nats = narrow_model(model, hidden, width, weights, damping=settings.damping)
+    replace(origin, left=width).write(model)
+    return Found(present, width, nats, tried)
+
+
+def _measured(targets: Targets, hidden: Sequence[Hidden], settings: Narrowing) -> tuple[Target, ...]:
+    # What the width is chosen by are the spectra of all maps.
+    return targets.modules if settings.share is None else tuple(mlp.reader for mlp in hidden)
+
+
+def _origin(model: PreTrainedModel, targets: Targets, hidden: Sequence[Hidden], base: str) -> Origin:
+    kinds = dict.fromkeys(target.kind for mlp in hidden for target in (*mlp.writers, mlp.reader))
+    width = hidden[0].width
+    return Origin(base, targeted_parameters(targets), model_parameters(model), width, width, tuple(kinds))
+
+
+def narrowed_base(
+    base: str,
+    settings: Narrowing,
+    *,
+    keep: float,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> tuple[str, float | None]:
+    """Return the folder of ``base`` with narrower MLPs, made if it is not in the cache, and the seconds that it took.
+
+    Processes that work together share the statistics; the first one narrows and writes, while the others wait.
+
+    Args:
+        base: Name of the base, which is returned itself where no narrower MLPs are predicted to lose less.
+        settings: How.
+        keep: Fraction of the targeted parameters that ranks are to leave in the end.
+        model: The base, on the device that is to do the work; left as it was.
+        tokenizer: The base's.
+        windows: ``[windows, length]`` calibration token ids.
+        include: Globs of modules to target.
+        exclude: Globs of modules to leave alone.
+
+    Raises:
+        ValueError: As in ``apply_narrowing``, or a share that leaves less than ``keep``.
+        ExportError: The folder does not reload as what was written.
+    """
+    targets = find_targets(model, include=include, exclude=exclude)
+    statistics = statistics_of(model, windows, tokenizer)
+    asked = {**asdict(settings), "keep": keep if settings.share is None else None, "include": list(include)}
+    key = sha256_of(canonical_json({**asked, "exclude": list(exclude), **statistics.source}))[:20]
+    folder = cache_root() / "narrowed" / key
+    record = folder.with_suffix(".json")
+    done = from_first(lambda: _read(record, folder))
+    if done is None:
+        measured = _measured(targets, find_hidden(model, targets), settings)
+        # By all processes, which then wait for the first one; it finds them on disk.
+        spent = statistics.seconds(_TWO_SIDED.needs, measured, _TWO_SIDED.labels)
+        done = from_first(lambda: _make(model, targets, statistics, settings, base, keep, tokenizer, folder))
+        done["seconds"] = total_seconds([spent, done["seconds"]])
+        if is_first():
+            write_json(record, done)
+    if not done["narrower"]:
+        _log.info("at keep %g no narrower MLPs are predicted to lose less than those of %s", keep, base)
+        return base, done["seconds"]
+    if done["left"] < keep:
+        raise ValueError(
+            f"MLPs with a share of {settings.share} of their hidden features leave {done['left']:.4f} of the targeted "
+            f"parameters, less than keep {keep}: raise the share or lower keep"
+        )
+    _log.info("the base is %s with MLPs of %d hidden features instead of %d: %s", base, *done["width"], folder)
+    return str(folder), done["seconds"]
+
+
+def _read(record: Path, folder: Path) -> dict[str, Any] | None:
+    """Return what was noted of an earlier narrowing, if all of it is there."""
+    if not record.exists():
+        return None
+    noted: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    return noted if not noted["narrower"] or (folder / "config.json").exists() else None
+
+
+def _make(
+    model: PreTrainedModel,
+    targets: Targets,
+    statistics: Statistics,
+    settings: Narrowing,
+    base: str,
+    keep: float,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> dict[str, Any]:
+    """Write the narrowed base to ``folder``, and return what is to be noted of it."""
+    began = time.perf_counter()
+    # Modules are replaced and no number is written to, so that both have the same tensors.
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    found = apply_narrowing(model, targets, statistics, settings, base=base, keep=keep)
+    noted: dict[str, Any] = {"base": base, "narrower": found.width < found.before}
+    if noted["narrower"]:
+        origin = Origin.of(model)
+        assert origin is not None
+        # Something of it may be there yet.
+        shutil.rmtree(folder, ignore_errors=True)
+        save_compressed(model, folder, tokenizer=tokenizer, merge=True, card=narrowed_card(origin))
+        after = find_targets(model, include=[target.name for target in targets.modules])
+        now = targeted_parameters(after)
+        noted |= {"width": [found.width, found.before], "left": now / (now + origin.left_out(after))}
+    noted |= {"predicted_nats": found.nats, "predicted_nats_with_ranks": found.tried}
+    return {**noted, "seconds": time.perf_counter() - began}
+
+
+def narrowed_card(origin: Origin) -> str:
+    """Return the model card of a narrowed base."""
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
+        f"# {origin.base.rstrip('/').rsplit('/', 1)[-1]} with narrower MLPs\n\n"
+        f"`{origin.base}` narrowed by lowrank_pl: of {origin.width} hidden features {origin.left} are left in every "
+        "MLP, whose last map makes up for the others in closed form. Nothing was fine-tuned. It loads like its base.\n"
+    )
