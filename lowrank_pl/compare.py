@@ -170,8 +170,7 @@ class _Comparison:
                 _log.info("%d of %d: %s at keep %s is there", number, len(todo), name, keep)
                 continue
             _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
-            at, spent = self._narrowed(recipes[name].narrow, keep)
-            results[name, keep] = at._result(name, recipes[name], keep, identity, dense, spent)
+            results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
             self._write(results)
             made = True
         if not made:
@@ -236,6 +235,15 @@ class _Comparison:
         }
 
     def _result(
+        self, name: str, method: Recipe, keep: float, identity: str, dense: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if method.narrow is None:
+            return self._on_base(name, method, keep, identity, dense, {})
+        # The narrowed model is gone before the next one is loaded.
+        at, spent = self._narrowed(method.narrow, keep)
+        return at._on_base(name, method, keep, identity, dense, {"narrowing": spent})
+
+    def _on_base(
         self,
         name: str,
         method: Recipe,
@@ -272,10 +280,8 @@ class _Comparison:
             "machine": describe_machine(self.subject.model.device),
         }
 
-    def _narrowed(self, settings: Narrowing | None, keep: float) -> tuple[_Comparison, dict[str, float | None]]:
+    def _narrowed(self, settings: Narrowing, keep: float) -> tuple[_Comparison, float | None]:
         """Return this comparison on the narrowed base, and the seconds that narrowing took, now or when it was done."""
-        if settings is None:
-            return self, {}
         subject = self.subject
         globs = {name: subject.options[name] for name in ("include", "exclude")}
         folder, spent = narrowed_base(
@@ -283,11 +289,11 @@ class _Comparison:
             **globs,
         )  # fmt: skip
         if folder == subject.base:
-            return self, {"narrowing": spent}
+            return self, spent
         kind = getattr(torch, subject.dtype)
         model = load_base(folder, dtype=kind, trust_remote_code=subject.trust_remote_code).to(subject.model.device)
         at = replace(self, subject=replace(subject, base=folder, model=model), targets=find_targets(model, **globs))
-        return at, {"narrowing": spent}
+        return at, spent
 
     def _prepare(self, method: Recipe) -> dict[str, float | None]:
         """Make statistics and factors, which methods share, and return what they cost, now or when they were made."""

@@ -178,7 +178,8 @@ class RankLearner(LightningModule):
         # that is loaded and moved, and where generators of the CPU can't draw.
         with torch.device("cpu"):
             if self.narrow is not None:
-                self._narrow(self.narrow, data, device)
+                # What is to be sharded may be more than a device holds.
+                self._narrow(self.narrow, data, torch.device("cpu") if sharded else device)
             began = time.perf_counter()
             shared = self._open_shared(device) if sharded else None
             model = self.dense_base() if shared is None else shared.skeleton.model

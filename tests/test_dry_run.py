@@ -214,6 +214,27 @@ def test_compare_says_it_and_loads_nothing(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_narrowing_is_counted_before_all_else(llama, tmp_path, monkeypatch, capsys):
+    refuse_to_load(monkeypatch)
+    main(["fit", "-c", SMOKE, "--run", str(tmp_path / "run"), "--model.narrow.share", "null", "--dry_run"])
+    said = capsys.readouterr().out
+    assert said.index("weighted moments, all features") < said.index("widths of MLPs") < said.index("learning")
+    assert "what comes after the narrowing is counted as if nothing were left out: it is less" in said
+    settings = {"windows": 4, "length": 32, "score_length": 32, "score_windows": {}, "texts": ()}
+
+    def work(names, keeps):
+        return compare_workload({name: recipe(name) for name in names}, keeps=keeps, **settings)
+
+    one, two = (
+        phase_of(estimate(llama, work(["best+narrow", "fisher+narrow"], keeps), Machine()), "widths of MLPs")
+        for keeps in ([0.5], [0.5, 0.6])
+    )
+    # Recipes share what is narrowed alike, sizes have widths of their own.
+    assert two.work["double"] == 2 * one.work["double"] > 0
+    assert two.disk["narrowed bases"] == 2 * llama.bytes
+    assert not any("width" in phase.name for phase in estimate(llama, work(["best"], [0.5]), Machine()).phases)
+
+
 def refuse_to_load(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("something was loaded")

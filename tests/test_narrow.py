@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from pair import in_two_processes
 from torch import nn
 from transformers import AutoModelForCausalLM
 from untouched import assert_untouched, state
@@ -26,6 +28,7 @@ from lowrank_pl.narrow import narrow
 from lowrank_pl.narrow_base import Narrowing, narrowed_base
 from lowrank_pl.narrowing import Origin, find_hidden, narrow_model, narrowed_config
 from lowrank_pl.plan import ModulePlan
+from lowrank_pl.processes import together
 from lowrank_pl.sizes import resize
 from lowrank_pl.targets import dense_weight, find_targets
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
@@ -227,9 +230,9 @@ def test_the_folder_is_a_checkpoint_like_any_other(base, tmp_path, capsys):
     )
     small = export(tmp_path / "plan.json", output=tmp_path / "small")
     assert load_compressed(small).num_parameters() == plan.kept_model_parameters - indices(plan)
-    assert not doctor(small, windows=2, length=32, prompts=["A list"], max_new_tokens=4).sick
+    assert doctor(small, windows=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
     merged = export(tmp_path / "plan.json", output=tmp_path / "merged", merge=True)
-    assert not doctor(merged, windows=2, length=32, prompts=["A list"], max_new_tokens=4).sick
+    assert doctor(merged, windows=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
     read = RankPlan.load(tmp_path / "plan.json")
     assert read == plan
     assert 0.44 < resize(read, 0.45).keep_targeted <= 0.45
@@ -238,7 +241,7 @@ def test_the_folder_is_a_checkpoint_like_any_other(base, tmp_path, capsys):
     assert most.keep_targeted == pytest.approx(targeted["kept"] / targeted["dense"])
     assert len(most.dense_modules) == len(most.modules)
     # What was narrowed once keeps its origin.
-    again = Origin.of(load_base(str(narrow(str(folder), share=0.75, output=tmp_path / "again", **TEXT))))
+    again = Origin.of(load_base(str(narrow(str(folder), share=0.75, multiple_of=4, output=tmp_path / "again", **TEXT))))
     assert again is not None
     assert (again.base, again.width, again.left) == (base, width, 3 * width // 8)
     part = find_targets(model, include=["*.0.*"])
@@ -404,6 +407,25 @@ def test_the_model_stays_as_it_was_and_where_nothing_is_gained_so_does_the_base(
     assert (Path(folder) / "config.json").exists()
 
 
+def narrow_together(rank, folder):
+    os.environ["LOWRANK_HOME"] = str(folder / "home")
+    model = tiny_model("llama")
+    with together():
+        found = [narrowed_base("random:llama", settings, **arguments(model))[0] for settings in (Narrowing(0.5),) * 2]
+    (folder / f"found{rank}").write_text(found[0])
+    assert found[0] == found[1]
+
+
+def test_processes_narrow_once_and_find_the_same(llama, tmp_path):
+    alone, _ = narrowed_base("random:llama", Narrowing(0.5), **arguments(llama))
+    in_two_processes(narrow_together, tmp_path)
+    first, second = ((tmp_path / f"found{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert Path(first).name == Path(alone).name
+    for name, value in load_base(alone).state_dict().items():
+        torch.testing.assert_close(load_base(first).state_dict()[name], value)
+
+
 def test_a_share_that_leaves_less_than_is_to_be_kept_is_refused(llama):
     with pytest.raises(
         ValueError, match=r"a share of 0.5 of their hidden features leave 0\.6\d+ of the targeted param"
@@ -418,7 +440,7 @@ def test_fit_narrows_first_and_scores_the_base_that_was_named(doubled, tmp_path,
     words += ["--trainer.max_steps", "3", "--trainer.accelerator", "cpu"]
     words += ["--data.text", "python-docs::part=0%-5%", "--data.length", "32", "--data.windows", "8"]
     words += ["--data.validation_windows", "2", "--finish.baselines", "[fisher]", "--finish.prompts", "[A list]"]
-    main(["fit", "--run", str(tmp_path / "run"), *words])
+    main(["fit", "--run", str(tmp_path / "run"), "--seed_everything", "0", *words])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     rows = {name: row for name, row in summary.items() if name != "facts"}
     assert list(rows) == ["dense", "narrowed", "fisher", "learned"]
