@@ -28,6 +28,7 @@ from lowrank_pl import hf_format, hf_layers
 from lowrank_pl.files import atomic_directory, atomic_write
 from lowrank_pl.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align
 from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.narrowing import KEY
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.targets import replaced
 from lowrank_pl.verify import ExportError, base_class, check_contents, check_merged, check_reload, logits_of
@@ -198,8 +199,10 @@ def check_destination(directory: Path) -> None:
         raise ValueError(f"{str(directory)!r} is a file: name a folder to export to")
     if not directory.exists() or not any(directory.iterdir()):
         return
+    config = directory / "config.json"
     ours = (directory / CODE).exists() or (directory / "plan.json").exists()
-    if not (ours and (directory / "config.json").exists()):
+    # A narrowed base has no plan, and needs no code.
+    if not config.exists() or not (ours or f'"{KEY}"' in config.read_text(encoding="utf-8")):
         raise ValueError(f"{str(directory)!r} holds other files than an earlier export: name a new folder or empty it")
 
 

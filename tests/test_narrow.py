@@ -296,6 +296,12 @@ def test_a_folder_of_something_else_is_left_alone_before_anything_is_measured(tm
     assert (tmp_path / "narrow" / "thesis.txt").read_text() == "all of it"
 
 
+def test_an_earlier_narrowed_folder_is_replaced(tmp_path):
+    for share, width in ((0.5, 48), (0.75, 72)):
+        folder = narrow("random:llama", share=share, output=tmp_path / "narrow", **TEXT)
+        assert load_base(str(folder)).config.intermediate_size == width
+
+
 def test_the_width_is_the_one_that_is_predicted_to_lose_least(doubled, tmp_path, capsys):
     narrow(doubled, keep=0.6, output=tmp_path / "narrow", json=tmp_path / "narrow.json", **TEXT)
     figures = json.loads((tmp_path / "narrow.json").read_text())
