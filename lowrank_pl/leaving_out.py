@@ -36,7 +36,7 @@ class Narrowed:
 
 
 def leave_out(
-    weight: Tensor, second_moment: Tensor, keep: int, *, outputs: SquareRoot | None = None, damping: float = 1e-2
+    weight: Tensor, second_moment: Tensor, keep: int, *, outputs: SquareRoot | None = None, damping: float = 0.1
 ) -> Narrowed:
     """Return ``weight`` for ``keep`` of its input features, changed so that they stand for the others.
 
@@ -70,7 +70,7 @@ def narrowings(
     keeps: Sequence[int],
     *,
     outputs: SquareRoot | None = None,
-    damping: float = 1e-2,
+    damping: float = 0.1,
 ) -> Iterator[Narrowed]:
     """Yield what ``leave_out`` returns for each of ``keeps``, from the largest on, each contained in those before.
 

@@ -30,7 +30,7 @@ def narrow(
     windows: int = 256,
     dtype: DType = "float32",
     multiple_of: int = 8,
-    damping: float = 0.01,
+    damping: float = 0.1,
     device: str = "auto",
     trust_remote_code: bool = False,
     json: Path | None = None,

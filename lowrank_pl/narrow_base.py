@@ -53,7 +53,7 @@ class Narrowing:
 
     share: float | None = None
     multiple_of: int = 8
-    damping: float = 0.01
+    damping: float = 0.1
 
     def __post_init__(self) -> None:
         if self.share is not None and not 0 < self.share < 1:

@@ -168,7 +168,7 @@ def narrowed_config(model: PreTrainedModel, hidden: Sequence[Hidden], width: int
 
 
 def narrow_model(
-    model: PreTrainedModel, hidden: Sequence[Hidden], width: int, weights: Weights, *, damping: float = 1e-2
+    model: PreTrainedModel, hidden: Sequence[Hidden], width: int, weights: Weights, *, damping: float = 0.1
 ) -> float:
     """Leave out hidden features of every MLP of ``model`` and return the loss that this is predicted to cost, in nats.
 

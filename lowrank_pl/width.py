@@ -36,7 +36,7 @@ def predicted_losses(
     limit: int,
     widths: Sequence[int],
     *,
-    damping: float = 1e-2,
+    damping: float = 0.1,
 ) -> dict[int, float]:
     """Return the loss in nats that is predicted for each of ``widths`` of the MLPs, all ranks as good as they can be.
 

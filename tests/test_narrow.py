@@ -364,7 +364,7 @@ def test_a_comparison_narrows_what_it_is_told_to_and_counts_the_base_that_was_na
     assert narrowed["bytes"] == pytest.approx(plain["bytes"], rel=0.01)
     assert narrowed["excess"]["docs"] < plain["excess"]["docs"]
     assert narrowed["seconds"]["narrowing"] > 0
-    assert narrowed["settings"]["narrow"] == {"share": None, "multiple_of": 8, "damping": 0.01}
+    assert narrowed["settings"]["narrow"] == {"share": None, "multiple_of": 8, "damping": 0.1}
     assert "narrow" not in plain["settings"]
     plan = RankPlan.load(tmp_path / "run" / "fisher+pivoted+narrow" / "keep-0.6" / "plan.json")
     assert plan.left_out > 0
