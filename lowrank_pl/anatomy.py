@@ -18,8 +18,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lowrank_pl.base_model import read_config as read_checkpoint_config
-from lowrank_pl.base_model import resolve_base
+from lowrank_pl.base_model import resolve_base, taken_shapes
 from lowrank_pl.block_shapes import random_blocks, whole_config
+from lowrank_pl.hf_format import reshape
 from lowrank_pl.speed import multiply_adds
 from lowrank_pl.targets import Target, decoder_blocks, find_targets
 from lowrank_pl.tiny_models import tiny_model
@@ -110,10 +111,12 @@ def anatomy(
     (70553706496, 560)
     """
     config = read_config(base, trust_remote_code=trust_remote_code)
+    shapes = taken_shapes(config)
     with FakeTensorMode():
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
+        reshape(made, shapes)
         model = made.eval().requires_grad_(False)
         targets = find_targets(model, include=include, exclude=exclude).modules
         tokens = torch.zeros(1, length, dtype=torch.long)

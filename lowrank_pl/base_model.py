@@ -23,7 +23,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lowrank_pl.block_shapes import SHAPES, random_blocks
+from lowrank_pl.hf_format import METHOD
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.verify import base_class
 
 __all__ = ["BaseSpec", "load_base", "load_tokenizer", "read_config", "resolve_base"]
 
@@ -246,6 +248,26 @@ def _load_checkpoint(spec: BaseSpec, dtype: torch.dtype, trust_remote_code: bool
             f"the checkpoint {spec.path!r} lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...), "
             "which would be random; give the checkpoint of the whole language model"
         )
+    return _plain(model) if hasattr(model.config, "quantization_config") else model
+
+
+def taken_shapes(config: Any) -> dict[str, list[int]]:
+    """Return the shapes of the maps that ``config`` alone would make otherwise, and leave in it what is of its kind."""
+    said = config.__dict__.pop("quantization_config", None)
+    if said is None:
+        return {}
+    config.__dict__.pop("auto_map", None)
+    as_dict = said if isinstance(said, dict) else said.to_dict()
+    shapes: dict[str, list[int]] = as_dict.get("shapes", {})
+    return shapes
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Return ``model``, of maps of several shapes, as the dense model that it is."""
+    model.__class__ = base_class(model) or type(model)
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(attribute, None)
+    taken_shapes(model.config)
     return model
 
 
@@ -288,7 +310,10 @@ def _refuse_quantised(spec: BaseSpec, config: Any) -> None:
         return
     as_dict = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
     method = str(as_dict.get("quant_method", "unknown method"))
-    if method == "lowrank":
+    if method == METHOD and not as_dict.get("modules"):
+        # All that it says is which dense maps are narrower than the others of their kind.
+        return
+    if method == METHOD:
         raise ValueError(
             f"base model {spec.path!r} is already compressed by lowrank_pl: open it with load_compressed, "
             "or give the dense model to compress that one"

@@ -121,13 +121,18 @@ def save_compressed(
     directory = Path(directory)
     check_destination(directory)
     originals = _originals(model)
-    entries = _entries(model, originals)
+    entries, shapes = _entries(model, originals), _shapes(model, originals)
+    if merge and shapes:
+        raise ValueError(
+            f"{len(shapes)} linear maps have shapes that the plain config of {type(model).__name__} can't say, e.g. "
+            f"{next(iter(shapes))}: export the factors, or narrow all MLPs to one width"
+        )
     align(model)
     with _full_disk_explained(directory), atomic_directory(directory) as folder:
         swaps = _swaps(model, originals, merge=merge)
         before = logits_of(model) if verify and swaps else None
         with replaced(model, swaps):
-            _write(model, folder, tokenizer, None if merge else entries)
+            _write(model, folder, tokenizer, None if merge else LowRankConfig(entries, shapes))
             _write_texts(folder, plan, card)
             if verify:
                 reference = logits_of(model)
@@ -235,6 +240,25 @@ def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[st
     return entries
 
 
+def _shapes(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, list[int]]:
+    """Return ``[out, in]`` of the linear maps that the config alone would build with another shape."""
+    shapes = {}
+    for name, module in model.named_modules():
+        original = originals.get(name)
+        if isinstance(original, (nn.Linear, Conv1D)) and isinstance(module, (nn.Linear, Conv1D)):
+            found = _out_and_in(module)
+            if found != _out_and_in(original):
+                shapes[name] = found
+    return shapes
+
+
+def _out_and_in(module: nn.Module) -> list[int]:
+    if isinstance(module, Conv1D):
+        return list(module.weight.shape[::-1])
+    assert isinstance(module, nn.Linear)
+    return [module.out_features, module.in_features]
+
+
 def _is_low_rank(module: nn.Module) -> bool:
     """Tell a low-rank layer of this package or of a folder's copy of its code."""
     return isinstance(module, nn.Linear) and type(module).__name__ in (LowRankLinear.__name__, PivotedLinear.__name__)
@@ -267,15 +291,17 @@ def _as_dense(module: nn.Module, original: nn.Module) -> nn.Module:
     weight: Tensor = module.dense() if _is_low_rank(module) else module.weight.detach()  # type: ignore[operator]
     dense: Any = original
     dense.weight = nn.Parameter((weight.T if isinstance(original, Conv1D) else weight).contiguous())
+    if isinstance(original, Conv1D):
+        dense.nf, dense.nx = weight.shape
     if module.bias is not None:
         dense.bias = module.bias
     return original
 
 
 def _write(
-    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, entries: dict[str, Entry] | None
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, stored: LowRankConfig | None
 ) -> None:
-    """Write weights, configs, tokenizer and code; ``entries`` is None for a plain dense model."""
+    """Write weights, configs, tokenizer and code; ``stored`` is None for a plain dense model."""
     # A second shell around the same tensors: save_pretrained writes into the config, and lets a quantizer that the
     # model was loaded with have its say.
     shell = copy.copy(model)
@@ -287,8 +313,8 @@ def _write(
         shell.__class__ = base
         config.__dict__.pop("auto_map", None)
     config.__dict__.pop("quantization_config", None)
-    if entries is not None:
-        config.quantization_config = LowRankConfig(entries)
+    if stored is not None:
+        config.quantization_config = stored
         if base is not None:
             classes = {"AutoModelForCausalLM": base.__name__, "AutoModel": type(model.base_model).__name__}
             classes["AutoConfig"] = LowRankAutoConfig.__name__

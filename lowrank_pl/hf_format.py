@@ -27,10 +27,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 # Relative, so that transformers copies that file wherever it copies this one.
 from .hf_layers import LowRankLinear, PivotedLinear
 
-__all__ = ["METHOD", "SCHEMA", "LowRankAutoConfig", "LowRankConfig", "LowRankQuantizer", "align"]
+__all__ = ["METHOD", "SCHEMA", "LowRankAutoConfig", "LowRankConfig", "LowRankQuantizer", "align", "reshape"]
 
 METHOD = "lowrank"
-SCHEMA = 2
+SCHEMA = 3
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -39,16 +39,18 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         modules: What stands for each compressed module, by the module's name in the model that was saved: the rank of
             two factors, or ``{"rank": 3, "storage": "pivoted", "side": "out"}``.
+        shapes: ``[out, in]`` of the linear maps, compressed or not, that have another shape than the rest of the config
+            says, as where MLPs of several widths are left.
         schema: Version of the format that the folder was written in.
         quant_method: Always ``"lowrank"``.
         **unknown: Refused; named so that what a newer schema adds ends in the message about the schema.
 
     Raises:
-        ValueError: The folder was written by a newer format than this file knows, or the ranks aren't ranks.
+        ValueError: The folder was written by a newer format than this file knows, or the ranks or shapes are none.
 
     Attributes:
         newest: The highest schema that this copy of the file reads.
-        schema: The lowest that says all of ``modules``, so that older versions read what they can: 2 with pivots.
+        schema: The lowest that says all of it, so that older versions read what they can: 2 with pivots, 3 with shapes.
     """
 
     newest = SCHEMA
@@ -56,6 +58,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         modules: dict[str, int | dict[str, Any]] | None = None,
+        shapes: dict[str, list[int]] | None = None,
         schema: int = SCHEMA,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -66,7 +69,9 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "upgrade lowrank_pl, or pass trust_remote_code=True to use the code in the model's folder"
             )
         if unknown:
-            raise ValueError(f"quantization_config has the unknown keys {sorted(unknown)}: expected modules and schema")
+            raise ValueError(
+                f"quantization_config has the unknown keys {sorted(unknown)}: expected modules, shapes, schema"
+            )
         self.modules = dict(modules or {})
         for name, entry in self.modules.items():
             rank: Any = entry
@@ -79,7 +84,14 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 rank = entry["rank"]
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"quantization_config gives {name!r} the rank {rank!r}: expected a positive integer")
-        self.schema = SCHEMA if any(isinstance(entry, dict) for entry in self.modules.values()) else 1
+        self.schema = 2 if any(isinstance(entry, dict) for entry in self.modules.values()) else 1
+        if shapes:
+            for name, shape in shapes.items():
+                if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+                    raise ValueError(f"quantization_config gives {name!r} the shape {shape}: expected [out, in]")
+            # Only where there are any: older versions refuse keys that they don't know.
+            self.shapes = {name: list(shape) for name, shape in shapes.items()}
+            self.schema = 3
         self.quant_method = quant_method
 
 
@@ -128,6 +140,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Swap the named modules; the model is still on the meta device."""
         known = dict(model.named_modules())
+        reshape(model, getattr(self.quantization_config, "shapes", {}))
         for name, entry in self.quantization_config.modules.items():
             _swap(model, _name_here(model, name, known), entry)
         return model
@@ -211,16 +224,39 @@ def _name_here(model: PreTrainedModel, name: str, known: Container[str]) -> str:
     )
 
 
+def reshape(model: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
+    """Put empty dense maps of other ``shapes`` ``[out, in]``, by name, in the places of those that the config made."""
+    known = dict(model.named_modules())
+    for name, (outputs, inputs) in shapes.items():
+        here = _name_here(model, name, known)
+        old, like = _linear(model, here)
+        new: nn.Module
+        if isinstance(old, Conv1D):
+            with torch.device(like["device"]):
+                new = Conv1D(outputs, inputs).to(like["dtype"])
+        else:
+            new = nn.Linear(inputs, outputs, **like)
+        _put(model, here, new)
+
+
+def _linear(model: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the linear map ``name`` and what one in its place is to have in common with it."""
+    old = model.get_submodule(name)
+    if not isinstance(old, (nn.Linear, Conv1D)):
+        raise ValueError(f"{name!r} is a {type(old).__name__}: only nn.Linear and Conv1D can be stored as factors")
+    return old, {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+
+
+def _put(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
 def _swap(model: nn.Module, name: str, entry: int | dict[str, Any]) -> None:
     """Put an empty layer, as ``entry`` of the configuration says, in the place of the linear map ``name``."""
-    old = model.get_submodule(name)
-    if isinstance(old, Conv1D):
-        inputs, outputs = old.weight.shape
-    elif isinstance(old, nn.Linear):
-        outputs, inputs = old.weight.shape
-    else:
-        raise ValueError(f"{name!r} is a {type(old).__name__}: only nn.Linear and Conv1D can be stored as factors")
-    like: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+    old, like = _linear(model, name)
+    weight: Any = old.weight
+    outputs, inputs = weight.shape[::-1] if isinstance(old, Conv1D) else weight.shape
     new: nn.Module
     if isinstance(entry, int):
         new = LowRankLinear(inputs, outputs, entry, **like)
@@ -229,8 +265,7 @@ def _swap(model: nn.Module, name: str, entry: int | dict[str, Any]) -> None:
             new = PivotedLinear(inputs, outputs, entry["rank"], side=entry["side"], **like)
         except ValueError as error:
             raise ValueError(f"quantization_config, {name}: {error}") from None
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    _put(model, name, new)
 
 
 def _portable_class(name: str) -> type[PreTrainedModel]:

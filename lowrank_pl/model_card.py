@@ -122,9 +122,9 @@ def _narrowed(plan: RankPlan) -> str:
     narrowed = plan.origin.get("narrowed")
     if narrowed is None:
         return ""
-    before, left = narrowed["width"]
     return (
-        f" Before that, {left:,} of the {before:,} hidden features of every MLP were left, which stand for the others."
+        f" Before that, {narrowed['left']} of the {narrowed['width']:,} hidden features of every MLP were left, which "
+        "stand for the others."
     )
 
 

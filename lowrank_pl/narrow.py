@@ -29,6 +29,7 @@ def narrow(
     length: int = 512,
     windows: int = 256,
     dtype: DType = "float32",
+    by_block: bool = False,
     multiple_of: int = 8,
     damping: float = 0.1,
     device: str = "auto",
@@ -52,6 +53,8 @@ def narrow(
         length: Tokens of a calibration window.
         windows: How many windows.
         dtype: Type to load the base in; the result has it too.
+        by_block: Let each MLP have the width that is best for it; the folder is no plain checkpoint then: it loads like
+            exports of factors, and ranks can be drawn on it likewise.
         multiple_of: The width is a multiple of this.
         damping: Ridge of the change that makes up for what is left out; more trusts the text less.
         device: cpu, cuda, ...; auto takes cuda where there is one.
@@ -65,7 +68,7 @@ def narrow(
         raise ValueError("give one of keep, the size that is wanted in the end, and share, of the hidden features")
     if keep is not None and not 0 < keep < 1:
         raise ValueError(f"keep is {keep}: expected a fraction above 0 and below 1")
-    settings = Narrowing(share, multiple_of, damping)
+    settings = Narrowing(by_block, share, multiple_of, damping)
     check_destination(output)
     model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).to(pick_device(device))
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
@@ -75,15 +78,18 @@ def narrow(
     for width, loss in sorted(found.tried.items()):
         print(f"{width} hidden features, ranks to keep {keep}: predicted loss {loss:.4f} nats a token")
     origin = Origin.of(model)
-    if origin is None or found.width == found.before:
+    if found.by_block is not None:
+        print(f"widths by block, ranks to keep {keep}: predicted loss {found.by_block:.4f} nats a token")
+    if origin is None or not found.narrower:
         raise ValueError(f"at keep {keep} no narrower MLPs are predicted to lose less: draw ranks on {base!r} itself")
-    report = save_compressed(model, output, tokenizer=tokenizer, merge=True, card=narrowed_card(origin))
+    report = save_compressed(model, output, tokenizer=tokenizer, merge=found.one_width, card=narrowed_card(origin))
     targeted, parameters = targeted_parameters(find_targets(model)), model_parameters(model)
     figures = {
         "base": base,
-        "width": {"before": found.before, "after": found.width},
+        "width": {"before": found.before, "after": found.widths[0] if found.one_width else list(found.widths)},
         "predicted_nats": found.nats,
         "predicted_nats_with_ranks": {str(width): loss for width, loss in sorted(found.tried.items())},
+        "predicted_nats_by_block": found.by_block,
         "parameters": {
             "targeted": {"dense": origin.targeted, "kept": targeted},
             "model": {"dense": origin.parameters, "kept": parameters},
@@ -91,8 +97,8 @@ def narrow(
         "bytes": report.bytes,
     }
     print(
-        f"narrowed MLPs from {found.before} to {found.width} hidden features: {origin.remaining(targeted, parameters)} "
-        f"are left\npredicted loss {found.nats:.4f} nats a token\n"
+        f"narrowed MLPs from {found.before:,} to {origin.widths} hidden features: "
+        f"{origin.remaining(targeted, parameters)} are left\npredicted loss {found.nats:.4f} nats a token\n"
         f"keep of plans on it counts what {origin.base} had\nmodel  {report.directory}"
     )
     if json is not None:

@@ -25,7 +25,7 @@ from lowrank_pl.narrowing import Hidden, Origin, find_hidden, narrow_model, narr
 from lowrank_pl.prepare import check_finite, model_parameters, statistics_of, targeted_parameters
 from lowrank_pl.processes import from_first, is_first
 from lowrank_pl.targets import Target, Targets, find_targets
-from lowrank_pl.width import predicted_losses
+from lowrank_pl.width import measured_widths
 
 __all__ = ["STEPS", "Found", "Narrowing", "apply_narrowing", "narrowed_base", "narrowed_card"]
 
@@ -39,9 +39,11 @@ _TWO_SIDED = Decomposition("two_sided")
 class Narrowing:
     """How hidden features of MLPs are left out before ranks are drawn.
 
-    All MLPs get the same width. ``keep`` of a run counts the parameters that the base had before.
+    ``keep`` of a run counts the parameters that the base had before.
 
     Args:
+        by_block: Let each MLP have the width that is best for it. Less is lost so, but no plain checkpoint can say it:
+            exports then hold factors, and can't be merged into dense weights.
         share: Fraction of the hidden features that stay; by default the one of twelve, or all, that is predicted to
             lose least once ranks are drawn that leave ``keep``.
         multiple_of: The width is a multiple of this.
@@ -51,11 +53,14 @@ class Narrowing:
         ValueError: A share that is no fraction, or a number below its least.
     """
 
+    by_block: bool = False
     share: float | None = None
     multiple_of: int = 8
     damping: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.by_block and self.share is not None:
+            raise ValueError(f"share {self.share} is one width for all MLPs: give it, or by_block")
         if self.share is not None and not 0 < self.share < 1:
             raise ValueError(f"share is {self.share}: expected a fraction above 0 and below 1")
         if self.multiple_of < 1:
@@ -86,15 +91,27 @@ class Found:
 
     Args:
         before: Their hidden features before.
-        width: Those that are left, as many as before where no narrower ones are predicted to lose less.
+        widths: Those that are left in each, as many as before where no narrower ones are predicted to lose less.
         nats: The loss that this is predicted to cost, in nats a token.
-        tried: By width, what is predicted with ranks.
+        tried: By one width for all, what is predicted with ranks.
+        by_block: What is predicted with ranks for ``widths``, where these may differ.
     """
 
     before: int
-    width: int
+    widths: tuple[int, ...]
     nats: float = 0.0
     tried: dict[int, float] = field(default_factory=dict)
+    by_block: float | None = None
+
+    @property
+    def narrower(self) -> bool:
+        """Whether anything was left out."""
+        return min(self.widths) < self.before
+
+    @property
+    def one_width(self) -> bool:
+        """Whether all MLPs have the same."""
+        return len(set(self.widths)) == 1
 
 
 def apply_narrowing(
@@ -123,19 +140,24 @@ def apply_narrowing(
     present = hidden[0].width
     origin = Origin.of(model) or _origin(model, targets, hidden, base)
     widths = settings.widths(present)
-    narrowed_config(model, hidden, widths[0])
+    if not settings.by_block:
+        narrowed_config(model, hidden, widths[0])
     measured = _measured(targets, hidden, settings)
     check_finite(model, measured)
     roots = Roots(_TWO_SIDED, statistics, measured, model.device)
-    tried: dict[int, float] = {}
+    chosen, tried, by_block = [widths[0]] * len(hidden), {}, None
     if settings.share is None:
         assert keep is not None
         limit = int(keep * (targeted_parameters(targets) + origin.left_out(targets)))
-        tried = predicted_losses(model, targets, hidden, roots, limit, [present, *widths], damping=settings.damping)
-    # Of equals the widest.
-    width = min(sorted(tried, reverse=True), key=tried.__getitem__) if tried else widths[0]
-    if width == present:
-        return Found(present, present, tried=tried)
+        known = measured_widths(model, targets, hidden, roots, [present, *widths], damping=settings.damping)
+        tried = known.losses(limit)
+        # Of equals the widest.
+        chosen = [min(sorted(tried, reverse=True), key=tried.__getitem__)] * len(hidden)
+        if settings.by_block:
+            chosen = known.best(limit)
+            by_block = known.loss(chosen, limit)
+    if min(chosen) == present:
+        return Found(present, tuple(chosen), tried=tried, by_block=by_block)
 
     def weights(reader: Target) -> tuple[Tensor, SquareRoot]:
         moment, outputs = roots.moment_of_inputs(reader), roots.of_outputs(reader.name)
@@ -143,9 +165,9 @@ def apply_narrowing(
         assert outputs is not None
         return moment, outputs
 
-    nats = narrow_model(model, hidden, width, weights, damping=settings.damping)
-    replace(origin, left=width).write(model)
-    return Found(present, width, nats, tried)
+    nats = narrow_model(model, hidden, chosen, weights, damping=settings.damping)
+    replace(origin, left={mlp.parent: width for mlp, width in zip(hidden, chosen, strict=True)}).write(model)
+    return Found(present, tuple(chosen), nats, tried, by_block)
 
 
 def _measured(targets: Targets, hidden: Sequence[Hidden], settings: Narrowing) -> tuple[Target, ...]:
@@ -156,7 +178,7 @@ def _measured(targets: Targets, hidden: Sequence[Hidden], settings: Narrowing) -
 def _origin(model: PreTrainedModel, targets: Targets, hidden: Sequence[Hidden], base: str) -> Origin:
     kinds = dict.fromkeys(target.kind for mlp in hidden for target in (*mlp.writers, mlp.reader))
     width = hidden[0].width
-    return Origin(base, targeted_parameters(targets), model_parameters(model), width, width, tuple(kinds))
+    return Origin(base, targeted_parameters(targets), model_parameters(model), width, {}, tuple(kinds))
 
 
 def narrowed_base(
@@ -211,7 +233,7 @@ def narrowed_base(
             f"MLPs with a share of {settings.share} of their hidden features leave {done['left']:.4f} of the targeted "
             f"parameters, less than keep {keep}: raise the share or lower keep"
         )
-    _log.info("the base is %s with MLPs of %d hidden features instead of %d: %s", base, *done["width"], folder)
+    _log.info("the base is %s with MLPs of %s hidden features instead of %d: %s", base, *done["width"], folder)
     return str(folder), done["seconds"]
 
 
@@ -238,25 +260,31 @@ def _make(
     # Modules are replaced and no number is written to, so that both have the same tensors.
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     found = apply_narrowing(model, targets, statistics, settings, base=base, keep=keep)
-    noted: dict[str, Any] = {"base": base, "narrower": found.width < found.before}
+    noted: dict[str, Any] = {"base": base, "narrower": found.narrower}
     if noted["narrower"]:
         origin = Origin.of(model)
         assert origin is not None
         # Something of it may be there yet.
         shutil.rmtree(folder, ignore_errors=True)
-        save_compressed(model, folder, tokenizer=tokenizer, merge=True, card=narrowed_card(origin))
+        save_compressed(model, folder, tokenizer=tokenizer, merge=found.one_width, card=narrowed_card(origin))
         after = find_targets(model, include=[target.name for target in targets.modules])
         now = targeted_parameters(after)
-        noted |= {"width": [found.width, found.before], "left": now / (now + origin.left_out(after))}
-    noted |= {"predicted_nats": found.nats, "predicted_nats_with_ranks": found.tried}
+        noted |= {
+            "width": [origin.widths, found.before],
+            "widths": found.widths,
+            "left": now / (now + origin.left_out(after)),
+        }
+    noted |= {"predicted_nats": found.nats, "predicted_nats_with_ranks": found.tried, "by_block": found.by_block}
     return {**noted, "seconds": time.perf_counter() - began}
 
 
 def narrowed_card(origin: Origin) -> str:
     """Return the model card of a narrowed base."""
+    one = len(set(origin.left.values())) == 1
+    loads = "It loads like its base." if one else "It loads with `import lowrank_pl.hf_format` or `trust_remote_code`."
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
         f"# {origin.base.rstrip('/').rsplit('/', 1)[-1]} with narrower MLPs\n\n"
-        f"`{origin.base}` narrowed by lowrank_pl: of {origin.width} hidden features {origin.left} are left in every "
-        "MLP, whose last map makes up for the others in closed form. Nothing was fine-tuned. It loads like its base.\n"
+        f"`{origin.base}` narrowed by lowrank_pl: of {origin.width:,} hidden features {origin.widths} are left in "
+        f"every MLP, whose last map makes up for the others in closed form. Nothing was fine-tuned. {loads}\n"
     )

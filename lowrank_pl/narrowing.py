@@ -65,7 +65,7 @@ class Origin:
         targeted: Parameters of the linear maps of its decoder blocks.
         parameters: Parameters of all of it.
         width: Hidden features of each of its MLPs.
-        left: How many of them are left.
+        left: How many of them are left, by the name of the MLP.
         maps: The maps of an MLP, by their names inside a block.
     """
 
@@ -73,7 +73,7 @@ class Origin:
     targeted: int
     parameters: int
     width: int
-    left: int
+    left: Mapping[str, int]
     maps: tuple[str, ...]
 
     @classmethod
@@ -87,8 +87,8 @@ class Origin:
         if said is None:
             return None
         try:
-            return cls(**{**said, "maps": tuple(said["maps"])})
-        except (TypeError, KeyError):
+            return cls(**{**said, "left": dict(said["left"]), "maps": tuple(said["maps"])})
+        except (TypeError, KeyError, ValueError):
             raise ValueError(
                 f"config.json says {said} under {KEY}: expected what `lowrank narrow` of this version writes; narrow "
                 "the base again"
@@ -96,12 +96,22 @@ class Origin:
 
     def write(self, model: PreTrainedModel) -> None:
         """Let the config of ``model`` say it."""
-        setattr(model.config, KEY, {**vars(self), "maps": list(self.maps)})
+        setattr(model.config, KEY, {**vars(self), "left": dict(self.left), "maps": list(self.maps)})
 
     def left_out(self, targets: Targets) -> int:
         """Return how many parameters ``targets`` of the narrowed model had more before."""
-        sizes = (target.shape[0] * target.shape[1] for target in targets.modules if target.kind in self.maps)
-        return sum(size // self.left * (self.width - self.left) for size in sizes)
+        gone = 0
+        for target in targets.modules:
+            if target.kind in self.maps and _parent(target) in self.left:
+                left = self.left[_parent(target)]
+                gone += target.shape[0] * target.shape[1] // left * (self.width - left)
+        return gone
+
+    @property
+    def widths(self) -> str:
+        """How many hidden features are left, in words."""
+        least, most = min(self.left.values()), max(self.left.values())
+        return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
     def remaining(self, targeted: int, parameters: int) -> str:
         """Return in words what ``targeted`` parameters of the linear maps and ``parameters`` in all are of it."""
@@ -168,26 +178,35 @@ def narrowed_config(model: PreTrainedModel, hidden: Sequence[Hidden], width: int
 
 
 def narrow_model(
-    model: PreTrainedModel, hidden: Sequence[Hidden], width: int, weights: Weights, *, damping: float = 0.1
+    model: PreTrainedModel,
+    hidden: Sequence[Hidden],
+    widths: Sequence[int],
+    weights: Weights,
+    *,
+    damping: float = 0.1,
 ) -> float:
     """Leave out hidden features of every MLP of ``model`` and return the loss that this is predicted to cost, in nats.
 
     Args:
         model: Is changed, its config as well.
         hidden: All of its MLPs.
-        width: Features that each keeps.
+        widths: Features that each keeps. Where these differ, its config goes on to say what it said.
         weights: Gives for the map that reads them the second moment of the features, and the root of what the errors of
             its outputs count.
         damping: As in ``leave_out``.
 
     Raises:
-        ValueError: The width is none of ``1 ...`` the present one, or no setting of the model leads to it.
+        ValueError: A width is none of ``1 ...`` the present one, or no setting of the model leads to it.
     """
-    if not 1 <= width <= hidden[0].width:
-        raise ValueError(f"a width of {width} was asked for: expected 1 to the {hidden[0].width} that there is")
-    config = narrowed_config(model, hidden, width)
+    for width in widths:
+        if not 1 <= width <= hidden[0].width:
+            raise ValueError(f"a width of {width} was asked for: expected 1 to the {hidden[0].width} that there is")
+    one = len(set(widths)) == 1
+    config = narrowed_config(model, hidden, widths[0]) if one else copy.deepcopy(model.config)
     squares = 0.0
-    for mlp in tqdm(hidden, desc="narrow", unit="MLP"):
+    for mlp, width in zip(tqdm(hidden, desc="narrow", unit="MLP"), widths, strict=True):
+        if width == mlp.width:
+            continue
         moment, outputs = weights(mlp.reader)
         weight = dense_weight(model.get_submodule(mlp.reader.name)).detach()
         found = leave_out(weight, moment, width, outputs=outputs, damping=damping)

@@ -132,7 +132,7 @@ def describe_origin(
     calibration = {"text": text, "length": length, "windows": count}
     return {
         **({"base": base} if base else {}),
-        **({"narrowed": {"base": narrowed.base, "width": [narrowed.width, narrowed.left]}} if narrowed else {}),
+        **({"narrowed": {"base": narrowed.base, "width": narrowed.width, "left": narrowed.widths}} if narrowed else {}),
         "dtype": dtype,
         **({"calibration": calibration} if text else {}),
         "decomposition": settings.identity(),
@@ -147,8 +147,8 @@ def base_notes(model: PreTrainedModel, targets: Targets) -> list[str]:
         return []
     remaining = before.remaining(targeted_parameters(targets), model_parameters(model))
     return [
-        f"the base was narrowed from {before.width} to {before.left} hidden features of an MLP: {remaining} are left, "
-        "and keep counts those that are gone"
+        f"the base was narrowed from {before.width:,} to {before.widths} hidden features of an MLP: {remaining} are "
+        "left, and keep counts those that are gone"
     ]
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lowrank_pl.base_model import read_config, resolve_base
+from lowrank_pl.base_model import read_config, resolve_base, taken_shapes
+from lowrank_pl.hf_format import reshape
 from lowrank_pl.processes import is_first
 from lowrank_pl.resume_forward import ended
 from lowrank_pl.shards import Shards
@@ -170,7 +171,8 @@ def open_skeleton(
         raise CannotWalkError("its weights lie in a .gguf file, not in safetensors files")
     config = read_config(spec, trust_remote_code=trust_remote_code)
     try:
-        model = _on_meta(config, dtype, trust_remote_code)
+        shapes = taken_shapes(config)
+        model = _on_meta(config, shapes, dtype, trust_remote_code)
         shards = Shards(spec.path, model)
     except Exception as error:  # of the hub, of safetensors or of the model's own code
         raise CannotWalkError(_line(error)) from error
@@ -178,11 +180,14 @@ def open_skeleton(
     return Skeleton(model, shards, torch.device(device))
 
 
-def _on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _on_meta(
+    config: PretrainedConfig, shapes: dict[str, list[int]], dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
+        reshape(model, shapes)
     # Each was put on the meta device for itself.
     model.tie_weights()
     return model.eval().requires_grad_(False)

@@ -169,15 +169,20 @@ def test_the_config_survives_json():
     config = LowRankConfig(modules)
     assert config.to_dict() == {"modules": modules, "schema": 2, "quant_method": "lowrank"}
     assert LowRankConfig.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
+    config = LowRankConfig({"a": 3}, {"a": [5, 7]})
+    assert (config.schema, config.to_dict()["shapes"]) == (3, {"a": [5, 7]})
+    assert LowRankConfig.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(
     ("given", "text"),
     [
         (
-            {"schema": 3, "pivots": {}},
-            "stored in lowrank schema 3, this code reads schemas up to 2: upgrade",
+            {"schema": 4, "pivots": {}},
+            "stored in lowrank schema 4, this code reads schemas up to 3: upgrade",
         ),
+        ({"shapes": {"a": [3]}}, r"gives 'a' the shape \[3\]: expected \[out, in\]"),
+        ({"shapes": {"a": [3, 0]}}, r"gives 'a' the shape \[3, 0\]: expected \[out, in\]"),
         ({"pivots": {}}, r"unknown keys \['pivots'\]"),
         ({"modules": {"a": 0}}, "gives 'a' the rank 0: expected a positive integer"),
         ({"modules": {"a": "3"}}, "gives 'a' the rank '3': expected a positive integer"),
@@ -348,5 +353,5 @@ def test_a_copy_registers_only_if_it_reads_more(monkeypatch):
     same, newer = ({"__name__": name, "__package__": "lowrank_pl"} for name in ("copy_of_hf_format", "newer_hf_format"))
     exec(source, same)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is LowRankConfig
-    exec(source.replace("SCHEMA = 2", "SCHEMA = 3"), newer)
+    exec(source.replace("SCHEMA = 3", "SCHEMA = 4"), newer)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is newer["LowRankConfig"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from itertools import combinations
+import subprocess
+import sys
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from untouched import assert_untouched, state
 
-from lowrank_pl import RankPlan, leaving_out, load_compressed
+from lowrank_pl import (
+    Decomposition,
+    RankPlan,
+    allocate_ranks,
+    build_factors,
+    compress,
+    leaving_out,
+    load_compressed,
+    save_compressed,
+)
+from lowrank_pl.anatomy import anatomy
 from lowrank_pl.base_model import load_base
 from lowrank_pl.budget import Budget
 from lowrank_pl.cli import main
@@ -29,9 +41,13 @@ from lowrank_pl.narrow_base import Narrowing, narrowed_base
 from lowrank_pl.narrowing import Origin, find_hidden, narrow_model, narrowed_config
 from lowrank_pl.plan import ModulePlan
 from lowrank_pl.processes import together
+from lowrank_pl.recipes import Recipe
 from lowrank_pl.sizes import resize
+from lowrank_pl.skeleton import open_skeleton
 from lowrank_pl.targets import dense_weight, find_targets
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.walk import walk_factors
+from lowrank_pl.width import Map, Option, Widths
 
 TEXT = {"text": "python-docs::part=0%-5%", "length": 32, "windows": 8}
 
@@ -153,7 +169,7 @@ def test_every_family(family, windows):
     def weights(reader):
         return moments[reader.name], square_root(torch.eye(reader.shape[0]))
 
-    nats = narrow_model(model, hidden, 40, weights)
+    nats = narrow_model(model, hidden, [40, 40], weights)
     assert nats > 0
     assert model.config.to_dict() == config.to_dict()
     fresh = type(model)(config)
@@ -190,7 +206,7 @@ def test_what_is_no_mlp_or_has_no_setting_is_told(llama):
         find_hidden(model, find_targets(model))
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="a width of 97 was asked for: expected 1 to the 96 that there is"):
-        narrow_model(model, find_hidden(model, find_targets(model)), 97, lambda _: None)
+        narrow_model(model, find_hidden(model, find_targets(model)), [40, 97], lambda _: None)
 
 
 @pytest.mark.parametrize("base", ["random:llama", "random:gpt2"])
@@ -213,7 +229,7 @@ def test_the_folder_is_a_checkpoint_like_any_other(base, tmp_path, capsys):
     origin, width = Origin.of(model), dense_width(base)
     assert origin is not None
     assert (origin.base, origin.targeted, origin.parameters) == (base, targeted["dense"], whole["dense"])
-    assert (origin.width, origin.left) == (width, width // 2)
+    assert (origin.width, set(origin.left.values()), len(origin.left)) == (width, {width // 2}, 2)
     assert origin.left_out(find_targets(model)) == targeted["dense"] - targeted["kept"]
     card = (folder / "README.md").read_text()
     assert f"of {width} hidden features {width // 2} are left" in card
@@ -222,7 +238,7 @@ def test_the_folder_is_a_checkpoint_like_any_other(base, tmp_path, capsys):
     assert (plan.targeted_parameters, plan.left_out) == (targeted["dense"], targeted["dense"] - targeted["kept"])
     assert 0.49 < plan.keep_targeted <= 0.5
     assert plan.kept_model_parameters == whole["kept"] - targeted["kept"] + plan.kept_parameters
-    assert plan.origin["narrowed"] == {"base": base, "width": [width, width // 2]}
+    assert plan.origin["narrowed"] == {"base": base, "width": width, "left": f"{width // 2:,}"}
     share = f"{targeted['kept'] / targeted['dense']:.1%}".replace("%", " %")
     note = next(note for note in plan.notes if note.startswith("the base was narrowed"))
     assert note.startswith(
@@ -243,7 +259,7 @@ def test_the_folder_is_a_checkpoint_like_any_other(base, tmp_path, capsys):
     # What was narrowed once keeps its origin.
     again = Origin.of(load_base(str(narrow(str(folder), share=0.75, multiple_of=4, output=tmp_path / "again", **TEXT))))
     assert again is not None
-    assert (again.base, again.width, again.left) == (base, width, 3 * width // 8)
+    assert (again.base, again.width, again.widths) == (base, width, f"{3 * width // 8:,}")
     part = find_targets(model, include=["*.0.*"])
     assert origin.left_out(part) == origin.left_out(find_targets(model)) // 2
 
@@ -364,7 +380,7 @@ def test_a_comparison_narrows_what_it_is_told_to_and_counts_the_base_that_was_na
     assert narrowed["bytes"] == pytest.approx(plain["bytes"], rel=0.01)
     assert narrowed["excess"]["docs"] < plain["excess"]["docs"]
     assert narrowed["seconds"]["narrowing"] > 0
-    assert narrowed["settings"]["narrow"] == {"share": None, "multiple_of": 8, "damping": 0.1}
+    assert narrowed["settings"]["narrow"] == {"by_block": False, "share": None, "multiple_of": 8, "damping": 0.1}
     assert "narrow" not in plain["settings"]
     plan = RankPlan.load(tmp_path / "run" / "fisher+pivoted+narrow" / "keep-0.6" / "plan.json")
     assert plan.left_out > 0
@@ -392,24 +408,24 @@ def test_the_model_stays_as_it_was_and_where_nothing_is_gained_so_does_the_base(
     caplog.set_level("INFO", logger="lowrank_pl.narrow_base")
     assert narrowed_base("random:llama", Narrowing(multiple_of=48), **arguments(llama, keep=0.9))[0] == "random:llama"
     assert "at keep 0.9 no narrower MLPs are predicted to lose less than those of random:llama" in caplog.text
-    folder, spent = narrowed_base("random:llama", Narrowing(0.5), **arguments(llama))
+    folder, spent = narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))
     assert_untouched(llama, before)
     assert spent > 0
     assert Origin.of(llama) is None
     # Once more it is found, with what it took.
-    assert narrowed_base("random:llama", Narrowing(0.5), **arguments(llama)) == (folder, spent)
+    assert narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama)) == (folder, spent)
     # Another text, share or size is another folder.
     others = [
-        narrowed_base("random:llama", Narrowing(0.5, damping=0.1), **arguments(llama)),
-        narrowed_base("random:llama", Narrowing(0.75), **arguments(llama)),
+        narrowed_base("random:llama", Narrowing(share=0.5, damping=0.1), **arguments(llama)),
+        narrowed_base("random:llama", Narrowing(share=0.75), **arguments(llama)),
         narrowed_base(
-            "random:llama", Narrowing(0.5), **arguments(llama, windows=torch.arange(256).flip(0).view(8, 32))
+            "random:llama", Narrowing(share=0.5), **arguments(llama, windows=torch.arange(256).flip(0).view(8, 32))
         ),
     ]
     assert len({folder, *(place for place, _ in others)}) == 4
     # What is gone is made again.
     (Path(folder) / "config.json").unlink()
-    assert narrowed_base("random:llama", Narrowing(0.5), **arguments(llama))[0] == folder
+    assert narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))[0] == folder
     assert (Path(folder) / "config.json").exists()
 
 
@@ -417,13 +433,13 @@ def narrow_together(rank, folder):
     os.environ["LOWRANK_HOME"] = str(folder / "home")
     model = tiny_model("llama")
     with together():
-        found = [narrowed_base("random:llama", settings, **arguments(model))[0] for settings in (Narrowing(0.5),) * 2]
+        found = [narrowed_base("random:llama", Narrowing(share=0.5), **arguments(model))[0] for _ in range(2)]
     (folder / f"found{rank}").write_text(found[0])
     assert found[0] == found[1]
 
 
 def test_processes_narrow_once_and_find_the_same(llama, tmp_path):
-    alone, _ = narrowed_base("random:llama", Narrowing(0.5), **arguments(llama))
+    alone, _ = narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))
     in_two_processes(narrow_together, tmp_path)
     first, second = ((tmp_path / f"found{rank}").read_text() for rank in (0, 1))
     assert first == second
@@ -436,7 +452,7 @@ def test_a_share_that_leaves_less_than_is_to_be_kept_is_refused(llama):
     with pytest.raises(
         ValueError, match=r"a share of 0.5 of their hidden features leave 0\.6\d+ of the targeted param"
     ):
-        narrowed_base("random:llama", Narrowing(0.5), **arguments(llama, keep=0.9))
+        narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama, keep=0.9))
 
 
 @pytest.mark.parametrize("mask", ["Staircase", "PerValue"])
@@ -471,3 +487,131 @@ def test_fit_narrows_first_and_scores_the_base_that_was_named(doubled, tmp_path,
     main(["evaluate", "--model", doubled, "--text", "python-docs::part=50%-60%", "--length", "32", "--windows", "4",
           "--json", str(tmp_path / "dense.json")])  # fmt: skip
     assert scores["dense"]["perplexity"] == json.loads((tmp_path / "dense.json").read_text())["perplexity"]
+
+
+# -- widths block by block -----------------------------------------------------------------------------------------
+
+
+def ragged(family, widths=(40, 56)):
+    """A tiny model whose two MLPs have ``widths``, and what it was."""
+    model = tiny_model(family)
+    hidden = find_hidden(model, find_targets(model))
+    eye = {mlp.reader.name: torch.eye(mlp.width) for mlp in hidden}
+    narrow_model(model, hidden, widths, lambda reader: (eye[reader.name], square_root(torch.eye(reader.shape[0]))))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_widths_by_block_survive_every_way_through_the_disk(family, windows, tmp_path):
+    model = ragged(family)
+    with torch.no_grad():
+        whole = model(input_ids=windows[:2]).logits
+    report = save_compressed(model, tmp_path / "base", tokenizer=byte_tokenizer())
+    assert report.modules == 0
+    said = json.loads((report.directory / "config.json").read_text())["quantization_config"]
+    assert said["schema"] == 3
+    # As a base: dense, of its own class, with nothing to say of a quantisation.
+    base = load_base(str(report.directory))
+    assert type(base) is type(model)
+    assert not hasattr(base.config, "quantization_config")
+    # As an export, and compressed on top of it.
+    targets = find_targets(base)
+    plan, factors = allocate_ranks(base, byte_tokenizer(), windows[:4], method="uniform", keep=0.5)
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=windows[:2]).logits, whole)
+        assert torch.equal(load_compressed(report.directory)(input_ids=windows[:2]).logits, whole)
+        small = compress(base, plan, factors)
+        expected = small(input_ids=windows[:2]).logits
+        export = save_compressed(small, tmp_path / "small", tokenizer=byte_tokenizer(), plan=plan)
+        assert torch.equal(load_compressed(export.directory)(input_ids=windows[:2]).logits, expected)
+    assert export.modules == len(targets.modules) - len(plan.dense_modules)
+    with pytest.raises(
+        ValueError, match=r"linear maps have shapes that the plain config of \w+ can't say, e.g. .*: exp"
+    ):
+        save_compressed(small, tmp_path / "merged", tokenizer=byte_tokenizer(), merge=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_loader_that_was_taught_nothing_stops(tmp_path):
+    folder = save_compressed(ragged("llama"), tmp_path / "base", tokenizer=byte_tokenizer()).directory
+    code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "size mismatch" in done.stderr or "mismatched" in done.stderr
+
+
+def test_a_base_of_several_widths_is_walked_and_counted_like_any_other(tmp_path, windows):
+    folder = str(save_compressed(ragged("llama"), tmp_path / "base", tokenizer=byte_tokenizer()).directory)
+    model = load_base(folder)
+    skeleton = open_skeleton(folder)
+    assert {name: p.shape for name, p in skeleton.model.named_parameters()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
+    whole = build_factors(model, find_targets(model), windows[:4], byte_tokenizer(), directory=tmp_path / "whole")
+    walked = walk_factors(
+        skeleton, skeleton.find_targets(), windows[:4], byte_tokenizer(), settings=Decomposition(),
+        directory=tmp_path / "walked",
+    )  # fmt: skip
+    assert walked.fingerprint == whole.fingerprint
+    found = anatomy(folder, length=16)
+    assert found.parameters == model.num_parameters()
+    assert found.modules == find_targets(model).modules
+    with pytest.raises(ValueError, match=r"the MLPs of LlamaForCausalLM are \[40, 56\] wide: expected one width"):
+        narrow(folder, share=0.5, output=tmp_path / "again", **TEXT)
+
+
+def test_each_mlp_gets_the_width_that_is_best_for_it(tmp_path, capsys):
+    # Half of the features of the first MLP are copies, none of the second.
+    model = tiny_model("llama")
+    with torch.no_grad():
+        mlp = model.model.layers[0].mlp
+        mlp.gate_proj.weight[1::2] = mlp.gate_proj.weight[::2]
+        mlp.up_proj.weight[1::2] = mlp.up_proj.weight[::2]
+    for part in (model, byte_tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    base, report = str(tmp_path / "base"), tmp_path / "narrow.json"
+    # Copies can be made up for in full, if the text is trusted.
+    folder = narrow(base, keep=0.7, by_block=True, damping=1e-3, output=tmp_path / "narrow", json=report, **TEXT)
+    figures = json.loads(report.read_text())
+    first, second = figures["width"]["after"]
+    assert first < second
+    # No one width is predicted to be as good.
+    assert figures["predicted_nats_by_block"] < min(figures["predicted_nats_with_ranks"].values())
+    assert "widths by block, ranks to keep 0.7: predicted loss" in capsys.readouterr().out
+    narrowed = load_base(str(folder))
+    assert [layer.mlp.up_proj.out_features for layer in narrowed.model.layers] == [first, second]
+    origin = Origin.of(narrowed)
+    assert origin.widths == f"{first} to {second}"
+    dense = sum(rows * columns for rows, columns in (target.shape for target in find_targets(model).modules))
+    left = sum(rows * columns for rows, columns in (target.shape for target in find_targets(narrowed).modules))
+    assert origin.left_out(find_targets(narrowed)) == dense - left
+    plan = allocate(str(folder), keep=0.7, output=tmp_path / "plan.json", **TEXT)
+    assert (plan.targeted_parameters, plan.kept_parameters <= 0.7 * dense) == (dense, True)
+    small = export(tmp_path / "plan.json", output=tmp_path / "small")
+    assert doctor(small, windows=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
+    # And so does a recipe.
+    recipes = {"mine": Recipe(Decomposition("two_sided"), "fisher", storage="auto", narrow=Narrowing(by_block=True))}
+    rows = compare(base, methods=["mine"], keep=[0.7], recipes=recipes, run=tmp_path / "run", **COMPARED)
+    assert 0.68 < next(row for row in rows if row["method"] == "mine")["keep"]["targeted"] <= 0.7
+
+
+def test_the_best_widths_are_those_of_a_search_over_all():
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn_map(rows, columns):
+        return Map((rows, columns), torch.rand(min(rows, columns), generator=generator).sort(descending=True).values)
+
+    options = [
+        {
+            width: Option(lost * scale, {f"{place}.up": drawn_map(width, 12), f"{place}.down": drawn_map(12, width)})
+            for width, lost in ((24, 0.0), (16, 0.4), (10, 1.5))
+        }
+        for place, scale in enumerate((0.2, 1.0, 3.0))
+    ]
+    known = Widths({"q": drawn_map(12, 12)}, options)
+    for limit in (1200, 900, 600):
+        losses = {ways: known.loss(ways, limit) for ways in product((24, 16, 10), repeat=3)}
+        least = min(loss for loss in losses.values() if loss is not None)
+        chosen = known.loss(known.best(limit), limit)
+        assert chosen is None or chosen <= 1.03 * least
+        assert known.losses(limit)[24] == losses[24, 24, 24]
