@@ -310,7 +310,7 @@ def _refuse_quantised(spec: BaseSpec, config: Any) -> None:
         return
     as_dict = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
     method = str(as_dict.get("quant_method", "unknown method"))
-    if method == METHOD and not as_dict.get("modules"):
+    if method == METHOD and as_dict.get("shapes") and not as_dict.get("modules"):
         # All that it says is which dense maps are narrower than the others of their kind.
         return
     if method == METHOD:

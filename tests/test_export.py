@@ -513,11 +513,11 @@ def test_what_is_no_compressed_folder_is_an_error(exports, tmp_path):
 def test_a_newer_schema_is_an_error(exports, tmp_path):
     def newer(folder):
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] |= {"schema": 3, "pivots": {}}
+        config["quantization_config"] |= {"schema": 4, "pivots": {}}
         (folder / "config.json").write_text(json.dumps(config))
 
     folder = damaged(exports[0] / "llama", tmp_path / "copy", newer)
-    with pytest.raises(ValueError, match="stored in lowrank schema 3, this code reads schemas up to 2"):
+    with pytest.raises(ValueError, match="stored in lowrank schema 4, this code reads schemas up to 3"):
         load_compressed(folder)
 
 
