@@ -228,7 +228,7 @@ def narrowed_base(
     if not done["narrower"]:
         _log.info("at keep %g no narrower MLPs are predicted to lose less than those of %s", keep, base)
         return base, done["seconds"]
-    if done["left"] < keep:
+    if settings.share is not None and done["left"] < keep:
         raise ValueError(
             f"MLPs with a share of {settings.share} of their hidden features leave {done['left']:.4f} of the targeted "
             f"parameters, less than keep {keep}: raise the share or lower keep"

@@ -60,16 +60,19 @@ class Widths:
         Args:
             limit: How many parameters the maps may keep together.
         """
-        losses = {width: self.loss([width] * len(self.options), limit) for width in self.options[0]}
-        return {width: loss for width, loss in losses.items() if loss is not None}
+        alike = {width: [width] * len(self.options) for width in self.options[0]}
+        return {
+            width: self.loss(all_, limit) for width, all_ in alike.items() if _parameters(self._maps(all_)) >= limit
+        }
 
-    def loss(self, widths: Sequence[int], limit: int) -> float | None:
-        """Return the nats lost where the MLPs have ``widths``; None where fewer parameters than ``limit`` are left."""
-        chosen = [option[width] for option, width in zip(self.options, widths, strict=True)]
-        maps = {**self.others, **{name: entry for option in chosen for name, entry in option.maps.items()}}
-        if sum(rows * columns for rows, columns in (entry.shape for entry in maps.values())) < limit:
-            return None
-        return sum(option.lost for option in chosen) + _least_loss(maps, limit)
+    def loss(self, widths: Sequence[int], limit: int) -> float:
+        """Return the nats lost where the MLPs have ``widths``, and ranks that leave ``limit`` parameters or all."""
+        lost = sum(option[width].lost for option, width in zip(self.options, widths, strict=True))
+        return lost + _least_loss(self._maps(widths), limit)
+
+    def _maps(self, widths: Sequence[int]) -> dict[str, Map]:
+        chosen = (option[width].maps for option, width in zip(self.options, widths, strict=True))
+        return {**self.others, **{name: entry for maps in chosen for name, entry in maps.items()}}
 
     def best(self, limit: int) -> list[int]:
         """Return the width of each MLP that loses least together with the best ranks: one price holds for all.
@@ -199,8 +202,12 @@ def _sigma(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
 def _least_loss(maps: dict[str, Map], limit: int) -> float:
     """Return in nats what the best ranks of ``maps`` lose that have ``limit`` parameters together."""
     shapes = {name: entry.shape for name, entry in maps.items()}
-    total = sum(rows * columns for rows, columns in shapes.values())
-    budget = Budget(keep=limit / total, shapes=shapes, model_parameters=total)
+    total = _parameters(maps)
+    budget = Budget(keep=min(1.0, limit / total), shapes=shapes, model_parameters=total)
     sizes = budget.sizes({name: hull_slopes(budget, name, entry.sigma) for name, entry in maps.items()})
     cut = (maps[name].sigma[rank:] for name, rank in sizes.items() if rank is not None)
     return sum(rest.square().sum().item() for rest in cut) / 2
+
+
+def _parameters(maps: dict[str, Map]) -> int:
+    return sum(rows * columns for rows, columns in (entry.shape for entry in maps.values()))
