@@ -319,7 +319,8 @@ def test_an_earlier_narrowed_folder_is_replaced(tmp_path):
 
 
 def test_the_width_is_the_one_that_is_predicted_to_lose_least(doubled, tmp_path, capsys):
-    narrow(doubled, keep=0.6, output=tmp_path / "narrow", json=tmp_path / "narrow.json", **TEXT)
+    # Copies can be made up for nearly in full, if the text is trusted.
+    narrow(doubled, keep=0.6, damping=0.01, output=tmp_path / "narrow", json=tmp_path / "narrow.json", **TEXT)
     figures = json.loads((tmp_path / "narrow.json").read_text())
     tried = {int(width): loss for width, loss in figures["predicted_nats_with_ranks"].items()}
     assert max(tried) == 96
@@ -416,7 +417,7 @@ def test_the_model_stays_as_it_was_and_where_nothing_is_gained_so_does_the_base(
     assert narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama)) == (folder, spent)
     # Another text, share or size is another folder.
     others = [
-        narrowed_base("random:llama", Narrowing(share=0.5, damping=0.1), **arguments(llama)),
+        narrowed_base("random:llama", Narrowing(share=0.5, damping=0.5), **arguments(llama)),
         narrowed_base("random:llama", Narrowing(share=0.75), **arguments(llama)),
         narrowed_base(
             "random:llama", Narrowing(share=0.5), **arguments(llama, windows=torch.arange(256).flip(0).view(8, 32))

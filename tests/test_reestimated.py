@@ -56,7 +56,8 @@ def moments(model, targets, windows, *, weighted):
                 x, g = x[:-1], g[:-1]
                 size = g.norm(dim=1)
                 found[name][0] += x.T @ (size[:, None] * x) / (len(windows) * len(x))
-                found[name][1] += g.T @ (g / size[:, None]) / (len(windows) * len(g))
+                # A first token attends to itself alone: the gradient of its query may be exactly 0, and adds nothing.
+                found[name][1] += g.T @ (g / size.clamp_min(1e-300)[:, None]) / (len(windows) * len(g))
             else:
                 found[name][0] += x.T @ x / (len(windows) * len(window))
                 found[name][1] += g.T @ g / (len(windows) * (len(window) - 1))
