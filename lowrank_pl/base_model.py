@@ -27,7 +27,7 @@ from lowrank_pl.hf_format import METHOD
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
 from lowrank_pl.verify import base_class
 
-__all__ = ["BaseSpec", "load_base", "load_tokenizer", "read_config", "resolve_base"]
+__all__ = ["BaseSpec", "load_base", "load_tokenizer", "read_config", "resolve_base", "taken_shapes"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = "a hub id, a local folder, a .gguf file, package:NAME, random:FAMILY or layers:NAME"

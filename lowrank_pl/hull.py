@@ -12,7 +12,7 @@ from torch import Tensor
 from lowrank_pl.budget import Budget
 from lowrank_pl.factor_store import FactorStore
 
-__all__ = ["hull_slopes", "predicted_scores"]
+__all__ = ["hull_slopes", "losses_by_rank", "predicted_scores"]
 
 
 def predicted_scores(budget: Budget, factors: FactorStore) -> dict[str, Tensor]:
@@ -23,6 +23,16 @@ def predicted_scores(budget: Budget, factors: FactorStore) -> dict[str, Tensor]:
         factors: Two-sided ones, whose singular values are roots of twice a loss.
     """
     return {name: hull_slopes(budget, name, factors.sigma(name)) for name in budget.shapes}
+
+
+def losses_by_rank(sigma: Tensor) -> NDArray[np.float64]:
+    """Return the nats that a module loses at each rank from 0 to all of its components, where it loses nothing.
+
+    Args:
+        sigma: ``[components]`` singular values in roots of twice a loss, descending.
+    """
+    energy = sigma.double().square().numpy() / 2
+    return np.append(energy[::-1].cumsum()[::-1], 0.0)
 
 
 def hull_slopes(budget: Budget, name: str, sigma: Tensor) -> Tensor:
@@ -37,8 +47,7 @@ def hull_slopes(budget: Budget, name: str, sigma: Tensor) -> Tensor:
     energy = sigma.double().square().numpy() / 2
     if least is None:
         return torch.zeros(len(sigma), dtype=torch.float64)
-    # tail[k] is the loss at rank k, and dense loses nothing.
-    tail = np.append(energy[::-1].cumsum()[::-1], 0.0)
+    tail = losses_by_rank(sigma)
     ranks = [*range(least, budget.top_rank(name) + 1, budget.multiple_of)]
     costs = budget.costs(name, [*ranks, None]).astype(np.float64)
     slopes = _hull(costs, np.array([*tail[ranks], 0.0]))

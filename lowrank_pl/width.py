@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.budget import Budget
 from lowrank_pl.decompose import SquareRoot
 from lowrank_pl.decomposition import Roots
-from lowrank_pl.hull import hull_slopes
+from lowrank_pl.hull import hull_slopes, losses_by_rank
 from lowrank_pl.leaving_out import narrowings
 from lowrank_pl.narrowing import Hidden, rows_of
 from lowrank_pl.storage import Storage
@@ -145,10 +145,9 @@ Sizes = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 def _sizes(entry: Map) -> Sizes:
     storage = Storage()
-    tail = np.append((entry.sigma.square().numpy()[::-1] / 2).cumsum()[::-1], 0.0)
     ranks = np.arange(1, storage.break_even(entry.shape) + 1)
     costs = np.append(storage.costs(entry.shape, ranks), entry.shape[0] * entry.shape[1])
-    return costs.astype(np.float64), np.append(tail[ranks], 0.0)
+    return costs.astype(np.float64), np.append(losses_by_rank(entry.sigma)[ranks], 0.0)
 
 
 def _spent(
