@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from transformers import PreTrainedModel
 
 from lowrank_pl.allocate import allocator
 from lowrank_pl.board import boards, log_everywhere
@@ -23,6 +25,7 @@ from lowrank_pl.generation import check_prompts
 from lowrank_pl.model_card import sample_table
 from lowrank_pl.module import RankLearner
 from lowrank_pl.refit import Refit
+from lowrank_pl.streaming import lacks_room
 from lowrank_pl.windows import token_windows
 
 __all__ = ["FinishRun", "Stopwatch"]
@@ -71,6 +74,8 @@ class FinishRun(Stopwatch):
         merge: Export dense weights for any runtime instead of factors.
         refit: How the learned plan's factors are fitted again to the compressed model's own inputs, on the windows that
             were learned from; left out, they stay as they are.
+        streamed: Whether models are scored from main memory, a layer at a time on the device, and exported there; by
+            default where FSDP2 shards a base that one device has no room for. Nothing is refitted or continued then.
         json: A file for the table's figures.
 
     Raises:
@@ -87,12 +92,13 @@ class FinishRun(Stopwatch):
         max_new_tokens: int = 40,
         merge: bool = False,
         refit: Refit | None = None,
+        streamed: bool | None = None,
         json: Path | None = None,
     ) -> None:
         super().__init__()
         self.score_text, self.score_length, self.score_windows = score_text, score_length, score_windows
         self.baselines, self.prompts, self.max_new_tokens = tuple(baselines), tuple(prompts), max_new_tokens
-        self.merge, self.refit, self.json = merge, refit, json
+        self.merge, self.refit, self.streamed, self.json = merge, refit, streamed, json
         for name in baselines:
             allocator(name)
         self.finished: Finished | None = None
@@ -114,10 +120,20 @@ class FinishRun(Stopwatch):
                 raise ValueError(f"the baseline {name} can't be drawn beside what is learned: {error}") from None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look whether the model can be scored on that text, for the same reason."""
+        """Look whether the model can be scored on that text, and refitted, for the same reason.
+
+        Raises:
+            ValueError: It can't.
+        """
         assert isinstance(pl_module, RankLearner)
         assert pl_module.model is not None
         check_windows(pl_module.model, self.protocol.windows)
+        if self.refit is not None and self._streams(trainer, pl_module, ever=True):
+            raise ValueError(
+                f"a refit needs the dense and the compressed model on one device: this base has "
+                f"{pl_module.weight_bytes / 1e9:,.1f} GB, and is to be scored a layer at a time; leave the refit out "
+                "with --finish.refit null"
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the run on the first process, while the others wait."""
@@ -133,12 +149,23 @@ class FinishRun(Stopwatch):
         trainer.strategy.barrier("finish")
 
     def _finish(self, trainer: Trainer, learner: RankLearner) -> Finished:
-        plan, data = learner.plan(), calibration_data(trainer)
+        run, plan, data = Path(trainer.default_root_dir), learner.plan(), calibration_data(trainer)
+        # Before anything that large is loaded: a plan that is on disk is not lost.
+        plan.save(run / "plan.json")
         for note in plan.notes:
             _log.info("%s", note)
+        device = trainer.strategy.root_device
+        streams = self._streams(trainer, learner)
+        if streams:
+            _log.warning(
+                "models of %.1f GB are scored from main memory, a layer at a time on %s, and exported there; nothing "
+                "is continued",
+                *(learner.weight_bytes / 1e9, device),
+            )
+        place = torch.device("cpu") if streams else device
         return finish_run(
-            Path(trainer.default_root_dir),
-            self._dense_model(trainer, learner),
+            run,
+            self._dense_model(trainer, learner).to(place),
             data.tokenizer,
             plan,
             learner.store,
@@ -152,21 +179,29 @@ class FinishRun(Stopwatch):
             merge=self.merge,
             refit=self.refit,
             refit_windows=data.train_windows,
-            named_base=self._named_base(trainer, learner),
+            named_base=self._named_base(learner, place),
+            streamed_on=device if streams else None,
         )
 
-    def _dense_model(self, trainer: Trainer, learner: RankLearner) -> Any:
+    def _streams(self, trainer: Trainer, learner: RankLearner, *, ever: bool = False) -> bool:
+        """Return whether the model is to be scored a layer at a time; with ``ever`` whatever else is on the device."""
+        if self.streamed is not None:
+            return self.streamed
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        return sharded and lacks_room(learner.weight_bytes, trainer.strategy.root_device, ever=ever)
+
+    def _dense_model(self, trainer: Trainer, learner: RankLearner) -> PreTrainedModel:
         """Return the base: taken out of the masked model, or loaded again where that one is sharded."""
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             assert learner.model is not None
             return restore_dense(learner.model)
-        return learner.dense_base().to(trainer.strategy.root_device)
+        return learner.dense_base()
 
-    def _named_base(self, trainer: Trainer, learner: RankLearner) -> Any:
+    def _named_base(self, learner: RankLearner, place: torch.device) -> Callable[[], PreTrainedModel] | None:
         """Return what loads the base as it was before it was narrowed, where it was."""
         if learner.base == learner.named_base:
             return None
-        return lambda: learner.dense_base(as_named=True).to(trainer.strategy.root_device)
+        return lambda: learner.dense_base(as_named=True).to(place)
 
     def _protocol(self, data: CalibrationData) -> Protocol:
         if self.score_text is None:

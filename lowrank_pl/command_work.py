@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lowrank_pl.allocate import allocator
+from lowrank_pl.probe import MEMORY
 from lowrank_pl.recipes import Recipe
 from lowrank_pl.shared_base import can_be_shared
 from lowrank_pl.workload import Learner, Machine, Workload
@@ -47,7 +48,10 @@ def machine_of(
         count = len([one for one in devices.strip("[] ").split(",") if one.strip()])
     else:
         count = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else int(devices)
-    return Machine("cuda" if on_gpu else "cpu", count * nodes, sharded)
+    memory = None
+    if on_gpu:
+        memory = torch.cuda.get_device_properties(0).total_memory if speeds is True else MEMORY[str(speeds)]
+    return Machine("cuda" if on_gpu else "cpu", count * nodes, sharded, memory)
 
 
 def compare_workload(
@@ -146,6 +150,7 @@ def fit_workload(
         score_length=length if finish.score_text is None else finish.score_length,
         models=1 + len(finish.baselines) + int(finish.refit is not None),
         exports=True,
+        waiting=finish.streamed,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def compress(model: Model, plan: RankPlan, store: FactorStore) -> Model:
+def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.device | None = None) -> Model:
     """Replace the planned modules of ``model`` by their factors at the planned ranks, in place, and return it.
 
     Modules that the plan leaves dense stay as they are. Biases are kept. Works on the dense base as well as on the
@@ -37,6 +37,8 @@ def compress(model: Model, plan: RankPlan, store: FactorStore) -> Model:
         model: The base that plan and store were made from.
         plan: Which ranks.
         store: The factors, in any precision; cast to each weight's type.
+        device: Where rows and columns to store are chosen, in double precision; by default the weights' own, or main
+            memory where these are on a device without it.
 
     Raises:
         ValueError: The plan names modules or shapes that the model lacks, or was made from another store's inputs.
@@ -57,17 +59,19 @@ def compress(model: Model, plan: RankPlan, store: FactorStore) -> Model:
     _check(model, plan, store)
     for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
         old = _unmasked(model.get_submodule(name))
-        replace_module(model, name, old if entry.rank is None else _low_rank(old, entry, store, name))
+        replace_module(model, name, old if entry.rank is None else _low_rank(old, entry, store, name, device))
     _log.info("compressed %d of %d modules", len(plan.modules) - len(plan.dense_modules), len(plan.modules))
     return model
 
 
-def _low_rank(old: nn.Module, entry: ModulePlan, store: FactorStore, name: str) -> LowRankLinear | PivotedLinear:
+def _low_rank(
+    old: nn.Module, entry: ModulePlan, store: FactorStore, name: str, device: torch.device | None
+) -> LowRankLinear | PivotedLinear:
     assert entry.rank is not None
     factors, weight = store.kept(name, entry), dense_weight(old)
     if entry.storage == "pivoted":
         # Double precision: on the weight's device where that is fast.
-        place = weight.device if weight.device.type == "cuda" else factors.left.device
+        place = device or (weight.device if weight.device.type == "cuda" else factors.left.device)
         found = pivot(factors.left.to(place), factors.right.to(place), dtype=weight.dtype)
         if found.is_accurate:
             parts = (found.weight.to(weight.device), found.right.to(weight.device), found.pivots.to(weight.device))
@@ -125,7 +129,9 @@ def restore_dense(model: Model) -> Model:
 
 
 @contextmanager
-def compressed(model: Model, plan: RankPlan, store: FactorStore) -> Iterator[Model]:
+def compressed(
+    model: Model, plan: RankPlan, store: FactorStore, *, device: torch.device | None = None
+) -> Iterator[Model]:
     """Yield ``model`` compressed by ``plan``; the modules from before are put back at the end.
 
     So several plans are scored on one model, without an export. Takes memory for the modules of both.
@@ -134,13 +140,14 @@ def compressed(model: Model, plan: RankPlan, store: FactorStore) -> Iterator[Mod
         model: The base that plan and store were made from.
         plan: Which ranks.
         store: The factors.
+        device: As for ``compress``.
 
     Raises:
         ValueError: As ``compress``.
     """
     before = {name: model.get_submodule(name) for name in plan.modules}
     try:
-        yield compress(model, plan, store)
+        yield compress(model, plan, store, device=device)
     finally:
         for name, module in before.items():
             replace_module(model, name, module)

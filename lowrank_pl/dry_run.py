@@ -22,10 +22,11 @@ from lowrank_pl.factor_needs import (
     statistics_phases,
 )
 from lowrank_pl.files import cache_root, write_json
-from lowrank_pl.learning_needs import export_phase, learning_phase, refit_phase, scoring_phase
+from lowrank_pl.learning_needs import export_phase, learning_phase, refit_phase, scoring_phase, waits
 from lowrank_pl.machine import resident_memory
 from lowrank_pl.needs import Estimate, Phase, gigabytes, held_on_to
-from lowrank_pl.probe import ASSUMED, MEMORY, existing_folder, probe
+from lowrank_pl.probe import ASSUMED, existing_folder, probe
+from lowrank_pl.streaming import TOGETHER
 from lowrank_pl.workload import Machine, Workload
 
 __all__ = ["dry_run", "dry_run_decompose", "estimate"]
@@ -45,7 +46,7 @@ def estimate(model: Anatomy, work: Workload, machine: Machine, *, program: float
     phases = list(_phases(model, work, machine, program))
     if machine.unified:
         phases = held_on_to(phases)
-    return Estimate(phases, machine.unified, list(_notes(work, machine)))
+    return Estimate(phases, machine.unified, list(_notes(model, work, machine)))
 
 
 def _phases(model: Anatomy, work: Workload, machine: Machine, program: float) -> Iterator[Phase]:
@@ -70,7 +71,7 @@ def _phases(model: Anatomy, work: Workload, machine: Machine, program: float) ->
         yield export_phase(model, work, machine, program)
 
 
-def _notes(work: Workload, machine: Machine) -> Iterator[str]:
+def _notes(model: Anatomy, work: Workload, machine: Machine) -> Iterator[str]:
     yield "nothing that a cache already holds is taken off; text that is read and tokenised is not counted"
     if work.narrowings:
         yield "what comes after the narrowing is counted as if nothing were left out: it is less"
@@ -87,6 +88,11 @@ def _notes(work: Workload, machine: Machine) -> Iterator[str]:
         yield "each process reads its own share of the base, and no more where the factors are made before"
     elif machine.sharded:
         yield "every process loads the whole base into main memory before it is sharded"
+    if waits(model, work, machine):
+        yield (
+            "models are scored and exported from main memory; that a layer's weights come to the device for every "
+            f"{TOGETHER} windows is not in the time"
+        )
     if work.models and not work.scored:
         yield "the whole text is scored, whose tokens are not known before it is read: scoring is left out"
 
@@ -186,8 +192,8 @@ def dry_run_decompose(
 
 def _shortages(found: Estimate, machine: Machine, speeds: DryRun) -> Iterator[str]:
     """Yield in sentences what there is too little of: on this machine, or on the GPU whose speeds are assumed."""
-    if not machine.unified:
-        size = torch.cuda.get_device_properties(0).total_memory if speeds is True else MEMORY[str(speeds)]
+    if machine.memory is not None:
+        size = machine.memory
         large = [phase.name for phase in found.phases if found.device_bytes(phase) > size]
         if large:
             yield f"TOO LITTLE GPU MEMORY: {gigabytes(size)}, and more is needed for {', '.join(large)}"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.evaluating import evaluating
+from lowrank_pl.evaluating import evaluating, input_device
 
 __all__ = [
     "Divergence",
@@ -275,8 +275,7 @@ def compared(model: PreTrainedModel, dense: PreTrainedModel, batch: Tensor, *, f
 
 def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """Return ``[batch, length - 1, vocabulary]``, on the model's device and in its type."""
-    device = model.get_input_embeddings().weight.device
-    logits: Tensor = model(input_ids=batch.to(device), use_cache=False).logits
+    logits: Tensor = model(input_ids=batch.to(input_device(model)), use_cache=False).logits
     return logits[:, :-1]
 
 

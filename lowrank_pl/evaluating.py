@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while."""
+"""A model in evaluation mode for a while, and where it takes its tokens."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-__all__ = ["evaluating"]
+__all__ = ["evaluating", "input_device"]
 
 
 @contextmanager
@@ -31,3 +32,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where ``model`` takes its tokens: its embeddings' device, or where accelerate's hooks move them to."""
+    embeddings = model.get_input_embeddings()
+    place = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return embeddings.weight.device if place is None else torch.device(place)

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from lowrank_pl.refit import Refit
 from lowrank_pl.refit import refit as refit_factors
 from lowrank_pl.report import Row, row_table, write_summary
 from lowrank_pl.run_record import read_run
+from lowrank_pl.streaming import TOGETHER, streamed
 from lowrank_pl.targets import find_targets
 
 __all__ = ["Finished", "Protocol", "command_line", "export_plan", "finish_run", "score_in_fresh_process"]
@@ -118,6 +119,7 @@ def export_plan(
     command: str,
     merge: bool = False,
     put_back: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[ExportReport, RankPlan]:
     """Compress ``model`` by ``plan``, in place, and write it to ``directory``, checked by a reload in a fresh process.
 
@@ -132,12 +134,14 @@ def export_plan(
         command: How the model card says that it was made.
         merge: Write dense weights that any runtime loads, instead of factors.
         put_back: Whether to give ``model`` its modules back afterwards, for the next size; takes memory for both.
+        device: Where pivots are chosen (``lowrank_pl.compress.compress``).
 
     Raises:
         ValueError: The plan does not fit the model or the store.
         ExportError: The reloaded model differs; nothing is left at ``directory`` then.
     """
-    with compressed(model, plan, store) if put_back else nullcontext(compress(model, plan, store)):
+    where = {"device": device}
+    with compressed(model, plan, store, **where) if put_back else nullcontext(compress(model, plan, store, **where)):
         plan = deployed_plan(model, plan)
         card = model_card(plan, (), base=plan.named_base, command=command, merged=merge)
         return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge), plan
@@ -161,6 +165,7 @@ def finish_run(
     refit: Refit | None = None,
     refit_windows: Tensor | None = None,
     named_base: Callable[[], PreTrainedModel] | None = None,
+    streamed_on: torch.device | None = None,
 ) -> Finished:
     """Write plan, export, scores and rank map of a run to its folder, and return what they say.
 
@@ -186,18 +191,22 @@ def finish_run(
         refit_windows: ``[windows, length]`` token ids to do that on.
         named_base: Loads what ``model`` was before it was narrowed, where it was: the dense row is of that then, and
             the table has one more for the narrowed model.
+        streamed_on: A device without room for the models, which lie in main memory then: all of them are scored on it
+            a layer at a time (``lowrank_pl.streaming``), and nothing is continued, since every token would read all
+            weights.
 
     Raises:
         ValueError: A baseline can't be drawn on these factors.
         ExportError: The export failed its check or can't be scored.
     """
-    plan.save(run / "plan.json")
+    if streamed_on is not None:
+        protocol = replace(protocol, prompts=())
     # What was named is out of memory again before anything else is scored.
-    dense, texts = _score_dense(model if named_base is None else named_base(), tokenizer, protocol)
+    dense, texts = _score_dense(model if named_base is None else named_base(), tokenizer, protocol, streamed_on)
     rows, rates, score, whole = [], {"dense": dense.tokens_per_second}, dense, plan.dense()
     if named_base is not None:
         rows.append(Row("dense", dense.perplexity, 0.0, 1.0, 1.0, plan.dense_bytes, 0.0))
-        score = perplexity(model, protocol.windows, progress="score narrowed")
+        score = _score(model, protocol.windows, "narrowed", streamed_on)
         rates["narrowed"] = score.tokens_per_second
     name = "dense" if named_base is None else "narrowed"
     rows.append(_row(name, score, dense, whole, whole.bytes, seconds.get("narrowing", 0.0)))
@@ -207,15 +216,15 @@ def finish_run(
         began = time.perf_counter()
         baseline = draw(allocator(name), budget, store, targets, model, statistics, tokenizer, directory=directory)
         spent = prepared + time.perf_counter() - began
-        with compressed(model, baseline, drawn_on(baseline, store)):
-            score = perplexity(model, protocol.windows, progress=f"score {name}")
+        with compressed(model, baseline, drawn_on(baseline, store), device=streamed_on):
+            score = _score(model, protocol.windows, name, streamed_on)
         rows.append(_row(name, score, dense, baseline, baseline.bytes, spent))
         rates[name] = score.tokens_per_second
     spent = sum(seconds.values())
     if refit is not None:
         assert refit_windows is not None
-        with compressed(model, plan, store):
-            score = perplexity(model, protocol.windows, progress="score learned ranks")
+        with compressed(model, plan, store, device=streamed_on):
+            score = _score(model, protocol.windows, "learned ranks", streamed_on)
         rows.append(_row("learned, no refit", score, dense, plan, plan.bytes, spent))
         rates["learned, no refit"] = score.tokens_per_second
         began = time.perf_counter()
@@ -224,10 +233,13 @@ def finish_run(
         )
         spent += time.perf_counter() - began
     began = time.perf_counter()
-    report, plan = export_plan(model, plan, store, run / "model", tokenizer=tokenizer, command=command, merge=merge)
+    report, plan = export_plan(
+        model, plan, store, run / "model", tokenizer=tokenizer, command=command, merge=merge, device=streamed_on
+    )
     plan.save(run / "plan.json")
     spent += time.perf_counter() - began
-    score, small = score_in_fresh_process(report.directory, protocol, device=model.device)
+    device = streamed_on or model.device
+    score, small = score_in_fresh_process(report.directory, protocol, device=device, stream=streamed_on is not None)
     rows.append(_row("learned", score, dense, plan, report.bytes, spent))
     rates["learned"] = score.tokens_per_second
     samples = list(zip(protocol.prompts, texts, small, strict=True))
@@ -236,7 +248,7 @@ def finish_run(
         run, rows, method=plan.method, keep=plan.keep, command=command, protocol=protocol.describe(),
         seconds=dict(seconds), samples=[list(sample) for sample in samples], notes=list(plan.notes),
         date=datetime.now().astimezone().isoformat(timespec="seconds"), versions=_versions(),
-        machine=describe_machine(model.device), tokens_per_second=rates, verified=report.verified,
+        machine=describe_machine(device), tokens_per_second=rates, verified=report.verified,
     )  # fmt: skip
     # The export has just been checked, and its weights need not be read for that again.
     record = read_run(run, look=False)
@@ -246,10 +258,17 @@ def finish_run(
 
 
 def _score_dense(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, streamed_on: torch.device | None
 ) -> tuple[Score, list[str]]:
-    score = perplexity(model, protocol.windows, progress="score dense")
+    score = _score(model, protocol.windows, "dense", streamed_on)
     return score, generate_samples(model, tokenizer, protocol.prompts, max_new_tokens=protocol.max_new_tokens)
+
+
+def _score(model: PreTrainedModel, windows: Tensor, name: str, streamed_on: torch.device | None) -> Score:
+    """Return the score of ``model``, where it is or, from main memory, a layer at a time on ``streamed_on``."""
+    together = 1 if streamed_on is None else TOGETHER
+    with streamed(model, streamed_on):
+        return perplexity(model, windows, batch_size=together, progress=f"score {name}")
 
 
 def _versions() -> dict[str, str]:
@@ -261,7 +280,7 @@ def _row(name: str, score: Score, dense: Score, plan: RankPlan, size: int, secon
 
 
 def score_in_fresh_process(
-    directory: Path, protocol: Protocol, *, device: torch.device | str = "cpu"
+    directory: Path, protocol: Protocol, *, device: torch.device | str = "cpu", stream: bool = False
 ) -> tuple[Score, list[str]]:
     """Return score and continuations of the model in ``directory``, loaded by plain transformers in a new process.
 
@@ -269,6 +288,7 @@ def score_in_fresh_process(
         directory: An export.
         protocol: What to score on and which prompts to continue.
         device: Where to run.
+        stream: Whether the weights stay in main memory, and come to the device a layer at a time.
 
     Raises:
         ExportError: The process failed; the message ends with what it said.
@@ -276,7 +296,7 @@ def score_in_fresh_process(
     with tempfile.TemporaryDirectory() as folder:
         job, windows, result = (Path(folder) / name for name in ("job.json", "windows.safetensors", "result.json"))
         save_file({"windows": protocol.windows.contiguous()}, windows)
-        settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens}
+        settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens, "stream": stream}
         write_json(job, {"directory": str(directory), "device": str(device), "windows": str(windows), **settings})
         # stderr goes to the terminal, where its progress bar belongs.
         code = subprocess.run([sys.executable, "-m", "lowrank_pl.finish", str(job), str(result)]).returncode
@@ -290,9 +310,13 @@ def _score_job(job: Path, result: Path) -> None:
     """Do in this process what ``score_in_fresh_process`` asked for."""
     settings = json.loads(job.read_text())
     assert hf_format.METHOD == "lowrank"  # the import has registered the format
-    model = AutoModelForCausalLM.from_pretrained(settings["directory"]).to(settings["device"]).eval()
+    model = AutoModelForCausalLM.from_pretrained(settings["directory"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(settings["directory"])
-    score = perplexity(model, load_file(settings["windows"])["windows"], progress="score export")
+    device = torch.device(settings["device"])
+    if not settings["stream"]:
+        model.to(device)
+    windows = load_file(settings["windows"])["windows"]
+    score = _score(model, windows, "export", device if settings["stream"] else None)
     continuations = generate_samples(model, tokenizer, settings["prompts"], max_new_tokens=settings["max_new_tokens"])
     figures = {"perplexity": score.perplexity, "nats": score.nats, "tokens": score.tokens, "seconds": score.seconds}
     write_json(result, {"score": figures, "continuations": continuations})

@@ -10,7 +10,7 @@ from statistics import fmean
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.evaluating import evaluating
+from lowrank_pl.evaluating import evaluating, input_device
 
 __all__ = ["Continuation", "check_prompts", "continuations", "generate_samples", "repetition_rate"]
 
@@ -134,7 +134,7 @@ def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
         )
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
-    encoded = encoded.to(model.get_input_embeddings().weight.device)
+    encoded = encoded.to(input_device(model))
     length = encoded["input_ids"].shape[1]
     if length == 0:
         raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")

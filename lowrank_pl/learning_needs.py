@@ -10,9 +10,10 @@ from lowrank_pl.anatomy import Anatomy
 from lowrank_pl.factor_needs import factor_bytes
 from lowrank_pl.needs import Phase, WorkKind
 from lowrank_pl.storage import Storage
+from lowrank_pl.streaming import TOGETHER
 from lowrank_pl.workload import Learner, Machine, Workload
 
-__all__ = ["export_phase", "learning_phase", "refit_phase", "scoring_phase"]
+__all__ = ["export_phase", "learning_phase", "refit_phase", "scoring_phase", "waits"]
 
 _LOGITS = 12
 """Bytes a logit in a step: its logarithm in float32, and the gradients by it and by the logit."""
@@ -161,32 +162,51 @@ def _inputs_of_a_block(model: Anatomy) -> int:
     return max(widths.values())
 
 
+def waits(model: Anatomy, work: Workload, machine: Machine) -> bool:
+    """Return whether models wait in main memory while they are scored and exported; arguments as in the phases."""
+    return machine.lacks_room(model.bytes) if work.waiting is None else work.waiting
+
+
 def scoring_phase(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
     """Return what scoring the models takes, dense and compressed; arguments as in ``learning_phase``."""
     models = work.models + work.exports
-    logits = float(work.score_length * model.vocabulary)
-    device = {
+    streamed = waits(model, work, machine)
+    tokens = work.score_length * (TOGETHER if streamed else 1)
+    logits = float(tokens * model.vocabulary)
+    held = {
         "dense weights": model.bytes,
         # The dense modules wait beside the compressed ones.
         "compressed modules": max(work.keeps) * model.targeted * model.itemsize,
-        "activations": 4.0 * work.score_length * model.hidden * model.itemsize,
+    }
+    device = {
+        **({"weights of a layer": _largest(model)} if streamed else held),
+        "activations": 4.0 * tokens * model.hidden * model.itemsize,
         # A piece of them at a time is taken to float32, and its logarithms beside it.
         "logits": logits * model.itemsize + 2 * 4 * min(logits, 2.0**24),
     }
     done: dict[WorkKind, float] = {"forward": models * work.scored * model.multiply_adds}
-    beside = _fresh(model, work, machine, program) if work.exports else {}
+    # Beside a fresh process that scores from main memory waits what the export has, and no dense model.
+    beside = _fresh(model, work, machine, program) if work.exports and not streamed else {}
     if beside:
         beside["its logits"] = device["logits"]
-    host = {"Python and libraries": program}
+    host = {"Python and libraries": program, **(held if streamed else {})}
     return Phase("scoring", device, host, beside, tokens=models * work.scored, work=done)
 
 
 def export_phase(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
     """Return what the export takes, its reload in a fresh process included; arguments as in ``learning_phase``."""
     size = _small(model, work)
-    host = {"Python and libraries": program}
+    held = {"compressed model": size}
+    streamed = waits(model, work, machine)
+    host = {"Python and libraries": program, **(held if streamed else {})}
     beside = _fresh(model, work, machine, program)
-    return Phase("export", {"compressed model": size}, host, beside, {"model": size}, read=size)
+    return Phase("export", {} if streamed else held, host, beside, {"model": size}, read=size)
+
+
+def _largest(model: Anatomy) -> float:
+    """Return the bytes of the largest layer: a map, the embeddings or the head."""
+    shapes = [target.shape for target in model.modules]
+    return float(max(model.vocabulary * model.hidden, *(m * n for m, n in shapes)) * model.itemsize)
 
 
 def _small(model: Anatomy, work: Workload) -> float:
@@ -198,7 +218,8 @@ def _fresh(model: Anatomy, work: Workload, machine: Machine, program: float) -> 
     """Return the main memory of a fresh process that loads the export."""
     size = _small(model, work)
     # On a CPU the pages of the file count as long as tensors are copied from them.
-    loaded = {"model of a fresh process": size} if machine.unified else {}
+    in_memory = machine.unified or waits(model, work, machine)
+    loaded = {"model of a fresh process": size} if in_memory else {}
     return {"Python and libraries of a fresh process": program, **loaded, "its file, mapped": size}
 
 

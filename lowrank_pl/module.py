@@ -193,6 +193,11 @@ class RankLearner(LightningModule):
             skeleton = None if shared is None else shared.skeleton
             shard_frozen(model, self.store, self.mask_parameters(), device, skeleton)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the dense base's parameters."""
+        return self.budget.model_parameters * getattr(torch, self.dtype_name).itemsize  # type: ignore[no-any-return]
+
     def dense_base(self, *, as_named: bool = False) -> PreTrainedModel:
         """Return the whole base, loaded anew; as it was before a narrowing where it is wanted ``as_named``."""
         base = self.named_base if as_named else self.base

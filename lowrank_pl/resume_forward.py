@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_pl.evaluating import evaluating
+from lowrank_pl.evaluating import evaluating, input_device
 from lowrank_pl.targets import decoder_blocks
 
 __all__ = ["EnoughError", "block_outputs", "can_resume", "copied", "ended", "forward_replaced", "moved", "resumed"]
@@ -106,7 +106,7 @@ def block_outputs(
     """
     found: list[Any] = []
     handle = decoder_blocks(model)[1][block].register_forward_hook(lambda _, __, output: found.append(copied(output)))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     try:
         with evaluating(model), resumed(model, start, outputs):
             for batch in torch.split(windows, batch_size):
@@ -125,7 +125,7 @@ def can_resume(model: PreTrainedModel, windows: Tensor) -> bool:
         model: A causal language model.
         windows: ``[windows, length]`` token ids to try it on; a few short ones are enough.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     with evaluating(model):
         whole = model(input_ids=windows.to(device), use_cache=False).logits
         for block in range(1, len(decoder_blocks(model)[1])):

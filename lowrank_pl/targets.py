@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_pl.evaluating import evaluating
+from lowrank_pl.evaluating import evaluating, input_device
 
 __all__ = [
     "Skipped",
@@ -301,7 +301,7 @@ def _probe(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Calls:
 
         return hook
 
-    tokens = torch.arange(2, device=model.get_input_embeddings().weight.device)[None]
+    tokens = torch.arange(2, device=input_device(model))[None]
     with evaluating(model), ExitStack() as hooks:
         for name, module in modules.items():
             hooks.callback(module.register_forward_pre_hook(remember(name), with_kwargs=True).remove)

@@ -12,6 +12,7 @@ from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.masks import Mask, MaskMethod
 from lowrank_pl.narrow_base import Narrowing
 from lowrank_pl.storage import Storage, StorageChoice
+from lowrank_pl.streaming import too_large
 
 __all__ = ["Learner", "Machine", "Workload"]
 
@@ -24,6 +25,7 @@ class Machine:
         device: ``cpu`` or ``cuda``.
         processes: One a device.
         sharded: Whether the frozen weights are spread over the processes (FSDP2), instead of each holding all.
+        memory: Bytes of the memory of a device, where it has one of its own and that is known.
 
     Raises:
         ValueError: No process.
@@ -32,6 +34,7 @@ class Machine:
     device: str = "cpu"
     processes: int = 1
     sharded: bool = False
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         if self.processes < 1:
@@ -41,6 +44,10 @@ class Machine:
     def unified(self) -> bool:
         """Whether the device computes in main memory."""
         return self.device == "cpu"
+
+    def lacks_room(self, weights: float) -> bool:
+        """Return whether the end of a run on a base of so many bytes, which is sharded, scores it from main memory."""
+        return self.sharded and not self.unified and self.memory is not None and too_large(weights, self.memory)
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ class Workload:
         score_length: Tokens of a window of these.
         models: How many models are scored from memory.
         exports: Whether the learned model is exported, and scored in a fresh process.
+        waiting: Whether models wait in main memory while they are scored and exported, and come to the device a layer
+            at a time; None where the machine lacks room for them.
         memory: Bytes that the sums of statistics may take at a time: as many consecutive blocks as fit, at least one,
             get passes of their own. None is no limit.
         recomputed: Whether the passes for gradients compute the activations of blocks again.
@@ -132,6 +141,7 @@ class Workload:
     score_length: int = 512
     models: int = 0
     exports: bool = False
+    waiting: bool | None = None
     memory: int | None = None
     recomputed: bool = False
     streamed: bool = False

@@ -131,6 +131,20 @@ def test_a_base_that_is_read_in_shares_is_whole_nowhere(llama):
     assert [loaded in found.notes for found in (shares, whole, gradients)] == [False, True, False]
 
 
+@pytest.mark.parametrize(("memory", "forced", "waits"), [(2, None, False), (1.9, None, True), (9, True, True)])
+def test_models_that_a_device_has_no_room_for_wait_in_main_memory(llama, memory, forced, waits):
+    work = Workload(keeps=(0.5,), scored=64, score_length=64, models=3, exports=True, waiting=forced)
+    found = estimate(llama, work, Machine("cuda", 8, sharded=True, memory=memory * llama.bytes))
+    scoring, export = phase_of(found, "scoring"), phase_of(found, "export")
+    assert (scoring.host if waits else scoring.device)["dense weights"] == llama.bytes
+    assert ("compressed model" in export.host, export.device == {}) == (waits, waits)
+    assert ("model of a fresh process" in export.beside) == waits
+    assert any("scored and exported from main memory" in note for note in found.notes) == waits
+    if waits:
+        assert scoring.device["weights of a layer"] == llama.vocabulary * llama.hidden * llama.itemsize
+        assert scoring.beside == {}
+
+
 @pytest.mark.parametrize(("base", "shared"), [("shapes:llama-3.2-1b", True), ("random:llama", False)])
 def test_fit_knows_which_base_is_read_in_shares(base, shared, capsys):
     fsdp = str(Path(SMOKE).parent / "strategy" / "fsdp.yaml")
@@ -281,7 +295,7 @@ def test_what_is_not_known_is_said(llama):
 
 
 def test_devices_as_lightning_takes_them():
-    assert machine_of("auto", "8", 8, speeds="h100", sharded=True) == Machine("cuda", 64, sharded=True)
+    assert machine_of("auto", "8", 8, speeds="h100", sharded=True) == Machine("cuda", 64, sharded=True, memory=80e9)
     assert machine_of("cpu", [0, 1]) == Machine("cpu", 2)
     assert machine_of("cpu", "auto") == Machine("cpu")
     assert ASSUMED["h100"].multiply_adds["forward"] == 1e14
