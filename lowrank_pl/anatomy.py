@@ -25,7 +25,7 @@ from lowrank_pl.speed import multiply_adds
 from lowrank_pl.targets import Target, decoder_blocks, find_targets
 from lowrank_pl.tiny_models import tiny_model
 
-__all__ = ["Anatomy", "anatomy", "is_packed", "read_config"]
+__all__ = ["Anatomy", "anatomy", "read_config"]
 
 SHAPES_FORM = "shapes"
 """``shapes:NAME`` is a whole large model by name, of which there is nothing but its shapes."""
@@ -135,7 +135,7 @@ def anatomy(
         kept=kept[0] / length,
         kept_with_outputs=kept[1] / length,
         watched=kept[2] / length,
-        unpacked=is_packed(base),
+        unpacked=_is_packed(base),
     )
 
 
@@ -171,7 +171,7 @@ def read_config(base: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     return config
 
 
-def is_packed(base: str) -> bool:
+def _is_packed(base: str) -> bool:
     """Return whether the weights of ``base`` lie in a GGUF, which is unpacked as a whole."""
     return not base.startswith(f"{SHAPES_FORM}:") and resolve_base(base).gguf_file is not None
 

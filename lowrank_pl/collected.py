@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lowrank_pl.gradients import (
     Labels,
     OutputMeasure,
     WeightGradients,
-    collect_gradients,
+    by_name,
     measure_gradients,
 )
 from lowrank_pl.processes import is_first, share
@@ -40,6 +40,15 @@ Measured = TypeVar("Measured")
 OfOutputs = TypeVar("OfOutputs", bound=OutputMeasure)
 
 
+class BackwardPasses(Protocol):
+    """Passes backward over the text through a model that is not whole in memory."""
+
+    def measure(
+        self, outputs: Mapping[Target, OutputMeasure], weights: Mapping[Target, WeightGradients], labels: Labels
+    ) -> None:
+        """Let what is measured of maps see the gradients by their outputs and weights (``measure_gradients``)."""
+
+
 class Statistics:
     """What is measured on one model and text, each kind in a store of its own that fills when asked.
 
@@ -53,6 +62,9 @@ class Statistics:
             one, get passes of their own and are written before the next begin. By default all blocks at once.
         gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
         collecting: Whether ``model`` is what ``source`` says, so that what is missing can be collected.
+
+    Attributes:
+        backward: What gradients come from where ``model`` is not whole in memory.
     """
 
     def __init__(
@@ -70,6 +82,7 @@ class Statistics:
         self.model, self.windows, self.source, self.batch_size = model, windows, dict(source), batch_size
         self.memory, self.gradient_checkpointing, self.collecting = memory, gradient_checkpointing, collecting
         self._directory = None if directory is None else Path(directory)
+        self.backward: BackwardPasses | None = None
 
     def compressed(self, point: Mapping[str, Any], *, collecting: bool = False) -> Statistics:
         """Return the statistics of the same model when it is compressed as ``point`` says, on the same windows.
@@ -94,7 +107,7 @@ class Statistics:
 
     def inputs(self, targets: Sequence[Target]) -> TensorStore:
         """Return the store of ``second_moment`` ``[in, in]`` and ``mean_absolute`` ``[in]``, keyed by group."""
-        store = self._store("statistics")
+        store = self._store_of("inputs")
 
         def collect(those: Sequence[Target]) -> dict[str, InputMoments]:
             return collect_input_moments(self.model, those, self.windows, batch_size=self.batch_size)
@@ -104,20 +117,20 @@ class Statistics:
         self._fill(store, groups, sizes, collect, _input_tensors, lambda found: {"tokens": str(found.tokens)})
         return store
 
-    def unmeasured(self, targets: Sequence[Target]) -> list[Target]:
-        """Return those of ``targets`` whose inputs have not been measured yet."""
-        store = self._store("statistics")
-        return [target for target in targets if target.group not in store]
+    def unmeasured(self, need: Statistic, targets: Sequence[Target], labels: Labels) -> list[Target]:
+        """Return those of ``targets`` of which ``need`` has not been measured yet."""
+        store = self._store_of(need, labels)
+        return [target for target in targets if (target.group if need == "inputs" else target.name) not in store]
 
     def output_gradients(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
         """Return the store of ``second_moment`` ``[out, out]`` of output gradients, keyed by module."""
-        store = self._store("output_gradients", labels=labels)
+        store = self._store_of("output_gradients", labels)
 
         def collect(those: Sequence[Target]) -> dict[str, GradientMoments]:
-            return collect_gradients(
-                self.model, self.windows, moments=those, labels=labels, batch_size=self.batch_size,
-                gradient_checkpointing=self.gradient_checkpointing,
-            )[0]  # fmt: skip
+            device = self._device(those)
+            return self._measured(
+                {target: GradientMoments.empty(target.shape[0], device=device) for target in those}, labels
+            )
 
         names = {target: target.name for target in targets}
         sizes = {target: 8 * target.shape[0] ** 2 for target in targets}
@@ -129,10 +142,10 @@ class Statistics:
 
         They are the means of ``|g| x x'`` and of ``g g' / |g|``, ``x`` an input and ``g`` the gradient by its output.
         """
-        store = self._store("weighted_moments", labels=labels)
+        store = self._store_of("weighted_moments", labels)
 
         def collect(those: Sequence[Target]) -> dict[str, WeightedMoments]:
-            device = self.model.device
+            device = self._device(those)
             return self._measured(
                 {target: WeightedMoments.empty(target.shape, device=device) for target in those}, labels
             )
@@ -161,27 +174,40 @@ class Statistics:
         self._fill(store, names, sizes, collect, lambda found: {"norms": found.norms}, lambda _: {})
         return store
 
-    def _measured(self, measures: Mapping[Target, OfOutputs], labels: Labels) -> dict[str, OfOutputs]:
-        measure_gradients(
-            self.model, self.windows, measures, labels=labels, batch_size=self.batch_size,
-            gradient_checkpointing=self.gradient_checkpointing,
-        )  # fmt: skip
-        return {target.name: found for target, found in measures.items()}
-
     def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
         """Return the store of ``mean`` ``[out, in]`` and ``mean_squares`` ``[out]`` of gradients, keyed by module."""
-        store = self._store("weight_gradients", batch_size=str(self.batch_size))
+        store = self._store_of("weight_gradients")
 
         def collect(those: Sequence[Target]) -> dict[str, WeightGradients]:
-            return collect_gradients(
-                self.model, self.windows, weights=those, batch_size=self.batch_size,
-                gradient_checkpointing=self.gradient_checkpointing,
-            )[1]  # fmt: skip
+            device = self._device(those)
+            sums = {target: WeightGradients.empty(target.shape, device=device) for target in those}
+            self._differentiate({}, sums, "text")
+            return by_name(sums)
 
         names = {target: target.name for target in targets}
         sizes = {target: 4 * target.shape[0] * target.shape[1] for target in targets}
         self._fill(store, names, sizes, collect, _weight_tensors, lambda found: {"batches": str(found.batches)})
         return store
+
+    def _measured(self, measures: Mapping[Target, OfOutputs], labels: Labels) -> dict[str, OfOutputs]:
+        self._differentiate(measures, {}, labels)
+        return by_name(measures)
+
+    def _differentiate(
+        self, outputs: Mapping[Target, OutputMeasure], weights: Mapping[Target, WeightGradients], labels: Labels
+    ) -> None:
+        if self.backward is not None:
+            self.backward.measure(outputs, weights, labels)
+        else:
+            measure_gradients(
+                self.model, self.windows, outputs, weights, labels=labels, batch_size=self.batch_size,
+                gradient_checkpointing=self.gradient_checkpointing,
+            )  # fmt: skip
+
+    def _device(self, targets: Sequence[Target]) -> torch.device:
+        # Of a model that is walked block by block, only what is watched has its weights.
+        device: torch.device = next(self.model.get_submodule(targets[0].name).parameters()).device
+        return device
 
     def stores(
         self, needs: Iterable[Statistic], targets: Sequence[Target], labels: Labels
@@ -212,6 +238,13 @@ class Statistics:
             store.seconds({target.group for target in targets} if need == "inputs" else names)
             for need, store in self.stores(needs, targets, labels).items()
         )
+
+    def _store_of(self, need: Statistic, labels: Labels = "text") -> TensorStore:
+        if need == "inputs":
+            return self._store("statistics")
+        if need == "weight_gradients":
+            return self._store(need, batch_size=str(self.batch_size))
+        return self._store(need, labels=labels)
 
     def _store(self, kind: str, **settings: str) -> TensorStore:
         return TensorStore(kind, {**self.source, **settings}, self._directory / kind if self._directory else None)

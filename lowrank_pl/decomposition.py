@@ -125,8 +125,8 @@ class Decomposition:
 
     @property
     def block_by_block(self) -> bool:
-        """Whether it can be made with one decoder block in memory: gradients come from a pass through all of them."""
-        return not set(self.needs) - {"inputs"}
+        """Whether it can be made with one decoder block in memory, which measuring in the compressed model can't."""
+        return self.at_keep is None
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that change the result, which are not all for every kind."""

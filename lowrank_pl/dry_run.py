@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank_pl.anatomy import Anatomy, anatomy, is_packed, read_config
+from lowrank_pl.anatomy import Anatomy, anatomy, read_config
 from lowrank_pl.command_work import DryRun, machine_of
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.factor_needs import (
@@ -26,6 +26,7 @@ from lowrank_pl.learning_needs import export_phase, learning_phase, refit_phase,
 from lowrank_pl.machine import resident_memory
 from lowrank_pl.needs import Estimate, Phase, gigabytes, held_on_to
 from lowrank_pl.probe import ASSUMED, existing_folder, probe
+from lowrank_pl.shared_base import can_be_shared
 from lowrank_pl.streaming import TOGETHER
 from lowrank_pl.workload import Machine, Workload
 
@@ -162,7 +163,7 @@ def dry_run_decompose(
 ) -> Estimate:
     """Print what making factors alone needs, and return it; arguments that are not said here are those of ``dry_run``.
 
-    What needs no gradients is made with one decoder block loaded at a time.
+    They are made with one decoder block loaded at a time where the base's files can be read in parts.
 
     Args:
         base: The base.
@@ -182,7 +183,7 @@ def dry_run_decompose(
     work = Workload(
         windows=windows, length=length, decompositions=(decomposition,), memory=memory,
         recomputed=gradient_checkpointing,
-        streamed=decomposition.block_by_block and not is_packed(base),
+        streamed=decomposition.block_by_block and can_be_shared(base),
     )  # fmt: skip
     return dry_run(
         base, work, machine_of(device, speeds=speeds), dtype=dtype, include=include, exclude=exclude, speeds=speeds,

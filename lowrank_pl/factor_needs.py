@@ -32,7 +32,8 @@ _SVD_WORK = 5
 _EIGENVALUES = 0.1
 """What eigenvalues alone take, of a whole singular value decomposition of as large a matrix."""
 _READS = 3
-"""How often weights that are never whole in memory are read: for their fingerprint, a trial, and the walk itself."""
+"""How often weights that are never whole in memory are read: for their fingerprint, a trial, and the walk itself; for
+gradients once more, on the way back."""
 _PACKED = 0.75
 """Bytes a number in a GGUF, of four to five bits, with the room for those that are not packed."""
 
@@ -138,7 +139,8 @@ def narrowing_phases(model: Anatomy, work: Workload, machine: Machine, program: 
 def norms_phase(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
     """Return what measuring the gradients takes that a refit weighs its tokens by; arguments as above."""
     sums = {target.name: 4.0 * work.refitted * work.length for target in model.modules}
-    work = replace(work, windows=work.refitted)
+    # The whole model is there for the refit itself.
+    work = replace(work, windows=work.refitted, streamed=False)
     return _gradients("gradient norms", model, work, machine, program, sums=sums, gram=0.0, product=0, on_disk=1.0)
 
 
@@ -198,6 +200,10 @@ def _gradients(
         product: Numbers of the largest product of a batch.
         on_disk: How much of the bytes of the sums goes to disk; float64 is stored as float32.
     """
+    if work.streamed:
+        return _gradients_back(
+            name, model, work, machine, program, sums=sums, gram=gram, product=product, on_disk=on_disk
+        )
     blocks = {target.name: target.block for target in model.modules}
     most, passes = _at_a_time(sums, blocks, work.memory)
     per_token = model.kept_with_outputs
@@ -229,6 +235,48 @@ def _gradients(
     disk = {name: _again(work) * on_disk * sum(sums.values())}
     host = {"Python and libraries": program, "a file being written": _SAVING * on_disk * max(sums.values())}
     return _placed(name, device, host, machine, work, disk, tokens * _again(work) * passes, done)
+
+
+def _gradients_back(
+    name: str,
+    model: Anatomy,
+    work: Workload,
+    machine: Machine,
+    program: float,
+    *,
+    sums: Mapping[str, float],
+    gram: float,
+    product: int,
+    on_disk: float,
+) -> Phase:
+    """Return what ``_gradients`` does where one block is in memory at a time, forward and on the way back."""
+    most, _ = _at_a_time(sums, {target.name: target.block for target in model.modules}, 0)
+    tokens = work.windows * work.length
+    # Where inputs are measured as well, their phase has the way forward.
+    forward = not any("inputs" in settings.needs for settings in work.decompositions)
+    state = tokens * model.hidden * model.itemsize / machine.processes
+    inside = {
+        f"sums of {name}": most,
+        "products of a batch": 2 * 4.0 * product,
+        "activations": work.length * model.kept_with_outputs / len(model.blocks),
+    }
+    # The head has its turn alone, before any block.
+    head = {"logits": 16.0 * work.length * model.vocabulary}
+    done: dict[WorkKind, float] = {
+        "forward": (2 + forward) * tokens * model.multiply_adds, "float32": tokens * gram,
+    }  # fmt: skip
+    host = {
+        "Python and libraries": program,
+        "hidden states before every block": len(model.blocks) * state,
+        "gradients by a hidden state": state,
+        "a file being written": _SAVING * on_disk * max(sums.values()),
+    }
+    most_held = inside if sum(inside.values()) > sum(head.values()) else head
+    device = {**_weights(model, work), **most_held}
+    disk = {name: on_disk * sum(sums.values())}
+    return _placed(name, device, host, machine, work, disk, (1 + forward) * tokens, done,
+        read=(_READS * forward + 1) * model.bytes,
+    )  # fmt: skip
 
 
 def decomposition_phase(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:

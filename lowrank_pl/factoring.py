@@ -24,7 +24,7 @@ from lowrank_pl.machine import peak_memory
 from lowrank_pl.prepare import build_factors, preparation_notes
 from lowrank_pl.skeleton import CannotWalkError, open_skeleton
 from lowrank_pl.targets import Targets, find_targets
-from lowrank_pl.walk import refuse_gradients, walk_factors
+from lowrank_pl.walk import refuse_compressed, walk_factors
 from lowrank_pl.windows import token_windows
 
 __all__ = ["decompose"]
@@ -53,8 +53,9 @@ def decompose(
 ) -> FactorStore | None:
     """Make a model's factors, one block in memory at a time; allocate and fit then find them made.
 
-    What needs gradients (two_sided, fwsvd), a .gguf file, or a model whose blocks share more than the hidden state is
-    loaded whole instead. A killed run goes on at the module it was at.
+    Where gradients are needed (two_sided, fwsvd), all windows go forward through one block after the other, and back
+    through one before the other. A .gguf file, a model whose blocks share more than the hidden state, or what at_keep
+    measures, is loaded whole instead. A killed run goes on at the module it was at.
 
     Args:
         base: Hub id, folder, .gguf file, package:NAME, random:FAMILY or layers:NAME.
@@ -66,7 +67,8 @@ def decompose(
         include: Globs of modules to target, on full names or names inside a block.
         exclude: Globs of modules to leave alone.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
-        cache: Where the hidden states of all windows wait between blocks: ram, or disk for a memory-mapped file.
+        cache: Where the hidden states of all windows wait between blocks, for gradients those before each of them: ram,
+            or disk for memory-mapped files.
         memory: What statistics that are collected at a time may take, such as 8GB, but at least those of a block; by
             default all at once where the model is loaded whole.
         gradient_checkpointing: Of a model that is loaded whole, compute activations again in backward passes.
@@ -132,7 +134,7 @@ def _walked(
 ) -> tuple[FactorStore, Targets] | None:
     """Return the factors made block by block, and of what; None where ``base`` has to be loaded whole."""
     try:
-        refuse_gradients(settings)
+        refuse_compressed(settings)
         skeleton = open_skeleton(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         targets = skeleton.find_targets(include=include, exclude=exclude)
         made = walk_factors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,7 +20,21 @@ from lowrank_pl.processes import add_up, is_first, share, total
 from lowrank_pl.products import rows_of
 from lowrank_pl.targets import Target, decoder_blocks
 
-__all__ = ["GradientMoments", "Labels", "OutputMeasure", "WeightGradients", "collect_gradients", "measure_gradients"]
+__all__ = [
+    "GradientMoments",
+    "Labels",
+    "OutputMeasure",
+    "Recorder",
+    "WeightGradients",
+    "by_name",
+    "check_length",
+    "collect_gradients",
+    "differentiable",
+    "loss_of_batch",
+    "measure_gradients",
+    "merge_all",
+    "take_in",
+]
 
 Labels = Literal["sampled", "text"]
 """Whose next tokens the loss asks for: drawn from the model (the Fisher matrix) or the text's (the empirical one)."""
@@ -176,7 +190,7 @@ def collect_gradients(
         model, windows, outputs, sums, labels=labels, batch_size=batch_size, seed=seed,
         gradient_checkpointing=gradient_checkpointing, progress=progress,
     )  # fmt: skip
-    return _by_name(outputs), _by_name(sums)
+    return by_name(outputs), by_name(sums)
 
 
 def measure_gradients(
@@ -196,59 +210,91 @@ def measure_gradients(
     Raises:
         ValueError: A window of less than two tokens, or a loss or a gradient that is not finite.
     """
-    if windows.shape[1] < 2:
-        raise ValueError(f"windows of {windows.shape[1]} tokens were given: a loss needs at least two")
+    check_length(windows)
     device = next(model.parameters()).device
-    seen, sums, recorder = _by_name(outputs), _by_name(weights), _Recorder()
+    seen, sums, recorder = by_name(outputs), by_name(weights), Recorder()
     first = min((target.block for target in (*outputs, *weights)), default=0)
-    with _differentiable(model, first), recomputing(model) if gradient_checkpointing else nullcontext():
+    with differentiable(model, first), recomputing(model) if gradient_checkpointing else nullcontext():
         # A batch keeps its number, and so its sampled labels, whichever process it goes to.
         mine = share(list(enumerate(torch.split(windows, batch_size))))
         for number, batch in tqdm(mine, desc=progress, unit="batch", disable=not is_first()):
             tokens = batch.to(device)
             # Not in the backward pass, where blocks may be run again.
             with recorder.watching(model, dict.fromkeys([*seen, *sums])):
-                logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            _backward(logits, tokens[:, 1:], seen, sums, recorder, labels, generator, number)
+                logits = model(input_ids=tokens, use_cache=False).logits
+            _backward(logits, tokens, seen, sums, recorder, labels, seed=seed, number=number)
             recorder.clear()
+    merge_all(seen, sums)
+
+
+def check_length(windows: Tensor) -> None:
+    """Raise ``ValueError`` where ``windows`` ``[windows, length]`` are too short for a token to follow another."""
+    if windows.shape[1] < 2:
+        raise ValueError(f"windows of {windows.shape[1]} tokens were given: a loss needs at least two")
+
+
+def by_name(measures: Mapping[Target, Measure]) -> dict[str, Measure]:
+    """Return what is measured, keyed by the names of the maps."""
+    return {target.name: measure for target, measure in measures.items()}
+
+
+def merge_all(seen: Mapping[str, OutputMeasure], sums: Mapping[str, WeightGradients]) -> None:
+    """Put together what all processes that work together have measured, map by map."""
     for measure in seen.values():
         measure.merge_processes()
     for gradients in sums.values():
         gradients.merge_processes()
 
 
-def _by_name(measures: Mapping[Target, Measure]) -> dict[str, Measure]:
-    return {target.name: measure for target, measure in measures.items()}
-
-
 def _backward(
     logits: Tensor,
-    following: Tensor,
+    tokens: Tensor,
     seen: Mapping[str, OutputMeasure],
     sums: Mapping[str, WeightGradients],
-    recorder: _Recorder,
+    recorder: Recorder,
     labels: Labels,
-    generator: torch.Generator,
+    *,
+    seed: int,
     number: int,
 ) -> None:
     """Run the backward passes of one batch: the text's labels once if anything asks for them, sampled ones likewise."""
-    of_text = bool(sums) or labels == "text"
-    if of_text:
-        again = bool(seen) and labels != "text"
-        for name, calls in recorder.gradients(_loss(logits, following, number), again):
-            if name in sums:
-                weight = torch.stack([_weight_gradient(inputs, gradient) for inputs, gradient in calls]).sum(0)
-                _check(weight, name, number)
-                # The loss is summed; its mean over tokens is what a step of training would see.
-                sums[name].update(weight / following.numel())
-            if name in seen and labels == "text":
-                _update(seen[name], calls, following.numel(), name, number)
-    if seen and labels == "sampled":
-        drawn = _drawn(logits.detach().flatten(0, 1), generator).view_as(following)
-        for name, calls in recorder.gradients(_loss(logits, drawn, number), False):
-            if name in seen:
-                _update(seen[name], calls, following.numel(), name, number)
+    count = tokens[:, 1:].numel()
+    again = bool(seen) and labels != "text"
+    if sums or labels == "text":
+        loss = loss_of_batch(logits, tokens, "text", seed=seed, number=number)
+        take_in(recorder.gradients(loss, again=again), {} if again else seen, sums, count, number)
+    if again:
+        loss = loss_of_batch(logits, tokens, "sampled", seed=seed, number=number)
+        take_in(recorder.gradients(loss), seen, {}, count, number)
+
+
+def take_in(
+    found: Iterator[tuple[str, list[Call]]],
+    seen: Mapping[str, OutputMeasure],
+    sums: Mapping[str, WeightGradients],
+    count: int,
+    number: int,
+) -> None:
+    """Let what is measured take in the gradients of one batch.
+
+    Args:
+        found: Names of maps and the calls of each (``Recorder.gradients``).
+        seen: What is measured of gradients by outputs, by map.
+        sums: Sums of gradients by weights, by map.
+        count: How many labels the loss asked for.
+        number: Of the batch.
+
+    Raises:
+        ValueError: A gradient is not finite.
+    """
+    for name, calls in found:
+        if name in sums:
+            weight = torch.stack([_weight_gradient(inputs, gradient) for inputs, gradient in calls]).sum(0)
+            _check(weight, name, number)
+            # The loss is summed; its mean over tokens is what a step of training would see.
+            sums[name].update(weight / count)
+        if name in seen:
+            _update(seen[name], calls, count, name, number)
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -277,8 +323,24 @@ def _update(measure: OutputMeasure, calls: Sequence[Call], tokens: int, name: st
             ) from None
 
 
-def _loss(logits: Tensor, following: Tensor, number: int) -> Tensor:
-    loss = functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
+def loss_of_batch(logits: Tensor, tokens: Tensor, labels: Labels, *, seed: int, number: int) -> Tensor:
+    """Return the summed cross-entropy of all tokens of a batch but the last ones.
+
+    Args:
+        logits: ``[windows, length, vocabulary]``.
+        tokens: ``[windows, length]``.
+        labels: Whose next tokens it asks for; sampled ones come from a generator that the batch has for itself.
+        seed: Of that.
+        number: Of the batch.
+
+    Raises:
+        ValueError: The loss is not finite.
+    """
+    wide, following = logits[:, :-1].float(), tokens[:, 1:]
+    if labels == "sampled":
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        following = _drawn(wide.detach().flatten(0, 1), generator).view_as(following)
+    loss = functional.cross_entropy(wide.flatten(0, 1), following.flatten(), reduction="sum")
     if not torch.isfinite(loss):
         raise ValueError(
             f"the loss of calibration batch {number} is {loss.item()}: "
@@ -295,17 +357,19 @@ def _check(gradient: Tensor, name: str, number: int) -> None:
         )
 
 
-class _Recorder:
+class Recorder:
     """Inputs and outputs of watched maps in one forward pass, and the gradients by these outputs."""
 
     def __init__(self) -> None:
         self._calls: list[tuple[str, Tensor, Tensor]] = []
 
     @contextmanager
-    def watching(self, model: nn.Module, names: Mapping[str, Any]) -> Iterator[None]:
+    def watching(self, model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+        """Keep what the maps ``names`` of ``model`` are fed and return, while the block runs."""
+
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
             def keep(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                self._calls.append((name, args[0].detach(), output))
+                self.keep(name, args[0].detach(), output)
 
             return keep
 
@@ -314,21 +378,34 @@ class _Recorder:
                 stack.callback(model.get_submodule(name).register_forward_hook(hook(name)).remove)
             yield
 
-    def gradients(self, loss: Tensor, again: bool) -> Iterator[tuple[str, list[Call]]]:
-        """Yield for every map its calls, each an input and the gradient of ``loss``; ``again``: keep the graph."""
+    def keep(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        """Keep one call: what ``name`` was fed, and what it returned."""
+        self._calls.append((name, inputs, output))
+
+    def gradients(
+        self, end: Tensor, by: Tensor | None = None, *, again: bool = False
+    ) -> Iterator[tuple[str, list[Call]]]:
+        """Yield for every name its calls, each an input and a gradient by its output.
+
+        Args:
+            end: The loss, or something that comes before it.
+            by: The gradient of the loss by that.
+            again: Keep the graph.
+        """
         outputs = [output for _, _, output in self._calls]
-        found = torch.autograd.grad(loss, outputs, retain_graph=again)
+        found = torch.autograd.grad(end, outputs, by, retain_graph=again)
         calls: dict[str, list[Call]] = {}
         for (name, inputs, _), gradient in zip(self._calls, found, strict=True):
             calls.setdefault(name, []).append((inputs, gradient))
         yield from calls.items()
 
     def clear(self) -> None:
+        """Forget all calls, and with them the graph that they hold."""
         self._calls.clear()
 
 
 @contextmanager
-def _differentiable(model: PreTrainedModel, first: int) -> Iterator[None]:
+def differentiable(model: PreTrainedModel, first: int) -> Iterator[None]:
     """Let gradients flow from block ``first`` up while no parameter takes one, in evaluation mode; then as before."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:

@@ -37,6 +37,7 @@ class Skeleton:
     Attributes:
         blocks: Names of the parameters of each decoder block.
         embeddings: Those of the input embeddings.
+        head: Those of the output embeddings, which may be the same.
         outer: Those outside the blocks, but for the embeddings and the head.
     """
 
@@ -55,7 +56,8 @@ class Skeleton:
 
         self.blocks = [names_in(block) for block in decoder_blocks(model)[1]]
         self.embeddings = names_in(model.get_input_embeddings())
-        elsewhere = {*self.embeddings, *names_in(model.get_output_embeddings()), *chain(*self.blocks)}
+        self.head = names_in(model.get_output_embeddings())
+        elsewhere = {*self.embeddings, *self.head, *chain(*self.blocks)}
         self.outer = [name for name in self._parameters if name not in elsewhere]
         self._names = {name: names[id(one)] for name, one in model.named_parameters(remove_duplicate=False)}
         for module in model.modules():

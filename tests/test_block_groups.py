@@ -82,15 +82,15 @@ def test_groups_and_recomputed_blocks_give_the_same_numbers(measure, family, aga
 
 
 def test_a_killed_collection_loses_one_group(measure, llama, monkeypatch):
-    real, asked = collected.collect_gradients, []
+    real, asked = collected.measure_gradients, []
 
-    def collect(model, windows, *, moments=(), weights=(), **settings):
-        asked.append({target.block for target in (*moments, *weights)})
+    def collect(model, windows, outputs, weights, **settings):
+        asked.append({target.block for target in (*outputs, *weights)})
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return real(model, windows, moments=moments, weights=weights, **settings)
+        real(model, windows, outputs, weights, **settings)
 
-    monkeypatch.setattr(collected, "collect_gradients", collect)
+    monkeypatch.setattr(collected, "measure_gradients", collect)
     with pytest.raises(KeyboardInterrupt):
         measure(llama, "s", memory=1)
     measure(llama, "s", memory=1)

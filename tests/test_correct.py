@@ -175,7 +175,7 @@ def test_every_kind_of_factors_uses_the_statistics_on_disk(
     made = drawn_on(plan, problem.factors)
     from lowrank_pl import collected
 
-    for name in ("collect_input_moments", "collect_gradients"):
+    for name in ("collect_input_moments", "measure_gradients"):
         monkeypatch.setattr(collected, name, lambda *_, **__: pytest.fail("statistics were collected again"))
     shutil.rmtree(made.directory)
     again = allocator("zero_sum", rounds=1, batch=1).plan(problem)

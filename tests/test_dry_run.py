@@ -125,7 +125,9 @@ def test_a_base_that_is_read_in_shares_is_whole_nowhere(llama):
         ("learning", "dense weights before they are sharded"),
     ):
         assert phase_of(whole, phase).host[host] == llama.bytes
-    assert phase_of(gradients, "weighted moments").host["dense weights"] == llama.bytes
+    back = phase_of(gradients, "weighted moments")
+    assert back.host["hidden states before every block"] == len(llama.blocks) * 2 * 64 * llama.hidden * llama.itemsize
+    assert "dense weights" not in {**back.host, **back.device}
     assert phase_of(gradients, "learning").host["dense weights before they are sharded"] == 0
     loaded = "every process loads the whole base into main memory before it is sharded"
     assert [loaded in found.notes for found in (shares, whole, gradients)] == [False, True, False]
@@ -259,18 +261,31 @@ def refuse_to_load(monkeypatch):
     monkeypatch.setattr("lowrank_pl.data.load_tokenizer", refuse)
 
 
-def test_factors_alone_are_made_block_by_block_where_no_gradient_is_needed(llama):
-    def needs(settings):
-        return dry_run_decompose("random:llama", decomposition=settings, windows=4, length=64, speeds="h100")
+def test_factors_alone_are_made_block_by_block(llama):
+    def needs(settings, base="shapes:llama-3.2-1b"):
+        return dry_run_decompose(base, decomposition=settings, windows=4, length=64, dtype="bfloat16", speeds="h100")
 
-    walked, whole = needs(Decomposition()), needs(ALIKE)
-    assert [phase.name for phase in walked.phases] == ["moments of inputs", "decomposition"]
-    of_block = phase_of(walked, "moments of inputs").device
-    assert of_block["weights of a block"] + of_block["weights around"] < llama.bytes
-    assert of_block["second moments of inputs"] == phase_of(whole, "moments of inputs").device[
-        "second moments of inputs"
-    ] / 2  # fmt: skip
-    assert phase_of(whole, "output gradients").device["dense weights"] == llama.bytes
+    model = anatomy("shapes:llama-3.2-1b", dtype=torch.bfloat16, length=64)
+    whitened, alike, weighted = needs(Decomposition()), needs(ALIKE), needs(Decomposition("two_sided"))
+    assert [phase.name for phase in whitened.phases] == ["moments of inputs", "decomposition"]
+    assert [phase.name for phase in alike.phases] == ["moments of inputs", "output gradients", "decomposition"]
+    assert [phase.name for phase in weighted.phases] == ["weighted moments", "decomposition"]
+    for found in (whitened, alike, weighted):
+        for phase in found.phases:
+            assert phase.device["weights of a block"] + phase.device["weights around"] < model.bytes
+    state = 4 * 64 * model.hidden * model.itemsize
+    for found, name in ((alike, "output gradients"), (weighted, "weighted moments")):
+        phase = phase_of(found, name)
+        assert phase.host["hidden states before every block"] == len(model.blocks) * state
+        assert phase.host["gradients by a hidden state"] == state
+    # Where inputs are measured for themselves, the way forward is made for that.
+    assert phase_of(alike, "output gradients").tokens == phase_of(whitened, "moments of inputs").tokens == 4 * 64
+    assert phase_of(weighted, "weighted moments").tokens == 2 * 4 * 64
+    assert phase_of(weighted, "weighted moments").read == 4 * model.bytes
+    made = needs(Decomposition(), "random:llama")
+    assert next(phase.name for phase in made.phases) == "load"
+    again = needs(Decomposition("two_sided", at_keep=0.5))
+    assert phase_of(again, "weighted moments").device["dense weights"] == model.bytes
 
 
 def test_too_little_memory_is_said(capsys):

@@ -276,7 +276,7 @@ def test_gradients_are_collected_once(llama, windows, tokenizer, monkeypatch):
 
     targets = find_targets(llama)
     store = build_gradients(llama, targets, windows[:2], tokenizer)
-    monkeypatch.setattr(collected, "collect_gradients", lambda *_, **__: pytest.fail("collected again"))
+    monkeypatch.setattr(collected, "measure_gradients", lambda *_, **__: pytest.fail("collected again"))
     again = build_gradients(llama, targets, windows[:2], tokenizer)
     assert again.directory == store.directory
     expected = by_autograd(llama, targets.modules, torch.split(windows[:2], 1))

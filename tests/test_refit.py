@@ -28,6 +28,7 @@ from lowrank_pl.refit_plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED
 from lowrank_pl.sizes import resize
 from lowrank_pl.targets import find_targets, replace_module
 from lowrank_pl.tiny_models import FAMILIES, tiny_model
+from lowrank_pl.token_weights import TokenNorms
 
 EASY = Refit(margin=0.0)
 
@@ -305,8 +306,15 @@ def test_statistics_on_disk_are_used(llama, windows, tokenizer, tmp_path, monkey
     corrected = allocator("zero_sum", rounds=1, batch=1).plan(problem)
     from lowrank_pl import collected
 
-    for name in ("collect_input_moments", "collect_gradients"):
-        monkeypatch.setattr(collected, name, lambda *_, **__: pytest.fail("statistics were collected again"))
+    real = collected.measure_gradients
+
+    def norms_alone(model, windows, outputs, weights, **settings):
+        assert not weights
+        assert all(isinstance(found, TokenNorms) for found in outputs.values())
+        real(model, windows, outputs, weights, **settings)
+
+    monkeypatch.setattr(collected, "measure_gradients", norms_alone)
+    monkeypatch.setattr(collected, "collect_input_moments", lambda *_, **__: pytest.fail("collected again"))
     run(llama, plan, store, targets, windows)
     _, made = run(llama, corrected, drawn_on(corrected, store), targets, windows)
     assert "correction" in made.fingerprint

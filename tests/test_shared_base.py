@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -77,12 +78,12 @@ def make_factors(folder):
     whole, made, add = load_base(base), [], FactorStore.add
     with together(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(FactorStore, "add", lambda store, name, *a, **k: (made.append(name), add(store, name, *a, **k)))
-        for count in (5, 1):
+        for count, settings in product((5, 1), (WHITENED, TWO_SIDED)):
             made.clear()
             shared = opened(base)
-            how = {"settings": WHITENED, "directory": folder / f"shared{count}"}
+            how = {"settings": settings, "directory": folder / f"shared-{settings.kind}-{count}"}
             ours = shared.factors(windows(count), tokenizer, load=never, **how)
-            how["directory"] = folder / f"whole{count}"
+            how["directory"] = folder / f"whole-{settings.kind}-{count}"
             theirs = build_factors(whole, shared.targets, windows(count), tokenizer, **how)
             mine = len(made) // 2
             assert made[:mine] == made[mine:], "not the share that is made of a model loaded whole"
@@ -185,18 +186,25 @@ def test_buffers_are_those_of_a_loaded_model(family, dtype, tmp_path):
         assert torch.equal(ours[name], buffer), name
 
 
-def test_factors_that_need_gradients_are_found_or_made_of_the_whole_base(tmp_path, caplog):
+def test_factors_that_need_gradients_are_made_without_the_whole_base(tmp_path):
     base, how = save(tmp_path), {"settings": TWO_SIDED, "directory": tmp_path / "factors"}
-    shared, loaded = opened(base), []
-    made = shared.factors(windows(), byte_tokenizer(), load=lambda: loaded.append(1) or load_base(base), **how)
-    assert loaded == [1]
-    assert (
-        "every process loads the whole base into memory to make its factors: a two_sided decomposition" in caplog.text
-    )
-    assert "run `lowrank decompose` with the same base" in caplog.text
+    shared = opened(base)
+    made = shared.factors(windows(), byte_tokenizer(), load=never, **how)
     again = shared.factors(windows(), byte_tokenizer(), load=never, **how)
     assert again.digest == made.digest
     assert not again.missing(target.name for target in shared.targets.modules)
+
+
+def test_what_is_measured_in_the_compressed_model_is_found_or_made_of_the_whole_base(tmp_path, caplog):
+    settings = Decomposition("two_sided", at_keep=0.5)
+    base, how = save(tmp_path), {"settings": settings, "directory": tmp_path / "factors"}
+    shared, loaded = opened(base), []
+    made = shared.factors(windows(), byte_tokenizer(), load=lambda: loaded.append(1) or load_base(base), **how)
+    assert loaded == [1]
+    assert "every process loads the whole base into memory to make its factors: at_keep measures in" in caplog.text
+    assert "run `lowrank decompose` with the same base" in caplog.text
+    again = shared.factors(windows(), byte_tokenizer(), load=never, **how)
+    assert again.digest == made.digest
 
 
 @pytest.mark.parametrize("base", ["random:llama", "layers:llama-3.2-1b"])

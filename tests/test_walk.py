@@ -70,9 +70,18 @@ def test_factors_are_those_of_the_model_loaded_whole_to_the_bit(family, dtype, s
     assert not list((tmp_path / "home").rglob(".hidden*"))
 
 
-@pytest.mark.parametrize("kind", ["svd", "asvd"])
-def test_other_kinds_are_walked_too(kind, saved, windows, tokenizer, tmp_path):
-    base, settings = saved(), Decomposition(kind=kind)
+KINDS = [
+    Decomposition("svd"),
+    Decomposition("asvd"),
+    Decomposition("fwsvd"),
+    Decomposition("two_sided", token_weights=False),
+    Decomposition("two_sided", labels="text"),
+]
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=lambda settings: f"{settings.kind}-{settings.labels}")
+def test_other_kinds_are_walked_too(settings, saved, windows, tokenizer, tmp_path):
+    base = saved()
     skeleton = open_skeleton(base)
     targets = skeleton.find_targets(exclude=["*down_proj"])
     walked = walk_factors(skeleton, targets, windows[:2], tokenizer, settings=settings, directory=tmp_path / "walked")
@@ -80,6 +89,90 @@ def test_other_kinds_are_walked_too(kind, saved, windows, tokenizer, tmp_path):
         load_base(base), targets, windows[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
     )
     assert_equal_factors(walked, whole, targets.modules)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_block_by_block_are_those_of_the_whole_model_to_the_bit(
+    family, dtype, saved, windows, tokenizer, tmp_path
+):
+    base, settings = saved(family), Decomposition("two_sided")
+    skeleton = open_skeleton(base, dtype=dtype)
+    targets = skeleton.find_targets()
+    how = {"settings": settings, "batch_size": 2}
+    cache = "disk" if dtype == torch.bfloat16 else "ram"
+    # The last of three batches is a smaller one.
+    walked = walk_factors(skeleton, targets, windows[:5], tokenizer, directory=tmp_path / "walked", cache=cache, **how)
+    model = load_base(base, dtype=dtype)
+    whole = build_factors(model, targets, windows[:5], tokenizer, directory=tmp_path / "whole", **how)
+    assert_equal_factors(walked, whole, targets.modules)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in skeleton.model.modules())
+    assert not list((tmp_path / "home").rglob(".hidden*"))
+
+
+def test_passes_back_hold_one_block_and_go_no_further_than_what_is_missing(
+    saved, windows, tokenizer, tmp_path, monkeypatch
+):
+    """Killed in the second of three blocks on the way back: the third is measured, and the first is not run again."""
+    skeleton, settings = open_skeleton(saved()), Decomposition("two_sided")
+    targets = skeleton.find_targets()
+    real, there, back, forward = prepare.decompose, [], [], []
+
+    def look(*args, **kwargs):
+        there.append([name for name, parameter in skeleton.model.named_parameters() if not parameter.is_meta])
+        if len(there) == 10:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(prepare, "decompose", look)
+    with pytest.raises(KeyboardInterrupt):
+        walk_factors(skeleton, targets, windows[:2], tokenizer, settings=settings)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    blocks = [{name.split(".")[2] for name in names if ".layers." in name} for names in there]
+    assert blocks == [{"2"}] * 7 + [{"1"}] * 3
+    monkeypatch.setattr(prepare, "decompose", real)
+    back_at, forward_at = walk.WalkBack.at, walk.Walk.at
+    monkeypatch.setattr(walk.WalkBack, "at", lambda self, block: (back.append(block), back_at(self, block))[1])
+    monkeypatch.setattr(walk.Walk, "at", lambda self, block: (forward.append(block), forward_at(self, block))[1])
+    store = walk_factors(skeleton, targets, windows[:2], tokenizer, settings=settings)
+    # The second block was measured, and not decomposed to its end.
+    assert (forward, back) == ([0, 1, 2], [2, 1, 0])
+    again = walk_factors(skeleton, targets, windows[:2], tokenizer, settings=settings)
+    assert (len(forward), len(back)) == (3, 3)
+    whole = build_factors(
+        load_base(saved()), targets, windows[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
+    )
+    assert_equal_factors(again, whole, targets.modules)
+    assert store.directory == again.directory
+
+
+def test_gradients_of_later_blocks_alone_leave_the_first_ones_out(saved, windows, tokenizer, tmp_path, monkeypatch):
+    skeleton, settings = open_skeleton(saved()), Decomposition("two_sided")
+    targets = skeleton.find_targets(include=["*layers.1.*", "*layers.2.mlp.*"])
+    back, at, kept = [], walk.WalkBack.at, []
+
+    def remember(self, block):
+        back.append(block)
+        kept.append(sorted(self.walk.states))
+        return at(self, block)
+
+    monkeypatch.setattr(walk.WalkBack, "at", remember)
+    store = walk_factors(skeleton, targets, windows[:2], tokenizer, settings=settings)
+    assert back == [2, 1]
+    # What the first block returned is what the second is fed; nothing before that is kept, nothing behind it stays.
+    assert kept == [[0, 1, 2], [0, 1]]
+    whole = build_factors(
+        load_base(saved()), targets, windows[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
+    )
+    assert_equal_factors(store, whole, targets.modules)
+
+
+def test_a_window_without_a_next_token_is_refused(saved, windows, tokenizer):
+    skeleton = open_skeleton(saved())
+    targets = skeleton.find_targets()
+    with pytest.raises(ValueError, match="windows of 1 tokens were given: a loss needs at least two"):
+        walk_factors(skeleton, targets, windows[:2, :1], tokenizer, settings=Decomposition("two_sided"))
 
 
 def test_one_block_is_loaded_at_a_time(saved, windows, tokenizer, monkeypatch):
@@ -212,17 +305,20 @@ def test_allocate_finds_the_factors_made(saved, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "base", "reason"),
+    ("settings", "base", "reason"),
     [
-        ("two_sided", None, "a two_sided decomposition needs gradients, which a backward pass through the whole"),
-        ("fwsvd", None, "a fwsvd decomposition needs gradients"),
-        ("svd", "random:llama", "its random weights are made all at once"),
+        (
+            Decomposition("two_sided", at_keep=0.5),
+            None,
+            "at_keep measures in the compressed model as well",
+        ),
+        (Decomposition("svd"), "random:llama", "its random weights are made all at once"),
     ],
 )
-def test_what_cannot_be_walked_is_loaded_whole_and_said(kind, base, reason, saved, tmp_path, caplog):
+def test_what_cannot_be_walked_is_loaded_whole_and_said(settings, base, reason, saved, tmp_path, caplog):
     base = base or saved()
     made = decompose(
-        base, decomposition=Decomposition(kind=kind), text=TEXT, length=32, windows=2, memory="20KB",
+        base, decomposition=settings, text=TEXT, length=32, windows=2, memory="20KB",
         gradient_checkpointing=True, json=tmp_path / "figures.json",
     )  # fmt: skip
     assert f"{base} is loaded whole: {reason}" in caplog.text
