@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def block_groups(targets: Sequence[Target], sizes: Mapping[Target, int], memory: int | None) -> list[list[Target]]:
+def block_groups(targets: Sequence[Target], sizes: Mapping[Target, int], memory: float | None) -> list[list[Target]]:
     """Return ``targets`` in groups of as many consecutive blocks as fit ``memory``, but at least one.
 
     Args:

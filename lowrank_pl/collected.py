@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -24,10 +25,14 @@ from lowrank_pl.gradients import (
     by_name,
     measure_gradients,
 )
-from lowrank_pl.processes import is_first, share
+from lowrank_pl.hidden_states import Cache
+from lowrank_pl.machine import available_memory, free_memory
+from lowrank_pl.processes import from_first, is_first, share
+from lowrank_pl.skeleton import CannotWalkError, WholeModel
 from lowrank_pl.statistics import InputMoments, collect_input_moments
 from lowrank_pl.targets import Target
 from lowrank_pl.token_weights import TokenNorms, WeightedMoments
+from lowrank_pl.walk_passes import Walk, WalkBack
 from lowrank_pl.windows import windows_fingerprint
 
 __all__ = ["Statistic", "Statistics", "statistics_behind"]
@@ -35,6 +40,8 @@ __all__ = ["Statistic", "Statistics", "statistics_behind"]
 Statistic = Literal["inputs", "output_gradients", "weighted_moments", "weight_gradients"]
 
 _log = logging.getLogger(__name__)
+_SHARE = 0.75
+"""Of the memory that is free, what sums may take; activations need the rest."""
 _SOURCE = ("model", "config", "tokenizer", "text")
 Measured = TypeVar("Measured")
 OfOutputs = TypeVar("OfOutputs", bound=OutputMeasure)
@@ -58,13 +65,16 @@ class Statistics:
         source: Fingerprint of model, tokenizer and windows.
         directory: Folder that gets a folder for each kind; by default each lies in the cache under its fingerprint.
         batch_size: Windows per pass.
-        memory: Bytes that the sums of what is collected at a time may take: as many consecutive blocks as fit, at least
-            one, get passes of their own and are written before the next begin. By default all blocks at once.
+        memory: Bytes that the sums of what is collected at a time may take; by default most of what is free where the
+            model is. What takes more is collected block by block, in one pass forward and, for gradients, one back
+            (``lowrank_pl.walk_passes``). Where blocks share more than the hidden state, as many consecutive ones as fit
+            get passes of their own instead, at least one. What is collected is written before the next begins.
         gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
         collecting: Whether ``model`` is what ``source`` says, so that what is missing can be collected.
 
     Attributes:
-        backward: What gradients come from where ``model`` is not whole in memory.
+        backward: What gradients come from, where passes are made block by block.
+        seconds_before: What these passes took before they came to an entry, shared out among all entries.
     """
 
     def __init__(
@@ -83,6 +93,7 @@ class Statistics:
         self.memory, self.gradient_checkpointing, self.collecting = memory, gradient_checkpointing, collecting
         self._directory = None if directory is None else Path(directory)
         self.backward: BackwardPasses | None = None
+        self.seconds_before = 0.0
 
     def compressed(self, point: Mapping[str, Any], *, collecting: bool = False) -> Statistics:
         """Return the statistics of the same model when it is compressed as ``point`` says, on the same windows.
@@ -134,7 +145,7 @@ class Statistics:
 
         names = {target: target.name for target in targets}
         sizes = {target: 8 * target.shape[0] ** 2 for target in targets}
-        self._fill(store, names, sizes, collect, _gradient_tensors, lambda found: {"tokens": str(found.tokens)})
+        self._fill(store, names, sizes, collect, _gradient_tensors, lambda found: {"tokens": str(found.tokens)}, labels)
         return store
 
     def weighted_moments(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
@@ -152,7 +163,7 @@ class Statistics:
 
         names = {target: target.name for target in targets}
         sizes = {target: 8 * sum(side**2 for side in target.shape) for target in targets}
-        self._fill(store, names, sizes, collect, _weighted_tensors, lambda found: {"tokens": str(found.tokens)})
+        self._fill(store, names, sizes, collect, _weighted_tensors, lambda found: {"tokens": str(found.tokens)}, labels)
         return store
 
     def gradient_norms(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
@@ -171,7 +182,7 @@ class Statistics:
 
         names = {target: target.name for target in targets}
         sizes = dict.fromkeys(targets, 4 * self.windows.numel())
-        self._fill(store, names, sizes, collect, lambda found: {"norms": found.norms}, lambda _: {})
+        self._fill(store, names, sizes, collect, lambda found: {"norms": found.norms}, lambda _: {}, labels)
         return store
 
     def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
@@ -186,7 +197,7 @@ class Statistics:
 
         names = {target: target.name for target in targets}
         sizes = {target: 4 * target.shape[0] * target.shape[1] for target in targets}
-        self._fill(store, names, sizes, collect, _weight_tensors, lambda found: {"batches": str(found.batches)})
+        self._fill(store, names, sizes, collect, _weight_tensors, lambda found: {"batches": str(found.batches)}, "text")
         return store
 
     def _measured(self, measures: Mapping[Target, OfOutputs], labels: Labels) -> dict[str, OfOutputs]:
@@ -257,8 +268,9 @@ class Statistics:
         collect: Callable[[Sequence[Target]], dict[str, Measured]],
         tensors: Callable[[Measured], dict[str, Tensor]],
         notes: Callable[[Measured], dict[str, str]],
+        labels: Labels | None = None,
     ) -> None:
-        """Collect and write what ``store`` lacks, group of blocks by group of blocks.
+        """Collect and write what ``store`` lacks: all at once, or block by block.
 
         Args:
             store: Where it goes.
@@ -267,7 +279,22 @@ class Statistics:
             collect: Measures what is asked for of targets.
             tensors: What of the measured is written.
             notes: What is noted beside it.
+            labels: Whose next tokens the loss asks for; None where no gradients are needed.
         """
+
+        def gather(those: Sequence[Target]) -> None:
+            began = time.perf_counter()
+            measured = collect(those)
+            # What one pass took is shared out among its files, so that a store knows what it cost however often it
+            # resumed.
+            seconds = self.seconds_before + (time.perf_counter() - began) / max(1, len(measured))
+            # All processes have the sums, each writes a share of them.
+            measured = {name: measured[name] for name in share(list(measured))}
+            for name in tqdm(list(measured), desc=f"saving {_said(store)}", unit="file", disable=not is_first()):
+                # Popped, so that memory shrinks as the disk fills.
+                found = measured.pop(name)
+                store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
+
         with store.making(keys.values()) as missing:
             if missing and not self.collecting:
                 raise ValueError(
@@ -280,24 +307,81 @@ class Statistics:
                 # The first of those that share an entry stands for them all.
                 if key in lacking:
                     first.setdefault(key, target)
-            groups = block_groups(list(first.values()), sizes, self.memory)
+            if not first:
+                return
+            todo = list(first.values())
+            memory = self._memory(sum(sizes[target] for target in todo))
+            groups = block_groups(todo, sizes, memory)
+            if len(groups) > 1:
+                _log.info("%s are measured block by block, in %.3g GB at a time", _said(store), memory / 1e9)
+                try:
+                    self._block_by_block(todo, gather, labels)
+                    return
+                except CannotWalkError as error:
+                    _log.warning("%s take %d passes through the whole model: %s", _said(store), len(groups), error)
+                    left = set(store.missing(first))
+                    groups = block_groups([one for key, one in first.items() if key in left], sizes, memory)
             for number, those in enumerate(groups, 1):
                 if len(groups) > 1:
                     _log.info(
                         "%s: blocks %d to %d, group %d of %d",
                         _said(store), those[0].block, those[-1].block, number, len(groups),
                     )  # fmt: skip
-                began = time.perf_counter()
-                measured = collect(those)
-                # What one pass took is shared out among its files, so that a store knows what it cost however often it
-                # resumed.
-                seconds = (time.perf_counter() - began) / max(1, len(measured))
-                # All processes have the sums, each writes a share of them.
-                measured = {name: measured[name] for name in share(list(measured))}
-                for name in tqdm(list(measured), desc=f"saving {_said(store)}", unit="file", disable=not is_first()):
-                    # Popped, so that memory shrinks as the disk fills.
-                    found = measured.pop(name)
-                    store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
+                gather(those)
+
+    def _memory(self, needed: int) -> float:
+        """Return the bytes that sums may take at a time."""
+        if self.memory is not None:
+            return self.memory
+        # Asking a GPU gives back what its allocator could use again: only where it may matter.
+        free = from_first(lambda: free_memory(self.model.device))
+        return max(needed, 1) if free is None else _SHARE * free
+
+    def _block_by_block(
+        self, todo: Sequence[Target], gather: Callable[[Sequence[Target]], None], labels: Labels | None
+    ) -> None:
+        """Gather what is missing of one block at a time, in one pass forward and, for gradients, one back.
+
+        Args:
+            todo: Maps with something missing.
+            gather: Collects and writes it, of maps of a block.
+            labels: As in ``_fill``.
+
+        Raises:
+            CannotWalkError: Blocks share more than the hidden state.
+        """
+        of_block = {block: list(those) for block, those in groupby(todo, key=lambda target: target.block)}
+        whole = WholeModel(self.model)
+        lowest, last = (min(of_block), len(whole.blocks) - 1) if labels else (None, max(of_block))
+        # Hidden states at a time: one, or those that blocks are fed on the way back, the last one's, and a gradient.
+        kept = 1 if lowest is None else last - lowest + 3
+        began = time.perf_counter()
+        walk = Walk(
+            whole, self.windows, batch_size=self.batch_size, cache=self._cache(kept),
+            keep_from=None if lowest is None else lowest - 1,
+        )  # fmt: skip
+        for block in range(last + 1):
+            with walk.at(block):
+                if lowest is None and block in of_block:
+                    gather(of_block[block])
+        if lowest is None or labels is None:
+            return
+        try:
+            self.backward = back = WalkBack(walk, labels)
+            self.seconds_before = (time.perf_counter() - began) / len(todo)
+            for block in range(last, lowest - 1, -1):
+                with back.at(block):
+                    if block in of_block:
+                        gather(of_block[block])
+        finally:
+            self.backward, self.seconds_before = None, 0.0
+
+    def _cache(self, states: int) -> Cache:
+        """Return where so many hidden states of all windows wait: on disk where main memory might not do."""
+        hidden = self.model.get_input_embeddings().weight
+        size = states * self.windows.numel() * hidden.shape[1] * hidden.itemsize
+        free = available_memory()
+        return "ram" if free is None or size < free / 2 else "disk"
 
 
 def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Tensor) -> Statistics:

@@ -61,10 +61,15 @@ class HiddenStates:
         hidden = self._values[first : first + count]
         return hidden if self._rest is None else (hidden, *self._rest)
 
+    @property
+    def bytes(self) -> int:
+        """What they take, once some were written."""
+        return 0 if self._values is None else self._values.nbytes
+
     def _room(self, like: Tensor) -> Tensor:
         shape = (self.windows, *like.shape[1:])
         size = math.prod(shape)
-        _log.info("hidden states of all windows: %.2f GB (%s)", size * like.element_size() / 1e9, self.cache)
+        _log.debug("hidden states of all windows: %.2f GB (%s)", size * like.element_size() / 1e9, self.cache)
         if self.cache == "ram":
             return torch.empty(shape, dtype=like.dtype, device=self.device)
         folder = cache_root()

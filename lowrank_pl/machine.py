@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["available_memory", "describe_machine", "peak_memory", "reset_peak_memory", "resident_memory", "timed"]
+__all__ = [
+    "available_memory",
+    "describe_machine",
+    "free_memory",
+    "peak_memory",
+    "reset_peak_memory",
+    "resident_memory",
+    "timed",
+]
 
 Outcome = TypeVar("Outcome")
 
@@ -82,6 +90,16 @@ def resident_memory() -> int:
 def available_memory() -> int | None:
     """Return the bytes of main memory that programs could take without swapping; None where the system doesn't say."""
     return _noted(_MEMORY, "MemAvailable")
+
+
+def free_memory(device: torch.device | str = "cpu") -> int | None:
+    """Return the bytes that are free on ``device``, or in main memory; None where the system doesn't say."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return available_memory()
+    # What freed tensors have left to the allocator is no one else's.
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def timed(action: Callable[[], Outcome], device: torch.device | str = "cpu") -> tuple[Outcome, float]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
+from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -19,11 +20,62 @@ from lowrank_pl.resume_forward import ended
 from lowrank_pl.shards import Shards
 from lowrank_pl.targets import Targets, decoder_blocks, find_targets
 
-__all__ = ["CannotWalkError", "Skeleton", "one_by_one", "open_skeleton"]
+__all__ = ["Blocks", "CannotWalkError", "Skeleton", "WholeModel", "one_by_one", "open_skeleton"]
 
 
 class CannotWalkError(Exception):
     """A base has to be loaded whole; the message says why."""
+
+
+class Blocks(Protocol):
+    """A model through which passes can be made one decoder block at a time: a ``Skeleton``, or a ``WholeModel``.
+
+    Attributes:
+        model: The model.
+        device: Where it computes.
+        blocks: Names of the parameters of each decoder block.
+        embeddings: Those of the input embeddings.
+        head: Those of the output embeddings, which may be the same.
+        outer: Those outside the blocks, but for the embeddings and the head.
+    """
+
+    model: PreTrainedModel
+    device: torch.device
+    blocks: list[list[str]]
+    embeddings: list[str]
+    head: list[str]
+    outer: list[str]
+
+    def loaded(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Let the parameters ``names`` have their weights while the block runs."""
+
+    def streaming(self) -> AbstractContextManager[None]:
+        """Let forward passes find each decoder block's weights there when they come to it, and end before the head."""
+
+
+class WholeModel:
+    """A model that is whole in memory, as something through which passes can be made one block at a time.
+
+    What a device has no room for need not be the weights: sums of second moments take twelve times as much.
+
+    Args:
+        model: A causal language model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.device = model, model.device
+        self.blocks: list[list[str]] = [[] for _ in decoder_blocks(model)[1]]
+        self.embeddings: list[str] = []
+        self.head: list[str] = []
+        self.outer: list[str] = []
+
+    def loaded(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Do nothing: all weights are there."""
+        return nullcontext()
+
+    def streaming(self) -> AbstractContextManager[None]:
+        """Let forward passes end before the head."""
+        return ended(self.model, self.model.base_model)
 
 
 class Skeleton:

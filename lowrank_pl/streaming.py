@@ -10,6 +10,8 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from transformers import PreTrainedModel
 
+from lowrank_pl.machine import free_memory
+
 __all__ = ["TOGETHER", "lacks_room", "streamed", "too_large"]
 
 TOGETHER = 4
@@ -39,10 +41,10 @@ def lacks_room(weights: float, device: torch.device, *, ever: bool = False) -> b
     """
     if device.type != "cuda":
         return False
-    # What freed tensors have left to the allocator is no one else's.
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return too_large(weights, total if ever else free)
+    if ever:
+        return too_large(weights, torch.cuda.get_device_properties(device).total_memory)
+    free = free_memory(device)
+    return free is not None and too_large(weights, free)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,11 +26,12 @@ from lowrank_pl.gradients import (
 from lowrank_pl.hidden_states import Cache, HiddenStates
 from lowrank_pl.processes import is_first, share
 from lowrank_pl.resume_forward import copied, ended, forward_replaced, moved, resumed
-from lowrank_pl.skeleton import CannotWalkError, Skeleton, one_by_one
+from lowrank_pl.skeleton import Blocks, CannotWalkError, one_by_one
 from lowrank_pl.targets import Target, decoder_blocks
 
 __all__ = ["Walk", "WalkBack"]
 
+_log = logging.getLogger(__name__)
 _TRIAL = 32
 """Tokens of the pass that tells whether blocks can be run one by one."""
 _START = ""
@@ -59,7 +61,7 @@ class Walk:
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        skeleton: Blocks,
         windows: Tensor,
         *,
         batch_size: int = 1,
@@ -128,6 +130,10 @@ class Walk:
         if not kept:
             del self.states[block - 1]
         self.states[block] = after
+        if block == 0:
+            count = 1 if keep_from is None else len(self.skeleton.blocks) - max(keep_from, 0)
+            said = "hidden states of all windows: %.2f GB (%s), kept behind %d blocks at a time"
+            _log.info(said, after.bytes / 1e9, self.cache, count)
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Yield for each batch the number of its first window among those of this process, and how many it has."""

@@ -6,10 +6,12 @@ import logging
 
 import pytest
 import torch
+from untouched import assert_untouched, state
 
 from lowrank_pl import collected, gradients
 from lowrank_pl.block_groups import block_groups, memory_size
 from lowrank_pl.prepare import statistics_of
+from lowrank_pl.skeleton import CannotWalkError
 from lowrank_pl.targets import Target, decoder_blocks, find_targets
 from lowrank_pl.tiny_models import tiny_model
 
@@ -67,34 +69,106 @@ def assert_equal_stores(one, other, targets):
                 assert torch.equal(store.read(name, key), other[need].read(name, key)), (need, name, key)
 
 
+def unable(*_, **__):
+    raise CannotWalkError("its blocks share more than the hidden state")
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_neox"])
-@pytest.mark.parametrize("again", [False, True])
-def test_groups_and_recomputed_blocks_give_the_same_numbers(measure, family, again, caplog):
+@pytest.mark.parametrize("way", ["blocks", "groups", "groups that recompute"])
+def test_blocks_and_groups_of_them_give_the_same_numbers(measure, family, way, caplog, monkeypatch):
     model = tiny_model(family, layers=3)
     whole = measure(model, "whole")
+    before = state(model)
+    if way != "blocks":
+        monkeypatch.setattr(collected, "Walk", unable)
     with caplog.at_level(logging.INFO, logger="lowrank_pl.collected"):
-        parts = measure(model, "parts", memory=1, gradient_checkpointing=again)
-    assert "output gradients: blocks 2 to 2, group 3 of 3" in caplog.messages
+        parts = measure(model, "parts", memory=1, gradient_checkpointing=way == "groups that recompute")
+    assert "output gradients are measured block by block, in 1e-09 GB at a time" in caplog.messages
+    grouped = "output gradients take 3 passes through the whole model: its blocks share more than the hidden state"
+    for said in ("output gradients: blocks 2 to 2, group 3 of 3", grouped):
+        assert (said in caplog.messages) == (way != "blocks")
     assert_equal_stores(whole, parts, find_targets(model).modules)
     assert not model.training
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert_untouched(model, before)
 
 
-def test_a_killed_collection_loses_one_group(measure, llama, monkeypatch):
+def test_what_memory_has_no_room_for_is_measured_block_by_block(measure, llama, monkeypatch):
+    asked, walked, real = [], [], collected.Walk
+    monkeypatch.setattr(collected, "free_memory", lambda device: asked.append(device) or 40_000)
+    monkeypatch.setattr(collected, "Walk", lambda *a, **k: walked.append(k["keep_from"]) or real(*a, **k))
+    whole = measure(llama, "parts")
+    # Of both blocks: sums of inputs, of gradients by outputs and by weights, three quarters of 40 kB being too little.
+    assert walked == [None, -1, -1]
+    assert asked == 3 * [llama.device]
+    monkeypatch.setattr(collected, "free_memory", lambda device: 10**9)
+    parts = measure(llama, "whole")
+    assert len(walked) == 3
+    assert_equal_stores(whole, parts, find_targets(llama).modules)
+    # The way there is shared out among what was measured on the way back.
+    names = [target.name for target in find_targets(llama).modules]
+    assert all(float(whole["output_gradients"].notes(name)["seconds"]) > 0 for name in names)
+
+
+def test_hidden_states_wait_on_disk_where_they_would_fill_main_memory(measure, llama, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(collected, "available_memory", lambda: 1000)
+    with caplog.at_level(logging.INFO, logger="lowrank_pl.walk_passes"):
+        measure(llama, "parts", memory=1)
+    said = [message for message in caplog.messages if message.startswith("hidden states of all windows")]
+    assert [message.split(" (")[1] for message in said] == [
+        "disk), kept behind 1 blocks at a time",
+        "disk), kept behind 2 blocks at a time",
+        "disk), kept behind 2 blocks at a time",
+    ]
+    assert not list((tmp_path / "home").rglob("*"))
+
+
+def test_a_walk_that_fails_half_way_leaves_the_rest_to_groups(measure, llama, monkeypatch):
+    asked, real, at = [], collected.collect_input_moments, collected.Walk.at
+
+    def stop(self, block):
+        if block == 1:
+            raise CannotWalkError("its blocks share more than the hidden state")
+        return at(self, block)
+
+    def collect(model, targets, windows, **settings):
+        asked.append({target.block for target in targets})
+        return real(model, targets, windows, **settings)
+
+    monkeypatch.setattr(collected.Walk, "at", stop)
+    monkeypatch.setattr(collected, "collect_input_moments", collect)
+    parts = measure(llama, "parts", memory=1)
+    assert asked == [{0}, {1}]
+    assert_equal_stores(measure(llama, "whole"), parts, find_targets(llama).modules)
+
+
+@pytest.mark.parametrize("walks", [False, True])
+def test_a_killed_collection_loses_one_group(measure, llama, monkeypatch, walks):
     real, asked = collected.measure_gradients, []
+    back = collected.WalkBack.measure
 
-    def collect(model, windows, outputs, weights, **settings):
+    def note(outputs, weights):
         asked.append({target.block for target in (*outputs, *weights)})
         if len(asked) == 2:
             raise KeyboardInterrupt
+
+    def collect(model, windows, outputs, weights, **settings):
+        note(outputs, weights)
         real(model, windows, outputs, weights, **settings)
 
+    def measured(self, outputs, weights, labels):
+        note(outputs, weights)
+        back(self, outputs, weights, labels)
+
     monkeypatch.setattr(collected, "measure_gradients", collect)
+    monkeypatch.setattr(collected.WalkBack, "measure", measured)
+    if not walks:
+        monkeypatch.setattr(collected, "Walk", unable)
     with pytest.raises(KeyboardInterrupt):
         measure(llama, "s", memory=1)
     measure(llama, "s", memory=1)
-    assert asked == [{0}, {1}, {1}, {0}, {1}]  # moments; after the kill only block 1; weight gradients
+    # Moments; after the kill the block that is left alone, in a pass through the whole model; weight gradients.
+    assert asked == ([{1}, {0}, {0}, {1}, {0}] if walks else [{0}, {1}, {1}, {0}, {1}])
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,13 +52,12 @@ def test_there_is_room_for_two_of_a_model_or_none(monkeypatch):
     assert not too_large(40e9, 80e9)
     assert too_large(41e9, 80e9)
     assert not lacks_room(1e15, CPU)
-    emptied = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=30))
     gpu = torch.device("cuda", 0)
     assert [lacks_room(size, gpu) for size in (5, 6)] == [False, True]
     assert [lacks_room(size, gpu, ever=True) for size in (15, 16)] == [False, True]
-    assert emptied
 
 
 @pytest.mark.parametrize("merge", [False, True])
