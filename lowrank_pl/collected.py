@@ -35,12 +35,12 @@ from lowrank_pl.token_weights import TokenNorms, WeightedMoments
 from lowrank_pl.walk_passes import Walk, WalkBack
 from lowrank_pl.windows import windows_fingerprint
 
-__all__ = ["Statistic", "Statistics", "statistics_behind"]
+__all__ = ["SHARE", "Statistic", "Statistics", "statistics_behind"]
 
 Statistic = Literal["inputs", "output_gradients", "weighted_moments", "weight_gradients"]
 
 _log = logging.getLogger(__name__)
-_SHARE = 0.75
+SHARE = 0.75
 """Of the memory that is free, what sums may take; activations need the rest."""
 _SOURCE = ("model", "config", "tokenizer", "text")
 Measured = TypeVar("Measured")
@@ -335,7 +335,7 @@ class Statistics:
             return self.memory
         # Asking a GPU gives back what its allocator could use again: only where it may matter.
         free = from_first(lambda: free_memory(self.model.device))
-        return max(needed, 1) if free is None else _SHARE * free
+        return max(needed, 1) if free is None else SHARE * free
 
     def _block_by_block(
         self, todo: Sequence[Target], gather: Callable[[Sequence[Target]], None], labels: Labels | None

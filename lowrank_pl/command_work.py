@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lowrank_pl.allocate import allocator
+from lowrank_pl.machine import total_memory
 from lowrank_pl.probe import MEMORY
 from lowrank_pl.recipes import Recipe
 from lowrank_pl.shared_base import can_be_shared
@@ -48,7 +49,7 @@ def machine_of(
         count = len([one for one in devices.strip("[] ").split(",") if one.strip()])
     else:
         count = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else int(devices)
-    memory = None
+    memory: float | None = total_memory()
     if on_gpu:
         memory = torch.cuda.get_device_properties(0).total_memory if speeds is True else MEMORY[str(speeds)]
     return Machine("cuda" if on_gpu else "cpu", count * nodes, sharded, memory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from lowrank_pl.factor_needs import (
 )
 from lowrank_pl.files import cache_root, write_json
 from lowrank_pl.learning_needs import export_phase, learning_phase, refit_phase, scoring_phase, waits
-from lowrank_pl.machine import resident_memory
+from lowrank_pl.machine import resident_memory, total_memory
 from lowrank_pl.needs import Estimate, Phase, gigabytes, held_on_to
 from lowrank_pl.probe import ASSUMED, existing_folder, probe
 from lowrank_pl.shared_base import can_be_shared
@@ -193,16 +192,15 @@ def dry_run_decompose(
 
 def _shortages(found: Estimate, machine: Machine, speeds: DryRun) -> Iterator[str]:
     """Yield in sentences what there is too little of: on this machine, or on the GPU whose speeds are assumed."""
-    if machine.memory is not None:
+    if machine.memory is not None and not machine.unified:
         size = machine.memory
         large = [phase.name for phase in found.phases if found.device_bytes(phase) > size]
         if large:
             yield f"TOO LITTLE GPU MEMORY: {gigabytes(size)}, and more is needed for {', '.join(large)}"
     if speeds is not True:
         return
-    total = found.totals()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
-    if total["memory"] > memory:
+    total, memory = found.totals(), total_memory()
+    if memory is not None and total["memory"] > memory:
         yield f"TOO LITTLE RAM: {gigabytes(memory)}, and {gigabytes(total['memory'])} are needed"
     free = shutil.disk_usage(existing_folder(cache_root())).free
     if total["disk"] > free:

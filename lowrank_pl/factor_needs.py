@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from lowrank_pl.anatomy import Anatomy
-from lowrank_pl.block_groups import packed
+from lowrank_pl.collected import SHARE
 from lowrank_pl.narrow_base import STEPS
 from lowrank_pl.needs import Phase, WorkKind
 from lowrank_pl.workload import Machine, Workload
@@ -148,31 +148,25 @@ def _input_moments(model: Anatomy, work: Workload, machine: Machine, program: fl
     widths = model.input_widths
     blocks = {target.group: target.block for target in model.modules}
     sums = {group: 8.0 * width**2 for group, width in widths.items()}
-    # Blocks that are loaded one by one have their sums one by one too, and each is run over all windows once.
-    most, passes = _at_a_time(sums, blocks, 0 if work.streamed else work.memory)
-    passes = 1 if work.streamed else passes
+    by_block = _block_by_block(sums, model, work, machine)
     widest = max(widths.values())
     device = {
         **_weights(model, work),
-        "second moments of inputs": most,
+        "second moments of inputs": _of_a_block(sums, blocks) if by_block else sum(sums.values()),
         # The product of a batch, and the look whether it is finite.
         "products of a batch": 3 * 4.0 * widest**2,
         "activations": 4 * work.length * widest * model.itemsize,
         "logits": work.length * model.vocabulary * model.itemsize,
     }
     squares = sum(width**2 for width in widths.values())
-    tokens = work.windows * work.length
-    # Passes for a group of blocks end behind it: on average half of the model.
-    runs = _again(work) * (1 if passes == 1 else (passes + 1) / 2)
-    done: dict[WorkKind, float] = {"forward": runs * tokens * model.multiply_adds, "float32": tokens * squares}
-    done["float32"] *= _again(work)
+    tokens = work.windows * work.length * _again(work)
+    done: dict[WorkKind, float] = {"forward": tokens * model.multiply_adds, "float32": float(tokens * squares)}
     disk = {"moments of inputs": _again(work) * sum(4.0 * width * (width + 1) for width in widths.values())}
     host = {"Python and libraries": program, "a file being written": _SAVING * 4.0 * widest**2}
-    if work.streamed:
-        host["hidden states"] = tokens * model.hidden * model.itemsize / machine.processes
-    return _placed("moments of inputs", device, host, machine, work, disk, tokens * _again(work) * passes, done,
-        read=_READS * model.bytes if work.streamed else 0.0,
-    )  # fmt: skip
+    if by_block:
+        host["hidden states"] = work.windows * work.length * model.hidden * model.itemsize / machine.processes
+    read = _READS * model.bytes if work.streamed else 0.0
+    return _placed("moments of inputs", device, host, machine, work, disk, tokens, done, read=read)
 
 
 def _gradients(
@@ -200,83 +194,69 @@ def _gradients(
         product: Numbers of the largest product of a batch.
         on_disk: How much of the bytes of the sums goes to disk; float64 is stored as float32.
     """
-    if work.streamed:
-        return _gradients_back(
-            name, model, work, machine, program, sums=sums, gram=gram, product=product, on_disk=on_disk
-        )
-    blocks = {target.name: target.block for target in model.modules}
-    most, passes = _at_a_time(sums, blocks, work.memory)
+    tokens = work.windows * work.length * _again(work)
+    total = sum(sums.values())
+    host = {"Python and libraries": program, "a file being written": _SAVING * on_disk * max(sums.values())}
+    device = {**_weights(model, work), f"sums of {name}": total, "products of a batch": 2 * 4.0 * product}
+    disk = {name: _again(work) * on_disk * total}
+    passes, read = (3 if work.recomputed else 2), 0.0
+    if _block_by_block(sums, model, work, machine):
+        device[f"sums of {name}"] = _of_a_block(sums, {target.name: target.block for target in model.modules})
+        device |= _alone(model, work, device[f"sums of {name}"])
+        state = work.windows * work.length * model.hidden * model.itemsize / machine.processes
+        host |= {"hidden states before every block": len(model.blocks) * state, "gradients by a hidden state": state}
+        # Where inputs are measured block by block as well, factors that are made of files have the way forward there.
+        forward = not (work.streamed and any("inputs" in settings.needs for settings in work.decompositions))
+        passes, read = 2 + forward, (_READS * forward + 1) * model.bytes * work.streamed
+        tokens *= 1 + forward
+        done: dict[WorkKind, float] = {"forward": passes * tokens / (1 + forward) * model.multiply_adds}
+    else:
+        device |= _at_once(model, work)
+        done = {"forward": passes * tokens * model.multiply_adds}
+    done["float32"] = work.windows * work.length * _again(work) * gram
+    return _placed(name, device, host, machine, work, disk, tokens, done, read=read)
+
+
+def _at_once(model: Anatomy, work: Workload) -> dict[str, float]:
+    """Return what a pass backward through the whole model keeps of a window."""
     per_token = model.kept_with_outputs
     found = sum(target.shape[0] for target in model.modules) * float(model.itemsize)
     if work.recomputed:
         # What stays is each block's input and what is watched; one block at a time has all of it.
         per_token = len(model.blocks) * model.hidden * model.itemsize + model.kept_with_outputs / len(model.blocks)
-        per_token += model.watched / passes
+        per_token += model.watched
     # At the end of the forward pass all activations are there, and the logits four times in float32: themselves, their
     # logarithms, and the gradients by both. At the end of the backward pass there are the gradients by all outputs.
     forward = work.length * (per_token + 16 * model.vocabulary)
-    backward = work.length * (model.watched / passes + found / passes + 4 * model.vocabulary)
-    device = {
-        **_weights(model, work),
-        f"sums of {name}": most,
-        "products of a batch": 2 * 4.0 * product,
-    }
+    backward = work.length * (model.watched + found + 4 * model.vocabulary)
     if forward >= backward:
-        device |= {"activations": work.length * per_token, "logits": 16.0 * work.length * model.vocabulary}
-    else:
-        device |= {"activations": work.length * model.watched / passes, "gradients by outputs": work.length * found}
-        device["logits"] = 4.0 * work.length * model.vocabulary
-    tokens = work.windows * work.length
-    times = 3 if work.recomputed else 2
-    done: dict[WorkKind, float] = {
-        "forward": _again(work) * passes * times * tokens * model.multiply_adds,
-        "float32": _again(work) * tokens * gram,
+        return {"activations": work.length * per_token, "logits": 16.0 * work.length * model.vocabulary}
+    return {
+        "activations": work.length * model.watched,
+        "gradients by outputs": work.length * found,
+        "logits": 4.0 * work.length * model.vocabulary,
     }
-    disk = {name: _again(work) * on_disk * sum(sums.values())}
-    host = {"Python and libraries": program, "a file being written": _SAVING * on_disk * max(sums.values())}
-    return _placed(name, device, host, machine, work, disk, tokens * _again(work) * passes, done)
 
 
-def _gradients_back(
-    name: str,
-    model: Anatomy,
-    work: Workload,
-    machine: Machine,
-    program: float,
-    *,
-    sums: Mapping[str, float],
-    gram: float,
-    product: int,
-    on_disk: float,
-) -> Phase:
-    """Return what ``_gradients`` does where one block is in memory at a time, forward and on the way back."""
-    most, _ = _at_a_time(sums, {target.name: target.block for target in model.modules}, 0)
-    tokens = work.windows * work.length
-    # Where inputs are measured as well, their phase has the way forward.
-    forward = not any("inputs" in settings.needs for settings in work.decompositions)
-    state = tokens * model.hidden * model.itemsize / machine.processes
-    inside = {
-        f"sums of {name}": most,
-        "products of a batch": 2 * 4.0 * product,
-        "activations": work.length * model.kept_with_outputs / len(model.blocks),
-    }
-    # The head has its turn alone, before any block.
-    head = {"logits": 16.0 * work.length * model.vocabulary}
-    done: dict[WorkKind, float] = {
-        "forward": (2 + forward) * tokens * model.multiply_adds, "float32": tokens * gram,
-    }  # fmt: skip
-    host = {
-        "Python and libraries": program,
-        "hidden states before every block": len(model.blocks) * state,
-        "gradients by a hidden state": state,
-        "a file being written": _SAVING * on_disk * max(sums.values()),
-    }
-    most_held = inside if sum(inside.values()) > sum(head.values()) else head
-    device = {**_weights(model, work), **most_held}
-    disk = {name: on_disk * sum(sums.values())}
-    return _placed(name, device, host, machine, work, disk, (1 + forward) * tokens, done,
-        read=(_READS * forward + 1) * model.bytes,
-    )  # fmt: skip
+def _alone(model: Anatomy, work: Workload, sums: float) -> dict[str, float]:
+    """Return what passes backward through one block or the head alone keep of a window, beside a block's ``sums``."""
+    activations = work.length * model.kept_with_outputs / len(model.blocks)
+    # The head has its turn before any block has sums: what its logits take beyond these is all that counts.
+    more = 16.0 * work.length * model.vocabulary - sums - activations
+    return {"activations": activations, **({"logits, beyond that": more} if more > 0 else {})}
+
+
+def _block_by_block(sums: Mapping[str, float], model: Anatomy, work: Workload, machine: Machine) -> bool:
+    """Return whether passes are made through one block at a time: what these ``sums`` need decides (``Statistics``)."""
+    total = sum(sums.values())
+    if work.streamed or work.memory is not None:
+        return work.streamed or total > (work.memory or 0)
+    return machine.memory is not None and not machine.sharded and total > SHARE * (machine.memory - model.bytes)
+
+
+def _of_a_block(sums: Mapping[str, float], blocks: Mapping[str, int]) -> float:
+    """Return the bytes of the sums of the block that has most."""
+    return max(sum(sums[name] for name in names) for _, names in groupby(sums, key=lambda name: blocks[name]))
 
 
 def decomposition_phase(model: Anatomy, work: Workload, machine: Machine, program: float) -> Phase:
@@ -335,13 +315,6 @@ def _weights(model: Anatomy, work: Workload) -> dict[str, float]:
 def _again(work: Workload) -> int:
     """Return how often everything is measured: twice where the compressed model is measured as well."""
     return 1 + any(settings.at_keep is not None for settings in work.decompositions)
-
-
-def _at_a_time(sums: Mapping[str, float], blocks: Mapping[str, int], memory: int | None) -> tuple[float, int]:
-    """Return the bytes of the sums that are there at the same time, and in how many groups of blocks all come."""
-    by_block = [sum(sums[name] for name in names) for _, names in groupby(sums, key=lambda name: blocks[name])]
-    groups = packed(by_block, memory)
-    return max(sum(by_block[place] for place in group) for group in groups), len(groups)
 
 
 def _placed(

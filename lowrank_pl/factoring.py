@@ -70,7 +70,7 @@ def decompose(
         cache: Where the hidden states of all windows wait between blocks, for gradients those before each of them: ram,
             or disk for memory-mapped files.
         memory: What statistics that are collected at a time may take, such as 8GB, but at least those of a block; by
-            default all at once where the model is loaded whole.
+            default most of what is free. Of a model that is loaded whole, what takes more is collected block by block.
         gradient_checkpointing: Of a model that is loaded whole, compute activations again in backward passes.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         trust_remote_code: Run Python code that comes with the base.

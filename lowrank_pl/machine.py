@@ -21,6 +21,7 @@ __all__ = [
     "reset_peak_memory",
     "resident_memory",
     "timed",
+    "total_memory",
 ]
 
 Outcome = TypeVar("Outcome")
@@ -90,6 +91,11 @@ def resident_memory() -> int:
 def available_memory() -> int | None:
     """Return the bytes of main memory that programs could take without swapping; None where the system doesn't say."""
     return _noted(_MEMORY, "MemAvailable")
+
+
+def total_memory() -> int | None:
+    """Return the bytes of main memory that there are; None where the system doesn't say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
 def free_memory(device: torch.device | str = "cpu") -> int | None:

@@ -195,8 +195,8 @@ def build_factors(
         settings: How to decompose.
         directory: Folder of the store; by default one named by the fingerprint in the cache.
         batch_size: Windows per forward.
-        memory: Bytes that the statistics of a group of blocks may take while they are collected; by default all blocks
-            are one group. Groups take passes of their own, and a killed run goes on at the group it was in.
+        memory: Bytes that sums of statistics may take at a time; by default most of what is free. What takes more is
+            collected block by block (``lowrank_pl.collected.Statistics``); a killed run goes on at the block it was in.
         gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
 
     Raises:

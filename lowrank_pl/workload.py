@@ -25,7 +25,7 @@ class Machine:
         device: ``cpu`` or ``cuda``.
         processes: One a device.
         sharded: Whether the frozen weights are spread over the processes (FSDP2), instead of each holding all.
-        memory: Bytes of the memory of a device, where it has one of its own and that is known.
+        memory: Bytes of the memory of a device, main memory where that is a CPU, if they are known.
 
     Raises:
         ValueError: No process.
@@ -118,8 +118,8 @@ class Workload:
         exports: Whether the learned model is exported, and scored in a fresh process.
         waiting: Whether models wait in main memory while they are scored and exported, and come to the device a layer
             at a time; None where the machine lacks room for them.
-        memory: Bytes that the sums of statistics may take at a time: as many consecutive blocks as fit, at least one,
-            get passes of their own. None is no limit.
+        memory: Bytes that the sums of statistics may take at a time; what takes more is measured block by block. By
+            default most of what is free.
         recomputed: Whether the passes for gradients compute the activations of blocks again.
         streamed: Whether the device holds one decoder block's weights at a time while factors are made.
         shared: Whether each process reads its own share of a base that is to be sharded, and no more of it.

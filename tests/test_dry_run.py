@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from lowrank_pl.command_work import compare_workload, machine_of
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.dry_run import dry_run_decompose, estimate
 from lowrank_pl.layers import insert_masks, masked_layers
+from lowrank_pl.machine import total_memory
 from lowrank_pl.masks import PerValue, Rescaled, Staircase
 from lowrank_pl.needs import Phase, held_on_to
 from lowrank_pl.probe import ASSUMED, probe
@@ -292,8 +294,27 @@ def test_too_little_memory_is_said(capsys):
     settings = Decomposition("two_sided")
     dry_run_decompose("shapes:llama-3.2-1b", decomposition=settings, windows=2, length=64, speeds="h100")
     assert "TOO LITTLE" not in capsys.readouterr().out
-    dry_run_decompose("layers:llama-3-70b:5", decomposition=settings, windows=2, length=64, speeds="h100")
-    assert "TOO LITTLE GPU MEMORY: 80.00 GB, and more is needed for weighted moments" in capsys.readouterr().out
+    dry_run_decompose("shapes:llama-3.1-405b", decomposition=settings, windows=2, length=64, speeds="h100")
+    assert "TOO LITTLE GPU MEMORY: 80.00 GB, and more is needed for weighted moments, d" in capsys.readouterr().out
+
+
+def test_what_memory_has_no_room_for_is_measured_block_by_block(llama):
+    work = Workload(windows=16, length=64, decompositions=(Decomposition("two_sided"),))
+
+    def needs(**changes):
+        machine = Machine("cuda", memory=changes.pop("memory_of", None))
+        return phase_of(estimate(llama, replace(work, **changes), machine), "weighted moments")
+
+    whole = needs()
+    sums = whole.device["sums of weighted moments"]
+    assert needs(memory_of=llama.bytes + 2 * sums) == needs(memory=int(sums)) == whole
+    for little in (needs(memory_of=llama.bytes + sums), needs(memory=int(sums) - 1)):
+        assert little.device["sums of weighted moments"] == sums / 2
+        assert little.device["dense weights"] == llama.bytes
+        assert little.host["hidden states before every block"] == 2 * 16 * 64 * llama.hidden * llama.itemsize
+        assert (little.tokens, little.work["forward"], little.read) == (
+            2 * whole.tokens, 1.5 * whole.work["forward"], 0
+        )  # fmt: skip
 
 
 def test_what_is_not_known_is_said(llama):
@@ -311,8 +332,8 @@ def test_what_is_not_known_is_said(llama):
 
 def test_devices_as_lightning_takes_them():
     assert machine_of("auto", "8", 8, speeds="h100", sharded=True) == Machine("cuda", 64, sharded=True, memory=80e9)
-    assert machine_of("cpu", [0, 1]) == Machine("cpu", 2)
-    assert machine_of("cpu", "auto") == Machine("cpu")
+    assert machine_of("cpu", [0, 1]) == Machine("cpu", 2, memory=total_memory())
+    assert machine_of("cpu", "auto") == Machine("cpu", memory=total_memory())
     assert ASSUMED["h100"].multiply_adds["forward"] == 1e14
 
 
