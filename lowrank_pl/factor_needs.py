@@ -199,22 +199,20 @@ def _gradients(
     host = {"Python and libraries": program, "a file being written": _SAVING * on_disk * max(sums.values())}
     device = {**_weights(model, work), f"sums of {name}": total, "products of a batch": 2 * 4.0 * product}
     disk = {name: _again(work) * on_disk * total}
-    passes, read = (3 if work.recomputed else 2), 0.0
+    forward, passes, read = 1, 3 if work.recomputed else 2, 0.0
     if _block_by_block(sums, model, work, machine):
         device[f"sums of {name}"] = _of_a_block(sums, {target.name: target.block for target in model.modules})
         device |= _alone(model, work, device[f"sums of {name}"])
         state = work.windows * work.length * model.hidden * model.itemsize / machine.processes
         host |= {"hidden states before every block": len(model.blocks) * state, "gradients by a hidden state": state}
-        # Where inputs are measured block by block as well, factors that are made of files have the way forward there.
-        forward = not (work.streamed and any("inputs" in settings.needs for settings in work.decompositions))
-        passes, read = 2 + forward, (_READS * forward + 1) * model.bytes * work.streamed
-        tokens *= 1 + forward
-        done: dict[WorkKind, float] = {"forward": passes * tokens / (1 + forward) * model.multiply_adds}
+        # The way there and, block by block, once more. Where inputs are measured too, factors that are made of a base's
+        # files have the former there.
+        there = not (work.streamed and any("inputs" in settings.needs for settings in work.decompositions))
+        forward, passes, read = 1 + there, 2 + there, (_READS * there + 1) * model.bytes * work.streamed
     else:
         device |= _at_once(model, work)
-        done = {"forward": passes * tokens * model.multiply_adds}
-    done["float32"] = work.windows * work.length * _again(work) * gram
-    return _placed(name, device, host, machine, work, disk, tokens, done, read=read)
+    done: dict[WorkKind, float] = {"forward": passes * tokens * model.multiply_adds, "float32": tokens * gram}
+    return _placed(name, device, host, machine, work, disk, forward * tokens, done, read=read)
 
 
 def _at_once(model: Anatomy, work: Workload) -> dict[str, float]:

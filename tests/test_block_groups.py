@@ -16,6 +16,8 @@ from lowrank_pl.targets import Target, decoder_blocks, find_targets
 from lowrank_pl.tiny_models import tiny_model
 
 NEEDS = ("inputs", "output_gradients", "weight_gradients")
+KEYS = {"gradient_norms": ("norms",), "weighted_moments": ("inputs", "outputs")}
+KEYS |= {"weight_gradients": ("mean", "mean_squares")}
 
 
 def maps(*blocks):
@@ -51,10 +53,13 @@ def test_no_amount_of_memory(text):
 def measure(windows, tokenizer, tmp_path):
     """Collect all statistics of a model in a new folder."""
 
-    def run(model, folder, **settings):
+    def run(model, folder, needs=NEEDS, **settings):
         targets = find_targets(model).modules
-        statistics = statistics_of(model, windows[:3], tokenizer, directory=tmp_path / folder, **settings)
-        return statistics.stores(NEEDS, targets, "sampled")
+        statistics = statistics_of(model, windows[:3], tokenizer, directory=tmp_path / folder, batch_size=2, **settings)
+        found = statistics.stores(needs, targets, "sampled")
+        if needs != NEEDS:
+            found["gradient_norms"] = statistics.gradient_norms(targets, "sampled")
+        return found
 
     return run
 
@@ -63,9 +68,8 @@ def assert_equal_stores(one, other, targets):
     for target in targets:
         for need, store in one.items():
             name = target.group if need == "inputs" else target.name
-            keys = ("mean", "mean_squares") if need == "weight_gradients" else ("second_moment",)
             assert store.fingerprint == other[need].fingerprint
-            for key in keys:
+            for key in KEYS.get(need, ("second_moment",)):
                 assert torch.equal(store.read(name, key), other[need].read(name, key)), (need, name, key)
 
 
@@ -90,6 +94,13 @@ def test_blocks_and_groups_of_them_give_the_same_numbers(measure, family, way, c
     assert_equal_stores(whole, parts, find_targets(model).modules)
     assert not model.training
     assert_untouched(model, before)
+
+
+def test_weighted_moments_and_norms_are_the_same_too(measure, llama):
+    needs = ("weighted_moments",)
+    whole, parts = measure(llama, "whole", needs), measure(llama, "parts", needs, memory=1)
+    assert [*whole] == ["weighted_moments", "gradient_norms"]
+    assert_equal_stores(whole, parts, find_targets(llama).modules)
 
 
 def test_what_memory_has_no_room_for_is_measured_block_by_block(measure, llama, monkeypatch):
