@@ -9,30 +9,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from learning import fit, logits_of, make_learner
+from learning import fit, logits_of, make_data, make_learner
 from transformers import AutoModelForCausalLM
 
-from lowrank_pl import speed
+from lowrank_pl import FinishRun, speed
 from lowrank_pl.base_model import load_base
 from lowrank_pl.bench import bench
 from lowrank_pl.compress import compress, compressed
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.evaluate import perplexity
+from lowrank_pl.evaluating import input_device
 from lowrank_pl.export import load_compressed, save_compressed
 from lowrank_pl.gated import gated_product
 from lowrank_pl.masks import ARS, Fermi, PerValue, Rescaled, Staircase, Tanh
 from lowrank_pl.objectives import DataTerms
-from lowrank_pl.prepare import budget_for, build_factors, predicted_scores
+from lowrank_pl.prepare import budget_for, build_factors, predicted_scores, statistics_of
 from lowrank_pl.refit import Refit, refit
+from lowrank_pl.skeleton import open_skeleton
 from lowrank_pl.speed import Variant, random_tokens, uniform_modules
+from lowrank_pl.streaming import streamed
 from lowrank_pl.svd import DRIVERS, thin_svd
 from lowrank_pl.targets import find_targets, replaced
 from lowrank_pl.tiny_models import byte_tokenizer
+from lowrank_pl.walk import walk_factors
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
 ]
+SIDES = ("inputs", "outputs")
 SMOKE = str(Path(__file__).parents[1] / "configs" / "smoke.yaml")
 METHODS = {
     "staircase": (Staircase, {}),
@@ -97,6 +102,58 @@ def test_a_refit_is_that_of_the_cpu(windows, tmp_path, monkeypatch):
         with compressed(model, plan, store):
             scores.append(perplexity(model, windows).nats)
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def moments(store, targets):
+    return {(target.name, key): store.read(target.name, key) for target in targets.modules for key in SIDES}
+
+
+@pytest.mark.parametrize("way", ["loaded", "walked"])
+def test_moments_block_by_block_are_those_of_one_pass(way, windows, tmp_path):
+    load_base("random:llama").save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    base, tokenizer = str(tmp_path / "base"), byte_tokenizer()
+    model = load_base(base).cuda()
+    targets = find_targets(model)
+    whole = statistics_of(model, windows, tokenizer, directory=tmp_path / "whole")
+    expected = moments(whole.weighted_moments(targets.modules, "sampled"), targets)
+    if way == "loaded":
+        parts = statistics_of(model, windows, tokenizer, directory=tmp_path / "parts", memory=1)
+    else:
+        skeleton = open_skeleton(base, device="cuda")
+        how = {"settings": Decomposition("two_sided"), "directory": tmp_path / "parts"}
+        walk_factors(skeleton, targets, windows, tokenizer, **how)
+        parts = statistics_of(model, windows, tokenizer, directory=tmp_path / "parts")
+    for key, value in moments(parts.weighted_moments(targets.modules, "sampled"), targets).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6 * expected[key].abs().max().item())
+
+
+def test_a_model_in_main_memory_computes_on_the_gpu_a_layer_at_a_time(windows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _, store, plan = made_on("cpu", windows)
+    gpu = torch.device("cuda", 0)
+    with compressed(model, plan, store, device=gpu):
+        expected = perplexity(model, windows).nats
+        with streamed(model, gpu):
+            assert input_device(model) == gpu
+            assert perplexity(model, windows, batch_size=2).nats == pytest.approx(expected, abs=1e-4)
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+        assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+
+
+def test_a_run_ends_with_models_in_main_memory(tmp_path):
+    finish = FinishRun(streamed=True, baselines=["uniform"])
+    fit(make_learner(), max_steps=2, accelerator="gpu", default_root_dir=tmp_path, callbacks=[finish])
+    assert finish.finished.report.verified
+    rows = {row.name: row for row in finish.finished.rows}
+    assert perplexity(load_compressed(tmp_path / "model"), validated()).perplexity == pytest.approx(
+        rows["learned"].perplexity, rel=1e-3
+    )
+
+
+def validated():
+    data = make_data()
+    data.setup("fit")
+    return data.validation_windows
 
 
 @pytest.mark.parametrize("lit", [0, 5, 12, torch.tensor([0, 3, 7])])
