@@ -25,8 +25,7 @@ from lowrank_pl.gradients import (
     by_name,
     measure_gradients,
 )
-from lowrank_pl.hidden_states import Cache
-from lowrank_pl.machine import available_memory, free_memory
+from lowrank_pl.machine import free_memory
 from lowrank_pl.processes import from_first, is_first, share
 from lowrank_pl.skeleton import CannotWalkError, WholeModel
 from lowrank_pl.statistics import InputMoments, collect_input_moments
@@ -353,13 +352,9 @@ class Statistics:
         of_block = {block: list(those) for block, those in groupby(todo, key=lambda target: target.block)}
         whole = WholeModel(self.model)
         lowest, last = (min(of_block), len(whole.blocks) - 1) if labels else (None, max(of_block))
-        # Hidden states at a time: one, or those that blocks are fed on the way back, the last one's, and a gradient.
-        kept = 1 if lowest is None else last - lowest + 3
         began = time.perf_counter()
-        walk = Walk(
-            whole, self.windows, batch_size=self.batch_size, cache=self._cache(kept),
-            keep_from=None if lowest is None else lowest - 1,
-        )  # fmt: skip
+        keep_from = None if lowest is None else lowest - 1
+        walk = Walk(whole, self.windows, batch_size=self.batch_size, keep_from=keep_from)
         for block in range(last + 1):
             with walk.at(block):
                 if lowest is None and block in of_block:
@@ -375,13 +370,6 @@ class Statistics:
                         gather(of_block[block])
         finally:
             self.backward, self.seconds_before = None, 0.0
-
-    def _cache(self, states: int) -> Cache:
-        """Return where so many hidden states of all windows wait: on disk where main memory might not do."""
-        hidden = self.model.get_input_embeddings().weight
-        size = states * self.windows.numel() * hidden.shape[1] * hidden.itemsize
-        free = available_memory()
-        return "ram" if free is None or size < free / 2 else "disk"
 
 
 def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Tensor) -> Statistics:

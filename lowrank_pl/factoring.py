@@ -43,7 +43,7 @@ def decompose(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     store: Path | None = None,
-    cache: Cache = "ram",
+    cache: Cache | None = None,
     memory: str | None = None,
     gradient_checkpointing: bool = False,
     device: str = "auto",
@@ -68,7 +68,7 @@ def decompose(
         exclude: Globs of modules to leave alone.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
         cache: Where the hidden states of all windows wait between blocks, for gradients those before each of them: ram,
-            or disk for memory-mapped files.
+            or disk for memory-mapped files; by default ram, unless they would fill half of what is free.
         memory: What statistics that are collected at a time may take, such as 8GB, but at least those of a block; by
             default most of what is free. Of a model that is loaded whole, what takes more is collected block by block.
         gradient_checkpointing: Of a model that is loaded whole, compute activations again in backward passes.
@@ -126,7 +126,7 @@ def _walked(
     directory: Path | None,
     include: Sequence[str],
     exclude: Sequence[str],
-    cache: Cache,
+    cache: Cache | None,
     memory: int | None,
     dtype: torch.dtype,
     device: torch.device,

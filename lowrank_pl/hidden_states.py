@@ -11,12 +11,19 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.files import cache_root
+from lowrank_pl.machine import available_memory
 
-__all__ = ["Cache", "HiddenStates"]
+__all__ = ["Cache", "HiddenStates", "cache_for"]
 
 _log = logging.getLogger(__name__)
 Cache = Literal["ram", "disk"]
 """Where hidden states wait."""
+
+
+def cache_for(size: float) -> Cache:
+    """Return where hidden states of ``size`` bytes wait: in main memory, or on disk where that is short."""
+    free = available_memory()
+    return "ram" if free is None or size < free / 2 else "disk"
 
 
 class HiddenStates:

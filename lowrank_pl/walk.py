@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -36,7 +37,7 @@ def walk_factors(
     directory: str | Path | None = None,
     batch_size: int = 1,
     memory: int | None = None,
-    cache: Cache = "ram",
+    cache: Cache | None = None,
 ) -> FactorStore:
     """Return the store that ``build_factors`` gives of the same model loaded whole, holding one block at a time.
 
@@ -53,7 +54,8 @@ def walk_factors(
         directory: Folder of the store; by default one named by the fingerprint in the cache.
         batch_size: Windows per forward.
         memory: Bytes that the statistics of a block are meant to take; more is told, since there is nothing smaller.
-        cache: Where the hidden states of all windows wait between blocks; for gradients those before every block.
+        cache: Where the hidden states of all windows wait between blocks, for gradients those before every block; by
+            default in main memory, unless that is short.
 
     Raises:
         ValueError: As in ``build_factors``.
@@ -85,11 +87,12 @@ def walk_factors(
                 min((target.block for target in behind), default=blocks),
             )
         )
-        walk = None
+        walk, keep_from, began = None, None, time.perf_counter()
         if lowest < blocks:
             check_length(windows)
+            keep_from = lowest - 1
         if runs:
-            walk = Walk(skeleton, windows, batch_size=batch_size, cache=cache, keep_from=lowest - 1)
+            walk = Walk(skeleton, windows, batch_size=batch_size, cache=cache, keep_from=keep_from)
 
         def make(those: Sequence[Target]) -> None:
             roots = Roots(settings, statistics, those, skeleton.device)
@@ -112,6 +115,7 @@ def walk_factors(
                     statistics.inputs(those)
         if walk is not None and lowest < blocks:
             statistics.backward = back = WalkBack(walk, labels)
+            statistics.seconds_before = (time.perf_counter() - began) / max(1, len(behind))
             for block in reversed(range(lowest, blocks)):
                 _log.info("block %d of %d, backward", block + 1, blocks)
                 with back.at(block):

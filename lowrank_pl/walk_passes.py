@@ -23,7 +23,7 @@ from lowrank_pl.gradients import (
     merge_all,
     take_in,
 )
-from lowrank_pl.hidden_states import Cache, HiddenStates
+from lowrank_pl.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.processes import is_first, share
 from lowrank_pl.resume_forward import copied, ended, forward_replaced, moved, resumed
 from lowrank_pl.skeleton import Blocks, CannotWalkError, one_by_one
@@ -47,7 +47,7 @@ class Walk:
         skeleton: The model.
         windows: ``[windows, length]`` token ids.
         batch_size: Windows per pass.
-        cache: Where hidden states wait between blocks.
+        cache: Where hidden states wait between blocks; by default in main memory, unless that is short.
         keep_from: The first block whose output is kept when the next one has run, for passes back; none by default.
 
     Attributes:
@@ -65,14 +65,19 @@ class Walk:
         windows: Tensor,
         *,
         batch_size: int = 1,
-        cache: Cache = "ram",
+        cache: Cache | None = None,
         keep_from: int | None = None,
     ) -> None:
-        self.skeleton, self.cache, self._keep_from = skeleton, cache, keep_from
+        self.skeleton, self._keep_from = skeleton, keep_from
         # Those that `collect_input_moments` and `measure_gradients` run.
         self.batches = share(list(enumerate(torch.split(windows, batch_size))))
         self.windows = sum(len(batch) for _, batch in self.batches)
         self.states: dict[int, HiddenStates] = {}
+        # Hidden states at a time: one, or those that blocks are fed on the way back, the last one's, and a gradient.
+        self._kept = 1 if keep_from is None else len(skeleton.blocks) - keep_from + 1
+        hidden = skeleton.model.get_input_embeddings().weight
+        size = self._kept * self.windows * windows.shape[1] * hidden.shape[1] * hidden.itemsize
+        self.cache = cache or cache_for(size)
         self._trial = windows[:1, :_TRIAL]
         # What every block returns in one whole pass, to compare with.
         self._whole: list[Any] = []
@@ -131,9 +136,8 @@ class Walk:
             del self.states[block - 1]
         self.states[block] = after
         if block == 0:
-            count = 1 if keep_from is None else len(self.skeleton.blocks) - max(keep_from, 0)
-            said = "hidden states of all windows: %.2f GB (%s), kept behind %d blocks at a time"
-            _log.info(said, after.bytes / 1e9, self.cache, count)
+            size = self._kept * after.bytes / 1e9
+            _log.info("hidden states of all windows, %d at a time: %.2f GB (%s)", self._kept, size, self.cache)
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Yield for each batch the number of its first window among those of this process, and how many it has."""
