@@ -332,7 +332,7 @@ class Statistics:
         """Return the bytes that sums may take at a time."""
         if self.memory is not None:
             return self.memory
-        # Asking a GPU gives back what its allocator could use again: only where it may matter.
+        # One answer for all processes, which have to make the same passes.
         free = from_first(lambda: free_memory(self.model.device))
         return max(needed, 1) if free is None else SHARE * free
 
