@@ -280,6 +280,8 @@ class Twins:
         place, free = _resting_place(self.model, size), available_memory()
         # The rest is for hidden states and moments.
         cache: Cache = "disk" if place.type == "cpu" and free is not None and size > free * 2 / 3 else "ram"
+        if cache == "disk":
+            _log.info("what the maps of a block are fed waits on disk, for want of room: %.2f GB", size / 1e9)
         for width, count in missing.items():
             rooms[width] += [HiddenStates(self._firsts[-1], cache=cache, device=place) for _ in range(count)]
         pairs = [zip(names, rooms[width], strict=True) for width, names in wanted.items()]
