@@ -83,6 +83,11 @@ class Anatomy:
         """Width of every distinct input of targets, by group."""
         return {target.group: target.shape[1] for target in self.modules}
 
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest layer: a map, the embeddings or the head."""
+        return max(self.vocabulary * self.hidden, *(target.shape[0] * target.shape[1] for target in self.modules))
+
 
 def anatomy(
     base: str,

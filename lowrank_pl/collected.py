@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,15 +46,6 @@ Measured = TypeVar("Measured")
 OfOutputs = TypeVar("OfOutputs", bound=OutputMeasure)
 
 
-class BackwardPasses(Protocol):
-    """Passes backward over the text through a model that is not whole in memory."""
-
-    def measure(
-        self, outputs: Mapping[Target, OutputMeasure], weights: Mapping[Target, WeightGradients], labels: Labels
-    ) -> None:
-        """Let what is measured of maps see the gradients by their outputs and weights (``measure_gradients``)."""
-
-
 class Statistics:
     """What is measured on one model and text, each kind in a store of its own that fills when asked.
 
@@ -91,7 +82,7 @@ class Statistics:
         self.model, self.windows, self.source, self.batch_size = model, windows, dict(source), batch_size
         self.memory, self.gradient_checkpointing, self.collecting = memory, gradient_checkpointing, collecting
         self._directory = None if directory is None else Path(directory)
-        self.backward: BackwardPasses | None = None
+        self.backward: WalkBack | None = None
         self.seconds_before = 0.0
 
     def compressed(self, point: Mapping[str, Any], *, collecting: bool = False) -> Statistics:

@@ -64,8 +64,7 @@ def share_phase(model: Anatomy, machine: Machine, program: float) -> Phase:
     """Return what reading a process's share of the base takes; arguments as in ``load_phase``."""
     share = model.bytes / machine.processes
     # The rows of a matrix are copied from the pages of its file, which are let go then.
-    largest = max(model.vocabulary * model.hidden, *(target.shape[0] * target.shape[1] for target in model.modules))
-    pages = largest * model.itemsize / machine.processes
+    pages = model.largest * model.itemsize / machine.processes
     host = {"Python and libraries": program, "its file, mapped": pages}
     return Phase("load shares", {"dense weights": share}, host, read=share)
 

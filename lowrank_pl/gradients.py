@@ -269,7 +269,7 @@ def _backward(
 
 
 def take_in(
-    found: Iterator[tuple[str, list[Call]]],
+    found: Iterable[tuple[str, list[Call]]],
     seen: Mapping[str, OutputMeasure],
     sums: Mapping[str, WeightGradients],
     count: int,

@@ -179,7 +179,7 @@ def scoring_phase(model: Anatomy, work: Workload, machine: Machine, program: flo
         "compressed modules": max(work.keeps) * model.targeted * model.itemsize,
     }
     device = {
-        **({"weights of a layer": _largest(model)} if streamed else held),
+        **({"weights of a layer": float(model.largest * model.itemsize)} if streamed else held),
         "activations": 4.0 * tokens * model.hidden * model.itemsize,
         # A piece of them at a time is taken to float32, and its logarithms beside it.
         "logits": logits * model.itemsize + 2 * 4 * min(logits, 2.0**24),
@@ -201,12 +201,6 @@ def export_phase(model: Anatomy, work: Workload, machine: Machine, program: floa
     host = {"Python and libraries": program, **(held if streamed else {})}
     beside = _fresh(model, work, machine, program)
     return Phase("export", {} if streamed else held, host, beside, {"model": size}, read=size)
-
-
-def _largest(model: Anatomy) -> float:
-    """Return the bytes of the largest layer: a map, the embeddings or the head."""
-    shapes = [target.shape for target in model.modules]
-    return float(max(model.vocabulary * model.hidden, *(m * n for m, n in shapes)) * model.itemsize)
 
 
 def _small(model: Anatomy, work: Workload) -> float:

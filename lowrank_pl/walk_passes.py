@@ -110,7 +110,7 @@ class Walk:
         model, keep_from = self.skeleton.model, self._keep_from
         before = self.states.get(block - 1)
         # What a pass began with is not needed any more where it is not kept: the next states take its place.
-        kept = before is None or (keep_from is not None and block - 1 >= keep_from)
+        kept = keep_from is not None and block - 1 >= keep_from
         after = HiddenStates(self.windows, cache=self.cache) if kept or before is None else before
         inputs = () if before is None else (before.read(*place) for place in self.places())
         places = self.places()
@@ -133,7 +133,7 @@ class Walk:
                         self._run(batch)
         assert passes == len(self.batches)
         if not kept:
-            del self.states[block - 1]
+            self.states.pop(block - 1, None)
         self.states[block] = after
         if block == 0:
             size = self._kept * after.bytes / 1e9
@@ -271,7 +271,7 @@ class WalkBack:
                 end = _hidden(ends[0])
                 found = dict(recorder.gradients(end, self._gradients.read(first, len(tokens)).to(end.device)))
                 onward = found.pop(_START, None)
-                take_in(iter(found.items()), seen, sums, tokens[:, 1:].numel(), number)
+                take_in(found.items(), seen, sums, tokens[:, 1:].numel(), number)
                 if onward is not None:
                     # Last: a map at the end of the block may have been given the very memory that this is written to.
                     self._gradients.write(first, onward[0][1])

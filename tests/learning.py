@@ -16,6 +16,13 @@ def make_data(**changes):
     return CalibrationData("python-docs", byte_tokenizer(), **{**settings, **changes})
 
 
+def validated():
+    """Return the windows that a run on ``make_data()`` is scored on."""
+    data = make_data()
+    data.setup("fit")
+    return data.validation_windows
+
+
 def make_learner(base="random:llama", **changes):
     settings = {"keep": 0.5, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.0)}
     return RankLearner(base, **{**settings, **changes})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from learning import fit, logits_of, make_data, make_learner
+from learning import fit, logits_of, make_learner, validated
 from transformers import AutoModelForCausalLM
 
 from lowrank_pl import FinishRun, speed
@@ -148,12 +148,6 @@ def test_a_run_ends_with_models_in_main_memory(tmp_path):
     assert perplexity(load_compressed(tmp_path / "model"), validated()).perplexity == pytest.approx(
         rows["learned"].perplexity, rel=1e-3
     )
-
-
-def validated():
-    data = make_data()
-    data.setup("fit")
-    return data.validation_windows
 
 
 @pytest.mark.parametrize("lit", [0, 5, 12, torch.tensor([0, 3, 7])])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from learning import fit, make_data, make_learner
+from learning import fit, make_learner, validated
 from untouched import assert_untouched, state
 
 from lowrank_pl import FinishRun, RankPlan, load_compressed, perplexity
@@ -79,12 +79,6 @@ def test_a_run_that_is_streamed_ends_as_any_other(tmp_path, merge, caplog):
     load = load_base if merge else load_compressed
     score = perplexity(load(str(tmp_path / "True" / "model")), validated())
     assert summary["learned"]["perplexity"] == pytest.approx(score.perplexity, rel=1e-5)
-
-
-def validated():
-    data = make_data()
-    data.setup("fit")
-    return data.validation_windows
 
 
 def test_pivots_can_be_chosen_elsewhere(tmp_path):
