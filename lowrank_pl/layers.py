@@ -168,7 +168,9 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
 
 
 def set_to_work(layers: Mapping[str, MaskedLinear], dense_from: float, *, every: int = 1, offset: int = 0) -> Tensor:
-    """Let layers compute densely whose ratio has come to ``dense_from``, the others with what their masks need.
+    """Let layers compute densely whose ratio has come to ``dense_from`` or beyond their masks, the others with masks.
+
+    Those multiply by what their masks need.
 
     Args:
         layers: By name.
@@ -180,11 +182,12 @@ def set_to_work(layers: Mapping[str, MaskedLinear], dense_from: float, *, every:
         All ratios ``[layers]``, differentiable.
     """
     ratios = torch.stack([layer.mask.ratio() for layer in layers.values()])
+    bounds = ratios.new_tensor([min(dense_from, layer.mask.covered) for layer in layers.values()])
     # Masks of one method, which all say what is lit or none.
     flags = [lit for layer in layers.values() if (lit := layer.mask.lit()) is not None]
     # One transfer for all layers: asking each for itself would wait for the device once a layer.
     dense, *lit_flags = torch.split(
-        torch.cat([ratios >= dense_from, *flags]).cpu(), [len(layers), *(len(lit) for lit in flags)]
+        torch.cat([ratios.detach() >= bounds, *flags]).cpu(), [len(layers), *(len(lit) for lit in flags)]
     )
     multiplied: Sequence[Components | None] = [None] * len(layers)
     if flags:
@@ -237,8 +240,11 @@ def chosen(layers: dict[str, MaskedLinear], choices: dict[str, Choice] | Choice)
             layer.choice = before[name]
 
 
-def plan_choice(rank: int | None, indices: tuple[int, ...] | None, device: torch.device) -> Choice:
-    """Return the choice that computes what a plan's entry says."""
-    if rank is None:
+def plan_choice(layer: MaskedLinear, rank: int | None, indices: tuple[int, ...] | None) -> Choice:
+    """Return the choice with which ``layer`` computes what a plan's entry says.
+
+    A rank of more components than it holds is nearly the whole one, and the dense weight what comes nearest.
+    """
+    if rank is None or rank > layer.mask.rank:
         return "dense"
-    return rank if indices is None else torch.tensor(indices, device=device)
+    return rank if indices is None else torch.tensor(indices, device=layer.right.device)

@@ -42,9 +42,9 @@ def data_losses(
     return terms.compute(tokens, logits, activations, teacher_logits, teacher_activations)
 
 
-def choices_of(plan: RankPlan, device: torch.device) -> dict[str, Choice]:
-    """Return what masked layers on ``device`` have to compute with to be the model of ``plan``, by name."""
-    return {name: plan_choice(m.rank, m.indices, device) for name, m in plan.modules.items()}
+def choices_of(plan: RankPlan, layers: Mapping[str, MaskedLinear]) -> dict[str, Choice]:
+    """Return what masked layers have to compute with to be the model of ``plan``, by name."""
+    return {name: plan_choice(layers[name], m.rank, m.indices) for name, m in plan.modules.items()}
 
 
 class PlanScore(nn.Module):
@@ -61,9 +61,9 @@ class PlanScore(nn.Module):
         self._choices: dict[str, Choice] = {}
         self._need_dense = True
 
-    def begin(self, plan: RankPlan, device: torch.device) -> None:
-        """Start anew with ``plan``, on ``device``; the dense score is kept."""
-        self._choices = choices_of(plan, device)
+    def begin(self, plan: RankPlan, layers: Mapping[str, MaskedLinear]) -> None:
+        """Start anew with ``plan`` on ``layers``; the dense score is kept."""
+        self._choices = choices_of(plan, layers)
         self._need_dense = self.dense.update_count == 0
         self.plan.reset()
 

@@ -387,7 +387,7 @@ class RankLearner(LightningModule):
 
     def on_validation_start(self) -> None:
         """Take the plan that this validation scores."""
-        self.score.begin(self.plan(), self.device)
+        self.score.begin(self.plan(), self.layers)
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
         """Score one batch of token ids ``[batch, length]`` with the hard plan, the first time densely too.

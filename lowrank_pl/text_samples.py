@@ -143,7 +143,7 @@ class TextSamples(Callback):
         plan, data = learner.plan(), calibration_data(trainer)
         if not set(self._prompts) <= set(self._dense):
             self._dense = dict(zip(self._prompts, self._continue(learner, data, "dense"), strict=True))
-        now = self._continue(learner, data, choices_of(plan, learner.device))
+        now = self._continue(learner, data, choices_of(plan, learner.layers))
         rows = [(prompt, self._dense[prompt], text) for prompt, text in zip(self._prompts, now, strict=True)]
         text = sample_table(rows, name=f"hard plan after {step} steps, {100 * plan.keep_targeted:.1f} % kept")
         for writer in writers:

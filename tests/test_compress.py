@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_pl.compress import compress, compressed, deployed_plan, restore_dense
 from lowrank_pl.decompose import truncate
 from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
-from lowrank_pl.layers import MaskedLinear, chosen, masked_layers, plan_choice
+from lowrank_pl.layers import MaskedLinear, chosen, masked_layers
+from lowrank_pl.masked_losses import choices_of
 from lowrank_pl.masks import Staircase
 from lowrank_pl.pivot import Pivoted
 from lowrank_pl.plan import ModulePlan, RankPlan
@@ -126,8 +127,8 @@ def test_masked_model_compresses_to_what_its_masks_compute(family, windows):
     model, targets, store = factored(family, windows)
     plan = drawn(targets, store, lambda target: None if target.kind.endswith("proj") else half(target))
     mask_all(model, targets, store)
-    choices = {name: plan_choice(entry.rank, entry.indices, model.device) for name, entry in plan.modules.items()}
-    with chosen(masked_layers(model), choices):
+    layers = masked_layers(model)
+    with chosen(layers, choices_of(plan, layers)):
         learned = logits(model, windows)
     small = compress(model, plan, store)
     assert not masked_layers(small)

@@ -176,7 +176,7 @@ def reference_student(learner):
     copy = tiny_model("llama")
     for name, layer in learner.layers.items():
         share = sum((100 - i) / 100 * p.item() for i, p in enumerate(layer.mask.logits.double().softmax(0)))
-        length = round(layer.mask.rank * share)
+        length = min(layer.mask.rank, round(layer.mask.span * share))
         copy.get_submodule(name).weight = torch.nn.Parameter(layer.left[:, :length] @ layer.right[:length])
     return copy
 

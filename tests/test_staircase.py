@@ -359,3 +359,15 @@ def test_finalise_follows_multiples_and_floors():
 def test_impossible_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         Staircase(**settings)
+
+
+def test_lengths_go_beyond_what_is_stored_at_pivoted_prices():
+    mask = Staircase().create((60, 60), spectrum((60, 60)), 0.9, prices=Storage("pivoted"))
+    assert (mask.rank, mask.span) == (47, 60)
+    for length, kept in ((30, 30), (47, 47), (55, 47), (60, 47)):
+        with torch.no_grad():
+            mask.logits.copy_(-((mask.candidates - length / 60).abs() * 1e4))
+        assert mask.fraction().item() == pytest.approx(length / 60, abs=0.01)
+        assert mask.kept().sum().item() == kept
+        plan = Staircase().finalise({"a": mask}, Budget(keep=1.0, shapes={"a": (60, 60)}, model_parameters=3600))
+        assert (plan.modules["a"].rank or 60) >= length

@@ -90,7 +90,7 @@ class CutoffMethod(MaskMethod):
         """Return the steepness of the gate ``mask`` at ``step``, per component."""
 
     def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
-        """Return how many components cost ``top`` times the dense weight, at most ``min(m, n)``."""
+        """Return how many components cost ``top`` times the dense weight, as ``gated_rank`` counts them."""
         return gated_rank(shape, self.top, prices)
 
     def create(

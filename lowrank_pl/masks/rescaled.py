@@ -139,8 +139,8 @@ class Rescaled(MaskMethod):
     true loss, taken where each module's prefix ends in the compressed model, does. A scale rises where a component
     saves more than predicted, compared with the average module, and rests where the ratio is the average one: there
     the rescaled prediction has the true loss's slopes, up to one common factor, and the allocation that is exact for it
-    cannot be improved to first order. Modules that are dense, or whose prefix has all gated components, have no end to
-    measure at: the optimizer leaves them out, and they keep their scale.
+    cannot be improved to first order. Modules that are dense or nearly so, or whose prefix has all gated components,
+    have no end to measure at: the optimizer leaves them out, and they keep their scale.
 
     Args:
         width: Components on each side of a prefix's end that are measured, as a fraction of its length; at least 3
@@ -163,7 +163,7 @@ class Rescaled(MaskMethod):
         self.width, self.warmup, self.top = width, warmup, top
 
     def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
-        """Return how many components cost ``top`` times the dense weight, at most ``min(m, n)``."""
+        """Return how many components cost ``top`` times the dense weight, as ``gated_rank`` counts them."""
         return gated_rank(shape, self.top, prices)
 
     def create(
@@ -191,7 +191,7 @@ class Rescaled(MaskMethod):
         sizes = budget.sizes(_scores(masks, budget, logs))
         for mask, log, size in zip(every, logs, sizes.values(), strict=True):
             mask.scale = math.exp(log)
-            mask.length = None if size is None else min(size, mask.rank)
+            mask.length = None if size is None or size > mask.rank else size
         balance.drawn = logs, budget
 
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:

@@ -22,9 +22,10 @@ _DENSE_FROM = 0.99
 class StaircaseMask(Mask):
     """A probability over ``steps + 1`` prefix lengths of one module's components.
 
-    Candidate ``i`` keeps the first ``int(rank * (steps - i) / steps)`` components. With ``alpha = softmax(logits)`` the
-    gate's expectation ``p`` falls from left to right, and every logit sees the whole spectrum through it. The forward
-    value is the hard prefix of the expected length, the gradient that of ``p`` (straight through).
+    Candidate ``i`` keeps the first ``int(span * (steps - i) / steps)`` components, of which ``rank`` are there. With
+    ``alpha = softmax(logits)`` the gate's expectation ``p`` falls from left to right, and every logit sees the whole
+    spectrum through it. The forward value is the hard prefix of the expected length, the gradient that of ``p``
+    (straight through).
 
     Args:
         shape: ``(out, in)`` of the module.
@@ -33,7 +34,7 @@ class StaircaseMask(Mask):
         start: Fraction of the gated components that it starts from.
         prices: What ranks cost in the finished model.
         steps: Candidates less one, 100 in the paper.
-        longest: Real number of components that the longest candidate is charged for; ``rank`` is its whole part.
+        longest: Real number of components that the longest candidate is charged for; ``span`` is its whole part.
     """
 
     rungs: Tensor
@@ -53,7 +54,8 @@ class StaircaseMask(Mask):
     ) -> None:
         super().__init__(shape, rank, prices)
         self.longest = longest
-        lengths = torch.tensor([rank * (steps - i) // steps for i in range(steps + 1)])
+        self.span = max(1, int(longest))
+        lengths = torch.tensor([self.span * (steps - i) // steps for i in range(steps + 1)])
         candidates = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
         self.logits = nn.Parameter(_starting_logits(candidates, start).float())
         # Position j (from 0) is on under the candidates whose length exceeds j: these come first, so their joint
@@ -68,7 +70,7 @@ class StaircaseMask(Mask):
         return self.logits.softmax(0).cumsum(0)[self.rungs]
 
     def fraction(self) -> Tensor:
-        """Return the expected fraction of the gated components, a scalar in [0, 1]."""
+        """Return the expected length over that of the longest candidate, a scalar in [0, 1]."""
         return (self.logits.softmax(0) * self.candidates).sum()
 
     def ratio(self) -> Tensor:
@@ -90,7 +92,7 @@ class StaircaseMask(Mask):
 
     def kept(self) -> Tensor:
         """Return the prefix of the expected length, bool ``[rank]``."""
-        length = (self.rank * self.fraction().detach()).round()
+        length = (self.span * self.fraction().detach()).round()
         return torch.arange(self.rank, device=length.device) < length
 
     def error_at(self, ratio: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ class Staircase(MaskMethod):
         self.guidance_weight = guidance_weight
 
     def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
-        """Return how many components cost ``top`` times the dense weight, at most ``min(m, n)``."""
+        """Return how many components cost ``top`` times the dense weight, as ``gated_rank`` counts them."""
         return gated_rank(shape, self.top, prices)
 
     def create(
@@ -137,8 +139,8 @@ class Staircase(MaskMethod):
         # A plan to start from may hold ranks that cost more than dense.
         start = prices.rank_at(shape, min(keep, 1.0)) / longest
         if kept is not None and keep < 1:
-            # `rank` is rounded down and `longest` is not, so that a ratio may be a component away from the length.
-            low, high = ((len(kept) + off) / rank for off in (-0.49, 0.49))
+            # A length is rounded down and `longest` is not, so that a ratio may be a component away from the length.
+            low, high = ((len(kept) + off) / int(longest) for off in (-0.49, 0.49))
             start = min(max(start, low), high)
         return StaircaseMask(shape, rank, sigma, start, prices=prices, steps=self.steps, longest=longest)
 
@@ -159,7 +161,7 @@ class Staircase(MaskMethod):
         with torch.no_grad():
             for name, mask in masks.items():
                 dense = mask.ratio().item() >= _DENSE_FROM
-                wishes[name] = math.inf if dense else _staircase(mask).fraction().item() * mask.rank
+                wishes[name] = math.inf if dense else _staircase(mask).fraction().item() * _staircase(mask).span
         return budget.fit(wishes, method=self.name)
 
 
