@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.hidden_states import Cache, HiddenStates
-from lowrank_pl.machine import available_memory
+from lowrank_pl.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.resume_forward import can_resume, ended, moved, resumed
 from lowrank_pl.targets import Target, decoder_blocks, dense_weight, replaced
 
@@ -277,9 +276,8 @@ class Twins:
         self._rooms = rooms
         missing = {width: len(names) - len(rooms[width]) for width, names in wanted.items()}
         size = sum(width * count for width, count in missing.items()) * self._tokens * self.model.dtype.itemsize
-        place, free = _resting_place(self.model, size), available_memory()
-        # The rest is for hidden states and moments.
-        cache: Cache = "disk" if place.type == "cpu" and free is not None and size > free * 2 / 3 else "ram"
+        place = _resting_place(self.model, size)
+        cache: Cache = cache_for(size) if place.type == "cpu" else "ram"
         if cache == "disk":
             _log.info("what the maps of a block are fed waits on disk, for want of room: %.2f GB", size / 1e9)
         for width, count in missing.items():

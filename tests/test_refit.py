@@ -380,7 +380,7 @@ def test_the_dense_model_runs_a_block_once_and_its_inputs_may_wait_on_disk(
     _, made = run(llama, plan, store, targets, windows)
     in_memory = all_tensors(made, plan.modules)
     shutil.rmtree(made.directory)
-    monkeypatch.setattr("lowrank_pl.refit_passes.available_memory", lambda: 0)
+    monkeypatch.setattr("lowrank_pl.hidden_states.available_memory", lambda: 0)
     passes = []
     real = Twins._run
 
