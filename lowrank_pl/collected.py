@@ -14,17 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_pl.backward import Labels
 from lowrank_pl.block_groups import block_groups
 from lowrank_pl.factor_store import FactorStore, TensorStore, read_manifest, total_seconds
 from lowrank_pl.files import cache_root
-from lowrank_pl.gradients import (
-    GradientMoments,
-    Labels,
-    OutputMeasure,
-    WeightGradients,
-    by_name,
-    measure_gradients,
-)
+from lowrank_pl.gradients import GradientMoments, OutputMeasure, WeightGradients, by_name, measure_gradients
 from lowrank_pl.machine import free_memory
 from lowrank_pl.processes import from_first, is_first, share
 from lowrank_pl.skeleton import CannotWalkError, WholeModel

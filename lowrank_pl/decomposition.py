@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_pl.backward import Labels
 from lowrank_pl.collected import Statistic, Statistics, statistics_behind
 from lowrank_pl.decompose import SquareRoot, diagonal_root, square_root
 from lowrank_pl.factor_store import FactorStore, TensorStore
-from lowrank_pl.gradients import Labels
 from lowrank_pl.targets import Target
 
 __all__ = ["Decomposition", "Kind", "Roots"]

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lowrank_pl.backward import Labels, check_length
 from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.factor_store import FactorStore
-from lowrank_pl.gradients import Labels, check_length
 from lowrank_pl.hidden_states import Cache
 from lowrank_pl.prepare import check_finite, decompose_all, factor_store, statistics_of
 from lowrank_pl.processes import from_first, world_size

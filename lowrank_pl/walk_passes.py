@@ -11,18 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lowrank_pl.backward import Labels, Recorder, differentiable, loss_of_batch
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.gradients import (
-    Labels,
-    OutputMeasure,
-    Recorder,
-    WeightGradients,
-    by_name,
-    differentiable,
-    loss_of_batch,
-    merge_all,
-    take_in,
-)
+from lowrank_pl.gradients import OutputMeasure, WeightGradients, by_name, merge_all, take_in
 from lowrank_pl.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.processes import is_first, share
 from lowrank_pl.resume_forward import copied, ended, forward_replaced, moved, resumed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lowrank_pl import gradients
+from lowrank_pl import backward
 from lowrank_pl.decompose import decompose, diagonal_root, square_root, truncate
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.gradients import GradientMoments, WeightGradients, collect_gradients
@@ -116,7 +116,7 @@ def test_sampled_labels_are_drawn_from_the_model_and_reproducible(llama, windows
 def test_labels_are_drawn_as_often_as_their_probability_says():
     chances = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
     logits = chances.log().expand(20_000, -1)
-    drawn = gradients._drawn(logits, torch.Generator().manual_seed(0))
+    drawn = backward._drawn(logits, torch.Generator().manual_seed(0))
     assert drawn.shape == (20_000, 1)
     counts = torch.bincount(drawn.flatten(), minlength=6) / 20_000
     assert (counts[chances == 0] == 0).all()
