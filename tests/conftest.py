@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from forked import OURS, STRANGER, ForkServer
 from novel import LINES
 
 
@@ -16,6 +20,29 @@ from novel import LINES
 def _private_cache(tmp_path_factory):
     os.environ["LOWRANK_HOME"] = str(tmp_path_factory.mktemp("lowrank_home"))
     torch.set_num_threads(1)
+
+
+MADE_FRESH = {"lowrank_pl.verify.subprocess": STRANGER, "lowrank_pl.finish.subprocess": OURS}
+"""Where processes are started that are fresh for a reason, and what they import."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fresh_processes_are_forked():
+    """Let the processes that check and score exports be forked, which takes a second each and not ten."""
+    servers = {place: ForkServer(imports) for place, imports in MADE_FRESH.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        for place, server in servers.items():
+            patch.setattr(place, SimpleNamespace(run=server.run))
+        yield
+    for server in servers.values():
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _but_for_some_that_are_new(request, monkeypatch):
+    if request.node.get_closest_marker("new_processes"):
+        for place in MADE_FRESH:
+            monkeypatch.setattr(place, subprocess)
 
 
 @pytest.fixture

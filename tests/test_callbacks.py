@@ -110,6 +110,7 @@ def test_the_terminal_is_told_what_and_where(run):
     assert "| A list is |" in " ".join((folder / "model" / "README.md").read_text().split())
 
 
+@pytest.mark.new_processes
 def test_a_finished_run_is_finished_again_from_its_checkpoint_and_counts_seconds_on(run, tmp_path):
     folder, *_ = run
     finish = FinishRun(merge=True)

@@ -22,6 +22,8 @@ from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.pivot import pivot
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
 
+pytestmark = pytest.mark.new_processes
+
 TOKENS = torch.arange(24)[None]
 
 
