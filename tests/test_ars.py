@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from learning import fit, make_data, make_learner
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from pair import as_torchrun_says, in_two_processes
 
 from lowrank_pl import compress, load_compressed
 from lowrank_pl.base_model import load_base
 from lowrank_pl.budget import Budget
 from lowrank_pl.checkpointing import read_checkpoint
+from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.export import save_compressed
-from lowrank_pl.masks import ARS
+from lowrank_pl.masks import ARS, PerValue, Rescaled
 from lowrank_pl.masks.ars import HyperNetwork
 from lowrank_pl.storage import Storage
 from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
@@ -312,35 +311,36 @@ def test_mixed_precision_leaves_the_logits_float32():
 
 # -- two processes -------------------------------------------------------------------------------------------------
 
-SETTINGS = "--trainer.max_steps 4 --checkpoint.every_n_train_steps 2 --finish.baselines [] --finish.prompts [] "
-SETTINGS += "--trainer.accumulate_grad_batches 2 --trainer.devices 2 "
-FSDP2 = "--trainer.strategy ModelParallelStrategy --trainer.strategy.data_parallel_size 2 "
-FSDP2 += "--trainer.strategy.tensor_parallel_size 1 --trainer.strategy.save_distributed_checkpoint false"
-MASKS = {
-    "ars": "--model.mask lowrank_pl.masks.ARS --model.mask.width 8",
-    "rescaled": "--model.mask lowrank_pl.masks.Rescaled --model.mask.warmup 1 --model.decomposition.kind two_sided",
-    "llrc": "--model.mask lowrank_pl.masks.PerValue --model.mask.start_high 0.4 --model.mask.start_low 0.2",
+WAYS = ("copied", "sharded")
+LEARNERS = {
+    "ars": {"mask": ARS(width=8)},
+    "rescaled": {"mask": Rescaled(warmup=1), "decomposition": Decomposition("two_sided")},
+    "llrc": {"mask": PerValue(start_high=0.4, start_low=0.2)},
 }
 
 
-def run(folder, *options):
-    words = ["fit", "-c", SMOKE, "--run", str(folder), *SETTINGS.split(), *" ".join(options).split()]
-    ended = subprocess.run(
-        [sys.executable, "-m", "lowrank_pl", *words], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "Warning" not in ended.stderr
+def two_processes(rank, folder):
+    """Learn with every kind of mask on a copied and on a sharded base; write what came of it."""
+    for name, settings in LEARNERS.items():
+        for way, strategy in zip(WAYS, ("ddp", ModelParallelStrategy(save_distributed_checkpoint=False)), strict=True):
+            learner = make_learner(**settings)
+            with as_torchrun_says(rank):
+                fit(learner, strategy=strategy, devices=2, max_steps=4, accumulate_grad_batches=2)
+            torch.save([learner.state_dict(), learner.plan().to_json()], folder / f"{name}-{way}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    in_two_processes(two_processes, folder)
     return folder
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_two_processes_learn_the_same_whether_the_base_is_copied_or_sharded(tmp_path, name):
-    ddp = run(tmp_path / "ddp", MASKS[name], "--trainer.strategy ddp")
-    fsdp = run(tmp_path / "fsdp", MASKS[name], FSDP2)
-    one, other = (read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (ddp, fsdp))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
-    assert name != "rescaled" or one["shared.counted"] == 4
-    plans = [json.loads((folder / "plan.json").read_text()) for folder in (ddp, fsdp)]
-    assert plans[0]["modules"] == plans[1]["modules"]
+@pytest.mark.parametrize("name", LEARNERS)
+def test_two_processes_learn_the_same_whether_the_base_is_copied_or_sharded(pair, name):
+    (state, plan), *others = (torch.load(pair / f"{name}-{way}-{rank}.pt") for way in WAYS for rank in range(2))
+    for other, drawn in others:
+        assert state.keys() == other.keys()
+        assert all(torch.equal(value, other[key]) for key, value in state.items())
+        assert drawn == plan
+    assert name != "rescaled" or state["shared.counted"] == 4

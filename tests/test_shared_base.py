@@ -10,7 +10,7 @@ import torch
 from learning import make_data, make_learner, make_trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from pair import in_two_processes
+from pair import as_torchrun_says, in_two_processes
 from torch.distributed.tensor import DTensor
 
 from lowrank_pl import module as learner_module
@@ -141,11 +141,8 @@ def learn(rank, folder):
 
 def learned(rank, folder, dtype, way):
     """Return masks before and after learning on both processes, with the base read in shares or loaded whole."""
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "here"}
     start = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in environment.items():
-            patch.setenv(key, str(value))
+    with as_torchrun_says(rank), pytest.MonkeyPatch.context() as patch:
         if way == "shared":
             patch.setattr(learner_module, "load_base", never)
         else:
