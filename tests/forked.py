@@ -1,7 +1,8 @@
 """Fresh processes in a fraction of the time: each is forked from one that has done the imports and nothing else.
 
 Exports are checked, and then scored, by processes of their own, which spend most of their time on imports. What a
-forked one sees is what a new one would. Where a test has changed the environment, it gets a new one.
+forked one sees is what a new one would. Where a test has changed what libraries read as they are imported, it gets a
+new one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ for line in sys.stdin:
         code = 1
         try:
             os.chdir(asked["cwd"])
+            os.environ.clear()
+            os.environ.update(asked["environment"])
             for place, number in (("out", 1), ("err", 2)):
                 os.dup2(os.open(asked[place], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             kind, what, *arguments = asked["words"]
@@ -47,7 +50,7 @@ for line in sys.stdin:
         os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-_EACH_ITS_OWN = {"PYTEST_CURRENT_TEST", "LOWRANK_HOME"}
+_READ_BY_IMPORTS = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "PYTHON", "PATH", "HOME")
 
 
 class ForkServer:
@@ -60,7 +63,7 @@ class ForkServer:
     def __init__(self, imports: str) -> None:
         self._code = imports + _SERVER
         self._server: subprocess.Popen[str] | None = None
-        self._environment: dict[str, str] = {}
+        self._read: dict[str, str] = {}
 
     def run(
         self,
@@ -72,25 +75,23 @@ class ForkServer:
         **options: Any,
     ) -> Any:
         """Return what ``subprocess.run`` would for ``python -B -c TEXT ...`` or ``python -m MODULE ...``."""
-        environment = {key: value for key, value in (env or os.environ).items() if key not in _EACH_ITS_OWN}
+        environment = dict(env or os.environ)
+        read = {key: value for key, value in environment.items() if key.startswith(_READ_BY_IMPORTS)}
         if self._server is None:
-            self._environment = environment
+            self._read = read
             self._server = subprocess.Popen(
                 [sys.executable, "-B", "-c", self._code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env=environment,
             )  # fmt: skip
-        if environment != self._environment:
+        if read != self._read:
             return subprocess.run(command, env=env, cwd=cwd, capture_output=capture_output, **options)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         with TemporaryDirectory() as folder:
             places = {name: str(Path(folder, name)) for name in ("out", "err")}
             words = [word for word in command[1:] if word != "-B"]
-            print(
-                json.dumps({"words": words, "cwd": str(cwd or Path.cwd()), **places}),
-                file=self._server.stdin,
-                flush=True,
-            )
+            asked = {"words": words, "cwd": str(cwd or Path.cwd()), "environment": environment, **places}
+            print(json.dumps(asked), file=self._server.stdin, flush=True)
             code = int(self._server.stdout.readline())
             said = [Path(place).read_text(encoding="utf-8") for place in places.values()]
         if not capture_output:
