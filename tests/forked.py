@@ -63,7 +63,7 @@ class ForkServer:
     def __init__(self, imports: str) -> None:
         self._code = imports + _SERVER
         self._server: subprocess.Popen[str] | None = None
-        self._read: dict[str, str] = {}
+        self._owner, self._read = 0, dict[str, str]()
 
     def run(
         self,
@@ -77,8 +77,9 @@ class ForkServer:
         """Return what ``subprocess.run`` would for ``python -B -c TEXT ...`` or ``python -m MODULE ...``."""
         environment = dict(env or os.environ)
         read = {key: value for key, value in environment.items() if key.startswith(_READ_BY_IMPORTS)}
-        if self._server is None:
-            self._read = read
+        # One whose parent was killed at work has an answer left for nobody.
+        if self._server is None or self._owner != os.getpid():
+            self._read, self._owner = read, os.getpid()
             self._server = subprocess.Popen(
                 [sys.executable, "-B", "-c", self._code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env=environment,
@@ -90,7 +91,7 @@ class ForkServer:
         with TemporaryDirectory() as folder:
             places = {name: str(Path(folder, name)) for name in ("out", "err")}
             words = [word for word in command[1:] if word != "-B"]
-            asked = {"words": words, "cwd": str(cwd or Path.cwd()), "environment": environment, **places}
+            asked = {"words": words, "cwd": str(Path(cwd or "").resolve()), "environment": environment, **places}
             print(json.dumps(asked), file=self._server.stdin, flush=True)
             code = int(self._server.stdout.readline())
             said = [Path(place).read_text(encoding="utf-8") for place in places.values()]
