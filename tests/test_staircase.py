@@ -371,3 +371,9 @@ def test_lengths_go_beyond_what_is_stored_at_pivoted_prices():
         assert mask.kept().sum().item() == kept
         plan = Staircase().finalise({"a": mask}, Budget(keep=1.0, shapes={"a": (60, 60)}, model_parameters=3600))
         assert (plan.modules["a"].rank or 60) >= length
+
+
+def test_a_map_of_one_number_may_start_from_a_plan():
+    mask = Staircase().create((1, 1), spectrum((1, 1)), 0.5, prices=FACTORED, kept=torch.tensor([0]))
+    assert (mask.rank, mask.span) == (1, 1)
+    assert mask.kept().tolist() == [True]

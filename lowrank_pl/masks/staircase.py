@@ -54,7 +54,7 @@ class StaircaseMask(Mask):
     ) -> None:
         super().__init__(shape, rank, prices)
         self.longest = longest
-        self.span = max(1, int(longest))
+        self.span = _span(longest)
         lengths = torch.tensor([self.span * (steps - i) // steps for i in range(steps + 1)])
         candidates = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
         self.logits = nn.Parameter(_starting_logits(candidates, start).float())
@@ -140,7 +140,7 @@ class Staircase(MaskMethod):
         start = prices.rank_at(shape, min(keep, 1.0)) / longest
         if kept is not None and keep < 1:
             # A length is rounded down and `longest` is not, so that a ratio may be a component away from the length.
-            low, high = ((len(kept) + off) / int(longest) for off in (-0.49, 0.49))
+            low, high = ((len(kept) + off) / _span(longest) for off in (-0.49, 0.49))
             start = min(max(start, low), high)
         return StaircaseMask(shape, rank, sigma, start, prices=prices, steps=self.steps, longest=longest)
 
@@ -163,6 +163,11 @@ class Staircase(MaskMethod):
                 dense = mask.ratio().item() >= _DENSE_FROM
                 wishes[name] = math.inf if dense else _staircase(mask).fraction().item() * _staircase(mask).span
         return budget.fit(wishes, method=self.name)
+
+
+def _span(longest: float) -> int:
+    """Return the whole components of the longest candidate, which has one at least."""
+    return max(1, int(longest))
 
 
 def _staircase(mask: Mask) -> StaircaseMask:
