@@ -22,7 +22,7 @@ from lowrank_pl.base_model import resolve_base, taken_shapes
 from lowrank_pl.block_shapes import random_blocks, whole_config
 from lowrank_pl.hf_format import reshape
 from lowrank_pl.speed import multiply_adds
-from lowrank_pl.targets import Target, decoder_blocks, find_targets
+from lowrank_pl.targets import Target, decoder_blocks, fed, find_targets
 from lowrank_pl.tiny_models import tiny_model
 
 __all__ = ["Anatomy", "anatomy", "read_config"]
@@ -189,15 +189,16 @@ def _kept(model: PreTrainedModel, targets: Sequence[Target], tokens: Tensor) -> 
         saved.add(tensor)
         return tensor
 
-    def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs.add(args[0])
+    def watch(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        inputs.add(fed(args, kwargs))
         outputs.add(output)
 
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_differentiable_embeddings(model))
         for target in targets:
-            stack.callback(model.get_submodule(target.name).register_forward_hook(watch).remove)
+            module = model.get_submodule(target.name)
+            stack.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
         with saved_tensors_hooks(save, lambda tensor: tensor):
             model(input_ids=tokens, use_cache=False)
     with_inputs = {**saved.found, **inputs.found}

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lowrank_pl.evaluating import evaluating
-from lowrank_pl.targets import decoder_blocks
+from lowrank_pl.targets import decoder_blocks, fed
 
 __all__ = ["Call", "Labels", "Recorder", "check_length", "differentiable", "loss_of_batch"]
 
@@ -73,15 +73,16 @@ class Recorder:
     def watching(self, model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         """Keep what the maps ``names`` of ``model`` are fed and return, while the block runs."""
 
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-            def keep(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                self.keep(name, args[0].detach(), output)
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+            def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                self.keep(name, fed(args, kwargs).detach(), output)
 
             return keep
 
         with ExitStack() as stack:
             for name in names:
-                stack.callback(model.get_submodule(name).register_forward_hook(hook(name)).remove)
+                handle = model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
+                stack.callback(handle.remove)
             yield
 
     def keep(self, name: str, inputs: Tensor, output: Tensor) -> None:

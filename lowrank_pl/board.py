@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard import SummaryWriter
@@ -68,7 +70,10 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Any], metrics: Iterabl
     plain = {name: value if type(value) in (int, float, str) else str(value) for name, value in settings.items()}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(plain, metrics={})  # for hparams.yaml; with metrics it would log values for them too
+            logger.log_hyperparams(plain, metrics={})  # with metrics it would log values for them too
+            if trainer.is_global_zero:
+                # Lightning has written it by now, without them.
+                save_hparams_to_yaml(Path(logger.log_dir, logger.NAME_HPARAMS_FILE), logger.hparams)
         else:
             logger.log_hyperparams(plain)
     for writer in boards(trainer):

@@ -19,14 +19,16 @@ from lowrank_pl.board import boards, log_everywhere
 from lowrank_pl.compress import restore_dense
 from lowrank_pl.data import CalibrationData, calibration_data
 from lowrank_pl.evaluate import check_windows
+from lowrank_pl.export import check_destination
 from lowrank_pl.files import write_json
 from lowrank_pl.finish import Finished, Protocol, command_line, finish_run
 from lowrank_pl.generation import check_prompts
 from lowrank_pl.model_card import sample_table
 from lowrank_pl.module import RankLearner
+from lowrank_pl.narrowing import Origin
 from lowrank_pl.refit import Refit
 from lowrank_pl.streaming import lacks_room
-from lowrank_pl.windows import token_windows
+from lowrank_pl.windows import known_windows, token_windows
 
 __all__ = ["FinishRun", "Stopwatch"]
 
@@ -104,8 +106,9 @@ class FinishRun(Stopwatch):
         self.finished: Finished | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at baselines and read the text for scores: a mistake there must not surface after hours of learning."""
+        """Look at baselines, the folder and the text for scores: a mistake must not surface after hours of learning."""
         if stage == "fit":
+            check_destination(Path(trainer.default_root_dir) / "model")
             self._check_baselines(pl_module)
             data = calibration_data(trainer)
             self.protocol = self._protocol(data)
@@ -128,6 +131,12 @@ class FinishRun(Stopwatch):
         assert isinstance(pl_module, RankLearner)
         assert pl_module.model is not None
         check_windows(pl_module.model, self.protocol.windows)
+        narrowed = Origin.of(pl_module.model)
+        if self.merge and narrowed is not None and not narrowed.one_width:
+            raise ValueError(
+                f"the base has MLPs of {narrowed.widths} hidden features, which no plain config of dense weights can "
+                "say: leave out --finish.merge, or narrow all MLPs to one width with --model.narrow.by_block false"
+            )
         if self.refit is not None and self._streams(trainer, pl_module, ever=True):
             raise ValueError(
                 f"a refit needs the dense and the compressed model on one device: this base has "
@@ -211,6 +220,12 @@ class FinishRun(Stopwatch):
         else:
             text = self.score_text
             windows = token_windows(text, data.tokenizer, length=self.score_length, windows=self.score_windows)
+            known = known_windows(windows, (data.train_windows, data.statistics_windows), data.tokenizer)
+            if known:
+                _log.warning(
+                    "%d of %d windows to score hold text that is learnt from as well: their perplexity flatters",
+                    *(known, len(windows)),
+                )
         return Protocol(text, windows, self.prompts, self.max_new_tokens)
 
     def _log_result(self, trainer: Trainer, finished: Finished) -> None:

@@ -9,17 +9,20 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.constants import default_pg_timeout
 
 from lowrank_pl import __version__
 from lowrank_pl.bench import bench
@@ -43,7 +46,7 @@ from lowrank_pl.rank_monitor import RankMonitor
 from lowrank_pl.reporting import report
 from lowrank_pl.scoring import evaluate
 from lowrank_pl.text_samples import TextSamples
-from lowrank_pl.words import bare_flags, readable_words
+from lowrank_pl.words import bare_flags, readable_options, readable_words
 
 __all__ = ["RankCLI", "main"]
 
@@ -59,6 +62,17 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "bench": bench,
 }
+GROUPS: dict[str, type] = {
+    "model": RankLearner,
+    "data": CalibrationData,
+    "monitor": RankMonitor,
+    "samples": TextSamples,
+    "finish": FinishRun,
+}
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for each other: the first one refits, exports and scores, which takes more than the half hour
+of a strategy that says nothing else."""
+_log = logging.getLogger(__name__)
 FIT = "Learn ranks for a model, export it and score it beside the baselines."
 
 
@@ -102,10 +116,12 @@ class RankCLI(LightningCLI):
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Run the Trainer; after Ctrl-C, or the end of another process, say how to go on."""
-        last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
 
         def advice() -> str:
-            return f"go on with --ckpt_path {last}" if last.exists() else "there is no checkpoint yet"
+            # Not whatever lies in the folder: that may be another run's.
+            written = [c.last_model_path for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+            last = next(filter(None, [*written, kwargs.get("ckpt_path")]), None)
+            return f"go on with --ckpt_path {last}" if last else "there is no checkpoint of this run yet"
 
         with told_when_interrupted(self.trainer, advice), told_when_lost(advice):
             self.trainer.fit(model, weights_only=True, **kwargs)
@@ -174,7 +190,14 @@ class RankCLI(LightningCLI):
         callbacks.append(StopBetweenBatches())
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpoints())
-        return super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
+        if config.accelerator == "auto" and MPSAccelerator.is_available():
+            _log.warning("running on the CPU: Apple's GPUs lack float64, which statistics and factors are made in")
+            kwargs["accelerator"] = "cpu"
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
+        # Whatever the strategy is: what "auto" chooses for several devices is known only now.
+        if getattr(trainer.strategy, "_timeout", None) == default_pg_timeout:
+            trainer.strategy._timeout = PATIENCE  # type: ignore[attr-defined]
+        return trainer
 
 
 def _listed(value: Any) -> list[Any]:
@@ -247,7 +270,7 @@ def _dispatch(words: list[str]) -> None:
             exit_on_error=False,
         )  # fmt: skip
     elif words[0] == "fit" or words[0].startswith("-"):
-        RankCLI(words)
+        RankCLI([words[0], *readable_options(words[1:], GROUPS)])
     else:
         known = ", ".join(["fit", *FUNCTIONS])
         raise ValueError(f"there is no command {words[0]!r}: expected one of {known}")

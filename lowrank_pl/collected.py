@@ -156,7 +156,7 @@ class Statistics:
         Raises:
             ValueError: A map is not called once for every token.
         """
-        store = self._store("gradient_norms", labels=labels)
+        store = self._of_gradients("gradient_norms", labels)
 
         def collect(those: Sequence[Target]) -> dict[str, TokenNorms]:
             shape = self.windows.shape
@@ -239,7 +239,12 @@ class Statistics:
             return self._store("statistics")
         if need == "weight_gradients":
             return self._store(need, batch_size=str(self.batch_size))
-        return self._store(need, labels=labels)
+        return self._of_gradients(need, labels)
+
+    def _of_gradients(self, need: str, labels: Labels) -> TensorStore:
+        # Labels are drawn batch by batch.
+        drawn = {"batch_size": str(self.batch_size)} if labels == "sampled" and self.batch_size != 1 else {}
+        return self._store(need, labels=labels, **drawn)
 
     def _store(self, kind: str, **settings: str) -> TensorStore:
         return TensorStore(kind, {**self.source, **settings}, self._directory / kind if self._directory else None)
@@ -372,7 +377,8 @@ def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Ten
         directory = directory.parents[1]
     digest = read_manifest(directory)["digest"]
     in_cache = directory == (cache_root() / factors.kind / digest[:20]).resolve()
-    return Statistics(model, windows, source, directory=None if in_cache else directory)
+    batch_size = factors.fingerprint.get("batch_size", 1)
+    return Statistics(model, windows, source, directory=None if in_cache else directory, batch_size=batch_size)
 
 
 def _said(store: TensorStore) -> str:

@@ -31,7 +31,7 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
 
     Modules that the plan leaves dense stay as they are. Biases are kept. Works on the dense base as well as on the
     masked model that ranks were learned with. A module that can't be stored pivoted accurately in its weight's type is
-    stored as two factors, with a warning; ``deployed_plan`` says which.
+    stored as two factors, or stays dense where these would be no smaller, with a warning; ``deployed_plan`` says which.
 
     Args:
         model: The base that plan and store were made from.
@@ -66,7 +66,7 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
 
 def _low_rank(
     old: nn.Module, entry: ModulePlan, store: FactorStore, name: str, device: torch.device | None
-) -> LowRankLinear | PivotedLinear:
+) -> nn.Module:
     assert entry.rank is not None
     factors, weight = store.kept(name, entry), dense_weight(old)
     if entry.storage == "pivoted":
@@ -76,11 +76,15 @@ def _low_rank(
         if found.is_accurate:
             parts = (found.weight.to(weight.device), found.right.to(weight.device), found.pivots.to(weight.device))
             return PivotedLinear.from_parts(*parts, side=found.side, bias=getattr(old, "bias", None))
+        rows, columns = entry.shape
+        smaller = entry.rank * (rows + columns) < rows * columns
         _log.warning(
-            "%s is stored as two factors: stored pivoted in %s it would be off by %.2g, as factors it is by %.2g "
-            "(largest coefficient %.3g)",
-            *(name, _type_name(weight.dtype), found.error, found.plain, found.growth),
+            "%s %s: stored pivoted in %s it would be off by %.2g, as factors it is by %.2g (largest coefficient %.3g)",
+            *(name, "is stored as two factors" if smaller else "stays dense, of which two factors would be no less"),
+            *(_type_name(weight.dtype), found.error, found.plain, found.growth),
         )
+        if not smaller:
+            return old
     return factored_layer(old, factors)
 
 
@@ -97,18 +101,26 @@ def _type_name(dtype: torch.dtype) -> str:
 def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
     """Return ``plan`` with the storage that the layers of ``model``, which it compressed, really have.
 
-    Modules that should be stored pivoted and are stored as two factors become so in the plan, and its notes count them;
-    without any the plan is returned as it is.
+    Modules that should be stored pivoted and are stored as two factors, or are dense, become so in the plan, and its
+    notes count them; without any the plan is returned as it is.
     """
     layers = {name: model.get_submodule(name) for name in plan.pivoted_modules}
-    factored = [name for name, layer in layers.items() if isinstance(layer, LowRankLinear)]
-    if not factored:
+    fallen = {name: layer for name, layer in layers.items() if not isinstance(layer, PivotedLinear)}
+    if not fallen:
         return plan
-    kind = _type_name(model.get_submodule(factored[0]).get_parameter("weight").dtype)
-    some = "1 module" if len(factored) == 1 else f"{len(factored)} modules"
-    note = f"{some} could not be stored pivoted in {kind}: factored, e.g. {factored[0]}"
-    changed = {name: replace(plan.modules[name], storage="factored") for name in factored}
-    return replace(plan, modules={**plan.modules, **changed}, notes=(*plan.notes, note))
+    changed, notes = dict(plan.modules), list(plan.notes)
+    for form, names in (
+        ("factored", [name for name, layer in fallen.items() if isinstance(layer, LowRankLinear)]),
+        ("dense", [name for name, layer in fallen.items() if not isinstance(layer, LowRankLinear)]),
+    ):
+        if names:
+            kind = _type_name(fallen[names[0]].get_parameter("weight").dtype)
+            some = "1 module" if len(names) == 1 else f"{len(names)} modules"
+            notes.append(f"{some} could not be stored pivoted in {kind}: {form}, e.g. {names[0]}")
+        for name in names:
+            entry = plan.modules[name]
+            changed[name] = ModulePlan(entry.shape) if form == "dense" else replace(entry, storage="factored")
+    return replace(plan, modules=changed, notes=tuple(notes))
 
 
 def _unmasked(module: nn.Module) -> nn.Module:
@@ -145,7 +157,9 @@ def compressed(
     Raises:
         ValueError: As ``compress``.
     """
-    before = {name: model.get_submodule(name) for name in plan.modules}
+    modules = dict(model.named_modules())
+    # Of another model's plan `compress` says so.
+    before = {name: modules[name] for name in plan.modules if name in modules}
     try:
         yield compress(model, plan, store, device=device)
     finally:

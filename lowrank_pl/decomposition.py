@@ -47,8 +47,9 @@ class Decomposition:
 
     Sources: ASVD (arXiv 2312.05821), FWSVD (arXiv 2207.00112), SVD-LLM (arXiv 2403.07378); ``two_sided`` weighs by
     K-FAC's estimate (arXiv 1503.05671) of the loss, so that its singular values compare across modules. K-FAC takes
-    inputs and gradients to be independent; splitting the size of each token's gradient evenly over both sides
-    (``token_weights``, ours) takes only its direction to be.
+    inputs and gradients to be independent. With ``token_weights`` (ours) the size of each token's gradient is split
+    evenly over both sides: an estimate as well, and a lower one where sizes vary much, as if few tokens with large
+    gradients counted for less; it is what measures best.
 
     Args:
         kind: One of the table.
@@ -117,6 +118,11 @@ class Decomposition:
         if self.weighs_tokens:
             return ("weighted_moments",)
         return _NEEDS[self.kind]
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the loss is differentiated for it."""
+        return bool(set(self.needs) - {"inputs"})
 
     @property
     def weighs_tokens(self) -> bool:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from lowrank_pl.checksums import KEY, UNKNOWN, DamagedError, check_whole, with_checksum
 from lowrank_pl.decompose import Factors, truncate
-from lowrank_pl.files import atomic_write, cache_root, canonical_json, sha256_of, write_json
+from lowrank_pl.files import atomic_write, cache_root, canonical_json, claimed, sha256_of, write_json
 from lowrank_pl.plan import ModulePlan
 from lowrank_pl.processes import from_first, in_turn, is_first, wait, world_size
 
@@ -126,16 +125,8 @@ class TensorStore:
 
         What was missing before may then be there. A killed process gives its claim back.
         """
-        lock = FileLock(self.directory / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            _log.warning("another run is filling the %s store at %s: waiting for it to end", self.kind, self.directory)
-            lock.acquire()
-        try:
+        with claimed(self.directory / ".lock", f"filling the {self.kind} store at {self.directory}"):
             yield
-        finally:
-            lock.release()
 
     @contextmanager
     def making(self, names: Iterable[str]) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -12,7 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_directory", "atomic_write", "cache_root", "canonical_json", "sha256_of", "write_json"]
+from filelock import FileLock, Timeout
+
+__all__ = ["atomic_directory", "atomic_write", "cache_root", "canonical_json", "claimed", "sha256_of", "write_json"]
+
+_log = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
@@ -27,6 +32,29 @@ def canonical_json(value: Any) -> str:
     '{"a":[1.5,null],"b":1}'
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+@contextmanager
+def claimed(lock: Path, what: str) -> Iterator[None]:
+    """Let no other process into a block with the same ``lock`` while this one runs; wait for one that is in it.
+
+    A killed process gives its claim back.
+
+    Args:
+        lock: A file, made if absent.
+        what: What the others are at, for the log.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    claim = FileLock(lock)
+    try:
+        claim.acquire(timeout=0)
+    except Timeout:
+        _log.warning("another run is %s: waiting for it to end", what)
+        claim.acquire()
+    try:
+        yield
+    finally:
+        claim.release()
 
 
 def sha256_of(*parts: str | bytes | memoryview) -> str:

@@ -159,7 +159,11 @@ class RankLearner(LightningModule):
     # -- building ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions that would cast the masks."""
+        """Refuse precisions that would cast the masks, and devices that factors can't be made on."""
+        if self.trainer.strategy.root_device.type == "mps":
+            raise ValueError(
+                "Apple's GPUs lack float64, which statistics and factors are made in: use --trainer.accelerator cpu"
+            )
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise ValueError(
@@ -433,7 +437,7 @@ class RankLearner(LightningModule):
 
     def _identity(self) -> dict[str, Any]:
         masks = {name: list(value.shape) for name, value in self.state_dict().items()}
-        return {"mask": self.mask_method.name, "factors": self.store.digest, "masks": masks}
+        return {"mask": self.mask_method.name, "keep": self.keep, "factors": self.store.digest, "masks": masks}
 
     def _base(self) -> PreTrainedModel:
         assert self.model is not None, "configure_model has not run"

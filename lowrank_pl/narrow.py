@@ -83,7 +83,7 @@ def narrow(
     if origin is None or not found.narrower:
         raise ValueError(f"at keep {keep} no narrower MLPs are predicted to lose less: draw ranks on {base!r} itself")
     report = save_compressed(model, output, tokenizer=tokenizer, merge=found.one_width, card=narrowed_card(origin))
-    targeted, parameters = targeted_parameters(find_targets(model)), model_parameters(model)
+    targets, parameters = find_targets(model), model_parameters(model)
     figures = {
         "base": base,
         "width": {"before": found.before, "after": found.widths[0] if found.one_width else list(found.widths)},
@@ -91,14 +91,14 @@ def narrow(
         "predicted_nats_with_ranks": {str(width): loss for width, loss in sorted(found.tried.items())},
         "predicted_nats_by_block": found.by_block,
         "parameters": {
-            "targeted": {"dense": origin.targeted, "kept": targeted},
+            "targeted": {"dense": origin.targeted, "kept": targeted_parameters(targets)},
             "model": {"dense": origin.parameters, "kept": parameters},
         },
         "bytes": report.bytes,
     }
     print(
         f"narrowed MLPs from {found.before:,} to {origin.widths} hidden features: "
-        f"{origin.remaining(targeted, parameters)} are left\npredicted loss {found.nats:.4f} nats a token\n"
+        f"{origin.remaining(targets, parameters)} are left\npredicted loss {found.nats:.4f} nats a token\n"
         f"keep of plans on it counts what {origin.base} had\nmodel  {report.directory}"
     )
     if json is not None:

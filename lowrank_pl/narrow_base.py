@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from lowrank_pl.decompose import SquareRoot
 from lowrank_pl.decomposition import Decomposition, Roots
 from lowrank_pl.export import save_compressed
 from lowrank_pl.factor_store import total_seconds
-from lowrank_pl.files import cache_root, canonical_json, sha256_of, write_json
+from lowrank_pl.files import cache_root, canonical_json, claimed, sha256_of, write_json
 from lowrank_pl.narrowing import Hidden, Origin, find_hidden, narrow_model, narrowed_config
 from lowrank_pl.prepare import check_finite, model_parameters, statistics_of, targeted_parameters
-from lowrank_pl.processes import from_first, is_first
+from lowrank_pl.processes import from_first
 from lowrank_pl.targets import Target, Targets, find_targets
 from lowrank_pl.width import measured_widths
 
@@ -50,7 +51,7 @@ class Narrowing:
         damping: Ridge of the change that makes up for what is left out; more trusts the text less.
 
     Raises:
-        ValueError: A share that is no fraction, or a number below its least.
+        ValueError: A share that is no fraction, or a number out of its range.
     """
 
     by_block: bool = False
@@ -65,8 +66,9 @@ class Narrowing:
             raise ValueError(f"share is {self.share}: expected a fraction above 0 and below 1")
         if self.multiple_of < 1:
             raise ValueError(f"multiple_of is {self.multiple_of}: expected a whole number of at least 1")
-        if not self.damping >= 0:
-            raise ValueError(f"damping is {self.damping}: expected a number of at least 0")
+        # Less is lost in the rounding of the moments, which have no full rank where text is short.
+        if not 1e-6 <= self.damping < math.inf:
+            raise ValueError(f"damping is {self.damping}: expected a finite number of at least 0.000001")
 
     def widths(self, present: int) -> list[int]:
         """Return the widths below ``present`` to choose from, ascending.
@@ -142,13 +144,19 @@ def apply_narrowing(
     widths = settings.widths(present)
     if not settings.by_block:
         narrowed_config(model, hidden, widths[0])
+    now, left_out = targeted_parameters(targets), origin.left_out(targets)
+    if keep is not None and keep * (now + left_out) > now:
+        raise ValueError(
+            f"keep is {keep}, and of the targeted parameters of {origin.base} an earlier narrowing has left "
+            f"{now / (now + left_out):.4f}: lower keep, or narrow {origin.base} itself"
+        )
     measured = _measured(targets, hidden, settings)
     check_finite(model, measured)
     roots = Roots(_TWO_SIDED, statistics, measured, model.device)
     chosen, tried, by_block = [widths[0]] * len(hidden), {}, None
     if settings.share is None:
         assert keep is not None
-        limit = int(keep * (targeted_parameters(targets) + origin.left_out(targets)))
+        limit = int(keep * (now + left_out))
         known = measured_widths(model, targets, hidden, roots, [present, *widths], damping=settings.damping)
         tried = known.losses(limit)
         # Of equals the widest.
@@ -221,10 +229,18 @@ def narrowed_base(
         measured = _measured(targets, find_hidden(model, targets), settings)
         # By all processes, which then wait for the first one; it finds them on disk.
         spent = statistics.seconds(_TWO_SIDED.needs, measured, _TWO_SIDED.labels)
-        done = from_first(lambda: _make(model, targets, statistics, settings, base, keep, tokenizer, folder))
-        done["seconds"] = total_seconds([spent, done["seconds"]])
-        if is_first():
-            write_json(record, done)
+
+        def make() -> dict[str, Any]:
+            with claimed(folder.with_suffix(".lock"), f"narrowing {base}"):
+                # Another run that was at it may have made it in the meantime.
+                noted = _read(record, folder)
+                if noted is None:
+                    noted = _make(model, targets, statistics, settings, base, keep, tokenizer, folder)
+                    noted["seconds"] = total_seconds([spent, noted["seconds"]])
+                    write_json(record, noted)
+            return noted
+
+        done = from_first(make)
     if not done["narrower"]:
         _log.info("at keep %g no narrower MLPs are predicted to lose less than those of %s", keep, base)
         return base, done["seconds"]
@@ -280,8 +296,11 @@ def _make(
 
 def narrowed_card(origin: Origin) -> str:
     """Return the model card of a narrowed base."""
-    one = len(set(origin.left.values())) == 1
-    loads = "It loads like its base." if one else "It loads with `import lowrank_pl.hf_format` or `trust_remote_code`."
+    loads = (
+        "It loads like its base."
+        if origin.one_width
+        else "It loads with `import lowrank_pl.hf_format` or `trust_remote_code`."
+    )
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
         f"# {origin.base.rstrip('/').rsplit('/', 1)[-1]} with narrower MLPs\n\n"

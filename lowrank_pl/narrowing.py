@@ -113,9 +113,15 @@ class Origin:
         least, most = min(self.left.values()), max(self.left.values())
         return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
-    def remaining(self, targeted: int, parameters: int) -> str:
-        """Return in words what ``targeted`` parameters of the linear maps and ``parameters`` in all are of it."""
-        shares = percent(targeted / self.targeted), percent(parameters / self.parameters)
+    @property
+    def one_width(self) -> bool:
+        """Whether all MLPs have the same, which a plain config can say."""
+        return len(set(self.left.values())) == 1
+
+    def remaining(self, targets: Targets, parameters: int) -> str:
+        """Return in words what ``targets`` of the narrowed model and ``parameters`` in all are of what there was."""
+        now = sum(target.shape[0] * target.shape[1] for target in targets.modules)
+        shares = percent(now / (now + self.left_out(targets))), percent(parameters / self.parameters)
         return f"{shares[0]} of the targeted parameters of {self.base} and {shares[1]} of all"
 
 

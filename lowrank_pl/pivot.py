@@ -53,8 +53,8 @@ class Pivoted:
 
     @property
     def is_accurate(self) -> bool:
-        """Whether the error is finite and at most ``LIMIT`` times the plain one."""
-        return self.error <= LIMIT * self.plain
+        """Whether the error is finite and at most ``LIMIT`` times the plain one, if that is finite."""
+        return math.isfinite(self.error) and not self.error > LIMIT * self.plain
 
 
 def pivot(left: Tensor, right: Tensor, *, dtype: torch.dtype) -> Pivoted:

@@ -145,7 +145,7 @@ def base_notes(model: PreTrainedModel, targets: Targets) -> list[str]:
     before = Origin.of(model)
     if before is None:
         return []
-    remaining = before.remaining(targeted_parameters(targets), model_parameters(model))
+    remaining = before.remaining(targets, model_parameters(model))
     return [
         f"the base was narrowed from {before.width:,} to {before.widths} hidden features of an MLP: {remaining} are "
         "left, and keep counts those that are gone"
@@ -210,7 +210,12 @@ def build_factors(
 
 
 def factor_store(
-    targets: Targets, source: Mapping[str, Any], settings: Decomposition, directory: str | Path | None
+    targets: Targets,
+    source: Mapping[str, Any],
+    settings: Decomposition,
+    directory: str | Path | None,
+    *,
+    batch_size: int = 1,
 ) -> FactorStore:
     """Return the store of the factors that ``settings`` give of a model and a text, whatever it holds so far.
 
@@ -219,8 +224,11 @@ def factor_store(
         source: Fingerprint of model, tokenizer and windows.
         settings: How to decompose.
         directory: Its folder; by default one named by the fingerprint in the cache.
+        batch_size: Windows in a pass: gradients are squared, and labels drawn, batch by batch.
     """
     used = {key: source[key] for key in source if settings.needs_text or key in ("model", "config")}
+    if batch_size != 1 and settings.needs_gradients:
+        used["batch_size"] = batch_size
     if settings.at_keep is not None:
         # Which modules are compressed decides on what is measured in each.
         used["at_modules"] = sha256_of(*(target.name for target in targets.modules))
@@ -234,7 +242,7 @@ def _factors(
     settings: Decomposition,
     directory: str | Path | None,
 ) -> FactorStore:
-    store = factor_store(targets, statistics.source, settings, directory)
+    store = factor_store(targets, statistics.source, settings, directory, batch_size=statistics.batch_size)
     with store.making(target.name for target in targets.modules) as missing:
         _log.info("factors: %d of %d modules to decompose, in %s", len(missing), len(targets.modules), store.directory)
         todo = [target for target in targets.modules if target.name in set(missing)]

@@ -245,12 +245,13 @@ def _settings(trainer: Trainer, learner: RankLearner) -> dict[str, Any]:
     steps = trainer.estimated_stepping_batches
     start = learner.start.method if isinstance(learner.start, RankPlan) else getattr(learner.start, "name", "none")
     return {
-        "base": learner.base.rstrip("/").rsplit("/", 1)[-1],  # the columns are narrow
+        "base": learner.named_base.rstrip("/").rsplit("/", 1)[-1],  # the columns are narrow
         "keep": learner.keep,
         "mask": learner.mask_method.name,
         "prepare.decomposition": learner.decomposition.kind,
         "prepare.storage": str(learner.storage),
         "prepare.dtype": learner.dtype_name,
+        "prepare.narrow": "none" if learner.narrow is None else "by block" if learner.narrow.by_block else "one width",
         "start": start,
         "optimizer": type(optimizer).__name__,
         "lr": optimizer.defaults["lr"],

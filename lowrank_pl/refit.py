@@ -28,7 +28,7 @@ from lowrank_pl.refit_passes import Pair, Place, Twins, survey
 from lowrank_pl.refit_plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, check_belongs, refitted_plan
 from lowrank_pl.refit_solve import NOTHING, Choice, Problem, choose, refitted
 from lowrank_pl.targets import Target, Targets, dense_weight
-from lowrank_pl.windows import windows_fingerprint
+from lowrank_pl.windows import known_windows, windows_fingerprint
 
 __all__ = ["Refit", "refit"]
 
@@ -169,6 +169,7 @@ class _Work:
         self.batch_size = batch_size or max(1, busy // windows.shape[1])
         self.fitting, self.held = settings.split(windows)
         self.windows = windows[: settings.windows]
+        self.flattered = known_windows(self.held, [calibration]) > 0
         self.modules = [target for target in targets.modules if target.name in plan.modules]
         fingerprint = {**base.fingerprint, "refit": self._identity()}
         folder = base.directory / "refit" / sha256_of(canonical_json(fingerprint))[:20]
@@ -325,7 +326,7 @@ class _Work:
             raise ValueError(f"the errors of {target.name} are {errors}: load the base in a wider dtype")
         # Factors that were made from the held-back text as well are flattered by it: what they are worth on other text
         # is told by their like that was not.
-        before, after = max(errors[:2]), errors[2]
+        before, after = max(errors[:2]) if self.flattered else errors[0], errors[2]
         gain = 1 - after / before if before > 0 else 0.0
         numbers = {"gain": gain, "drift": choice.drift, "damping": choice.damping}
         if problem.has_stream:

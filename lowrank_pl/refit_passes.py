@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.resume_forward import can_resume, ended, moved, resumed
-from lowrank_pl.targets import Target, decoder_blocks, dense_weight, replaced
+from lowrank_pl.targets import Target, decoder_blocks, dense_weight, fed, replaced
 
 __all__ = ["Pair", "Place", "Twins", "survey"]
 
@@ -79,7 +79,7 @@ class _Log:
 
     def before(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = _first(args, kwargs)
+            value = fed(args, kwargs)
             if isinstance(value, Tensor):
                 # Some blocks add to it in place later.
                 self.fed.append((name, value.clone()))
@@ -131,10 +131,6 @@ def _is_like(one: Tensor, two: Tensor) -> bool:
 
 def _tokens(tensor: Tensor) -> int:
     return tensor.numel() // max(1, tensor.shape[-1])
-
-
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 class Twins:
@@ -297,7 +293,7 @@ class _Course:
 def _keep(calls: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A stream may be written to in place, and what matters is what it was.
-        calls.append(_first(args, kwargs).clone())
+        calls.append(fed(args, kwargs).clone())
 
     return hook
 

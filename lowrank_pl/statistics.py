@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from lowrank_pl.evaluating import evaluating
 from lowrank_pl.processes import add_up, is_first, share, total
 from lowrank_pl.products import product, rows_of
-from lowrank_pl.targets import Target
+from lowrank_pl.targets import Target, fed
 
 __all__ = ["InputMoments", "collect_input_moments"]
 
@@ -123,7 +123,7 @@ def _watching(model: nn.Module, moments: Mapping[str, InputMoments]) -> Iterator
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def update(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             try:
-                moments[name].update(args[0] if args else kwargs["input" if "input" in kwargs else "x"])
+                moments[name].update(fed(args, kwargs))
             except ValueError as error:
                 raise ValueError(
                     f"{error}: at module {name} in calibration batch {position[0]}; "

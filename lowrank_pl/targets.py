@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ __all__ = [
     "Targets",
     "decoder_blocks",
     "dense_weight",
+    "fed",
     "find_targets",
     "replace_module",
     "replaced",
@@ -184,6 +186,11 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def fed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a module was called with first, by place or by name; None if with nothing."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` in the place of the submodule called ``name``.
 
@@ -296,7 +303,7 @@ def _probe(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Calls:
 
     def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            value = args[0] if args else next(iter(kwargs.values()))
+            value = fed(args, kwargs)
             calls[name].append((value, value._version))
 
         return hook

@@ -19,7 +19,7 @@ def record_text(row: Any, where: str, *, field: str | None, tokenizer: PreTraine
     Args:
         row: A string, or a mapping that has a field of text or of messages.
         where: File and line, for the message of an error.
-        field: Which field; by default the first that is there of ``text``, ``content``, ``messages``...
+        field: Which field; by default the first that holds something of ``text``, ``content``, ``messages``...
         tokenizer: Whose chat template is used for messages.
 
     Returns:
@@ -45,9 +45,10 @@ def _field(row: Any, where: str, field: str | None) -> tuple[str, Any]:
         return "the row", row
     if not isinstance(row, dict):
         raise ValueError(f"{where}: the row is {type(row).__name__}, expected an object with a field of text")
-    for name in FIELDS if field is None else (field,):
-        if name in row:
-            return f"field {name!r}", row[name]
+    there = [name for name in (FIELDS if field is None else (field,)) if name in row]
+    # Merged datasets have every field in every row, and null where a row has none.
+    for name in (*(name for name in there if row[name]), *there):
+        return f"field {name!r}", row[name]
     wanted = f"no field {field!r}" if field else f"none of the fields {', '.join(FIELDS)}"
     raise ValueError(f"{where}: {wanted}; there are {', '.join(map(str, row)) or 'none'}: choose one with ::field=NAME")
 

@@ -3,7 +3,8 @@
 A loss's curvature by a weight is ``E[x x' (x) g g']``, and two second moments can stand for it only as far as a token's
 input and its gradient have nothing to do with each other. They have where much depends on few tokens: in the values and
 keys of attention sinks, gradients are a hundred times what they are elsewhere, and all for one input. Splitting the
-size of each token's gradient evenly over both sides keeps such tokens from standing for all.
+size of each token's gradient evenly over both sides keeps such tokens from standing for all. It is no exact product
+either, but an estimate that is lower than the curvature where sizes vary much.
 """
 
 from __future__ import annotations

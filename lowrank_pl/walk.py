@@ -67,7 +67,7 @@ def walk_factors(
         skeleton.model, windows, tokenizer, parameters=skeleton.parameters(), directory=directory,
         batch_size=batch_size, memory=memory,
     )  # fmt: skip
-    store = factor_store(targets, statistics.source, settings, directory)
+    store = factor_store(targets, statistics.source, settings, directory, batch_size=batch_size)
     with store.making(target.name for target in targets.modules) as missing:
         if missing:
             refuse_compressed(settings)

@@ -182,15 +182,16 @@ def _tokens_between(buffer: str, begin: int, end: int, tokenizer: PreTrainedToke
     return end, [token for token, (start, _) in pairs if begin <= start < end]
 
 
-def known_windows(windows: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase) -> int:
+def known_windows(windows: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase | None = None) -> int:
     """Return how many of ``windows`` ``[windows, length]`` have their middle passage in one of ``others``.
 
     Args:
         windows: Token ids that should be new.
         others: Token ids that were used, each ``[windows, length]``.
-        tokenizer: The one that made them: its BOS at the head of windows is no text.
+        tokenizer: The one that made them: its BOS at the head of windows is no text. Without it, it is taken for some,
+            and a passage that goes on behind it is not found.
     """
-    bos = int(uses_bos(tokenizer))
+    bos = int(tokenizer is not None and uses_bos(tokenizer))
     streams = [part[:, bos:].flatten() for part in others]
     return sum(any(_contains(stream, window[bos:]) for stream in streams) for window in windows)
 
@@ -199,6 +200,8 @@ def _contains(stream: Tensor, window: Tensor) -> bool:
     """Return whether the tokens in the middle of ``window`` stand in a row in ``stream``."""
     begin = max(0, (len(window) - PASSAGE) // 2)
     probe = window[begin : begin + PASSAGE]
+    if len(stream) < len(probe):
+        return False
     starts = torch.arange(len(stream) - len(probe) + 1)
     for place, token in enumerate(probe):
         starts = starts[stream[starts + place] == token]

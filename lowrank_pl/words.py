@@ -11,11 +11,11 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["bare_flags", "readable_words"]
+__all__ = ["bare_flags", "readable_options", "readable_words"]
 
 
 def readable_words(words: Sequence[str], function: Callable[..., Any]) -> list[str]:
@@ -39,11 +39,43 @@ def readable_words(words: Sequence[str], function: Callable[..., Any]) -> list[s
         ['--keep=[0.9,0.8]', '--plan', 'p', '--names=["a: b"]']
     """
     hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
+    named = _named([re.sub(r"^-c(?=$|=)", "--config", word) for word in words], function)
+    return _with_lists([_python_name(word, hints) for word in named], hints)
+
+
+def readable_options(words: Sequence[str], groups: Mapping[str, type]) -> list[str]:
+    """Return the words for LightningCLI likewise: lists as they are written elsewhere, ``-`` in flags as ``_``.
+
+    Args:
+        words: The words after the command's name.
+        groups: By what stands before the dot of a flag, the class whose arguments they are.
+
+    Raises:
+        ValueError: As in ``readable_words``.
+
+    Example:
+        >>> class Run:
+        ...     def __init__(self, names: Sequence[str] = (), most: int = 1) -> None: ...
+        >>> readable_options(["--run.names", "a", "b", "--run.most", "2", "--other-flag", "c"], {"run": Run})
+        ['--run.names=["a", "b"]', '--run.most', '2', '--other_flag', 'c']
+    """
+    hints = {
+        f"{group}.{name}": hint
+        for group, made in groups.items()
+        for name, hint in get_type_hints(made.__init__).items()  # type: ignore[misc]
+        if _element(hint) in (str, int, float, Path)
+    }
+    flagged = [re.sub(r"^--[A-Za-z][\w.-]*", lambda flag: f"--{flag[0][2:].replace('-', '_')}", word) for word in words]
+    return _with_lists(flagged, hints)
+
+
+def _with_lists(words: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """Return the words with one value behind every flag whose hint is a list's."""
     written: list[str] = []
     lists: dict[str, list[str]] = {}
-    waiting = _named([re.sub(r"^-c(?=$|=)", "--config", word) for word in words], function)
+    waiting = list(words)
     while waiting:
-        flag, equals, value = _python_name(waiting.pop(0), hints).partition("=")
+        flag, equals, value = waiting.pop(0).partition("=")
         hint = hints.get(flag.removeprefix("--")) if flag.startswith("--") else None
         if _element(hint) is None:
             written.append(f"{flag}{equals}{value}")

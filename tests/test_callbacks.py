@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +167,10 @@ def test_mistakes_surface_before_learning(tmp_path):
         fit(learner, max_steps=1, callbacks=[FinishRun(baselines=["uniform", "fisher"])])
     with pytest.raises(ValueError, match=r"text '.*none\.txt'"):
         fit(learner, max_steps=1, callbacks=[FinishRun(score_text=str(tmp_path / "none.txt"))])
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"run/model' holds other files than an earlier export: name a new folder or"):
+        fit(learner, max_steps=1, default_root_dir=tmp_path / "run", callbacks=[FinishRun()])
     with pytest.raises(ValueError, match="there is neither a score_text nor a validation window: give one of them"):
         fit(learner, make_data(validation_windows=0), max_steps=1, callbacks=[FinishRun()])
     with pytest.raises(ValueError, match="the prompt '' has no token"):
@@ -174,6 +179,21 @@ def test_mistakes_surface_before_learning(tmp_path):
     with pytest.raises(ValueError, match="windows of 4096 tokens were given, but the model has 2048 positions"):
         fit(learner, max_steps=1, callbacks=[FinishRun(score_text="python-docs", score_length=4096)])
     assert learner.global_step == 0
+
+
+def test_text_to_score_that_is_learned_from_is_warned_of(caplog):
+    data = make_data()
+    FinishRun(score_text=data.text, score_length=data.length, score_windows=2)._protocol(data)
+    assert caplog.messages[-1] == (
+        "2 of 2 windows to score hold text that is learnt from as well: their perplexity flatters"
+    )
+
+
+def test_factors_are_made_where_there_is_float64():
+    learner = make_learner()
+    learner._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("mps")), precision="32-true")
+    with pytest.raises(ValueError, match=r"Apple's GPUs lack float64, .*: use --trainer.accelerator cpu"):
+        learner.setup("fit")
 
 
 def test_the_bar_counts_the_steps_of_the_whole_run(capsys):

@@ -7,14 +7,19 @@ import logging
 import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from lowrank_pl import RankPlan
-from lowrank_pl.cli import CHATTER, FUNCTIONS, main, usage
+from lowrank_pl.cli import CHATTER, FUNCTIONS, RankCLI, main, usage
 
 ROOT = Path(__file__).parents[1]
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
@@ -348,6 +353,8 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path, run):
     assert "the checkpoint does not fit this run: factors is" in said
     said = failing_fit(capsys, tmp_path, "--ckpt_path", last, "--model.mask.init_args.steps", "50")
     assert "14 of 14 masks differ" in said
+    said = failing_fit(capsys, tmp_path, "--ckpt_path", last, "--model.keep", "0.7")
+    assert "the checkpoint does not fit this run: keep is 0.5 there and 0.7 here" in said
     assert "learning from other data" in failing_fit(capsys, tmp_path, "--ckpt_path", last, "--data.seed", "9")
     assert "no checkpoint at" in failing_fit(capsys, tmp_path, "--ckpt_path", tmp_path / "none.ckpt")
     assert "README.md is damaged or no checkpoint" in failing_fit(capsys, tmp_path, "--ckpt_path", ROOT / "README.md")
@@ -359,17 +366,65 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path, run):
 
 def test_other_mistakes_of_users(capsys, tmp_path):
     assert "casts the masks too" in failing_fit(capsys, tmp_path, "--trainer.precision", "bf16-true")
-    said = failing_fit(capsys, tmp_path, "--finish.baselines", "[uniform,fisher]")
+    said = failing_fit(capsys, tmp_path, "--finish.baselines", "uniform", "fisher")
     assert said == (
         "the baseline fisher can't be drawn beside what is learned: the allocator fisher was given factors of the kind "
         "'whitened': expected two_sided (decomposition.kind)"
     )
     assert "no allocator is called 'best'" in failing_fit(capsys, tmp_path, "--finish.baselines", "[best]")
+    assert "no allocator is called 'best'" in failing_fit(capsys, tmp_path, "--finish.baselines", "best")
     assert "no plan at" in failing_fit(capsys, tmp_path, "--model.start", tmp_path / "none.json")
     assert "the weights of the data terms" in failing_fit(capsys, tmp_path, "--model.data_terms.cross_entropy", "0")
     assert "no plan at" in failing(capsys, "export", "--plan", tmp_path / "none.json")
     if not torch.cuda.is_available():
         assert "gpu" in failing_fit(capsys, tmp_path, "--trainer.accelerator", "gpu").lower()
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """Makes what ``lowrank fit`` would run, and runs nothing."""
+    monkeypatch.setattr(RankCLI, "_run_subcommand", lambda *_: None)
+    return lambda *words: RankCLI(["fit", "-c", str(SMOKE), "--run", str(tmp_path / "run"), *words])
+
+
+def test_processes_wait_for_the_first_one_whatever_the_strategy_is(built):
+    trainer = built("--trainer.accelerator", "cpu", "--trainer.devices", "2").trainer
+    assert type(trainer.strategy) is DDPStrategy
+    assert trainer.strategy._timeout == timedelta(hours=12)
+    words = ["-c", str(ROOT / "configs" / "strategy" / "ddp.yaml"), "--trainer.strategy.init_args.timeout", "0:05:00"]
+    assert built("--trainer.accelerator", "cpu", "--trainer.devices", "2", *words).trainer.strategy._timeout == (
+        timedelta(minutes=5)
+    )
+
+
+def test_apples_gpus_are_not_chosen(built, monkeypatch, caplog):
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
+    assert type(built("--trainer.accelerator", "auto").trainer.accelerator) is CPUAccelerator
+    assert "running on the CPU: Apple's GPUs lack float64" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "advice"),
+    [
+        ("run/checkpoints/last.ckpt", None, "go on with --ckpt_path run/checkpoints/last.ckpt"),
+        ("", "old/last.ckpt", "go on with --ckpt_path old/last.ckpt"),
+        ("", None, "there is no checkpoint of this run yet"),
+    ],
+)
+def test_an_interrupted_run_names_its_own_checkpoint(tmp_path, written, given, advice):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_text("of another run")
+    saving = ModelCheckpoint(tmp_path / "checkpoints")
+    saving.last_model_path = written
+
+    def interrupted(*_, **__):
+        raise SystemExit
+
+    trainer = SimpleNamespace(
+        interrupted=True, fit=interrupted, checkpoint_callbacks=[saving], default_root_dir=tmp_path
+    )
+    with pytest.raises(KeyboardInterrupt, match=f"^{advice}$"):
+        RankCLI.fit(SimpleNamespace(trainer=trainer), None, ckpt_path=given)
 
 
 def test_a_full_disk(capsys, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -275,10 +276,38 @@ def test_pivots_of_index_sets_of_masked_and_of_bfloat16_models(windows):
         torch.testing.assert_close(other.dense().float(), expected, rtol=0.05, atol=0.02)
 
 
+def test_a_module_whose_factors_would_be_no_smaller_stays_dense_aloud(windows, monkeypatch, caplog):
+    model, targets, store = factored("llama", windows)
+    name = targets.modules[0].name
+    rank = FACTORED.break_even(targets.modules[0].shape) + 1
+    plan = drawn(targets, store, lambda target: replace(pivoted(target), rank=rank) if target.name == name else None)
+    monkeypatch.setattr(Pivoted, "is_accurate", False)
+    dense = model.get_submodule(name)
+    compress(model, plan, store)
+    assert model.get_submodule(name) is dense
+    assert caplog.messages[-1].startswith(
+        f"{name} stays dense, of which two factors would be no less: stored pivoted in float32 it would be off by "
+    )
+    changed = deployed_plan(model, plan)
+    assert changed.modules[name] == ModulePlan(dense.weight.shape)
+    assert changed.notes == (f"1 module could not be stored pivoted in float32: dense, e.g. {name}",)
+    assert deployed_plan(model, changed) is changed
+
+
+def test_a_plan_of_another_model_is_refused_for_a_while_too(windows):
+    _, targets, store = factored("llama", windows)
+    plan = drawn(targets, store, half)
+    smaller = tiny_model("llama", layers=1)
+    refused = pytest.raises(ValueError, match=r"the plan names model\.layers\.1\..*, which the model lacks")
+    with refused, compressed(smaller, plan, store):
+        pass
+
+
 def test_a_module_that_cannot_be_pivoted_is_stored_as_factors_aloud(windows, monkeypatch, caplog):
     model, targets, store = factored("llama", windows)
     names = [target.name for target in targets.modules]
-    plan = drawn(targets, store, lambda target: half(target) if target.name == names[5] else pivoted(target))
+    few = {target.name: replace(pivoted(target), rank=min(target.shape) // 3) for target in targets.modules}
+    plan = drawn(targets, store, lambda target: half(target) if target.name == names[5] else few[target.name])
     inaccurate = {names[2], names[3]}
     shapes = {plan.modules[name].shape for name in inaccurate}
     monkeypatch.setattr(Pivoted, "is_accurate", property(lambda found: found_shape(found) not in shapes))

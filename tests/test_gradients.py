@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from lowrank_pl import backward
+from lowrank_pl.collected import statistics_behind
 from lowrank_pl.decompose import decompose, diagonal_root, square_root, truncate
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.gradients import GradientMoments, WeightGradients, collect_gradients
@@ -269,6 +270,35 @@ def test_features_that_are_always_zero_can_be_divided_by():
     torch.testing.assert_close(factors.left @ factors.right, weight, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="the scales hold NaN, infinity or negative numbers"):
         diagonal_root(torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.parametrize("settings", [Decomposition("fwsvd"), Decomposition("two_sided")])
+def test_what_depends_on_batches_is_made_for_these_batches(llama, windows, tokenizer, settings):
+    targets = find_targets(llama)
+    one, two, again = (
+        build_factors(llama, targets, windows[:4], tokenizer, settings=settings, batch_size=size) for size in (1, 2, 1)
+    )
+    assert again.directory == one.directory != two.directory
+    name = targets.modules[4].name
+    assert not torch.equal(one.sigma(name), two.sigma(name))
+    # And not where it does not.
+    plain = [build_factors(llama, targets, windows[:4], tokenizer, batch_size=size).directory for size in (1, 2)]
+    assert plain[0] == plain[1]
+    assert statistics_behind(two, llama, windows[:4]).batch_size == 2
+
+
+def test_maps_that_are_fed_by_name_are_measured_alike(llama, windows, tokenizer):
+    class Named(type(llama.model.layers[0].mlp)):
+        def forward(self, x):
+            return self.down_proj(input=self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    targets = find_targets(llama)
+    expected = collect_gradients(llama, windows[:2], moments=targets.modules, labels="text")[0]
+    for layer in llama.model.layers:
+        layer.mlp.__class__ = Named
+    found = collect_gradients(llama, windows[:2], moments=targets.modules, labels="text")[0]
+    for name, moments in expected.items():
+        assert torch.equal(found[name].second, moments.second)
 
 
 def test_gradients_are_collected_once(llama, windows, tokenizer, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import combinations, product
@@ -18,12 +19,15 @@ from untouched import assert_untouched, state
 
 from lowrank_pl import (
     Decomposition,
+    FinishRun,
+    RankLearner,
     RankPlan,
     allocate_ranks,
     build_factors,
     compress,
     leaving_out,
     load_compressed,
+    narrow_base,
     save_compressed,
 )
 from lowrank_pl.anatomy import anatomy
@@ -35,11 +39,13 @@ from lowrank_pl.compare import compare
 from lowrank_pl.decompose import square_root
 from lowrank_pl.doctor import doctor
 from lowrank_pl.factor_store import FactorStore
+from lowrank_pl.finish import Protocol
 from lowrank_pl.leaving_out import leave_out
 from lowrank_pl.narrow import narrow
 from lowrank_pl.narrow_base import Narrowing, narrowed_base
 from lowrank_pl.narrowing import Origin, find_hidden, narrow_model, narrowed_config
 from lowrank_pl.plan import ModulePlan
+from lowrank_pl.prepare import base_notes
 from lowrank_pl.processes import together
 from lowrank_pl.recipes import Recipe
 from lowrank_pl.sizes import resize
@@ -290,7 +296,8 @@ def dense_width(base):
         ({}, "give one of keep, the size that is wanted in the end, and share, of the hidden features"),
         ({"keep": 0.6, "share": 0.5}, "give one of keep, the size that is wanted in the end, and share"),
         ({"share": 0.5, "multiple_of": 0}, "multiple_of is 0: expected a whole number of at least 1"),
-        ({"share": 0.5, "damping": -1.0}, "damping is -1.0: expected a number of at least 0"),
+        ({"share": 0.5, "damping": 0.0}, "damping is 0.0: expected a finite number of at least 0.000001"),
+        ({"share": 0.5, "damping": float("inf")}, "damping is inf: expected a finite number of at least 0.000001"),
         (
             {"share": 0.99},
             "of 96 hidden features none would be left out at a share of 0.99, in multiples of 8: lower one of both",
@@ -454,6 +461,46 @@ def test_a_share_that_leaves_less_than_is_to_be_kept_is_refused(llama):
         ValueError, match=r"a share of 0.5 of their hidden features leave 0\.6\d+ of the targeted param"
     ):
         narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama, keep=0.9))
+
+
+def test_what_an_earlier_narrowing_left_is_the_most_that_can_be_kept(llama, tmp_path):
+    folder, _ = narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))
+    with pytest.raises(
+        ValueError,
+        match=r"keep is 0.95, and of the targeted parameters of random:llama an earlier narrowing has left 0\.6\d+: l",
+    ):
+        narrow(folder, output=tmp_path / "again", keep=0.95, **TEXT)
+
+
+@pytest.mark.parametrize(
+    ("which", "share"), [({}, r"62\.5 %"), ({"include": ["mlp.*"]}, r"50\.0 %"), ({"exclude": ["mlp.*"]}, r"100\.0 %")]
+)
+def test_notes_say_what_is_left_of_the_maps_that_are_targeted(llama, which, share):
+    folder, _ = narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))
+    model = load_base(folder)
+    (note,) = base_notes(model, find_targets(model, **which))
+    assert re.search(f"hidden features of an MLP: {share} of the targeted parameters of random:llama", note)
+
+
+def test_a_run_that_waited_for_another_one_takes_what_that_made(llama, monkeypatch):
+    folder, spent = narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))
+    read = narrow_base._read
+    monkeypatch.setattr(narrow_base, "_make", lambda *_: pytest.fail("made again"))
+    # As it looks to a run that comes first and then has to wait.
+    seen = iter([lambda *_: None, read])
+    monkeypatch.setattr(narrow_base, "_read", lambda *words: next(seen)(*words))
+    assert narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama)) == (folder, spent)
+
+
+def test_dense_weights_of_several_widths_are_refused_before_learning(llama):
+    hidden = find_hidden(llama, find_targets(llama))
+    Origin("random:llama", 1, 2, 96, {mlp.parent: 8 * place for place, mlp in enumerate(hidden, 1)}, ()).write(llama)
+    learner, finish = RankLearner("random:llama", keep=0.5), FinishRun(merge=True)
+    learner.model, finish.protocol = llama, Protocol("text", torch.arange(64).view(2, 32))
+    with pytest.raises(ValueError, match="MLPs of 8 to 16 hidden features, which no plain config of dense weights can"):
+        finish.on_fit_start(None, learner)
+    finish.merge = False
+    finish.on_fit_start(None, learner)
 
 
 @pytest.mark.parametrize(("mask", "by_block"), [("Staircase", False), ("PerValue", True)])

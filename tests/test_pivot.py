@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,6 +122,15 @@ def test_a_product_that_overflows_is_not_accurate():
     left, right = torch.full((6, 2), 1e3), torch.full((2, 8), 1e3)
     assert not pivot(left, right, dtype=torch.float16).is_accurate
     assert pivot(left, right, dtype=torch.bfloat16).is_accurate
+
+
+def test_pivots_are_taken_where_plain_factors_overflow():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*shape, generator=generator) for shape in ((12, 4), (4, 16)))
+    found = pivot(left * 1e5, right * 1e-5, dtype=torch.float16)
+    assert not math.isfinite(found.plain)
+    assert found.is_accurate
+    torch.testing.assert_close(layer_of(found).dense().float(), left @ right, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import struct
 
 import pytest
 import torch
+import yaml
 from learning import fit, make_data, make_learner
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -207,6 +208,8 @@ def test_settings_stand_in_the_runs_own_file_with_the_metrics_that_it_logs(event
     assert settings["steps"].number_value == 6
     assert "_hparams_/session_end_info" in events.summary_metadata
     assert (folder / "lightning_logs" / "version_0" / "metrics.csv").is_file()
+    written = yaml.safe_load((folder / "tensorboard" / "hparams.yaml").read_text())
+    assert (written["keep"], written["prepare.narrow"]) == (0.5, "none")
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it is a copy of the folder

@@ -25,6 +25,7 @@ from lowrank_pl.prepare import budget_for, build_factors, build_gradients, stati
 from lowrank_pl.refit import Refit, refit
 from lowrank_pl.refit_passes import Twins
 from lowrank_pl.refit_plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED
+from lowrank_pl.refit_solve import Problem
 from lowrank_pl.sizes import resize
 from lowrank_pl.targets import find_targets, replace_module
 from lowrank_pl.tiny_models import FAMILIES, tiny_model
@@ -238,6 +239,22 @@ def test_a_refit_that_does_not_help_on_held_back_text_is_not_applied_and_counted
         assert_same_factors(all_tensors(made, [name]), {name: store.kept(name, plan.modules[name])})
     assert f"not refitted, no gain on held-back text: {len(left)}, e.g. {left[0]}" in new.notes
     assert f"refit: not refitted, no gain on held-back text: {len(left)}, e.g. {left[0]}" in caplog.messages
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_refit_is_measured_against_the_factors_that_it_replaces(llama, windows, tokenizer, monkeypatch, known):
+    plan, store, targets = drawn(llama, windows[:12], tokenizer)
+    found = []
+    errors = Problem.errors
+    monkeypatch.setattr(Problem, "errors", lambda *words: found.append(errors(*words)) or found[-1])
+    _, made = run(llama, plan, store, targets, windows[8:12] if known else windows[12:], calibration=windows[:12])
+    asked = [name for name, how in outcomes(plan, made).items() if how != UNCHANGED]
+    assert len(asked) == len(found) > 5
+    for name, (present, plain, other) in zip(asked, found, strict=True):
+        # Factors that were made from this text are flattered by it; their like that was not tells what they are worth.
+        before = max(present, plain) if known else present
+        assert float(made.notes(name)["gain"]) == pytest.approx(1 - other / before, rel=1e-4, abs=1e-4)
+    assert any(plain > present for present, plain, _ in found)
 
 
 def test_margin_decides(llama, windows, tokenizer):

@@ -181,6 +181,14 @@ def test_undecodable_byte_is_found_across_chunks(tmp_path, monkeypatch):
         list(read_documents(str(path)))
 
 
+def test_the_first_field_that_holds_something_is_taken(tmp_path):
+    chat = [{"role": "user", "content": "Hi"}]
+    rows = [{"text": None, "messages": chat}, {"text": "x", "messages": None}, {"text": "", "content": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = list(read_documents(str(tmp_path / "a.jsonl"), tokenizer=byte_tokenizer()))
+    assert found == ["<|im_start|>user\nHi<|im_end|>\n", "x", ""]
+
+
 def test_missing_field_lists_the_fields(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "title": "y"}')
     with pytest.raises(

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from lowrank_pl import windows
 from lowrank_pl.files import cache_root
 from lowrank_pl.tiny_models import byte_tokenizer
-from lowrank_pl.windows import token_windows, tokenizer_fingerprint, uses_bos, windows_fingerprint
+from lowrank_pl.windows import known_windows, token_windows, tokenizer_fingerprint, uses_bos, windows_fingerprint
 
 
 @pytest.fixture
@@ -190,6 +190,13 @@ def test_fingerprint_of_windows():
     assert windows_fingerprint(one) == windows_fingerprint(one.clone().int())
     assert windows_fingerprint(one) != windows_fingerprint(one + 1)
     assert len(windows_fingerprint(one)) == 64
+
+
+def test_known_windows_are_those_whose_middle_stands_in_others():
+    stream = torch.arange(400).view(4, 100)
+    assert known_windows(stream[1:3], [stream]) == 2
+    assert known_windows(stream[1:3] + 1000, [stream]) == 0
+    assert known_windows(stream[:, :8], [torch.arange(4)[None]]) == 0
 
 
 def test_cache_lies_in_the_cache_root(private_cache, caplog):
