@@ -124,6 +124,26 @@ def load_base(base: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
     return model.eval().requires_grad_(False)
 
 
+def own_dtype(base: str, *, trust_remote_code: bool = False) -> torch.dtype:
+    """Return the type that the weights of ``base`` are kept in, where one can load them in it; else float32.
+
+    Args:
+        base: See :func:`resolve_base`.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Raises:
+        ValueError: The base can't be found, or its configuration can't be read.
+
+    >>> own_dtype("random:llama")
+    torch.float32
+    """
+    spec = resolve_base(base)
+    if spec.gguf_file is not None or spec.family is not None or spec.shapes is not None:
+        return torch.float32
+    said = read_config(spec, trust_remote_code=trust_remote_code).dtype
+    return said if said in DTYPES else torch.float32
+
+
 def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer of ``base`` as it comes: its own BOS rule and chat template.
 

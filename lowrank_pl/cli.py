@@ -84,7 +84,6 @@ class RankCLI(LightningCLI):
             RankLearner,
             CalibrationData,
             trainer_defaults={
-                "max_epochs": 1,
                 "num_sanity_val_steps": 0,
                 "log_every_n_steps": 1,
                 "enable_model_summary": False,
@@ -190,6 +189,9 @@ class RankCLI(LightningCLI):
         callbacks.append(StopBetweenBatches())
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpoints())
+        if config.max_epochs is None:
+            # One epoch, unless there is another end.
+            kwargs["max_epochs"] = 1 if config.max_steps < 0 else -1
         if config.accelerator == "auto" and MPSAccelerator.is_available():
             _log.warning("running on the CPU: Apple's GPUs lack float64, which statistics and factors are made in")
             kwargs["accelerator"] = "cpu"
@@ -231,6 +233,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return
+    if words[0] not in ("fit", *FUNCTIONS) and not words[0].startswith("-"):
+        known = ", ".join(["fit", *FUNCTIONS])
+        sys.exit(_said(f"error: there is no command {words[0]!r}: expected one of {known}", 2))
     try:
         _dispatch(bare_flags(words, "dry_run"))
     except KeyboardInterrupt as interrupt:
@@ -269,11 +274,8 @@ def _dispatch(words: list[str]) -> None:
             FUNCTIONS, as_positional=False, args=words, prog="lowrank", version=__version__, parser_mode="yaml",
             exit_on_error=False,
         )  # fmt: skip
-    elif words[0] == "fit" or words[0].startswith("-"):
-        RankCLI([words[0], *readable_options(words[1:], GROUPS)])
     else:
-        known = ", ".join(["fit", *FUNCTIONS])
-        raise ValueError(f"there is no command {words[0]!r}: expected one of {known}")
+        RankCLI([words[0], *readable_options(words[1:], GROUPS)])
 
 
 def _said(message: str, code: int) -> int:

@@ -119,9 +119,14 @@ def fit_workload(
     length, batch = data["length"], data["batch_size"]
     of_epoch = max(1, data["windows"] // (batch * machine.processes))
     gathered = trainer["accumulate_grad_batches"] or 1
-    steps = trainer["max_steps"] if (trainer["max_steps"] or -1) > 0 else 0
-    if not steps:
-        steps = -(-of_epoch // gathered) * max(1, trainer["max_epochs"] or 1)
+    limit = trainer["limit_train_batches"]
+    if limit is not None:
+        of_epoch = max(1, min(of_epoch, limit) if isinstance(limit, int) else int(of_epoch * limit))
+    most, epochs = trainer["max_steps"] or -1, trainer["max_epochs"]
+    steps = -(-of_epoch // gathered) * max(1, epochs or 1)
+    if most > 0:
+        # The first limit that is reached ends learning; no number of epochs is none then.
+        steps = min(most, steps) if epochs and epochs > 0 else most
     validations = _validations(trainer, batches=steps * gathered, of_epoch=of_epoch)
     starts = learner.start if hasattr(learner.start, "needs_gradients") else None
     shared = machine.sharded and can_be_shared(learner.base)

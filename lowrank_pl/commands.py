@@ -14,6 +14,7 @@ from lowrank_pl.allocate import allocator
 from lowrank_pl.base_model import load_base, load_tokenizer
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.draw import allocate_ranks
+from lowrank_pl.export import check_destination
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.files import write_json
 from lowrank_pl.finish import command_line, export_plan
@@ -133,6 +134,10 @@ def export(
     # Impossible sizes and places are refused before anything is loaded.
     todo = {output: drawn} if keep is None else _folders(output, nested(drawn, keep))
     base = base_of(drawn, plan, base)
+    for folder in todo:
+        check_destination(folder)
+        if folder.exists() and folder.resolve() == Path(base).resolve():
+            raise ValueError(f"{str(folder)!r} is the plan's base, which the export would replace: name another folder")
     dtype = getattr(torch, drawn.origin.get("dtype", "float32"))
     model = load_base(base, dtype=dtype, trust_remote_code=trust_remote_code).to(pick_device(device))
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)

@@ -198,8 +198,10 @@ def check_destination(directory: Path) -> None:
     """Refuse to replace what is no export: a slip of the keyboard must not cost anyone a folder.
 
     Raises:
-        ValueError: ``directory`` is a file, or a folder of something else.
+        ValueError: ``directory`` is a file, or a folder of something else, or the one that the process is in.
     """
+    if directory.resolve() == Path.cwd():
+        raise ValueError(f"{str(directory)!r} is the folder that you are in, which can't be replaced: name another one")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{str(directory)!r} is a file: name a folder to export to")
     if not directory.exists() or not any(directory.iterdir()):

@@ -43,6 +43,7 @@ from lowrank_pl.report import Row, row_table, write_summary
 from lowrank_pl.run_record import read_run
 from lowrank_pl.streaming import TOGETHER, streamed
 from lowrank_pl.targets import find_targets
+from lowrank_pl.verify import base_class
 
 __all__ = ["Finished", "Protocol", "command_line", "export_plan", "finish_run", "score_in_fresh_process"]
 
@@ -143,7 +144,10 @@ def export_plan(
     where = {"device": device}
     with compressed(model, plan, store, **where) if put_back else nullcontext(compress(model, plan, store, **where)):
         plan = deployed_plan(model, plan)
-        card = model_card(plan, (), base=plan.named_base, command=command, merged=merge)
+        card = model_card(
+            plan, (), base=plan.named_base, command=command, merged=merge,
+            own_code=base_class(model) is None,
+        )  # fmt: skip
         return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge), plan
 
 
@@ -239,7 +243,9 @@ def finish_run(
     plan.save(run / "plan.json")
     spent += time.perf_counter() - began
     device = streamed_on or model.device
-    score, small = score_in_fresh_process(report.directory, protocol, device=device, stream=streamed_on is not None)
+    score, small = score_in_fresh_process(
+        report.directory, protocol, device=device, stream=streamed_on is not None, trust=base_class(model) is None
+    )
     rows.append(_row("learned", score, dense, plan, report.bytes, spent))
     rates["learned"] = score.tokens_per_second
     samples = list(zip(protocol.prompts, texts, small, strict=True))
@@ -280,7 +286,12 @@ def _row(name: str, score: Score, dense: Score, plan: RankPlan, size: int, secon
 
 
 def score_in_fresh_process(
-    directory: Path, protocol: Protocol, *, device: torch.device | str = "cpu", stream: bool = False
+    directory: Path,
+    protocol: Protocol,
+    *,
+    device: torch.device | str = "cpu",
+    stream: bool = False,
+    trust: bool = False,
 ) -> tuple[Score, list[str]]:
     """Return score and continuations of the model in ``directory``, loaded by plain transformers in a new process.
 
@@ -289,6 +300,7 @@ def score_in_fresh_process(
         protocol: What to score on and which prompts to continue.
         device: Where to run.
         stream: Whether the weights stay in main memory, and come to the device a layer at a time.
+        trust: Run the code that came with the base.
 
     Raises:
         ExportError: The process failed; the message ends with what it said.
@@ -296,7 +308,8 @@ def score_in_fresh_process(
     with tempfile.TemporaryDirectory() as folder:
         job, windows, result = (Path(folder) / name for name in ("job.json", "windows.safetensors", "result.json"))
         save_file({"windows": protocol.windows.contiguous()}, windows)
-        settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens, "stream": stream}
+        settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens}
+        settings |= {"stream": stream, "trust": trust}
         write_json(job, {"directory": str(directory), "device": str(device), "windows": str(windows), **settings})
         # stderr goes to the terminal, where its progress bar belongs.
         code = subprocess.run([sys.executable, "-m", "lowrank_pl.finish", str(job), str(result)]).returncode
@@ -310,8 +323,9 @@ def _score_job(job: Path, result: Path) -> None:
     """Do in this process what ``score_in_fresh_process`` asked for."""
     settings = json.loads(job.read_text())
     assert hf_format.METHOD == "lowrank"  # the import has registered the format
-    model = AutoModelForCausalLM.from_pretrained(settings["directory"]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(settings["directory"])
+    where, trust = settings["directory"], settings["trust"]
+    model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=trust).eval()
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust)
     device = torch.device(settings["device"])
     if not settings["stream"]:
         model.to(device)

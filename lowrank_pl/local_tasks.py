@@ -76,7 +76,7 @@ class LocalTask:
             ValueError: The file has none, or a line that is none; it is named.
         """
         rows = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 rows.append(_row(line, f"{self.path}, line {number}"))
         if not rows:

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from lowrank_pl.doctor_report import Diagnosis
+from lowrank_pl.paired import members
 
 __all__ = ["Agreement", "Evidence", "Pass", "Speed", "TaskScores", "described", "read_evidence"]
 
@@ -37,6 +38,7 @@ class TaskScores:
         source: Name of the file, without its ending.
         model: What the file calls the model; empty where it doesn't say.
         figures: Value and standard error, NaN where there is none, by task and metric.
+        grouped: Those of them that stand in a group.
 
     Example:
         >>> scores = TaskScores("a", "", {"piqa": {"acc": (0.6, 0.1)}, "boolq": {"acc": (0.5, math.nan)}})
@@ -47,12 +49,14 @@ class TaskScores:
     source: str
     model: str
     figures: Mapping[str, Mapping[str, tuple[float, float]]]
+    grouped: frozenset[str] = frozenset()
 
     @property
     def mean_accuracy(self) -> float | None:
-        """The mean of ``acc`` over the tasks; None unless every task has it."""
-        found = [metrics["acc"][0] for metrics in self.figures.values() if "acc" in metrics]
-        return fmean(found) if found and len(found) == len(self.figures) else None
+        """The mean of ``acc`` over the tasks and groups that are in no other group; None unless every one has it."""
+        own = [metrics for task, metrics in self.figures.items() if task not in self.grouped]
+        found = [metrics["acc"][0] for metrics in own if "acc" in metrics]
+        return fmean(found) if found and len(found) == len(own) else None
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class Evidence:
         tasks: Scores on tasks.
         passes: Perplexities.
         speeds: Speeds.
+        model: Folder of the model that all this is about; None where there is none.
     """
 
     diagnosis: Diagnosis | None = None
@@ -141,6 +146,13 @@ class Evidence:
     tasks: tuple[TaskScores, ...] = ()
     passes: tuple[Pass, ...] = ()
     speeds: tuple[Speed, ...] = ()
+    model: Path | None = None
+
+    @property
+    def own_passes(self) -> list[Pass]:
+        """Those of the passes that were over the model itself."""
+        here = self.model and self.model.resolve()
+        return [one for one in self.passes if Path(one.model).resolve() == here]
 
     @property
     def divergence(self) -> Agreement | None:
@@ -148,7 +160,7 @@ class Evidence:
         found = [finding.figures for finding in self.diagnosis.findings] if self.diagnosis else []
         figures = next((one for one in found if {"kl", "agreement", "tokens"} <= one.keys()), None)
         if figures is None or self.diagnosis is None:
-            for one in self.passes:
+            for one in self.own_passes:
                 if one.kl is not None and one.agreement is not None:
                     return Agreement(one.kl, one.agreement, one.tokens, described(vars(one)))
             return None
@@ -167,18 +179,21 @@ def described(protocol: Mapping[str, Any]) -> str:
     return f"{protocol['text']}, {protocol['windows']} windows of {protocol['length']} tokens"
 
 
-def read_evidence(named: Iterable[Path], found: Iterable[Path] = (), *, written: float = 0.0) -> Evidence:
-    """Return what the files say together; of several files of ``lowrank doctor`` the newest counts.
+def read_evidence(
+    named: Iterable[Path], found: Iterable[Path] = (), *, model: Path | None = None, written: float = 0.0
+) -> Evidence:
+    """Return what the files say together; of several files of ``lowrank doctor`` the last one counts.
 
     Args:
         named: Files that must hold scores.
-        found: Files that may; what else they hold is logged and left out.
+        found: Files that may, which come before these; what else they hold is logged and left out.
+        model: Folder of the model that they are about.
         written: When the weights were written, as ``stat`` gives it; an older diagnosis is stale.
 
     Raises:
         ValueError: A named file is absent or holds no scores; the message says what is expected.
     """
-    whole = Evidence()
+    whole = Evidence(model=model)
     named = list(named)
     seen = {path.resolve() for path in named}
     for path in found:
@@ -260,7 +275,11 @@ def _pass(source: str, whole: Mapping[str, Any], text: Mapping[str, Any]) -> Pas
 
 def _tasks(source: str, values: Mapping[str, Any]) -> TaskScores:
     figures: dict[str, dict[str, tuple[float, float]]] = {}
+    grouped, groups = members(values), values.get("group_subtasks") or {}
     for task, metrics in values["results"].items():
+        # A group stands for its tasks, as in the table of `lowrank evaluate`.
+        if task in grouped and not groups.get(task):
+            continue
         for key, value in metrics.items():
             metric, _, kind = str(key).partition(",")
             # Beside the metrics lm-eval notes how many rows there are.
@@ -277,7 +296,7 @@ def _tasks(source: str, values: Mapping[str, Any]) -> TaskScores:
             figures.setdefault(str(task), {})[name] = (float(value), spread)
     if not figures:
         raise ValueError("its results name no task with a score")
-    return TaskScores(source, str(values.get("model_name") or values.get("model") or ""), figures)
+    return TaskScores(source, str(values.get("model_name") or values.get("model") or ""), figures, grouped)
 
 
 def _speeds(values: Mapping[str, Any]) -> list[Speed]:

@@ -44,6 +44,7 @@ def model_card(
     samples: Sequence[tuple[str, str, str]] = (),
     license: str | None = None,
     merged: bool = False,
+    own_code: bool = False,
     evidence: Evidence | None = None,
     speeds: Sequence[Speed] = (),
     facts: Mapping[str, Any] | None = None,
@@ -58,6 +59,7 @@ def model_card(
         samples: Triples of prompt, dense continuation and compressed continuation.
         license: The base model's licence, as the hub names it; ``None`` leaves it out.
         merged: Whether the folder holds dense weights multiplied out, which any loader reads.
+        own_code: Whether the base came with code of its own.
         evidence: What other commands measured: health, divergence, scores on tasks.
         speeds: How fast it was.
         facts: What the run noted besides: the protocol of the scores, versions, the date.
@@ -66,7 +68,7 @@ def model_card(
     sections = (
         _front_matter(base, license),
         _what(plan, base, merged=merged),
-        _load(merged=merged),
+        _load(merged=merged, own_code=own_code),
         _scores(rows, evidence, facts),
         _health(evidence),
         _speeds(speeds),
@@ -91,6 +93,11 @@ Without `lowrank_pl` installed, pass `trust_remote_code=True` to `AutoModelForCa
 brings the code. Without either, loading stops with a size mismatch."""
 
 
+_WITH_OWN_CODE = """\
+The base came with code of its own, which `trust_remote_code=True` lets run. Without `lowrank_pl` installed, loading
+stops with a size mismatch."""
+
+
 def _front_matter(base: str, license: str | None) -> str:
     # JSON strings are YAML strings, whatever they hold.
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
@@ -106,7 +113,12 @@ def _is_hub_id(base: str) -> bool:
 
 
 def _what(plan: RankPlan, base: str, *, merged: bool) -> str:
-    stored = "multiplied out to dense weights again" if merged else "stored as two thin matrices each"
+    pivoted = len(plan.pivoted_modules)
+    stored = "stored as two thin matrices each"
+    if merged:
+        stored = "multiplied out to dense weights again"
+    elif pivoted:
+        stored = f"{pivoted} of them stored as independent rows or columns and the coefficients of the others"
     name = base.rstrip("/").rsplit("/", 1)[-1]
     factored = len(plan.modules) - len(plan.dense_modules)
     return (
@@ -134,24 +146,26 @@ def _resized(plan: RankPlan) -> str:
     return "" if note is None else f" This size was {note}, and contains the smaller sizes made with it."
 
 
-def load_code(place: str, *, merged: bool) -> str:
+def load_code(place: str, *, merged: bool, own_code: bool = False) -> str:
     """Return the Python that loads the model in ``place``.
 
     Args:
         place: A folder or a hub id.
         merged: Whether it holds dense weights, which any transformers loads.
+        own_code: Whether the base came with code of its own.
     """
+    trust = ", trust_remote_code=True" if own_code else ""
     teaching = "" if merged else "import lowrank_pl  # teaches transformers the storage format\n"
     return f"""\
 {teaching}from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({json.dumps(place)})
-tokenizer = AutoTokenizer.from_pretrained({json.dumps(place)})"""
+model = AutoModelForCausalLM.from_pretrained({json.dumps(place)}{trust})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(place)}{trust})"""
 
 
-def _load(*, merged: bool) -> str:
-    code = f"## How to load it\n\n```python\n{load_code('PATH_OR_ID', merged=merged)}\n```"
-    return code if merged else f"{code}\n\n{_WITHOUT}"
+def _load(*, merged: bool, own_code: bool) -> str:
+    code = f"## How to load it\n\n```python\n{load_code('PATH_OR_ID', merged=merged, own_code=own_code)}\n```"
+    return code if merged else f"{code}\n\n{_WITH_OWN_CODE if own_code else _WITHOUT}"
 
 
 def _limits(*, tasks: bool) -> str:
@@ -332,8 +346,8 @@ def card_of(record: RunRecord) -> str:
     """Return the model card of a run's model, with all that the run's folder says."""
     return model_card(
         record.plan, record.rows, base=record.plan.named_base, command=record.command,
-        samples=record.samples, merged=record.merged, evidence=record.evidence, speeds=record.speeds,
-        facts=record.facts,
+        samples=record.samples, merged=record.merged, own_code=record.own_code, evidence=record.evidence,
+        speeds=record.speeds, facts=record.facts,
     )  # fmt: skip
 
 

@@ -312,6 +312,12 @@ class RankLearner(LightningModule):
     def on_fit_start(self) -> None:
         """Put the base in train mode when it checkpoints gradients, which is inert in eval mode; else in eval mode."""
         self._base().train(self.gradient_checkpointing)
+        most, planned = self.trainer.max_steps, self.trainer.estimated_stepping_batches
+        if planned < most:
+            _log.warning(
+                "learning ends with epoch %d, after %d of the %d steps of max_steps: raise --trainer.max_epochs",
+                *(self.trainer.max_epochs, planned, most),
+            )
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of one batch of token ids ``[batch, length]``."""

@@ -99,7 +99,7 @@ def run_page(record: RunRecord) -> str:
         by_kind=_bars({kind: [cell for cell in row if cell] for kind, row in rows.items()}),
         by_block=_bars(_by_block(shown)),
         notes=grouped_notes(plan),
-        load=load_code(str(record.model or "PATH_OR_ID"), merged=record.merged),
+        load=load_code(str(record.model or "PATH_OR_ID"), merged=record.merged, own_code=record.own_code),
         origin={key: value for key, value in plan.origin.items() if key != "store"},
         paper=_paper(plan.method),
         WIDTH=page_modules.WIDTH,
@@ -258,7 +258,10 @@ def _main_score(record: RunRecord) -> list[Tile]:
                 f"dense {rounded_perplexity(figures['dense_perplexity'])}; {figures['excess_nats']:+.3f} nats a token"
             )
             return [Tile("Perplexity", rounded_perplexity(figures["perplexity"]), note)]
-    return [Tile("Perplexity", rounded_perplexity(one.perplexity), f"on {one.text}") for one in record.own_passes[:1]]
+    return [
+        Tile("Perplexity", rounded_perplexity(one.perplexity), f"on {one.text}")
+        for one in record.evidence.own_passes[:1]
+    ]
 
 
 def _about(record: RunRecord) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_pl.plan_report import table
 
-__all__ = ["differences", "paired_difference", "task_table"]
+__all__ = ["differences", "members", "paired_difference", "task_table"]
 
 Results = Mapping[str, Any]
 """What lm-eval returns of a model, as in its JSON files."""
@@ -80,7 +80,7 @@ def task_table(model: Results, reference: Results | None = None, *, fmt: str = "
     columns = [model] if reference is None else [reference, model]
     change = {} if reference is None else differences(model, reference)
     head = ["task", "metric", "rows", *(["score"] if reference is None else ["dense", "compressed", "difference"])]
-    grouped, groups = _members(model), model.get("group_subtasks", {})
+    grouped, groups = members(model), model.get("group_subtasks", {})
     lines: list[list[str]] = []
     means: dict[str, list[list[_Scored]]] = {}
     roots = set()
@@ -125,9 +125,10 @@ def _leaves(results: Results, task: str) -> list[str]:
     return [leaf for one in below for leaf in _leaves(results, one)] if below else [task]
 
 
-def _members(results: Results) -> set[str]:
+def members(results: Results) -> frozenset[str]:
     """Return the tasks and groups that stand in another group."""
-    return {name for names in results.get("group_subtasks", {}).values() for name in names}
+    groups = results.get("group_subtasks") or {}
+    return frozenset(name for names in groups.values() for name in names)
 
 
 def _rows(results: Results, task: str) -> int:

@@ -13,11 +13,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lowrank_pl import hf_format
 from lowrank_pl.doctor_findings import Finding
 from lowrank_pl.doctor_report import Diagnosis
 from lowrank_pl.doctor_weights import check_plan, check_weights, tensors_in
-from lowrank_pl.hf_format import METHOD
-from lowrank_pl.measured import Evidence, Pass, Speed, read_evidence
+from lowrank_pl.measured import Evidence, Speed, read_evidence
 from lowrank_pl.plan import RankPlan
 from lowrank_pl.report import SUMMARY, Row, read_summary
 
@@ -43,6 +43,7 @@ class RunRecord:
         command: How it was made, as far as that is known.
         config: Text of ``config.yaml``.
         merged: Whether the exported weights are dense.
+        own_code: Whether the base came with code of its own.
         missing: What the folder lacks, each with what would make it.
     """
 
@@ -55,6 +56,7 @@ class RunRecord:
     command: str = ""
     config: str = ""
     merged: bool = False
+    own_code: bool = False
     missing: tuple[str, ...] = ()
 
     @property
@@ -71,12 +73,6 @@ class RunRecord:
     def dense(self) -> Row | None:
         """The scores of its base."""
         return next((row for row in self.rows if row.name == "dense"), None)
-
-    @property
-    def own_passes(self) -> list[Pass]:
-        """Those of the measured passes that were over the exported model."""
-        here = self.model and self.model.resolve()
-        return [one for one in self.evidence.passes if Path(one.model).resolve() == here]
 
     @property
     def samples(self) -> list[tuple[str, str, str]]:
@@ -137,9 +133,8 @@ def read_run(folder: str | Path, *, scores: Iterable[Path] = (), look: bool = Tr
     model = folder if is_export else folder / "model" if (folder / "model" / "config.json").is_file() else None
     rows, facts = read_summary(folder) if (folder / SUMMARY).exists() else ([], {})
     entries = {} if model is None else _entries(model)
-    evidence = read_evidence(
-        scores, sorted(_candidates(folder)), written=0.0 if model is None else _last_written(model)
-    )
+    by_age = sorted(_candidates(folder), key=lambda path: (path.stat().st_mtime, path))
+    evidence = read_evidence(scores, by_age, model=model, written=0.0 if model is None else _last_written(model))
     if evidence.diagnosis is None and model is not None:
         evidence = _checked(evidence, model, plan, entries, facts, look=look)
     record = RunRecord(
@@ -152,6 +147,7 @@ def read_run(folder: str | Path, *, scores: Iterable[Path] = (), look: bool = Tr
         command=str(facts.get("command") or _command_in_card(model)),
         config=_text(folder / "config.yaml"),
         merged=model is not None and not entries and len(plan.dense_modules) < len(plan.modules),
+        own_code=model is not None and _has_own_code(model),
     )
     return replace(record, missing=tuple(_missing(record, is_export=is_export)))
 
@@ -195,10 +191,21 @@ def _entries(model: Path) -> dict[str, Any]:
     """Return what the config says of each low-rank module; nothing in a merged model's."""
     path = model / "config.json"
     try:
-        said = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
-        return dict(said["modules"]) if said.get("quant_method") == METHOD else {}
+        said = _config(model).get("quantization_config") or {}
+        return dict(said["modules"]) if said.get("quant_method") == hf_format.METHOD else {}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy the folder again or export it again") from None
+
+
+def _has_own_code(model: Path) -> bool:
+    """Return whether the config names code other than this package's, which exports of known classes bring."""
+    named = _config(model).get("auto_map") or {}
+    return any(not str(name).startswith(f"{Path(hf_format.__file__).stem}.") for name in named.values())
+
+
+def _config(model: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def _checked(
@@ -243,7 +250,7 @@ def _missing(record: RunRecord, *, is_export: bool) -> list[str]:
     place = record.model
     if place is None:
         said.append(f"No model is exported: lowrank export --plan {record.folder / 'plan.json'} --output DIR")
-    if not record.rows and not record.own_passes:
+    if not record.rows and not record.evidence.own_passes:
         why = "An export has no table of scores" if is_export else "There is no summary.json"
         said.append(
             f"{why}: lowrank evaluate --model {place or 'DIR'} --text TEXT --json {record.folder / 'score.json'}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.base_model import load_base, load_tokenizer
+from lowrank_pl.base_model import load_base, load_tokenizer, own_dtype
 from lowrank_pl.commands import DType, base_of, factors_of, pick_device
 from lowrank_pl.curve import KEEPS, curve_plot, curve_table, score_curve
 from lowrank_pl.evaluate import perplexity
@@ -239,6 +239,8 @@ def _load(
     """Return an export or a base with its tokenizer."""
     if is_compressed(model):
         settings = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-        return load_compressed(model, **settings), AutoTokenizer.from_pretrained(model)
-    loaded = load_base(model, dtype=getattr(torch, dtype or "float32"), trust_remote_code=trust_remote_code)
+        loaded = load_compressed(model, trust_remote_code=trust_remote_code, **settings)
+        return loaded, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    kind = own_dtype(model, trust_remote_code=trust_remote_code) if dtype is None else getattr(torch, dtype)
+    loaded = load_base(model, dtype=kind, trust_remote_code=trust_remote_code)
     return loaded, load_tokenizer(model, trust_remote_code=trust_remote_code)

@@ -283,7 +283,7 @@ def test_the_smoke_configuration_of_a_callback_by_name(tmp_path, capsys):
 
 
 def test_words_that_mean_nothing(capsys, tmp_path):
-    said = failing(capsys, "fitt")
+    said = failing(capsys, "fitt", status=2)
     known = "fit, evaluate, decompose, allocate, refit, narrow, export, doctor, report, compare, bench"
     assert said == f"there is no command 'fitt': expected one of {known}"
     assert "--model.kep" in failing_fit(capsys, tmp_path, "--model.kep", "0.5", status=2)
@@ -387,6 +387,17 @@ def built(tmp_path, monkeypatch):
     return lambda *words: RankCLI(["fit", "-c", str(SMOKE), "--run", str(tmp_path / "run"), *words])
 
 
+@pytest.mark.parametrize(
+    ("words", "limits"),
+    [([], (1, -1)), (["--trainer.max_steps", "7"], (-1, 7)), (["--trainer.max_epochs", "3"], (3, -1))],
+)
+def test_one_epoch_is_the_end_where_there_is_no_other(tmp_path, monkeypatch, words, limits):
+    monkeypatch.setattr(RankCLI, "_run_subcommand", lambda *_: None)
+    given = ["--model.base", "random:llama", "--data.text", "python-docs", "--model.keep", "0.5"]
+    trainer = RankCLI(["fit", "--run", str(tmp_path), "--trainer.accelerator", "cpu", *given, *words]).trainer
+    assert (trainer.max_epochs, trainer.max_steps) == limits
+
+
 def test_processes_wait_for_the_first_one_whatever_the_strategy_is(built):
     trainer = built("--trainer.accelerator", "cpu", "--trainer.devices", "2").trainer
     assert type(trainer.strategy) is DDPStrategy
@@ -397,6 +408,7 @@ def test_processes_wait_for_the_first_one_whatever_the_strategy_is(built):
     )
 
 
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
 def test_apples_gpus_are_not_chosen(built, monkeypatch, caplog):
     monkeypatch.setattr(MPSAccelerator, "is_available", lambda: True)
     assert type(built("--trainer.accelerator", "auto").trainer.accelerator) is CPUAccelerator

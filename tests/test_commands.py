@@ -61,6 +61,13 @@ def test_evaluate_loads_in_the_type_asked_for():
     assert evaluate("random:llama", text=TEXT, length=32, windows=1, dtype="bfloat16")["dtype"] == "bfloat16"
 
 
+def test_evaluate_loads_a_folder_in_its_own_type(tmp_path):
+    for part in (tiny_model("llama").bfloat16(), byte_tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, windows=1)["dtype"] == "bfloat16"
+    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, windows=1, dtype="float32")["dtype"] == "float32"
+
+
 def test_allocate_writes_a_plan_with_its_origin(plan_file, tmp_path):
     plan = RankPlan.load(plan_file)
     assert plan.method == "uniform"
@@ -274,6 +281,16 @@ def test_sizes_that_can_not_be_are_refused_before_anything_is_loaded(plan_file, 
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"model' is itself a model: name another folder for the models of several"):
         export(plan_file, keep=[0.4], output=tmp_path / "model")
+    with monkeypatch.context() as inside:
+        inside.chdir(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"'\.' is the folder that you are in, which can't be replaced: name another"
+        ):
+            export(plan_file, output=Path())
+    (tmp_path / "narrowed").mkdir()
+    (tmp_path / "narrowed" / "config.json").write_text('{"lowrank_narrowed": {}}')
+    with pytest.raises(ValueError, match=r"narrowed' is the plan's base, which the export would replace: name another"):
+        export(plan_file, base=str(tmp_path / "narrowed"), output=tmp_path / "narrowed")
     data = json.loads(plan_file.read_text())
     del data["order"]
     plan_file.write_text(json.dumps(data))

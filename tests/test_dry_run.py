@@ -13,13 +13,15 @@ from lowrank_pl import build_factors, find_targets
 from lowrank_pl import compare as compare_module
 from lowrank_pl import module as learner_module
 from lowrank_pl.anatomy import anatomy, read_config
+from lowrank_pl.callbacks import FinishRun
 from lowrank_pl.cli import main
-from lowrank_pl.command_work import compare_workload, machine_of
+from lowrank_pl.command_work import compare_workload, fit_workload, machine_of
 from lowrank_pl.decomposition import Decomposition
 from lowrank_pl.dry_run import dry_run_decompose, estimate
 from lowrank_pl.layers import insert_masks, masked_layers
 from lowrank_pl.machine import total_memory
 from lowrank_pl.masks import PerValue, Rescaled, Staircase
+from lowrank_pl.module import RankLearner
 from lowrank_pl.needs import Phase, held_on_to
 from lowrank_pl.probe import ASSUMED, probe
 from lowrank_pl.recipes import recipe
@@ -355,3 +357,30 @@ def test_impossible_input(tmp_path):
         Workload(windows=0)
     with pytest.raises(ValueError, match="0 processes were asked for"):
         Machine(processes=0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({}, 8),
+        ({"max_epochs": 3}, 24),
+        ({"max_steps": 5}, 5),
+        ({"max_steps": 200, "max_epochs": 2}, 16),
+        ({"max_steps": 200, "max_epochs": -1}, 200),
+        ({"max_epochs": 2, "limit_train_batches": 3}, 6),
+        ({"max_epochs": 2, "limit_train_batches": 0.5}, 8),
+        ({"max_epochs": 2, "accumulate_grad_batches": 3}, 6),
+    ],
+)
+def test_the_first_limit_ends_learning(limits, steps):
+    data = {
+        "length": 64, "batch_size": 1, "windows": 8, "statistics_windows": None, "statistics_length": None,
+        "validation_windows": 0,
+    }  # fmt: skip
+    trainer = {
+        "max_steps": -1, "max_epochs": None, "limit_train_batches": None, "accumulate_grad_batches": 1,
+        "val_check_interval": None, "check_val_every_n_epoch": 1, "num_sanity_val_steps": 0, "limit_val_batches": None,
+    }  # fmt: skip
+    learner = RankLearner("random:llama", keep=0.5)
+    work = fit_workload(learner, data, {**trainer, **limits}, FinishRun(), machine_of("cpu", 1))
+    assert work.learners[0].steps == steps

@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl import hf_layers, reload_check, verify
+from lowrank_pl.evaluate import perplexity
 from lowrank_pl.export import ExportError, ExportReport, load_compressed, save_compressed
+from lowrank_pl.finish import Protocol, score_in_fresh_process
 from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.pivot import pivot
+from lowrank_pl.scoring import evaluate
 from lowrank_pl.tiny_models import FAMILIES, byte_tokenizer, tiny_model
 
 pytestmark = pytest.mark.new_processes
@@ -539,7 +542,8 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     source = tmp_path / "source"
-    tiny_model("llama").save_pretrained(source)
+    for part in (tiny_model("llama"), byte_tokenizer()):
+        part.save_pretrained(source)
     (source / "shouting.py").write_text(CUSTOM)
     config = json.loads((source / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "shouting.Shouting"}
@@ -550,6 +554,14 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path, monkeypatch):
     loaded = load_compressed(tmp_path / "out", trust_remote_code=True)
     assert type(loaded).__name__ == "Shouting"
     assert torch.equal(logits(loaded), logits(model))
+    # Scored as `fit` does at its end, and by `lowrank evaluate`.
+    tokens = torch.arange(64).view(2, 32)
+    expected = perplexity(model, tokens).nats
+    score, _ = score_in_fresh_process(tmp_path / "out", Protocol("text", tokens), trust=True)
+    assert score.nats == pytest.approx(expected)
+    text = {"text": "python-docs", "length": 32, "windows": 1}
+    said = evaluate(str(tmp_path / "out"), reference=str(source), trust_remote_code=True, device="cpu", **text)
+    assert said["divergence"]["kl"] > 0
 
 
 def test_the_digest_sees_every_bit():

@@ -262,6 +262,16 @@ def test_a_cosine_ends_with_the_run(limits, steps):
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
+def test_an_epoch_that_ends_before_the_steps_do_is_told(caplog):
+    fit(make_learner(), make_data(windows=4), max_steps=9, max_epochs=2)
+    assert (
+        "learning ends with epoch 2, after 8 of the 9 steps of max_steps: raise --trainer.max_epochs" in caplog.messages
+    )
+    caplog.clear()
+    fit(make_learner(), make_data(windows=4), max_steps=2, max_epochs=2)
+    assert "raise --trainer.max_epochs" not in caplog.text
+
+
 def test_a_cosine_that_was_resumed_ends_with_the_longer_run(tmp_path):
     fit(make_learner(cosine=True), max_steps=2).save_checkpoint(tmp_path / "half.ckpt")
     spy = Spy()

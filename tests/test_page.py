@@ -8,6 +8,7 @@ import math
 import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lowrank_pl.comparison_page import comparison_page
 from lowrank_pl.doctor_report import Diagnosis
 from lowrank_pl.factor_store import FactorStore
 from lowrank_pl.measured import read_evidence
+from lowrank_pl.model_card import card_of
 from lowrank_pl.page import run_page
 from lowrank_pl.page_modules import HEIGHT, WIDTH, cells, grid, read_spectra, spectrum_groups
 from lowrank_pl.plan import ModulePlan, RankPlan
@@ -319,7 +321,9 @@ def test_what_evaluate_writes_is_read(run, tmp_path):
         "random:llama", reference="random:llama", text=[f"own={text}"], tasks=[str(questions)], length=64, windows=2,
         device="cpu", json=run / "scores.json",
     )  # fmt: skip
-    found = read_evidence([run / "scores.json"])
+    # Scores of another model say nothing of this one.
+    assert read_evidence([run / "scores.json"], model=run / "model").divergence is None
+    found = read_evidence([run / "scores.json"], model=Path("random:llama"))
     assert found.divergence.agreement == 1.0
     assert found.divergence.tokens == 126
     assert found.divergence.how == f"{text}, 2 windows of 64 tokens"
@@ -336,6 +340,36 @@ def test_a_diagnosis_older_than_the_weights_is_out_of_date(run):
     path.write_text(json.dumps(DOCTOR))
     os.utime(path, (1, 1))
     assert "Out of date" in page_of(run).words
+
+
+def test_the_newest_diagnosis_counts_whatever_its_name_is(run):
+    (run / "a.json").write_text(json.dumps(DOCTOR))
+    (run / "z.json").write_text(json.dumps({**DOCTOR, "findings": {}}))
+    os.utime(run / "z.json", (1, 1))
+    assert read_run(run).evidence.checked_by == "lowrank doctor, a.json"
+
+
+def test_a_group_stands_for_its_tasks(run):
+    results = {
+        "piqa": {"acc,none": 0.8}, "mmlu": {"acc,none": 0.3}, "mmlu_law": {"acc,none": 0.2},
+        "mmlu_physics": {"acc,none": 0.4}, "physics_high": {"acc,none": 0.4},
+    }  # fmt: skip
+    groups = {"mmlu": ["mmlu_law", "mmlu_physics"], "mmlu_physics": ["physics_high"]}
+    (run / "tasks.json").write_text(json.dumps({"results": results, "group_subtasks": groups}))
+    (scores,) = read_run(run).evidence.tasks
+    assert list(scores.figures) == ["piqa", "mmlu", "mmlu_physics"]
+    assert scores.mean_accuracy == pytest.approx(0.55)
+
+
+def test_code_of_the_base_is_told_of(run):
+    path = run / "model" / "config.json"
+    config = json.loads(path.read_text())
+    for named, own in (("hf_format.LlamaForCausalLM", False), ("shouting.Shouting", True)):
+        path.write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": named}}))
+        card = card_of(read_run(run))
+        assert ("The base came with code of its own, which `trust_remote_code=True` lets run." in card) == own
+        assert ('from_pretrained("PATH_OR_ID", trust_remote_code=True)' in card) == own
+        assert ("Without `lowrank_pl` installed, pass `trust_remote_code=True`" in card) != own
 
 
 def test_without_a_doctor_the_weights_are_looked_through(run):

@@ -177,6 +177,13 @@ def test_a_row_that_is_no_question_is_named(tmp_path, line, message):
         LocalTask("bad", path).rows()
 
 
+def test_lines_end_where_json_lines_do(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    odd = {**ROWS[0], "query": "one\u2028two\x85three"}
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in (odd, ROWS[1])), newline="")
+    assert [row["query"] for row in LocalTask("odd", path).rows()] == [odd["query"], ROWS[1]["query"]]
+
+
 def test_names_that_are_no_tasks_are_refused(questions, tmp_path, monkeypatch):
     for entry, message in {
         "./none.jsonl": r"there is no file .*none.jsonl",
