@@ -100,7 +100,8 @@ def check_fit(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> Non
         ValueError: It is of another kind, model, store or mask; the message says what differs.
     """
     theirs = mark_of(checkpoint)
-    differ = [key for key in identity if theirs.get(key) != identity[key]]
+    # An older version may not have recorded all of it.
+    differ = [key for key in identity if key in theirs and theirs[key] != identity[key]]
     if differ:
         said = "; ".join(_difference(key, theirs.get(key), identity[key]) for key in differ)
         raise ValueError(
