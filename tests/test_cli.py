@@ -457,8 +457,8 @@ def test_a_full_disk(capsys, tmp_path, monkeypatch):
 
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("LOWRANK_DEBUG", "1")
-    with pytest.raises(ValueError, match="there is no command"):
-        main(["fitt"])
+    with pytest.raises(ValueError, match="no plan at"):
+        main(["export", "--plan", "none.json"])
 
 
 def test_only_expected_warnings_are_silenced():
