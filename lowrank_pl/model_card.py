@@ -113,14 +113,14 @@ def _is_hub_id(base: str) -> bool:
 
 
 def _what(plan: RankPlan, base: str, *, merged: bool) -> str:
-    pivoted = len(plan.pivoted_modules)
+    factored, pivoted = len(plan.modules) - len(plan.dense_modules), len(plan.pivoted_modules)
     stored = "stored as two thin matrices each"
     if merged:
         stored = "multiplied out to dense weights again"
     elif pivoted:
-        stored = f"{pivoted} of them stored as independent rows or columns and the coefficients of the others"
+        some = "" if pivoted == factored else f"{pivoted} of them "
+        stored = f"{some}stored as independent rows or columns and the coefficients of the rest"
     name = base.rstrip("/").rsplit("/", 1)[-1]
-    factored = len(plan.modules) - len(plan.dense_modules)
     return (
         f"# {name} with {percent(plan.keep_targeted)} of its linear layers' parameters\n\n"
         f"`{base}` compressed with `lowrank_pl`: {factored} of "

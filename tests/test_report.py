@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from matplotlib._pylab_helpers import Gcf
@@ -155,6 +156,15 @@ def test_rank_table_counts_modules_whose_components_are_no_prefix():
     assert "In 1 modules (any-k) the kept components are not those of" in model_card(plan, [], base="b", command="c")
     assert "any-k" not in rank_table(plan_of(2))
     assert "any-k" not in model_card(plan_of(2), [], base="b", command="c")
+
+
+@pytest.mark.parametrize(("count", "some"), [(6, ""), (2, "2 of them ")])
+def test_card_says_how_maps_are_stored(count, some):
+    plan = plan_of(2)
+    entries = {name: replace(entry, rank=2) for name, entry in plan.modules.items()}
+    pivoted = {name: replace(entries[name], storage="pivoted") for name in [*entries][:count]}
+    text = model_card(replace(plan, modules={**entries, **pivoted}, storage="auto"), [], base="b", command="c")
+    assert f"low-rank factors, {some}stored as independent rows or columns and the coefficients of the rest;" in text
 
 
 def test_card_says_from_which_plan_a_size_was_resized():
