@@ -28,7 +28,7 @@ from lowrank_pl.module import RankLearner
 from lowrank_pl.narrowing import Origin
 from lowrank_pl.refit import Refit
 from lowrank_pl.streaming import lacks_room
-from lowrank_pl.windows import known_windows, token_windows
+from lowrank_pl.windows import token_windows, warn_of_known
 
 __all__ = ["FinishRun", "Stopwatch"]
 
@@ -220,12 +220,7 @@ class FinishRun(Stopwatch):
         else:
             text = self.score_text
             windows = token_windows(text, data.tokenizer, length=self.score_length, windows=self.score_windows)
-            known = known_windows(windows, (data.train_windows, data.statistics_windows), data.tokenizer)
-            if known:
-                _log.warning(
-                    "%d of %d windows to score hold text that is learnt from as well: their perplexity flatters",
-                    *(known, len(windows)),
-                )
+            warn_of_known(windows, (data.train_windows, data.statistics_windows), data.tokenizer, "windows to score")
         return Protocol(text, windows, self.prompts, self.max_new_tokens)
 
     def _log_result(self, trainer: Trainer, finished: Finished) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank_pl.base_model import load_tokenizer
 from lowrank_pl.loader import Place, WindowLoader
 from lowrank_pl.text import parse_text
-from lowrank_pl.windows import known_windows, token_windows, tokenizer_fingerprint, uses_bos, windows_fingerprint
+from lowrank_pl.windows import token_windows, tokenizer_fingerprint, uses_bos, warn_of_known, windows_fingerprint
 
 __all__ = ["CalibrationData", "calibration_data"]
 
@@ -263,12 +263,7 @@ class CalibrationData(pl.LightningDataModule):
             *built.train.shape, self.text, *built.statistics.shape, self.statistics_text, *built.validation.shape,
             self.validation_text, " that follow those" if held_out else "",
         )  # fmt: skip
-        known = known_windows(built.validation, (built.train, built.statistics), self.tokenizer)
-        if known:
-            _log.warning(
-                "%d of %d validation windows hold text that is learnt from as well: their perplexity flatters",
-                known, len(built.validation),
-            )  # fmt: skip
+        warn_of_known(built.validation, (built.train, built.statistics), self.tokenizer, "validation windows")
         return built
 
 

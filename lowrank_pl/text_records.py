@@ -47,7 +47,8 @@ def _field(row: Any, where: str, field: str | None) -> tuple[str, Any]:
         raise ValueError(f"{where}: the row is {type(row).__name__}, expected an object with a field of text")
     there = [name for name in (FIELDS if field is None else (field,)) if name in row]
     # Merged datasets have every field in every row, and null where a row has none.
-    for name in (*(name for name in there if row[name]), *there):
+    if there:
+        name = next((name for name in there if row[name]), there[0])
         return f"field {name!r}", row[name]
     wanted = f"no field {field!r}" if field else f"none of the fields {', '.join(FIELDS)}"
     raise ValueError(f"{where}: {wanted}; there are {', '.join(map(str, row)) or 'none'}: choose one with ::field=NAME")

@@ -17,7 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from lowrank_pl.files import atomic_write, cache_root, sha256_of
 from lowrank_pl.text import parse_text, read_stream, source_identity
 
-__all__ = ["known_windows", "token_windows", "tokenizer_fingerprint", "uses_bos", "windows_fingerprint"]
+__all__ = [
+    "known_windows",
+    "token_windows",
+    "tokenizer_fingerprint",
+    "uses_bos",
+    "warn_of_known",
+    "windows_fingerprint",
+]
 
 SEGMENT = 1 << 16  # characters tokenised at a time
 CONTEXT = 1 << 11  # characters around them that are tokenised too, and dropped
@@ -194,6 +201,22 @@ def known_windows(windows: Tensor, others: Iterable[Tensor], tokenizer: PreTrain
     bos = int(tokenizer is not None and uses_bos(tokenizer))
     streams = [part[:, bos:].flatten() for part in others]
     return sum(any(_contains(stream, window[bos:]) for stream in streams) for window in windows)
+
+
+def warn_of_known(windows: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Warn of windows to score whose text is learned from.
+
+    Args:
+        windows: As in ``known_windows``.
+        others: Those that are learned from.
+        tokenizer: The one that made them.
+        what: What the windows are called.
+    """
+    known = known_windows(windows, others, tokenizer)
+    if known:
+        _log.warning(
+            "%d of %d %s hold text that is learnt from as well: their perplexity flatters", known, len(windows), what
+        )
 
 
 def _contains(stream: Tensor, window: Tensor) -> bool:
