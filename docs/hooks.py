@@ -33,7 +33,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Return the page's Markdown; that of the commands with the help of each."""
     if COMMANDS not in markdown:
         return markdown
-    from lowrank_pl.cli import FUNCTIONS
+    from lowrank_pl.cli.main import FUNCTIONS
 
     return markdown.replace(COMMANDS, "\n\n".join(command_page(name) for name in ("fit", *FUNCTIONS)))
 
@@ -49,7 +49,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 def help_of(command: str) -> str:
     """Return what ``lowrank COMMAND --help`` prints, every option on a line of its own."""
-    from lowrank_pl.cli import main
+    from lowrank_pl.cli.main import main
 
     printed = io.StringIO()
     with patch.dict(os.environ, {"COLUMNS": "100000"}), redirect_stdout(printed):
@@ -87,7 +87,7 @@ def read_help(text: str) -> tuple[str, list[Group]]:
 
 def command_page(command: str) -> str:
     """Return the section of one command, Markdown with HTML."""
-    from lowrank_pl.cli import FIT
+    from lowrank_pl.cli.main import FIT
 
     said, groups = read_help(help_of(command))
     if command == "fit":  # its help begins with Lightning's own words for a Trainer's method

@@ -10,31 +10,31 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lowrank_pl.base_model import load_base, load_tokenizer
-from lowrank_pl.budget import Budget
-from lowrank_pl.compress import compress, compressed, restore_dense
-from lowrank_pl.decomposition import Decomposition
-from lowrank_pl.draw import allocate_ranks
-from lowrank_pl.evaluate import Score, excess_nats, perplexity
-from lowrank_pl.export import load_compressed, save_compressed
-from lowrank_pl.generation import generate_samples
-from lowrank_pl.hf_layers import LowRankLinear, PivotedLinear
-from lowrank_pl.plan import ModulePlan, RankPlan
-from lowrank_pl.prepare import build_factors
-from lowrank_pl.targets import find_targets
-from lowrank_pl.windows import token_windows
+from lowrank_pl.calibration.build import build_factors
+from lowrank_pl.evaluate.generation import generate_samples
+from lowrank_pl.evaluate.likelihood import Score, excess_nats, perplexity
+from lowrank_pl.export.export import load_compressed, save_compressed
+from lowrank_pl.factors.compression import compress, compressed, restore_dense
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.allocate.run import allocate_ranks
+from lowrank_pl.models.base import load_base, load_tokenizer
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.targets import find_targets
+from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.text.windows import token_windows
+from lowrank_pl.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lowrank_pl.callbacks import FinishRun
-    from lowrank_pl.comparison import comparison_plot
-    from lowrank_pl.data import CalibrationData
-    from lowrank_pl.module import RankLearner
-    from lowrank_pl.plan_report import rank_map, rank_table
-    from lowrank_pl.rank_monitor import RankMonitor
-    from lowrank_pl.report import Row, row_table
-    from lowrank_pl.text_samples import TextSamples
+    from lowrank_pl.report.comparison import comparison_plot
+    from lowrank_pl.report.rank_map import rank_map, rank_table
+    from lowrank_pl.report.scores import Row, row_table
+    from lowrank_pl.training.data import CalibrationData
+    from lowrank_pl.training.finish_run import FinishRun
+    from lowrank_pl.training.module import RankLearner
+    from lowrank_pl.training.rank_monitor import RankMonitor
+    from lowrank_pl.training.text_samples import TextSamples
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Budget",
@@ -71,16 +71,16 @@ __all__ = [
 ]
 
 _LAZY = {
-    "CalibrationData": "data",
-    "FinishRun": "callbacks",
-    "RankLearner": "module",
-    "RankMonitor": "rank_monitor",
-    "Row": "report",
-    "TextSamples": "text_samples",
-    "comparison_plot": "comparison",
-    "rank_map": "plan_report",
-    "rank_table": "plan_report",
-    "row_table": "report",
+    "CalibrationData": "training.data",
+    "FinishRun": "training.finish_run",
+    "RankLearner": "training.module",
+    "RankMonitor": "training.rank_monitor",
+    "Row": "report.scores",
+    "TextSamples": "training.text_samples",
+    "comparison_plot": "report.comparison",
+    "rank_map": "report.rank_map",
+    "rank_table": "report.rank_map",
+    "row_table": "report.scores",
 }
 
 

@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from tqdm import tqdm
 
-from lowrank_pl.files import atomic_write
+from lowrank_pl.utils.files import atomic_write
 
 HERE = Path(__file__).parent
 ORDER = ("compress_your_first_model", "reading_ranks", "compare_the_methods", "serve_and_fine_tune")

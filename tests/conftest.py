@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forked import OURS, STRANGER, ForkServer
-from novel import LINES
+
+from tests.helpers.fork_server import OURS, STRANGER, ForkServer
+from tests.helpers.novel import LINES
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,7 +23,7 @@ def _private_cache(tmp_path_factory):
     torch.set_num_threads(1)
 
 
-MADE_FRESH = {"lowrank_pl.verify.subprocess": STRANGER, "lowrank_pl.finish.subprocess": OURS}
+MADE_FRESH = {"lowrank_pl.export.reload.subprocess": STRANGER, "lowrank_pl.report.finish.subprocess": OURS}
 """Where processes are started that are fresh for a reason, and what they import."""
 
 
@@ -47,7 +48,7 @@ def _but_for_some_that_are_new(request, monkeypatch):
 
 @pytest.fixture
 def tokenizer():
-    from lowrank_pl.tiny_models import byte_tokenizer
+    from lowrank_pl.models.tiny import byte_tokenizer
 
     return byte_tokenizer()
 
@@ -63,7 +64,7 @@ def windows():
 
 @pytest.fixture
 def llama():
-    from lowrank_pl.tiny_models import tiny_model
+    from lowrank_pl.models.tiny import tiny_model
 
     return tiny_model("llama")
 

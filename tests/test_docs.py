@@ -7,14 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 import lowrank_pl
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 TEXTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -85,8 +84,8 @@ def test_the_api_page_has_every_public_name_once():
 
 
 def test_the_methods_page_names_every_method():
-    from lowrank_pl.allocate import ALLOCATORS
-    from lowrank_pl.recipes import RECIPES
+    from lowrank_pl.methods.allocate import ALLOCATORS
+    from lowrank_pl.methods.recipes import RECIPES
 
     text = (DOCS / "methods.md").read_text(encoding="utf-8")
     assert [name for name in (*ALLOCATORS, *RECIPES) if f"`{name}`" not in text] == []

@@ -1,0 +1,14 @@
+"""What is measured on text, and the factors that are made from it."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "build": ["build_factors"],
+        "build_by_block": ["walk_factors"],
+        "statistics": ["Statistics"],
+    },
+)

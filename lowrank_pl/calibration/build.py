@@ -1,0 +1,286 @@
+"""From a base model and calibration windows to a factor store; nothing that a matching store holds is made again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_pl.calibration.roots import Roots
+from lowrank_pl.calibration.statistics import Statistics
+from lowrank_pl.factors.compression import compressed as while_compressed
+from lowrank_pl.factors.decomposition import decompose
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.models.identity import model_fingerprint
+from lowrank_pl.models.targets import Target, Targets, dense_weight
+from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.plans.convex_hull import predicted_scores
+from lowrank_pl.text.windows import tokenizer_fingerprint, windows_fingerprint
+from lowrank_pl.utils.distributed import balanced, is_first
+from lowrank_pl.utils.files import sha256_of
+from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
+
+__all__ = ["build_factors", "build_gradients", "check_finite", "decompose_all", "factor_store", "statistics_of"]
+
+_log = logging.getLogger(__name__)
+
+
+def build_factors(
+    model: PreTrainedModel,
+    targets: Targets,
+    windows: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: Decomposition | None = None,
+    directory: str | Path | None = None,
+    batch_size: int = 1,
+    memory: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> FactorStore:
+    """Return a store that holds the factors of every target, making only those that are missing.
+
+    Statistics are kept beside the factors, in stores of their own, so that another decomposition of the same model
+    and text starts from them. Processes that work together (``lowrank_pl.processes.together``) take a share each of the
+    windows and of the decompositions; all need the same folder.
+
+    Args:
+        model: The dense base, on the device that is to do the work.
+        targets: What ``find_targets`` found in it.
+        windows: ``[windows, length]`` calibration token ids.
+        tokenizer: The one that made them; part of the fingerprint.
+        settings: How to decompose.
+        directory: Folder of the store; by default one named by the fingerprint in the cache.
+        batch_size: Windows per forward.
+        memory: Bytes that sums of statistics may take at a time; by default most of what is free. What takes more is
+            collected block by block (``lowrank_pl.collected.Statistics``); a killed run goes on at the block it was in.
+        gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
+
+    Raises:
+        ValueError: ``directory`` holds a store of something else, or a weight or an input is not finite.
+    """
+    statistics = statistics_of(
+        model, windows, tokenizer, directory=directory, batch_size=batch_size, memory=memory,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    return _factors(model, targets, statistics, settings or Decomposition(), directory)
+
+
+def factor_store(
+    targets: Targets,
+    source: Mapping[str, Any],
+    settings: Decomposition,
+    directory: str | Path | None,
+    *,
+    batch_size: int = 1,
+) -> FactorStore:
+    """Return the store of the factors that ``settings`` give of a model and a text, whatever it holds so far.
+
+    Args:
+        targets: The maps to decompose.
+        source: Fingerprint of model, tokenizer and windows.
+        settings: How to decompose.
+        directory: Its folder; by default one named by the fingerprint in the cache.
+        batch_size: Windows in a pass: gradients are squared, and labels drawn, batch by batch.
+    """
+    used = {key: source[key] for key in source if settings.needs_text or key in ("model", "config")}
+    if batch_size != 1 and settings.needs_gradients:
+        used["batch_size"] = batch_size
+    if settings.at_keep is not None:
+        # Which modules are compressed decides on what is measured in each.
+        used["at_modules"] = sha256_of(*(target.name for target in targets.modules))
+    return FactorStore({**used, **settings.identity()}, directory)
+
+
+def _factors(
+    model: PreTrainedModel,
+    targets: Targets,
+    statistics: Statistics,
+    settings: Decomposition,
+    directory: str | Path | None,
+) -> FactorStore:
+    store = factor_store(targets, statistics.source, settings, directory, batch_size=statistics.batch_size)
+    with store.making(target.name for target in targets.modules) as missing:
+        _log.info("factors: %d of %d modules to decompose, in %s", len(missing), len(targets.modules), store.directory)
+        todo = [target for target in targets.modules if target.name in set(missing)]
+        if todo:
+            check_finite(model, todo)
+            _make(model, targets, todo, statistics, settings, store, directory)
+    return store
+
+
+def _make(
+    model: PreTrainedModel,
+    targets: Targets,
+    todo: Sequence[Target],
+    statistics: Statistics,
+    settings: Decomposition,
+    store: FactorStore,
+    directory: str | Path | None,
+) -> None:
+    """Decompose ``todo``, measuring what is needed and not there."""
+    compressed = None
+    if settings.at_keep is not None:
+        before = None if directory is None else Path(directory) / "dense"
+        factors = _factors(model, targets, statistics, replace(settings, at_keep=None), before)
+        point = settings.point(store.fingerprint["at_modules"])
+        compressed = _statistics_compressed(model, targets, statistics, settings, factors, settings.at_keep, point)
+    decompose_all(model, todo, store, Roots(settings, statistics, todo, model.device, compressed))
+
+
+def _statistics_compressed(
+    model: PreTrainedModel,
+    targets: Targets,
+    statistics: Statistics,
+    settings: Decomposition,
+    factors: FactorStore,
+    keep: float,
+    point: dict[str, Any],
+) -> Statistics:
+    """Return the statistics of the model compressed to ``keep``, collected where they are missing.
+
+    The plan is that of the ``fisher`` allocator on ``factors``, which the same settings give in the dense model, with
+    each module stored the cheaper way.
+    """
+    budget = budget_for(model, targets, keep)
+    plan = budget.select(predicted_scores(budget, factors.sigma), method="fisher")
+    _log.info("measuring in the model compressed to %.3f of its targeted parameters", plan.keep_targeted)
+    with while_compressed(model, plan, factors):
+        statistics.compressed(point, collecting=True).stores(settings.needs, targets.modules, settings.labels)
+    return statistics.compressed(point)
+
+
+def build_gradients(
+    model: PreTrainedModel,
+    targets: Targets,
+    windows: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    directory: str | Path | None = None,
+    batch_size: int = 1,
+) -> TensorStore:
+    """Return a store of every target's mean weight gradient ``mean`` ``[out, in]``, making those that are missing.
+
+    Beside it stand ``mean_squares`` ``[out]``: each row's summed squared gradient, averaged over batches.
+
+    Args:
+        model: The dense base.
+        targets: What ``find_targets`` found in it.
+        windows: ``[windows, length]`` calibration token ids.
+        tokenizer: The one that made them; part of the fingerprint.
+        directory: Folder of a factor store whose statistics lie inside it; by default they are in the cache.
+        batch_size: Windows per pass, and in the loss that is differentiated.
+
+    Raises:
+        ValueError: A loss or a gradient is not finite.
+    """
+    statistics = statistics_of(model, windows, tokenizer, directory=directory, batch_size=batch_size)
+    return statistics.weight_gradients(targets.modules)
+
+
+def statistics_of(
+    model: PreTrainedModel,
+    windows: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    parameters: Iterable[tuple[str, Tensor]] | None = None,
+    directory: str | Path | None = None,
+    batch_size: int = 1,
+    memory: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> Statistics:
+    """Return the statistics of ``model`` on ``windows``, on disk, collected when asked.
+
+    Arguments are those of ``build_factors`` and ``model_fingerprint``.
+    """
+    source = {"tokenizer": tokenizer_fingerprint(tokenizer), "text": windows_fingerprint(windows)}
+    return Statistics(
+        model, windows, {**model_fingerprint(model, parameters), **source}, directory=directory, batch_size=batch_size,
+        memory=memory, gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+
+
+def check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:
+    """Refuse weights that hold NaN or infinity; the statistics would blame the modules that come after them.
+
+    Raises:
+        ValueError: One does.
+    """
+    for target in todo:
+        if not torch.isfinite(dense_weight(model.get_submodule(target.name))).all():
+            raise ValueError(f"the weight of {target.name} holds NaN or infinity: the checkpoint is damaged")
+
+
+def decompose_all(
+    model: PreTrainedModel,
+    todo: Sequence[Target],
+    store: FactorStore,
+    roots: Roots,
+    *,
+    loading: Callable[[Sequence[Target]], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Write the factors of ``todo``, maps of ``model``, to ``store``, weighted by ``roots``.
+
+    Args:
+        model: Has the maps.
+        todo: Which; processes that work together take a share each.
+        store: Where factors go.
+        roots: What they are weighted by.
+        loading: Inside of what it returns, the maps that it is given have their weights, where ``model`` has none.
+    """
+    kinds: Counter[str] = Counter()
+    # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
+    groups = [list(members) for _, members in groupby(todo, key=lambda target: target.group)]
+    mine = balanced(groups, [sum(_svd_cost(target) for target in members) for members in groups])
+    bar = tqdm(total=sum(map(len, mine)), desc="decompose", unit="module", disable=not is_first())
+    for members in mine:
+        with loading(members):
+            kinds += _decompose_group(model, members, store, roots, bar)
+    bar.close()
+    if kinds["eigen"]:
+        _log.warning(
+            "%d of %d second moments were not positive definite after damping: their square root was taken by "
+            "eigen-decomposition",
+            kinds["eigen"],
+            kinds.total(),
+        )
+
+
+def _decompose_group(
+    model: PreTrainedModel, members: Sequence[Target], store: FactorStore, roots: Roots, bar: Any
+) -> Counter[str]:
+    """Write the factors of maps that share an input; return how often each kind of square root was taken."""
+    kinds: Counter[str] = Counter()
+    began = time.perf_counter()
+    for inputs, sharing in roots.by_inputs(members):
+        if inputs is not None:
+            kinds[inputs.kind] += 1
+        for target in sharing:
+            weight = dense_weight(model.get_submodule(target.name)).detach()
+            outputs = roots.of_outputs(target.name)
+            if outputs is not None:
+                kinds[outputs.kind] += 1
+            factors = decompose(weight, inputs=inputs, outputs=outputs)
+            # The first of those that share a square root has made it.
+            spent, began = time.perf_counter() - began, time.perf_counter()
+            notes = {"weight": weight_digest(weight), "seconds": f"{spent:.4f}"}
+            store.add(target.name, factors, notes={**notes, **roots.notes(target, inputs, outputs)})
+            bar.update()
+    return kinds
+
+
+def _svd_cost(target: Target) -> int:
+    """Return what the number of operations of its decomposition grows with."""
+    m, n = target.shape
+    return m * n * min(m, n)

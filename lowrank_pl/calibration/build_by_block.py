@@ -1,0 +1,146 @@
+"""Factors of a model that is never whole in memory: each block is loaded, run over the text, decomposed and freed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lowrank_pl.calibration.backward import check_length
+from lowrank_pl.calibration.block_passes import Walk, WalkBack
+from lowrank_pl.calibration.build import check_finite, decompose_all, factor_store, statistics_of
+from lowrank_pl.calibration.hidden_states import Cache
+from lowrank_pl.calibration.roots import Roots
+from lowrank_pl.factors.settings import Decomposition, Labels
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.models.lazy import CannotWalkError, Skeleton
+from lowrank_pl.models.targets import Target, Targets
+from lowrank_pl.utils.distributed import from_first, world_size
+
+__all__ = ["refuse_compressed", "walk_factors"]
+
+_log = logging.getLogger(__name__)
+
+
+def walk_factors(
+    skeleton: Skeleton,
+    targets: Targets,
+    windows: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: Decomposition | None = None,
+    directory: str | Path | None = None,
+    batch_size: int = 1,
+    memory: int | None = None,
+    cache: Cache | None = None,
+) -> FactorStore:
+    """Return the store that ``build_factors`` gives of the same model loaded whole, holding one block at a time.
+
+    Where gradients are needed, all windows go forward through one block after the other, and back through one before
+    the other. Processes that work together (``lowrank_pl.processes.together``) take a share each of the windows, and
+    then of the decompositions, for which they load one group of maps at a time; all need the same folder.
+
+    Args:
+        skeleton: The dense base without its weights.
+        targets: What was found in it.
+        windows: ``[windows, length]`` calibration token ids.
+        tokenizer: The one that made them.
+        settings: How to decompose.
+        directory: Folder of the store; by default one named by the fingerprint in the cache.
+        batch_size: Windows per forward.
+        memory: Bytes that the statistics of a block are meant to take; more is told, since there is nothing smaller.
+        cache: Where the hidden states of all windows wait between blocks, for gradients those before every block; by
+            default in main memory, unless that is short.
+
+    Raises:
+        ValueError: As in ``build_factors``.
+        CannotWalkError: What is missing is to be measured in the compressed model, or blocks share more than the
+            hidden state; what was made before that showed is right and stays.
+    """
+    settings = settings or Decomposition()
+    statistics = statistics_of(
+        skeleton.model, windows, tokenizer, parameters=skeleton.parameters(), directory=directory,
+        batch_size=batch_size, memory=memory,
+    )  # fmt: skip
+    store = factor_store(targets, statistics.source, settings, directory, batch_size=batch_size)
+    with store.making(target.name for target in targets.modules) as missing:
+        if missing:
+            refuse_compressed(settings)
+        todo = [target for target in targets.modules if target.name in set(missing)]
+        # Of the maps of one block, several processes would get shares that are far from equal.
+        later = todo if world_size() > 1 else []
+        gradients = [need for need in settings.needs if need != "inputs"]
+        labels: Labels = "text" if "weight_gradients" in gradients else settings.labels
+        behind = [target for need in gradients for target in statistics.unmeasured(need, todo, labels)]
+        forward = statistics.unmeasured("inputs", todo, labels) if "inputs" in settings.needs else []
+        blocks = len(skeleton.blocks)
+        # Where everything behind a block is measured, nothing has to be run through it; back it goes to the first block
+        # of which a gradient is missing.
+        runs, lowest = from_first(
+            lambda: (
+                blocks if behind else max((target.block + 1 for target in forward), default=0),
+                min((target.block for target in behind), default=blocks),
+            )
+        )
+        walk, keep_from, began = None, None, time.perf_counter()
+        if lowest < blocks:
+            check_length(windows)
+            keep_from = lowest - 1
+        if runs:
+            walk = Walk(skeleton, windows, batch_size=batch_size, cache=cache, keep_from=keep_from)
+
+        def make(those: Sequence[Target]) -> None:
+            roots = Roots(settings, statistics, those, skeleton.device)
+            if not later:
+                decompose_all(skeleton.model, those, store, roots)
+
+        def of(block: int) -> list[Target]:
+            return [target for target in todo if target.block == block]
+
+        for block, names in enumerate(skeleton.blocks):
+            those = of(block)
+            if block >= runs and (later or not those):
+                continue
+            _log.info("block %d of %d: %d modules to decompose", block + 1, blocks, len(those))
+            with walk.at(block) if walk is not None and block < runs else skeleton.loaded(names):
+                check_finite(skeleton.model, those)
+                if those and block < lowest:
+                    make(those)
+                elif those and "inputs" in settings.needs:
+                    statistics.inputs(those)
+        if walk is not None and lowest < blocks:
+            statistics.backward = back = WalkBack(walk, labels)
+            statistics.seconds_before = (time.perf_counter() - began) / max(1, len(behind))
+            for block in reversed(range(lowest, blocks)):
+                _log.info("block %d of %d, backward", block + 1, blocks)
+                with back.at(block):
+                    if of(block):
+                        make(of(block))
+        if later:
+            roots = Roots(settings, statistics, later, skeleton.device)
+            decompose_all(skeleton.model, later, store, roots, loading=partial(_loaded, skeleton))
+    return store
+
+
+@contextmanager
+def _loaded(skeleton: Skeleton, those: Sequence[Target]) -> Iterator[None]:
+    """Let the maps ``those``, and nothing else, have their weights while the block runs."""
+    with skeleton.loaded(f"{target.name}.weight" for target in those):
+        check_finite(skeleton.model, those)
+        yield
+
+
+def refuse_compressed(settings: Decomposition) -> None:
+    """Refuse a decomposition that can't be made block by block.
+
+    Raises:
+        CannotWalkError: It is measured in the compressed model as well.
+    """
+    if not settings.block_by_block:
+        raise CannotWalkError("at_keep measures in the compressed model as well, which is whole")

@@ -1,0 +1,461 @@
+"""``lowrank compare``: any set of methods on one model, from shared statistics, under one budget and one protocol."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lowrank_pl.calibration.build import build_factors, statistics_of
+from lowrank_pl.costs.dry_run import dry_run as what_it_needs
+from lowrank_pl.costs.machine import DryRun, machine_of
+from lowrank_pl.costs.workload import Learner, Workload
+from lowrank_pl.evaluate.likelihood import check_windows, perplexity
+from lowrank_pl.factors.compression import compressed, deployed_plan
+from lowrank_pl.factors.settings import Statistic
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate.run import draw_plan
+from lowrank_pl.methods.narrow.narrow import Narrowing, narrowed_base
+from lowrank_pl.methods.recipes import Recipe, recipe
+from lowrank_pl.methods.refit.refitting import Refit, refit
+from lowrank_pl.models.base import load_base, load_tokenizer
+from lowrank_pl.models.identity import model_fingerprint
+from lowrank_pl.models.targets import Targets, find_targets
+from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.report.comparison import DENSE, comparison_table, read_results, write_comparison
+from lowrank_pl.text.sources import named_texts
+from lowrank_pl.text.windows import known_windows, token_windows, windows_fingerprint
+from lowrank_pl.training.short_run import Subject
+from lowrank_pl.utils.environment import (
+    command_line,
+    describe_machine,
+    peak_memory,
+    pick_device,
+    reset_peak_memory,
+)
+from lowrank_pl.utils.files import canonical_json, sha256_of, write_json
+from lowrank_pl.utils.tensor_store import total_seconds
+from lowrank_pl.version import __version__
+
+__all__ = ["compare", "compare_workload", "warn_of_known_text"]
+
+
+def compare_workload(
+    recipes: Mapping[str, Recipe],
+    *,
+    keeps: Sequence[float],
+    windows: int,
+    length: int,
+    score_length: int,
+    score_windows: Mapping[str, int],
+    texts: Sequence[str],
+) -> Workload:
+    """Return what ``lowrank compare`` does.
+
+    Args:
+        recipes: The methods by name.
+        keeps: Fractions to keep.
+        windows: Windows for statistics.
+        length: Tokens of each, and of those that are learned from.
+        score_length: Tokens of a window to score.
+        score_windows: How many of each text, by its name; all of a text that it leaves out.
+        texts: Names of the texts to score.
+    """
+    known = all(name in score_windows for name in texts)
+    refits = [recipe.refit for recipe in recipes.values() if recipe.refit is not None]
+    learners = [
+        Learner(
+            f"learning {name}", found.mask, found.steps, length, storage=recipe.storage, windows=found.batch_size,
+            batch_size=found.batch_size, teacher=found.data_terms.needs_teacher, rest_every=found.rest_every,
+        )
+        for name, recipe in recipes.items()
+        if (found := recipe.learning) is not None
+    ]  # fmt: skip
+    return Workload(
+        keeps=keeps,
+        windows=windows,
+        length=length,
+        decompositions=tuple(dict.fromkeys(recipe.decomposition for recipe in recipes.values())),
+        weight_gradients=any(
+            allocator(recipe.allocator, **recipe.settings).needs_gradients for recipe in recipes.values()
+        ),
+        narrowings=tuple(dict.fromkeys(recipe.narrow for recipe in recipes.values() if recipe.narrow is not None)),
+        learners=learners,
+        refitted=max((refit.windows for refit in refits), default=0),
+        refits=len(refits) * len(keeps),
+        scored=sum(score_windows[name] * score_length for name in texts) if known else 0,
+        score_length=score_length,
+        models=1 + len(recipes) * len(keeps),
+    )
+
+
+_log = logging.getLogger(__name__)
+
+
+def warn_of_known_text(
+    scored: Mapping[str, Tensor],
+    statistics: Tensor,
+    calibration: str,
+    tokenizer: PreTrainedTokenizerBase,
+    recipes: Mapping[str, Recipe],
+) -> None:
+    """Warn of windows to score whose text statistics or learning see, for their perplexity flatters.
+
+    Args:
+        scored: ``[windows, length]`` token ids of every text to score, by its name.
+        statistics: ``[windows, length]`` token ids for statistics.
+        calibration: The text that those are from, and that masks learn from.
+        tokenizer: The one that made them.
+        recipes: The methods, which say how much of the text masks learn from.
+    """
+    counts = [method.learning.windows for method in recipes.values() if method.learning is not None]
+    learnt = token_windows(calibration, tokenizer, length=statistics.shape[1], windows=max([len(statistics), *counts]))
+    for corpus, windows in scored.items():
+        known = known_windows(windows, [learnt], tokenizer)
+        if known:
+            _log.warning(
+                "%d of %d windows of %s hold text that methods are calibrated on: their perplexity flatters",
+                known,
+                len(windows),
+                corpus,
+            )
+
+
+def compare(
+    base: str,
+    *,
+    methods: list[str] = ["uniform", "fisher"],  # noqa: B006 (jsonargparse shows it; it is never changed)
+    keep: list[float] = [0.8],  # noqa: B006
+    calibration: str = "python-docs::part=0%-50%",
+    scores: list[str] = ["python-docs::part=50%-100%"],  # noqa: B006
+    recipes: dict[str, Recipe] | None = None,
+    calibration_length: int = 512,
+    calibration_windows: int = 64,
+    score_length: int = 1024,
+    score_windows: dict[str, int] | None = None,
+    run: Path = Path("runs/compare"),
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    multiple_of: int = 1,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    plotted: list[str] | None = None,
+    json: Path | None = None,
+    dry_run: DryRun = False,
+) -> list[dict[str, Any]]:
+    """Compare methods on one model: the same statistics and factors, the same budgets, the same texts to score.
+
+    What is finished is kept in the run's folder, so that a comparison that was killed goes on where it stopped, and one
+    with more methods or sizes adds to the results. A method whose settings have changed is made anew.
+
+    Args:
+        base: Hub id, folder, .gguf file, package:NAME or random:FAMILY.
+        methods: Names of recipes, those that ship with lowrank_pl or your own.
+        keep: Fractions of the targeted parameters to keep.
+        calibration: Text for statistics and for learning: file, glob, hub dataset or python-docs.
+        scores: Texts to score, each as TEXT or NAME=TEXT; never calibrated on.
+        recipes: Your own recipes by name; they win over those of the same name.
+        calibration_length: Tokens of a window of the calibration text.
+        calibration_windows: Windows for statistics.
+        score_length: Tokens of a window to score.
+        score_windows: How many windows of a text by its name; all of it by default.
+        run: Folder of the results: results.json, results.md, plots, and a folder for each method and size.
+        dtype: Type to load the base in.
+        device: cpu, cuda, ...; auto takes cuda where there is one.
+        include: Globs of modules to target, on full names or names inside a block.
+        exclude: Globs of modules to leave alone; they are not counted in keep.
+        multiple_of: Every rank is a multiple of this.
+        seed: Of the order of windows in learning.
+        trust_remote_code: Run Python code that comes with the base.
+        plotted: The methods that the plots show; all that have a result by default.
+        json: Write the results there too.
+        dry_run: Print what the comparison will need, loading and writing nothing; h100: at that GPU's speed, assumed.
+
+    Returns:
+        The results, one a method and size; none of a dry run.
+
+    Raises:
+        ValueError: An unknown method, an impossible size or text, or a folder that holds another comparison.
+    """
+    chosen = {name: recipe(name, recipes) for name in methods}
+    for name in plotted or ():
+        recipe(name, recipes)
+    if dry_run:
+        work = compare_workload(
+            chosen, keeps=keep, windows=calibration_windows, length=calibration_length, score_length=score_length,
+            score_windows=score_windows or {}, texts=tuple(named_texts(scores)),
+        )  # fmt: skip
+        what_it_needs(
+            base, work, machine_of(device, speeds=dry_run), dtype=dtype, include=include, exclude=exclude,
+            speeds=dry_run, trust_remote_code=trust_remote_code, json=json,
+        )  # fmt: skip
+        return []
+    model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).to(pick_device(device))
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    targets = find_targets(model, include=include, exclude=exclude)
+    for fraction in keep:
+        budget_for(model, targets, fraction, multiple_of=multiple_of)
+    texts = named_texts(scores)
+    limits = score_windows or {}
+    if unknown := sorted(set(limits) - set(texts)):
+        raise ValueError(f"score_windows names {unknown[0]!r}, which is none of the texts to score: {', '.join(texts)}")
+    windows = {
+        name: token_windows(text, tokenizer, length=score_length, windows=limits.get(name))
+        for name, text in texts.items()
+    }
+    for scored in windows.values():
+        check_windows(model, scored)
+    options = {"include": list(include), "exclude": list(exclude), "multiple_of": multiple_of}
+    tokens = token_windows(calibration, tokenizer, length=calibration_length, windows=calibration_windows)
+    subject = Subject(
+        model=model, base=base, dtype=dtype, tokenizer=tokenizer, calibration=calibration, tokens=tokens,
+        options=options, seed=seed, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    bench = _Comparison(run, subject, targets, windows, plotted or [])
+    warn_of_known_text(windows, tokens, calibration, tokenizer, chosen)
+    results = bench.results(chosen, keep)
+    if json is not None:
+        write_json(json, results)
+    print(f"\n{comparison_table(results, fmt='simple')}\n\nresults  {run / 'results.json'}")
+    return results
+
+
+@dataclass
+class _Comparison:
+    """One model, one calibration text and the texts to score; makes and keeps one result a method and size."""
+
+    run: Path
+    subject: Subject
+    targets: Targets
+    scored: dict[str, Tensor]
+    plotted: Sequence[str]
+
+    def results(self, recipes: Mapping[str, Recipe], keeps: Sequence[float]) -> list[dict[str, Any]]:
+        """Return all results, those of earlier calls in the same folder included, making what is missing."""
+        self._claim_folder()
+        results = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
+        if (DENSE, 1.0) not in results:
+            results[DENSE, 1.0] = self._dense()
+            self._write(results)
+        dense = results[DENSE, 1.0]
+        todo = [(name, keep) for name in recipes for keep in sorted(keeps, reverse=True)]
+        made = False
+        for number, (name, keep) in enumerate(todo, 1):
+            identity = self._identity(recipes[name], keep)
+            if results.get((name, keep), {}).get("identity") == identity:
+                _log.info("%d of %d: %s at keep %s is there", number, len(todo), name, keep)
+                continue
+            _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
+            results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
+            self._write(results)
+            made = True
+        if not made:
+            # The plots may be asked to show others than last time.
+            self._write(results)
+        return list(results.values())
+
+    def _write(self, results: Mapping[tuple[str, float], dict[str, Any]]) -> None:
+        # Another comparison may have added to the folder since.
+        theirs = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
+        every = list({**theirs, **results}.values())
+        write_comparison(self.run, every, command=command_line(), plotted=self.plotted)
+
+    def _claim_folder(self) -> None:
+        """Refuse a folder whose results were made from another model, calibration or protocol."""
+        protocol = {
+            "base": model_fingerprint(self.subject.model),
+            "calibration": windows_fingerprint(self.subject.tokens),
+            "scores": {name: windows_fingerprint(windows) for name, windows in self.scored.items()},
+            "options": self.subject.options,
+        }
+        path = self.run / "protocol.json"
+        if not path.exists():
+            write_json(path, protocol)
+        theirs = jsonlib.loads(path.read_text(encoding="utf-8"))
+        differ = [key for key in protocol if theirs.get(key) != protocol[key]]
+        if differ:
+            raise ValueError(
+                f"{self.run} holds a comparison made with other settings ({', '.join(differ)} differ): name another "
+                "folder with --run, or delete that one"
+            )
+
+    def _folder(self, name: str, keep: float) -> Path:
+        return self.run / name / f"keep-{keep:g}"
+
+    def _identity(self, method: Recipe, keep: float) -> str:
+        return sha256_of(__version__, canonical_json(method.describe()), str(keep), str(self.subject.seed))
+
+    def _dense(self) -> dict[str, Any]:
+        reset_peak_memory(self.subject.model.device)
+        nats, seconds = self._score(DENSE)
+        parameters = self.subject.model.num_parameters()
+        # Below 1 where the base itself was narrowed.
+        whole = budget_for(self.subject.model, self.targets, 1.0)
+        return {
+            "method": DENSE,
+            "settings": {},
+            "identity": "",
+            "fingerprint": model_fingerprint(self.subject.model),
+            "keep": {
+                "asked": 1.0,
+                "targeted": whole.present / whole.total,
+                "model": parameters / whole.model_parameters,
+            },
+            "parameters": parameters,
+            "bytes": parameters * self.subject.model.dtype.itemsize,
+            **_figures(nats, nats),
+            "ranks": {},
+            "seconds": {"scores": seconds},
+            "peak_memory": peak_memory(self.subject.model.device),
+            "machine": describe_machine(self.subject.model.device),
+        }
+
+    def _result(
+        self, name: str, method: Recipe, keep: float, identity: str, dense: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if method.narrow is None:
+            return self._on_base(name, method, keep, identity, dense, {})
+        # The narrowed model is gone before the next one is loaded.
+        at, spent = self._narrowed(method.narrow, keep)
+        return at._on_base(name, method, keep, identity, dense, {"narrowing": spent})
+
+    def _on_base(
+        self,
+        name: str,
+        method: Recipe,
+        keep: float,
+        identity: str,
+        dense: Mapping[str, Any],
+        spent: Mapping[str, float | None],
+    ) -> dict[str, Any]:
+        costs = {**spent, **self._prepare(method)}
+        reset_peak_memory(self.subject.model.device)
+        plan, store, made = self._plan(name, method, keep)
+        if method.refit is not None:
+            plan, store = self._refit(plan, store, method.refit)
+            # As noted when it was made: another comparison, or this one before it was killed, may have done so.
+            costs["refit"] = store.seconds(plan.modules)
+        plan.save(self._folder(name, keep) / "plan.json")
+        with compressed(self.subject.model, plan, store):
+            plan = deployed_plan(self.subject.model, plan)
+            nats, seconds = self._score(f"{name} at {keep:g}")
+        return {
+            "method": name,
+            "settings": method.describe(),
+            "identity": identity,
+            "fingerprint": dict(plan.fingerprint),
+            "keep": {"asked": keep, "targeted": plan.keep_targeted, "model": plan.keep_model},
+            "parameters": plan.kept_model_parameters,
+            "bytes": plan.bytes,
+            **_figures(nats, dense["nats"]),
+            "ranks": {module: entry.rank for module, entry in plan.modules.items()},
+            "dense_modules": len(plan.dense_modules),
+            "notes": list(plan.notes),
+            "seconds": {**costs, "plan": made, "scores": seconds},
+            "peak_memory": peak_memory(self.subject.model.device),
+            "machine": describe_machine(self.subject.model.device),
+        }
+
+    def _narrowed(self, settings: Narrowing, keep: float) -> tuple[_Comparison, float | None]:
+        """Return this comparison on the narrowed base, and the seconds that narrowing took, now or when it was done."""
+        subject = self.subject
+        globs = {name: subject.options[name] for name in ("include", "exclude")}
+        folder, spent = narrowed_base(
+            subject.base, settings, keep=keep, model=subject.model, tokenizer=subject.tokenizer, windows=subject.tokens,
+            **globs,
+        )  # fmt: skip
+        if folder == subject.base:
+            return self, spent
+        kind = getattr(torch, subject.dtype)
+        model = load_base(folder, dtype=kind, trust_remote_code=subject.trust_remote_code).to(subject.model.device)
+        at = replace(self, subject=replace(subject, base=folder, model=model), targets=find_targets(model, **globs))
+        return at, spent
+
+    def _prepare(self, method: Recipe) -> dict[str, float | None]:
+        """Make statistics and factors, which methods share, and return what they cost, now or when they were made."""
+        settings = method.decomposition
+        drawer = allocator(method.allocator, **method.settings)
+        factors = build_factors(
+            self.subject.model, self.targets, self.subject.tokens, self.subject.tokenizer, settings=settings
+        )
+        statistics = statistics_of(self.subject.model, self.subject.tokens, self.subject.tokenizer)
+        needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
+        if drawer.needs_gradients:
+            needs["weight_gradients"] = None
+        spent = [statistics.seconds(needs, self.targets.modules, settings.labels)]
+        if settings.at_keep is not None:
+            there = statistics.compressed(settings.point(factors.fingerprint["at_modules"]))
+            spent.append(there.seconds(settings.needs, self.targets.modules, settings.labels))
+        return {
+            "statistics": total_seconds(spent),
+            "factors": factors.seconds(target.name for target in self.targets.modules),
+        }
+
+    def _refit(self, plan: RankPlan, store: FactorStore, settings: Refit) -> tuple[RankPlan, FactorStore]:
+        windows = token_windows(
+            self.subject.calibration,
+            self.subject.tokenizer,
+            length=self.subject.tokens.shape[1],
+            windows=settings.windows,
+        )
+        return refit(
+            plan, store, model=self.subject.model, targets=self.targets, windows=windows,
+            calibration=self.subject.tokens, settings=settings,
+        )  # fmt: skip
+
+    def _score(self, label: str) -> tuple[dict[str, float], float]:
+        """Return nats a token on every text, and the seconds that it took."""
+        began = time.perf_counter()
+        nats = {
+            corpus: perplexity(self.subject.model, windows, progress=f"score {label} on {corpus}").nats
+            for corpus, windows in self.scored.items()
+        }
+        return nats, time.perf_counter() - began
+
+    def _plan(self, name: str, method: Recipe, keep: float) -> tuple[RankPlan, FactorStore, float]:
+        """Return the plan of ``method`` with its origin, the factors that it is for, and the seconds that it took."""
+        began = time.perf_counter()
+        if method.learning is not None:
+            # What comes after the learning has no part in it: a method and its +refit learn once.
+            learned = self._identity(replace(method, refit=None), keep)
+            return self.subject.learn(method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}")
+        budget = budget_for(
+            self.subject.model,
+            self.targets,
+            keep,
+            multiple_of=self.subject.options["multiple_of"],
+            storage=method.storage,
+        )
+        plan, store = draw_plan(
+            allocator(method.allocator, **method.settings),
+            budget,
+            self.targets,
+            self.subject.model,
+            self.subject.tokens,
+            self.subject.tokenizer,
+            settings=method.decomposition,
+            base=self.subject.base,
+            dtype=self.subject.dtype,
+            text=self.subject.calibration,
+        )
+        return plan, store, time.perf_counter() - began
+
+
+def _figures(nats: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    return {
+        "nats": dict(nats),
+        "perplexity": {corpus: float(torch.tensor(value, dtype=torch.float64).exp()) for corpus, value in nats.items()},
+        "excess": {corpus: value - dense[corpus] for corpus, value in nats.items()},
+    }

@@ -1,0 +1,146 @@
+"""What ``lowrank decompose`` does: the factors of a base, made block by block where that is possible."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lowrank_pl.calibration.build import build_factors
+from lowrank_pl.calibration.build_by_block import refuse_compressed, walk_factors
+from lowrank_pl.calibration.hidden_states import Cache
+from lowrank_pl.calibration.provenance import preparation_notes
+from lowrank_pl.calibration.statistics import memory_size
+from lowrank_pl.costs.dry_run import dry_run_decompose
+from lowrank_pl.costs.machine import DryRun
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.models.base import DType, load_base, load_tokenizer
+from lowrank_pl.models.lazy import CannotWalkError, open_skeleton
+from lowrank_pl.models.targets import Targets, find_targets
+from lowrank_pl.text.windows import token_windows
+from lowrank_pl.utils.environment import peak_memory, pick_device
+from lowrank_pl.utils.files import write_json
+
+__all__ = ["decompose"]
+
+_log = logging.getLogger(__name__)
+
+
+def decompose(
+    base: str,
+    *,
+    decomposition: Decomposition = Decomposition(),
+    text: str = "python-docs",
+    length: int = 512,
+    windows: int = 256,
+    dtype: DType = "float32",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    store: Path | None = None,
+    cache: Cache | None = None,
+    memory: str | None = None,
+    gradient_checkpointing: bool = False,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    json: Path | None = None,
+    dry_run: DryRun = False,
+) -> FactorStore | None:
+    """Make a model's factors, one block in memory at a time; allocate and fit then find them made.
+
+    Where gradients are needed (two_sided, fwsvd), all windows go forward through one block after the other, and back
+    through one before the other. A .gguf file, a model whose blocks share more than the hidden state, or what at_keep
+    measures, is loaded whole instead. A killed run goes on at the module it was at.
+
+    Args:
+        base: Hub id, folder, .gguf file, package:NAME, random:FAMILY or layers:NAME.
+        decomposition: How weights are decomposed, such as --decomposition.kind svd; by default whitened.
+        text: Calibration text: file, glob, hub dataset or python-docs.
+        length: Tokens of a calibration window.
+        windows: How many windows.
+        dtype: Type to load weights in.
+        include: Globs of modules to target, on full names or names inside a block.
+        exclude: Globs of modules to leave alone.
+        store: Folder of the factors; by default one named by their fingerprint in the cache.
+        cache: Where the hidden states of all windows wait between blocks, for gradients those before each of them: ram,
+            or disk for memory-mapped files; by default ram, unless they would fill half of what is free.
+        memory: What statistics that are collected at a time may take, such as 8GB, but at least those of a block; by
+            default most of what is free. Of a model that is loaded whole, what takes more is collected block by block.
+        gradient_checkpointing: Of a model that is loaded whole, compute activations again in backward passes.
+        device: cpu, cuda, ...; auto takes cuda where there is one.
+        trust_remote_code: Run Python code that comes with the base.
+        json: Write the figures there.
+        dry_run: Print what it will need, loading and writing nothing; h100: at that GPU's speed, assumed.
+
+    Returns:
+        The factors; None of a dry run.
+    """
+    began = time.perf_counter()
+    budget = None if memory is None else memory_size(memory)
+    if dry_run:
+        dry_run_decompose(
+            base, decomposition=decomposition, windows=windows, length=length, dtype=dtype, device=device,
+            memory=budget, gradient_checkpointing=gradient_checkpointing, include=include, exclude=exclude,
+            speeds=dry_run, trust_remote_code=trust_remote_code, json=json,
+        )  # fmt: skip
+        return None
+    place, kind = pick_device(device), getattr(torch, dtype)
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    tokens = token_windows(text, tokenizer, length=length, windows=windows)
+    found = _walked(
+        base, tokens, tokenizer, settings=decomposition, directory=store, include=include, exclude=exclude, cache=cache,
+        memory=budget, dtype=kind, device=place, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if found is not None:
+        made, targets = found
+    else:
+        model = load_base(base, dtype=kind, trust_remote_code=trust_remote_code).to(place)
+        targets = find_targets(model, include=include, exclude=exclude)
+        made = build_factors(
+            model, targets, tokens, tokenizer, settings=decomposition, directory=store, memory=budget,
+            gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
+    seconds, memory_used, notes = time.perf_counter() - began, peak_memory(), preparation_notes(targets, made)
+    how = "loaded whole" if found is None else "block by block"
+    head = f"{decomposition.kind}: factors of {len(targets.modules)} modules, {how}, in {seconds:.0f} s"
+    print("\n".join([f"{head} and {memory_used / 1e9:.2f} GB of memory", *notes, f"store  {made.directory}"]))
+    if json is not None:
+        write_json(json, {
+            "store": str(made.directory), "kind": decomposition.kind, "modules": len(targets.modules),
+            "block_by_block": found is not None, "seconds": seconds, "peak_memory": memory_used, "notes": notes,
+        })  # fmt: skip
+    return made
+
+
+def _walked(
+    base: str,
+    windows: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: Decomposition,
+    directory: Path | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    cache: Cache | None,
+    memory: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+) -> tuple[FactorStore, Targets] | None:
+    """Return the factors made block by block, and of what; None where ``base`` has to be loaded whole."""
+    try:
+        refuse_compressed(settings)
+        skeleton = open_skeleton(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        targets = skeleton.find_targets(include=include, exclude=exclude)
+        made = walk_factors(
+            skeleton, targets, windows, tokenizer, settings=settings, directory=directory, memory=memory, cache=cache
+        )
+    except CannotWalkError as error:
+        _log.warning("%s is loaded whole: %s", base, error)
+        return None
+    return made, targets

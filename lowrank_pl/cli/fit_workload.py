@@ -1,0 +1,77 @@
+"""What the commands do, from their options: the work that ``--dry_run`` is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank_pl.costs.workload import Learner, Machine, Workload
+from lowrank_pl.models.base import can_be_shared
+
+__all__ = ["fit_workload"]
+
+
+def fit_workload(
+    learner: Any, data: Mapping[str, Any], trainer: Mapping[str, Any], finish: Any, machine: Machine
+) -> Workload:
+    """Return what ``lowrank fit`` does.
+
+    Args:
+        learner: The ``RankLearner``, nothing of which is built.
+        data: Arguments of ``CalibrationData``.
+        trainer: Arguments of the Trainer.
+        finish: The ``FinishRun``.
+        machine: What learning is spread over.
+    """
+    length, batch = data["length"], data["batch_size"]
+    of_epoch = max(1, data["windows"] // (batch * machine.processes))
+    gathered = trainer["accumulate_grad_batches"] or 1
+    limit = trainer["limit_train_batches"]
+    if limit is not None:
+        of_epoch = max(1, min(of_epoch, limit) if isinstance(limit, int) else int(of_epoch * limit))
+    most, epochs = trainer["max_steps"] or -1, trainer["max_epochs"]
+    steps = -(-of_epoch // gathered) * max(1, epochs or 1)
+    if most > 0:
+        # The first limit that is reached ends learning; no number of epochs is none then.
+        steps = min(most, steps) if epochs and epochs > 0 else most
+    validations = _validations(trainer, batches=steps * gathered, of_epoch=of_epoch)
+    starts = learner.start if hasattr(learner.start, "needs_gradients") else None
+    shared = machine.sharded and can_be_shared(learner.base)
+    validated = data["validation_windows"]
+    scored = validated * length
+    if finish.score_text is not None:
+        scored = (finish.score_windows or 0) * finish.score_length
+    return Workload(
+        keeps=(learner.keep,),
+        windows=data["windows"] if data["statistics_windows"] is None else data["statistics_windows"],
+        length=data["statistics_length"] or length,
+        decompositions=(learner.decomposition,),
+        weight_gradients=bool(starts and starts.needs_gradients),
+        narrowings=() if learner.narrow is None else (learner.narrow,),
+        streamed=shared and learner.decomposition.block_by_block and not (starts and starts.needs_model),
+        shared=shared,
+        learners=[
+            Learner(
+                "learning", learner.mask_method, steps, length, storage=learner.storage, windows=batch * gathered,
+                batch_size=batch, validated=validated * validations, teacher=learner.data_terms.needs_teacher,
+                rest_every=learner.rest_every, recomputed=learner.gradient_checkpointing,
+            )
+        ],
+        refitted=min(finish.refit.windows, data["windows"]) if finish.refit else 0,
+        refits=int(finish.refit is not None),
+        scored=scored,
+        score_length=length if finish.score_text is None else finish.score_length,
+        models=1 + len(finish.baselines) + int(finish.refit is not None),
+        exports=True,
+        waiting=finish.streamed,
+    )  # fmt: skip
+
+
+def _validations(trainer: Mapping[str, Any], *, batches: int, of_epoch: int) -> int:
+    """Return how often the Trainer validates over ``batches``."""
+    if trainer["limit_val_batches"] == 0:
+        return 0
+    interval = trainer["val_check_interval"]
+    # A whole number counts batches, a fraction is one of an epoch.
+    every = interval if isinstance(interval, int) else int(of_epoch * (interval or 1.0)) or 1
+    return batches // every

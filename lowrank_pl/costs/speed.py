@@ -1,0 +1,412 @@
+"""How fast a model decodes and reads prompts: dense, and in each form of storage, beside what its size would allow.
+
+Speed depends on shapes, not on values: compressed layers hold random numbers here, and every layer keeps the same
+fraction of its parameters, so that neither text nor decomposition is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from lowrank_pl.evaluate.likelihood import check_windows
+from lowrank_pl.models.eval_mode import evaluating
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, Side
+from lowrank_pl.models.targets import Targets, dense_weight, find_targets, replaced
+from lowrank_pl.plans.budget import check_keep
+from lowrank_pl.plans.storage import Form, Storage
+from lowrank_pl.utils.environment import timed
+from lowrank_pl.utils.formatting import percent, table
+
+__all__ = [
+    "DENSE",
+    "Measured",
+    "SpeedCase",
+    "StandingLayer",
+    "Variant",
+    "measure_speed",
+    "multiply_adds",
+    "random_tokens",
+    "read_bytes",
+    "speed_rows",
+    "speed_table",
+    "standing_cache",
+    "uniform_modules",
+]
+
+
+def standing_cache(model: PreTrainedModel, tokens: Tensor) -> Cache:
+    """Return a cache that holds all of ``tokens`` but the last, to be given together with that last one.
+
+    Args:
+        model: A decoder in evaluation mode.
+        tokens: Token ids ``[batch, length]``, of equal rows: only the first row is read, the others are copies of it.
+
+    Raises:
+        ValueError: A layer of the model keeps something else than keys and values.
+
+    >>> from lowrank_pl.tiny_models import tiny_model
+    >>> model, tokens = tiny_model("llama"), torch.arange(6)[None]
+    >>> with torch.inference_mode():
+    ...     cache = standing_cache(model, tokens)
+    ...     steps = [model(input_ids=tokens[:, -1:], past_key_values=cache).logits for _ in range(2)]
+    ...     whole = model(input_ids=tokens).logits[:, -1:]
+    >>> torch.equal(*steps), torch.allclose(steps[0], whole, atol=1e-5)
+    (True, True)
+    """
+    read = model(input_ids=tokens[:1, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    return Cache(layers=[StandingLayer(layer, *tokens.shape) for layer in read.layers])
+
+
+class StandingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of all tokens but the last, and a place for that one, which every step fills anew.
+
+    Args:
+        read: What one sequence of all tokens but the last left behind.
+        batch_size: Copies of it.
+        length: How many tokens there are with the last one; a sliding window keeps fewer of them.
+
+    Raises:
+        ValueError: It holds no keys and values.
+    """
+
+    def __init__(self, read: Any, batch_size: int, length: int) -> None:
+        super().__init__()
+        if not isinstance(read, DynamicLayer) or read.keys is None:
+            raise ValueError(f"expected keys and values of every layer in the cache, got a {type(read).__name__}")
+        self.keys, self.values = (
+            torch.cat([part, part[:, :, -1:]], dim=2).repeat(batch_size, 1, 1, 1) for part in (read.keys, read.values)
+        )
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.is_sliding, self.is_initialized = read.is_sliding, True
+        self.length = length
+        for part in (self.keys, self.values):
+            # Or else torch.compile would not record the kernels that write to them.
+            torch._dynamo.mark_static_address(part)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put keys and values of the last token in its place; return those of all."""
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Return how many tokens come before the last one."""
+        return self.length - 1
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        """Return how many tokens can be looked at, and how many came before these."""
+        return self.keys.shape[-2], self.length - self.keys.shape[-2]
+
+
+SpeedCase = Literal["decode", "prefill"]
+"""One new token for every sequence, after tokens that are in the cache; or all tokens of every prompt at once."""
+
+
+# A turn ends after so many steps or seconds, whichever comes first; its fastest step counts.
+_STEPS, _SECONDS = 5, 1.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A form of a model: dense, or every targeted layer in one form of storage at one kept fraction.
+
+    Args:
+        storage: ``factored``, ``pivoted``, or ``dense`` for the model as it is.
+        keep: Fraction of each targeted layer's parameters to keep.
+
+    Raises:
+        ValueError: ``keep`` lies outside (0, 1].
+    """
+
+    storage: Form | Literal["dense"]
+    keep: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+
+DENSE = Variant("dense")
+"""What the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured and counted of one variant.
+
+    Attributes:
+        seconds: The fastest step.
+        bytes: Weights that a step reads.
+        multiply_adds: Those of reading one prompt; 0 in decoding, where they don't matter.
+    """
+
+    seconds: float
+    bytes: int
+    multiply_adds: int = 0
+
+
+def measure_speed(
+    model: PreTrainedModel,
+    variants: Sequence[Variant],
+    *,
+    case: SpeedCase,
+    batch_size: int,
+    length: int,
+    repeats: int,
+    compiled: bool = False,
+    recorded: bool = False,
+    multiple_of: int = 1,
+    tick: Callable[[Variant], object] = lambda _: None,
+) -> dict[Variant, Measured]:
+    """Return how long a step of each variant takes, and what it reads and computes.
+
+    Variants take turns, ``repeats`` of each after one to warm up, so that all meet the same disturbances; only where
+    they are compiled or recorded does each have its turns in a row. They are put into the model one at a time, and at
+    the end it is as it was.
+
+    Args:
+        model: The dense model.
+        variants: Which.
+        case: What a step is: one of decoding, or of reading a prompt, of which the last logits are computed.
+        batch_size: Sequences in a step.
+        length: Tokens in the cache before a step of decoding; tokens of a prompt.
+        repeats: Turns of each variant that count.
+        compiled: Whether to run what ``torch.compile`` makes of the model.
+        recorded: Whether to record a step as a CUDA graph and to time its replays, as servers decode.
+        multiple_of: Every rank is a multiple of this.
+        tick: Called after every turn with its variant.
+
+    Raises:
+        ValueError: The model has too few positions, or no cache of keys and values, or can't be recorded.
+    """
+    drawn = random_tokens(model, length + 1)
+    check_windows(model, drawn if case == "decode" else drawn[:, :-1], batch_size)
+    tokens = drawn.to(model.device).expand(batch_size, -1)
+    targets = find_targets(model)
+    found: dict[Variant, Measured] = {}
+    with evaluating(model), torch.inference_mode():
+        inputs = _step_inputs(model, tokens, case)
+        for number, (variant, turns) in enumerate(_turns(variants, repeats, in_a_row=compiled or recorded)):
+            with replaced(model, {} if variant == DENSE else uniform_modules(model, targets, variant, multiple_of)):
+                if variant not in found:
+                    counted = multiply_adds(model, tokens[:1, :-1]) if case == "prefill" else 0
+                    found[variant] = Measured(float("inf"), read_bytes(model), counted)
+                forward: Callable[..., Any] = model
+                if compiled:
+                    forward = _compiled(model, inputs)
+                elif recorded:
+                    forward = _recorded(model, inputs)
+                for turn in range(turns):
+                    seconds = _fastest(forward, inputs, model.device)
+                    if turn or number >= len(variants):
+                        old = found[variant]
+                        found[variant] = Measured(min(seconds, old.seconds), old.bytes, old.multiply_adds)
+                    tick(variant)
+    return found
+
+
+def random_tokens(model: PreTrainedModel, length: int) -> Tensor:
+    """Return ``[1, length]`` token ids of the model's vocabulary, on the CPU; equal arguments give equal ones."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.get_input_embeddings().num_embeddings, (1, length), generator=generator)
+
+
+def uniform_modules(
+    model: PreTrainedModel, targets: Targets, variant: Variant, multiple_of: int = 1
+) -> dict[str, nn.Module]:
+    """Return a layer of random numbers for every target, each with the largest rank that ``variant`` allows.
+
+    Biases are the model's own.
+
+    >>> from lowrank_pl.models.tiny import tiny_model
+    >>> model = tiny_model("llama")
+    >>> uniform_modules(model, find_targets(model), Variant("factored", 0.5))["model.layers.0.mlp.up_proj"]
+    LowRankLinear(in_features=32, out_features=96, rank=12, bias=False)
+    """
+    made: dict[str, nn.Module] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for target in targets.modules:
+            old = model.get_submodule(target.name)
+            weight, bias = dense_weight(old), getattr(old, "bias", None)
+            assert variant.storage != "dense"
+            storage = Storage(variant.storage, weight.element_size())
+            allowed = min(int(storage.rank_at(target.shape, variant.keep)), storage.break_even(target.shape))
+            rank = max(allowed - allowed % multiple_of, 1)
+            new = _random_layer(
+                variant.storage, target.shape, rank, bias=bias is not None, device=weight.device, dtype=weight.dtype
+            )
+            if bias is not None:
+                new.bias = bias
+            made[target.name] = new
+    return made
+
+
+def _random_layer(
+    form: Form, shape: tuple[int, int], rank: int, *, bias: bool, device: torch.device, dtype: torch.dtype
+) -> LowRankLinear | PivotedLinear:
+    outputs, inputs = shape
+    if form == "factored":
+        return LowRankLinear(inputs, outputs, rank, bias=bias, device=device, dtype=dtype)
+    # The side that compression takes, for it is the first choice of `pivot`.
+    side: Side = "out" if outputs <= inputs else "in"
+    layer = PivotedLinear(inputs, outputs, rank, side=side, bias=bias, device=device, dtype=dtype)
+    # Scattered, as they are in a compressed model.
+    layer.pivots = torch.randperm(min(shape))[:rank].sort().values.to(layer.pivots)
+    layer.check_pivots()
+    return layer
+
+
+def read_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of weights that a step reads: all but tables of which it looks up a few rows.
+
+    A head that shares its weight with the table of embeddings is read whole.
+    """
+    head = model.get_output_embeddings().weight
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
+    # Pivoted layers keep the places of their pivots in a buffer.
+    read = [*(parameter for parameter in model.parameters() if id(parameter) not in tables), *model.buffers()]
+    return sum(tensor.nbytes for tensor in read)
+
+
+def multiply_adds(model: PreTrainedModel, prompt: Tensor) -> int:
+    """Return the multiply-adds of the matrix products, attention included, that reading ``prompt`` takes.
+
+    Args:
+        model: The model.
+        prompt: Token ids ``[1, length]``, of which only the last logits are computed.
+    """
+    # Of itself torch counts no attention that runs on a CPU, and stops at fewer heads of keys than of queries.
+    kinds = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    uncounted = {getattr(torch.ops.aten, f"_scaled_dot_product_{kind}"): _attention_flops for kind in kinds}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
+        model(input_ids=prompt, use_cache=False, logits_to_keep=1)
+    counts: dict[Any, int] = counter.get_flop_counts()["Global"]
+    attention = sum(count for name, count in counts.items() if "scaled_dot_product" in str(name))
+    length = prompt.shape[1]
+    # It is counted as if every token looked at all others, and looks only at those before.
+    return (sum(counts.values()) - attention + attention * (length + 1) // (2 * length)) // 2
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[2] * (width + value[3])
+
+
+def speed_rows(measured: Mapping[Variant, Measured], *, case: SpeedCase, tokens: int) -> list[dict[str, Any]]:
+    """Return a row of figures for each variant, with ratios to the dense one, which is among them.
+
+    A ``ratio_to_dense`` of 2 is twice as fast. ``limit`` is what it would be if time followed the bytes of weights
+    read, or when reading a prompt the multiply-adds; ``ratio_to_limit`` is the part of it that was reached.
+
+    Args:
+        measured: What was measured.
+        case: What of.
+        tokens: Tokens that a step takes in.
+
+    >>> found = {DENSE: Measured(3.0, 1000), Variant("pivoted", 0.5): Measured(2.0, 500)}
+    >>> row = speed_rows(found, case="decode", tokens=16)[1]
+    >>> row["tokens_per_second"], row["ratio_to_dense"], row["limit"], row["ratio_to_limit"]
+    (8.0, 1.5, 2.0, 0.75)
+    """
+    dense = measured[DENSE]
+    rows = []
+    for variant, one in measured.items():
+        ratio = dense.seconds / one.seconds
+        limit = dense.bytes / one.bytes if case == "decode" else dense.multiply_adds / one.multiply_adds
+        rows.append({
+            "storage": variant.storage,
+            "keep": variant.keep,
+            "seconds": one.seconds,
+            "tokens_per_second": tokens / one.seconds,
+            "ratio_to_dense": ratio,
+            "limit": limit,
+            "ratio_to_limit": ratio / limit,
+            "bytes": one.bytes,
+            **({} if case == "decode" else {"multiply_adds": one.multiply_adds}),
+        })  # fmt: skip
+    return rows
+
+
+def speed_table(rows: Sequence[Mapping[str, Any]], *, fmt: str = "simple") -> str:
+    """Return rows of :func:`speed_rows` with a ``dtype`` and a ``batch`` each, those of one kind below each other."""
+    head = ("dtype", "batch", "storage", "keep", "ms", "tokens/s", "times dense", "limit", "of limit")
+    body: list[tuple[str, ...]] = []
+    group = None
+    for row in rows:
+        if group not in (None, (row["dtype"], row["batch"])):
+            body.append(("",) * len(head))
+        first = group != (group := (row["dtype"], row["batch"]))
+        body.append((
+            row["dtype"] if first else "",
+            str(row["batch"]) if first else "",
+            row["storage"],
+            percent(row["keep"]),
+            f"{1000 * row['seconds']:,.2f}",
+            f"{row['tokens_per_second']:,.1f}",
+            f"{row['ratio_to_dense']:.2f}",
+            f"{row['limit']:.2f}",
+            percent(row["ratio_to_limit"]),
+        ))  # fmt: skip
+    return table(head, body, fmt, align=("left", "right", "left", *["right"] * 6))
+
+
+def _turns(variants: Sequence[Variant], repeats: int, *, in_a_row: bool) -> list[tuple[Variant, int]]:
+    """Return who has how many turns, in order; the first of each is to warm up."""
+    if in_a_row:
+        return [(variant, repeats + 1) for variant in variants]
+    return [(variant, 1) for _ in range(repeats + 1) for variant in variants]
+
+
+def _step_inputs(model: PreTrainedModel, tokens: Tensor, case: SpeedCase) -> dict[str, Any]:
+    if case == "prefill":
+        return {"input_ids": tokens[:, :-1], "use_cache": False, "logits_to_keep": 1}
+    cache = standing_cache(model, tokens)
+    return {"input_ids": tokens[:, -1:], "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+
+
+def _compiled(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[..., Any]:
+    # What was compiled before is for layers that are gone, and there is a limit to how much is kept.
+    torch.compiler.reset()
+    # A step of decoding is mostly the launching of kernels on a GPU, unless they are recorded.
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    forward: Callable[..., Any] = torch.compile(model, dynamic=False, mode=mode)
+    for _ in range(3):  # compiles, warms up, records
+        forward(**inputs)
+    return forward
+
+
+def _recorded(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[..., object]:
+    """Return what replays a step of the model on these very inputs."""
+    if model.device.type != "cuda":
+        raise ValueError(f"the model is on {model.device}: only what runs on a CUDA device can be recorded")
+    aside = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream(model.device))
+    with torch.cuda.stream(aside):  # a recording may not be the first to use a library
+        for _ in range(3):
+            model(**inputs)
+    torch.cuda.current_stream(model.device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits: Tensor = model(**inputs).logits
+
+    def replay(**_: Any) -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def _fastest(forward: Callable[..., Any], inputs: Mapping[str, Any], device: torch.device) -> float:
+    """Return the seconds of the fastest of some steps one after the other."""
+    seconds: list[float] = []
+    while len(seconds) < _STEPS and sum(seconds) < _SECONDS:
+        seconds.append(timed(lambda: forward(**inputs), device)[1])
+    return min(seconds)

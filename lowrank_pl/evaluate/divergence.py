@@ -1,0 +1,230 @@
+"""Where a compressed model departs from the dense one: block by block, and along the window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.evaluate.likelihood import Divergence, check_windows, compared, perplexity
+from lowrank_pl.models.eval_mode import evaluating
+from lowrank_pl.models.targets import decoder_blocks
+from lowrank_pl.utils.formatting import percent, table
+
+__all__ = ["PositionBin", "WhereDiverged", "profile_table", "score_texts", "show_texts", "where_diverged"]
+
+SHOWN_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class PositionBin:
+    """The divergence at some positions of the windows.
+
+    Args:
+        first: First predicted position; the token before position 1 begins the window.
+        last: Last one.
+        kl: As in ``Divergence``.
+        agreement: Likewise.
+        excess_nats: Likewise.
+    """
+
+    first: int
+    last: int
+    kl: float
+    agreement: float
+    excess_nats: float
+
+
+@dataclass(frozen=True)
+class WhereDiverged:
+    """The divergence of a model from the dense one, whole and in parts.
+
+    Args:
+        whole: Over all predicted tokens.
+        positions: In bins of positions of about the same width.
+        blocks: Relative error of the hidden state behind each decoder block: mean over the tokens of
+            ``|model - dense| / |dense|``. By the token, for the first one is often a thousand times the others' size.
+    """
+
+    whole: Divergence
+    positions: tuple[PositionBin, ...]
+    blocks: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as they go into JSON."""
+        whole = self.whole
+        return {
+            "kl": whole.kl,
+            "agreement": whole.agreement,
+            "excess_nats": whole.excess_nats,
+            "dense_nats": whole.dense_nats,
+            "dense_perplexity": whole.dense_perplexity,
+            "positions": [asdict(one) for one in self.positions],
+            "blocks": list(self.blocks),
+        }
+
+
+def where_diverged(
+    model: PreTrainedModel, dense: PreTrainedModel, windows: Tensor, *, bins: int = 8, progress: str | None = None
+) -> WhereDiverged:
+    """Return how far ``model`` is from ``dense`` on ``windows``, along the window and behind each block.
+
+    The models read one window after the other, and no logits or hidden states of more than one are held.
+
+    Args:
+        model: The compressed model.
+        dense: The one it was made from.
+        windows: Token ids ``[windows, length]``, as the tokenizer's own BOS rule made them.
+        bins: Into how many parts positions are divided; fewer where windows are shorter.
+        progress: Label of a progress bar with the remaining time; ``None`` shows none.
+
+    Raises:
+        ValueError: Windows that a model can't be scored on, models of other sizes, or no bin.
+        LogitsError: Logits of either model that are NaN or infinite; the window is named.
+
+    Example:
+        >>> from lowrank_pl.models.tiny import tiny_model
+        >>> found = where_diverged(tiny_model("llama"), tiny_model("llama"), torch.arange(64).view(4, 16), bins=2)
+        >>> found.blocks, [(part.first, part.last) for part in found.positions]
+        ((0.0, 0.0), [(1, 7), (8, 15)])
+    """
+    if bins < 1:
+        raise ValueError(f"position_bins is {bins}: expected a whole number of at least 1")
+    for one in (dense, model):
+        check_windows(one, windows)
+    counts = [len(decoder_blocks(one)[1]) for one in (model, dense)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"the model has {counts[0]} decoder blocks, the dense one {counts[1]}: compare a model with the base that "
+            "it was made from"
+        )
+    sums = torch.zeros(4, windows.shape[1] - 1, dtype=torch.float64)
+    errors = torch.zeros(counts[0], dtype=torch.float64)
+    bar = tqdm(windows, desc=progress, unit="window", disable=progress is None)
+    with evaluating(model), evaluating(dense), bar:
+        for place, window in enumerate(bar):
+            with _hidden_states(model) as ours, _hidden_states(dense) as theirs:
+                sums += compared(model, dense, window[None], first=place)
+            errors += torch.stack([_relative_error(a, b) for a, b in zip(ours, theirs, strict=True)])
+    count = len(windows)
+    kl, agreement, nats, dense_nats = (sums.mean(1) / count).tolist()
+    return WhereDiverged(
+        Divergence(kl, agreement, nats, dense_nats, count * sums.shape[1]),
+        tuple(_bins(sums / count, bins)),
+        tuple((errors / count).tolist()),
+    )
+
+
+def profile_table(found: WhereDiverged, *, fmt: str = "simple") -> str:
+    """Return both parts as tables, one above the other; of many blocks some, the last one among them.
+
+    Args:
+        found: What to show.
+        fmt: A format of ``tabulate``.
+    """
+    along = [
+        [f"{part.first}-{part.last}", f"{part.kl:.4f}", percent(part.agreement), f"{part.excess_nats:.4f}"]
+        for part in found.positions
+    ]
+    last = len(found.blocks) - 1
+    shown = sorted({round(last * step / (SHOWN_BLOCKS - 1)) for step in range(SHOWN_BLOCKS)})
+    behind = [[str(block), percent(found.blocks[block])] for block in shown]
+    return "\n\n".join([
+        table(("positions", "KL", "same top-1", "excess nats"), along, fmt),
+        table(("block", "relative error"), behind, fmt),
+    ])  # fmt: skip
+
+
+@contextmanager
+def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Fill a list with what each block returns, ``[1, length, width]``, while the context lasts."""
+    seen: list[Tensor] = []
+
+    def hook(_: Any, __: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        # A copy, for some blocks add to their input in place.
+        seen.append(hidden.clone())
+
+    with ExitStack() as stack:
+        for block in decoder_blocks(model)[1]:
+            stack.callback(block.register_forward_hook(hook).remove)
+        yield seen
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return the mean over the tokens of the relative distance, in fp64 on the CPU."""
+    theirs = theirs.to(ours.device).double()
+    distance = (ours.double() - theirs).norm(dim=-1)
+    mean: Tensor = (distance / theirs.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
+    return mean.cpu()
+
+
+def _bins(means: Tensor, bins: int) -> Iterator[PositionBin]:
+    """Yield the parts of means ``[4, positions]``."""
+    positions = means.shape[1]
+    edges = [positions * step // min(bins, positions) for step in range(min(bins, positions) + 1)]
+    for begin, end in pairwise(edges):
+        kl, agreement, nats, dense_nats = means[:, begin:end].mean(1).tolist()
+        yield PositionBin(begin + 1, end, kl, agreement, nats - dense_nats)
+
+
+def score_texts(
+    model: PreTrainedModel,
+    texts: Mapping[str, Tensor],
+    *,
+    reference: PreTrainedModel | None = None,
+    batch_size: int = 1,
+    bins: int = 8,
+) -> tuple[dict[str, dict[str, Any]], dict[str, WhereDiverged]]:
+    """Return the figures of each text as they go into JSON, and where the model departs from the reference on it.
+
+    Args:
+        model: A causal language model.
+        texts: Token ids ``[windows, length]`` by the text's name.
+        reference: The dense model; windows are then read one by one, and nothing is timed.
+        batch_size: Windows per forward without a reference.
+        bins: As in ``where_diverged``.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    found: dict[str, WhereDiverged] = {}
+    for name, windows in texts.items():
+        label = "score" if len(texts) == 1 else f"score {name}"
+        if reference is None:
+            scores: dict[str, Any] = perplexity(model, windows, batch_size=batch_size, progress=label).to_dict()
+        else:
+            found[name] = where_diverged(model, reference, windows, bins=bins, progress=f"{label}, both models")
+            whole = found[name].whole
+            scores = {"perplexity": whole.perplexity, "nats": whole.nats, "tokens": whole.tokens}
+            scores["divergence"] = found[name].to_dict()
+        figures[name] = {"windows": len(windows), "length": windows.shape[1], **scores}
+    return figures, found
+
+
+def show_texts(figures: Mapping[str, Mapping[str, Any]], found: Mapping[str, WhereDiverged]) -> str:
+    """Return what people read of the scores: a line a text, and below where each diverged.
+
+    Args:
+        figures: From ``score_texts``.
+        found: Likewise.
+    """
+    if not found:
+        return table(("text", "perplexity", "nats/token", "tokens", "tokens/s"), [
+            (name, f"{one['perplexity']:.4f}", f"{one['nats']:.5f}", f"{one['tokens']:,}",
+             f"{one['tokens_per_second']:,.0f}")
+            for name, one in figures.items()
+        ], "simple")  # fmt: skip
+    head = ("text", "perplexity", "dense", "excess nats", "KL", "same top-1", "tokens")
+    body = [
+        (name, f"{one.whole.perplexity:.4f}", f"{one.whole.dense_perplexity:.4f}", f"{one.whole.excess_nats:.4f}",
+         f"{one.whole.kl:.4f}", percent(one.whole.agreement), f"{one.whole.tokens:,}")
+        for name, one in found.items()
+    ]  # fmt: skip
+    parts = [table(head, body, "simple"), *(f"{name}\n\n{profile_table(one)}" for name, one in found.items())]
+    return "\n\n".join(parts)

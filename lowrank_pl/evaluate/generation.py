@@ -1,0 +1,155 @@
+"""Greedy continuations of prompts, as a user would see them, and how much they repeat themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean
+
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_pl.models.eval_mode import evaluating, input_device
+
+__all__ = ["Continuation", "check_prompts", "continuations", "generate_samples", "repetition_rate"]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model added to a prompt.
+
+    Args:
+        text: The new text, without special tokens.
+        tokens: The new token ids, with the one that ends the text if the model ended it.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+def generate_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int = 40
+) -> list[str]:
+    """Return the greedy continuation of each prompt, without the prompt.
+
+    The text goes to the model as it is, without a chat template; whatever sampling the model's own generation
+    config asks for is left aside, so equal models give equal text.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Texts to continue, one at a time: padding would make them depend on each other.
+        max_new_tokens: Most tokens to add; fewer where the model ends the text.
+
+    Raises:
+        ValueError: A prompt that has no token.
+
+    Example:
+        >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+        >>> [text] = generate_samples(tiny_model("llama"), byte_tokenizer(), ["A list is"], max_new_tokens=3)
+        >>> isinstance(text, str)
+        True
+    """
+    return [found.text for found in continuations(model, tokenizer, prompts, max_new_tokens=max_new_tokens)]
+
+
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 40,
+    chat: bool = False,
+    progress: str | None = None,
+) -> list[Continuation]:
+    """Return the greedy continuation of each prompt, as text and as tokens; see ``generate_samples``.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Texts to continue, or, with ``chat``, what a user says.
+        max_new_tokens: Most tokens to add; fewer where the model ends the text.
+        chat: Whether each prompt goes through the tokenizer's chat template, for the model to answer.
+        progress: Label of a progress bar; ``None`` shows none.
+
+    Raises:
+        ValueError: A prompt that has no token, or ``chat`` without a chat template.
+    """
+    if chat and not tokenizer.chat_template:
+        raise ValueError("a chat was asked for, and the tokenizer has no chat template: give prompts as plain text")
+    config = _greedy(model, tokenizer, max_new_tokens)
+    bar = tqdm(prompts, desc=progress, unit="prompt", disable=progress is None)
+    with evaluating(model), _generating(model, config):
+        return [_continue(model, tokenizer, prompt, chat=chat) for prompt in bar]
+
+
+def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:
+    """Check that every prompt is a text to continue.
+
+    Raises:
+        ValueError: One has no token.
+    """
+    for prompt in prompts:
+        if not tokenizer(prompt)["input_ids"]:
+            raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
+
+
+def repetition_rate(texts: Sequence[Sequence[int]], *, n: int = 4) -> float:
+    """Return the fraction of a text's n-grams that were there before, averaged over the texts: ``seq-rep-n``.
+
+    That is ``1 - distinct n-grams / n-grams`` of a continuation's own tokens (Welleck et al., Neural text generation
+    with unlikelihood training, arXiv 1908.04319). Texts with fewer than ``n`` tokens are left out; 0 when all are.
+
+    >>> repetition_rate([[1, 2, 3, 4, 5, 6], [7, 7, 7, 7, 7, 7, 7, 7]])
+    0.4
+    """
+    rates = []
+    for tokens in texts:
+        grams = [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]
+        if grams:
+            rates.append(1 - len(set(grams)) / len(grams))
+    return fmean(rates) if rates else 0.0
+
+
+@contextmanager
+def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Give ``model`` the generation ``config`` for a while.
+
+    Passing it to ``generate`` is not enough: what it leaves open, such as a repetition penalty, comes from the model.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> Continuation:
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    encoded = encoded.to(input_device(model))
+    length = encoded["input_ids"].shape[1]
+    if length == 0:
+        raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
+    output = model.generate(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])[0]
+    whole = str(tokenizer.decode(output, skip_special_tokens=True))
+    start = str(tokenizer.decode(output[:length], skip_special_tokens=True))
+    # Decoding the new tokens alone would lose the space before a word in SentencePiece vocabularies.
+    alone = not whole.startswith(start)
+    text = str(tokenizer.decode(output[length:], skip_special_tokens=True)) if alone else whole[len(start) :]
+    return Continuation(text, tuple(output[length:].tolist()))
+
+
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    own = model.generation_config
+    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    end = ends[0] if isinstance(ends, list) else ends
+    pad = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
+    return GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad)

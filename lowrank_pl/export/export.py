@@ -1,0 +1,350 @@
+"""From a model in memory to a folder that reloads as exactly this model, and back.
+
+What is special: an export is finished only when a fresh process has loaded the folder through plain transformers and
+computed the same logits, bit for bit. Until then it lies in a temporary folder, so that a failed check, a full disk or
+Ctrl-C leave nothing behind and touch no older export.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_pl.export.reload import ExportError, check_contents, check_merged, check_reload, logits_of
+from lowrank_pl.models import hf_format, hf_layers
+from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.identity import KEY, base_class
+from lowrank_pl.models.targets import replaced
+from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.utils.files import atomic_directory, atomic_write
+
+__all__ = ["ExportReport", "check_destination", "is_compressed", "load_compressed", "save_compressed"]
+
+logger = logging.getLogger(__name__)
+
+
+CODE = Path(hf_format.__file__).name
+
+
+Entry = int | dict[str, Any]
+"""What the config says of one module: its rank, or rank, storage and side."""
+
+
+class Plan(Protocol):
+    """What an export keeps of a rank plan."""
+
+    def to_json(self) -> str:
+        """Return the plan as JSON."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        directory: The folder.
+        bytes: Size of its weight files.
+        merged: Whether the factors were multiplied into dense weights.
+        modules: Number of low-rank modules of the model.
+        verified: Whether a fresh process reloaded the folder and computed the same logits.
+    """
+
+    directory: Path
+    bytes: int
+    merged: bool
+    modules: int
+    verified: bool
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan | None = None,
+    card: str | None = None,
+    merge: bool = False,
+    verify: bool = True,
+) -> ExportReport:
+    """Write ``model`` to a folder that reloads as exactly this model, and return what was written.
+
+    The folder holds safetensors weights, ``config.json``, the generation configuration, the tokenizer with its chat
+    template, ``plan.json``, ``README.md``, and as code ``hf_format.py`` and ``hf_layers.py``. It loads with
+    :func:`load_compressed`; with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl.hf_format``; or
+    anywhere with ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
+
+    The check runs the same probes here and in a fresh process on the same device, with as many threads and the same
+    attention, and compares the bytes of the logits; it needs the memory of a second copy of what is written. A merged
+    model is compared with its merged weights in memory byte for byte, and these with the low-rank model within
+    ``sqrt(eps)`` of the type, as relative root mean square. In the same pass it makes those checks of ``lowrank
+    doctor`` that need no text: finite weights, ranks and counts of a ``RankPlan``, BOS and token ids. What is sick is
+    not exported, and warnings are logged.
+
+    ``model`` keeps its modules, values, config and mode; tensors in main memory may move (see ``hf_format.align``).
+
+    Args:
+        model: A causal language model, some of whose linear maps are ``LowRankLinear`` or ``PivotedLinear``.
+        directory: The folder to make; an older export there is replaced once the new one has passed.
+        tokenizer: Its tokenizer.
+        plan: The plan that the ranks came from.
+        card: Text of the model card.
+        merge: Write dense weights under the plain config of the base, for runtimes that know nothing of factors.
+        verify: Whether to check the folder, in a fresh process too.
+
+    Raises:
+        ValueError: The model holds layers that can't be stored, or ``directory`` is something else than an export.
+        ExportError: The folder does not reload as the model in memory, it is sick, or the disk is full.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+    >>> model = tiny_model("llama")
+    >>> model.model.layers[0].mlp.up_proj = LowRankLinear(32, 96, 8, bias=False)
+    >>> with TemporaryDirectory() as home:
+    ...     report = save_compressed(model, f"{home}/small", tokenizer=byte_tokenizer(), verify=False)
+    ...     reloaded = load_compressed(report.directory)
+    >>> report.modules, torch.equal(reloaded.model.layers[0].mlp.up_proj.right, model.model.layers[0].mlp.up_proj.right)
+    (1, True)
+    """
+    directory = Path(directory)
+    check_destination(directory)
+    originals = _originals(model)
+    entries, shapes = _entries(model, originals), _shapes(model, originals)
+    if merge and shapes:
+        raise ValueError(
+            f"{len(shapes)} linear maps have shapes that the plain config of {type(model).__name__} can't say, e.g. "
+            f"{next(iter(shapes))}: export the factors, or narrow all MLPs to one width"
+        )
+    align(model)
+    with _full_disk_explained(directory), atomic_directory(directory) as folder:
+        swaps = _swaps(model, originals, merge=merge)
+        before = logits_of(model) if verify and swaps else None
+        with replaced(model, swaps):
+            _write(model, folder, tokenizer, None if merge else LowRankConfig(entries, shapes))
+            _write_texts(folder, plan, card)
+            if verify:
+                reference = logits_of(model)
+                if before is not None:
+                    check_merged(before, reference)
+                checkable = plan if isinstance(plan, RankPlan) else None
+                check_contents(model, {} if merge else entries, checkable, tokenizer)
+                check_reload(model, folder, reference, tokenizer, merged=merge)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    logger.info("exported %d low-rank modules to %s, %d bytes of weights", len(entries), directory, size)
+    return ExportReport(directory=directory, bytes=size, merged=merge, modules=len(entries), verified=verify)
+
+
+def load_compressed(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """Return the model that :func:`save_compressed` wrote, in eval mode.
+
+    Args:
+        directory: The folder.
+        **from_pretrained_kwargs: Handed to ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``device_map``, ...
+
+    Raises:
+        ValueError: No such folder, not a compressed model, or weights that are missing or damaged.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"no folder {str(directory)!r}: expected one that save_compressed wrote")
+    _check_is_compressed(directory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(directory), **from_pretrained_kwargs)
+    except (OSError, SafetensorError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(f"can't read the weights in {str(directory)!r}: {cause}; copy or export it again") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def is_compressed(directory: str | Path) -> bool:
+    """Tell whether ``directory`` holds a model in the low-rank format."""
+    file = Path(directory) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return bool((config.get("quantization_config") or {}).get("quant_method") == METHOD)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _check_is_compressed(directory: Path) -> None:
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(directory)!r} holds no readable config.json: expected a compressed model") from error
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method != METHOD:
+        kind = "a plain model" if method is None else f"quantised by {method}"
+        raise ValueError(
+            f"{str(directory)!r} is {kind}, not one compressed by lowrank_pl: "
+            "load it with transformers.AutoModelForCausalLM.from_pretrained"
+        )
+
+
+def check_destination(directory: Path) -> None:
+    """Refuse to replace what is no export: a slip of the keyboard must not cost anyone a folder.
+
+    Raises:
+        ValueError: ``directory`` is a file, or a folder of something else, or the one that the process is in.
+    """
+    if directory.resolve() == Path.cwd():
+        raise ValueError(f"{str(directory)!r} is the folder that you are in, which can't be replaced: name another one")
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{str(directory)!r} is a file: name a folder to export to")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    config = directory / "config.json"
+    ours = (directory / CODE).exists() or (directory / "plan.json").exists()
+    # A narrowed base has no plan, and needs no code.
+    if not config.exists() or not (ours or f'"{KEY}"' in config.read_text(encoding="utf-8")):
+        raise ValueError(f"{str(directory)!r} holds other files than an earlier export: name a new folder or empty it")
+
+
+def _originals(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the modules that the config alone would build, on the meta device, by name."""
+    config = copy.deepcopy(model.config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return dict((base_class(model) or type(model))(config).named_modules())
+
+
+def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, Entry]:
+    """Return what the config says of each low-rank module, having looked that each module can be stored."""
+    entries: dict[str, Entry] = {}
+    for name, module in model.named_modules():
+        original = originals.get(name)
+        if _is_low_rank(module) and isinstance(original, (nn.Linear, Conv1D)):
+            entries[name] = _entry(module)
+            if module.weight.shape[1] == module.in_features:
+                # Its left factor would have the dense shape, and a loader that knows nothing would take it for that.
+                raise ValueError(f"{name} has rank {module.rank}, as many as it has inputs: leave it dense")
+            if (module.bias is None) != (original.bias is None):
+                has = "no bias" if module.bias is None else "a bias"
+                raise ValueError(f"{name} has {has}, unlike the {type(model).__name__} that its config describes")
+        elif name and type(module) is not type(original) and _layout(module, original) is None:
+            expected = "none" if original is None else f"a {type(original).__name__}"
+            raise ValueError(
+                f"{name} is a {type(module).__name__} where {type(model).__name__} has {expected}: "
+                "only low-rank and dense layers can be stored; compress the model, or merge adapters first"
+            )
+    return entries
+
+
+def _shapes(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, list[int]]:
+    """Return ``[out, in]`` of the linear maps that the config alone would build with another shape."""
+    shapes = {}
+    for name, module in model.named_modules():
+        original = originals.get(name)
+        if isinstance(original, (nn.Linear, Conv1D)) and isinstance(module, (nn.Linear, Conv1D)):
+            found = _out_and_in(module)
+            if found != _out_and_in(original):
+                shapes[name] = found
+    return shapes
+
+
+def _out_and_in(module: nn.Module) -> list[int]:
+    if isinstance(module, Conv1D):
+        return list(module.weight.shape[::-1])
+    assert isinstance(module, nn.Linear)
+    return [module.out_features, module.in_features]
+
+
+def _is_low_rank(module: nn.Module) -> bool:
+    """Tell a low-rank layer of this package or of a folder's copy of its code."""
+    return isinstance(module, nn.Linear) and type(module).__name__ in (LowRankLinear.__name__, PivotedLinear.__name__)
+
+
+def _entry(module: nn.Module) -> Entry:
+    """Return what the config says of a low-rank layer."""
+    rank: Any = module.rank
+    side = getattr(module, "side", None)
+    return rank if side is None else {"rank": rank, "storage": "pivoted", "side": side}
+
+
+def _layout(module: nn.Module, original: nn.Module | None) -> type[nn.Module] | None:
+    """Return Conv1D where GPT-2 has one and ``module`` is the nn.Linear that took its place, else None."""
+    return Conv1D if type(module) is nn.Linear and isinstance(original, Conv1D) else None
+
+
+def _swaps(model: PreTrainedModel, originals: dict[str, nn.Module], *, merge: bool) -> dict[str, nn.Module]:
+    """Return what has to stand in the model while it is written: dense layers in the base's own layout."""
+    swaps = {}
+    for name, module in model.named_modules():
+        if (merge and _is_low_rank(module)) or _layout(module, originals.get(name)):
+            swaps[name] = _as_dense(module, originals[name])
+    return swaps
+
+
+def _as_dense(module: nn.Module, original: nn.Module) -> nn.Module:
+    """Return a layer of ``original``'s class and layout with the merged weight of ``module`` and its bias."""
+    assert isinstance(module, nn.Linear)
+    weight: Tensor = module.dense() if _is_low_rank(module) else module.weight.detach()  # type: ignore[operator]
+    dense: Any = original
+    dense.weight = nn.Parameter((weight.T if isinstance(original, Conv1D) else weight).contiguous())
+    if isinstance(original, Conv1D):
+        dense.nf, dense.nx = weight.shape
+    if module.bias is not None:
+        dense.bias = module.bias
+    return original
+
+
+def _write(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, stored: LowRankConfig | None
+) -> None:
+    """Write weights, configs, tokenizer and code; ``stored`` is None for a plain dense model."""
+    # A second shell around the same tensors: save_pretrained writes into the config, and lets a quantizer that the
+    # model was loaded with have its say.
+    shell = copy.copy(model)
+    shell.config = config = copy.deepcopy(model.config)
+    for attribute in ("hf_quantizer", "quantization_method"):
+        shell.__dict__.pop(attribute, None)
+    base = base_class(model)
+    if base is not None:
+        shell.__class__ = base
+        config.__dict__.pop("auto_map", None)
+    config.__dict__.pop("quantization_config", None)
+    if stored is not None:
+        config.quantization_config = stored
+        if base is not None:
+            classes = {"AutoModelForCausalLM": base.__name__, "AutoModel": type(model.base_model).__name__}
+            classes["AutoConfig"] = LowRankAutoConfig.__name__
+            config.auto_map = {auto: f"{Path(CODE).stem}.{name}" for auto, name in classes.items()}
+        for code in (hf_format.__file__, hf_layers.__file__):
+            shutil.copyfile(code, folder / Path(code).name)
+    shell.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_texts(folder: Path, plan: Plan | None, card: str | None) -> None:
+    if plan is not None:
+        atomic_write(folder / "plan.json", plan.to_json())
+    if card is not None:
+        atomic_write(folder / "README.md", card)
+
+
+@contextmanager
+def _full_disk_explained(directory: Path) -> Iterator[None]:
+    """Say in one sentence that the disk is full; safetensors reports it as an error of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        codes = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) not in codes and not any(f"os error {code}" in str(error) for code in codes):
+            raise
+        raise ExportError(
+            f"the disk is full: nothing was exported to {str(directory)!r}; make room and retry"
+        ) from error

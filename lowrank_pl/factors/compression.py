@@ -1,0 +1,208 @@
+"""A plan and factors become a model with deployed layers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lowrank_pl.factors.decomposition import Factors
+from lowrank_pl.factors.pivoting import pivot
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.targets import StandIn, dense_weight, replace_module
+from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.utils.tensor_store import weight_digest
+
+__all__ = ["compress", "compressed", "deployed_plan", "factored_layer", "restore_dense"]
+
+_log = logging.getLogger(__name__)
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.device | None = None) -> Model:
+    """Replace the planned modules of ``model`` by their factors at the planned ranks, in place, and return it.
+
+    Modules that the plan leaves dense stay as they are. Biases are kept. Works on the dense base as well as on the
+    masked model that ranks were learned with. A module that can't be stored pivoted accurately in its weight's type is
+    stored as two factors, or stays dense where these would be no smaller, with a warning; ``deployed_plan`` says which.
+
+    Args:
+        model: The base that plan and store were made from.
+        plan: Which ranks.
+        store: The factors, in any precision; cast to each weight's type.
+        device: Where rows and columns to store are chosen, in double precision; by default the weights' own, or main
+            memory where these are on a device without it.
+
+    Raises:
+        ValueError: The plan names modules or shapes that the model lacks, or was made from another store's inputs.
+
+    Example:
+        >>> from lowrank_pl import Budget, RankPlan, build_factors, find_targets
+        >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+        >>> model, tokenizer = tiny_model("llama"), byte_tokenizer()
+        >>> targets = find_targets(model)
+        >>> windows = torch.arange(256).view(4, 64)
+        >>> store = build_factors(model, targets, windows, tokenizer)
+        >>> shapes = {target.name: target.shape for target in targets.modules}
+        >>> budget = Budget(keep=0.5, shapes=shapes, model_parameters=model.num_parameters())
+        >>> plan = budget.fit({name: 1.0 for name in shapes}, method="hand")
+        >>> compress(model, plan, store).get_submodule("model.layers.0.mlp.up_proj")
+        PivotedLinear(in_features=..., out_features=..., rank=..., side=in, bias=False)
+    """
+    _check(model, plan, store)
+    for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
+        old = _unmasked(model.get_submodule(name))
+        replace_module(model, name, old if entry.rank is None else _low_rank(old, entry, store, name, device))
+    _log.info("compressed %d of %d modules", len(plan.modules) - len(plan.dense_modules), len(plan.modules))
+    return model
+
+
+def _low_rank(
+    old: nn.Module, entry: ModulePlan, store: FactorStore, name: str, device: torch.device | None
+) -> nn.Module:
+    assert entry.rank is not None
+    factors, weight = store.kept(name, entry), dense_weight(old)
+    if entry.storage == "pivoted":
+        # Double precision: on the weight's device where that is fast.
+        place = device or (weight.device if weight.device.type == "cuda" else factors.left.device)
+        found = pivot(factors.left.to(place), factors.right.to(place), dtype=weight.dtype)
+        if found.is_accurate:
+            parts = (found.weight.to(weight.device), found.right.to(weight.device), found.pivots.to(weight.device))
+            return PivotedLinear.from_parts(*parts, side=found.side, bias=getattr(old, "bias", None))
+        rows, columns = entry.shape
+        smaller = entry.rank * (rows + columns) < rows * columns
+        _log.warning(
+            "%s %s: stored pivoted in %s it would be off by %.2g, as factors it is by %.2g (largest coefficient %.3g)",
+            *(name, "is stored as two factors" if smaller else "stays dense, of which two factors would be no less"),
+            *(_type_name(weight.dtype), found.error, found.plain, found.growth),
+        )
+        if not smaller:
+            return old
+    return factored_layer(old, factors)
+
+
+def factored_layer(old: nn.Module, factors: Factors) -> LowRankLinear:
+    """Return the layer of ``factors`` that takes the place of ``old``, in its weight's type and with its bias."""
+    weight = dense_weight(old)
+    return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), getattr(old, "bias", None))
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
+    """Return ``plan`` with the storage that the layers of ``model``, which it compressed, really have.
+
+    Modules that should be stored pivoted and are stored as two factors, or are dense, become so in the plan, and its
+    notes count them; without any the plan is returned as it is.
+    """
+    layers = {name: model.get_submodule(name) for name in plan.pivoted_modules}
+    fallen = {name: layer for name, layer in layers.items() if not isinstance(layer, PivotedLinear)}
+    if not fallen:
+        return plan
+    changed, notes = dict(plan.modules), list(plan.notes)
+    for form, names in (
+        ("factored", [name for name, layer in fallen.items() if isinstance(layer, LowRankLinear)]),
+        ("dense", [name for name, layer in fallen.items() if not isinstance(layer, LowRankLinear)]),
+    ):
+        if names:
+            kind = _type_name(fallen[names[0]].get_parameter("weight").dtype)
+            some = "1 module" if len(names) == 1 else f"{len(names)} modules"
+            notes.append(f"{some} could not be stored pivoted in {kind}: {form}, e.g. {names[0]}")
+        for name in names:
+            entry = plan.modules[name]
+            changed[name] = ModulePlan(entry.shape) if form == "dense" else replace(entry, storage="factored")
+    return replace(plan, modules=changed, notes=tuple(notes))
+
+
+def _unmasked(module: nn.Module) -> nn.Module:
+    return module.dense() if isinstance(module, StandIn) else module
+
+
+def stand_ins(model: nn.Module) -> dict[str, StandIn]:
+    """Return the stand-ins in ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, StandIn)}
+
+
+def restore_dense(model: Model) -> Model:
+    """Replace the masked layers of ``model`` by the dense ones that they stand in for, in place, and return it.
+
+    So the model of a ``RankLearner`` is the dense base again, to score or to compress by another plan.
+
+    Args:
+        model: A model with masked layers; one without any is returned as it is.
+    """
+    for name, layer in [*stand_ins(model).items()]:
+        replace_module(model, name, layer.dense())
+    return model
+
+
+@contextmanager
+def compressed(
+    model: Model, plan: RankPlan, store: FactorStore, *, device: torch.device | None = None
+) -> Iterator[Model]:
+    """Yield ``model`` compressed by ``plan``; the modules from before are put back at the end.
+
+    So several plans are scored on one model, without an export. Takes memory for the modules of both.
+
+    Args:
+        model: The base that plan and store were made from.
+        plan: Which ranks.
+        store: The factors.
+        device: As for ``compress``.
+
+    Raises:
+        ValueError: As ``compress``.
+    """
+    modules = dict(model.named_modules())
+    # Of another model's plan `compress` says so.
+    before = {name: modules[name] for name in plan.modules if name in modules}
+    try:
+        yield compress(model, plan, store, device=device)
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)
+
+
+def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
+    differ = [key for key, value in plan.fingerprint.items() if store.fingerprint.get(key) != value]
+    if differ:
+        raise ValueError(
+            f"the plan was drawn for other factors than those in {store.directory}: {', '.join(differ)} differ. "
+            "Allocate again on this store, or name the store that the plan came from"
+        )
+    modules = dict(model.named_modules())
+    for name, entry in plan.modules.items():
+        if name not in modules:
+            raise ValueError(f"the plan names {name}, which the model lacks: the plan is for another model")
+        shape = tuple(_weight(modules[name]).shape)
+        if shape != entry.shape:
+            raise ValueError(f"the plan gives {name} the shape {entry.shape}, the model has {shape}: another model?")
+    for name, entry in plan.modules.items():
+        weight = _weight(modules[name]).detach()
+        if entry.rank is not None and not _made_from(weight, store.notes(name).get("weight", "")):
+            raise ValueError(
+                f"the factors of {name} in {store.directory} were made from another weight than the model's: load the "
+                "base that the store was built from"
+            )
+
+
+def _weight(module: nn.Module) -> Tensor:
+    # A masked layer has it at hand, without making the layer that it stands in for.
+    return module.weight if isinstance(module, StandIn) else dense_weight(module)
+
+
+def _made_from(weight: Tensor, noted: str) -> bool:
+    """Tell whether factors were made from ``weight``, as far as can be told: not when its type is another one."""
+    ours = weight_digest(weight)
+    return noted == ours or noted.split(":")[0] != ours.split(":")[0]

@@ -1,0 +1,155 @@
+"""How weights are decomposed: by what their inputs and outputs are weighted, and the square roots of these weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+__all__ = ["Decomposition", "Kind", "Labels", "Statistic"]
+
+Labels = Literal["sampled", "text"]
+"""Whose next tokens the loss asks for: drawn from the model (the Fisher matrix) or the text's (the empirical one)."""
+
+
+Statistic = Literal["inputs", "output_gradients", "weighted_moments", "weight_gradients"]
+
+
+Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
+
+
+_NEEDS: dict[str, tuple[Statistic, ...]] = {
+    "svd": (),
+    "asvd": ("inputs",),
+    "fwsvd": ("weight_gradients",),
+    "whitened": ("inputs",),
+    "two_sided": ("inputs", "output_gradients"),
+}
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """How weights are decomposed: by what the errors of inputs and outputs are weighted.
+
+    ================  ================================================  ==================================
+    kind              inputs weighted by                                outputs weighted by
+    ================  ================================================  ==================================
+    ``svd``           nothing                                           nothing
+    ``asvd``          mean absolute value to the power ``alpha``        nothing
+    ``fwsvd``         nothing                                           root of summed squared weight gradients
+    ``whitened``      second moment                                     nothing
+    ``two_sided``     second moment, tokens weighted by the size of     second moment of output gradients, tokens
+                      their output gradient                             weighted by its inverse
+    ================  ================================================  ==================================
+
+    Sources: ASVD (arXiv 2312.05821), FWSVD (arXiv 2207.00112), SVD-LLM (arXiv 2403.07378); ``two_sided`` weighs by
+    K-FAC's estimate (arXiv 1503.05671) of the loss, so that its singular values compare across modules. K-FAC takes
+    inputs and gradients to be independent. With ``token_weights`` (ours) the size of each token's gradient is split
+    evenly over both sides: an estimate as well, and a lower one where sizes vary much, as if few tokens with large
+    gradients counted for less; it is what measures best.
+
+    Args:
+        kind: One of the table.
+        damping: Added to the inputs' weights, relative to their mean.
+        output_damping: Added to the outputs' weights, likewise.
+        alpha: Power of ``asvd``.
+        labels: ``two_sided``: gradients of a loss whose labels are ``sampled`` from the model, or those of the
+            ``text``.
+        token_weights: ``two_sided``: weigh tokens as in the table, which keeps the few that much depends on, as
+            attention sinks in keys and values, from standing for all; otherwise all weigh the same, as in K-FAC.
+        at_keep: ``two_sided``: measure everything a second time, in the model that is already compressed to this
+            fraction (by the ``fisher`` allocator on the factors of the first time), and weigh by the mean of the two.
+            The loss's curvature far from the dense model is another than at it.
+        at_weight: What the second time weighs in that mean, from 0 to 1.
+
+    Raises:
+        ValueError: Another kind, labels or power, a damping that is negative or not finite, a fraction or weight
+            outside its range, or ``at_keep`` with another kind.
+    """
+
+    kind: Kind = "whitened"
+    damping: float = 1e-6
+    output_damping: float = 1e-2
+    alpha: float = 0.5
+    labels: Labels = "sampled"
+    token_weights: bool = True
+    at_keep: float | None = None
+    at_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("kind", self.kind, Kind), ("labels", self.labels, Labels)):
+            if value not in get_args(choices):
+                what = "kind of decomposition is" if name == "kind" else "labels of the decomposition are"
+                raise ValueError(f"the {what} {value!r}: expected one of {', '.join(get_args(choices))}")
+        for name in ("damping", "output_damping"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number of at least 0")
+        if not 0 < self.alpha <= 2:
+            raise ValueError(f"alpha is {self.alpha}: expected a power above 0 and at most 2")
+        if self.at_keep is not None:
+            if not 0 < self.at_keep < 1:
+                raise ValueError(f"at_keep is {self.at_keep}: expected a fraction above 0 and below 1")
+            if self.kind != "two_sided":
+                raise ValueError(
+                    f"at_keep is given to a decomposition of the kind {self.kind!r}: only two_sided measures in the "
+                    "compressed model; leave it out"
+                )
+        if not 0 < self.at_weight <= 1:
+            raise ValueError(f"at_weight is {self.at_weight}: expected a number above 0 and at most 1")
+
+    @classmethod
+    def behind(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
+        """Return the decomposition that factors of ``fingerprint`` were made by, or what it says of its settings."""
+        # What was made without weights says nothing of them.
+        known = {"token_weights": fingerprint.get("kind") != "two_sided", **fingerprint}
+        return cls(**{part.name: known[part.name] for part in fields(cls) if part.name in known})
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text changes the result."""
+        return bool(self.needs)
+
+    @property
+    def needs(self) -> tuple[Statistic, ...]:
+        """The statistics that the weights come from."""
+        if self.weighs_tokens:
+            return ("weighted_moments",)
+        return _NEEDS[self.kind]
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the loss is differentiated for it."""
+        return bool(set(self.needs) - {"inputs"})
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count by the size of their gradient."""
+        return self.kind == "two_sided" and self.token_weights
+
+    @property
+    def block_by_block(self) -> bool:
+        """Whether it can be made with one decoder block in memory, which measuring in the compressed model can't."""
+        return self.at_keep is None
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that change the result, which are not all for every kind."""
+        uses = {
+            "svd": (),
+            "asvd": ("damping", "alpha"),
+            "fwsvd": ("output_damping",),
+            "whitened": ("damping",),
+            "two_sided": ("damping", "output_damping", "labels"),
+        }
+        # Factors that were made before there was a choice keep their identity.
+        weights = ("token_weights",) if self.weighs_tokens else ()
+        again = () if self.at_keep is None else ("at_keep", "at_weight")
+        return {"kind": self.kind, **{name: getattr(self, name) for name in (*uses[self.kind], *weights, *again)}}
+
+    def point(self, modules: str) -> dict[str, Any]:
+        """Return what tells the compressed model of ``at_keep`` from others made from the same base and text.
+
+        Args:
+            modules: Digest of the names of all maps that were compressed.
+        """
+        return {"compressed": {**replace(self, at_keep=None).identity(), "keep": self.at_keep, "modules": modules}}

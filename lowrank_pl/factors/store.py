@@ -1,0 +1,82 @@
+"""Tensors on disk by module name, under a fingerprint of what they were made from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_pl.factors.decomposition import Factors, truncate
+from lowrank_pl.plans.plan import ModulePlan
+from lowrank_pl.utils.tensor_store import (
+    TensorStore,
+    _slice,
+    read_manifest,
+)
+
+__all__ = ["FactorStore"]
+
+_log = logging.getLogger(__name__)
+
+
+class FactorStore(TensorStore):
+    """The full-rank factors of every module, read truncated.
+
+    Args:
+        fingerprint: Model, tokenizer, text and settings that the factors depend on.
+        directory: As in ``TensorStore``.
+    """
+
+    def __init__(self, fingerprint: Mapping[str, Any], directory: str | Path | None = None) -> None:
+        super().__init__("factors", fingerprint, directory)
+
+    @classmethod
+    def existing(cls, directory: str | Path) -> FactorStore:
+        """Return the store in ``directory`` under its own fingerprint.
+
+        Raises:
+            ValueError: There is none.
+        """
+        return cls(read_manifest(Path(directory))["fingerprint"], directory)
+
+    def add(self, name: str, factors: Factors, *, notes: Mapping[str, str] | None = None) -> None:
+        """Write the factors of module ``name`` in float32, sigma in float64."""
+        tensors = {"left": factors.left.float(), "right": factors.right.float(), "sigma": factors.sigma.double()}
+        self.write(name, tensors, notes=notes)
+
+    def sigma(self, name: str) -> Tensor:
+        """Return all singular values of module ``name``, float64, descending."""
+        return self.read(name, "sigma")
+
+    def spectrum(self, name: str) -> Tensor:
+        """Return what ``sigma`` does, to be looked at: the checksum over the whole file is not compared.
+
+        Raises:
+            ValueError: The file is absent or damaged.
+        """
+        with self._open(name, check=False) as file:
+            values: Tensor = file.get_tensor("sigma")
+            return values
+
+    def factors(self, name: str, components: int | slice | Tensor | None = None) -> Factors:
+        """Return the first components of module ``name``, or a slice or those of the given indices, or all of them.
+
+        Args:
+            name: The module.
+            components: How many, a slice of them, or an index tensor ``[rank]``.
+        """
+        part = _slice(None if isinstance(components, Tensor) else components)
+        whole = Factors(
+            self.read(name, "left", columns=part), self.read(name, "right", rows=part), self.sigma(name)[part]
+        )
+        if isinstance(components, Tensor):
+            return truncate(whole, components)
+        return whole
+
+    def kept(self, name: str, entry: ModulePlan) -> Factors:
+        """Return the components that ``entry`` keeps of module ``name``; all of a dense one."""
+        return self.factors(name, entry.rank if entry.indices is None else torch.tensor(entry.indices))

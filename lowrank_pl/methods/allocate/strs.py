@@ -1,0 +1,261 @@
+"""STRS, sensitivity-based truncation rank search: modules are truncated by what each alone does to perplexity."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.evaluate.likelihood import perplexity
+from lowrank_pl.factors.compression import factored_layer
+from lowrank_pl.factors.decomposition import Factors, truncate
+from lowrank_pl.factors.settings import Kind
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.methods.allocate.base import Allocator, Problem
+from lowrank_pl.models.forward import block_outputs, can_resume, resumed
+from lowrank_pl.models.targets import Target, decoder_blocks, replaced
+from lowrank_pl.text.windows import windows_fingerprint
+from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
+
+__all__ = ["DENSE", "Measured", "Strs", "grid_scores", "measure", "truncated"]
+
+_log = logging.getLogger(__name__)
+
+
+DENSE = ("", 0)
+"""Where the loss of the dense model stands among those of truncated ones."""
+
+
+Measured = dict[tuple[str, int], float]
+"""Nats a token by module and rank."""
+
+
+def measure(
+    model: PreTrainedModel,
+    factors: FactorStore,
+    windows: Tensor,
+    todo: Sequence[tuple[Target, Sequence[int]]],
+    *,
+    batch_size: int,
+) -> Measured:
+    """Return the mean loss of ``model`` on ``windows`` with one module truncated at a time, and of the dense model.
+
+    Each figure goes to a file beside the factors at once, and what stands there is not measured again. Only the blocks
+    from the truncated module on are run where the family allows it.
+
+    Args:
+        model: The dense base.
+        factors: The components of its modules.
+        windows: ``[windows, length]`` token ids.
+        todo: Which modules, in the model's order, and at which ranks.
+        batch_size: Windows per forward.
+
+    Raises:
+        ValueError: Logits that are not finite.
+    """
+    record = _Record(factors, windows)
+    if DENSE not in record.known:
+        record.add(DENSE, perplexity(model, windows, batch_size=batch_size).nats)
+    missing = [(target, [r for r in ranks if (target.name, r) not in record.known]) for target, ranks in todo]
+    missing = [(target, ranks) for target, ranks in missing if ranks]
+    _log.info("sensitivity: %d of %d losses to measure, in %s", *_counts(missing, todo), record.path)
+    if missing:
+        _measure(model, factors, windows, missing, record, batch_size)
+    return record.known
+
+
+def _counts(missing: Sequence[tuple[Target, Sequence[int]]], todo: Sequence[tuple[Target, Sequence[int]]]) -> list[int]:
+    return [sum(len(ranks) for _, ranks in entries) for entries in (missing, todo)]
+
+
+def _measure(
+    model: PreTrainedModel,
+    factors: FactorStore,
+    windows: Tensor,
+    missing: Sequence[tuple[Target, Sequence[int]]],
+    record: _Record,
+    batch_size: int,
+) -> None:
+    resuming = can_resume(model, windows[:1, :32])
+    if not resuming:
+        _log.warning(
+            "the blocks of %s share more than the hidden state: every loss takes a whole forward pass",
+            type(model).__name__,
+        )
+    depth = len(decoder_blocks(model)[1])
+    # What a loss costs: the blocks that run, and the head for about as much as one.
+    prices = {target.name: depth - (target.block if resuming else 0) + 1 for target, _ in missing}
+    total = sum(prices[target.name] * len(ranks) for target, ranks in missing)
+    start = 0
+    outputs: list[Any] = []
+    clock = _Clock(total)
+    with tqdm(total=total, desc="sensitivity", unit="block") as bar:
+        for block, members in groupby(missing, key=lambda entry: entry[0].block):
+            if resuming and block > 0:
+                outputs = block_outputs(model, windows, block - 1, batch_size=batch_size, start=start, outputs=outputs)
+                start = block
+            for target, ranks in members:
+                whole = factors.factors(target.name, max(ranks))
+                for rank in ranks:
+                    begin = resumed(model, block, outputs) if resuming else nullcontext()
+                    with begin, truncated(model, target.name, truncate(whole, rank)):
+                        record.add((target.name, rank), perplexity(model, windows, batch_size=batch_size).nats)
+                    bar.update(prices[target.name])
+                    clock.tick(prices[target.name])
+
+
+@contextmanager
+def truncated(model: PreTrainedModel, name: str, factors: Factors) -> Iterator[None]:
+    """Put a layer of ``factors`` in the place of module ``name`` for a while."""
+    with replaced(model, {name: factored_layer(model.get_submodule(name), factors)}):
+        yield
+
+
+class _Clock:
+    """Says once, after the first few measurements, how long all will take."""
+
+    def __init__(self, total: int, *, after: int = 5) -> None:
+        self.total, self.done, self.count, self.after, self.start = total, 0, 0, after, time.perf_counter()
+
+    def tick(self, price: int) -> None:
+        self.done += price
+        self.count += 1
+        if self.count == self.after:
+            minutes = (time.perf_counter() - self.start) / self.done * (self.total - self.done) / 60
+            _log.info("sensitivity: about %.1f minutes to go; a killed run goes on where it was", minutes)
+
+
+class _Record:
+    """Measured losses in a file of JSON lines, under the fingerprint of factors and windows."""
+
+    def __init__(self, factors: FactorStore, windows: Tensor) -> None:
+        made_from = {"factors": factors.digest, "windows": windows_fingerprint(windows)}
+        digest = sha256_of(canonical_json(made_from))[:20]
+        self.path: Path = factors.directory / "sensitivity" / f"{digest}.jsonl"
+        self.known: Measured = {}
+        if self.path.exists():
+            self._read()
+        else:
+            atomic_write(self.path, canonical_json(made_from) + "\n")
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        # What a killed run was writing has no end of line.
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            atomic_write(self.path, whole)
+        try:
+            entries: list[Mapping[str, Any]] = [json.loads(line) for line in whole.splitlines()[1:]]
+            self.known = {(entry["module"], entry["rank"]): entry["nats"] for entry in entries}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} is damaged ({error}): delete it and run again") from None
+
+    def add(self, key: tuple[str, int], nats: float) -> None:
+        """Remember the loss, on disk first."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(canonical_json({"module": key[0], "rank": key[1], "nats": nats}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.known[key] = nats
+
+
+@dataclass(frozen=True)
+class Strs(Allocator):
+    """The plan that cuts a sorted list of perplexities, each of one module truncated alone (ASVD, arXiv 2312.05821).
+
+    Each module is truncated to each of a few ratios, all else dense. ASVD sorts the triples of module, ratio and
+    perplexity and gives every module the smallest ratio among those below a threshold. As scores: dropping a component
+    leaves the module at the next smaller ratio of the grid, so it is worth the least loss measured there or further
+    down. Components below the grid are kept before all others and shrink at one rate.
+
+    Args:
+        ratios: The grid, as fractions of the module's parameters.
+        windows: How many calibration windows are scored; the first ones.
+        length: Tokens of a window that are used; all by default.
+        batch_size: Windows per forward.
+
+    Raises:
+        ValueError: A setting out of its range.
+    """
+
+    ratios: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    windows: int = 4
+    length: int | None = None
+    batch_size: int = 4
+    name: ClassVar[str] = "strs"
+    default_kind: ClassVar[Kind] = "asvd"
+    needs_model: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        rising = sorted(set(self.ratios))
+        if not rising or rising[0] <= 0 or rising[-1] >= 1:
+            raise ValueError(f"ratios are {list(self.ratios)}: expected one or more fractions between 0 and 1")
+        if self.windows < 1 or self.batch_size < 1 or (self.length is not None and self.length < 2):
+            raise ValueError(
+                f"windows is {self.windows}, batch_size {self.batch_size}, length {self.length}: expected at least one "
+                "window, one a batch and two tokens"
+            )
+        object.__setattr__(self, "ratios", tuple(rising))
+
+    def scores(self, problem: Problem) -> dict[str, Tensor]:
+        """Return by how many nats a token the loss exceeds the dense model's once a component's module is below it."""
+        model, windows = self.need_model(problem)
+        shapes = problem.budget.shapes
+        prices = problem.budget.prices
+        ranks = {
+            name: [max(1, int(prices.rank_at(shape, ratio) + 1e-9)) for ratio in self.ratios]
+            for name, shape in shapes.items()
+        }
+        # A module that has to stay dense asks for no measurement.
+        open_ = [t for t in problem.targets.modules if t.name in shapes and problem.budget.least_rank(t.name)]
+        known = measure(
+            model,
+            problem.factors,
+            windows[: self.windows, : self.length],
+            [(target, list(dict.fromkeys(ranks[target.name]))) for target in open_],
+            batch_size=self.batch_size,
+        )
+        rises = {t.name: [known[t.name, rank] - known[DENSE] for rank in ranks[t.name]] for t in open_}
+        ceiling = max((rise for found in rises.values() for rise in found), default=0.0)
+        return {
+            name: grid_scores(prices.ratios(shape), self.ratios, rises[name], ceiling)
+            if name in rises
+            else torch.zeros(min(shape))
+            for name, shape in shapes.items()
+        }
+
+    def notes(self, problem: Problem) -> Sequence[str]:
+        """Return on what sensitivity was measured."""
+        _, windows = self.need_model(problem)
+        used = windows[: self.windows, : self.length]
+        return (f"sensitivity measured on {used.shape[0]} windows of {used.shape[1]} tokens",)
+
+
+def grid_scores(own: Tensor, ratios: Sequence[float], rises: Sequence[float], ceiling: float) -> Tensor:
+    """Return scores ``[min(out, in)]`` of a module's components from the losses measured at a grid of its ratios.
+
+    Args:
+        own: ``[min(out, in)]`` the ratio at which the module has as many components as each one's place.
+        ratios: The grid, ascending.
+        rises: The loss at each.
+        ceiling: The highest loss of any module, above which components below the grid score.
+
+    >>> grid_scores(torch.tensor([0.5, 1.0, 1.5, 2.0]), (0.5, 0.9), (3.0, 1.0), 5.0).tolist()
+    [6.0, 1.0, 1.0, 1.0]
+    """
+    # Where a smaller ratio costs less than a larger one, the threshold reaches it first.
+    least = torch.tensor(rises, dtype=torch.float64).cummin(0).values
+    below = torch.searchsorted(torch.tensor(ratios, dtype=torch.float64), own.double() - 1e-9)
+    return torch.where(below == 0, ceiling + ratios[0] / own, least[(below - 1).clamp_min(0)])

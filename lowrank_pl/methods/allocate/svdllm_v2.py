@@ -1,0 +1,69 @@
+"""SVD-LLM V2: within each type of module, those that lose more by truncation are truncated less."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lowrank_pl.methods.allocate.base import Allocator, Problem
+from lowrank_pl.plans.component_order import share_scores
+
+__all__ = ["SvdLlmV2"]
+
+
+@dataclass(frozen=True)
+class SvdLlmV2(Allocator):
+    """The plan in which modules of one type share its budget by their truncation loss (SVD-LLM V2, arXiv 2503.12340).
+
+    With ``loss`` the truncation loss at the uniform rank, the removed share of a module is the type's share times
+    ``1 / log(loss)`` over the type's mean of it. On whitened factors, the paper's, the loss is the Frobenius norm of
+    the output error over all calibration tokens; on ``asvd`` and ``two_sided`` ones it is that of the error as these
+    weigh it. The logarithm is taken of ``e + loss``: for the paper's losses, in the thousands, that is the same, and
+    small ones can't turn its sign. A module that would lose all of itself or more keeps the least rank, and a note
+    counts those.
+    """
+
+    name: ClassVar[str] = "svdllm_v2"
+    kinds: ClassVar[tuple[str, ...]] = ("whitened", "two_sided", "asvd")
+
+    def scores(self, problem: Problem) -> dict[str, Tensor]:
+        """Return scores by which every module shrinks in proportion to its wished rank."""
+        scores = {}
+        for name, share in _kept_shares(problem).items():
+            # A share below nothing leaves the rank that the budget grants every module anyway.
+            scores[name] = share_scores(problem.budget.prices, problem.budget.shapes[name], max(0.0, share))
+        return scores
+
+    def notes(self, problem: Problem) -> Sequence[str]:
+        """Return how many modules would lose all of themselves, which the paper's rule does not exclude."""
+        emptied = [name for name, share in _kept_shares(problem).items() if share <= 0]
+        if not emptied:
+            return ()
+        return (f"the rule removes all of {len(emptied)} modules, which keep the least rank, e.g. {emptied[0]}",)
+
+
+def _kept_shares(problem: Problem) -> dict[str, float]:
+    """Return the share of each module that the rule keeps, below 0 where it would remove more than there is."""
+    shapes, keep = problem.budget.shapes, problem.budget.share
+    types: dict[str, list[str]] = defaultdict(list)
+    for target in problem.targets.modules:
+        if target.name in shapes:
+            types[target.kind].append(target.name)
+    shares: dict[str, float] = {}
+    for names in types.values():
+        weights = {name: 1 / math.log(math.e + _loss(problem, name)) for name in names}
+        mean = sum(weights.values()) / len(names)
+        shares |= {name: 1 - (1 - keep) * weight / mean for name, weight in weights.items()}
+    return shares
+
+
+def _loss(problem: Problem, name: str) -> float:
+    """Return the root of the weighted squared error over all calibration tokens at the uniform rank."""
+    rank = int(problem.budget.prices.rank_at(problem.budget.shapes[name], problem.budget.share))
+    tail = problem.factors.sigma(name)[rank:]
+    return math.sqrt(int(problem.factors.notes(name)["tokens"]) * tail.double().square().sum().item())

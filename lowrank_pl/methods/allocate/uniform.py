@@ -1,0 +1,25 @@
+"""The uniform allocation: every module keeps the same fraction of its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lowrank_pl.methods.allocate.base import Allocator, Problem
+from lowrank_pl.plans.component_order import share_scores
+
+__all__ = ["Uniform"]
+
+
+@dataclass(frozen=True)
+class Uniform(Allocator):
+    """The plan in which every module keeps the same fraction (SVD-LLM, arXiv 2403.07378)."""
+
+    name: ClassVar[str] = "uniform"
+
+    def scores(self, problem: Problem) -> dict[str, Tensor]:
+        """Return scores by which every module shrinks from break-even at the same rate."""
+        budget = problem.budget
+        return {name: share_scores(budget.prices, shape, 1.0) for name, shape in budget.shapes.items()}

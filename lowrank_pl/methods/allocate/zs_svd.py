@@ -1,0 +1,153 @@
+"""ZS-SVD: components go so that the first-order changes of the loss cancel out."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_pl.methods.allocate.base import Allocator, Problem
+from lowrank_pl.methods.allocate.zs_svd_correction import correct
+from lowrank_pl.plans.plan import RankPlan
+
+__all__ = ["ZeroSum", "drop_order", "first_order_changes"]
+
+
+@dataclass(frozen=True)
+class ZeroSum(Allocator):
+    """The plan whose dropped components change the loss by nothing in sum, to first order (ZS-SVD, arXiv 2602.02848).
+
+    Every module offers its last component, and one is dropped that brings the running sum of the changes nearer to
+    zero: the smallest rise while the sum is not above 0, else the smallest fall. A component's score is its place in
+    that order, which does not depend on the budget; what a drop saves is the budget's business, as in the paper.
+
+    Args:
+        keep_rank_ratio: Fraction of its break-even rank below which a module offers nothing; the paper has 0, and 0.3
+            where it removes 60 %.
+        rounds: How often the truncated weights are corrected and truncated again (``lowrank_pl.correct``); the paper
+            describes 1 and ran 5. The plan is then one for the corrected factors, which its fingerprint and its
+            ``origin["store"]`` name.
+        batch: Calibration windows of the correction's gradients; the first ones.
+
+    Raises:
+        ValueError: A setting out of its range.
+    """
+
+    keep_rank_ratio: float = 0.0
+    rounds: int = 0
+    batch: int = 8
+    name: ClassVar[str] = "zero_sum"
+    needs_gradients: ClassVar[bool] = True
+    needs_model: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.keep_rank_ratio <= 1:
+            raise ValueError(f"keep_rank_ratio is {self.keep_rank_ratio}: expected a fraction in [0, 1]")
+        if self.rounds < 0 or self.batch < 1:
+            raise ValueError(f"rounds is {self.rounds}, batch {self.batch}: expected at least 0 rounds and 1 window")
+
+    def scores(self, problem: Problem) -> dict[str, Tensor]:
+        """Return every component's place in the order of drops; those below a module's floor come last."""
+        return self._scores(problem, _changes(problem))
+
+    def plan(self, problem: Problem) -> RankPlan:
+        """Return the plan, which notes the sum of the changes; errors as in ``Allocator.plan``."""
+        if self.rounds == 0:
+            return self._plan(problem)
+        model, windows = self.need_model(problem)
+        plan, factors = correct(
+            self._plan(problem),
+            problem.factors,
+            model=model,
+            targets=problem.targets,
+            windows=windows[: self.batch],
+            calibration=windows,
+            rounds=self.rounds,
+            settings={"keep_rank_ratio": self.keep_rank_ratio},
+            redraw=lambda factors, gradients: self._plan(replace(problem, factors=factors, gradients=gradients)),
+        )
+        note = f"weights corrected in {self.rounds} rounds on {len(windows[: self.batch])} windows"
+        origin = {"store": str(factors.directory.resolve())}
+        return replace(plan, origin=origin, fingerprint=factors.fingerprint, notes=(*plan.notes, note))
+
+    def _plan(self, problem: Problem) -> RankPlan:
+        self.check(problem)
+        changes = _changes(problem)
+        plan = problem.budget.select(self._scores(problem, changes), method=self.name)
+        total = sum(changes[n][module.rank :].sum().item() for n, module in plan.modules.items() if module.rank)
+        return replace(plan, notes=(*plan.notes, f"first-order changes of the loss sum to {total:.3g} nats"))
+
+    def _scores(self, problem: Problem, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return drop_order(changes, {name: self._floor(problem, name) for name in changes})
+
+    def _floor(self, problem: Problem, name: str) -> int:
+        """Return how many components of ``name`` are not on offer: those that the budget grants it anyway, or more."""
+        least = problem.budget.least_rank(name)
+        # A module that has to stay dense has nothing to offer.
+        if least is None:
+            return min(problem.budget.shapes[name])
+        return max(least, math.ceil(self.keep_rank_ratio * problem.budget.break_even(name)))
+
+
+def _changes(problem: Problem) -> dict[str, Tensor]:
+    return {name: first_order_changes(problem, name) for name in problem.budget.shapes}
+
+
+def first_order_changes(problem: Problem, name: str) -> Tensor:
+    """Return by how much the loss changes, to first order, when each component ``[components]`` of a module goes.
+
+    Dropping one takes ``left[:, i] right[i]`` from the weight, whatever the factors were weighted by, so the change is
+    ``-left[:, i]' G right[i]`` with ``G`` the mean weight gradient: ZS-SVD's ``-sigma_i dloss/dsigma_i``.
+    """
+    assert problem.gradients is not None
+    device = "cpu" if problem.model is None else problem.model.device
+    factors = problem.factors.factors(name)
+    gradient = problem.gradients.read(name, "mean").to(device, torch.float32)
+    left, right = factors.left.to(device), factors.right.to(device)
+    return -((left.mT @ gradient) * right).sum(1, dtype=torch.float64).cpu()
+
+
+def drop_order(changes: Mapping[str, Tensor], floors: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return for each component ``[components]`` its place in the zero-sum order of drops, from 0.
+
+    Args:
+        changes: By module, the change of the loss when a component goes, in order of importance.
+        floors: How many of each module's first components are not on offer; they get larger numbers than all others.
+
+    >>> drop_order({"a": torch.tensor([1.0, 0.2, -0.5]), "b": torch.tensor([2.0, 0.3])}, {"a": 1, "b": 1})
+    {'a': tensor([6., 2., 1.], dtype=torch.float64), 'b': tensor([6., 0.], dtype=torch.float64)}
+    """
+    names = list(changes)
+    values = [changes[name].tolist() for name in names]
+    left = [len(value) for value in values]
+    dropped = sum(max(0, count - floors[name]) for name, count in zip(names, left, strict=True))
+    scores = [_above(dropped, count, floors[name]) for name, count in zip(names, left, strict=True)]
+    rises: list[tuple[float, int]] = []
+    falls: list[tuple[float, int]] = []
+
+    def offer(module: int) -> None:
+        if left[module] > floors[names[module]]:
+            change = values[module][left[module] - 1]
+            heapq.heappush(rises if change >= 0 else falls, (abs(change), module))
+
+    for module in range(len(names)):
+        offer(module)
+    total = 0.0
+    for place in range(dropped):
+        heap = (rises or falls) if total <= 0 else (falls or rises)
+        _, module = heapq.heappop(heap)
+        left[module] -= 1
+        total += values[module][left[module]]
+        scores[module][left[module]] = place
+        offer(module)
+    return dict(zip(names, scores, strict=True))
+
+
+def _above(places: int, count: int, floor: int) -> Tensor:
+    """Return ``count`` scores above all ``places``, by which a budget below the floors shrinks all at one rate."""
+    return (places or 1) * (1 + max(1, floor) / torch.arange(1, count + 1, dtype=torch.float64))

@@ -1,0 +1,218 @@
+"""ZS-SVD's correction: truncated weights take one step back along their gradient and are decomposed and cut again."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.calibration.gradients import collect_gradients
+from lowrank_pl.calibration.roots import Roots
+from lowrank_pl.factors.compression import compressed
+from lowrank_pl.factors.decomposition import decompose
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.models.targets import Targets, dense_weight, replaced
+from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.text.windows import windows_fingerprint
+from lowrank_pl.utils.files import atomic_directory, canonical_json, sha256_of
+from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
+
+__all__ = ["correct", "projected_step"]
+
+_log = logging.getLogger(__name__)
+
+
+Redraw = Callable[[FactorStore, TensorStore], RankPlan]
+
+
+def correct(
+    plan: RankPlan,
+    factors: FactorStore,
+    *,
+    model: PreTrainedModel,
+    targets: Targets,
+    windows: Tensor,
+    calibration: Tensor,
+    rounds: int,
+    settings: Mapping[str, Any],
+    redraw: Redraw,
+) -> tuple[RankPlan, FactorStore]:
+    """Return the plan after ``rounds`` of correction and the corrected factors that it is for (arXiv 2602.02848).
+
+    In a round every truncated weight moves from ``W_r`` to ``W_r + <g, D> / <g, g> g``: it gets back the part of what
+    truncation took, ``D = W - W_r``, that lies along the gradient ``g`` of the loss there. All modules move at once,
+    are decomposed by the same statistics, scored by the gradients at their new weights and cut to the same budget. A
+    module that the plan leaves dense keeps its weight.
+
+    The corrected factors go into a folder of ``factors``, ready for the same base. It appears when a round is finished,
+    and a killed run goes on after the last finished round, of which earlier ones are removed. Beside the model there
+    are at most its targeted weights once more, and their gradients.
+
+    Args:
+        plan: The plan to correct.
+        factors: What it was drawn on.
+        model: The dense base, left as it was.
+        targets: What was found in it.
+        windows: ``[windows, length]`` token ids of the gradients.
+        calibration: ``[windows, length]`` token ids that the factors were made from.
+        rounds: How often; at least 1.
+        settings: Whatever else decides on the plans of later rounds, JSON values.
+        redraw: Draws a plan from corrected factors and the weight gradients there.
+
+    Raises:
+        ValueError: A loss or a gradient is not finite.
+    """
+    work = _Correction(plan, factors, model, targets, windows, calibration, rounds, dict(settings))
+    done = max((number for number in range(1, rounds + 1) if work.finished(number)), default=0)
+    current, gradients = (factors, None) if done == 0 else work.open(done)
+    if gradients is not None:
+        _log.info("correction: %d of %d rounds are done, in %s", done, rounds, current.directory)
+        plan = redraw(current, gradients)
+    for number in range(done + 1, rounds + 1):
+        _log.info("correction: round %d of %d", number, rounds)
+        current, gradients = work.make(number, plan, current)
+        plan = redraw(current, gradients)
+        work.remove(number - 1)
+    return plan, current
+
+
+def projected_step(weight: Tensor, truncated: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``truncated`` moved along ``gradient`` to where it is nearest to ``weight``, all ``[out, in]``, float64.
+
+    >>> projected_step(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.tensor([[-2.0, 0.0]])).tolist()
+    [[3.0, 0.0]]
+    """
+    truncated, gradient = truncated.double(), gradient.double()
+    square = gradient.square().sum()
+    # No gradient, as under a part of the model that the loss does not reach: no direction to move in.
+    step = (gradient * (weight.double() - truncated)).sum() / square if square > 0 else square
+    return truncated + step * gradient
+
+
+class _Correction:
+    """The rounds of one correction and where they lie."""
+
+    def __init__(
+        self,
+        plan: RankPlan,
+        base: FactorStore,
+        model: PreTrainedModel,
+        targets: Targets,
+        windows: Tensor,
+        calibration: Tensor,
+        rounds: int,
+        settings: dict[str, Any],
+    ) -> None:
+        self.base, self.model, self.windows, self.calibration = base, model, windows, calibration
+        self.modules = [target for target in targets.modules if target.name in plan.modules]
+        ranks = {name: [module.rank, module.indices] for name, module in plan.modules.items()}
+        self.identity = {
+            **settings,
+            "keep": plan.keep,
+            "multiple_of": plan.multiple_of,
+            "floors": dict(plan.floors),
+            "storage": plan.storage,
+            "plan": sha256_of(canonical_json(ranks)),
+            "windows": windows_fingerprint(windows),
+            # Runs of fewer rounds are runs of their own, whose last round nobody else removes.
+            "rounds": rounds,
+        }
+
+    def finished(self, number: int) -> bool:
+        """Tell whether round ``number`` is on disk: its folder appears with all that belongs in it."""
+        return (self._folder(number) / "manifest.json").exists()
+
+    def open(self, number: int) -> tuple[FactorStore, TensorStore]:
+        """Return the factors and the gradients of a finished round."""
+        return self._stores(number, self._folder(number))
+
+    def remove(self, number: int) -> None:
+        """Delete what round ``number`` left on disk."""
+        if number > 0:
+            shutil.rmtree(self._folder(number), ignore_errors=True)
+
+    def make(self, number: int, plan: RankPlan, factors: FactorStore) -> tuple[FactorStore, TensorStore]:
+        """Return the factors after one more round, from a plan on those before it, and the gradients there."""
+        with atomic_directory(self._folder(number)) as building:
+            made, gradients = self._stores(number, building)
+            self._decompose(plan, factors, made)
+            self._differentiate(plan, made, gradients)
+        return self.open(number)
+
+    def _folder(self, number: int) -> Path:
+        return self.base.directory / "correction" / sha256_of(canonical_json(self._fingerprint(number)))[:20]
+
+    def _fingerprint(self, number: int) -> dict[str, Any]:
+        return {**self.base.fingerprint, "correction": {**self.identity, "round": number}}
+
+    def _stores(self, number: int, folder: Path) -> tuple[FactorStore, TensorStore]:
+        fingerprint = self._fingerprint(number)
+        return FactorStore(fingerprint, folder), TensorStore("weight_gradients", fingerprint, folder / "gradients")
+
+    def _decompose(self, plan: RankPlan, factors: FactorStore, made: FactorStore) -> None:
+        moving = [target for target in self.modules if plan.modules[target.name].rank is not None]
+        with compressed(self.model, plan, factors):
+            _, weights = collect_gradients(
+                self.model, self.windows, weights=moving, progress="gradients of the cut model"
+            )
+        roots = Roots.behind(self.base, self.model, self.calibration, self.modules)
+        bar = tqdm(total=len(self.modules), desc="correct", unit="module")
+        for inputs, members in roots.by_inputs(self.modules):
+            for target in members:
+                notes = self.base.notes(target.name)
+                if target.name not in weights:
+                    made.add(target.name, self.base.factors(target.name), notes=notes)
+                else:
+                    weight = dense_weight(self.model.get_submodule(target.name)).detach()
+                    moved = projected_step(
+                        weight, _cut(plan, factors, target.name, weight.device), weights.pop(target.name).mean
+                    )
+                    outputs = roots.of_outputs(target.name)
+                    made.add(
+                        target.name,
+                        decompose(moved, inputs=inputs, outputs=outputs),
+                        notes={**notes, "weight": weight_digest(weight)},
+                    )
+                bar.update()
+        bar.close()
+
+    def _differentiate(self, plan: RankPlan, made: FactorStore, gradients: TensorStore) -> None:
+        moved = [name for name, module in plan.modules.items() if module.rank is not None]
+        with _reweighted(self.model, moved, made):
+            _, weights = collect_gradients(
+                self.model, self.windows, weights=self.modules, progress="gradients of the moved model"
+            )
+        for name in list(weights):
+            found = weights.pop(name)
+            gradients.write(name, {"mean": found.mean, "mean_squares": found.mean_squares})
+
+
+def _cut(plan: RankPlan, factors: FactorStore, name: str, device: torch.device) -> Tensor:
+    """Return the weight ``[out, in]`` that the plan leaves of a module, float64."""
+    part = factors.kept(name, plan.modules[name])
+    return part.left.to(device).double() @ part.right.to(device).double()
+
+
+@contextmanager
+def _reweighted(model: nn.Module, names: Sequence[str], factors: FactorStore) -> Iterator[None]:
+    """Let ``model`` compute with the whole weights that ``factors`` multiply to, for a while."""
+    whole = {}
+    for name in names:
+        old = model.get_submodule(name)
+        weight = dense_weight(old)
+        parts = factors.factors(name)
+        new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        product = parts.left.to(weight.device) @ parts.right.to(weight.device)
+        new.weight = nn.Parameter(product.to(weight.dtype), requires_grad=False)
+        new.register_parameter("bias", getattr(old, "bias", None))
+        whole[name] = new
+    with replaced(model, whole):
+        yield

@@ -1,0 +1,200 @@
+"""ARA's staircase masks: a mixture of prefix lengths for every module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.methods.masks.base import Mask, MaskMethod, dense_sizes, gated_rank
+from lowrank_pl.methods.masks.objectives import budget_penalty, guidance_penalty
+from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.plans.storage import Storage
+
+__all__ = ["Staircase", "StaircaseMask"]
+
+_DENSE_FROM = 0.99
+
+
+class StaircaseMask(Mask):
+    """A probability over ``steps + 1`` prefix lengths of one module's components.
+
+    Candidate ``i`` keeps the first ``int(span * (steps - i) / steps)`` components, of which ``rank`` are there. With
+    ``alpha = softmax(logits)`` the gate's expectation ``p`` falls from left to right, and every logit sees the whole
+    spectrum through it. The forward value is the hard prefix of the expected length, the gradient that of ``p``
+    (straight through).
+
+    Args:
+        shape: ``(out, in)`` of the module.
+        rank: Components that it gates.
+        sigma: All singular values of the module, descending, for the error table.
+        start: Fraction of the gated components that it starts from.
+        prices: What ranks cost in the finished model.
+        steps: Candidates less one, 100 in the paper.
+        longest: Real number of components that the longest candidate is charged for; ``span`` is its whole part.
+    """
+
+    rungs: Tensor
+    candidates: Tensor
+    error: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        rank: int,
+        sigma: Tensor,
+        start: float,
+        *,
+        prices: Storage,
+        steps: int = 100,
+        longest: float,
+    ) -> None:
+        super().__init__(shape, rank, prices)
+        self.longest = longest
+        self.span = _span(longest)
+        lengths = torch.tensor([self.span * (steps - i) // steps for i in range(steps + 1)])
+        candidates = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+        self.logits = nn.Parameter(_starting_logits(candidates, start).float())
+        # Position j (from 0) is on under the candidates whose length exceeds j: these come first, so their joint
+        # probability is one entry of the cumulative sum. This replaces the (steps + 1) x rank staircase matrix.
+        rungs = torch.searchsorted(-lengths, -torch.arange(rank), side="left") - 1
+        self.register_buffer("rungs", rungs, persistent=False)
+        self.register_buffer("candidates", candidates.float(), persistent=False)
+        self.register_buffer("error", relative_errors(shape, sigma, prices).float(), persistent=False)
+
+    def probabilities(self) -> Tensor:
+        """Return the expected gate ``[rank]``, non-increasing."""
+        return self.logits.softmax(0).cumsum(0)[self.rungs]
+
+    def fraction(self) -> Tensor:
+        """Return the expected length over that of the longest candidate, a scalar in [0, 1]."""
+        return (self.logits.softmax(0) * self.candidates).sum()
+
+    def ratio(self) -> Tensor:
+        """Return the parameters of the prefix of expected length as a fraction of the dense weight's, a scalar."""
+        return self.prices.ratio(self.shape, self.longest * self.fraction())
+
+    def forward(self) -> Tensor:
+        """Return the hard prefix ``[rank]`` whose gradient is that of the expected gate."""
+        expected = self.probabilities()
+        return self.kept().to(expected.dtype) + (expected - expected.detach())
+
+    def soft(self) -> Tensor:
+        """Return the expected gate ``[rank]``."""
+        return self.probabilities()
+
+    def lit(self) -> Tensor:
+        """Return the prefix of the expected length, bool ``[rank]``."""
+        return self.kept()
+
+    def kept(self) -> Tensor:
+        """Return the prefix of the expected length, bool ``[rank]``."""
+        length = (self.span * self.fraction().detach()).round()
+        return torch.arange(self.rank, device=length.device) < length
+
+    def error_at(self, ratio: Tensor) -> Tensor:
+        """Return the share of the spectrum's norm that is lost at ``ratio``, from the table at whole percents."""
+        return self.error[(ratio.detach() * 100).round().long().clamp(1, 99) - 1]
+
+
+class Staircase(MaskMethod):
+    """Adaptive Rank Allocation (ARA, arXiv 2510.19389): staircase masks, a budget penalty and a guidance loss.
+
+    Args:
+        steps: Candidate lengths of each module less one.
+        top: Parameters of the gated components over those of the dense weight; above 1 so that dense is in reach.
+        budget_weight: Weight of the squared distance of kept parameters from the budget.
+        guidance_weight: Weight of the pull to dense of modules whose components cost more than they preserve.
+
+    Raises:
+        ValueError: ``steps`` below 2, or ``top`` not above 1.
+    """
+
+    name = "ara"
+
+    def __init__(
+        self, *, steps: int = 100, top: float = 1.2, budget_weight: float = 100.0, guidance_weight: float = 50.0
+    ) -> None:
+        if steps < 2:
+            raise ValueError(f"steps is {steps}: expected at least 2 candidate lengths besides none")
+        if not top > 1:
+            raise ValueError(f"top is {top}: it must exceed 1, or no module could ever be dense")
+        self.steps = steps
+        self.top = top
+        self.budget_weight = budget_weight
+        self.guidance_weight = guidance_weight
+
+    def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
+        """Return how many components cost ``top`` times the dense weight, as ``gated_rank`` counts them."""
+        return gated_rank(shape, self.top, prices)
+
+    def create(
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
+    ) -> StaircaseMask:
+        """Return a mask whose expected ratio is ``keep``, or as near to it as its prefix has as many as ``kept``."""
+        rank, longest = self.stored_rank(shape, prices), prices.rank_at(shape, self.top)
+        # A plan to start from may hold ranks that cost more than dense.
+        start = prices.rank_at(shape, min(keep, 1.0)) / longest
+        if kept is not None and keep < 1:
+            # A length is rounded down and `longest` is not, so that a ratio may be a component away from the length.
+            low, high = ((len(kept) + off) / _span(longest) for off in (-0.49, 0.49))
+            start = min(max(start, low), high)
+        return StaircaseMask(shape, rank, sigma, start, prices=prices, steps=self.steps, longest=longest)
+
+    def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
+        """Return ``budget`` and ``guidance``, weighted; arguments as in ``MaskMethod.penalties``."""
+        kept = ratios.clamp(max=1.0)
+        errors = torch.stack(
+            [_staircase(mask).error_at(ratio) for mask, ratio in zip(masks.values(), kept, strict=True)]
+        )
+        return {
+            "budget": self.budget_weight * budget_penalty(kept, dense_sizes(masks, ratios), keep),
+            "guidance": self.guidance_weight * guidance_penalty(kept, errors),
+        }
+
+    def finalise(self, masks: Mapping[str, Mask], budget: Budget) -> RankPlan:
+        """Return the plan of expected lengths: ratios from 0.99 become dense, the rest share one factor."""
+        wishes = {}
+        with torch.no_grad():
+            for name, mask in masks.items():
+                dense = mask.ratio().item() >= _DENSE_FROM
+                wishes[name] = math.inf if dense else _staircase(mask).fraction().item() * _staircase(mask).span
+        return budget.fit(wishes, method=self.name)
+
+
+def _span(longest: float) -> int:
+    """Return the whole components of the longest candidate, which has one at least."""
+    return max(1, int(longest))
+
+
+def _staircase(mask: Mask) -> StaircaseMask:
+    assert isinstance(mask, StaircaseMask)
+    return mask
+
+
+def _starting_logits(candidates: Tensor, fraction: float) -> Tensor:
+    """Return logits of one value ``d`` for candidates of at least ``fraction`` and 0 below, with mean ``fraction``.
+
+    The equation is linear in ``exp(d)``. At the ends of the range no finite ``d`` solves it; the clamp then leaves the
+    mask within a thousandth of where it was to start.
+    """
+    upper = candidates >= fraction - 1e-12
+    high, low = candidates[upper], candidates[~upper]
+    gain = (fraction * len(low) - low.sum()).clamp_min(1e-3) / (high.sum() - fraction * len(high)).clamp_min(1e-3)
+    return torch.where(upper, gain.log(), torch.zeros((), dtype=candidates.dtype))
+
+
+def relative_errors(shape: tuple[int, int], sigma: Tensor, prices: Storage) -> Tensor:
+    """Return the lost share of the spectrum's norm at kept fractions .01, .02, ... .99, ``[99]``.
+
+    Entry ``s`` is ``sqrt(sum(sigma[k:] ** 2) / sum(sigma ** 2))`` with the whole rank ``k`` that ``s`` pays for:
+    ``int(s * mn / (m + n))`` of factors.
+    """
+    energy = sigma.double().square()
+    tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    paid = [int(prices.rank_at(shape, percent / 100) + 1e-9) for percent in range(1, 100)]
+    ranks = torch.tensor([min(rank, len(energy)) for rank in paid])
+    return (tail[ranks] / tail[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()

@@ -1,0 +1,65 @@
+"""How the aimed-at fraction of parameters, and the step size, move while ranks are learned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lowrank_pl.plans.budget import check_keep
+
+__all__ = ["AimSchedule", "half_cosine"]
+
+
+@dataclass(frozen=True)
+class AimSchedule:
+    """The fraction to keep that is aimed at in each step: constant, or on a line from ``start`` that ends at ``keep``.
+
+    Args:
+        keep: The fraction in the end.
+        start: Where the line begins; needs ``steps``.
+        steps: Optimizer steps from there to ``keep``.
+        falling: Whether the line has to come down.
+
+    Raises:
+        ValueError: A fraction outside (0, 1], half of a schedule, or none that comes down where one has to.
+
+    Example:
+        >>> schedule = AimSchedule(0.5, start=0.9, steps=4)
+        >>> [round(schedule.at(step), 2) for step in (0, 1, 4, 100)]
+        [0.9, 0.8, 0.5, 0.5]
+    """
+
+    keep: float
+    start: float | None = None
+    steps: int = 0
+    falling: bool = False
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if (self.start is None) != (self.steps == 0) or self.steps < 0:
+            raise ValueError(f"keep_start is {self.start} and keep_steps {self.steps}: a schedule needs both")
+        if self.start is not None:
+            check_keep(self.start)
+        if self.falling and (self.start is None or self.start <= self.keep):
+            raise ValueError(f"record_order needs a keep_start above keep: they are {self.start} and {self.keep}")
+
+    def at(self, step: int) -> float:
+        """Return the fraction aimed at after ``step`` optimizer steps."""
+        if self.start is None:
+            return self.keep
+        return self.start + min(1.0, step / self.steps) * (self.keep - self.start)
+
+
+def half_cosine(optimizer: Optimizer, *, steps: int) -> LambdaLR:
+    """Return a schedule that lets the step size fall to 0 along half a cosine, and stay there.
+
+    ``CosineAnnealingLR`` would rise again after its end, and a resumed one keeps the end of the run that it began in.
+
+    Args:
+        optimizer: Whose step size.
+        steps: Optimizer steps until it is 0, at least 1.
+    """
+    return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(1.0, step / steps))) / 2)

@@ -1,0 +1,188 @@
+"""Every method of the field by name: a base decomposition, and who draws the plan on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ars import ARS
+from lowrank_pl.methods.masks.base import MaskMethod
+from lowrank_pl.methods.masks.cutoff import Fermi, Tanh
+from lowrank_pl.methods.masks.llrc import PerValue
+from lowrank_pl.methods.masks.objectives import DataTerms
+from lowrank_pl.methods.masks.rescaled import Rescaled
+from lowrank_pl.methods.narrow.narrow import Narrowing
+from lowrank_pl.methods.refit.refitting import Refit
+from lowrank_pl.plans.storage import StorageChoice
+
+__all__ = ["RECIPES", "VARIANTS", "Learning", "Recipe", "recipe"]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a mask learns.
+
+    Args:
+        mask: The mask method with its settings.
+        steps: Optimizer steps.
+        lr: Step size of AdamW, without weight decay.
+        windows: Windows of the calibration text to learn from; passed over again when the steps are more.
+        batch_size: Windows in a step.
+        data_terms: What the masks learn from.
+        start: The allocator whose plan the masks start from; ``None`` starts from the same ratio everywhere.
+        cosine: Let the step size fall to 0 along a cosine.
+        rest_every: Gates that are off learn from every so many-th token of a batch; 1 is exact.
+
+    Raises:
+        ValueError: No steps, windows or batch, or a step size that is not above 0.
+    """
+
+    mask: MaskMethod
+    steps: int = 150
+    lr: float = 0.03
+    windows: int = 256
+    batch_size: int = 1
+    data_terms: DataTerms = DataTerms()
+    start: str | None = None
+    cosine: bool = False
+    rest_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "windows", "batch_size", "rest_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a recipe's learning is {getattr(self, name)}: expected at least 1")
+        if not self.lr > 0:
+            raise ValueError(f"lr of a recipe's learning is {self.lr}: expected a number above 0")
+        if self.start is not None:
+            allocator(self.start)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method: how weights are decomposed, and an allocator or a learned mask that draws the plan.
+
+    Args:
+        decomposition: The base.
+        allocator: Who draws the plan without training; unused when ``learning`` is given.
+        settings: The allocator's settings.
+        learning: How a mask learns the plan instead.
+        storage: How low-rank modules are stored: factored in all papers but those about pivoting.
+        refit: How the plan's factors are fitted again to the compressed model's own inputs, if they are.
+        narrow: How hidden features of MLPs are left out before all that, if they are.
+
+    Raises:
+        ValueError: An allocator or a setting that does not exist.
+    """
+
+    decomposition: Decomposition = Decomposition()
+    allocator: str = "uniform"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    learning: Learning | None = None
+    storage: StorageChoice = "factored"
+    refit: Refit | None = None
+    narrow: Narrowing | None = None
+
+    def __post_init__(self) -> None:
+        allocator(self.allocator, **self.settings)
+
+    def describe(self) -> dict[str, Any]:
+        """Return all settings that the result depends on, as JSON values."""
+        base: dict[str, Any] = {"decomposition": self.decomposition.identity()}
+        if self.storage != "factored":
+            base["storage"] = self.storage
+        if self.refit is not None:
+            base["refit"] = _jsonable(asdict(self.refit))
+        if self.narrow is not None:
+            base["narrow"] = asdict(self.narrow)
+        if self.learning is None:
+            return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
+        learning = self.learning
+        mask = {key: value for key, value in vars(learning.mask).items() if not key.startswith("_")}
+        described = {f: getattr(learning, f) for f in ("steps", "lr", "windows", "batch_size", "start", "cosine")}
+        if learning.rest_every > 1:
+            described["rest_every"] = learning.rest_every
+        terms = _jsonable(asdict(learning.data_terms))
+        return {**base, "learning": {**described, "mask": {"name": learning.mask.name, **mask}, "data_terms": terms}}
+
+
+def _jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+_ASVD = Decomposition("asvd")
+
+
+_TWO_SIDED = Decomposition("two_sided")
+
+
+def _llrc(*, any_k: bool) -> Recipe:
+    # Above 0 by many temperatures the loss feels no logit: all only fall by the step size a step. The paper's start,
+    # 6 to 3, is taken up where that ends, so that a short run has steps left to weigh components against each other.
+    mask = PerValue(any_k=any_k, start_high=3.2, start_low=0.2, period=50, patience=None)
+    terms = DataTerms(cross_entropy=0.0, divergence=0.5)
+    return Recipe(_ASVD, learning=Learning(mask, steps=200, lr=0.02, data_terms=terms))
+
+
+RECIPES: dict[str, Recipe] = {
+    "svd": Recipe(Decomposition("svd")),
+    "fwsvd": Recipe(Decomposition("fwsvd")),
+    "asvd": Recipe(_ASVD),
+    "strs": Recipe(_ASVD, "strs"),
+    "uniform": Recipe(),
+    "svdllm_v2": Recipe(allocator="svdllm_v2"),
+    "energy": Recipe(allocator="energy"),
+    "drank": Recipe(allocator="drank"),
+    "zero_sum": Recipe(allocator="zero_sum"),
+    "zero_sum_corrected": Recipe(allocator="zero_sum", settings={"rounds": 1}),
+    "two_sided": Recipe(_TWO_SIDED),
+    "fisher": Recipe(_TWO_SIDED, "fisher"),
+    "ara": Recipe(learning=Learning(Staircase())),
+    "llrc": _llrc(any_k=True),
+    "llrc_prefix": _llrc(any_k=False),
+    "ars": Recipe(learning=Learning(ARS(), lr=5e-3)),
+    "tanh": Recipe(learning=Learning(Tanh(), lr=5e-3)),
+    "fermi": Recipe(learning=Learning(Fermi(anneal_steps=120), lr=1e-2)),
+    "fisher_ara": Recipe(_TWO_SIDED, learning=Learning(Staircase(), start="fisher")),
+    "rescaled": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True)),
+    "best": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True), storage="auto", refit=Refit()),
+}
+"""What ``lowrank compare`` knows. Learning is short, for a comparison; ``configs/*.yaml`` have the papers' lengths."""
+
+
+VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
+    "pivoted": lambda plain: replace(plain, storage="auto"),
+    "refit": lambda plain: replace(plain, refit=Refit()),
+    "narrow": lambda plain: replace(plain, narrow=Narrowing()),
+}
+"""What ``+WORD`` after a recipe's name changes in it."""
+
+
+def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
+    """Return the recipe called ``name``: one of ``own``, or one that ships with the package, or a variant of one.
+
+    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted,
+    ``NAME+narrow`` on a base with narrower MLPs, and ``NAME+narrow+pivoted+refit`` all three.
+
+    Raises:
+        ValueError: There is none, the message lists those that exist; or the name is no word that a folder can have.
+
+    >>> recipe("ara+pivoted").storage
+    'auto'
+    """
+    # Results go to a folder of this name, and `dense` is the row that all others are compared with.
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name == "dense":
+        raise ValueError(f"a method is called {name!r}: expected letters, digits and _.+-, other than dense")
+    known = {**RECIPES, **(own or {})}
+    plain, *words = [name] if name in known else name.split("+")
+    if plain not in known or any(word not in VARIANTS for word in words):
+        variants = ", ".join(f"+{word}" for word in VARIANTS)
+        raise ValueError(
+            f"no method is called {name!r}: expected one of {', '.join(known)}, each also with {variants} behind it"
+        )
+    return reduce(lambda changed, word: VARIANTS[word](changed), words, known[plain])

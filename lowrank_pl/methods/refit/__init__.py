@@ -1,0 +1,12 @@
+"""Factors fitted again, in closed form, to what the compressed model feeds them."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "refitting": ["Refit", "refit"],
+    },
+)

@@ -1,0 +1,150 @@
+"""Moments of what a map is fed in a compressed model, beside what it is fed in the dense one, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_pl.calibration.input_moments import product, rows_of
+
+__all__ = ["PairMoments"]
+
+_HELD = "what the dense or the compressed model computes holds"
+
+
+@dataclass
+class PairMoments:
+    """Sums over tokens of products of one map's inputs: ``t`` in the compressed model, ``t + d`` in the dense one.
+
+    The difference ``d`` is summed rather than the dense input, for in early blocks it is small beside the inputs and
+    would drown in their rounding. Where the map's output is added to a stream, ``e`` is what that stream lacks before:
+    the dense model's minus the compressed one's. Tokens may be weighted. All are float64.
+
+    Args:
+        inputs: ``[in, in]`` sum of ``t t'``.
+        cross: ``[in, in]`` sum of ``d t'``.
+        stream: ``[out, in]`` sum of ``e t'``; None without a stream.
+        drift: ``[in, in]`` sum of ``d d'``; None where only a regression is asked for, not its error.
+        stream_drift: ``[out, in]`` sum of ``e d'``; None where one of both is.
+        stream_second: ``[out, out]`` sum of ``e e'``; likewise.
+        tokens: How many tokens were summed.
+
+    Example:
+        >>> moments = PairMoments.empty(1)
+        >>> moments.update(torch.tensor([[3.0], [5.0]]), torch.tensor([[2.0], [3.0]]))
+        >>> moments.inputs.item(), moments.cross.item(), moments.drift.item(), moments.tokens
+        (13.0, 8.0, 5.0, 2)
+    """
+
+    inputs: Tensor
+    cross: Tensor
+    stream: Tensor | None = None
+    drift: Tensor | None = None
+    stream_drift: Tensor | None = None
+    stream_second: Tensor | None = None
+    tokens: int = 0
+
+    @classmethod
+    def empty(
+        cls, features: int, *, stream: int | None = None, errors: bool = True, device: torch.device | str = "cpu"
+    ) -> PairMoments:
+        """Return sums of nothing.
+
+        Args:
+            features: Values of an input.
+            stream: Values of the stream, if there is one.
+            errors: Whether errors are to be computed from it, which takes all the sums.
+            device: Where they are.
+        """
+
+        def zeros(rows: int, columns: int) -> Tensor:
+            return torch.zeros(rows, columns, dtype=torch.float64, device=device)
+
+        moments = cls(zeros(features, features), zeros(features, features))
+        if errors:
+            moments.drift = zeros(features, features)
+        if stream is not None:
+            moments.stream = zeros(stream, features)
+            if errors:
+                moments.stream_drift, moments.stream_second = zeros(stream, features), zeros(stream, stream)
+        return moments
+
+    def update(
+        self,
+        dense: Tensor,
+        compressed: Tensor,
+        stream: tuple[Tensor, Tensor] | None = None,
+        *,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Add the inputs ``[..., in]`` of the same tokens in both models.
+
+        Args:
+            dense: Of the dense model.
+            compressed: Of the compressed model.
+            stream: ``[..., out]`` of the dense and of the compressed model; needed where streams are summed.
+            weights: ``[...]`` what each token counts; by default all count the same.
+
+        Raises:
+            ValueError: They hold NaN or infinity.
+        """
+        roots = None if weights is None else weights.to(compressed.device).flatten().float().sqrt()[:, None]
+
+        def counted(rows: Tensor) -> Tensor:
+            return rows if roots is None else rows * roots
+
+        inputs = rows_of(compressed)
+        inputs, drift = counted(inputs), counted(rows_of(dense) - inputs)
+        self.inputs += product(inputs, inputs, _HELD)
+        self.cross += product(drift, inputs, _HELD)
+        if self.drift is not None:
+            self.drift += product(drift, drift, _HELD)
+        if self.stream is not None:
+            assert stream is not None
+            lacking = counted(rows_of(stream[0]) - rows_of(stream[1]))
+            self.stream += product(lacking, inputs, _HELD)
+            if self.stream_drift is not None and self.stream_second is not None:
+                self.stream_drift += product(lacking, drift, _HELD)
+                self.stream_second += product(lacking, lacking, _HELD)
+        self.tokens += len(inputs)
+
+    def merged(self, other: PairMoments) -> PairMoments:
+        """Return the sums over the tokens of both; a sum that one of them lacks is left out."""
+        return PairMoments(
+            self.inputs + other.inputs,
+            self.cross + other.cross,
+            _sum(self.stream, other.stream),
+            _sum(self.drift, other.drift),
+            _sum(self.stream_drift, other.stream_drift),
+            _sum(self.stream_second, other.stream_second),
+            self.tokens + other.tokens,
+        )
+
+    def mean(self) -> PairMoments:
+        """Return the means over tokens, as the sums of one token."""
+        count = max(1, self.tokens)
+        return PairMoments(
+            self.inputs / count,
+            self.cross / count,
+            _share(self.stream, count),
+            _share(self.drift, count),
+            _share(self.stream_drift, count),
+            _share(self.stream_second, count),
+            tokens=1,
+        )
+
+    @property
+    def nothing_lost(self) -> bool:
+        """Whether the compressed model still computes what the dense one does, so that there is nothing to make up."""
+        parts = (self.cross, self.stream, self.drift, self.stream_second)
+        return not any(part is not None and part.any() for part in parts)
+
+
+def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    return None if one is None or two is None else one + two
+
+
+def _share(part: Tensor | None, count: int) -> Tensor | None:
+    return None if part is None else part / count

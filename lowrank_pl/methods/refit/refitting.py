@@ -1,0 +1,380 @@
+"""Refit: factors are fitted again, block by block, to what the compressed model itself feeds them, in closed form."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.calibration.roots import Roots
+from lowrank_pl.calibration.statistics import statistics_behind
+from lowrank_pl.factors.compression import factored_layer
+from lowrank_pl.factors.decomposition import Factors
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.methods.refit.moments import PairMoments
+from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, check_belongs, refitted_plan
+from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted
+from lowrank_pl.methods.refit.twins import Pair, Place, Twins, survey
+from lowrank_pl.models.targets import Target, Targets, dense_weight
+from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.text.windows import known_windows, windows_fingerprint
+from lowrank_pl.utils.files import canonical_json, sha256_of
+from lowrank_pl.utils.tensor_store import TensorStore
+
+__all__ = ["Refit", "refit"]
+
+_log = logging.getLogger(__name__)
+
+
+_BUSY = {"cpu": 1_024, "cuda": 32_768}
+"""Tokens in a pass of one block that take longer than what comes with every pass: adding up moments in float64 on a
+CPU, starting kernels on a GPU."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How factors are refitted.
+
+    Everything that can do harm is chosen module by module on held-back text: a refit on too little text makes a model
+    worse.
+
+    Args:
+        windows: How many windows of text to use, the first ones; more make better factors and take longer.
+        hold_back: Fraction of the windows that choices are made on, the last ones: text next to what was fitted, of the
+            same article, would flatter every choice. The factors chosen are then fitted to all windows.
+        margin: By what fraction a refit has to lower a module's error on held-back text to be applied.
+        blends: What parts of an error to try to make up for; 1 is all of it. 0 is always tried.
+        dampings: Ridges of the regression to try, relative to each input's second moment; more is nearer to the dense
+            weight.
+        residual: Whether modules whose output is added to a stream, as attention's and the MLP's last ones, also make
+            up for the error that the stream has there.
+        two_sided: Whether errors are weighted by the outputs' gradients, and by tokens, where the factors were.
+
+    Raises:
+        ValueError: A setting out of its range.
+    """
+
+    windows: int = 128
+    hold_back: float = 0.2
+    margin: float = 0.01
+    blends: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    dampings: tuple[float, ...] = (0.03, 0.3, 3.0)
+    residual: bool = True
+    two_sided: bool = True
+
+    def __post_init__(self) -> None:
+        if self.windows < 2:
+            raise ValueError(f"windows is {self.windows}: expected at least 2, of which one is held back")
+        if not 0 < self.hold_back < 1:
+            raise ValueError(f"hold_back is {self.hold_back}: expected a fraction of the windows, above 0 and below 1")
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"margin is {self.margin}: expected a fraction of at least 0 and below 1")
+        if not self.blends or not all(0 <= blend <= 1 for blend in self.blends):
+            raise ValueError(f"blends are {self.blends}: expected one or more fractions in [0, 1]")
+        # Less is lost in the rounding of the moments.
+        if not self.dampings or not all(1e-4 <= damping < math.inf for damping in self.dampings):
+            raise ValueError(f"dampings are {self.dampings}: expected one or more finite numbers of at least 0.0001")
+
+    def split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return of the first windows those to fit and those to hold back, at least one each.
+
+        Raises:
+            ValueError: There is only one window, or none.
+
+        >>> [len(part) for part in Refit(windows=64).split(torch.zeros(100, 512))]
+        [51, 13]
+        """
+        windows = windows[: self.windows]
+        if len(windows) < 2:
+            raise ValueError(f"{len(windows)} windows of text were given: a refit needs two or more, one is held back")
+        held = min(max(1, round(self.hold_back * len(windows))), len(windows) - 1)
+        return windows[:-held], windows[-held:]
+
+
+def refit(
+    plan: RankPlan,
+    factors: FactorStore,
+    *,
+    model: PreTrainedModel,
+    targets: Targets,
+    windows: Tensor,
+    calibration: Tensor,
+    settings: Refit | None = None,
+    batch_size: int | None = None,
+) -> tuple[RankPlan, FactorStore]:
+    """Return the plan with every module's factors fitted to the compressed model's own inputs, and these factors.
+
+    Compressing a module changes the inputs of all that come after it. In the order of execution, with all modules
+    before it refitted, each module's factors of the planned rank are chosen anew, so that on the compressed model's
+    inputs ``t`` they give what the dense weight gives on the dense model's ``x`` (closed-form updates of SVD-LLM,
+    arXiv 2403.07378, and PIFA, arXiv 2501.19090). What is minimised is ``E s |R' (W x + e - W' t)|^2``, where ``e`` is
+    what the stream lacks that the output is added to, ``R R'`` the second moment of the outputs' gradients, and ``s``
+    what a token counts: where the factors were made with weighted tokens, the size of its gradient in the dense model.
+
+    How much is made up for, and how far the regression is damped, is chosen for each module on held-back windows; where
+    nothing lowers the error there by the margin, the module keeps its factors. Modules that the plan leaves dense stay
+    as they are.
+
+    The new factors go into a folder of ``factors``, module by module: a killed run goes on at the block it was in.
+    Passes take about as long as four over all windows, and one with a backward pass where tokens are weighted. Moments
+    of one input at a time are in memory, and of all windows the hidden states of both models and what the dense model's
+    maps are fed in one block: on the CPU where a GPU has no room, the latter on disk where the CPU has none.
+
+    Args:
+        plan: The plan; modules with an index set are refitted to its size.
+        factors: What it was drawn on.
+        model: The dense base, left as it was.
+        targets: What was found in it.
+        windows: ``[windows, length]`` token ids, the first of which are fitted to (``Refit.windows``): those that the
+            factors were made from, or more.
+        calibration: ``[windows, length]`` token ids that the factors were made from.
+        settings: How to refit.
+        batch_size: Windows per pass; by default as many as keep the device busy.
+
+    Raises:
+        ValueError: The plan, the factors and the model don't belong together, there are too few windows, or what the
+            model computes is not finite.
+    """
+    work = _Work(plan, factors, model, targets, windows, calibration, settings or Refit(), batch_size)
+    work.run()
+    return refitted_plan(plan, work.made, fitted=len(work.fitting), held=len(work.held)), work.made
+
+
+class _Work:
+    """One refit: where it lies, and its modules one group after the other."""
+
+    def __init__(
+        self,
+        plan: RankPlan,
+        base: FactorStore,
+        model: PreTrainedModel,
+        targets: Targets,
+        windows: Tensor,
+        calibration: Tensor,
+        settings: Refit,
+        batch_size: int | None,
+    ) -> None:
+        check_belongs(plan, base, model, targets)
+        self.plan, self.base, self.model, self.settings = plan, base, model, settings
+        self.calibration = calibration
+        busy = _BUSY.get(model.device.type, _BUSY["cpu"])
+        self.batch_size = batch_size or max(1, busy // windows.shape[1])
+        self.fitting, self.held = settings.split(windows)
+        self.windows = windows[: settings.windows]
+        self.flattered = known_windows(self.held, [calibration]) > 0
+        self.modules = [target for target in targets.modules if target.name in plan.modules]
+        fingerprint = {**base.fingerprint, "refit": self._identity()}
+        folder = base.directory / "refit" / sha256_of(canonical_json(fingerprint))[:20]
+        self.made = FactorStore(fingerprint, folder)
+        self._began = 0.0
+        self.made_by = Decomposition.behind(base.fingerprint)
+        self.two_sided = settings.two_sided and self.made_by.kind == "two_sided"
+
+    def _identity(self) -> dict[str, Any]:
+        ranks = {name: [module.rank, module.indices] for name, module in self.plan.modules.items()}
+        return {
+            **asdict(self.settings),
+            "keep": self.plan.keep,
+            "plan": sha256_of(canonical_json(ranks)),
+            "windows": windows_fingerprint(self.windows),
+        }
+
+    def run(self) -> None:
+        """Make what is missing, by this run or another that is at it."""
+        with self.made.making(target.name for target in self.modules) as missing:
+            if missing:
+                self._make_missing()
+
+    def _make_missing(self) -> None:
+        dense = [target.name for target in self.modules if self.plan.modules[target.name].rank is None]
+        for name in self.made.missing(dense):
+            # A smaller size of the plan may cut it.
+            self.made.add(name, self.base.factors(name), notes={**self.base.notes(name), "seconds": "0"})
+        low_rank = [target for target in self.modules if target.name not in dense]
+        missing = self.made.missing(target.name for target in low_rank)
+        total, done = len(low_rank), len(low_rank) - len(missing)
+        _log.info("refit: %d of %d modules are done, in %s", done, total, self.made.directory)
+        if missing:
+            with tqdm(total=total, initial=done, desc="refit", unit="module") as bar:
+                self._run(low_rank, bar)
+
+    def _run(self, low_rank: Sequence[Target], bar: tqdm[Any]) -> None:
+        batches = self._batches(self.windows)
+        places = survey(self.model, low_rank, self.fitting[:1, :32])
+        twins = Twins(self.model, batches)
+        roots = self._output_roots()
+        norms = self._gradient_norms([target for target in low_rank if places[target.name].every_token])
+        self._began = time.perf_counter()
+        for block, inside in groupby(low_rank, key=lambda target: target.block):
+            # An input that another module takes up later again makes two groups.
+            groups = [list(members) for _, members in groupby(inside, key=lambda target: target.group)]
+            todo = [[target for target in members if target.name not in self.made] for members in groups]
+            leaders = [missing[0].name for missing in todo if missing]
+            if leaders:
+                paired = {name: self._stream(places[name]) for name in leaders if places[name].every_token}
+                twins.go_to(block, paired)
+            for members, missing in zip(groups, todo, strict=True):
+                if missing:
+                    self._solve(missing, places, twins, roots, norms)
+                    bar.update(len(missing))
+                for target in members:
+                    old = self.model.get_submodule(target.name)
+                    twins.layers[target.name] = factored_layer(old, self.made.factors(target.name))
+
+    def _batches(self, windows: Tensor) -> list[Tensor]:
+        """Return ``windows`` ``[windows, length]``, or what stands for their tokens, as it comes in passes."""
+        first_held = len(self.fitting)
+        return [
+            *torch.split(windows[:first_held], self.batch_size),
+            *torch.split(windows[first_held:], self.batch_size),
+        ]
+
+    def _stream(self, place: Place) -> str | None:
+        return place.stream if self.settings.residual else None
+
+    def _solve(
+        self,
+        todo: Sequence[Target],
+        places: Mapping[str, Place],
+        twins: Twins,
+        roots: Roots | None,
+        norms: TensorStore | None,
+    ) -> None:
+        """Refit modules that share an input."""
+        place = places[todo[0].name]
+        if not place.every_token:
+            return self._leave(todo, UNPAIRED)
+        # Tokens weigh for each module what they do for it alone.
+        parts = [todo] if norms is None else [[target] for target in todo]
+        weights = [None if norms is None else _weights(norms.read(members[0].name, "norms")) for members in parts]
+        found = self._moments(todo[0], place, twins, weights)
+        if found is None:
+            return self._leave(todo, UNPAIRED)
+        for members, (fit, held) in zip(parts, found, strict=True):
+            if fit.nothing_lost and held.nothing_lost:
+                self._leave(members, UNCHANGED)
+                continue
+            problems = [
+                Problem(
+                    dense_weight(self.model.get_submodule(target.name)).detach(),
+                    outputs=None if roots is None else roots.of_outputs(target.name),
+                    has_stream=fit.stream is not None and places[target.name].stream == place.stream,
+                )
+                for target in members
+            ]
+            text = _Text(fit.mean(), held.mean(), fit.merged(held).mean())
+            settings = self.settings
+            choices = choose(problems, text.fit, text.held, blends=settings.blends, dampings=settings.dampings)
+            for target, problem, choice in zip(members, problems, choices, strict=True):
+                self._decide(target, problem, choice, text)
+        return None
+
+    def _moments(
+        self, leader: Target, place: Place, twins: Twins, weights: Sequence[Tensor | None]
+    ) -> list[tuple[PairMoments, PairMoments]] | None:
+        """Return moments of the fitted and of the held-back windows; None where tokens can't be told apart.
+
+        Args:
+            leader: One of the modules that share the input.
+            place: Where it stands.
+            twins: The two models.
+            weights: What each token counts, ``[windows, length]``; there are moments for each of these.
+        """
+        stream = self._stream(place)
+        width = leader.shape[0] if stream is not None else None
+        empty = partial(PairMoments.empty, leader.shape[1], stream=width, device=self.model.device)
+        sums = [(empty(errors=False), empty()) for _ in weights]
+        first_held = -(-len(self.fitting) // self.batch_size)
+        counted = [None if weight is None else self._batches(weight) for weight in weights]
+        unpaired = []
+
+        def receive(number: int, inputs: Pair | None, streams: Pair | None) -> None:
+            if inputs is None or (stream is not None and streams is None):
+                unpaired.append(number)
+                return
+            try:
+                for (fit, held), weight in zip(sums, counted, strict=True):
+                    part = None if weight is None else weight[number]
+                    (fit if number < first_held else held).update(*inputs, streams, weights=part)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}: before module {leader.name} in batch {number} of the refit's windows; check the "
+                    "checkpoint, or load it in a wider dtype"
+                ) from None
+
+        twins.compare(leader.name, receive)
+        return None if unpaired else sums
+
+    def _decide(self, target: Target, problem: Problem, choice: Choice, text: _Text) -> None:
+        """Store the refit of a module where held-back text is for it, or else the factors that it has."""
+        entry = self.plan.modules[target.name]
+        present = self.base.kept(target.name, entry)
+        assert entry.rank is not None
+        plain, other = (
+            refitted(problem, text.fit, how, entry.rank, damping=self.made_by.damping) for how in (NOTHING, choice)
+        )
+        errors = problem.errors([present, plain, other], text.held)
+        if not all(map(math.isfinite, errors)):
+            raise ValueError(f"the errors of {target.name} are {errors}: load the base in a wider dtype")
+        # Factors that were made from the held-back text as well are flattered by it: what they are worth on other text
+        # is told by their like that was not.
+        before, after = max(errors[:2]) if self.flattered else errors[0], errors[2]
+        gain = 1 - after / before if before > 0 else 0.0
+        numbers = {"gain": gain, "drift": choice.drift, "damping": choice.damping}
+        if problem.has_stream:
+            numbers["stream"] = choice.stream
+        _log.debug("%s: error %.4g becomes %.4g by %s", target.name, before, after, choice)
+        if gain > self.settings.margin:
+            made = refitted(problem, text.both, choice, entry.rank, damping=self.made_by.damping)
+            self._store(target.name, made, APPLIED, numbers)
+        else:
+            self._store(target.name, present, NO_GAIN, numbers)
+
+    def _leave(self, members: Sequence[Target], why: str) -> None:
+        for target in members:
+            self._store(target.name, self.base.kept(target.name, self.plan.modules[target.name]), why, {})
+
+    def _store(self, name: str, factors: Factors, how: str, numbers: Mapping[str, float]) -> None:
+        if not all(torch.isfinite(part.float()).all() for part in (factors.left, factors.right)):
+            raise ValueError(f"the refitted factors of {name} hold NaN or infinity: load the base in a wider dtype")
+        # The first of a group takes the passes' time.
+        spent, self._began = time.perf_counter() - self._began, time.perf_counter()
+        notes = {"refit": how, "seconds": f"{spent:.4f}", **{key: f"{value:.6g}" for key, value in numbers.items()}}
+        self.made.add(name, factors, notes={**self.base.notes(name), **notes})
+
+    def _output_roots(self) -> Roots | None:
+        """Return the roots that the factors' outputs were weighted by, if they were and it is asked for."""
+        if not self.two_sided:
+            return None
+        return Roots.behind(self.base, self.model, self.calibration, self.modules)
+
+    def _gradient_norms(self, watched: Sequence[Target]) -> TensorStore | None:
+        """Return how large output gradients are in the dense model, token by token, if tokens are to count by it."""
+        if not (self.two_sided and self.made_by.weighs_tokens):
+            return None
+        statistics = statistics_behind(self.base, self.model, self.calibration)
+        return statistics.on(self.windows).gradient_norms(watched, self.made_by.labels)
+
+
+def _weights(norms: Tensor) -> Tensor:
+    """Return what tokens count, 1 on average, by the ``norms`` of their gradients."""
+    return norms / (norms.double().mean().float() or 1.0)
+
+
+class _Text(NamedTuple):
+    """Mean moments of the windows to fit, of those held back, and of both."""
+
+    fit: PairMoments
+    held: PairMoments
+    both: PairMoments

@@ -1,0 +1,398 @@
+"""The linear maps to compress in any decoder: which they are, which share an input, and what stays dense.
+
+Nothing here knows a family by name. Blocks are found by their number, maps by their class, shared inputs by running
+two tokens through the model. What cannot be taken (fused experts, tied weights, unknown modules) is never passed over
+in silence: it is logged and counted in :attr:`Targets.skipped`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_pl.models.eval_mode import evaluating, input_device
+
+__all__ = [
+    "Skipped",
+    "Target",
+    "Targets",
+    "decoder_blocks",
+    "dense_weight",
+    "fed",
+    "find_targets",
+    "model_parameters",
+    "replace_module",
+    "replaced",
+    "targeted_parameters",
+]
+
+logger = logging.getLogger(__name__)
+
+
+PACKED_WEIGHTS = ("qweight", "weight_packed", "W_q", "quant_state")
+
+
+OWN_METHOD = "lowrank"
+
+
+BY_PATTERN = "excluded by pattern"
+
+
+# Inputs of each call of a module, with the version they had: a tensor may be written over afterwards.
+Calls = dict[str, list[tuple[Tensor, int]]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear map to compress.
+
+    Attributes:
+        name: Full name of the module.
+        block: Index of its decoder block.
+        kind: Its name inside the block, such as ``self_attn.q_proj``.
+        shape: ``(out, in)``.
+        group: Name of the first target that is fed the very same input tensor; its own name if it is alone.
+        transposed: Whether the weight is stored as ``[in, out]`` (GPT-2's ``Conv1D``).
+    """
+
+    name: str
+    block: int
+    kind: str
+    shape: tuple[int, int]
+    group: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One matrix of a decoder block that stays dense.
+
+    Attributes:
+        name: Full name of the module, or of the parameter where its module is not a linear map.
+        reason: Why it stays dense.
+        parameters: How many numbers it holds.
+    """
+
+    name: str
+    reason: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What was found in a model.
+
+    Attributes:
+        modules: The maps to compress, in the order in which the forward pass calls them.
+        skipped: Everything else with two or more dimensions inside the decoder blocks.
+    """
+
+    modules: tuple[Target, ...]
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A parameter of a block with two or more dimensions; ``module`` is its linear map if it belongs to one."""
+
+    name: str
+    block: int
+    kind: str
+    owner: nn.Module
+    weight: Tensor
+    module: nn.Module | None
+
+
+def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Targets:
+    """Return the linear maps of the decoder blocks and what of the blocks stays dense.
+
+    One forward pass of two tokens finds the order of the maps and which of them share an input.
+
+    Args:
+        model: A causal language model of transformers; it is left as it was.
+        include: Globs; a map is taken if one matches its full name or its name inside the block.
+        exclude: Globs of maps to leave dense all the same.
+
+    Raises:
+        ValueError: The model is quantised, a pattern matches nothing, or no map is left.
+
+    >>> from lowrank_pl.models.tiny import tiny_model
+    >>> found = find_targets(tiny_model("llama"), include=["self_attn.*"])
+    >>> [(target.kind, target.group[-6:]) for target in found.modules[:3]]
+    [('self_attn.q_proj', 'q_proj'), ('self_attn.k_proj', 'q_proj'), ('self_attn.v_proj', 'q_proj')]
+    """
+    _refuse_quantised(model)
+    matrices = list(_matrices(model))
+    _check_patterns(matrices, [*include, *exclude])
+    calls = _probe(model, {matrix.name: matrix.module for matrix in matrices if matrix.module is not None})
+    shared = _shared_parameters(model)
+    reasons = {matrix.name: _reason(matrix, include, exclude, shared, calls) for matrix in matrices}
+    skipped = tuple(
+        Skipped(matrix.name, reason, matrix.weight.numel())
+        for matrix in matrices
+        if (reason := reasons[matrix.name]) is not None
+    )
+    _report(skipped)
+    taken = {matrix.name: matrix for matrix in matrices if reasons[matrix.name] is None}
+    if not taken:
+        why = "; ".join(dict.fromkeys(entry.reason for entry in skipped)) or "there is no matrix in them"
+        raise ValueError(f"no linear map to compress is left in the decoder blocks of {type(model).__name__}: {why}")
+    return Targets(modules=tuple(_targets(taken, calls)), skipped=skipped)
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the name of the list of decoder blocks and the list.
+
+    Raises:
+        ValueError: No list of modules has as many entries as the config has layers.
+
+    >>> from lowrank_pl.models.tiny import tiny_model
+    >>> decoder_blocks(tiny_model("gpt2"))[0]
+    'transformer.h'
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    # A vision tower beside the decoder may have as many layers: it lies outside get_decoder().
+    inside = set(model.get_decoder().modules())
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no list of {count} decoder blocks (config.num_hidden_layers): "
+            "only decoders with one module per layer can be compressed"
+        )
+    # Lists inside a block (say, experts) may have the same length: the blocks are the list that holds most.
+    return max(found, key=lambda entry: sum(parameter.numel() for parameter in entry[1].parameters()))
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a linear map as ``[out, in]``, without a copy (GPT-2's ``Conv1D`` is transposed).
+
+    Raises:
+        ValueError: The module is no plain linear map.
+
+    >>> dense_weight(nn.Linear(3, 2)).shape
+    torch.Size([2, 3])
+    >>> dense_weight(Conv1D(2, 3)).shape
+    torch.Size([2, 3])
+    """
+    if not _is_linear_map(module):
+        raise ValueError(f"{type(module).__name__} is no plain linear map: expected nn.Linear or transformers' Conv1D")
+    weight = module.get_parameter("weight")
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def fed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a module was called with first, by place or by name; None if with nothing."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place of the submodule called ``name``.
+
+    Raises:
+        ValueError: The model has no such submodule.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> replace_module(model, "1", nn.Identity())
+    >>> model[1]
+    Identity()
+    """
+    parent, _, last = name.rpartition(".")
+    try:
+        model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{type(model).__name__} has no module {name!r}: {error}") from error
+    if not last:
+        raise ValueError("the model itself can't be replaced: give the name of one of its submodules")
+    setattr(model.get_submodule(parent), last, new)
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let ``modules`` stand in ``model`` in the places of those called so, and put these back at the end."""
+    before = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            replace_module(model, name, module)
+        yield
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)
+
+
+def _is_linear_map(module: nn.Module) -> bool:
+    """Whether ``module`` computes ``weight @ x + bias`` and nothing else, as far as its parameters show."""
+    if {name for name, _ in module.named_parameters(recurse=False)} not in ({"weight"}, {"weight", "bias"}):
+        return False
+    if isinstance(module, Conv1D):
+        return True
+    # Layers with other storage (adapters, factors, packed weights) or other arithmetic are nn.Linear as well.
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return module.weight.shape == (module.out_features, module.in_features)
+    return False
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[_Matrix]:
+    """Yield every parameter of the decoder blocks with two or more dimensions."""
+    prefix, blocks = decoder_blocks(model)
+    for index, block in enumerate(blocks):
+        for inner, module in block.named_modules():
+            linear = module if _is_linear_map(module) else None
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() < 2:
+                    continue
+                kind = inner if linear is not None else f"{inner}.{parameter_name}".lstrip(".")
+                yield _Matrix(f"{prefix}.{index}.{kind}".rstrip("."), index, kind, module, parameter, linear)
+
+
+def _matches(matrix: _Matrix, pattern: str) -> bool:
+    return fnmatchcase(matrix.name, pattern) or fnmatchcase(matrix.kind, pattern)
+
+
+def _check_patterns(matrices: Sequence[_Matrix], patterns: Sequence[str]) -> None:
+    """Refuse a pattern that matches nothing: it is a misspelling, and the plan would not be what was asked for."""
+    for pattern in patterns:
+        if not any(_matches(matrix, pattern) for matrix in matrices):
+            kinds = ", ".join(list(dict.fromkeys(matrix.kind for matrix in matrices))[:8])
+            example = matrices[0].name if matrices else "none"
+            raise ValueError(
+                f"pattern {pattern!r} matches no matrix of the decoder blocks: expected a glob for a name "
+                f"in the block ({kinds}, ...) or a full name ({example})"
+            )
+
+
+def _reason(
+    matrix: _Matrix, include: Sequence[str], exclude: Sequence[str], shared: set[int], called: Container[str]
+) -> str | None:
+    """Return why ``matrix`` stays dense, or None if it is a target."""
+    excluding = next((pattern for pattern in exclude if _matches(matrix, pattern)), None)
+    if excluding is not None:
+        return f"{BY_PATTERN} {excluding!r}"
+    if not any(_matches(matrix, pattern) for pattern in include):
+        return f"{BY_PATTERN}: in none of {list(include)}"
+    kind = type(matrix.owner).__name__
+    if matrix.module is None:
+        # torch's own classes with such weights (convolutions) are no experts.
+        if matrix.weight.dim() == 3 and not type(matrix.owner).__module__.startswith("torch.nn."):
+            return f"fused experts of {kind} (a 3-D parameter)"
+        return f"{matrix.weight.dim()}-D parameter of {kind}, which is no known linear map"
+    if not matrix.weight.is_floating_point() or matrix.weight.element_size() < 2:
+        return f"weights of type {matrix.weight.dtype}"
+    if id(matrix.weight) in shared:
+        return "weight tied to another module"
+    return None if matrix.name in called else "never called in a forward pass"
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that go by more than one name."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared
+
+
+def _probe(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Calls:
+    """Return the inputs of every call of ``modules`` for two tokens, keyed by name in the order of the first calls."""
+    calls: Calls = defaultdict(list)
+
+    def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            value = fed(args, kwargs)
+            calls[name].append((value, value._version))
+
+        return hook
+
+    tokens = torch.arange(2, device=input_device(model))[None]
+    with evaluating(model), ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_pre_hook(remember(name), with_kwargs=True).remove)
+        model(input_ids=tokens, use_cache=False)
+    return dict(calls)
+
+
+def _targets(taken: dict[str, _Matrix], calls: Calls) -> Iterator[Target]:
+    """Yield the targets in the order of the probe, each with the first one whose inputs were the same."""
+    groups: dict[tuple[tuple[int, int], ...], str] = {}
+    for name in calls:
+        if name not in taken:
+            continue
+        matrix = taken[name]
+        assert matrix.module is not None
+        inputs = tuple((id(value), version) for value, version in calls[name])
+        rows, columns = dense_weight(matrix.module).shape
+        yield Target(
+            name=name,
+            block=matrix.block,
+            kind=matrix.kind,
+            shape=(rows, columns),
+            group=groups.setdefault(inputs, name),
+            transposed=isinstance(matrix.module, Conv1D),
+        )
+
+
+def _report(skipped: Sequence[Skipped]) -> None:
+    """Log each reason once, with how much it leaves dense."""
+    by_reason: dict[str, list[Skipped]] = defaultdict(list)
+    for entry in skipped:
+        by_reason[entry.reason].append(entry)
+    for reason, entries in by_reason.items():
+        level = logging.INFO if reason.startswith(BY_PATTERN) else logging.WARNING
+        text = "left dense: %d matrices, %d parameters (%s, ...): %s"
+        logger.log(level, text, len(entries), sum(entry.parameters for entry in entries), entries[0].name, reason)
+
+
+def _refuse_quantised(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights are packed; one that was unpacked while loading is dense and welcome."""
+    config = getattr(model.config, "quantization_config", None)
+    as_dict = config if isinstance(config, dict) or config is None else config.to_dict()
+    method = str((as_dict or {}).get("quant_method", "unknown method")).rpartition(".")[2].lower()
+    marked = bool(getattr(model, "is_quantized", False)) and method != OWN_METHOD
+    packed = next((name for name, module in model.named_modules() if _is_packed(module)), None)
+    if marked or packed is not None:
+        where = f"module {packed}" if packed is not None else method
+        raise ValueError(
+            f"{type(model).__name__} is quantised ({where}) and can't be compressed: load the unquantised checkpoint"
+        )
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a quantisation library keeps the weights of ``module`` packed."""
+    weight = getattr(module, "weight", None)
+    if any(hasattr(module, name) for name in PACKED_WEIGHTS) or type(weight).__module__.startswith("torchao"):
+        return True
+    subclass = isinstance(module, nn.Linear) and type(module) is not nn.Linear
+    return subclass and isinstance(weight, Tensor) and not weight.is_floating_point()
+
+
+def model_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def targeted_parameters(targets: Targets) -> int:
+    """Return the number of parameters of the weights of all maps to compress."""
+    return sum(rows * columns for rows, columns in (target.shape for target in targets.modules))
+
+
+class StandIn:
+    """A layer that stands for a dense one while something is learned or measured."""
+
+    weight: Tensor
+
+    def dense(self) -> nn.Module:
+        """Return the layer that this one stands in for."""
+        raise NotImplementedError

@@ -1,0 +1,395 @@
+"""What a rank costs, and how wished-for ranks become whole ones that meet a budget."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_pl.models.identity import Origin
+from lowrank_pl.models.targets import Targets, model_parameters
+from lowrank_pl.plans.component_order import ComponentOrder, wish_scores
+from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.plans.storage import Storage, StorageChoice
+
+__all__ = ["Budget", "budget_for"]
+
+_log = logging.getLogger(__name__)
+
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many parameters a model's targeted modules may keep, and which ranks each may take.
+
+    Args:
+        keep: Fraction of the targeted parameters to keep, in (0, 1].
+        shapes: ``(out, in)`` of every targeted module by name, in the model's order.
+        model_parameters: Parameters of the whole dense model, ``left_out`` included.
+        bytes_per_parameter: Bytes of one stored number.
+        multiple_of: Every rank is a multiple of this; modules too small for one multiple stay dense.
+        floors: Least kept fraction by glob on the module's name; 1.0 keeps the matching modules dense.
+        storage: How low-rank modules are stored, which decides on what a rank costs.
+        left_out: Parameters that a narrowing has taken out of the modules before; ``keep`` counts them.
+
+    Raises:
+        ValueError: ``keep`` outside (0, 1], a floor outside [0, 1] or matching nothing, or floors above ``keep``.
+
+    Example:
+        >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
+        >>> plan = budget.fit({"a": 3.0, "b": 1.0}, method="hand")
+        >>> [module.rank for module in plan.modules.values()], plan.keep_targeted
+        ([3, 1], 0.5)
+    """
+
+    keep: float
+    shapes: Mapping[str, Shape]
+    model_parameters: int
+    bytes_per_parameter: int = 4
+    multiple_of: int = 1
+    floors: Mapping[str, float] = field(default_factory=dict)
+    storage: StorageChoice = "auto"
+    left_out: int = 0
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of is {self.multiple_of}: expected a whole number of at least 1")
+        for pattern, floor in self.floors.items():
+            if not 0 <= floor <= 1:
+                raise ValueError(f"the floor of {pattern!r} is {floor}: expected a fraction in [0, 1]")
+            if not any(fnmatchcase(name, pattern) for name in self.shapes):
+                raise ValueError(f"the floor pattern {pattern!r} matches none of the {len(self.shapes)} modules")
+        least = sum(self.cost(name, self.least_rank(name)) for name in self.shapes)
+        if least > self.limit:
+            raise ValueError(
+                f"keep {self.keep} allows {self.limit:,} parameters, but the floors and multiple_of "
+                f"{self.multiple_of} need at least {least:,} (keep {least / self.total:.4f}): raise keep or lower them"
+            )
+
+    @property
+    def present(self) -> int:
+        """Parameters of the targeted modules as they are, dense."""
+        return sum(m * n for m, n in self.shapes.values())
+
+    @property
+    def total(self) -> int:
+        """Parameters of the targeted modules before, those that were left out included."""
+        return self.present + self.left_out
+
+    @property
+    def limit(self) -> int:
+        """Parameters that the targeted modules may keep."""
+        # The small addend undoes the rounding of products such as 0.7 * 10 == 7.000000000000001 or 6.999...
+        return min(self.present, math.floor(self.keep * self.total + 1e-6))
+
+    @property
+    def share(self) -> float:
+        """What ``keep`` is of the modules as they are: the same where nothing was left out, else more, at most 1."""
+        return min(1.0, self.keep * self.total / self.present) if self.left_out else self.keep
+
+    def cost(self, name: str, rank: int | None) -> int:
+        """Return the parameters of module ``name`` at ``rank``, indices of pivots included; ``None`` is dense."""
+        shape = self.shapes[name]
+        return shape[0] * shape[1] if rank is None else self.prices.cost(shape, rank)
+
+    def costs(self, name: str, sizes: Sequence[int | None]) -> NDArray[np.int64]:
+        """Return the cost of each of ``sizes`` of module ``name``."""
+        m, n = self.shapes[name]
+        ranks = np.array([0 if size is None else size for size in sizes], dtype=np.int64)
+        return np.where([size is None for size in sizes], m * n, self.prices.costs((m, n), ranks))
+
+    @cached_property
+    def prices(self) -> Storage:
+        """What ranks cost."""
+        return Storage(self.storage, self.bytes_per_parameter)
+
+    def break_even(self, name: str) -> int:
+        """Return the largest rank of ``name`` that takes less than its dense weight; 0 if there is none."""
+        return self.prices.break_even(self.shapes[name])
+
+    def top_rank(self, name: str) -> int:
+        """Return the largest allowed rank of ``name`` below dense; 0 where only dense is left."""
+        return self.break_even(name) // self.multiple_of * self.multiple_of
+
+    def least_rank(self, name: str) -> int | None:
+        """Return the smallest allowed rank of ``name``; ``None`` where it must stay dense."""
+        floor = max((f for pattern, f in self.floors.items() if fnmatchcase(name, pattern)), default=0.0)
+        wanted = max(1, math.ceil(self.prices.rank_at(self.shapes[name], floor) - 1e-9))
+        rank = math.ceil(wanted / self.multiple_of) * self.multiple_of
+        return rank if floor < 1 and rank <= self.top_rank(name) else None
+
+    def fit(self, wishes: Mapping[str, float], *, method: str, scale_up: bool = True) -> RankPlan:
+        """Return the plan nearest to the wished ranks that meets the budget to within one rank step.
+
+        Finite wishes are scaled by one common factor (ARA's rule) and rounded down to allowed ranks; what is left goes
+        to the modules nearest to their next component, until no further step of any module fits. In the order that the
+        plan carries, modules wished dense stay dense at this size and above, and shrink with the rest below it.
+
+        Args:
+            wishes: A real rank for every module; ``math.inf`` asks for dense and is not scaled.
+            method: Name of whoever made the wishes.
+            scale_up: Whether the factor may exceed 1, so that the budget is spent in full.
+
+        Raises:
+            ValueError: A module without a wish, a wish for no module, or one that is negative or NaN.
+        """
+        self._check_names(wishes, "rank is wished for")
+        for name, wish in wishes.items():
+            if math.isnan(wish) or wish < 0:
+                raise ValueError(f"the rank wished for {name} is {wish}: expected a number of at least 0")
+        notes = []
+        wishes = dict(wishes)
+        if sum(self.cost(n, self.least_rank(n) if math.isfinite(w) else None) for n, w in wishes.items()) > self.limit:
+            dropped = sum(math.isinf(wish) for wish in wishes.values())
+            even = {name: self.prices.rank_at(shape, 1.0) for name, shape in self.shapes.items()}
+            wishes = {name: even[name] if math.isinf(wish) else wish for name, wish in wishes.items()}
+            notes.append(f"{dropped} modules were wished dense, which the budget does not allow: scaled like the rest")
+        order = ComponentOrder({name: wish_scores(shape, wishes[name]) for name, shape in self.shapes.items()})
+        chosen = self._choose(order, least_score=-math.inf if scale_up else 1.0)
+        order = self._with_finite_wishes(order, wishes, chosen.threshold)
+        # Where everything has come out dense, the factor says nothing.
+        if 0 < chosen.threshold < math.inf and any(size is not None for size in chosen.sizes.values()):
+            notes.append(f"wished ranks scaled by {1 / chosen.threshold:.4f} to meet keep {self.keep}")
+        return self._plan(chosen.sizes, order, method, notes)
+
+    def select(
+        self,
+        scores: Mapping[str, Tensor],
+        *,
+        method: str,
+        notes: Iterable[str] = (),
+        within: Mapping[str, ModulePlan] | None = None,
+        beyond: Mapping[str, ModulePlan] | None = None,
+    ) -> RankPlan:
+        """Return the plan of the highest-scored components that meets the budget to within one rank step.
+
+        Components are taken one by one, highest score first, each at what it adds to its module's cost: nothing for
+        those beyond break-even once a module is dense (the accounting of ZS-SVD, arXiv 2602.02848). A component whose
+        step no longer fits closes its module. The plan carries the scores, so that other sizes follow from it (the
+        score map of ACIP, arXiv 2502.01717).
+
+        Args:
+            scores: For every module a number for each of its first components, none beyond ``min(out, in)``; those
+                without one come last. Higher is kept longer, across modules; of equals, whichever is nearer to the
+                start of its module.
+            method: Name of whoever made the scores.
+            notes: What to note in the plan.
+            within: Modules of a larger plan whose ranks are not exceeded.
+            beyond: Modules of a smaller plan whose ranks are kept, whatever ``multiple_of`` and ``floors`` say.
+
+        Raises:
+            ValueError: A module without scores, scores for no module, too many or NaN, or ``beyond`` costs too much.
+
+        Example:
+            >>> import torch
+            >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
+            >>> plan = budget.select({"a": torch.tensor([9.0, 1, 8]), "b": torch.tensor([7.0, 6.0])}, method="hand")
+            >>> [(module.rank, module.indices) for module in plan.modules.values()]
+            [(2, (0, 2)), (2, None)]
+        """
+        order = self._order(scores)
+        return self._plan(self.sizes(order.scores, within=within, beyond=beyond), order, method, list(notes))
+
+    def sizes(
+        self,
+        scores: Mapping[str, Tensor],
+        *,
+        within: Mapping[str, ModulePlan] | None = None,
+        beyond: Mapping[str, ModulePlan] | None = None,
+    ) -> dict[str, int | None]:
+        """Return the rank of every module (``None`` is dense) in ``select``'s plan, without making that plan."""
+        return self._choose(self._order(scores), within=within, beyond=beyond).sizes
+
+    def _order(self, scores: Mapping[str, Tensor]) -> ComponentOrder:
+        self._check_names(scores, "component is scored for")
+        for name, shape in self.shapes.items():
+            if (given := scores[name].numel()) > min(shape):
+                raise ValueError(f"{name} of shape {shape} has {given} scores: expected {min(shape)} or fewer")
+        return ComponentOrder(scores)
+
+    def _choose(
+        self,
+        order: ComponentOrder,
+        *,
+        least_score: float = -math.inf,
+        within: Mapping[str, ModulePlan] | None = None,
+        beyond: Mapping[str, ModulePlan] | None = None,
+    ) -> _Choice:
+        """Return the sizes that ``order`` leads to, and the score of the last component before one did not fit."""
+        names = list(self.shapes)
+        ladders = [
+            self._ladder(name, within[name] if within else None, beyond[name] if beyond else None) for name in names
+        ]
+        rest = self.limit - sum(self.cost(name, ladder[0]) for name, ladder in zip(names, ladders, strict=True))
+        if rest < 0:
+            raise ValueError(
+                f"the plan to go beyond has {-rest:,} parameters more than keep {self.keep} allows: give a smaller "
+                f"plan, or raise keep to {math.ceil(1e4 * (self.limit - rest) / self.total) / 1e4}"
+            )
+        value, owner_of, price, sequence = self._steps(order, ladders)
+        sequence = sequence[value[sequence] >= least_score]
+        spent = np.cumsum(price[sequence])
+        fitting = int(np.searchsorted(spent, rest, side="right"))
+        rest -= int(spent[fitting - 1]) if fitting else 0
+        taken = np.bincount(owner_of[sequence[:fitting]], minlength=len(names))
+        closed: set[int] = set()
+        for step in sequence[fitting:]:
+            owner = int(owner_of[step])
+            if owner in closed or price[step] > rest:
+                closed.add(owner)
+                if len(closed) == len(names):
+                    break
+                continue
+            taken[owner] += 1
+            rest -= int(price[step])
+        sizes = {name: ladder[count] for name, ladder, count in zip(names, ladders, taken, strict=True)}
+        in_a_row = value[sequence[:fitting]]
+        finite = in_a_row[np.isfinite(in_a_row)]
+        return _Choice(sizes, float(finite[-1]) if len(finite) else math.inf)
+
+    def _steps(
+        self, order: ComponentOrder, ladders: Sequence[Sequence[int | None]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return score, module and price of every step of every ladder, and in which sequence they are taken."""
+        values, owners, prices, places = [], [], [], []
+        for owner, (name, ladder) in enumerate(zip(self.shapes, ladders, strict=True)):
+            dense = self.break_even(name) + 1
+            # Dense is the first size that pays for no further component: the one beyond break-even.
+            reached = np.array([dense if size is None else size for size in ladder[1:]], dtype=np.int64)
+            ranked = np.full(min(self.shapes[name]) + 1, -np.inf, dtype=np.float32)
+            scores = order.scores[name]
+            ranked[: len(scores)] = np.sort(scores.numpy())[::-1]
+            values.append(ranked[reached - 1])
+            owners.append(np.full(len(reached), owner, dtype=np.int64))
+            costs = self.costs(name, ladder)
+            prices.append(costs[1:] - costs[:-1])
+            places.append(reached / dense)
+        value, owner_of, price = np.concatenate(values), np.concatenate(owners), np.concatenate(prices)
+        # By position among equals: in the order of modules, the first would be filled up before the last got anything.
+        return value, owner_of, price, np.lexsort((np.concatenate(places), -value))
+
+    def _ladder(self, name: str, most: ModulePlan | None, least: ModulePlan | None) -> list[int | None]:
+        """Return the allowed sizes of ``name`` from the smallest on; ``None`` is dense.
+
+        ``least`` and ``most`` may come from a plan edited by hand, so they stand even where they are not allowed.
+        """
+        first = self.least_rank(name)
+        ranks: list[int] = [] if first is None else list(range(first, self.top_rank(name) + 1, self.multiple_of))
+        if most is not None and most.rank is not None:
+            return [rank for rank in ranks if rank <= most.rank] or [most.rank]
+        if least is None:
+            return [*ranks, None]
+        if least.rank is None:
+            return [None]
+        more = [rank for rank in ranks if rank > least.rank]
+        return [least.rank, *more, *([None] if least.rank <= self.break_even(name) else [])]
+
+    def _plan(
+        self, sizes: Mapping[str, int | None], order: ComponentOrder, method: str, notes: Sequence[str]
+    ) -> RankPlan:
+        too_small = [name for name in self.shapes if self.top_rank(name) == 0]
+        notes = [*(f"{name}: too small for a rank of {self.multiple_of}, left dense" for name in too_small), *notes]
+        for note in notes:
+            _log.info("%s: %s", method, note)
+        modules = {}
+        for name, size in sizes.items():
+            shape = self.shapes[name]
+            form = "factored" if size is None else self.prices.form(shape, size)
+            modules[name] = ModulePlan.of_highest(shape, size, order.scores[name], storage=form)
+        return RankPlan(
+            method=method,
+            keep=self.keep,
+            modules=modules,
+            model_parameters=self.model_parameters,
+            bytes_per_parameter=self.bytes_per_parameter,
+            notes=tuple(notes),
+            order=order,
+            multiple_of=self.multiple_of,
+            floors=dict(self.floors),
+            storage=self.storage,
+            left_out=self.left_out,
+        )
+
+    def _with_finite_wishes(
+        self, order: ComponentOrder, wishes: Mapping[str, float], threshold: float
+    ) -> ComponentOrder:
+        """Return ``order`` with just enough of a wish for modules wished dense to be dense at ``threshold``.
+
+        Infinite wishes would keep these modules dense in smaller plans too, until the others had nothing left.
+        """
+        if not math.isfinite(threshold):
+            finite = [float(order.scores[name].max()) for name, wish in wishes.items() if math.isfinite(wish)]
+            threshold = max([1.0, *finite])
+        scores = dict(order.scores)
+        for name, wish in wishes.items():
+            if math.isinf(wish):
+                shape = self.shapes[name]
+                # A little above, for no component of another module may come between.
+                just_dense = (self.break_even(name) + 1) * max(threshold, 1e-30) * (1 + 1e-6)
+                scores[name] = wish_scores(shape, just_dense)
+        return ComponentOrder(scores)
+
+    def _check_names(self, given: Mapping[str, Any], what: str) -> None:
+        missing = [name for name in self.shapes if name not in given]
+        if missing:
+            raise ValueError(f"no {what} {missing[0]} and {len(missing) - 1} more: expected one a module")
+        for name in given:
+            if name not in self.shapes:
+                raise ValueError(f"a {what} {name}, which is none of the {len(self.shapes)} modules")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Sizes by module (``None`` is dense), and the lowest score among those that were taken in a row."""
+
+    sizes: dict[str, int | None]
+    threshold: float
+
+
+def check_keep(keep: float) -> None:
+    """Check that ``keep`` is a fraction of parameters kept.
+
+    Raises:
+        ValueError: ``keep`` lies outside (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}: expected the fraction of parameters to keep, above 0 and at most 1")
+
+
+def budget_for(
+    model: PreTrainedModel,
+    targets: Targets,
+    keep: float,
+    *,
+    multiple_of: int = 1,
+    floors: dict[str, float] | None = None,
+    storage: StorageChoice = "auto",
+) -> Budget:
+    """Return the budget of ``keep`` of the targeted parameters of a dense ``model``; arguments as in ``Budget``.
+
+    Of a model that was narrowed that is of those that it had before.
+    """
+    before = Origin.of(model)
+    left_out = 0 if before is None else before.left_out(targets)
+    return Budget(
+        keep=keep,
+        shapes={target.name: target.shape for target in targets.modules},
+        model_parameters=model_parameters(model) + left_out,
+        bytes_per_parameter=model.dtype.itemsize,
+        multiple_of=multiple_of,
+        floors=floors or {},
+        storage=storage,
+        left_out=left_out,
+    )

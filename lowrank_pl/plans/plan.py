@@ -1,0 +1,350 @@
+"""The rank plan: what every method produces and every export consumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from lowrank_pl.plans.component_order import ComponentOrder
+from lowrank_pl.plans.storage import Form, Storage, StorageChoice
+from lowrank_pl.utils.files import atomic_write
+
+__all__ = ["SCHEMA", "ModulePlan", "RankPlan"]
+
+SCHEMA = 2
+"""Since 2 a module may be stored pivoted; older plans are read as well."""
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What becomes of one linear map.
+
+    Args:
+        shape: ``(out, in)`` of its weight.
+        rank: How many components are kept; ``None`` leaves the module dense.
+        indices: Which components, when they are not the first ``rank`` ones; ascending.
+        storage: In which form; of no meaning when dense.
+    """
+
+    shape: tuple[int, int]
+    rank: int | None = None
+    indices: tuple[int, ...] | None = None
+    storage: Form = "factored"
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 2 or not all(type(size) is int and size > 0 for size in self.shape):
+            raise ValueError(f"the shape {self.shape} was given: expected two positive whole numbers, out and in")
+        if self.rank is not None and not 1 <= self.rank <= min(self.shape):
+            raise ValueError(f"a rank of {self.rank} was given for shape {self.shape}: expected 1..{min(self.shape)}")
+        if self.indices is not None:
+            _check_indices(self.indices, self.rank, self.shape)
+        if self.storage not in get_args(Form):
+            raise ValueError(f"a storage of {self.storage!r} was given: expected one of {', '.join(get_args(Form))}")
+        if self.storage == "pivoted" and self.rank == min(self.shape):
+            raise ValueError(f"rank {self.rank} of shape {self.shape} has nothing to pivot: store it factored or dense")
+
+    @classmethod
+    def of_highest(
+        cls, shape: tuple[int, int], rank: int | None, scores: Tensor, *, storage: Form = "factored"
+    ) -> ModulePlan:
+        """Return the plan that keeps the ``rank`` components of the highest scores; of equals the first ones.
+
+        Args:
+            shape: ``(out, in)`` of the module.
+            rank: How many components; ``None`` is dense.
+            scores: ``[components]``, at most ``min(out, in)``; components without one come last.
+            storage: In which form it is stored.
+
+        >>> ModulePlan.of_highest((8, 8), 2, torch.tensor([3.0, 1.0, 2.0])).indices
+        (0, 2)
+        """
+        if rank is None:
+            return cls(shape)
+        padded = torch.cat([scores, scores.new_full((min(shape) - len(scores),), -math.inf)])
+        best = padded.argsort(descending=True, stable=True)[:rank].sort().values.tolist()
+        return cls(shape, rank, None if best[-1] == rank - 1 else tuple(best), storage)
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the kept components are the first ones; so it is for dense modules."""
+        return self.indices is None or self.indices == tuple(range(len(self.indices)))
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense weight."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that stay, without the indices of pivots."""
+        if self.rank is None:
+            return self.dense_parameters
+        return self.rank * (sum(self.shape) - (self.rank if self.storage == "pivoted" else 0))
+
+    def numbers(self, bytes_per_parameter: int) -> int:
+        """Return the parameters that stay, with the indices of pivots as the numbers whose room they take."""
+        if self.rank is None:
+            return self.dense_parameters
+        return Storage(self.storage, bytes_per_parameter).cost(self.shape, self.rank)
+
+
+def _check_indices(indices: tuple[int, ...], rank: int | None, shape: tuple[int, int]) -> None:
+    whole = all(type(index) is int for index in indices)
+    ascending = whole and all(a < b for a, b in pairwise(indices))
+    if len(indices) != rank or not ascending or indices[0] < 0 or indices[-1] >= min(shape):
+        raise ValueError(
+            f"component indices {indices[:4]}... do not fit rank {rank} and shape {shape}: "
+            f"expected {rank} ascending numbers below {min(shape)}"
+        )
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks for every targeted module of one model, with the counts that follow from them.
+
+    Args:
+        method: Who drew the plan, as in ``lowrank allocate --method`` or the mask's name.
+        keep: Fraction of the targeted parameters that was asked for.
+        modules: The plan of each targeted module by name, in the model's order.
+        model_parameters: Parameters of the whole dense model, tied ones counted once, ``left_out`` included.
+        bytes_per_parameter: Bytes of one stored number.
+        origin: How to build the factors again: base, text, settings, store.
+        fingerprint: What the factors were made from, by content.
+        notes: Whatever was skipped, left dense, clamped or scaled, in words.
+        order: In which order components go when the model shrinks, where the method knows one; with it, other sizes
+            follow from the plan (``lowrank_pl.sizes``).
+        multiple_of: What every rank had to be a multiple of; holds for other sizes too.
+        floors: Least kept fractions that held, by glob on module names; likewise.
+        storage: The choice of form that was to be had; likewise.
+        left_out: Parameters that a narrowing had taken out of the modules before; all shares count them as gone.
+
+    Example:
+        >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
+        ...                 modules={"a": ModulePlan((10, 10), 2), "b": ModulePlan((10, 10))})
+        >>> plan.keep_targeted, round(plan.keep_model, 2)
+        (0.7, 0.8)
+        >>> RankPlan.from_json(plan.to_json()) == plan
+        True
+    """
+
+    method: str
+    keep: float
+    modules: Mapping[str, ModulePlan]
+    model_parameters: int
+    bytes_per_parameter: int = 4
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    order: ComponentOrder | None = None
+    multiple_of: int = 1
+    floors: Mapping[str, float] = field(default_factory=dict)
+    storage: StorageChoice = "factored"
+    left_out: int = 0
+
+    @property
+    def targeted_parameters(self) -> int:
+        """Parameters of the targeted modules before."""
+        return sum(module.dense_parameters for module in self.modules.values()) + self.left_out
+
+    @property
+    def kept_parameters(self) -> int:
+        """Parameters of the targeted modules after, indices of pivots counted as the numbers whose room they take."""
+        return sum(module.numbers(self.bytes_per_parameter) for module in self.modules.values())
+
+    @property
+    def keep_targeted(self) -> float:
+        """Kept fraction of the targeted modules' parameters."""
+        return self.kept_parameters / self.targeted_parameters
+
+    @property
+    def kept_model_parameters(self) -> int:
+        """Parameters of the whole model after."""
+        return self.model_parameters - self.targeted_parameters + self.kept_parameters
+
+    @property
+    def keep_model(self) -> float:
+        """Kept fraction of the whole model's parameters, embeddings and norms included."""
+        return self.kept_model_parameters / self.model_parameters
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole compressed model's parameters."""
+        return self.kept_model_parameters * self.bytes_per_parameter
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the whole dense model's parameters."""
+        return self.model_parameters * self.bytes_per_parameter
+
+    @property
+    def dense_modules(self) -> list[str]:
+        """Names of the targeted modules that stay dense."""
+        return [name for name, module in self.modules.items() if module.rank is None]
+
+    @property
+    def pivoted_modules(self) -> list[str]:
+        """Names of the modules that are stored pivoted."""
+        low_rank = {name: module for name, module in self.modules.items() if module.rank is not None}
+        return [name for name, module in low_rank.items() if module.storage == "pivoted"]
+
+    @property
+    def any_k_modules(self) -> list[str]:
+        """Names of the modules whose kept components are not the first ones."""
+        return [name for name, module in self.modules.items() if not module.is_prefix]
+
+    @property
+    def named_base(self) -> str:
+        """The model that was compressed, as it was named, before any narrowing; empty where it is not known."""
+        narrowed = self.origin.get("narrowed")
+        return str(self.origin.get("base", "") if narrowed is None else narrowed["base"])
+
+    def dense(self) -> RankPlan:
+        """Return the plan that leaves every module as it is."""
+        modules = {name: ModulePlan(module.shape) for name, module in self.modules.items()}
+        return replace(self, keep=1.0, modules=modules, order=None)
+
+    def with_origin(
+        self, origin: Mapping[str, Any], fingerprint: Mapping[str, Any], notes: Iterable[str] = ()
+    ) -> RankPlan:
+        """Return the plan with what its factors come from, and ``notes`` put first."""
+        return replace(self, origin=origin, fingerprint=fingerprint, notes=(*notes, *self.notes))
+
+    def to_json(self) -> str:
+        """Return the plan as JSON, one line a module, in a stable order; the component order comes last.
+
+        The counts are written for people and scripts; reading a plan recomputes them from the ranks. The order is a
+        line of base64 a module, not for reading: whoever edits ranks by hand leaves it alone.
+        """
+        head = {
+            "schema": SCHEMA,
+            "method": self.method,
+            "keep": {"asked": self.keep, "targeted": self.keep_targeted, "model": self.keep_model},
+            "parameters": {
+                "targeted": {"dense": self.targeted_parameters, "kept": self.kept_parameters},
+                "model": {"dense": self.model_parameters, "kept": self.kept_model_parameters},
+                **({"left_out": self.left_out} if self.left_out else {}),
+            },
+            "bytes": {"dense": self.dense_bytes, "kept": self.bytes, "per_parameter": self.bytes_per_parameter},
+            "counts": {
+                "modules": len(self.modules),
+                "dense": len(self.dense_modules),
+                "any_k": len(self.any_k_modules),
+                "pivoted": len(self.pivoted_modules),
+            },
+            "constraints": {"multiple_of": self.multiple_of, "floors": dict(self.floors), "storage": self.storage},
+            "notes": list(self.notes),
+            "origin": dict(self.origin),
+            "fingerprint": dict(self.fingerprint),
+        }
+        lines = [f"    {json.dumps(name)}: {json.dumps(_module_json(plan))}" for name, plan in self.modules.items()]
+        body = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
+        whole = body + ',\n  "modules": {\n' + ",\n".join(lines) + "\n  }"
+        if self.order is not None:
+            # Last, because it is not for reading.
+            scores = [f"    {json.dumps(name)}: {json.dumps(text)}" for name, text in self.order.to_json().items()]
+            whole += ',\n  "order": {\n' + ",\n".join(scores) + "\n  }"
+        return whole + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlan:
+        """Return the plan that ``to_json`` wrote, or that a person edited.
+
+        Raises:
+            ValueError: Not JSON, another schema, a missing key or an impossible rank.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the plan is not JSON ({error}): expected a file written by `lowrank allocate`") from None
+        if not isinstance(data, dict) or data.get("schema") not in range(1, SCHEMA + 1):
+            given = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"the plan has schema {given!r}: this version of lowrank_pl reads schemas 1 to {SCHEMA}")
+        try:
+            return cls._from_dict(data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the plan lacks or misspells {error}: write it anew with `lowrank allocate`") from None
+
+    @classmethod
+    def _from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
+        modules = {}
+        for name, entry in data["modules"].items():
+            try:
+                modules[name] = _module_from_json(entry)
+            except ValueError as error:
+                raise ValueError(f"module {name} of the plan: {error}") from None
+        if not modules:
+            raise ValueError("the plan names no module: write it anew with `lowrank allocate`")
+        # Plans of schema 1 know factored storage only, and those of version 0.1 no constraints.
+        constraints = {"storage": "factored", **data.get("constraints", {"multiple_of": 1, "floors": {}})}
+        _check_constraints(constraints)
+        return cls(
+            method=data["method"],
+            keep=data["keep"]["asked"],
+            modules=modules,
+            model_parameters=data["parameters"]["model"]["dense"],
+            bytes_per_parameter=data["bytes"]["per_parameter"],
+            origin=data["origin"],
+            fingerprint=data["fingerprint"],
+            notes=tuple(data["notes"]),
+            order=ComponentOrder.from_json(data["order"]) if "order" in data else None,
+            multiple_of=constraints["multiple_of"],
+            floors=constraints["floors"],
+            storage=constraints["storage"],
+            left_out=data["parameters"].get("left_out", 0),
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan to ``path`` as JSON, atomically."""
+        return atomic_write(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankPlan:
+        """Return the plan in the file ``path``.
+
+        Raises:
+            ValueError: No such file, or no plan in it; the message names the file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no plan at {path}: expected a JSON file written by `lowrank allocate` or `lowrank fit`")
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _check_constraints(constraints: Mapping[str, Any]) -> None:
+    multiple, floors, storage = constraints["multiple_of"], constraints["floors"], constraints["storage"]
+    if storage not in get_args(StorageChoice):
+        raise ValueError(f"storage is {storage!r} in the plan: expected one of {', '.join(get_args(StorageChoice))}")
+    if type(multiple) is not int or multiple < 1:
+        raise ValueError(f"multiple_of is {multiple!r} in the plan: expected a whole number of at least 1")
+    for pattern, floor in floors.items():
+        if type(floor) not in (int, float) or not 0 <= floor <= 1:
+            raise ValueError(f"the floor of {pattern!r} is {floor!r} in the plan: expected a fraction in [0, 1]")
+
+
+def _module_json(plan: ModulePlan) -> dict[str, Any]:
+    entry: dict[str, Any] = {"shape": list(plan.shape), "rank": "dense" if plan.rank is None else plan.rank}
+    if plan.indices is not None:
+        entry["indices"] = list(plan.indices)
+    if plan.rank is not None and plan.storage != "factored":
+        entry["storage"] = plan.storage
+    return entry
+
+
+def _module_from_json(entry: Mapping[str, Any]) -> ModulePlan:
+    rank = entry["rank"]
+    if rank != "dense" and (not isinstance(rank, int) or isinstance(rank, bool)):
+        raise ValueError(f'rank {rank!r} is neither a whole number nor "dense"')
+    indices = tuple(entry["indices"]) if "indices" in entry else None
+    form = entry.get("storage", "factored")
+    return ModulePlan(tuple(entry["shape"]), None if rank == "dense" else rank, indices, form)

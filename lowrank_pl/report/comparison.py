@@ -1,0 +1,341 @@
+"""What people read of a comparison: its results as a list, a table and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lowrank_pl.report.page import render
+from lowrank_pl.utils.files import atomic_write, write_json
+from lowrank_pl.utils.formatting import percent, save_figure, table
+
+__all__ = [
+    "comparison_cells",
+    "comparison_page",
+    "comparison_plot",
+    "comparison_table",
+    "lines_by_mean_excess",
+    "read_results",
+    "write_comparison",
+    "write_comparison_page",
+]
+
+DENSE = "dense"
+
+
+MARKERS = "osD^vP*Xhd<>"
+
+
+_LINE = 0.16
+"""Inches from one line of small words to the next."""
+
+
+def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github") -> str:
+    """Return the results as a table, the best of each size first.
+
+    Args:
+        results: As in ``results.json``.
+        fmt: A format of ``tabulate``.
+    """
+    return table(*comparison_cells(results), fmt)
+
+
+def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the rows of the table of ``results``, the best of each size first."""
+    corpora = list(results[0]["perplexity"]) if results else []
+    head = ["method", "keep", "kept model", "MB", *(f"ppl {c}" for c in corpora), *(f"excess {c}" for c in corpora)]
+    head += ["seconds", "peak GB"]
+    body = [
+        [
+            row["method"],
+            percent(row["keep"]["targeted"]),
+            percent(row["keep"]["model"]),
+            f"{row['bytes'] / 1e6:,.1f}",
+            *(f"{row['perplexity'][corpus]:.2f}" for corpus in corpora),
+            *(f"{row['excess'][corpus]:.3f}" for corpus in corpora),
+            _seconds(row["seconds"]),
+            f"{row['peak_memory'] / 1e9:.1f}",
+        ]
+        for row in sorted(results, key=lambda row: (-row["keep"]["asked"], _mean_excess(row)))
+    ]
+    return head, body
+
+
+def lines_by_mean_excess(
+    results: Sequence[Mapping[str, Any]], methods: Sequence[str] = ()
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Return each method's results from its smallest size to its largest.
+
+    The first method is the one whose best size has the least mean excess over the texts.
+
+    Args:
+        results: As in ``results.json``; those of the dense model are left out.
+        methods: Which to return; all by default.
+
+    Raises:
+        ValueError: A method that has no result.
+    """
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(results, key=lambda row: row["keep"]["targeted"]):
+        if row["method"] != DENSE:
+            lines.setdefault(row["method"], []).append(row)
+    for name in methods:
+        if name not in lines:
+            raise ValueError(f"the plot is to show {name!r}, which has no result: there are {', '.join(lines)}")
+    best = {name: min(map(_mean_excess, lines[name])) for name in methods or lines}
+    return {name: lines[name] for name in sorted(best, key=best.__getitem__)}
+
+
+def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, methods: Sequence[str] = ()) -> Figure:
+    """Return a plot of the excess in nats on ``corpus`` against the kept fraction, one line a method.
+
+    Lines bear their names at the end, which is where the largest size is.
+
+    Args:
+        results: As in ``results.json``.
+        corpus: One of the texts that were scored.
+        methods: Which to show; all by default.
+
+    Raises:
+        ValueError: A method that has no result.
+    """
+    lines = lines_by_mean_excess(results, methods)
+    figure = Figure(figsize=(7.2, max(4.2, 1.2 + 0.19 * len(lines))), layout="constrained")
+    axes = figure.add_subplot()
+    ends = {}
+    for place, (name, rows) in enumerate(lines.items()):
+        points = [(row["keep"]["targeted"], row["excess"][corpus]) for row in rows]
+        ends[name] = points[-1]
+        axes.plot(
+            *zip(*points, strict=True),
+            marker=MARKERS[place % len(MARKERS)],
+            linewidth=2.4 if place == 0 else 1.2,
+            markersize=5,
+            color=f"C{place % 10}",
+            linestyle=("-", "--", ":")[place // 10 % 3],
+        )
+    # A tiny random model may come out better than dense by chance.
+    if all(row["excess"][corpus] > 0 for rows in lines.values() for row in rows):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    sizes = sorted({row["keep"]["asked"] for rows in lines.values() for row in rows})
+    if len(sizes) <= 8:
+        axes.set_xticks(sizes, [percent(size) for size in sizes])
+    axes.set_xlabel("kept fraction of the targeted parameters")
+    axes.set_ylabel("excess over the dense model in nats a token")
+    axes.set_title(f"{corpus}: lower is better")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    _name_lines(axes, ends, {name: f"C{place % 10}" for place, name in enumerate(lines)})
+    return figure
+
+
+def _name_lines(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
+    """Write the names of lines beside the axes, as near to where they end as they fit without touching."""
+    last = max(x for x, _ in ends.values())
+    # Whole ranks do not come to the very same fraction.
+    outside = {name: end for name, end in ends.items() if end[0] > last - 0.02}
+    heights = axes.transAxes.inverted().transform(axes.transData.transform(list(outside.values())))[:, 1]
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    inches = figure.get_figheight() * axes.get_position().height
+    gap = min(_LINE / inches, 1 / max(1, len(outside) - 1))
+    places = _spread(dict(zip(outside, heights, strict=True)), gap=gap)
+    line: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.4, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
+    for name, end in ends.items():
+        look: dict[str, Any] = {"color": colours[name], "fontsize": 8, "verticalalignment": "center"}
+        if name in places:
+            beside: dict[str, Any] = {"xytext": (1.08, places[name]), "textcoords": "axes fraction"}
+            axes.annotate(name, end, **beside, **look, arrowprops={**line, "color": colours[name]})
+        else:
+            axes.annotate(name, end, xytext=(7, 0), textcoords="offset points", **look)
+
+
+def _spread(wanted: Mapping[str, float], *, gap: float) -> dict[str, float]:
+    """Return the places that are nearest to those wanted, all at least ``gap`` apart and in ``[0, 1]``."""
+    order = sorted(wanted, key=lambda name: wanted[name])
+    # Less a gap for each one below, places only need not fall: a least-squares fit pools neighbours that would.
+    pools: list[list[float]] = []
+    for number, name in enumerate(order):
+        pools.append([wanted[name] - number * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    room = 1 - (len(order) - 1) * gap
+    level = [min(max(fmean(pool), 0), room) for pool in pools for _ in pool]
+    return {name: place + number * gap for number, (name, place) in enumerate(zip(order, level, strict=True))}
+
+
+def write_comparison(
+    folder: Path, results: Sequence[Mapping[str, Any]], *, command: str, plotted: Sequence[str] = ()
+) -> None:
+    """Write ``results.json``, ``results.md`` and a plot for each corpus to ``folder``, each whole or not at all.
+
+    Args:
+        folder: Made if absent.
+        results: One a method and size.
+        command: What makes them again.
+        plotted: The methods that the plots show, of those that have a result so far; all by default.
+    """
+    write_json(folder / "results.json", list(results))
+    atomic_write(folder / "results.md", f"{comparison_table(results)}\n\nMade by `{command}`.\n")
+    drawn = [row for row in results if row["method"] != DENSE]
+    there = {row["method"] for row in drawn}
+    for corpus in drawn[0]["perplexity"] if drawn else ():
+        shown = [name for name in plotted if name in there]
+        save_figure(comparison_plot(results, corpus, methods=shown), folder / f"excess-{corpus}.png")
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Return the list in ``results.json`` of ``folder``, empty where there is none yet."""
+    path = folder / "results.json"
+    if not path.exists():
+        return []
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        if not all({"method", "keep", "excess", "seconds"} <= row.keys() for row in found):
+            raise ValueError("a row lacks what every result has")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} holds no comparison ({error}): delete it or name another folder") from None
+    return found
+
+
+def _seconds(parts: Mapping[str, float | None]) -> str:
+    """Return the seconds from the dense model to the plan; a plus where some of them are not known."""
+    spent = {name: part for name, part in parts.items() if name != "scores"}
+    known = sum(part for part in spent.values() if part is not None)
+    return f"{known:,.0f}{'+' if None in spent.values() else ''}"
+
+
+def _mean_excess(row: Mapping[str, Any]) -> float:
+    excess: dict[str, float] = row["excess"]
+    return sum(excess.values()) / max(1, len(excess))
+
+
+WIDTH, HEIGHT = 640, 360
+
+
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
+"""Margins of the plot, with the labels of its axes."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method in a plot.
+
+    Args:
+        name: The method.
+        place: Its rank among all, by mean excess, from which its colour follows.
+        points: ``(x, y, what)`` of every size.
+    """
+
+    name: str
+    place: int
+    points: Sequence[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The excess on one text against the kept fraction.
+
+    Args:
+        corpus: The text.
+        lines: One a method.
+        xs: Labels of the x axis with their places.
+        ys: Labels of the y axis with theirs.
+    """
+
+    corpus: str
+    lines: Sequence[Line]
+    xs: Sequence[tuple[float, str]]
+    ys: Sequence[tuple[float, str]]
+
+
+def write_comparison_page(folder: Path, path: Path) -> Path:
+    """Write the page of the comparison in ``folder`` to ``path`` and return the path.
+
+    Raises:
+        ValueError: There are no results, or damaged ones.
+    """
+    return atomic_write(path, comparison_page(read_results(folder), title=f"Comparison in {folder.name}"))
+
+
+def comparison_page(results: Sequence[Mapping[str, Any]], *, title: str) -> str:
+    """Return the page of a comparison as HTML.
+
+    Args:
+        results: As in ``results.json``.
+        title: Its heading.
+
+    Raises:
+        ValueError: There are no results.
+    """
+    if not results:
+        raise ValueError("the comparison has no results yet: run `lowrank compare` again, it goes on where it stopped")
+    head, body = comparison_cells(results)
+    lines = lines_by_mean_excess(results)
+    corpora = results[0]["excess"] if lines else ()
+    machines = {
+        str(row.get("machine", {}).get("accelerator") or row.get("machine", {}).get("processor")) for row in results
+    }
+    return render(
+        "comparison.html", title=title, head=head, body=body, names=list(lines), machines=sorted(machines - {"None"}),
+        plots=[_plot(lines, corpus) for corpus in corpora], results=results,
+        WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, BOTTOM=BOTTOM,
+    )  # fmt: skip
+
+
+def _plot(results: Mapping[str, Sequence[Mapping[str, Any]]], corpus: str) -> Plot:
+    rows = [row for of_method in results.values() for row in of_method]
+    sizes = [row["keep"]["targeted"] for row in rows]
+    values = [row["excess"][corpus] for row in rows]
+    ticks = _ticks(min(values), max(values))
+    # A tiny random model may come out better than dense by chance.
+    scale = math.log10 if min(values) > 0 else float
+    low, high = scale(min(*ticks, *values)), scale(max(*ticks, *values))
+    left, right = min(sizes), max(sizes)
+
+    def x(size: float) -> float:
+        share = (size - left) / (right - left) if right > left else 0.5
+        return round(LEFT + 24 + share * (WIDTH - LEFT - RIGHT - 48), 1)
+
+    def y(value: float) -> float:
+        return round(TOP + (high - scale(value)) / ((high - low) or 1) * (HEIGHT - TOP - BOTTOM), 1)
+
+    lines = []
+    for place, (name, of_method) in enumerate(results.items()):
+        lines.append(Line(name, place, [
+            (x(row["keep"]["targeted"]), y(row["excess"][corpus]),
+             f"{name}, {percent(row['keep']['targeted'])} kept: {row['excess'][corpus]:.3f} nats")
+            for row in of_method
+        ]))  # fmt: skip
+    asked = sorted({row["keep"]["asked"] for row in rows})
+    return Plot(corpus, lines, [(x(size), percent(size)) for size in asked], [(y(tick), f"{tick:g}") for tick in ticks])
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return round numbers from the last one at or below ``low`` to the first one at or above ``high``.
+
+    They are 1, 2 and 5 of every decade; where ``low`` is not positive, evenly spaced ones.
+
+    >>> _ticks(0.03, 0.4), _ticks(-0.1, 0.3)
+    ([0.02, 0.05, 0.1, 0.2, 0.5], [-0.1, 0.0, 0.1, 0.2, 0.3])
+    """
+    if low > 0:
+        marks = [float(f"{digit}e{power}") for power in range(-12, 13) for digit in (1, 2, 5)]
+        first = max(mark for mark in marks if mark <= max(low, marks[0]))
+        return [
+            mark for mark in marks if first <= mark and (mark <= high or mark == min(m for m in marks if m >= high))
+        ]
+    span = high - low or 1.0
+    unit = 10.0 ** math.floor(math.log10(span))
+    step = next(unit * part for part in (0.1, 0.2, 0.5, 1, 2) if span / (unit * part) <= 6)
+    return [round(step * k, 12) for k in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]

@@ -1,0 +1,241 @@
+"""Text as windows of tokens: tokenised as one stream, cut without overlap, kept on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lowrank_pl.text.sources import parse_text, read_stream, source_identity
+from lowrank_pl.utils.files import atomic_write, cache_root, sha256_of
+
+__all__ = [
+    "known_windows",
+    "token_windows",
+    "tokenizer_fingerprint",
+    "uses_bos",
+    "warn_of_known",
+    "windows_fingerprint",
+]
+
+SEGMENT = 1 << 16  # characters tokenised at a time
+
+
+CONTEXT = 1 << 11  # characters around them that are tokenised too, and dropped
+
+
+CACHE_FORMAT = "1"
+
+
+PROBE = "The quick brown fox"
+
+
+PASSAGE = 32  # so many equal tokens in a row are the same passage, not the same phrase
+
+
+_log = logging.getLogger(__name__)
+
+
+def token_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, windows: int | None = None) -> Tensor:
+    r"""Return consecutive windows of tokens of ``text``, or every so many-th, int64 ``[windows, length]``.
+
+    Documents are joined by a blank line and tokenised as one string without special tokens. Where the tokenizer puts
+    a BOS before every text (:func:`uses_bos`), each window is that BOS and ``length - 1`` tokens of text. No more of
+    the text is read than the windows need. The result is kept under ``cache_root() / "tokens"``.
+
+    Args:
+        text: Name of the text, see :mod:`lowrank_pl.text`.
+        tokenizer: Of the model that will read them.
+        length: Tokens in a window, 2 or more.
+        windows: How many, by default all that the text has. When it has fewer, all are returned and a warning says so.
+
+    Raises:
+        ValueError: The text can't be read, is empty, or has fewer tokens than one window.
+
+    >>> from lowrank_pl.models.tiny import byte_tokenizer
+    >>> found = token_windows("python-docs", byte_tokenizer(), length=8, windows=2)
+    >>> bytes(found.flatten().tolist())
+    b'The "assert" sta'
+    """
+    if length < 2 or (windows is not None and windows < 1):
+        raise ValueError(f"windows of text need length >= 2 and windows >= 1, but length={length}, windows={windows}")
+    source = parse_text(text)
+    identity = source_identity(source)
+    key = sha256_of(CACHE_FORMAT, tokenizer_fingerprint(tokenizer), identity, str(length), str(windows))
+    path = cache_root() / "tokens" / f"{key}.safetensors"
+    found = _cached(path, length)
+    if found is None:
+        found = _packed(text, tokenizer, length, windows, every=source.every)
+        _keep(path, found)
+    if windows is not None and len(found) < windows:
+        _log.warning("%d windows of %d tokens were asked for, text %r has %d", windows, length, text, len(found))
+    return found.long()
+
+
+def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer itself begins a text with its BOS token, as Gemma's and Llama's do.
+
+    >>> from lowrank_pl.models.tiny import byte_tokenizer
+    >>> uses_bos(byte_tokenizer()), uses_bos(byte_tokenizer(bos=True))
+    (False, True)
+    """
+    ids = tokenizer(PROBE, add_special_tokens=True)["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a SHA-256 of all that decides how the tokenizer turns text and chats into tokens."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        # these two change with every call that pads or truncates, and no call here does
+        state.pop("truncation", None)
+        state.pop("padding", None)
+    else:
+        state = {"class": type(tokenizer).__qualname__, "vocabulary": tokenizer.get_vocab()}
+    probe = tokenizer(PROBE, add_special_tokens=True)["input_ids"]
+    return sha256_of(json.dumps([state, probe, tokenizer.bos_token_id, tokenizer.chat_template], sort_keys=True))
+
+
+def windows_fingerprint(windows: Tensor) -> str:
+    """Return the SHA-256 of the tokens and the shape of ``windows``.
+
+    >>> windows_fingerprint(torch.zeros(2, 3)) == windows_fingerprint(torch.zeros(3, 2))
+    False
+    """
+    return sha256_of(str(tuple(windows.shape)), windows.to(torch.int64).contiguous().cpu().numpy().tobytes())
+
+
+def _cached(path: Path, length: int) -> Tensor | None:
+    """Return the windows kept at ``path``, None when there are none or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = load(path.read_bytes())["windows"]
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        _log.warning("token cache %s is damaged and is built anew: %s", path, error)
+        return None
+    if found.dtype != torch.int32 or found.dim() != 2 or found.shape[1] != length or not len(found):
+        _log.warning("token cache %s holds %s %s and is built anew", path, found.dtype, list(found.shape))
+        return None
+    return found
+
+
+def _keep(path: Path, windows: Tensor) -> None:
+    """Write the windows for the next time; a cache that can't be written is no reason to stop."""
+    try:
+        atomic_write(path, save({"windows": windows}))
+    except OSError as error:
+        _log.warning("tokens are not kept for the next time: %s", error)
+
+
+def _packed(text: str, tokenizer: PreTrainedTokenizerBase, length: int, windows: int | None, *, every: int) -> Tensor:
+    """Return the windows, int32 ``[windows, length]``, made from the text."""
+    bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
+    room = length - len(bos)
+    wanted = None if windows is None else ((windows - 1) * every + 1) * room
+    segments: list[Tensor] = []
+    count = 0
+    with tqdm(total=wanted, desc=f"tokens of {text}", unit="tok", unit_scale=True, delay=2, leave=False) as bar:
+        for ids in _token_stream(read_stream(text, tokenizer=tokenizer), tokenizer):
+            segments.append(torch.tensor(ids, dtype=torch.int32))
+            count += len(ids)
+            bar.update(len(ids))
+            if wanted is not None and count >= wanted:
+                break
+    if count == 0:
+        raise ValueError(f"text {text!r} is empty")
+    if count < room:
+        raise ValueError(
+            f"text {text!r} has {count} tokens, one window needs {room}: give a longer text or a smaller length"
+        )
+    body = torch.cat(segments)[: count // room * room].view(-1, room)[::every][:windows]
+    return torch.cat([torch.tensor([bos] * len(body), dtype=torch.int32).view(len(body), len(bos)), body], dim=1)
+
+
+def _token_stream(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Yield the tokens of the string that the pieces make, in lists, the same as if it were tokenised at once.
+
+    What a token is depends on the text on both sides, and some tokenizers put a space before whatever they are given.
+    So every segment is tokenised together with its surroundings, and only the tokens that begin inside it are taken.
+    """
+    buffer, settled = "", 0  # the first `settled` characters of the buffer have had their tokens taken
+    for piece in _short(pieces):
+        buffer += piece
+        end = len(buffer) - CONTEXT
+        if end - settled < SEGMENT:
+            continue
+        end, ids = _tokens_between(buffer, settled, end, tokenizer)
+        yield ids
+        begin = max(0, end - CONTEXT)
+        buffer, settled = buffer[begin:], end - begin
+    if len(buffer) > settled:
+        yield _tokens_between(buffer, settled, len(buffer) + 1, tokenizer)[1]
+
+
+def _short(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the pieces, long ones in parts."""
+    for piece in pieces:
+        for begin in range(0, len(piece), SEGMENT):
+            yield piece[begin : begin + SEGMENT]
+
+
+def _tokens_between(buffer: str, begin: int, end: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[int]]:
+    """Return where the tokens taken end, and the tokens that begin at a character in ``[begin, end)``."""
+    if not tokenizer.is_fast:
+        # no offsets here: cut where a line ends, which no usual token crosses
+        if end < len(buffer):
+            end = buffer.rfind("\n", begin, end) + 1 or end
+        return end, tokenizer(buffer[begin:end], add_special_tokens=False, verbose=False)["input_ids"]
+    coded = tokenizer(buffer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    pairs = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+    return end, [token for token, (start, _) in pairs if begin <= start < end]
+
+
+def known_windows(windows: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase | None = None) -> int:
+    """Return how many of ``windows`` ``[windows, length]`` have their middle passage in one of ``others``.
+
+    Args:
+        windows: Token ids that should be new.
+        others: Token ids that were used, each ``[windows, length]``.
+        tokenizer: The one that made them: its BOS at the head of windows is no text. Without it, it is taken for some,
+            and a passage that goes on behind it is not found.
+    """
+    bos = int(tokenizer is not None and uses_bos(tokenizer))
+    streams = [part[:, bos:].flatten() for part in others]
+    return sum(any(_contains(stream, window[bos:]) for stream in streams) for window in windows)
+
+
+def warn_of_known(windows: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Warn of windows to score whose text is learned from.
+
+    Args:
+        windows: As in ``known_windows``.
+        others: Those that are learned from.
+        tokenizer: The one that made them.
+        what: What the windows are called.
+    """
+    known = known_windows(windows, others, tokenizer)
+    if known:
+        _log.warning(
+            "%d of %d %s hold text that is learnt from as well: their perplexity flatters", known, len(windows), what
+        )
+
+
+def _contains(stream: Tensor, window: Tensor) -> bool:
+    """Return whether the tokens in the middle of ``window`` stand in a row in ``stream``."""
+    begin = max(0, (len(window) - PASSAGE) // 2)
+    probe = window[begin : begin + PASSAGE]
+    if len(stream) < len(probe):
+        return False
+    starts = torch.arange(len(stream) - len(probe) + 1)
+    for place, token in enumerate(probe):
+        starts = starts[stream[starts + place] == token]
+    return len(starts) > 0

@@ -1,0 +1,16 @@
+"""The Lightning ring: LightningModule, DataModule, callbacks and checkpoints."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "data": ["CalibrationData"],
+        "finish_run": ["FinishRun"],
+        "module": ["RankLearner"],
+        "rank_monitor": ["RankMonitor"],
+        "text_samples": ["TextSamples"],
+    },
+)

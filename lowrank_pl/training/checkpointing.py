@@ -1,0 +1,121 @@
+"""Checkpoints of masks: written whole or not at all, read as plain data, refused where they do not fit."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lowrank_pl.utils.files import atomic_write
+
+__all__ = ["AtomicCheckpoints", "check_fit", "mark", "mark_of", "read_checkpoint"]
+
+KEY = "lowrank_pl"
+
+
+FORMAT = 1
+
+
+_CURE = "resume from another one of its folder, or start anew without --ckpt_path"
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning's way to files, for ``Trainer(plugins=...)``; ``lowrank fit`` always has it.
+
+    Lightning's own moves a finished file out of the system's temporary folder, which copies it where that is another
+    disk: full, or killed, it leaves half a checkpoint in the place of the last whole one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write ``checkpoint`` to ``path``, atomically."""
+        buffer = BytesIO()
+        torch.save(checkpoint, buffer)
+        atomic_write(path, buffer.getvalue())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return the checkpoint in ``path``; never more than plain data, whatever ``weights_only`` says."""
+        return read_checkpoint(path)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return the checkpoint in the file ``path``, on the CPU, without running code that it might bring.
+
+    Raises:
+        ValueError: No such file, a damaged one, or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"no checkpoint at {path}: expected a file that `lowrank fit` wrote, as RUN/checkpoints/last.ckpt"
+        )
+    _check_whole(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError):
+        # What torch says here advises to switch off the protection.
+        raise ValueError(f"{path} is no checkpoint of `lowrank fit`: it holds more than plain data") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}: expected a checkpoint of `lowrank fit`")
+    return checkpoint
+
+
+def _check_whole(path: Path) -> None:
+    """Compare the checksums that ``torch.save`` writes beside every tensor, which ``torch.load`` does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint of `lowrank fit` ({error}): {_CURE}") from None
+    if bad is not None:
+        raise ValueError(f"{path} is damaged (the checksum of {bad} is wrong): {_CURE}")
+
+
+def mark(checkpoint: dict[str, Any], identity: Mapping[str, Any]) -> None:
+    """Record in ``checkpoint`` what its masks belong to."""
+    checkpoint[KEY] = {"format": FORMAT, **identity}
+
+
+def mark_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what ``mark`` recorded in ``checkpoint``.
+
+    Raises:
+        ValueError: Nothing, or in another format.
+    """
+    found = checkpoint.get(KEY)
+    if not isinstance(found, Mapping) or found.get("format") != FORMAT:
+        raise ValueError("the checkpoint was not written by this version of lowrank_pl: expected one that was")
+    return found
+
+
+def check_fit(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose masks belong to something else.
+
+    Args:
+        checkpoint: As it was read.
+        identity: What the masks of this run belong to.
+
+    Raises:
+        ValueError: It is of another kind, model, store or mask; the message says what differs.
+    """
+    theirs = mark_of(checkpoint)
+    # An older version may not have recorded all of it.
+    differ = [key for key in identity if key in theirs and theirs[key] != identity[key]]
+    if differ:
+        said = "; ".join(_difference(key, theirs.get(key), identity[key]) for key in differ)
+        raise ValueError(
+            f"the checkpoint does not fit this run: {said}. Resume with the settings that it was written with, "
+            "or start anew without --ckpt_path"
+        )
+
+
+def _difference(key: str, theirs: Any, ours: Any) -> str:
+    if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
+        return f"{key} is {theirs!r} there and {ours!r} here"
+    odd = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    return f"{len(odd)} of {len(ours)} {key} differ, e.g. {odd[0]}: {theirs.get(odd[0])} there, {ours.get(odd[0])} here"

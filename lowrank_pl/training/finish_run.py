@@ -1,0 +1,237 @@
+"""Lightning callbacks of the end of a run: its time, the export and its scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from transformers import PreTrainedModel
+
+from lowrank_pl.evaluate.generation import check_prompts
+from lowrank_pl.evaluate.likelihood import check_windows
+from lowrank_pl.export.export import check_destination
+from lowrank_pl.factors.compression import restore_dense
+from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.refit.refitting import Refit
+from lowrank_pl.models.identity import Origin
+from lowrank_pl.models.offload import lacks_room
+from lowrank_pl.report.finish import Finished, Protocol, finish_run
+from lowrank_pl.report.model_card import sample_table
+from lowrank_pl.text.windows import token_windows, warn_of_known
+from lowrank_pl.training.data import CalibrationData, calibration_data
+from lowrank_pl.training.module import RankLearner
+from lowrank_pl.training.tensorboard import boards, log_everywhere
+from lowrank_pl.utils.environment import command_line
+from lowrank_pl.utils.files import write_json
+
+__all__ = ["FinishRun", "Stopwatch"]
+
+_log = logging.getLogger(__name__)
+
+
+class Stopwatch(Callback):
+    """Counts the seconds that are spent learning, over all the parts of a run that was resumed."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._before = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds spent learning so far, for the checkpoint."""
+        return {"learning": self.learning_seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from the seconds that the checkpoint's run had spent."""
+        self._before = state_dict["learning"]
+
+    def learning_seconds(self) -> float:
+        """Return the seconds spent learning, those before a resume included."""
+        # A checkpoint of a finished run is resumed without any training.
+        return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+
+class FinishRun(Stopwatch):
+    """Exports what was learned and scores it beside the dense model and the baselines, when training ends well.
+
+    The run's folder (``trainer.default_root_dir``) then holds ``plan.json``, ``model/``, ``summary.json``,
+    ``rank_map.png`` and ``report.html``.
+
+    Args:
+        score_text: Text for the table; by default the validation windows. Never learned from or calibrated on.
+        score_length: Tokens of a window of ``score_text``.
+        score_windows: How many windows; all of the text by default.
+        baselines: Allocators to compare with, drawn on the factors that learning runs on.
+        prompts: What the dense and the compressed model continue, side by side.
+        max_new_tokens: How far they continue.
+        merge: Export dense weights for any runtime instead of factors.
+        refit: How the learned plan's factors are fitted again to the compressed model's own inputs, on the windows that
+            were learned from; left out, they stay as they are.
+        streamed: Whether models are scored from main memory, a layer at a time on the device, and exported there; by
+            default where FSDP2 shards a base that one device has no room for. Nothing is refitted or continued then.
+        json: A file for the table's figures.
+
+    Raises:
+        ValueError: A baseline that no allocator is called.
+    """
+
+    def __init__(
+        self,
+        score_text: str | None = None,
+        score_length: int = 1024,
+        score_windows: int | None = None,
+        baselines: Sequence[str] = ("uniform",),
+        prompts: Sequence[str] = (),
+        max_new_tokens: int = 40,
+        merge: bool = False,
+        refit: Refit | None = None,
+        streamed: bool | None = None,
+        json: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.score_text, self.score_length, self.score_windows = score_text, score_length, score_windows
+        self.baselines, self.prompts, self.max_new_tokens = tuple(baselines), tuple(prompts), max_new_tokens
+        self.merge, self.refit, self.streamed, self.json = merge, refit, streamed, json
+        for name in baselines:
+            allocator(name)
+        self.finished: Finished | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at baselines, the folder and the text for scores: a mistake must not surface after hours of learning."""
+        if stage == "fit":
+            check_destination(Path(trainer.default_root_dir) / "model")
+            self._check_baselines(pl_module)
+            data = calibration_data(trainer)
+            self.protocol = self._protocol(data)
+            check_prompts(data.tokenizer, self.prompts)
+
+    def _check_baselines(self, learner: LightningModule) -> None:
+        assert isinstance(learner, RankLearner)
+        for name in self.baselines:
+            try:
+                allocator(name).check_kind(learner.decomposition.kind)
+            except ValueError as error:
+                raise ValueError(f"the baseline {name} can't be drawn beside what is learned: {error}") from None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether the model can be scored on that text, and refitted, for the same reason.
+
+        Raises:
+            ValueError: It can't.
+        """
+        assert isinstance(pl_module, RankLearner)
+        assert pl_module.model is not None
+        check_windows(pl_module.model, self.protocol.windows)
+        narrowed = Origin.of(pl_module.model)
+        if self.merge and narrowed is not None and not narrowed.one_width:
+            raise ValueError(
+                f"the base has MLPs of {narrowed.widths} hidden features, which no plain config of dense weights can "
+                "say: leave out --finish.merge, or narrow all MLPs to one width with --model.narrow.by_block false"
+            )
+        if self.refit is not None and self._streams(trainer, pl_module, ever=True):
+            raise ValueError(
+                f"a refit needs the dense and the compressed model on one device: this base has "
+                f"{pl_module.weight_bytes / 1e9:,.1f} GB, and is to be scored a layer at a time; leave the refit out "
+                "with --finish.refit null"
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the run on the first process, while the others wait."""
+        assert isinstance(pl_module, RankLearner)
+        if trainer.is_global_zero:
+            pl_module.seconds["learning"] = self.learning_seconds()
+            self.finished = self._finish(trainer, pl_module)
+            self._log_result(trainer, self.finished)
+            run = Path(trainer.default_root_dir)
+            if self.json:
+                write_json(self.json, json.loads((run / "summary.json").read_text()))
+            print(f"\n{self.finished.text(run)}")
+        trainer.strategy.barrier("finish")
+
+    def _finish(self, trainer: Trainer, learner: RankLearner) -> Finished:
+        run, plan, data = Path(trainer.default_root_dir), learner.plan(), calibration_data(trainer)
+        # Before anything that large is loaded: a plan that is on disk is not lost.
+        plan.save(run / "plan.json")
+        for note in plan.notes:
+            _log.info("%s", note)
+        device = trainer.strategy.root_device
+        streams = self._streams(trainer, learner)
+        if streams:
+            _log.warning(
+                "models of %.1f GB are scored from main memory, a layer at a time on %s, and exported there; nothing "
+                "is continued",
+                *(learner.weight_bytes / 1e9, device),
+            )
+        place = torch.device("cpu") if streams else device
+        return finish_run(
+            run,
+            self._dense_model(trainer, learner).to(place),
+            data.tokenizer,
+            plan,
+            learner.store,
+            learner.budget,
+            self.protocol,
+            statistics=data.statistics_windows,
+            directory=learner.store_directory,
+            baselines=self.baselines,
+            seconds=learner.seconds,
+            command=command_line(),
+            merge=self.merge,
+            refit=self.refit,
+            refit_windows=data.train_windows,
+            named_base=self._named_base(learner, place),
+            streamed_on=device if streams else None,
+        )
+
+    def _streams(self, trainer: Trainer, learner: RankLearner, *, ever: bool = False) -> bool:
+        """Return whether the model is to be scored a layer at a time; with ``ever`` whatever else is on the device."""
+        if self.streamed is not None:
+            return self.streamed
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        return sharded and lacks_room(learner.weight_bytes, trainer.strategy.root_device, ever=ever)
+
+    def _dense_model(self, trainer: Trainer, learner: RankLearner) -> PreTrainedModel:
+        """Return the base: taken out of the masked model, or loaded again where that one is sharded."""
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            assert learner.model is not None
+            return restore_dense(learner.model)
+        return learner.dense_base()
+
+    def _named_base(self, learner: RankLearner, place: torch.device) -> Callable[[], PreTrainedModel] | None:
+        """Return what loads the base as it was before it was narrowed, where it was."""
+        if learner.base == learner.named_base:
+            return None
+        return lambda: learner.dense_base(as_named=True).to(place)
+
+    def _protocol(self, data: CalibrationData) -> Protocol:
+        if self.score_text is None:
+            windows, text = data.validation_windows, f"validation windows of {data.validation_text}"
+            if not len(windows):
+                raise ValueError("there is neither a score_text nor a validation window: give one of them")
+        else:
+            text = self.score_text
+            windows = token_windows(text, data.tokenizer, length=self.score_length, windows=self.score_windows)
+            warn_of_known(windows, (data.train_windows, data.statistics_windows), data.tokenizer, "windows to score")
+        return Protocol(text, windows, self.prompts, self.max_new_tokens)
+
+    def _log_result(self, trainer: Trainer, finished: Finished) -> None:
+        """Log the final scores, which TensorBoard shows beside the run's settings, and the continuations."""
+        rows = {row.name: row for row in finished.rows}
+        metrics = {
+            f"final/{figure}": float(getattr(rows["learned"], figure))
+            for figure in ("perplexity", "excess_nats", "kept_targeted", "kept_model")
+        }
+        log_everywhere(trainer, metrics, trainer.global_step)
+        for board in boards(trainer):
+            if finished.samples:
+                board.add_text("samples/exported model", sample_table(finished.samples), trainer.global_step)

@@ -1,0 +1,140 @@
+"""Learning with base and factors sharded over processes (FSDP2): who holds what, and who averages the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.methods.masks.masked_linear import MaskedLinear, component_rows
+from lowrank_pl.models.lazy import Skeleton
+from lowrank_pl.models.targets import decoder_blocks
+
+__all__ = ["average_gradients", "own_rows", "shard_frozen"]
+
+
+def shard_frozen(
+    model: PreTrainedModel,
+    store: FactorStore,
+    whole: Sequence[nn.Parameter],
+    device: torch.device,
+    skeleton: Skeleton | None = None,
+) -> None:
+    """Shard the parameters of ``model`` over all processes, layer by layer, in place.
+
+    Of the factors each process reads its own components from disk; nowhere are they whole in memory. Likewise the
+    weights of a model that has none yet.
+
+    Args:
+        model: With masked layers in whose factors are on the meta device (``insert_masks`` with ``empty``).
+        store: The factors.
+        whole: The parameters that learn; they stay as they are on every process.
+        device: Where this process computes.
+        skeleton: Reads the weights, where all of them are on the meta device.
+    """
+    # Lightning's own mesh would split them into data and tensor parallelism, and this model over a part of them only.
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    ignored = set(whole)
+    shares = _Shares(model, store, device, skeleton)
+    for block in tqdm(decoder_blocks(model)[1], desc="shard", unit="block", disable=mesh.get_rank() > 0):
+        # Each layer by itself: what a step gathers at a time, and once more ahead, then is a layer and not a block.
+        for layer in [layer for layer in block.modules() if isinstance(layer, MaskedLinear)]:
+            fully_shard(layer, mesh=mesh, ignored_params=ignored)
+            shares.read(layer)
+        fully_shard(block, mesh=mesh, ignored_params=ignored)
+        shares.read(block)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
+    shares.read(model)
+
+
+class _Shares:
+    """This process's shares of parameters that were sharded without values; arguments as in ``shard_frozen``."""
+
+    def __init__(self, model: nn.Module, store: FactorStore, device: torch.device, skeleton: Skeleton | None) -> None:
+        self.store, self.device, self.skeleton = store, device, skeleton
+        self._names = {module: name for name, module in model.named_modules()}
+        # By what stood there before, since a tied one stands in several places.
+        self._read: dict[nn.Parameter, nn.Parameter] = {}
+
+    def read(self, root: nn.Module) -> None:
+        """Give the parameters of ``root`` that are sharded without values the rows that this process holds."""
+        for module in root.modules():
+            parameters = module.named_parameters(recurse=False)
+            empty = {key: one for key, one in parameters if isinstance(one, DTensor) and one.is_meta}
+            if empty:
+                self._read |= self._rows(module, {key: one for key, one in empty.items() if one not in self._read})
+                # FSDP2 looks after what is loaded, and pads it.
+                module.load_state_dict(
+                    {key: self._read[one] for key, one in empty.items()}, strict=False, assign=True
+                )  # fmt: skip
+
+    def _rows(self, module: nn.Module, empty: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
+        """Return for each of ``empty``, parameters of ``module`` by name, one with the rows that this process holds."""
+        found = self._factors(module) if "right" in empty and isinstance(module, MaskedLinear) else {}
+        found |= self._weights(module, empty.keys() - found.keys())
+        filled: dict[nn.Parameter, nn.Parameter] = {}
+        for key, one in empty.items():
+            like = cast(DTensor, one)
+            share = DTensor.from_local(
+                found[key], like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+            )  # fmt: skip
+            filled[one] = nn.Parameter(share, requires_grad=False)
+        return filled
+
+    def _factors(self, layer: MaskedLinear) -> dict[str, Tensor]:
+        """Return the components of ``layer`` that this process holds, rows of both of its factors."""
+        factors = self.store.factors(self._names[layer], _mine(layer.right))
+        rows = component_rows(factors, torch.empty(0, dtype=layer.right.dtype, device=self.device))
+        return dict(zip(("left_rows", "right"), rows, strict=True))
+
+    def _weights(self, module: nn.Module, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Return the rows of the parameters ``keys`` of ``module`` that this process holds."""
+        found = {}
+        for key in keys:
+            assert self.skeleton is not None, "a parameter without values, and nothing to read it from"
+            transposed = key == "weight" and isinstance(module, MaskedLinear) and module.was_conv1d
+            rows = _mine(module.get_parameter(key))
+            found[key] = self.skeleton.rows(f"{self._names[module]}.{key}", rows, transposed=transposed)
+        return found
+
+
+def _mine(parameter: Tensor) -> slice:
+    assert isinstance(parameter, DTensor)
+    mesh = parameter.device_mesh
+    return own_rows(len(parameter), mesh.get_local_rank(), mesh.size())
+
+
+def own_rows(count: int, rank: int, world: int) -> slice:
+    """Return which of ``count`` rows process ``rank`` of ``world`` holds, as FSDP2 shards them (``torch.chunk``).
+
+    >>> [own_rows(5, rank, 4) for rank in range(4)]
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
+    """
+    size = -(-count // world)
+    return slice(min(count, rank * size), min(count, (rank + 1) * size))
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace the gradients of ``parameters`` by their mean over all processes.
+
+    Without a gradient on this process, a parameter counts as 0, so that all processes send the same amount.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    # gloo has no average: sum and divide, in one message for all masks.
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,171 @@
+"""The Lightning callback that shows in TensorBoard what the model sounds like while its ranks are learned."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lowrank_pl.evaluate.generation import check_prompts, generate_samples
+from lowrank_pl.methods.masks.losses import choices_of
+from lowrank_pl.methods.masks.masked_linear import Choice, chosen
+from lowrank_pl.report.model_card import sample_table
+from lowrank_pl.training.data import CalibrationData, calibration_data
+from lowrank_pl.training.finish_run import FinishRun
+from lowrank_pl.training.module import RankLearner
+from lowrank_pl.training.tensorboard import boards
+
+__all__ = ["TextSamples"]
+
+_log = logging.getLogger(__name__)
+
+
+BEGINNINGS = 3
+"""Validation windows whose first tokens are continued where no prompt was given."""
+
+
+BEGINNING = 12
+"""How many tokens these are."""
+
+
+class TextSamples(Callback):
+    """Writes greedy continuations of a few prompts to TensorBoard: of the dense model, and of the hard plan so far.
+
+    The first are written before learning begins, the next after every validation, the last when learning ends. They
+    leave no trace in what is learned: no random number is drawn, and every module gets back its mode. Without a
+    TensorBoard logger nothing is generated. Where several processes share one model (FSDP2) all of them would have to
+    generate in lockstep; there it is left out, and said so.
+
+    Args:
+        prompts: Texts to continue; by default those of ``FinishRun``, or where it has none the first words of three
+            validation windows. An empty list generates nothing.
+        max_new_tokens: How far they are continued; with as many prompts, what one look costs.
+        every_n_steps: Optimizer steps between two looks; by default one after every validation.
+
+    Raises:
+        ValueError: A number below 1.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str] | None = None, max_new_tokens: int = 24, every_n_steps: int | None = None
+    ) -> None:
+        for name, number in {"max_new_tokens": max_new_tokens, "every_n_steps": every_n_steps}.items():
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}: expected a whole number of at least 1")
+        self.prompts = prompts if prompts is None else tuple(prompts)
+        self.max_new_tokens = max_new_tokens
+        self.every_n_steps = every_n_steps
+        self._dense: dict[str, str] = {}
+        self._prompts: tuple[str, ...] = ()
+        self._shown = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at the prompts before anything is loaded."""
+        if stage == "fit" and self.prompts:
+            check_prompts(calibration_data(trainer).tokenizer, self.prompts)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the prompts; refuse those that the model is too short for.
+
+        Raises:
+            ValueError: A prompt is too long.
+        """
+        self._prompts = ()
+        if self.prompts == () or not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            return
+        if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.world_size > 1:
+            if trainer.is_global_zero:
+                _log.warning(
+                    "no continuations while learning: %d processes share the model, which all of them would have to "
+                    "run in lockstep; those of the exported model come at the end",
+                    trainer.world_size,
+                )
+            return
+        data = calibration_data(trainer)
+        self._prompts = self.prompts or _prompts_of_finish(trainer) or _beginnings(data)
+        assert isinstance(pl_module, RankLearner)
+        self._check_lengths(pl_module, data)
+        if not self._prompts:
+            _log.info("no continuations while learning: there is neither a prompt nor a validation window")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the prompts before anything has been learned; after a resume there is no need."""
+        if trainer.global_step == 0:
+            self._show(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Continue the prompts when it is due by steps."""
+        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+            self._show(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the prompts when it is due by validations."""
+        if self.every_n_steps is None and not trainer.sanity_checking:
+            self._show(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the prompts a last time."""
+        self._show(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was shown, for the checkpoint."""
+        return {"dense": dict(self._dense), "max_new_tokens": self.max_new_tokens, "shown": self._shown}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind what the checkpoint's run has shown."""
+        self._shown = state_dict["shown"]
+        if state_dict["max_new_tokens"] == self.max_new_tokens:
+            self._dense = dict(state_dict["dense"])
+
+    def _check_lengths(self, learner: RankLearner, data: CalibrationData) -> None:
+        assert learner.model is not None
+        positions = getattr(learner.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        for prompt in self._prompts:
+            tokens = len(data.tokenizer(prompt)["input_ids"])
+            if tokens + self.max_new_tokens > positions:
+                raise ValueError(
+                    f"the prompt {prompt!r} has {tokens} tokens and {self.max_new_tokens} are to come, but the model "
+                    f"has {positions} positions: expected a shorter prompt or fewer max_new_tokens"
+                )
+
+    def _show(self, trainer: Trainer, learner: LightningModule) -> None:
+        writers, step = boards(trainer), trainer.global_step
+        if not writers or not self._prompts or self._shown >= step:
+            return
+        self._shown = step
+        assert isinstance(learner, RankLearner)
+        plan, data = learner.plan(), calibration_data(trainer)
+        if not set(self._prompts) <= set(self._dense):
+            self._dense = dict(zip(self._prompts, self._continue(learner, data, "dense"), strict=True))
+        now = self._continue(learner, data, choices_of(plan, learner.layers))
+        rows = [(prompt, self._dense[prompt], text) for prompt, text in zip(self._prompts, now, strict=True)]
+        text = sample_table(rows, name=f"hard plan after {step} steps, {100 * plan.keep_targeted:.1f} % kept")
+        for writer in writers:
+            writer.add_text("samples/while learning", text, step)
+
+    def _continue(self, learner: RankLearner, data: CalibrationData, choices: dict[str, Choice] | Choice) -> list[str]:
+        assert learner.model is not None
+        # Validations run in inference mode, whose tensors must not stay in the model, as in a table of angles.
+        with isolate_rng(), torch.inference_mode(False), chosen(dict(learner.layers), choices):
+            return generate_samples(learner.model, data.tokenizer, self._prompts, max_new_tokens=self.max_new_tokens)
+
+
+def _prompts_of_finish(trainer: Trainer) -> tuple[str, ...]:
+    finishing = [callback for callback in trainer.callbacks if isinstance(callback, FinishRun)]  # type: ignore[attr-defined]
+    return finishing[0].prompts if finishing else ()
+
+
+def _beginnings(data: CalibrationData) -> tuple[str, ...]:
+    """Return the first words of some validation windows; those that are no text are left out."""
+    heads = data.validation_windows[:BEGINNINGS, :BEGINNING].tolist()
+    texts = [str(data.tokenizer.decode(head, skip_special_tokens=True)).strip() for head in heads]
+    return tuple(text for text in texts if text)

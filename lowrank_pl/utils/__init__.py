@@ -1,0 +1,1 @@
+"""Files, processes, the machine, tensors on disk and formatting; nothing here knows a model."""

@@ -1,0 +1,170 @@
+"""What a figure was measured on, and how much memory it took."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = [
+    "available_memory",
+    "command_line",
+    "describe_machine",
+    "free_memory",
+    "peak_memory",
+    "pick_device",
+    "reset_peak_memory",
+    "resident_memory",
+    "timed",
+    "total_memory",
+]
+
+Outcome = TypeVar("Outcome")
+
+
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+_STATUS = Path("/proc/self/status")
+
+
+_MEMORY = Path("/proc/meminfo")
+
+
+_CPU = Path("/proc/cpuinfo")
+
+
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return processor, cores and threads, accelerator, and the versions of Python and torch, as JSON values.
+
+    >>> sorted(describe_machine())
+    ['accelerator', 'cores', 'processor', 'python', 'threads', 'torch']
+    """
+    device = torch.device(device)
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Return the most bytes that this process has held since the last reset: of the GPU, or resident on the host."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    high = _status("VmHWM")
+    if high is not None:
+        return high
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
+    """Let ``peak_memory`` count from now on; False where the system can't, and it counts from the process's start."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _processor() -> str:
+    if _CPU.exists():
+        for line in _CPU.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def resident_memory() -> int:
+    """Return the bytes that this process holds in main memory now; where the system doesn't say, the most it held."""
+    resident = _status("VmRSS")
+    return peak_memory() if resident is None else resident
+
+
+def available_memory() -> int | None:
+    """Return the bytes of main memory that programs could take without swapping; None where the system doesn't say."""
+    return _noted(_MEMORY, "MemAvailable")
+
+
+def total_memory() -> int | None:
+    """Return the bytes of main memory that there are; None where the system doesn't say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+
+
+def free_memory(device: torch.device | str = "cpu") -> int | None:
+    """Return the bytes that are free on ``device``, or in main memory; None where the system doesn't say."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return available_memory()
+    # What freed tensors have left to the allocator is no one else's.
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def timed(action: Callable[[], Outcome], device: torch.device | str = "cpu") -> tuple[Outcome, float]:
+    """Return what ``action`` returns, and the seconds until ``device`` is done with it, which was idle before."""
+    device = torch.device(device)
+    _wait(device)
+    began = time.perf_counter()
+    outcome = action()
+    _wait(device)
+    return outcome, time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _status(name: str) -> int | None:
+    """Return the bytes that the system notes under ``name`` for this process; None where it notes none."""
+    return _noted(_STATUS, name)
+
+
+def _noted(path: Path, name: str) -> int | None:
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def command_line() -> str:
+    """Return the command that this process was started with, for model cards and summaries."""
+    # `python -m lowrank_pl` has the path of __main__.py there.
+    program = Path(sys.argv[0]).name.replace("__main__.py", "lowrank")
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called ``name``; for ``auto`` that is ``cuda`` where there is one, else ``cpu``.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    # What is raised depends on how torch was built.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {name!r} can't be used here ({str(error).splitlines()[0]}): give auto, cpu or cuda"
+        ) from None

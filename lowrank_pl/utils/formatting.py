@@ -1,0 +1,88 @@
+"""What people read of a plan: the table of its module types and the rank map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from lowrank_pl.utils.files import atomic_write
+
+__all__ = ["block_and_kind", "gigabytes", "percent", "save_figure", "table"]
+
+
+def block_and_kind(name: str) -> tuple[int | None, str]:
+    """Return the block index of a module and its path within the block; ``None`` outside any block.
+
+    >>> block_and_kind("model.layers.3.self_attn.q_proj"), block_and_kind("lm_head")
+    ((3, 'self_attn.q_proj'), (None, 'lm_head'))
+    """
+    parts = name.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return (None, name) if place is None else (int(parts[place]), ".".join(parts[place + 1 :]))
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write ``figure`` to ``path`` as PNG, whole or not at all, and return the path."""
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    return atomic_write(path, picture.getvalue())
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]], fmt: str, *, align: Sequence[str] | None = None) -> str:
+    """Return text cells as a table of ``tabulate``'s ``fmt``: the first column left, the others right, unless said."""
+    align = align or ("left", *["right"] * (len(head) - 1))
+    return tabulate(body, headers=head, tablefmt=fmt, colalign=align, disable_numparse=True)
+
+
+def percent(share: float) -> str:
+    """Return a fraction as a percentage.
+
+    >>> percent(0.8049)
+    '80.5 %'
+    """
+    return f"{100 * share:.1f} %"
+
+
+def megabytes(count: int) -> str:
+    """Return bytes as megabytes.
+
+    >>> megabytes(538_060_672)
+    '538.1 MB'
+    """
+    return f"{count / 1e6:,.1f} MB"
+
+
+def rounded_perplexity(value: float) -> str:
+    """Return a perplexity with as many digits as a reader wants.
+
+    >>> rounded_perplexity(23.456), rounded_perplexity(1.5e7)
+    ('23.46', '1.5e+07')
+    """
+    return f"{value:.2f}" if value < 1e5 else f"{value:.1e}"
+
+
+def gigabytes(size: float) -> str:
+    """Return bytes in GB, or in MB below one.
+
+    >>> gigabytes(2.5e9), gigabytes(3e6), gigabytes(0)
+    ('2.50 GB', '3 MB', '-')
+    """
+    if not size:
+        return "-"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in the largest unit that they fill.
+
+    >>> duration(4.2), duration(150), duration(7200)
+    ('4.2 s', '2.5 min', '2.0 h')
+    """
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,0 +1,297 @@
+"""A checksum of the tensors in a safetensors file, kept in its header, so that no flipped bit is read unseen."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lowrank_pl.utils.distributed import from_first, in_turn, is_first, wait, world_size
+from lowrank_pl.utils.files import atomic_write, cache_root, canonical_json, claimed, sha256_of, write_json
+
+__all__ = ["KEY", "UNKNOWN", "DamagedError", "TensorStore", "check_whole", "total_seconds", "with_checksum"]
+
+KEY = "crc32"
+"""What the checksum is called among the file's metadata."""
+
+
+UNKNOWN = "00000000"
+"""What stands there until it is known."""
+
+
+class DamagedError(Exception):
+    """A file's bytes are not those that were written."""
+
+
+def with_checksum(data: bytes) -> bytes:
+    """Return a safetensors file with the checksum of its tensors in the place of the one not known."""
+    header = _header_bytes(data)
+    known = f"{zlib.crc32(memoryview(data)[header:]):08x}"
+    old, new = (f'"{KEY}":"{value}"'.encode() for value in (UNKNOWN, known))
+    assert data[:header].count(old) == 1
+    return data[:header].replace(old, new) + data[header:]
+
+
+def check_whole(path: Path) -> None:
+    """Compare the tensors of a file with their checksum: a flipped bit would be read without a word.
+
+    Files of versions that wrote none are taken as they are.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DamagedError: They differ, or the file is empty.
+    """
+    if not path.stat().st_size:
+        raise DamagedError("it is empty")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        header = _header_bytes(data)
+        found = re.search(rb'"%b":"([0-9a-f]{8})"' % KEY.encode(), data[:header])
+        with memoryview(data) as view:
+            if found and int(found[1], 16) != zlib.crc32(view[header:]):
+                raise DamagedError("the checksum of its tensors is wrong")
+
+
+def _header_bytes(data: bytes | mmap.mmap) -> int:
+    # A safetensors file begins with the length of its header, which is JSON; all else is tensors.
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+_SCHEMA = 1
+
+
+_MANIFEST = "manifest.json"
+
+
+class TensorStore:
+    """A folder with one safetensors file per name and a manifest that says what they were made from.
+
+    Each file is written whole or not at all, so the names present are the work done: an interrupted job asks for
+    ``missing`` and goes on there. A folder with another fingerprint is refused, never overwritten.
+
+    Args:
+        kind: What is stored, part of the manifest.
+        fingerprint: What it was made from, content hashes and settings, JSON values.
+        directory: Where; by default a folder named by the fingerprint under ``lowrank_pl.files.cache_root()``.
+
+    Raises:
+        ValueError: ``directory`` holds something else; the message lists what differs.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> store = TensorStore("demo", {"model": "a"}, folder)
+        >>> store.write("layer.0", {"x": torch.ones(2)})
+        >>> store.missing(["layer.0", "layer.1"])
+        ['layer.1']
+        >>> TensorStore("demo", {"model": "b"}, folder)
+        Traceback (most recent call last):
+        ...
+        ValueError: the demo store at ... was made from something else: model is 'a' there and 'b' here. ...
+    """
+
+    def __init__(self, kind: str, fingerprint: Mapping[str, Any], directory: str | Path | None = None) -> None:
+        self.kind = kind
+        self.fingerprint = json.loads(canonical_json(fingerprint))
+        self.digest = sha256_of(kind, canonical_json(fingerprint))
+        self.directory = Path(directory) if directory else cache_root() / kind / self.digest[:20]
+        self._whole: set[str] = set()
+        with in_turn():
+            if (self.directory / _MANIFEST).exists():
+                self._check_manifest()
+            else:
+                self._create()
+
+    def _create(self) -> None:
+        if self.directory.exists() and (not self.directory.is_dir() or self._strangers()):
+            raise ValueError(
+                f"{self.directory} is no empty folder and holds no {self.kind} store: name an empty or new folder"
+            )
+        write_json(
+            self.directory / _MANIFEST,
+            {"schema": _SCHEMA, "kind": self.kind, "digest": self.digest, "fingerprint": self.fingerprint},
+        )
+
+    def _strangers(self) -> bool:
+        """Tell whether the folder holds anything but what a job killed while it wrote the manifest left behind."""
+        return any(not path.name.endswith(".tmp") for path in self.directory.iterdir())
+
+    def _check_manifest(self) -> None:
+        manifest = read_manifest(self.directory)
+        if manifest["kind"] != self.kind:
+            raise ValueError(f"{self.directory} holds a {manifest['kind']} store: expected a {self.kind} store")
+        theirs = manifest["fingerprint"]
+        keys = sorted({*theirs, *self.fingerprint})
+        differ = [key for key in keys if theirs.get(key) != self.fingerprint.get(key)]
+        if differ:
+            said = "; ".join(
+                f"{key} is {theirs.get(key)!r} there and {self.fingerprint.get(key)!r} here" for key in differ
+            )
+            raise ValueError(
+                f"the {self.kind} store at {self.directory} was made from something else: {said}. "
+                "Use the same inputs and settings, another folder, or delete that one"
+            )
+
+    def path(self, name: str) -> Path:
+        """Return the file of ``name``, present or not."""
+        return self.directory / f"{name}.safetensors"
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether ``name`` has been written."""
+        return isinstance(name, str) and self.path(name).exists()
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return those of ``names`` that still have to be made, in order."""
+        return [name for name in names if name not in self]
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], *, notes: Mapping[str, str] | None = None) -> None:
+        """Write the tensors of ``name``, atomically, with ``notes`` beside them.
+
+        Raises:
+            OSError: The disk is full or not writable; nothing of ``name`` is left then.
+        """
+        ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        notes = {"digest": self.digest, **(notes or {}), KEY: UNKNOWN}
+        atomic_write(self.path(name), with_checksum(save(ready, metadata=notes)))
+        self._whole.discard(name)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Let no other process write here while the block runs; wait for one that does.
+
+        What was missing before may then be there. A killed process gives its claim back.
+        """
+        with claimed(self.directory / ".lock", f"filling the {self.kind} store at {self.directory}"):
+            yield
+
+    @contextmanager
+    def making(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Yield those of ``names`` that this run has to make, in order, the store claimed for it; none is no claim.
+
+        Processes that work together get the same names, each of which one of them has to write, and leave the block
+        when all are there; the first one holds the claim.
+
+        Raises:
+            ValueError: What another process has written is not in this one's folder.
+        """
+        names = list(names)
+        if from_first(lambda: self.missing(names)):
+            with self.claimed() if is_first() else nullcontext():
+                # Another run that was at it may have made them in the meantime.
+                yield from_first(lambda: self.missing(names))
+                wait()
+        else:
+            yield []
+        self._check_shared(names)
+
+    def _check_shared(self, names: Sequence[str]) -> None:
+        absent = self.missing(names) if world_size() > 1 else []
+        if absent:
+            raise ValueError(
+                f"{len(absent)} of {len(names)} files of the {self.kind} store that other processes wrote are not in "
+                f"{self.directory}, e.g. {absent[0]}: all processes of a run need the same folder; let LOWRANK_HOME or "
+                "the store (--model.store) lie on a file system that all nodes share"
+            )
+
+    def read(
+        self, name: str, key: str, *, rows: slice | int | None = None, columns: slice | int | None = None
+    ) -> Tensor:
+        """Return one tensor of ``name``, or a slice of ``rows`` or ``columns``, or so many first ones.
+
+        Nothing else is read from disk, but for the first time, when the file's checksum is compared.
+
+        Raises:
+            ValueError: The file is absent or damaged; the message names it and the cure.
+        """
+        with self._open(name) as file:
+            view = file.get_slice(key)
+            part: Tensor = view[_slice(rows)] if columns is None else view[_slice(rows), _slice(columns)]
+            return part.contiguous()
+
+    @contextmanager
+    def _open(self, name: str, *, check: bool = True) -> Iterator[Any]:
+        """Yield the open file of ``name``; errors name it and the cure."""
+        try:
+            if check and name not in self._whole:
+                check_whole(self.path(name))
+                self._whole.add(name)
+            with safe_open(self.path(name), framework="pt") as file:
+                yield file
+        except FileNotFoundError:
+            raise ValueError(
+                f"the {self.kind} store at {self.directory} has nothing for {name}: build it again"
+            ) from None
+        except (SafetensorError, DamagedError) as error:
+            raise ValueError(
+                f"{self.path(name)} is damaged ({error}): delete it and run again, only this file is made anew"
+            ) from None
+
+    def notes(self, name: str) -> dict[str, str]:
+        """Return what was noted when ``name`` was written; errors as in ``read``."""
+        with self._open(name) as file:
+            return {key: value for key, value in (file.metadata() or {}).items() if key not in ("digest", KEY)}
+
+    def seconds(self, names: Iterable[str]) -> float | None:
+        """Return how long it took to make what is stored of ``names``; ``None`` where that was not noted."""
+        noted = [self.notes(name).get("seconds") for name in names]
+        return total_seconds(None if seconds is None else float(seconds) for seconds in noted)
+
+
+def _slice(part: slice | int | None) -> slice:
+    return part if isinstance(part, slice) else slice(part)
+
+
+def total_seconds(parts: Iterable[float | None]) -> float | None:
+    """Return the sum of ``parts``; ``None`` where one of them is not known.
+
+    >>> total_seconds([1.0, 2.0]), total_seconds([1.0, None])
+    (3.0, None)
+    """
+    total = 0.0
+    for part in parts:
+        if part is None:
+            return None
+        total += part
+    return total
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of the store in ``directory``.
+
+    Raises:
+        ValueError: There is none, or it is not one of ours.
+    """
+    path = directory / _MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["schema"] != _SCHEMA:
+            raise ValueError(f"{path} has schema {manifest['schema']!r}: this version of lowrank_pl reads {_SCHEMA}")
+        return {key: manifest[key] for key in ("kind", "digest", "fingerprint")}
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"no store at {directory}: expected a folder with {_MANIFEST}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete the folder {directory} and build it again") from None
+
+
+def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a SHA-256 over names, types, shapes and bytes of tensors."""
+    parts: list[str | bytes] = []
+    for name, tensor in named:
+        flat = tensor.detach().cpu().contiguous()
+        parts.append(f"{name} {flat.dtype} {tuple(flat.shape)}")
+        parts.append(sha256_of(flat.view(-1).view(torch.uint8).numpy().data))
+    return sha256_of(*parts)
+
+
+def weight_digest(weight: Tensor) -> str:
+    """Return the type and a SHA-256 of one weight ``[out, in]``, by which factors know what they were made from."""
+    return f"{weight.dtype}:{tensor_digest([('', weight)])}"

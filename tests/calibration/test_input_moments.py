@@ -1,0 +1,180 @@
+"""Input moments against sums taken token by token, and what stops a collection."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_pl.calibration.input_moments import InputMoments, collect_input_moments
+from lowrank_pl.models.targets import Target, find_targets
+from lowrank_pl.models.tiny import tiny_model
+
+
+def by_hand(tokens):
+    """Sums of x x' and |x| over rows, one row at a time in float64."""
+    rows = [row.double() for row in tokens.reshape(-1, tokens.shape[-1])]
+    return sum(torch.outer(row, row) for row in rows), sum(row.abs() for row in rows), len(rows)
+
+
+def assert_same(moments, reference, *, rtol=1e-6):
+    second, absolute, tokens = reference
+    scale = second.abs().max().item()
+    torch.testing.assert_close(moments.second, second, rtol=rtol, atol=rtol * scale)
+    torch.testing.assert_close(moments.absolute, absolute, rtol=rtol, atol=0)
+    assert moments.tokens == tokens
+    torch.testing.assert_close(moments.second_moment, second / tokens, rtol=rtol, atol=rtol * scale)
+    torch.testing.assert_close(moments.mean_absolute, absolute / tokens, rtol=rtol, atol=0)
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, length, 6, generator=generator) for batch, length in [(2, 5), (1, 3), (4, 1)]]
+
+
+def test_streamed_equals_one_shot_equals_merged(batches):
+    flat = torch.cat([batch.reshape(-1, 6) for batch in batches])
+    streamed, whole = InputMoments.empty(6), InputMoments.empty(6)
+    for batch in batches:
+        streamed.update(batch)
+    whole.update(flat)
+    first, second = InputMoments.empty(6), InputMoments.empty(6)
+    first.update(batches[0])
+    second.update(batches[1])
+    second.update(batches[2])
+    first.merge(second)
+    for moments in (streamed, whole, first):
+        assert moments.second.dtype == torch.float64
+        assert_same(moments, by_hand(flat))
+
+
+def test_bfloat16_inputs_are_summed_in_wider_types():
+    tokens = torch.full((1000, 3), 1.0078125, dtype=torch.bfloat16)
+    moments = InputMoments.empty(3)
+    moments.update(tokens)
+    assert moments.second[0, 1].item() == pytest.approx(1000 * 1.0078125**2, rel=1e-6)
+    assert moments.absolute[0].item() == 1007.8125
+
+
+@pytest.mark.parametrize("size", [3e19, 1e30, 3e38])
+def test_massive_activations_overflow_nothing(size):
+    tokens = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    tokens[:, 2] = size
+    moments = InputMoments.empty(4)
+    moments.update(tokens)
+    assert torch.isfinite(moments.second).all()
+    assert_same(moments, by_hand(tokens))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_and_not_counted(bad):
+    moments = InputMoments.empty(2)
+    with pytest.raises(ValueError, match="the inputs hold NaN or infinity"):
+        moments.update(torch.tensor([[1.0, bad]]))
+    assert moments.tokens == 0
+    assert moments.second.abs().sum() == 0
+
+
+def watched_inputs(model, names, windows):
+    """Inputs of modules for all windows at once, by hooks of our own."""
+    seen = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[0]}))
+        for name in names
+    ]
+    with torch.no_grad():
+        model(input_ids=windows)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox"])
+def test_collected_moments_are_those_of_the_inputs(family, windows):
+    model = tiny_model(family)
+    targets = find_targets(model).modules
+    collected = collect_input_moments(model, targets, windows[:5], batch_size=2)
+    assert list(collected) == list(dict.fromkeys(target.group for target in targets))
+    inputs = watched_inputs(model, [target.name for target in targets], windows[:5])
+    for target in targets:
+        assert_same(collected[target.group], by_hand(inputs[target.name]), rtol=1e-4)
+
+
+def test_modules_with_the_same_input_share_one_entry(llama, windows):
+    targets = find_targets(llama).modules
+    collected = collect_input_moments(llama, targets, windows[:1])
+    kinds = [name.removeprefix("model.layers.0.") for name in collected if ".layers.0." in name]
+    assert kinds == ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    some = find_targets(llama, include=["*v_proj", "*up_proj"]).modules
+    alone = collect_input_moments(llama, some, windows[:1])
+    torch.testing.assert_close(
+        alone["model.layers.1.self_attn.v_proj"].second, collected["model.layers.1.self_attn.q_proj"].second
+    )
+
+
+def test_model_is_left_as_it_was(llama, windows):
+    llama.train()
+    collect_input_moments(llama, find_targets(llama).modules, windows[:1])
+    assert all(module.training for module in llama.modules())
+    assert not any(module._forward_pre_hooks for module in llama.modules())
+    assert all(parameter.grad is None for parameter in llama.parameters())
+
+
+def test_inputs_that_are_not_finite_name_module_and_batch(llama, windows):
+    targets = find_targets(llama).modules
+    with torch.no_grad():
+        llama.get_submodule("model.embed_tokens").weight[windows[2, 5]] = float("inf")
+    first = next(i for i, row in enumerate(windows) if (row == windows[2, 5]).any())
+    message = (
+        rf"the inputs hold NaN or infinity: at module model.layers.0.self_attn.q_proj in calibration batch {first}; "
+        "check the checkpoint, or load it in a wider dtype"
+    )
+    with pytest.raises(ValueError, match=message):
+        collect_input_moments(llama, targets, windows)
+    assert not any(module._forward_pre_hooks for module in llama.modules())
+
+
+def test_late_damage_is_named_where_it_first_shows(llama, windows):
+    with torch.no_grad():
+        llama.get_submodule("model.layers.1.post_attention_layernorm").weight[3] = float("nan")
+    with pytest.raises(ValueError, match=r"at module model.layers.1.mlp.gate_proj in calibration batch 0"):
+        collect_input_moments(llama, find_targets(llama).modules, windows)
+
+
+def test_fewer_tokens_than_features_is_a_warning(llama, windows, caplog):
+    targets = find_targets(llama).modules
+    with caplog.at_level(logging.WARNING):
+        collect_input_moments(llama, targets, windows[:1, :40])
+    assert caplog.messages == [
+        "2 inputs saw fewer tokens than they have features (model.layers.0.mlp.down_proj: 40 tokens, 96 features): "
+        "their second moment is singular and rests on damping; give more calibration text"
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        collect_input_moments(llama, targets, windows[:2])
+    assert caplog.messages == []
+
+
+class Twice(nn.Module):
+    """A model that calls one map twice in a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(4, 4, bias=False)
+
+    def forward(self, input_ids, use_cache):
+        x = nn.functional.one_hot(input_ids, 4).float()
+        return self.map(self.map(x))
+
+
+def test_module_called_twice_counts_both_inputs():
+    model = Twice()
+    target = Target("map", 0, "map", (4, 4), "map")
+    moments = collect_input_moments(model, [target], torch.tensor([[0, 1, 2, 3]]))["map"]
+    assert moments.tokens == 8
+    once = torch.eye(4, dtype=torch.float64)
+    weight = model.map.weight.detach().double()
+    torch.testing.assert_close(moments.second, once + weight @ weight.T, rtol=1e-6, atol=1e-6)

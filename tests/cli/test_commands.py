@@ -1,0 +1,374 @@
+"""evaluate, allocate, export and bench as Python functions: from a text to a smaller model without training."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_pl import RankPlan, load_compressed, perplexity, token_windows
+from lowrank_pl.cli import commands
+from lowrank_pl.cli.bench import bench
+from lowrank_pl.cli.commands import allocate, export, refit
+from lowrank_pl.cli.evaluate import evaluate
+from lowrank_pl.cli.main import main
+from lowrank_pl.costs.speed import random_tokens
+from lowrank_pl.costs.step import measure_step
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.masks.llrc import PerValue
+from lowrank_pl.methods.masks.masked_linear import MaskedLinear
+from lowrank_pl.methods.refit.refitting import Refit
+from lowrank_pl.models.base import load_base
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.plans.storage import Storage
+from lowrank_pl.report import finish
+from lowrank_pl.utils.environment import pick_device
+
+TEXT = "python-docs::part=0%-10%"
+
+
+@pytest.fixture
+def plan_file(tmp_path, capsys):
+    allocate(
+        "random:llama", keep=0.5, text=TEXT, length=32, windows=8, output=tmp_path / "plan.json",
+        store=tmp_path / "store",
+    )  # fmt: skip
+    (tmp_path / "shown.txt").write_text(capsys.readouterr().out)
+    return tmp_path / "plan.json"
+
+
+def test_evaluate_gives_the_perplexity_and_its_figures(tmp_path, capsys):
+    figures = evaluate(
+        "random:llama", text=TEXT, length=32, windows=4, batch_size=2, prompts=["A list"], max_new_tokens=3,
+        json=tmp_path / "scores.json",
+    )  # fmt: skip
+    expected = perplexity(tiny_model("llama"), token_windows(TEXT, byte_tokenizer(), length=32, windows=4))
+    assert figures["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert json.loads((tmp_path / "scores.json").read_text()) == figures
+    assert (figures["windows"], figures["length"], figures["tokens"], figures["dtype"]) == (4, 32, 124, "float32")
+    assert figures["parameters"] == tiny_model("llama").num_parameters()
+    assert figures["tokens_per_second"] > 0
+    assert list(figures["samples"]) == ["A list"]
+    shown = capsys.readouterr().out
+    assert f" {expected.perplexity:.4f} " in shown
+    assert "'A list' -> " in shown
+
+
+def test_evaluate_loads_in_the_type_asked_for():
+    assert evaluate("random:llama", text=TEXT, length=32, windows=1, dtype="bfloat16")["dtype"] == "bfloat16"
+
+
+def test_evaluate_loads_a_folder_in_its_own_type(tmp_path):
+    for part in (tiny_model("llama").bfloat16(), byte_tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, windows=1)["dtype"] == "bfloat16"
+    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, windows=1, dtype="float32")["dtype"] == "float32"
+
+
+def test_allocate_writes_a_plan_with_its_origin(plan_file, tmp_path):
+    plan = RankPlan.load(plan_file)
+    assert plan.method == "uniform"
+    assert 0.49 < plan.keep_targeted <= 0.5
+    assert plan.order is not None
+    assert plan.origin["store"] == str(tmp_path / "store")
+    assert plan.origin["calibration"] == {"text": TEXT, "length": 32, "windows": 8}
+    shown = (tmp_path / "shown.txt").read_text()
+    assert f"uniform: kept {plan.keep_targeted:.4%} of the targeted parameters (asked 50.0000%)" in shown
+    assert "uniform: kept 49." in shown
+    assert "module type" in shown
+
+
+def test_allocate_export_evaluate_is_one_road(plan_file, tmp_path, capsys):
+    figures = tmp_path / "export.json"
+    folder = export(plan_file, output=tmp_path / "model", json=figures)
+    assert folder == tmp_path / "model"
+    written = json.loads(figures.read_text())
+    assert (written["merged"], written["modules"], written["method"]) == (False, 14, "uniform")
+    assert written["bytes"] == (folder / "model.safetensors").stat().st_size
+    assert "kept targeted" in capsys.readouterr().out
+    score = evaluate(str(folder), text=TEXT, length=32, windows=2)
+    expected = perplexity(load_compressed(folder), token_windows(TEXT, byte_tokenizer(), length=32, windows=2))
+    assert score["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+
+
+def test_factors_that_are_gone_are_made_again_and_merge_writes_dense_weights(plan_file, tmp_path, caplog):
+    from transformers import AutoModelForCausalLM
+
+    shutil.rmtree(tmp_path / "store")
+    folder = export(plan_file, output=tmp_path / "merged", merge=True)
+    assert f"the factors at {tmp_path / 'store'} are gone: making them again from the plan's origin" in caplog.text
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
+    assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is torch.nn.Linear
+    rank = RankPlan.load(plan_file).modules["model.layers.0.mlp.up_proj"].rank
+    assert torch.linalg.matrix_rank(weight) == rank
+    assert "import lowrank_pl" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_two_sided_factors_that_are_gone_are_made_again_with_the_weights_that_they_had(tmp_path, weights):
+    plan = tmp_path / "plan.json"
+    allocate(
+        "random:llama", keep=0.5, text=TEXT, length=32, windows=4, output=plan, store=tmp_path / "store",
+        decomposition=Decomposition("two_sided", token_weights=weights),
+    )  # fmt: skip
+    first = export(plan, output=tmp_path / "first")
+    shutil.rmtree(tmp_path / "store")
+    again = export(plan, output=tmp_path / "again")
+    assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):
+    output = tmp_path / "refitted.json"
+    settings = Refit(windows=10, margin=0.0)
+    made = refit(plan_file, output=output, settings=settings, json=tmp_path / "refit.json")
+    drawn = RankPlan.load(plan_file)
+    assert RankPlan.load(output) == made
+    assert made.keep_targeted == drawn.keep_targeted
+    assert {n: m.rank for n, m in made.modules.items()} == {n: m.rank for n, m in drawn.modules.items()}
+    (note,) = [note for note in made.notes if note.startswith("refitted ")]
+    assert re.search(r"^refitted \d+ of 14 modules to 10 windows, chosen on 2 of them", note)
+    assert note in capsys.readouterr().out
+    assert json.loads((tmp_path / "refit.json").read_text())["plan"] == str(output)
+    folder = export(output, output=tmp_path / "model")
+    assert RankPlan.load(folder / "plan.json").fingerprint["refit"]["windows"] != drawn.fingerprint.get("refit")
+    with pytest.raises(ValueError, match=r"keep is 0.7, but the weights were changed for keep 0.5"):
+        export(output, output=tmp_path / "larger", keep=[0.7])
+    with pytest.raises(ValueError, match=r"are refitted already: give those they were made from"):
+        refit(output, output=tmp_path / "twice.json", settings=settings)
+    shutil.rmtree(tmp_path / "store" / "refit")
+    with pytest.raises(ValueError, match=r"the refitted factors at .* are gone: refit the plan that they came from"):
+        export(output, output=tmp_path / "gone")
+
+
+def test_export_refuses_what_does_not_belong_together(plan_file, tmp_path):
+    allocate(
+        "random:qwen2", keep=0.5, text=TEXT, length=32, windows=8, output=tmp_path / "other.json",
+        store=tmp_path / "other",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"drawn for other factors than those in .*other: .*model differ"):
+        export(plan_file, output=tmp_path / "model", store=tmp_path / "other")
+    with pytest.raises(ValueError, match="no store at"):
+        export(plan_file, output=tmp_path / "model", store=tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no plan at"):
+        export(tmp_path / "nothing.json", output=tmp_path / "model")
+    data = json.loads(plan_file.read_text())
+    plan_file.write_text(json.dumps({**data, "origin": {}}))
+    with pytest.raises(ValueError, match="does not say which base it is for: name it with --base"):
+        export(plan_file, output=tmp_path / "model")
+    with pytest.raises(ValueError, match="does not say what its factors were made from: name their folder with --st"):
+        export(plan_file, base="random:llama", output=tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_plan_edited_by_hand_is_exported(plan_file, tmp_path):
+    data = json.loads(plan_file.read_text())
+    data["modules"]["model.layers.0.mlp.up_proj"]["rank"] = 3
+    data["modules"]["model.layers.1.mlp.up_proj"]["rank"] = "dense"
+    plan_file.write_text(json.dumps(data))
+    model = load_compressed(export(plan_file, output=tmp_path / "model"))
+    assert model.get_submodule("model.layers.0.mlp.up_proj").rank == 3
+    assert torch.equal(
+        model.get_submodule("model.layers.1.mlp.up_proj").weight,
+        tiny_model("llama").get_submodule("model.layers.1.mlp.up_proj").weight,
+    )
+
+
+def test_a_plan_of_any_components_scores_the_same_from_its_file_and_exported(plan_file, tmp_path, capsys):
+    data = json.loads(plan_file.read_text())
+    del data["order"]
+    for place, entry in enumerate(data["modules"].values()):
+        if entry["rank"] != "dense" and place % 3:
+            # Every other component, and not the first one.
+            entry["indices"] = list(range(1, 2 * entry["rank"], 2)) if place % 3 == 1 else [0, 2, 5]
+            entry["rank"] = len(entry["indices"])
+    made = tmp_path / "any.json"
+    made.write_text(json.dumps(data))
+    plan = RankPlan.load(made)
+    assert len(plan.any_k_modules) > 6
+    main(["export", "--plan", str(made), "--output", str(tmp_path / "model")])
+    assert RankPlan.load(tmp_path / "model" / "plan.json").modules == plan.modules
+    assert "(any-k)" in (tmp_path / "model" / "README.md").read_text()
+    text = ["--text", TEXT, "--length", "32", "--windows", "3"]
+    main(["evaluate", "--model", str(tmp_path / "model"), *text, "--json", str(tmp_path / "model.json")])
+    main(["evaluate", "--plan", str(made), *text, "--json", str(tmp_path / "plan-scores.json")])
+    capsys.readouterr()
+    exported = json.loads((tmp_path / "model.json").read_text())
+    in_memory = json.loads((tmp_path / "plan-scores.json").read_text())
+    (size,) = in_memory["sizes"]
+    assert size["nats"] == pytest.approx(exported["nats"], rel=1e-6)
+    assert size["nats"] != pytest.approx(in_memory["dense"]["nats"], rel=1e-6)
+    # Neither is what the first components give.
+    for entry in data["modules"].values():
+        entry.pop("indices", None)
+    made.write_text(json.dumps(data))
+    assert evaluate(plan=made, text=TEXT, length=32, windows=3)["sizes"][0]["nats"] != pytest.approx(
+        exported["nats"], rel=1e-6
+    )
+
+
+def components(plan):
+    return {
+        name: None if entry.rank is None else set(entry.indices or range(entry.rank))
+        for name, entry in plan.modules.items()
+    }
+
+
+def test_one_plan_is_exported_in_several_sizes_one_inside_the_other(plan_file, tmp_path, capsys, monkeypatch):
+    loaded = []
+    real = commands.load_base
+    monkeypatch.setattr(commands, "load_base", lambda *args, **kwargs: loaded.append(args) or real(*args, **kwargs))
+    figures = tmp_path / "figures.json"
+    output = export(plan_file, keep=[0.4, 1.0, 0.5, 0.625], output=tmp_path / "sizes", json=figures)
+    assert len(loaded) == 1
+    names = ["keep-1.00", "keep-0.625", "keep-0.50", "keep-0.40"]
+    assert output == tmp_path / "sizes"
+    assert sorted(path.name for path in output.iterdir()) == sorted(names)
+    written = json.loads(figures.read_text())
+    assert [Path(entry["model"]).name for entry in written] == names
+    assert [entry["keep"] for entry in written] == [1.0, 0.625, 0.5, 0.4]
+    assert all(entry["verified"] for entry in written)
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[2:6]] == names
+    assert f"models {output}" in shown
+    plans = [RankPlan.load(output / name / "plan.json") for name in names]
+    assert plans[2] == RankPlan.load(plan_file)
+    for large, small in pairwise(plans):
+        for name, kept in components(small).items():
+            assert components(large)[name] is None or kept <= components(large)[name]
+    for name, plan in zip(names, plans, strict=True):
+        model = load_compressed(output / name)
+        low_rank = (LowRankLinear, PivotedLinear)
+        ranks = {key: m.rank for key, m in model.named_modules() if isinstance(m, low_rank)}
+        assert ranks == {key: entry.rank for key, entry in plan.modules.items() if entry.rank is not None}
+        card = (output / name / "README.md").read_text()
+        resized = "This size was resized from the plan of uniform at keep 0.5, by its component order" in card
+        assert resized == (name != "keep-0.50")
+    alone = load_compressed(export(plan_file, output=tmp_path / "alone"))
+    one = load_compressed(output / "keep-0.50")
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), one.parameters(), strict=True))
+
+
+def test_what_is_exported_stays_when_a_later_size_fails(plan_file, tmp_path, monkeypatch, caplog):
+    real = finish.save_compressed
+
+    def failing(model, directory, **kwargs):
+        if directory.name == "keep-0.40":
+            raise OSError(28, "No space left on device")
+        return real(model, directory, **kwargs)
+
+    monkeypatch.setattr(finish, "save_compressed", failing)
+    with pytest.raises(OSError, match="No space left on device"):
+        export(plan_file, keep=[0.4, 0.5], output=tmp_path / "sizes", json=tmp_path / "figures.json")
+    assert [path.name for path in (tmp_path / "sizes").iterdir()] == ["keep-0.50"]
+    assert f"whole and checked are: {tmp_path / 'sizes' / 'keep-0.50'}" in caplog.text
+    assert load_compressed(tmp_path / "sizes" / "keep-0.50").num_parameters() > 0
+    assert not (tmp_path / "figures.json").exists()
+
+
+def test_sizes_that_can_not_be_are_refused_before_anything_is_loaded(plan_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "load_base", None)
+    with pytest.raises(ValueError, match="no size was asked for: expected one or more fractions to keep"):
+        export(plan_file, keep=[], output=tmp_path / "model")
+    with pytest.raises(ValueError, match=r"keep is 1.2: expected the fraction of parameters to keep"):
+        export(plan_file, keep=[0.5, 1.2], output=tmp_path / "model")
+    with pytest.raises(ValueError, match=r"keep 0.01 allows .* need at least"):
+        export(plan_file, keep=[0.01], output=tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model' is itself a model: name another folder for the models of several"):
+        export(plan_file, keep=[0.4], output=tmp_path / "model")
+    with monkeypatch.context() as inside:
+        inside.chdir(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"'\.' is the folder that you are in, which can't be replaced: name another"
+        ):
+            export(plan_file, output=Path())
+    (tmp_path / "narrowed").mkdir()
+    (tmp_path / "narrowed" / "config.json").write_text('{"lowrank_narrowed": {}}')
+    with pytest.raises(ValueError, match=r"narrowed' is the plan's base, which the export would replace: name another"):
+        export(plan_file, base=str(tmp_path / "narrowed"), output=tmp_path / "narrowed")
+    data = json.loads(plan_file.read_text())
+    del data["order"]
+    plan_file.write_text(json.dumps(data))
+    with pytest.raises(
+        ValueError, match=r"the plan \(method uniform\) carries no component order, so it has this one s"
+    ):
+        export(plan_file, keep=[0.4], output=tmp_path / "sizes")
+    assert not (tmp_path / "sizes").exists()
+
+
+def test_the_command_line_of_several_sizes(plan_file, tmp_path, capsys):
+    main(["export", "--plan", str(plan_file), "--keep", "0.6", "0.4", "--output", str(tmp_path / "sizes")])
+    main(["export", "--plan", str(plan_file), "--keep", "[0.45]", "--output", str(tmp_path / "sizes")])
+    assert {path.name for path in (tmp_path / "sizes").iterdir()} == {"keep-0.60", "keep-0.40", "keep-0.45"}
+    capsys.readouterr()
+
+
+def test_allocate_passes_its_settings_on(tmp_path):
+    plan = allocate(
+        "random:gpt2", keep=0.6, text=TEXT, length=32, windows=4, decomposition=Decomposition(kind="svd"),
+        exclude=("*.c_proj",), multiple_of=2, floors={"*.c_attn": 0.7}, output=tmp_path / "plan.json",
+        json=tmp_path / "figures.json", dtype="bfloat16",
+    )  # fmt: skip
+    assert not any("c_proj" in name for name in plan.modules)
+    assert {entry.rank % 2 for entry in plan.modules.values() if entry.rank} == {0}
+    assert plan.origin["decomposition"]["kind"] == "svd"
+    assert plan.bytes_per_parameter == 2
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["kept_targeted"] == plan.keep_targeted <= 0.6
+    with pytest.raises(ValueError, match="no allocator is called 'best'"):
+        allocate("random:gpt2", method="best")
+
+
+def test_bench_compares_learning_steps_with_the_frozen_model(tmp_path, capsys):
+    figures = bench(base="random:llama", length=32, batch_size=2, repeats=2, json=tmp_path / "bench.json")
+    assert list(figures) == ["random:llama", "random:llama_pivoted"]
+    row, pivoted = figures.values()
+    for prefix, form in (("", "step"), ("exact_", "exact"), ("plain_", "plain")):
+        assert row[f"{prefix}ratio_to_frozen"] == pytest.approx(row[f"{form}_seconds"] / row["frozen_seconds"])
+    assert row["tokens"] == 64
+    assert (row["storage"], row["keep"], row["every"]) == ("factored", 0.8, 8)
+    # 1.2 times the parameters of all targets, whose share of the model is what the dense weights have.
+    assert 1 < row["weights_ratio"] < 2.2
+    assert pivoted["weights_ratio"] > row["weights_ratio"]
+    assert json.loads((tmp_path / "bench.json").read_text()) == figures
+    assert "plain_ratio_to_frozen" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="repeats is 0: expected a whole number of at least 1"):
+        bench(base="random:llama", repeats=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bench_leaves_the_model_as_it_was(recompute, monkeypatch):
+    model = load_base("random:llama")
+    calls = []
+    monkeypatch.setattr(
+        model.model.layers[0].mlp, "forward", lambda x, f=model.model.layers[0].mlp.forward: (calls.append(1), f(x))[1]
+    )
+    tokens = random_tokens(model, 16)
+    before = model(tokens).logits
+    calls.clear()
+    row = measure_step(
+        model, tokens, keep=0.6, prices=Storage("pivoted"), every=4, repeats=1, method=PerValue(),
+        gradient_checkpointing=recompute,
+    )  # fmt: skip
+    # Targets are found by one pass; then two turns of four steps, of which those that learn compute the block twice.
+    assert len(calls) == 1 + 2 * (4 + 3 * recompute)
+    assert row["step_peak_memory"] > 0
+    assert not model.training
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert torch.equal(model(tokens).logits, before)
+    assert not any(isinstance(module, MaskedLinear) for module in model.modules())
+
+
+def test_devices():
+    assert pick_device("auto").type in ("cpu", "cuda")
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device 'tpu9' can't be used here"):
+        pick_device("tpu9")

@@ -1,0 +1,241 @@
+"""``lowrank compare``: one protocol for all methods, results that add up, resume, and refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import yaml
+
+from lowrank_pl import RankPlan
+from lowrank_pl.cli import compare as compare_module
+from lowrank_pl.cli.compare import compare
+from lowrank_pl.cli.main import main
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.recipes import RECIPES, Learning, Recipe, recipe
+from lowrank_pl.report.comparison import _spread, comparison_plot, comparison_table, read_results
+from lowrank_pl.training import short_run
+from tests.helpers import ROOT
+
+QUICK = Recipe(Decomposition("two_sided"), learning=Learning(Staircase(), steps=3, windows=4, start="fisher"))
+SETTINGS = {
+    "calibration_length": 32,
+    "calibration_windows": 8,
+    "score_length": 32,
+    "scores": ["docs=python-docs::part=50%-100%"],
+    "score_windows": {"docs": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    run = tmp_path_factory.mktemp("compare") / "run"
+    compare(
+        "random:llama", methods=["uniform", "fisher", "quick"], keep=[0.8, 0.5], recipes={"quick": QUICK}, run=run,
+        **SETTINGS,
+    )  # fmt: skip
+    return run
+
+
+def test_every_method_and_size_has_a_result(folder):
+    results = read_results(folder)
+    asked = [(row["method"], row["keep"]["asked"]) for row in results]
+    assert sorted(asked) == sorted(
+        [("dense", 1.0), *((name, keep) for name in ("uniform", "fisher", "quick") for keep in (0.8, 0.5))]
+    )
+    dense = next(row for row in results if row["method"] == "dense")
+    assert dense["excess"] == {"docs": 0.0}
+    for row in results:
+        assert row["perplexity"]["docs"] == pytest.approx(math.exp(row["nats"]["docs"]))
+        assert row["excess"]["docs"] == pytest.approx(row["nats"]["docs"] - dense["nats"]["docs"])
+        assert row["peak_memory"] > 1e6
+        assert row["machine"]["torch"]
+        if row is dense:
+            continue
+        assert 0.97 * row["keep"]["asked"] < row["keep"]["targeted"] <= row["keep"]["asked"]
+        plan = RankPlan.load(folder / row["method"] / f"keep-{row['keep']['asked']:g}" / "plan.json")
+        assert {name: module.rank for name, module in plan.modules.items()} == row["ranks"]
+        assert (plan.bytes, plan.keep_model) == (row["bytes"], row["keep"]["model"])
+        assert plan.order is not None
+    table = (folder / "results.md").read_text()
+    assert table.count("\n| ") == 7
+    assert "excess docs" in table
+    assert (folder / "excess-docs.png").stat().st_size > 5000
+
+
+def test_variants_of_a_recipe(tmp_path):
+    names = ["uniform", "uniform+pivoted", "uniform+pivoted+refit"]
+    results = compare("random:llama", methods=names, keep=[0.5], run=tmp_path, **SETTINGS)
+    plain, pivoted, refitted = (next(row for row in results if row["method"] == name) for name in names)
+    assert "storage" not in plain["settings"]
+    assert pivoted["settings"]["storage"] == refitted["settings"]["storage"] == "auto"
+    assert all(pivoted["ranks"][name] > rank for name, rank in plain["ranks"].items())
+    assert pivoted["ranks"] == refitted["ranks"]
+    assert refitted["settings"]["refit"]["hold_back"] == 0.2
+    assert refitted["seconds"]["refit"] > 0
+    assert any(note.startswith("refitted ") for note in refitted["notes"])
+    for row in (plain, pivoted, refitted):
+        assert 0.97 * 0.5 < row["keep"]["targeted"] <= 0.5
+
+
+def test_nothing_finished_is_made_again(folder, monkeypatch):
+    before = read_results(folder)
+    monkeypatch.setattr(compare_module.__name__ + ".perplexity", lambda *_, **__: pytest.fail("scored again"))
+    again = compare("random:llama", methods=["uniform"], keep=[0.5], run=folder, **SETTINGS)
+    assert sorted(again, key=str) == sorted(before, key=str)
+
+
+def test_a_changed_recipe_is_made_anew(folder, tmp_path):
+    other = {"quick": Recipe(Decomposition("svd"))}
+    again = compare("random:llama", methods=["quick"], keep=[0.5], recipes=other, run=folder, **SETTINGS)
+    row = next(row for row in again if (row["method"], row["keep"]["asked"]) == ("quick", 0.5))
+    assert row["settings"]["decomposition"] == {"kind": "svd"}
+    assert len(again) == 7
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    real = short_run.RankLearner.training_step
+
+    def killed(self, tokens, batch_idx):
+        if self.global_step == 26:
+            raise SystemError("killed")
+        return real(self, tokens, batch_idx)
+
+    long = Recipe(learning=Learning(Staircase(), steps=28, windows=4))
+    arguments = {"methods": ["long"], "keep": [0.5], "recipes": {"long": long}, **SETTINGS}
+    whole = compare("random:llama", run=tmp_path / "whole", **arguments)
+    monkeypatch.setattr(short_run.RankLearner, "training_step", killed)
+    with pytest.raises(SystemError, match="killed"):
+        compare("random:llama", run=tmp_path / "killed", **arguments)
+    steps = []
+    monkeypatch.setattr(
+        short_run.RankLearner, "training_step", lambda self, *args: (steps.append(1), real(self, *args))[1]
+    )
+    resumed = compare("random:llama", run=tmp_path / "killed", **arguments)
+    assert len(steps) == 3  # from step 25 to 28
+    find = lambda rows: next(row for row in rows if row["method"] == "long")  # noqa: E731
+    assert find(resumed)["nats"] == find(whole)["nats"]
+    assert find(resumed)["ranks"] == find(whole)["ranks"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_method_and_its_refit_learn_once(tmp_path, monkeypatch):
+    real, steps = short_run.RankLearner.training_step, []
+    monkeypatch.setattr(
+        short_run.RankLearner, "training_step", lambda self, *args: (steps.append(1), real(self, *args))[1]
+    )
+    long = Recipe(learning=Learning(Staircase(), steps=25, windows=4))
+    results = compare(
+        "random:llama", run=tmp_path, methods=["long", "long+refit"], keep=[0.5], recipes={"long": long}, **SETTINGS
+    )
+    plain, refitted = results[1:]
+    assert len(steps) == 25
+    assert refitted["ranks"] == plain["ranks"]
+    assert refitted["nats"] != plain["nats"]
+    assert refitted["seconds"]["plan"] > plain["seconds"]["plan"] / 2  # of the checkpoint, not of the moment
+    assert refitted["seconds"]["refit"] > 0
+
+
+def test_the_command_line_and_the_shipped_configuration(tmp_path, capsys):
+    words = ["compare", "--config", str(ROOT / "configs" / "compare" / "smoke.yaml"), "--run", str(tmp_path / "run")]
+    main([*words, "--methods", "[uniform, quick]", "--keep", "[0.6]", "--json", str(tmp_path / "out.json")])
+    shown = capsys.readouterr().out
+    assert "quick" in shown
+    assert "uniform" in shown
+    assert {row["method"] for row in json.loads((tmp_path / "out.json").read_text())} == {"dense", "uniform", "quick"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_comparisons_name_recipes_that_exist(path):
+    settings = yaml.safe_load(path.read_text())
+    for name in settings["methods"]:
+        own = dict.fromkeys(settings.get("recipes", {}), RECIPES["uniform"])
+        assert recipe(name, own)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["better"]}, r"no method is called 'better': expected one of svd, fwsvd"),
+        ({"methods": ["../a"]}, r"a method is called '../a': expected letters, digits and _.\+-, other than dense"),
+        ({"methods": ["dense"]}, r"a method is called 'dense'"),
+        ({"scores": ["a/test.txt", "b/test.txt"]}, r"two texts to score are called 'test': name them, as NAME=TEXT"),
+        ({"keep": [1.5]}, r"keep is 1.5: expected the fraction of parameters to keep"),
+        ({"score_windows": {"c4": 3}}, r"score_windows names 'c4', which is none of the texts to score: docs"),
+        ({"scores": ["docs=nowhere.txt"]}, r"nowhere.txt"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(tmp_path, changes, message):
+    arguments = {"methods": ["uniform"], "keep": [0.5], "run": tmp_path / "run", **SETTINGS, **changes}
+    with pytest.raises(ValueError, match=message):
+        compare("random:llama", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_results_are_not_overwritten(tmp_path):
+    (tmp_path / "results.json").write_text('[{"method": "x"}]')
+    with pytest.raises(ValueError, match=r"holds no comparison \(a row lacks .*: delete it or name another"):
+        compare("random:llama", methods=["uniform"], keep=[0.5], run=tmp_path, **SETTINGS)
+
+
+def test_a_folder_of_another_comparison_is_refused(folder):
+    with pytest.raises(ValueError, match=r"holds a comparison made with other settings \(calibration differ\)"):
+        compare("random:llama", methods=["uniform"], keep=[0.5], run=folder, **{**SETTINGS, "calibration_windows": 7})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Learning(Staircase(), steps=0), r"steps of a recipe's learning is 0: expected at least 1"),
+        (lambda: Learning(Staircase(), lr=0.0), r"lr of a recipe's learning is 0.0: expected a number above 0"),
+        (lambda: Learning(Staircase(), start="best"), r"no allocator is called 'best'"),
+        (lambda: Recipe(allocator="best"), r"no allocator is called 'best'"),
+        (lambda: Recipe(settings={"x": 1}), r"the allocator uniform has no setting 'x': expected none"),
+        (lambda: recipe("better", {"own": Recipe()}), r"expected one of svd, .*, own"),
+    ],
+)
+def test_impossible_recipes(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 9}, {"lr": 0.5}, {"windows": 5}, {"batch_size": 2}, {"start": "fisher"}, {"cosine": True}]
+)
+def test_every_setting_of_learning_tells_recipes_apart(changes):
+    for mask in (Staircase(), RECIPES["ars"].learning.mask):
+        one, other = Recipe(learning=Learning(mask)), Recipe(learning=Learning(mask, **changes))
+        assert one.describe() != other.describe()
+        assert other.describe()["learning"][next(iter(changes))] == next(iter(changes.values()))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_describe_themselves_as_json(name):
+    assert json.loads(json.dumps(RECIPES[name].describe()))["decomposition"]["kind"]
+
+
+def test_table_and_plot(folder):
+    results = read_results(folder)
+    lines = comparison_table(results).splitlines()
+    assert lines[2].split("|")[1].strip() == "dense"
+    names = {row["method"] for row in results} - {"dense"}
+    (axes,) = comparison_plot(results, "docs").axes
+    assert {text.get_text() for text in axes.texts} == names
+    assert len(axes.lines) == len(names)
+    (axes,) = comparison_plot(results, "docs", methods=["uniform"]).axes
+    assert [text.get_text() for text in axes.texts] == ["uniform"]
+    with pytest.raises(ValueError, match="the plot is to show 'ara9', which has no result: there are "):
+        comparison_plot(results, "docs", methods=["ara9"])
+
+
+def test_names_of_lines_keep_apart_and_near_to_where_lines_end():
+    wanted = {"a": 0.5, "b": 0.5, "c": 0.1, "d": 0.52, "e": 0.99}
+    places = _spread(wanted, gap=0.1)
+    assert sorted(places, key=places.get) == ["c", "a", "b", "d", "e"]
+    # The three that are too near share what they are moved by.
+    assert [round(places[name], 3) for name in "cabde"] == [0.1, 0.407, 0.507, 0.607, 0.99]
+    assert list(_spread(dict.fromkeys("abc", 1.0), gap=0.25).values()) == pytest.approx([0.5, 0.75, 1.0])
+    assert list(_spread(dict.fromkeys("abc", 0.0), gap=0.5).values()) == pytest.approx([0.0, 0.5, 1.0])

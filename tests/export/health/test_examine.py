@@ -1,0 +1,462 @@
+"""What ``lowrank doctor`` says of healthy folders, and of each defect made on purpose."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowrank_pl import ModulePlan, RankPlan, load_compressed, token_windows
+from lowrank_pl.cli.commands import allocate, export
+from lowrank_pl.cli.main import main
+from lowrank_pl.evaluate import likelihood as evaluate
+from lowrank_pl.evaluate.generation import Continuation
+from lowrank_pl.export.export import save_compressed
+from lowrank_pl.export.health import quality as doctor_quality
+from lowrank_pl.export.health.diagnosis import Diagnosis, Finding
+from lowrank_pl.export.health.examine import diagnose
+from lowrank_pl.export.health.quality import check_generation, check_text
+from lowrank_pl.export.health.tokenizer import check_tokenizer
+from lowrank_pl.export.health.weights import check_plan, check_weights, tensors_of
+from lowrank_pl.export.reload import ExportError
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.text.windows import tokenizer_fingerprint
+
+TEXT = "python-docs::part=0%-10%"
+UP = "model.layers.0.mlp.up_proj"
+QUICK = {"text": TEXT, "length": 32, "windows": 2, "prompts": ()}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A tiny Llama compressed to half its size, as factors and merged."""
+    home = tmp_path_factory.mktemp("doctor")
+    plan = home / "plan.json"
+    allocate("random:llama", keep=0.5, text=TEXT, length=32, windows=8, output=plan, store=home / "store")
+    with pytest.MonkeyPatch.context() as patch:
+        # The first test has the fresh process look at one of them.
+        patch.setattr("lowrank_pl.export.export.check_reload", lambda *_, **__: None)
+        export(plan, output=home / "small")
+        export(plan, output=home / "merged", merge=True)
+    return home
+
+
+@pytest.fixture
+def copied(exports, tmp_path, monkeypatch):
+    """A copy of the export to damage; the fresh process is left out, since nothing but it would take the time."""
+    monkeypatch.setattr("lowrank_pl.export.health.examine.compare_reload", lambda *_, **__: None)
+    return shutil.copytree(exports / "small", tmp_path / "small")
+
+
+def found(diagnosis):
+    """The findings by name, each health and sentence."""
+    return {finding.name: (finding.health, finding.sentence) for finding in diagnosis.findings}
+
+
+# -- healthy ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_export(exports, capsys):
+    folder, figures = exports / "small", exports / "figures.json"
+    words = ["--text", TEXT, "--length", "32", "--windows", "4", "--prompts", "A list", "--max_new_tokens", "8"]
+    main(["doctor", str(folder), *words, "--json", str(figures)])
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1].startswith(f"{folder} is healthy: 11 checks passed")
+    assert "prompt    'A list'\n  before  " in shown
+    read = json.loads(figures.read_text())
+    names = ["loads", "weights", "factors", "types", "plan", "counts", "token ids", "BOS", "tokenizer", "quality"]
+    assert list(read["findings"]) == [*names, "generation"]
+    assert {read["findings"][name]["health"] for name in names} == {"healthy"}
+    plan = RankPlan.load(folder / "plan.json")
+    counts = read["findings"]["counts"]
+    assert (counts["parameters"], counts["bytes"]) == (plan.kept_model_parameters, plan.bytes)
+    tokens = token_windows(TEXT, byte_tokenizer(), length=32, windows=4)
+    expected = evaluate.divergence(load_compressed(folder), tiny_model("llama"), tokens)
+    quality = read["findings"]["quality"]
+    assert (quality["kl"], quality["excess_nats"]) == pytest.approx((expected.kl, expected.excess_nats))
+    assert quality["agreement"] == pytest.approx(expected.agreement)
+    assert [set(sample) for sample in read["samples"]] == [{"prompt", "model", "dense"}]
+
+
+def test_a_merged_export(exports, monkeypatch):
+    monkeypatch.setattr("lowrank_pl.export.health.examine.compare_reload", lambda *_, **__: None)
+    says = found(diagnose(exports / "merged", **QUICK))
+    assert says["plan"][1].endswith("their factors were merged into dense weights")
+    assert says["merged ranks"] == ("healthy", "no merged weight has more than its planned rank")
+    assert {health for health, _ in says.values()} == {"healthy"}
+
+
+def test_a_plain_checkpoint(tmp_path, monkeypatch):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    diagnosis = diagnose(tmp_path, **{**QUICK, "prompts": ["A list"]}, max_new_tokens=4)
+    says = found(diagnosis)
+    assert not {"plan", "counts", "tokenizer", "merged ranks"} & set(says)
+    assert says["loads"][0] == "healthy"
+    assert "no dense model beside it" in says["generation"][1]
+    assert diagnosis.samples[0].dense is None
+    monkeypatch.setattr("lowrank_pl.export.health.examine.compare_reload", lambda *_, **__: None)
+    says = found(diagnose(tmp_path, base="random:gpt2", **QUICK))
+    assert says["tokenizer"] == ("healthy", "it makes the same tokens as the base's")
+    assert "0.000 nats more; KL 0.000 nats, the same most likely token in 100.0 %" in says["quality"][1]
+
+
+# -- defects ---------------------------------------------------------------------------------------------------------
+
+
+def weights(change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def edited(name, change):
+    def damage(folder):
+        data = json.loads((folder / name).read_text())
+        change(data)
+        (folder / name).write_text(json.dumps(data))
+
+    return damage
+
+
+def set_nan(tensors):
+    tensors[f"{UP}.right"][0, 0] = torch.nan
+
+
+def set_zero(tensors):
+    # Of this module pivots are columns, so that these are all that there is.
+    tensors[f"{UP}.weight"].zero_()
+
+
+def swap(tensors):
+    tensors[f"{UP}.weight"], tensors[f"{UP}.right"] = tensors[f"{UP}.right"], tensors[f"{UP}.weight"]
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def tokenizer(made):
+    return lambda folder: made().save_pretrained(folder)
+
+
+def larger_vocabulary():
+    made = byte_tokenizer()
+    made.add_tokens(["Energy"])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "text"),
+    [
+        (weights(set_nan), "weights", f"NaN or infinity in {UP}.right; the folder is damaged or was edited: export"),
+        (weights(set_zero), "factors", f"{UP}.weight holds nothing but zeros, so the layer gives nothing but its bias"),
+        (weights(swap), "loads", "transformers finds weights of other shapes than the config says"),
+        (weights(swap), "plan", f"{UP} has parts of shapes ["),
+        (weights(lambda tensors: tensors.pop(f"{UP}.right")), "loads", f"the weight files hold no {UP}.right"),
+        (weights(lambda tensors: tensors.pop(f"{UP}.right")), "plan", f"{UP} is missing or no matrix"),
+        (truncate, "loads", "can't read the weights in"),
+        (
+            edited("plan.json", lambda plan: plan["modules"][UP].update(rank=3)),
+            "plan",
+            "and shape [96, 32], planned is rank 3 and shape [96, 32]; the folder is damaged or was edited",
+        ),
+        (edited("plan.json", lambda plan: plan["modules"][UP].update(rank="dense")), "plan", "planned is no low rank"),
+        (edited("plan.json", lambda plan: plan["modules"].pop(UP)), "plan", f"{UP} is low-rank and not in the plan"),
+        (
+            edited("plan.json", lambda plan: plan["parameters"]["model"].update(dense=9**9)),
+            "counts",
+            "it is for another model",
+        ),
+        (lambda folder: (folder / "plan.json").write_text("{"), "plan", "the plan is not JSON"),
+        (
+            edited("config.json", lambda config: config["quantization_config"]["modules"].update({UP: 3})),
+            "loads",
+            "weights of other shapes than the config says",
+        ),
+        (
+            edited("config.json", lambda config: config["quantization_config"].update(schema=9)),
+            "loads",
+            "the model is stored in lowrank schema 9",
+        ),
+        (lambda folder: (folder / "config.json").write_text("{"), "loads", "not a valid JSON file"),
+        (
+            tokenizer(lambda: byte_tokenizer(bos=True)),
+            "tokenizer",
+            "it is not the base's: they differ in special tokens around a text, chat template; put the base's",
+        ),
+        (tokenizer(larger_vocabulary), "token ids", "a plain text has the token 261, and the model knows 0 to 260"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", "can't load the tokenizer of"),
+    ],
+)
+def test_a_defect_is_found_and_named(copied, damage, name, text):
+    damage(copied)
+    diagnosis = diagnose(copied, **QUICK)
+    health, said = found(diagnosis)[name]
+    assert health == "sick"
+    assert text in said
+    assert diagnosis.health == "sick"
+    assert "quality" not in found(diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "text"),
+    [
+        (lambda folder: (folder / "plan.json").unlink(), "plan", "there is no plan.json to compare ranks with; export"),
+        (
+            edited("plan.json", lambda plan: plan["modules"][UP].pop("storage")),
+            "plan",
+            f"{UP} is stored pivoted, planned otherwise, so that the plan's own counts are off; save the plan that",
+        ),
+        (
+            edited("plan.json", lambda plan: plan["bytes"].update(per_parameter=2)),
+            "counts",
+            "bytes, planned are",
+        ),
+        (
+            edited("config.json", lambda config: config.update(bos_token_id=5)),
+            "BOS",
+            "the tokenizer's BOS is 257, the config's 5; take the base's for both",
+        ),
+        (
+            edited("config.json", lambda config: config.update(pad_token_id=-1)),
+            "token ids",
+            "the model knows the tokens 0 to 260, but config pad is -1; look whether it is so in the base",
+        ),
+    ],
+)
+def test_what_may_be_meant_is_a_warning(copied, damage, name, text):
+    damage(copied)
+    diagnosis = diagnose(copied, **QUICK)
+    health, said = found(diagnosis)[name]
+    assert health == "warning"
+    assert text in said
+    assert diagnosis.health == "warning"
+    assert f"{copied} is healthy: " in diagnosis.sentence()
+    assert name in diagnosis.sentence()
+
+
+def test_a_merged_weight_of_another_rank_is_found(exports, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank_pl.export.health.examine.compare_reload", lambda *_, **__: None)
+    folder = shutil.copytree(exports / "merged", tmp_path / "merged")
+    weights(lambda tensors: tensors[f"{UP}.weight"].normal_())(folder)
+    health, said = found(diagnose(folder, **QUICK))["merged ranks"]
+    assert health == "sick"
+    assert f"merged weights have more than the planned rank: {UP} (rank " in said
+
+
+def test_a_weight_too_many_is_found_by_the_fresh_process(exports, tmp_path):
+    folder = shutil.copytree(exports / "small", tmp_path / "small")
+    weights(lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)}))(folder)
+    health, said = found(diagnose(folder, **QUICK))["loads"]
+    assert (health, said) == ("sick", "reloading it finds unexpected weights: model.extra.weight; export it again")
+
+
+def test_a_fresh_process_that_fails_is_quoted_in_one_line(exports, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise RuntimeError('no such kernel')\n")
+    monkeypatch.setattr("lowrank_pl.export.reload_probe.__file__", str(broken))
+    health, said = found(diagnose(exports / "small", **QUICK))["loads"]
+    assert health == "sick"
+    assert said == (
+        "a fresh process can't load it (exit status 1): RuntimeError: no such kernel; --json has all that it said"
+    )
+
+
+@pytest.mark.parametrize(
+    ("inside", "text"),
+    [
+        ("notes.txt", "the folder holds no config.json but notes.txt; give the folder of a model"),
+        ("model/config.json", "the folder holds no config.json but model; give "),
+    ],
+)
+def test_a_folder_that_is_no_model(tmp_path, capsys, inside, text):
+    (tmp_path / inside).parent.mkdir(exist_ok=True)
+    (tmp_path / inside).write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", str(tmp_path)])
+    assert ended.value.code == 1
+    shown = capsys.readouterr()
+    assert "loads    sick" in shown.out
+    assert f"lowrank: {tmp_path} is sick: loads: {text}" in shown.err
+
+
+def test_what_can_not_be_used_is_an_error(copied, tmp_path, caplog):
+    with pytest.raises(ValueError, match=r"no folder '.*none': give that of an export or of a checkpoint"):
+        diagnose(tmp_path / "none")
+    with pytest.raises(ValueError, match="unknown family"):
+        diagnose(copied, base="random:none", **QUICK)
+    with pytest.raises(ValueError, match="the model has 2048 positions"):
+        diagnose(copied, **{**QUICK, "length": 4096, "windows": 1})
+    edited("plan.json", lambda plan: plan["origin"].update(base="./gone"))(copied)
+    says = found(diagnose(copied, **QUICK))
+    assert "no dense model beside it" in says["quality"][1] or "uniform guess" in says["quality"][1]
+    assert "nothing is compared with the base, name it with --base: base model './gone'" in caplog.text
+
+
+# -- the parts -------------------------------------------------------------------------------------------------------
+
+
+def hand_made(rank=8):
+    """A tiny Llama of which two modules are low-rank, and its plan; a third one is planned dense."""
+    model = tiny_model("llama")
+    model.set_submodule(UP, LowRankLinear(32, 96, rank, bias=False))
+    other = UP.replace("0", "1")
+    model.set_submodule(other, PivotedLinear(32, 96, rank, side="out", bias=False))
+    modules = {
+        UP: ModulePlan((96, 32), rank),
+        other: ModulePlan((96, 32), rank, storage="pivoted"),
+        "model.layers.0.self_attn.q_proj": ModulePlan((32, 32)),
+    }
+    parameters = tiny_model("llama").num_parameters()
+    plan = RankPlan(method="hand", keep=0.5, modules=modules, model_parameters=parameters)
+    return model, plan, {UP: rank, other: {"rank": rank, "storage": "pivoted", "side": "out"}}
+
+
+def test_ranks_and_counts_of_both_kinds_of_layers():
+    model, plan, entries = hand_made()
+    shapes, counts = check_plan(plan, tensors_of(model), entries)
+    assert (shapes.health, counts.health) == ("healthy", "healthy")
+    pivots = 8
+    assert counts.figures["parameters"] == model.num_parameters() + pivots
+    model.half()
+    _, counts = check_plan(plan, tensors_of(model), entries)
+    assert (counts.health, counts.figures["parameters"]) == ("warning", counts.figures["planned_parameters"])
+
+
+def test_dead_parts_and_mixed_types():
+    model, _, entries = hand_made()
+    pivoted = model.get_submodule(UP.replace("0", "1"))
+    pivoted.weight.data.zero_()
+    says = {finding.name: finding for finding in check_weights(tensors_of(model), entries)}
+    assert says["factors"].health == "warning"
+    assert "the coefficients model.layers.1.mlp.up_proj.weight are all zero; look" in says["factors"].sentence
+    pivoted.right.data.zero_()
+    model.model.norm.half()
+    says = {finding.name: finding for finding in check_weights(tensors_of(model), entries)}
+    assert says["factors"].figures["zero"] == ["model.layers.1.mlp.up_proj.right"]
+    assert says["types"].said == "tensors have several types (22 in float32, 1 in float16)"
+    pivoted.half()
+    says = {finding.name: finding for finding in check_weights(tensors_of(model), {UP: 8})}
+    assert says["types"].health == "warning"
+    model.get_submodule(UP).right.data = model.get_submodule(UP).right.data.half()
+    says = {finding.name: finding for finding in check_weights(tensors_of(model), entries)}
+    assert says["types"].said == f"the parts of {UP} have different types"
+
+
+def test_bos_rules():
+    config = tiny_model("llama").config
+
+    def bos(tokenizer):
+        return next(finding for finding in check_tokenizer(tokenizer, config, 261) if finding.name == "BOS")
+
+    plain, with_bos = bos(byte_tokenizer()), bos(byte_tokenizer(bos=True))
+    assert (plain.health, plain.said) == ("healthy", "no BOS is put before texts, none before chats")
+    assert with_bos.health == "healthy"
+    assert with_bos.said.startswith("BOS (257) is put before every text, 1 before chats; tokenize a chat written as")
+    assert (with_bos.figures["in_chats"], with_bos.figures["in_chats_as_text"]) == (1, 2)
+    tokenizer = byte_tokenizer(bos=True)
+    template = tokenizer.chat_template
+    tokenizer.chat_template = "{{ bos_token }}" + template
+    assert (bos(tokenizer).health, bos(tokenizer).said) == ("warning", "a chat begins with 2 BOS")
+    tokenizer.chat_template = template.removeprefix("{{ bos_token }}")
+    assert (bos(tokenizer).health, bos(tokenizer).said) == (
+        "warning",
+        "BOS (257) is put before every text, but not before chats",
+    )
+    tokenizer.chat_template = "{{ raise_exception('no user may speak') }}"
+    assert bos(tokenizer).said == "the chat template refuses one message of a user: no user may speak"
+    tokenizer.chat_template = None
+    assert bos(tokenizer).said == "BOS (257) is put before every text; there is no chat template"
+
+
+def test_a_model_worse_than_chance_is_sick_where_the_dense_one_is_not(windows):
+    """Three that share all but their heads: a learned one, one as it was made, and one that is sure of nonsense."""
+    good, random, bad = (tiny_model("llama") for _ in range(3))
+    for model in (good, bad):
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    bad.lm_head.weight.data *= 3
+    optimizer = torch.optim.Adam([good.lm_head.weight], lr=0.03)
+    for _ in range(20):
+        optimizer.zero_grad()
+        good(windows, labels=windows).loss.backward()
+        optimizer.step()
+    assert check_text(good, good, windows).health == "healthy"
+    assert check_text(good, None, windows).health == "healthy"
+    assert check_text(bad, good, windows).health == "sick"
+    assert "that is worse than a uniform guess" in check_text(bad, good, windows).said
+    assert check_text(random, random, windows).health == "healthy"
+    assert check_text(bad, random, windows).health == "warning"
+    assert check_text(bad, None, windows).health == "warning"
+    bad.lm_head.weight.data.fill_(torch.nan)
+    assert check_text(bad, None, windows).said.startswith("the logits of window 0 are NaN or infinite")
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "health", "text"),
+    [
+        ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], "healthy", "0.0 % of the 4-grams repeat, before 0.0 %"),
+        ([7] * 8, [1, 2, 3, 4, 5, 6], "warning", "80.0 % of the 4-grams repeat, before 0.0 %; read the texts above"),
+        ([7] * 8, [7] * 8, "healthy", "80.0 % of the 4-grams repeat, before 80.0 %"),
+        ([], [1, 2], "warning", "to 1 of 1 prompts there is no answer, before 0; 0.0 % of the 4-grams repeat"),
+    ],
+)
+def test_what_is_said_beside_the_dense_model(llama, tokenizer, monkeypatch, after, before, health, text):
+    other = tiny_model("llama")
+    said = {id(llama): after, id(other): before}
+    monkeypatch.setattr(
+        doctor_quality,
+        "continuations",
+        lambda model, *_, **__: [Continuation(" ".join(map(str, said[id(model)])), tuple(said[id(model)]))],
+    )
+    finding, samples = check_generation(llama, other, tokenizer, ["A list"], max_new_tokens=8)
+    assert finding.health == health
+    assert finding.sentence.startswith(text)
+    assert samples[0].dense == " ".join(map(str, before))
+
+
+def test_the_verdict():
+    good, warning, sick, ill = (
+        Finding(name, health, f"{name} says", {}, "do")
+        for name, health in [("a", "healthy"), ("b", "warning"), ("c", "sick"), ("d", "sick")]
+    )
+    assert Diagnosis("x", [good]).sentence() == "x is healthy: 1 check passed"
+    assert Diagnosis("x", [good, warning]).sentence() == "x is healthy: 2 checks passed, with warnings on b"
+    assert Diagnosis("x", [good, sick, warning, ill]).sentence() == "x is sick: c (and d): c says; do"
+
+
+# -- at the end of every export --------------------------------------------------------------------------------------
+
+
+def test_an_export_that_is_sick_is_removed(tmp_path):
+    model, plan, _ = hand_made()
+    wrong = replace(plan, modules={**plan.modules, UP: ModulePlan((96, 32), 5)})
+    with pytest.raises(ExportError, match=rf"the export was removed: plan: .*{UP} has rank 8 .*planned is rank 5"):
+        save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), plan=wrong)
+    model.get_input_embeddings().weight.data[200, 0] = torch.inf  # no probe reads this row
+    with pytest.raises(ExportError, match=r"removed: weights: NaN or infinity in model.embed_tokens.weight"):
+        save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), plan=plan)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_logs_warnings(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("lowrank_pl.export.export.check_reload", lambda *_, **__: None)
+    model, plan, _ = hand_made()
+    plan = replace(plan, fingerprint={"tokenizer": tokenizer_fingerprint(byte_tokenizer())})
+    with caplog.at_level(logging.WARNING):
+        save_compressed(model, tmp_path / "good", tokenizer=byte_tokenizer(), plan=plan)
+        save_compressed(model, tmp_path / "merged", tokenizer=byte_tokenizer(), plan=plan, merge=True)
+    assert caplog.text == ""
+    save_compressed(model, tmp_path / "other", tokenizer=byte_tokenizer(bos=True), plan=plan)
+    assert "tokenizer: it is not, byte for byte, the one that the model was calibrated with; compare" in caplog.text
+    assert (tmp_path / "other").exists()

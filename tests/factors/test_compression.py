@@ -1,0 +1,341 @@
+"""Plans and factors become models of every family; whatever does not belong together is refused."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_pl.calibration.build import build_factors
+from lowrank_pl.factors.compression import compress, compressed, deployed_plan, restore_dense
+from lowrank_pl.factors.decomposition import truncate
+from lowrank_pl.factors.pivoting import Pivoted
+from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.losses import choices_of
+from lowrank_pl.methods.masks.masked_linear import MaskedLinear, chosen, masked_layers
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.targets import dense_weight, find_targets, replace_module
+from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.plans.storage import Storage
+
+FACTORED = Storage("factored")
+
+
+def factored(family, windows, **changes):
+    model = tiny_model(family, **changes)
+    targets = find_targets(model)
+    return model, targets, build_factors(model, targets, windows[:4], byte_tokenizer())
+
+
+def drawn(targets, store, rank):
+    """A plan with ``rank(target)`` for every target; an entry of its own may be returned too."""
+    entries = {target.name: rank(target) for target in targets.modules}
+    modules = {
+        target.name: entry if isinstance(entry, ModulePlan) else ModulePlan(target.shape, entry)
+        for target, entry in zip(targets.modules, entries.values(), strict=True)
+    }
+    return RankPlan(method="hand", keep=0.5, modules=modules, model_parameters=10**6, fingerprint=store.fingerprint)
+
+
+def logits(model, windows):
+    with torch.no_grad():
+        return model(input_ids=windows[4:6]).logits
+
+
+def half(target):
+    return max(1, FACTORED.break_even(target.shape) // 2)
+
+
+def mask_all(model, targets, store, keep=0.5):
+    for target in targets.modules:
+        mask = Staircase().create(target.shape, store.sigma(target.name), keep, prices=FACTORED)
+        factors = store.factors(target.name, mask.rank)
+        replace_module(model, target.name, MaskedLinear(model.get_submodule(target.name), factors, mask))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_changes_nothing(family, windows):
+    model, targets, store = factored(family, windows)
+    before = logits(model, windows)
+    plan = drawn(targets, store, lambda target: min(target.shape))
+    small = compress(model, plan, store)
+    assert small is model
+    assert all(isinstance(model.get_submodule(target.name), LowRankLinear) for target in targets.modules)
+    torch.testing.assert_close(logits(small, windows), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compressed_modules_compute_with_truncated_weights(family, windows):
+    model, targets, store = factored(family, windows)
+    twin = tiny_model(family)
+    dense = {target.name for target in targets.modules[1::3]}
+    plan = drawn(targets, store, lambda target: None if target.name in dense else half(target))
+    originals = {name: model.get_submodule(name) for name in dense}
+    compress(model, plan, store)
+    for target in targets.modules:
+        if target.name in dense:
+            assert model.get_submodule(target.name) is originals[target.name]
+            continue
+        layer, other = model.get_submodule(target.name), twin.get_submodule(target.name)
+        assert (layer.weight.shape[1], layer.right.shape[0]) == (half(target), half(target))
+        assert (layer.bias is None) == (other.bias is None)
+        assert layer.bias is None or torch.equal(layer.bias, other.bias)
+        weight = (layer.weight.double() @ layer.right.double()).float().detach()
+        assert torch.linalg.matrix_rank(weight) == half(target)
+        # The dense twin gets the truncated weight: whatever differs then is the layer's doing.
+        other.weight.data.copy_(weight.T if isinstance(other, Conv1D) else weight)
+    torch.testing.assert_close(logits(model, windows), logits(twin, windows), rtol=1e-3, atol=1e-3)
+
+
+def test_counts_of_the_plan_are_those_of_the_model(windows):
+    model, targets, store = factored("qwen2", windows)
+    total = model.num_parameters()
+    plan = drawn(targets, store, half)
+    plan = RankPlan(
+        method="hand", keep=0.5, modules=plan.modules, model_parameters=total, fingerprint=store.fingerprint
+    )
+    assert compress(model, plan, store).num_parameters() == plan.kept_model_parameters
+
+
+def test_index_sets(windows):
+    model, targets, store = factored("llama", windows)
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight.double()
+    plan = drawn(targets, store, lambda target: ModulePlan(target.shape, 3, (0, 2, 9)))
+    whole = store.factors("model.layers.0.mlp.up_proj")
+    compress(model, plan, store)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    expected = sum(torch.outer(whole.left[:, j], whole.right[j]) for j in (0, 2, 9))
+    torch.testing.assert_close(layer.weight @ layer.right, expected)
+    assert torch.linalg.matrix_norm(weight - (layer.weight @ layer.right).double()) < torch.linalg.matrix_norm(weight)
+
+
+def test_bfloat16_models_get_bfloat16_factors(windows):
+    model, targets, store = factored("llama", windows)
+    plan = drawn(targets, store, half)
+    small = compress(tiny_model("llama").bfloat16(), plan, store)
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    expected = logits(compress(model, plan, store), windows)
+    assert (logits(small, windows).float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_masked_model_compresses_to_what_its_masks_compute(family, windows):
+    model, targets, store = factored(family, windows)
+    plan = drawn(targets, store, lambda target: None if target.kind.endswith("proj") else half(target))
+    mask_all(model, targets, store)
+    layers = masked_layers(model)
+    with chosen(layers, choices_of(plan, layers)):
+        learned = logits(model, windows)
+    small = compress(model, plan, store)
+    assert not masked_layers(small)
+    torch.testing.assert_close(logits(small, windows), learned, rtol=1e-4, atol=1e-4)
+    reference = compress(tiny_model(family), plan, store)
+    assert {name: type(m) for name, m in small.named_modules()} == {
+        name: type(m) for name, m in reference.named_modules()
+    }
+    for (name, mine), (_, theirs) in zip(small.named_parameters(), reference.named_parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_restore_dense_undoes_masking(family, windows):
+    model, targets, store = factored(family, windows)
+    before, classes = logits(model, windows), [type(module) for module in model.modules()]
+    mask_all(model, targets, store)
+    assert not torch.equal(logits(model, windows), before)
+    assert restore_dense(model) is model
+    assert torch.equal(logits(model, windows), before)
+    assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("problem", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("masked", [False, True])
+def test_compressed_block_puts_everything_back(windows, problem, masked):
+    model, targets, store = factored("llama", windows)
+    if masked:
+        mask_all(model, targets, store)
+    before, modules = logits(model, windows), dict(model.named_modules())
+    plan = drawn(targets, store, half)
+    leaving = pytest.raises(problem) if problem else nullcontext()
+    with leaving, compressed(model, plan, store) as small:
+        assert small is model
+        inside = logits(small, windows)
+        if problem:
+            raise problem
+    assert not torch.allclose(inside, before)
+    assert torch.equal(logits(model, windows), before)
+    assert dict(model.named_modules()) == modules
+
+
+def test_failure_inside_compression_is_undone_by_the_block(windows):
+    model, targets, store = factored("llama", windows)
+    before, modules = logits(model, windows), dict(model.named_modules())
+    store.path(targets.modules[6].name).write_bytes(b"short")
+    with (
+        pytest.raises(ValueError, match=r"safetensors is damaged .*: delete it and run again"),
+        compressed(model, drawn(targets, store, half), store),
+    ):
+        pass
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(logits(model, windows), before)
+    store.path(targets.modules[6].name).unlink()
+
+
+def test_factors_of_another_origin_are_refused(windows):
+    model, targets, store = factored("llama", windows)
+    plan = drawn(targets, store, half)
+    other = plan.with_origin({}, {**store.fingerprint, "text": "x", "damping": 1.0})
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match="drawn for other factors") as caught:
+        compress(model, other, store)
+    assert str(caught.value) == (
+        f"the plan was drawn for other factors than those in {store.directory}: damping, text differ. "
+        "Allocate again on this store, or name the store that the plan came from"
+    )
+    assert dict(model.named_modules()) == modules
+
+
+def test_another_model_is_refused_before_anything_changes(windows):
+    _, targets, store = factored("llama", windows)
+    plan = drawn(targets, store, half)
+    shorter = tiny_model("llama", layers=1)
+    with pytest.raises(ValueError, match=r"the plan names model.layers.1.self_attn.q_proj, which the model lacks"):
+        compress(shorter, plan, store)
+    wider = tiny_model("llama", hidden=48)
+    with pytest.raises(ValueError, match=r"q_proj the shape \(32, 32\), the model has \(48, 48\): another model\?"):
+        compress(wider, plan, store)
+    for model in (shorter, wider):
+        assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+def test_compressing_twice_is_refused(windows):
+    model, targets, store = factored("llama", windows)
+    plan = drawn(targets, store, half)
+    compress(model, plan, store)
+    with pytest.raises(ValueError, match="LowRankLinear is no plain linear map"):
+        compress(model, plan, store)
+
+
+def test_truncating_the_store_is_truncating_the_whole(windows):
+    model, targets, store = factored("gpt_neox", windows)
+    for target in targets.modules:
+        whole = store.factors(target.name)
+        part = truncate(whole, 3)
+        read = store.factors(target.name, 3)
+        assert torch.equal(part.left, read.left)
+        assert torch.equal(part.right, read.right)
+        weight = dense_weight(model.get_submodule(target.name))
+        torch.testing.assert_close(whole.left @ whole.right, weight, rtol=1e-3, atol=1e-4)
+
+
+# pivoted storage
+
+
+def pivoted(target):
+    return ModulePlan(target.shape, min(target.shape) // 2, storage="pivoted")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pivoted_modules_compute_what_their_factors_do(family, windows):
+    model, targets, store = factored(family, windows)
+    plan = drawn(targets, store, pivoted)
+    expected = compress(tiny_model(family), drawn(targets, store, lambda target: min(target.shape) // 2), store)
+    assert compress(model, plan, store) is model
+    sides = set()
+    for target in targets.modules:
+        layer, other = model.get_submodule(target.name), expected.get_submodule(target.name)
+        assert type(layer) is PivotedLinear
+        assert layer.bias is other.bias or torch.equal(layer.bias, other.bias)
+        assert layer.weight.numel() + layer.right.numel() == plan.modules[target.name].parameters
+        torch.testing.assert_close(layer.dense(), other.dense(), rtol=1e-4, atol=1e-5)
+        sides.add(layer.side)
+    assert sides == {"out", "in"}
+    torch.testing.assert_close(logits(model, windows), logits(expected, windows), rtol=1e-3, atol=1e-3)
+    assert deployed_plan(model, plan) is plan
+
+
+def test_pivots_of_index_sets_of_masked_and_of_bfloat16_models(windows):
+    model, targets, store = factored("llama", windows)
+    entry = {target.name: ModulePlan(target.shape, 3, (0, 2, 9), "pivoted") for target in targets.modules}
+    plan = drawn(targets, store, lambda target: entry[target.name])
+    masked = compress(mask_all(tiny_model("llama"), targets, store), plan, store)
+    half = compress(tiny_model("llama").bfloat16(), plan, store)
+    compress(model, plan, store)
+    for name in entry:
+        whole, layer = store.factors(name), model.get_submodule(name)
+        expected = sum(torch.outer(whole.left[:, j], whole.right[j]) for j in (0, 2, 9))
+        torch.testing.assert_close(layer.dense(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(masked.get_submodule(name).weight, layer.weight)
+        other = half.get_submodule(name)
+        assert (other.weight.dtype, other.pivots.dtype) == (torch.bfloat16, torch.int32)
+        torch.testing.assert_close(other.dense().float(), expected, rtol=0.05, atol=0.02)
+
+
+def test_a_module_whose_factors_would_be_no_smaller_stays_dense_aloud(windows, monkeypatch, caplog):
+    model, targets, store = factored("llama", windows)
+    name = targets.modules[0].name
+    rank = FACTORED.break_even(targets.modules[0].shape) + 1
+    plan = drawn(targets, store, lambda target: replace(pivoted(target), rank=rank) if target.name == name else None)
+    monkeypatch.setattr(Pivoted, "is_accurate", False)
+    dense = model.get_submodule(name)
+    compress(model, plan, store)
+    assert model.get_submodule(name) is dense
+    assert caplog.messages[-1].startswith(
+        f"{name} stays dense, of which two factors would be no less: stored pivoted in float32 it would be off by "
+    )
+    changed = deployed_plan(model, plan)
+    assert changed.modules[name] == ModulePlan(dense.weight.shape)
+    assert changed.notes == (f"1 module could not be stored pivoted in float32: dense, e.g. {name}",)
+    assert deployed_plan(model, changed) is changed
+
+
+def test_a_plan_of_another_model_is_refused_for_a_while_too(windows):
+    _, targets, store = factored("llama", windows)
+    plan = drawn(targets, store, half)
+    smaller = tiny_model("llama", layers=1)
+    refused = pytest.raises(ValueError, match=r"the plan names model\.layers\.1\..*, which the model lacks")
+    with refused, compressed(smaller, plan, store):
+        pass
+
+
+def test_a_module_that_cannot_be_pivoted_is_stored_as_factors_aloud(windows, monkeypatch, caplog):
+    model, targets, store = factored("llama", windows)
+    names = [target.name for target in targets.modules]
+    few = {target.name: replace(pivoted(target), rank=min(target.shape) // 3) for target in targets.modules}
+    plan = drawn(targets, store, lambda target: half(target) if target.name == names[5] else few[target.name])
+    inaccurate = {names[2], names[3]}
+    shapes = {plan.modules[name].shape for name in inaccurate}
+    monkeypatch.setattr(Pivoted, "is_accurate", property(lambda found: found_shape(found) not in shapes))
+    compress(model, plan, store)
+    fallen = [name for name in names if plan.modules[name].shape in shapes and name != names[5]]
+    assert inaccurate <= set(fallen)
+    for name in names:
+        expected = LowRankLinear if name in {*fallen, names[5]} else PivotedLinear
+        assert type(model.get_submodule(name)) is expected
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == len(fallen)
+    assert warnings[0].startswith(
+        f"{fallen[0]} is stored as two factors: stored pivoted in float32 it would be off by "
+    )
+    changed = deployed_plan(model, plan)
+    assert [name for name in names if changed.modules[name] != plan.modules[name]] == fallen
+    assert {changed.modules[name].storage for name in fallen} == {"factored"}
+    assert changed.notes == (
+        f"{len(fallen)} modules could not be stored pivoted in float32: factored, e.g. {fallen[0]}",
+    )
+    assert deployed_plan(model, changed) is changed
+    layers = [model.get_submodule(name) for name in names]
+    assert sum(layer.weight.numel() + layer.right.numel() for layer in layers) == sum(
+        changed.modules[name].parameters for name in names
+    )
+
+
+def found_shape(found):
+    """Shape of the map in a pivoted form."""
+    layer = PivotedLinear.from_parts(found.weight, found.right, found.pivots, side=found.side)
+    return layer.out_features, layer.in_features

@@ -1,0 +1,253 @@
+"""Closed-form allocators against their formulas written again, and what they say when something is missing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowrank_pl.cli.commands import allocate
+from lowrank_pl.cli.main import main
+from lowrank_pl.methods.allocate import ALLOCATORS, allocator
+from lowrank_pl.methods.allocate.base import Problem
+from lowrank_pl.models.targets import Target, Targets
+from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.plans.resize import nested
+from tests.helpers import ROOT
+
+LAYERS = 3
+KINDS = {
+    "self_attn.q_proj": (24, 24), "self_attn.k_proj": (12, 24), "self_attn.v_proj": (12, 24),
+    "self_attn.o_proj": (24, 24), "mlp.up_proj": (40, 24), "mlp.down_proj": (24, 40),
+}  # fmt: skip
+TOKENS = 500
+
+
+def problem_of(keep=0.5, kinds=KINDS, kind="whitened"):
+    """A problem with spectra of its own for every module, and each with another decay."""
+    modules, sigmas = [], {}
+    generator = torch.Generator().manual_seed(0)
+    for block in range(LAYERS):
+        for place, (inner, shape) in enumerate(kinds.items()):
+            name = f"layers.{block}.{inner}"
+            modules.append(Target(name, block, inner, shape, name))
+            decay = torch.linspace(0, 1 + block + place / 2, min(shape), dtype=torch.float64)
+            noise = torch.rand(min(shape), generator=generator, dtype=torch.float64) * 0.1
+            sigmas[name] = ((-decay).exp() * (1 + noise) * (place + 1) / 10).sort(descending=True).values
+    shapes = {target.name: target.shape for target in modules}
+    factors = SimpleNamespace(
+        sigma=sigmas.__getitem__, fingerprint={"kind": kind}, notes=lambda name: {"tokens": str(TOKENS)}
+    )
+    total = sum(m * n for m, n in shapes.values())
+    budget = Budget(storage="factored", keep=keep, shapes=shapes, model_parameters=total)
+    return Problem(budget, factors, Targets(tuple(modules), ())), sigmas, shapes
+
+
+def ranks_near(plan, wishes):
+    """Assert that ranks are one multiple of the wishes, rounded down, but for what is left of the budget."""
+    fractions = {}
+    for name, module in plan.modules.items():
+        m, n = module.shape
+        top = (m * n - 1) // (m + n)
+        if module.rank is not None and 1 < module.rank < top:
+            fractions[name] = (module.rank / wishes[name], (module.rank + 1) / wishes[name])
+    assert len(fractions) > len(plan.modules) / 2
+    lows = sorted(low for low, _ in fractions.values())
+    highs = sorted(high for _, high in fractions.values())
+    factor = max(lows[:-1])
+    assert sum(not low <= factor <= high for low, high in fractions.values()) <= 2, (lows, highs)
+
+
+def test_energy_keeps_the_largest_shares():
+    problem, sigmas, shapes = problem_of()
+    scores = allocator("energy").scores(problem)
+    for name, sigma in sigmas.items():
+        total = sum(value.item() ** 2 for value in sigma)
+        assert scores[name].tolist() == pytest.approx([value.item() ** 2 / total for value in sigma])
+    for threshold in (0.004, 0.01, 0.02, 0.05):
+        ranks = {}
+        for name, (m, n) in shapes.items():
+            rank = max(1, sum(share > threshold for share in scores[name].tolist()))
+            ranks[name] = rank if rank * (m + n) < m * n else None
+        kept = sum(m * n if ranks[x] is None else ranks[x] * (m + n) for x, (m, n) in shapes.items())
+        plan = allocator("energy").plan(problem_of(keep=kept / problem.budget.total)[0])
+        assert {name: module.rank for name, module in plan.modules.items()} == ranks
+
+
+def test_energy_of_a_weight_of_zeros():
+    problem, sigmas, _ = problem_of()
+    sigmas["layers.0.mlp.up_proj"].zero_()
+    plan = allocator("energy").plan(problem)
+    assert plan.modules["layers.0.mlp.up_proj"].rank == 1
+
+
+def entropy_rank(sigma):
+    shares = [value.item() ** 2 for value in sigma]
+    shares = [share / sum(shares) for share in shares]
+    return math.exp(-sum(share * math.log(share) for share in shares))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.15])
+def test_drank_by_its_formula(shift):
+    problem, sigmas, shapes = problem_of(keep=0.4)
+    wishes = {n: math.sqrt(entropy_rank(sigma) / (shapes[n][0] + shapes[n][1])) for n, sigma in sigmas.items()}
+    for block in range(LAYERS):
+        q, k, v = (f"layers.{block}.self_attn.{part}_proj" for part in "qkv")
+        freed = shift * (wishes[q] * 48 + wishes[k] * 36)
+        wishes[q], wishes[k], wishes[v] = (1 - shift) * wishes[q], (1 - shift) * wishes[k], wishes[v] + freed / 36
+    scores = allocator("drank", shift=shift).scores(problem)
+    for name, score in scores.items():
+        assert score.tolist() == pytest.approx([wishes[name] / j for j in range(1, min(shapes[name]) + 1)])
+    plan = allocator("drank", shift=shift).plan(problem)
+    ranks_near(plan, wishes)
+    assert plan.notes == (("15% of q and k was moved to v in 3 blocks",) if shift else ())
+
+
+def test_drank_moves_ranks_as_they_are_where_shapes_are_equal():
+    kinds = {f"attn.{part}_proj": (16, 16) for part in "qkv"}
+    before = allocator("drank", shift=0.0).scores(problem_of(kinds=kinds)[0])
+    after = allocator("drank", shift=0.2).scores(problem_of(kinds=kinds)[0])
+    q, k, v = (f"layers.1.attn.{part}_proj" for part in "qkv")
+    assert after[v][0].item() == pytest.approx((before[v] + 0.2 * (before[q] + before[k]))[0].item())
+
+
+def test_drank_says_where_nothing_can_be_moved():
+    kinds = {"attn.c_attn": (72, 24), "mlp.c_fc": (40, 24)}
+    plan = allocator("drank").plan(problem_of(kinds=kinds)[0])
+    assert (
+        plan.notes[-1]
+        == "no block has q_proj, k_proj and v_proj among its targets: nothing was moved from q and k to v"
+    )
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6])
+def test_svdllm_v2_by_its_formula(keep):
+    problem, sigmas, _ = problem_of(keep=keep)
+    scores = allocator("svdllm_v2").scores(problem)
+    wishes = {}
+    for inner, (m, n) in KINDS.items():
+        inverse = []
+        for block in range(LAYERS):
+            sigma = sigmas[f"layers.{block}.{inner}"]
+            uniform = int(keep * m * n / (m + n))
+            loss = math.sqrt(TOKENS * sum(value.item() ** 2 for value in sigma[uniform:]))
+            inverse.append(1 / math.log(math.e + loss))
+        removed = [LAYERS * (1 - keep) * value / sum(inverse) for value in inverse]
+        # The type as a whole is left what it was given.
+        assert sum(removed) == pytest.approx(LAYERS * (1 - keep))
+        for block in range(LAYERS):
+            wishes[f"layers.{block}.{inner}"] = (1 - removed[block]) * m * n / (m + n)
+    for name, score in scores.items():
+        assert score[0].item() == pytest.approx(wishes[name])
+        assert (score * torch.arange(1, len(score) + 1)).tolist() == pytest.approx([wishes[name]] * len(score))
+    ranks_near(allocator("svdllm_v2").plan(problem), wishes)
+
+
+def test_svdllm_v2_removes_less_where_more_is_lost():
+    problem, sigmas, _ = problem_of(keep=0.5)
+    sigmas["layers.1.mlp.up_proj"].mul_(1000)
+    ranks = [allocator("svdllm_v2").plan(problem).modules[f"layers.{b}.mlp.up_proj"].rank for b in range(LAYERS)]
+    assert ranks[1] > max(ranks[0], ranks[2])
+
+
+def test_svdllm_v2_notes_modules_of_which_it_would_remove_more_than_there_is():
+    problem, sigmas, _ = problem_of(keep=0.3)
+    assert allocator("svdllm_v2").plan(problem).notes == ()
+    for block, scale in enumerate((0.0, 1e6, 1e6)):
+        sigmas[f"layers.{block}.mlp.up_proj"].mul_(scale)
+    plan = allocator("svdllm_v2").plan(problem)
+    assert plan.notes == ("the rule removes all of 1 modules, which keep the least rank, e.g. layers.0.mlp.up_proj",)
+    assert plan.modules["layers.0.mlp.up_proj"].rank == 1
+
+
+@pytest.mark.parametrize("name", ["uniform", "energy", "drank", "svdllm_v2"])
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.8, 1.0])
+def test_the_budget_is_met_and_other_sizes_follow(name, keep):
+    problem, _, _ = problem_of(keep=keep)
+    plan = allocator(name).plan(problem)
+    steps = [sum(module.shape) for module in plan.modules.values()]
+    assert plan.kept_parameters <= keep * plan.targeted_parameters
+    assert keep - plan.keep_targeted <= max(steps) / plan.targeted_parameters
+    assert (plan.method, plan.order is not None) == (name, True)
+    sizes = nested(plan, [0.9, 0.5, 0.2])
+    for larger, smaller in ((0.9, 0.5), (0.5, 0.2)):
+        for module in plan.modules:
+            assert (sizes[smaller].modules[module].rank or 99) <= (sizes[larger].modules[module].rank or 99)
+
+
+def test_factors_without_output_errors_are_refused():
+    with pytest.raises(
+        ValueError,
+        match=r"the allocator svdllm_v2 was given factors of the kind 'svd': expected whitened or two_sided or asvd",
+    ):
+        allocator("svdllm_v2").plan(problem_of(kind="svd")[0])
+
+
+@pytest.mark.parametrize(("given", "what"), [({}, "model"), ({"model": "a model"}, "calibration windows")])
+def test_what_is_measured_on_has_to_be_given(given, what):
+    message = rf"the allocator strs was given no {what}, on which it measures: give Problem both model and windows, or "
+    with pytest.raises(ValueError, match=message):
+        allocator("strs").plan(replace(problem_of(kind="asvd")[0], **given))
+
+
+def test_names_and_settings():
+    assert list(ALLOCATORS) == ["uniform", "energy", "drank", "svdllm_v2", "strs", "zero_sum", "fisher"]
+    assert all(allocator(name).name == name for name in ALLOCATORS)
+    with pytest.raises(ValueError, match=r"no allocator is called 'best': expected one of uniform, energy, drank"):
+        allocator("best")
+    with pytest.raises(ValueError, match=r"the allocator energy has no setting 'x': expected none, it has no settings"):
+        allocator("energy", x=1)
+    with pytest.raises(ValueError, match=r"the allocator drank has no setting 'shifts': expected one of shift"):
+        allocator("drank", shifts=1)
+    with pytest.raises(ValueError, match=r"shift is 1.0: expected the fraction of q and k to move to v, in \[0, 1\)"):
+        allocator("drank", shift=1.0)
+
+
+@pytest.mark.parametrize("method", list(ALLOCATORS))
+def test_every_method_by_its_name(method, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
+    kind = "two_sided" if method == "fisher" else "whitened"
+    words = ["allocate", "--base", "random:llama", "--method", method, "--keep", "0.5", "--length", "32"]
+    words += ["--text", "python-docs::part=0%-10%", "--windows", "4", "--output", str(tmp_path / "plan.json")]
+    words += ["--decomposition.kind", kind]
+    words += {"strs": ["--settings.ratios", "[0.5]"], "zero_sum": ["--settings.rounds", "1"]}.get(method, [])
+    main(words)
+    plan = RankPlan.load(tmp_path / "plan.json")
+    assert (plan.method, plan.order is not None) == (method, True)
+    assert 0.47 < plan.keep_targeted <= 0.5
+    assert plan.origin["base"] == "random:llama"
+
+
+CONFIGS = sorted((ROOT / "configs" / "allocate").glob("*.yaml"))
+SMALL = {"strs": ["--settings.windows", "1", "--settings.ratios", "[0.5]"]}
+BASES = {"asvd": "asvd", "strs": "asvd", "fwsvd": "fwsvd", "fisher": "two_sided"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
+    words = ["--base", "random:llama", "--text", "python-docs::part=0%-10%", "--length", "32", "--windows", "2"]
+    words += ["--output", str(tmp_path / "plan.json"), *SMALL.get(path.stem, [])]
+    main(["allocate", "-c", str(path), *words])
+    plan = RankPlan.load(tmp_path / "plan.json")
+    method = {"asvd": "uniform", "fwsvd": "uniform", "zero_sum_corrected": "zero_sum"}.get(path.stem, path.stem)
+    assert (plan.method, plan.keep) == (method, 0.8)
+    assert plan.origin["decomposition"]["kind"] == BASES.get(path.stem, "whitened")
+    assert plan.fingerprint.get("correction", {}).get("rounds", 0) == (5 if path.stem == "zero_sum_corrected" else 0)
+    said = path.read_text()
+    assert f"lowrank allocate -c configs/allocate/{path.name} --base NAME_OR_DIR" in said
+
+
+def test_every_allocator_and_base_has_a_configuration():
+    names = {path.stem for path in CONFIGS}
+    assert {*ALLOCATORS, "asvd", "fwsvd", "zero_sum_corrected"} == names
+
+
+def test_help_names_every_method():
+    text = allocate.__doc__
+    line = next(line for line in text.splitlines() if "method:" in line)
+    assert all(name in line for name in ALLOCATORS)

@@ -1,0 +1,308 @@
+"""Budgets: any wishes become ranks that meet the budget to within one step, or an error says why not."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate.base import Problem
+from lowrank_pl.methods.allocate.uniform import Uniform
+from lowrank_pl.plans.budget import Budget, check_keep
+from lowrank_pl.plans.plan import ModulePlan
+
+sizes = st.integers(1, 90)
+shape_lists = st.lists(st.tuples(sizes, sizes), min_size=1, max_size=7)
+wish = st.one_of(st.floats(0, 200), st.just(math.inf), st.just(0.0), st.floats(0, 1e-6))
+
+
+def named(shapes):
+    return {f"block.{i}": shape for i, shape in enumerate(shapes)}
+
+
+def problem(budget):
+    """A problem for allocators that look at nothing but the budget."""
+    return Problem(budget, SimpleNamespace(fingerprint={"kind": "whitened"}), None)
+
+
+def allowed_sizes(shape, multiple, floor, storage="factored"):
+    """Every allowed size of a module as (rank or None, parameters), cheapest first, by trying them all.
+
+    A parameter takes two bytes and an index four.
+    """
+    m, n = shape
+    sizes = []
+    for k in range(1, min(m, n) + 1):
+        factored, pivoted = k * m + k * n, k * n + (m - k) * k + 2 * k
+        cost = {"factored": factored, "pivoted": pivoted, "auto": min(factored, pivoted)}[storage]
+        granted = factored if storage == "factored" else pivoted
+        if k % multiple == 0 and cost < m * n and Fraction(granted, m * n) >= floor - Fraction(1, 10**9):
+            sizes.append((k, cost))
+    return [*(sizes if floor < 1 else []), (None, m * n)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.data(),
+    shape_lists,
+    st.floats(0.02, 1.0),
+    st.sampled_from([1, 1, 2, 3, 8]),
+    st.booleans(),
+    st.sampled_from(["factored", "pivoted", "auto"]),
+)
+def test_budget_is_met_to_within_one_step(data, shapes, keep, multiple, with_floors, storage):
+    shapes = named(shapes)
+    floors = {"block.0": data.draw(st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]))} if with_floors else {}
+    ladders = {
+        name: allowed_sizes(shape, multiple, Fraction(floors.get(name, 0.0)), storage) for name, shape in shapes.items()
+    }
+    total = sum(m * n for m, n in shapes.values())
+    assume(sum(ladder[0][1] for ladder in ladders.values()) <= math.floor(keep * total + 1e-6))
+    budget = Budget(
+        storage=storage,
+        keep=keep,
+        shapes=shapes,
+        model_parameters=total + 7,
+        multiple_of=multiple,
+        floors=floors,
+        bytes_per_parameter=2,
+    )
+    wishes = {name: data.draw(wish) for name in shapes}
+    plan = budget.fit(wishes, method="drawn")
+
+    assert list(plan.modules) == list(shapes)
+    assert (plan.method, plan.keep, plan.model_parameters, plan.bytes_per_parameter) == ("drawn", keep, total + 7, 2)
+    spent, steps = 0, []
+    for name, module in plan.modules.items():
+        ladder = ladders[name]
+        place = [rank for rank, _ in ladder].index(module.rank)
+        spent += ladder[place][1]
+        if place + 1 < len(ladder):
+            steps.append(ladder[place + 1][1] - ladder[place][1])
+    assert spent == plan.kept_parameters <= keep * total + 1e-6
+    assert not steps or spent + min(steps) > keep * total
+    assert steps or plan.keep_targeted == 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape_lists, st.floats(0.3, 1.0), st.lists(st.floats(0.5, 60), min_size=7, max_size=7))
+def test_without_scaling_up_no_rank_exceeds_its_wish(shapes, keep, wished):
+    shapes = named(shapes)
+    total = sum(m * n for m, n in shapes.values())
+    least = sum(allowed_sizes(shape, 1, Fraction(0))[0][1] for shape in shapes.values())
+    assume(least <= math.floor(keep * total + 1e-6))
+    budget = Budget(storage="factored", keep=keep, shapes=shapes, model_parameters=total)
+    wishes = dict(zip(shapes, wished, strict=False))
+    plan = budget.fit(wishes, method="x", scale_up=False)
+    assert plan.kept_parameters <= keep * total + 1e-6
+    for name, (m, n) in shapes.items():
+        rank = plan.modules[name].rank
+        if rank is None:
+            assert wishes[name] * (m + n) >= m * n or len(allowed_sizes((m, n), 1, Fraction(0))) == 1
+        else:
+            assert rank <= max(1.0, wishes[name])
+
+
+def test_wishes_that_fit_exactly_stay():
+    shapes = named([(30, 30), (30, 60), (60, 30)])
+    wishes = dict(zip(shapes, [5.0, 9.0, 2.0], strict=True))
+    spent = 5 * 60 + 9 * 90 + 2 * 90
+    plan = Budget(storage="factored", keep=spent / 4500, shapes=shapes, model_parameters=4500).fit(wishes, method="x")
+    assert [module.rank for module in plan.modules.values()] == [5, 9, 2]
+    assert plan.kept_parameters == spent
+
+
+def test_relations_of_wishes_survive_scaling():
+    shapes = named([(400, 400)] * 3)
+    plan = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=480_000).fit(
+        {"block.0": 10.0, "block.1": 20.0, "block.2": 30.0}, method="x"
+    )
+    ranks = [module.rank for module in plan.modules.values()]
+    assert sum(ranks) == 300  # 0.5 * 480,000 parameters at 800 a component
+    assert max(abs(a - b) for a, b in zip(ranks, [50, 100, 150], strict=True)) <= 1
+
+
+def test_dense_wishes_are_granted_and_not_scaled():
+    shapes = named([(40, 40)] * 4)
+    wishes = {"block.0": math.inf, "block.1": 12.0, "block.2": 12.0, "block.3": 12.0}
+    plan = Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=6400).fit(wishes, method="x")
+    assert plan.dense_modules == ["block.0"]
+    assert [plan.modules[f"block.{i}"].rank for i in (1, 2, 3)] == [10, 9, 9]
+    assert any("wished ranks scaled by 0.8" in note for note in plan.notes)
+
+
+def test_dense_wishes_that_the_budget_cannot_pay_are_scaled_and_noted():
+    shapes = named([(40, 40)] * 2)
+    plan = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=3200).fit(
+        dict.fromkeys(shapes, math.inf), method="x"
+    )
+    assert [module.rank for module in plan.modules.values()] == [10, 10]
+    assert plan.notes[0] == "2 modules were wished dense, which the budget does not allow: scaled like the rest"
+
+
+def test_keep_one_is_dense():
+    shapes = named([(40, 40), (7, 90)])
+    budget = Budget(storage="factored", keep=1.0, shapes=shapes, model_parameters=3200)
+    assert budget.fit(dict.fromkeys(shapes, 1.0), method="x").keep_targeted == 1.0
+    assert Uniform().plan(problem(budget)).dense_modules == list(shapes)
+
+
+def test_multiple_of_leaves_small_modules_dense_and_says_so():
+    shapes = named([(64, 64), (8, 8)])
+    plan = Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=5000, multiple_of=8).fit(
+        dict.fromkeys(shapes, 10.0), method="x"
+    )
+    assert plan.modules["block.0"].rank == 16
+    assert plan.modules["block.1"].rank is None
+    assert plan.notes[0] == "block.1: too small for a rank of 8, left dense"
+
+
+def test_floors_hold():
+    shapes = {"a.q_proj": (64, 64), "a.up": (64, 64), "b.q_proj": (64, 64)}
+    plan = Budget(
+        storage="factored", keep=0.6, shapes=shapes, model_parameters=12288, floors={"*q_proj": 0.7, "a.*": 0.1}
+    ).fit({"a.q_proj": 1.0, "a.up": 30.0, "b.q_proj": 1.0}, method="x")
+    assert plan.modules["a.q_proj"].rank == plan.modules["b.q_proj"].rank == 23  # ceil(0.7 * 32)
+    assert plan.modules["a.up"].rank == 11  # 57 components fit 0.6 of the budget, 46 are taken
+    dense = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=12288, floors={"a.up": 1.0})
+    assert dense.fit(dict.fromkeys(shapes, 1.0), method="x").dense_modules == ["a.up"]
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.5, 1.0001, math.nan, math.inf])
+def test_impossible_keep(keep):
+    message = r"keep is .*: expected the fraction of parameters to keep, above 0 and at most 1"
+    with pytest.raises(ValueError, match=message):
+        check_keep(keep)
+    with pytest.raises(ValueError, match=message):
+        Budget(storage="factored", keep=keep, shapes={"a": (9, 9)}, model_parameters=81)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"multiple_of": 0}, r"multiple_of is 0: expected a whole number of at least 1"),
+        ({"floors": {"a": 1.5}}, r"the floor of 'a' is 1.5: expected a fraction in \[0, 1\]"),
+        ({"floors": {"a": math.nan}}, r"the floor of 'a' is nan"),
+        ({"floors": {"q*": 0.5}}, r"the floor pattern 'q\*' matches none of the 2 modules"),
+        (
+            {"floors": {"a": 1.0}},
+            r"keep 0.5 allows 800 parameters, but the floors and multiple_of 1 need at least 860 \(keep 0.5375\): "
+            "raise keep or lower them",
+        ),
+        ({"multiple_of": 16}, r"multiple_of 16 need at least 1,600 \(keep 1.0000\)"),
+        ({"keep": 1e-3}, r"keep 0.001 allows 1 parameters, but .* need at least 120"),
+    ],
+)
+def test_impossible_budgets(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Budget(
+            storage="factored",
+            **{"keep": 0.5, "shapes": {"a": (20, 40), "b": (40, 20)}, "model_parameters": 1600, **arguments},
+        )
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({}, r"no rank is wished for a and 1 more: expected one a module"),
+        ({"a": 1.0}, r"no rank is wished for b and 0 more"),
+        ({"a": -1.0, "b": 1.0}, r"the rank wished for a is -1.0: expected a number of at least 0"),
+        ({"a": 1.0, "b": math.nan}, r"the rank wished for b is nan"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, r"a rank is wished for c, which is none of the 2 modules"),
+    ],
+)
+def test_impossible_wishes(wishes, message):
+    budget = Budget(storage="factored", keep=0.5, shapes={"a": (20, 40), "b": (40, 20)}, model_parameters=1600)
+    with pytest.raises(ValueError, match=message):
+        budget.fit(wishes, method="x")
+
+
+def test_uniform_keeps_the_same_fraction_everywhere():
+    shapes = {"a": (64, 64), "b": (192, 64), "c": (64, 192), "d": (100, 30)}
+    plan = allocator("uniform").plan(
+        problem(Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=40_000))
+    )
+    assert plan.method == "uniform"
+    for (m, n), module in zip(shapes.values(), plan.modules.values(), strict=True):
+        assert abs(module.rank - 0.6 * m * n / (m + n)) <= 1.0
+    with pytest.raises(ValueError, match=r"no allocator is called 'best': expected one of uniform"):
+        allocator("best")
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"a": [1.0]}, r"no component is scored for b and 0 more: expected one a module"),
+        ({"a": [1.0], "b": [1.0], "c": [1.0]}, r"a component is scored for c, which is none of the 2 modules"),
+        ({"a": [1.0] * 21, "b": [1.0]}, r"a of shape \(20, 40\) has 21 scores: expected 20 or fewer"),
+        ({"a": [math.nan], "b": [1.0]}, r"the scores of a have shape \(1,\) or hold NaN: expected one number a compon"),
+        ({"a": 1.0, "b": [1.0]}, r"the scores of a have shape \(\) or hold NaN"),
+    ],
+)
+def test_impossible_scores(scores, message):
+    budget = Budget(storage="factored", keep=0.5, shapes={"a": (20, 40), "b": (40, 20)}, model_parameters=1600)
+    with pytest.raises(ValueError, match=message):
+        budget.select({name: torch.tensor(values) for name, values in scores.items()}, method="x")
+
+
+def test_bounds_of_other_plans():
+    shapes = {"a": (40, 40), "b": (40, 40)}
+    scores = {"a": torch.arange(40, 0, -1.0), "b": torch.arange(40, 0, -1.0) / 100}
+    budget = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=3200)
+    assert [m.rank for m in budget.select(scores, method="x").modules.values()] == [19, 1]
+    bound = {"a": ModulePlan((40, 40), 5), "b": ModulePlan((40, 40), 9)}
+    assert [m.rank for m in budget.select(scores, method="x", within=bound).modules.values()] == [5, 9]
+    assert [m.rank for m in budget.select(scores, method="x", beyond=bound).modules.values()] == [11, 9]
+    dense = {"a": ModulePlan((40, 40)), "b": ModulePlan((40, 40), 2)}
+    message = (
+        r"the plan to go beyond has 160 parameters more than keep 0.5 allows: give a smaller plan, or raise keep to "
+    )
+    with pytest.raises(ValueError, match=message + "0.55$"):
+        budget.select(scores, method="x", beyond=dense)
+    raised = Budget(storage="factored", keep=0.55, shapes=shapes, model_parameters=3200).select(
+        scores, method="x", beyond=dense
+    )
+    assert [m.rank for m in raised.modules.values()] == [None, 2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), shape_lists, st.floats(0.3, 1.0), st.sampled_from([1, 3]))
+def test_sizes_are_those_of_the_selected_plan(data, shapes, keep, multiple):
+    shapes = named(shapes)
+    total = sum(m * n for m, n in shapes.values())
+    least = sum(allowed_sizes(shape, multiple, Fraction(0))[0][1] for shape in shapes.values())
+    assume(least <= math.floor(keep * total + 1e-6))
+    budget = Budget(storage="factored", keep=keep, shapes=shapes, model_parameters=total, multiple_of=multiple)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    scores = {name: torch.rand(min(shape), generator=generator) for name, shape in shapes.items()}
+    plan = budget.select(scores, method="x")
+    assert budget.sizes(scores) == {name: module.rank for name, module in plan.modules.items()}
+
+
+def test_sizes_check_their_scores_and_log_nothing(caplog):
+    caplog.set_level("INFO")
+    budget = Budget(
+        storage="factored", keep=0.6, shapes={"a": (64, 64), "b": (8, 8)}, model_parameters=5000, multiple_of=8
+    )
+    assert budget.sizes({"a": torch.ones(64), "b": torch.ones(8)}) == {"a": 16, "b": None}
+    assert caplog.text == ""
+    with pytest.raises(ValueError, match="no component is scored for b and 0 more"):
+        budget.sizes({"a": torch.ones(64)})
+    with pytest.raises(ValueError, match=r"b of shape \(8, 8\) has 9 scores: expected 8 or fewer"):
+        budget.sizes({"a": torch.ones(64), "b": torch.ones(9)})
+
+
+def test_what_is_left_goes_to_the_largest_rounding_loss():
+    # Just below the factor at which the large module would take its 10th component, 60 parameters are left: one step
+    # of a small module, and 3.9 lost more to rounding than 3.2.
+    shapes = {"small": (20, 20), "other": (20, 20), "large": (100, 100)}
+    plan = Budget(storage="factored", keep=2100 / 10_800, shapes=shapes, model_parameters=10_800).fit(
+        {"small": 3.2, "other": 3.9, "large": 10.0}, method="x"
+    )
+    assert [module.rank for module in plan.modules.values()] == [3, 4, 9]

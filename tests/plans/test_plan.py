@@ -1,0 +1,224 @@
+"""Rank plans: their counts, their JSON, and what a hand-edited file may and may not say."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowrank_pl.plans.component_order import ComponentOrder
+from lowrank_pl.plans.plan import SCHEMA, ModulePlan, RankPlan
+
+
+@pytest.fixture
+def plan():
+    return RankPlan(
+        method="hand",
+        keep=0.6,
+        modules={
+            "z.last": ModulePlan((10, 20), 3),
+            "a.first": ModulePlan((20, 10)),
+            "m.some": ModulePlan((8, 8), 2, (0, 5)),
+        },
+        model_parameters=1000,
+        bytes_per_parameter=2,
+        origin={"base": "here", "calibration": {"windows": 4}},
+        fingerprint={"model": "abc"},
+        notes=("größer", "second"),
+    )
+
+
+def edited(plan, change) -> str:
+    data = json.loads(plan.to_json())
+    change(data)
+    return json.dumps(data)
+
+
+def test_counts(plan):
+    kept = 3 * 30 + 200 + 2 * 16
+    assert plan.targeted_parameters == 200 + 200 + 64
+    assert plan.kept_parameters == kept
+    assert plan.keep_targeted == kept / 464
+    assert plan.kept_model_parameters == 1000 - 464 + kept
+    assert plan.keep_model == (1000 - 464 + kept) / 1000
+    assert (plan.bytes, plan.dense_bytes) == (2 * (536 + kept), 2000)
+    assert plan.dense_modules == ["a.first"]
+
+
+def test_json_is_stable_and_one_line_a_module(plan):
+    text = plan.to_json()
+    assert text == plan.to_json() == RankPlan.from_json(text).to_json()
+    assert text.endswith(
+        '  "modules": {\n'
+        '    "z.last": {"shape": [10, 20], "rank": 3},\n'
+        '    "a.first": {"shape": [20, 10], "rank": "dense"},\n'
+        '    "m.some": {"shape": [8, 8], "rank": 2, "indices": [0, 5]}\n'
+        "  }\n}\n"
+    )
+    assert "größer" in text
+
+
+def test_json_schema(plan):
+    data = json.loads(plan.to_json())
+    assert list(data) == [
+        *("schema", "method", "keep", "parameters", "bytes", "counts"),
+        *("constraints", "notes", "origin", "fingerprint", "modules"),
+    ]
+    assert data["schema"] == SCHEMA == 2
+    assert data["keep"] == {"asked": 0.6, "targeted": plan.keep_targeted, "model": plan.keep_model}
+    assert data["parameters"] == {"targeted": {"dense": 464, "kept": 322}, "model": {"dense": 1000, "kept": 858}}
+    assert data["bytes"] == {"dense": 2000, "kept": 1716, "per_parameter": 2}
+    assert data["counts"] == {"modules": 3, "dense": 1, "any_k": 1, "pivoted": 0}
+
+
+def test_the_order_comes_last_one_line_a_module(plan):
+    order = ComponentOrder({"z.last": torch.tensor([math.inf, 2.5]), "m.some": torch.tensor([-math.inf])})
+    ordered = replace(plan, order=order, multiple_of=2, floors={"a*": 1.0})
+    text = ordered.to_json()
+    assert text.endswith('  },\n  "order": {\n    "z.last": "AACAfwAAIEA=",\n    "m.some": "AACA/w=="\n  }\n}\n')
+    assert text.startswith(plan.to_json().split('  "constraints"')[0])
+    read = RankPlan.from_json(text)
+    assert read == ordered != plan
+    assert read.order.scores["z.last"].tolist() == [math.inf, 2.5]
+    assert json.loads(text)["constraints"] == {"multiple_of": 2, "floors": {"a*": 1.0}, "storage": "factored"}
+
+
+def test_plans_without_constraints_and_order_are_read(plan):
+    read = RankPlan.from_json(edited(plan, lambda d: d.pop("constraints")))
+    assert (read.order, read.multiple_of, read.floors) == (None, 1, {})
+
+
+def test_any_k_modules_are_those_that_keep_no_prefix(plan):
+    assert plan.any_k_modules == ["m.some"]
+    assert ModulePlan((8, 8), 2, (0, 1)).is_prefix
+    assert ModulePlan((8, 8)).is_prefix
+
+
+def test_the_highest_components():
+    scores = torch.tensor([1.0, 5.0, 5.0, -math.inf])
+    assert ModulePlan.of_highest((6, 9), None, scores) == ModulePlan((6, 9))
+    assert ModulePlan.of_highest((6, 9), 1, scores).indices == (1,)
+    assert ModulePlan.of_highest((6, 9), 2, scores).indices == (1, 2)
+    assert ModulePlan.of_highest((6, 9), 3, scores).indices is None
+    assert ModulePlan.of_highest((6, 9), 5, scores[[1, 1, 0]]) == ModulePlan((6, 9), 5)
+    assert ModulePlan.of_highest((6, 9), 1, torch.tensor([])) == ModulePlan((6, 9), 1)
+
+
+def test_round_trip_through_a_file(plan, tmp_path):
+    path = plan.save(tmp_path / "plans" / "plan.json")
+    assert RankPlan.load(path) == plan
+    assert list(RankPlan.load(path).modules) == ["z.last", "a.first", "m.some"]
+    assert RankPlan.load(str(path)).modules["m.some"].indices == (0, 5)
+
+
+def test_plan_is_read_as_utf8_whatever_the_locale(plan, tmp_path, monkeypatch):
+    path = plan.save(tmp_path / "plan.json")
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "latin-1")
+    monkeypatch.setattr("locale.getencoding", lambda: "latin-1", raising=False)
+    assert RankPlan.load(path).notes == plan.notes
+
+
+def test_hand_edited_ranks_are_believed_and_counts_made_anew(plan):
+    def change(data):
+        data["modules"]["z.last"]["rank"] = 6
+        data["modules"]["a.first"]["rank"] = 1
+        data["modules"]["m.some"] = {"shape": [8, 8], "rank": "dense"}
+
+    read = RankPlan.from_json(edited(plan, change))
+    assert [module.rank for module in read.modules.values()] == [6, 1, None]
+    assert read.kept_parameters == 6 * 30 + 30 + 64
+    assert json.loads(read.to_json())["parameters"]["targeted"]["kept"] == 274
+
+
+def test_origin_puts_notes_first(plan):
+    told = plan.with_origin({"base": "there"}, {"model": "x"}, ["before"])
+    assert told.notes == ("before", "größer", "second")
+    assert (told.origin, told.fingerprint) == ({"base": "there"}, {"model": "x"})
+    assert plan.origin["base"] == "here"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema=99), r"the plan has schema 99: this version of lowrank_pl reads schemas 1 to 2"),
+        (lambda d: d.pop("schema"), r"the plan has schema None"),
+        (lambda d: d.pop("method"), r"the plan lacks or misspells 'method': write it anew with `lowrank allocate`"),
+        (lambda d: d["parameters"].pop("model"), r"lacks or misspells 'model'"),
+        (lambda d: d.update(keep=0.5), r"the plan lacks or misspells .*float"),
+        (lambda d: d.update(modules=["a"]), r"the plan lacks or misspells .*list"),
+        (lambda d: d.update(modules={}), r"the plan names no module"),
+        (lambda d: d["modules"]["z.last"].pop("rank"), r"lacks or misspells 'rank'"),
+        (lambda d: d["constraints"].pop("floors"), r"the plan lacks or misspells 'floors'"),
+        (
+            lambda d: d["constraints"].update(multiple_of="8"),
+            r"multiple_of is '8' in the plan: expected a whole number",
+        ),
+        (lambda d: d["constraints"].update(multiple_of=0), r"multiple_of is 0 in the plan: expected a whole number of"),
+        (
+            lambda d: d["constraints"].update(floors={"*": "1"}),
+            r"the floor of '\*' is '1' in the plan: expected a fract",
+        ),
+        (
+            lambda d: d["constraints"].update(floors={"*": 1.5}),
+            r"the floor of '\*' is 1.5 in the plan: expected a fract",
+        ),
+        (lambda d: d["constraints"].update(floors=["*"]), r"the plan lacks or misspells .*list"),
+        (
+            lambda d: d.update(order={"z.last": "AAA"}),
+            r"the component order of z.last is damaged \(.*\): allocate again",
+        ),
+        (
+            lambda d: d.update(order={"z.last": "AAAA"}),
+            r"the component order of z.last is damaged \(.*\): allocate again",
+        ),
+        (lambda d: d.update(order={"z.last": "AADAfw=="}), r"the scores of z.last have shape \(1,\) or hold NaN"),
+        (lambda d: d.update(order=3), r"the plan lacks or misspells"),
+        (lambda d: d["modules"]["z.last"].pop("shape"), r"lacks or misspells 'shape'"),
+        (lambda d: d["modules"]["z.last"].update(rank=2.5), r"module z.last of the plan: rank 2.5 is neither a whole"),
+        (
+            lambda d: d["modules"]["z.last"].update(rank="Dense"),
+            r"rank 'Dense' is neither a whole number nor \"dense\"",
+        ),
+        (lambda d: d["modules"]["z.last"].update(rank=True), r"rank True is neither"),
+        (lambda d: d["modules"]["z.last"].update(rank=None), r"rank None is neither"),
+        (
+            lambda d: d["modules"]["z.last"].update(rank=0),
+            r"module z.last of the plan: a rank of 0 was given for shape \(10, 20\): expected 1..10",
+        ),
+        (lambda d: d["modules"]["z.last"].update(rank=11), r"a rank of 11 was given .* expected 1..10"),
+        (lambda d: d["modules"]["z.last"].update(shape=[10, 20, 30]), r"z.last .* expected two positive whole numbers"),
+        (lambda d: d["modules"]["z.last"].update(shape=[10, 20.5]), r"expected two positive whole numbers"),
+        (lambda d: d["modules"]["z.last"].update(shape=[10, -20]), r"expected two positive whole numbers"),
+        (lambda d: d["modules"]["m.some"].update(rank=3), r"module m.some .* do not fit rank 3 and shape \(8, 8\)"),
+        (lambda d: d["modules"]["m.some"].update(indices=[5, 0]), r"expected 2 ascending numbers below 8"),
+        (lambda d: d["modules"]["m.some"].update(indices=[5, 5]), r"expected 2 ascending numbers below 8"),
+        (lambda d: d["modules"]["m.some"].update(indices=[0, 8]), r"expected 2 ascending numbers below 8"),
+        (lambda d: d["modules"]["m.some"].update(indices=[-1, 3]), r"expected 2 ascending numbers below 8"),
+        (lambda d: d["modules"]["m.some"].update(indices=[0.5, 3]), r"expected 2 ascending numbers below 8"),
+        (lambda d: d["modules"]["m.some"].update(indices=[]), r"expected 2 ascending numbers below 8"),
+        (lambda d: d["modules"]["m.some"].update(rank="dense"), r"component indices \(0, 5\)\.\.\. do not fit"),
+    ],
+)
+def test_impossible_plans_are_refused(plan, change, message):
+    with pytest.raises(ValueError, match=message):
+        RankPlan.from_json(edited(plan, change))
+
+
+def test_no_json_and_no_file(plan, tmp_path):
+    with pytest.raises(ValueError, match=r"the plan is not JSON \(.*\): expected a file written by `lowrank allocate`"):
+        RankPlan.from_json("{")
+    with pytest.raises(ValueError, match="the plan has schema 'list'"):
+        RankPlan.from_json("[]")
+    with pytest.raises(ValueError, match=r"no plan at .*absent.json: expected a JSON file"):
+        RankPlan.load(tmp_path / "absent.json")
+    with pytest.raises(ValueError, match="no plan at"):
+        RankPlan.load(tmp_path)
+    (tmp_path / "bad.json").write_text(edited(plan, lambda d: d.update(schema=3)))
+    with pytest.raises(ValueError, match=r"bad.json: the plan has schema 3"):
+        RankPlan.load(tmp_path / "bad.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"binary.json: "):
+        RankPlan.load(tmp_path / "binary.json")

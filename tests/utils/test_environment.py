@@ -1,0 +1,42 @@
+"""What figures were measured on, and the memory that a piece of work took."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_pl.utils.environment import describe_machine, peak_memory, reset_peak_memory
+
+
+def test_the_description_says_what_this_is():
+    found = describe_machine()
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["accelerator"] is None
+    assert found["processor"]
+
+
+def test_the_peak_counts_from_the_last_reset_where_the_system_can():
+    resets = reset_peak_memory()
+    assert resets == Path("/proc/self/clear_refs").exists()
+    before = peak_memory()
+    block = torch.ones(50_000_000)  # 200 MB
+    high = peak_memory()
+    del block
+    assert high >= before
+    assert peak_memory() == pytest.approx(high, rel=0.02)
+    if resets:
+        assert high - before > 150e6
+        assert reset_peak_memory()
+        assert peak_memory() < high - 150e6
+
+
+def test_without_a_mark_to_reset_the_peak_is_the_process_one(monkeypatch, tmp_path):
+    monkeypatch.setattr("lowrank_pl.utils.environment._CLEAR", tmp_path / "absent" / "clear_refs")
+    monkeypatch.setattr("lowrank_pl.utils.environment._STATUS", tmp_path / "absent")
+    assert not reset_peak_memory()
+    assert peak_memory() > 50e6
