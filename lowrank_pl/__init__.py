@@ -22,7 +22,7 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
-from lowrank_pl.text.windows import token_windows
+from lowrank_pl.text.sequences import token_windows
 from lowrank_pl.version import __version__ as __version__
 
 if TYPE_CHECKING:

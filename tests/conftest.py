@@ -1,4 +1,4 @@
-"""Fixtures: a private cache folder, tiny random models and a few windows of Python's own documentation."""
+"""Fixtures: a private cache folder, tiny random models and a few sequences of Python's own documentation."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def windows():
-    """Sixteen windows of 64 byte tokens of Python's documentation."""
+def sequences():
+    """Sixteen sequences of 64 byte tokens of Python's documentation."""
     from pydoc_data.topics import topics
 
     data = "".join(topics[key] for key in sorted(topics)[:20]).encode()[: 16 * 64]

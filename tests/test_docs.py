@@ -23,7 +23,7 @@ COMMANDS = (
     "decompose",
     "allocate",
     "refit",
-    "narrow",
+    "prune",
     "export",
     "doctor",
     "report",

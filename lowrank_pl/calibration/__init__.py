@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "build": ["build_factors"],
-        "build_by_block": ["walk_factors"],
+        "build_by_block": ["build_factors_by_block"],
         "statistics": ["Statistics"],
     },
 )

@@ -21,18 +21,18 @@ Call = tuple[Tensor, Tensor]
 """Input of one call of a map, and the gradient by its output."""
 
 
-def check_length(windows: Tensor) -> None:
-    """Raise ``ValueError`` where ``windows`` ``[windows, length]`` are too short for a token to follow another."""
-    if windows.shape[1] < 2:
-        raise ValueError(f"windows of {windows.shape[1]} tokens were given: a loss needs at least two")
+def check_length(sequences: Tensor) -> None:
+    """Raise ``ValueError`` where ``sequences`` ``[sequences, length]`` are too short for a token to follow another."""
+    if sequences.shape[1] < 2:
+        raise ValueError(f"windows of {sequences.shape[1]} tokens were given: a loss needs at least two")
 
 
 def loss_of_batch(logits: Tensor, tokens: Tensor, labels: Labels, *, seed: int, number: int) -> Tensor:
     """Return the summed cross-entropy of all tokens of a batch but the last ones.
 
     Args:
-        logits: ``[windows, length, vocabulary]``.
-        tokens: ``[windows, length]``.
+        logits: ``[sequences, length, vocabulary]``.
+        tokens: ``[sequences, length]``.
         labels: Whose next tokens it asks for; sampled ones come from a generator that the batch has for itself.
         seed: Of that.
         number: Of the batch.

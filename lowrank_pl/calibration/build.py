@@ -1,4 +1,4 @@
-"""From a base model and calibration windows to a factor store; nothing that a matching store holds is made again."""
+"""From a base model and calibration sequences to a factor store; nothing that a matching store holds is made again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lowrank_pl.models.identity import model_fingerprint
 from lowrank_pl.models.targets import Target, Targets, dense_weight
 from lowrank_pl.plans.budget import budget_for
 from lowrank_pl.plans.convex_hull import predicted_scores
-from lowrank_pl.text.windows import tokenizer_fingerprint, windows_fingerprint
+from lowrank_pl.text.sequences import sequences_fingerprint, tokenizer_fingerprint
 from lowrank_pl.utils.distributed import balanced, is_first
 from lowrank_pl.utils.files import sha256_of
 from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 def build_factors(
     model: PreTrainedModel,
     targets: Targets,
-    windows: Tensor,
+    sequences: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     *,
     settings: Decomposition | None = None,
@@ -53,16 +53,16 @@ def build_factors(
 
     Statistics are kept beside the factors, in stores of their own, so that another decomposition of the same model
     and text starts from them. Processes that work together (``lowrank_pl.processes.together``) take a share each of the
-    windows and of the decompositions; all need the same folder.
+    sequences and of the decompositions; all need the same folder.
 
     Args:
         model: The dense base, on the device that is to do the work.
         targets: What ``find_targets`` found in it.
-        windows: ``[windows, length]`` calibration token ids.
+        sequences: ``[sequences, length]`` calibration token ids.
         tokenizer: The one that made them; part of the fingerprint.
         settings: How to decompose.
         directory: Folder of the store; by default one named by the fingerprint in the cache.
-        batch_size: Windows per forward.
+        batch_size: Sequences per forward.
         memory: Bytes that sums of statistics may take at a time; by default most of what is free. What takes more is
             collected block by block (``lowrank_pl.collected.Statistics``); a killed run goes on at the block it was in.
         gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
@@ -71,7 +71,7 @@ def build_factors(
         ValueError: ``directory`` holds a store of something else, or a weight or an input is not finite.
     """
     statistics = statistics_of(
-        model, windows, tokenizer, directory=directory, batch_size=batch_size, memory=memory,
+        model, sequences, tokenizer, directory=directory, batch_size=batch_size, memory=memory,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     return _factors(model, targets, statistics, settings or Decomposition(), directory)
@@ -89,10 +89,10 @@ def factor_store(
 
     Args:
         targets: The maps to decompose.
-        source: Fingerprint of model, tokenizer and windows.
+        source: Fingerprint of model, tokenizer and sequences.
         settings: How to decompose.
         directory: Its folder; by default one named by the fingerprint in the cache.
-        batch_size: Windows in a pass: gradients are squared, and labels drawn, batch by batch.
+        batch_size: Sequences in a pass: gradients are squared, and labels drawn, batch by batch.
     """
     used = {key: source[key] for key in source if settings.needs_text or key in ("model", "config")}
     if batch_size != 1 and settings.needs_gradients:
@@ -164,7 +164,7 @@ def _statistics_compressed(
 def build_gradients(
     model: PreTrainedModel,
     targets: Targets,
-    windows: Tensor,
+    sequences: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     *,
     directory: str | Path | None = None,
@@ -177,21 +177,21 @@ def build_gradients(
     Args:
         model: The dense base.
         targets: What ``find_targets`` found in it.
-        windows: ``[windows, length]`` calibration token ids.
+        sequences: ``[sequences, length]`` calibration token ids.
         tokenizer: The one that made them; part of the fingerprint.
         directory: Folder of a factor store whose statistics lie inside it; by default they are in the cache.
-        batch_size: Windows per pass, and in the loss that is differentiated.
+        batch_size: Sequences per pass, and in the loss that is differentiated.
 
     Raises:
         ValueError: A loss or a gradient is not finite.
     """
-    statistics = statistics_of(model, windows, tokenizer, directory=directory, batch_size=batch_size)
+    statistics = statistics_of(model, sequences, tokenizer, directory=directory, batch_size=batch_size)
     return statistics.weight_gradients(targets.modules)
 
 
 def statistics_of(
     model: PreTrainedModel,
-    windows: Tensor,
+    sequences: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     *,
     parameters: Iterable[tuple[str, Tensor]] | None = None,
@@ -200,13 +200,13 @@ def statistics_of(
     memory: int | None = None,
     gradient_checkpointing: bool = False,
 ) -> Statistics:
-    """Return the statistics of ``model`` on ``windows``, on disk, collected when asked.
+    """Return the statistics of ``model`` on ``sequences``, on disk, collected when asked.
 
     Arguments are those of ``build_factors`` and ``model_fingerprint``.
     """
-    source = {"tokenizer": tokenizer_fingerprint(tokenizer), "text": windows_fingerprint(windows)}
+    source = {"tokenizer": tokenizer_fingerprint(tokenizer), "text": sequences_fingerprint(sequences)}
     return Statistics(
-        model, windows, {**model_fingerprint(model, parameters), **source}, directory=directory, batch_size=batch_size,
+        model, sequences, {**model_fingerprint(model, parameters), **source}, directory=directory, batch_size=batch_size,
         memory=memory, gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
 

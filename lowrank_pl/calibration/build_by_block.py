@@ -13,25 +13,25 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.calibration.backward import check_length
-from lowrank_pl.calibration.block_passes import Walk, WalkBack
+from lowrank_pl.calibration.blockwise import BlockwiseBackward, BlockwiseForward
 from lowrank_pl.calibration.build import check_finite, decompose_all, factor_store, statistics_of
 from lowrank_pl.calibration.hidden_states import Cache
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.factors.settings import Decomposition, Labels
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.lazy import CannotWalkError, Skeleton
+from lowrank_pl.models.lazy import NotBlockwiseError, Skeleton
 from lowrank_pl.models.targets import Target, Targets
-from lowrank_pl.utils.distributed import from_first, world_size
+from lowrank_pl.utils.distributed import broadcast_from_first, world_size
 
-__all__ = ["refuse_compressed", "walk_factors"]
+__all__ = ["build_factors_by_block", "refuse_compressed"]
 
 _log = logging.getLogger(__name__)
 
 
-def walk_factors(
+def build_factors_by_block(
     skeleton: Skeleton,
     targets: Targets,
-    windows: Tensor,
+    sequences: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     *,
     settings: Decomposition | None = None,
@@ -42,30 +42,30 @@ def walk_factors(
 ) -> FactorStore:
     """Return the store that ``build_factors`` gives of the same model loaded whole, holding one block at a time.
 
-    Where gradients are needed, all windows go forward through one block after the other, and back through one before
-    the other. Processes that work together (``lowrank_pl.processes.together``) take a share each of the windows, and
+    Where gradients are needed, all sequences go forward through one block after the other, and back through one before
+    the other. Processes that work together (``lowrank_pl.processes.together``) take a share each of the sequences, and
     then of the decompositions, for which they load one group of maps at a time; all need the same folder.
 
     Args:
         skeleton: The dense base without its weights.
         targets: What was found in it.
-        windows: ``[windows, length]`` calibration token ids.
+        sequences: ``[sequences, length]`` calibration token ids.
         tokenizer: The one that made them.
         settings: How to decompose.
         directory: Folder of the store; by default one named by the fingerprint in the cache.
-        batch_size: Windows per forward.
+        batch_size: Sequences per forward.
         memory: Bytes that the statistics of a block are meant to take; more is told, since there is nothing smaller.
-        cache: Where the hidden states of all windows wait between blocks, for gradients those before every block; by
+        cache: Where the hidden states of all sequences wait between blocks, for gradients those before every block; by
             default in main memory, unless that is short.
 
     Raises:
         ValueError: As in ``build_factors``.
-        CannotWalkError: What is missing is to be measured in the compressed model, or blocks share more than the
+        NotBlockwiseError: What is missing is to be measured in the compressed model, or blocks share more than the
             hidden state; what was made before that showed is right and stays.
     """
     settings = settings or Decomposition()
     statistics = statistics_of(
-        skeleton.model, windows, tokenizer, parameters=skeleton.parameters(), directory=directory,
+        skeleton.model, sequences, tokenizer, parameters=skeleton.parameters(), directory=directory,
         batch_size=batch_size, memory=memory,
     )  # fmt: skip
     store = factor_store(targets, statistics.source, settings, directory, batch_size=batch_size)
@@ -82,7 +82,7 @@ def walk_factors(
         blocks = len(skeleton.blocks)
         # Where everything behind a block is measured, nothing has to be run through it; back it goes to the first block
         # of which a gradient is missing.
-        runs, lowest = from_first(
+        runs, lowest = broadcast_from_first(
             lambda: (
                 blocks if behind else max((target.block + 1 for target in forward), default=0),
                 min((target.block for target in behind), default=blocks),
@@ -90,10 +90,10 @@ def walk_factors(
         )
         walk, keep_from, began = None, None, time.perf_counter()
         if lowest < blocks:
-            check_length(windows)
+            check_length(sequences)
             keep_from = lowest - 1
         if runs:
-            walk = Walk(skeleton, windows, batch_size=batch_size, cache=cache, keep_from=keep_from)
+            walk = BlockwiseForward(skeleton, sequences, batch_size=batch_size, cache=cache, keep_from=keep_from)
 
         def make(those: Sequence[Target]) -> None:
             roots = Roots(settings, statistics, those, skeleton.device)
@@ -115,7 +115,7 @@ def walk_factors(
                 elif those and "inputs" in settings.needs:
                     statistics.inputs(those)
         if walk is not None and lowest < blocks:
-            statistics.backward = back = WalkBack(walk, labels)
+            statistics.backward = back = BlockwiseBackward(walk, labels)
             statistics.seconds_before = (time.perf_counter() - began) / max(1, len(behind))
             for block in reversed(range(lowest, blocks)):
                 _log.info("block %d of %d, backward", block + 1, blocks)
@@ -140,7 +140,7 @@ def refuse_compressed(settings: Decomposition) -> None:
     """Refuse a decomposition that can't be made block by block.
 
     Raises:
-        CannotWalkError: It is measured in the compressed model as well.
+        NotBlockwiseError: It is measured in the compressed model as well.
     """
     if not settings.block_by_block:
-        raise CannotWalkError("at_keep measures in the compressed model as well, which is whole")
+        raise NotBlockwiseError("at_keep measures in the compressed model as well, which is whole")

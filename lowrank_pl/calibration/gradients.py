@@ -18,7 +18,7 @@ from lowrank_pl.calibration.input_moments import rows_of
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.forward import recomputing
 from lowrank_pl.models.targets import Target
-from lowrank_pl.utils.distributed import add_up, is_first, share, total
+from lowrank_pl.utils.distributed import is_first, my_share, sum_across_processes, total
 
 __all__ = [
     "GradientMoments",
@@ -84,7 +84,7 @@ class GradientMoments:
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
-        add_up(self.second)
+        sum_across_processes(self.second)
         self.tokens = total(self.tokens)
 
     @property
@@ -126,8 +126,8 @@ class WeightGradients:
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
-        add_up(self.total)
-        add_up(self.squares)
+        sum_across_processes(self.total)
+        sum_across_processes(self.squares)
         self.batches = total(self.batches)
 
     @property
@@ -143,7 +143,7 @@ class WeightGradients:
 
 def collect_gradients(
     model: PreTrainedModel,
-    windows: Tensor,
+    sequences: Tensor,
     *,
     moments: Sequence[Target] = (),
     weights: Sequence[Target] = (),
@@ -162,23 +162,23 @@ def collect_gradients(
 
     Args:
         model: The model to differentiate; evaluation mode is used and restored, no parameter gets a gradient.
-        windows: ``[windows, length]`` token ids.
+        sequences: ``[sequences, length]`` token ids.
         moments: Maps whose output gradients to watch.
         weights: Maps whose weight gradients to average.
         labels: Whose next tokens the moments' loss asks for.
-        batch_size: Windows per pass.
+        batch_size: Sequences per pass.
         seed: Of the sampled labels; each batch draws from a generator of its own.
         gradient_checkpointing: Compute each block's activations again in the backward pass, to save memory.
         progress: Label of the progress bar.
 
     Raises:
-        ValueError: A window of less than two tokens, or a loss or a gradient that is not finite.
+        ValueError: A sequence of less than two tokens, or a loss or a gradient that is not finite.
     """
     device = next(model.parameters()).device
     outputs = {target: GradientMoments.empty(target.shape[0], device=device) for target in moments}
     sums = {target: WeightGradients.empty(target.shape, device=device) for target in weights}
     measure_gradients(
-        model, windows, outputs, sums, labels=labels, batch_size=batch_size, seed=seed,
+        model, sequences, outputs, sums, labels=labels, batch_size=batch_size, seed=seed,
         gradient_checkpointing=gradient_checkpointing, progress=progress,
     )  # fmt: skip
     return by_name(outputs), by_name(sums)
@@ -186,7 +186,7 @@ def collect_gradients(
 
 def measure_gradients(
     model: PreTrainedModel,
-    windows: Tensor,
+    sequences: Tensor,
     outputs: Mapping[Target, OutputMeasure],
     weights: Mapping[Target, WeightGradients] = MappingProxyType({}),
     *,
@@ -199,15 +199,15 @@ def measure_gradients(
     """Let what is measured of maps see the gradients by their outputs and weights; the rest as ``collect_gradients``.
 
     Raises:
-        ValueError: A window of less than two tokens, or a loss or a gradient that is not finite.
+        ValueError: A sequence of less than two tokens, or a loss or a gradient that is not finite.
     """
-    check_length(windows)
+    check_length(sequences)
     device = next(model.parameters()).device
     seen, sums, recorder = by_name(outputs), by_name(weights), Recorder()
     first = min((target.block for target in (*outputs, *weights)), default=0)
     with differentiable(model, first), recomputing(model) if gradient_checkpointing else nullcontext():
         # A batch keeps its number, and so its sampled labels, whichever process it goes to.
-        mine = share(list(enumerate(torch.split(windows, batch_size))))
+        mine = my_share(list(enumerate(torch.split(sequences, batch_size))))
         for number, batch in tqdm(mine, desc=progress, unit="batch", disable=not is_first()):
             tokens = batch.to(device)
             # Not in the backward pass, where blocks may be run again.

@@ -29,10 +29,10 @@ def cache_for(size: float) -> Cache:
 
 
 class HiddenStates:
-    """The hidden states of all windows after one block; those after the next take their places one by one.
+    """The hidden states of all sequences after one block; those after the next take their places one by one.
 
     Args:
-        windows: How many windows.
+        sequences: How many sequences.
         cache: ``ram``, or ``disk`` for a file in the cache folder that is gone when the process is.
         device: Whose memory ``ram`` is.
 
@@ -43,17 +43,17 @@ class HiddenStates:
         torch.Size([1, 4, 8])
     """
 
-    def __init__(self, windows: int, *, cache: Cache = "ram", device: torch.device | str = "cpu") -> None:
-        self.windows, self.cache, self.device = windows, cache, device
+    def __init__(self, sequences: int, *, cache: Cache = "ram", device: torch.device | str = "cpu") -> None:
+        self.sequences, self.cache, self.device = sequences, cache, device
         self._values: Tensor | None = None
         self._rest: tuple[Any, ...] | None = None
 
     def write(self, first: int, output: Any) -> None:
-        """Keep what a block returned for the windows from number ``first`` on.
+        """Keep what a block returned for the sequences from number ``first`` on.
 
         Args:
-            first: Number of the first window.
-            output: ``[windows, length, hidden]``, or a tuple that begins with it and has no other tensor.
+            first: Number of the first sequence.
+            output: ``[sequences, length, hidden]``, or a tuple that begins with it and has no other tensor.
 
         Raises:
             OSError: The disk is full.
@@ -65,7 +65,7 @@ class HiddenStates:
         self._values[first : first + len(hidden)] = hidden
 
     def read(self, first: int, count: int) -> Any:
-        """Return for ``count`` windows from number ``first`` on what a block returned, not copied."""
+        """Return for ``count`` sequences from number ``first`` on what a block returned, not copied."""
         assert self._values is not None
         hidden = self._values[first : first + count]
         return hidden if self._rest is None else (hidden, *self._rest)
@@ -76,9 +76,9 @@ class HiddenStates:
         return 0 if self._values is None else self._values.nbytes
 
     def _room(self, like: Tensor) -> Tensor:
-        shape = (self.windows, *like.shape[1:])
+        shape = (self.sequences, *like.shape[1:])
         size = math.prod(shape)
-        _log.debug("hidden states of all windows: %.2f GB (%s)", size * like.element_size() / 1e9, self.cache)
+        _log.debug("hidden states of all sequences: %.2f GB (%s)", size * like.element_size() / 1e9, self.cache)
         if self.cache == "ram":
             return torch.empty(shape, dtype=like.dtype, device=self.device)
         folder = cache_root()
@@ -87,7 +87,7 @@ class HiddenStates:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden.", suffix=".tmp") as file:
             # Written, not only sized: a disk that fills later would end the process without a word.
             row = bytes(like[0].numel() * like.element_size())
-            for _ in range(self.windows):
+            for _ in range(self.sequences):
                 file.write(row)
             file.flush()
             return torch.from_file(file.name, shared=True, size=size, dtype=like.dtype).view(shape)

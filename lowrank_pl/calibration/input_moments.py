@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.targets import Target, fed
-from lowrank_pl.utils.distributed import add_up, is_first, share, total
+from lowrank_pl.utils.distributed import is_first, my_share, sum_across_processes, total
 
 __all__ = ["InputMoments", "collect_input_moments", "product", "rows_of"]
 
@@ -95,8 +95,8 @@ class InputMoments:
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
-        add_up(self.second)
-        add_up(self.absolute)
+        sum_across_processes(self.second)
+        sum_across_processes(self.absolute)
         self.tokens = total(self.tokens)
 
     @property
@@ -111,18 +111,18 @@ class InputMoments:
 
 
 def collect_input_moments(
-    model: nn.Module, targets: Sequence[Target], windows: Tensor, *, batch_size: int = 1
+    model: nn.Module, targets: Sequence[Target], sequences: Tensor, *, batch_size: int = 1
 ) -> dict[str, InputMoments]:
     """Return the moments of every distinct input of ``targets``, keyed by ``Target.group``.
 
-    Modules that share an input (q/k/v, gate/up) share one entry. The model runs forward once over ``windows``, of which
+    Modules that share an input (q/k/v, gate/up) share one entry. The model runs forward once over ``sequences``, of which
     processes that work together take a share each.
 
     Args:
         model: The dense model; its training flag is restored afterwards.
         targets: Whose inputs to watch.
-        windows: ``[windows, length]`` token ids.
-        batch_size: Windows per forward.
+        sequences: ``[sequences, length]`` token ids.
+        batch_size: Sequences per forward.
 
     Raises:
         ValueError: An input holds NaN or infinity (the message names module and batch).
@@ -131,9 +131,9 @@ def collect_input_moments(
     # Of a model that is walked block by block, only what is watched has its weights.
     device = next(model.get_submodule(targets[0].name).parameters()).device
     moments = {group: InputMoments.empty(target.shape[1], device=device) for group, target in leaders.items()}
-    batches = torch.split(windows, batch_size)
+    batches = torch.split(sequences, batch_size)
     with _watching(model, moments) as position, evaluating(model):
-        mine = share(list(enumerate(batches)))
+        mine = my_share(list(enumerate(batches)))
         for position[0], batch in tqdm(mine, desc="statistics", unit="batch", disable=not is_first()):
             model(input_ids=batch.to(device), use_cache=False)
     for found in moments.values():

@@ -1,4 +1,4 @@
-"""From a base model and calibration windows to a factor store; nothing that a matching store holds is made again."""
+"""From a base model and calibration sequences to a factor store; nothing that a matching store holds is made again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def describe_origin(
     base: str,
     dtype: str,
     text: str,
-    windows: Tensor,
+    sequences: Tensor,
     settings: Decomposition,
     store: FactorStore,
     narrowed: Origin | None = None,
@@ -32,12 +32,12 @@ def describe_origin(
         base: The base model's name; empty where it is not known, and then not in the result.
         dtype: Type that it was loaded in.
         text: The calibration text's name; likewise.
-        windows: ``[windows, length]`` that were used of it.
+        sequences: ``[sequences, length]`` that were used of it.
         settings: How weights were decomposed.
         store: Where the factors lie.
         narrowed: What the base was before, where it was narrowed.
     """
-    count, length = windows.shape
+    count, length = sequences.shape
     calibration = {"text": text, "length": length, "windows": count}
     return {
         **({"base": base} if base else {}),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_pl.calibration.statistics import Statistics, statistics_behind
+from lowrank_pl.calibration.statistics import Statistics, statistics_of_factors
 from lowrank_pl.factors.decomposition import SquareRoot, diagonal_root, square_root
 from lowrank_pl.factors.settings import Decomposition, Statistic
 from lowrank_pl.factors.store import FactorStore
@@ -47,20 +47,20 @@ class Roots:
             self.later = compressed.stores(settings.needs, todo, settings.labels)
 
     @classmethod
-    def behind(cls, factors: FactorStore, model: PreTrainedModel, windows: Tensor, todo: Sequence[Target]) -> Roots:
+    def behind(cls, factors: FactorStore, model: PreTrainedModel, sequences: Tensor, todo: Sequence[Target]) -> Roots:
         """Return the roots that ``factors`` were made by, of the maps ``todo``.
 
         Args:
             factors: Those of a decomposition, or of a correction of one.
             model: The dense base.
-            windows: ``[windows, length]`` calibration token ids that they were made from.
+            sequences: ``[sequences, length]`` calibration token ids that they were made from.
             todo: Which maps.
 
         Raises:
             ValueError: What was measured in a compressed model is gone.
         """
         settings = Decomposition.behind(factors.fingerprint)
-        statistics = statistics_behind(factors, model, windows)
+        statistics = statistics_of_factors(factors, model, sequences)
         compressed = None
         if settings.at_keep is not None:
             compressed = statistics.compressed(settings.point(factors.fingerprint["at_modules"]))

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.calibration.build import build_factors
-from lowrank_pl.calibration.build_by_block import walk_factors
+from lowrank_pl.calibration.build_by_block import build_factors_by_block
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.lazy import CannotWalkError, Skeleton, open_skeleton
+from lowrank_pl.models.lazy import NotBlockwiseError, Skeleton, open_skeleton
 from lowrank_pl.models.targets import Targets
-from lowrank_pl.utils.distributed import is_first, together, total
+from lowrank_pl.utils.distributed import cooperating, is_first, total
 
 __all__ = ["SharedBase", "open_shared"]
 
@@ -39,7 +39,7 @@ class SharedBase:
 
     def factors(
         self,
-        windows: Tensor,
+        sequences: Tensor,
         tokenizer: PreTrainedTokenizerBase,
         *,
         settings: Decomposition,
@@ -49,7 +49,7 @@ class SharedBase:
         """Return the store that ``build_factors`` gives of the base, made with one block in memory where that can be.
 
         Args:
-            windows: ``[windows, length]`` calibration token ids.
+            sequences: ``[sequences, length]`` calibration token ids.
             tokenizer: The one that made them.
             settings: How to decompose.
             directory: Folder of the store; by default one named by the fingerprint in the cache.
@@ -57,15 +57,15 @@ class SharedBase:
         """
         how: dict[str, Any] = {"settings": settings, "directory": directory}
         try:
-            return walk_factors(self.skeleton, self.targets, windows, tokenizer, **how)
-        except CannotWalkError as error:
+            return build_factors_by_block(self.skeleton, self.targets, sequences, tokenizer, **how)
+        except NotBlockwiseError as error:
             if is_first():
                 _log.warning(
                     "every process loads the whole base into memory to make its factors: %s; run `lowrank decompose` "
-                    "with the same base, decomposition, text and windows before, and they are found",
+                    "with the same base, decomposition, text and sequences before, and they are found",
                     error,
                 )
-        return build_factors(load(), self.targets, windows, tokenizer, **how)
+        return build_factors(load(), self.targets, sequences, tokenizer, **how)
 
 
 def open_shared(
@@ -91,11 +91,11 @@ def open_shared(
         ValueError: The base is none, or no target is left.
     """
     found, reason = None, "another process can't read its files"
-    with together():
+    with cooperating():
         try:
             skeleton = open_skeleton(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             found = SharedBase(skeleton, skeleton.find_targets(include=include, exclude=exclude))
-        except CannotWalkError as error:
+        except NotBlockwiseError as error:
             reason = str(error)
         if total(found is None) == 0:
             return found

@@ -15,21 +15,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.calibration.block_passes import Walk, WalkBack
+from lowrank_pl.calibration.blockwise import BlockwiseBackward, BlockwiseForward
 from lowrank_pl.calibration.gradients import GradientMoments, OutputMeasure, WeightGradients, by_name, measure_gradients
 from lowrank_pl.calibration.input_moments import InputMoments, collect_input_moments
 from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.factors.settings import Labels, Statistic
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.lazy import CannotWalkError, WholeModel
+from lowrank_pl.models.lazy import NotBlockwiseError, WholeModel
 from lowrank_pl.models.targets import Target
-from lowrank_pl.text.windows import windows_fingerprint
-from lowrank_pl.utils.distributed import from_first, is_first, share
+from lowrank_pl.text.sequences import sequences_fingerprint
+from lowrank_pl.utils.distributed import broadcast_from_first, is_first, my_share
 from lowrank_pl.utils.environment import free_memory
 from lowrank_pl.utils.files import cache_root
 from lowrank_pl.utils.tensor_store import TensorStore, read_manifest, total_seconds
 
-__all__ = ["SHARE", "Statistics", "block_groups", "memory_size", "packed", "statistics_behind"]
+__all__ = ["SHARE", "Statistics", "block_groups", "memory_size", "packed", "statistics_of_factors"]
 
 _log = logging.getLogger(__name__)
 
@@ -106,10 +106,10 @@ class Statistics:
 
     Args:
         model: The dense base.
-        windows: ``[windows, length]`` calibration token ids.
-        source: Fingerprint of model, tokenizer and windows.
+        sequences: ``[sequences, length]`` calibration token ids.
+        source: Fingerprint of model, tokenizer and sequences.
         directory: Folder that gets a folder for each kind; by default each lies in the cache under its fingerprint.
-        batch_size: Windows per pass.
+        batch_size: Sequences per pass.
         memory: Bytes that the sums of what is collected at a time may take; by default most of what is free where the
             model is. What takes more is collected block by block, in one pass forward and, for gradients, one back
             (``lowrank_pl.walk_passes``). Where blocks share more than the hidden state, as many consecutive ones as fit
@@ -125,7 +125,7 @@ class Statistics:
     def __init__(
         self,
         model: PreTrainedModel,
-        windows: Tensor,
+        sequences: Tensor,
         source: Mapping[str, Any],
         *,
         directory: str | Path | None = None,
@@ -134,30 +134,30 @@ class Statistics:
         gradient_checkpointing: bool = False,
         collecting: bool = True,
     ) -> None:
-        self.model, self.windows, self.source, self.batch_size = model, windows, dict(source), batch_size
+        self.model, self.sequences, self.source, self.batch_size = model, sequences, dict(source), batch_size
         self.memory, self.gradient_checkpointing, self.collecting = memory, gradient_checkpointing, collecting
         self._directory = None if directory is None else Path(directory)
-        self.backward: WalkBack | None = None
+        self.backward: BlockwiseBackward | None = None
         self.seconds_before = 0.0
 
     def compressed(self, point: Mapping[str, Any], *, collecting: bool = False) -> Statistics:
-        """Return the statistics of the same model when it is compressed as ``point`` says, on the same windows.
+        """Return the statistics of the same model when it is compressed as ``point`` says, on the same sequences.
 
         Args:
             point: Added to the fingerprint.
             collecting: Whether the model is compressed so when they are asked for what is missing.
         """
-        return self._beside("compressed", self.windows, point, collecting)
+        return self._beside("compressed", self.sequences, point, collecting)
 
-    def on(self, windows: Tensor) -> Statistics:
-        """Return the statistics of the same model on other ``windows`` ``[windows, length]``."""
-        text = windows_fingerprint(windows)
-        return self._beside(f"texts/{text[:20]}", windows, {"text": text}, self.collecting)
+    def on(self, sequences: Tensor) -> Statistics:
+        """Return the statistics of the same model on other ``sequences`` ``[sequences, length]``."""
+        text = sequences_fingerprint(sequences)
+        return self._beside(f"texts/{text[:20]}", sequences, {"text": text}, self.collecting)
 
-    def _beside(self, folder: str, windows: Tensor, source: Mapping[str, Any], collecting: bool) -> Statistics:
+    def _beside(self, folder: str, sequences: Tensor, source: Mapping[str, Any], collecting: bool) -> Statistics:
         directory = None if self._directory is None else self._directory / folder
         return Statistics(
-            self.model, windows, {**self.source, **source}, directory=directory, batch_size=self.batch_size,
+            self.model, sequences, {**self.source, **source}, directory=directory, batch_size=self.batch_size,
             memory=self.memory, gradient_checkpointing=self.gradient_checkpointing, collecting=collecting,
         )  # fmt: skip
 
@@ -166,7 +166,7 @@ class Statistics:
         store = self._store_of("inputs")
 
         def collect(those: Sequence[Target]) -> dict[str, InputMoments]:
-            return collect_input_moments(self.model, those, self.windows, batch_size=self.batch_size)
+            return collect_input_moments(self.model, those, self.sequences, batch_size=self.batch_size)
 
         groups = {target: target.group for target in targets}
         sizes = {target: 8 * target.shape[1] ** 2 for target in targets}
@@ -212,7 +212,7 @@ class Statistics:
         return store
 
     def gradient_norms(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
-        """Return the store of ``norms`` ``[windows, length]`` of output gradients, token by token, keyed by module.
+        """Return the store of ``norms`` ``[sequences, length]`` of output gradients, token by token, keyed by module.
 
         Raises:
             ValueError: A map is not called once for every token.
@@ -220,13 +220,13 @@ class Statistics:
         store = self._of_gradients("gradient_norms", labels)
 
         def collect(those: Sequence[Target]) -> dict[str, TokenNorms]:
-            shape = self.windows.shape
+            shape = self.sequences.shape
             return self._measured(
                 {target: TokenNorms.empty(*shape, batch_size=self.batch_size) for target in those}, labels
             )
 
         names = {target: target.name for target in targets}
-        sizes = dict.fromkeys(targets, 4 * self.windows.numel())
+        sizes = dict.fromkeys(targets, 4 * self.sequences.numel())
         self._fill(store, names, sizes, collect, lambda found: {"norms": found.norms}, lambda _: {}, labels)
         return store
 
@@ -256,7 +256,7 @@ class Statistics:
             self.backward.measure(outputs, weights, labels)
         else:
             measure_gradients(
-                self.model, self.windows, outputs, weights, labels=labels, batch_size=self.batch_size,
+                self.model, self.sequences, outputs, weights, labels=labels, batch_size=self.batch_size,
                 gradient_checkpointing=self.gradient_checkpointing,
             )  # fmt: skip
 
@@ -339,7 +339,7 @@ class Statistics:
             # resumed.
             seconds = self.seconds_before + (time.perf_counter() - began) / max(1, len(measured))
             # All processes have the sums, each writes a share of them.
-            measured = {name: measured[name] for name in share(list(measured))}
+            measured = {name: measured[name] for name in my_share(list(measured))}
             for name in tqdm(list(measured), desc=f"saving {_said(store)}", unit="file", disable=not is_first()):
                 # Popped, so that memory shrinks as the disk fills.
                 found = measured.pop(name)
@@ -367,7 +367,7 @@ class Statistics:
                 try:
                     self._block_by_block(todo, gather, labels)
                     return
-                except CannotWalkError as error:
+                except NotBlockwiseError as error:
                     _log.warning("%s take %d passes through the whole model: %s", _said(store), len(groups), error)
                     left = set(store.missing(first))
                     groups = block_groups([one for key, one in first.items() if key in left], sizes, memory)
@@ -384,7 +384,7 @@ class Statistics:
         if self.memory is not None:
             return self.memory
         # One answer for all processes, which have to make the same passes.
-        free = from_first(lambda: free_memory(self.model.device))
+        free = broadcast_from_first(lambda: free_memory(self.model.device))
         return max(needed, 1) if free is None else SHARE * free
 
     def _block_by_block(
@@ -398,14 +398,14 @@ class Statistics:
             labels: As in ``_fill``.
 
         Raises:
-            CannotWalkError: Blocks share more than the hidden state.
+            NotBlockwiseError: Blocks share more than the hidden state.
         """
         of_block = {block: list(those) for block, those in groupby(todo, key=lambda target: target.block)}
         whole = WholeModel(self.model)
         lowest, last = (min(of_block), len(whole.blocks) - 1) if labels else (None, max(of_block))
         began = time.perf_counter()
         keep_from = None if lowest is None else lowest - 1
-        walk = Walk(whole, self.windows, batch_size=self.batch_size, keep_from=keep_from)
+        walk = BlockwiseForward(whole, self.sequences, batch_size=self.batch_size, keep_from=keep_from)
         for block in range(last + 1):
             with walk.at(block):
                 if lowest is None and block in of_block:
@@ -413,7 +413,7 @@ class Statistics:
         if lowest is None or labels is None:
             return
         try:
-            self.backward = back = WalkBack(walk, labels)
+            self.backward = back = BlockwiseBackward(walk, labels)
             self.seconds_before = (time.perf_counter() - began) / len(todo)
             for block in range(last, lowest - 1, -1):
                 with back.at(block):
@@ -423,13 +423,13 @@ class Statistics:
             self.backward, self.seconds_before = None, 0.0
 
 
-def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Tensor) -> Statistics:
+def statistics_of_factors(factors: FactorStore, model: PreTrainedModel, sequences: Tensor) -> Statistics:
     """Return the statistics that ``factors`` were made from, where they lie.
 
     Args:
         factors: Those of a decomposition, or of a correction of one.
         model: The dense base.
-        windows: ``[windows, length]`` calibration token ids that they were made from.
+        sequences: ``[sequences, length]`` calibration token ids that they were made from.
     """
     source = {key: factors.fingerprint[key] for key in _SOURCE if key in factors.fingerprint}
     directory = factors.directory.resolve()
@@ -439,7 +439,7 @@ def statistics_behind(factors: FactorStore, model: PreTrainedModel, windows: Ten
     digest = read_manifest(directory)["digest"]
     in_cache = directory == (cache_root() / factors.kind / digest[:20]).resolve()
     batch_size = factors.fingerprint.get("batch_size", 1)
-    return Statistics(model, windows, source, directory=None if in_cache else directory, batch_size=batch_size)
+    return Statistics(model, sequences, source, directory=None if in_cache else directory, batch_size=batch_size)
 
 
 def _said(store: TensorStore) -> str:
@@ -447,24 +447,24 @@ def _said(store: TensorStore) -> str:
 
 
 def _input_tensors(moments: InputMoments) -> dict[str, Tensor]:
-    return {"second_moment": _narrow(moments.second_moment), "mean_absolute": moments.mean_absolute.float()}
+    return {"second_moment": _prune(moments.second_moment), "mean_absolute": moments.mean_absolute.float()}
 
 
 def _gradient_tensors(moments: GradientMoments) -> dict[str, Tensor]:
-    return {"second_moment": _narrow(moments.second_moment)}
+    return {"second_moment": _prune(moments.second_moment)}
 
 
 def _weighted_tensors(moments: WeightedMoments) -> dict[str, Tensor]:
-    return {"inputs": _narrow(moments.mean_inputs), "outputs": _narrow(moments.mean_outputs)}
+    return {"inputs": _prune(moments.mean_inputs), "outputs": _prune(moments.mean_outputs)}
 
 
 def _weight_tensors(gradients: WeightGradients) -> dict[str, Tensor]:
     return {"mean": gradients.mean, "mean_squares": gradients.mean_squares}
 
 
-def _narrow(second: Tensor) -> Tensor:
+def _prune(second: Tensor) -> Tensor:
     # float32 on disk: the batch products were summed from float32 products, more digits would only be noise. But the
     # squares of massive activations may lie beyond its range, and those of faint gradients below it.
-    narrow = second.float()
-    lost = not torch.isfinite(narrow).all() or second.diagonal().abs().max() < torch.finfo(torch.float32).tiny * 1e6
-    return second if lost else narrow
+    prune = second.float()
+    lost = not torch.isfinite(prune).all() or second.diagonal().abs().max() < torch.finfo(torch.float32).tiny * 1e6
+    return second if lost else prune

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.calibration.input_moments import product, rows_of
-from lowrank_pl.utils.distributed import add_up, total
+from lowrank_pl.utils.distributed import sum_across_processes, total
 
 __all__ = ["TokenNorms", "WeightedMoments"]
 
@@ -69,8 +69,8 @@ class WeightedMoments:
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
-        add_up(self.inputs)
-        add_up(self.outputs)
+        sum_across_processes(self.inputs)
+        sum_across_processes(self.outputs)
         self.tokens = total(self.tokens)
 
     @property
@@ -89,8 +89,8 @@ class TokenNorms:
     """How large the gradient by a map's output is, for every token.
 
     Args:
-        norms: ``[windows, length]``, float32; 0 where the map was not called.
-        batch_size: Windows in a batch.
+        norms: ``[sequences, length]``, float32; 0 where the map was not called.
+        batch_size: Sequences in a batch.
 
     Example:
         >>> norms = TokenNorms.empty(2, 1)
@@ -103,9 +103,9 @@ class TokenNorms:
     batch_size: int = 1
 
     @classmethod
-    def empty(cls, windows: int, length: int, *, batch_size: int = 1) -> TokenNorms:
-        """Return the norms of no gradient for ``windows`` of ``length`` tokens."""
-        return cls(torch.zeros(windows, length), batch_size)
+    def empty(cls, sequences: int, length: int, *, batch_size: int = 1) -> TokenNorms:
+        """Return the norms of no gradient for ``sequences`` of ``length`` tokens."""
+        return cls(torch.zeros(sequences, length), batch_size)
 
     def add(self, inputs: Tensor, gradient: Tensor, *, tokens: int, batch: int) -> None:
         """Take the norms of ``gradient`` ``[..., out]``, of all tokens of batch number ``batch``.
@@ -128,7 +128,7 @@ class TokenNorms:
 
     def merge_processes(self) -> None:
         """Put together what all processes that work together have seen."""
-        add_up(self.norms)
+        sum_across_processes(self.norms)
 
 
 def _norms(rows: Tensor) -> Tensor:

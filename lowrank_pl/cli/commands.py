@@ -26,7 +26,7 @@ from lowrank_pl.plans.storage import StorageChoice
 from lowrank_pl.report.finish import export_plan
 from lowrank_pl.report.rank_map import rank_table
 from lowrank_pl.report.scores import Row, row_table
-from lowrank_pl.text.windows import token_windows
+from lowrank_pl.text.sequences import token_windows
 from lowrank_pl.utils.environment import command_line, pick_device
 from lowrank_pl.utils.files import write_json
 
@@ -43,7 +43,7 @@ def allocate(
     keep: float = 0.8,
     text: str = "python-docs",
     length: int = 512,
-    windows: int = 256,
+    sequences: int = 256,
     dtype: DType = "float32",
     decomposition: Decomposition | None = None,
     include: Sequence[str] = ("*",),
@@ -61,12 +61,12 @@ def allocate(
 
     Args:
         base: Hub id, folder, .gguf file, package:NAME or random:FAMILY.
-        method: The allocator: uniform, energy, drank, svdllm_v2, strs, zero_sum, or fisher.
-        settings: Its settings, such as --settings.rounds 5 for zero_sum; a wrong one lists those that there are.
+        method: The allocator: uniform, energy, drank, svdllm_v2, strs, zs_svd, or fisher.
+        settings: Its settings, such as --settings.rounds 5 for zs_svd; a wrong one lists those that there are.
         keep: Fraction of the targeted parameters to keep.
         text: Calibration text for the factors: file, glob, hub dataset or python-docs.
-        length: Tokens of a calibration window.
-        windows: How many windows.
+        length: Tokens of a calibration sequence.
+        sequences: How many sequences.
         dtype: Type to load the base in; the export has it too.
         decomposition: How weights are decomposed, such as --decomposition.kind svd; by default two_sided for fisher,
             asvd for strs, else whitened.
@@ -88,7 +88,7 @@ def allocate(
     allocator(method, **(settings or {}))
     model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    tokens = token_windows(text, tokenizer, length=length, windows=windows)
+    tokens = token_windows(text, tokenizer, length=length, sequences=sequences)
     drawn, factors = allocate_ranks(
         model.to(pick_device(device)), tokenizer, tokens, method=method, settings=settings, keep=keep,
         decomposition=decomposition, include=include, exclude=exclude, multiple_of=multiple_of, floors=floors,
@@ -179,14 +179,14 @@ def refit(
 ) -> RankPlan:
     """Fit a plan's factors again to what the compressed model itself feeds them, block by block and in closed form.
 
-    Every choice is made module by module on windows that are held back, and what does not help there is not applied.
+    Every choice is made module by module on sequences that are held back, and what does not help there is not applied.
     A killed run goes on at the block it was in.
 
     Args:
         plan: A plan written by ``lowrank allocate`` or ``lowrank fit``.
         output: Where the plan for the refitted factors goes; ``lowrank export`` takes it like any other.
         text: Calibration text; by default the plan's own.
-        settings: How to refit, such as --settings.windows 256; more windows make better factors, and take longer.
+        settings: How to refit, such as --settings.sequences 256; more sequences make better factors, and take longer.
         base: The base, where the plan's own name for it does not lead there from here.
         store: Folder of the plan's factors, likewise.
         device: cpu, cuda, ...; auto takes cuda where there is one.
@@ -210,8 +210,8 @@ def refit(
         factors_of(drawn, model, tokenizer, store),
         model=model,
         targets=find_targets(model, include=list(drawn.modules)),
-        windows=token_windows(text or own, tokenizer, length=length, windows=settings.windows),
-        calibration=token_windows(own, tokenizer, length=length, windows=calibration["windows"]),
+        sequences=token_windows(text or own, tokenizer, length=length, sequences=settings.sequences),
+        calibration=token_windows(own, tokenizer, length=length, sequences=calibration["windows"]),
         settings=settings,
     )
     made.save(output)

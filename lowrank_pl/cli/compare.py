@@ -18,13 +18,13 @@ from lowrank_pl.calibration.build import build_factors, statistics_of
 from lowrank_pl.costs.dry_run import dry_run as what_it_needs
 from lowrank_pl.costs.machine import DryRun, machine_of
 from lowrank_pl.costs.workload import Learner, Workload
-from lowrank_pl.evaluate.likelihood import check_windows, perplexity
+from lowrank_pl.evaluate.likelihood import check_sequences, perplexity
 from lowrank_pl.factors.compression import compressed, deployed_plan
 from lowrank_pl.factors.settings import Statistic
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import allocator
 from lowrank_pl.methods.allocate.run import draw_plan
-from lowrank_pl.methods.narrow.narrow import Narrowing, narrowed_base
+from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.methods.recipes import Recipe, recipe
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.models.base import load_base, load_tokenizer
@@ -33,8 +33,8 @@ from lowrank_pl.models.targets import Targets, find_targets
 from lowrank_pl.plans.budget import budget_for
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.comparison import DENSE, comparison_table, read_results, write_comparison
+from lowrank_pl.text.sequences import known_sequences, sequences_fingerprint, token_windows
 from lowrank_pl.text.sources import named_texts
-from lowrank_pl.text.windows import known_windows, token_windows, windows_fingerprint
 from lowrank_pl.training.short_run import Subject
 from lowrank_pl.utils.environment import (
     command_line,
@@ -54,10 +54,10 @@ def compare_workload(
     recipes: Mapping[str, Recipe],
     *,
     keeps: Sequence[float],
-    windows: int,
+    sequences: int,
     length: int,
     score_length: int,
-    score_windows: Mapping[str, int],
+    score_sequences: Mapping[str, int],
     texts: Sequence[str],
 ) -> Workload:
     """Return what ``lowrank compare`` does.
@@ -65,35 +65,35 @@ def compare_workload(
     Args:
         recipes: The methods by name.
         keeps: Fractions to keep.
-        windows: Windows for statistics.
+        sequences: Sequences for statistics.
         length: Tokens of each, and of those that are learned from.
-        score_length: Tokens of a window to score.
-        score_windows: How many of each text, by its name; all of a text that it leaves out.
+        score_length: Tokens of a sequence to score.
+        score_sequences: How many of each text, by its name; all of a text that it leaves out.
         texts: Names of the texts to score.
     """
-    known = all(name in score_windows for name in texts)
+    known = all(name in score_sequences for name in texts)
     refits = [recipe.refit for recipe in recipes.values() if recipe.refit is not None]
     learners = [
         Learner(
-            f"learning {name}", found.mask, found.steps, length, storage=recipe.storage, windows=found.batch_size,
-            batch_size=found.batch_size, teacher=found.data_terms.needs_teacher, rest_every=found.rest_every,
+            f"learning {name}", found.mask, found.steps, length, storage=recipe.storage, sequences=found.batch_size,
+            batch_size=found.batch_size, teacher=found.data_terms.needs_teacher, inactive_gate_stride=found.inactive_gate_stride,
         )
         for name, recipe in recipes.items()
         if (found := recipe.learning) is not None
     ]  # fmt: skip
     return Workload(
         keeps=keeps,
-        windows=windows,
+        sequences=sequences,
         length=length,
         decompositions=tuple(dict.fromkeys(recipe.decomposition for recipe in recipes.values())),
         weight_gradients=any(
             allocator(recipe.allocator, **recipe.settings).needs_gradients for recipe in recipes.values()
         ),
-        narrowings=tuple(dict.fromkeys(recipe.narrow for recipe in recipes.values() if recipe.narrow is not None)),
+        prunings=tuple(dict.fromkeys(recipe.prune for recipe in recipes.values() if recipe.prune is not None)),
         learners=learners,
-        refitted=max((refit.windows for refit in refits), default=0),
+        refitted=max((refit.sequences for refit in refits), default=0),
         refits=len(refits) * len(keeps),
-        scored=sum(score_windows[name] * score_length for name in texts) if known else 0,
+        scored=sum(score_sequences[name] * score_length for name in texts) if known else 0,
         score_length=score_length,
         models=1 + len(recipes) * len(keeps),
     )
@@ -109,24 +109,26 @@ def warn_of_known_text(
     tokenizer: PreTrainedTokenizerBase,
     recipes: Mapping[str, Recipe],
 ) -> None:
-    """Warn of windows to score whose text statistics or learning see, for their perplexity flatters.
+    """Warn of sequences to score whose text statistics or learning see, for their perplexity flatters.
 
     Args:
-        scored: ``[windows, length]`` token ids of every text to score, by its name.
-        statistics: ``[windows, length]`` token ids for statistics.
+        scored: ``[sequences, length]`` token ids of every text to score, by its name.
+        statistics: ``[sequences, length]`` token ids for statistics.
         calibration: The text that those are from, and that masks learn from.
         tokenizer: The one that made them.
         recipes: The methods, which say how much of the text masks learn from.
     """
-    counts = [method.learning.windows for method in recipes.values() if method.learning is not None]
-    learnt = token_windows(calibration, tokenizer, length=statistics.shape[1], windows=max([len(statistics), *counts]))
-    for corpus, windows in scored.items():
-        known = known_windows(windows, [learnt], tokenizer)
+    counts = [method.learning.sequences for method in recipes.values() if method.learning is not None]
+    learnt = token_windows(
+        calibration, tokenizer, length=statistics.shape[1], sequences=max([len(statistics), *counts])
+    )
+    for corpus, sequences in scored.items():
+        known = known_sequences(sequences, [learnt], tokenizer)
         if known:
             _log.warning(
-                "%d of %d windows of %s hold text that methods are calibrated on: their perplexity flatters",
+                "%d of %d sequences of %s hold text that methods are calibrated on: their perplexity flatters",
                 known,
-                len(windows),
+                len(sequences),
                 corpus,
             )
 
@@ -140,9 +142,9 @@ def compare(
     scores: list[str] = ["python-docs::part=50%-100%"],  # noqa: B006
     recipes: dict[str, Recipe] | None = None,
     calibration_length: int = 512,
-    calibration_windows: int = 64,
+    calibration_sequences: int = 64,
     score_length: int = 1024,
-    score_windows: dict[str, int] | None = None,
+    score_sequences: dict[str, int] | None = None,
     run: Path = Path("runs/compare"),
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
@@ -167,17 +169,17 @@ def compare(
         calibration: Text for statistics and for learning: file, glob, hub dataset or python-docs.
         scores: Texts to score, each as TEXT or NAME=TEXT; never calibrated on.
         recipes: Your own recipes by name; they win over those of the same name.
-        calibration_length: Tokens of a window of the calibration text.
-        calibration_windows: Windows for statistics.
-        score_length: Tokens of a window to score.
-        score_windows: How many windows of a text by its name; all of it by default.
+        calibration_length: Tokens of a sequence of the calibration text.
+        calibration_sequences: Sequences for statistics.
+        score_length: Tokens of a sequence to score.
+        score_sequences: How many sequences of a text by its name; all of it by default.
         run: Folder of the results: results.json, results.md, plots, and a folder for each method and size.
         dtype: Type to load the base in.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         include: Globs of modules to target, on full names or names inside a block.
         exclude: Globs of modules to leave alone; they are not counted in keep.
         multiple_of: Every rank is a multiple of this.
-        seed: Of the order of windows in learning.
+        seed: Of the order of sequences in learning.
         trust_remote_code: Run Python code that comes with the base.
         plotted: The methods that the plots show; all that have a result by default.
         json: Write the results there too.
@@ -194,8 +196,8 @@ def compare(
         recipe(name, recipes)
     if dry_run:
         work = compare_workload(
-            chosen, keeps=keep, windows=calibration_windows, length=calibration_length, score_length=score_length,
-            score_windows=score_windows or {}, texts=tuple(named_texts(scores)),
+            chosen, keeps=keep, sequences=calibration_sequences, length=calibration_length, score_length=score_length,
+            score_sequences=score_sequences or {}, texts=tuple(named_texts(scores)),
         )  # fmt: skip
         what_it_needs(
             base, work, machine_of(device, speeds=dry_run), dtype=dtype, include=include, exclude=exclude,
@@ -208,23 +210,25 @@ def compare(
     for fraction in keep:
         budget_for(model, targets, fraction, multiple_of=multiple_of)
     texts = named_texts(scores)
-    limits = score_windows or {}
+    limits = score_sequences or {}
     if unknown := sorted(set(limits) - set(texts)):
-        raise ValueError(f"score_windows names {unknown[0]!r}, which is none of the texts to score: {', '.join(texts)}")
-    windows = {
-        name: token_windows(text, tokenizer, length=score_length, windows=limits.get(name))
+        raise ValueError(
+            f"score_sequences names {unknown[0]!r}, which is none of the texts to score: {', '.join(texts)}"
+        )
+    sequences = {
+        name: token_windows(text, tokenizer, length=score_length, sequences=limits.get(name))
         for name, text in texts.items()
     }
-    for scored in windows.values():
-        check_windows(model, scored)
+    for scored in sequences.values():
+        check_sequences(model, scored)
     options = {"include": list(include), "exclude": list(exclude), "multiple_of": multiple_of}
-    tokens = token_windows(calibration, tokenizer, length=calibration_length, windows=calibration_windows)
+    tokens = token_windows(calibration, tokenizer, length=calibration_length, sequences=calibration_sequences)
     subject = Subject(
         model=model, base=base, dtype=dtype, tokenizer=tokenizer, calibration=calibration, tokens=tokens,
         options=options, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    bench = _Comparison(run, subject, targets, windows, plotted or [])
-    warn_of_known_text(windows, tokens, calibration, tokenizer, chosen)
+    bench = _Comparison(run, subject, targets, sequences, plotted or [])
+    warn_of_known_text(sequences, tokens, calibration, tokenizer, chosen)
     results = bench.results(chosen, keep)
     if json is not None:
         write_json(json, results)
@@ -276,8 +280,8 @@ class _Comparison:
         """Refuse a folder whose results were made from another model, calibration or protocol."""
         protocol = {
             "base": model_fingerprint(self.subject.model),
-            "calibration": windows_fingerprint(self.subject.tokens),
-            "scores": {name: windows_fingerprint(windows) for name, windows in self.scored.items()},
+            "calibration": sequences_fingerprint(self.subject.tokens),
+            "scores": {name: sequences_fingerprint(sequences) for name, sequences in self.scored.items()},
             "options": self.subject.options,
         }
         path = self.run / "protocol.json"
@@ -325,10 +329,10 @@ class _Comparison:
     def _result(
         self, name: str, method: Recipe, keep: float, identity: str, dense: Mapping[str, Any]
     ) -> dict[str, Any]:
-        if method.narrow is None:
+        if method.prune is None:
             return self._on_base(name, method, keep, identity, dense, {})
         # The narrowed model is gone before the next one is loaded.
-        at, spent = self._narrowed(method.narrow, keep)
+        at, spent = self._narrowed(method.prune, keep)
         return at._on_base(name, method, keep, identity, dense, {"narrowing": spent})
 
     def _on_base(
@@ -368,12 +372,12 @@ class _Comparison:
             "machine": describe_machine(self.subject.model.device),
         }
 
-    def _narrowed(self, settings: Narrowing, keep: float) -> tuple[_Comparison, float | None]:
+    def _narrowed(self, settings: WidthPruning, keep: float) -> tuple[_Comparison, float | None]:
         """Return this comparison on the narrowed base, and the seconds that narrowing took, now or when it was done."""
         subject = self.subject
         globs = {name: subject.options[name] for name in ("include", "exclude")}
-        folder, spent = narrowed_base(
-            subject.base, settings, keep=keep, model=subject.model, tokenizer=subject.tokenizer, windows=subject.tokens,
+        folder, spent = pruned_base(
+            subject.base, settings, keep=keep, model=subject.model, tokenizer=subject.tokenizer, sequences=subject.tokens,
             **globs,
         )  # fmt: skip
         if folder == subject.base:
@@ -404,14 +408,14 @@ class _Comparison:
         }
 
     def _refit(self, plan: RankPlan, store: FactorStore, settings: Refit) -> tuple[RankPlan, FactorStore]:
-        windows = token_windows(
+        sequences = token_windows(
             self.subject.calibration,
             self.subject.tokenizer,
             length=self.subject.tokens.shape[1],
-            windows=settings.windows,
+            sequences=settings.sequences,
         )
         return refit(
-            plan, store, model=self.subject.model, targets=self.targets, windows=windows,
+            plan, store, model=self.subject.model, targets=self.targets, sequences=sequences,
             calibration=self.subject.tokens, settings=settings,
         )  # fmt: skip
 
@@ -419,8 +423,8 @@ class _Comparison:
         """Return nats a token on every text, and the seconds that it took."""
         began = time.perf_counter()
         nats = {
-            corpus: perplexity(self.subject.model, windows, progress=f"score {label} on {corpus}").nats
-            for corpus, windows in self.scored.items()
+            corpus: perplexity(self.subject.model, sequences, progress=f"score {label} on {corpus}").nats
+            for corpus, sequences in self.scored.items()
         }
         return nats, time.perf_counter() - began
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.calibration.build import build_factors
-from lowrank_pl.calibration.build_by_block import refuse_compressed, walk_factors
+from lowrank_pl.calibration.build_by_block import build_factors_by_block, refuse_compressed
 from lowrank_pl.calibration.hidden_states import Cache
 from lowrank_pl.calibration.provenance import preparation_notes
 from lowrank_pl.calibration.statistics import memory_size
@@ -21,9 +21,9 @@ from lowrank_pl.costs.machine import DryRun
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.base import DType, load_base, load_tokenizer
-from lowrank_pl.models.lazy import CannotWalkError, open_skeleton
+from lowrank_pl.models.lazy import NotBlockwiseError, open_skeleton
 from lowrank_pl.models.targets import Targets, find_targets
-from lowrank_pl.text.windows import token_windows
+from lowrank_pl.text.sequences import token_windows
 from lowrank_pl.utils.environment import peak_memory, pick_device
 from lowrank_pl.utils.files import write_json
 
@@ -38,7 +38,7 @@ def decompose(
     decomposition: Decomposition = Decomposition(),
     text: str = "python-docs",
     length: int = 512,
-    windows: int = 256,
+    sequences: int = 256,
     dtype: DType = "float32",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -53,7 +53,7 @@ def decompose(
 ) -> FactorStore | None:
     """Make a model's factors, one block in memory at a time; allocate and fit then find them made.
 
-    Where gradients are needed (two_sided, fwsvd), all windows go forward through one block after the other, and back
+    Where gradients are needed (two_sided, fwsvd), all sequences go forward through one block after the other, and back
     through one before the other. A .gguf file, a model whose blocks share more than the hidden state, or what at_keep
     measures, is loaded whole instead. A killed run goes on at the module it was at.
 
@@ -61,13 +61,13 @@ def decompose(
         base: Hub id, folder, .gguf file, package:NAME, random:FAMILY or layers:NAME.
         decomposition: How weights are decomposed, such as --decomposition.kind svd; by default whitened.
         text: Calibration text: file, glob, hub dataset or python-docs.
-        length: Tokens of a calibration window.
-        windows: How many windows.
+        length: Tokens of a calibration sequence.
+        sequences: How many sequences.
         dtype: Type to load weights in.
         include: Globs of modules to target, on full names or names inside a block.
         exclude: Globs of modules to leave alone.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
-        cache: Where the hidden states of all windows wait between blocks, for gradients those before each of them: ram,
+        cache: Where the hidden states of all sequences wait between blocks, for gradients those before each of them: ram,
             or disk for memory-mapped files; by default ram, unless they would fill half of what is free.
         memory: What statistics that are collected at a time may take, such as 8GB, but at least those of a block; by
             default most of what is free. Of a model that is loaded whole, what takes more is collected block by block.
@@ -84,14 +84,14 @@ def decompose(
     budget = None if memory is None else memory_size(memory)
     if dry_run:
         dry_run_decompose(
-            base, decomposition=decomposition, windows=windows, length=length, dtype=dtype, device=device,
+            base, decomposition=decomposition, sequences=sequences, length=length, dtype=dtype, device=device,
             memory=budget, gradient_checkpointing=gradient_checkpointing, include=include, exclude=exclude,
             speeds=dry_run, trust_remote_code=trust_remote_code, json=json,
         )  # fmt: skip
         return None
     place, kind = pick_device(device), getattr(torch, dtype)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    tokens = token_windows(text, tokenizer, length=length, windows=windows)
+    tokens = token_windows(text, tokenizer, length=length, sequences=sequences)
     found = _walked(
         base, tokens, tokenizer, settings=decomposition, directory=store, include=include, exclude=exclude, cache=cache,
         memory=budget, dtype=kind, device=place, trust_remote_code=trust_remote_code,
@@ -119,7 +119,7 @@ def decompose(
 
 def _walked(
     base: str,
-    windows: Tensor,
+    sequences: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     *,
     settings: Decomposition,
@@ -137,10 +137,10 @@ def _walked(
         refuse_compressed(settings)
         skeleton = open_skeleton(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         targets = skeleton.find_targets(include=include, exclude=exclude)
-        made = walk_factors(
-            skeleton, targets, windows, tokenizer, settings=settings, directory=directory, memory=memory, cache=cache
+        made = build_factors_by_block(
+            skeleton, targets, sequences, tokenizer, settings=settings, directory=directory, memory=memory, cache=cache
         )
-    except CannotWalkError as error:
+    except NotBlockwiseError as error:
         _log.warning("%s is loaded whole: %s", base, error)
         return None
     return made, targets

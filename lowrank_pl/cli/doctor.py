@@ -10,10 +10,10 @@ from lowrank_pl.export.health.examine import diagnose
 from lowrank_pl.export.health.quality import PROMPTS
 from lowrank_pl.utils.files import write_json
 
-__all__ = ["SickModelError", "doctor"]
+__all__ = ["BrokenModelError", "doctor"]
 
 
-class SickModelError(RuntimeError):
+class BrokenModelError(RuntimeError):
     """A model that must not be used, as ``lowrank doctor`` found; the message says of what it is sick."""
 
 
@@ -22,7 +22,7 @@ def doctor(
     *,
     base: str | None = None,
     text: str = "python-docs",
-    windows: int = 8,
+    sequences: int = 8,
     length: int = 512,
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = 64,
@@ -41,8 +41,8 @@ def doctor(
         directory: Folder of an export, as factors or merged, or of a plain checkpoint.
         base: The dense model to compare with; by default the one that the folder's plan names.
         text: Text to score on: file, glob, hub dataset or python-docs.
-        windows: How many windows of it.
-        length: Tokens of a window.
+        sequences: How many sequences of it.
+        length: Tokens of a sequence.
         prompts: Texts to continue, or questions where there is a chat template; none leaves this out.
         max_new_tokens: How far.
         device: cpu, cuda, ...; auto takes cuda where there is one.
@@ -53,16 +53,16 @@ def doctor(
         The findings.
 
     Raises:
-        SickModelError: The model is sick; the findings have been shown.
+        BrokenModelError: The model is sick; the findings have been shown.
     """
     found = diagnose(
-        directory, base=base, text=text, windows=windows, length=length, prompts=prompts,
+        directory, base=base, text=text, sequences=sequences, length=length, prompts=prompts,
         max_new_tokens=max_new_tokens, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if json is not None:
         write_json(json, found.to_dict())
     print(found.text())
     if found.health == "sick":
-        raise SickModelError(found.sentence())
+        raise BrokenModelError(found.sentence())
     print(f"\n{found.sentence()}")
     return found

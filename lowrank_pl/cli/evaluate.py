@@ -21,8 +21,8 @@ from lowrank_pl.export.export import is_compressed, load_compressed
 from lowrank_pl.models.base import DType, load_base, load_tokenizer, own_dtype
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import largest_keep, nested
+from lowrank_pl.text.sequences import token_windows
 from lowrank_pl.text.sources import named_texts
-from lowrank_pl.text.windows import token_windows
 from lowrank_pl.utils.environment import pick_device
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import save_figure
@@ -44,7 +44,7 @@ def evaluate(
     store: Path | None = None,
     output: Path | None = None,
     length: int = 1024,
-    windows: int | None = None,
+    sequences: int | None = None,
     batch_size: int = 1,
     position_bins: int = 8,
     include_path: Sequence[Path] = (),
@@ -61,9 +61,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a compressed folder, any base model, or a plan in every size: perplexity on texts, accuracy on tasks.
 
-    Windows do not overlap, each begins with BOS where the tokenizer itself adds it, losses are summed in float64, and
+    Sequences do not overlap, each begins with BOS where the tokenizer itself adds it, losses are summed in float64, and
     logits that are not finite are an error. With a reference, texts also show KL, top-1 agreement, and the divergence
-    along the window and behind each block, and tasks the difference with its paired standard error.
+    along the sequence and behind each block, and tasks the difference with its paired standard error.
 
     Args:
         model: An export, or a base: hub id, folder, .gguf file, package:NAME or random:FAMILY.
@@ -78,10 +78,10 @@ def evaluate(
         base: The plan's base, as for export.
         store: Folder of the plan's factors, as for export.
         output: Picture of the curve, a PNG file; by default beside the figures of json.
-        length: Tokens of a window.
-        windows: How many windows of each text; all of it by default.
-        batch_size: Windows per forward; one where there is a reference.
-        position_bins: Into how many parts a window is divided to show where a model departs from the reference.
+        length: Tokens of a sequence.
+        sequences: How many sequences of each text; all of it by default.
+        batch_size: Sequences per forward; one where there is a reference.
+        position_bins: Into how many parts a sequence is divided to show where a model departs from the reference.
         include_path: Folders of lm-eval's YAML task files, whose tasks --tasks may then name.
         limit: Rows of a task, its first ones; all by default.
         fewshot: Examples before each question; as many as the task says by default, mostly none.
@@ -109,7 +109,7 @@ def evaluate(
         if len(texts) != 1:
             raise ValueError(f"{len(texts)} texts were given: a plan is scored on one --text")
         return _evaluate_plan(
-            plan, texts[0], keep_curve, base=base, store=store, output=output, length=length, windows=windows,
+            plan, texts[0], keep_curve, base=base, store=store, output=output, length=length, sequences=sequences,
             batch_size=batch_size, dtype=dtype, device=device, trust_remote_code=trust_remote_code, json=json,
         )  # fmt: skip
     for name, value in {"keep-curve": keep_curve, "base": base, "store": store, "output": output}.items():
@@ -125,7 +125,7 @@ def evaluate(
     place = pick_device(device)
     network, tokenizer = _load(model, dtype, trust_remote_code=trust_remote_code)
     network.to(place)
-    tokens = {name: token_windows(one, tokenizer, length=length, windows=windows) for name, one in named.items()}
+    tokens = {name: token_windows(one, tokenizer, length=length, sequences=sequences) for name, one in named.items()}
     dense = None if reference is None else _reference(reference, network, dtype, trust_remote_code=trust_remote_code)
     figures: dict[str, Any] = {
         "model": model,
@@ -179,7 +179,7 @@ def _evaluate_plan(
     store: Path | None,
     output: Path | None,
     length: int,
-    windows: int | None,
+    sequences: int | None,
     batch_size: int,
     dtype: DType | None,
     device: str,
@@ -191,7 +191,7 @@ def _evaluate_plan(
     sizes = [] if keeps is None else _sizes(drawn, keeps)
     named = base_of(drawn, path, base)
     tokenizer = load_tokenizer(named, trust_remote_code=trust_remote_code)
-    tokens = token_windows(text, tokenizer, length=length, windows=windows)
+    tokens = token_windows(text, tokenizer, length=length, sequences=sequences)
     kind = dtype or drawn.origin.get("dtype", "float32")
     model = load_base(named, dtype=getattr(torch, kind), trust_remote_code=trust_remote_code).to(pick_device(device))
     factors = factors_of(drawn, model, tokenizer, store)

@@ -24,7 +24,7 @@ def fit_workload(
         machine: What learning is spread over.
     """
     length, batch = data["length"], data["batch_size"]
-    of_epoch = max(1, data["windows"] // (batch * machine.processes))
+    of_epoch = max(1, data["sequences"] // (batch * machine.processes))
     gathered = trainer["accumulate_grad_batches"] or 1
     limit = trainer["limit_train_batches"]
     if limit is not None:
@@ -37,27 +37,27 @@ def fit_workload(
     validations = _validations(trainer, batches=steps * gathered, of_epoch=of_epoch)
     starts = learner.start if hasattr(learner.start, "needs_gradients") else None
     shared = machine.sharded and can_be_shared(learner.base)
-    validated = data["validation_windows"]
+    validated = data["validation_sequences"]
     scored = validated * length
     if finish.score_text is not None:
-        scored = (finish.score_windows or 0) * finish.score_length
+        scored = (finish.score_sequences or 0) * finish.score_length
     return Workload(
         keeps=(learner.keep,),
-        windows=data["windows"] if data["statistics_windows"] is None else data["statistics_windows"],
+        sequences=data["sequences"] if data["statistics_sequences"] is None else data["statistics_sequences"],
         length=data["statistics_length"] or length,
         decompositions=(learner.decomposition,),
         weight_gradients=bool(starts and starts.needs_gradients),
-        narrowings=() if learner.narrow is None else (learner.narrow,),
+        prunings=() if learner.prune is None else (learner.prune,),
         streamed=shared and learner.decomposition.block_by_block and not (starts and starts.needs_model),
         shared=shared,
         learners=[
             Learner(
-                "learning", learner.mask_method, steps, length, storage=learner.storage, windows=batch * gathered,
+                "learning", learner.mask_method, steps, length, storage=learner.storage, sequences=batch * gathered,
                 batch_size=batch, validated=validated * validations, teacher=learner.data_terms.needs_teacher,
-                rest_every=learner.rest_every, recomputed=learner.gradient_checkpointing,
+                inactive_gate_stride=learner.inactive_gate_stride, recomputed=learner.gradient_checkpointing,
             )
         ],
-        refitted=min(finish.refit.windows, data["windows"]) if finish.refit else 0,
+        refitted=min(finish.refit.sequences, data["sequences"]) if finish.refit else 0,
         refits=int(finish.refit is not None),
         scored=scored,
         score_length=length if finish.score_text is None else finish.score_length,

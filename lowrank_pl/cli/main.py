@@ -29,10 +29,10 @@ from lowrank_pl.cli.bench import bench
 from lowrank_pl.cli.commands import allocate, export, refit
 from lowrank_pl.cli.compare import compare
 from lowrank_pl.cli.decompose import decompose
-from lowrank_pl.cli.doctor import SickModelError, doctor
+from lowrank_pl.cli.doctor import BrokenModelError, doctor
 from lowrank_pl.cli.evaluate import evaluate
 from lowrank_pl.cli.fit_workload import fit_workload
-from lowrank_pl.cli.narrow import narrow
+from lowrank_pl.cli.prune import prune
 from lowrank_pl.cli.report import report
 from lowrank_pl.costs.dry_run import dry_run
 from lowrank_pl.costs.machine import DryRun, machine_of
@@ -40,12 +40,12 @@ from lowrank_pl.export.reload import ExportError
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.finish_run import FinishRun
-from lowrank_pl.training.interrupt import StopBetweenBatches, told_when_interrupted
+from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.progress import LearningBar
 from lowrank_pl.training.rank_monitor import RankMonitor
 from lowrank_pl.training.text_samples import TextSamples
-from lowrank_pl.utils.distributed import LostProcessError, told_when_lost
+from lowrank_pl.utils.distributed import LostProcessError, explain_lost_process
 from lowrank_pl.utils.files import atomic_write
 from lowrank_pl.version import __version__
 
@@ -56,7 +56,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "decompose": decompose,
     "allocate": allocate,
     "refit": refit,
-    "narrow": narrow,
+    "prune": prune,
     "export": export,
     "doctor": doctor,
     "report": report,
@@ -131,7 +131,7 @@ class RankCLI(LightningCLI):
             last = next(filter(None, [*written, kwargs.get("ckpt_path")]), None)
             return f"go on with --ckpt_path {last}" if last else "there is no checkpoint of this run yet"
 
-        with told_when_interrupted(self.trainer, advice), told_when_lost(advice):
+        with explain_interruption(self.trainer, advice), explain_lost_process(advice):
             self.trainer.fit(model, weights_only=True, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -147,7 +147,7 @@ class RankCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(FinishRun, "finish")
         parser.set_defaults({
-            "model.mask": {"class_path": "lowrank_pl.methods.masks.Staircase"},
+            "model.mask": {"class_path": "lowrank_pl.methods.masks.ARA"},
             "checkpoint.every_n_train_steps": 50,
             "checkpoint.save_last": True,
             "checkpoint.enable_version_counter": False,
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = " ".join(str(error).split())
         command = words[0] if words[0] in FUNCTIONS else "fit"
         sys.exit(_said(f"error: {said}; `lowrank {command} --help` lists the options", 2))
-    except SickModelError as sick:
+    except BrokenModelError as sick:
         sys.exit(_said(str(sick), 1))
     except (ValueError, OSError, ExportError, MisconfigurationException, LostProcessError) as error:
         if os.environ.get("LOWRANK_DEBUG"):
@@ -307,7 +307,7 @@ EXPECTED = (
     r'Be aware that when using `ckpt_path`.*: \["ModelCheckpoint\{[^"]*"\]',  # it saves at other steps now, no more
     r"The dirpath has changed",  # of a run that goes on in another folder
     r"Detected an existing checkpoint in .*last\.ckpt",  # of FSDP2
-    r".*does not have many workers",  # the windows are in memory
+    r".*does not have many workers",  # the sequences are in memory
     r".*number of training batches .* is smaller than the logging interval",
 )
 """Lines that others log and warnings that others give, by their beginning, which no user of this command needs."""

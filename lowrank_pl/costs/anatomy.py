@@ -103,7 +103,7 @@ def anatomy(
     Args:
         base: Anything that ``load_base`` takes, or ``shapes:NAME`` for a whole large model by name.
         dtype: Type of the weights.
-        length: Tokens of a window; what a token costs in attention depends on it.
+        length: Tokens of a sequence; what a token costs in attention depends on it.
         include: As in ``find_targets``.
         exclude: Likewise.
         trust_remote_code: Run Python code that comes with the base.

@@ -53,7 +53,7 @@ def estimate(model: Anatomy, work: Workload, machine: Machine, *, program: float
 def _phases(model: Anatomy, work: Workload, machine: Machine, program: float) -> Iterator[Phase]:
     if not work.streamed:
         yield load_phase(model, machine, program)
-    if work.narrowings:
+    if work.prunings:
         yield from narrowing_phases(model, work, machine, program)
     yield from statistics_phases(model, work, machine, program)
     if work.decompositions:
@@ -74,7 +74,7 @@ def _phases(model: Anatomy, work: Workload, machine: Machine, program: float) ->
 
 def _notes(model: Anatomy, work: Workload, machine: Machine) -> Iterator[str]:
     yield "nothing that a cache already holds is taken off; text that is read and tokenised is not counted"
-    if work.narrowings:
+    if work.prunings:
         yield "what comes after the narrowing is counted as if nothing were left out: it is less"
     if not machine.unified:
         yield "GPU memory is what tensors take; CUDA itself takes about half a GB beside them"
@@ -92,7 +92,7 @@ def _notes(model: Anatomy, work: Workload, machine: Machine) -> Iterator[str]:
     if waits(model, work, machine):
         yield (
             "models are scored and exported from main memory; that a layer's weights come to the device for every "
-            f"{TOGETHER} windows is not in the time"
+            f"{TOGETHER} sequences is not in the time"
         )
     if work.models and not work.scored:
         yield "the whole text is scored, whose tokens are not known before it is read: scoring is left out"
@@ -149,7 +149,7 @@ def dry_run_decompose(
     base: str,
     *,
     decomposition: Decomposition,
-    windows: int,
+    sequences: int,
     length: int,
     dtype: str = "float32",
     device: str = "auto",
@@ -168,7 +168,7 @@ def dry_run_decompose(
     Args:
         base: The base.
         decomposition: How weights are decomposed.
-        windows: Windows that statistics are measured on.
+        sequences: Sequences that statistics are measured on.
         length: Tokens of each.
         dtype: Type that the base is loaded in.
         device: ``cpu``, ``cuda``, ... or ``auto``.
@@ -181,7 +181,7 @@ def dry_run_decompose(
         json: Likewise.
     """
     work = Workload(
-        windows=windows, length=length, decompositions=(decomposition,), memory=memory,
+        sequences=sequences, length=length, decompositions=(decomposition,), memory=memory,
         recomputed=gradient_checkpointing,
         streamed=decomposition.block_by_block and can_be_shared(base),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from lowrank_pl.calibration.statistics import SHARE
 from lowrank_pl.costs.anatomy import Anatomy
 from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.workload import Machine, Workload
-from lowrank_pl.methods.narrow.narrow import STEPS
+from lowrank_pl.methods.prune.base import STEPS
 
 __all__ = [
     "decomposition_phase",
@@ -120,8 +120,8 @@ def narrowing_phases(model: Anatomy, work: Workload, machine: Machine, program: 
     """
     # The dense base is measured for it, whatever is measured on the narrowed one.
     plain = replace(work, decompositions=(), streamed=False)
-    times = sum(len(work.keeps) if settings.share is None else 1 for settings in work.narrowings)
-    shares = (1.0, *STEPS) if any(settings.share is None for settings in work.narrowings) else (1.0,)
+    times = sum(len(work.keeps) if settings.share is None else 1 for settings in work.prunings)
+    shares = (1.0, *STEPS) if any(settings.share is None for settings in work.prunings) else (1.0,)
     double, spectra, most = 0.0, 0.0, 0.0
     for target in model.modules:
         short, long = sorted(target.shape)
@@ -149,7 +149,7 @@ def norms_phase(model: Anatomy, work: Workload, machine: Machine, program: float
     """Return what measuring the gradients takes that a refit weighs its tokens by; arguments as above."""
     sums = {target.name: 4.0 * work.refitted * work.length for target in model.modules}
     # The whole model is there for the refit itself.
-    work = replace(work, windows=work.refitted, streamed=False)
+    work = replace(work, sequences=work.refitted, streamed=False)
     return _gradients("gradient norms", model, work, machine, program, sums=sums, gram=0.0, product=0, on_disk=1.0)
 
 
@@ -168,12 +168,12 @@ def _input_moments(model: Anatomy, work: Workload, machine: Machine, program: fl
         "logits": work.length * model.vocabulary * model.itemsize,
     }
     squares = sum(width**2 for width in widths.values())
-    tokens = work.windows * work.length * _again(work)
+    tokens = work.sequences * work.length * _again(work)
     done: dict[WorkKind, float] = {"forward": tokens * model.multiply_adds, "float32": float(tokens * squares)}
     disk = {"moments of inputs": _again(work) * sum(4.0 * width * (width + 1) for width in widths.values())}
     host = {"Python and libraries": program, "a file being written": _SAVING * 4.0 * widest**2}
     if by_block:
-        host["hidden states"] = work.windows * work.length * model.hidden * model.itemsize / machine.processes
+        host["hidden states"] = work.sequences * work.length * model.hidden * model.itemsize / machine.processes
     read = _READS * model.bytes if work.streamed else 0.0
     return _placed("moments of inputs", device, host, machine, work, disk, tokens, done, read=read)
 
@@ -203,7 +203,7 @@ def _gradients(
         product: Numbers of the largest product of a batch.
         on_disk: How much of the bytes of the sums goes to disk; float64 is stored as float32.
     """
-    tokens = work.windows * work.length * _again(work)
+    tokens = work.sequences * work.length * _again(work)
     total = sum(sums.values())
     host = {"Python and libraries": program, "a file being written": _SAVING * on_disk * max(sums.values())}
     device = {**_weights(model, work), f"sums of {name}": total, "products of a batch": 2 * 4.0 * product}
@@ -212,7 +212,7 @@ def _gradients(
     if _block_by_block(sums, model, work, machine):
         device[f"sums of {name}"] = _of_a_block(sums, {target.name: target.block for target in model.modules})
         device |= _alone(model, work, device[f"sums of {name}"])
-        state = work.windows * work.length * model.hidden * model.itemsize / machine.processes
+        state = work.sequences * work.length * model.hidden * model.itemsize / machine.processes
         host |= {"hidden states before every block": len(model.blocks) * state, "gradients by a hidden state": state}
         # The way there and, block by block, once more. Where inputs are measured too, factors that are made of a base's
         # files have the former there.
@@ -225,7 +225,7 @@ def _gradients(
 
 
 def _at_once(model: Anatomy, work: Workload) -> dict[str, float]:
-    """Return what a pass backward through the whole model keeps of a window."""
+    """Return what a pass backward through the whole model keeps of a sequence."""
     per_token = model.kept_with_outputs
     found = sum(target.shape[0] for target in model.modules) * float(model.itemsize)
     if work.recomputed:
@@ -246,7 +246,7 @@ def _at_once(model: Anatomy, work: Workload) -> dict[str, float]:
 
 
 def _alone(model: Anatomy, work: Workload, sums: float) -> dict[str, float]:
-    """Return what passes backward through one block or the head alone keep of a window, beside a block's ``sums``."""
+    """Return what passes backward through one block or the head alone keep of a sequence, beside a block's ``sums``."""
     activations = work.length * model.kept_with_outputs / len(model.blocks)
     # The head has its turn before any block has sums: what its logits take beyond these is all that counts.
     more = 16.0 * work.length * model.vocabulary - sums - activations

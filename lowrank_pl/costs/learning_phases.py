@@ -24,15 +24,15 @@ _MASK = 16
 
 
 _REFIT_PASSES = 4
-"""A refit runs over all its windows about so often (``refit``)."""
+"""A refit runs over all its sequences about so often (``refit``)."""
 
 
 _REFIT_MOMENTS = 14
-"""Squares of an input's width in float64 at a time: sums of fitted and held-back windows, both, and their means."""
+"""Squares of an input's width in float64 at a time: sums of fitted and held-back sequences, both, and their means."""
 
 
 _HIDDEN = 4
-"""Hidden states of the dense and the compressed model, and what the two streams of a block are fed (``Twins``)."""
+"""Hidden states of the dense and the compressed model, and what the two streams of a block are fed (``ModelPair``)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def learning_phase(model: Anatomy, learner: Learner, work: Workload, machine: Ma
     if not machine.unified:
         # Of the factors each process reads its share.
         host["dense weights before they are sharded"] = model.bytes if machine.sharded and not work.shared else 0.0
-    per_step = learner.windows * learner.length
+    per_step = learner.sequences * learner.length
     done = sum(_multiply_adds(model, learner, one) for one in layers)
     validated = learner.validated * learner.length * len(layers)
     work_done: dict[WorkKind, float] = {
@@ -128,7 +128,7 @@ def _multiply_adds(model: Anatomy, learner: Learner, layers: _Layers) -> float:
     """Return those of a token of a step: forward and to the inputs, and what the gates that are off are worth."""
     dense = model.multiply_adds
     masked = dense - model.targeted + layers.lit
-    rest = (layers.factors - layers.lit) / learner.rest_every
+    rest = (layers.factors - layers.lit) / learner.inactive_gate_stride
     return (2 + learner.recomputed) * masked + rest + dense * learner.teacher
 
 

@@ -65,7 +65,7 @@ def probe(model: Anatomy, config: PreTrainedConfig, *, dtype: torch.dtype, devic
         config: Its configuration, of which one decoder block is made from numbers that mean nothing.
         dtype: Type of the weights.
         device: ``cpu`` or ``cuda``.
-        length: Tokens of a window.
+        length: Tokens of a sequence.
     """
     block = model.blocks[0] * dtype.itemsize <= _LARGEST
     trials: dict[str, Callable[[], float]] = {

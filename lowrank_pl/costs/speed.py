@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lowrank_pl.evaluate.likelihood import check_windows
+from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, Side
 from lowrank_pl.models.targets import Targets, dense_weight, find_targets, replaced
@@ -71,7 +71,7 @@ class StandingLayer(DynamicLayer):  # type: ignore[misc]
     Args:
         read: What one sequence of all tokens but the last left behind.
         batch_size: Copies of it.
-        length: How many tokens there are with the last one; a sliding window keeps fewer of them.
+        length: How many tokens there are with the last one; a sliding sequence keeps fewer of them.
 
     Raises:
         ValueError: It holds no keys and values.
@@ -187,7 +187,7 @@ def measure_speed(
         ValueError: The model has too few positions, or no cache of keys and values, or can't be recorded.
     """
     drawn = random_tokens(model, length + 1)
-    check_windows(model, drawn if case == "decode" else drawn[:, :-1], batch_size)
+    check_sequences(model, drawn if case == "decode" else drawn[:, :-1], batch_size)
     tokens = drawn.to(model.device).expand(batch_size, -1)
     targets = find_targets(model)
     found: dict[Variant, Measured] = {}

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.factors.decomposition import Factors
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.base import MaskMethod
-from lowrank_pl.methods.masks.masked_linear import MaskedLinear, Work, set_to_work
+from lowrank_pl.methods.masks.masked_linear import MaskedLinear, Work, choose_computation
 from lowrank_pl.methods.masks.objectives import next_token_loss
 from lowrank_pl.models.forward import recomputing
 from lowrank_pl.models.targets import dense_weight, find_targets, replaced
@@ -56,14 +56,14 @@ def measure_step(
             pass; the frozen step keeps them.
         method: Makes the masks; ARA's by default.
     """
-    method = method or Staircase()
+    method = method or ARA()
     layers = _masked(model, method, keep, prices)
     dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
     added = sum(layer.left.nbytes + layer.right.nbytes for layer in layers.values())
 
     def learning(*, every: int | None) -> Callable[[], None]:
         def step() -> None:
-            set_to_work(layers, method.dense_from, every=every or 1)
+            choose_computation(layers, method.dense_from, every=every or 1)
             if every is None:
                 for layer in layers.values():
                     layer.work = Work()

@@ -9,7 +9,7 @@ import torch
 
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.masks.base import Mask, MaskMethod
-from lowrank_pl.methods.narrow.narrow import Narrowing
+from lowrank_pl.methods.prune.base import WidthPruning
 from lowrank_pl.models.offload import too_large
 from lowrank_pl.plans.budget import check_keep
 from lowrank_pl.plans.storage import Storage, StorageChoice
@@ -59,12 +59,12 @@ class Learner:
         mask: The mask method.
         storage: How low-rank modules are stored in the end.
         steps: Optimizer steps.
-        windows: Windows of a batch of one process, over all batches of a step.
-        batch_size: Windows that go through the model at once.
-        length: Tokens of a window.
-        validated: Windows of all validations together.
+        sequences: Sequences of a batch of one process, over all batches of a step.
+        batch_size: Sequences that go through the model at once.
+        length: Tokens of a sequence.
+        validated: Sequences of all validations together.
         teacher: Whether the dense model runs on every batch too.
-        rest_every: Gates that are off learn from every so many-th token.
+        inactive_gate_stride: Gates that are off learn from every so many-th token.
         recomputed: Whether a backward pass computes the activations of blocks again.
     """
 
@@ -73,11 +73,11 @@ class Learner:
     steps: int
     length: int
     storage: StorageChoice = "auto"
-    windows: int = 1
+    sequences: int = 1
     batch_size: int = 1
     validated: int = 0
     teacher: bool = False
-    rest_every: int = 1
+    inactive_gate_stride: int = 1
     recomputed: bool = False
 
     def stored(self, shape: tuple[int, int], itemsize: int) -> int:
@@ -104,16 +104,16 @@ class Workload:
 
     Args:
         keeps: The fractions of targeted parameters to keep.
-        windows: Windows that statistics are measured on.
+        sequences: Sequences that statistics are measured on.
         length: Tokens of each.
         decompositions: How weights are decomposed, each once.
         weight_gradients: Whether mean weight gradients are measured.
-        narrowings: How MLPs are narrowed, each for every one of ``keeps``.
+        prunings: How MLPs are narrowed, each for every one of ``keeps``.
         learners: Learning runs, each of which is done for every one of ``keeps``.
-        refitted: Windows of each refit.
+        refitted: Sequences of each refit.
         refits: How many refits.
         scored: Tokens that a model is scored on.
-        score_length: Tokens of a window of these.
+        score_length: Tokens of a sequence of these.
         models: How many models are scored from memory.
         exports: Whether the learned model is exported, and scored in a fresh process.
         waiting: Whether models wait in main memory while they are scored and exported, and come to the device a layer
@@ -129,11 +129,11 @@ class Workload:
     """
 
     keeps: Sequence[float] = (0.8,)
-    windows: int = 256
+    sequences: int = 256
     length: int = 512
     decompositions: Sequence[Decomposition] = field(default_factory=lambda: (Decomposition(),))
     weight_gradients: bool = False
-    narrowings: Sequence[Narrowing] = ()
+    prunings: Sequence[WidthPruning] = ()
     learners: Sequence[Learner] = ()
     refitted: int = 0
     refits: int = 0
@@ -152,7 +152,7 @@ class Workload:
             raise ValueError("no fraction to keep was given: expected one or more in (0, 1]")
         for keep in self.keeps:
             check_keep(keep)
-        for name, least in (("windows", 1), ("length", 2), ("refitted", 0), ("scored", 0), ("score_length", 2)):
+        for name, least in (("sequences", 1), ("length", 2), ("refitted", 0), ("scored", 0), ("score_length", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a whole number of at least {least}")
 

@@ -1,4 +1,4 @@
-"""Where a compressed model departs from the dense one: block by block, and along the window."""
+"""Where a compressed model departs from the dense one: block by block, and along the sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.evaluate.likelihood import Divergence, check_windows, compared, perplexity
+from lowrank_pl.evaluate.likelihood import Divergence, check_sequences, compared, perplexity
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.targets import decoder_blocks
 from lowrank_pl.utils.formatting import percent, table
@@ -25,10 +25,10 @@ SHOWN_BLOCKS = 8
 
 @dataclass(frozen=True)
 class PositionBin:
-    """The divergence at some positions of the windows.
+    """The divergence at some positions of the sequences.
 
     Args:
-        first: First predicted position; the token before position 1 begins the window.
+        first: First predicted position; the token before position 1 begins the sequence.
         last: Last one.
         kl: As in ``Divergence``.
         agreement: Likewise.
@@ -72,22 +72,22 @@ class WhereDiverged:
 
 
 def where_diverged(
-    model: PreTrainedModel, dense: PreTrainedModel, windows: Tensor, *, bins: int = 8, progress: str | None = None
+    model: PreTrainedModel, dense: PreTrainedModel, sequences: Tensor, *, bins: int = 8, progress: str | None = None
 ) -> WhereDiverged:
-    """Return how far ``model`` is from ``dense`` on ``windows``, along the window and behind each block.
+    """Return how far ``model`` is from ``dense`` on ``sequences``, along the sequence and behind each block.
 
-    The models read one window after the other, and no logits or hidden states of more than one are held.
+    The models read one sequence after the other, and no logits or hidden states of more than one are held.
 
     Args:
         model: The compressed model.
         dense: The one it was made from.
-        windows: Token ids ``[windows, length]``, as the tokenizer's own BOS rule made them.
-        bins: Into how many parts positions are divided; fewer where windows are shorter.
+        sequences: Token ids ``[sequences, length]``, as the tokenizer's own BOS rule made them.
+        bins: Into how many parts positions are divided; fewer where sequences are shorter.
         progress: Label of a progress bar with the remaining time; ``None`` shows none.
 
     Raises:
-        ValueError: Windows that a model can't be scored on, models of other sizes, or no bin.
-        LogitsError: Logits of either model that are NaN or infinite; the window is named.
+        ValueError: Sequences that a model can't be scored on, models of other sizes, or no bin.
+        LogitsError: Logits of either model that are NaN or infinite; the sequence is named.
 
     Example:
         >>> from lowrank_pl.models.tiny import tiny_model
@@ -98,22 +98,22 @@ def where_diverged(
     if bins < 1:
         raise ValueError(f"position_bins is {bins}: expected a whole number of at least 1")
     for one in (dense, model):
-        check_windows(one, windows)
+        check_sequences(one, sequences)
     counts = [len(decoder_blocks(one)[1]) for one in (model, dense)]
     if counts[0] != counts[1]:
         raise ValueError(
             f"the model has {counts[0]} decoder blocks, the dense one {counts[1]}: compare a model with the base that "
             "it was made from"
         )
-    sums = torch.zeros(4, windows.shape[1] - 1, dtype=torch.float64)
+    sums = torch.zeros(4, sequences.shape[1] - 1, dtype=torch.float64)
     errors = torch.zeros(counts[0], dtype=torch.float64)
-    bar = tqdm(windows, desc=progress, unit="window", disable=progress is None)
+    bar = tqdm(sequences, desc=progress, unit="window", disable=progress is None)
     with evaluating(model), evaluating(dense), bar:
-        for place, window in enumerate(bar):
+        for place, sequence in enumerate(bar):
             with _hidden_states(model) as ours, _hidden_states(dense) as theirs:
-                sums += compared(model, dense, window[None], first=place)
+                sums += compared(model, dense, sequence[None], first=place)
             errors += torch.stack([_relative_error(a, b) for a, b in zip(ours, theirs, strict=True)])
-    count = len(windows)
+    count = len(sequences)
     kl, agreement, nats, dense_nats = (sums.mean(1) / count).tolist()
     return WhereDiverged(
         Divergence(kl, agreement, nats, dense_nats, count * sums.shape[1]),
@@ -187,23 +187,23 @@ def score_texts(
 
     Args:
         model: A causal language model.
-        texts: Token ids ``[windows, length]`` by the text's name.
-        reference: The dense model; windows are then read one by one, and nothing is timed.
-        batch_size: Windows per forward without a reference.
+        texts: Token ids ``[sequences, length]`` by the text's name.
+        reference: The dense model; sequences are then read one by one, and nothing is timed.
+        batch_size: Sequences per forward without a reference.
         bins: As in ``where_diverged``.
     """
     figures: dict[str, dict[str, Any]] = {}
     found: dict[str, WhereDiverged] = {}
-    for name, windows in texts.items():
+    for name, sequences in texts.items():
         label = "score" if len(texts) == 1 else f"score {name}"
         if reference is None:
-            scores: dict[str, Any] = perplexity(model, windows, batch_size=batch_size, progress=label).to_dict()
+            scores: dict[str, Any] = perplexity(model, sequences, batch_size=batch_size, progress=label).to_dict()
         else:
-            found[name] = where_diverged(model, reference, windows, bins=bins, progress=f"{label}, both models")
+            found[name] = where_diverged(model, reference, sequences, bins=bins, progress=f"{label}, both models")
             whole = found[name].whole
             scores = {"perplexity": whole.perplexity, "nats": whole.nats, "tokens": whole.tokens}
             scores["divergence"] = found[name].to_dict()
-        figures[name] = {"windows": len(windows), "length": windows.shape[1], **scores}
+        figures[name] = {"windows": len(sequences), "length": sequences.shape[1], **scores}
     return figures, found
 
 

@@ -1,4 +1,4 @@
-"""Scores of a language model on fixed token windows: perplexity, divergence from the dense model."""
+"""Scores of a language model on fixed token sequences: perplexity, divergence from the dense model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
 
-__all__ = ["Divergence", "LogitsError", "Score", "check_windows", "compared", "divergence", "excess_nats", "perplexity"]
+__all__ = [
+    "Divergence",
+    "LogitsError",
+    "Score",
+    "check_sequences",
+    "compared",
+    "divergence",
+    "excess_nats",
+    "perplexity",
+]
 
 CHUNK_NUMBERS = 2**24
-"""Logits taken to fp32 at a time: 256k words times a window of 2,048 would be 2 GiB at once, and as much softmaxed."""
+"""Logits taken to fp32 at a time: 256k words times a sequence of 2,048 would be 2 GiB at once, and as much softmaxed."""
 
 
 class LogitsError(ValueError):
@@ -27,12 +36,12 @@ class LogitsError(ValueError):
 
 @dataclass(frozen=True)
 class Score:
-    """What a model scored on a set of token windows.
+    """What a model scored on a set of token sequences.
 
     Args:
         perplexity: ``exp(nats)``; ``inf`` where that is beyond a double.
         nats: Mean negative log-likelihood of a token.
-        tokens: Tokens predicted, one fewer than its length in every window.
+        tokens: Tokens predicted, one fewer than its length in every sequence.
         seconds: Wall time of the whole pass.
 
     Example:
@@ -57,14 +66,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far the predictions of a model are from those of the dense one, on the same windows.
+    """How far the predictions of a model are from those of the dense one, on the same sequences.
 
     Args:
         kl: Mean of KL(dense || model) over the predicted tokens, in nats, each over the whole vocabulary.
         agreement: Fraction of the tokens for which both models find the same one most likely.
         nats: Mean negative log-likelihood of a token under the model.
         dense_nats: The same under the dense model.
-        tokens: Tokens predicted, one fewer than its length in every window.
+        tokens: Tokens predicted, one fewer than its length in every sequence.
 
     Example:
         >>> found = Divergence(kl=0.3, agreement=0.8, nats=3.0, dense_nats=2.75, tokens=100)
@@ -94,22 +103,22 @@ class Divergence:
         return _exp(self.dense_nats)
 
 
-def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, progress: str | None = None) -> Score:
-    """Return the perplexity of ``model`` on ``windows``: each token after the first, given those before it.
+def perplexity(model: PreTrainedModel, sequences: Tensor, *, batch_size: int = 1, progress: str | None = None) -> Score:
+    """Return the perplexity of ``model`` on ``sequences``: each token after the first, given those before it.
 
-    Windows are independent of each other and nothing is padded. Logits are taken to fp32 a piece at a time and the
+    Sequences are independent of each other and nothing is padded. Logits are taken to fp32 a piece at a time and the
     likelihoods are summed in fp64, so the batch size and the storage type of the logits do not show in the sum.
     The model may be on any device and is left in the mode (training or evaluation) it was in.
 
     Args:
         model: A causal language model.
-        windows: Token ids ``[windows, length]``, as the tokenizer's own BOS rule made them.
-        batch_size: Windows in one forward pass.
+        sequences: Token ids ``[sequences, length]``, as the tokenizer's own BOS rule made them.
+        batch_size: Sequences in one forward pass.
         progress: Label of a progress bar with the remaining time; ``None`` shows none.
 
     Raises:
-        ValueError: Windows that the model can't score.
-        LogitsError: Logits that are NaN or infinite; the window is named.
+        ValueError: Sequences that the model can't score.
+        LogitsError: Logits that are NaN or infinite; the sequence is named.
 
     Example:
         >>> from lowrank_pl.models.tiny import tiny_model
@@ -117,15 +126,15 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, 
         >>> score.tokens, score.perplexity > 100
         (60, True)
     """
-    check_windows(model, windows, batch_size)
+    check_sequences(model, sequences, batch_size)
     start = time.perf_counter()
     total = 0.0
-    with evaluating(model), tqdm(total=len(windows), desc=progress, unit="window", disable=progress is None) as bar:
-        for first in range(0, len(windows), batch_size):
-            batch = windows[first : first + batch_size]
+    with evaluating(model), tqdm(total=len(sequences), desc=progress, unit="window", disable=progress is None) as bar:
+        for first in range(0, len(sequences), batch_size):
+            batch = sequences[first : first + batch_size]
             total += _negative_log_likelihoods(model, batch, first=first).sum().item()
             bar.update(len(batch))
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    tokens = sequences.shape[0] * (sequences.shape[1] - 1)
     nats = total / tokens
     return Score(_exp(nats), nats, tokens, time.perf_counter() - start)
 
@@ -133,12 +142,12 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1, 
 def divergence(
     model: PreTrainedModel,
     dense: PreTrainedModel,
-    windows: Tensor,
+    sequences: Tensor,
     *,
     batch_size: int = 1,
     progress: str | None = None,
 ) -> Divergence:
-    """Return how far ``model`` is from ``dense`` on ``windows``: KL divergence, agreement and both likelihoods.
+    """Return how far ``model`` is from ``dense`` on ``sequences``: KL divergence, agreement and both likelihoods.
 
     Both models read each batch in turn, so no more than the logits of one batch of either are held; they are taken to
     fp32 a piece at a time and summed in fp64, as in ``perplexity``. The models may be on different devices.
@@ -146,13 +155,13 @@ def divergence(
     Args:
         model: The compressed model.
         dense: The one it was made from.
-        windows: Token ids ``[windows, length]``, as the tokenizer's own BOS rule made them.
-        batch_size: Windows in one forward pass.
+        sequences: Token ids ``[sequences, length]``, as the tokenizer's own BOS rule made them.
+        batch_size: Sequences in one forward pass.
         progress: Label of a progress bar with the remaining time; ``None`` shows none.
 
     Raises:
-        ValueError: Windows that a model can't be scored on, or vocabularies of different sizes.
-        LogitsError: Logits of either model that are NaN or infinite; the window is named.
+        ValueError: Sequences that a model can't be scored on, or vocabularies of different sizes.
+        LogitsError: Logits of either model that are NaN or infinite; the sequence is named.
 
     Example:
         >>> from lowrank_pl.models.tiny import tiny_model
@@ -161,18 +170,18 @@ def divergence(
         (0.0, 1.0, 60)
     """
     for one in (dense, model):
-        check_windows(one, windows, batch_size)
+        check_sequences(one, sequences, batch_size)
     sums = torch.zeros(4, dtype=torch.float64)
     with (
         evaluating(model),
         evaluating(dense),
-        tqdm(total=len(windows), desc=progress, unit="window", disable=progress is None) as bar,
+        tqdm(total=len(sequences), desc=progress, unit="window", disable=progress is None) as bar,
     ):
-        for first in range(0, len(windows), batch_size):
-            batch = windows[first : first + batch_size]
+        for first in range(0, len(sequences), batch_size):
+            batch = sequences[first : first + batch_size]
             sums += compared(model, dense, batch, first=first).sum(1)
             bar.update(len(batch))
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    tokens = sequences.shape[0] * (sequences.shape[1] - 1)
     kl, agreement, nats, dense_nats = (sums / tokens).tolist()
     return Divergence(kl, agreement, nats, dense_nats, tokens)
 
@@ -186,36 +195,36 @@ def excess_nats(score: Score, dense: Score) -> float:
     return score.nats - dense.nats
 
 
-def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int = 1) -> None:
-    """Check, without computing anything, that ``model`` can be scored on ``windows``.
+def check_sequences(model: PreTrainedModel, sequences: Tensor, batch_size: int = 1) -> None:
+    """Check, without computing anything, that ``model`` can be scored on ``sequences``.
 
     Raises:
-        ValueError: Not whole-number ids ``[windows, length]``, ids that the model lacks, too long, or no batch.
+        ValueError: Not whole-number ids ``[sequences, length]``, ids that the model lacks, too long, or no batch.
     """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.is_floating_point():
+    if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2 or sequences.is_floating_point():
         raise ValueError(
-            f"windows of shape {tuple(windows.shape)} and type {windows.dtype} were given: "
-            "expected whole-number token ids [windows, length] with at least one window of two tokens"
+            f"windows of shape {tuple(sequences.shape)} and type {sequences.dtype} were given: "
+            "expected whole-number token ids [sequences, length] with at least one sequence of two tokens"
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected a whole number of at least 1")
     vocabulary = model.get_input_embeddings().num_embeddings
-    low, high = int(windows.min()), int(windows.max())
+    low, high = int(sequences.min()), int(sequences.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"the windows hold token ids from {low} to {high}, but the model knows 0 to {vocabulary - 1}: "
+            f"the sequences hold token ids from {low} to {high}, but the model knows 0 to {vocabulary - 1}: "
             "make them with the model's own tokenizer"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and windows.shape[1] > positions:
+    if positions is not None and sequences.shape[1] > positions:
         raise ValueError(
-            f"windows of {windows.shape[1]} tokens were given, but the model has {positions} positions: "
+            f"windows of {sequences.shape[1]} tokens were given, but the model has {positions} positions: "
             "use shorter windows"
         )
 
 
 def _negative_log_likelihoods(model: PreTrainedModel, batch: Tensor, *, first: int) -> Tensor:
-    """Return ``[batch, length - 1]`` in fp64 on the CPU; ``first`` is the number of the batch's first window."""
+    """Return ``[batch, length - 1]`` in fp64 on the CPU; ``first`` is the number of the batch's first sequence."""
     logits = _logits(model, batch)
     targets = batch[:, 1:].to(logits.device)
     pieces = []
@@ -233,14 +242,14 @@ def compared(model: PreTrainedModel, dense: PreTrainedModel, batch: Tensor, *, f
         model: The compressed model, in evaluation mode without gradients.
         dense: The one it was made from, likewise.
         batch: Token ids ``[batch, length]``.
-        first: Number of the batch's first window, for the error.
+        first: Number of the batch's first sequence, for the error.
 
     Returns:
         ``[4, length - 1]`` in fp64 on the CPU.
 
     Raises:
         ValueError: Vocabularies of different sizes.
-        LogitsError: Logits of either model that are NaN or infinite; the window is named.
+        LogitsError: Logits of either model that are NaN or infinite; the sequence is named.
     """
     ours, theirs = _logits(model, batch), _logits(dense, batch)
     if ours.shape != theirs.shape:
@@ -282,10 +291,10 @@ def _finite(piece: Tensor, first: int, whose: str = "the") -> Tensor:
     piece = piece.float()
     finite = piece.isfinite().all(dim=-1)
     if not finite.all():
-        window = first + int((~finite).any(dim=1).nonzero()[0])
-        # No position is named: attention spreads a NaN over the whole window, backwards too.
+        sequence = first + int((~finite).any(dim=1).nonzero()[0])
+        # No position is named: attention spreads a NaN over the whole sequence, backwards too.
         raise LogitsError(
-            f"{whose} logits of window {window} are NaN or infinite: expected finite numbers; "
+            f"{whose} logits of sequence {sequence} are NaN or infinite: expected finite numbers; "
             "the model's weights are damaged or its storage type (fp16?) is too narrow for it"
         )
     return piece

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.evaluate.likelihood import Score, check_windows, excess_nats, perplexity
+from lowrank_pl.evaluate.likelihood import Score, check_sequences, excess_nats, perplexity
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.plans.plan import RankPlan
@@ -71,7 +71,7 @@ def score_curve(
     plan: RankPlan,
     sizes: Sequence[RankPlan],
     store: FactorStore,
-    windows: Tensor,
+    sequences: Tensor,
     *,
     batch_size: int = 1,
     dense: Score | None = None,
@@ -83,16 +83,16 @@ def score_curve(
         plan: The plan that the sizes are of; scored at its own size where none of them is that.
         sizes: Other sizes of it (``lowrank_pl.sizes.nested``).
         store: The factors.
-        windows: ``[windows, length]`` token ids.
-        batch_size: Windows in one forward pass.
+        sequences: ``[sequences, length]`` token ids.
+        batch_size: Sequences in one forward pass.
         dense: Score of what ``model`` was before it was narrowed, where it was; by default it is scored itself.
 
     Raises:
         ValueError: Plan, store and model don't belong together, or logits are not finite; the size is named.
     """
-    check_windows(model, windows, batch_size)
+    check_sequences(model, sequences, batch_size)
     if dense is None:
-        dense = perplexity(model, windows, batch_size=batch_size, progress="score dense")
+        dense = perplexity(model, sequences, batch_size=batch_size, progress="score dense")
     todo = [*sizes] if any(size.modules == plan.modules for size in sizes) else [*sizes, plan]
     points = []
     for size in tqdm(sorted(todo, key=lambda size: -size.kept_parameters), desc="sizes", unit="size"):
@@ -100,7 +100,7 @@ def score_curve(
         if plan.left_out or len(size.dense_modules) < len(size.modules):
             with compressed(model, size, store):
                 try:
-                    score = perplexity(model, windows, batch_size=batch_size, progress=f"score {size.keep:g}")
+                    score = perplexity(model, sequences, batch_size=batch_size, progress=f"score {size.keep:g}")
                 except ValueError as error:
                     raise ValueError(f"at keep {size.keep:g}: {error}") from error
         points.append(CurvePoint(size, score, excess_nats(score, dense), size.modules == plan.modules))

@@ -27,7 +27,7 @@ PROBE_TEXT = "Energy is conserved; 12 + 30 = 42.\n\tÀ bientôt!"
 def probe(model: nn.Module) -> Tensor:
     """Return the logits of fixed tokens, ``[33, vocabulary]``, on the CPU.
 
-    Two windows of 16 tokens and, because matrix-vector products are other kernels, one token alone.
+    Two sequences of 16 tokens and, because matrix-vector products are other kernels, one token alone.
     """
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     tokens = (torch.arange(32, device=embedding.weight.device) * 7919 + 11) % embedding.num_embeddings

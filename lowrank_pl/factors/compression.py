@@ -50,8 +50,8 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
         >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
         >>> model, tokenizer = tiny_model("llama"), byte_tokenizer()
         >>> targets = find_targets(model)
-        >>> windows = torch.arange(256).view(4, 64)
-        >>> store = build_factors(model, targets, windows, tokenizer)
+        >>> sequences = torch.arange(256).view(4, 64)
+        >>> store = build_factors(model, targets, sequences, tokenizer)
         >>> shapes = {target.name: target.shape for target in targets.modules}
         >>> budget = Budget(keep=0.5, shapes=shapes, model_parameters=model.num_parameters())
         >>> plan = budget.fit({name: 1.0 for name in shapes}, method="hand")

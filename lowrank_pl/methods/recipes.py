@@ -10,14 +10,14 @@ from typing import Any
 
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import allocator
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
 from lowrank_pl.methods.masks.base import MaskMethod
-from lowrank_pl.methods.masks.cutoff import Fermi, Tanh
-from lowrank_pl.methods.masks.llrc import PerValue
+from lowrank_pl.methods.masks.cutoff import DobiSVD, Fermi
+from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
-from lowrank_pl.methods.narrow.narrow import Narrowing
+from lowrank_pl.methods.prune.base import WidthPruning
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.plans.storage import StorageChoice
 
@@ -32,29 +32,29 @@ class Learning:
         mask: The mask method with its settings.
         steps: Optimizer steps.
         lr: Step size of AdamW, without weight decay.
-        windows: Windows of the calibration text to learn from; passed over again when the steps are more.
-        batch_size: Windows in a step.
+        sequences: Sequences of the calibration text to learn from; passed over again when the steps are more.
+        batch_size: Sequences in a step.
         data_terms: What the masks learn from.
         start: The allocator whose plan the masks start from; ``None`` starts from the same ratio everywhere.
         cosine: Let the step size fall to 0 along a cosine.
-        rest_every: Gates that are off learn from every so many-th token of a batch; 1 is exact.
+        inactive_gate_stride: Gates that are off learn from every so many-th token of a batch; 1 is exact.
 
     Raises:
-        ValueError: No steps, windows or batch, or a step size that is not above 0.
+        ValueError: No steps, sequences or batch, or a step size that is not above 0.
     """
 
     mask: MaskMethod
     steps: int = 150
     lr: float = 0.03
-    windows: int = 256
+    sequences: int = 256
     batch_size: int = 1
     data_terms: DataTerms = DataTerms()
     start: str | None = None
     cosine: bool = False
-    rest_every: int = 1
+    inactive_gate_stride: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "windows", "batch_size", "rest_every"):
+        for name in ("steps", "sequences", "batch_size", "inactive_gate_stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of a recipe's learning is {getattr(self, name)}: expected at least 1")
         if not self.lr > 0:
@@ -86,7 +86,7 @@ class Recipe:
     learning: Learning | None = None
     storage: StorageChoice = "factored"
     refit: Refit | None = None
-    narrow: Narrowing | None = None
+    prune: WidthPruning | None = None
 
     def __post_init__(self) -> None:
         allocator(self.allocator, **self.settings)
@@ -98,15 +98,15 @@ class Recipe:
             base["storage"] = self.storage
         if self.refit is not None:
             base["refit"] = _jsonable(asdict(self.refit))
-        if self.narrow is not None:
-            base["narrow"] = asdict(self.narrow)
+        if self.prune is not None:
+            base["prune"] = asdict(self.prune)
         if self.learning is None:
             return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
         learning = self.learning
         mask = {key: value for key, value in vars(learning.mask).items() if not key.startswith("_")}
-        described = {f: getattr(learning, f) for f in ("steps", "lr", "windows", "batch_size", "start", "cosine")}
-        if learning.rest_every > 1:
-            described["rest_every"] = learning.rest_every
+        described = {f: getattr(learning, f) for f in ("steps", "lr", "sequences", "batch_size", "start", "cosine")}
+        if learning.inactive_gate_stride > 1:
+            described["inactive_gate_stride"] = learning.inactive_gate_stride
         terms = _jsonable(asdict(learning.data_terms))
         return {**base, "learning": {**described, "mask": {"name": learning.mask.name, **mask}, "data_terms": terms}}
 
@@ -124,7 +124,7 @@ _TWO_SIDED = Decomposition("two_sided")
 def _llrc(*, any_k: bool) -> Recipe:
     # Above 0 by many temperatures the loss feels no logit: all only fall by the step size a step. The paper's start,
     # 6 to 3, is taken up where that ends, so that a short run has steps left to weigh components against each other.
-    mask = PerValue(any_k=any_k, start_high=3.2, start_low=0.2, period=50, patience=None)
+    mask = LLRC(any_k=any_k, start_high=3.2, start_low=0.2, period=50, patience=None)
     terms = DataTerms(cross_entropy=0.0, divergence=0.5)
     return Recipe(_ASVD, learning=Learning(mask, steps=200, lr=0.02, data_terms=terms))
 
@@ -138,17 +138,17 @@ RECIPES: dict[str, Recipe] = {
     "svdllm_v2": Recipe(allocator="svdllm_v2"),
     "energy": Recipe(allocator="energy"),
     "drank": Recipe(allocator="drank"),
-    "zero_sum": Recipe(allocator="zero_sum"),
-    "zero_sum_corrected": Recipe(allocator="zero_sum", settings={"rounds": 1}),
+    "zs_svd": Recipe(allocator="zs_svd"),
+    "zs_svd_corrected": Recipe(allocator="zs_svd", settings={"rounds": 1}),
     "two_sided": Recipe(_TWO_SIDED),
     "fisher": Recipe(_TWO_SIDED, "fisher"),
-    "ara": Recipe(learning=Learning(Staircase())),
+    "ara": Recipe(learning=Learning(ARA())),
     "llrc": _llrc(any_k=True),
     "llrc_prefix": _llrc(any_k=False),
     "ars": Recipe(learning=Learning(ARS(), lr=5e-3)),
-    "tanh": Recipe(learning=Learning(Tanh(), lr=5e-3)),
+    "tanh": Recipe(learning=Learning(DobiSVD(), lr=5e-3)),
     "fermi": Recipe(learning=Learning(Fermi(anneal_steps=120), lr=1e-2)),
-    "fisher_ara": Recipe(_TWO_SIDED, learning=Learning(Staircase(), start="fisher")),
+    "fisher_ara": Recipe(_TWO_SIDED, learning=Learning(ARA(), start="fisher")),
     "rescaled": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True)),
     "best": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True), storage="auto", refit=Refit()),
 }
@@ -158,7 +158,7 @@ RECIPES: dict[str, Recipe] = {
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
     "refit": lambda plain: replace(plain, refit=Refit()),
-    "narrow": lambda plain: replace(plain, narrow=Narrowing()),
+    "prune": lambda plain: replace(plain, prune=WidthPruning()),
 }
 """What ``+WORD`` after a recipe's name changes in it."""
 

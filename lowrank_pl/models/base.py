@@ -27,16 +27,59 @@ from lowrank_pl.models.identity import base_class
 from lowrank_pl.models.shapes import SHAPES, random_blocks
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 
-__all__ = ["BaseSpec", "can_be_shared", "load_base", "load_tokenizer", "read_config", "resolve_base", "taken_shapes"]
+__all__ = [
+    "Base",
+    "BaseSpec",
+    "DType",
+    "can_be_shared",
+    "load_base",
+    "load_tokenizer",
+    "read_config",
+    "resolve_base",
+    "taken_shapes",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
+DType = Literal["float32", "bfloat16", "float16"]
 
 FORMS = "a hub id, a local folder, a .gguf file, package:NAME, random:FAMILY or layers:NAME"
 
 
 # Families whose real tokenizers put a BOS before every text, and whose models go wrong without it.
 BOS_FAMILIES = ("gemma2", "gemma3")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model to compress, and how it is loaded.
+
+    Args:
+        name: Hub id, local folder, ``.gguf`` file, ``package:NAME`` or ``random:FAMILY``; see ``resolve_base``.
+        dtype: Type that the weights are loaded in.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Example:
+        >>> Base("random:llama", dtype="bfloat16").load().dtype
+        torch.bfloat16
+    """
+
+    name: str
+    dtype: DType = "float32"
+    trust_remote_code: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type as torch has it."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def load(self) -> PreTrainedModel:
+        """Return the model on the CPU, as ``load_base`` does."""
+        return load_base(self.name, dtype=self.torch_dtype, trust_remote_code=self.trust_remote_code)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer, as ``load_tokenizer`` does."""
+        return load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -375,9 +418,6 @@ def _explained(problem: str, advice: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             cause, advice = "it comes with code of its own", "set trust_remote_code to true if you trust that code"
         raise ValueError(f"{problem}: {cause}; {advice}") from error
-
-
-DType = Literal["float32", "bfloat16", "float16"]
 
 
 def can_be_shared(base: str) -> bool:

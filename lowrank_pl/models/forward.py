@@ -107,15 +107,21 @@ def ended(
 
 
 def block_outputs(
-    model: PreTrainedModel, windows: Tensor, block: int, *, batch_size: int, start: int = 0, outputs: Sequence[Any] = ()
+    model: PreTrainedModel,
+    sequences: Tensor,
+    block: int,
+    *,
+    batch_size: int,
+    start: int = 0,
+    outputs: Sequence[Any] = (),
 ) -> list[Any]:
-    """Return what ``block`` returns in each pass over ``windows``.
+    """Return what ``block`` returns in each pass over ``sequences``.
 
     Args:
         model: A causal language model; in evaluation mode meanwhile.
-        windows: ``[windows, length]`` token ids.
+        sequences: ``[sequences, length]`` token ids.
         block: Whose output.
-        batch_size: Windows per pass.
+        batch_size: Sequences per pass.
         start: Block to begin at, where ``outputs`` of the one before it are known.
         outputs: As in ``resumed``.
     """
@@ -124,31 +130,31 @@ def block_outputs(
     device = input_device(model)
     try:
         with evaluating(model), resumed(model, start, outputs):
-            for batch in torch.split(windows, batch_size):
+            for batch in torch.split(sequences, batch_size):
                 model(input_ids=batch.to(device), use_cache=False)
     finally:
         handle.remove()
     return found
 
 
-def can_resume(model: PreTrainedModel, windows: Tensor) -> bool:
+def can_resume(model: PreTrainedModel, sequences: Tensor) -> bool:
     """Tell whether passes that begin at any block give the very logits of whole passes.
 
     They do not where blocks share more than the hidden state, such as keys and values of earlier blocks.
 
     Args:
         model: A causal language model.
-        windows: ``[windows, length]`` token ids to try it on; a few short ones are enough.
+        sequences: ``[sequences, length]`` token ids to try it on; a few short ones are enough.
     """
     device = input_device(model)
     with evaluating(model):
-        whole = model(input_ids=windows.to(device), use_cache=False).logits
+        whole = model(input_ids=sequences.to(device), use_cache=False).logits
         for block in range(1, len(decoder_blocks(model)[1])):
-            outputs = block_outputs(model, windows, block - 1, batch_size=len(windows))
+            outputs = block_outputs(model, sequences, block - 1, batch_size=len(sequences))
             if len(outputs) != 1:
                 return False
             with resumed(model, block, outputs):
-                if not torch.equal(model(input_ids=windows.to(device), use_cache=False).logits, whole):
+                if not torch.equal(model(input_ids=sequences.to(device), use_cache=False).logits, whole):
                     return False
     return True
 

@@ -22,7 +22,7 @@ from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.targets import Targets, decoder_blocks, find_targets
 from lowrank_pl.utils.distributed import is_first
 
-__all__ = ["Blocks", "CannotWalkError", "Shards", "Skeleton", "WholeModel", "one_by_one", "open_skeleton"]
+__all__ = ["Blocks", "NotBlockwiseError", "Shards", "Skeleton", "WholeModel", "one_by_one", "open_skeleton"]
 
 
 class Shards:
@@ -85,7 +85,7 @@ def _names(keys: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
     return names
 
 
-class CannotWalkError(Exception):
+class NotBlockwiseError(Exception):
     """A base has to be loaded whole; the message says why."""
 
 
@@ -240,7 +240,7 @@ class Skeleton:
 
         Raises:
             ValueError: As there.
-            CannotWalkError: Blocks can't be run with their weights loaded one by one.
+            NotBlockwiseError: Blocks can't be run with their weights loaded one by one.
         """
         with one_by_one(), self.streaming():
             return find_targets(self.model, include=include, exclude=exclude)
@@ -251,14 +251,14 @@ def one_by_one() -> Iterator[None]:
     """Take what fails in the block for a sign that decoder blocks can't be run with only one of them loaded.
 
     Raises:
-        CannotWalkError: Anything but a ``ValueError`` was raised.
+        NotBlockwiseError: Anything but a ``ValueError`` was raised.
     """
     try:
         yield
-    except (CannotWalkError, ValueError):
+    except (NotBlockwiseError, ValueError):
         raise
     except Exception as error:  # of the model's own code, which may be anyone's
-        raise CannotWalkError(f"its blocks can't be run one by one: {_line(error)}") from error
+        raise NotBlockwiseError(f"its blocks can't be run one by one: {_line(error)}") from error
 
 
 def open_skeleton(
@@ -278,20 +278,20 @@ def open_skeleton(
 
     Raises:
         ValueError: The base is none, as ``load_base`` says.
-        CannotWalkError: It can only be loaded whole.
+        NotBlockwiseError: It can only be loaded whole.
     """
     spec = resolve_base(base)
     if spec.family is not None or spec.shapes is not None:
-        raise CannotWalkError("its random weights are made all at once")
+        raise NotBlockwiseError("its random weights are made all at once")
     if spec.gguf_file is not None:
-        raise CannotWalkError("its weights lie in a .gguf file, not in safetensors files")
+        raise NotBlockwiseError("its weights lie in a .gguf file, not in safetensors files")
     config = read_config(spec, trust_remote_code=trust_remote_code)
     try:
         shapes = taken_shapes(config)
         model = _on_meta(config, shapes, dtype, trust_remote_code)
         shards = Shards(spec.path, model)
     except Exception as error:  # of the hub, of safetensors or of the model's own code
-        raise CannotWalkError(_line(error)) from error
+        raise NotBlockwiseError(_line(error)) from error
     _refuse_unlike(model, shards, dtype)
     return Skeleton(model, shards, torch.device(device))
 
@@ -313,15 +313,15 @@ def _refuse_unlike(model: PreTrainedModel, shards: Shards, dtype: torch.dtype) -
     """Refuse a model whose weights are not just what the files hold, cast to ``dtype``."""
     for name, parameter in model.named_parameters():
         if shards.shapes.get(name) != tuple(parameter.shape):
-            raise CannotWalkError(f"its files hold no {name} of shape {tuple(parameter.shape)} as it is")
+            raise NotBlockwiseError(f"its files hold no {name} of shape {tuple(parameter.shape)} as it is")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = [name for name in model.state_dict() if name not in parameters]
     if buffers:
-        raise CannotWalkError(f"{buffers[0]} comes from its files, but is no parameter")
+        raise NotBlockwiseError(f"{buffers[0]} comes from its files, but is no parameter")
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     wide = list(chain(*(getattr(model, name, None) or () for name in names)))
     if wide and dtype != torch.float32:
-        raise CannotWalkError(f"its modules {', '.join(sorted(wide))} stay in float32")
+        raise NotBlockwiseError(f"its modules {', '.join(sorted(wide))} stay in float32")
 
 
 def _line(error: Exception) -> str:

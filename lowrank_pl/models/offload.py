@@ -61,10 +61,10 @@ def streamed(model: PreTrainedModel, device: torch.device | None) -> Iterator[No
     Example:
         >>> from lowrank_pl.evaluate.likelihood import perplexity
         >>> from lowrank_pl.models.tiny import tiny_model
-        >>> model, windows = tiny_model("llama"), torch.arange(64).view(4, 16)
-        >>> whole = perplexity(model, windows)
+        >>> model, sequences = tiny_model("llama"), torch.arange(64).view(4, 16)
+        >>> whole = perplexity(model, sequences)
         >>> with streamed(model, torch.device("cpu")):
-        ...     print(model.lm_head.weight.device, perplexity(model, windows).nats == whole.nats)
+        ...     print(model.lm_head.weight.device, perplexity(model, sequences).nats == whole.nats)
         meta True
         >>> model.lm_head.weight.device.type
         'cpu'

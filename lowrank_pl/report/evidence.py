@@ -70,8 +70,8 @@ class Pass:
         source: Name of the file, without its ending.
         model: What was scored.
         text: On what text.
-        windows: How many windows.
-        length: Tokens of a window.
+        sequences: How many sequences.
+        length: Tokens of a sequence.
         dtype: Type of the weights.
         perplexity: Perplexity.
         tokens_per_second: Predicted tokens in a second, scoring; None beside a reference, where nothing is timed.
@@ -83,7 +83,7 @@ class Pass:
     source: str
     model: str
     text: str
-    windows: int
+    sequences: int
     length: int
     dtype: str
     perplexity: float
@@ -175,11 +175,11 @@ def described(protocol: Mapping[str, Any]) -> str:
     """Return in words what was scored on; nothing where the protocol does not say.
 
     >>> described({"text": "a.txt", "windows": 8, "length": 512})
-    'a.txt, 8 windows of 512 tokens'
+    'a.txt, 8 sequences of 512 tokens'
     """
     if not {"text", "windows", "length"} <= protocol.keys():
         return str(protocol.get("text", ""))
-    return f"{protocol['text']}, {protocol['windows']} windows of {protocol['length']} tokens"
+    return f"{protocol['text']}, {protocol['windows']} sequences of {protocol['length']} tokens"
 
 
 def read_evidence(

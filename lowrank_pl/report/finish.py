@@ -59,19 +59,19 @@ class Protocol:
 
     Args:
         text: Name of the text, for the record.
-        windows: ``[windows, length]`` token ids.
+        sequences: ``[sequences, length]`` token ids.
         prompts: What to continue, to show what the models sound like.
         max_new_tokens: How far to continue.
     """
 
     text: str
-    windows: Tensor
+    sequences: Tensor
     prompts: Sequence[str] = ()
     max_new_tokens: int = 40
 
     def describe(self) -> dict[str, Any]:
         """Return the protocol as JSON values."""
-        count, length = self.windows.shape
+        count, length = self.sequences.shape
         return {"text": self.text, "windows": count, "length": length}
 
 
@@ -163,7 +163,7 @@ def finish_run(
     command: str,
     merge: bool = False,
     refit: Refit | None = None,
-    refit_windows: Tensor | None = None,
+    refit_sequences: Tensor | None = None,
     named_base: Callable[[], PreTrainedModel] | None = None,
     streamed_on: torch.device | None = None,
 ) -> Finished:
@@ -180,7 +180,7 @@ def finish_run(
         store: The factors.
         budget: What the plan was drawn for; the baselines get the same.
         protocol: What to score on.
-        statistics: ``[windows, length]`` token ids that the factors were made from; baselines measure on them.
+        statistics: ``[sequences, length]`` token ids that the factors were made from; baselines measure on them.
         directory: The store's folder where it was named, as for ``lowrank_pl.draw.draw``.
         baselines: Allocators to compare with.
         seconds: Time spent so far on ``factors`` and ``learning``.
@@ -188,7 +188,7 @@ def finish_run(
         merge: Export dense weights.
         refit: How to fit the factors again to the compressed model's own inputs, if that is wished for. The table then
             has a row for the plan without it.
-        refit_windows: ``[windows, length]`` token ids to do that on.
+        refit_sequences: ``[sequences, length]`` token ids to do that on.
         named_base: Loads what ``model`` was before it was narrowed, where it was: the dense row is of that then, and
             the table has one more for the narrowed model.
         streamed_on: A device without room for the models, which lie in main memory then: all of them are scored on it
@@ -206,7 +206,7 @@ def finish_run(
     rows, rates, score, whole = [], {"dense": dense.tokens_per_second}, dense, plan.dense()
     if named_base is not None:
         rows.append(Row("dense", dense.perplexity, 0.0, 1.0, 1.0, plan.dense_bytes, 0.0))
-        score = _score(model, protocol.windows, "narrowed", streamed_on)
+        score = _score(model, protocol.sequences, "narrowed", streamed_on)
         rates["narrowed"] = score.tokens_per_second
     name = "dense" if named_base is None else "narrowed"
     rows.append(_row(name, score, dense, whole, whole.bytes, seconds.get("narrowing", 0.0)))
@@ -217,19 +217,19 @@ def finish_run(
         baseline = draw(allocator(name), budget, store, targets, model, statistics, tokenizer, directory=directory)
         spent = prepared + time.perf_counter() - began
         with compressed(model, baseline, drawn_on(baseline, store), device=streamed_on):
-            score = _score(model, protocol.windows, name, streamed_on)
+            score = _score(model, protocol.sequences, name, streamed_on)
         rows.append(_row(name, score, dense, baseline, baseline.bytes, spent))
         rates[name] = score.tokens_per_second
     spent = sum(seconds.values())
     if refit is not None:
-        assert refit_windows is not None
+        assert refit_sequences is not None
         with compressed(model, plan, store, device=streamed_on):
-            score = _score(model, protocol.windows, "learned ranks", streamed_on)
+            score = _score(model, protocol.sequences, "learned ranks", streamed_on)
         rows.append(_row("learned, no refit", score, dense, plan, plan.bytes, spent))
         rates["learned, no refit"] = score.tokens_per_second
         began = time.perf_counter()
         plan, store = refit_factors(
-            plan, store, model=model, targets=targets, windows=refit_windows, calibration=statistics, settings=refit
+            plan, store, model=model, targets=targets, sequences=refit_sequences, calibration=statistics, settings=refit
         )
         spent += time.perf_counter() - began
     began = time.perf_counter()
@@ -262,15 +262,15 @@ def finish_run(
 def _score_dense(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, streamed_on: torch.device | None
 ) -> tuple[Score, list[str]]:
-    score = _score(model, protocol.windows, "dense", streamed_on)
+    score = _score(model, protocol.sequences, "dense", streamed_on)
     return score, generate_samples(model, tokenizer, protocol.prompts, max_new_tokens=protocol.max_new_tokens)
 
 
-def _score(model: PreTrainedModel, windows: Tensor, name: str, streamed_on: torch.device | None) -> Score:
+def _score(model: PreTrainedModel, sequences: Tensor, name: str, streamed_on: torch.device | None) -> Score:
     """Return the score of ``model``, where it is or, from main memory, a layer at a time on ``streamed_on``."""
-    together = 1 if streamed_on is None else TOGETHER
+    cooperating = 1 if streamed_on is None else TOGETHER
     with streamed(model, streamed_on):
-        return perplexity(model, windows, batch_size=together, progress=f"score {name}")
+        return perplexity(model, sequences, batch_size=cooperating, progress=f"score {name}")
 
 
 def _versions() -> dict[str, str]:
@@ -302,11 +302,11 @@ def score_in_fresh_process(
         ExportError: The process failed; the message ends with what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
-        job, windows, result = (Path(folder) / name for name in ("job.json", "windows.safetensors", "result.json"))
-        save_file({"windows": protocol.windows.contiguous()}, windows)
+        job, sequences, result = (Path(folder) / name for name in ("job.json", "windows.safetensors", "result.json"))
+        save_file({"windows": protocol.sequences.contiguous()}, sequences)
         settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens}
         settings |= {"stream": stream, "trust": trust}
-        write_json(job, {"directory": str(directory), "device": str(device), "windows": str(windows), **settings})
+        write_json(job, {"directory": str(directory), "device": str(device), "windows": str(sequences), **settings})
         # stderr goes to the terminal, where its progress bar belongs.
         code = subprocess.run([sys.executable, "-m", "lowrank_pl.report.finish", str(job), str(result)]).returncode
         if code != 0 or not result.exists():
@@ -325,8 +325,8 @@ def _score_job(job: Path, result: Path) -> None:
     device = torch.device(settings["device"])
     if not settings["stream"]:
         model.to(device)
-    windows = load_file(settings["windows"])["windows"]
-    score = _score(model, windows, "export", device if settings["stream"] else None)
+    sequences = load_file(settings["windows"])["windows"]
+    score = _score(model, sequences, "export", device if settings["stream"] else None)
     continuations = generate_samples(model, tokenizer, settings["prompts"], max_new_tokens=settings["max_new_tokens"])
     figures = {"perplexity": score.perplexity, "nats": score.nats, "tokens": score.tokens, "seconds": score.seconds}
     write_json(result, {"score": figures, "continuations": continuations})

@@ -86,7 +86,7 @@ def model_card(
 _LIMITS = """\
 ## Limits
 
-The weights were not fine-tuned after the compression. The scores hold for the text and the window length above; text
+The weights were not fine-tuned after the compression. The scores hold for the text and the sequence length above; text
 akin to the calibration text scores better than other text. Nothing else was measured: {}no safety, no other
 language. Everything said of the base model's own limits, biases and licence applies here too."""
 
@@ -184,7 +184,7 @@ def _scores(rows: Sequence[Row], evidence: Evidence, facts: Mapping[str, Any]) -
     elif evidence.passes:
         head = ("model", "text", "windows", "tokens", "perplexity")
         body = [
-            (one.model, one.text, str(one.windows), str(one.length), rounded_perplexity(one.perplexity))
+            (one.model, one.text, str(one.sequences), str(one.length), rounded_perplexity(one.perplexity))
             for one in evidence.passes
         ]
         parts.append(table(head, [tuple(map(_in_cell, row)) for row in body], "github"))

@@ -104,7 +104,7 @@ class RunRecord:
         machine = self.facts.get("machine", {})
         place = machine.get("accelerator") or machine.get("processor") or "an unnamed machine"
         rates = self.facts.get("tokens_per_second", {})
-        how = f"predicted tokens while the run scored, windows one at a time, first ones included, on {place}"
+        how = f"predicted tokens while the run scored, sequences one at a time, first ones included, on {place}"
         dense = rates.get("dense")
         own = [
             Speed(name, rate, how, rate / dense if dense and name != "dense" else None) for name, rate in rates.items()

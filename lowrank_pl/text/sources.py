@@ -17,7 +17,7 @@ file, folder or glob    ``.txt .md .json .jsonl .parquet``, each also with ``.gz
 ``limit=N`` takes the first N documents. ``part=A%-B%`` takes a share: of the *characters* of ``python-docs`` (whole
 topics, spread over the alphabet) and of a single ``.txt`` or ``.md`` file (whole lines, in order); of the *documents*
 of any other local source (in order). Parts that do not overlap share no document and no line. ``every=N`` takes every
-N-th window of tokens of all that: as many windows of a text in a fixed order, such as an encyclopaedia's, are then of N
+N-th sequence of tokens of all that: as many sequences of a text in a fixed order, such as an encyclopaedia's, are then of N
 times as many articles.
 """
 
@@ -78,7 +78,7 @@ class TextSource:
         name: The source without prefix and options; local ones as an absolute path.
         paths: The files, sorted, of a local source.
         part: Beginning and end of the share, between 0 and 1.
-        every: Which windows to take: the first of every so many.
+        every: Which sequences to take: the first of every so many.
     """
 
     text: str = field(compare=False)

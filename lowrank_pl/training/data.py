@@ -15,11 +15,17 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.models.base import load_tokenizer
+from lowrank_pl.text.sequences import (
+    sequences_fingerprint,
+    token_windows,
+    tokenizer_fingerprint,
+    uses_bos,
+    warn_of_known,
+)
 from lowrank_pl.text.sources import parse_text
-from lowrank_pl.text.windows import token_windows, tokenizer_fingerprint, uses_bos, warn_of_known, windows_fingerprint
 from lowrank_pl.utils.files import sha256_of
 
-__all__ = ["CalibrationData", "Place", "WindowLoader", "calibration_data"]
+__all__ = ["CalibrationData", "Place", "SequenceLoader", "calibration_data"]
 
 Place = tuple[int, int]
 """An epoch, and the number of its batches that are done."""
@@ -28,8 +34,8 @@ Place = tuple[int, int]
 _log = logging.getLogger(__name__)
 
 
-class WindowLoader:
-    """Batches of windows in an order that follows from ``(seed, epoch)``, so that it can be taken up anywhere.
+class SequenceLoader:
+    """Batches of sequences in an order that follows from ``(seed, epoch)``, so that it can be taken up anywhere.
 
     Where to begin is asked of ``place`` when the first batch of an epoch is fetched. With a Trainer that is its own
     count of the batches that were trained on, which its checkpoints hold: neither batches fetched ahead nor the number
@@ -37,27 +43,27 @@ class WindowLoader:
     alone.
 
     Args:
-        windows: int64 ``[windows, length]``.
-        batch_size: Windows in a batch of one process.
+        sequences: int64 ``[sequences, length]``.
+        batch_size: Sequences in a batch of one process.
         seed: Seed of the order; None keeps the order of the text.
         rank: Which process this is; batch ``i`` of all processes together is one slice of the order.
         world_size: How many processes there are.
-        drop_tail: Leave out the windows that do not fill a batch of every process. Otherwise the last batch is smaller,
+        drop_tail: Leave out the sequences that do not fill a batch of every process. Otherwise the last batch is smaller,
             and only what can't be shared out equally is left out.
-        num_workers: Processes that fetch batches ahead; the windows are in memory, so 0 is usually best.
+        num_workers: Processes that fetch batches ahead; the sequences are in memory, so 0 is usually best.
         place: Returns the epoch and the number of batches of it that are done; by default epochs are counted here.
 
     Raises:
-        ValueError: There are too few windows for one batch of every process.
+        ValueError: There are too few sequences for one batch of every process.
 
-    >>> loader = WindowLoader(torch.arange(10).view(5, 2), batch_size=2, seed=None)
+    >>> loader = SequenceLoader(torch.arange(10).view(5, 2), batch_size=2, seed=None)
     >>> [batch.tolist() for batch in loader]
     [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     """
 
     def __init__(
         self,
-        windows: Tensor,
+        sequences: Tensor,
         *,
         batch_size: int,
         seed: int | None,
@@ -68,25 +74,27 @@ class WindowLoader:
         place: Callable[[], Place] | None = None,
     ) -> None:
         unit = world_size * batch_size if drop_tail else world_size
-        self._used = len(windows) // unit * unit
+        self._used = len(sequences) // unit * unit
         if self._used == 0:
             raise ValueError(
-                f"{len(windows)} windows of text are fewer than one batch of {batch_size} for each of {world_size} "
+                f"{len(sequences)} sequences of text are fewer than one batch of {batch_size} for each of {world_size} "
                 "processes: give more text or a smaller batch size"
             )
-        if rank == 0 and self._used < len(windows):
+        if rank == 0 and self._used < len(sequences):
             others = "" if seed is None else ", others in each epoch"
-            left = len(windows) - self._used
-            _log.warning("%d of %d windows are left out%s: %d are taken at a time", left, len(windows), others, unit)
+            left = len(sequences) - self._used
+            _log.warning(
+                "%d of %d sequences are left out%s: %d are taken at a time", left, len(sequences), others, unit
+            )
         epochs = count()
         self._place = place or (lambda: (next(epochs), 0))
-        self._windows = windows
+        self._windows = sequences
         self._batch_size = batch_size
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
         self._num_workers = num_workers
-        self._fingerprint = windows_fingerprint(windows)
+        self._fingerprint = sequences_fingerprint(sequences)
 
     def __len__(self) -> int:
         """Return the number of batches of this process in an epoch."""
@@ -108,7 +116,7 @@ class WindowLoader:
         yield from loader
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """Return which windows are in each batch of this process in ``epoch``."""
+        """Return which sequences are in each batch of this process in ``epoch``."""
         size, world = self._batch_size, self._world_size
         order = self._order(epoch)[: self._used]
         steps = [order[begin : begin + size * world] for begin in range(0, len(order), size * world)]
@@ -127,7 +135,7 @@ class WindowLoader:
         """Compare with the data of the run that wrote the checkpoint.
 
         Raises:
-            ValueError: It had other windows or another seed, so that its place in the epoch has no meaning here.
+            ValueError: It had other sequences or another seed, so that its place in the epoch has no meaning here.
         """
         mine = self.state_dict()
         other = [key for key, value in mine.items() if state_dict.get(key) != value]
@@ -135,7 +143,7 @@ class WindowLoader:
         if "windows" in other or "seed" in other:
             raise ValueError(
                 f"the checkpoint was written while learning from other data ({listed}), its place in the epoch can't "
-                "be taken up: give that run's text, tokenizer, length, windows, shuffle and seed, or start a new run"
+                "be taken up: give that run's text, tokenizer, length, sequences, shuffle and seed, or start a new run"
             )
         if other:
             _log.warning("this epoch goes on with other batches than the checkpoint's run would have had: %s", listed)
@@ -148,14 +156,14 @@ class WindowLoader:
 
 
 @dataclass(frozen=True)
-class _Windows:
+class _Sequences:
     train: Tensor
     statistics: Tensor
     validation: Tensor
 
 
 class CalibrationData(pl.LightningDataModule):
-    """Token windows to learn ranks from, to measure statistics on, and to validate with.
+    """Token sequences to learn ranks from, to measure statistics on, and to validate with.
 
     A text is named as :mod:`lowrank_pl.text` says: ``python-docs``, a file, folder or glob, or a hub dataset. Training
     goes on after a checkpoint, also in the middle of an epoch, with exactly the batches that would have followed.
@@ -163,24 +171,24 @@ class CalibrationData(pl.LightningDataModule):
     Args:
         text: What the ranks are learnt from.
         tokenizer: The base model's tokenizer, or the name of the base model to load it of.
-        length: Tokens in a window.
-        windows: How many windows an epoch has.
-        batch_size: Windows in a training batch of one process.
+        length: Tokens in a sequence.
+        sequences: How many sequences an epoch has.
+        batch_size: Sequences in a training batch of one process.
         shuffle: Whether each epoch has its own random order.
         seed: Seed of these orders.
         statistics_text: What the moments of activations are measured on; by default the learning text.
-        statistics_length: Tokens in a window for statistics; by default ``length``.
-        statistics_windows: How many windows for statistics; by default ``windows``.
-        validation_text: What the hard plan is validated on; by default windows of the learning text that follow those
+        statistics_length: Tokens in a sequence for statistics; by default ``length``.
+        statistics_sequences: How many sequences for statistics; by default ``sequences``.
+        validation_text: What the hard plan is validated on; by default sequences of the learning text that follow those
             for learning and statistics and are in neither.
-        validation_windows: How many windows for validation; 0 switches it off.
-        validation_batch_size: Windows in a validation batch of one process.
-        num_workers: Processes that fetch batches ahead; the windows are in memory, so 0 is usually best.
+        validation_sequences: How many sequences for validation; 0 switches it off.
+        validation_batch_size: Sequences in a validation batch of one process.
+        num_workers: Processes that fetch batches ahead; the sequences are in memory, so 0 is usually best.
         trust_remote_code: Whether a tokenizer may run code that comes with it.
 
     >>> from lowrank_pl.models.tiny import byte_tokenizer
-    >>> data = CalibrationData("python-docs", byte_tokenizer(), length=32, windows=6, validation_windows=2)
-    >>> data.train_windows.shape, data.validation_windows.shape
+    >>> data = CalibrationData("python-docs", byte_tokenizer(), length=32, sequences=6, validation_sequences=2)
+    >>> data.train_windows.shape, data.validation_sequences.shape
     (torch.Size([6, 32]), torch.Size([2, 32]))
     >>> next(iter(data.train_dataloader())).shape
     torch.Size([1, 32])
@@ -192,15 +200,15 @@ class CalibrationData(pl.LightningDataModule):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         length: int = 512,
-        windows: int = 256,
+        sequences: int = 256,
         batch_size: int = 1,
         shuffle: bool = True,
         seed: int = 0,
         statistics_text: str | None = None,
         statistics_length: int | None = None,
-        statistics_windows: int | None = None,
+        statistics_sequences: int | None = None,
         validation_text: str | None = None,
-        validation_windows: int = 8,
+        validation_sequences: int = 8,
         validation_batch_size: int = 1,
         num_workers: int = 0,
         trust_remote_code: bool = False,
@@ -219,11 +227,11 @@ class CalibrationData(pl.LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self._tokenizer = tokenizer
         self._counts = {
-            "windows": windows,
-            "statistics_windows": windows if statistics_windows is None else statistics_windows,
-            "validation_windows": validation_windows,
+            "sequences": sequences,
+            "statistics_sequences": sequences if statistics_sequences is None else statistics_sequences,
+            "validation_sequences": validation_sequences,
         }
-        self._built: _Windows | None = None
+        self._built: _Sequences | None = None
         self._check_arguments()
 
     def prepare_data(self) -> None:
@@ -231,7 +239,7 @@ class CalibrationData(pl.LightningDataModule):
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the windows, once.
+        """Load the sequences, once.
 
         Args:
             stage: As Lightning calls it; every stage has the same data.
@@ -253,32 +261,32 @@ class CalibrationData(pl.LightningDataModule):
 
     @property
     def train_windows(self) -> Tensor:
-        """The windows to learn from, int64 ``[windows, length]``."""
+        """The sequences to learn from, int64 ``[sequences, length]``."""
         return self._ready().train
 
     @property
-    def statistics_windows(self) -> Tensor:
-        """The windows for statistics, int64 ``[statistics_windows, statistics_length]``."""
+    def statistics_sequences(self) -> Tensor:
+        """The sequences for statistics, int64 ``[statistics_sequences, statistics_length]``."""
         return self._ready().statistics
 
     @property
-    def validation_windows(self) -> Tensor:
-        """The windows for validation, int64 ``[validation_windows, length]``."""
+    def validation_sequences(self) -> Tensor:
+        """The sequences for validation, int64 ``[validation_sequences, length]``."""
         return self._ready().validation
 
     def fingerprint(self) -> dict[str, str]:
         """Return SHA-256 fingerprints of all that statistics of a model depend on besides the model."""
         return {
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "statistics_windows": windows_fingerprint(self.statistics_windows),
+            "statistics_sequences": sequences_fingerprint(self.statistics_sequences),
         }
 
-    def train_dataloader(self) -> WindowLoader:
+    def train_dataloader(self) -> SequenceLoader:
         """Return the batches int64 ``[batch_size, length]`` of this process."""
         # a Trainer that overfits on a few batches means the same ones in every epoch
         overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
         rank, world_size = self._share()
-        return WindowLoader(
+        return SequenceLoader(
             self.train_windows,
             batch_size=self.batch_size,
             seed=self.seed if self.shuffle and not overfitting else None,
@@ -288,13 +296,13 @@ class CalibrationData(pl.LightningDataModule):
             place=self._place if self.trainer is not None and self.trainer.training else None,
         )
 
-    def val_dataloader(self) -> list[WindowLoader]:
-        """Return this process's share of the validation windows; nothing when there are none."""
-        if not len(self.validation_windows):
+    def val_dataloader(self) -> list[SequenceLoader]:
+        """Return this process's share of the validation sequences; nothing when there are none."""
+        if not len(self.validation_sequences):
             return []
         rank, world_size = self._share()
-        loader = WindowLoader(
-            self.validation_windows,
+        loader = SequenceLoader(
+            self.validation_sequences,
             batch_size=self.validation_batch_size,
             seed=None,
             rank=rank,
@@ -311,13 +319,13 @@ class CalibrationData(pl.LightningDataModule):
             "batch_size": (self.batch_size, 1),
             "validation_batch_size": (self.validation_batch_size, 1),
             "num_workers": (self.num_workers, 0),
-            **{name: (value, 0 if name == "validation_windows" else 1) for name, value in self._counts.items()},
+            **{name: (value, 0 if name == "validation_sequences" else 1) for name, value in self._counts.items()},
         }
         for name, (value, least) in sizes.items():
             if value < least:
                 raise ValueError(f"CalibrationData has {name}={value}, expected {least} or more")
 
-    def _ready(self) -> _Windows:
+    def _ready(self) -> _Sequences:
         self.setup()
         assert self._built is not None
         return self._built
@@ -338,28 +346,28 @@ class CalibrationData(pl.LightningDataModule):
         epoch, done = divmod(batches.total.processed, size)
         return epoch, done if batches.current.ready < size else len(self.train_windows)
 
-    def _build(self) -> _Windows:
-        """Return all windows; with the learning text alone, those for validation come after all others."""
+    def _build(self) -> _Sequences:
+        """Return all sequences; with the learning text alone, those for validation come after all others."""
         learning, statistics, validation = map(parse_text, (self.text, self.statistics_text, self.validation_text))
-        held_out = self._counts["validation_windows"] if validation == learning else 0
+        held_out = self._counts["validation_sequences"] if validation == learning else 0
         bos = int(uses_bos(self.tokenizer))
         room, statistics_room = self.length - bos, self.statistics_length - bos
-        wanted = self._counts["windows"]
+        wanted = self._counts["sequences"]
         shared = bool(held_out) and statistics == learning
         if shared:
-            # as many learning windows as cover the tokens that the statistics read
-            wanted = max(wanted, -(-self._counts["statistics_windows"] * statistics_room // room))
+            # as many learning sequences as cover the tokens that the statistics read
+            wanted = max(wanted, -(-self._counts["statistics_sequences"] * statistics_room // room))
         found = self._read(self.text, self.length, wanted + held_out)
         before = len(found) - held_out
-        most = before * room // statistics_room if shared else self._counts["statistics_windows"]
+        most = before * room // statistics_room if shared else self._counts["statistics_sequences"]
         if before < 1 or most < 1:
             raise ValueError(
-                f"text {self.text!r} has {len(found)} windows of {self.length} tokens, too few to hold out {held_out} "
-                "for validation: give a longer text, a validation_text, smaller lengths or fewer validation_windows"
+                f"text {self.text!r} has {len(found)} sequences of {self.length} tokens, too few to hold out {held_out} "
+                "for validation: give a longer text, a validation_text, smaller lengths or fewer validation_sequences"
             )
         return self._reported(
-            _Windows(
-                train=found[: min(before, self._counts["windows"])],
+            _Sequences(
+                train=found[: min(before, self._counts["sequences"])],
                 statistics=self._statistics(most),
                 validation=found[before:] if held_out else self._validation(),
             ),
@@ -367,24 +375,26 @@ class CalibrationData(pl.LightningDataModule):
         )
 
     def _statistics(self, most: int) -> Tensor:
-        wanted = self._counts["statistics_windows"]
+        wanted = self._counts["statistics_sequences"]
         if most < wanted:
-            _log.warning("statistics use %d windows instead of %d: those held out for validation follow", most, wanted)
+            _log.warning(
+                "statistics use %d sequences instead of %d: those held out for validation follow", most, wanted
+            )
         return self._read(self.statistics_text, self.statistics_length, min(most, wanted))
 
     def _validation(self) -> Tensor:
-        wanted = self._counts["validation_windows"]
+        wanted = self._counts["validation_sequences"]
         if wanted == 0:
             return torch.empty(0, self.length, dtype=torch.int64)
         return self._read(self.validation_text, self.length, wanted)
 
-    def _read(self, text: str, length: int, windows: int) -> Tensor:
-        return token_windows(text, self.tokenizer, length=length, windows=windows)
+    def _read(self, text: str, length: int, sequences: int) -> Tensor:
+        return token_windows(text, self.tokenizer, length=length, sequences=sequences)
 
-    def _reported(self, built: _Windows, *, held_out: bool) -> _Windows:
-        """Say in the log what the windows are, and warn when validation text is among the others."""
+    def _reported(self, built: _Sequences, *, held_out: bool) -> _Sequences:
+        """Say in the log what the sequences are, and warn when validation text is among the others."""
         _log.info(
-            "%d windows of %d tokens of %r to learn from, %d of %d of %r for statistics, "
+            "%d sequences of %d tokens of %r to learn from, %d of %d of %r for statistics, "
             "%d of %d of %r%s for validation",
             *built.train.shape, self.text, *built.statistics.shape, self.statistics_text, *built.validation.shape,
             self.validation_text, " that follow those" if held_out else "",

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import PreTrainedModel
 
 from lowrank_pl.evaluate.generation import check_prompts
-from lowrank_pl.evaluate.likelihood import check_windows
+from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.export.export import check_destination
 from lowrank_pl.factors.compression import restore_dense
 from lowrank_pl.methods.allocate import allocator
@@ -24,7 +24,7 @@ from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.offload import lacks_room
 from lowrank_pl.report.finish import Finished, Protocol, finish_run
 from lowrank_pl.report.model_card import sample_table
-from lowrank_pl.text.windows import token_windows, warn_of_known
+from lowrank_pl.text.sequences import token_windows, warn_of_known
 from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.tensorboard import boards, log_everywhere
@@ -68,14 +68,14 @@ class FinishRun(Stopwatch):
     ``rank_map.png`` and ``report.html``.
 
     Args:
-        score_text: Text for the table; by default the validation windows. Never learned from or calibrated on.
-        score_length: Tokens of a window of ``score_text``.
-        score_windows: How many windows; all of the text by default.
+        score_text: Text for the table; by default the validation sequences. Never learned from or calibrated on.
+        score_length: Tokens of a sequence of ``score_text``.
+        score_sequences: How many sequences; all of the text by default.
         baselines: Allocators to compare with, drawn on the factors that learning runs on.
         prompts: What the dense and the compressed model continue, side by side.
         max_new_tokens: How far they continue.
         merge: Export dense weights for any runtime instead of factors.
-        refit: How the learned plan's factors are fitted again to the compressed model's own inputs, on the windows that
+        refit: How the learned plan's factors are fitted again to the compressed model's own inputs, on the sequences that
             were learned from; left out, they stay as they are.
         streamed: Whether models are scored from main memory, a layer at a time on the device, and exported there; by
             default where FSDP2 shards a base that one device has no room for. Nothing is refitted or continued then.
@@ -89,7 +89,7 @@ class FinishRun(Stopwatch):
         self,
         score_text: str | None = None,
         score_length: int = 1024,
-        score_windows: int | None = None,
+        score_sequences: int | None = None,
         baselines: Sequence[str] = ("uniform",),
         prompts: Sequence[str] = (),
         max_new_tokens: int = 40,
@@ -99,7 +99,7 @@ class FinishRun(Stopwatch):
         json: Path | None = None,
     ) -> None:
         super().__init__()
-        self.score_text, self.score_length, self.score_windows = score_text, score_length, score_windows
+        self.score_text, self.score_length, self.score_sequences = score_text, score_length, score_sequences
         self.baselines, self.prompts, self.max_new_tokens = tuple(baselines), tuple(prompts), max_new_tokens
         self.merge, self.refit, self.streamed, self.json = merge, refit, streamed, json
         for name in baselines:
@@ -131,12 +131,12 @@ class FinishRun(Stopwatch):
         """
         assert isinstance(pl_module, RankLearner)
         assert pl_module.model is not None
-        check_windows(pl_module.model, self.protocol.windows)
+        check_sequences(pl_module.model, self.protocol.sequences)
         narrowed = Origin.of(pl_module.model)
         if self.merge and narrowed is not None and not narrowed.one_width:
             raise ValueError(
                 f"the base has MLPs of {narrowed.widths} hidden features, which no plain config of dense weights can "
-                "say: leave out --finish.merge, or narrow all MLPs to one width with --model.narrow.by_block false"
+                "say: leave out --finish.merge, or narrow all MLPs to one width with --model.prune.by_block false"
             )
         if self.refit is not None and self._streams(trainer, pl_module, ever=True):
             raise ValueError(
@@ -181,14 +181,14 @@ class FinishRun(Stopwatch):
             learner.store,
             learner.budget,
             self.protocol,
-            statistics=data.statistics_windows,
+            statistics=data.statistics_sequences,
             directory=learner.store_directory,
             baselines=self.baselines,
             seconds=learner.seconds,
             command=command_line(),
             merge=self.merge,
             refit=self.refit,
-            refit_windows=data.train_windows,
+            refit_sequences=data.train_windows,
             named_base=self._named_base(learner, place),
             streamed_on=device if streams else None,
         )
@@ -215,14 +215,16 @@ class FinishRun(Stopwatch):
 
     def _protocol(self, data: CalibrationData) -> Protocol:
         if self.score_text is None:
-            windows, text = data.validation_windows, f"validation windows of {data.validation_text}"
-            if not len(windows):
-                raise ValueError("there is neither a score_text nor a validation window: give one of them")
+            sequences, text = data.validation_sequences, f"validation sequences of {data.validation_text}"
+            if not len(sequences):
+                raise ValueError("there is neither a score_text nor a validation sequence: give one of them")
         else:
             text = self.score_text
-            windows = token_windows(text, data.tokenizer, length=self.score_length, windows=self.score_windows)
-            warn_of_known(windows, (data.train_windows, data.statistics_windows), data.tokenizer, "windows to score")
-        return Protocol(text, windows, self.prompts, self.max_new_tokens)
+            sequences = token_windows(text, data.tokenizer, length=self.score_length, sequences=self.score_sequences)
+            warn_of_known(
+                sequences, (data.train_windows, data.statistics_sequences), data.tokenizer, "windows to score"
+            )
+        return Protocol(text, sequences, self.prompts, self.max_new_tokens)
 
     def _log_result(self, trainer: Trainer, finished: Finished) -> None:
         """Log the final scores, which TensorBoard shows beside the run's settings, and the continuations."""

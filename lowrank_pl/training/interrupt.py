@@ -10,11 +10,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["StopBetweenBatches", "told_when_interrupted"]
+__all__ = ["StopBetweenBatches", "explain_interruption"]
 
 
 @contextmanager
-def told_when_interrupted(trainer: Trainer, advice: Callable[[], str]) -> Iterator[None]:
+def explain_interruption(trainer: Trainer, advice: Callable[[], str]) -> Iterator[None]:
     """Turn the silent exit by which Lightning ends an interrupted fit into a ``KeyboardInterrupt`` with advice.
 
     Args:

@@ -25,15 +25,15 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate.run import draw
 from lowrank_pl.methods.masks.acip import Lifetimes
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.base import Mask, MaskMethod, dense_sizes
+from lowrank_pl.methods.masks.gumbel import seeded
 from lowrank_pl.methods.masks.losses import PlanScore, data_losses
-from lowrank_pl.methods.masks.masked_linear import insert_masks, masked_layers, set_to_work
+from lowrank_pl.methods.masks.masked_linear import choose_computation, insert_masks, masked_layers
 from lowrank_pl.methods.masks.objectives import DataTerms, kept_share
-from lowrank_pl.methods.masks.schedule import AimSchedule, half_cosine
+from lowrank_pl.methods.masks.schedule import KeepSchedule, half_cosine
 from lowrank_pl.methods.masks.start import read_start, start_of
-from lowrank_pl.methods.masks.switches import seeded
-from lowrank_pl.methods.narrow.narrow import Narrowing, narrowed_base
+from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.forward import recompute_blocks, refuse_dropout
 from lowrank_pl.models.identity import Origin
@@ -44,7 +44,7 @@ from lowrank_pl.plans.storage import StorageChoice
 from lowrank_pl.training.checkpointing import check_fit, mark
 from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.sharding import average_gradients, shard_frozen
-from lowrank_pl.utils.distributed import together
+from lowrank_pl.utils.distributed import cooperating
 
 __all__ = ["RankLearner"]
 
@@ -62,7 +62,7 @@ class RankLearner(LightningModule):
         base: Hub id, local folder, ``.gguf`` file, ``package:NAME`` or ``random:FAMILY``.
         keep: Fraction of the targeted parameters to keep.
         dtype: Type that the base is loaded in; masks are float32 whatever it is.
-        mask: The mask method with its settings; ARA's ``Staircase`` by default.
+        mask: The mask method with its settings; ARA's ``ARA`` by default.
         data_terms: Weights of cross-entropy, logit divergence and activation divergence.
         decomposition: How weights are decomposed.
         optimizer: Makes the optimizer of the mask parameters.
@@ -83,20 +83,20 @@ class RankLearner(LightningModule):
         keep_steps: Optimizer steps over which the aim moves linearly from ``keep_start`` to ``keep``.
         record_order: Draw plans by how long components were kept while the aim came down from ``keep_start`` (ACIP,
             arXiv 2502.01717) instead of by the masks as they are: one run then orders them for all sizes between.
-        rest_every: Gates of components that are off learn from every so many-th token of a batch, which is an unbiased
+        inactive_gate_stride: Gates of components that are off learn from every so many-th token of a batch, which is an unbiased
             estimate and saves most of what they cost; 1 is exact.
         gradient_checkpointing: Recompute block activations in the backward pass, to save memory.
         trust_remote_code: Run Python code that comes with the base.
 
     Raises:
         ValueError: ``keep`` outside (0, 1], half of a schedule, an order without a schedule that comes down, two
-            schedules of the step size, ``rest_every`` below 1, or a start that is neither a plan nor an allocator.
+            schedules of the step size, ``inactive_gate_stride`` below 1, or a start that is neither a plan nor an allocator.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lowrank_pl import CalibrationData
         >>> learner = RankLearner("random:llama", keep=0.5)
-        >>> data = CalibrationData("python-docs", "random:llama", length=32, windows=4, validation_windows=2)
+        >>> data = CalibrationData("python-docs", "random:llama", length=32, sequences=4, validation_sequences=2)
         >>> trainer = Trainer(max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         ...                   enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0)
         >>> trainer.fit(learner, data)
@@ -122,23 +122,25 @@ class RankLearner(LightningModule):
         floors: dict[str, float] | None = None,
         storage: StorageChoice = "auto",
         start: str | Path | None = None,
-        narrow: Narrowing | None = None,
+        prune: WidthPruning | None = None,
         store: Path | None = None,
         keep_start: float | None = None,
         keep_steps: int = 0,
         record_order: bool = False,
-        rest_every: int = 1,
+        inactive_gate_stride: int = 1,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.schedule = AimSchedule(keep, keep_start, keep_steps, falling=record_order)
+        self.schedule = KeepSchedule(keep, keep_start, keep_steps, falling=record_order)
         self.base, self.named_base, self.keep, self.dtype_name = base, base, keep, dtype
-        self.narrow = narrow
-        if rest_every < 1:
-            raise ValueError(f"rest_every is {rest_every}: expected a whole number of at least 1, which is exact")
-        self.rest_every = rest_every
-        self.mask_method = mask or Staircase()
+        self.prune = prune
+        if inactive_gate_stride < 1:
+            raise ValueError(
+                f"inactive_gate_stride is {inactive_gate_stride}: expected a whole number of at least 1, which is exact"
+            )
+        self.inactive_gate_stride = inactive_gate_stride
+        self.mask_method = mask or ARA()
         self.mask_method.check_base(decomposition.kind)
         self.data_terms, self.decomposition = data_terms, decomposition
         if cosine and lr_scheduler is not None:
@@ -183,9 +185,9 @@ class RankLearner(LightningModule):
         # The Trainer would have everything made on its device, where tables of angles come out other than in a model
         # that is loaded and moved, and where generators of the CPU can't draw.
         with torch.device("cpu"):
-            if self.narrow is not None:
+            if self.prune is not None:
                 # What is to be sharded may be more than a device holds.
-                self._narrow(self.narrow, data, torch.device("cpu") if sharded else device)
+                self._prune(self.prune, data, torch.device("cpu") if sharded else device)
             began = time.perf_counter()
             shared = self._open_shared(device) if sharded else None
             model = self.dense_base() if shared is None else shared.skeleton.model
@@ -209,11 +211,11 @@ class RankLearner(LightningModule):
         base = self.named_base if as_named else self.base
         return load_base(base, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code)
 
-    def _narrow(self, settings: Narrowing, data: CalibrationData, device: torch.device) -> None:
-        with together():
-            self.base, spent = narrowed_base(
+    def _prune(self, settings: WidthPruning, data: CalibrationData, device: torch.device) -> None:
+        with cooperating():
+            self.base, spent = pruned_base(
                 self.named_base, settings, keep=self.keep, model=self.dense_base(as_named=True).to(device),
-                tokenizer=data.tokenizer, windows=data.statistics_windows, include=self.include, exclude=self.exclude,
+                tokenizer=data.tokenizer, sequences=data.statistics_sequences, include=self.include, exclude=self.exclude,
             )  # fmt: skip
         self.seconds["narrowing"] = spent or 0.0
 
@@ -230,7 +232,7 @@ class RankLearner(LightningModule):
 
         Args:
             model: The dense base.
-            data: Gives the tokenizer and the windows for statistics.
+            data: Gives the tokenizer and the sequences for statistics.
             sharded: Leave the factors on disk, for ``shard_frozen`` to read this process's share of them.
             shared: What ``model`` is the skeleton of, where it has no weights; these are left on disk as well.
         """
@@ -243,7 +245,7 @@ class RankLearner(LightningModule):
         self.store = self._factors(model, targets, data, shared)
         self.notes = [*base_notes(model, targets), *preparation_notes(targets, self.store)]
         self.origin = describe_origin(
-            base=self.base, dtype=self.dtype_name, text=data.statistics_text, windows=data.statistics_windows,
+            base=self.base, dtype=self.dtype_name, text=data.statistics_text, sequences=data.statistics_sequences,
             settings=self.decomposition, store=self.store, narrowed=Origin.of(model),
         )  # fmt: skip
         share = self._aimed_at().share
@@ -269,12 +271,12 @@ class RankLearner(LightningModule):
         self, model: PreTrainedModel, targets: Targets, data: CalibrationData, shared: SharedBase | None
     ) -> FactorStore:
         """Return the store of the factors, which all processes build together."""
-        windows, tokenizer = data.statistics_windows, data.tokenizer
+        sequences, tokenizer = data.statistics_sequences, data.tokenizer
         how: dict[str, Any] = {"settings": self.decomposition, "directory": self.store_directory}
-        with together():
+        with cooperating():
             if shared is None:
-                return build_factors(model, targets, windows, tokenizer, **how)
-            return shared.factors(windows, tokenizer, load=self.dense_base, **how)
+                return build_factors(model, targets, sequences, tokenizer, **how)
+            return shared.factors(sequences, tokenizer, load=self.dense_base, **how)
 
     def _start_plan(self, model: PreTrainedModel, targets: Targets, data: CalibrationData) -> RankPlan | None:
         """Return the plan to start from; an allocator draws it on the first process, for all."""
@@ -286,7 +288,7 @@ class RankLearner(LightningModule):
                 _log.warning("the first process loads the whole base into memory, which %s runs", self.start.name)
                 model = self.dense_base()
             text = draw(
-                self.start, self._aimed_at(), self.store, targets, model, data.statistics_windows,
+                self.start, self._aimed_at(), self.store, targets, model, data.statistics_sequences,
                 data.tokenizer, directory=self.store_directory,
             ).to_json()  # fmt: skip
         return RankPlan.from_json(self.trainer.strategy.broadcast(text) if self._trainer else text)
@@ -325,9 +327,9 @@ class RankLearner(LightningModule):
         """Return the loss of one batch of token ids ``[batch, length]``."""
         budget = self._aimed_at()
         self.mask_method.advance(self.masks, self.global_step, budget)
-        ratios = set_to_work(
-            self.layers, self.mask_method.dense_from, every=self.rest_every,
-            offset=int(torch.randint(self.rest_every, (), generator=seeded("rest", self.global_step, batch_idx))),
+        ratios = choose_computation(
+            self.layers, self.mask_method.dense_from, every=self.inactive_gate_stride,
+            offset=int(torch.randint(self.inactive_gate_stride, (), generator=seeded("rest", self.global_step, batch_idx))),
         )  # fmt: skip
         terms = data_losses(self._base(), self.layers, self.data_terms, tokens)
         terms |= self.mask_method.penalties(self.masks, ratios, budget.share, self.global_step)
@@ -417,7 +419,7 @@ class RankLearner(LightningModule):
         self.log("val/excess", nats - dense, prog_bar=True, sync_dist=True)
         self.log("step", float(self.global_step), sync_dist=True)
         if self.trainer.sanity_checking:
-            # It saw some of the windows only; the next validation needs the dense score of all.
+            # It saw some of the sequences only; the next validation needs the dense score of all.
             self.score.dense.reset()
 
     # -- checkpoints: masks only -------------------------------------------------------------------------------------

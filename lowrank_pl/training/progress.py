@@ -57,7 +57,7 @@ class LearningBar(ProgressBar):
                 bar.close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a bar of windows to score."""
+        """Begin a bar of sequences to score."""
         batches = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
         self._validating = tqdm(total=batches, desc="validate", unit="batch", disable=self._silent, leave=False)
 

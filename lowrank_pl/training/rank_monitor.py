@@ -223,7 +223,7 @@ def _charts(trainer: Trainer, learner: RankLearner) -> Mapping[str, Mapping[str,
     terms = [tag for tag in trainer.callback_metrics if tag.startswith("loss/")]
     data = [tag for tag in terms if tag.removeprefix("loss/") in DATA_TERMS]
     penalties = [tag for tag in terms if tag not in data and tag != "loss/total"]
-    scored = trainer.enable_validation and len(calibration_data(trainer).validation_windows)
+    scored = trainer.enable_validation and len(calibration_data(trainer).validation_sequences)
     blocks: Chart = ("Margin", [*BAND]) if len(of["kept by block"]) > MANY else ("Multiline", of["kept by block"])
     return {
         "Quality of the hard plan": {"nats lost against the dense model": ("Multiline", ["val/excess"] * bool(scored))},
@@ -264,7 +264,7 @@ def _settings(trainer: Trainer, learner: RankLearner) -> dict[str, Any]:
         "prepare.decomposition": learner.decomposition.kind,
         "prepare.storage": str(learner.storage),
         "prepare.dtype": learner.dtype_name,
-        "prepare.narrow": "none" if learner.narrow is None else "by block" if learner.narrow.by_block else "one width",
+        "prepare.prune": "none" if learner.prune is None else "by block" if learner.prune.by_block else "one width",
         "start": start,
         "optimizer": type(optimizer).__name__,
         "lr": optimizer.defaults["lr"],

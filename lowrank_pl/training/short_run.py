@@ -20,7 +20,7 @@ from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.training.checkpointing import AtomicCheckpoints
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.finish_run import Stopwatch
-from lowrank_pl.training.interrupt import StopBetweenBatches, told_when_interrupted
+from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.progress import LearningBar
 from lowrank_pl.training.rank_monitor import RankMonitor
@@ -38,9 +38,9 @@ class Subject:
         dtype: The type that it was loaded in.
         tokenizer: Its tokenizer.
         calibration: Text to learn from.
-        tokens: ``[windows, length]`` token ids of it, for statistics.
+        tokens: ``[sequences, length]`` token ids of it, for statistics.
         options: ``include``, ``exclude`` and ``multiple_of`` of the learner.
-        seed: Of the order of windows.
+        seed: Of the order of sequences.
         trust_remote_code: Run Python code that comes with the base.
     """
 
@@ -70,7 +70,7 @@ class Subject:
         try:
             # On the model that is there: a learner would load a second one.
             learner.build(self.model, data)
-            with told_when_interrupted(trainer, lambda: "run the same command again to go on"):
+            with explain_interruption(trainer, lambda: "run the same command again to go on"):
                 trainer.fit(learner, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
             return learner.plan(), learner.store, watch.learning_seconds()
         finally:
@@ -82,11 +82,11 @@ class Subject:
             self.calibration,
             self.tokenizer,
             length=length,
-            windows=learning.windows,
+            sequences=learning.sequences,
             batch_size=learning.batch_size,
             seed=self.seed,
-            statistics_windows=count,
-            validation_windows=0,
+            statistics_sequences=count,
+            validation_sequences=0,
         )
 
     def _learner(self, method: Recipe, learning: Learning, keep: float) -> RankLearner:
@@ -100,7 +100,7 @@ class Subject:
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning.lr, weight_decay=0.0),
             cosine=learning.cosine,
             start=learning.start,
-            rest_every=learning.rest_every,
+            inactive_gate_stride=learning.inactive_gate_stride,
             storage=method.storage,
             trust_remote_code=self.trust_remote_code,
             **self.options,

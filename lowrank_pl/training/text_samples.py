@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 BEGINNINGS = 3
-"""Validation windows whose first tokens are continued where no prompt was given."""
+"""Validation sequences whose first tokens are continued where no prompt was given."""
 
 
 BEGINNING = 12
@@ -45,7 +45,7 @@ class TextSamples(Callback):
 
     Args:
         prompts: Texts to continue; by default those of ``FinishRun``, or where it has none the first words of three
-            validation windows. An empty list generates nothing.
+            validation sequences. An empty list generates nothing.
         max_new_tokens: How far they are continued; with as many prompts, what one look costs.
         every_n_steps: Optimizer steps between two looks; by default one after every validation.
 
@@ -165,7 +165,7 @@ def _prompts_of_finish(trainer: Trainer) -> tuple[str, ...]:
 
 
 def _beginnings(data: CalibrationData) -> tuple[str, ...]:
-    """Return the first words of some validation windows; those that are no text are left out."""
-    heads = data.validation_windows[:BEGINNINGS, :BEGINNING].tolist()
+    """Return the first words of some validation sequences; those that are no text are left out."""
+    heads = data.validation_sequences[:BEGINNINGS, :BEGINNING].tolist()
     texts = [str(data.tokenizer.decode(head, skip_special_tokens=True)).strip() for head in heads]
     return tuple(text for text in texts if text)

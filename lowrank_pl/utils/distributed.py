@@ -13,14 +13,14 @@ from torch import Tensor
 
 __all__ = [
     "LostProcessError",
-    "add_up",
     "balanced",
-    "from_first",
-    "in_turn",
+    "broadcast_from_first",
+    "cooperating",
+    "explain_lost_process",
     "is_first",
-    "share",
-    "together",
-    "told_when_lost",
+    "my_share",
+    "one_process_at_a_time",
+    "sum_across_processes",
     "total",
     "wait",
     "world_size",
@@ -29,11 +29,11 @@ __all__ = [
 Item = TypeVar("Item")
 
 
-_TOGETHER = ContextVar("together", default=False)
+_TOGETHER = ContextVar("cooperating", default=False)
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def cooperating() -> Iterator[None]:
     """Let all processes of ``torch.distributed`` share the work that is asked for inside the block.
 
     All of them have to run the block with the same arguments. Outside of one, or where ``torch.distributed`` is not
@@ -41,7 +41,7 @@ def together() -> Iterator[None]:
 
     Example:
         >>> with together():
-        ...     share("abc")
+        ...     my_share("abc")
         ['a', 'b', 'c']
     """
     token = _TOGETHER.set(True)
@@ -66,7 +66,7 @@ def is_first() -> bool:
     return _rank() == 0
 
 
-def share(items: Sequence[Item]) -> list[Item]:
+def my_share(items: Sequence[Item]) -> list[Item]:
     """Return those of ``items`` that are this process's to work on; every one goes to exactly one process."""
     return list(items[_rank() :: world_size()])
 
@@ -91,7 +91,7 @@ def balanced(items: Sequence[Item], costs: Sequence[float]) -> list[Item]:
     return [item for place, item in enumerate(items) if place in mine]
 
 
-def add_up(numbers: Tensor) -> None:
+def sum_across_processes(numbers: Tensor) -> None:
     """Replace ``numbers``, of the same shape on all processes, by their sum over all, added in float64."""
     if world_size() == 1:
         return
@@ -105,11 +105,11 @@ def add_up(numbers: Tensor) -> None:
 def total(number: int) -> int:
     """Return the sum of ``number`` over all processes."""
     numbers = torch.tensor(number)
-    add_up(numbers)
+    sum_across_processes(numbers)
     return int(numbers)
 
 
-def from_first(make: Callable[[], Item]) -> Item:
+def broadcast_from_first(make: Callable[[], Item]) -> Item:
     """Return what ``make`` returns on the first process; the others don't call it."""
     if world_size() == 1:
         return make()
@@ -129,7 +129,7 @@ class LostProcessError(RuntimeError):
 
 
 @contextmanager
-def told_when_lost(advice: Callable[[], str]) -> Iterator[None]:
+def explain_lost_process(advice: Callable[[], str]) -> Iterator[None]:
     """Turn the errors by which a process notices that another one is gone into one that says so.
 
     Args:
@@ -151,7 +151,7 @@ def told_when_lost(advice: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
+def one_process_at_a_time() -> Iterator[None]:
     """Let the first process run the block before the others do, so that they find what it creates."""
     if not is_first():
         wait()

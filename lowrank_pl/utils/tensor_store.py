@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lowrank_pl.utils.distributed import from_first, in_turn, is_first, wait, world_size
+from lowrank_pl.utils.distributed import broadcast_from_first, is_first, one_process_at_a_time, wait, world_size
 from lowrank_pl.utils.files import atomic_write, cache_root, canonical_json, claimed, sha256_of, write_json
 
 __all__ = ["KEY", "UNKNOWN", "DamagedError", "TensorStore", "check_whole", "total_seconds", "with_checksum"]
@@ -105,7 +105,7 @@ class TensorStore:
         self.digest = sha256_of(kind, canonical_json(fingerprint))
         self.directory = Path(directory) if directory else cache_root() / kind / self.digest[:20]
         self._whole: set[str] = set()
-        with in_turn():
+        with one_process_at_a_time():
             if (self.directory / _MANIFEST).exists():
                 self._check_manifest()
             else:
@@ -184,10 +184,10 @@ class TensorStore:
             ValueError: What another process has written is not in this one's folder.
         """
         names = list(names)
-        if from_first(lambda: self.missing(names)):
+        if broadcast_from_first(lambda: self.missing(names)):
             with self.claimed() if is_first() else nullcontext():
                 # Another run that was at it may have made them in the meantime.
-                yield from_first(lambda: self.missing(names))
+                yield broadcast_from_first(lambda: self.missing(names))
                 wait()
         else:
             yield []

@@ -34,14 +34,14 @@ def plan_at(model, targets, store, keep):
     return allocator("fisher").plan(Problem(budget_for(model, targets, keep), store, targets))
 
 
-def moments(model, targets, windows, *, weighted):
-    """Mean outer products of inputs and of output gradients of the summed loss, by module, one window at a time.
+def moments(model, targets, sequences, *, weighted):
+    """Mean outer products of inputs and of output gradients of the summed loss, by module, one sequence at a time.
 
     ``weighted``: of each token, times the size of its gradient and divided by it.
     """
     found = {target.name: [0.0, 0.0] for target in targets.modules}
     model.requires_grad_(True)
-    for window in windows:
+    for sequence in sequences:
         calls = {}
         handles = [
             model.get_submodule(name).register_forward_hook(
@@ -49,8 +49,8 @@ def moments(model, targets, windows, *, weighted):
             )
             for name in found
         ]
-        logits = model(input_ids=window[None]).logits[0]
-        loss = functional.cross_entropy(logits[:-1], window[1:], reduction="sum")
+        logits = model(input_ids=sequence[None]).logits[0]
+        loss = functional.cross_entropy(logits[:-1], sequence[1:], reduction="sum")
         gradients = torch.autograd.grad(loss, [output for _, output in calls.values()])
         for (name, (inputs, _)), gradient in zip(calls.items(), gradients, strict=True):
             x, g = inputs[0].detach().double(), gradient[0].double()
@@ -58,12 +58,12 @@ def moments(model, targets, windows, *, weighted):
                 # The last token has no label.
                 x, g = x[:-1], g[:-1]
                 size = g.norm(dim=1)
-                found[name][0] += x.T @ (size[:, None] * x) / (len(windows) * len(x))
+                found[name][0] += x.T @ (size[:, None] * x) / (len(sequences) * len(x))
                 # A first token attends to itself alone: the gradient of its query may be exactly 0, and adds nothing.
-                found[name][1] += g.T @ (g / size.clamp_min(1e-300)[:, None]) / (len(windows) * len(g))
+                found[name][1] += g.T @ (g / size.clamp_min(1e-300)[:, None]) / (len(sequences) * len(g))
             else:
-                found[name][0] += x.T @ x / (len(windows) * len(window))
-                found[name][1] += g.T @ g / (len(windows) * (len(window) - 1))
+                found[name][0] += x.T @ x / (len(sequences) * len(sequence))
+                found[name][1] += g.T @ g / (len(sequences) * (len(sequence) - 1))
         for handle in handles:
             handle.remove()
     model.requires_grad_(False)
@@ -75,9 +75,9 @@ def damped(moment, damping):
 
 
 @pytest.mark.parametrize("settings", [TWICE, ALIKE], ids=["weighted", "alike"])
-def test_factors_weigh_by_the_mean_of_the_moments_before_and_after_compression(llama, windows, tokenizer, settings):
+def test_factors_weigh_by_the_mean_of_the_moments_before_and_after_compression(llama, sequences, tokenizer, settings):
     llama.requires_grad_(False)
-    text, targets = windows[:4], find_targets(llama)
+    text, targets = sequences[:4], find_targets(llama)
     before = state(llama)
     store = build_factors(llama, targets, text, tokenizer, settings=settings)
     assert_untouched(llama, before)
@@ -101,7 +101,7 @@ def test_factors_weigh_by_the_mean_of_the_moments_before_and_after_compression(l
 @pytest.mark.parametrize("settings", [TWICE, ALIKE], ids=["weighted", "alike"])
 @pytest.mark.parametrize("explicit", [False, True])
 def test_a_killed_build_goes_on_without_measuring_again(
-    llama, windows, tokenizer, monkeypatch, tmp_path, explicit, settings
+    llama, sequences, tokenizer, monkeypatch, tmp_path, explicit, settings
 ):
     options = {"settings": settings, "directory": tmp_path / "store" if explicit else None}
     targets, passes, done = find_targets(llama), [], []
@@ -121,43 +121,43 @@ def test_a_killed_build_goes_on_without_measuring_again(
 
     monkeypatch.setattr(prepare, "decompose", dying)
     with pytest.raises(KeyboardInterrupt):
-        build_factors(llama, targets, windows[:3], tokenizer, **options)
+        build_factors(llama, targets, sequences[:3], tokenizer, **options)
     assert sorted(passes) == sorted(2 * asked)
-    store = build_factors(llama, targets, windows[:3], tokenizer, **options)
+    store = build_factors(llama, targets, sequences[:3], tokenizer, **options)
     assert len(passes) == 2 * len(asked)
     assert len(done) == 14 + 14 + 1
-    again = build_factors(llama, targets, windows[:3], tokenizer, **options)
+    again = build_factors(llama, targets, sequences[:3], tokenizer, **options)
     assert (again.directory, len(done)) == (store.directory, 29)
     assert store.missing(target.name for target in targets.modules) == []
 
 
-def test_other_modules_or_fractions_make_other_factors(llama, windows, tokenizer):
+def test_other_modules_or_fractions_make_other_factors(llama, sequences, tokenizer):
     every, some = find_targets(llama), find_targets(llama, include=("*mlp*",))
 
     def built(targets, **changes):
         settings = Decomposition(**{"kind": "two_sided", "at_keep": 0.5, **changes})
-        return build_factors(llama, targets, windows[:2], tokenizer, settings=settings).directory
+        return build_factors(llama, targets, sequences[:2], tokenizer, settings=settings).directory
 
     assert len({built(every), built(some), built(every, at_keep=0.6), built(every, at_weight=1.0)}) == 4
     assert built(every) == built(every)
 
 
-def test_corrections_take_up_the_same_weights_or_say_that_they_are_gone(llama, windows, tokenizer):
+def test_corrections_take_up_the_same_weights_or_say_that_they_are_gone(llama, sequences, tokenizer):
     targets = find_targets(llama)
-    store = build_factors(llama, targets, windows[:4], tokenizer, settings=TWICE)
+    store = build_factors(llama, targets, sequences[:4], tokenizer, settings=TWICE)
     plan = plan_at(llama, targets, store, 0.6)
 
     def refitted():
         return refit(
-            plan, store, model=llama, targets=targets, windows=windows[:6], calibration=windows[:4],
+            plan, store, model=llama, targets=targets, sequences=sequences[:6], calibration=sequences[:4],
             settings=Refit(margin=0.0),
         )  # fmt: skip
 
     assert "refitted" in " ".join(refitted()[0].notes)
-    gradients = build_gradients(llama, targets, windows[:4], tokenizer)
-    drawing = Problem(budget_for(llama, targets, 0.6), store, targets, llama, windows[:4], gradients)
-    assert "weights corrected in 1 rounds" in " ".join(allocator("zero_sum", rounds=1).plan(drawing).notes)
-    where = collected.statistics_behind(store, llama, windows[:4]).compressed(
+    gradients = build_gradients(llama, targets, sequences[:4], tokenizer)
+    drawing = Problem(budget_for(llama, targets, 0.6), store, targets, llama, sequences[:4], gradients)
+    assert "weights corrected in 1 rounds" in " ".join(allocator("zs_svd", rounds=1).plan(drawing).notes)
+    where = collected.statistics_of_factors(store, llama, sequences[:4]).compressed(
         TWICE.point(store.fingerprint["at_modules"])
     )
     shutil.rmtree(where.weighted_moments(targets.modules, "text").directory)

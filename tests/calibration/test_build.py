@@ -48,14 +48,14 @@ def work(monkeypatch):
 
 
 @pytest.fixture
-def build(llama, windows, tokenizer):
+def build(llama, sequences, tokenizer):
     """Build the factors of the tiny Llama, with some arguments changed."""
 
     def run(**changes):
         model = changes.pop("model", llama)
-        arguments = {"windows": windows[:3], "tokenizer": tokenizer, **changes}
+        arguments = {"sequences": sequences[:3], "tokenizer": tokenizer, **changes}
         targets = find_targets(model, include=arguments.pop("include", ("*",)))
-        return build_factors(model, targets, arguments.pop("windows"), arguments.pop("tokenizer"), **arguments)
+        return build_factors(model, targets, arguments.pop("sequences"), arguments.pop("tokenizer"), **arguments)
 
     return run
 
@@ -66,7 +66,7 @@ def count_forwards(model):
     return calls
 
 
-def test_factors_minimise_the_error_on_the_calibration_text(llama, windows, build):
+def test_factors_minimise_the_error_on_the_calibration_text(llama, sequences, build):
     targets = find_targets(llama).modules
     store = build(settings=Decomposition(damping=0.0))
     inputs = {}
@@ -75,7 +75,7 @@ def test_factors_minimise_the_error_on_the_calibration_text(llama, windows, buil
         for t in targets
     ]
     with torch.no_grad():
-        llama(input_ids=windows[:3])
+        llama(input_ids=sequences[:3])
     for handle in handles:
         handle.remove()
     for target in targets:
@@ -94,7 +94,7 @@ def test_nothing_is_made_twice(llama, build, work):
     assert work.count("decompose") == 14
     assert work.count("root") == 8  # q/k/v share one, gate/up share one
     assert work.count("statistics") == 1
-    assert len(forwards) == 1 + 3  # the probe of find_targets, then one a window
+    assert len(forwards) == 1 + 3  # the probe of find_targets, then one a sequence
     work.clear()
     forwards.clear()
     again = build()
@@ -114,13 +114,13 @@ def test_other_damping_starts_from_the_same_statistics(llama, build, work):
     assert not torch.allclose(first.sigma(name), second.sigma(name))
 
 
-def test_plain_svd_reads_no_text(llama, build, work, windows):
+def test_plain_svd_reads_no_text(llama, build, work, sequences):
     store = build(settings=Decomposition(kind="svd"))
     assert set(work) == {"decompose"}
     weight = llama.get_submodule("model.layers.1.self_attn.o_proj").weight.double()
     torch.testing.assert_close(store.sigma("model.layers.1.self_attn.o_proj"), torch.linalg.svdvals(weight))
     work.clear()
-    build(settings=Decomposition(kind="svd"), windows=windows[5:9])
+    build(settings=Decomposition(kind="svd"), sequences=sequences[5:9])
     assert work == []
 
 
@@ -168,9 +168,9 @@ def test_what_another_run_made_while_this_one_waited_is_taken(build, work, monke
 def test_interrupted_statistics_collect_only_what_is_missing(build, monkeypatch):
     real, groups = collected.collect_input_moments, []
 
-    def remember(model, targets, windows, **kwargs):
+    def remember(model, targets, sequences, **kwargs):
         groups.append({target.group for target in targets})
-        return real(model, targets, windows, **kwargs)
+        return real(model, targets, sequences, **kwargs)
 
     monkeypatch.setattr(collected, "collect_input_moments", remember)
     write, saved = collected.TensorStore.write, []
@@ -199,11 +199,11 @@ def test_wider_target_list_adds_to_the_same_store(build, work):
     assert work.count("decompose") == 8
 
 
-def test_fingerprint_follows_weights_tokenizer_text_and_settings(llama, windows, build):
+def test_fingerprint_follows_weights_tokenizer_text_and_settings(llama, sequences, build):
     first = build().digest
     assert build().digest == first
-    assert build(windows=windows[:4]).digest != first
-    assert build(windows=windows[[1, 0, 2]]).digest != first
+    assert build(sequences=sequences[:4]).digest != first
+    assert build(sequences=sequences[[1, 0, 2]]).digest != first
     assert build(tokenizer=byte_tokenizer(bos=True)).digest != first
     assert build(settings=Decomposition(damping=2e-6)).digest != first
     assert build(settings=Decomposition(kind="svd")).digest != first
@@ -264,10 +264,10 @@ def test_disk_full_in_the_middle_is_resumed(build, work, monkeypatch):
     assert not [path for path in store.directory.rglob("*") if path.suffix == ".tmp"]
 
 
-def test_fallback_is_told(llama, windows, tokenizer, caplog):
+def test_fallback_is_told(llama, sequences, tokenizer, caplog):
     targets = find_targets(llama)
     with caplog.at_level(logging.WARNING):
-        store = build_factors(llama, targets, windows[:1, :20], tokenizer, settings=Decomposition(damping=0.0))
+        store = build_factors(llama, targets, sequences[:1, :20], tokenizer, settings=Decomposition(damping=0.0))
     notes = preparation_notes(targets, store)
     eigen = [name for name in (t.name for t in targets.modules) if store.notes(name)["square_root"] == "eigen"]
     assert eigen
@@ -320,14 +320,14 @@ def test_budget_counts_the_model(llama):
     assert model_parameters(tied) == tied.num_parameters()
 
 
-def test_origin_says_how_to_make_the_factors_again(build, windows):
+def test_origin_says_how_to_make_the_factors_again(build, sequences):
     store = build()
     assert describe_origin(
-        base="b", dtype="float32", text="t", windows=windows[:3], settings=Decomposition(), store=store
+        base="b", dtype="float32", text="t", sequences=sequences[:3], settings=Decomposition(), store=store
     ) == {
         "base": "b",
         "dtype": "float32",
-        "calibration": {"text": "t", "length": 64, "windows": 3},
+        "calibration": {"text": "t", "length": 64, "sequences": 3},
         "decomposition": {"kind": "whitened", "damping": 1e-6},
         "store": str(store.directory.resolve()),
     }

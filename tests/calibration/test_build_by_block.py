@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from lowrank_pl.calibration import build as prepare
 from lowrank_pl.calibration import build_by_block as walk
 from lowrank_pl.calibration.build import build_factors
-from lowrank_pl.calibration.build_by_block import walk_factors
+from lowrank_pl.calibration.build_by_block import build_factors_by_block
 from lowrank_pl.cli.commands import allocate
 from lowrank_pl.cli.decompose import decompose
 from lowrank_pl.cli.main import main
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.identity import model_fingerprint
-from lowrank_pl.models.lazy import CannotWalkError, Shards, Skeleton, open_skeleton
+from lowrank_pl.models.lazy import NotBlockwiseError, Shards, Skeleton, open_skeleton
 from lowrank_pl.models.targets import decoder_blocks, find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 
@@ -53,18 +53,18 @@ def assert_equal_factors(one, other, targets):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_factors_are_those_of_the_model_loaded_whole_to_the_bit(family, dtype, saved, windows, tokenizer, tmp_path):
+def test_factors_are_those_of_the_model_loaded_whole_to_the_bit(family, dtype, saved, sequences, tokenizer, tmp_path):
     base = saved(family)
     skeleton = open_skeleton(base, dtype=dtype)
     targets = skeleton.find_targets()
     cache = "disk" if dtype == torch.bfloat16 else "ram"
-    walked = walk_factors(
-        skeleton, targets, windows[:5], tokenizer, directory=tmp_path / "walked", batch_size=2, cache=cache
+    walked = build_factors_by_block(
+        skeleton, targets, sequences[:5], tokenizer, directory=tmp_path / "walked", batch_size=2, cache=cache
     )
     model = load_base(base, dtype=dtype)
     assert targets == find_targets(model)
     assert model_fingerprint(skeleton.model, skeleton.parameters()) == model_fingerprint(model)
-    whole = build_factors(model, targets, windows[:5], tokenizer, directory=tmp_path / "whole", batch_size=2)
+    whole = build_factors(model, targets, sequences[:5], tokenizer, directory=tmp_path / "whole", batch_size=2)
     assert_equal_factors(walked, whole, targets.modules)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in skeleton.model.modules())
@@ -81,13 +81,15 @@ KINDS = [
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=lambda settings: f"{settings.kind}-{settings.labels}")
-def test_other_kinds_are_walked_too(settings, saved, windows, tokenizer, tmp_path):
+def test_other_kinds_are_walked_too(settings, saved, sequences, tokenizer, tmp_path):
     base = saved()
     skeleton = open_skeleton(base)
     targets = skeleton.find_targets(exclude=["*down_proj"])
-    walked = walk_factors(skeleton, targets, windows[:2], tokenizer, settings=settings, directory=tmp_path / "walked")
+    walked = build_factors_by_block(
+        skeleton, targets, sequences[:2], tokenizer, settings=settings, directory=tmp_path / "walked"
+    )
     whole = build_factors(
-        load_base(base), targets, windows[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
+        load_base(base), targets, sequences[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
     )
     assert_equal_factors(walked, whole, targets.modules)
 
@@ -95,7 +97,7 @@ def test_other_kinds_are_walked_too(settings, saved, windows, tokenizer, tmp_pat
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_block_by_block_are_those_of_the_whole_model_to_the_bit(
-    family, dtype, saved, windows, tokenizer, tmp_path
+    family, dtype, saved, sequences, tokenizer, tmp_path
 ):
     base, settings = saved(family), Decomposition("two_sided")
     skeleton = open_skeleton(base, dtype=dtype)
@@ -103,9 +105,11 @@ def test_gradients_block_by_block_are_those_of_the_whole_model_to_the_bit(
     how = {"settings": settings, "batch_size": 2}
     cache = "disk" if dtype == torch.bfloat16 else "ram"
     # The last of three batches is a smaller one.
-    walked = walk_factors(skeleton, targets, windows[:5], tokenizer, directory=tmp_path / "walked", cache=cache, **how)
+    walked = build_factors_by_block(
+        skeleton, targets, sequences[:5], tokenizer, directory=tmp_path / "walked", cache=cache, **how
+    )
     model = load_base(base, dtype=dtype)
-    whole = build_factors(model, targets, windows[:5], tokenizer, directory=tmp_path / "whole", **how)
+    whole = build_factors(model, targets, sequences[:5], tokenizer, directory=tmp_path / "whole", **how)
     assert_equal_factors(walked, whole, targets.modules)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in skeleton.model.modules())
@@ -113,7 +117,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model_to_the_bit(
 
 
 def test_passes_back_hold_one_block_and_go_no_further_than_what_is_missing(
-    saved, windows, tokenizer, tmp_path, monkeypatch
+    saved, sequences, tokenizer, tmp_path, monkeypatch
 ):
     """Killed in the second of three blocks on the way back: the third is measured, and the first is not run again."""
     skeleton, settings = open_skeleton(saved()), Decomposition("two_sided")
@@ -128,55 +132,57 @@ def test_passes_back_hold_one_block_and_go_no_further_than_what_is_missing(
 
     monkeypatch.setattr(prepare, "decompose", look)
     with pytest.raises(KeyboardInterrupt):
-        walk_factors(skeleton, targets, windows[:2], tokenizer, settings=settings)
+        build_factors_by_block(skeleton, targets, sequences[:2], tokenizer, settings=settings)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     blocks = [{name.split(".")[2] for name in names if ".layers." in name} for names in there]
     assert blocks == [{"2"}] * 7 + [{"1"}] * 3
     monkeypatch.setattr(prepare, "decompose", real)
-    back_at, forward_at = walk.WalkBack.at, walk.Walk.at
-    monkeypatch.setattr(walk.WalkBack, "at", lambda self, block: (back.append(block), back_at(self, block))[1])
-    monkeypatch.setattr(walk.Walk, "at", lambda self, block: (forward.append(block), forward_at(self, block))[1])
-    store = walk_factors(skeleton, targets, windows[:2], tokenizer, settings=settings)
+    back_at, forward_at = walk.BlockwiseBackward.at, walk.BlockwiseForward.at
+    monkeypatch.setattr(walk.BlockwiseBackward, "at", lambda self, block: (back.append(block), back_at(self, block))[1])
+    monkeypatch.setattr(
+        walk.BlockwiseForward, "at", lambda self, block: (forward.append(block), forward_at(self, block))[1]
+    )
+    store = build_factors_by_block(skeleton, targets, sequences[:2], tokenizer, settings=settings)
     # The second block was measured, and not decomposed to its end.
     assert (forward, back) == ([0, 1, 2], [2, 1, 0])
-    again = walk_factors(skeleton, targets, windows[:2], tokenizer, settings=settings)
+    again = build_factors_by_block(skeleton, targets, sequences[:2], tokenizer, settings=settings)
     assert (len(forward), len(back)) == (3, 3)
     whole = build_factors(
-        load_base(saved()), targets, windows[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
+        load_base(saved()), targets, sequences[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
     )
     assert_equal_factors(again, whole, targets.modules)
     assert store.directory == again.directory
 
 
-def test_gradients_of_later_blocks_alone_leave_the_first_ones_out(saved, windows, tokenizer, tmp_path, monkeypatch):
+def test_gradients_of_later_blocks_alone_leave_the_first_ones_out(saved, sequences, tokenizer, tmp_path, monkeypatch):
     skeleton, settings = open_skeleton(saved()), Decomposition("two_sided")
     targets = skeleton.find_targets(include=["*layers.1.*", "*layers.2.mlp.*"])
-    back, at, kept = [], walk.WalkBack.at, []
+    back, at, kept = [], walk.BlockwiseBackward.at, []
 
     def remember(self, block):
         back.append(block)
         kept.append(sorted(self.walk.states))
         return at(self, block)
 
-    monkeypatch.setattr(walk.WalkBack, "at", remember)
-    store = walk_factors(skeleton, targets, windows[:2], tokenizer, settings=settings)
+    monkeypatch.setattr(walk.BlockwiseBackward, "at", remember)
+    store = build_factors_by_block(skeleton, targets, sequences[:2], tokenizer, settings=settings)
     assert back == [2, 1]
     # What the first block returned is what the second is fed; nothing before that is kept, nothing behind it stays.
     assert kept == [[0, 1, 2], [0, 1]]
     whole = build_factors(
-        load_base(saved()), targets, windows[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
+        load_base(saved()), targets, sequences[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
     )
     assert_equal_factors(store, whole, targets.modules)
 
 
-def test_a_window_without_a_next_token_is_refused(saved, windows, tokenizer):
+def test_a_window_without_a_next_token_is_refused(saved, sequences, tokenizer):
     skeleton = open_skeleton(saved())
     targets = skeleton.find_targets()
     with pytest.raises(ValueError, match="windows of 1 tokens were given: a loss needs at least two"):
-        walk_factors(skeleton, targets, windows[:2, :1], tokenizer, settings=Decomposition("two_sided"))
+        build_factors_by_block(skeleton, targets, sequences[:2, :1], tokenizer, settings=Decomposition("two_sided"))
 
 
-def test_one_block_is_loaded_at_a_time(saved, windows, tokenizer, monkeypatch):
+def test_one_block_is_loaded_at_a_time(saved, sequences, tokenizer, monkeypatch):
     skeleton = open_skeleton(saved())
     targets = skeleton.find_targets()
     real, there = prepare.decompose, []
@@ -186,7 +192,7 @@ def test_one_block_is_loaded_at_a_time(saved, windows, tokenizer, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(prepare, "decompose", look)
-    walk_factors(skeleton, targets, windows[:1], tokenizer)
+    build_factors_by_block(skeleton, targets, sequences[:1], tokenizer)
     assert len(there) == len(targets.modules)
     for target, names in zip(targets.modules, there, strict=True):
         outside = {"model.norm.weight"} | ({"model.embed_tokens.weight"} if target.block == 0 else set())
@@ -194,7 +200,7 @@ def test_one_block_is_loaded_at_a_time(saved, windows, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize(("step", "runs"), [("check_finite", 3), ("decompose_all", 0)])
-def test_killed_walk_goes_on_and_runs_only_what_is_not_measured(step, runs, saved, windows, tokenizer, monkeypatch):
+def test_killed_walk_goes_on_and_runs_only_what_is_not_measured(step, runs, saved, sequences, tokenizer, monkeypatch):
     """Killed in the last block before or after its inputs are measured, and only that block is made again."""
     skeleton = open_skeleton(saved())
     targets = skeleton.find_targets()
@@ -208,38 +214,38 @@ def test_killed_walk_goes_on_and_runs_only_what_is_not_measured(step, runs, save
 
     monkeypatch.setattr(walk, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        walk_factors(skeleton, targets, windows[:2], tokenizer)
+        build_factors_by_block(skeleton, targets, sequences[:2], tokenizer)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
-    made, passes, decompose_all, at = [], [], prepare.decompose_all, walk.Walk.at
+    made, passes, decompose_all, at = [], [], prepare.decompose_all, walk.BlockwiseForward.at
     monkeypatch.setattr(walk, step, real)
     monkeypatch.setattr(walk, "decompose_all", lambda *args: (made.extend(args[1]), decompose_all(*args)))
-    monkeypatch.setattr(walk.Walk, "at", lambda self, block: (passes.append(block), at(self, block))[1])
-    store = walk_factors(skeleton, targets, windows[:2], tokenizer)
+    monkeypatch.setattr(walk.BlockwiseForward, "at", lambda self, block: (passes.append(block), at(self, block))[1])
+    store = build_factors_by_block(skeleton, targets, sequences[:2], tokenizer)
     assert {target.block for target in made} == {2}
     assert len(passes) == runs
-    whole = build_factors(load_base(saved()), targets, windows[:2], tokenizer, directory=store.directory / "whole")
+    whole = build_factors(load_base(saved()), targets, sequences[:2], tokenizer, directory=store.directory / "whole")
     assert_equal_factors(store, whole, targets.modules)
 
 
-def test_blocks_that_share_more_than_the_hidden_state_are_told(saved, windows, tokenizer):
+def test_blocks_that_share_more_than_the_hidden_state_are_told(saved, sequences, tokenizer):
     skeleton = open_skeleton(saved())
     targets = skeleton.find_targets()
     kept = {}
     first, second = decoder_blocks(skeleton.model)[1][:2]
     first.register_forward_hook(lambda _, __, output: kept.update(shared=output * 2))
     second.register_forward_hook(lambda _, __, output: output + kept.pop("shared", 0))
-    with pytest.raises(CannotWalkError, match="its blocks share more than the hidden state"):
-        walk_factors(skeleton, targets, windows[:1], tokenizer)
+    with pytest.raises(NotBlockwiseError, match="its blocks share more than the hidden state"):
+        build_factors_by_block(skeleton, targets, sequences[:1], tokenizer)
 
 
-def test_a_block_that_is_run_twice_is_told(saved, windows, tokenizer):
+def test_a_block_that_is_run_twice_is_told(saved, sequences, tokenizer):
     base = saved()
     model = open_skeleton(base).model
     model.model.layers[2] = model.model.layers[1]
     skeleton = Skeleton(model, Shards(base, model), torch.device("cpu"))
     targets = skeleton.find_targets()
-    with pytest.raises(CannotWalkError, match="its blocks are not run once each"):
-        walk_factors(skeleton, targets, windows[:1], tokenizer)
+    with pytest.raises(NotBlockwiseError, match="its blocks are not run once each"):
+        build_factors_by_block(skeleton, targets, sequences[:1], tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +256,7 @@ def test_a_block_that_is_run_twice_is_told(saved, windows, tokenizer):
     ],
 )
 def test_bases_that_are_no_checkpoint_are_not_walked(base, reason):
-    with pytest.raises(CannotWalkError, match=reason):
+    with pytest.raises(NotBlockwiseError, match=reason):
         open_skeleton(base)
 
 
@@ -260,14 +266,14 @@ def test_files_that_need_a_conversion_are_not_walked(saved, tmp_path):
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.scale"] = tensors.pop("model.norm.weight")
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CannotWalkError, match=r"its files hold no model.norm.weight of shape \(32,\) as it is"):
+    with pytest.raises(NotBlockwiseError, match=r"its files hold no model.norm.weight of shape \(32,\) as it is"):
         open_skeleton(str(base))
     (base / "model.safetensors").unlink()
-    with pytest.raises(CannotWalkError, match=r"model\.safetensors"):
+    with pytest.raises(NotBlockwiseError, match=r"model\.safetensors"):
         open_skeleton(str(base))
 
 
-def test_a_damaged_weight_names_its_module(tmp_path, windows, tokenizer):
+def test_a_damaged_weight_names_its_module(tmp_path, sequences, tokenizer):
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_submodule("model.layers.1.self_attn.k_proj").weight[0, 0] = float("nan")
@@ -275,7 +281,7 @@ def test_a_damaged_weight_names_its_module(tmp_path, windows, tokenizer):
     skeleton = open_skeleton(str(tmp_path / "bad"))
     targets = skeleton.find_targets()
     with pytest.raises(ValueError, match=r"the weight of model.layers.1.self_attn.k_proj holds NaN or infinity"):
-        walk_factors(skeleton, targets, windows[:1], tokenizer, settings=Decomposition(kind="svd"))
+        build_factors_by_block(skeleton, targets, sequences[:1], tokenizer, settings=Decomposition(kind="svd"))
 
 
 def test_the_command_line_takes_lists_and_sizes(saved, tmp_path, capsys):
@@ -319,7 +325,7 @@ def test_allocate_finds_the_factors_made(saved, tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_walked_is_loaded_whole_and_said(settings, base, reason, saved, tmp_path, caplog):
     base = base or saved()
     made = decompose(
-        base, decomposition=settings, text=TEXT, length=32, windows=2, memory="20KB",
+        base, decomposition=settings, text=TEXT, length=32, sequences=2, memory="20KB",
         gradient_checkpointing=True, json=tmp_path / "figures.json",
     )  # fmt: skip
     assert f"{base} is loaded whole: {reason}" in caplog.text

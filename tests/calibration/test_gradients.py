@@ -9,7 +9,7 @@ from torch.nn import functional
 from lowrank_pl.calibration import backward
 from lowrank_pl.calibration.build import build_factors, build_gradients
 from lowrank_pl.calibration.gradients import GradientMoments, WeightGradients, collect_gradients
-from lowrank_pl.calibration.statistics import statistics_behind
+from lowrank_pl.calibration.statistics import statistics_of_factors
 from lowrank_pl.factors.decomposition import decompose, diagonal_root, square_root, truncate
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.targets import Target, dense_weight, find_targets
@@ -35,7 +35,7 @@ def by_autograd(model, targets, batches):
     return found
 
 
-def per_token(model, targets, window, labels):
+def per_token(model, targets, sequence, labels):
     """Second moment of output gradients, one token's loss at a time: only the sum over tokens reaches an output."""
     outputs = {}
     handles = [
@@ -45,9 +45,9 @@ def per_token(model, targets, window, labels):
         for t in targets
     ]
     embedded = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
-    logits = model(input_ids=window[None]).logits[0, :-1]
+    logits = model(input_ids=sequence[None]).logits[0, :-1]
     losses = functional.cross_entropy(logits, labels, reduction="none")
-    sums = {t.name: torch.zeros(len(window), t.shape[0], dtype=torch.float64) for t in targets}
+    sums = {t.name: torch.zeros(len(sequence), t.shape[0], dtype=torch.float64) for t in targets}
     for loss in losses:
         grads = torch.autograd.grad(loss, [outputs[t.name] for t in targets], retain_graph=True, allow_unused=True)
         for target, grad in zip(targets, grads, strict=True):
@@ -59,11 +59,11 @@ def per_token(model, targets, window, labels):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_weight_gradients_are_those_of_autograd(family, batch_size, windows):
+def test_weight_gradients_are_those_of_autograd(family, batch_size, sequences):
     model = tiny_model(family)
     targets = find_targets(model).modules
-    _, found = collect_gradients(model, windows[:4], weights=targets, batch_size=batch_size)
-    expected = by_autograd(model, targets, torch.split(windows[:4], batch_size))
+    _, found = collect_gradients(model, sequences[:4], weights=targets, batch_size=batch_size)
+    expected = by_autograd(model, targets, torch.split(sequences[:4], batch_size))
     for target in targets:
         grads = [grad[target.name] for grad in expected]
         mean, squares = sum(grads) / len(grads), sum(g.double().square().sum(1) for g in grads) / len(grads)
@@ -73,12 +73,12 @@ def test_weight_gradients_are_those_of_autograd(family, batch_size, windows):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_moments_are_those_of_a_loop_over_tokens(family, windows):
+def test_moments_are_those_of_a_loop_over_tokens(family, sequences):
     model = tiny_model(family)
     targets = [find_targets(model).modules[i] for i in (0, 3, -1)]
-    short = windows[:2, :12]
+    short = sequences[:2, :12]
     found, _ = collect_gradients(model, short, moments=targets, labels="text")
-    expected = [per_token(model, targets, window, window[1:]) for window in short]
+    expected = [per_token(model, targets, sequence, sequence[1:]) for sequence in short]
     for target in targets:
         total = sum(moment[target.name] for moment in expected)
         torch.testing.assert_close(found[target.name].second, total, rtol=1e-4, atol=1e-6)
@@ -86,9 +86,9 @@ def test_moments_are_those_of_a_loop_over_tokens(family, windows):
         assert found[target.name].tokens == 22
 
 
-def test_sampled_labels_are_drawn_from_the_model_and_reproducible(llama, windows):
+def test_sampled_labels_are_drawn_from_the_model_and_reproducible(llama, sequences):
     targets = find_targets(llama).modules[-2:]
-    short = windows[:2, :10]
+    short = sequences[:2, :10]
 
     def moments(**changes):
         return collect_gradients(llama, short, moments=targets, **changes)[0][targets[-1].name].second
@@ -105,12 +105,12 @@ def test_sampled_labels_are_drawn_from_the_model_and_reproducible(llama, windows
     assert torch.equal(weights[targets[0].name].total, alone[targets[0].name].total)
     # By hand, with the labels drawn as the docstring says.
     total = 0
-    for number, window in enumerate(short):
+    for number, sequence in enumerate(short):
         with torch.no_grad():
-            chances = llama(input_ids=window[None]).logits[0, :-1].softmax(-1)
+            chances = llama(input_ids=sequence[None]).logits[0, :-1].softmax(-1)
         lots = torch.rand(len(chances), 1, generator=torch.Generator().manual_seed(number))
         labels = (chances.cumsum(-1) <= lots).sum(-1)
-        total = total + per_token(llama, targets, window, labels)[targets[-1].name]
+        total = total + per_token(llama, targets, sequence, labels)[targets[-1].name]
     torch.testing.assert_close(first, total, rtol=1e-4, atol=1e-6)
 
 
@@ -127,10 +127,10 @@ def test_labels_are_drawn_as_often_as_their_probability_says():
 def test_mean_of_sampled_gradients_is_the_fisher_of_the_head(llama):
     """At the last map the expectation is known: with one position, E[g g'] is J' (diag(p) - p p') J."""
     targets = [t for t in find_targets(llama).modules if t.kind == "mlp.down_proj"][-1:]
-    window = torch.tensor([[7, 8]])
+    sequence = torch.tensor([[7, 8]])
     moments = GradientMoments.empty(targets[0].shape[0])
     for seed in range(400):
-        moments.merge(collect_gradients(llama, window, moments=targets, seed=seed)[0][targets[0].name])
+        moments.merge(collect_gradients(llama, sequence, moments=targets, seed=seed)[0][targets[0].name])
     assert moments.tokens == 400
     kept = {}
     handle = llama.get_submodule(targets[0].name).register_forward_hook(
@@ -138,7 +138,7 @@ def test_mean_of_sampled_gradients_is_the_fisher_of_the_head(llama):
     )
     embedded = llama.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
     with torch.enable_grad():
-        logits = llama(input_ids=window).logits[0, 0]
+        logits = llama(input_ids=sequence).logits[0, 0]
         rows = [torch.autograd.grad(z, kept["y"], retain_graph=True)[0][0, 0] for z in logits]
     handle.remove()
     embedded.remove()
@@ -147,24 +147,24 @@ def test_mean_of_sampled_gradients_is_the_fisher_of_the_head(llama):
     assert (moments.second_moment - fisher).norm() < 0.25 * fisher.norm()
 
 
-def test_model_is_left_as_it_was(windows):
+def test_model_is_left_as_it_was(sequences):
     model = tiny_model("llama").train()
     asking = [parameter.requires_grad for parameter in model.parameters()]
     targets = find_targets(model).modules
-    collect_gradients(model, windows[:1], moments=targets, weights=targets)
+    collect_gradients(model, sequences[:1], moments=targets, weights=targets)
     assert [parameter.requires_grad for parameter in model.parameters()] == asking
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_merged_sums_are_those_of_all(llama, windows):
+def test_merged_sums_are_those_of_all(llama, sequences):
     targets = find_targets(llama).modules[:1]
     name = targets[0].name
     parts = [
-        collect_gradients(llama, part, moments=targets, weights=targets, labels="text") for part in windows[:2, None]
+        collect_gradients(llama, part, moments=targets, weights=targets, labels="text") for part in sequences[:2, None]
     ]
-    whole = collect_gradients(llama, windows[:2], moments=targets, weights=targets, labels="text")
+    whole = collect_gradients(llama, sequences[:2], moments=targets, weights=targets, labels="text")
     moments, weights = GradientMoments.empty(targets[0].shape[0]), WeightGradients.empty(targets[0].shape)
     for seen, sums in parts:
         moments.merge(seen[name])
@@ -174,18 +174,18 @@ def test_merged_sums_are_those_of_all(llama, windows):
     assert (moments.tokens, weights.batches) == (126, 2)
 
 
-def test_short_windows_and_what_is_not_finite_are_named(llama, windows):
+def test_short_windows_and_what_is_not_finite_are_named(llama, sequences):
     targets = find_targets(llama).modules
     with pytest.raises(ValueError, match=r"windows of 1 tokens were given: a loss needs at least two"):
-        collect_gradients(llama, windows[:, :1], weights=targets)
+        collect_gradients(llama, sequences[:, :1], weights=targets)
     with torch.no_grad():
         llama.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"the loss of calibration batch 0 is nan: check the checkpoint"):
-        collect_gradients(llama, windows[:2], weights=targets)
+        collect_gradients(llama, sequences[:2], weights=targets)
 
 
 @pytest.mark.parametrize("what", ["weights", "moments"])
-def test_a_gradient_that_is_not_finite_names_its_module(llama, windows, what):
+def test_a_gradient_that_is_not_finite_names_its_module(llama, sequences, what):
     targets = find_targets(llama).modules
     name = "model.layers.1.self_attn.o_proj"
 
@@ -204,7 +204,7 @@ def test_a_gradient_that_is_not_finite_names_its_module(llama, windows, what):
     with pytest.raises(
         ValueError, match=rf"the gradient at module {name} in calibration batch 0 holds NaN or infinity"
     ):
-        collect_gradients(llama, windows[:1], **{what: [t for t in targets if t.name == name]})
+        collect_gradients(llama, sequences[:1], **{what: [t for t in targets if t.name == name]})
     handle.remove()
 
 
@@ -229,16 +229,16 @@ def test_two_sided_identity(shape):
         assert trace == pytest.approx(predicted, rel=1e-8, abs=1e-9)
 
 
-def test_asvd_factors_are_those_of_its_formula(llama, windows, tokenizer):
+def test_asvd_factors_are_those_of_its_formula(llama, sequences, tokenizer):
     store = build_factors(
-        llama, find_targets(llama), windows[:3], tokenizer, settings=Decomposition(kind="asvd", damping=0.0)
+        llama, find_targets(llama), sequences[:3], tokenizer, settings=Decomposition(kind="asvd", damping=0.0)
     )
     for target in find_targets(llama).modules:
         seen = []
         module = llama.get_submodule(target.name)
         handle = module.register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0].flatten(0, -2)))
         with torch.no_grad():
-            llama(input_ids=windows[:3])
+            llama(input_ids=sequences[:3])
         handle.remove()
         scale = torch.cat(seen).double().abs().mean(0) ** 0.5
         left, sigma, right = torch.linalg.svd(dense_weight(module).double() * scale, full_matrices=False)
@@ -248,11 +248,11 @@ def test_asvd_factors_are_those_of_its_formula(llama, windows, tokenizer):
         torch.testing.assert_close((part.left @ part.right).double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_fwsvd_factors_are_those_of_its_formula(llama, windows, tokenizer):
+def test_fwsvd_factors_are_those_of_its_formula(llama, sequences, tokenizer):
     targets = find_targets(llama)
     settings = Decomposition(kind="fwsvd", output_damping=0.0)
-    store = build_factors(llama, targets, windows[:3], tokenizer, settings=settings)
-    batches = by_autograd(llama, targets.modules, torch.split(windows[:3], 1))
+    store = build_factors(llama, targets, sequences[:3], tokenizer, settings=settings)
+    batches = by_autograd(llama, targets.modules, torch.split(sequences[:3], 1))
     for target in targets.modules:
         squares = sum(grads[target.name].double().square() for grads in batches) / 3
         rows = squares.sum(1).sqrt()
@@ -273,43 +273,44 @@ def test_features_that_are_always_zero_can_be_divided_by():
 
 
 @pytest.mark.parametrize("settings", [Decomposition("fwsvd"), Decomposition("two_sided")])
-def test_what_depends_on_batches_is_made_for_these_batches(llama, windows, tokenizer, settings):
+def test_what_depends_on_batches_is_made_for_these_batches(llama, sequences, tokenizer, settings):
     targets = find_targets(llama)
     one, two, again = (
-        build_factors(llama, targets, windows[:4], tokenizer, settings=settings, batch_size=size) for size in (1, 2, 1)
+        build_factors(llama, targets, sequences[:4], tokenizer, settings=settings, batch_size=size)
+        for size in (1, 2, 1)
     )
     assert again.directory == one.directory != two.directory
     name = targets.modules[4].name
     assert not torch.equal(one.sigma(name), two.sigma(name))
     # And not where it does not.
-    plain = [build_factors(llama, targets, windows[:4], tokenizer, batch_size=size).directory for size in (1, 2)]
+    plain = [build_factors(llama, targets, sequences[:4], tokenizer, batch_size=size).directory for size in (1, 2)]
     assert plain[0] == plain[1]
-    assert statistics_behind(two, llama, windows[:4]).batch_size == 2
+    assert statistics_of_factors(two, llama, sequences[:4]).batch_size == 2
 
 
-def test_maps_that_are_fed_by_name_are_measured_alike(llama, windows, tokenizer):
+def test_maps_that_are_fed_by_name_are_measured_alike(llama, sequences, tokenizer):
     class Named(type(llama.model.layers[0].mlp)):
         def forward(self, x):
             return self.down_proj(input=self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     targets = find_targets(llama)
-    expected = collect_gradients(llama, windows[:2], moments=targets.modules, labels="text")[0]
+    expected = collect_gradients(llama, sequences[:2], moments=targets.modules, labels="text")[0]
     for layer in llama.model.layers:
         layer.mlp.__class__ = Named
-    found = collect_gradients(llama, windows[:2], moments=targets.modules, labels="text")[0]
+    found = collect_gradients(llama, sequences[:2], moments=targets.modules, labels="text")[0]
     for name, moments in expected.items():
         assert torch.equal(found[name].second, moments.second)
 
 
-def test_gradients_are_collected_once(llama, windows, tokenizer, monkeypatch):
+def test_gradients_are_collected_once(llama, sequences, tokenizer, monkeypatch):
     from lowrank_pl.calibration import statistics as collected
 
     targets = find_targets(llama)
-    store = build_gradients(llama, targets, windows[:2], tokenizer)
+    store = build_gradients(llama, targets, sequences[:2], tokenizer)
     monkeypatch.setattr(collected, "measure_gradients", lambda *_, **__: pytest.fail("collected again"))
-    again = build_gradients(llama, targets, windows[:2], tokenizer)
+    again = build_gradients(llama, targets, sequences[:2], tokenizer)
     assert again.directory == store.directory
-    expected = by_autograd(llama, targets.modules, torch.split(windows[:2], 1))
+    expected = by_autograd(llama, targets.modules, torch.split(sequences[:2], 1))
     name = targets.modules[4].name
     torch.testing.assert_close(
         again.read(name, "mean"), (expected[0][name] + expected[1][name]) / 2, rtol=1e-4, atol=1e-6
@@ -324,14 +325,14 @@ def test_a_map_that_is_called_twice_adds_up_its_calls(tokenizer):
     name = "model.layers.0.mlp.down_proj"
     m, n = model.get_submodule(name).weight.shape
     target = Target(name=name, block=0, kind="mlp.down_proj", shape=(m, n), group=name)
-    windows = torch.arange(96).view(3, 32)
-    moments, weights = collect_gradients(model, windows, moments=[target], weights=[target], labels="text")
+    sequences = torch.arange(96).view(3, 32)
+    moments, weights = collect_gradients(model, sequences, moments=[target], weights=[target], labels="text")
     expected = torch.zeros(m, n)
-    for window in windows:
+    for sequence in sequences:
         model.zero_grad()
         model.get_submodule(name).weight.requires_grad_(True)
-        logits = model(input_ids=window[None]).logits
-        torch.nn.functional.cross_entropy(logits[0, :-1], window[1:]).backward()
-        expected += model.get_submodule(name).weight.grad / len(windows)
+        logits = model(input_ids=sequence[None]).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], sequence[1:]).backward()
+        expected += model.get_submodule(name).weight.grad / len(sequences)
     torch.testing.assert_close(weights[name].mean, expected, rtol=1e-4, atol=1e-7)
     assert (weights[name].batches, moments[name].tokens) == (3, 3 * 31)

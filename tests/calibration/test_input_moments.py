@@ -78,83 +78,83 @@ def test_values_that_are_not_finite_are_refused_and_not_counted(bad):
     assert moments.second.abs().sum() == 0
 
 
-def watched_inputs(model, names, windows):
-    """Inputs of modules for all windows at once, by hooks of our own."""
+def watched_inputs(model, names, sequences):
+    """Inputs of modules for all sequences at once, by hooks of our own."""
     seen = {}
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[0]}))
         for name in names
     ]
     with torch.no_grad():
-        model(input_ids=windows)
+        model(input_ids=sequences)
     for handle in handles:
         handle.remove()
     return seen
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox"])
-def test_collected_moments_are_those_of_the_inputs(family, windows):
+def test_collected_moments_are_those_of_the_inputs(family, sequences):
     model = tiny_model(family)
     targets = find_targets(model).modules
-    collected = collect_input_moments(model, targets, windows[:5], batch_size=2)
+    collected = collect_input_moments(model, targets, sequences[:5], batch_size=2)
     assert list(collected) == list(dict.fromkeys(target.group for target in targets))
-    inputs = watched_inputs(model, [target.name for target in targets], windows[:5])
+    inputs = watched_inputs(model, [target.name for target in targets], sequences[:5])
     for target in targets:
         assert_same(collected[target.group], by_hand(inputs[target.name]), rtol=1e-4)
 
 
-def test_modules_with_the_same_input_share_one_entry(llama, windows):
+def test_modules_with_the_same_input_share_one_entry(llama, sequences):
     targets = find_targets(llama).modules
-    collected = collect_input_moments(llama, targets, windows[:1])
+    collected = collect_input_moments(llama, targets, sequences[:1])
     kinds = [name.removeprefix("model.layers.0.") for name in collected if ".layers.0." in name]
     assert kinds == ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
     some = find_targets(llama, include=["*v_proj", "*up_proj"]).modules
-    alone = collect_input_moments(llama, some, windows[:1])
+    alone = collect_input_moments(llama, some, sequences[:1])
     torch.testing.assert_close(
         alone["model.layers.1.self_attn.v_proj"].second, collected["model.layers.1.self_attn.q_proj"].second
     )
 
 
-def test_model_is_left_as_it_was(llama, windows):
+def test_model_is_left_as_it_was(llama, sequences):
     llama.train()
-    collect_input_moments(llama, find_targets(llama).modules, windows[:1])
+    collect_input_moments(llama, find_targets(llama).modules, sequences[:1])
     assert all(module.training for module in llama.modules())
     assert not any(module._forward_pre_hooks for module in llama.modules())
     assert all(parameter.grad is None for parameter in llama.parameters())
 
 
-def test_inputs_that_are_not_finite_name_module_and_batch(llama, windows):
+def test_inputs_that_are_not_finite_name_module_and_batch(llama, sequences):
     targets = find_targets(llama).modules
     with torch.no_grad():
-        llama.get_submodule("model.embed_tokens").weight[windows[2, 5]] = float("inf")
-    first = next(i for i, row in enumerate(windows) if (row == windows[2, 5]).any())
+        llama.get_submodule("model.embed_tokens").weight[sequences[2, 5]] = float("inf")
+    first = next(i for i, row in enumerate(sequences) if (row == sequences[2, 5]).any())
     message = (
         rf"the inputs hold NaN or infinity: at module model.layers.0.self_attn.q_proj in calibration batch {first}; "
         "check the checkpoint, or load it in a wider dtype"
     )
     with pytest.raises(ValueError, match=message):
-        collect_input_moments(llama, targets, windows)
+        collect_input_moments(llama, targets, sequences)
     assert not any(module._forward_pre_hooks for module in llama.modules())
 
 
-def test_late_damage_is_named_where_it_first_shows(llama, windows):
+def test_late_damage_is_named_where_it_first_shows(llama, sequences):
     with torch.no_grad():
         llama.get_submodule("model.layers.1.post_attention_layernorm").weight[3] = float("nan")
     with pytest.raises(ValueError, match=r"at module model.layers.1.mlp.gate_proj in calibration batch 0"):
-        collect_input_moments(llama, find_targets(llama).modules, windows)
+        collect_input_moments(llama, find_targets(llama).modules, sequences)
 
 
-def test_fewer_tokens_than_features_is_a_warning(llama, windows, caplog):
+def test_fewer_tokens_than_features_is_a_warning(llama, sequences, caplog):
     targets = find_targets(llama).modules
     with caplog.at_level(logging.WARNING):
-        collect_input_moments(llama, targets, windows[:1, :40])
+        collect_input_moments(llama, targets, sequences[:1, :40])
     assert caplog.messages == [
         "2 inputs saw fewer tokens than they have features (model.layers.0.mlp.down_proj: 40 tokens, 96 features): "
         "their second moment is singular and rests on damping; give more calibration text"
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        collect_input_moments(llama, targets, windows[:2])
+        collect_input_moments(llama, targets, sequences[:2])
     assert caplog.messages == []
 
 

@@ -15,7 +15,7 @@ from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.sharded_build import open_shared
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.masked_linear import chosen, insert_masks, masked_layers
 from lowrank_pl.models.base import can_be_shared, load_base
 from lowrank_pl.models.lazy import open_skeleton
@@ -24,7 +24,7 @@ from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from lowrank_pl.plans.storage import Storage
 from lowrank_pl.training import module as learner_module
 from lowrank_pl.training.sharding import own_rows, shard_frozen
-from lowrank_pl.utils.distributed import together
+from lowrank_pl.utils.distributed import cooperating
 from tests.helpers.tiny_training import make_data, make_learner, make_trainer
 from tests.helpers.two_processes import as_torchrun_says, in_two_processes
 
@@ -45,7 +45,7 @@ def opened(base, dtype="float32"):
     return open_shared(base, include=("*",), exclude=(), dtype=DTYPES[dtype], device=torch.device("cpu"))
 
 
-def windows(count=5):
+def sequences(count=5):
     return torch.randint(256, (count, 48), generator=torch.Generator().manual_seed(0))
 
 
@@ -73,18 +73,18 @@ def two_processes(rank, folder):
 
 
 def make_factors(folder):
-    """Make factors both ways, of more and of fewer windows than processes; return how many maps this one decomposed."""
+    """Make factors both ways, of more and of fewer sequences than processes; return how many maps this one decomposed."""
     base, tokenizer = str(folder / "llama"), byte_tokenizer()
     whole, made, add = load_base(base), [], FactorStore.add
-    with together(), pytest.MonkeyPatch.context() as patch:
+    with cooperating(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(FactorStore, "add", lambda store, name, *a, **k: (made.append(name), add(store, name, *a, **k)))
         for count, settings in product((5, 1), (WHITENED, TWO_SIDED)):
             made.clear()
             shared = opened(base)
             how = {"settings": settings, "directory": folder / f"shared-{settings.kind}-{count}"}
-            ours = shared.factors(windows(count), tokenizer, load=never, **how)
+            ours = shared.factors(sequences(count), tokenizer, load=never, **how)
             how["directory"] = folder / f"whole-{settings.kind}-{count}"
-            theirs = build_factors(whole, shared.targets, windows(count), tokenizer, **how)
+            theirs = build_factors(whole, shared.targets, sequences(count), tokenizer, **how)
             mine = len(made) // 2
             assert made[:mine] == made[mine:], "not the share that is made of a model loaded whole"
             assert_equal_factors(ours, theirs, shared.targets.modules)
@@ -102,14 +102,14 @@ def assert_equal_factors(ours, theirs, targets):
 
 def check_weights(rank, folder, family, dtype):
     """Compare what this process holds, and computes, with a model that was loaded whole."""
-    base, tokens = str(folder / family), windows(1)
+    base, tokens = str(folder / family), sequences(1)
     shared, whole = opened(base, dtype), load_base(base, dtype=DTYPES[dtype])
     how = {"settings": Decomposition("svd"), "directory": folder / f"{family}{rank}"}
     store = build_factors(whole, shared.targets, tokens, byte_tokenizer(), **how)
     model = shared.skeleton.model
     for one, empty in ((model, True), (whole, False)):
         starts = {target.name: 0.5 for target in shared.targets.modules}
-        insert_masks(one, store, Staircase(), starts, prices=Storage("factored"), empty=empty)
+        insert_masks(one, store, ARA(), starts, prices=Storage("factored"), empty=empty)
     learning = [parameter for layer in masked_layers(model).values() for parameter in layer.mask.parameters()]
     shard_frozen(model, store, learning, torch.device("cpu"), shared.skeleton)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -153,7 +153,7 @@ def learned(rank, folder, dtype, way):
         trainer = make_trainer(
             strategy=strategy, devices=2, max_steps=3, accumulate_grad_batches=2, callbacks=[first]
         )  # fmt: skip
-        trainer.fit(learner, make_data(statistics_windows=3))
+        trainer.fit(learner, make_data(statistics_sequences=3))
     return start, copied(learner)
 
 
@@ -186,8 +186,8 @@ def test_buffers_are_those_of_a_loaded_model(family, dtype, tmp_path):
 def test_factors_that_need_gradients_are_made_without_the_whole_base(tmp_path):
     base, how = save(tmp_path), {"settings": TWO_SIDED, "directory": tmp_path / "factors"}
     shared = opened(base)
-    made = shared.factors(windows(), byte_tokenizer(), load=never, **how)
-    again = shared.factors(windows(), byte_tokenizer(), load=never, **how)
+    made = shared.factors(sequences(), byte_tokenizer(), load=never, **how)
+    again = shared.factors(sequences(), byte_tokenizer(), load=never, **how)
     assert again.digest == made.digest
     assert not again.missing(target.name for target in shared.targets.modules)
 
@@ -196,11 +196,11 @@ def test_what_is_measured_in_the_compressed_model_is_found_or_made_of_the_whole_
     settings = Decomposition("two_sided", at_keep=0.5)
     base, how = save(tmp_path), {"settings": settings, "directory": tmp_path / "factors"}
     shared, loaded = opened(base), []
-    made = shared.factors(windows(), byte_tokenizer(), load=lambda: loaded.append(1) or load_base(base), **how)
+    made = shared.factors(sequences(), byte_tokenizer(), load=lambda: loaded.append(1) or load_base(base), **how)
     assert loaded == [1]
     assert "every process loads the whole base into memory to make its factors: at_keep measures in" in caplog.text
     assert "run `lowrank decompose` with the same base" in caplog.text
-    again = shared.factors(windows(), byte_tokenizer(), load=never, **how)
+    again = shared.factors(sequences(), byte_tokenizer(), load=never, **how)
     assert again.digest == made.digest
 
 

@@ -11,7 +11,7 @@ from lowrank_pl.calibration import gradients, hidden_states
 from lowrank_pl.calibration import statistics as collected
 from lowrank_pl.calibration.build import statistics_of
 from lowrank_pl.calibration.statistics import block_groups, memory_size
-from lowrank_pl.models.lazy import CannotWalkError
+from lowrank_pl.models.lazy import NotBlockwiseError
 from lowrank_pl.models.targets import Target, decoder_blocks, find_targets
 from lowrank_pl.models.tiny import tiny_model
 from tests.helpers.unchanged import assert_untouched, state
@@ -51,12 +51,14 @@ def test_no_amount_of_memory(text):
 
 
 @pytest.fixture
-def measure(windows, tokenizer, tmp_path):
+def measure(sequences, tokenizer, tmp_path):
     """Collect all statistics of a model in a new folder."""
 
     def run(model, folder, needs=NEEDS, **settings):
         targets = find_targets(model).modules
-        statistics = statistics_of(model, windows[:3], tokenizer, directory=tmp_path / folder, batch_size=2, **settings)
+        statistics = statistics_of(
+            model, sequences[:3], tokenizer, directory=tmp_path / folder, batch_size=2, **settings
+        )
         found = statistics.stores(needs, targets, "sampled")
         if needs != NEEDS:
             found["gradient_norms"] = statistics.gradient_norms(targets, "sampled")
@@ -75,7 +77,7 @@ def assert_equal_stores(one, other, targets):
 
 
 def unable(*_, **__):
-    raise CannotWalkError("its blocks share more than the hidden state")
+    raise NotBlockwiseError("its blocks share more than the hidden state")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_neox"])
@@ -105,7 +107,7 @@ def test_weighted_moments_and_norms_are_the_same_too(measure, llama):
 
 
 def test_what_memory_has_no_room_for_is_measured_block_by_block(measure, llama, monkeypatch):
-    asked, walked, real = [], [], collected.Walk
+    asked, walked, real = [], [], collected.BlockwiseForward
     monkeypatch.setattr(collected, "free_memory", lambda device: asked.append(device) or 40_000)
     monkeypatch.setattr(collected, "Walk", lambda *a, **k: walked.append(k["keep_from"]) or real(*a, **k))
     whole = measure(llama, "parts")
@@ -124,28 +126,28 @@ def test_what_memory_has_no_room_for_is_measured_block_by_block(measure, llama, 
 def test_hidden_states_wait_on_disk_where_they_would_fill_main_memory(measure, llama, monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(hidden_states, "available_memory", lambda: 1000)
-    with caplog.at_level(logging.INFO, logger="lowrank_pl.calibration.block_passes"):
+    with caplog.at_level(logging.INFO, logger="lowrank_pl.calibration.blockwise"):
         measure(llama, "parts", memory=1)
     said = [message for message in caplog.messages if message.startswith("hidden states of all windows")]
     # Of two blocks: behind one of them; for gradients what both were fed, what the last returned, and a gradient.
-    one, back = (f"hidden states of all windows, {count} at a time: 0.00 GB (disk)" for count in (1, 4))
+    one, back = (f"hidden states of all sequences, {count} at a time: 0.00 GB (disk)" for count in (1, 4))
     assert said == [one, back, back]
     assert not list((tmp_path / "home").rglob("*"))
 
 
 def test_a_walk_that_fails_half_way_leaves_the_rest_to_groups(measure, llama, monkeypatch):
-    asked, real, at = [], collected.collect_input_moments, collected.Walk.at
+    asked, real, at = [], collected.collect_input_moments, collected.BlockwiseForward.at
 
     def stop(self, block):
         if block == 1:
-            raise CannotWalkError("its blocks share more than the hidden state")
+            raise NotBlockwiseError("its blocks share more than the hidden state")
         return at(self, block)
 
-    def collect(model, targets, windows, **settings):
+    def collect(model, targets, sequences, **settings):
         asked.append({target.block for target in targets})
-        return real(model, targets, windows, **settings)
+        return real(model, targets, sequences, **settings)
 
-    monkeypatch.setattr(collected.Walk, "at", stop)
+    monkeypatch.setattr(collected.BlockwiseForward, "at", stop)
     monkeypatch.setattr(collected, "collect_input_moments", collect)
     parts = measure(llama, "parts", memory=1)
     assert asked == [{0}, {1}]
@@ -155,23 +157,23 @@ def test_a_walk_that_fails_half_way_leaves_the_rest_to_groups(measure, llama, mo
 @pytest.mark.parametrize("walks", [False, True])
 def test_a_killed_collection_loses_one_group(measure, llama, monkeypatch, walks):
     real, asked = collected.measure_gradients, []
-    back = collected.WalkBack.measure
+    back = collected.BlockwiseBackward.measure
 
     def note(outputs, weights):
         asked.append({target.block for target in (*outputs, *weights)})
         if len(asked) == 2:
             raise KeyboardInterrupt
 
-    def collect(model, windows, outputs, weights, **settings):
+    def collect(model, sequences, outputs, weights, **settings):
         note(outputs, weights)
-        real(model, windows, outputs, weights, **settings)
+        real(model, sequences, outputs, weights, **settings)
 
     def measured(self, outputs, weights, labels):
         note(outputs, weights)
         back(self, outputs, weights, labels)
 
     monkeypatch.setattr(collected, "measure_gradients", collect)
-    monkeypatch.setattr(collected.WalkBack, "measure", measured)
+    monkeypatch.setattr(collected.BlockwiseBackward, "measure", measured)
     if not walks:
         monkeypatch.setattr(collected, "Walk", unable)
     with pytest.raises(KeyboardInterrupt):
@@ -182,11 +184,11 @@ def test_a_killed_collection_loses_one_group(measure, llama, monkeypatch, walks)
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_blocks_before_the_first_watched_keep_nothing(llama, windows, again):
+def test_blocks_before_the_first_watched_keep_nothing(llama, sequences, again):
     blocks, graphs = decoder_blocks(llama)[1], []
     for block in blocks:
         block.input_layernorm.register_forward_hook(lambda _, __, output: graphs.append(output.requires_grad))
     last = [target for target in find_targets(llama).modules if target.block == 1]
     graphs.clear()
-    gradients.collect_gradients(llama, windows[:1], moments=last, gradient_checkpointing=again)
+    gradients.collect_gradients(llama, sequences[:1], moments=last, gradient_checkpointing=again)
     assert graphs == [False, True, *[True] * again]  # run again in the backward pass

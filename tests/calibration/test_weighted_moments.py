@@ -20,7 +20,7 @@ def _fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
 
 
-def calls(model, targets, window):
+def calls(model, targets, sequence):
     """Inputs and gradients of the summed loss of the text's next tokens, ``[length, features]``, float64, by module."""
     found = {}
     handles = [
@@ -30,8 +30,8 @@ def calls(model, targets, window):
         for t in targets.modules
     ]
     with torch.enable_grad():
-        logits = model(input_ids=window[None]).logits[0]
-        loss = functional.cross_entropy(logits[:-1], window[1:], reduction="sum")
+        logits = model(input_ids=sequence[None]).logits[0]
+        loss = functional.cross_entropy(logits[:-1], sequence[1:], reduction="sum")
         gradients = torch.autograd.grad(loss, [output for _, output in found.values()])
     for handle in handles:
         handle.remove()
@@ -40,14 +40,14 @@ def calls(model, targets, window):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_moments_and_norms_are_those_of_slow_sums(llama, windows, tokenizer, batch_size):
-    targets, text = find_targets(llama), windows[:3]
+def test_moments_and_norms_are_those_of_slow_sums(llama, sequences, tokenizer, batch_size):
+    targets, text = find_targets(llama), sequences[:3]
     statistics = statistics_of(llama, text, tokenizer, batch_size=batch_size)
     moments = statistics.weighted_moments(targets.modules, "text")
     norms = statistics.gradient_norms(targets.modules, "text")
-    slow = [calls(llama, targets, window) for window in text]
+    slow = [calls(llama, targets, sequence) for sequence in text]
     for target in targets.modules:
-        x, g = (torch.cat([window[target.name][side] for window in slow]) for side in (0, 1))
+        x, g = (torch.cat([sequence[target.name][side] for sequence in slow]) for side in (0, 1))
         size = g.norm(dim=1)
         torch.testing.assert_close(
             norms.read(target.name, "norms").double(), size.view(text.shape), rtol=1e-3, atol=1e-4 * size.max().item()
@@ -79,7 +79,7 @@ def test_inputs_that_overflow_a_float32_square_are_summed_and_infinite_ones_refu
         moments.add(torch.tensor([[torch.inf, 1.0]]), torch.ones(1, 1), tokens=1, batch=0)
 
 
-def test_infinite_inputs_name_their_module_and_batch(llama, windows):
+def test_infinite_inputs_name_their_module_and_batch(llama, sequences):
     target = find_targets(llama).modules[0]
 
     class Refusing(TokenNorms):
@@ -90,7 +90,7 @@ def test_infinite_inputs_name_their_module_and_batch(llama, windows):
         ValueError,
         match=r"the inputs hold NaN or infinity: at module model.layers.0.self_attn.q_proj in .* batch 0; check",
     ):
-        measure_gradients(llama, windows[:1], {target: Refusing(torch.zeros(1, 1))})
+        measure_gradients(llama, sequences[:1], {target: Refusing(torch.zeros(1, 1))})
 
 
 def test_norms_need_every_token():
@@ -99,23 +99,23 @@ def test_norms_need_every_token():
         norms.add(torch.zeros(3, 2), torch.zeros(3, 2), tokens=3, batch=1)
 
 
-def test_other_windows_have_statistics_of_their_own(llama, windows, tokenizer, tmp_path):
+def test_other_windows_have_statistics_of_their_own(llama, sequences, tokenizer, tmp_path):
     targets = find_targets(llama).modules[:2]
     for directory in (None, tmp_path / "store"):
-        statistics = statistics_of(llama, windows[:2], tokenizer, directory=directory)
-        here, there = (each.gradient_norms(targets, "text") for each in (statistics, statistics.on(windows[2:5])))
+        statistics = statistics_of(llama, sequences[:2], tokenizer, directory=directory)
+        here, there = (each.gradient_norms(targets, "text") for each in (statistics, statistics.on(sequences[2:5])))
         assert here.directory != there.directory
         assert [store.read(targets[0].name, "norms").shape[0] for store in (here, there)] == [2, 3]
-        again = Statistics.on(statistics, windows[2:5]).gradient_norms(targets, "text")
+        again = Statistics.on(statistics, sequences[2:5]).gradient_norms(targets, "text")
         assert again.directory == there.directory
         assert directory is None or there.directory.is_relative_to(directory)
 
 
-def test_factors_are_weighted_by_both_sides(llama, windows, tokenizer):
+def test_factors_are_weighted_by_both_sides(llama, sequences, tokenizer):
     targets = find_targets(llama)
     settings = Decomposition("two_sided", labels="text")
-    store = build_factors(llama, targets, windows[:3], tokenizer, settings=settings)
-    moments = statistics_of(llama, windows[:3], tokenizer).weighted_moments(targets.modules, "text")
+    store = build_factors(llama, targets, sequences[:3], tokenizer, settings=settings)
+    moments = statistics_of(llama, sequences[:3], tokenizer).weighted_moments(targets.modules, "text")
     for target in targets.modules:
         # Maps that share an input each have a root of their own.
         expected = decompose(
@@ -124,7 +124,7 @@ def test_factors_are_weighted_by_both_sides(llama, windows, tokenizer):
             outputs=square_root(moments.read(target.name, "outputs"), damping=settings.output_damping),
         )
         torch.testing.assert_close(store.sigma(target.name).double(), expected.sigma, rtol=1e-4, atol=0)
-        assert store.notes(target.name)["tokens"] == str(3 * (windows.shape[1] - 1))
+        assert store.notes(target.name)["tokens"] == str(3 * (sequences.shape[1] - 1))
 
 
 def test_a_few_tokens_with_large_gradients_do_not_stand_for_all():

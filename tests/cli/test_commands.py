@@ -20,7 +20,7 @@ from lowrank_pl.cli.main import main
 from lowrank_pl.costs.speed import random_tokens
 from lowrank_pl.costs.step import measure_step
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.masks.llrc import PerValue
+from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.masked_linear import MaskedLinear
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.models.base import load_base
@@ -36,7 +36,7 @@ TEXT = "python-docs::part=0%-10%"
 @pytest.fixture
 def plan_file(tmp_path, capsys):
     allocate(
-        "random:llama", keep=0.5, text=TEXT, length=32, windows=8, output=tmp_path / "plan.json",
+        "random:llama", keep=0.5, text=TEXT, length=32, sequences=8, output=tmp_path / "plan.json",
         store=tmp_path / "store",
     )  # fmt: skip
     (tmp_path / "shown.txt").write_text(capsys.readouterr().out)
@@ -45,10 +45,10 @@ def plan_file(tmp_path, capsys):
 
 def test_evaluate_gives_the_perplexity_and_its_figures(tmp_path, capsys):
     figures = evaluate(
-        "random:llama", text=TEXT, length=32, windows=4, batch_size=2, prompts=["A list"], max_new_tokens=3,
+        "random:llama", text=TEXT, length=32, sequences=4, batch_size=2, prompts=["A list"], max_new_tokens=3,
         json=tmp_path / "scores.json",
     )  # fmt: skip
-    expected = perplexity(tiny_model("llama"), token_windows(TEXT, byte_tokenizer(), length=32, windows=4))
+    expected = perplexity(tiny_model("llama"), token_windows(TEXT, byte_tokenizer(), length=32, sequences=4))
     assert figures["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
     assert json.loads((tmp_path / "scores.json").read_text()) == figures
     assert (figures["windows"], figures["length"], figures["tokens"], figures["dtype"]) == (4, 32, 124, "float32")
@@ -61,14 +61,14 @@ def test_evaluate_gives_the_perplexity_and_its_figures(tmp_path, capsys):
 
 
 def test_evaluate_loads_in_the_type_asked_for():
-    assert evaluate("random:llama", text=TEXT, length=32, windows=1, dtype="bfloat16")["dtype"] == "bfloat16"
+    assert evaluate("random:llama", text=TEXT, length=32, sequences=1, dtype="bfloat16")["dtype"] == "bfloat16"
 
 
 def test_evaluate_loads_a_folder_in_its_own_type(tmp_path):
     for part in (tiny_model("llama").bfloat16(), byte_tokenizer()):
         part.save_pretrained(tmp_path / "base")
-    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, windows=1)["dtype"] == "bfloat16"
-    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, windows=1, dtype="float32")["dtype"] == "float32"
+    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1)["dtype"] == "bfloat16"
+    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1, dtype="float32")["dtype"] == "float32"
 
 
 def test_allocate_writes_a_plan_with_its_origin(plan_file, tmp_path):
@@ -92,8 +92,8 @@ def test_allocate_export_evaluate_is_one_road(plan_file, tmp_path, capsys):
     assert (written["merged"], written["modules"], written["method"]) == (False, 14, "uniform")
     assert written["bytes"] == (folder / "model.safetensors").stat().st_size
     assert "kept targeted" in capsys.readouterr().out
-    score = evaluate(str(folder), text=TEXT, length=32, windows=2)
-    expected = perplexity(load_compressed(folder), token_windows(TEXT, byte_tokenizer(), length=32, windows=2))
+    score = evaluate(str(folder), text=TEXT, length=32, sequences=2)
+    expected = perplexity(load_compressed(folder), token_windows(TEXT, byte_tokenizer(), length=32, sequences=2))
     assert score["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
 
 
@@ -115,7 +115,7 @@ def test_factors_that_are_gone_are_made_again_and_merge_writes_dense_weights(pla
 def test_two_sided_factors_that_are_gone_are_made_again_with_the_weights_that_they_had(tmp_path, weights):
     plan = tmp_path / "plan.json"
     allocate(
-        "random:llama", keep=0.5, text=TEXT, length=32, windows=4, output=plan, store=tmp_path / "store",
+        "random:llama", keep=0.5, text=TEXT, length=32, sequences=4, output=plan, store=tmp_path / "store",
         decomposition=Decomposition("two_sided", token_weights=weights),
     )  # fmt: skip
     first = export(plan, output=tmp_path / "first")
@@ -126,14 +126,14 @@ def test_two_sided_factors_that_are_gone_are_made_again_with_the_weights_that_th
 
 def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):
     output = tmp_path / "refitted.json"
-    settings = Refit(windows=10, margin=0.0)
+    settings = Refit(sequences=10, margin=0.0)
     made = refit(plan_file, output=output, settings=settings, json=tmp_path / "refit.json")
     drawn = RankPlan.load(plan_file)
     assert RankPlan.load(output) == made
     assert made.keep_targeted == drawn.keep_targeted
     assert {n: m.rank for n, m in made.modules.items()} == {n: m.rank for n, m in drawn.modules.items()}
     (note,) = [note for note in made.notes if note.startswith("refitted ")]
-    assert re.search(r"^refitted \d+ of 14 modules to 10 windows, chosen on 2 of them", note)
+    assert re.search(r"^refitted \d+ of 14 modules to 10 sequences, chosen on 2 of them", note)
     assert note in capsys.readouterr().out
     assert json.loads((tmp_path / "refit.json").read_text())["plan"] == str(output)
     folder = export(output, output=tmp_path / "model")
@@ -149,7 +149,7 @@ def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):
 
 def test_export_refuses_what_does_not_belong_together(plan_file, tmp_path):
     allocate(
-        "random:qwen2", keep=0.5, text=TEXT, length=32, windows=8, output=tmp_path / "other.json",
+        "random:qwen2", keep=0.5, text=TEXT, length=32, sequences=8, output=tmp_path / "other.json",
         store=tmp_path / "other",
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"drawn for other factors than those in .*other: .*model differ"):
@@ -208,7 +208,7 @@ def test_a_plan_of_any_components_scores_the_same_from_its_file_and_exported(pla
     for entry in data["modules"].values():
         entry.pop("indices", None)
     made.write_text(json.dumps(data))
-    assert evaluate(plan=made, text=TEXT, length=32, windows=3)["sizes"][0]["nats"] != pytest.approx(
+    assert evaluate(plan=made, text=TEXT, length=32, sequences=3)["sizes"][0]["nats"] != pytest.approx(
         exported["nats"], rel=1e-6
     )
 
@@ -313,7 +313,7 @@ def test_the_command_line_of_several_sizes(plan_file, tmp_path, capsys):
 
 def test_allocate_passes_its_settings_on(tmp_path):
     plan = allocate(
-        "random:gpt2", keep=0.6, text=TEXT, length=32, windows=4, decomposition=Decomposition(kind="svd"),
+        "random:gpt2", keep=0.6, text=TEXT, length=32, sequences=4, decomposition=Decomposition(kind="svd"),
         exclude=("*.c_proj",), multiple_of=2, floors={"*.c_attn": 0.7}, output=tmp_path / "plan.json",
         json=tmp_path / "figures.json", dtype="bfloat16",
     )  # fmt: skip
@@ -355,7 +355,7 @@ def test_bench_leaves_the_model_as_it_was(recompute, monkeypatch):
     before = model(tokens).logits
     calls.clear()
     row = measure_step(
-        model, tokens, keep=0.6, prices=Storage("pivoted"), every=4, repeats=1, method=PerValue(),
+        model, tokens, keep=0.6, prices=Storage("pivoted"), every=4, repeats=1, method=LLRC(),
         gradient_checkpointing=recompute,
     )  # fmt: skip
     # Targets are found by one pass; then two turns of four steps, of which those that learn compute the block twice.

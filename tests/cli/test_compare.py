@@ -13,19 +13,19 @@ from lowrank_pl.cli import compare as compare_module
 from lowrank_pl.cli.compare import compare
 from lowrank_pl.cli.main import main
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.recipes import RECIPES, Learning, Recipe, recipe
 from lowrank_pl.report.comparison import _spread, comparison_plot, comparison_table, read_results
 from lowrank_pl.training import short_run
 from tests.helpers import ROOT
 
-QUICK = Recipe(Decomposition("two_sided"), learning=Learning(Staircase(), steps=3, windows=4, start="fisher"))
+QUICK = Recipe(Decomposition("two_sided"), learning=Learning(ARA(), steps=3, sequences=4, start="fisher"))
 SETTINGS = {
     "calibration_length": 32,
-    "calibration_windows": 8,
+    "calibration_sequences": 8,
     "score_length": 32,
     "scores": ["docs=python-docs::part=50%-100%"],
-    "score_windows": {"docs": 6},
+    "score_sequences": {"docs": 6},
 }
 
 
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
             raise SystemError("killed")
         return real(self, tokens, batch_idx)
 
-    long = Recipe(learning=Learning(Staircase(), steps=28, windows=4))
+    long = Recipe(learning=Learning(ARA(), steps=28, sequences=4))
     arguments = {"methods": ["long"], "keep": [0.5], "recipes": {"long": long}, **SETTINGS}
     whole = compare("random:llama", run=tmp_path / "whole", **arguments)
     monkeypatch.setattr(short_run.RankLearner, "training_step", killed)
@@ -127,7 +127,7 @@ def test_a_method_and_its_refit_learn_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         short_run.RankLearner, "training_step", lambda self, *args: (steps.append(1), real(self, *args))[1]
     )
-    long = Recipe(learning=Learning(Staircase(), steps=25, windows=4))
+    long = Recipe(learning=Learning(ARA(), steps=25, sequences=4))
     results = compare(
         "random:llama", run=tmp_path, methods=["long", "long+refit"], keep=[0.5], recipes={"long": long}, **SETTINGS
     )
@@ -164,7 +164,7 @@ def test_shipped_comparisons_name_recipes_that_exist(path):
         ({"methods": ["dense"]}, r"a method is called 'dense'"),
         ({"scores": ["a/test.txt", "b/test.txt"]}, r"two texts to score are called 'test': name them, as NAME=TEXT"),
         ({"keep": [1.5]}, r"keep is 1.5: expected the fraction of parameters to keep"),
-        ({"score_windows": {"c4": 3}}, r"score_windows names 'c4', which is none of the texts to score: docs"),
+        ({"score_sequences": {"c4": 3}}, r"score_sequences names 'c4', which is none of the texts to score: docs"),
         ({"scores": ["docs=nowhere.txt"]}, r"nowhere.txt"),
     ],
 )
@@ -183,15 +183,15 @@ def test_damaged_results_are_not_overwritten(tmp_path):
 
 def test_a_folder_of_another_comparison_is_refused(folder):
     with pytest.raises(ValueError, match=r"holds a comparison made with other settings \(calibration differ\)"):
-        compare("random:llama", methods=["uniform"], keep=[0.5], run=folder, **{**SETTINGS, "calibration_windows": 7})
+        compare("random:llama", methods=["uniform"], keep=[0.5], run=folder, **{**SETTINGS, "calibration_sequences": 7})
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Learning(Staircase(), steps=0), r"steps of a recipe's learning is 0: expected at least 1"),
-        (lambda: Learning(Staircase(), lr=0.0), r"lr of a recipe's learning is 0.0: expected a number above 0"),
-        (lambda: Learning(Staircase(), start="best"), r"no allocator is called 'best'"),
+        (lambda: Learning(ARA(), steps=0), r"steps of a recipe's learning is 0: expected at least 1"),
+        (lambda: Learning(ARA(), lr=0.0), r"lr of a recipe's learning is 0.0: expected a number above 0"),
+        (lambda: Learning(ARA(), start="best"), r"no allocator is called 'best'"),
         (lambda: Recipe(allocator="best"), r"no allocator is called 'best'"),
         (lambda: Recipe(settings={"x": 1}), r"the allocator uniform has no setting 'x': expected none"),
         (lambda: recipe("better", {"own": Recipe()}), r"expected one of svd, .*, own"),
@@ -203,10 +203,10 @@ def test_impossible_recipes(make, message):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"steps": 9}, {"lr": 0.5}, {"windows": 5}, {"batch_size": 2}, {"start": "fisher"}, {"cosine": True}]
+    "changes", [{"steps": 9}, {"lr": 0.5}, {"sequences": 5}, {"batch_size": 2}, {"start": "fisher"}, {"cosine": True}]
 )
 def test_every_setting_of_learning_tells_recipes_apart(changes):
-    for mask in (Staircase(), RECIPES["ars"].learning.mask):
+    for mask in (ARA(), RECIPES["ars"].learning.mask):
         one, other = Recipe(learning=Learning(mask)), Recipe(learning=Learning(mask, **changes))
         assert one.describe() != other.describe()
         assert other.describe()["learning"][next(iter(changes))] == next(iter(changes.values()))

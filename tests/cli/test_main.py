@@ -110,7 +110,7 @@ def test_the_commands_are_listed(capsys, words):
         ("doctor", ["--directory DIRECTORY", "the one that the folder's plan names", "--prompts", "--json JSON"]),
         ("report", ["--run RUN", "Folder of `lowrank fit`, `export` or `compare`", "--output OUTPUT", "--scores"]),
         ("refit", ["--plan PLAN", "--settings.windows", "--json JSON"]),
-        ("narrow", ["--base BASE", "--keep KEEP", "Fraction of the hidden features to keep instead", "--json JSON"]),
+        ("prune", ["--base BASE", "--keep KEEP", "Fraction of the hidden features to keep instead", "--json JSON"]),
         ("bench", ["What to measure: step, decode, prefill or svd", "--storage", "--repeats", "--json JSON"]),
     ],
 )
@@ -317,8 +317,8 @@ def test_unfit_texts(capsys, tmp_path):
     text.write_text("")
     assert f"text '{text}' is empty" in failing_fit(capsys, tmp_path, "--data.text", text)
     text.write_text("short")
-    assert "has 5 tokens, one window needs 64" in failing_fit(capsys, tmp_path, "--data.text", text)
-    assert "has 5 tokens, one window needs 64" in failing_fit(capsys, tmp_path, "--finish.score_text", text)
+    assert "has 5 tokens, one sequence needs 64" in failing_fit(capsys, tmp_path, "--data.text", text)
+    assert "has 5 tokens, one sequence needs 64" in failing_fit(capsys, tmp_path, "--finish.score_text", text)
     text.write_bytes(b"\xff\xfe\xfa" * 100)
     assert str(text) in failing(capsys, "evaluate", "--model", "random:llama", "--text", text)
 

@@ -22,8 +22,8 @@ from lowrank_pl.costs.probe import ASSUMED, probe
 from lowrank_pl.costs.speed import multiply_adds
 from lowrank_pl.costs.workload import Learner, Machine, Workload
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.masks.ara import Staircase
-from lowrank_pl.methods.masks.llrc import PerValue
+from lowrank_pl.methods.masks.ara import ARA
+from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.masked_linear import insert_masks, masked_layers
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.methods.recipes import recipe
@@ -69,28 +69,28 @@ def test_large_models_are_known_by_name():
 
 def test_activations_grow_with_the_text_and_halve_with_the_type():
     short, wide = (anatomy("random:llama", length=length).kept for length in (64, 128))
-    narrow = anatomy("random:llama", dtype=torch.bfloat16, length=128).kept
+    prune = anatomy("random:llama", dtype=torch.bfloat16, length=128).kept
     assert wide == pytest.approx(short, rel=0.1)
-    assert narrow < 0.8 * wide
+    assert prune < 0.8 * wide
 
 
 @pytest.mark.parametrize("settings", [TWO_SIDED, ALIKE], ids=["weighted", "alike"])
 def test_stores_take_the_disk_that_was_said(llama, tmp_path, settings):
-    model, windows = tiny_model("llama"), torch.arange(256).view(4, 64)
+    model, sequences = tiny_model("llama"), torch.arange(256).view(4, 64)
     build_factors(
-        model, find_targets(model), windows, byte_tokenizer(), settings=settings, directory=tmp_path / "factors"
+        model, find_targets(model), sequences, byte_tokenizer(), settings=settings, directory=tmp_path / "factors"
     )
-    work = Workload(windows=4, length=64, decompositions=(settings,))
+    work = Workload(sequences=4, length=64, decompositions=(settings,))
     said = estimate(llama, work, Machine()).totals()["disk"]
     # Headers and notes of files of some kilobytes are the rest.
     assert said <= bytes_in(tmp_path) <= 1.1 * said
 
 
-@pytest.mark.parametrize("mask", [Staircase(), Rescaled(), PerValue()])
+@pytest.mark.parametrize("mask", [ARA(), Rescaled(), LLRC()])
 def test_masked_layers_hold_the_factors_that_were_said(llama, mask, tmp_path):
-    model, windows = tiny_model("llama"), torch.arange(256).view(4, 64)
+    model, sequences = tiny_model("llama"), torch.arange(256).view(4, 64)
     targets = find_targets(model)
-    store = build_factors(model, targets, windows, byte_tokenizer(), settings=TWO_SIDED, directory=tmp_path / "f")
+    store = build_factors(model, targets, sequences, byte_tokenizer(), settings=TWO_SIDED, directory=tmp_path / "f")
     insert_masks(model, store, mask, {target.name: 0.5 for target in targets.modules}, prices=Storage("auto"))
     real = sum(layer.left.nbytes + layer.right.nbytes for layer in masked_layers(model).values())
     work = Workload(keeps=(0.5,), length=64, learners=[Learner("learning", mask, steps=1, length=64)])
@@ -98,7 +98,7 @@ def test_masked_layers_hold_the_factors_that_were_said(llama, mask, tmp_path):
 
 
 def test_sharding_spreads_what_is_frozen_and_gathers_it_in_every_pass(llama):
-    work = Workload(keeps=(0.5,), learners=[Learner("learning", Staircase(), steps=3, length=64)])
+    work = Workload(keeps=(0.5,), learners=[Learner("learning", ARA(), steps=3, length=64)])
     one, eight = (
         phase_of(estimate(llama, work, machine), "learning")
         for machine in (Machine("cuda"), Machine("cuda", 8, sharded=True))
@@ -113,9 +113,9 @@ def test_sharding_spreads_what_is_frozen_and_gathers_it_in_every_pass(llama):
 
 def test_a_base_that_is_read_in_shares_is_whole_nowhere(llama):
     def needs(kind, shared):
-        settings, learners = Decomposition(kind), [Learner("learning", Staircase(), steps=3, length=64)]
+        settings, learners = Decomposition(kind), [Learner("learning", ARA(), steps=3, length=64)]
         work = Workload(
-            windows=16, length=64, decompositions=(settings,), learners=learners, shared=shared,
+            sequences=16, length=64, decompositions=(settings,), learners=learners, shared=shared,
             streamed=shared and settings.block_by_block,
         )  # fmt: skip
         return estimate(llama, work, Machine("cuda", 8, sharded=True))
@@ -126,7 +126,7 @@ def test_a_base_that_is_read_in_shares_is_whole_nowhere(llama):
     assert phase_of(shares, "load shares").read == llama.bytes / 8
     for phase in shares.phases:
         assert not [what for what, size in phase.host.items() if "weights" in what and size]
-    # The windows of one process, two of sixteen.
+    # The sequences of one process, two of sixteen.
     assert phase_of(shares, "moments of inputs").host["hidden states"] == 2 * 64 * llama.hidden * llama.itemsize
     for phase, host in (
         ("load", "dense weights before they move"),
@@ -167,7 +167,7 @@ def test_fit_knows_which_base_is_read_in_shares(base, shared, capsys):
 @pytest.mark.parametrize(("settings", "name"), [(TWO_SIDED, "weighted moments"), (ALIKE, "output gradients")])
 def test_a_memory_budget_makes_groups_of_blocks_and_more_passes(llama, settings, name):
     def gradients(memory):
-        work = Workload(windows=4, length=64, decompositions=(settings,), memory=memory)
+        work = Workload(sequences=4, length=64, decompositions=(settings,), memory=memory)
         return phase_of(estimate(llama, work, Machine()), name)
 
     whole, parts = gradients(None), gradients(1)
@@ -229,7 +229,7 @@ def test_fit_is_right_about_its_tokens(tmp_path, monkeypatch):
 def test_compare_says_it_and_loads_nothing(tmp_path, monkeypatch, capsys):
     refuse_to_load(monkeypatch)
     main([
-        "compare", "random:llama", "--methods", "uniform", "best", "--scores", "t=x.txt", "--score_windows", "{t: 2}",
+        "compare", "random:llama", "--methods", "uniform", "best", "--scores", "t=x.txt", "--score_sequences", "{t: 2}",
         "--score_length", "32", "--run", str(tmp_path / "run"), "--dry-run",
     ])  # fmt: skip
     said = capsys.readouterr().out
@@ -240,11 +240,11 @@ def test_compare_says_it_and_loads_nothing(tmp_path, monkeypatch, capsys):
 
 def test_narrowing_is_counted_before_all_else(llama, tmp_path, monkeypatch, capsys):
     refuse_to_load(monkeypatch)
-    main(["fit", "-c", SMOKE, "--run", str(tmp_path / "run"), "--model.narrow.share", "null", "--dry_run"])
+    main(["fit", "-c", SMOKE, "--run", str(tmp_path / "run"), "--model.prune.share", "null", "--dry_run"])
     said = capsys.readouterr().out
     assert said.index("weighted moments, all features") < said.index("widths of MLPs") < said.index("learning")
     assert "what comes after the narrowing is counted as if nothing were left out: it is less" in said
-    settings = {"windows": 4, "length": 32, "score_length": 32, "score_windows": {}, "texts": ()}
+    settings = {"sequences": 4, "length": 32, "score_length": 32, "score_sequences": {}, "texts": ()}
 
     def work(names, keeps):
         return compare_workload({name: recipe(name) for name in names}, keeps=keeps, **settings)
@@ -271,7 +271,7 @@ def refuse_to_load(monkeypatch):
 
 def test_factors_alone_are_made_block_by_block(llama):
     def needs(settings, base="shapes:llama-3.2-1b"):
-        return dry_run_decompose(base, decomposition=settings, windows=4, length=64, dtype="bfloat16", speeds="h100")
+        return dry_run_decompose(base, decomposition=settings, sequences=4, length=64, dtype="bfloat16", speeds="h100")
 
     model = anatomy("shapes:llama-3.2-1b", dtype=torch.bfloat16, length=64)
     whitened, alike, weighted = needs(Decomposition()), needs(ALIKE), needs(Decomposition("two_sided"))
@@ -298,14 +298,14 @@ def test_factors_alone_are_made_block_by_block(llama):
 
 def test_too_little_memory_is_said(capsys):
     settings = Decomposition("two_sided")
-    dry_run_decompose("shapes:llama-3.2-1b", decomposition=settings, windows=2, length=64, speeds="h100")
+    dry_run_decompose("shapes:llama-3.2-1b", decomposition=settings, sequences=2, length=64, speeds="h100")
     assert "TOO LITTLE" not in capsys.readouterr().out
-    dry_run_decompose("shapes:llama-3.1-405b", decomposition=settings, windows=2, length=64, speeds="h100")
+    dry_run_decompose("shapes:llama-3.1-405b", decomposition=settings, sequences=2, length=64, speeds="h100")
     assert "TOO LITTLE GPU MEMORY: 80.00 GB, and more is needed for weighted moments, d" in capsys.readouterr().out
 
 
 def test_what_memory_has_no_room_for_is_measured_block_by_block(llama):
-    work = Workload(windows=16, length=64, decompositions=(Decomposition("two_sided"),))
+    work = Workload(sequences=16, length=64, decompositions=(Decomposition("two_sided"),))
 
     def needs(**changes):
         machine = Machine("cuda", memory=changes.pop("memory_of", None))
@@ -327,10 +327,10 @@ def test_what_is_not_known_is_said(llama):
     work = compare_workload(
         {"uniform": recipe("uniform")},
         keeps=[0.5],
-        windows=2,
+        sequences=2,
         length=32,
         score_length=32,
-        score_windows={},
+        score_sequences={},
         texts=["t"],
     )
     assert any("scoring is left out" in note for note in estimate(llama, work, Machine()).notes)
@@ -358,7 +358,7 @@ def test_impossible_input(tmp_path):
     with pytest.raises(ValueError, match="no fraction to keep was given"):
         Workload(keeps=())
     with pytest.raises(ValueError, match="windows is 0: expected a whole number of at least 1"):
-        Workload(windows=0)
+        Workload(sequences=0)
     with pytest.raises(ValueError, match="0 processes were asked for"):
         Machine(processes=0)
 
@@ -378,8 +378,8 @@ def test_impossible_input(tmp_path):
 )
 def test_the_first_limit_ends_learning(limits, steps):
     data = {
-        "length": 64, "batch_size": 1, "windows": 8, "statistics_windows": None, "statistics_length": None,
-        "validation_windows": 0,
+        "length": 64, "batch_size": 1, "sequences": 8, "statistics_sequences": None, "statistics_length": None,
+        "validation_sequences": 0,
     }  # fmt: skip
     trainer = {
         "max_steps": -1, "max_epochs": None, "limit_train_batches": None, "accumulate_grad_batches": 1,

@@ -267,8 +267,12 @@ def test_bench_takes_one_value_or_several(capsys):
 @pytest.mark.parametrize(
     ("case", "options", "text"),
     [
-        ("decode", {"rest_every": 4}, "bench decode has no use for rest_every, which is 4: leave it out"),
-        ("step", {"rest_every": 0}, "rest_every is 0: expected a whole number of at least 1"),
+        (
+            "decode",
+            {"inactive_gate_stride": 4},
+            "bench decode has no use for inactive_gate_stride, which is 4: leave it out",
+        ),
+        ("step", {"inactive_gate_stride": 0}, "inactive_gate_stride is 0: expected a whole number of at least 1"),
         ("step", {"multiple_of": 8}, "bench step has no use for multiple_of, which is 8"),
         ("step", {"compile": True}, "bench step has no use for compile, which is True"),
         ("step", {"keep": [0.8, 0.5]}, "keep is 0.8, 0.5: bench step takes one value, decode and prefill take several"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_pl import FinishRun
 from lowrank_pl.calibration.build import build_factors, statistics_of
-from lowrank_pl.calibration.build_by_block import walk_factors
+from lowrank_pl.calibration.build_by_block import build_factors_by_block
 from lowrank_pl.cli.bench import bench
 from lowrank_pl.costs import speed
 from lowrank_pl.costs.speed import Variant, random_tokens, uniform_modules
@@ -22,11 +22,11 @@ from lowrank_pl.export.export import load_compressed, save_compressed
 from lowrank_pl.factors.compression import compress, compressed
 from lowrank_pl.factors.decomposition import DRIVERS, thin_svd
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
-from lowrank_pl.methods.masks.cutoff import Fermi, Tanh
+from lowrank_pl.methods.masks.cutoff import DobiSVD, Fermi
 from lowrank_pl.methods.masks.gated_product import gated_product
-from lowrank_pl.methods.masks.llrc import PerValue
+from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.methods.refit.refitting import Refit, refit
@@ -47,12 +47,12 @@ pytestmark = [
 ]
 SIDES = ("inputs", "outputs")
 METHODS = {
-    "staircase": (Staircase, {}),
+    "staircase": (ARA, {}),
     "rescaled": (lambda: Rescaled(warmup=1), {"decomposition": Decomposition("two_sided")}),
-    "per_value": (lambda: PerValue(patience=None), {"data_terms": DataTerms(cross_entropy=0.0, divergence=0.5)}),
+    "per_value": (lambda: LLRC(patience=None), {"data_terms": DataTerms(cross_entropy=0.0, divergence=0.5)}),
     "ars": (ARS, {}),
     "fermi": (lambda: Fermi(anneal_steps=4), {}),
-    "tanh": (Tanh, {}),
+    "tanh": (DobiSVD, {}),
 }
 
 
@@ -61,11 +61,11 @@ def _fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
 
 
-def made_on(device, windows, kind="two_sided", keep=0.5, dtype=torch.float32):
+def made_on(device, sequences, kind="two_sided", keep=0.5, dtype=torch.float32):
     model = load_base("random:llama", dtype=dtype).to(device)
     targets = find_targets(model)
     store = build_factors(
-        model, targets, windows, byte_tokenizer(), settings=Decomposition(kind),
+        model, targets, sequences, byte_tokenizer(), settings=Decomposition(kind),
         directory=None if device == "cpu" else Path(f"{device}-{kind}").resolve(),
     )  # fmt: skip
     budget = budget_for(model, targets, keep)
@@ -83,9 +83,9 @@ def test_decompositions_are_those_of_the_cpu(shape, driver):
     assert torch.allclose(sigma.cpu(), thin_svd(matrix)[1], rtol=0, atol=1e-13 * sigma[0].item())
 
 
-def test_the_same_ranks_and_the_same_model_as_on_the_cpu(windows, tmp_path, monkeypatch):
+def test_the_same_ranks_and_the_same_model_as_on_the_cpu(sequences, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    here, there = made_on("cpu", windows), made_on("cuda", windows)
+    here, there = made_on("cpu", sequences), made_on("cuda", sequences)
     for target in here[1].modules:
         one, two = here[2].sigma(target.name), there[2].sigma(target.name).cpu()
         assert torch.allclose(one, two, rtol=1e-3, atol=1e-5 * one[0].item())
@@ -94,20 +94,26 @@ def test_the_same_ranks_and_the_same_model_as_on_the_cpu(windows, tmp_path, monk
     scores = []
     for model, _, store, plan in (here, there):
         with compressed(model, plan, store):
-            scores.append(perplexity(model, windows).nats)
+            scores.append(perplexity(model, sequences).nats)
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def test_a_refit_is_that_of_the_cpu(windows, tmp_path, monkeypatch):
+def test_a_refit_is_that_of_the_cpu(sequences, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scores = []
     for device in ("cpu", "cuda"):
-        model, targets, store, plan = made_on(device, windows)
+        model, targets, store, plan = made_on(device, sequences)
         plan, store = refit(
-            plan, store, model=model, targets=targets, windows=windows, calibration=windows, settings=Refit(margin=0.0)
+            plan,
+            store,
+            model=model,
+            targets=targets,
+            sequences=sequences,
+            calibration=sequences,
+            settings=Refit(margin=0.0),
         )
         with compressed(model, plan, store):
-            scores.append(perplexity(model, windows).nats)
+            scores.append(perplexity(model, sequences).nats)
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
@@ -116,33 +122,33 @@ def moments(store, targets):
 
 
 @pytest.mark.parametrize("way", ["loaded", "walked"])
-def test_moments_block_by_block_are_those_of_one_pass(way, windows, tmp_path):
+def test_moments_block_by_block_are_those_of_one_pass(way, sequences, tmp_path):
     load_base("random:llama").save_pretrained(tmp_path / "base", max_shard_size="20KB")
     base, tokenizer = str(tmp_path / "base"), byte_tokenizer()
     model = load_base(base).cuda()
     targets = find_targets(model)
-    whole = statistics_of(model, windows, tokenizer, directory=tmp_path / "whole")
+    whole = statistics_of(model, sequences, tokenizer, directory=tmp_path / "whole")
     expected = moments(whole.weighted_moments(targets.modules, "sampled"), targets)
     if way == "loaded":
-        parts = statistics_of(model, windows, tokenizer, directory=tmp_path / "parts", memory=1)
+        parts = statistics_of(model, sequences, tokenizer, directory=tmp_path / "parts", memory=1)
     else:
         skeleton = open_skeleton(base, device="cuda")
         how = {"settings": Decomposition("two_sided"), "directory": tmp_path / "parts"}
-        walk_factors(skeleton, targets, windows, tokenizer, **how)
-        parts = statistics_of(model, windows, tokenizer, directory=tmp_path / "parts")
+        build_factors_by_block(skeleton, targets, sequences, tokenizer, **how)
+        parts = statistics_of(model, sequences, tokenizer, directory=tmp_path / "parts")
     for key, value in moments(parts.weighted_moments(targets.modules, "sampled"), targets).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6 * expected[key].abs().max().item())
 
 
-def test_a_model_in_main_memory_computes_on_the_gpu_a_layer_at_a_time(windows, tmp_path, monkeypatch):
+def test_a_model_in_main_memory_computes_on_the_gpu_a_layer_at_a_time(sequences, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, _, store, plan = made_on("cpu", windows)
+    model, _, store, plan = made_on("cpu", sequences)
     gpu = torch.device("cuda", 0)
     with compressed(model, plan, store, device=gpu):
-        expected = perplexity(model, windows).nats
+        expected = perplexity(model, sequences).nats
         with streamed(model, gpu):
             assert input_device(model) == gpu
-            assert perplexity(model, windows, batch_size=2).nats == pytest.approx(expected, abs=1e-4)
+            assert perplexity(model, sequences, batch_size=2).nats == pytest.approx(expected, abs=1e-4)
         assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
         assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
 
@@ -212,15 +218,15 @@ def test_two_runs_learn_the_same_bits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_export_from_the_gpu_loads_anywhere(windows, tmp_path, monkeypatch, dtype):
+def test_an_export_from_the_gpu_loads_anywhere(sequences, tmp_path, monkeypatch, dtype):
     monkeypatch.chdir(tmp_path)
-    model, _, store, plan = made_on("cuda", windows, dtype=dtype)
+    model, _, store, plan = made_on("cuda", sequences, dtype=dtype)
     compress(model, plan, store)
     save_compressed(model, tmp_path / "small", tokenizer=byte_tokenizer(), plan=plan)
     on_gpu = load_compressed(tmp_path / "small", device_map="cuda")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "small", device_map="auto")
     on_cpu = load_compressed(tmp_path / "small")
-    tokens = windows[:2]
+    tokens = sequences[:2]
     with torch.no_grad():
         expected = model(tokens.cuda()).logits
         assert torch.equal(on_gpu(tokens.cuda()).logits, expected)
@@ -231,14 +237,14 @@ def test_an_export_from_the_gpu_loads_anywhere(windows, tmp_path, monkeypatch, d
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_pivoted_layers(windows, tmp_path, monkeypatch):
+def test_compiled_pivoted_layers(sequences, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, _, store, plan = made_on("cuda", windows)
+    model, _, store, plan = made_on("cuda", sequences)
     compress(model, plan, store)
     model.eval()
     with torch.no_grad():
-        plain = model(windows[:1].cuda(), use_cache=False).logits
-        whole = torch.compile(model, fullgraph=True)(input_ids=windows[:1].cuda(), use_cache=False).logits
+        plain = model(sequences[:1].cuda(), use_cache=False).logits
+        whole = torch.compile(model, fullgraph=True)(input_ids=sequences[:1].cuda(), use_cache=False).logits
     torch.testing.assert_close(plain, whole, rtol=1e-3, atol=1e-3)
 
 
@@ -276,12 +282,12 @@ def test_a_recorded_step_computes_what_the_model_does(case, storage):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_models_that_were_moved_can_be_compiled_with_recorded_kernels(windows, tmp_path, monkeypatch):
+def test_models_that_were_moved_can_be_compiled_with_recorded_kernels(sequences, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, _, store, plan = made_on("cpu", windows)
+    model, _, store, plan = made_on("cpu", sequences)
     compress(model, plan, store)
     model.cuda().eval()
-    tokens = windows[:1].cuda()
+    tokens = sequences[:1].cuda()
     with torch.no_grad():
         plain = model(tokens, use_cache=False).logits
         fast = torch.compile(model, mode="reduce-overhead")

@@ -13,7 +13,7 @@ from lowrank_pl.cli.main import main
 from lowrank_pl.evaluate.divergence import profile_table, where_diverged
 from lowrank_pl.evaluate.likelihood import divergence, perplexity
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
-from lowrank_pl.text.windows import token_windows
+from lowrank_pl.text.sequences import token_windows
 
 TEXTS = {"docs": "python-docs::part=0%-10%", "rest": "python-docs::part=10%-20%"}
 
@@ -26,21 +26,21 @@ def pair():
     return model, dense
 
 
-def states(model, windows):
+def states(model, sequences):
     with torch.no_grad():
-        out = model(windows, output_hidden_states=True)
+        out = model(sequences, output_hidden_states=True)
     return out.hidden_states, out.logits[:, :-1].double()
 
 
-def test_blocks_and_positions_are_those_by_hand(pair, windows):
+def test_blocks_and_positions_are_those_by_hand(pair, sequences):
     model, dense = pair
-    windows = windows[:5, :18]
-    found = where_diverged(model, dense, windows, bins=4)
-    whole = divergence(model, dense, windows)
+    sequences = sequences[:5, :18]
+    found = where_diverged(model, dense, sequences, bins=4)
+    whole = divergence(model, dense, sequences)
     assert found.whole.kl == pytest.approx(whole.kl, abs=1e-9)
     assert (found.whole.agreement, found.whole.tokens) == (pytest.approx(whole.agreement), whole.tokens)
     assert found.whole.excess_nats == pytest.approx(whole.excess_nats, abs=1e-7)
-    (ours, logits), (theirs, others) = states(model, windows), states(dense, windows)
+    (ours, logits), (theirs, others) = states(model, sequences), states(dense, sequences)
     # The last of transformers' hidden states is behind the final norm.
     errors = [
         ((a - b).norm(dim=-1) / b.norm(dim=-1)).mean().item() for a, b in zip(ours[1:-1], theirs[1:-1], strict=True)
@@ -57,27 +57,27 @@ def test_blocks_and_positions_are_those_by_hand(pair, windows):
         assert part.agreement == pytest.approx(same[first - 1 : last].mean().item())
 
 
-def test_no_more_than_one_window_is_read_at_a_time(pair, windows):
+def test_no_more_than_one_window_is_read_at_a_time(pair, sequences):
     seen = []
     for one in pair:
         one.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
-    where_diverged(*pair, windows[:3])
+    where_diverged(*pair, sequences[:3])
     assert set(seen) == {(1, 64)}
     assert len(seen) == 6
 
 
-def test_what_can_not_be_compared_is_refused(pair, windows):
+def test_what_can_not_be_compared_is_refused(pair, sequences):
     with pytest.raises(ValueError, match="position_bins is 0: expected a whole number of at least 1"):
-        where_diverged(*pair, windows, bins=0)
+        where_diverged(*pair, sequences, bins=0)
     with pytest.raises(
         ValueError, match="the model has 2 decoder blocks, the dense one 3: compare a model with the base"
     ):
-        where_diverged(tiny_model("llama"), pair[1], windows)
+        where_diverged(tiny_model("llama"), pair[1], sequences)
 
 
-def test_the_tables_show_the_ends(windows):
+def test_the_tables_show_the_ends(sequences):
     model, dense = tiny_model("llama", layers=20), tiny_model("llama", layers=20)
-    shown = profile_table(where_diverged(model, dense, windows[:1, :9], bins=100)).splitlines()
+    shown = profile_table(where_diverged(model, dense, sequences[:1, :9], bins=100)).splitlines()
     blocks = [line.split()[0] for line in shown[shown.index("") + 3 :]]
     assert (blocks[0], blocks[-1], len(blocks)) == ("0", "19", 8)
     assert [line.split()[0] for line in shown[2:10]] == [f"{place}-{place}" for place in range(1, 9)]
@@ -92,7 +92,7 @@ def test_evaluate_scores_several_texts_beside_a_reference(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert list(figures["texts"]) == ["docs", "rest"]
     for name, text in TEXTS.items():
-        tokens = token_windows(text, byte_tokenizer(), length=32, windows=3)
+        tokens = token_windows(text, byte_tokenizer(), length=32, sequences=3)
         found, one = where_diverged(tiny_model("llama"), tiny_model("qwen2"), tokens, bins=2), figures["texts"][name]
         assert one["perplexity"] == pytest.approx(perplexity(tiny_model("llama"), tokens).perplexity, rel=1e-6)
         assert one["divergence"]["kl"] == pytest.approx(found.whole.kl, rel=1e-6)
@@ -104,7 +104,7 @@ def test_evaluate_scores_several_texts_beside_a_reference(tmp_path, capsys):
 
 
 def test_several_texts_without_a_reference_show_their_speed(capsys):
-    figures = evaluate("random:llama", text=[f"{name}={text}" for name, text in TEXTS.items()], length=32, windows=2)
+    figures = evaluate("random:llama", text=[f"{name}={text}" for name, text in TEXTS.items()], length=32, sequences=2)
     assert all(one["tokens_per_second"] > 0 for one in figures["texts"].values())
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["docs", "rest"]
 

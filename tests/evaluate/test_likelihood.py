@@ -14,23 +14,23 @@ from lowrank_pl.evaluate.likelihood import Score, divergence, excess_nats, perpl
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 
 
-def slow_nats(model, windows):
+def slow_nats(model, sequences):
     """Predict every token from its own prefix alone, in Python floats."""
     losses = []
-    for window in windows.tolist():
-        for end in range(1, len(window)):
+    for sequence in sequences.tolist():
+        for end in range(1, len(sequence)):
             with torch.no_grad():
-                logits = model(torch.tensor([window[:end]])).logits[0, -1].tolist()
+                logits = model(torch.tensor([sequence[:end]])).logits[0, -1].tolist()
             top = max(logits)
-            losses.append(top + math.log(math.fsum(math.exp(x - top) for x in logits)) - logits[window[end]])
+            losses.append(top + math.log(math.fsum(math.exp(x - top) for x in logits)) - logits[sequence[end]])
     return math.fsum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_perplexity_is_that_of_a_slow_reference(family, windows):
+def test_perplexity_is_that_of_a_slow_reference(family, sequences):
     model = tiny_model(family)
-    score = perplexity(model, windows[:3, :12])
-    reference = slow_nats(model, windows[:3, :12])
+    score = perplexity(model, sequences[:3, :12])
+    reference = slow_nats(model, sequences[:3, :12])
     assert score.nats == pytest.approx(reference, abs=2e-6)
     assert score.perplexity == pytest.approx(math.exp(reference), rel=3e-6)
     assert score.tokens == 3 * 11
@@ -38,43 +38,43 @@ def test_perplexity_is_that_of_a_slow_reference(family, windows):
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
-def test_batch_size_does_not_show(llama, windows, batch_size):
-    one = perplexity(llama, windows)
-    assert perplexity(llama, windows, batch_size=batch_size).nats == pytest.approx(one.nats, abs=1e-6)
+def test_batch_size_does_not_show(llama, sequences, batch_size):
+    one = perplexity(llama, sequences)
+    assert perplexity(llama, sequences, batch_size=batch_size).nats == pytest.approx(one.nats, abs=1e-6)
 
 
 @pytest.mark.parametrize("numbers", [1, 261 * 4, 261 * 7 * 4 + 1])
-def test_chunks_do_not_show(llama, windows, monkeypatch, numbers):
-    whole = perplexity(llama, windows, batch_size=4)
+def test_chunks_do_not_show(llama, sequences, monkeypatch, numbers):
+    whole = perplexity(llama, sequences, batch_size=4)
     monkeypatch.setattr(evaluate, "CHUNK_NUMBERS", numbers)
-    assert perplexity(llama, windows, batch_size=4).nats == pytest.approx(whole.nats, abs=1e-9)
+    assert perplexity(llama, sequences, batch_size=4).nats == pytest.approx(whole.nats, abs=1e-9)
 
 
-def test_bfloat16_logits_are_taken_to_fp32(windows):
+def test_bfloat16_logits_are_taken_to_fp32(sequences):
     model = tiny_model("llama")
-    exact = perplexity(model, windows)
-    rounded = perplexity(model.to(torch.bfloat16), windows)
+    exact = perplexity(model, sequences)
+    rounded = perplexity(model.to(torch.bfloat16), sequences)
     with torch.no_grad():
-        logits = torch.cat([model(window[None]).logits for window in windows]).double()[:, :-1]
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+        logits = torch.cat([model(sequence[None]).logits for sequence in sequences]).double()[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()).item()
     assert rounded.nats == pytest.approx(expected, abs=1e-6)
     assert rounded.nats == pytest.approx(exact.nats, abs=0.05)
 
 
-def test_modes_are_restored_and_dropout_is_off(windows):
+def test_modes_are_restored_and_dropout_is_off(sequences):
     model = tiny_model("gpt2")
-    plain = perplexity(model, windows)
+    plain = perplexity(model, sequences)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     model.train()
     model.transformer.h[0].mlp.eval()
     before = [module.training for module in model.modules()]
-    assert perplexity(model, windows).nats == plain.nats
+    assert perplexity(model, sequences).nats == plain.nats
     assert [module.training for module in model.modules()] == before
 
 
-def test_no_gradient_graph_and_no_cache(llama, windows):
+def test_no_gradient_graph_and_no_cache(llama, sequences):
     seen = []
     handle = llama.register_forward_hook(
         lambda module, args, kwargs, out: seen.append(
@@ -82,43 +82,43 @@ def test_no_gradient_graph_and_no_cache(llama, windows):
         ),
         with_kwargs=True,
     )
-    perplexity(llama, windows[:1])
+    perplexity(llama, sequences[:1])
     handle.remove()
     assert seen == [(False, None, False)]
 
 
-def test_progress_bar_is_labelled(llama, windows, capfd):
-    perplexity(llama, windows, progress="scoring dense")
+def test_progress_bar_is_labelled(llama, sequences, capfd):
+    perplexity(llama, sequences, progress="scoring dense")
     shown = capfd.readouterr().err
     assert "scoring dense: 100%" in shown
     assert "16/16" in shown
-    perplexity(llama, windows)
+    perplexity(llama, sequences)
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_logits_name_the_window(llama, windows, bad):
+def test_non_finite_logits_name_the_window(llama, sequences, bad):
     token = 7
-    windows = windows.clone()
-    windows[windows == token] = 8
-    windows[3, 20] = windows[5, 1] = token
+    sequences = sequences.clone()
+    sequences[sequences == token] = 8
+    sequences[3, 20] = sequences[5, 1] = token
     with torch.no_grad():
         llama.get_input_embeddings().weight[token] = bad
         llama.lm_head.weight = torch.nn.Parameter(torch.randn_like(llama.lm_head.weight))
     llama.train()
-    with pytest.raises(ValueError, match="the logits of window 3 are NaN or infinite: expected finite"):
-        perplexity(llama, windows, batch_size=2)
+    with pytest.raises(ValueError, match="the logits of sequence 3 are NaN or infinite: expected finite"):
+        perplexity(llama, sequences, batch_size=2)
     assert all(module.training for module in llama.modules())
 
 
 @pytest.mark.parametrize(
-    ("windows", "message"),
+    ("sequences", "message"),
     [
         (
             torch.zeros(4, dtype=torch.long),
             r"windows of shape \(4,\) and type torch.int64 were given: expected whole",
         ),
-        (torch.zeros(0, 8, dtype=torch.long), r"windows of shape \(0, 8\).*at least one window of two tokens"),
+        (torch.zeros(0, 8, dtype=torch.long), r"windows of shape \(0, 8\).*at least one sequence of two tokens"),
         (torch.zeros(4, 1, dtype=torch.long), r"windows of shape \(4, 1\)"),
         (torch.zeros(4, 8), r"type torch.float32 were given"),
         (
@@ -132,14 +132,14 @@ def test_non_finite_logits_name_the_window(llama, windows, bad):
         ),
     ],
 )
-def test_bad_windows_are_refused(llama, windows, message):
+def test_bad_windows_are_refused(llama, sequences, message):
     with pytest.raises(ValueError, match=message):
-        perplexity(llama, windows)
+        perplexity(llama, sequences)
 
 
-def test_bad_batch_size_is_refused(llama, windows):
+def test_bad_batch_size_is_refused(llama, sequences):
     with pytest.raises(ValueError, match="batch_size is 0: expected a whole number of at least 1"):
-        perplexity(llama, windows, batch_size=0)
+        perplexity(llama, sequences, batch_size=0)
 
 
 def test_score_arithmetic():
@@ -154,11 +154,11 @@ def test_score_arithmetic():
     }
 
 
-def test_perplexity_beyond_a_double_is_infinite(windows):
+def test_perplexity_beyond_a_double_is_infinite(sequences):
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 1e4)
-    score = perplexity(model, windows)
+    score = perplexity(model, sequences)
     assert score.nats > 710
     assert score.perplexity == math.inf
 
@@ -234,38 +234,38 @@ def test_repetition_rate_of_known_sequences(texts, rate):
 
 
 @pytest.mark.parametrize(("batch_size", "numbers"), [(1, 2**24), (5, 261 * 7 * 4 + 1)])
-def test_divergence_is_that_of_the_whole_logits(llama, windows, monkeypatch, batch_size, numbers):
+def test_divergence_is_that_of_the_whole_logits(llama, sequences, monkeypatch, batch_size, numbers):
     other = tiny_model("llama", seed=1)
     with torch.no_grad():
-        ours, theirs = (model(windows).logits[:, :-1].double().log_softmax(-1) for model in (llama, other))
+        ours, theirs = (model(sequences).logits[:, :-1].double().log_softmax(-1) for model in (llama, other))
     # torch's own order: what is measured first, then the distribution that the mean is taken over.
     kl = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean().item()
     monkeypatch.setattr(evaluate, "CHUNK_NUMBERS", numbers)
-    found = divergence(llama, other, windows, batch_size=batch_size)
+    found = divergence(llama, other, sequences, batch_size=batch_size)
     assert found.kl == pytest.approx(kl, rel=1e-5)
     assert found.agreement == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).double().mean().item())
-    assert found.nats == pytest.approx(perplexity(llama, windows).nats, rel=1e-6)
-    assert found.dense_nats == pytest.approx(perplexity(other, windows).nats, rel=1e-6)
+    assert found.nats == pytest.approx(perplexity(llama, sequences).nats, rel=1e-6)
+    assert found.dense_nats == pytest.approx(perplexity(other, sequences).nats, rel=1e-6)
     assert found.tokens == 16 * 63
 
 
-def test_kl_is_taken_over_the_dense_models_distribution(llama, windows):
+def test_kl_is_taken_over_the_dense_models_distribution(llama, sequences):
     """By hand, one token: sum of p (log p - log q) with p the dense model's."""
     other = tiny_model("llama", seed=1)
-    window = windows[:1, :2]
+    sequence = sequences[:1, :2]
     with torch.no_grad():
-        q, p = (model(window).logits[0, 0].double().softmax(-1) for model in (llama, other))
-    assert divergence(llama, other, window).kl == pytest.approx(float((p * (p.log() - q.log())).sum()), rel=1e-5)
+        q, p = (model(sequence).logits[0, 0].double().softmax(-1) for model in (llama, other))
+    assert divergence(llama, other, sequence).kl == pytest.approx(float((p * (p.log() - q.log())).sum()), rel=1e-5)
 
 
-def test_divergence_refuses_other_vocabularies_and_names_the_broken_model(llama, windows):
+def test_divergence_refuses_other_vocabularies_and_names_the_broken_model(llama, sequences):
     other = tiny_model("llama")
     other.resize_token_embeddings(300, mean_resizing=False)
     with pytest.raises(ValueError, match="gives logits of 261 words, the dense one of 300: compare a model with the b"):
-        divergence(llama, other, windows)
+        divergence(llama, other, sequences)
     broken = tiny_model("llama")
     broken.lm_head.weight = torch.nn.Parameter(torch.full_like(broken.lm_head.weight, math.nan))
-    with pytest.raises(ValueError, match="the dense model's logits of window 0 are NaN or infinite"):
-        divergence(llama, broken, windows)
-    with pytest.raises(ValueError, match="the logits of window 0 are NaN or infinite"):
-        divergence(broken, llama, windows)
+    with pytest.raises(ValueError, match="the dense model's logits of sequence 0 are NaN or infinite"):
+        divergence(llama, broken, sequences)
+    with pytest.raises(ValueError, match="the logits of sequence 0 are NaN or infinite"):
+        divergence(broken, llama, sequences)

@@ -29,9 +29,9 @@ TEXT = "python-docs::part=0%-10%"
 
 
 @pytest.fixture
-def made(llama, windows, tokenizer):
+def made(llama, sequences, tokenizer):
     targets = find_targets(llama)
-    store = build_factors(llama, targets, windows, tokenizer)
+    store = build_factors(llama, targets, sequences, tokenizer)
     return allocator("uniform").plan(Problem(budget_for(llama, targets, 0.5), store, targets)), store
 
 
@@ -39,34 +39,34 @@ def made(llama, windows, tokenizer):
 def plan_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("curve")
     allocate(
-        "random:llama", keep=0.5, text=TEXT, length=32, windows=8, output=folder / "plan.json", store=folder / "store"
+        "random:llama", keep=0.5, text=TEXT, length=32, sequences=8, output=folder / "plan.json", store=folder / "store"
     )
     return folder / "plan.json"
 
 
-def test_every_size_is_scored_as_the_compressed_model_is(llama, windows, made):
+def test_every_size_is_scored_as_the_compressed_model_is(llama, sequences, made):
     plan, store = made
     before = {name: type(module) for name, module in llama.named_modules()}
-    curve = score_curve(llama, plan, list(nested(plan, [1.0, 0.7, 0.3]).values()), store, windows[:3], batch_size=2)
+    curve = score_curve(llama, plan, list(nested(plan, [1.0, 0.7, 0.3]).values()), store, sequences[:3], batch_size=2)
     assert {name: type(module) for name, module in llama.named_modules()} == before
-    dense = perplexity(tiny_model("llama"), windows[:3])
+    dense = perplexity(tiny_model("llama"), sequences[:3])
     assert curve.dense.nats == pytest.approx(dense.nats, rel=1e-6)
     assert [point.plan.keep for point in curve.points] == [1.0, 0.7, 0.5, 0.3]
     assert [point.own for point in curve.points] == [False, False, True, False]
     assert curve.points[0].score is curve.dense, "all modules dense: not scored twice"
     for point in curve.points[1:]:
-        score = perplexity(compress(tiny_model("llama"), point.plan, store), windows[:3])
+        score = perplexity(compress(tiny_model("llama"), point.plan, store), sequences[:3])
         assert point.score.nats == pytest.approx(score.nats, rel=1e-6)
         assert point.excess == pytest.approx(score.nats - dense.nats, rel=1e-3, abs=1e-6)
 
 
-def test_a_plan_without_other_sizes_is_scored_as_it_is(llama, windows, made):
+def test_a_plan_without_other_sizes_is_scored_as_it_is(llama, sequences, made):
     plan, store = made
-    curve = score_curve(llama, replace(plan, order=None), [], store, windows[:1])
+    curve = score_curve(llama, replace(plan, order=None), [], store, sequences[:1])
     assert [(point.plan.keep, point.own) for point in curve.points] == [(0.5, True)]
 
 
-def test_a_size_whose_logits_are_not_finite_is_named(llama, windows, made, monkeypatch):
+def test_a_size_whose_logits_are_not_finite_is_named(llama, sequences, made, monkeypatch):
     plan, store = made
     good = store.factors
 
@@ -75,8 +75,8 @@ def test_a_size_whose_logits_are_not_finite_is_named(llama, windows, made, monke
         return replace(factors, left=factors.left * 1e35)
 
     monkeypatch.setattr(store, "factors", damaged)
-    with pytest.raises(ValueError, match=r"at keep 0.5: the logits of window 0 are NaN or infinite"):
-        score_curve(llama, plan, [], store, windows[:1])
+    with pytest.raises(ValueError, match=r"at keep 0.5: the logits of sequence 0 are NaN or infinite"):
+        score_curve(llama, plan, [], store, sequences[:1])
     assert type(llama.get_submodule("model.layers.0.mlp.up_proj")) is torch.nn.Linear, "put back all the same"
 
 
@@ -126,13 +126,13 @@ def test_a_logarithm_is_taken_only_of_what_has_one(figures):
 
 
 def test_evaluate_draws_the_curve_of_a_plan(plan_file, tmp_path, capsys):
-    figures = evaluate(plan=plan_file, text=TEXT, length=32, windows=2, keep_curve=[], json=tmp_path / "curve.json")
+    figures = evaluate(plan=plan_file, text=TEXT, length=32, sequences=2, keep_curve=[], json=tmp_path / "curve.json")
     assert json.loads((tmp_path / "curve.json").read_text()) == figures
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert [size["keep"]["asked"] for size in figures["sizes"]] == list(KEEPS)
     assert [size["own"] for size in figures["sizes"]] == [False] * 5 + [True]
     assert figures["sizes"][0]["excess"] == 0.0
-    assert figures["dense"]["perplexity"] == evaluate("random:llama", text=TEXT, length=32, windows=2)["perplexity"]
+    assert figures["dense"]["perplexity"] == evaluate("random:llama", text=TEXT, length=32, sequences=2)["perplexity"]
     assert (figures["base"], figures["method"], figures["windows"]) == ("random:llama", "uniform", 2)
     shown = capsys.readouterr().out
     assert f"\npicture  {tmp_path / 'curve.png'}" in shown
@@ -167,7 +167,7 @@ def test_the_command_line_of_a_curve(plan_file, tmp_path, capsys, flag):
 def test_what_does_not_go_together(plan_file, arguments, message):
     given = {name: plan_file if value == "PLAN" else value for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
-        evaluate(**given, text=TEXT, length=32, windows=1)
+        evaluate(**given, text=TEXT, length=32, sequences=1)
 
 
 def test_a_plan_without_an_order_has_no_curve(plan_file, tmp_path):
@@ -175,17 +175,17 @@ def test_a_plan_without_an_order_has_no_curve(plan_file, tmp_path):
     del data["order"]
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=r"carries no component order, so it has this one size only"):
-        evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, windows=1, keep_curve=[])
-    assert len(evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, windows=1)["sizes"]) == 1
+        evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, sequences=1, keep_curve=[])
+    assert len(evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, sequences=1)["sizes"]) == 1
 
 
 def test_the_curve_of_a_corrected_plan_ends_at_its_own_size(tmp_path, caplog, capsys):
     words = ["--text", TEXT, "--length", "32"]
-    method = ["--method", "zero_sum", "--settings.rounds", "1", "--keep", "0.65", "--store", str(tmp_path / "store")]
+    method = ["--method", "zs_svd", "--settings.rounds", "1", "--keep", "0.65", "--store", str(tmp_path / "store")]
     output = ["--output", str(tmp_path / "plan.json")]
     main(["allocate", "--base", "random:llama", *method, *words, "--windows", "4", *output])
     with caplog.at_level("INFO", logger="lowrank_pl.cli.evaluate"):
-        figures = evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, windows=1, keep_curve=[])
+        figures = evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, sequences=1, keep_curve=[])
     assert [size["keep"]["asked"] for size in figures["sizes"]] == [0.65, 0.6, 0.5]
     assert "the weights were changed for keep 0.65: the curve has no larger sizes" in caplog.text
     capsys.readouterr()

@@ -562,7 +562,7 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path, monkeypatch):
     expected = perplexity(model, tokens).nats
     score, _ = score_in_fresh_process(tmp_path / "out", Protocol("text", tokens), trust=True)
     assert score.nats == pytest.approx(expected)
-    text = {"text": "python-docs", "length": 32, "windows": 1}
+    text = {"text": "python-docs", "length": 32, "sequences": 1}
     said = evaluate(str(tmp_path / "out"), reference=str(source), trust_remote_code=True, device="cpu", **text)
     assert said["divergence"]["kl"] > 0
 

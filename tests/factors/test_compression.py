@@ -13,7 +13,7 @@ from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.factors.compression import compress, compressed, deployed_plan, restore_dense
 from lowrank_pl.factors.decomposition import truncate
 from lowrank_pl.factors.pivoting import Pivoted
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.losses import choices_of
 from lowrank_pl.methods.masks.masked_linear import MaskedLinear, chosen, masked_layers
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
@@ -25,10 +25,10 @@ from lowrank_pl.plans.storage import Storage
 FACTORED = Storage("factored")
 
 
-def factored(family, windows, **changes):
+def factored(family, sequences, **changes):
     model = tiny_model(family, **changes)
     targets = find_targets(model)
-    return model, targets, build_factors(model, targets, windows[:4], byte_tokenizer())
+    return model, targets, build_factors(model, targets, sequences[:4], byte_tokenizer())
 
 
 def drawn(targets, store, rank):
@@ -41,9 +41,9 @@ def drawn(targets, store, rank):
     return RankPlan(method="hand", keep=0.5, modules=modules, model_parameters=10**6, fingerprint=store.fingerprint)
 
 
-def logits(model, windows):
+def logits(model, sequences):
     with torch.no_grad():
-        return model(input_ids=windows[4:6]).logits
+        return model(input_ids=sequences[4:6]).logits
 
 
 def half(target):
@@ -52,26 +52,26 @@ def half(target):
 
 def mask_all(model, targets, store, keep=0.5):
     for target in targets.modules:
-        mask = Staircase().create(target.shape, store.sigma(target.name), keep, prices=FACTORED)
+        mask = ARA().create(target.shape, store.sigma(target.name), keep, prices=FACTORED)
         factors = store.factors(target.name, mask.rank)
         replace_module(model, target.name, MaskedLinear(model.get_submodule(target.name), factors, mask))
     return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_rank_changes_nothing(family, windows):
-    model, targets, store = factored(family, windows)
-    before = logits(model, windows)
+def test_full_rank_changes_nothing(family, sequences):
+    model, targets, store = factored(family, sequences)
+    before = logits(model, sequences)
     plan = drawn(targets, store, lambda target: min(target.shape))
     small = compress(model, plan, store)
     assert small is model
     assert all(isinstance(model.get_submodule(target.name), LowRankLinear) for target in targets.modules)
-    torch.testing.assert_close(logits(small, windows), before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(small, sequences), before, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compressed_modules_compute_with_truncated_weights(family, windows):
-    model, targets, store = factored(family, windows)
+def test_compressed_modules_compute_with_truncated_weights(family, sequences):
+    model, targets, store = factored(family, sequences)
     twin = tiny_model(family)
     dense = {target.name for target in targets.modules[1::3]}
     plan = drawn(targets, store, lambda target: None if target.name in dense else half(target))
@@ -89,11 +89,11 @@ def test_compressed_modules_compute_with_truncated_weights(family, windows):
         assert torch.linalg.matrix_rank(weight) == half(target)
         # The dense twin gets the truncated weight: whatever differs then is the layer's doing.
         other.weight.data.copy_(weight.T if isinstance(other, Conv1D) else weight)
-    torch.testing.assert_close(logits(model, windows), logits(twin, windows), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(model, sequences), logits(twin, sequences), rtol=1e-3, atol=1e-3)
 
 
-def test_counts_of_the_plan_are_those_of_the_model(windows):
-    model, targets, store = factored("qwen2", windows)
+def test_counts_of_the_plan_are_those_of_the_model(sequences):
+    model, targets, store = factored("qwen2", sequences)
     total = model.num_parameters()
     plan = drawn(targets, store, half)
     plan = RankPlan(
@@ -102,8 +102,8 @@ def test_counts_of_the_plan_are_those_of_the_model(windows):
     assert compress(model, plan, store).num_parameters() == plan.kept_model_parameters
 
 
-def test_index_sets(windows):
-    model, targets, store = factored("llama", windows)
+def test_index_sets(sequences):
+    model, targets, store = factored("llama", sequences)
     weight = model.get_submodule("model.layers.0.mlp.up_proj").weight.double()
     plan = drawn(targets, store, lambda target: ModulePlan(target.shape, 3, (0, 2, 9)))
     whole = store.factors("model.layers.0.mlp.up_proj")
@@ -114,26 +114,26 @@ def test_index_sets(windows):
     assert torch.linalg.matrix_norm(weight - (layer.weight @ layer.right).double()) < torch.linalg.matrix_norm(weight)
 
 
-def test_bfloat16_models_get_bfloat16_factors(windows):
-    model, targets, store = factored("llama", windows)
+def test_bfloat16_models_get_bfloat16_factors(sequences):
+    model, targets, store = factored("llama", sequences)
     plan = drawn(targets, store, half)
     small = compress(tiny_model("llama").bfloat16(), plan, store)
     assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
-    expected = logits(compress(model, plan, store), windows)
-    assert (logits(small, windows).float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+    expected = logits(compress(model, plan, store), sequences)
+    assert (logits(small, sequences).float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_masked_model_compresses_to_what_its_masks_compute(family, windows):
-    model, targets, store = factored(family, windows)
+def test_masked_model_compresses_to_what_its_masks_compute(family, sequences):
+    model, targets, store = factored(family, sequences)
     plan = drawn(targets, store, lambda target: None if target.kind.endswith("proj") else half(target))
     mask_all(model, targets, store)
     layers = masked_layers(model)
     with chosen(layers, choices_of(plan, layers)):
-        learned = logits(model, windows)
+        learned = logits(model, sequences)
     small = compress(model, plan, store)
     assert not masked_layers(small)
-    torch.testing.assert_close(logits(small, windows), learned, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(small, sequences), learned, rtol=1e-4, atol=1e-4)
     reference = compress(tiny_model(family), plan, store)
     assert {name: type(m) for name, m in small.named_modules()} == {
         name: type(m) for name, m in reference.named_modules()
@@ -143,38 +143,38 @@ def test_masked_model_compresses_to_what_its_masks_compute(family, windows):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_restore_dense_undoes_masking(family, windows):
-    model, targets, store = factored(family, windows)
-    before, classes = logits(model, windows), [type(module) for module in model.modules()]
+def test_restore_dense_undoes_masking(family, sequences):
+    model, targets, store = factored(family, sequences)
+    before, classes = logits(model, sequences), [type(module) for module in model.modules()]
     mask_all(model, targets, store)
-    assert not torch.equal(logits(model, windows), before)
+    assert not torch.equal(logits(model, sequences), before)
     assert restore_dense(model) is model
-    assert torch.equal(logits(model, windows), before)
+    assert torch.equal(logits(model, sequences), before)
     assert [type(module) for module in model.modules()] == classes
 
 
 @pytest.mark.parametrize("problem", [None, ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("masked", [False, True])
-def test_compressed_block_puts_everything_back(windows, problem, masked):
-    model, targets, store = factored("llama", windows)
+def test_compressed_block_puts_everything_back(sequences, problem, masked):
+    model, targets, store = factored("llama", sequences)
     if masked:
         mask_all(model, targets, store)
-    before, modules = logits(model, windows), dict(model.named_modules())
+    before, modules = logits(model, sequences), dict(model.named_modules())
     plan = drawn(targets, store, half)
     leaving = pytest.raises(problem) if problem else nullcontext()
     with leaving, compressed(model, plan, store) as small:
         assert small is model
-        inside = logits(small, windows)
+        inside = logits(small, sequences)
         if problem:
             raise problem
     assert not torch.allclose(inside, before)
-    assert torch.equal(logits(model, windows), before)
+    assert torch.equal(logits(model, sequences), before)
     assert dict(model.named_modules()) == modules
 
 
-def test_failure_inside_compression_is_undone_by_the_block(windows):
-    model, targets, store = factored("llama", windows)
-    before, modules = logits(model, windows), dict(model.named_modules())
+def test_failure_inside_compression_is_undone_by_the_block(sequences):
+    model, targets, store = factored("llama", sequences)
+    before, modules = logits(model, sequences), dict(model.named_modules())
     store.path(targets.modules[6].name).write_bytes(b"short")
     with (
         pytest.raises(ValueError, match=r"safetensors is damaged .*: delete it and run again"),
@@ -182,12 +182,12 @@ def test_failure_inside_compression_is_undone_by_the_block(windows):
     ):
         pass
     assert dict(model.named_modules()) == modules
-    assert torch.equal(logits(model, windows), before)
+    assert torch.equal(logits(model, sequences), before)
     store.path(targets.modules[6].name).unlink()
 
 
-def test_factors_of_another_origin_are_refused(windows):
-    model, targets, store = factored("llama", windows)
+def test_factors_of_another_origin_are_refused(sequences):
+    model, targets, store = factored("llama", sequences)
     plan = drawn(targets, store, half)
     other = plan.with_origin({}, {**store.fingerprint, "text": "x", "damping": 1.0})
     modules = dict(model.named_modules())
@@ -200,8 +200,8 @@ def test_factors_of_another_origin_are_refused(windows):
     assert dict(model.named_modules()) == modules
 
 
-def test_another_model_is_refused_before_anything_changes(windows):
-    _, targets, store = factored("llama", windows)
+def test_another_model_is_refused_before_anything_changes(sequences):
+    _, targets, store = factored("llama", sequences)
     plan = drawn(targets, store, half)
     shorter = tiny_model("llama", layers=1)
     with pytest.raises(ValueError, match=r"the plan names model.layers.1.self_attn.q_proj, which the model lacks"):
@@ -213,16 +213,16 @@ def test_another_model_is_refused_before_anything_changes(windows):
         assert not any(isinstance(module, LowRankLinear) for module in model.modules())
 
 
-def test_compressing_twice_is_refused(windows):
-    model, targets, store = factored("llama", windows)
+def test_compressing_twice_is_refused(sequences):
+    model, targets, store = factored("llama", sequences)
     plan = drawn(targets, store, half)
     compress(model, plan, store)
     with pytest.raises(ValueError, match="LowRankLinear is no plain linear map"):
         compress(model, plan, store)
 
 
-def test_truncating_the_store_is_truncating_the_whole(windows):
-    model, targets, store = factored("gpt_neox", windows)
+def test_truncating_the_store_is_truncating_the_whole(sequences):
+    model, targets, store = factored("gpt_neox", sequences)
     for target in targets.modules:
         whole = store.factors(target.name)
         part = truncate(whole, 3)
@@ -241,8 +241,8 @@ def pivoted(target):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pivoted_modules_compute_what_their_factors_do(family, windows):
-    model, targets, store = factored(family, windows)
+def test_pivoted_modules_compute_what_their_factors_do(family, sequences):
+    model, targets, store = factored(family, sequences)
     plan = drawn(targets, store, pivoted)
     expected = compress(tiny_model(family), drawn(targets, store, lambda target: min(target.shape) // 2), store)
     assert compress(model, plan, store) is model
@@ -255,12 +255,12 @@ def test_pivoted_modules_compute_what_their_factors_do(family, windows):
         torch.testing.assert_close(layer.dense(), other.dense(), rtol=1e-4, atol=1e-5)
         sides.add(layer.side)
     assert sides == {"out", "in"}
-    torch.testing.assert_close(logits(model, windows), logits(expected, windows), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(model, sequences), logits(expected, sequences), rtol=1e-3, atol=1e-3)
     assert deployed_plan(model, plan) is plan
 
 
-def test_pivots_of_index_sets_of_masked_and_of_bfloat16_models(windows):
-    model, targets, store = factored("llama", windows)
+def test_pivots_of_index_sets_of_masked_and_of_bfloat16_models(sequences):
+    model, targets, store = factored("llama", sequences)
     entry = {target.name: ModulePlan(target.shape, 3, (0, 2, 9), "pivoted") for target in targets.modules}
     plan = drawn(targets, store, lambda target: entry[target.name])
     masked = compress(mask_all(tiny_model("llama"), targets, store), plan, store)
@@ -276,8 +276,8 @@ def test_pivots_of_index_sets_of_masked_and_of_bfloat16_models(windows):
         torch.testing.assert_close(other.dense().float(), expected, rtol=0.05, atol=0.02)
 
 
-def test_a_module_whose_factors_would_be_no_smaller_stays_dense_aloud(windows, monkeypatch, caplog):
-    model, targets, store = factored("llama", windows)
+def test_a_module_whose_factors_would_be_no_smaller_stays_dense_aloud(sequences, monkeypatch, caplog):
+    model, targets, store = factored("llama", sequences)
     name = targets.modules[0].name
     rank = FACTORED.break_even(targets.modules[0].shape) + 1
     plan = drawn(targets, store, lambda target: replace(pivoted(target), rank=rank) if target.name == name else None)
@@ -294,8 +294,8 @@ def test_a_module_whose_factors_would_be_no_smaller_stays_dense_aloud(windows, m
     assert deployed_plan(model, changed) is changed
 
 
-def test_a_plan_of_another_model_is_refused_for_a_while_too(windows):
-    _, targets, store = factored("llama", windows)
+def test_a_plan_of_another_model_is_refused_for_a_while_too(sequences):
+    _, targets, store = factored("llama", sequences)
     plan = drawn(targets, store, half)
     smaller = tiny_model("llama", layers=1)
     refused = pytest.raises(ValueError, match=r"the plan names model\.layers\.1\..*, which the model lacks")
@@ -303,8 +303,8 @@ def test_a_plan_of_another_model_is_refused_for_a_while_too(windows):
         pass
 
 
-def test_a_module_that_cannot_be_pivoted_is_stored_as_factors_aloud(windows, monkeypatch, caplog):
-    model, targets, store = factored("llama", windows)
+def test_a_module_that_cannot_be_pivoted_is_stored_as_factors_aloud(sequences, monkeypatch, caplog):
+    model, targets, store = factored("llama", sequences)
     names = [target.name for target in targets.modules]
     few = {target.name: replace(pivoted(target), rank=min(target.shape) // 3) for target in targets.modules}
     plan = drawn(targets, store, lambda target: half(target) if target.name == names[5] else few[target.name])

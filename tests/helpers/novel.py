@@ -1,4 +1,4 @@
-"""A text with spaces, digits and wide characters, for tests of texts and windows."""
+"""A text with spaces, digits and wide characters, for tests of texts and sequences."""
 
 from __future__ import annotations
 

@@ -12,15 +12,15 @@ LENGTH = 32
 
 
 def make_data(**changes):
-    settings = {"length": LENGTH, "windows": 8, "validation_windows": 3, "seed": 3}
+    settings = {"length": LENGTH, "sequences": 8, "validation_sequences": 3, "seed": 3}
     return CalibrationData("python-docs", byte_tokenizer(), **{**settings, **changes})
 
 
 def validated():
-    """Return the windows that a run on ``make_data()`` is scored on."""
+    """Return the sequences that a run on ``make_data()`` is scored on."""
     data = make_data()
     data.setup("fit")
-    return data.validation_windows
+    return data.validation_sequences
 
 
 def make_learner(base="random:llama", **changes):

@@ -165,7 +165,12 @@ def test_page_holds_the_figures_of_the_summary(run):
     assert page.row("dense")[1:] == ["15.13", "+0.000", "100.0 %", "100.0 %", "0.0 MB", "0.0"]
     assert page.row("learned (this model)")[1:5] == ["16.34", "+0.077", "64.3 %", "92.0 %"]
     assert page.row("learned (this model)")[6] == "1,375.4"
-    for said in ("wiki.txt, 20 windows of 1024 tokens", "lowrank fit -c x.yaml", "seed_everything: 7", "torch 2.13.0"):
+    for said in (
+        "wiki.txt, 20 sequences of 1024 tokens",
+        "lowrank fit -c x.yaml",
+        "seed_everything: 7",
+        "torch 2.13.0",
+    ):
         assert said in page.words
     assert "2026-11-26 12:00" in page.words
     assert "is long" in page.words
@@ -307,7 +312,7 @@ def test_files_of_scores_in_the_folder_are_found(run, caplog):
     assert page.row("boolq")[1:] == ["acc", "0.512"]
     assert page.row("mean")[2] == "0.596"
     assert page.row("c4")[2:] == ["c4", "4 \u00d7 64", "33.33"]
-    assert page.row("python-docs, 8 windows of 512 tokens")[1:] == ["4,088", "0.0812", "86.4 %"]
+    assert page.row("python-docs, 8 sequences of 512 tokens")[1:] == ["4,088", "0.0812", "86.4 %"]
     assert "Healthy, with warnings on quality, by lowrank doctor, checked.json" in page.words
 
 
@@ -316,9 +321,9 @@ def test_what_evaluate_writes_is_read(run, tmp_path):
     rows = [{"query": f"Question: {n} and one?", "choices": [str(n), str(n + 1)], "gold": 1} for n in range(4)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = tmp_path / "text.txt"
-    text.write_text("a text to score, long enough for a window or two. " * 8)
+    text.write_text("a text to score, long enough for a sequence or two. " * 8)
     figures = evaluate(
-        "random:llama", reference="random:llama", text=[f"own={text}"], tasks=[str(questions)], length=64, windows=2,
+        "random:llama", reference="random:llama", text=[f"own={text}"], tasks=[str(questions)], length=64, sequences=2,
         device="cpu", json=run / "scores.json",
     )  # fmt: skip
     # Scores of another model say nothing of this one.
@@ -326,7 +331,7 @@ def test_what_evaluate_writes_is_read(run, tmp_path):
     found = read_evidence([run / "scores.json"], model=Path("random:llama"))
     assert found.divergence.agreement == 1.0
     assert found.divergence.tokens == 126
-    assert found.divergence.how == f"{text}, 2 windows of 64 tokens"
+    assert found.divergence.how == f"{text}, 2 sequences of 64 tokens"
     assert [(one.text, one.perplexity) for one in found.passes] == [(str(text), figures["texts"]["own"]["perplexity"])]
     right = figures["tasks"]["model"]["results"]["sums"]["acc,none"]
     assert [(one.source, one.figures["sums"]["acc"][0]) for one in found.tasks] == [("dense", right), ("scores", right)]
@@ -509,7 +514,7 @@ def test_report_writes_page_and_card(run, capsys):
     assert text.startswith("---\nlicense: mit\n---\n\n# model with ")
     assert "# old" not in text
     for said in (
-        "Scored on `wiki.txt, 20 windows of 1024 tokens`",
+        "Scored on `wiki.txt, 20 sequences of 1024 tokens`",
         "KL divergence 0.0812 nats a token, the same most likely token in 86.4 % of 4,088",
         "| piqa | acc | 0.679 ± 0.011 |",
         "Checked by lowrank doctor, doctor.json: warning.",

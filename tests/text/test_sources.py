@@ -34,7 +34,7 @@ from tests.helpers.novel import LINES
         ("python-docs::limit=1,limit=2", "once for each key"),
         ("python-docs::limit=0", "limit=0 is not a number of documents, expected 1 or more"),
         ("python-docs::limit=many", "limit=many is not"),
-        ("python-docs::every=0", "every=0 is not a number of windows, expected 1 or more"),
+        ("python-docs::every=0", "every=0 is not a number of sequences, expected 1 or more"),
         ("python-docs::part=50%-20%", "part=50%-20% is not a share, expected A%-B%"),
         ("python-docs::part=50", "0 <= A < B <= 100, as 0%-50%"),
         ("python-docs::part=0%-101%", "is not a share"),

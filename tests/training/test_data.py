@@ -1,4 +1,4 @@
-"""CalibrationData: which windows are where, and that a resumed run sees exactly the batches it would have seen."""
+"""CalibrationData: which sequences are where, and that a resumed run sees exactly the batches it would have seen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lowrank_pl.models.tiny import byte_tokenizer
-from lowrank_pl.text.windows import tokenizer_fingerprint, windows_fingerprint
+from lowrank_pl.text.sequences import sequences_fingerprint, tokenizer_fingerprint
 from lowrank_pl.training.data import CalibrationData
 from tests.helpers import ROOT
 
@@ -29,12 +29,12 @@ WINDOWS = 11  # two in a batch: five batches an epoch, and a tail
 
 
 def make_data(**changes):
-    settings = {"length": LENGTH, "windows": WINDOWS, "batch_size": 2, "validation_windows": 3, "seed": 5}
+    settings = {"length": LENGTH, "sequences": WINDOWS, "batch_size": 2, "validation_sequences": 3, "seed": 5}
     return CalibrationData("python-docs", byte_tokenizer(), **{**settings, **changes})
 
 
 class Recorder(pl.LightningModule):
-    """Notes the windows of every training step, also in a file that outlives the process."""
+    """Notes the sequences of every training step, also in a file that outlives the process."""
 
     def __init__(self, file=None, *, kill_at=None):
         super().__init__()
@@ -88,48 +88,48 @@ def fit(folder, *, data=None, module=None, ckpt_path=None, **settings):
     return module.seen
 
 
-# -- which windows ------------------------------------------------------------------------------------------------
+# -- which sequences ------------------------------------------------------------------------------------------------
 
 
 def test_windows_held_out_for_validation_follow_all_others(caplog):
     caplog.set_level(logging.INFO)
-    data = make_data(statistics_windows=5, statistics_length=64)
-    text = "".join(bytes(window.tolist()).decode() for window in data.train_windows)
-    statistics = b"".join(bytes(window.tolist()) for window in data.statistics_windows).decode()
-    validation = b"".join(bytes(window.tolist()) for window in data.validation_windows).decode()
+    data = make_data(statistics_sequences=5, statistics_length=64)
+    text = "".join(bytes(sequence.tolist()).decode() for sequence in data.train_windows)
+    statistics = b"".join(bytes(sequence.tolist()) for sequence in data.statistics_sequences).decode()
+    validation = b"".join(bytes(sequence.tolist()) for sequence in data.validation_sequences).decode()
     assert data.train_windows.shape == (WINDOWS, LENGTH)
-    assert data.statistics_windows.shape == (5, 64)
-    assert data.validation_windows.shape == (3, LENGTH)
+    assert data.statistics_sequences.shape == (5, 64)
+    assert data.validation_sequences.shape == (3, LENGTH)
     assert statistics.startswith(text)
     assert text not in validation
     assert validation not in statistics
-    assert "11 windows of 16 tokens of 'python-docs' to learn from, 5 of 64 of 'python-docs' for stat" in caplog.text
+    assert "11 sequences of 16 tokens of 'python-docs' to learn from, 5 of 64 of 'python-docs' for stat" in caplog.text
     assert "3 of 16 of 'python-docs' that follow those for validation" in caplog.text
 
 
 def test_defaults_of_statistics_are_those_of_learning():
     data = make_data()
-    assert torch.equal(data.statistics_windows, data.train_windows)
+    assert torch.equal(data.statistics_sequences, data.train_windows)
 
 
 def test_held_out_windows_are_taken_from_a_short_text_too(tmp_path, caplog):
     path = tmp_path / "short.txt"
     path.write_text("".join(f"{n:04d}" for n in range(40)))
     data = CalibrationData(
-        str(path), byte_tokenizer(bos=True), length=17, windows=20, statistics_length=33, validation_windows=2
+        str(path), byte_tokenizer(bos=True), length=17, sequences=20, statistics_length=33, validation_sequences=2
     )
     assert data.train_windows.shape == (8, 17)
-    assert data.statistics_windows.shape == (4, 33)
-    assert bytes(data.validation_windows[0, 1:].tolist()) == b"0032003300340035"
-    assert "42 windows of 17 tokens were asked for" in caplog.text
-    assert "statistics use 4 windows instead of 20: those held out for validation follow" in caplog.text
+    assert data.statistics_sequences.shape == (4, 33)
+    assert bytes(data.validation_sequences[0, 1:].tolist()) == b"0032003300340035"
+    assert "42 sequences of 17 tokens were asked for" in caplog.text
+    assert "statistics use 4 sequences instead of 20: those held out for validation follow" in caplog.text
 
 
 def test_too_short_a_text_to_hold_out_from(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("x" * 50)
-    data = CalibrationData(str(path), byte_tokenizer(), length=16, windows=4, validation_windows=3)
-    with pytest.raises(ValueError, match="has 3 windows of 16 tokens, too few to hold out 3 for validation"):
+    data = CalibrationData(str(path), byte_tokenizer(), length=16, sequences=4, validation_sequences=3)
+    with pytest.raises(ValueError, match="has 3 sequences of 16 tokens, too few to hold out 3 for validation"):
         data.setup()
 
 
@@ -137,10 +137,10 @@ def test_own_texts_for_statistics_and_validation(tmp_path, caplog):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("".join(f"{name}{n:03d}" for n in range(200)))
     data = make_data(
-        statistics_text=str(tmp_path / "a.txt"), statistics_windows=2, validation_text=str(tmp_path / "b.txt")
+        statistics_text=str(tmp_path / "a.txt"), statistics_sequences=2, validation_text=str(tmp_path / "b.txt")
     )
-    assert bytes(data.statistics_windows[0].tolist()) == b"a000a001a002a003"
-    assert bytes(data.validation_windows[0].tolist()) == b"b000b001b002b003"
+    assert bytes(data.statistics_sequences[0].tolist()) == b"a000a001a002a003"
+    assert bytes(data.validation_sequences[0].tolist()) == b"b000b001b002b003"
     assert not caplog.records
 
 
@@ -148,22 +148,27 @@ def test_validation_text_that_is_learnt_from_is_said(tmp_path, caplog):
     path = tmp_path / "a.txt"
     path.write_text("".join(f"{n:04d}" for n in range(400)))
     data = CalibrationData(
-        f"{path}", byte_tokenizer(), length=50, windows=10, validation_windows=4, validation_text=f"{path}::part=0%-90%"
+        f"{path}",
+        byte_tokenizer(),
+        length=50,
+        sequences=10,
+        validation_sequences=4,
+        validation_text=f"{path}::part=0%-90%",
     )
     data.setup()
-    assert "4 of 4 validation windows hold text that is learnt from as well" in caplog.text
+    assert "4 of 4 validation sequences hold text that is learnt from as well" in caplog.text
 
 
 def test_a_validation_text_of_the_same_name_is_held_out(caplog):
     data = make_data(validation_text="python-docs")
-    assert torch.equal(data.validation_windows, make_data().validation_windows)
+    assert torch.equal(data.validation_sequences, make_data().validation_sequences)
     assert not caplog.records
 
 
 def test_no_validation():
-    data = make_data(validation_windows=0)
+    data = make_data(validation_sequences=0)
     assert data.val_dataloader() == []
-    assert data.validation_windows.shape == (0, LENGTH)
+    assert data.validation_sequences.shape == (0, LENGTH)
 
 
 def test_windows_are_built_once(monkeypatch):
@@ -176,7 +181,7 @@ def test_windows_are_built_once(monkeypatch):
 
 
 def test_tokenizer_by_name_of_the_base_and_none():
-    data = CalibrationData("python-docs", "random:llama", length=LENGTH, windows=2, validation_windows=1)
+    data = CalibrationData("python-docs", "random:llama", length=LENGTH, sequences=2, validation_sequences=1)
     assert data.train_windows.max() < 256
     assert data.tokenizer is data.tokenizer
     with pytest.raises(ValueError, match="tokenizer=None: give the base model's tokenizer, or the model's name"):
@@ -185,7 +190,13 @@ def test_tokenizer_by_name_of_the_base_and_none():
 
 @pytest.mark.parametrize(
     ("name", "value", "least"),
-    [("length", 1, 2), ("windows", 0, 1), ("batch_size", 0, 1), ("validation_windows", -1, 0), ("num_workers", -1, 0)],
+    [
+        ("length", 1, 2),
+        ("sequences", 0, 1),
+        ("batch_size", 0, 1),
+        ("validation_sequences", -1, 0),
+        ("num_workers", -1, 0),
+    ],
 )
 def test_bad_arguments(name, value, least):
     with pytest.raises(ValueError, match=f"CalibrationData has {name}={value}, expected {least} or more"):
@@ -193,13 +204,13 @@ def test_bad_arguments(name, value, least):
 
 
 def test_fingerprint_follows_the_statistics_only():
-    data = make_data(statistics_windows=4)
+    data = make_data(statistics_sequences=4)
     assert data.fingerprint() == {
         "tokenizer": tokenizer_fingerprint(byte_tokenizer()),
-        "statistics_windows": windows_fingerprint(data.statistics_windows),
+        "statistics_sequences": sequences_fingerprint(data.statistics_sequences),
     }
-    assert make_data(statistics_windows=4, seed=9, windows=6).fingerprint() == data.fingerprint()
-    assert make_data(statistics_windows=3).fingerprint() != data.fingerprint()
+    assert make_data(statistics_sequences=4, seed=9, sequences=6).fingerprint() == data.fingerprint()
+    assert make_data(statistics_sequences=3).fingerprint() != data.fingerprint()
 
 
 def test_after_a_fit_the_loader_starts_anew(tmp_path):
@@ -249,7 +260,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, caplog):
         ValueError, match=r"learning from other data \(seed 5 there and 6 here\), its place in the epoch"
     ):
         fit(tmp_path / "part", max_steps=8, data=make_data(seed=6), ckpt_path=last)
-    with pytest.raises(ValueError, match=r"learning from other data .windows [0-9a-f]{64} there"):
+    with pytest.raises(ValueError, match=r"learning from other data .sequences [0-9a-f]{64} there"):
         fit(tmp_path / "part", max_steps=8, data=make_data(length=32), ckpt_path=last)
     fit(tmp_path / "part", max_steps=8, data=make_data(batch_size=1), ckpt_path=last)
     assert (
@@ -291,9 +302,9 @@ def test_two_processes_share_the_batches_and_resume(tmp_path):
     done = run_here(tmp_path, "ddp", processes=2)
     assert done.returncode == 0, done.stderr
     ranks = [recorded(tmp_path, rank) for rank in range(2)]
-    together = [one + two for one, two in zip(*ranks, strict=True)]
+    cooperating = [one + two for one, two in zip(*ranks, strict=True)]
     whole = fit(tmp_path / "whole", max_steps=7, data=make_data(batch_size=4))
-    assert together == [*whole[:3], *whole[3:]]
+    assert cooperating == [*whole[:3], *whole[3:]]
 
 
 def main(folder, *arguments):

@@ -12,7 +12,7 @@ import torch
 
 from lowrank_pl import Decomposition, RankPlan, build_factors, find_targets, load_compressed
 from lowrank_pl.cli.main import main
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.masked_linear import insert_masks, masked_layers
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.storage import Storage
@@ -141,7 +141,7 @@ def sharded(rank, folder):
     for empty in (False, True):
         model = tiny_model("llama")
         starts = {target.name: 0.5 for target in find_targets(model).modules}
-        insert_masks(model, store, Staircase(), starts, prices=Storage("factored"), empty=empty)
+        insert_masks(model, store, ARA(), starts, prices=Storage("factored"), empty=empty)
         layers = masked_layers(model)
         if empty:
             learning = [parameter for layer in layers.values() for parameter in layer.mask.parameters()]

@@ -88,7 +88,7 @@ def test_a_runs_folder_holds_everything(run):
     assert [name for name in summary if name != "facts"] == ROWS
     assert all(set(summary[name]) == FIGURES for name in ROWS)
     assert summary["dense"]["excess_nats"] == 0
-    assert summary["facts"]["protocol"] == {"text": "validation windows of python-docs", "windows": 3, "length": 32}
+    assert summary["facts"]["protocol"] == {"text": "validation sequences of python-docs", "windows": 3, "length": 32}
     assert set(summary["facts"]["seconds"]) == {"factors", "learning"}
     assert json.loads((folder / "figures.json").read_text()) == summary
     assert (folder / "rank_map.png").read_bytes().startswith(b"\x89PNG")
@@ -96,7 +96,7 @@ def test_a_runs_folder_holds_everything(run):
     assert plan.modules == learner.plan().modules
     assert summary["learned"]["kept_targeted"] == pytest.approx(plan.keep_targeted)
     assert plan.keep_targeted <= 0.5
-    score = perplexity(load_compressed(folder / "model"), data.validation_windows)
+    score = perplexity(load_compressed(folder / "model"), data.validation_sequences)
     assert summary["learned"]["perplexity"] == pytest.approx(score.perplexity, rel=1e-6)
     assert not [*folder.rglob("*.tmp")]
 
@@ -129,19 +129,19 @@ def test_a_finished_run_is_finished_again_from_its_checkpoint_and_counts_seconds
 
 
 def test_baselines_that_measure_and_differentiate_are_drawn_on_the_runs_own_factors(tmp_path):
-    finish = FinishRun(baselines=["zero_sum", "strs", "svdllm_v2"])
-    learner, data = make_learner(), make_data(statistics_length=48, statistics_windows=5)
+    finish = FinishRun(baselines=["zs_svd", "strs", "svdllm_v2"])
+    learner, data = make_learner(), make_data(statistics_length=48, statistics_sequences=5)
     fit(learner, data, max_steps=1, default_root_dir=tmp_path, callbacks=[finish])
     rows = {row.name: row for row in finish.finished.rows}
-    assert list(rows) == ["dense", "zero_sum", "strs", "svdllm_v2", "learned"]
+    assert list(rows) == ["dense", "zs_svd", "strs", "svdllm_v2", "learned"]
     model = tiny_model("llama")
     targets = find_targets(model)
-    for name in ("zero_sum", "strs", "svdllm_v2"):
+    for name in ("zs_svd", "strs", "svdllm_v2"):
         plan = draw(
-            allocator(name), learner.budget, learner.store, targets, model, data.statistics_windows, data.tokenizer
+            allocator(name), learner.budget, learner.store, targets, model, data.statistics_sequences, data.tokenizer
         )
         with compressed(model, plan, learner.store):
-            score = perplexity(model, data.validation_windows)
+            score = perplexity(model, data.validation_sequences)
         assert rows[name].perplexity == pytest.approx(score.perplexity, rel=1e-5)
         assert rows[name].kept_targeted == plan.keep_targeted
         assert rows[name].seconds > learner.seconds["factors"]
@@ -171,8 +171,8 @@ def test_mistakes_surface_before_learning(tmp_path):
     (tmp_path / "run" / "model" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"run/model' holds other files than an earlier export: name a new folder or"):
         fit(learner, max_steps=1, default_root_dir=tmp_path / "run", callbacks=[FinishRun()])
-    with pytest.raises(ValueError, match="there is neither a score_text nor a validation window: give one of them"):
-        fit(learner, make_data(validation_windows=0), max_steps=1, callbacks=[FinishRun()])
+    with pytest.raises(ValueError, match="there is neither a score_text nor a validation sequence: give one of them"):
+        fit(learner, make_data(validation_sequences=0), max_steps=1, callbacks=[FinishRun()])
     with pytest.raises(ValueError, match="the prompt '' has no token"):
         fit(learner, max_steps=1, callbacks=[FinishRun(prompts=["A", ""])])
     assert learner.model is None
@@ -183,9 +183,9 @@ def test_mistakes_surface_before_learning(tmp_path):
 
 def test_text_to_score_that_is_learned_from_is_warned_of(caplog):
     data = make_data()
-    FinishRun(score_text=data.text, score_length=data.length, score_windows=2)._protocol(data)
+    FinishRun(score_text=data.text, score_length=data.length, score_sequences=2)._protocol(data)
     assert caplog.messages[-1] == (
-        "2 of 2 windows to score hold text that is learnt from as well: their perplexity flatters"
+        "2 of 2 sequences to score hold text that is learnt from as well: their perplexity flatters"
     )
 
 

@@ -14,9 +14,9 @@ from lowrank_pl.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 ALLOCATE = "allocate --base random:llama --method fisher --keep 0.5 --decomposition.kind two_sided --text python-docs"
-ALLOCATE += " --length 64 --windows 16 --output plan.json"
+ALLOCATE += " --length 64 --sequences 16 --output plan.json"
 ALIKE = ALLOCATE.replace("plan.json", "alike.json") + " --decomposition.token_weights false"
-REFIT = "refit --plan plan.json --settings.windows 8 --output refitted.json"
+REFIT = "refit --plan plan.json --settings.sequences 8 --output refitted.json"
 EXPORT = "export --plan refitted.json --output model"
 # What each step writes, in files of the cache or folders beside it.
 STEPS = {

@@ -20,10 +20,10 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods import masks
 from lowrank_pl.methods.allocate import allocator
 from lowrank_pl.methods.allocate.base import Problem
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
-from lowrank_pl.methods.masks.cutoff import Fermi, Tanh
-from lowrank_pl.methods.masks.llrc import PerValue
+from lowrank_pl.methods.masks.cutoff import DobiSVD, Fermi
+from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.masked_linear import MaskedLinear
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
@@ -263,19 +263,19 @@ def test_a_learning_rate_schedule_steps_with_the_optimizer():
 @pytest.mark.parametrize(("limits", "steps"), [({"max_steps": 3}, 3), ({"max_steps": -1, "max_epochs": 2}, 8)])
 def test_a_cosine_ends_with_the_run(limits, steps):
     spy = Spy()
-    trainer = fit(make_learner(cosine=True), make_data(windows=4), callbacks=[spy], **limits)
+    trainer = fit(make_learner(cosine=True), make_data(sequences=4), callbacks=[spy], **limits)
     rates = [0.05 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps + 1)]
     assert spy.step_sizes == pytest.approx(rates[:-1])
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 def test_an_epoch_that_ends_before_the_steps_do_is_told(caplog):
-    fit(make_learner(), make_data(windows=4), max_steps=9, max_epochs=2)
+    fit(make_learner(), make_data(sequences=4), max_steps=9, max_epochs=2)
     assert (
         "learning ends with epoch 2, after 8 of the 9 steps of max_steps: raise --trainer.max_epochs" in caplog.messages
     )
     caplog.clear()
-    fit(make_learner(), make_data(windows=4), max_steps=2, max_epochs=2)
+    fit(make_learner(), make_data(sequences=4), max_steps=2, max_epochs=2)
     assert "raise --trainer.max_epochs" not in caplog.text
 
 
@@ -289,7 +289,7 @@ def test_a_cosine_that_was_resumed_ends_with_the_longer_run(tmp_path):
 def test_gates_that_are_off_learn_from_some_tokens():
     exact, some = Spy(), Spy()
     fit(make_learner(), max_steps=1, callbacks=[exact])
-    fit(make_learner(rest_every=4), max_steps=1, callbacks=[some])
+    fit(make_learner(inactive_gate_stride=4), max_steps=1, callbacks=[some])
     assert exact.logged[0]["loss/total"] == some.logged[0]["loss/total"]
     pairs = [(gradient, some.gradients[0][name]) for name, gradient in exact.gradients[0].items()]
     near = torch.stack([torch.nn.functional.cosine_similarity(one, two, dim=0) for one, two in pairs])
@@ -298,8 +298,10 @@ def test_gates_that_are_off_learn_from_some_tokens():
 
 
 def test_a_rest_of_no_tokens_is_refused():
-    with pytest.raises(ValueError, match="rest_every is 0: expected a whole number of at least 1, which is exact"):
-        make_learner(rest_every=0)
+    with pytest.raises(
+        ValueError, match="inactive_gate_stride is 0: expected a whole number of at least 1, which is exact"
+    ):
+        make_learner(inactive_gate_stride=0)
 
 
 def test_two_schedules_of_the_step_size_are_refused():
@@ -338,13 +340,13 @@ def test_masks_start_from_a_plan(tmp_path):
     )
 
 
-STARTING = [Staircase(), PerValue(), PerValue(any_k=False), ARS(), ARS(any_k=True), Tanh(), Fermi()]
+STARTING = [ARA(), LLRC(), LLRC(any_k=False), ARS(), ARS(any_k=True), DobiSVD(), Fermi()]
 
 
-@pytest.mark.parametrize("name", ["fisher", "zero_sum"])
+@pytest.mark.parametrize("name", ["fisher", "zs_svd"])
 @pytest.mark.parametrize("method", STARTING, ids=lambda method: f"{method.name}-{'any_k' if method.any_k else 'first'}")
 def test_every_mask_starts_at_exactly_the_ranks_of_a_drawn_plan(method, name):
-    kind = {"fisher": "two_sided", "zero_sum": "whitened"}[name]
+    kind = {"fisher": "two_sided", "zs_svd": "whitened"}[name]
     learner = built(mask=method, start=name, keep=0.7, decomposition=Decomposition(kind))
     plan = learner._start_plan(load_base("random:llama"), find_targets(load_base("random:llama")), make_data())
     assert plan.method == name
@@ -364,14 +366,14 @@ def test_every_mask_that_takes_a_start_is_tried():
     assert starting == {type(method) for method in STARTING}
 
 
-@pytest.mark.parametrize("name", ["uniform", "zero_sum"])
+@pytest.mark.parametrize("name", ["uniform", "zs_svd"])
 def test_masks_start_from_a_plan_that_an_allocator_draws(name):
     learner = built(start=name, keep=0.6)
     targets = find_targets(load_base("random:llama"))
     data, method = make_data(), allocator(name)
-    model, windows = load_base("random:llama"), data.statistics_windows
-    gradients = build_gradients(model, targets, windows, data.tokenizer) if method.needs_gradients else None
-    problem = Problem(budget=learner.budget, factors=learner.store, targets=targets, model=model, windows=windows,
+    model, sequences = load_base("random:llama"), data.statistics_sequences
+    gradients = build_gradients(model, targets, sequences, data.tokenizer) if method.needs_gradients else None
+    problem = Problem(budget=learner.budget, factors=learner.store, targets=targets, model=model, sequences=sequences,
                       gradients=gradients)  # fmt: skip
     plan = method.plan(problem)
     for key, mask in learner.masks.items():
@@ -379,7 +381,7 @@ def test_masks_start_from_a_plan_that_an_allocator_draws(name):
         assert mask.ratio().item() == pytest.approx(
             min(1, entry.numbers(4) / entry.dense_parameters), abs=sum(mask.shape) / (2 * entry.dense_parameters)
         )
-    assert method.needs_gradients is (name == "zero_sum")
+    assert method.needs_gradients is (name == "zs_svd")
 
 
 def test_an_allocator_draws_the_start_for_the_first_aim():
@@ -501,8 +503,10 @@ def test_the_plan_says_where_its_factors_come_from():
 
 CONFIGS = ROOT / "configs"
 # In place of texts from the hub and a model of billions of parameters.
-SMALL = "--model.base random:llama --data.text python-docs --data.length 32 --data.windows 8 --data.batch_size 1 "
-SMALL += "--data.statistics_length 32 --data.statistics_windows 8 --data.validation_windows 2 --trainer.max_steps 2 "
+SMALL = "--model.base random:llama --data.text python-docs --data.length 32 --data.sequences 8 --data.batch_size 1 "
+SMALL += (
+    "--data.statistics_length 32 --data.statistics_sequences 8 --data.validation_sequences 2 --trainer.max_steps 2 "
+)
 SMALL += "--trainer.accelerator cpu --trainer.val_check_interval 2 --finish.baselines []"
 
 
@@ -515,7 +519,7 @@ def test_the_shipped_configuration_of_every_mask_runs(tmp_path, name):
     assert plan.storage == ("auto" if name in ("rescaled", "best") else "factored")
     assert any(note.startswith("refitted ") for note in plan.notes) == (name == "best")
     text = (CONFIGS / f"{name}.yaml").read_text()
-    kind = {"llrc": PerValue, "ars": ARS, "tanh": Tanh, "fermi": Fermi}.get(name, Rescaled)
+    kind = {"llrc": LLRC, "ars": ARS, "tanh": DobiSVD, "fermi": Fermi}.get(name, Rescaled)
     # Every setting is written out, so that a reader need not look anywhere else.
     for setting in inspect.signature(kind).parameters:
         assert f"      {setting}: " in text
@@ -528,8 +532,8 @@ def test_the_shipped_configuration_of_every_mask_runs(tmp_path, name):
 def test_validation_is_the_perplexity_of_the_compressed_model(sanity):
     learner, data = make_learner(), make_data(validation_batch_size=2)
     trainer = fit(learner, data, max_epochs=1, num_sanity_val_steps=sanity)
-    dense = perplexity(tiny_model("llama"), data.validation_windows)
-    small = perplexity(compress(tiny_model("llama"), learner.plan(), learner.store), data.validation_windows)
+    dense = perplexity(tiny_model("llama"), data.validation_sequences)
+    small = perplexity(compress(tiny_model("llama"), learner.plan(), learner.store), data.validation_sequences)
     assert trainer.callback_metrics["val/perplexity"].item() == pytest.approx(small.perplexity, rel=1e-4)
     assert trainer.callback_metrics["val/excess"].item() == pytest.approx(small.nats - dense.nats, abs=1e-5)
     assert {layer.choice for layer in learner.layers.values()} <= {"mask", "dense"}
@@ -548,7 +552,7 @@ class Poison(Callback):
 
 def test_one_window_of_nan_among_others_is_an_error():
     data = make_data()
-    first, *_, last = data.validation_windows
+    first, *_, last = data.validation_sequences
     token = next(token for token in last.tolist() if token not in first.tolist())
     with pytest.raises(ValueError, match="validation of the hard plan gave nan nats a token: its logits are not fin"):
         fit(make_learner(), data, max_epochs=1, callbacks=[Poison(token)])
@@ -584,7 +588,7 @@ def test_a_checkpoint_of_other_factors_or_masks_is_refused(checkpoint):
     with pytest.raises(ValueError, match=r"factors is '.*' there and '.*' here\. Resume with the settings"):
         built(decomposition=Decomposition(kind="svd")).on_load_checkpoint(content)
     with pytest.raises(ValueError, match=r"14 of 14 masks differ, e\.g\. .*logits: \[101\] there, \[51\] here"):
-        built(mask=Staircase(steps=50)).on_load_checkpoint(content)
+        built(mask=ARA(steps=50)).on_load_checkpoint(content)
     with pytest.raises(ValueError, match="was not written by this version of lowrank_pl"):
         built().on_load_checkpoint({"state_dict": {}})
 

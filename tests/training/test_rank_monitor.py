@@ -21,7 +21,7 @@ from lowrank_pl import FinishRun, RankMonitor, TextSamples
 from lowrank_pl.evaluate.generation import generate_samples
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
@@ -206,12 +206,12 @@ def test_settings_stand_in_the_runs_own_file_with_the_metrics_that_it_logs(event
     found = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     settings = parse_session_start_info_plugin_data(found).hparams
     assert settings["keep"].number_value == 0.5
-    assert settings["mask"].string_value == Staircase.name
+    assert settings["mask"].string_value == ARA.name
     assert settings["steps"].number_value == 6
     assert "_hparams_/session_end_info" in events.summary_metadata
     assert (folder / "lightning_logs" / "version_0" / "metrics.csv").is_file()
     written = yaml.safe_load((folder / "tensorboard" / "hparams.yaml").read_text())
-    assert (written["keep"], written["prepare.narrow"]) == (0.5, "none")
+    assert (written["keep"], written["prepare.prune"]) == (0.5, "none")
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # it is a copy of the folder
@@ -251,7 +251,7 @@ def test_looking_changes_nothing(tmp_path, changes):
         learner = make_learner(**changes)
         callbacks = [RankMonitor(1, 1, 1), TextSamples(max_new_tokens=3, every_n_steps=1)] if looking else []
         fit(
-            learner, make_data(windows=4), max_steps=3, default_root_dir=tmp_path,
+            learner, make_data(sequences=4), max_steps=3, default_root_dir=tmp_path,
             logger=board(tmp_path) if looking else False, callbacks=callbacks,
         )  # fmt: skip
         modes = [module.training for module in learner.model.modules()]
@@ -272,21 +272,21 @@ class Endless(FinishRun):
 
 
 @pytest.mark.parametrize(
-    ("finish", "windows", "expected"), [(["A list is"], 3, ["A list is"]), ((), 3, None), ((), 0, [])]
+    ("finish", "sequences", "expected"), [(["A list is"], 3, ["A list is"]), ((), 3, None), ((), 0, [])]
 )
-def test_prompts_are_those_of_the_end_or_else_the_beginnings_of_windows(tmp_path, finish, windows, expected):
-    samples, data = TextSamples(max_new_tokens=2), make_data(validation_windows=windows)
-    ending = [Endless(prompts=finish)] if windows else []
+def test_prompts_are_those_of_the_end_or_else_the_beginnings_of_windows(tmp_path, finish, sequences, expected):
+    samples, data = TextSamples(max_new_tokens=2), make_data(validation_sequences=sequences)
+    ending = [Endless(prompts=finish)] if sequences else []
     fit(
         make_learner(),
         data,
         max_steps=1,
-        limit_val_batches=windows,
+        limit_val_batches=sequences,
         logger=board(tmp_path),
         callbacks=[samples, *ending],
     )
     if expected is None:
-        heads = data.validation_windows[:, :12].tolist()
+        heads = data.validation_sequences[:, :12].tolist()
         expected = [data.tokenizer.decode(head, skip_special_tokens=True).strip() for head in heads]
     assert list(samples.state_dict()["dense"]) == expected
 

@@ -14,13 +14,13 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.utils.distributed import (
     LostProcessError,
-    add_up,
     balanced,
-    from_first,
-    in_turn,
-    share,
-    together,
-    told_when_lost,
+    broadcast_from_first,
+    cooperating,
+    explain_lost_process,
+    my_share,
+    one_process_at_a_time,
+    sum_across_processes,
     total,
     world_size,
 )
@@ -29,8 +29,8 @@ from tests.helpers.two_processes import in_two_processes
 LENGTH = 48
 
 
-def windows():
-    """Five windows, so that one process has more of them."""
+def sequences():
+    """Five sequences, so that one process has more of them."""
     return torch.randint(256, (5, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
@@ -42,34 +42,34 @@ def prepare(folder):
         patch.setattr(FactorStore, "add", lambda store, name, *a, **k: (added.append(name), add(store, name, *a, **k)))
         for weights, place in ((True, folder), (False, folder / "alike")):
             settings = Decomposition("two_sided", at_keep=0.5, token_weights=weights)
-            build_factors(model, targets, windows(), tokenizer, settings=settings, directory=place)
-    build_gradients(model, targets, windows(), tokenizer, directory=folder)
-    statistics_of(model, windows(), tokenizer, directory=folder).gradient_norms(targets.modules, "sampled")
+            build_factors(model, targets, sequences(), tokenizer, settings=settings, directory=place)
+    build_gradients(model, targets, sequences(), tokenizer, directory=folder)
+    statistics_of(model, sequences(), tokenizer, directory=folder).gradient_norms(targets.modules, "sampled")
     return added
 
 
 def work_together(rank, folder):
-    with together():
+    with cooperating():
         assert world_size() == 2
-        assert share("abcde") == [["a", "c", "e"], ["b", "d"]][rank]
+        assert my_share("abcde") == [["a", "c", "e"], ["b", "d"]][rank]
         assert balanced("abcd", [1, 6, 2, 3]) == [["b"], ["a", "c", "d"]][rank]
         numbers = torch.tensor([rank + 1.0, 2.0])
-        add_up(numbers)
+        sum_across_processes(numbers)
         assert numbers.tolist() == [3.0, 4.0]
         assert total(rank + 3) == 7
-        assert from_first(lambda: f"said by {rank}") == "said by 0"
-        with in_turn():
+        assert broadcast_from_first(lambda: f"said by {rank}") == "said by 0"
+        with one_process_at_a_time():
             (folder / "order").open("a").write(str(rank))
         (folder / f"added{rank}.json").write_text(json.dumps(prepare(folder / "together")))
         with pytest.raises(ValueError, match="all processes of a run need the same folder; let LOWRANK_HOME"):
             prepare(folder / f"own{rank}")
     assert world_size() == 1
-    assert share("abcde") == list("abcde")
+    assert my_share("abcde") == list("abcde")
 
 
 def test_only_errors_about_other_processes_are_told_as_such():
     def failing(error):
-        with told_when_lost(lambda: "go on with it"):
+        with explain_lost_process(lambda: "go on with it"):
             raise error
 
     said = r"ended or can't be reached \(Read error \[::1\]:9: Connection reset by peer\): see .*; go on with it"

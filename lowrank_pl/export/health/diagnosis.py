@@ -80,7 +80,7 @@ class Diagnosis:
         directory: The folder.
         findings: One a check, in the order in which they were made.
         samples: What the model says, beside the dense one.
-        protocol: Text, windows and length that it was scored on, if it came to that.
+        protocol: Text, sequences and length that it was scored on, if it came to that.
 
     Example:
         >>> found = Diagnosis("small", [Finding("weights", "healthy", "all 9 tensors are finite")])

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.evaluate.likelihood import check_windows
+from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.export.export import is_compressed, load_compressed
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding, Sample
 from lowrank_pl.export.health.quality import PROMPTS, check_generation, check_text
@@ -24,7 +24,7 @@ from lowrank_pl.export.reload_probe import probe
 from lowrank_pl.models.base import DTYPES, load_base, load_tokenizer
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig, align
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.text.windows import token_windows
+from lowrank_pl.text.sequences import token_windows
 from lowrank_pl.utils.environment import pick_device
 
 __all__ = ["diagnose"]
@@ -52,7 +52,7 @@ def diagnose(
     *,
     base: str | None = None,
     text: str = "python-docs",
-    windows: int = 8,
+    sequences: int = 8,
     length: int = 512,
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = 64,
@@ -80,8 +80,8 @@ def diagnose(
     if model is None or tokenizer is None or any(finding.health == "sick" for finding in findings):
         _log.info("text and prompts are left out, for the model is sick already")
         return Diagnosis(str(folder), findings)
-    tokens = token_windows(text, tokenizer, length=length, windows=windows)
-    check_windows(model, tokens)
+    tokens = token_windows(text, tokenizer, length=length, sequences=sequences)
+    check_sequences(model, tokens)
     dense = None if original is None else of_base(load_base, dtype=model.dtype)
     if dense is not None:
         dense.to(place)

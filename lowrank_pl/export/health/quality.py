@@ -34,7 +34,7 @@ PROMPTS = (
 )
 
 
-def check_text(model: PreTrainedModel, dense: PreTrainedModel | None, windows: Tensor) -> Finding:
+def check_text(model: PreTrainedModel, dense: PreTrainedModel | None, sequences: Tensor) -> Finding:
     """Return how well ``model`` predicts a text, and how far that is from the dense model.
 
     A model that predicts worse than a uniform guess over its vocabulary, where the dense one does not, is sick.
@@ -42,15 +42,15 @@ def check_text(model: PreTrainedModel, dense: PreTrainedModel | None, windows: T
     Args:
         model: The model to examine.
         dense: What it was made from, if that is at hand.
-        windows: Token ids ``[windows, length]``.
+        sequences: Token ids ``[sequences, length]``.
 
     Raises:
-        ValueError: Windows that a model can't be scored on, or a dense model of another vocabulary.
+        ValueError: Sequences that a model can't be scored on, or a dense model of another vocabulary.
     """
     try:
         if dense is None:
-            return _alone(perplexity(model, windows, progress="score"), _chance(model))
-        return _beside(divergence(model, dense, windows, progress="score both"), _chance(model))
+            return _alone(perplexity(model, sequences, progress="score"), _chance(model))
+        return _beside(divergence(model, dense, sequences, progress="score both"), _chance(model))
     except LogitsError as error:
         return Finding("quality", "sick", str(error))
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lowrank_pl.export.health.diagnosis import Finding
 from lowrank_pl.export.reload_probe import PROBE_TEXT
-from lowrank_pl.text.windows import tokenizer_fingerprint, uses_bos
+from lowrank_pl.text.sequences import tokenizer_fingerprint, uses_bos
 
 __all__ = ["check_tokenizer"]
 

@@ -9,28 +9,28 @@ from lowrank_pl.methods.allocate.base import Allocator, Problem, drawn_on
 from lowrank_pl.methods.allocate.drank import DRank
 from lowrank_pl.methods.allocate.energy import Energy
 from lowrank_pl.methods.allocate.fisher import Fisher
-from lowrank_pl.methods.allocate.strs import Strs
-from lowrank_pl.methods.allocate.svdllm_v2 import SvdLlmV2
+from lowrank_pl.methods.allocate.strs import STRS
+from lowrank_pl.methods.allocate.svdllm_v2 import SVDLLMv2
 from lowrank_pl.methods.allocate.uniform import Uniform
-from lowrank_pl.methods.allocate.zs_svd import ZeroSum
+from lowrank_pl.methods.allocate.zs_svd import ZSSVD
 
 __all__ = [
     "ALLOCATORS",
+    "STRS",
+    "ZSSVD",
     "Allocator",
     "DRank",
     "Energy",
     "Fisher",
     "Problem",
-    "Strs",
-    "SvdLlmV2",
+    "SVDLLMv2",
     "Uniform",
-    "ZeroSum",
     "allocator",
     "drawn_on",
 ]
 
 ALLOCATORS: dict[str, type[Allocator]] = {
-    kind.name: kind for kind in (Uniform, Energy, DRank, SvdLlmV2, Strs, ZeroSum, Fisher)
+    kind.name: kind for kind in (Uniform, Energy, DRank, SVDLLMv2, STRS, ZSSVD, Fisher)
 }
 
 

@@ -29,7 +29,7 @@ class Problem:
         factors: The components of every module.
         targets: What was found in the model.
         model: The dense base; left as it was.
-        windows: ``[windows, length]`` calibration token ids.
+        sequences: ``[sequences, length]`` calibration token ids.
         gradients: Mean weight gradients (``lowrank_pl.prepare.build_gradients``), for allocators that need them.
     """
 
@@ -37,7 +37,7 @@ class Problem:
     factors: FactorStore
     targets: Targets
     model: PreTrainedModel | None = None
-    windows: Tensor | None = None
+    sequences: Tensor | None = None
     gradients: TensorStore | None = None
 
 
@@ -84,19 +84,19 @@ class Allocator(ABC):
         return Decomposition(self.default_kind)
 
     def need_model(self, problem: Problem) -> tuple[PreTrainedModel, Tensor]:
-        """Return the dense model and the calibration windows.
+        """Return the dense model and the calibration sequences.
 
         Raises:
             ValueError: One of them is missing.
         """
         assert self.needs_model
-        if problem.model is None or problem.windows is None:
+        if problem.model is None or problem.sequences is None:
             what = "model" if problem.model is None else "calibration windows"
             raise ValueError(
                 f"the allocator {self.name} was given no {what}, on which it measures: give Problem both model and "
                 "windows, or draw the plan with lowrank_pl.draw.draw"
             )
-        return problem.model, problem.windows
+        return problem.model, problem.sequences
 
     def check_kind(self, kind: str | None) -> None:
         """Check that this method can read factors of ``kind``, which it can be asked before there are any.

@@ -27,7 +27,7 @@ __all__ = ["allocate_ranks", "draw", "draw_plan"]
 def allocate_ranks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    windows: Tensor,
+    sequences: Tensor,
     *,
     method: str = "fisher",
     settings: Mapping[str, Any] | None = None,
@@ -49,7 +49,7 @@ def allocate_ranks(
     Args:
         model: The dense base, on the device that is to do the work; left as it was.
         tokenizer: The base's.
-        windows: ``[windows, length]`` calibration token ids, as ``token_windows`` makes them.
+        sequences: ``[sequences, length]`` calibration token ids, as ``token_windows`` makes them.
         method: Name of the allocator.
         settings: Its settings.
         keep: Fraction of the targeted parameters to keep.
@@ -69,8 +69,8 @@ def allocate_ranks(
     Example:
         >>> import torch
         >>> from lowrank_pl.tiny_models import byte_tokenizer, tiny_model
-        >>> model, windows = tiny_model("llama"), torch.arange(256).view(4, 64)
-        >>> plan, factors = allocate_ranks(model, byte_tokenizer(), windows, keep=0.5)
+        >>> model, sequences = tiny_model("llama"), torch.arange(256).view(4, 64)
+        >>> plan, factors = allocate_ranks(model, byte_tokenizer(), sequences, keep=0.5)
         >>> plan.method, plan.keep_targeted <= 0.5
         ('fisher', True)
     """
@@ -78,7 +78,7 @@ def allocate_ranks(
     targets = find_targets(model, include=include, exclude=exclude)
     budget = budget_for(model, targets, keep, multiple_of=multiple_of, floors=floors, storage=storage)
     return draw_plan(
-        drawer, budget, targets, model, windows, tokenizer, settings=decomposition or drawer.default_decomposition(),
+        drawer, budget, targets, model, sequences, tokenizer, settings=decomposition or drawer.default_decomposition(),
         base=base, dtype=str(model.dtype).removeprefix("torch."), text=text, directory=store,
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def draw(
     store: FactorStore,
     targets: Targets,
     model: PreTrainedModel,
-    windows: Tensor,
+    sequences: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     *,
     directory: Path | None = None,
@@ -102,7 +102,7 @@ def draw(
         store: The factors.
         targets: What was found in the model.
         model: The dense base.
-        windows: ``[windows, length]`` calibration token ids.
+        sequences: ``[sequences, length]`` calibration token ids.
         tokenizer: The one that made them.
         directory: The store's folder where it was named, so that gradients are kept beside the factors.
 
@@ -111,8 +111,10 @@ def draw(
     """
     gradients = None
     if method.needs_gradients:
-        gradients = build_gradients(model, targets, windows, tokenizer, directory=directory)
-    problem = Problem(budget=budget, factors=store, targets=targets, model=model, windows=windows, gradients=gradients)
+        gradients = build_gradients(model, targets, sequences, tokenizer, directory=directory)
+    problem = Problem(
+        budget=budget, factors=store, targets=targets, model=model, sequences=sequences, gradients=gradients
+    )
     return method.plan(problem)
 
 
@@ -121,7 +123,7 @@ def draw_plan(
     budget: Budget,
     targets: Targets,
     model: PreTrainedModel,
-    windows: Tensor,
+    sequences: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     *,
     settings: Decomposition,
@@ -137,7 +139,7 @@ def draw_plan(
         budget: How much to keep, and of what.
         targets: What was found in the model.
         model: The dense base.
-        windows: ``[windows, length]`` calibration token ids.
+        sequences: ``[sequences, length]`` calibration token ids.
         tokenizer: The one that made them.
         settings: How weights are decomposed.
         base: The base's name, for the origin.
@@ -148,11 +150,11 @@ def draw_plan(
     Raises:
         ValueError: As ``build_factors`` and the allocator do.
     """
-    made = build_factors(model, targets, windows, tokenizer, settings=settings, directory=directory)
-    plan = draw(method, budget, made, targets, model, windows, tokenizer, directory=directory)
+    made = build_factors(model, targets, sequences, tokenizer, settings=settings, directory=directory)
+    plan = draw(method, budget, made, targets, model, sequences, tokenizer, directory=directory)
     store = drawn_on(plan, made)
     origin = describe_origin(
-        base=base, dtype=dtype, text=text, windows=windows, settings=settings, store=made, narrowed=Origin.of(model)
+        base=base, dtype=dtype, text=text, sequences=sequences, settings=settings, store=made, narrowed=Origin.of(model)
     )
     notes = [*base_notes(model, targets), *preparation_notes(targets, made)]
     return plan.with_origin({**origin, **plan.origin}, store.fingerprint, notes), store

@@ -26,10 +26,10 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.models.forward import block_outputs, can_resume, resumed
 from lowrank_pl.models.targets import Target, decoder_blocks, replaced
-from lowrank_pl.text.windows import windows_fingerprint
+from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
 
-__all__ = ["DENSE", "Measured", "Strs", "grid_scores", "measure", "truncated"]
+__all__ = ["DENSE", "STRS", "Measured", "grid_scores", "measure", "truncated"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,12 +45,12 @@ Measured = dict[tuple[str, int], float]
 def measure(
     model: PreTrainedModel,
     factors: FactorStore,
-    windows: Tensor,
+    sequences: Tensor,
     todo: Sequence[tuple[Target, Sequence[int]]],
     *,
     batch_size: int,
 ) -> Measured:
-    """Return the mean loss of ``model`` on ``windows`` with one module truncated at a time, and of the dense model.
+    """Return the mean loss of ``model`` on ``sequences`` with one module truncated at a time, and of the dense model.
 
     Each figure goes to a file beside the factors at once, and what stands there is not measured again. Only the blocks
     from the truncated module on are run where the family allows it.
@@ -58,21 +58,21 @@ def measure(
     Args:
         model: The dense base.
         factors: The components of its modules.
-        windows: ``[windows, length]`` token ids.
+        sequences: ``[sequences, length]`` token ids.
         todo: Which modules, in the model's order, and at which ranks.
-        batch_size: Windows per forward.
+        batch_size: Sequences per forward.
 
     Raises:
         ValueError: Logits that are not finite.
     """
-    record = _Record(factors, windows)
+    record = _Record(factors, sequences)
     if DENSE not in record.known:
-        record.add(DENSE, perplexity(model, windows, batch_size=batch_size).nats)
+        record.add(DENSE, perplexity(model, sequences, batch_size=batch_size).nats)
     missing = [(target, [r for r in ranks if (target.name, r) not in record.known]) for target, ranks in todo]
     missing = [(target, ranks) for target, ranks in missing if ranks]
     _log.info("sensitivity: %d of %d losses to measure, in %s", *_counts(missing, todo), record.path)
     if missing:
-        _measure(model, factors, windows, missing, record, batch_size)
+        _measure(model, factors, sequences, missing, record, batch_size)
     return record.known
 
 
@@ -83,12 +83,12 @@ def _counts(missing: Sequence[tuple[Target, Sequence[int]]], todo: Sequence[tupl
 def _measure(
     model: PreTrainedModel,
     factors: FactorStore,
-    windows: Tensor,
+    sequences: Tensor,
     missing: Sequence[tuple[Target, Sequence[int]]],
     record: _Record,
     batch_size: int,
 ) -> None:
-    resuming = can_resume(model, windows[:1, :32])
+    resuming = can_resume(model, sequences[:1, :32])
     if not resuming:
         _log.warning(
             "the blocks of %s share more than the hidden state: every loss takes a whole forward pass",
@@ -104,14 +104,16 @@ def _measure(
     with tqdm(total=total, desc="sensitivity", unit="block") as bar:
         for block, members in groupby(missing, key=lambda entry: entry[0].block):
             if resuming and block > 0:
-                outputs = block_outputs(model, windows, block - 1, batch_size=batch_size, start=start, outputs=outputs)
+                outputs = block_outputs(
+                    model, sequences, block - 1, batch_size=batch_size, start=start, outputs=outputs
+                )
                 start = block
             for target, ranks in members:
                 whole = factors.factors(target.name, max(ranks))
                 for rank in ranks:
                     begin = resumed(model, block, outputs) if resuming else nullcontext()
                     with begin, truncated(model, target.name, truncate(whole, rank)):
-                        record.add((target.name, rank), perplexity(model, windows, batch_size=batch_size).nats)
+                        record.add((target.name, rank), perplexity(model, sequences, batch_size=batch_size).nats)
                     bar.update(prices[target.name])
                     clock.tick(prices[target.name])
 
@@ -138,10 +140,10 @@ class _Clock:
 
 
 class _Record:
-    """Measured losses in a file of JSON lines, under the fingerprint of factors and windows."""
+    """Measured losses in a file of JSON lines, under the fingerprint of factors and sequences."""
 
-    def __init__(self, factors: FactorStore, windows: Tensor) -> None:
-        made_from = {"factors": factors.digest, "windows": windows_fingerprint(windows)}
+    def __init__(self, factors: FactorStore, sequences: Tensor) -> None:
+        made_from = {"factors": factors.digest, "windows": sequences_fingerprint(sequences)}
         digest = sha256_of(canonical_json(made_from))[:20]
         self.path: Path = factors.directory / "sensitivity" / f"{digest}.jsonl"
         self.known: Measured = {}
@@ -172,7 +174,7 @@ class _Record:
 
 
 @dataclass(frozen=True)
-class Strs(Allocator):
+class STRS(Allocator):
     """The plan that cuts a sorted list of perplexities, each of one module truncated alone (ASVD, arXiv 2312.05821).
 
     Each module is truncated to each of a few ratios, all else dense. ASVD sorts the triples of module, ratio and
@@ -182,16 +184,16 @@ class Strs(Allocator):
 
     Args:
         ratios: The grid, as fractions of the module's parameters.
-        windows: How many calibration windows are scored; the first ones.
-        length: Tokens of a window that are used; all by default.
-        batch_size: Windows per forward.
+        sequences: How many calibration sequences are scored; the first ones.
+        length: Tokens of a sequence that are used; all by default.
+        batch_size: Sequences per forward.
 
     Raises:
         ValueError: A setting out of its range.
     """
 
     ratios: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    windows: int = 4
+    sequences: int = 4
     length: int | None = None
     batch_size: int = 4
     name: ClassVar[str] = "strs"
@@ -202,16 +204,16 @@ class Strs(Allocator):
         rising = sorted(set(self.ratios))
         if not rising or rising[0] <= 0 or rising[-1] >= 1:
             raise ValueError(f"ratios are {list(self.ratios)}: expected one or more fractions between 0 and 1")
-        if self.windows < 1 or self.batch_size < 1 or (self.length is not None and self.length < 2):
+        if self.sequences < 1 or self.batch_size < 1 or (self.length is not None and self.length < 2):
             raise ValueError(
-                f"windows is {self.windows}, batch_size {self.batch_size}, length {self.length}: expected at least one "
+                f"windows is {self.sequences}, batch_size {self.batch_size}, length {self.length}: expected at least one "
                 "window, one a batch and two tokens"
             )
         object.__setattr__(self, "ratios", tuple(rising))
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return by how many nats a token the loss exceeds the dense model's once a component's module is below it."""
-        model, windows = self.need_model(problem)
+        model, sequences = self.need_model(problem)
         shapes = problem.budget.shapes
         prices = problem.budget.prices
         ranks = {
@@ -223,7 +225,7 @@ class Strs(Allocator):
         known = measure(
             model,
             problem.factors,
-            windows[: self.windows, : self.length],
+            sequences[: self.sequences, : self.length],
             [(target, list(dict.fromkeys(ranks[target.name]))) for target in open_],
             batch_size=self.batch_size,
         )
@@ -238,9 +240,9 @@ class Strs(Allocator):
 
     def notes(self, problem: Problem) -> Sequence[str]:
         """Return on what sensitivity was measured."""
-        _, windows = self.need_model(problem)
-        used = windows[: self.windows, : self.length]
-        return (f"sensitivity measured on {used.shape[0]} windows of {used.shape[1]} tokens",)
+        _, sequences = self.need_model(problem)
+        used = sequences[: self.sequences, : self.length]
+        return (f"sensitivity measured on {used.shape[0]} sequences of {used.shape[1]} tokens",)
 
 
 def grid_scores(own: Tensor, ratios: Sequence[float], rises: Sequence[float], ceiling: float) -> Tensor:

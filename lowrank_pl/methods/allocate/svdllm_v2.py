@@ -13,11 +13,11 @@ from torch import Tensor
 from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.plans.component_order import share_scores
 
-__all__ = ["SvdLlmV2"]
+__all__ = ["SVDLLMv2"]
 
 
 @dataclass(frozen=True)
-class SvdLlmV2(Allocator):
+class SVDLLMv2(Allocator):
     """The plan in which modules of one type share its budget by their truncation loss (SVD-LLM V2, arXiv 2503.12340).
 
     With ``loss`` the truncation loss at the uniform rank, the removed share of a module is the type's share times

@@ -15,11 +15,11 @@ from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.methods.allocate.zs_svd_correction import correct
 from lowrank_pl.plans.plan import RankPlan
 
-__all__ = ["ZeroSum", "drop_order", "first_order_changes"]
+__all__ = ["ZSSVD", "drop_order", "first_order_changes"]
 
 
 @dataclass(frozen=True)
-class ZeroSum(Allocator):
+class ZSSVD(Allocator):
     """The plan whose dropped components change the loss by nothing in sum, to first order (ZS-SVD, arXiv 2602.02848).
 
     Every module offers its last component, and one is dropped that brings the running sum of the changes nearer to
@@ -32,7 +32,7 @@ class ZeroSum(Allocator):
         rounds: How often the truncated weights are corrected and truncated again (``lowrank_pl.correct``); the paper
             describes 1 and ran 5. The plan is then one for the corrected factors, which its fingerprint and its
             ``origin["store"]`` name.
-        batch: Calibration windows of the correction's gradients; the first ones.
+        batch: Calibration sequences of the correction's gradients; the first ones.
 
     Raises:
         ValueError: A setting out of its range.
@@ -41,7 +41,7 @@ class ZeroSum(Allocator):
     keep_rank_ratio: float = 0.0
     rounds: int = 0
     batch: int = 8
-    name: ClassVar[str] = "zero_sum"
+    name: ClassVar[str] = "zs_svd"
     needs_gradients: ClassVar[bool] = True
     needs_model: ClassVar[bool] = True
 
@@ -59,19 +59,19 @@ class ZeroSum(Allocator):
         """Return the plan, which notes the sum of the changes; errors as in ``Allocator.plan``."""
         if self.rounds == 0:
             return self._plan(problem)
-        model, windows = self.need_model(problem)
+        model, sequences = self.need_model(problem)
         plan, factors = correct(
             self._plan(problem),
             problem.factors,
             model=model,
             targets=problem.targets,
-            windows=windows[: self.batch],
-            calibration=windows,
+            sequences=sequences[: self.batch],
+            calibration=sequences,
             rounds=self.rounds,
             settings={"keep_rank_ratio": self.keep_rank_ratio},
             redraw=lambda factors, gradients: self._plan(replace(problem, factors=factors, gradients=gradients)),
         )
-        note = f"weights corrected in {self.rounds} rounds on {len(windows[: self.batch])} windows"
+        note = f"weights corrected in {self.rounds} rounds on {len(sequences[: self.batch])} windows"
         origin = {"store": str(factors.directory.resolve())}
         return replace(plan, origin=origin, fingerprint=factors.fingerprint, notes=(*plan.notes, note))
 

@@ -21,7 +21,7 @@ from lowrank_pl.factors.decomposition import decompose
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.targets import Targets, dense_weight, replaced
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.text.windows import windows_fingerprint
+from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import atomic_directory, canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
 
@@ -39,7 +39,7 @@ def correct(
     *,
     model: PreTrainedModel,
     targets: Targets,
-    windows: Tensor,
+    sequences: Tensor,
     calibration: Tensor,
     rounds: int,
     settings: Mapping[str, Any],
@@ -61,8 +61,8 @@ def correct(
         factors: What it was drawn on.
         model: The dense base, left as it was.
         targets: What was found in it.
-        windows: ``[windows, length]`` token ids of the gradients.
-        calibration: ``[windows, length]`` token ids that the factors were made from.
+        sequences: ``[sequences, length]`` token ids of the gradients.
+        calibration: ``[sequences, length]`` token ids that the factors were made from.
         rounds: How often; at least 1.
         settings: Whatever else decides on the plans of later rounds, JSON values.
         redraw: Draws a plan from corrected factors and the weight gradients there.
@@ -70,7 +70,7 @@ def correct(
     Raises:
         ValueError: A loss or a gradient is not finite.
     """
-    work = _Correction(plan, factors, model, targets, windows, calibration, rounds, dict(settings))
+    work = _Correction(plan, factors, model, targets, sequences, calibration, rounds, dict(settings))
     done = max((number for number in range(1, rounds + 1) if work.finished(number)), default=0)
     current, gradients = (factors, None) if done == 0 else work.open(done)
     if gradients is not None:
@@ -106,12 +106,12 @@ class _Correction:
         base: FactorStore,
         model: PreTrainedModel,
         targets: Targets,
-        windows: Tensor,
+        sequences: Tensor,
         calibration: Tensor,
         rounds: int,
         settings: dict[str, Any],
     ) -> None:
-        self.base, self.model, self.windows, self.calibration = base, model, windows, calibration
+        self.base, self.model, self.sequences, self.calibration = base, model, sequences, calibration
         self.modules = [target for target in targets.modules if target.name in plan.modules]
         ranks = {name: [module.rank, module.indices] for name, module in plan.modules.items()}
         self.identity = {
@@ -121,7 +121,7 @@ class _Correction:
             "floors": dict(plan.floors),
             "storage": plan.storage,
             "plan": sha256_of(canonical_json(ranks)),
-            "windows": windows_fingerprint(windows),
+            "windows": sequences_fingerprint(sequences),
             # Runs of fewer rounds are runs of their own, whose last round nobody else removes.
             "rounds": rounds,
         }
@@ -161,7 +161,7 @@ class _Correction:
         moving = [target for target in self.modules if plan.modules[target.name].rank is not None]
         with compressed(self.model, plan, factors):
             _, weights = collect_gradients(
-                self.model, self.windows, weights=moving, progress="gradients of the cut model"
+                self.model, self.sequences, weights=moving, progress="gradients of the cut model"
             )
         roots = Roots.behind(self.base, self.model, self.calibration, self.modules)
         bar = tqdm(total=len(self.modules), desc="correct", unit="module")
@@ -188,7 +188,7 @@ class _Correction:
         moved = [name for name, module in plan.modules.items() if module.rank is not None]
         with _reweighted(self.model, moved, made):
             _, weights = collect_gradients(
-                self.model, self.windows, weights=self.modules, progress="gradients of the moved model"
+                self.model, self.sequences, weights=self.modules, progress="gradients of the moved model"
             )
         for name in list(weights):
             found = weights.pop(name)

@@ -14,12 +14,12 @@ from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["Staircase", "StaircaseMask"]
+__all__ = ["ARA", "ARAMask"]
 
 _DENSE_FROM = 0.99
 
 
-class StaircaseMask(Mask):
+class ARAMask(Mask):
     """A probability over ``steps + 1`` prefix lengths of one module's components.
 
     Candidate ``i`` keeps the first ``int(span * (steps - i) / steps)`` components, of which ``rank`` are there. With
@@ -100,7 +100,7 @@ class StaircaseMask(Mask):
         return self.error[(ratio.detach() * 100).round().long().clamp(1, 99) - 1]
 
 
-class Staircase(MaskMethod):
+class ARA(MaskMethod):
     """Adaptive Rank Allocation (ARA, arXiv 2510.19389): staircase masks, a budget penalty and a guidance loss.
 
     Args:
@@ -133,7 +133,7 @@ class Staircase(MaskMethod):
 
     def create(
         self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
-    ) -> StaircaseMask:
+    ) -> ARAMask:
         """Return a mask whose expected ratio is ``keep``, or as near to it as its prefix has as many as ``kept``."""
         rank, longest = self.stored_rank(shape, prices), prices.rank_at(shape, self.top)
         # A plan to start from may hold ranks that cost more than dense.
@@ -142,7 +142,7 @@ class Staircase(MaskMethod):
             # A length is rounded down and `longest` is not, so that a ratio may be a component away from the length.
             low, high = ((len(kept) + off) / _span(longest) for off in (-0.49, 0.49))
             start = min(max(start, low), high)
-        return StaircaseMask(shape, rank, sigma, start, prices=prices, steps=self.steps, longest=longest)
+        return ARAMask(shape, rank, sigma, start, prices=prices, steps=self.steps, longest=longest)
 
     def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget`` and ``guidance``, weighted; arguments as in ``MaskMethod.penalties``."""
@@ -170,8 +170,8 @@ def _span(longest: float) -> int:
     return max(1, int(longest))
 
 
-def _staircase(mask: Mask) -> StaircaseMask:
-    assert isinstance(mask, StaircaseMask)
+def _staircase(mask: Mask) -> ARAMask:
+    assert isinstance(mask, ARAMask)
     return mask
 
 

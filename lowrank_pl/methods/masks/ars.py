@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_pl.methods.masks.base import Mask, check_numbers, dense_sizes
-from lowrank_pl.methods.masks.objectives import alignment_penalty, kept_fractions, log_budget_penalty
-from lowrank_pl.methods.masks.switches import (
+from lowrank_pl.methods.masks.gumbel import (
+    GumbelMask,
+    GumbelMethod,
     Noise,
-    SwitchMask,
-    SwitchMethod,
     check_noise,
     chosen_at_start,
     draw_noise,
     seeded,
     select_by_logits,
 )
+from lowrank_pl.methods.masks.objectives import alignment_penalty, kept_fractions, log_budget_penalty
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
@@ -68,7 +68,7 @@ class HyperNetwork(nn.Module):
         self.rows = self()
 
 
-class ARSMask(SwitchMask):
+class ARSMask(GumbelMask):
     """The switches of one module, with a fixed offset and the logits that the shared network gives them.
 
     Args:
@@ -100,7 +100,7 @@ class ARSMask(SwitchMask):
         return self.offset + network.rows[index]
 
 
-class ARS(SwitchMethod):
+class ARS(GumbelMethod):
     """Adaptive Rank Selections (ARS, Gao et al., NAACL 2024): switches from a hyper-network, drawn towards prefixes.
 
     Masks gate full-rank factors, start with everything on, and never compute densely while they learn. The budget

@@ -35,12 +35,12 @@ class Mask(nn.Module, ABC):
         prices: What ranks cost in the finished model.
 
     Attributes:
-        rest_learns: Whether gates of components that are not ``lit`` have a gradient.
+        inactive_learn: Whether gates of components that are not ``lit`` have a gradient.
         covered: The ratio from which the mask stands for more components than it gates, for which its layer computes
             with its dense weight; infinity where that is no reason to.
     """
 
-    rest_learns: bool = True
+    inactive_learn: bool = True
 
     def __init__(self, shape: tuple[int, int], rank: int, prices: Storage) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["CutoffMask", "CutoffMethod", "Fermi", "Tanh"]
+__all__ = ["CutoffMask", "CutoffMethod", "DobiSVD", "Fermi"]
 
 
 class CutoffMask(Mask):
@@ -66,7 +66,7 @@ class CutoffMask(Mask):
 
 
 class CutoffMethod(MaskMethod):
-    """What the masks of one cutoff a module have in common; ``Tanh`` and ``Fermi`` differ in the slope of the step.
+    """What the masks of one cutoff a module have in common; ``DobiSVD`` and ``Fermi`` differ in the slope of the step.
 
     ARA's budget penalty holds the cutoffs to the aim. Its gradient reaches modules that compute densely too, so that
     they come back when the budget asks for it. After every step cutoffs are put back between 0 and ``top``.
@@ -122,7 +122,7 @@ class CutoffMethod(MaskMethod):
         return budget.fit(wishes, method=self.name)
 
 
-class Tanh(CutoffMethod):
+class DobiSVD(CutoffMethod):
     """Dobi-SVD's gate (arXiv 2502.02723), on weights: ``tanh(steepness * (cutoff - j)) / 2 + 1/2``.
 
     Args:

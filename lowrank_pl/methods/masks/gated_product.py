@@ -26,7 +26,7 @@ def gated_product(
     gate: Tensor,
     lit: Components,
     *,
-    rest_learns: bool = True,
+    inactive_learn: bool = True,
     every: int = 1,
     offset: int = 0,
 ) -> Tensor:
@@ -42,7 +42,7 @@ def gated_product(
         right: ``[rank, in]``.
         gate: ``[rank]``; any values at the lit components, exactly 0 at all others.
         lit: The components that all tokens go through.
-        rest_learns: Whether the gates of the others have a gradient to be known; else they get 0.
+        inactive_learn: Whether the gates of the others have a gradient to be known; else they get 0.
         every: Take every so many-th token for these.
         offset: The first of these tokens; drawn anew each step from those below ``every``, nothing is left out.
 
@@ -54,7 +54,7 @@ def gated_product(
         >>> y.tolist(), gate.grad.tolist()
         ([[2.0, 2.0, 2.0]], [6.0, 6.0])
     """
-    product: Tensor = _GatedProduct.apply(x, left, right, gate, lit, rest_learns, every, offset)  # type: ignore[no-untyped-call]
+    product: Tensor = _GatedProduct.apply(x, left, right, gate, lit, inactive_learn, every, offset)  # type: ignore[no-untyped-call]
     return product
 
 
@@ -67,14 +67,14 @@ class _GatedProduct(Function):
         right: Tensor,
         gate: Tensor,
         lit: Components,
-        rest_learns: bool,
+        inactive_learn: bool,
         every: int,
         offset: int,
     ) -> Tensor:
         inner = x @ _pick(right, 0, lit).mT
         # Slices and gathers of the factors are made again in the backward pass: kept ones would be a second copy.
         ctx.save_for_backward(x, left, right, gate, inner)
-        ctx.lit, ctx.rest_learns, ctx.every, ctx.offset = lit, rest_learns, every, offset
+        ctx.lit, ctx.inactive_learn, ctx.every, ctx.offset = lit, inactive_learn, every, offset
         return (inner * _pick(gate, 0, lit).to(x.dtype)) @ _pick(left, 1, lit).mT
 
     @staticmethod
@@ -87,7 +87,7 @@ class _GatedProduct(Function):
         to_gate = None
         if ctx.needs_input_grad[3]:
             to_gate = torch.zeros_like(gate)
-            rest = _others(lit, len(gate), TILE if gate.is_cuda else 1) if ctx.rest_learns else None
+            rest = _others(lit, len(gate), TILE if gate.is_cuda else 1) if ctx.inactive_learn else None
             if rest is not None:
                 some = slice(ctx.offset, None, ctx.every)
                 inputs, outputs = _rows(x)[some], _rows(given)[some]

@@ -9,6 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.methods.masks.base import Mask, check_numbers, dense_sizes
+from lowrank_pl.methods.masks.gumbel import (
+    GumbelMask,
+    GumbelMethod,
+    Noise,
+    check_noise,
+    chosen_at_start,
+    draw_noise,
+    select_by_logits,
+    switches,
+)
 from lowrank_pl.methods.masks.objectives import (
     budget_penalty,
     cyclical_weight,
@@ -16,34 +26,24 @@ from lowrank_pl.methods.masks.objectives import (
     kept_share,
     total_variation,
 )
-from lowrank_pl.methods.masks.switches import (
-    Noise,
-    SwitchMask,
-    SwitchMethod,
-    check_noise,
-    chosen_at_start,
-    draw_noise,
-    select_by_logits,
-    switches,
-)
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["PerValue", "PerValueMask"]
+__all__ = ["LLRC", "LLRCMask"]
 
 Cycle = Literal["cosine", "triangular"]
 
 
-class PerValueMask(SwitchMask):
+class LLRCMask(GumbelMask):
     """One learnable logit a component of one module.
 
     Args:
         shape: ``(out, in)`` of the module.
         logits: ``[rank]`` to start from.
-        prices: As in ``SwitchMask``.
+        prices: As in ``GumbelMask``.
         temperature: Of the sigmoid.
-        any_k: As in ``SwitchMask``.
+        any_k: As in ``GumbelMask``.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Progress(nn.Module):
         self.register_buffer("reached", torch.tensor(-1))
 
 
-class PerValue(SwitchMethod):
+class LLRC(GumbelMethod):
     """Learning to Low-Rank Compress (LLRC, arXiv 2512.13733): a noisy switch for every singular value.
 
     Masks gate full-rank factors and start with everything on; the mean of all logits is the pressure that turns
@@ -136,13 +136,13 @@ class PerValue(SwitchMethod):
 
     def create(
         self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
-    ) -> PerValueMask:
+    ) -> LLRCMask:
         """Return a mask with the components of the start on and all others off; arguments as in ``MaskMethod``."""
         rank = self.stored_rank(shape, prices)
         on = chosen_at_start(shape, rank, keep, kept, prices=prices)
         slope = torch.linspace(self.start_high, self.start_low, rank)
         logits = torch.where(on, slope, -slope.flip(0))
-        return PerValueMask(shape, logits, prices=prices, temperature=self.temperature, any_k=self.any_k)
+        return LLRCMask(shape, logits, prices=prices, temperature=self.temperature, any_k=self.any_k)
 
     def share(self, masks: Mapping[str, Mask]) -> Progress:
         """Return the record of when the budget was met."""
@@ -193,6 +193,6 @@ class PerValue(SwitchMethod):
         return select_by_logits(masks, budget, any_k=self.any_k, method=self.name)
 
 
-def _per_value(mask: Mask) -> PerValueMask:
-    assert isinstance(mask, PerValueMask)
+def _per_value(mask: Mask) -> LLRCMask:
+    assert isinstance(mask, LLRCMask)
     return mask

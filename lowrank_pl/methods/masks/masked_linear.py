@@ -19,7 +19,16 @@ from lowrank_pl.methods.masks.gated_product import TILE, Components, gated_produ
 from lowrank_pl.models.targets import StandIn, dense_weight, replace_module
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["Choice", "MaskedLinear", "Work", "chosen", "component_rows", "insert_masks", "masked_layers", "set_to_work"]
+__all__ = [
+    "Choice",
+    "MaskedLinear",
+    "Work",
+    "choose_computation",
+    "chosen",
+    "component_rows",
+    "insert_masks",
+    "masked_layers",
+]
 
 Choice = Literal["mask", "dense"] | int | Tensor
 """What a masked layer computes with: its mask, its dense weight, its first components, or an index set of them."""
@@ -101,7 +110,7 @@ class MaskedLinear(StandIn, nn.Linear):
         if work.lit is None or torch.is_autocast_enabled(x.device.type):
             return functional.linear(functional.linear(x, self.right) * gate.to(x.dtype), self.left, self.bias)
         y = gated_product(
-            x, self.left, self.right, gate, work.lit, rest_learns=self.mask.rest_learns, every=work.every,
+            x, self.left, self.right, gate, work.lit, inactive_learn=self.mask.inactive_learn, every=work.every,
             offset=work.offset,
         )  # fmt: skip
         return y if self.bias is None else y + self.bias
@@ -167,7 +176,9 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
 
 
-def set_to_work(layers: Mapping[str, MaskedLinear], dense_from: float, *, every: int = 1, offset: int = 0) -> Tensor:
+def choose_computation(
+    layers: Mapping[str, MaskedLinear], dense_from: float, *, every: int = 1, offset: int = 0
+) -> Tensor:
     """Let layers compute densely whose ratio has come to ``dense_from`` or beyond their masks, the others with masks.
 
     Those multiply by what their masks need.
@@ -191,14 +202,14 @@ def set_to_work(layers: Mapping[str, MaskedLinear], dense_from: float, *, every:
     )
     multiplied: Sequence[Components | None] = [None] * len(layers)
     if flags:
-        multiplied = _lit_components(lit_flags, ratios.device)
+        multiplied = _active_components(lit_flags, ratios.device)
     for layer, is_dense, components in zip(layers.values(), dense.tolist(), multiplied, strict=True):
         layer.choice = "dense" if is_dense else "mask"
         layer.work = Work(components, every, offset)
     return ratios
 
 
-def _lit_components(flags: Sequence[Tensor], device: torch.device) -> list[Components]:
+def _active_components(flags: Sequence[Tensor], device: torch.device) -> list[Components]:
     """Return the lit components of each layer, with one transfer to the device.
 
     On a GPU some that are off go along where that fills up a multiple of ``TILE``.

@@ -32,7 +32,7 @@ class RescaledMask(Mask):
         length: Components of the prefix, by the last allocation; ``None`` is dense.
     """
 
-    rest_learns = False
+    inactive_learn = False
 
     def __init__(self, shape: tuple[int, int], rank: int, sigma: Tensor, *, prices: Storage, width: float) -> None:
         super().__init__(shape, rank, prices)

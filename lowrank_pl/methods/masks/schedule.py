@@ -10,11 +10,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lowrank_pl.plans.budget import check_keep
 
-__all__ = ["AimSchedule", "half_cosine"]
+__all__ = ["KeepSchedule", "half_cosine"]
 
 
 @dataclass(frozen=True)
-class AimSchedule:
+class KeepSchedule:
     """The fraction to keep that is aimed at in each step: constant, or on a line from ``start`` that ends at ``keep``.
 
     Args:
@@ -27,7 +27,7 @@ class AimSchedule:
         ValueError: A fraction outside (0, 1], half of a schedule, or none that comes down where one has to.
 
     Example:
-        >>> schedule = AimSchedule(0.5, start=0.9, steps=4)
+        >>> schedule = KeepSchedule(0.5, start=0.9, steps=4)
         >>> [round(schedule.at(step), 2) for step in (0, 1, 4, 100)]
         [0.9, 0.8, 0.5, 0.5]
     """

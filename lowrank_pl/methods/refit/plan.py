@@ -74,8 +74,8 @@ def refitted_plan(plan: RankPlan, made: FactorStore, *, fitted: int, held: int) 
     Args:
         plan: What was refitted.
         made: The refitted factors, with what was noted beside them.
-        fitted: Windows that were fitted to.
-        held: Windows that choices were made on.
+        fitted: Sequences that were fitted to.
+        held: Sequences that choices were made on.
     """
     low_rank = {name: module for name, module in plan.modules.items() if module.rank is not None}
     noted = {name: made.notes(name) for name in low_rank}
@@ -116,7 +116,7 @@ def _kept_scores(scores: Tensor, module: ModulePlan, *, renewed: bool) -> Tensor
 def _report(noted: Mapping[str, Mapping[str, str]], fitted: int, held: int) -> list[str]:
     """Return in sentences what became of the low-rank modules, from what was noted beside their factors."""
     applied = {name: found for name, found in noted.items() if found["refit"] == APPLIED}
-    said = [f"refitted {len(applied)} of {len(noted)} modules to {fitted + held} windows, chosen on {held} of them"]
+    said = [f"refitted {len(applied)} of {len(noted)} modules to {fitted + held} sequences, chosen on {held} of them"]
     if applied:
         gain = sum(float(found["gain"]) for found in applied.values()) / len(applied)
         said[0] += f", where their errors are {gain:.1%} lower on average"

@@ -17,18 +17,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.roots import Roots
-from lowrank_pl.calibration.statistics import statistics_behind
+from lowrank_pl.calibration.statistics import statistics_of_factors
 from lowrank_pl.factors.compression import factored_layer
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.refit.moments import PairMoments
+from lowrank_pl.methods.refit.pair import ModelPair, Pair, Place, survey
 from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, check_belongs, refitted_plan
 from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted
-from lowrank_pl.methods.refit.twins import Pair, Place, Twins, survey
 from lowrank_pl.models.targets import Target, Targets, dense_weight
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.text.windows import known_windows, windows_fingerprint
+from lowrank_pl.text.sequences import known_sequences, sequences_fingerprint
 from lowrank_pl.utils.files import canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import TensorStore
 
@@ -50,9 +50,9 @@ class Refit:
     worse.
 
     Args:
-        windows: How many windows of text to use, the first ones; more make better factors and take longer.
-        hold_back: Fraction of the windows that choices are made on, the last ones: text next to what was fitted, of the
-            same article, would flatter every choice. The factors chosen are then fitted to all windows.
+        sequences: How many sequences of text to use, the first ones; more make better factors and take longer.
+        hold_back: Fraction of the sequences that choices are made on, the last ones: text next to what was fitted, of the
+            same article, would flatter every choice. The factors chosen are then fitted to all sequences.
         margin: By what fraction a refit has to lower a module's error on held-back text to be applied.
         blends: What parts of an error to try to make up for; 1 is all of it. 0 is always tried.
         dampings: Ridges of the regression to try, relative to each input's second moment; more is nearer to the dense
@@ -65,7 +65,7 @@ class Refit:
         ValueError: A setting out of its range.
     """
 
-    windows: int = 128
+    sequences: int = 128
     hold_back: float = 0.2
     margin: float = 0.01
     blends: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
@@ -74,10 +74,12 @@ class Refit:
     two_sided: bool = True
 
     def __post_init__(self) -> None:
-        if self.windows < 2:
-            raise ValueError(f"windows is {self.windows}: expected at least 2, of which one is held back")
+        if self.sequences < 2:
+            raise ValueError(f"windows is {self.sequences}: expected at least 2, of which one is held back")
         if not 0 < self.hold_back < 1:
-            raise ValueError(f"hold_back is {self.hold_back}: expected a fraction of the windows, above 0 and below 1")
+            raise ValueError(
+                f"hold_back is {self.hold_back}: expected a fraction of the sequences, above 0 and below 1"
+            )
         if not 0 <= self.margin < 1:
             raise ValueError(f"margin is {self.margin}: expected a fraction of at least 0 and below 1")
         if not self.blends or not all(0 <= blend <= 1 for blend in self.blends):
@@ -86,20 +88,22 @@ class Refit:
         if not self.dampings or not all(1e-4 <= damping < math.inf for damping in self.dampings):
             raise ValueError(f"dampings are {self.dampings}: expected one or more finite numbers of at least 0.0001")
 
-    def split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return of the first windows those to fit and those to hold back, at least one each.
+    def split(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Return of the first sequences those to fit and those to hold back, at least one each.
 
         Raises:
-            ValueError: There is only one window, or none.
+            ValueError: There is only one sequence, or none.
 
-        >>> [len(part) for part in Refit(windows=64).split(torch.zeros(100, 512))]
+        >>> [len(part) for part in Refit(sequences=64).split(torch.zeros(100, 512))]
         [51, 13]
         """
-        windows = windows[: self.windows]
-        if len(windows) < 2:
-            raise ValueError(f"{len(windows)} windows of text were given: a refit needs two or more, one is held back")
-        held = min(max(1, round(self.hold_back * len(windows))), len(windows) - 1)
-        return windows[:-held], windows[-held:]
+        sequences = sequences[: self.sequences]
+        if len(sequences) < 2:
+            raise ValueError(
+                f"{len(sequences)} sequences of text were given: a refit needs two or more, one is held back"
+            )
+        held = min(max(1, round(self.hold_back * len(sequences))), len(sequences) - 1)
+        return sequences[:-held], sequences[-held:]
 
 
 def refit(
@@ -108,7 +112,7 @@ def refit(
     *,
     model: PreTrainedModel,
     targets: Targets,
-    windows: Tensor,
+    sequences: Tensor,
     calibration: Tensor,
     settings: Refit | None = None,
     batch_size: int | None = None,
@@ -122,13 +126,13 @@ def refit(
     what the stream lacks that the output is added to, ``R R'`` the second moment of the outputs' gradients, and ``s``
     what a token counts: where the factors were made with weighted tokens, the size of its gradient in the dense model.
 
-    How much is made up for, and how far the regression is damped, is chosen for each module on held-back windows; where
+    How much is made up for, and how far the regression is damped, is chosen for each module on held-back sequences; where
     nothing lowers the error there by the margin, the module keeps its factors. Modules that the plan leaves dense stay
     as they are.
 
     The new factors go into a folder of ``factors``, module by module: a killed run goes on at the block it was in.
-    Passes take about as long as four over all windows, and one with a backward pass where tokens are weighted. Moments
-    of one input at a time are in memory, and of all windows the hidden states of both models and what the dense model's
+    Passes take about as long as four over all sequences, and one with a backward pass where tokens are weighted. Moments
+    of one input at a time are in memory, and of all sequences the hidden states of both models and what the dense model's
     maps are fed in one block: on the CPU where a GPU has no room, the latter on disk where the CPU has none.
 
     Args:
@@ -136,17 +140,17 @@ def refit(
         factors: What it was drawn on.
         model: The dense base, left as it was.
         targets: What was found in it.
-        windows: ``[windows, length]`` token ids, the first of which are fitted to (``Refit.windows``): those that the
+        sequences: ``[sequences, length]`` token ids, the first of which are fitted to (``Refit.sequences``): those that the
             factors were made from, or more.
-        calibration: ``[windows, length]`` token ids that the factors were made from.
+        calibration: ``[sequences, length]`` token ids that the factors were made from.
         settings: How to refit.
-        batch_size: Windows per pass; by default as many as keep the device busy.
+        batch_size: Sequences per pass; by default as many as keep the device busy.
 
     Raises:
-        ValueError: The plan, the factors and the model don't belong together, there are too few windows, or what the
+        ValueError: The plan, the factors and the model don't belong together, there are too few sequences, or what the
             model computes is not finite.
     """
-    work = _Work(plan, factors, model, targets, windows, calibration, settings or Refit(), batch_size)
+    work = _Work(plan, factors, model, targets, sequences, calibration, settings or Refit(), batch_size)
     work.run()
     return refitted_plan(plan, work.made, fitted=len(work.fitting), held=len(work.held)), work.made
 
@@ -160,7 +164,7 @@ class _Work:
         base: FactorStore,
         model: PreTrainedModel,
         targets: Targets,
-        windows: Tensor,
+        sequences: Tensor,
         calibration: Tensor,
         settings: Refit,
         batch_size: int | None,
@@ -169,10 +173,10 @@ class _Work:
         self.plan, self.base, self.model, self.settings = plan, base, model, settings
         self.calibration = calibration
         busy = _BUSY.get(model.device.type, _BUSY["cpu"])
-        self.batch_size = batch_size or max(1, busy // windows.shape[1])
-        self.fitting, self.held = settings.split(windows)
-        self.windows = windows[: settings.windows]
-        self.flattered = known_windows(self.held, [calibration]) > 0
+        self.batch_size = batch_size or max(1, busy // sequences.shape[1])
+        self.fitting, self.held = settings.split(sequences)
+        self.sequences = sequences[: settings.sequences]
+        self.flattered = known_sequences(self.held, [calibration]) > 0
         self.modules = [target for target in targets.modules if target.name in plan.modules]
         fingerprint = {**base.fingerprint, "refit": self._identity()}
         folder = base.directory / "refit" / sha256_of(canonical_json(fingerprint))[:20]
@@ -187,7 +191,7 @@ class _Work:
             **asdict(self.settings),
             "keep": self.plan.keep,
             "plan": sha256_of(canonical_json(ranks)),
-            "windows": windows_fingerprint(self.windows),
+            "windows": sequences_fingerprint(self.sequences),
         }
 
     def run(self) -> None:
@@ -210,9 +214,9 @@ class _Work:
                 self._run(low_rank, bar)
 
     def _run(self, low_rank: Sequence[Target], bar: tqdm[Any]) -> None:
-        batches = self._batches(self.windows)
+        batches = self._batches(self.sequences)
         places = survey(self.model, low_rank, self.fitting[:1, :32])
-        twins = Twins(self.model, batches)
+        twins = ModelPair(self.model, batches)
         roots = self._output_roots()
         norms = self._gradient_norms([target for target in low_rank if places[target.name].every_token])
         self._began = time.perf_counter()
@@ -232,12 +236,12 @@ class _Work:
                     old = self.model.get_submodule(target.name)
                     twins.layers[target.name] = factored_layer(old, self.made.factors(target.name))
 
-    def _batches(self, windows: Tensor) -> list[Tensor]:
-        """Return ``windows`` ``[windows, length]``, or what stands for their tokens, as it comes in passes."""
+    def _batches(self, sequences: Tensor) -> list[Tensor]:
+        """Return ``sequences`` ``[sequences, length]``, or what stands for their tokens, as it comes in passes."""
         first_held = len(self.fitting)
         return [
-            *torch.split(windows[:first_held], self.batch_size),
-            *torch.split(windows[first_held:], self.batch_size),
+            *torch.split(sequences[:first_held], self.batch_size),
+            *torch.split(sequences[first_held:], self.batch_size),
         ]
 
     def _stream(self, place: Place) -> str | None:
@@ -247,7 +251,7 @@ class _Work:
         self,
         todo: Sequence[Target],
         places: Mapping[str, Place],
-        twins: Twins,
+        twins: ModelPair,
         roots: Roots | None,
         norms: TensorStore | None,
     ) -> None:
@@ -281,15 +285,15 @@ class _Work:
         return None
 
     def _moments(
-        self, leader: Target, place: Place, twins: Twins, weights: Sequence[Tensor | None]
+        self, leader: Target, place: Place, twins: ModelPair, weights: Sequence[Tensor | None]
     ) -> list[tuple[PairMoments, PairMoments]] | None:
-        """Return moments of the fitted and of the held-back windows; None where tokens can't be told apart.
+        """Return moments of the fitted and of the held-back sequences; None where tokens can't be told apart.
 
         Args:
             leader: One of the modules that share the input.
             place: Where it stands.
             twins: The two models.
-            weights: What each token counts, ``[windows, length]``; there are moments for each of these.
+            weights: What each token counts, ``[sequences, length]``; there are moments for each of these.
         """
         stream = self._stream(place)
         width = leader.shape[0] if stream is not None else None
@@ -309,7 +313,7 @@ class _Work:
                     (fit if number < first_held else held).update(*inputs, streams, weights=part)
             except ValueError as error:
                 raise ValueError(
-                    f"{error}: before module {leader.name} in batch {number} of the refit's windows; check the "
+                    f"{error}: before module {leader.name} in batch {number} of the refit's sequences; check the "
                     "checkpoint, or load it in a wider dtype"
                 ) from None
 
@@ -363,8 +367,8 @@ class _Work:
         """Return how large output gradients are in the dense model, token by token, if tokens are to count by it."""
         if not (self.two_sided and self.made_by.weighs_tokens):
             return None
-        statistics = statistics_behind(self.base, self.model, self.calibration)
-        return statistics.on(self.windows).gradient_norms(watched, self.made_by.labels)
+        statistics = statistics_of_factors(self.base, self.model, self.calibration)
+        return statistics.on(self.sequences).gradient_norms(watched, self.made_by.labels)
 
 
 def _weights(norms: Tensor) -> Tensor:
@@ -373,7 +377,7 @@ def _weights(norms: Tensor) -> Tensor:
 
 
 class _Text(NamedTuple):
-    """Mean moments of the windows to fit, of those held back, and of both."""
+    """Mean moments of the sequences to fit, of those held back, and of both."""
 
     fit: PairMoments
     held: PairMoments

@@ -26,11 +26,11 @@ from lowrank_pl.export.health.weights import check_plan, check_weights, tensors_
 from lowrank_pl.export.reload import ExportError
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
-from lowrank_pl.text.windows import tokenizer_fingerprint
+from lowrank_pl.text.sequences import tokenizer_fingerprint
 
 TEXT = "python-docs::part=0%-10%"
 UP = "model.layers.0.mlp.up_proj"
-QUICK = {"text": TEXT, "length": 32, "windows": 2, "prompts": ()}
+QUICK = {"text": TEXT, "length": 32, "sequences": 2, "prompts": ()}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def exports(tmp_path_factory):
     """A tiny Llama compressed to half its size, as factors and merged."""
     home = tmp_path_factory.mktemp("doctor")
     plan = home / "plan.json"
-    allocate("random:llama", keep=0.5, text=TEXT, length=32, windows=8, output=plan, store=home / "store")
+    allocate("random:llama", keep=0.5, text=TEXT, length=32, sequences=8, output=plan, store=home / "store")
     with pytest.MonkeyPatch.context() as patch:
         # The first test has the fresh process look at one of them.
         patch.setattr("lowrank_pl.export.export.check_reload", lambda *_, **__: None)
@@ -76,7 +76,7 @@ def test_a_healthy_export(exports, capsys):
     plan = RankPlan.load(folder / "plan.json")
     counts = read["findings"]["counts"]
     assert (counts["parameters"], counts["bytes"]) == (plan.kept_model_parameters, plan.bytes)
-    tokens = token_windows(TEXT, byte_tokenizer(), length=32, windows=4)
+    tokens = token_windows(TEXT, byte_tokenizer(), length=32, sequences=4)
     expected = evaluate.divergence(load_compressed(folder), tiny_model("llama"), tokens)
     quality = read["findings"]["quality"]
     assert (quality["kl"], quality["excess_nats"]) == pytest.approx((expected.kl, expected.excess_nats))
@@ -297,7 +297,7 @@ def test_what_can_not_be_used_is_an_error(copied, tmp_path, caplog):
     with pytest.raises(ValueError, match="unknown family"):
         diagnose(copied, base="random:none", **QUICK)
     with pytest.raises(ValueError, match="the model has 2048 positions"):
-        diagnose(copied, **{**QUICK, "length": 4096, "windows": 1})
+        diagnose(copied, **{**QUICK, "length": 4096, "sequences": 1})
     edited("plan.json", lambda plan: plan["origin"].update(base="./gone"))(copied)
     says = found(diagnose(copied, **QUICK))
     assert "no dense model beside it" in says["quality"][1] or "uniform guess" in says["quality"][1]
@@ -380,7 +380,7 @@ def test_bos_rules():
     assert bos(tokenizer).said == "BOS (257) is put before every text; there is no chat template"
 
 
-def test_a_model_worse_than_chance_is_sick_where_the_dense_one_is_not(windows):
+def test_a_model_worse_than_chance_is_sick_where_the_dense_one_is_not(sequences):
     """Three that share all but their heads: a learned one, one as it was made, and one that is sure of nonsense."""
     good, random, bad = (tiny_model("llama") for _ in range(3))
     for model in (good, bad):
@@ -389,17 +389,17 @@ def test_a_model_worse_than_chance_is_sick_where_the_dense_one_is_not(windows):
     optimizer = torch.optim.Adam([good.lm_head.weight], lr=0.03)
     for _ in range(20):
         optimizer.zero_grad()
-        good(windows, labels=windows).loss.backward()
+        good(sequences, labels=sequences).loss.backward()
         optimizer.step()
-    assert check_text(good, good, windows).health == "healthy"
-    assert check_text(good, None, windows).health == "healthy"
-    assert check_text(bad, good, windows).health == "sick"
-    assert "that is worse than a uniform guess" in check_text(bad, good, windows).said
-    assert check_text(random, random, windows).health == "healthy"
-    assert check_text(bad, random, windows).health == "warning"
-    assert check_text(bad, None, windows).health == "warning"
+    assert check_text(good, good, sequences).health == "healthy"
+    assert check_text(good, None, sequences).health == "healthy"
+    assert check_text(bad, good, sequences).health == "sick"
+    assert "that is worse than a uniform guess" in check_text(bad, good, sequences).said
+    assert check_text(random, random, sequences).health == "healthy"
+    assert check_text(bad, random, sequences).health == "warning"
+    assert check_text(bad, None, sequences).health == "warning"
     bad.lm_head.weight.data.fill_(torch.nan)
-    assert check_text(bad, None, windows).said.startswith("the logits of window 0 are NaN or infinite")
+    assert check_text(bad, None, sequences).said.startswith("the logits of sequence 0 are NaN or infinite")
 
 
 @pytest.mark.parametrize(

@@ -189,13 +189,15 @@ def test_factors_without_output_errors_are_refused():
 
 @pytest.mark.parametrize(("given", "what"), [({}, "model"), ({"model": "a model"}, "calibration windows")])
 def test_what_is_measured_on_has_to_be_given(given, what):
-    message = rf"the allocator strs was given no {what}, on which it measures: give Problem both model and windows, or "
+    message = (
+        rf"the allocator strs was given no {what}, on which it measures: give Problem both model and sequences, or "
+    )
     with pytest.raises(ValueError, match=message):
         allocator("strs").plan(replace(problem_of(kind="asvd")[0], **given))
 
 
 def test_names_and_settings():
-    assert list(ALLOCATORS) == ["uniform", "energy", "drank", "svdllm_v2", "strs", "zero_sum", "fisher"]
+    assert list(ALLOCATORS) == ["uniform", "energy", "drank", "svdllm_v2", "strs", "zs_svd", "fisher"]
     assert all(allocator(name).name == name for name in ALLOCATORS)
     with pytest.raises(ValueError, match=r"no allocator is called 'best': expected one of uniform, energy, drank"):
         allocator("best")
@@ -214,7 +216,7 @@ def test_every_method_by_its_name(method, tmp_path, monkeypatch):
     words = ["allocate", "--base", "random:llama", "--method", method, "--keep", "0.5", "--length", "32"]
     words += ["--text", "python-docs::part=0%-10%", "--windows", "4", "--output", str(tmp_path / "plan.json")]
     words += ["--decomposition.kind", kind]
-    words += {"strs": ["--settings.ratios", "[0.5]"], "zero_sum": ["--settings.rounds", "1"]}.get(method, [])
+    words += {"strs": ["--settings.ratios", "[0.5]"], "zs_svd": ["--settings.rounds", "1"]}.get(method, [])
     main(words)
     plan = RankPlan.load(tmp_path / "plan.json")
     assert (plan.method, plan.order is not None) == (method, True)
@@ -234,17 +236,17 @@ def test_shipped_configurations(path, tmp_path, monkeypatch):
     words += ["--output", str(tmp_path / "plan.json"), *SMALL.get(path.stem, [])]
     main(["allocate", "-c", str(path), *words])
     plan = RankPlan.load(tmp_path / "plan.json")
-    method = {"asvd": "uniform", "fwsvd": "uniform", "zero_sum_corrected": "zero_sum"}.get(path.stem, path.stem)
+    method = {"asvd": "uniform", "fwsvd": "uniform", "zs_svd_corrected": "zs_svd"}.get(path.stem, path.stem)
     assert (plan.method, plan.keep) == (method, 0.8)
     assert plan.origin["decomposition"]["kind"] == BASES.get(path.stem, "whitened")
-    assert plan.fingerprint.get("correction", {}).get("rounds", 0) == (5 if path.stem == "zero_sum_corrected" else 0)
+    assert plan.fingerprint.get("correction", {}).get("rounds", 0) == (5 if path.stem == "zs_svd_corrected" else 0)
     said = path.read_text()
     assert f"lowrank allocate -c configs/allocate/{path.name} --base NAME_OR_DIR" in said
 
 
 def test_every_allocator_and_base_has_a_configuration():
     names = {path.stem for path in CONFIGS}
-    assert {*ALLOCATORS, "asvd", "fwsvd", "zero_sum_corrected"} == names
+    assert {*ALLOCATORS, "asvd", "fwsvd", "zs_svd_corrected"} == names
 
 
 def test_help_names_every_method():

@@ -41,25 +41,25 @@ def evaluations(monkeypatch):
     return done
 
 
-def problem_of(model, windows, tokenizer, keep=0.6, **constraints):
+def problem_of(model, sequences, tokenizer, keep=0.6, **constraints):
     targets = find_targets(model)
-    store = build_factors(model, targets, windows[:3], tokenizer)
+    store = build_factors(model, targets, sequences[:3], tokenizer)
     return Problem(
         budget_for(model, targets, keep, storage="factored", **constraints),
         store,
         targets,
         model=model,
-        windows=windows[:3],
+        sequences=sequences[:3],
     )
 
 
-def mean_loss(model, windows):
+def mean_loss(model, sequences):
     with torch.no_grad():
-        logits = model(input_ids=windows).logits[:, :-1].double()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+        logits = model(input_ids=sequences).logits[:, :-1].double()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()).item()
 
 
-def measured_alone(problem, windows):
+def measured_alone(problem, sequences):
     """Loss by (module, ratio), each from a whole forward pass with a multiplied-out weight."""
     found = {}
     for name, (m, n) in problem.budget.shapes.items():
@@ -69,19 +69,19 @@ def measured_alone(problem, windows):
             part = problem.factors.factors(name, int(m * n * ratio / (m + n)))
             with torch.no_grad():
                 weight.copy_(part.left @ part.right)
-            found[name, ratio] = mean_loss(problem.model, windows)
+            found[name, ratio] = mean_loss(problem.model, sequences)
         with torch.no_grad():
             weight.copy_(before)
     return found
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_every_cut_of_the_sorted_list_is_a_plan(family, windows, tokenizer):
+def test_every_cut_of_the_sorted_list_is_a_plan(family, sequences, tokenizer):
     model = tiny_model(family, layers=3)
-    problem = problem_of(model, windows, tokenizer)
-    drawer = allocator("strs", ratios=RATIOS, windows=2, length=40)
+    problem = problem_of(model, sequences, tokenizer)
+    drawer = allocator("strs", ratios=RATIOS, sequences=2, length=40)
     scores = drawer.scores(problem)
-    losses = measured_alone(problem, windows[:2, :40])
+    losses = measured_alone(problem, sequences[:2, :40])
     shapes, total = problem.budget.shapes, problem.budget.total
     ordered = sorted(losses, key=losses.get, reverse=True)
     seen = 0
@@ -100,14 +100,14 @@ def test_every_cut_of_the_sorted_list_is_a_plan(family, windows, tokenizer):
     assert seen == len(shapes) * len(RATIOS)
 
 
-def test_losses_are_those_of_whole_passes(llama, windows, tokenizer):
-    problem = problem_of(llama, windows, tokenizer)
+def test_losses_are_those_of_whole_passes(llama, sequences, tokenizer):
+    problem = problem_of(llama, sequences, tokenizer)
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
     modules = list(llama.modules())
     todo = [(t, [int(t.shape[0] * t.shape[1] * r / sum(t.shape)) for r in RATIOS]) for t in problem.targets.modules]
-    known = sensitivity.measure(llama, problem.factors, windows[:3, :48], todo, batch_size=2)
-    assert known[sensitivity.DENSE] == pytest.approx(mean_loss(llama, windows[:3, :48]), rel=1e-6)
-    for (name, ratio), loss in measured_alone(problem, windows[:3, :48]).items():
+    known = sensitivity.measure(llama, problem.factors, sequences[:3, :48], todo, batch_size=2)
+    assert known[sensitivity.DENSE] == pytest.approx(mean_loss(llama, sequences[:3, :48]), rel=1e-6)
+    for (name, ratio), loss in measured_alone(problem, sequences[:3, :48]).items():
         m, n = problem.budget.shapes[name]
         assert known[name, int(m * n * ratio / (m + n))] == pytest.approx(loss, rel=1e-5)
     assert list(llama.modules()) == modules
@@ -120,17 +120,17 @@ def test_grid_scores_by_hand():
     assert scores.tolist() == pytest.approx([9.0, 8.0, 3.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
 
 
-def test_budgets_below_the_grid_shrink_all_at_one_rate(llama, windows, tokenizer):
-    problem = problem_of(llama, windows, tokenizer, keep=0.2)
-    plan = allocator("strs", windows=1).plan(problem)
+def test_budgets_below_the_grid_shrink_all_at_one_rate(llama, sequences, tokenizer):
+    problem = problem_of(llama, sequences, tokenizer, keep=0.2)
+    plan = allocator("strs", sequences=1).plan(problem)
     for module in plan.modules.values():
         m, n = module.shape
         assert abs(module.rank - 0.2 * m * n / (m + n)) <= 1
-    assert plan.notes[-1] == "sensitivity measured on 1 windows of 64 tokens"
+    assert plan.notes[-1] == "sensitivity measured on 1 sequences of 64 tokens"
 
 
-def test_nothing_is_measured_twice(llama, windows, tokenizer, evaluations):
-    problem = problem_of(llama, windows, tokenizer)
+def test_nothing_is_measured_twice(llama, sequences, tokenizer, evaluations):
+    problem = problem_of(llama, sequences, tokenizer)
     first = allocator("strs", ratios=RATIOS).plan(problem)
     assert len(evaluations) == 1 + 14 * 3
     evaluations.clear()
@@ -139,12 +139,12 @@ def test_nothing_is_measured_twice(llama, windows, tokenizer, evaluations):
     allocator("strs", ratios=[0.5, *RATIOS]).plan(problem)
     assert len(evaluations) == 14
     evaluations.clear()
-    allocator("strs", ratios=RATIOS, windows=1).plan(problem)
+    allocator("strs", ratios=RATIOS, sequences=1).plan(problem)
     assert len(evaluations) == 1 + 14 * 3
 
 
-def test_a_killed_run_goes_on(llama, windows, tokenizer, evaluations, monkeypatch):
-    problem = problem_of(llama, windows, tokenizer)
+def test_a_killed_run_goes_on(llama, sequences, tokenizer, evaluations, monkeypatch):
+    problem = problem_of(llama, sequences, tokenizer)
     whole = allocator("strs", ratios=RATIOS).plan(problem)
     record = next((problem.factors.directory / "sensitivity").iterdir())
     lines = record.read_text().splitlines(keepends=True)
@@ -172,8 +172,8 @@ def test_a_killed_run_goes_on(llama, windows, tokenizer, evaluations, monkeypatc
     assert record.read_text().splitlines(keepends=True) == lines
 
 
-def test_damaged_record_is_named(llama, windows, tokenizer):
-    problem = problem_of(llama, windows, tokenizer)
+def test_damaged_record_is_named(llama, sequences, tokenizer):
+    problem = problem_of(llama, sequences, tokenizer)
     allocator("strs", ratios=[0.5]).plan(problem)
     record = next((problem.factors.directory / "sensitivity").iterdir())
     record.write_text(record.read_text() + "nonsense\n")
@@ -181,34 +181,34 @@ def test_damaged_record_is_named(llama, windows, tokenizer):
         allocator("strs", ratios=[0.5]).plan(problem)
 
 
-def test_modules_that_stay_dense_are_not_measured(llama, windows, tokenizer, evaluations):
-    problem = problem_of(llama, windows, tokenizer, floors={"*mlp*": 1.0}, keep=0.9)
+def test_modules_that_stay_dense_are_not_measured(llama, sequences, tokenizer, evaluations):
+    problem = problem_of(llama, sequences, tokenizer, floors={"*mlp*": 1.0}, keep=0.9)
     plan = allocator("strs", ratios=[0.5]).plan(problem)
     assert len(evaluations) == 1 + 8
     assert [name for name in plan.dense_modules if "mlp" in name] == [n for n in plan.modules if "mlp" in n]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_resumes_exactly(family, windows):
+def test_every_family_resumes_exactly(family, sequences):
     model = tiny_model(family, layers=3)
-    assert can_resume(model, windows[:2, :16])
+    assert can_resume(model, sequences[:2, :16])
     with torch.no_grad():
-        whole = [model(input_ids=window[None]).logits for window in windows[:3]]
-    outputs = block_outputs(model, windows[:3], 0, batch_size=1)
-    later = block_outputs(model, windows[:3], 1, batch_size=1, start=1, outputs=outputs)
+        whole = [model(input_ids=sequence[None]).logits for sequence in sequences[:3]]
+    outputs = block_outputs(model, sequences[:3], 0, batch_size=1)
+    later = block_outputs(model, sequences[:3], 1, batch_size=1, start=1, outputs=outputs)
     runs = []
     handle = model.get_decoder().register_forward_pre_hook(lambda *_: runs.append(1))
     with torch.no_grad(), resumed(model, 2, later):
-        for window, logits in zip(windows[:3], whole, strict=True):
-            assert torch.equal(model(input_ids=window[None]).logits, logits)
+        for sequence, logits in zip(sequences[:3], whole, strict=True):
+            assert torch.equal(model(input_ids=sequence[None]).logits, logits)
     handle.remove()
     assert len(runs) == 3
     with torch.no_grad():
-        assert torch.equal(model(input_ids=windows[:1]).logits, whole[0])
+        assert torch.equal(model(input_ids=sequences[:1]).logits, whole[0])
 
 
-def test_families_whose_blocks_share_more_take_whole_passes(llama, windows, tokenizer, caplog):
-    problem = problem_of(llama, windows, tokenizer)
+def test_families_whose_blocks_share_more_take_whole_passes(llama, sequences, tokenizer, caplog):
+    problem = problem_of(llama, sequences, tokenizer)
     exact = allocator("strs", ratios=[0.5]).scores(problem)
     record = next((problem.factors.directory / "sensitivity").iterdir())
     record.unlink()
@@ -218,7 +218,7 @@ def test_families_whose_blocks_share_more_take_whole_passes(llama, windows, toke
         first.mlp.register_forward_hook(lambda _, args, output: kept.update(x=output * 0)),
         second.register_forward_hook(lambda _, args, output: output + kept.pop("x", 1.0)),
     ]
-    assert not can_resume(llama, windows[:1, :16])
+    assert not can_resume(llama, sequences[:1, :16])
     with caplog.at_level(logging.INFO):
         scores = allocator("strs", ratios=[0.5]).scores(problem)
     for handle in handles:
@@ -231,8 +231,8 @@ def test_families_whose_blocks_share_more_take_whole_passes(llama, windows, toke
         torch.testing.assert_close(score, exact[name], rtol=1e-4, atol=1e-6)
 
 
-def test_record_is_json_lines_under_what_it_was_made_from(llama, windows, tokenizer):
-    problem = problem_of(llama, windows, tokenizer)
+def test_record_is_json_lines_under_what_it_was_made_from(llama, sequences, tokenizer):
+    problem = problem_of(llama, sequences, tokenizer)
     allocator("strs", ratios=[0.5]).plan(problem)
     record = next((problem.factors.directory / "sensitivity").iterdir())
     head, *rest = [json.loads(line) for line in record.read_text().splitlines()]
@@ -246,7 +246,7 @@ def test_record_is_json_lines_under_what_it_was_made_from(llama, windows, tokeni
     [
         ({"ratios": []}, r"ratios are \[\]: expected one or more fractions between 0 and 1"),
         ({"ratios": [0.5, 1.0]}, r"ratios are \[0.5, 1.0\]"),
-        ({"windows": 0}, r"windows is 0, batch_size 4, length None: expected at least one window, one a batch"),
+        ({"sequences": 0}, r"sequences is 0, batch_size 4, length None: expected at least one sequence, one a batch"),
         ({"length": 1}, r"windows is 4, batch_size 4, length 1: expected .* and two tokens"),
     ],
 )
@@ -255,8 +255,8 @@ def test_impossible_settings(settings, message):
         allocator("strs", **settings)
 
 
-def test_model_and_windows_are_asked_for(llama, windows, tokenizer):
-    problem = problem_of(llama, windows, tokenizer)
+def test_model_and_windows_are_asked_for(llama, sequences, tokenizer):
+    problem = problem_of(llama, sequences, tokenizer)
     with pytest.raises(ValueError, match=r"the allocator strs was given no model, on which it measures"):
         allocator("strs").plan(Problem(problem.budget, problem.factors, problem.targets))
     with pytest.raises(ValueError, match=r"the allocator strs was given no calibration windows"):

@@ -57,12 +57,12 @@ def test_ranks_are_those_of_the_papers_loop(seed, keep_rank_ratio):
         keep = (TOTAL - removed) / TOTAL
         budget = Budget(storage="factored", keep=keep, shapes=SHAPES, model_parameters=TOTAL)
         floors = {n: max(1, math.ceil(keep_rank_ratio * ((m * k - 1) // (m + k)))) for n, (m, k) in SHAPES.items()}
-        plan = budget.select(drop_order(changes, floors), method="zero_sum")
+        plan = budget.select(drop_order(changes, floors), method="zs_svd")
         assert plan.kept_parameters == TOTAL - removed
         assert {n: module.rank for n, module in plan.modules.items()} == ranks
         # What the paper's last drop gave back too much goes to components whose steps still fit.
         wider = Budget(storage="factored", keep=max(asked, keep), shapes=SHAPES, model_parameters=TOTAL)
-        filled = wider.select(drop_order(changes, floors), method="zero_sum")
+        filled = wider.select(drop_order(changes, floors), method="zs_svd")
         assert all((filled.modules[n].rank or 99) >= (rank or 99) for n, rank in ranks.items())
         assert filled.kept_parameters <= max(asked, keep) * TOTAL
 
@@ -83,13 +83,13 @@ def test_running_sum_stays_near_zero():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", ["svd", "whitened", "two_sided", "asvd", "fwsvd"])
-def test_changes_are_the_derivatives_of_the_loss(family, kind, windows, tokenizer, tmp_path):
+def test_changes_are_the_derivatives_of_the_loss(family, kind, sequences, tokenizer, tmp_path):
     model = tiny_model(family)
     targets = find_targets(model)
     store = build_factors(
-        model, targets, windows[:3], tokenizer, settings=Decomposition(kind=kind), directory=tmp_path / "s"
+        model, targets, sequences[:3], tokenizer, settings=Decomposition(kind=kind), directory=tmp_path / "s"
     )
-    gradients = build_gradients(model, targets, windows[:3], tokenizer, directory=tmp_path / "s")
+    gradients = build_gradients(model, targets, sequences[:3], tokenizer, directory=tmp_path / "s")
     problem = Problem(budget_for(model, targets, 0.5), store, targets, gradients=gradients)
     for target in (targets.modules[0], targets.modules[-1]):
         changes = first_order_changes(problem, target.name)
@@ -102,20 +102,20 @@ def test_changes_are_the_derivatives_of_the_loss(family, kind, windows, tokenize
 
         module.forward = forward
         loss = 0.0
-        for window in windows[:3]:
-            logits = model(input_ids=window[None]).logits[0, :-1]
-            loss = loss + torch.nn.functional.cross_entropy(logits, window[1:]) / 3
+        for sequence in sequences[:3]:
+            logits = model(input_ids=sequence[None]).logits[0, :-1]
+            loss = loss + torch.nn.functional.cross_entropy(logits, sequence[1:]) / 3
         expected = -torch.autograd.grad(loss, scales)[0].double()
         del module.forward
         torch.testing.assert_close(changes, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
-def test_plan_notes_the_sum_and_keeps_floors(llama, windows, tokenizer):
+def test_plan_notes_the_sum_and_keeps_floors(llama, sequences, tokenizer):
     targets = find_targets(llama)
-    store = build_factors(llama, targets, windows[:2], tokenizer)
-    gradients = build_gradients(llama, targets, windows[:2], tokenizer)
+    store = build_factors(llama, targets, sequences[:2], tokenizer)
+    gradients = build_gradients(llama, targets, sequences[:2], tokenizer)
     problem = Problem(budget_for(llama, targets, 0.6), store, targets, gradients=gradients)
-    plan = allocator("zero_sum", keep_rank_ratio=0.5).plan(problem)
+    plan = allocator("zs_svd", keep_rank_ratio=0.5).plan(problem)
     for module in plan.modules.values():
         m, n = module.shape
         assert module.rank is None or module.rank >= math.ceil(0.5 * ((m * n - 1) // (m + n)))
@@ -134,19 +134,19 @@ def test_plan_notes_the_sum_and_keeps_floors(llama, windows, tokenizer):
         ({"batch": 0}, r"rounds is 0, batch 0: expected"),
         (
             {"round": 1},
-            r"the allocator zero_sum has no setting 'round': expected one of keep_rank_ratio, rounds, batch",
+            r"the allocator zs_svd has no setting 'round': expected one of keep_rank_ratio, rounds, batch",
         ),
     ],
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        allocator("zero_sum", **settings)
+        allocator("zs_svd", **settings)
 
 
 def test_what_it_needs_is_asked_for():
     budget = Budget(storage="factored", keep=0.5, shapes=SHAPES, model_parameters=TOTAL)
     problem = Problem(budget, SimpleNamespace(fingerprint={"kind": "whitened"}), None)
-    with pytest.raises(ValueError, match=r"the allocator zero_sum was given no weight gradients: collect them with"):
-        allocator("zero_sum").plan(problem)
-    with pytest.raises(ValueError, match=r"the allocator zero_sum was given no model, on which it measures"):
-        allocator("zero_sum", rounds=1).plan(problem)
+    with pytest.raises(ValueError, match=r"the allocator zs_svd was given no weight gradients: collect them with"):
+        allocator("zs_svd").plan(problem)
+    with pytest.raises(ValueError, match=r"the allocator zs_svd was given no model, on which it measures"):
+        allocator("zs_svd", rounds=1).plan(problem)

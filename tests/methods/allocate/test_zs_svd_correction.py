@@ -46,21 +46,21 @@ def rounds(monkeypatch):
     return done
 
 
-def problem_of(model, windows, tokenizer, *, keep=0.6, settings=None, directory=None):
+def problem_of(model, sequences, tokenizer, *, keep=0.6, settings=None, directory=None):
     targets = find_targets(model)
-    store = build_factors(model, targets, windows[:4], tokenizer, settings=settings, directory=directory)
-    gradients = build_gradients(model, targets, windows[:4], tokenizer, directory=directory)
+    store = build_factors(model, targets, sequences[:4], tokenizer, settings=settings, directory=directory)
+    gradients = build_gradients(model, targets, sequences[:4], tokenizer, directory=directory)
     budget = budget_for(model, targets, keep)
-    return Problem(budget, store, targets, model=model, windows=windows[:4], gradients=gradients)
+    return Problem(budget, store, targets, model=model, sequences=sequences[:4], gradients=gradients)
 
 
-def weight_gradients(model, names, windows):
-    """Mean over windows of the gradient by each weight [out, in], by autograd on the weights themselves."""
+def weight_gradients(model, names, sequences):
+    """Mean over sequences of the gradient by each weight [out, in], by autograd on the weights themselves."""
     weights = {name: model.get_submodule(name).weight.requires_grad_() for name in names}
     loss = 0.0
-    for window in windows:
-        logits = model(input_ids=window[None]).logits[0, :-1]
-        loss = loss + torch.nn.functional.cross_entropy(logits, window[1:]) / len(windows)
+    for sequence in sequences:
+        logits = model(input_ids=sequence[None]).logits[0, :-1]
+        loss = loss + torch.nn.functional.cross_entropy(logits, sequence[1:]) / len(sequences)
     found = torch.autograd.grad(loss, list(weights.values()))
     return {
         n: g.T if model.get_submodule(n).__class__.__name__ == "Conv1D" else g
@@ -68,7 +68,7 @@ def weight_gradients(model, names, windows):
     }
 
 
-def input_moments(model, names, windows):
+def input_moments(model, names, sequences):
     """Second moment of the inputs of each map."""
     seen = {name: [] for name in names}
     handles = [
@@ -76,19 +76,19 @@ def input_moments(model, names, windows):
         for n in names
     ]
     with torch.no_grad():
-        model(input_ids=windows)
+        model(input_ids=sequences)
     for handle in handles:
         handle.remove()
     return {n: (x := torch.cat(parts).double()).T @ x / len(x) for n, parts in seen.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_one_round_by_hand(family, windows, tokenizer):
+def test_one_round_by_hand(family, sequences, tokenizer):
     model = tiny_model(family)
-    problem = problem_of(model, windows, tokenizer)
+    problem = problem_of(model, sequences, tokenizer)
     before = state(model)
-    first = allocator("zero_sum").plan(problem)
-    plan = allocator("zero_sum", rounds=1, batch=2).plan(problem)
+    first = allocator("zs_svd").plan(problem)
+    plan = allocator("zs_svd", rounds=1, batch=2).plan(problem)
     assert_untouched(model, before)
     made = drawn_on(plan, problem.factors)
 
@@ -101,8 +101,8 @@ def test_one_round_by_hand(family, windows, tokenizer):
         cut[name] = part.left.double() @ part.right.double()
         with torch.no_grad():
             dense_weight(hand.get_submodule(name)).copy_(cut[name])
-    gradients = weight_gradients(hand, moving, windows[:2])
-    moments = input_moments(model, names, windows[:4])
+    gradients = weight_gradients(hand, moving, sequences[:2])
+    moments = input_moments(model, names, sequences[:4])
     for name in names:
         weight = dense_weight(model.get_submodule(name)).detach().double()
         moved = weight
@@ -117,14 +117,14 @@ def test_one_round_by_hand(family, windows, tokenizer):
         torch.testing.assert_close(factors.left @ factors.right, moved.float(), rtol=1e-3, atol=1e-4)
         with torch.no_grad():
             dense_weight(hand.get_submodule(name)).copy_(moved)
-    gradients = weight_gradients(hand, names, windows[:2])
+    gradients = weight_gradients(hand, names, sequences[:2])
     changes = {}
     for name in names:
         factors = made.factors(name)
         changes[name] = torch.stack(
             [-(factors.left[:, i] @ gradients[name] @ factors.right[i]) for i in range(len(factors.sigma))]
         )
-    again = problem.budget.select(drop_order(changes, dict.fromkeys(names, 1)), method="zero_sum")
+    again = problem.budget.select(drop_order(changes, dict.fromkeys(names, 1)), method="zs_svd")
     differ = [
         abs((a.rank or 99) - (b.rank or 99)) for a, b in zip(again.modules.values(), plan.modules.values(), strict=True)
     ]
@@ -133,9 +133,9 @@ def test_one_round_by_hand(family, windows, tokenizer):
     assert plan.kept_parameters == pytest.approx(first.kept_parameters, rel=0.01)
 
 
-def test_plan_names_the_factors_that_it_is_for(llama, windows, tokenizer):
-    problem = problem_of(llama, windows, tokenizer)
-    plan = allocator("zero_sum", rounds=2, batch=3).plan(problem)
+def test_plan_names_the_factors_that_it_is_for(llama, sequences, tokenizer):
+    problem = problem_of(llama, sequences, tokenizer)
+    plan = allocator("zs_svd", rounds=2, batch=3).plan(problem)
     made = drawn_on(plan, problem.factors)
     assert plan.origin == {"store": str(made.directory)}
     assert plan.fingerprint == made.fingerprint
@@ -149,18 +149,18 @@ def test_plan_names_the_factors_that_it_is_for(llama, windows, tokenizer):
     # Only the last round is kept, and it serves the base itself.
     assert [path.name for path in made.directory.parent.iterdir()] == [made.directory.name]
     with compressed(llama, plan, made), torch.no_grad():
-        assert llama(input_ids=windows[:1]).logits.isfinite().all()
+        assert llama(input_ids=sequences[:1]).logits.isfinite().all()
     with pytest.raises(ValueError, match=r"the plan was drawn for other factors than those in .*: correction differ"):
         compressed(llama, plan, problem.factors).__enter__()
-    plain = allocator("zero_sum").plan(problem)
+    plain = allocator("zs_svd").plan(problem)
     assert drawn_on(plain, problem.factors) is problem.factors
 
 
-def test_dense_modules_keep_their_weight(llama, windows, tokenizer):
-    problem = problem_of(llama, windows, tokenizer, keep=0.9)
-    first = allocator("zero_sum").plan(problem)
+def test_dense_modules_keep_their_weight(llama, sequences, tokenizer):
+    problem = problem_of(llama, sequences, tokenizer, keep=0.9)
+    first = allocator("zs_svd").plan(problem)
     assert first.dense_modules
-    made = drawn_on(allocator("zero_sum", rounds=1).plan(problem), problem.factors)
+    made = drawn_on(allocator("zs_svd", rounds=1).plan(problem), problem.factors)
     for name, module in first.modules.items():
         same = torch.equal(made.factors(name).left, problem.factors.factors(name).left)
         assert same == (module.rank is None)
@@ -169,25 +169,25 @@ def test_dense_modules_keep_their_weight(llama, windows, tokenizer):
 @pytest.mark.parametrize("kind", ["svd", "two_sided", "asvd", "fwsvd"])
 @pytest.mark.parametrize("explicit", [False, True])
 def test_every_kind_of_factors_uses_the_statistics_on_disk(
-    llama, windows, tokenizer, tmp_path, kind, explicit, monkeypatch
+    llama, sequences, tokenizer, tmp_path, kind, explicit, monkeypatch
 ):
     directory = tmp_path / "store" if explicit else None
-    problem = problem_of(llama, windows, tokenizer, settings=Decomposition(kind=kind), directory=directory)
-    plan = allocator("zero_sum", rounds=1, batch=1).plan(problem)
+    problem = problem_of(llama, sequences, tokenizer, settings=Decomposition(kind=kind), directory=directory)
+    plan = allocator("zs_svd", rounds=1, batch=1).plan(problem)
     made = drawn_on(plan, problem.factors)
     from lowrank_pl.calibration import statistics as collected
 
     for name in ("collect_input_moments", "measure_gradients"):
         monkeypatch.setattr(collected, name, lambda *_, **__: pytest.fail("statistics were collected again"))
     shutil.rmtree(made.directory)
-    again = allocator("zero_sum", rounds=1, batch=1).plan(problem)
+    again = allocator("zs_svd", rounds=1, batch=1).plan(problem)
     assert again.modules == plan.modules
     assert drawn_on(again, problem.factors).directory == made.directory
 
 
-def test_a_killed_run_goes_on_after_the_last_finished_round(llama, windows, tokenizer, rounds, monkeypatch):
-    problem = problem_of(llama, windows, tokenizer)
-    drawer = allocator("zero_sum", rounds=3, batch=1)
+def test_a_killed_run_goes_on_after_the_last_finished_round(llama, sequences, tokenizer, rounds, monkeypatch):
+    problem = problem_of(llama, sequences, tokenizer)
+    drawer = allocator("zs_svd", rounds=3, batch=1)
     whole = drawer.plan(problem)
     all_of_it = len(rounds)
     folder = problem.factors.directory / "correction"
@@ -218,17 +218,17 @@ def test_a_killed_run_goes_on_after_the_last_finished_round(llama, windows, toke
     assert not rounds
 
 
-def test_runs_of_fewer_rounds_stay(llama, windows, tokenizer):
-    problem = problem_of(llama, windows, tokenizer)
-    one = drawn_on(allocator("zero_sum", rounds=1).plan(problem), problem.factors)
-    two = drawn_on(allocator("zero_sum", rounds=2).plan(problem), problem.factors)
+def test_runs_of_fewer_rounds_stay(llama, sequences, tokenizer):
+    problem = problem_of(llama, sequences, tokenizer)
+    one = drawn_on(allocator("zs_svd", rounds=1).plan(problem), problem.factors)
+    two = drawn_on(allocator("zs_svd", rounds=2).plan(problem), problem.factors)
     assert one.directory != two.directory
     assert one.sigma("model.layers.0.mlp.up_proj").isfinite().all()
 
 
 @pytest.mark.parametrize("stop", [1, 2])
-def test_base_is_untouched_after_an_error(llama, windows, tokenizer, monkeypatch, stop):
-    problem = problem_of(llama, windows, tokenizer)
+def test_base_is_untouched_after_an_error(llama, sequences, tokenizer, monkeypatch, stop):
+    problem = problem_of(llama, sequences, tokenizer)
     before = state(llama)
     real, calls = correction.collect_gradients, []
 
@@ -240,7 +240,7 @@ def test_base_is_untouched_after_an_error(llama, windows, tokenizer, monkeypatch
 
     monkeypatch.setattr(correction, "collect_gradients", fail)
     with pytest.raises(ValueError, match="the loss of calibration batch 0 is nan"):
-        allocator("zero_sum", rounds=1).plan(problem)
+        allocator("zs_svd", rounds=1).plan(problem)
     assert_untouched(llama, before)
     assert not list((problem.factors.directory / "correction").iterdir())
 
@@ -258,8 +258,8 @@ def test_step_is_the_projection_of_what_was_lost():
 def test_allocate_and_export_are_one_road(tmp_path):
     plan_file = tmp_path / "plan.json"
     plan = allocate(
-        "random:llama", method="zero_sum", settings={"rounds": 1, "batch": 2}, keep=0.5, text=TEXT, length=32,
-        windows=4, output=plan_file,
+        "random:llama", method="zs_svd", settings={"rounds": 1, "batch": 2}, keep=0.5, text=TEXT, length=32,
+        sequences=4, output=plan_file,
     )  # fmt: skip
     assert RankPlan.load(plan_file).origin["store"].split("/")[-2] == "correction"
     folder = export(plan_file, output=tmp_path / "model")

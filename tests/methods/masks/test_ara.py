@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from lowrank_pl.methods.masks.ara import Staircase, StaircaseMask
+from lowrank_pl.methods.masks.ara import ARA, ARAMask
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.storage import Storage
 
@@ -24,7 +24,7 @@ def spectrum(shape, *, decay=0.9):
 
 
 def made(shape, keep=0.8, **settings):
-    return Staircase(**settings).create(shape, spectrum(shape), keep, prices=FACTORED)
+    return ARA(**settings).create(shape, spectrum(shape), keep, prices=FACTORED)
 
 
 def shuffled(mask, *, seed=0, scale=1.0):
@@ -125,11 +125,11 @@ def test_a_start_from_a_plan_has_exactly_its_ranks(shape):
     m, n = shape
     for rank in range(1, (m * n - 1) // (m + n) + 1):
         keep = rank * (m + n) / (m * n)
-        mask = Staircase().create(shape, spectrum(shape), keep, kept=torch.arange(rank), prices=FACTORED)
+        mask = ARA().create(shape, spectrum(shape), keep, kept=torch.arange(rank), prices=FACTORED)
         assert mask.kept().sum().item() == mask().sum().item() == rank
         # at most one component away, and only where the length asks for it
         assert mask.ratio().item() == pytest.approx(keep, abs=1.01 * sum(mask.shape) / (mask.shape[0] * mask.shape[1]))
-    over = Staircase().create((64, 64), spectrum((64, 64)), 40 / 32, kept=torch.arange(40), prices=FACTORED)
+    over = ARA().create((64, 64), spectrum((64, 64)), 40 / 32, kept=torch.arange(40), prices=FACTORED)
     assert over.ratio().item() == pytest.approx(1.0)
 
 
@@ -150,17 +150,17 @@ def test_rectangular_modules_can_become_dense():
 
 
 def test_stored_rank():
-    method = Staircase()
+    method = ARA()
     for m, n in SHAPES:
         assert method.stored_rank((m, n), FACTORED) == max(1, min(int(1.2 * m * n / (m + n)), m, n))
-    assert Staircase(top=1.6).stored_rank((100, 100), FACTORED) == 80
+    assert ARA(top=1.6).stored_rank((100, 100), FACTORED) == 80
 
 
 def test_only_logits_are_saved_and_they_are_float32():
     mask = made((96, 96))
     assert list(mask.state_dict()) == ["logits"]
     assert mask.logits.dtype == torch.float32
-    assert isinstance(mask, StaircaseMask)
+    assert isinstance(mask, ARAMask)
 
 
 def slow_errors(shape, sigma):
@@ -178,7 +178,7 @@ def slow_errors(shape, sigma):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_table(shape):
     sigma = spectrum(shape)
-    mask = Staircase().create(shape, sigma, 0.8, prices=FACTORED)
+    mask = ARA().create(shape, sigma, 0.8, prices=FACTORED)
     table = slow_errors(shape, sigma)
     torch.testing.assert_close(mask.error.double(), torch.tensor(list(table.values())).double(), rtol=1e-5, atol=1e-7)
     for ratio, percent in [(0.0, 1), (0.334, 33), (0.336, 34), (0.8, 80), (0.999, 99), (1.0, 99), (1.2, 99)]:
@@ -186,7 +186,7 @@ def test_error_table(shape):
 
 
 def test_zero_weight_has_a_table():
-    mask = Staircase().create((8, 8), torch.zeros(8), 0.8, prices=FACTORED)
+    mask = ARA().create((8, 8), torch.zeros(8), 0.8, prices=FACTORED)
     assert mask.error.tolist() == [0.0] * 99
 
 
@@ -208,7 +208,7 @@ def slow_loss(ratios, shapes, tables, target):
 def test_loss_is_the_papers(target):
     shapes = [(96, 96), (40, 72), (192, 64), (128, 24), (64, 64), (64, 64)]
     decays = [0.99, 0.9, 0.97, 0.8, 0.5, 0.999]
-    method = Staircase()
+    method = ARA()
     masks, tables = {}, []
     for i, (shape, decay) in enumerate(zip(shapes, decays, strict=True)):
         sigma = spectrum(shape, decay=decay)
@@ -247,15 +247,15 @@ def test_loss_is_the_papers(target):
 def test_weights_of_the_penalties():
     masks = {"a": made((64, 64), 0.5)}
     ratios = torch.tensor([0.5])
-    paper = Staircase().penalties(masks, ratios, 0.8, 0)
-    other = Staircase(budget_weight=7.0, guidance_weight=0.0).penalties(masks, ratios, 0.8, 0)
+    paper = ARA().penalties(masks, ratios, 0.8, 0)
+    other = ARA(budget_weight=7.0, guidance_weight=0.0).penalties(masks, ratios, 0.8, 0)
     assert other["budget"].item() == pytest.approx(0.07 * paper["budget"].item())
     assert other["guidance"].item() == 0
 
 
 def finalised(ratios, shapes, keep):
     """The plan of masks at given ratios, with the paper's factor and its ranks."""
-    method = Staircase()
+    method = ARA()
     masks = {f"m.{i}": method.create(shape, spectrum(shape), 0.5, prices=FACTORED) for i, shape in enumerate(shapes)}
     for ratio, mask in zip(ratios, masks.values(), strict=True):
         fraction, candidates = ratio / top_of(mask), [(STEPS - i) / STEPS for i in range(STEPS + 1)]
@@ -338,7 +338,7 @@ def test_dense_modules_that_the_budget_cannot_pay_are_compressed_and_noted():
 
 
 def test_finalise_follows_multiples_and_floors():
-    method = Staircase()
+    method = ARA()
     masks = {name: method.create((64, 64), spectrum((64, 64)), 0.5, prices=FACTORED) for name in ("a", "b")}
     shapes = {"a": (64, 64), "b": (64, 64)}
     budget = Budget(
@@ -358,22 +358,22 @@ def test_finalise_follows_multiples_and_floors():
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        Staircase(**settings)
+        ARA(**settings)
 
 
 def test_lengths_go_beyond_what_is_stored_at_pivoted_prices():
-    mask = Staircase().create((60, 60), spectrum((60, 60)), 0.9, prices=Storage("pivoted"))
+    mask = ARA().create((60, 60), spectrum((60, 60)), 0.9, prices=Storage("pivoted"))
     assert (mask.rank, mask.span) == (47, 60)
     for length, kept in ((30, 30), (47, 47), (55, 47), (60, 47)):
         with torch.no_grad():
             mask.logits.copy_(-((mask.candidates - length / 60).abs() * 1e4))
         assert mask.fraction().item() == pytest.approx(length / 60, abs=0.01)
         assert mask.kept().sum().item() == kept
-        plan = Staircase().finalise({"a": mask}, Budget(keep=1.0, shapes={"a": (60, 60)}, model_parameters=3600))
+        plan = ARA().finalise({"a": mask}, Budget(keep=1.0, shapes={"a": (60, 60)}, model_parameters=3600))
         assert (plan.modules["a"].rank or 60) >= length
 
 
 def test_a_map_of_one_number_may_start_from_a_plan():
-    mask = Staircase().create((1, 1), spectrum((1, 1)), 0.5, prices=FACTORED, kept=torch.tensor([0]))
+    mask = ARA().create((1, 1), spectrum((1, 1)), 0.5, prices=FACTORED, kept=torch.tensor([0]))
     assert (mask.rank, mask.span) == (1, 1)
     assert mask.kept().tolist() == [True]

@@ -14,7 +14,7 @@ from lowrank_pl.export.export import save_compressed
 from lowrank_pl.factors import compression as compress
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.masks.ars import ARS, HyperNetwork
-from lowrank_pl.methods.masks.llrc import PerValue
+from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -315,7 +315,7 @@ WAYS = ("copied", "sharded")
 LEARNERS = {
     "ars": {"mask": ARS(width=8)},
     "rescaled": {"mask": Rescaled(warmup=1), "decomposition": Decomposition("two_sided")},
-    "llrc": {"mask": PerValue(start_high=0.4, start_low=0.2)},
+    "llrc": {"mask": LLRC(start_high=0.4, start_low=0.2)},
 }
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lowrank_pl.methods.masks.ara import Staircase
-from lowrank_pl.methods.masks.cutoff import Fermi, Tanh
+from lowrank_pl.methods.masks.ara import ARA
+from lowrank_pl.methods.masks.cutoff import DobiSVD, Fermi
 from lowrank_pl.models.base import load_base
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.storage import Storage
@@ -19,7 +19,7 @@ FACTORED = Storage("factored")
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 SHAPES = [(96, 96), (40, 72), (192, 64), (128, 24), (500, 6), (3, 3), (1, 40)]
-METHODS = {"tanh": Tanh, "fermi": Fermi}
+METHODS = {"tanh": DobiSVD, "fermi": Fermi}
 
 
 def spectrum(shape):
@@ -49,7 +49,7 @@ def slow_fermi(cutoff, rank, temperature):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("keep", [0.31, 0.8])
 def test_tanh_is_the_papers(shape, keep):
-    mask = made(Tanh(steepness=0.7), shape, keep)
+    mask = made(DobiSVD(steepness=0.7), shape, keep)
     expected = slow_tanh(keep * even(shape), mask.rank, 0.7)
     torch.testing.assert_close(mask().double(), torch.tensor(expected).double(), rtol=1e-3, atol=1e-5)
 
@@ -78,7 +78,7 @@ def test_temperatures_fall_geometrically():
     assert Fermi(temperature_end=0.01, anneal_steps=0).temperature_at(0) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("method", [Tanh(steepness=0.5), Fermi(temperature_start=0.1)])
+@pytest.mark.parametrize("method", [DobiSVD(steepness=0.5), Fermi(temperature_start=0.1)])
 def test_gradients_are_those_of_finite_differences(method):
     mask = made(method)
     upstream = torch.linspace(-1, 2, mask.rank)
@@ -102,14 +102,14 @@ def test_starts_are_exact(kind, shape):
         mask = made(kind(), shape, keep)
         assert mask.ratio().item() == pytest.approx(min(keep, 1.0), rel=1e-6)
         assert mask.cutoff().item() == pytest.approx(min(keep, 1.0) * even(shape), rel=1e-5)
-        assert mask.rank == Staircase().stored_rank(shape, FACTORED)
+        assert mask.rank == ARA().stored_rank(shape, FACTORED)
     for rank in range(1, math.ceil(even(shape))):
         assert made(kind(), shape, rank / even(shape)).kept().sum() == rank
     assert made(kind(), (96, 96), 2 / 48, torch.tensor([3, 9])).kept().nonzero().flatten().tolist() == [0, 1]
 
 
 def test_the_sum_of_the_gates_is_the_cutoff():
-    for method in (Tanh(steepness=1.0), Fermi(temperature_start=0.02)):
+    for method in (DobiSVD(steepness=1.0), Fermi(temperature_start=0.02)):
         assert made(method, keep=0.53)().sum().item() == pytest.approx(0.53 * 48, abs=0.01)
 
 
@@ -124,8 +124,8 @@ def test_one_step_of_adam_moves_every_module_by_the_same_share(kind):
 
 
 def test_only_the_number_is_saved():
-    assert list(made(Tanh()).state_dict()) == ["level"]
-    assert made(Tanh()).level.dtype == torch.float32
+    assert list(made(DobiSVD()).state_dict()) == ["level"]
+    assert made(DobiSVD()).level.dtype == torch.float32
 
 
 # -- budget --------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_the_penalty_is_aras_and_reaches_dense_modules(kind):
 
 
 def test_cutoffs_stay_in_reach():
-    method = Tanh()
+    method = DobiSVD()
     masks = {"a": made(method), "b": made(method), "c": made(method, (500, 6))}
     with torch.no_grad():
         for mask, level in zip(masks.values(), (-0.3, 1.5, 1.5), strict=True):
@@ -179,10 +179,10 @@ def test_the_plan_rounds_the_cutoffs():
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (Tanh, {"top": 1.0}, "top is 1.0: expected a finite number above 1"),
-        (Tanh, {"top": math.nan}, "top is nan"),
-        (Tanh, {"steepness": 0.0}, "steepness is 0.0: expected a finite number above 0"),
-        (Tanh, {"budget_weight": -1.0}, "budget_weight is -1.0: expected a finite number of at least 0"),
+        (DobiSVD, {"top": 1.0}, "top is 1.0: expected a finite number above 1"),
+        (DobiSVD, {"top": math.nan}, "top is nan"),
+        (DobiSVD, {"steepness": 0.0}, "steepness is 0.0: expected a finite number above 0"),
+        (DobiSVD, {"budget_weight": -1.0}, "budget_weight is -1.0: expected a finite number of at least 0"),
         (Fermi, {"budget_weight": -1.0}, "budget_weight is -1.0"),
         (Fermi, {"temperature_end": 0.0}, "temperature_end is 0.0: expected a finite number above 0"),
         (Fermi, {"temperature_start": 0.001}, "temperature_start is 0.001: expected a finite number of at least 0.002"),
@@ -198,7 +198,7 @@ def test_impossible_settings(kind, settings, message):
 
 
 def learner_of(name, **changes):
-    method = Fermi(anneal_steps=6) if name == "fermi" else Tanh(steepness=0.5)
+    method = Fermi(anneal_steps=6) if name == "fermi" else DobiSVD(steepness=0.5)
     return make_learner(**{"mask": method, "optimizer": lambda p: torch.optim.Adam(p, lr=0.03), **changes})
 
 

@@ -68,7 +68,7 @@ def test_the_estimate_of_the_rest_is_unbiased(lit, every):
 def test_the_rest_may_have_nothing_to_learn():
     x, left, right, gate = pieces(PREFIX)
     _, _, to_gate = run(
-        lambda: gated_product(x, left, right, gate, PREFIX, rest_learns=False), x, gate, torch.ones(2, 12, OUT)
+        lambda: gated_product(x, left, right, gate, PREFIX, inactive_learn=False), x, gate, torch.ones(2, 12, OUT)
     )
     assert (to_gate[:PREFIX] != 0).all()
     assert (to_gate[PREFIX:] == 0).all()

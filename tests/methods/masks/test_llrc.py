@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lowrank_pl import RankPlan, load_compressed
 from lowrank_pl.export.export import save_compressed
 from lowrank_pl.factors import compression as compress
-from lowrank_pl.methods.masks.llrc import PerValue
+from lowrank_pl.methods.masks.gumbel import draw_noise, seeded
+from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.objectives import DataTerms
-from lowrank_pl.methods.masks.switches import draw_noise, seeded
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.budget import Budget
@@ -33,7 +33,7 @@ def spectrum(shape):
 
 
 def made(shape=(12, 12), keep=1.0, kept=None, **settings):
-    return PerValue(**settings).create(shape, spectrum(shape), keep, kept=kept, prices=FACTORED)
+    return LLRC(**settings).create(shape, spectrum(shape), keep, kept=kept, prices=FACTORED)
 
 
 def shuffled(mask, seed=0):
@@ -168,7 +168,7 @@ def test_the_start_is_the_papers_line():
     assert made((7, 9), start_high=1.0, start_low=0.5).logits.tolist() == pytest.approx(
         [1 - 0.5 * j / 6 for j in range(7)]
     )
-    assert PerValue().start_keep(0.3) == 1.0
+    assert LLRC().start_keep(0.3) == 1.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -214,7 +214,7 @@ def slow_share(masks):
 
 @pytest.mark.parametrize("any_k", [True, False])
 def test_the_loss_is_the_papers(any_k):
-    method = PerValue(variation_weight=0.3, budget_weight=7.0, pressure_low=0.2, pressure_high=1.4, any_k=any_k)
+    method = LLRC(variation_weight=0.3, budget_weight=7.0, pressure_low=0.2, pressure_high=1.4, any_k=any_k)
     masks, ratios = some_masks(any_k=any_k)
     terms = method.penalties(masks, ratios, 0.2, 50)
     assert list(terms) == ["pressure", "variation", "budget"]
@@ -236,29 +236,29 @@ def test_the_loss_is_the_papers(any_k):
 
 def test_terms_without_a_weight_are_left_out():
     masks, ratios = some_masks()
-    assert list(PerValue(variation_weight=0.0).penalties(masks, ratios, 0.2, 0)) == ["pressure"]
+    assert list(LLRC(variation_weight=0.0).penalties(masks, ratios, 0.2, 0)) == ["pressure"]
 
 
 def test_the_pressure_ends_near_the_target():
     masks, ratios = some_masks()
     share = slow_share(masks)
     for keep, on in [(share - 0.003, True), (share - 0.001, False), (share + 0.001, False), (share + 0.2, False)]:
-        pressure = PerValue().penalties(masks, ratios, keep, 0)["pressure"]
+        pressure = LLRC().penalties(masks, ratios, keep, 0)["pressure"]
         assert (pressure.item() != 0) is on
         assert pressure.requires_grad  # no parameter may drop out of the graph, DDP would wait for it
 
 
 def test_one_weight_oscillates():
-    method = PerValue(pressure_low=1.0, pressure_high=3.0, period=8)
+    method = LLRC(pressure_low=1.0, pressure_high=3.0, period=8)
     expected = [2 - math.cos(math.pi * step / 4) for step in range(17)]
     assert [method.pressure_weight(step) for step in range(17)] == pytest.approx(expected)
-    saw = PerValue(pressure_low=1.0, pressure_high=3.0, period=4, cycle="triangular")
+    saw = LLRC(pressure_low=1.0, pressure_high=3.0, period=4, cycle="triangular")
     assert [saw.pressure_weight(step) for step in range(6)] == [1, 2, 3, 2, 1, 2]
-    assert PerValue(pressure_low=1.0, pressure_high=1.0).pressure_weight(77) == 1.0
+    assert LLRC(pressure_low=1.0, pressure_high=1.0).pressure_weight(77) == 1.0
 
 
 def test_the_budget_penalty_reaches_components_by_their_soft_count():
-    method = PerValue(budget_weight=1.0, variation_weight=0.0)
+    method = LLRC(budget_weight=1.0, variation_weight=0.0)
     masks, ratios = some_masks()
     method.penalties(masks, ratios, 0.2, 0)["budget"].backward()
     share, total = slow_share(masks), sum(math.prod(mask.shape) for mask in masks.values())
@@ -272,7 +272,7 @@ def test_the_budget_penalty_reaches_components_by_their_soft_count():
 
 
 def test_learning_ends_patience_steps_after_the_budget_is_first_met():
-    method = PerValue(patience=5)
+    method = LLRC(patience=5)
     masks = {"a": made((20, 20)), "b": made((20, 20))}
     progress = method.share(masks)
     budget = Budget(storage="factored", keep=0.5, shapes={"a": (20, 20), "b": (20, 20)}, model_parameters=800)
@@ -291,8 +291,8 @@ def test_learning_ends_patience_steps_after_the_budget_is_first_met():
     set_on(6)  # once met is enough
     assert [method.finished(masks, budget, step) for step in (11, 14, 15, 16)] == [False, False, True, True]
     assert progress.reached == 10
-    assert not PerValue(patience=None).finished(masks, budget, 10**6)
-    immediate = PerValue(patience=0)
+    assert not LLRC(patience=None).finished(masks, budget, 10**6)
+    immediate = LLRC(patience=0)
     immediate.share(masks)
     set_on(5)
     assert immediate.finished(masks, budget, 1)
@@ -302,7 +302,7 @@ def test_learning_ends_patience_steps_after_the_budget_is_first_met():
 
 
 def planned(logits, keep, *, any_k=True, shape=(20, 20)):
-    method = PerValue(any_k=any_k)
+    method = LLRC(any_k=any_k)
     masks = {name: method.create(shape, spectrum(shape), 1.0, prices=FACTORED) for name in logits}
     with torch.no_grad():
         for name, values in logits.items():
@@ -368,7 +368,7 @@ def test_a_module_whose_components_cost_as_much_as_its_weight_becomes_dense():
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        PerValue(**settings)
+        LLRC(**settings)
 
 
 # -- learning ------------------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_impossible_settings(settings, message):
 
 def quick(**changes):
     """Settings that bring the logits to the threshold in a few steps."""
-    return PerValue(**{"start_high": 1.2, "start_low": 0.6, "period": 4, **changes})
+    return LLRC(**{"start_high": 1.2, "start_low": 0.6, "period": 4, **changes})
 
 
 def llrc_learner(**changes):

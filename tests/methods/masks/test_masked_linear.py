@@ -8,11 +8,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.factors.decomposition import decompose, truncate
-from lowrank_pl.methods.masks.ara import Staircase
+from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
 from lowrank_pl.methods.masks.cutoff import Fermi
-from lowrank_pl.methods.masks.llrc import PerValue
-from lowrank_pl.methods.masks.masked_linear import MaskedLinear, Work, chosen, masked_layers, plan_choice, set_to_work
+from lowrank_pl.methods.masks.llrc import LLRC
+from lowrank_pl.methods.masks.masked_linear import (
+    MaskedLinear,
+    Work,
+    choose_computation,
+    chosen,
+    masked_layers,
+    plan_choice,
+)
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.storage import Storage
@@ -43,7 +50,7 @@ def weight_and_bias(module):
 def mask_in(module, keep=0.6):
     weight, _ = weight_and_bias(module)
     factors = decompose(weight.float())
-    mask = Staircase().create((OUT, IN), factors.sigma, keep, prices=FACTORED)
+    mask = ARA().create((OUT, IN), factors.sigma, keep, prices=FACTORED)
     return MaskedLinear(module, truncate(factors, mask.rank), mask)
 
 
@@ -79,9 +86,9 @@ def test_gate_values_between_zero_and_one_scale_components(layer, x):
 
 
 METHODS = {
-    "staircase": Staircase(),
-    "prefixes": PerValue(any_k=False, start_high=1.0, start_low=0.1, noise="logistic"),
-    "subsets": PerValue(start_high=1.0, start_low=0.1, noise="logistic"),
+    "staircase": ARA(),
+    "prefixes": LLRC(any_k=False, start_high=1.0, start_low=0.1, noise="logistic"),
+    "subsets": LLRC(start_high=1.0, start_low=0.1, noise="logistic"),
     "ars": ARS(start=0.5),
     "rescaled": Rescaled(),
     "fermi": Fermi(),
@@ -118,7 +125,7 @@ def test_layers_at_work_compute_what_their_masks_say(name):
 
     expected = outcome()
     assert all(layer.work == Work() for layer in layers.values())
-    set_to_work(layers, float("inf"))
+    choose_computation(layers, float("inf"))
     lit = [layer.work.lit for layer in layers.values()]
     for one, two in zip(outcome(), expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
@@ -143,7 +150,7 @@ def test_all_that_masks_say_lies_where_they_do(name):
 
 def test_mixed_precision_takes_the_plain_way(layer, x):
     masked = mask_in(layer)
-    set_to_work({"a": masked}, float("inf"))
+    choose_computation({"a": masked}, float("inf"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = masked(x)
         y.float().sum().backward()
@@ -268,7 +275,7 @@ def test_choice_of_a_plan():
     assert plan_choice(layer, layer.mask.rank + 1, None) == "dense"
 
 
-@pytest.mark.parametrize("method", [Staircase(), Fermi(), Rescaled()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [ARA(), Fermi(), Rescaled()], ids=lambda method: method.name)
 def test_nearly_full_ranks_at_pivoted_prices_are_not_stored_and_compute_densely(method):
     size, prices = 60, Storage("pivoted")
     sigma = 0.9 ** torch.arange(size, dtype=torch.float64)
@@ -289,12 +296,12 @@ def test_nearly_full_ranks_at_pivoted_prices_are_not_stored_and_compute_densely(
     assert prices.ratio((size, size), torch.tensor(47.0)) <= 0.97 < prices.ratio((size, size), torch.tensor(48.0))
     for keep, choice in ((0.5, "mask"), (0.95, "mask"), (0.99, "dense"), (1.0, "dense")):
         layer = layer_at(keep)
-        set_to_work({"a": layer}, method.dense_from)
+        choose_computation({"a": layer}, method.dense_from)
         assert layer.choice == choice, keep
         assert len(layer.mask()) == len(layer.mask.kept()) == rank
 
 
 def test_switches_gate_all_components_at_pivoted_prices():
-    mask = PerValue().create((60, 60), torch.ones(60, dtype=torch.float64), 1.0, prices=Storage("pivoted"))
+    mask = LLRC().create((60, 60), torch.ones(60, dtype=torch.float64), 1.0, prices=Storage("pivoted"))
     assert mask.rank == 60
     assert mask.covered == float("inf")

@@ -280,7 +280,7 @@ def measured(**settings):
     """The savings measured in each step of an epoch of three batches, while nothing moves."""
     spy = Measured()
     learner = learner_of(mask=Rescaled(warmup=0), optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
-    fit(learner, make_data(windows=3), max_epochs=1, callbacks=[spy], **settings)
+    fit(learner, make_data(sequences=3), max_epochs=1, callbacks=[spy], **settings)
     assert int(learner.shared.counted) == len(spy.steps)
     return spy.steps
 

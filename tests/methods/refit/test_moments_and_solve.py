@@ -9,8 +9,8 @@ import torch
 
 from lowrank_pl.factors.decomposition import Factors, decompose, square_root, truncate
 from lowrank_pl.methods.refit.moments import PairMoments
+from lowrank_pl.methods.refit.pair import Place, _resting_place, survey
 from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted
-from lowrank_pl.methods.refit.twins import Place, _resting_place, survey
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import tiny_model
 

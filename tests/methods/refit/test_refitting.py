@@ -22,10 +22,10 @@ from lowrank_pl.methods.allocate import allocator
 from lowrank_pl.methods.allocate.base import Problem as Drawing
 from lowrank_pl.methods.allocate.base import drawn_on
 from lowrank_pl.methods.refit import refitting as refitting
+from lowrank_pl.methods.refit.pair import ModelPair
 from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.methods.refit.solve import Problem
-from lowrank_pl.methods.refit.twins import Twins
 from lowrank_pl.models.targets import find_targets, replace_module
 from lowrank_pl.models.tiny import FAMILIES, tiny_model
 from lowrank_pl.plans.budget import budget_for
@@ -41,19 +41,19 @@ def _fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
 
 
-def drawn(model, windows, tokenizer, *, keep=0.5, kind="two_sided", weights=True, method="uniform", **options):
+def drawn(model, sequences, tokenizer, *, keep=0.5, kind="two_sided", weights=True, method="uniform", **options):
     """Targets, factors and a plan on them."""
     targets = find_targets(model)
     settings = Decomposition(kind=kind, token_weights=weights)
-    store = build_factors(model, targets, windows, tokenizer, settings=settings, **options)
+    store = build_factors(model, targets, sequences, tokenizer, settings=settings, **options)
     budget = budget_for(model, targets, keep, storage="factored")
     plan = allocator(method).plan(Drawing(budget, store, targets))
     return plan, store, targets
 
 
-def run(model, plan, store, targets, windows, **options):
-    options = {"calibration": windows, "settings": EASY, **options}
-    return refit(plan, store, model=model, targets=targets, windows=windows, **options)
+def run(model, plan, store, targets, sequences, **options):
+    options = {"calibration": sequences, "settings": EASY, **options}
+    return refit(plan, store, model=model, targets=targets, sequences=sequences, **options)
 
 
 def outcomes(plan, made):
@@ -71,8 +71,8 @@ def assert_same_factors(one, two):
             assert torch.equal(getattr(factors, part), getattr(two[name], part)), name
 
 
-def fed(model, names, windows):
-    """What modules are fed for every window, ``[windows, length, in]``, float64, by whole forward passes."""
+def fed(model, names, sequences):
+    """What modules are fed for every sequence, ``[sequences, length, in]``, float64, by whole forward passes."""
     seen = {name: [] for name in names}
     handles = [
         model.get_submodule(n).register_forward_pre_hook(
@@ -81,8 +81,8 @@ def fed(model, names, windows):
         for n in names
     ]
     with torch.no_grad():
-        for window in windows:
-            model(input_ids=window[None])
+        for sequence in sequences:
+            model(input_ids=sequence[None])
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts) for name, parts in seen.items() if parts}
@@ -90,9 +90,9 @@ def fed(model, names, windows):
 
 @dataclass
 class Raw:
-    """What one map of a llama is fed in both models ``[windows, length, in]``, and what the stream lacks there.
+    """What one map of a llama is fed in both models ``[sequences, length, in]``, and what the stream lacks there.
 
-    ``counts`` ``[windows, length]`` is what each token counts.
+    ``counts`` ``[sequences, length]`` is what each token counts.
     """
 
     weight: torch.Tensor
@@ -109,9 +109,9 @@ class Raw:
         stream = None if point is None else dense[point] - twin[point]
         return cls(weight.detach().double(), dense[name], twin[name], stream, root, counts)
 
-    def part(self, windows):
-        stream = None if self.stream is None else self.stream[windows]
-        return replace(self, x=self.x[windows], t=self.t[windows], stream=stream, counts=self.counts[windows])
+    def part(self, sequences):
+        stream = None if self.stream is None else self.stream[sequences]
+        return replace(self, x=self.x[sequences], t=self.t[sequences], stream=stream, counts=self.counts[sequences])
 
     def refitted(self, rank, drift, damping, stream=0.0):
         """Least squares on rows of tokens, cut by a decomposition."""
@@ -134,32 +134,32 @@ class Raw:
 
 
 @pytest.mark.parametrize(("batch_size", "weights"), [(1, False), (2, False), (1, True), (2, True)])
-def test_factors_are_those_of_a_slow_refit_in_the_same_order(llama, windows, tokenizer, batch_size, weights):
-    plan, store, targets = drawn(llama, windows, tokenizer, weights=weights)
-    _, made = run(llama, plan, store, targets, windows, batch_size=batch_size)
-    statistics = statistics_of(llama, windows, tokenizer)
+def test_factors_are_those_of_a_slow_refit_in_the_same_order(llama, sequences, tokenizer, batch_size, weights):
+    plan, store, targets = drawn(llama, sequences, tokenizer, weights=weights)
+    _, made = run(llama, plan, store, targets, sequences, batch_size=batch_size)
+    statistics = statistics_of(llama, sequences, tokenizer)
     if weights:
         gradients = statistics.weighted_moments(targets.modules, "sampled")
         norms = statistics.gradient_norms(targets.modules, "sampled")
     else:
         gradients = statistics.output_gradients(targets.modules, "sampled")
     points = [name for name, _ in llama.named_modules() if name.count(".") >= 2]
-    dense, twin = fed(llama, points, windows), copy.deepcopy(llama)
+    dense, twin = fed(llama, points, sequences), copy.deepcopy(llama)
     checked = []
     for _, members in groupby(targets.modules, key=lambda target: target.group):
         # All modules before are refitted in the twin, those of the group and after it are as they were.
-        before = fed(twin, points, windows)
+        before = fed(twin, points, sequences)
         for target in members:
             name, notes, rank = target.name, made.notes(target.name), plan.modules[target.name].rank
             if notes["refit"] == APPLIED:
                 root = square_root(gradients.read(name, "outputs" if weights else "second_moment"), damping=1e-2)
-                counts = norms.read(name, "norms").double() if weights else torch.ones(windows.shape).double()
+                counts = norms.read(name, "norms").double() if weights else torch.ones(sequences.shape).double()
                 counts /= counts.mean()
                 raw = Raw.of(name, llama.get_submodule(name).weight, dense, before, root, counts)
                 how = {key: float(notes[key]) for key in ("drift", "damping", "stream") if key in notes}
                 expected = raw.refitted(rank, **how)
                 torch.testing.assert_close(product(made.factors(name)), expected, rtol=1e-3, atol=1e-4)
-                # The choice was made on the last three windows, with factors of the others.
+                # The choice was made on the last three sequences, with factors of the others.
                 fit, held = raw.part(slice(0, -3)), raw.part(slice(-3, None))
                 errors = [
                     held.error(new)
@@ -184,11 +184,11 @@ def layer_of(factors):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family, windows, tokenizer):
+def test_every_family(family, sequences, tokenizer):
     model = tiny_model(family)
     before = state(model)
-    plan, store, targets = drawn(model, windows[:8], tokenizer)
-    new, made = run(model, plan, store, targets, windows[:8])
+    plan, store, targets = drawn(model, sequences[:8], tokenizer)
+    new, made = run(model, plan, store, targets, sequences[:8])
     assert_untouched(model, before)
     assert made.directory.parent == store.directory / "refit"
     assert (new.origin["store"], new.fingerprint) == (str(made.directory), made.fingerprint)
@@ -203,33 +203,33 @@ def test_every_family(family, windows, tokenizer):
         assert torch.equal(factors.left, old.left) == (how != APPLIED)
         assert (factors.sigma.diff() <= 0).all()
     with compressed(model, new, made), torch.no_grad():
-        assert model(input_ids=windows[:2]).logits.isfinite().all()
+        assert model(input_ids=sequences[:2]).logits.isfinite().all()
     streams = sum("stream" in made.notes(name) for name in found)
     # Norms after the outputs, or attention and MLP side by side.
     assert (streams == 0) == (family in ("gemma2", "gemma3", "gpt_neox"))
     assert RankPlan.from_json(new.to_json()) == new
 
 
-def test_first_modules_keep_their_factors_and_a_lone_one_all_of_the_model(llama, windows, tokenizer):
-    plan, store, targets = drawn(llama, windows, tokenizer)
+def test_first_modules_keep_their_factors_and_a_lone_one_all_of_the_model(llama, sequences, tokenizer):
+    plan, store, targets = drawn(llama, sequences, tokenizer)
     name = "model.layers.1.mlp.down_proj"
     lone = replace(plan, modules={name: plan.modules[name]})
-    new, made = run(llama, lone, store, targets, windows)
+    new, made = run(llama, lone, store, targets, sequences)
     assert outcomes(lone, made) == {name: UNCHANGED}
     assert_same_factors(all_tensors(made, [name]), {name: store.kept(name, plan.modules[name])})
     assert new.notes == (
-        "refitted 0 of 1 modules to 16 windows, chosen on 3 of them",
+        "refitted 0 of 1 modules to 16 sequences, chosen on 3 of them",
         f"not refitted, inputs as in the dense model: 1, e.g. {name}",
     )
-    _, made = run(llama, plan, store, targets, windows)
+    _, made = run(llama, plan, store, targets, sequences)
     first = [target.name for target in targets.modules if target.group == targets.modules[0].group]
     assert [name for name, how in outcomes(plan, made).items() if how == UNCHANGED] == first
 
 
-def test_a_refit_that_does_not_help_on_held_back_text_is_not_applied_and_counted(llama, windows, tokenizer, caplog):
-    plan, store, targets = drawn(llama, windows, tokenizer, keep=0.8)
-    # One window is less than the inputs have features: fitted in full, it tells nothing of another.
-    few = torch.cat([windows[:1, :16], torch.arange(100, 132).view(2, 16)])
+def test_a_refit_that_does_not_help_on_held_back_text_is_not_applied_and_counted(llama, sequences, tokenizer, caplog):
+    plan, store, targets = drawn(llama, sequences, tokenizer, keep=0.8)
+    # One sequence is less than the inputs have features: fitted in full, it tells nothing of another.
+    few = torch.cat([sequences[:1, :16], torch.arange(100, 132).view(2, 16)])
     little = Refit(hold_back=0.67, blends=(1.0,), dampings=(1e-3,), margin=0.01)
     with caplog.at_level(logging.INFO, "lowrank_pl.methods.refit.plan"):
         new, made = run(llama, plan, store, targets, few, settings=little)
@@ -244,12 +244,12 @@ def test_a_refit_that_does_not_help_on_held_back_text_is_not_applied_and_counted
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_refit_is_measured_against_the_factors_that_it_replaces(llama, windows, tokenizer, monkeypatch, known):
-    plan, store, targets = drawn(llama, windows[:12], tokenizer)
+def test_a_refit_is_measured_against_the_factors_that_it_replaces(llama, sequences, tokenizer, monkeypatch, known):
+    plan, store, targets = drawn(llama, sequences[:12], tokenizer)
     found = []
     errors = Problem.errors
     monkeypatch.setattr(Problem, "errors", lambda *words: found.append(errors(*words)) or found[-1])
-    _, made = run(llama, plan, store, targets, windows[8:12] if known else windows[12:], calibration=windows[:12])
+    _, made = run(llama, plan, store, targets, sequences[8:12] if known else sequences[12:], calibration=sequences[:12])
     asked = [name for name, how in outcomes(plan, made).items() if how != UNCHANGED]
     assert len(asked) == len(found) > 5
     for name, (present, plain, other) in zip(asked, found, strict=True):
@@ -259,23 +259,23 @@ def test_a_refit_is_measured_against_the_factors_that_it_replaces(llama, windows
     assert any(plain > present for present, plain, _ in found)
 
 
-def test_margin_decides(llama, windows, tokenizer):
-    plan, store, targets = drawn(llama, windows, tokenizer)
-    _, easy = run(llama, plan, store, targets, windows)
+def test_margin_decides(llama, sequences, tokenizer):
+    plan, store, targets = drawn(llama, sequences, tokenizer)
+    _, easy = run(llama, plan, store, targets, sequences)
     found = outcomes(plan, easy)
     gains = {name: float(easy.notes(name)["gain"]) for name, how in found.items() if how != UNCHANGED}
     assert all((gain > 0) == (found[name] == APPLIED) for name, gain in gains.items())
-    _, strict = run(llama, plan, store, targets, windows, settings=Refit(margin=0.9))
+    _, strict = run(llama, plan, store, targets, sequences, settings=Refit(margin=0.9))
     assert set(outcomes(plan, strict).values()) == {UNCHANGED, NO_GAIN}
     assert strict.directory != easy.directory
 
 
-def distance(model, plan, store, windows):
+def distance(model, plan, store, sequences):
     """Mean KL divergence of a compressed model from the dense one."""
     with torch.no_grad():
-        dense = model(input_ids=windows).logits.log_softmax(-1)
+        dense = model(input_ids=sequences).logits.log_softmax(-1)
         with compressed(model, plan, store):
-            cut = model(input_ids=windows).logits.log_softmax(-1)
+            cut = model(input_ids=sequences).logits.log_softmax(-1)
     return (dense.exp() * (dense - cut)).sum(-1).mean().item()
 
 
@@ -291,11 +291,11 @@ def test_the_model_comes_nearer_to_the_dense_one_on_other_text(family, tokenizer
     assert distance(model, new, made, text[40:]) < 0.97 * distance(model, plan, store, text[40:])
 
 
-def test_stream_and_output_weights_can_be_left_out(llama, windows, tokenizer):
-    plan, store, targets = drawn(llama, windows, tokenizer)
-    _, both = run(llama, plan, store, targets, windows)
-    _, alone = run(llama, plan, store, targets, windows, settings=replace(EASY, residual=False))
-    _, plain = run(llama, plan, store, targets, windows, settings=replace(EASY, two_sided=False))
+def test_stream_and_output_weights_can_be_left_out(llama, sequences, tokenizer):
+    plan, store, targets = drawn(llama, sequences, tokenizer)
+    _, both = run(llama, plan, store, targets, sequences)
+    _, alone = run(llama, plan, store, targets, sequences, settings=replace(EASY, residual=False))
+    _, plain = run(llama, plan, store, targets, sequences, settings=replace(EASY, two_sided=False))
     assert any("stream" in both.notes(name) for name in plan.modules)
     assert not any("stream" in alone.notes(name) for name in plan.modules)
     name = "model.layers.0.mlp.down_proj"
@@ -306,36 +306,36 @@ def test_stream_and_output_weights_can_be_left_out(llama, windows, tokenizer):
 
 @pytest.mark.parametrize("kind", ["svd", "asvd", "fwsvd", "whitened"])
 @pytest.mark.parametrize("explicit", [False, True])
-def test_factors_of_every_kind(llama, windows, tokenizer, kind, explicit, tmp_path):
+def test_factors_of_every_kind(llama, sequences, tokenizer, kind, explicit, tmp_path):
     directory = tmp_path / "store" if explicit else None
-    plan, store, targets = drawn(llama, windows, tokenizer, kind=kind, directory=directory)
-    new, made = run(llama, plan, store, targets, windows)
+    plan, store, targets = drawn(llama, sequences, tokenizer, kind=kind, directory=directory)
+    new, made = run(llama, plan, store, targets, sequences)
     assert APPLIED in outcomes(plan, made).values()
-    assert distance(llama, new, made, windows) < distance(llama, plan, store, windows)
+    assert distance(llama, new, made, sequences) < distance(llama, plan, store, sequences)
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_statistics_on_disk_are_used(llama, windows, tokenizer, tmp_path, monkeypatch, explicit):
+def test_statistics_on_disk_are_used(llama, sequences, tokenizer, tmp_path, monkeypatch, explicit):
     directory = tmp_path / "store" if explicit else None
-    plan, store, targets = drawn(llama, windows, tokenizer, directory=directory)
-    gradients = build_gradients(llama, targets, windows, tokenizer, directory=directory)
+    plan, store, targets = drawn(llama, sequences, tokenizer, directory=directory)
+    gradients = build_gradients(llama, targets, sequences, tokenizer, directory=directory)
     problem = Drawing(
-        budget_for(llama, targets, 0.5), store, targets, model=llama, windows=windows, gradients=gradients
+        budget_for(llama, targets, 0.5), store, targets, model=llama, sequences=sequences, gradients=gradients
     )
-    corrected = allocator("zero_sum", rounds=1, batch=1).plan(problem)
+    corrected = allocator("zs_svd", rounds=1, batch=1).plan(problem)
     from lowrank_pl.calibration import statistics as collected
 
     real = collected.measure_gradients
 
-    def norms_alone(model, windows, outputs, weights, **settings):
+    def norms_alone(model, sequences, outputs, weights, **settings):
         assert not weights
         assert all(isinstance(found, TokenNorms) for found in outputs.values())
-        real(model, windows, outputs, weights, **settings)
+        real(model, sequences, outputs, weights, **settings)
 
     monkeypatch.setattr(collected, "measure_gradients", norms_alone)
     monkeypatch.setattr(collected, "collect_input_moments", lambda *_, **__: pytest.fail("collected again"))
-    run(llama, plan, store, targets, windows)
-    _, made = run(llama, corrected, drawn_on(corrected, store), targets, windows)
+    run(llama, plan, store, targets, sequences)
+    _, made = run(llama, corrected, drawn_on(corrected, store), targets, sequences)
     assert "correction" in made.fingerprint
 
 
@@ -358,9 +358,9 @@ def killing(monkeypatch, name, after):
 
 
 @pytest.mark.parametrize("after", [2, 8, 23])
-def test_a_killed_run_goes_on_bit_for_bit(llama, windows, tokenizer, monkeypatch, after):
-    plan, store, targets = drawn(llama, windows, tokenizer)
-    new, made = run(llama, plan, store, targets, windows)
+def test_a_killed_run_goes_on_bit_for_bit(llama, sequences, tokenizer, monkeypatch, after):
+    plan, store, targets = drawn(llama, sequences, tokenizer)
+    new, made = run(llama, plan, store, targets, sequences)
     whole = all_tensors(made, plan.modules)
     notes = {name: made.notes(name) for name in plan.modules}
     shutil.rmtree(made.directory)
@@ -368,13 +368,13 @@ def test_a_killed_run_goes_on_bit_for_bit(llama, windows, tokenizer, monkeypatch
     with monkeypatch.context() as patch:
         calls = killing(patch, "refitted", after)
         with pytest.raises(KilledError):
-            run(llama, plan, store, targets, windows)
+            run(llama, plan, store, targets, sequences)
     assert_untouched(llama, before)
     done = [name for name in plan.modules if name in made]
     assert 0 < len(done) < len(plan.modules)
     with monkeypatch.context() as patch:
         calls = killing(patch, "refitted", -1)
-        again, resumed = run(llama, plan, store, targets, windows)
+        again, resumed = run(llama, plan, store, targets, sequences)
         assert 0 < len(calls) <= 3 * (len(plan.modules) - len(done))
     assert resumed.directory == made.directory
     assert_same_factors(all_tensors(resumed, plan.modules), whole)
@@ -383,33 +383,33 @@ def test_a_killed_run_goes_on_bit_for_bit(llama, windows, tokenizer, monkeypatch
     assert again == new
 
 
-def test_a_finished_refit_runs_nothing(llama, windows, tokenizer, monkeypatch):
-    plan, store, targets = drawn(llama, windows, tokenizer)
-    new, made = run(llama, plan, store, targets, windows)
+def test_a_finished_refit_runs_nothing(llama, sequences, tokenizer, monkeypatch):
+    plan, store, targets = drawn(llama, sequences, tokenizer)
+    new, made = run(llama, plan, store, targets, sequences)
     assert made.seconds(plan.modules) > 0
-    monkeypatch.setattr(refitting, "Twins", lambda *_: pytest.fail("passes were run again"))
-    again, same = run(llama, plan, store, targets, windows)
+    monkeypatch.setattr(refitting, "ModelPair", lambda *_: pytest.fail("passes were run again"))
+    again, same = run(llama, plan, store, targets, sequences)
     assert (again, same.directory) == (new, made.directory)
 
 
 def test_the_dense_model_runs_a_block_once_and_its_inputs_may_wait_on_disk(
-    llama, windows, tokenizer, monkeypatch, caplog
+    llama, sequences, tokenizer, monkeypatch, caplog
 ):
-    plan, store, targets = drawn(llama, windows, tokenizer)
-    _, made = run(llama, plan, store, targets, windows)
+    plan, store, targets = drawn(llama, sequences, tokenizer)
+    _, made = run(llama, plan, store, targets, sequences)
     in_memory = all_tensors(made, plan.modules)
     shutil.rmtree(made.directory)
     monkeypatch.setattr("lowrank_pl.calibration.hidden_states.available_memory", lambda: 0)
     passes = []
-    real = Twins._run
+    real = ModelPair._run
 
     def counting(self, course, layers, *rest):
         passes.append((course is self._dense, bool(layers)))
         real(self, course, layers, *rest)
 
-    monkeypatch.setattr(Twins, "_run", counting)
+    monkeypatch.setattr(ModelPair, "_run", counting)
     with caplog.at_level("INFO", "lowrank_pl"):
-        _, made = run(llama, plan, store, targets, windows)
+        _, made = run(llama, plan, store, targets, sequences)
     assert_same_factors(all_tensors(made, plan.modules), in_memory)
     assert "what the maps of a block are fed waits on disk, for want of room: 0.00 GB" in caplog.text
     blocks = len(llama.model.layers)
@@ -418,13 +418,15 @@ def test_the_dense_model_runs_a_block_once_and_its_inputs_may_wait_on_disk(
     assert len(passes) == blocks + 4 * blocks + blocks - 1
 
 
-def test_blocks_that_share_more_than_the_hidden_state_take_whole_passes(llama, windows, tokenizer, monkeypatch, caplog):
-    plan, store, targets = drawn(llama, windows, tokenizer)
-    _, made = run(llama, plan, store, targets, windows)
+def test_blocks_that_share_more_than_the_hidden_state_take_whole_passes(
+    llama, sequences, tokenizer, monkeypatch, caplog
+):
+    plan, store, targets = drawn(llama, sequences, tokenizer)
+    _, made = run(llama, plan, store, targets, sequences)
     quick = all_tensors(made, plan.modules)
     shutil.rmtree(made.directory)
-    monkeypatch.setattr("lowrank_pl.methods.refit.twins.can_resume", lambda *_: False)
-    _, made = run(llama, plan, store, targets, windows)
+    monkeypatch.setattr("lowrank_pl.methods.refit.pair.can_resume", lambda *_: False)
+    _, made = run(llama, plan, store, targets, sequences)
     assert_same_factors(all_tensors(made, plan.modules), quick)
     assert "the blocks of LlamaForCausalLM share more than the hidden state: every pass runs all blocks" in caplog.text
 
@@ -448,10 +450,10 @@ class Half(nn.Module):
         return out
 
 
-def test_modules_that_not_every_token_goes_through_are_left_and_counted(llama, windows, tokenizer):
+def test_modules_that_not_every_token_goes_through_are_left_and_counted(llama, sequences, tokenizer):
     llama.model.layers[1].mlp = Half(llama.model.layers[1].mlp)
-    plan, store, targets = drawn(llama, windows, tokenizer)
-    new, made = run(llama, plan, store, targets, windows)
+    plan, store, targets = drawn(llama, sequences, tokenizer)
+    new, made = run(llama, plan, store, targets, sequences)
     left = [name for name, how in outcomes(plan, made).items() if how == UNPAIRED]
     assert left == [f"model.layers.1.mlp.{kind}_proj" for kind in ("gate", "up", "down")]
     assert f"not refitted, not called once for every token: 3, e.g. {left[0]}" in new.notes
@@ -459,8 +461,8 @@ def test_modules_that_not_every_token_goes_through_are_left_and_counted(llama, w
         assert_same_factors(all_tensors(made, [name]), {name: store.kept(name, plan.modules[name])})
 
 
-def test_dense_modules_and_index_sets(llama, windows, tokenizer):
-    plan, store, targets = drawn(llama, windows, tokenizer)
+def test_dense_modules_and_index_sets(llama, sequences, tokenizer):
+    plan, store, targets = drawn(llama, sequences, tokenizer)
     dense, odd = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
     indices = (0, 2, 3, 7, 9)
     changed = {
@@ -469,7 +471,7 @@ def test_dense_modules_and_index_sets(llama, windows, tokenizer):
     }
     plan = replace(plan, modules={**plan.modules, **changed})
     # So that the index set stays.
-    new, made = run(llama, plan, store, targets, windows, settings=Refit(margin=0.9))
+    new, made = run(llama, plan, store, targets, sequences, settings=Refit(margin=0.9))
     assert_same_factors(
         all_tensors(made, [dense, odd]), {dense: store.factors(dense), odd: store.kept(odd, plan.modules[odd])}
     )
@@ -477,48 +479,48 @@ def test_dense_modules_and_index_sets(llama, windows, tokenizer):
     assert (new.modules[odd].rank, new.modules[odd].indices) == (5, None)
     assert torch.equal(new.order.scores[odd], plan.order.scores[odd][list(indices)])
     assert torch.equal(new.order.scores[dense], plan.order.scores[dense])
-    assert distance(llama, new, made, windows) == pytest.approx(distance(llama, plan, store, windows), rel=1e-3)
-    new, made = run(llama, plan, store, targets, windows)
+    assert distance(llama, new, made, sequences) == pytest.approx(distance(llama, plan, store, sequences), rel=1e-3)
+    new, made = run(llama, plan, store, targets, sequences)
     assert outcomes(plan, made)[odd] == APPLIED
     assert new.order.scores[odd].tolist() == sorted(plan.order.scores[odd][list(indices)].tolist(), reverse=True)
 
 
-def test_smaller_sizes_follow_from_the_plan(llama, windows, tokenizer):
-    plan, store, targets = drawn(llama, windows, tokenizer, method="energy")
-    new, made = run(llama, plan, store, targets, windows)
+def test_smaller_sizes_follow_from_the_plan(llama, sequences, tokenizer):
+    plan, store, targets = drawn(llama, sequences, tokenizer, method="energy")
+    new, made = run(llama, plan, store, targets, sequences)
     smaller = resize(new, 0.3)
     assert smaller.kept_parameters < new.kept_parameters
     assert smaller.origin == new.origin
     with compressed(llama, smaller, made), torch.no_grad():
-        assert llama(input_ids=windows[:1]).logits.isfinite().all()
+        assert llama(input_ids=sequences[:1]).logits.isfinite().all()
     assert made.fingerprint["refit"]["keep"] == 0.5
 
 
-def test_what_does_not_belong_together_is_refused(llama, windows, tokenizer, tmp_path):
-    plan, store, targets = drawn(llama, windows, tokenizer)
-    new, made = run(llama, plan, store, targets, windows)
+def test_what_does_not_belong_together_is_refused(llama, sequences, tokenizer, tmp_path):
+    plan, store, targets = drawn(llama, sequences, tokenizer)
+    new, made = run(llama, plan, store, targets, sequences)
     with pytest.raises(ValueError, match=r"drawn for other factors than those in .*: refit differ. Allocate again on"):
-        run(llama, new, store, targets, windows)
+        run(llama, new, store, targets, sequences)
     with pytest.raises(ValueError, match=r"the factors in .* are refitted already: give those they were made from"):
-        run(llama, new, made, targets, windows)
+        run(llama, new, made, targets, sequences)
     other = tiny_model("llama", seed=5)
     with pytest.raises(
         ValueError, match=r"were made from another model \(model differ\): load the base that they were"
     ):
-        run(other, plan, store, targets, windows)
+        run(other, plan, store, targets, sequences)
     some = find_targets(llama, include=["mlp.*"])
     name = "model.layers.0.self_attn.q_proj"
     with pytest.raises(ValueError, match=rf"the plan gives {name} the shape \(32, 32\), the targets none: find the"):
-        run(llama, plan, store, some, windows)
-    with pytest.raises(ValueError, match="1 windows of text were given: a refit needs two or more, one is held back"):
-        run(llama, plan, store, targets, windows[:1])
+        run(llama, plan, store, some, sequences)
+    with pytest.raises(ValueError, match="1 sequences of text were given: a refit needs two or more, one is held back"):
+        run(llama, plan, store, targets, sequences[:1])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"windows": 1}, "windows is 1: expected at least 2, of which one is held back"),
-        ({"hold_back": 0.0}, "hold_back is 0.0: expected a fraction of the windows, above 0 and below 1"),
+        ({"sequences": 1}, "sequences is 1: expected at least 2, of which one is held back"),
+        ({"hold_back": 0.0}, "hold_back is 0.0: expected a fraction of the sequences, above 0 and below 1"),
         ({"margin": 1.0}, "margin is 1.0: expected a fraction of at least 0 and below 1"),
         ({"blends": ()}, r"blends are \(\): expected one or more fractions in \[0, 1\]"),
         ({"blends": (2.0,)}, r"blends are \(2.0,\): expected one or more fractions in \[0, 1\]"),
@@ -533,31 +535,31 @@ def test_settings_out_of_range_are_refused(changes, message):
 
 @pytest.mark.parametrize(("fraction", "count", "held"), [(0.2, 64, 13), (0.2, 2, 1), (0.9, 3, 2), (0.01, 9, 1)])
 def test_the_last_windows_are_held_back(fraction, count, held):
-    windows = torch.arange(count)[:, None]
-    fitting, held_back = Refit(hold_back=fraction).split(windows)
+    sequences = torch.arange(count)[:, None]
+    fitting, held_back = Refit(hold_back=fraction).split(sequences)
     assert len(held_back) == held
-    assert torch.equal(torch.cat([fitting, held_back]), windows)
-    fitting, held_back = Refit(windows=3, hold_back=0.5).split(torch.arange(9)[:, None])
+    assert torch.equal(torch.cat([fitting, held_back]), sequences)
+    fitting, held_back = Refit(sequences=3, hold_back=0.5).split(torch.arange(9)[:, None])
     assert (fitting.flatten().tolist(), held_back.flatten().tolist()) == ([0], [1, 2])
 
 
-def test_inputs_that_are_not_finite_are_named(llama, windows, tokenizer):
-    plan, store, targets = drawn(llama, windows, tokenizer, weights=False)
+def test_inputs_that_are_not_finite_are_named(llama, sequences, tokenizer):
+    plan, store, targets = drawn(llama, sequences, tokenizer, weights=False)
     norm = llama.model.layers[1].post_attention_layernorm
     norm.register_forward_hook(lambda _, __, output: output * torch.inf)
     before = list(llama.modules())
     with pytest.raises(
         ValueError,
         match=r"what the dense or the compressed model computes holds NaN or infinity: before module "
-        r"model.layers.1.mlp.gate_proj in batch 0 of the refit's windows; check the checkpoint",
+        r"model.layers.1.mlp.gate_proj in batch 0 of the refit's sequences; check the checkpoint",
     ):
-        run(llama, plan, store, targets, windows)
+        run(llama, plan, store, targets, sequences)
     assert list(llama.modules()) == before
 
 
-def test_store_is_an_ordinary_one(llama, windows, tokenizer):
-    plan, store, targets = drawn(llama, windows, tokenizer)
-    new, made = run(llama, plan, store, targets, windows)
+def test_store_is_an_ordinary_one(llama, sequences, tokenizer):
+    plan, store, targets = drawn(llama, sequences, tokenizer)
+    new, made = run(llama, plan, store, targets, sequences)
     assert FactorStore.existing(new.origin["store"]).fingerprint == made.fingerprint
     assert drawn_on(new, store).directory == made.directory
     for name in plan.modules:

@@ -20,12 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.factors.decomposition import SquareRoot
-from lowrank_pl.methods.narrow.eliminate import leave_out
+from lowrank_pl.methods.prune.eliminate import leave_out
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.identity import _parent
 from lowrank_pl.models.targets import Target, Targets, dense_weight, replace_module, replaced
 
-__all__ = ["Hidden", "find_hidden", "narrow_model", "narrowed_config", "rows_of"]
+__all__ = ["Hidden", "find_hidden", "prune_model", "pruned_config", "rows_of"]
 
 Weights = Callable[[Target], tuple[Tensor, SquareRoot]]
 
@@ -78,7 +78,7 @@ def find_hidden(model: PreTrainedModel, targets: Targets) -> list[Hidden]:
     return found
 
 
-def narrowed_config(model: PreTrainedModel, hidden: Sequence[Hidden], width: int) -> PretrainedConfig:
+def pruned_config(model: PreTrainedModel, hidden: Sequence[Hidden], width: int) -> PretrainedConfig:
     """Return the config of ``model`` with MLPs of ``width``.
 
     Args:
@@ -112,7 +112,7 @@ def narrowed_config(model: PreTrainedModel, hidden: Sequence[Hidden], width: int
     )
 
 
-def narrow_model(
+def prune_model(
     model: PreTrainedModel,
     hidden: Sequence[Hidden],
     widths: Sequence[int],
@@ -137,9 +137,9 @@ def narrow_model(
         if not 1 <= width <= hidden[0].width:
             raise ValueError(f"a width of {width} was asked for: expected 1 to the {hidden[0].width} that there is")
     one = len(set(widths)) == 1
-    config = narrowed_config(model, hidden, widths[0]) if one else copy.deepcopy(model.config)
+    config = pruned_config(model, hidden, widths[0]) if one else copy.deepcopy(model.config)
     squares = 0.0
-    for mlp, width in zip(tqdm(hidden, desc="narrow", unit="MLP"), widths, strict=True):
+    for mlp, width in zip(tqdm(hidden, desc="prune", unit="MLP"), widths, strict=True):
         if width == mlp.width:
             continue
         moment, outputs = weights(mlp.reader)

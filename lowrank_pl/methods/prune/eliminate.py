@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_pl.factors.decomposition import SquareRoot, damped_root
 
-__all__ = ["Narrowed", "leave_out", "narrowings"]
+__all__ = ["Narrowed", "leave_out", "prunings"]
 
 _GROUP = 32
 """Features that go at a time, out of twice as many; of few features fewer."""
@@ -60,11 +60,11 @@ def leave_out(
         >>> found.features.tolist(), found.weight.round(decimals=3).tolist()
         ([1, 2], [[5.0, 3.0]])
     """
-    (found,) = narrowings(weight, second_moment, [keep], outputs=outputs, damping=damping)
+    (found,) = prunings(weight, second_moment, [keep], outputs=outputs, damping=damping)
     return found
 
 
-def narrowings(
+def prunings(
     weight: Tensor,
     second_moment: Tensor,
     keeps: Sequence[int],

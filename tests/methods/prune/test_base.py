@@ -25,23 +25,23 @@ from lowrank_pl import (
     load_compressed,
     save_compressed,
 )
-from lowrank_pl.calibration.build_by_block import walk_factors
+from lowrank_pl.calibration.build_by_block import build_factors_by_block
 from lowrank_pl.calibration.provenance import base_notes
 from lowrank_pl.cli.commands import allocate, export
 from lowrank_pl.cli.compare import compare
 from lowrank_pl.cli.doctor import doctor
 from lowrank_pl.cli.main import main
-from lowrank_pl.cli.narrow import narrow
+from lowrank_pl.cli.prune import prune
 from lowrank_pl.costs.anatomy import anatomy
 from lowrank_pl.factors import compression as compress
 from lowrank_pl.factors.decomposition import square_root
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.methods.narrow import eliminate as leaving_out
-from lowrank_pl.methods.narrow import narrow as narrow_base
-from lowrank_pl.methods.narrow.eliminate import leave_out
-from lowrank_pl.methods.narrow.mlp import find_hidden, narrow_model, narrowed_config
-from lowrank_pl.methods.narrow.narrow import Narrowing, narrowed_base
-from lowrank_pl.methods.narrow.widths import Map, Option, Widths
+from lowrank_pl.methods.prune import eliminate as leaving_out
+from lowrank_pl.methods.prune import prune as narrow_base
+from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
+from lowrank_pl.methods.prune.eliminate import leave_out
+from lowrank_pl.methods.prune.mlp import find_hidden, prune_model, pruned_config
+from lowrank_pl.methods.prune.widths import Map, Option, Widths
 from lowrank_pl.methods.recipes import Recipe
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.identity import Origin
@@ -52,11 +52,11 @@ from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.plans.resize import resize
 from lowrank_pl.report.finish import Protocol
-from lowrank_pl.utils.distributed import together
+from lowrank_pl.utils.distributed import cooperating
 from tests.helpers.two_processes import in_two_processes
 from tests.helpers.unchanged import assert_untouched, state
 
-TEXT = {"text": "python-docs::part=0%-5%", "length": 32, "windows": 8}
+TEXT = {"text": "python-docs::part=0%-5%", "length": 32, "sequences": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ def test_what_cannot_be_left_out_is_refused():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family, windows):
+def test_every_family(family, sequences):
     model = tiny_model(family)
     before, targets = state(model), find_targets(model)
     hidden = find_hidden(model, targets)
@@ -165,9 +165,9 @@ def test_every_family(family, windows):
         model.get_submodule(mlp.reader.name).register_forward_pre_hook(
             lambda _, args, name=mlp.reader.name: fed.setdefault(name, []).append(args[0].flatten(0, -2))
         )
-    config = narrowed_config(model, hidden, 40)
+    config = pruned_config(model, hidden, 40)
     with torch.no_grad():
-        whole = model(input_ids=windows[:4]).logits
+        whole = model(input_ids=sequences[:4]).logits
     for mlp in hidden:
         model.get_submodule(mlp.reader.name)._forward_pre_hooks.clear()
     assert_untouched(model, before)
@@ -176,14 +176,14 @@ def test_every_family(family, windows):
     def weights(reader):
         return moments[reader.name], square_root(torch.eye(reader.shape[0]))
 
-    nats = narrow_model(model, hidden, [40, 40], weights)
+    nats = prune_model(model, hidden, [40, 40], weights)
     assert nats > 0
     assert model.config.to_dict() == config.to_dict()
     fresh = type(model)(config)
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
-        part = model(input_ids=windows[:4]).logits
-        torch.testing.assert_close(fresh.eval()(input_ids=windows[:4]).logits, part)
+        part = model(input_ids=sequences[:4]).logits
+        torch.testing.assert_close(fresh.eval()(input_ids=sequences[:4]).logits, part)
     # More is left than of a model whose last maps were not told.
     plain = tiny_model(family)
     for mlp in hidden:
@@ -191,7 +191,7 @@ def test_every_family(family, windows):
         with torch.no_grad():
             weight[:, 40:] = 0
     with torch.no_grad():
-        cut = plain(input_ids=windows[:4]).logits
+        cut = plain(input_ids=sequences[:4]).logits
     assert (part - whole).norm() < 0.7 * (cut - whole).norm()
 
 
@@ -201,7 +201,7 @@ def test_what_is_no_mlp_or_has_no_setting_is_told(llama):
     hidden = find_hidden(llama, find_targets(tiny_model("llama")))
     assert [mlp.reader.block for mlp in hidden] == [1]
     with pytest.raises(ValueError, match="no setting of LlamaConfig makes the MLPs 40 wide and leaves all else as it"):
-        narrowed_config(llama, hidden, 40)
+        pruned_config(llama, hidden, 40)
     model = tiny_model("llama")
     only = find_targets(model, include=["self_attn.*"])
     with pytest.raises(ValueError, match="no MLP that can be narrowed was found in LlamaForCausalLM: expected maps of"):
@@ -213,12 +213,12 @@ def test_what_is_no_mlp_or_has_no_setting_is_told(llama):
         find_hidden(model, find_targets(model))
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="a width of 97 was asked for: expected 1 to the 96 that there is"):
-        narrow_model(model, find_hidden(model, find_targets(model)), [40, 97], lambda _: None)
+        prune_model(model, find_hidden(model, find_targets(model)), [40, 97], lambda _: None)
 
 
 @pytest.mark.parametrize("base", ["random:llama", "random:gpt2"])
 def test_the_folder_is_a_checkpoint_like_any_other(base, tmp_path, capsys):
-    folder = narrow(base, share=0.5, output=tmp_path / "narrow", json=tmp_path / "narrow.json", **TEXT)
+    folder = prune(base, share=0.5, output=tmp_path / "prune", json=tmp_path / "narrow.json", **TEXT)
     figures = json.loads((tmp_path / "narrow.json").read_text())
     model, dense = AutoModelForCausalLM.from_pretrained(folder), load_base(base)
     targeted, whole = figures["parameters"]["targeted"], figures["parameters"]["model"]
@@ -253,9 +253,9 @@ def test_the_folder_is_a_checkpoint_like_any_other(base, tmp_path, capsys):
     )
     small = export(tmp_path / "plan.json", output=tmp_path / "small")
     assert load_compressed(small).num_parameters() == plan.kept_model_parameters - indices(plan)
-    assert doctor(small, windows=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
+    assert doctor(small, sequences=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
     merged = export(tmp_path / "plan.json", output=tmp_path / "merged", merge=True)
-    assert doctor(merged, windows=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
+    assert doctor(merged, sequences=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
     read = RankPlan.load(tmp_path / "plan.json")
     assert read == plan
     assert 0.44 < resize(read, 0.45).keep_targeted <= 0.45
@@ -264,7 +264,7 @@ def test_the_folder_is_a_checkpoint_like_any_other(base, tmp_path, capsys):
     assert most.keep_targeted == pytest.approx(targeted["kept"] / targeted["dense"])
     assert len(most.dense_modules) == len(most.modules)
     # What was narrowed once keeps its origin.
-    again = Origin.of(load_base(str(narrow(str(folder), share=0.75, multiple_of=4, output=tmp_path / "again", **TEXT))))
+    again = Origin.of(load_base(str(prune(str(folder), share=0.75, multiple_of=4, output=tmp_path / "again", **TEXT))))
     assert again is not None
     assert (again.base, again.width, again.widths) == (base, width, f"{3 * width // 8:,}")
     part = find_targets(model, include=["*.0.*"])
@@ -279,7 +279,7 @@ def indices(plan):
 def test_a_config_that_says_something_else_is_told(llama):
     llama.config.lowrank_narrowed = {"base": "x", "width": 96}
     with pytest.raises(
-        ValueError, match="under lowrank_narrowed: expected what `lowrank narrow` of this version writes"
+        ValueError, match="under lowrank_narrowed: expected what `lowrank prune` of this version writes"
     ):
         Origin.of(llama)
 
@@ -307,28 +307,28 @@ def dense_width(base):
 )
 def test_settings_that_make_no_sense_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        narrow("random:llama", output=tmp_path / "narrow", **{**TEXT, **changes})
-    assert not (tmp_path / "narrow").exists()
+        prune("random:llama", output=tmp_path / "prune", **{**TEXT, **changes})
+    assert not (tmp_path / "prune").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone_before_anything_is_measured(tmp_path, monkeypatch):
-    (tmp_path / "narrow").mkdir()
-    (tmp_path / "narrow" / "thesis.txt").write_text("all of it")
-    monkeypatch.setattr("lowrank_pl.cli.narrow.load_base", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "prune").mkdir()
+    (tmp_path / "prune" / "thesis.txt").write_text("all of it")
+    monkeypatch.setattr("lowrank_pl.cli.prune.load_base", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="holds other files than an earlier export: name a new folder or empty it"):
-        narrow("random:llama", share=0.5, output=tmp_path / "narrow", **TEXT)
-    assert (tmp_path / "narrow" / "thesis.txt").read_text() == "all of it"
+        prune("random:llama", share=0.5, output=tmp_path / "prune", **TEXT)
+    assert (tmp_path / "prune" / "thesis.txt").read_text() == "all of it"
 
 
 def test_an_earlier_narrowed_folder_is_replaced(tmp_path):
     for share, width in ((0.5, 48), (0.75, 72)):
-        folder = narrow("random:llama", share=share, output=tmp_path / "narrow", **TEXT)
+        folder = prune("random:llama", share=share, output=tmp_path / "prune", **TEXT)
         assert load_base(str(folder)).config.intermediate_size == width
 
 
 def test_the_width_is_the_one_that_is_predicted_to_lose_least(doubled, tmp_path, capsys):
     # Copies can be made up for nearly in full, if the text is trusted.
-    narrow(doubled, keep=0.6, damping=0.01, output=tmp_path / "narrow", json=tmp_path / "narrow.json", **TEXT)
+    prune(doubled, keep=0.6, damping=0.01, output=tmp_path / "prune", json=tmp_path / "narrow.json", **TEXT)
     figures = json.loads((tmp_path / "narrow.json").read_text())
     tried = {int(width): loss for width, loss in figures["predicted_nats_with_ranks"].items()}
     assert max(tried) == 96
@@ -338,7 +338,7 @@ def test_the_width_is_the_one_that_is_predicted_to_lose_least(doubled, tmp_path,
     # As wide as before, it is what the exact allocation predicts.
     assert tried[96] == pytest.approx(predicted(doubled, 0.6, tmp_path), rel=1e-3)
     # And as wide as chosen, what it predicts on the result, whose moments are nearly the same.
-    total = predicted(str(tmp_path / "narrow"), 0.6, tmp_path) + figures["predicted_nats"]
+    total = predicted(str(tmp_path / "prune"), 0.6, tmp_path) + figures["predicted_nats"]
     assert tried[figures["width"]["after"]] == pytest.approx(total, rel=0.2)
 
 
@@ -352,7 +352,7 @@ def predicted(base, keep, folder):
 def test_where_nothing_is_gained_ranks_are_to_be_drawn_on_the_base(tmp_path):
     # Half of the features alone would be more than is to be left out.
     with pytest.raises(ValueError, match=r"at keep 0\.9 no narrower MLPs are predicted to lose less: draw ranks on"):
-        narrow("random:llama", keep=0.9, multiple_of=48, output=tmp_path / "narrow", **TEXT)
+        prune("random:llama", keep=0.9, multiple_of=48, output=tmp_path / "prune", **TEXT)
 
 
 def test_budgets_and_plans_count_what_was_left_out():
@@ -374,8 +374,8 @@ def test_budgets_and_plans_count_what_was_left_out():
 
 
 COMPARED = {
-    "calibration_length": 32, "calibration_windows": 8,
-    "score_length": 32, "scores": ["docs=python-docs::part=50%-100%"], "score_windows": {"docs": 6},
+    "calibration_length": 32, "calibration_sequences": 8,
+    "score_length": 32, "scores": ["docs=python-docs::part=50%-100%"], "score_sequences": {"docs": 6},
 }  # fmt: skip
 
 
@@ -389,15 +389,13 @@ def test_a_comparison_narrows_what_it_is_told_to_and_counts_the_base_that_was_na
     assert narrowed["bytes"] == pytest.approx(plain["bytes"], rel=0.01)
     assert narrowed["excess"]["docs"] < plain["excess"]["docs"]
     assert narrowed["seconds"]["narrowing"] > 0
-    assert narrowed["settings"]["narrow"] == {"by_block": False, "share": None, "multiple_of": 8, "damping": 0.1}
-    assert "narrow" not in plain["settings"]
+    assert narrowed["settings"]["prune"] == {"by_block": False, "share": None, "multiple_of": 8, "damping": 0.1}
+    assert "prune" not in plain["settings"]
     plan = RankPlan.load(tmp_path / "run" / "fisher+pivoted+narrow" / "keep-0.6" / "plan.json")
     assert plan.left_out > 0
     assert plan.origin["narrowed"]["base"] == doubled
     # Its base is in the cache, where another comparison finds it.
-    monkeypatch.setattr(
-        "lowrank_pl.methods.narrow.narrow.apply_narrowing", lambda *_, **__: pytest.fail("narrowed again")
-    )
+    monkeypatch.setattr("lowrank_pl.methods.prune.base.apply_pruning", lambda *_, **__: pytest.fail("narrowed again"))
     again = compare(doubled, methods=names[1:2], keep=[0.6], run=tmp_path / "again", **COMPARED)
     assert {row["method"]: row["nats"] for row in again}[names[1]] == narrowed["nats"]
     # And is one to compare on: the dense row says what it is of the first.
@@ -410,47 +408,47 @@ def test_a_comparison_narrows_what_it_is_told_to_and_counts_the_base_that_was_na
 
 
 def arguments(model, **changes):
-    windows = torch.arange(256).view(8, 32)
-    return {"keep": 0.6, "model": model, "tokenizer": byte_tokenizer(), "windows": windows, **changes}
+    sequences = torch.arange(256).view(8, 32)
+    return {"keep": 0.6, "model": model, "tokenizer": byte_tokenizer(), "sequences": sequences, **changes}
 
 
 def test_the_model_stays_as_it_was_and_where_nothing_is_gained_so_does_the_base(llama, caplog):
     before, caplog.handler.level = state(llama), 0
-    caplog.set_level("INFO", logger="lowrank_pl.methods.narrow.narrow")
-    assert narrowed_base("random:llama", Narrowing(multiple_of=48), **arguments(llama, keep=0.9))[0] == "random:llama"
+    caplog.set_level("INFO", logger="lowrank_pl.methods.prune.base")
+    assert pruned_base("random:llama", WidthPruning(multiple_of=48), **arguments(llama, keep=0.9))[0] == "random:llama"
     assert "at keep 0.9 no narrower MLPs are predicted to lose less than those of random:llama" in caplog.text
-    folder, spent = narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))
+    folder, spent = pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))
     assert_untouched(llama, before)
     assert spent > 0
     assert Origin.of(llama) is None
     # Once more it is found, with what it took.
-    assert narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama)) == (folder, spent)
+    assert pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama)) == (folder, spent)
     # Another text, share or size is another folder.
     others = [
-        narrowed_base("random:llama", Narrowing(share=0.5, damping=0.5), **arguments(llama)),
-        narrowed_base("random:llama", Narrowing(share=0.75), **arguments(llama)),
-        narrowed_base(
-            "random:llama", Narrowing(share=0.5), **arguments(llama, windows=torch.arange(256).flip(0).view(8, 32))
+        pruned_base("random:llama", WidthPruning(share=0.5, damping=0.5), **arguments(llama)),
+        pruned_base("random:llama", WidthPruning(share=0.75), **arguments(llama)),
+        pruned_base(
+            "random:llama", WidthPruning(share=0.5), **arguments(llama, sequences=torch.arange(256).flip(0).view(8, 32))
         ),
     ]
     assert len({folder, *(place for place, _ in others)}) == 4
     # What is gone is made again.
     (Path(folder) / "config.json").unlink()
-    assert narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))[0] == folder
+    assert pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))[0] == folder
     assert (Path(folder) / "config.json").exists()
 
 
 def narrow_together(rank, folder):
     os.environ["LOWRANK_HOME"] = str(folder / "home")
     model = tiny_model("llama")
-    with together():
-        found = [narrowed_base("random:llama", Narrowing(share=0.5), **arguments(model))[0] for _ in range(2)]
+    with cooperating():
+        found = [pruned_base("random:llama", WidthPruning(share=0.5), **arguments(model))[0] for _ in range(2)]
     (folder / f"found{rank}").write_text(found[0])
     assert found[0] == found[1]
 
 
 def test_processes_narrow_once_and_find_the_same(llama, tmp_path):
-    alone, _ = narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))
+    alone, _ = pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))
     in_two_processes(narrow_together, tmp_path)
     first, second = ((tmp_path / f"found{rank}").read_text() for rank in (0, 1))
     assert first == second
@@ -463,36 +461,36 @@ def test_a_share_that_leaves_less_than_is_to_be_kept_is_refused(llama):
     with pytest.raises(
         ValueError, match=r"a share of 0.5 of their hidden features leave 0\.6\d+ of the targeted param"
     ):
-        narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama, keep=0.9))
+        pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama, keep=0.9))
 
 
 def test_what_an_earlier_narrowing_left_is_the_most_that_can_be_kept(llama, tmp_path):
-    folder, _ = narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))
+    folder, _ = pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))
     with pytest.raises(
         ValueError,
         match=r"keep is 0.95, and of the targeted parameters of random:llama an earlier narrowing has left 0\.6\d+: l",
     ):
-        narrow(folder, output=tmp_path / "again", keep=0.95, **TEXT)
+        prune(folder, output=tmp_path / "again", keep=0.95, **TEXT)
 
 
 @pytest.mark.parametrize(
     ("which", "share"), [({}, r"62\.5 %"), ({"include": ["mlp.*"]}, r"50\.0 %"), ({"exclude": ["mlp.*"]}, r"100\.0 %")]
 )
 def test_notes_say_what_is_left_of_the_maps_that_are_targeted(llama, which, share):
-    folder, _ = narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))
+    folder, _ = pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))
     model = load_base(folder)
     (note,) = base_notes(model, find_targets(model, **which))
     assert re.search(f"hidden features of an MLP: {share} of the targeted parameters of random:llama", note)
 
 
 def test_a_run_that_waited_for_another_one_takes_what_that_made(llama, monkeypatch):
-    folder, spent = narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama))
+    folder, spent = pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))
     read = narrow_base._read
     monkeypatch.setattr(narrow_base, "_make", lambda *_: pytest.fail("made again"))
     # As it looks to a run that comes first and then has to wait.
     seen = iter([lambda *_: None, read])
     monkeypatch.setattr(narrow_base, "_read", lambda *words: next(seen)(*words))
-    assert narrowed_base("random:llama", Narrowing(share=0.5), **arguments(llama)) == (folder, spent)
+    assert pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama)) == (folder, spent)
 
 
 def test_dense_weights_of_several_widths_are_refused_before_learning(llama):
@@ -506,14 +504,14 @@ def test_dense_weights_of_several_widths_are_refused_before_learning(llama):
     finish.on_fit_start(None, learner)
 
 
-@pytest.mark.parametrize(("mask", "by_block"), [("Staircase", False), ("PerValue", True)])
+@pytest.mark.parametrize(("mask", "by_block"), [("ARA", False), ("LLRC", True)])
 def test_fit_narrows_first_and_scores_the_base_that_was_named(doubled, tmp_path, capsys, mask, by_block):
     words = ["--model.base", doubled, "--model.keep", "0.6", "--model.decomposition.kind", "two_sided"]
-    words += ["--model.mask", f"lowrank_pl.methods.masks.{mask}", "--model.narrow.multiple_of", "4"]
-    words += ["--model.narrow.by_block", str(by_block).lower()]
+    words += ["--model.mask", f"lowrank_pl.methods.masks.{mask}", "--model.prune.multiple_of", "4"]
+    words += ["--model.prune.by_block", str(by_block).lower()]
     words += ["--trainer.max_steps", "3", "--trainer.accelerator", "cpu"]
     words += ["--data.text", "python-docs::part=0%-5%", "--data.length", "32", "--data.windows", "8"]
-    words += ["--data.validation_windows", "2", "--finish.baselines", "[fisher]", "--finish.prompts", "[A list]"]
+    words += ["--data.validation_sequences", "2", "--finish.baselines", "[fisher]", "--finish.prompts", "[A list]"]
     main(["fit", "--run", str(tmp_path / "run"), "--seed_everything", "0", *words])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     rows = {name: row for name, row in summary.items() if name != "facts"}
@@ -550,15 +548,15 @@ def ragged(family, widths=(40, 56)):
     model = tiny_model(family)
     hidden = find_hidden(model, find_targets(model))
     eye = {mlp.reader.name: torch.eye(mlp.width) for mlp in hidden}
-    narrow_model(model, hidden, widths, lambda reader: (eye[reader.name], square_root(torch.eye(reader.shape[0]))))
+    prune_model(model, hidden, widths, lambda reader: (eye[reader.name], square_root(torch.eye(reader.shape[0]))))
     return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_widths_by_block_survive_every_way_through_the_disk(family, windows, tmp_path):
+def test_widths_by_block_survive_every_way_through_the_disk(family, sequences, tmp_path):
     model = ragged(family)
     with torch.no_grad():
-        whole = model(input_ids=windows[:2]).logits
+        whole = model(input_ids=sequences[:2]).logits
     report = save_compressed(model, tmp_path / "base", tokenizer=byte_tokenizer())
     assert report.modules == 0
     said = json.loads((report.directory / "config.json").read_text())["quantization_config"]
@@ -569,14 +567,14 @@ def test_widths_by_block_survive_every_way_through_the_disk(family, windows, tmp
     assert not hasattr(base.config, "quantization_config")
     # As an export, and compressed on top of it.
     targets = find_targets(base)
-    plan, factors = allocate_ranks(base, byte_tokenizer(), windows[:4], method="uniform", keep=0.5)
+    plan, factors = allocate_ranks(base, byte_tokenizer(), sequences[:4], method="uniform", keep=0.5)
     with torch.no_grad():
-        assert torch.equal(base(input_ids=windows[:2]).logits, whole)
-        assert torch.equal(load_compressed(report.directory)(input_ids=windows[:2]).logits, whole)
+        assert torch.equal(base(input_ids=sequences[:2]).logits, whole)
+        assert torch.equal(load_compressed(report.directory)(input_ids=sequences[:2]).logits, whole)
         small = compress(base, plan, factors)
-        expected = small(input_ids=windows[:2]).logits
+        expected = small(input_ids=sequences[:2]).logits
         export = save_compressed(small, tmp_path / "small", tokenizer=byte_tokenizer(), plan=plan)
-        assert torch.equal(load_compressed(export.directory)(input_ids=windows[:2]).logits, expected)
+        assert torch.equal(load_compressed(export.directory)(input_ids=sequences[:2]).logits, expected)
     assert export.modules == len(targets.modules) - len(plan.dense_modules)
     with pytest.raises(
         ValueError, match=r"linear maps have shapes that the plain config of \w+ can't say, e.g. .*: exp"
@@ -593,16 +591,16 @@ def test_a_loader_that_was_taught_nothing_stops(tmp_path):
     assert "size mismatch" in done.stderr or "mismatched" in done.stderr
 
 
-def test_a_base_of_several_widths_is_walked_and_counted_like_any_other(tmp_path, windows):
+def test_a_base_of_several_widths_is_walked_and_counted_like_any_other(tmp_path, sequences):
     folder = str(save_compressed(ragged("llama"), tmp_path / "base", tokenizer=byte_tokenizer()).directory)
     model = load_base(folder)
     skeleton = open_skeleton(folder)
     assert {name: p.shape for name, p in skeleton.model.named_parameters()} == {
         name: p.shape for name, p in model.named_parameters()
     }
-    whole = build_factors(model, find_targets(model), windows[:4], byte_tokenizer(), directory=tmp_path / "whole")
-    walked = walk_factors(
-        skeleton, skeleton.find_targets(), windows[:4], byte_tokenizer(), settings=Decomposition(),
+    whole = build_factors(model, find_targets(model), sequences[:4], byte_tokenizer(), directory=tmp_path / "whole")
+    walked = build_factors_by_block(
+        skeleton, skeleton.find_targets(), sequences[:4], byte_tokenizer(), settings=Decomposition(),
         directory=tmp_path / "walked",
     )  # fmt: skip
     assert walked.fingerprint == whole.fingerprint
@@ -610,7 +608,7 @@ def test_a_base_of_several_widths_is_walked_and_counted_like_any_other(tmp_path,
     assert found.parameters == model.num_parameters()
     assert found.modules == find_targets(model).modules
     with pytest.raises(ValueError, match=r"the MLPs of LlamaForCausalLM are \[40, 56\] wide: expected one width"):
-        narrow(folder, share=0.5, output=tmp_path / "again", **TEXT)
+        prune(folder, share=0.5, output=tmp_path / "again", **TEXT)
 
 
 def test_each_mlp_gets_the_width_that_is_best_for_it(tmp_path, capsys):
@@ -624,7 +622,7 @@ def test_each_mlp_gets_the_width_that_is_best_for_it(tmp_path, capsys):
         part.save_pretrained(tmp_path / "base")
     base, report = str(tmp_path / "base"), tmp_path / "narrow.json"
     # Copies can be made up for in full, if the text is trusted.
-    folder = narrow(base, keep=0.7, by_block=True, damping=1e-3, output=tmp_path / "narrow", json=report, **TEXT)
+    folder = prune(base, keep=0.7, by_block=True, damping=1e-3, output=tmp_path / "prune", json=report, **TEXT)
     figures = json.loads(report.read_text())
     first, second = figures["width"]["after"]
     assert first < second
@@ -641,9 +639,9 @@ def test_each_mlp_gets_the_width_that_is_best_for_it(tmp_path, capsys):
     plan = allocate(str(folder), keep=0.7, output=tmp_path / "plan.json", **TEXT)
     assert (plan.targeted_parameters, plan.kept_parameters <= 0.7 * dense) == (dense, True)
     small = export(tmp_path / "plan.json", output=tmp_path / "small")
-    assert doctor(small, windows=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
+    assert doctor(small, sequences=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
     # And so does a recipe.
-    recipes = {"mine": Recipe(Decomposition("two_sided"), "fisher", storage="auto", narrow=Narrowing(by_block=True))}
+    recipes = {"mine": Recipe(Decomposition("two_sided"), "fisher", storage="auto", prune=WidthPruning(by_block=True))}
     rows = compare(base, methods=["mine"], keep=[0.7], recipes=recipes, run=tmp_path / "run", **COMPARED)
     assert 0.68 < next(row for row in rows if row["method"] == "mine")["keep"]["targeted"] <= 0.7
 

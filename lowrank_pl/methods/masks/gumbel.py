@@ -16,9 +16,9 @@ from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
 
 __all__ = [
+    "GumbelMask",
+    "GumbelMethod",
     "Noise",
-    "SwitchMask",
-    "SwitchMethod",
     "chosen_at_start",
     "draw_noise",
     "seeded",
@@ -30,7 +30,7 @@ Noise = Literal["gumbel", "logistic", "none"]
 """Gumbel(0, 1), the difference of two of them, or nothing."""
 
 
-class SwitchMask(Mask):
+class GumbelMask(Mask):
     """A gate of zeros and ones: component ``j`` is on where ``sigmoid((logit[j] + noise[j]) / temperature) > 1/2``.
 
     The gradient is that of the sigmoid (straight through). Noise is drawn outside, by ``draw_noise``, and stays the
@@ -89,7 +89,7 @@ class SwitchMask(Mask):
         return on if self.any_k else torch.arange(self.rank, device=on.device) < on.sum()
 
 
-class SwitchMethod(MaskMethod):
+class GumbelMethod(MaskMethod):
     """What methods with switches have in common: full-rank factors that never compute densely, and a start with all on.
 
     Attributes:
@@ -107,9 +107,9 @@ class SwitchMethod(MaskMethod):
         return 1.0
 
 
-def switches(masks: Mapping[str, Mask]) -> list[SwitchMask]:
+def switches(masks: Mapping[str, Mask]) -> list[GumbelMask]:
     """Return the masks, all of them with switches."""
-    found = [mask for mask in masks.values() if isinstance(mask, SwitchMask)]
+    found = [mask for mask in masks.values() if isinstance(mask, GumbelMask)]
     assert len(found) == len(masks)
     return found
 

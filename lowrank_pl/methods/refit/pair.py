@@ -19,7 +19,7 @@ from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.forward import can_resume, ended, moved, resumed
 from lowrank_pl.models.targets import Target, decoder_blocks, dense_weight, fed, replaced
 
-__all__ = ["Pair", "Place", "Twins", "survey"]
+__all__ = ["ModelPair", "Pair", "Place", "survey"]
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Place:
 
 
 def survey(model: PreTrainedModel, targets: Sequence[Target], tokens: Tensor) -> dict[str, Place]:
-    """Return where each of ``targets`` stands, found by one forward pass over ``tokens`` ``[windows, length]``.
+    """Return where each of ``targets`` stands, found by one forward pass over ``tokens`` ``[sequences, length]``.
 
     Nothing here knows a family by name. An output ``y`` is a summand of a stream where a module that runs before is fed
     ``s``, and a module that runs after, or the next block, is fed ``s + y``. So it is not where a norm or a factor
@@ -143,8 +143,8 @@ def _tokens(tensor: Tensor) -> int:
     return tensor.numel() // max(1, tensor.shape[-1])
 
 
-class Twins:
-    """A dense model and its compressed twin, run over the same windows, block by block.
+class ModelPair:
+    """A dense model and its compressed twin, run over the same sequences, block by block.
 
     There is one model: for passes of the twin its low-rank layers stand in the places of the dense ones. The dense
     model runs each block once, and what its maps are fed there waits for the twin. The twin runs a block again for
@@ -152,7 +152,7 @@ class Twins:
 
     Args:
         model: The dense model; left as it was.
-        batches: ``[windows, length]`` token ids of every pass.
+        batches: ``[sequences, length]`` token ids of every pass.
 
     Attributes:
         layers: Low-rank layers of the twin by the name of the map whose place they take; to be filled as they are made,
@@ -168,7 +168,7 @@ class Twins:
                 "the blocks of %s share more than the hidden state: every pass runs all blocks up to the one it is for",
                 type(model).__name__,
             )
-        # Windows before each batch, and all of them.
+        # Sequences before each batch, and all of them.
         self._firsts = list(accumulate(map(len, self.batches), initial=0))
         self._tokens = sum(batch.numel() for batch in self.batches)
         # The dense model is behind a block when its twin is before it.

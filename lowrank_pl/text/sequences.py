@@ -1,10 +1,11 @@
-"""Text as windows of tokens: tokenised as one stream, cut without overlap, kept on disk."""
+"""Text as sequences of tokens: tokenised as one stream, cut without overlap, kept on disk."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ from lowrank_pl.text.sources import parse_text, read_stream, source_identity
 from lowrank_pl.utils.files import atomic_write, cache_root, sha256_of
 
 __all__ = [
-    "known_windows",
+    "Calibration",
+    "known_sequences",
+    "sequences_fingerprint",
     "token_windows",
     "tokenizer_fingerprint",
     "uses_bos",
     "warn_of_known",
-    "windows_fingerprint",
 ]
 
 SEGMENT = 1 << 16  # characters tokenised at a time
@@ -44,39 +46,62 @@ PASSAGE = 32  # so many equal tokens in a row are the same passage, not the same
 _log = logging.getLogger(__name__)
 
 
-def token_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, windows: int | None = None) -> Tensor:
-    r"""Return consecutive windows of tokens of ``text``, or every so many-th, int64 ``[windows, length]``.
+@dataclass(frozen=True)
+class Calibration:
+    """Text to calibrate on, and how it is cut into sequences.
+
+    Args:
+        text: A file, folder, glob, hub dataset or ``python-docs``; see ``lowrank_pl.text.sources``.
+        length: Tokens of a sequence.
+        sequences: How many sequences are taken.
+    """
+
+    text: str = "python-docs"
+    length: int = 512
+    sequences: int = 256
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """Return int64 ``[sequences, length]`` token ids, as ``token_windows`` does."""
+        return token_windows(self.text, tokenizer, length=self.length, sequences=self.sequences)
+
+
+def token_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, sequences: int | None = None
+) -> Tensor:
+    r"""Return consecutive sequences of tokens of ``text``, or every so many-th, int64 ``[sequences, length]``.
 
     Documents are joined by a blank line and tokenised as one string without special tokens. Where the tokenizer puts
-    a BOS before every text (:func:`uses_bos`), each window is that BOS and ``length - 1`` tokens of text. No more of
-    the text is read than the windows need. The result is kept under ``cache_root() / "tokens"``.
+    a BOS before every text (:func:`uses_bos`), each sequence is that BOS and ``length - 1`` tokens of text. No more of
+    the text is read than the sequences need. The result is kept under ``cache_root() / "tokens"``.
 
     Args:
         text: Name of the text, see :mod:`lowrank_pl.text`.
         tokenizer: Of the model that will read them.
-        length: Tokens in a window, 2 or more.
-        windows: How many, by default all that the text has. When it has fewer, all are returned and a warning says so.
+        length: Tokens in a sequence, 2 or more.
+        sequences: How many, by default all that the text has. When it has fewer, all are returned and a warning says so.
 
     Raises:
-        ValueError: The text can't be read, is empty, or has fewer tokens than one window.
+        ValueError: The text can't be read, is empty, or has fewer tokens than one sequence.
 
     >>> from lowrank_pl.models.tiny import byte_tokenizer
-    >>> found = token_windows("python-docs", byte_tokenizer(), length=8, windows=2)
+    >>> found = token_windows("python-docs", byte_tokenizer(), length=8, sequences=2)
     >>> bytes(found.flatten().tolist())
     b'The "assert" sta'
     """
-    if length < 2 or (windows is not None and windows < 1):
-        raise ValueError(f"windows of text need length >= 2 and windows >= 1, but length={length}, windows={windows}")
+    if length < 2 or (sequences is not None and sequences < 1):
+        raise ValueError(
+            f"windows of text need length >= 2 and sequences >= 1, but length={length}, sequences={sequences}"
+        )
     source = parse_text(text)
     identity = source_identity(source)
-    key = sha256_of(CACHE_FORMAT, tokenizer_fingerprint(tokenizer), identity, str(length), str(windows))
+    key = sha256_of(CACHE_FORMAT, tokenizer_fingerprint(tokenizer), identity, str(length), str(sequences))
     path = cache_root() / "tokens" / f"{key}.safetensors"
     found = _cached(path, length)
     if found is None:
-        found = _packed(text, tokenizer, length, windows, every=source.every)
+        found = _packed(text, tokenizer, length, sequences, every=source.every)
         _keep(path, found)
-    if windows is not None and len(found) < windows:
-        _log.warning("%d windows of %d tokens were asked for, text %r has %d", windows, length, text, len(found))
+    if sequences is not None and len(found) < sequences:
+        _log.warning("%d sequences of %d tokens were asked for, text %r has %d", sequences, length, text, len(found))
     return found.long()
 
 
@@ -104,17 +129,17 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return sha256_of(json.dumps([state, probe, tokenizer.bos_token_id, tokenizer.chat_template], sort_keys=True))
 
 
-def windows_fingerprint(windows: Tensor) -> str:
-    """Return the SHA-256 of the tokens and the shape of ``windows``.
+def sequences_fingerprint(sequences: Tensor) -> str:
+    """Return the SHA-256 of the tokens and the shape of ``sequences``.
 
-    >>> windows_fingerprint(torch.zeros(2, 3)) == windows_fingerprint(torch.zeros(3, 2))
+    >>> sequences_fingerprint(torch.zeros(2, 3)) == sequences_fingerprint(torch.zeros(3, 2))
     False
     """
-    return sha256_of(str(tuple(windows.shape)), windows.to(torch.int64).contiguous().cpu().numpy().tobytes())
+    return sha256_of(str(tuple(sequences.shape)), sequences.to(torch.int64).contiguous().cpu().numpy().tobytes())
 
 
 def _cached(path: Path, length: int) -> Tensor | None:
-    """Return the windows kept at ``path``, None when there are none or the file is damaged."""
+    """Return the sequences kept at ``path``, None when there are none or the file is damaged."""
     if not path.is_file():
         return None
     try:
@@ -128,19 +153,19 @@ def _cached(path: Path, length: int) -> Tensor | None:
     return found
 
 
-def _keep(path: Path, windows: Tensor) -> None:
-    """Write the windows for the next time; a cache that can't be written is no reason to stop."""
+def _keep(path: Path, sequences: Tensor) -> None:
+    """Write the sequences for the next time; a cache that can't be written is no reason to stop."""
     try:
-        atomic_write(path, save({"windows": windows}))
+        atomic_write(path, save({"windows": sequences}))
     except OSError as error:
         _log.warning("tokens are not kept for the next time: %s", error)
 
 
-def _packed(text: str, tokenizer: PreTrainedTokenizerBase, length: int, windows: int | None, *, every: int) -> Tensor:
-    """Return the windows, int32 ``[windows, length]``, made from the text."""
+def _packed(text: str, tokenizer: PreTrainedTokenizerBase, length: int, sequences: int | None, *, every: int) -> Tensor:
+    """Return the sequences, int32 ``[sequences, length]``, made from the text."""
     bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
     room = length - len(bos)
-    wanted = None if windows is None else ((windows - 1) * every + 1) * room
+    wanted = None if sequences is None else ((sequences - 1) * every + 1) * room
     segments: list[Tensor] = []
     count = 0
     with tqdm(total=wanted, desc=f"tokens of {text}", unit="tok", unit_scale=True, delay=2, leave=False) as bar:
@@ -154,9 +179,9 @@ def _packed(text: str, tokenizer: PreTrainedTokenizerBase, length: int, windows:
         raise ValueError(f"text {text!r} is empty")
     if count < room:
         raise ValueError(
-            f"text {text!r} has {count} tokens, one window needs {room}: give a longer text or a smaller length"
+            f"text {text!r} has {count} tokens, one sequence needs {room}: give a longer text or a smaller length"
         )
-    body = torch.cat(segments)[: count // room * room].view(-1, room)[::every][:windows]
+    body = torch.cat(segments)[: count // room * room].view(-1, room)[::every][:sequences]
     return torch.cat([torch.tensor([bos] * len(body), dtype=torch.int32).view(len(body), len(bos)), body], dim=1)
 
 
@@ -199,40 +224,42 @@ def _tokens_between(buffer: str, begin: int, end: int, tokenizer: PreTrainedToke
     return end, [token for token, (start, _) in pairs if begin <= start < end]
 
 
-def known_windows(windows: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase | None = None) -> int:
-    """Return how many of ``windows`` ``[windows, length]`` have their middle passage in one of ``others``.
+def known_sequences(
+    sequences: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase | None = None
+) -> int:
+    """Return how many of ``sequences`` ``[sequences, length]`` have their middle passage in one of ``others``.
 
     Args:
-        windows: Token ids that should be new.
-        others: Token ids that were used, each ``[windows, length]``.
-        tokenizer: The one that made them: its BOS at the head of windows is no text. Without it, it is taken for some,
+        sequences: Token ids that should be new.
+        others: Token ids that were used, each ``[sequences, length]``.
+        tokenizer: The one that made them: its BOS at the head of sequences is no text. Without it, it is taken for some,
             and a passage that goes on behind it is not found.
     """
     bos = int(tokenizer is not None and uses_bos(tokenizer))
     streams = [part[:, bos:].flatten() for part in others]
-    return sum(any(_contains(stream, window[bos:]) for stream in streams) for window in windows)
+    return sum(any(_contains(stream, sequence[bos:]) for stream in streams) for sequence in sequences)
 
 
-def warn_of_known(windows: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-    """Warn of windows to score whose text is learned from.
+def warn_of_known(sequences: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Warn of sequences to score whose text is learned from.
 
     Args:
-        windows: As in ``known_windows``.
+        sequences: As in ``known_sequences``.
         others: Those that are learned from.
         tokenizer: The one that made them.
-        what: What the windows are called.
+        what: What the sequences are called.
     """
-    known = known_windows(windows, others, tokenizer)
+    known = known_sequences(sequences, others, tokenizer)
     if known:
         _log.warning(
-            "%d of %d %s hold text that is learnt from as well: their perplexity flatters", known, len(windows), what
+            "%d of %d %s hold text that is learnt from as well: their perplexity flatters", known, len(sequences), what
         )
 
 
-def _contains(stream: Tensor, window: Tensor) -> bool:
-    """Return whether the tokens in the middle of ``window`` stand in a row in ``stream``."""
-    begin = max(0, (len(window) - PASSAGE) // 2)
-    probe = window[begin : begin + PASSAGE]
+def _contains(stream: Tensor, sequence: Tensor) -> bool:
+    """Return whether the tokens in the middle of ``sequence`` stand in a row in ``stream``."""
+    begin = max(0, (len(sequence) - PASSAGE) // 2)
+    probe = sequence[begin : begin + PASSAGE]
     if len(stream) < len(probe):
         return False
     starts = torch.arange(len(stream) - len(probe) + 1)

@@ -7,6 +7,6 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "narrow": ["Narrowing", "narrowed_base"],
+        "prune": ["WidthPruning", "pruned_base"],
     },
 )

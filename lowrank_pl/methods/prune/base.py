@@ -22,15 +22,15 @@ from lowrank_pl.calibration.statistics import Statistics
 from lowrank_pl.export.export import save_compressed
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.narrow.mlp import Hidden, find_hidden, narrow_model, narrowed_config
-from lowrank_pl.methods.narrow.widths import measured_widths
+from lowrank_pl.methods.prune.mlp import Hidden, find_hidden, prune_model, pruned_config
+from lowrank_pl.methods.prune.widths import measured_widths
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import Target, Targets, find_targets, model_parameters, targeted_parameters
-from lowrank_pl.utils.distributed import from_first
+from lowrank_pl.utils.distributed import broadcast_from_first
 from lowrank_pl.utils.files import cache_root, canonical_json, claimed, sha256_of, write_json
 from lowrank_pl.utils.tensor_store import total_seconds
 
-__all__ = ["STEPS", "Found", "Narrowing", "apply_narrowing", "narrowed_base", "narrowed_card"]
+__all__ = ["STEPS", "Found", "WidthPruning", "apply_pruning", "pruned_base", "pruned_card"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _TWO_SIDED = Decomposition("two_sided")
 
 
 @dataclass(frozen=True)
-class Narrowing:
+class WidthPruning:
     """How hidden features of MLPs are left out before ranks are drawn.
 
     ``keep`` of a run counts the parameters that the base had before.
@@ -122,11 +122,11 @@ class Found:
         return len(set(self.widths)) == 1
 
 
-def apply_narrowing(
+def apply_pruning(
     model: PreTrainedModel,
     targets: Targets,
     statistics: Statistics,
-    settings: Narrowing,
+    settings: WidthPruning,
     *,
     base: str,
     keep: float | None,
@@ -149,7 +149,7 @@ def apply_narrowing(
     origin = Origin.of(model) or _origin(model, targets, hidden, base)
     widths = settings.widths(present)
     if not settings.by_block:
-        narrowed_config(model, hidden, widths[0])
+        pruned_config(model, hidden, widths[0])
     now, left_out = targeted_parameters(targets), origin.left_out(targets)
     if keep is not None and keep * (now + left_out) > now:
         raise ValueError(
@@ -179,12 +179,12 @@ def apply_narrowing(
         assert outputs is not None
         return moment, outputs
 
-    nats = narrow_model(model, hidden, chosen, weights, damping=settings.damping)
+    nats = prune_model(model, hidden, chosen, weights, damping=settings.damping)
     replace(origin, left={mlp.parent: width for mlp, width in zip(hidden, chosen, strict=True)}).write(model)
     return Found(present, tuple(chosen), nats, tried, by_block)
 
 
-def _measured(targets: Targets, hidden: Sequence[Hidden], settings: Narrowing) -> tuple[Target, ...]:
+def _measured(targets: Targets, hidden: Sequence[Hidden], settings: WidthPruning) -> tuple[Target, ...]:
     # What the width is chosen by are the spectra of all maps.
     return targets.modules if settings.share is None else tuple(mlp.reader for mlp in hidden)
 
@@ -195,14 +195,14 @@ def _origin(model: PreTrainedModel, targets: Targets, hidden: Sequence[Hidden], 
     return Origin(base, targeted_parameters(targets), model_parameters(model), width, {}, tuple(kinds))
 
 
-def narrowed_base(
+def pruned_base(
     base: str,
-    settings: Narrowing,
+    settings: WidthPruning,
     *,
     keep: float,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    windows: Tensor,
+    sequences: Tensor,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> tuple[str, float | None]:
@@ -216,21 +216,21 @@ def narrowed_base(
         keep: Fraction of the targeted parameters that ranks are to leave in the end.
         model: The base, on the device that is to do the work; left as it was.
         tokenizer: The base's.
-        windows: ``[windows, length]`` calibration token ids.
+        sequences: ``[sequences, length]`` calibration token ids.
         include: Globs of modules to target.
         exclude: Globs of modules to leave alone.
 
     Raises:
-        ValueError: As in ``apply_narrowing``, or a share that leaves less than ``keep``.
+        ValueError: As in ``apply_pruning``, or a share that leaves less than ``keep``.
         ExportError: The folder does not reload as what was written.
     """
     targets = find_targets(model, include=include, exclude=exclude)
-    statistics = statistics_of(model, windows, tokenizer)
+    statistics = statistics_of(model, sequences, tokenizer)
     asked = {**asdict(settings), "keep": keep if settings.share is None else None, "include": list(include)}
     key = sha256_of(canonical_json({**asked, "exclude": list(exclude), **statistics.source}))[:20]
     folder = cache_root() / "narrowed" / key
     record = folder.with_suffix(".json")
-    done = from_first(lambda: _read(record, folder))
+    done = broadcast_from_first(lambda: _read(record, folder))
     if done is None:
         measured = _measured(targets, find_hidden(model, targets), settings)
         # By all processes, which then wait for the first one; it finds them on disk.
@@ -246,7 +246,7 @@ def narrowed_base(
                     write_json(record, noted)
             return noted
 
-        done = from_first(make)
+        done = broadcast_from_first(make)
     if not done["narrower"]:
         _log.info("at keep %g no narrower MLPs are predicted to lose less than those of %s", keep, base)
         return base, done["seconds"]
@@ -271,7 +271,7 @@ def _make(
     model: PreTrainedModel,
     targets: Targets,
     statistics: Statistics,
-    settings: Narrowing,
+    settings: WidthPruning,
     base: str,
     keep: float,
     tokenizer: PreTrainedTokenizerBase,
@@ -281,14 +281,14 @@ def _make(
     began = time.perf_counter()
     # Modules are replaced and no number is written to, so that both have the same tensors.
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    found = apply_narrowing(model, targets, statistics, settings, base=base, keep=keep)
+    found = apply_pruning(model, targets, statistics, settings, base=base, keep=keep)
     noted: dict[str, Any] = {"base": base, "narrower": found.narrower}
     if noted["narrower"]:
         origin = Origin.of(model)
         assert origin is not None
         # Something of it may be there yet.
         shutil.rmtree(folder, ignore_errors=True)
-        save_compressed(model, folder, tokenizer=tokenizer, merge=found.one_width, card=narrowed_card(origin))
+        save_compressed(model, folder, tokenizer=tokenizer, merge=found.one_width, card=pruned_card(origin))
         after = find_targets(model, include=[target.name for target in targets.modules])
         now = targeted_parameters(after)
         noted |= {
@@ -300,7 +300,7 @@ def _make(
     return {**noted, "seconds": time.perf_counter() - began}
 
 
-def narrowed_card(origin: Origin) -> str:
+def pruned_card(origin: Origin) -> str:
     """Return the model card of a narrowed base."""
     loads = (
         "It loads like its base."

@@ -1,4 +1,4 @@
-"""What ``lowrank narrow`` does: the same model with narrower MLPs, as a checkpoint like any other."""
+"""What ``lowrank prune`` does: the same model with narrower MLPs, as a checkpoint like any other."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 
 from lowrank_pl.calibration.build import statistics_of
 from lowrank_pl.export.export import check_destination, save_compressed
-from lowrank_pl.methods.narrow.narrow import Narrowing, apply_narrowing, narrowed_card
+from lowrank_pl.methods.prune.base import WidthPruning, apply_pruning, pruned_card
 from lowrank_pl.models.base import DType, load_base, load_tokenizer
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import find_targets, model_parameters, targeted_parameters
-from lowrank_pl.text.windows import token_windows
+from lowrank_pl.text.sequences import token_windows
 from lowrank_pl.utils.environment import pick_device
 from lowrank_pl.utils.files import write_json
 
-__all__ = ["narrow"]
+__all__ = ["prune"]
 
 
-def narrow(
+def prune(
     base: str,
     *,
     keep: float | None = None,
     share: float | None = None,
-    output: Path = Path("narrow"),
+    output: Path = Path("prune"),
     text: str = "python-docs",
     length: int = 512,
-    windows: int = 256,
+    sequences: int = 256,
     dtype: DType = "float32",
     by_block: bool = False,
     multiple_of: int = 8,
@@ -41,7 +41,7 @@ def narrow(
     Which ones go, and how the MLP's last map makes up for them, is worked out in closed form from one pass over some
     text, forward and backward. All MLPs get the same width, so that plain transformers loads the folder without any
     code of ours. It is a base like any other: ranks can be learned or allocated on it, and ``--keep`` then counts the
-    parameters that the first base had. ``lowrank fit --model.narrow`` and ``lowrank compare`` do both in one.
+    parameters that the first base had. ``lowrank fit --model.prune`` and ``lowrank compare`` do both in one.
 
     Args:
         base: Hub id, folder, .gguf file, package:NAME or random:FAMILY.
@@ -50,8 +50,8 @@ def narrow(
         share: Fraction of the hidden features to keep instead.
         output: Folder of the narrowed model, checked by a reload in a fresh process.
         text: Calibration text: file, glob, hub dataset or python-docs.
-        length: Tokens of a calibration window.
-        windows: How many windows.
+        length: Tokens of a calibration sequence.
+        sequences: How many sequences.
         dtype: Type to load the base in; the result has it too.
         by_block: Let each MLP have the width that is best for it; the folder is no plain checkpoint then: it loads like
             exports of factors, and ranks can be drawn on it likewise.
@@ -68,13 +68,13 @@ def narrow(
         raise ValueError("give one of keep, the size that is wanted in the end, and share, of the hidden features")
     if keep is not None and not 0 < keep < 1:
         raise ValueError(f"keep is {keep}: expected a fraction above 0 and below 1")
-    settings = Narrowing(by_block, share, multiple_of, damping)
+    settings = WidthPruning(by_block, share, multiple_of, damping)
     check_destination(output)
     model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).to(pick_device(device))
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    tokens = token_windows(text, tokenizer, length=length, windows=windows)
+    tokens = token_windows(text, tokenizer, length=length, sequences=sequences)
     statistics = statistics_of(model, tokens, tokenizer)
-    found = apply_narrowing(model, find_targets(model), statistics, settings, base=base, keep=keep)
+    found = apply_pruning(model, find_targets(model), statistics, settings, base=base, keep=keep)
     for width, loss in sorted(found.tried.items()):
         print(f"{width} hidden features, ranks to keep {keep}: predicted loss {loss:.4f} nats a token")
     origin = Origin.of(model)
@@ -82,7 +82,7 @@ def narrow(
         print(f"widths by block, ranks to keep {keep}: predicted loss {found.by_block:.4f} nats a token")
     if origin is None or not found.narrower:
         raise ValueError(f"at keep {keep} no narrower MLPs are predicted to lose less: draw ranks on {base!r} itself")
-    report = save_compressed(model, output, tokenizer=tokenizer, merge=found.one_width, card=narrowed_card(origin))
+    report = save_compressed(model, output, tokenizer=tokenizer, merge=found.one_width, card=pruned_card(origin))
     targets, parameters = find_targets(model), model_parameters(model)
     figures = {
         "base": base,

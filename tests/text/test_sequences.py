@@ -1,4 +1,4 @@
-"""Token windows: exact packing whatever the pieces, BOS, the cache, and what is said of too little text."""
+"""Token sequences: exact packing whatever the pieces, BOS, the cache, and what is said of too little text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from lowrank_pl.models.tiny import byte_tokenizer
-from lowrank_pl.text import windows
-from lowrank_pl.text.windows import known_windows, token_windows, tokenizer_fingerprint, uses_bos, windows_fingerprint
+from lowrank_pl.text import sequences
+from lowrank_pl.text.sequences import (
+    known_sequences,
+    sequences_fingerprint,
+    token_windows,
+    tokenizer_fingerprint,
+    uses_bos,
+)
 from lowrank_pl.utils.files import cache_root
 from tests.helpers.novel import LINES
 
@@ -40,11 +46,11 @@ def trained(kind):
 @pytest.mark.parametrize("kind", ["gpt2", "llama2"])
 @pytest.mark.parametrize("piece", [37, 1000, 10**6])
 def test_the_stream_equals_tokenising_at_once(kind, piece, monkeypatch):
-    monkeypatch.setattr(windows, "SEGMENT", 700)
-    monkeypatch.setattr(windows, "CONTEXT", 200)
+    monkeypatch.setattr(sequences, "SEGMENT", 700)
+    monkeypatch.setattr(sequences, "CONTEXT", 200)
     tokenizer = trained(kind)
     pieces = [LINES[begin : begin + piece] for begin in range(0, len(LINES), piece)]
-    segments = list(windows._token_stream(pieces, tokenizer))
+    segments = list(sequences._token_stream(pieces, tokenizer))
     assert len(segments) > 10
     assert [token for segment in segments for token in segment] == tokenizer(LINES, add_special_tokens=False)[
         "input_ids"
@@ -54,7 +60,7 @@ def test_the_stream_equals_tokenising_at_once(kind, piece, monkeypatch):
 def test_windows_are_consecutive_and_without_special_tokens(novel):
     tokenizer = trained("gpt2")
     ids = tokenizer(LINES, add_special_tokens=False)["input_ids"]
-    some = token_windows(str(novel), tokenizer, length=64, windows=5)
+    some = token_windows(str(novel), tokenizer, length=64, sequences=5)
     assert (some.dtype, some.shape) == (torch.int64, (5, 64))
     assert some.flatten().tolist() == ids[: 5 * 64]
     assert token_windows(str(novel), tokenizer, length=64).flatten().tolist() == ids[: len(ids) // 64 * 64]
@@ -63,7 +69,7 @@ def test_windows_are_consecutive_and_without_special_tokens(novel):
 def test_every_window_begins_with_bos_where_the_tokenizer_adds_it(novel):
     tokenizer = byte_tokenizer(bos=True)
     assert uses_bos(tokenizer)
-    found = token_windows(str(novel), tokenizer, length=16, windows=3)
+    found = token_windows(str(novel), tokenizer, length=16, sequences=3)
     assert found[:, 0].tolist() == [257] * 3
     assert bytes(found[:, 1:].flatten().tolist()) == LINES.encode()[:45]
 
@@ -71,7 +77,7 @@ def test_every_window_begins_with_bos_where_the_tokenizer_adds_it(novel):
 def test_no_more_is_read_than_needed(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "x" * 200_000}) + "\nnot json\n")
-    assert len(token_windows(str(path), byte_tokenizer(), length=100, windows=10)) == 10
+    assert len(token_windows(str(path), byte_tokenizer(), length=100, sequences=10)) == 10
 
 
 @pytest.mark.parametrize("count", [None, 1, 4, 1000])
@@ -79,7 +85,7 @@ def test_no_more_is_read_than_needed(tmp_path):
 def test_every_so_many_th_window(novel, count, bos, caplog):
     tokenizer = byte_tokenizer(bos=bos)
     whole = token_windows(str(novel), tokenizer, length=16)
-    found = token_windows(f"{novel}::every=7", tokenizer, length=16, windows=count)
+    found = token_windows(f"{novel}::every=7", tokenizer, length=16, sequences=count)
     assert torch.equal(found, whole[::7][:count])
     assert bool(caplog.text) == (count == 1000)
 
@@ -99,8 +105,8 @@ def test_tokenizers_without_offsets(novel, monkeypatch):
         def _convert_token_to_id(self, token):
             return ord(token)
 
-    monkeypatch.setattr(windows, "SEGMENT", 700)
-    monkeypatch.setattr(windows, "CONTEXT", 200)
+    monkeypatch.setattr(sequences, "SEGMENT", 700)
+    monkeypatch.setattr(sequences, "CONTEXT", 200)
     tokenizer = Letters()
     assert not tokenizer.is_fast
     found = token_windows(str(novel), tokenizer, length=50)
@@ -114,15 +120,15 @@ def test_fewer_windows_than_asked_for_is_said_also_from_the_cache(tmp_path, capl
     path.write_text("x" * 95)
     for _ in range(2):
         caplog.clear()
-        assert token_windows(str(path), byte_tokenizer(), length=10, windows=12).shape == (9, 10)
-        assert re.search(r"12 windows of 10 tokens were asked for, text '.*short.txt' has 9", caplog.text)
+        assert token_windows(str(path), byte_tokenizer(), length=10, sequences=12).shape == (9, 10)
+        assert re.search(r"12 sequences of 10 tokens were asked for, text '.*short.txt' has 9", caplog.text)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "short.txt' is empty"),
-        ("12345", "short.txt' has 5 tokens, one window needs 10: give a longer text or a sma"),
+        ("12345", "short.txt' has 5 tokens, one sequence needs 10: give a longer text or a sma"),
     ],
 )
 def test_too_little_text(tmp_path, content, message):
@@ -134,20 +140,20 @@ def test_too_little_text(tmp_path, content, message):
 
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (8, 0)])
 def test_bad_sizes(length, count):
-    with pytest.raises(ValueError, match=f"length >= 2 and windows >= 1, but length={length}, windows={count}"):
-        token_windows("python-docs", byte_tokenizer(), length=length, windows=count)
+    with pytest.raises(ValueError, match=f"length >= 2 and sequences >= 1, but length={length}, sequences={count}"):
+        token_windows("python-docs", byte_tokenizer(), length=length, sequences=count)
 
 
 # -- cache --------------------------------------------------------------------------------------------------------
 
 
 def test_cache_is_used_until_the_file_changes(novel, private_cache, monkeypatch):
-    first = token_windows(str(novel), byte_tokenizer(), length=32, windows=4)
+    first = token_windows(str(novel), byte_tokenizer(), length=32, sequences=4)
     with monkeypatch.context() as patch:
-        patch.setattr(windows, "_packed", None)
-        assert torch.equal(token_windows(str(novel), byte_tokenizer(), length=32, windows=4), first)
+        patch.setattr(sequences, "_packed", None)
+        assert torch.equal(token_windows(str(novel), byte_tokenizer(), length=32, sequences=4), first)
     novel.write_text("Another text. " * 100)
-    assert not torch.equal(token_windows(str(novel), byte_tokenizer(), length=32, windows=4), first)
+    assert not torch.equal(token_windows(str(novel), byte_tokenizer(), length=32, sequences=4), first)
     assert len(list(private_cache.glob("*.safetensors"))) == 2
 
 
@@ -165,15 +171,15 @@ def test_cache_keeps_tokenizers_apart(novel, private_cache):
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", "cut", "shape"])
 def test_a_damaged_cache_is_built_anew(novel, private_cache, caplog, damage):
-    first = token_windows(str(novel), byte_tokenizer(), length=32, windows=4)
+    first = token_windows(str(novel), byte_tokenizer(), length=32, sequences=4)
     (path,) = private_cache.glob("*.safetensors")
     whole = path.read_bytes()
     if damage == "cut":
         damage = whole[:-10]
     if damage == "shape":
-        damage = windows.save({"windows": torch.zeros(2, 5, dtype=torch.int32)})
+        damage = sequences.save({"windows": torch.zeros(2, 5, dtype=torch.int32)})
     path.write_bytes(damage)
-    assert torch.equal(token_windows(str(novel), byte_tokenizer(), length=32, windows=4), first)
+    assert torch.equal(token_windows(str(novel), byte_tokenizer(), length=32, sequences=4), first)
     assert "is built anew" in caplog.text
     assert path.read_bytes() == whole
 
@@ -181,27 +187,27 @@ def test_a_damaged_cache_is_built_anew(novel, private_cache, caplog, damage):
 def test_a_cache_that_cannot_be_written_is_no_error(novel, private_cache, caplog):
     private_cache.parent.mkdir(parents=True)
     private_cache.write_text("a file where the folder should be")
-    assert len(token_windows(str(novel), byte_tokenizer(), length=32, windows=4)) == 4
+    assert len(token_windows(str(novel), byte_tokenizer(), length=32, sequences=4)) == 4
     assert "tokens are not kept for the next time" in caplog.text
 
 
 def test_fingerprint_of_windows():
     one = torch.arange(6).view(2, 3)
-    assert windows_fingerprint(one) == windows_fingerprint(one.clone().int())
-    assert windows_fingerprint(one) != windows_fingerprint(one + 1)
-    assert len(windows_fingerprint(one)) == 64
+    assert sequences_fingerprint(one) == sequences_fingerprint(one.clone().int())
+    assert sequences_fingerprint(one) != sequences_fingerprint(one + 1)
+    assert len(sequences_fingerprint(one)) == 64
 
 
 def test_known_windows_are_those_whose_middle_stands_in_others():
     stream = torch.arange(400).view(4, 100)
-    assert known_windows(stream[1:3], [stream]) == 2
-    assert known_windows(stream[1:3] + 1000, [stream]) == 0
-    assert known_windows(stream[:, :8], [torch.arange(4)[None]]) == 0
+    assert known_sequences(stream[1:3], [stream]) == 2
+    assert known_sequences(stream[1:3] + 1000, [stream]) == 0
+    assert known_sequences(stream[:, :8], [torch.arange(4)[None]]) == 0
 
 
 def test_cache_lies_in_the_cache_root(private_cache, caplog):
     caplog.set_level(logging.WARNING)
-    token_windows("python-docs", byte_tokenizer(), length=32, windows=2)
+    token_windows("python-docs", byte_tokenizer(), length=32, sequences=2)
     assert private_cache == cache_root() / "tokens"
     assert len(list(private_cache.iterdir())) == 1
     assert not caplog.records

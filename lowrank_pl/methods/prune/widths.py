@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.factors.decomposition import SquareRoot
-from lowrank_pl.methods.narrow.eliminate import narrowings
-from lowrank_pl.methods.narrow.mlp import Hidden, rows_of
+from lowrank_pl.methods.prune.eliminate import prunings
+from lowrank_pl.methods.prune.mlp import Hidden, rows_of
 from lowrank_pl.models.targets import Target, Targets, dense_weight
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import hull_slopes, losses_by_rank
@@ -125,7 +125,7 @@ def measured_widths(
         assert moment is not None
         outputs, inputs = _both(roots, mlp.reader)
         writers = [(writer, _weight(model, writer), *_both(roots, writer)) for writer in mlp.writers]
-        tried = narrowings(_weight(model, mlp.reader), moment, widths, outputs=outputs, damping=damping)
+        tried = prunings(_weight(model, mlp.reader), moment, widths, outputs=outputs, damping=damping)
         at: dict[int, Option] = {}
         for width, found in zip(sorted(widths, reverse=True), tried, strict=True):
             read = _sigma(found.weight, outputs.root, inputs.root[found.features])

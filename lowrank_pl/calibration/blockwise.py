@@ -1,4 +1,4 @@
-"""Passes over all windows through one block of a model at a time: forward from the first, backward from the last."""
+"""Passes over all sequences through one block of a model at a time: forward from the first, backward from the last."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.forward import copied, ended, forward_replaced, moved, resumed
-from lowrank_pl.models.lazy import Blocks, CannotWalkError, one_by_one
+from lowrank_pl.models.lazy import Blocks, NotBlockwiseError, one_by_one
 from lowrank_pl.models.targets import Target, decoder_blocks
-from lowrank_pl.utils.distributed import is_first, share
+from lowrank_pl.utils.distributed import is_first, my_share
 
-__all__ = ["Walk", "WalkBack"]
+__all__ = ["BlockwiseBackward", "BlockwiseForward"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,15 +34,15 @@ _START = ""
 """What a recorder calls the input of a block, as if a map had returned it."""
 
 
-class Walk:
-    """Forward passes over all windows through one block of a model at a time, from the first block to the last.
+class BlockwiseForward:
+    """Forward passes over all sequences through one block of a model at a time, from the first block to the last.
 
-    Processes that work together run the windows of their share alone.
+    Processes that work together run the sequences of their share alone.
 
     Args:
         skeleton: The model.
-        windows: ``[windows, length]`` token ids.
-        batch_size: Windows per pass.
+        sequences: ``[sequences, length]`` token ids.
+        batch_size: Sequences per pass.
         cache: Where hidden states wait between blocks; by default in main memory, unless that is short.
         keep_from: The first block whose output is kept when the next one has run, for passes back; none by default.
 
@@ -51,14 +51,14 @@ class Walk:
         states: What blocks returned, by block; of those before ``keep_from`` the last one alone.
 
     Raises:
-        CannotWalkError: The model's code fails where only one block is loaded, or blocks are not run once each, or
+        NotBlockwiseError: The model's code fails where only one block is loaded, or blocks are not run once each, or
             return more than the hidden state.
     """
 
     def __init__(
         self,
         skeleton: Blocks,
-        windows: Tensor,
+        sequences: Tensor,
         *,
         batch_size: int = 1,
         cache: Cache | None = None,
@@ -66,15 +66,15 @@ class Walk:
     ) -> None:
         self.skeleton, self._keep_from = skeleton, keep_from
         # Those that `collect_input_moments` and `measure_gradients` run.
-        self.batches = share(list(enumerate(torch.split(windows, batch_size))))
-        self.windows = sum(len(batch) for _, batch in self.batches)
+        self.batches = my_share(list(enumerate(torch.split(sequences, batch_size))))
+        self.sequences = sum(len(batch) for _, batch in self.batches)
         self.states: dict[int, HiddenStates] = {}
         # Hidden states at a time: one, or those that blocks are fed on the way back, the last one's, and a gradient.
         self._kept = 1 if keep_from is None else len(skeleton.blocks) - keep_from + 1
         hidden = skeleton.model.get_input_embeddings().weight
-        size = self._kept * self.windows * windows.shape[1] * hidden.shape[1] * hidden.itemsize
+        size = self._kept * self.sequences * sequences.shape[1] * hidden.shape[1] * hidden.itemsize
         self.cache = cache or cache_for(size)
-        self._trial = windows[:1, :_TRIAL]
+        self._trial = sequences[:1, :_TRIAL]
         # What every block returns in one whole pass, to compare with.
         self._whole: list[Any] = []
         with one_by_one(), ExitStack() as stack:
@@ -83,31 +83,31 @@ class Walk:
             stack.enter_context(skeleton.streaming())
             self._run(self._trial)
         if len(self._whole) != len(skeleton.blocks):
-            raise CannotWalkError("its blocks are not run once each")
+            raise NotBlockwiseError("its blocks are not run once each")
 
     def _remember(self, _: nn.Module, __: Any, output: Any) -> None:
         if not isinstance(output, Tensor) and any(isinstance(part, Tensor) for part in output[1:]):
-            raise CannotWalkError("its blocks return more than the hidden state")
+            raise NotBlockwiseError("its blocks return more than the hidden state")
         self._whole.append(moved(copied(output), torch.device("cpu")))
 
     @contextmanager
     def at(self, block: int) -> Iterator[None]:
         """Let forward passes run ``block``, and it alone, on what the block before returned; its weights are loaded.
 
-        One pass over all windows, batch by batch, may be made meanwhile, by ``collect_input_moments`` say. Without one
+        One pass over all sequences, batch by batch, may be made meanwhile, by ``collect_input_moments`` say. Without one
         it is made at the end, since the next block needs what this one returns.
 
         Args:
             block: The one after that of the last call, beginning with 0.
 
         Raises:
-            CannotWalkError: Blocks share more than the hidden state.
+            NotBlockwiseError: Blocks share more than the hidden state.
         """
         model, keep_from = self.skeleton.model, self._keep_from
         before = self.states.get(block - 1)
         # What a pass began with is not needed any more where it is not kept: the next states take its place.
         kept = keep_from is not None and block - 1 >= keep_from
-        after = HiddenStates(self.windows, cache=self.cache) if kept or before is None else before
+        after = HiddenStates(self.sequences, cache=self.cache) if kept or before is None else before
         inputs = () if before is None else (before.read(*place) for place in self.places())
         places = self.places()
         with self.only(block):
@@ -133,10 +133,10 @@ class Walk:
         self.states[block] = after
         if block == 0:
             size = self._kept * after.bytes / 1e9
-            _log.info("hidden states of all windows, %d at a time: %.2f GB (%s)", self._kept, size, self.cache)
+            _log.info("hidden states of all sequences, %d at a time: %.2f GB (%s)", self._kept, size, self.cache)
 
     def places(self) -> Iterator[tuple[int, int]]:
-        """Yield for each batch the number of its first window among those of this process, and how many it has."""
+        """Yield for each batch the number of its first sequence among those of this process, and how many it has."""
         first = 0
         for _, batch in self.batches:
             yield first, len(batch)
@@ -174,13 +174,13 @@ class Walk:
         with one_by_one(), resumed(model, block, before), ended(model, alone, found.append):
             self._run(self._trial)
         if not torch.equal(_hidden(found[0]).cpu(), _hidden(self._whole[block])):
-            raise CannotWalkError("its blocks share more than the hidden state")
+            raise NotBlockwiseError("its blocks share more than the hidden state")
 
     def check_head(self) -> None:
         """Refuse a model whose head can't be run alone.
 
         Raises:
-            CannotWalkError: Its code fails.
+            NotBlockwiseError: Its code fails.
         """
         model, last = self.skeleton.model, moved(self._whole[-1], self.skeleton.device)
         with self.only(len(self._whole)), one_by_one(), resumed(model, len(self._whole), [last]):
@@ -191,12 +191,12 @@ class Walk:
             self.skeleton.model(input_ids=batch.to(self.skeleton.device), use_cache=False)
 
 
-class WalkBack:
-    """Backward passes over all windows through one block of a model at a time, from the last block to the first.
+class BlockwiseBackward:
+    """Backward passes over all sequences through one block of a model at a time, from the last block to the first.
 
     Each block is run forward once more on what it was fed, and the gradient of the loss by what it returned gives that
     by all inside, which is what one pass through the whole model gives. What one block was fed and one gradient of a
-    hidden state are kept for every window; processes that work together keep those of their share.
+    hidden state are kept for every sequence; processes that work together keep those of their share.
 
     Args:
         walk: The forward passes, through all blocks.
@@ -205,13 +205,13 @@ class WalkBack:
 
     Raises:
         ValueError: A loss or a gradient that is not finite.
-        CannotWalkError: The model's head can't be run alone.
+        NotBlockwiseError: The model's head can't be run alone.
     """
 
-    def __init__(self, walk: Walk, labels: Labels, *, seed: int = 0) -> None:
+    def __init__(self, walk: BlockwiseForward, labels: Labels, *, seed: int = 0) -> None:
         self.walk, self.labels = walk, labels
         walk.check_head()
-        self._gradients = HiddenStates(walk.windows, cache=walk.cache)
+        self._gradients = HiddenStates(walk.sequences, cache=walk.cache)
         self._block, self._done = len(walk.skeleton.blocks), False
         with walk.only(self._block), differentiable(walk.skeleton.model, self._block):
             for (number, tokens), (first, start) in self._batches("loss"):

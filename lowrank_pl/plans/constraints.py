@@ -1,0 +1,63 @@
+"""What a plan may touch, and in which steps: targets, floors, multiples and storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from lowrank_pl.models.identity import Origin
+from lowrank_pl.models.targets import Targets, find_targets, model_parameters
+from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.storage import StorageChoice
+
+__all__ = ["Constraints"]
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Which linear layers are compressed, and what their ranks and their storage must respect.
+
+    Args:
+        include: Globs of modules to target, on full names or names inside a block.
+        exclude: Globs of modules to leave alone; these modules are not counted in ``keep``.
+        multiple_of: Every rank is a multiple of this.
+        floors: Least kept fraction by glob on module names; 1.0 keeps a module dense.
+        storage: How low-rank modules are stored: ``factored`` (two factors), ``pivoted``, or ``auto`` for the smaller.
+    """
+
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    multiple_of: int = 1
+    floors: Mapping[str, float] = field(default_factory=dict)
+    storage: StorageChoice = "auto"
+
+    def targets(self, model: PreTrainedModel) -> Targets:
+        """Return the linear layers of ``model`` that are to be compressed.
+
+        Raises:
+            ValueError: A glob fits no module, or nothing is left to compress.
+        """
+        return find_targets(model, include=self.include, exclude=self.exclude)
+
+    def budget(self, model: PreTrainedModel, targets: Targets, keep: float) -> Budget:
+        """Return the budget of ``keep`` of the targeted parameters of a dense ``model``.
+
+        For a pruned base, ``keep`` counts the parameters that the base had before pruning.
+
+        Raises:
+            ValueError: ``keep`` lies outside (0, 1], or a floor or a multiple is impossible.
+        """
+        before = Origin.of(model)
+        pruned = 0 if before is None else before.left_out(targets)
+        return Budget(
+            keep=keep,
+            shapes={target.name: target.shape for target in targets.modules},
+            model_parameters=model_parameters(model) + pruned,
+            bytes_per_parameter=model.dtype.itemsize,
+            multiple_of=self.multiple_of,
+            floors=dict(self.floors),
+            storage=self.storage,
+            left_out=pruned,
+        )
