@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.targets import decoder_blocks, fed
+from lowrank_pl.models.targets import decoder_blocks, first_argument
 
 __all__ = ["Call", "Recorder", "check_length", "differentiable", "loss_of_batch"]
 
@@ -74,7 +74,7 @@ class Recorder:
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
             def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-                self.keep(name, fed(args, kwargs).detach(), output)
+                self.keep(name, first_argument(args, kwargs).detach(), output)
 
             return keep
 

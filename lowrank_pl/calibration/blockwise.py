@@ -16,8 +16,8 @@ from lowrank_pl.calibration.gradients import OutputMeasure, WeightGradients, by_
 from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.forward import copied, ended, forward_replaced, moved, resumed
-from lowrank_pl.models.lazy import Blocks, NotBlockwiseError, one_by_one
+from lowrank_pl.models.forward import clone_output, forward_until, forward_replaced, move_output, forward_from
+from lowrank_pl.models.lazy import Blocks, NotBlockwiseError, explain_not_blockwise
 from lowrank_pl.models.targets import Target, decoder_blocks
 from lowrank_pl.utils.distributed import is_first, my_share
 
@@ -77,7 +77,7 @@ class BlockwiseForward:
         self._trial = sequences[:1, :_TRIAL]
         # What every block returns in one whole pass, to compare with.
         self._whole: list[Any] = []
-        with one_by_one(), ExitStack() as stack:
+        with explain_not_blockwise(), ExitStack() as stack:
             for block in decoder_blocks(skeleton.model)[1]:
                 stack.callback(block.register_forward_hook(self._remember).remove)
             stack.enter_context(skeleton.streaming())
@@ -88,7 +88,7 @@ class BlockwiseForward:
     def _remember(self, _: nn.Module, __: Any, output: Any) -> None:
         if not isinstance(output, Tensor) and any(isinstance(part, Tensor) for part in output[1:]):
             raise NotBlockwiseError("its blocks return more than the hidden state")
-        self._whole.append(moved(copied(output), torch.device("cpu")))
+        self._whole.append(move_output(clone_output(output), torch.device("cpu")))
 
     @contextmanager
     def at(self, block: int) -> Iterator[None]:
@@ -120,8 +120,8 @@ class BlockwiseForward:
                 passes += 1
 
             with (
-                resumed(model, block, (moved(output, self.skeleton.device) for output in inputs)),
-                ended(model, decoder_blocks(model)[1][block], keep),
+                forward_from(model, block, (move_output(output, self.skeleton.device) for output in inputs)),
+                forward_until(model, decoder_blocks(model)[1][block], keep),
             ):
                 yield
                 if passes == 0:
@@ -168,10 +168,10 @@ class BlockwiseForward:
     def _compare(self, block: int) -> None:
         """Refuse a model in which ``block`` alone does not return what it does in a whole pass."""
         found: list[Any] = []
-        before = [moved(self._whole[block - 1], self.skeleton.device)] if block else []
+        before = [move_output(self._whole[block - 1], self.skeleton.device)] if block else []
         model = self.skeleton.model
         alone = decoder_blocks(model)[1][block]
-        with one_by_one(), resumed(model, block, before), ended(model, alone, found.append):
+        with explain_not_blockwise(), forward_from(model, block, before), forward_until(model, alone, found.append):
             self._run(self._trial)
         if not torch.equal(_hidden(found[0]).cpu(), _hidden(self._whole[block])):
             raise NotBlockwiseError("its blocks share more than the hidden state")
@@ -182,8 +182,8 @@ class BlockwiseForward:
         Raises:
             NotBlockwiseError: Its code fails.
         """
-        model, last = self.skeleton.model, moved(self._whole[-1], self.skeleton.device)
-        with self.only(len(self._whole)), one_by_one(), resumed(model, len(self._whole), [last]):
+        model, last = self.skeleton.model, move_output(self._whole[-1], self.skeleton.device)
+        with self.only(len(self._whole)), explain_not_blockwise(), forward_from(model, len(self._whole), [last]):
             self._run(self._trial)
 
     def _run(self, batch: Tensor) -> None:
@@ -216,7 +216,7 @@ class BlockwiseBackward:
         with walk.only(self._block), differentiable(walk.skeleton.model, self._block):
             for (number, tokens), (first, start) in self._batches("loss"):
                 model = walk.skeleton.model
-                with resumed(model, self._block, [start]):
+                with forward_from(model, self._block, [start]):
                     logits = model(input_ids=tokens, use_cache=False).logits
                 loss = loss_of_batch(logits, tokens, labels, seed=seed, number=number)
                 self._gradients.write(first, torch.autograd.grad(loss, _hidden(start))[0])
@@ -260,8 +260,8 @@ class BlockwiseBackward:
                     recorder.keep(_START, _hidden(start), _hidden(start))
                 with (
                     recorder.watching(model, dict.fromkeys([*seen, *sums])),
-                    resumed(model, block, [start]),
-                    ended(model, alone, ends.append),
+                    forward_from(model, block, [start]),
+                    forward_until(model, alone, ends.append),
                 ):
                     model(input_ids=tokens, use_cache=False)
                 end = _hidden(ends[0])
@@ -281,7 +281,7 @@ class BlockwiseBackward:
         for (number, batch), (first, count) in zip(bar, self.walk.places(), strict=True):
             start: Any = None
             if before is not None:
-                start = copied(moved(before.read(first, count), device))
+                start = clone_output(move_output(before.read(first, count), device))
                 _hidden(start).requires_grad_()
             yield (number, batch.to(device)), (first, start)
 

@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.calibration.statistics import Statistics
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.compression import compressed as while_compressed
 from lowrank_pl.factors.decomposition import decompose
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.identity import model_fingerprint
 from lowrank_pl.models.targets import Target, Targets, dense_weight
-from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.convex_hull import predicted_scores
 from lowrank_pl.text.sequences import sequences_fingerprint, tokenizer_fingerprint
-from lowrank_pl.utils.distributed import balanced, is_first
+from lowrank_pl.utils.distributed import my_balanced_share, is_first
 from lowrank_pl.utils.files import sha256_of
 from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
 
@@ -38,10 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def build_factors(
-    model: PreTrainedModel,
-    targets: Targets,
-    sequences: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
+    subject: Subject,
     *,
     settings: Decomposition | None = None,
     directory: str | Path | None = None,
@@ -56,10 +54,7 @@ def build_factors(
     sequences and of the decompositions; all need the same folder.
 
     Args:
-        model: The dense base, on the device that is to do the work.
-        targets: What ``find_targets`` found in it.
-        sequences: ``[sequences, length]`` calibration token ids.
-        tokenizer: The one that made them; part of the fingerprint.
+        subject: The dense model, its targets, its tokenizer and the calibration sequences.
         settings: How to decompose.
         directory: Folder of the store; by default one named by the fingerprint in the cache.
         batch_size: Sequences per forward.
@@ -71,10 +66,10 @@ def build_factors(
         ValueError: ``directory`` holds a store of something else, or a weight or an input is not finite.
     """
     statistics = statistics_of(
-        model, sequences, tokenizer, directory=directory, batch_size=batch_size, memory=memory,
+        subject, directory=directory, batch_size=batch_size, memory=memory,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
-    return _factors(model, targets, statistics, settings or Decomposition(), directory)
+    return _factors(subject, statistics, settings or Decomposition(), directory)
 
 
 def factor_store(
@@ -104,56 +99,41 @@ def factor_store(
 
 
 def _factors(
-    model: PreTrainedModel,
-    targets: Targets,
-    statistics: Statistics,
-    settings: Decomposition,
-    directory: str | Path | None,
+    subject: Subject, statistics: Statistics, settings: Decomposition, directory: str | Path | None
 ) -> FactorStore:
+    targets = subject.targets
     store = factor_store(targets, statistics.source, settings, directory, batch_size=statistics.batch_size)
-    with store.making(target.name for target in targets.modules) as missing:
+    with store.filling(target.name for target in targets.modules) as missing:
         _log.info("factors: %d of %d modules to decompose, in %s", len(missing), len(targets.modules), store.directory)
         todo = [target for target in targets.modules if target.name in set(missing)]
         if todo:
-            check_finite(model, todo)
-            _make(model, targets, todo, statistics, settings, store, directory)
+            check_finite(subject.model, todo)
+            compressed = None
+            if settings.at_keep is not None:
+                before = None if directory is None else Path(directory) / "dense"
+                factors = _factors(subject, statistics, replace(settings, at_keep=None), before)
+                point = settings.point(store.fingerprint["at_modules"])
+                compressed = _statistics_compressed(subject, statistics, settings, factors, point)
+            roots = Roots(settings, statistics, todo, subject.model.device, compressed)
+            decompose_all(subject.model, todo, store, roots)
     return store
 
 
-def _make(
-    model: PreTrainedModel,
-    targets: Targets,
-    todo: Sequence[Target],
-    statistics: Statistics,
-    settings: Decomposition,
-    store: FactorStore,
-    directory: str | Path | None,
-) -> None:
-    """Decompose ``todo``, measuring what is needed and not there."""
-    compressed = None
-    if settings.at_keep is not None:
-        before = None if directory is None else Path(directory) / "dense"
-        factors = _factors(model, targets, statistics, replace(settings, at_keep=None), before)
-        point = settings.point(store.fingerprint["at_modules"])
-        compressed = _statistics_compressed(model, targets, statistics, settings, factors, settings.at_keep, point)
-    decompose_all(model, todo, store, Roots(settings, statistics, todo, model.device, compressed))
-
-
 def _statistics_compressed(
-    model: PreTrainedModel,
-    targets: Targets,
+    subject: Subject,
     statistics: Statistics,
     settings: Decomposition,
     factors: FactorStore,
-    keep: float,
     point: dict[str, Any],
 ) -> Statistics:
-    """Return the statistics of the model compressed to ``keep``, collected where they are missing.
+    """Return the statistics of the model compressed to ``settings.at_keep``, collected where they are missing.
 
     The plan is that of the ``fisher`` allocator on ``factors``, which the same settings give in the dense model, with
     each module stored the cheaper way.
     """
-    budget = budget_for(model, targets, keep)
+    assert settings.at_keep is not None
+    model, targets = subject.model, subject.targets
+    budget = Constraints().budget(model, targets, settings.at_keep)
     plan = budget.select(predicted_scores(budget, factors.sigma), method="fisher")
     _log.info("measuring in the model compressed to %.3f of its targeted parameters", plan.keep_targeted)
     with while_compressed(model, plan, factors):
@@ -161,38 +141,25 @@ def _statistics_compressed(
     return statistics.compressed(point)
 
 
-def build_gradients(
-    model: PreTrainedModel,
-    targets: Targets,
-    sequences: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    directory: str | Path | None = None,
-    batch_size: int = 1,
-) -> TensorStore:
+def build_gradients(subject: Subject, *, directory: str | Path | None = None, batch_size: int = 1) -> TensorStore:
     """Return a store of every target's mean weight gradient ``mean`` ``[out, in]``, making those that are missing.
 
     Beside it stand ``mean_squares`` ``[out]``: each row's summed squared gradient, averaged over batches.
 
     Args:
-        model: The dense base.
-        targets: What ``find_targets`` found in it.
-        sequences: ``[sequences, length]`` calibration token ids.
-        tokenizer: The one that made them; part of the fingerprint.
+        subject: The dense model, its targets, its tokenizer and the calibration sequences.
         directory: Folder of a factor store whose statistics lie inside it; by default they are in the cache.
         batch_size: Sequences per pass, and in the loss that is differentiated.
 
     Raises:
         ValueError: A loss or a gradient is not finite.
     """
-    statistics = statistics_of(model, sequences, tokenizer, directory=directory, batch_size=batch_size)
-    return statistics.weight_gradients(targets.modules)
+    statistics = statistics_of(subject, directory=directory, batch_size=batch_size)
+    return statistics.weight_gradients(subject.targets.modules)
 
 
 def statistics_of(
-    model: PreTrainedModel,
-    sequences: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
+    subject: Subject,
     *,
     parameters: Iterable[tuple[str, Tensor]] | None = None,
     directory: str | Path | None = None,
@@ -200,14 +167,18 @@ def statistics_of(
     memory: int | None = None,
     gradient_checkpointing: bool = False,
 ) -> Statistics:
-    """Return the statistics of ``model`` on ``sequences``, on disk, collected when asked.
+    """Return the statistics of the subject's model on its sequences: on disk, collected when first needed.
 
     Arguments are those of ``build_factors`` and ``model_fingerprint``.
     """
-    source = {"tokenizer": tokenizer_fingerprint(tokenizer), "text": sequences_fingerprint(sequences)}
+    source = {
+        **model_fingerprint(subject.model, parameters),
+        "tokenizer": tokenizer_fingerprint(subject.tokenizer),
+        "text": sequences_fingerprint(subject.sequences),
+    }
     return Statistics(
-        model, sequences, {**model_fingerprint(model, parameters), **source}, directory=directory, batch_size=batch_size,
-        memory=memory, gradient_checkpointing=gradient_checkpointing,
+        subject.model, subject.sequences, source, directory=directory, batch_size=batch_size, memory=memory,
+        gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
 
 
@@ -242,7 +213,7 @@ def decompose_all(
     kinds: Counter[str] = Counter()
     # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
     groups = [list(members) for _, members in groupby(todo, key=lambda target: target.group)]
-    mine = balanced(groups, [sum(_svd_cost(target) for target in members) for members in groups])
+    mine = my_balanced_share(groups, [sum(_svd_cost(target) for target in members) for members in groups])
     bar = tqdm(total=sum(map(len, mine)), desc="decompose", unit="module", disable=not is_first())
     for members in mine:
         with loading(members):

@@ -9,18 +9,16 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
 from lowrank_pl.calibration.backward import check_length
 from lowrank_pl.calibration.blockwise import BlockwiseBackward, BlockwiseForward
 from lowrank_pl.calibration.build import check_finite, decompose_all, factor_store, statistics_of
 from lowrank_pl.calibration.hidden_states import Cache
 from lowrank_pl.calibration.roots import Roots
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition, Labels
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.lazy import NotBlockwiseError, Skeleton
-from lowrank_pl.models.targets import Target, Targets
+from lowrank_pl.models.targets import Target
 from lowrank_pl.utils.distributed import broadcast_from_first, world_size
 
 __all__ = ["build_factors_by_block", "refuse_compressed"]
@@ -30,9 +28,7 @@ _log = logging.getLogger(__name__)
 
 def build_factors_by_block(
     skeleton: Skeleton,
-    targets: Targets,
-    sequences: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
+    subject: Subject,
     *,
     settings: Decomposition | None = None,
     directory: str | Path | None = None,
@@ -48,9 +44,7 @@ def build_factors_by_block(
 
     Args:
         skeleton: The dense base without its weights.
-        targets: What was found in it.
-        sequences: ``[sequences, length]`` calibration token ids.
-        tokenizer: The one that made them.
+        subject: The skeleton's model with its targets, its tokenizer and the calibration sequences.
         settings: How to decompose.
         directory: Folder of the store; by default one named by the fingerprint in the cache.
         batch_size: Sequences per forward.
@@ -64,12 +58,12 @@ def build_factors_by_block(
             hidden state; what was made before that showed is right and stays.
     """
     settings = settings or Decomposition()
+    targets, sequences = subject.targets, subject.sequences
     statistics = statistics_of(
-        skeleton.model, sequences, tokenizer, parameters=skeleton.parameters(), directory=directory,
-        batch_size=batch_size, memory=memory,
+        subject, parameters=skeleton.parameters(), directory=directory, batch_size=batch_size, memory=memory,
     )  # fmt: skip
     store = factor_store(targets, statistics.source, settings, directory, batch_size=batch_size)
-    with store.making(target.name for target in targets.modules) as missing:
+    with store.filling(target.name for target in targets.modules) as missing:
         if missing:
             refuse_compressed(settings)
         todo = [target for target in targets.modules if target.name in set(missing)]

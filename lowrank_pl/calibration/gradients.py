@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.backward import Call, Recorder, check_length, differentiable, loss_of_batch
 from lowrank_pl.calibration.input_moments import rows_of
 from lowrank_pl.factors.settings import Labels
-from lowrank_pl.models.forward import recomputing
+from lowrank_pl.models.forward import activation_checkpointing
 from lowrank_pl.models.targets import Target
-from lowrank_pl.utils.distributed import is_first, my_share, sum_across_processes, total
+from lowrank_pl.utils.distributed import is_first, my_share, sum_across_processes, total_across_processes
 
 __all__ = [
     "GradientMoments",
@@ -85,7 +85,7 @@ class GradientMoments:
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
         sum_across_processes(self.second)
-        self.tokens = total(self.tokens)
+        self.tokens = total_across_processes(self.tokens)
 
     @property
     def second_moment(self) -> Tensor:
@@ -103,7 +103,7 @@ class WeightGradients:
         batches: How many batches were summed.
     """
 
-    total: Tensor
+    total_across_processes: Tensor
     squares: Tensor
     batches: int = 0
 
@@ -128,7 +128,7 @@ class WeightGradients:
         """Add the sums of all processes that work together."""
         sum_across_processes(self.total)
         sum_across_processes(self.squares)
-        self.batches = total(self.batches)
+        self.batches = total_across_processes(self.batches)
 
     @property
     def mean(self) -> Tensor:
@@ -205,7 +205,7 @@ def measure_gradients(
     device = next(model.parameters()).device
     seen, sums, recorder = by_name(outputs), by_name(weights), Recorder()
     first = min((target.block for target in (*outputs, *weights)), default=0)
-    with differentiable(model, first), recomputing(model) if gradient_checkpointing else nullcontext():
+    with differentiable(model, first), activation_checkpointing(model) if gradient_checkpointing else nullcontext():
         # A batch keeps its number, and so its sampled labels, whichever process it goes to.
         mine = my_share(list(enumerate(torch.split(sequences, batch_size))))
         for number, batch in tqdm(mine, desc=progress, unit="batch", disable=not is_first()):

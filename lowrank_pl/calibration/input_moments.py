@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.targets import Target, fed
-from lowrank_pl.utils.distributed import is_first, my_share, sum_across_processes, total
+from lowrank_pl.models.targets import Target, first_argument
+from lowrank_pl.utils.distributed import is_first, my_share, sum_across_processes, total_across_processes
 
 __all__ = ["InputMoments", "collect_input_moments", "product", "rows_of"]
 
@@ -97,7 +97,7 @@ class InputMoments:
         """Add the sums of all processes that work together."""
         sum_across_processes(self.second)
         sum_across_processes(self.absolute)
-        self.tokens = total(self.tokens)
+        self.tokens = total_across_processes(self.tokens)
 
     @property
     def second_moment(self) -> Tensor:
@@ -151,7 +151,7 @@ def _watching(model: nn.Module, moments: Mapping[str, InputMoments]) -> Iterator
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def update(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             try:
-                moments[name].update(fed(args, kwargs))
+                moments[name].update(first_argument(args, kwargs))
             except ValueError as error:
                 raise ValueError(
                     f"{error}: at module {name} in calibration batch {position[0]}; "

@@ -1,13 +1,11 @@
-"""From a base model and calibration sequences to a factor store; nothing that a matching store holds is made again."""
+"""What a plan remembers of its base, its text and its factors."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.identity import Origin
@@ -16,53 +14,44 @@ from lowrank_pl.models.targets import Targets, model_parameters
 __all__ = ["base_notes", "describe_origin", "preparation_notes"]
 
 
-def describe_origin(
-    *,
-    base: str,
-    dtype: str,
-    text: str,
-    sequences: Tensor,
-    settings: Decomposition,
-    store: FactorStore,
-    narrowed: Origin | None = None,
-) -> dict[str, Any]:
+def describe_origin(subject: Subject, settings: Decomposition, store: FactorStore) -> dict[str, Any]:
     """Return what a plan must remember so that its factors can be found, or made again.
 
     Args:
-        base: The base model's name; empty where it is not known, and then not in the result.
-        dtype: Type that it was loaded in.
-        text: The calibration text's name; likewise.
-        sequences: ``[sequences, length]`` that were used of it.
+        subject: The model and its sequences. A base or a calibration text without a name is left out.
         settings: How weights were decomposed.
         store: Where the factors lie.
-        narrowed: What the base was before, where it was narrowed.
     """
-    count, length = sequences.shape
-    calibration = {"text": text, "length": length, "windows": count}
-    return {
-        **({"base": base} if base else {}),
-        **({"narrowed": {"base": narrowed.base, "width": narrowed.width, "left": narrowed.widths}} if narrowed else {}),
-        "dtype": dtype,
-        **({"calibration": calibration} if text else {}),
-        "decomposition": settings.identity(),
-        "store": str(store.directory.resolve()),
-    }
+    base, calibration, pruned = subject.base, subject.calibration, Origin.of(subject.model)
+    count, length = subject.sequences.shape
+    origin: dict[str, Any] = {}
+    if base is not None:
+        origin["base"] = base.name
+    if pruned is not None:
+        origin["narrowed"] = {"base": pruned.base, "width": pruned.width, "left": pruned.widths}
+    origin["dtype"] = base.dtype if base is not None else str(subject.model.dtype).removeprefix("torch.")
+    if calibration is not None:
+        # The key is the one of plans that were written before sequences were called so.
+        origin["calibration"] = {"text": calibration.text, "length": length, "windows": count}
+    origin["decomposition"] = settings.identity()
+    origin["store"] = str(store.directory.resolve())
+    return origin
 
 
-def base_notes(model: PreTrainedModel, targets: Targets) -> list[str]:
-    """Return in a sentence what a narrowed base was before; nothing of any other."""
-    before = Origin.of(model)
+def base_notes(subject: Subject) -> list[str]:
+    """Return a sentence about what a pruned base was before pruning; nothing for any other base."""
+    before = Origin.of(subject.model)
     if before is None:
         return []
-    remaining = before.remaining(targets, model_parameters(model))
+    remaining = before.remaining(subject.targets, model_parameters(subject.model))
     return [
-        f"the base was narrowed from {before.width:,} to {before.widths} hidden features of an MLP: {remaining} are "
-        "left, and keep counts those that are gone"
+        f"the MLPs of the base were pruned from {before.width:,} to {before.widths} hidden neurons: {remaining} are "
+        "left, and keep counts those that were pruned"
     ]
 
 
 def preparation_notes(targets: Targets, store: FactorStore) -> list[str]:
-    """Return in sentences what was not targeted, and why, and which square roots needed the fallback."""
+    """Return sentences about modules that were not targeted, and about square roots that needed the fallback."""
     notes = []
     for reason in dict.fromkeys(skipped.reason for skipped in targets.skipped):
         those = [skipped for skipped in targets.skipped if skipped.reason == reason]

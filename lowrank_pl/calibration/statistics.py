@@ -345,7 +345,7 @@ class Statistics:
                 found = measured.pop(name)
                 store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
 
-        with store.making(keys.values()) as missing:
+        with store.filling(keys.values()) as missing:
             if missing and not self.collecting:
                 raise ValueError(
                     f"what was measured in the compressed model is missing in {store.directory} for {missing[0]} and "

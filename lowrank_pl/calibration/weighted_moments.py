@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.calibration.input_moments import product, rows_of
-from lowrank_pl.utils.distributed import sum_across_processes, total
+from lowrank_pl.utils.distributed import sum_across_processes, total_across_processes
 
 __all__ = ["TokenNorms", "WeightedMoments"]
 
@@ -71,7 +71,7 @@ class WeightedMoments:
         """Add the sums of all processes that work together."""
         sum_across_processes(self.inputs)
         sum_across_processes(self.outputs)
-        self.tokens = total(self.tokens)
+        self.tokens = total_across_processes(self.tokens)
 
     @property
     def mean_inputs(self) -> Tensor:

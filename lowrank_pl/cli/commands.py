@@ -14,7 +14,7 @@ from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.export.export import check_destination
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.run import allocate_ranks
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.methods.refit.refitting import refit as refit_factors
@@ -85,7 +85,7 @@ def allocate(
         The plan.
     """
     # A name or a setting that does not exist is refused before anything is loaded.
-    allocator(method, **(settings or {}))
+    make_allocator(method, **(settings or {}))
     model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     tokens = token_windows(text, tokenizer, length=length, sequences=sequences)

@@ -22,7 +22,7 @@ from lowrank_pl.evaluate.likelihood import check_sequences, perplexity
 from lowrank_pl.factors.compression import compressed, deployed_plan
 from lowrank_pl.factors.settings import Statistic
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.run import draw_plan
 from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.methods.recipes import Recipe, recipe
@@ -33,7 +33,7 @@ from lowrank_pl.models.targets import Targets, find_targets
 from lowrank_pl.plans.budget import budget_for
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.comparison import DENSE, comparison_table, read_results, write_comparison
-from lowrank_pl.text.sequences import known_sequences, sequences_fingerprint, token_windows
+from lowrank_pl.text.sequences import count_overlapping, sequences_fingerprint, token_windows
 from lowrank_pl.text.sources import named_texts
 from lowrank_pl.training.short_run import Subject
 from lowrank_pl.utils.environment import (
@@ -87,7 +87,7 @@ def compare_workload(
         length=length,
         decompositions=tuple(dict.fromkeys(recipe.decomposition for recipe in recipes.values())),
         weight_gradients=any(
-            allocator(recipe.allocator, **recipe.settings).needs_gradients for recipe in recipes.values()
+            make_allocator(recipe.allocator, **recipe.settings).needs_gradients for recipe in recipes.values()
         ),
         prunings=tuple(dict.fromkeys(recipe.prune for recipe in recipes.values() if recipe.prune is not None)),
         learners=learners,
@@ -123,7 +123,7 @@ def warn_of_known_text(
         calibration, tokenizer, length=statistics.shape[1], sequences=max([len(statistics), *counts])
     )
     for corpus, sequences in scored.items():
-        known = known_sequences(sequences, [learnt], tokenizer)
+        known = count_overlapping(sequences, [learnt], tokenizer)
         if known:
             _log.warning(
                 "%d of %d sequences of %s hold text that methods are calibrated on: their perplexity flatters",
@@ -390,7 +390,7 @@ class _Comparison:
     def _prepare(self, method: Recipe) -> dict[str, float | None]:
         """Make statistics and factors, which methods share, and return what they cost, now or when they were made."""
         settings = method.decomposition
-        drawer = allocator(method.allocator, **method.settings)
+        drawer = make_allocator(method.allocator, **method.settings)
         factors = build_factors(
             self.subject.model, self.targets, self.subject.tokens, self.subject.tokenizer, settings=settings
         )
@@ -443,7 +443,7 @@ class _Comparison:
             storage=method.storage,
         )
         plan, store = draw_plan(
-            allocator(method.allocator, **method.settings),
+            make_allocator(method.allocator, **method.settings),
             budget,
             self.targets,
             self.subject.model,

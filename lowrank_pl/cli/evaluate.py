@@ -18,7 +18,7 @@ from lowrank_pl.evaluate.paired import task_table
 from lowrank_pl.evaluate.size_curve import KEEPS, curve_plot, curve_table, score_curve
 from lowrank_pl.evaluate.zero_shot import TaskSettings, ZeroShot, figures_of
 from lowrank_pl.export.export import is_compressed, load_compressed
-from lowrank_pl.models.base import DType, load_base, load_tokenizer, own_dtype
+from lowrank_pl.models.base import DType, load_base, load_tokenizer, stored_dtype
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import largest_keep, nested
 from lowrank_pl.text.sequences import token_windows
@@ -242,6 +242,6 @@ def _load(
         settings = {} if dtype is None else {"dtype": getattr(torch, dtype)}
         loaded = load_compressed(model, trust_remote_code=trust_remote_code, **settings)
         return loaded, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    kind = own_dtype(model, trust_remote_code=trust_remote_code) if dtype is None else getattr(torch, dtype)
+    kind = stored_dtype(model, trust_remote_code=trust_remote_code) if dtype is None else getattr(torch, dtype)
     loaded = load_base(model, dtype=kind, trust_remote_code=trust_remote_code)
     return loaded, load_tokenizer(model, trust_remote_code=trust_remote_code)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowrank_pl.costs.workload import Learner, Machine, Workload
-from lowrank_pl.models.base import can_be_shared
+from lowrank_pl.models.base import loads_in_parts
 
 __all__ = ["fit_workload"]
 
@@ -36,7 +36,7 @@ def fit_workload(
         steps = min(most, steps) if epochs and epochs > 0 else most
     validations = _validations(trainer, batches=steps * gathered, of_epoch=of_epoch)
     starts = learner.start if hasattr(learner.start, "needs_gradients") else None
-    shared = machine.sharded and can_be_shared(learner.base)
+    shared = machine.sharded and loads_in_parts(learner.base)
     validated = data["validation_sequences"]
     scored = validated * length
     if finish.score_text is not None:

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from lowrank_pl.costs.speed import multiply_adds
 from lowrank_pl.models.base import read_config as read_checkpoint_config
-from lowrank_pl.models.base import resolve_base, taken_shapes
+from lowrank_pl.models.base import resolve_base, pop_shapes
 from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.shapes import random_blocks, whole_config
-from lowrank_pl.models.targets import Target, decoder_blocks, fed, find_targets
+from lowrank_pl.models.targets import Target, decoder_blocks, first_argument, find_targets
 from lowrank_pl.models.tiny import tiny_model
 
 __all__ = ["Anatomy", "anatomy", "read_config"]
@@ -116,7 +116,7 @@ def anatomy(
     (70553706496, 560)
     """
     config = read_config(base, trust_remote_code=trust_remote_code)
-    shapes = taken_shapes(config)
+    shapes = pop_shapes(config)
     with FakeTensorMode():
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -190,7 +190,7 @@ def _kept(model: PreTrainedModel, targets: Sequence[Target], tokens: Tensor) -> 
         return tensor
 
     def watch(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        inputs.add(fed(args, kwargs))
+        inputs.add(first_argument(args, kwargs))
         outputs.add(output)
 
     with ExitStack() as stack:

@@ -24,8 +24,8 @@ from lowrank_pl.costs.machine import DryRun, machine_of
 from lowrank_pl.costs.probe import ASSUMED, existing_folder, probe
 from lowrank_pl.costs.workload import Machine, Workload
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.models.base import can_be_shared
-from lowrank_pl.models.offload import TOGETHER
+from lowrank_pl.models.base import loads_in_parts
+from lowrank_pl.models.offload import STREAMED_BATCH_SIZE
 from lowrank_pl.utils.environment import resident_memory, total_memory
 from lowrank_pl.utils.files import cache_root, write_json
 from lowrank_pl.utils.formatting import gigabytes
@@ -183,7 +183,7 @@ def dry_run_decompose(
     work = Workload(
         sequences=sequences, length=length, decompositions=(decomposition,), memory=memory,
         recomputed=gradient_checkpointing,
-        streamed=decomposition.block_by_block and can_be_shared(base),
+        streamed=decomposition.block_by_block and loads_in_parts(base),
     )  # fmt: skip
     return dry_run(
         base, work, machine_of(device, speeds=speeds), dtype=dtype, include=include, exclude=exclude, speeds=speeds,

@@ -10,7 +10,7 @@ from lowrank_pl.costs.anatomy import Anatomy
 from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.factor_phases import factor_bytes
 from lowrank_pl.costs.workload import Learner, Machine, Workload
-from lowrank_pl.models.offload import TOGETHER
+from lowrank_pl.models.offload import STREAMED_BATCH_SIZE
 from lowrank_pl.plans.storage import Storage
 
 __all__ = ["export_phase", "learning_phase", "refit_phase", "scoring_phase", "waits"]
@@ -179,7 +179,7 @@ def scoring_phase(model: Anatomy, work: Workload, machine: Machine, program: flo
     """Return what scoring the models takes, dense and compressed; arguments as in ``learning_phase``."""
     models = work.models + work.exports
     streamed = waits(model, work, machine)
-    tokens = work.score_length * (TOGETHER if streamed else 1)
+    tokens = work.score_length * (STREAMED_BATCH_SIZE if streamed else 1)
     logits = float(tokens * model.vocabulary)
     held = {
         "dense weights": model.bytes,

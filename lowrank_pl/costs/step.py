@@ -20,7 +20,7 @@ from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.base import MaskMethod
 from lowrank_pl.methods.masks.masked_linear import MaskedLinear, Work, choose_computation
 from lowrank_pl.methods.masks.objectives import next_token_loss
-from lowrank_pl.models.forward import recomputing
+from lowrank_pl.models.forward import activation_checkpointing
 from lowrank_pl.models.targets import dense_weight, find_targets, replaced
 from lowrank_pl.plans.storage import Storage
 from lowrank_pl.utils.environment import peak_memory, reset_peak_memory, timed
@@ -67,7 +67,7 @@ def measure_step(
             if every is None:
                 for layer in layers.values():
                     layer.work = Work()
-            with recomputing(model) if gradient_checkpointing else nullcontext():
+            with activation_checkpointing(model) if gradient_checkpointing else nullcontext():
                 _loss(model(input_ids=tokens, use_cache=False).logits, tokens)
 
         return step

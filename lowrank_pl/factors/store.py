@@ -14,7 +14,7 @@ from lowrank_pl.factors.decomposition import Factors, truncate
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.utils.tensor_store import (
     TensorStore,
-    _slice,
+    as_slice,
     read_manifest,
 )
 
@@ -69,7 +69,7 @@ class FactorStore(TensorStore):
             name: The module.
             components: How many, a slice of them, or an index tensor ``[rank]``.
         """
-        part = _slice(None if isinstance(components, Tensor) else components)
+        part = as_slice(None if isinstance(components, Tensor) else components)
         whole = Factors(
             self.read(name, "left", columns=part), self.read(name, "right", rows=part), self.sigma(name)[part]
         )

@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any
 
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
 from lowrank_pl.methods.masks.base import MaskMethod
@@ -60,7 +60,7 @@ class Learning:
         if not self.lr > 0:
             raise ValueError(f"lr of a recipe's learning is {self.lr}: expected a number above 0")
         if self.start is not None:
-            allocator(self.start)
+            make_allocator(self.start)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Recipe:
     prune: WidthPruning | None = None
 
     def __post_init__(self) -> None:
-        allocator(self.allocator, **self.settings)
+        make_allocator(self.allocator, **self.settings)
 
     def describe(self) -> dict[str, Any]:
         """Return all settings that the result depends on, as JSON values."""

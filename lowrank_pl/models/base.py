@@ -31,12 +31,12 @@ __all__ = [
     "Base",
     "BaseSpec",
     "DType",
-    "can_be_shared",
+    "loads_in_parts",
     "load_base",
     "load_tokenizer",
     "read_config",
     "resolve_base",
-    "taken_shapes",
+    "pop_shapes",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -171,7 +171,7 @@ def load_base(base: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
     return model.eval().requires_grad_(False)
 
 
-def own_dtype(base: str, *, trust_remote_code: bool = False) -> torch.dtype:
+def stored_dtype(base: str, *, trust_remote_code: bool = False) -> torch.dtype:
     """Return the type that the weights of ``base`` are kept in, where one can load them in it; else float32.
 
     Args:
@@ -318,7 +318,7 @@ def _load_checkpoint(spec: BaseSpec, dtype: torch.dtype, trust_remote_code: bool
     return _plain(model) if hasattr(model.config, "quantization_config") else model
 
 
-def taken_shapes(config: Any) -> dict[str, list[int]]:
+def pop_shapes(config: Any) -> dict[str, list[int]]:
     """Return the shapes of the maps that ``config`` alone would make otherwise, and leave in it what is of its kind."""
     said = config.__dict__.pop("quantization_config", None)
     if said is None:
@@ -334,7 +334,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     model.__class__ = base_class(model) or type(model)
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(attribute, None)
-    taken_shapes(model.config)
+    pop_shapes(model.config)
     return model
 
 
@@ -420,7 +420,7 @@ def _explained(problem: str, advice: str) -> Iterator[None]:
         raise ValueError(f"{problem}: {cause}; {advice}") from error
 
 
-def can_be_shared(base: str) -> bool:
+def loads_in_parts(base: str) -> bool:
     """Return whether the weights of ``base`` lie in files that can be read in parts, as far as its name says."""
     if base.startswith("shapes:"):
         return True

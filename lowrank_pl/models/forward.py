@@ -16,31 +16,31 @@ from lowrank_pl.models.eval_mode import evaluating, input_device
 from lowrank_pl.models.targets import decoder_blocks
 
 __all__ = [
-    "EnoughError",
+    "_ForwardStoppedError",
     "block_outputs",
-    "can_resume",
-    "copied",
-    "ended",
+    "forward_from_is_exact",
+    "clone_output",
+    "forward_until",
     "forward_replaced",
-    "moved",
-    "recompute_blocks",
-    "recomputing",
+    "move_output",
+    "enable_activation_checkpointing",
+    "activation_checkpointing",
     "refuse_dropout",
-    "resumed",
-    "watched_forward",
+    "forward_from",
+    "forward_with_activations",
 ]
 
 
-class EnoughError(Exception):
+class _ForwardStoppedError(Exception):
     """Ends a forward pass of whose rest nobody wants to know."""
 
 
 @contextmanager
-def resumed(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Iterator[None]:
+def forward_from(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Iterator[None]:
     """Let forward passes of ``model`` begin at ``block``: pass number ``i`` takes ``outputs[i]`` of the block before.
 
     Embeddings, masks and positions are still computed; the blocks before compute nothing. Exact where a block looks at
-    nothing of earlier blocks but the hidden state, see ``can_resume``.
+    nothing of earlier blocks but the hidden state, see ``forward_from_is_exact``.
 
     Args:
         model: A causal language model.
@@ -54,13 +54,13 @@ def resumed(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Itera
     def first(*_: Any, **__: Any) -> Any:
         current[0] = next(passes)
         # Some blocks add to their input in place.
-        return copied(current[0]) if block == 1 else current[0]
+        return clone_output(current[0]) if block == 1 else current[0]
 
     def later(*_: Any, **__: Any) -> Any:
         return current[0]
 
     def last(*_: Any, **__: Any) -> Any:
-        return copied(current[0])
+        return clone_output(current[0])
 
     with ExitStack() as stack:
         for number in range(block):
@@ -70,7 +70,7 @@ def resumed(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Itera
 
 
 @contextmanager
-def ended(
+def forward_until(
     model: PreTrainedModel,
     module: nn.Module,
     receive: Callable[[Any], None] = lambda _: None,
@@ -89,15 +89,15 @@ def ended(
     whole = model.forward
 
     def part(*args: Any, **kwargs: Any) -> None:
-        with suppress(EnoughError):
+        with suppress(_ForwardStoppedError):
             whole(*args, **kwargs)
 
     def stop(_: nn.Module, __: Any, output: Any) -> None:
         receive(output)
-        raise EnoughError
+        raise _ForwardStoppedError
 
     def stop_before(_: nn.Module, __: Any) -> None:
-        raise EnoughError
+        raise _ForwardStoppedError
 
     with ExitStack() as stack:
         stack.enter_context(forward_replaced(model, part))
@@ -123,13 +123,15 @@ def block_outputs(
         block: Whose output.
         batch_size: Sequences per pass.
         start: Block to begin at, where ``outputs`` of the one before it are known.
-        outputs: As in ``resumed``.
+        outputs: As in ``forward_from``.
     """
     found: list[Any] = []
-    handle = decoder_blocks(model)[1][block].register_forward_hook(lambda _, __, output: found.append(copied(output)))
+    handle = decoder_blocks(model)[1][block].register_forward_hook(
+        lambda _, __, output: found.append(clone_output(output))
+    )
     device = input_device(model)
     try:
-        with evaluating(model), resumed(model, start, outputs):
+        with evaluating(model), forward_from(model, start, outputs):
             for batch in torch.split(sequences, batch_size):
                 model(input_ids=batch.to(device), use_cache=False)
     finally:
@@ -137,7 +139,7 @@ def block_outputs(
     return found
 
 
-def can_resume(model: PreTrainedModel, sequences: Tensor) -> bool:
+def forward_from_is_exact(model: PreTrainedModel, sequences: Tensor) -> bool:
     """Tell whether passes that begin at any block give the very logits of whole passes.
 
     They do not where blocks share more than the hidden state, such as keys and values of earlier blocks.
@@ -153,7 +155,7 @@ def can_resume(model: PreTrainedModel, sequences: Tensor) -> bool:
             outputs = block_outputs(model, sequences, block - 1, batch_size=len(sequences))
             if len(outputs) != 1:
                 return False
-            with resumed(model, block, outputs):
+            with forward_from(model, block, outputs):
                 if not torch.equal(model(input_ids=sequences.to(device), use_cache=False).logits, whole):
                     return False
     return True
@@ -174,21 +176,21 @@ def forward_replaced(module: nn.Module, stand_in: Any) -> Iterator[None]:
             module.forward = own
 
 
-def copied(output: Any) -> Any:
+def clone_output(output: Any) -> Any:
     """Return the output of a block, a tensor or a tuple that begins with one, with tensors of its own."""
     if isinstance(output, Tensor):
         return output.clone()
-    return type(output)(copied(part) if isinstance(part, Tensor) else part for part in output)
+    return type(output)(clone_output(part) if isinstance(part, Tensor) else part for part in output)
 
 
-def moved(output: Any, device: torch.device) -> Any:
+def move_output(output: Any, device: torch.device) -> Any:
     """Return the output of a block, a tensor or a tuple that begins with one, on ``device``."""
     if isinstance(output, Tensor):
         return output.to(device)
     return type(output)(part.to(device) if isinstance(part, Tensor) else part for part in output)
 
 
-def watched_forward(
+def forward_with_activations(
     model: PreTrainedModel, tokens: Tensor, places: Mapping[str, int | None]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return logits ``[batch, length, vocabulary]`` and the activations ``[batch, length, features]`` at ``places``.
@@ -222,7 +224,7 @@ def _keeping_output(module: nn.Module, seen: dict[str, Tensor], place: str) -> I
         handle.remove()
 
 
-def recompute_blocks(model: PreTrainedModel) -> None:
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     """Let the backward pass compute each block's activations again instead of keeping them, in train mode only."""
     # Later releases of transformers 5 warn of the name that the first ones have.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -230,10 +232,10 @@ def recompute_blocks(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def recomputing(model: PreTrainedModel) -> Iterator[None]:
+def activation_checkpointing(model: PreTrainedModel) -> Iterator[None]:
     """Let backward passes compute each block's activations again instead of keeping them, for a while, in any mode.
 
-    What ``recompute_blocks`` asks of transformers works in train mode only, and lets gradients begin at the embeddings.
+    What ``enable_activation_checkpointing`` asks of transformers works in train mode only, and lets gradients begin at the embeddings.
     """
     with ExitStack() as stack:
         for block in decoder_blocks(model)[1]:

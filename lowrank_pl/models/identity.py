@@ -20,7 +20,7 @@ from lowrank_pl.utils.files import sha256_of
 from lowrank_pl.utils.formatting import percent
 from lowrank_pl.utils.tensor_store import tensor_digest
 
-__all__ = ["KEY", "Origin", "base_class", "model_fingerprint"]
+__all__ = ["ORIGIN_KEY", "Origin", "base_class", "model_fingerprint"]
 
 
 def base_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
@@ -29,7 +29,7 @@ def base_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
     return base if isinstance(base, type) and isinstance(model, base) else None
 
 
-KEY = "lowrank_narrowed"
+ORIGIN_KEY = "lowrank_narrowed"
 """Where ``config.json`` says what the model was before."""
 
 
@@ -60,7 +60,7 @@ class Origin:
         Raises:
             ValueError: What it says is not what ``write`` wrote.
         """
-        said = getattr(model.config, KEY, None)
+        said = getattr(model.config, ORIGIN_KEY, None)
         if said is None:
             return None
         try:
@@ -73,14 +73,14 @@ class Origin:
 
     def write(self, model: PreTrainedModel) -> None:
         """Let the config of ``model`` say it."""
-        setattr(model.config, KEY, {**vars(self), "left": dict(self.left), "maps": list(self.maps)})
+        setattr(model.config, ORIGIN_KEY, {**vars(self), "left": dict(self.left), "maps": list(self.maps)})
 
     def left_out(self, targets: Targets) -> int:
         """Return how many parameters ``targets`` of the narrowed model had more before."""
         gone = 0
         for target in targets.modules:
-            if target.kind in self.maps and _parent(target) in self.left:
-                left = self.left[_parent(target)]
+            if target.kind in self.maps and parent_name(target) in self.left:
+                left = self.left[parent_name(target)]
                 gone += target.shape[0] * target.shape[1] // left * (self.width - left)
         return gone
 
@@ -102,11 +102,19 @@ class Origin:
         return f"{shares[0]} of the targeted parameters of {self.base} and {shares[1]} of all"
 
 
-def _parent(target: Target) -> str:
+def parent_name(target: Target) -> str:
     return target.name.rpartition(".")[0]
 
 
-_NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "auto_map", KEY}
+_NOT_COMPUTED_WITH = {
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "use_cache",
+    "auto_map",
+    ORIGIN_KEY,
+}
 
 
 def model_fingerprint(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]] | None = None) -> dict[str, str]:

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from lowrank_pl.models.base import read_config, resolve_base, taken_shapes
-from lowrank_pl.models.forward import ended
+from lowrank_pl.models.base import read_config, resolve_base, pop_shapes
+from lowrank_pl.models.forward import forward_until
 from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.targets import Targets, decoder_blocks, find_targets
 from lowrank_pl.utils.distributed import is_first
 
-__all__ = ["Blocks", "NotBlockwiseError", "Shards", "Skeleton", "WholeModel", "one_by_one", "open_skeleton"]
+__all__ = ["Blocks", "NotBlockwiseError", "Shards", "Skeleton", "WholeModel", "explain_not_blockwise", "open_skeleton"]
 
 
 class Shards:
@@ -137,7 +137,7 @@ class WholeModel:
 
     def streaming(self) -> AbstractContextManager[None]:
         """Let forward passes end before the head."""
-        return ended(self.model, self.model.base_model)
+        return forward_until(self.model, self.model.base_model)
 
 
 class Skeleton:
@@ -232,7 +232,7 @@ class Skeleton:
             for block, names in zip(blocks, self.blocks, strict=True):
                 hooks.callback(block.register_forward_pre_hook(lambda *_, names=names: load(names)).remove)
                 hooks.callback(block.register_forward_hook(lambda *_: current.close()).remove)
-            with ended(self.model, self.model.base_model):
+            with forward_until(self.model, self.model.base_model):
                 yield
 
     def find_targets(self, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Targets:
@@ -242,12 +242,12 @@ class Skeleton:
             ValueError: As there.
             NotBlockwiseError: Blocks can't be run with their weights loaded one by one.
         """
-        with one_by_one(), self.streaming():
+        with explain_not_blockwise(), self.streaming():
             return find_targets(self.model, include=include, exclude=exclude)
 
 
 @contextmanager
-def one_by_one() -> Iterator[None]:
+def explain_not_blockwise() -> Iterator[None]:
     """Take what fails in the block for a sign that decoder blocks can't be run with only one of them loaded.
 
     Raises:
@@ -287,7 +287,7 @@ def open_skeleton(
         raise NotBlockwiseError("its weights lie in a .gguf file, not in safetensors files")
     config = read_config(spec, trust_remote_code=trust_remote_code)
     try:
-        shapes = taken_shapes(config)
+        shapes = pop_shapes(config)
         model = _on_meta(config, shapes, dtype, trust_remote_code)
         shards = Shards(spec.path, model)
     except Exception as error:  # of the hub, of safetensors or of the model's own code

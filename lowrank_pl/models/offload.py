@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.utils.environment import free_memory
 
-__all__ = ["TOGETHER", "lacks_room", "streamed", "too_large"]
+__all__ = ["STREAMED_BATCH_SIZE", "exceeds_memory", "streamed", "too_large"]
 
-TOGETHER = 4
+STREAMED_BATCH_SIZE = 4
 """Windows to score at once in a model that is streamed, whose weights are read anew in every pass."""
 
 
@@ -31,7 +31,7 @@ def too_large(weights: float, memory: float) -> bool:
     return 2 * weights > memory
 
 
-def lacks_room(weights: float, device: torch.device, *, ever: bool = False) -> bool:
+def exceeds_memory(weights: float, device: torch.device, *, ever: bool = False) -> bool:
     """Return whether a model of so many bytes is too large for ``device``; main memory is taken to have room.
 
     Args:

@@ -28,7 +28,7 @@ __all__ = [
     "Targets",
     "decoder_blocks",
     "dense_weight",
-    "fed",
+    "first_argument",
     "find_targets",
     "model_parameters",
     "replace_module",
@@ -194,7 +194,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def fed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return what a module was called with first, by place or by name; None if with nothing."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
@@ -311,7 +311,7 @@ def _probe(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Calls:
 
     def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            value = fed(args, kwargs)
+            value = first_argument(args, kwargs)
             calls[name].append((value, value._version))
 
         return hook

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import Targets, model_parameters
-from lowrank_pl.plans.component_order import ComponentOrder, wish_scores
+from lowrank_pl.plans.component_order import ComponentOrder, requested_rank_scores
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.storage import Storage, StorageChoice
 
@@ -156,7 +156,9 @@ class Budget:
             even = {name: self.prices.rank_at(shape, 1.0) for name, shape in self.shapes.items()}
             wishes = {name: even[name] if math.isinf(wish) else wish for name, wish in wishes.items()}
             notes.append(f"{dropped} modules were wished dense, which the budget does not allow: scaled like the rest")
-        order = ComponentOrder({name: wish_scores(shape, wishes[name]) for name, shape in self.shapes.items()})
+        order = ComponentOrder(
+            {name: requested_rank_scores(shape, wishes[name]) for name, shape in self.shapes.items()}
+        )
         chosen = self._choose(order, least_score=-math.inf if scale_up else 1.0)
         order = self._with_finite_wishes(order, wishes, chosen.threshold)
         # Where everything has come out dense, the factor says nothing.
@@ -338,7 +340,7 @@ class Budget:
                 shape = self.shapes[name]
                 # A little above, for no component of another module may come between.
                 just_dense = (self.break_even(name) + 1) * max(threshold, 1e-30) * (1 + 1e-6)
-                scores[name] = wish_scores(shape, just_dense)
+                scores[name] = requested_rank_scores(shape, just_dense)
         return ComponentOrder(scores)
 
     def _check_names(self, given: Mapping[str, Any], what: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["ComponentOrder", "share_scores", "wish_scores"]
+__all__ = ["ComponentOrder", "share_scores", "requested_rank_scores"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class ComponentOrder:
         return cls(scores)
 
 
-def wish_scores(shape: tuple[int, int], wish: float) -> Tensor:
+def requested_rank_scores(shape: tuple[int, int], wish: float) -> Tensor:
     """Return scores ``[min(out, in)]`` by which all modules keep their wished ranks times one common factor.
 
     Component ``j`` (from 1) scores ``wish / j``: it is kept while ``factor * wish >= j`` (ARA, arXiv 2510.19389).

@@ -21,21 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.evaluate.generation import generate_samples
 from lowrank_pl.evaluate.likelihood import Score, excess_nats, perplexity
 from lowrank_pl.export.export import ExportReport, save_compressed
 from lowrank_pl.export.reload import ExportError
 from lowrank_pl.factors.compression import compress, compressed, deployed_plan
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.methods.allocate import allocator
-from lowrank_pl.methods.allocate.base import drawn_on
-from lowrank_pl.methods.allocate.run import draw
-from lowrank_pl.methods.refit.refitting import Refit
-from lowrank_pl.methods.refit.refitting import refit as refit_factors
+from lowrank_pl.methods.allocate import make_allocator
+from lowrank_pl.methods.allocate.base import factors_of_plan
+from lowrank_pl.methods.allocate.run import allocate_on
+from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.models import hf_format
 from lowrank_pl.models.identity import base_class
-from lowrank_pl.models.offload import TOGETHER, streamed
-from lowrank_pl.models.targets import find_targets
+from lowrank_pl.models.offload import STREAMED_BATCH_SIZE, streamed
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.model_card import model_card, refresh_card
@@ -43,12 +42,12 @@ from lowrank_pl.report.page import write_page
 from lowrank_pl.report.rank_map import rank_map
 from lowrank_pl.report.run_record import read_run
 from lowrank_pl.report.scores import Row, row_table, write_summary
-from lowrank_pl.utils.environment import describe_machine
+from lowrank_pl.utils.environment import command_line, describe_machine
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import save_figure
 from lowrank_pl.version import __version__
 
-__all__ = ["Finished", "Protocol", "export_plan", "finish_run", "score_in_fresh_process"]
+__all__ = ["Ending", "Finished", "Learned", "Protocol", "export_plan", "finish_run", "score_in_fresh_process"]
 
 _log = logging.getLogger(__name__)
 
@@ -106,67 +105,97 @@ class Finished:
         return "\n\n".join(parts)
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a run has made when learning is over.
+
+    Args:
+        subject: The dense base, its tokenizer, its targets, and the sequences that the factors were made from.
+        plan: The plan that was learned.
+        factors: The factors that the plan is for.
+        budget: What the plan had to meet; the baselines get the same.
+        seconds: Time spent so far, by part: ``factors``, ``learning`` and, for a pruned base, ``narrowing``.
+        store: The factors' folder where one was named, so that weight gradients are kept beside the factors.
+        unpruned: Loads the base as it was before pruning, where it was pruned. The dense row is of that model then,
+            and the table has one more row for the pruned model.
+    """
+
+    subject: Subject
+    plan: RankPlan
+    factors: FactorStore
+    budget: Budget
+    seconds: Mapping[str, float]
+    store: Path | None = None
+    unpruned: Callable[[], PreTrainedModel] | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is done at the end of a run.
+
+    Args:
+        protocol: What models are scored on.
+        baselines: Names of the allocators to compare with.
+        merge: Export dense weights, for runtimes that know no factors.
+        refit: How the factors are fitted again to the compressed model's own inputs; the table then has a row for the
+            plan without it. None leaves them as they are.
+        refit_sequences: ``[sequences, length]`` token ids for the refit.
+        streamed_on: A device without room for the models, which then stay in main memory: they are scored on it a
+            layer at a time (``lowrank_pl.models.offload``). Nothing is continued, since every token would read all
+            weights.
+    """
+
+    protocol: Protocol
+    baselines: Sequence[str] = ("uniform",)
+    merge: bool = False
+    refit: Refit | None = None
+    refit_sequences: Tensor | None = None
+    streamed_on: torch.device | None = None
+
+
 def export_plan(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     plan: RankPlan,
-    store: FactorStore,
+    factors: FactorStore,
     directory: str | Path,
     *,
-    tokenizer: PreTrainedTokenizerBase,
-    command: str,
     merge: bool = False,
     put_back: bool = False,
     device: torch.device | None = None,
 ) -> tuple[ExportReport, RankPlan]:
     """Compress ``model`` by ``plan``, in place, and write it to ``directory``, checked by a reload in a fresh process.
 
-    Returns what was written, and the plan as its layers are really stored (``lowrank_pl.compress.deployed_plan``).
+    Returns the report of the export, and the plan as its layers are really stored
+    (``lowrank_pl.factors.compression.deployed_plan``).
 
     Args:
         model: The dense base, or the masked model that learned the plan.
-        plan: Which ranks.
-        store: The factors.
-        directory: Folder of the export.
         tokenizer: Saved beside the weights.
-        command: How the model card says that it was made.
+        plan: The plan.
+        factors: The factors that the plan is for.
+        directory: Folder of the export.
         merge: Write dense weights that any runtime loads, instead of factors.
-        put_back: Whether to give ``model`` its modules back afterwards, for the next size; takes memory for both.
-        device: Where pivots are chosen (``lowrank_pl.compress.compress``).
+        put_back: Give ``model`` its modules back afterwards, for the next size; takes memory for both.
+        device: Where pivots are chosen.
 
     Raises:
-        ValueError: The plan does not fit the model or the store.
+        ValueError: The plan does not fit the model or the factors.
         ExportError: The reloaded model differs; nothing is left at ``directory`` then.
     """
     where = {"device": device}
-    with compressed(model, plan, store, **where) if put_back else nullcontext(compress(model, plan, store, **where)):
+    with (
+        compressed(model, plan, factors, **where) if put_back else nullcontext(compress(model, plan, factors, **where))
+    ):
         plan = deployed_plan(model, plan)
         card = model_card(
-            plan, (), base=plan.named_base, command=command, merged=merge,
+            plan, (), base=plan.named_base, command=command_line(), merged=merge,
             own_code=base_class(model) is None,
         )  # fmt: skip
         return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge), plan
 
 
-def finish_run(
-    run: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    plan: RankPlan,
-    store: FactorStore,
-    budget: Budget,
-    protocol: Protocol,
-    *,
-    statistics: Tensor,
-    directory: Path | None = None,
-    baselines: Sequence[str] = ("uniform",),
-    seconds: Mapping[str, float],
-    command: str,
-    merge: bool = False,
-    refit: Refit | None = None,
-    refit_sequences: Tensor | None = None,
-    named_base: Callable[[], PreTrainedModel] | None = None,
-    streamed_on: torch.device | None = None,
-) -> Finished:
+def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
     """Write plan, export, scores and rank map of a run to its folder, and return what they say.
 
     The dense model and the baselines are scored from memory. The learned model is scored in a fresh process from the
@@ -174,111 +203,118 @@ def finish_run(
 
     Args:
         run: The run's folder.
-        model: The dense base; compressed afterwards.
-        tokenizer: The base's.
-        plan: What was learned.
-        store: The factors.
-        budget: What the plan was drawn for; the baselines get the same.
-        protocol: What to score on.
-        statistics: ``[sequences, length]`` token ids that the factors were made from; baselines measure on them.
-        directory: The store's folder where it was named, as for ``lowrank_pl.draw.draw``.
-        baselines: Allocators to compare with.
-        seconds: Time spent so far on ``factors`` and ``learning``.
-        command: How the run was started.
-        merge: Export dense weights.
-        refit: How to fit the factors again to the compressed model's own inputs, if that is wished for. The table then
-            has a row for the plan without it.
-        refit_sequences: ``[sequences, length]`` token ids to do that on.
-        named_base: Loads what ``model`` was before it was narrowed, where it was: the dense row is of that then, and
-            the table has one more for the narrowed model.
-        streamed_on: A device without room for the models, which lie in main memory then: all of them are scored on it
-            a layer at a time (``lowrank_pl.streaming``), and nothing is continued, since every token would read all
-            weights.
+        learned: What was learned; the model is compressed afterwards.
+        ending: What to do.
 
     Raises:
-        ValueError: A baseline can't be drawn on these factors.
+        ValueError: A baseline can't read these factors.
         ExportError: The export failed its check or can't be scored.
     """
-    if streamed_on is not None:
-        protocol = replace(protocol, prompts=())
-    # What was named is out of memory again before anything else is scored.
-    dense, texts = _score_dense(model if named_base is None else named_base(), tokenizer, protocol, streamed_on)
-    rows, rates, score, whole = [], {"dense": dense.tokens_per_second}, dense, plan.dense()
-    if named_base is not None:
-        rows.append(Row("dense", dense.perplexity, 0.0, 1.0, 1.0, plan.dense_bytes, 0.0))
-        score = _score(model, protocol.sequences, "narrowed", streamed_on)
-        rates["narrowed"] = score.tokens_per_second
-    name = "dense" if named_base is None else "narrowed"
-    rows.append(_row(name, score, dense, whole, whole.bytes, seconds.get("narrowing", 0.0)))
-    prepared = seconds["factors"] + seconds.get("narrowing", 0.0)
-    targets = find_targets(model, include=list(plan.modules))
-    for name in baselines:
+    if ending.streamed_on is not None:
+        ending = replace(ending, protocol=replace(ending.protocol, prompts=()))
+    subject, protocol, seconds = learned.subject, ending.protocol, learned.seconds
+    device = ending.streamed_on or subject.model.device
+    table, texts = _score_dense(learned, ending)
+    _score_baselines(table, learned, ending)
+    plan, factors, spent = learned.plan, learned.factors, sum(seconds.values())
+    if ending.refit is not None:
+        assert ending.refit_sequences is not None
+        score = _score_compressed(learned, ending, plan, factors, "learned ranks")
+        table.add("learned, no refit", score, plan, plan.bytes, spent)
         began = time.perf_counter()
-        baseline = draw(allocator(name), budget, store, targets, model, statistics, tokenizer, directory=directory)
-        spent = prepared + time.perf_counter() - began
-        with compressed(model, baseline, drawn_on(baseline, store), device=streamed_on):
-            score = _score(model, protocol.sequences, name, streamed_on)
-        rows.append(_row(name, score, dense, baseline, baseline.bytes, spent))
-        rates[name] = score.tokens_per_second
-    spent = sum(seconds.values())
-    if refit is not None:
-        assert refit_sequences is not None
-        with compressed(model, plan, store, device=streamed_on):
-            score = _score(model, protocol.sequences, "learned ranks", streamed_on)
-        rows.append(_row("learned, no refit", score, dense, plan, plan.bytes, spent))
-        rates["learned, no refit"] = score.tokens_per_second
-        began = time.perf_counter()
-        plan, store = refit_factors(
-            plan, store, model=model, targets=targets, sequences=refit_sequences, calibration=statistics, settings=refit
-        )
+        plan, factors = refit(plan, factors, subject, sequences=ending.refit_sequences, settings=ending.refit)
         spent += time.perf_counter() - began
     began = time.perf_counter()
     report, plan = export_plan(
-        model, plan, store, run / "model", tokenizer=tokenizer, command=command, merge=merge, device=streamed_on
+        subject.model, subject.tokenizer, plan, factors, run / "model", merge=ending.merge, device=ending.streamed_on
     )
     plan.save(run / "plan.json")
     spent += time.perf_counter() - began
-    device = streamed_on or model.device
+    own_code = base_class(subject.model) is None
     score, small = score_in_fresh_process(
-        report.directory, protocol, device=device, stream=streamed_on is not None, trust=base_class(model) is None
+        report.directory, protocol, device=device, stream=ending.streamed_on is not None, trust=own_code
     )
-    rows.append(_row("learned", score, dense, plan, report.bytes, spent))
-    rates["learned"] = score.tokens_per_second
+    table.add("learned", score, plan, report.bytes, spent)
     samples = list(zip(protocol.prompts, texts, small, strict=True))
     save_figure(rank_map(plan), run / "rank_map.png")
     write_summary(
-        run, rows, method=plan.method, keep=plan.keep, command=command, protocol=protocol.describe(),
+        run, table.rows, method=plan.method, keep=plan.keep, command=command_line(), protocol=protocol.describe(),
         seconds=dict(seconds), samples=[list(sample) for sample in samples], notes=list(plan.notes),
         date=datetime.now().astimezone().isoformat(timespec="seconds"), versions=_versions(),
-        machine=describe_machine(device), tokens_per_second=rates, verified=report.verified,
+        machine=describe_machine(device), tokens_per_second=table.rates, verified=report.verified,
     )  # fmt: skip
-    # The export has just been checked, and its weights need not be read for that again.
+    # The export has just been checked: its weights need not be read again for that.
     record = read_run(run, look=False)
     refresh_card(record)
     write_page(record, run / "report.html")
-    return Finished(rows, samples, report)
+    return Finished(table.rows, samples, report)
 
 
-def _score_dense(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, streamed_on: torch.device | None
-) -> tuple[Score, list[str]]:
-    score = _score(model, protocol.sequences, "dense", streamed_on)
-    return score, generate_samples(model, tokenizer, protocol.prompts, max_new_tokens=protocol.max_new_tokens)
+class _Table:
+    """The rows of a run's table, and how fast each model was scored."""
+
+    def __init__(self, dense: Score) -> None:
+        self.dense = dense
+        self.rows: list[Row] = []
+        self.rates: dict[str, float] = {}
+
+    def add(self, name: str, score: Score, plan: RankPlan, size: int, seconds: float) -> None:
+        """Add the row of a model that ``plan`` describes and that has ``size`` bytes."""
+        excess = excess_nats(score, self.dense)
+        self.add_row(Row(name, score.perplexity, excess, plan.keep_targeted, plan.keep_model, size, seconds), score)
+
+    def add_row(self, row: Row, score: Score) -> None:
+        """Add a row."""
+        self.rows.append(row)
+        self.rates[row.name] = score.tokens_per_second
+
+
+def _score_dense(learned: Learned, ending: Ending) -> tuple[_Table, list[str]]:
+    """Return the table with its dense rows, and the dense model's continuations."""
+    protocol, subject, plan = ending.protocol, learned.subject, learned.plan
+    # The base before pruning is out of memory again before anything else is scored.
+    model = subject.model if learned.unpruned is None else learned.unpruned()
+    dense = _score(model, protocol.sequences, "dense", ending.streamed_on)
+    prompts, most = protocol.prompts, protocol.max_new_tokens
+    texts = generate_samples(model, subject.tokenizer, prompts, max_new_tokens=most)
+    del model
+    table, whole, pruning = _Table(dense), plan.dense(), learned.seconds.get("narrowing", 0.0)
+    if learned.unpruned is None:
+        table.add("dense", dense, whole, whole.bytes, pruning)
+        return table, texts
+    table.add_row(Row("dense", dense.perplexity, 0.0, 1.0, 1.0, plan.dense_bytes, 0.0), dense)
+    score = _score(subject.model, protocol.sequences, "pruned", ending.streamed_on)
+    table.add("pruned", score, whole, whole.bytes, pruning)
+    return table, texts
+
+
+def _score_baselines(table: _Table, learned: Learned, ending: Ending) -> None:
+    """Add the rows of the baselines, which get the same factors and the same budget."""
+    prepared = learned.seconds["factors"] + learned.seconds.get("narrowing", 0.0)
+    for name in ending.baselines:
+        began = time.perf_counter()
+        method = make_allocator(name)
+        plan = allocate_on(learned.factors, learned.subject, learned.budget, method, directory=learned.store)
+        spent = prepared + time.perf_counter() - began
+        score = _score_compressed(learned, ending, plan, factors_of_plan(plan, learned.factors), name)
+        table.add(name, score, plan, plan.bytes, spent)
+
+
+def _score_compressed(learned: Learned, ending: Ending, plan: RankPlan, factors: FactorStore, name: str) -> Score:
+    model = learned.subject.model
+    with compressed(model, plan, factors, device=ending.streamed_on):
+        return _score(model, ending.protocol.sequences, name, ending.streamed_on)
 
 
 def _score(model: PreTrainedModel, sequences: Tensor, name: str, streamed_on: torch.device | None) -> Score:
     """Return the score of ``model``, where it is or, from main memory, a layer at a time on ``streamed_on``."""
-    cooperating = 1 if streamed_on is None else TOGETHER
+    cooperating = 1 if streamed_on is None else STREAMED_BATCH_SIZE
     with streamed(model, streamed_on):
         return perplexity(model, sequences, batch_size=cooperating, progress=f"score {name}")
 
 
 def _versions() -> dict[str, str]:
     return {"lowrank_pl": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _row(name: str, score: Score, dense: Score, plan: RankPlan, size: int, seconds: float) -> Row:
-    return Row(name, score.perplexity, excess_nats(score, dense), plan.keep_targeted, plan.keep_model, size, seconds)
 
 
 def score_in_fresh_process(

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["SUFFIXES", "Document", "count_documents", "file_documents", "kind_of", "lines_of_share"]
+__all__ = ["SUFFIXES", "Document", "count_documents", "file_documents", "kind_of", "lines_in_part"]
 
 Document = Callable[[], Iterator[str]]
 """A document not read yet: calling it yields its text in one or more pieces."""
@@ -67,7 +67,7 @@ def count_documents(paths: Sequence[Path]) -> int:
     return sum(1 if kind_of(path) == "plain" else sum(1 for _ in _rows(path)) for path in paths)
 
 
-def lines_of_share(path: Path, begin: Fraction, end: Fraction) -> Iterator[str]:
+def lines_in_part(path: Path, begin: Fraction, end: Fraction) -> Iterator[str]:
     """Yield the lines of a plain file whose first character lies in that share of all its characters.
 
     Args:

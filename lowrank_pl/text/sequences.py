@@ -20,12 +20,12 @@ from lowrank_pl.utils.files import atomic_write, cache_root, sha256_of
 
 __all__ = [
     "Calibration",
-    "known_sequences",
+    "count_overlapping",
     "sequences_fingerprint",
     "token_windows",
     "tokenizer_fingerprint",
     "uses_bos",
-    "warn_of_known",
+    "warn_of_overlap",
 ]
 
 SEGMENT = 1 << 16  # characters tokenised at a time
@@ -224,7 +224,7 @@ def _tokens_between(buffer: str, begin: int, end: int, tokenizer: PreTrainedToke
     return end, [token for token, (start, _) in pairs if begin <= start < end]
 
 
-def known_sequences(
+def count_overlapping(
     sequences: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> int:
     """Return how many of ``sequences`` ``[sequences, length]`` have their middle passage in one of ``others``.
@@ -240,16 +240,16 @@ def known_sequences(
     return sum(any(_contains(stream, sequence[bos:]) for stream in streams) for sequence in sequences)
 
 
-def warn_of_known(sequences: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+def warn_of_overlap(sequences: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
     """Warn of sequences to score whose text is learned from.
 
     Args:
-        sequences: As in ``known_sequences``.
+        sequences: As in ``count_overlapping``.
         others: Those that are learned from.
         tokenizer: The one that made them.
         what: What the sequences are called.
     """
-    known = known_sequences(sequences, others, tokenizer)
+    known = count_overlapping(sequences, others, tokenizer)
     if known:
         _log.warning(
             "%d of %d %s hold text that is learnt from as well: their perplexity flatters", known, len(sequences), what

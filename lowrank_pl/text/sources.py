@@ -37,7 +37,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowrank_pl.text.files import SUFFIXES, Document, count_documents, file_documents, kind_of, lines_of_share
+from lowrank_pl.text.files import SUFFIXES, Document, count_documents, file_documents, kind_of, lines_in_part
 from lowrank_pl.text.records import record_text
 from lowrank_pl.utils.files import sha256_of
 
@@ -265,7 +265,7 @@ def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase | None) ->
     if source.part is None:
         return file_documents(source.paths, as_text)
     if len(source.paths) == 1 and kind_of(source.paths[0]) == "plain":
-        return iter([partial(lines_of_share, source.paths[0], *source.part)])
+        return iter([partial(lines_in_part, source.paths[0], *source.part)])
     count = count_documents(source.paths)
     begin, end = (int(share * count) for share in source.part)
     return islice(file_documents(source.paths, as_text), begin, end)

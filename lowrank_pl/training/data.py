@@ -20,7 +20,7 @@ from lowrank_pl.text.sequences import (
     token_windows,
     tokenizer_fingerprint,
     uses_bos,
-    warn_of_known,
+    warn_of_overlap,
 )
 from lowrank_pl.text.sources import parse_text
 from lowrank_pl.utils.files import sha256_of
@@ -399,7 +399,7 @@ class CalibrationData(pl.LightningDataModule):
             *built.train.shape, self.text, *built.statistics.shape, self.statistics_text, *built.validation.shape,
             self.validation_text, " that follow those" if held_out else "",
         )  # fmt: skip
-        warn_of_known(built.validation, (built.train, built.statistics), self.tokenizer, "validation windows")
+        warn_of_overlap(built.validation, (built.train, built.statistics), self.tokenizer, "validation windows")
         return built
 
 

@@ -18,13 +18,13 @@ from lowrank_pl.evaluate.generation import check_prompts
 from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.export.export import check_destination
 from lowrank_pl.factors.compression import restore_dense
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.models.identity import Origin
-from lowrank_pl.models.offload import lacks_room
+from lowrank_pl.models.offload import exceeds_memory
 from lowrank_pl.report.finish import Finished, Protocol, finish_run
 from lowrank_pl.report.model_card import sample_table
-from lowrank_pl.text.sequences import token_windows, warn_of_known
+from lowrank_pl.text.sequences import token_windows, warn_of_overlap
 from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.tensorboard import boards, log_everywhere
@@ -103,7 +103,7 @@ class FinishRun(Stopwatch):
         self.baselines, self.prompts, self.max_new_tokens = tuple(baselines), tuple(prompts), max_new_tokens
         self.merge, self.refit, self.streamed, self.json = merge, refit, streamed, json
         for name in baselines:
-            allocator(name)
+            make_allocator(name)
         self.finished: Finished | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -119,7 +119,7 @@ class FinishRun(Stopwatch):
         assert isinstance(learner, RankLearner)
         for name in self.baselines:
             try:
-                allocator(name).check_kind(learner.decomposition.kind)
+                make_allocator(name).check_kind(learner.decomposition.kind)
             except ValueError as error:
                 raise ValueError(f"the baseline {name} can't be drawn beside what is learned: {error}") from None
 
@@ -198,7 +198,7 @@ class FinishRun(Stopwatch):
         if self.streamed is not None:
             return self.streamed
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-        return sharded and lacks_room(learner.weight_bytes, trainer.strategy.root_device, ever=ever)
+        return sharded and exceeds_memory(learner.weight_bytes, trainer.strategy.root_device, ever=ever)
 
     def _dense_model(self, trainer: Trainer, learner: RankLearner) -> PreTrainedModel:
         """Return the base: taken out of the masked model, or loaded again where that one is sharded."""
@@ -221,7 +221,7 @@ class FinishRun(Stopwatch):
         else:
             text = self.score_text
             sequences = token_windows(text, data.tokenizer, length=self.score_length, sequences=self.score_sequences)
-            warn_of_known(
+            warn_of_overlap(
                 sequences, (data.train_windows, data.statistics_sequences), data.tokenizer, "windows to score"
             )
         return Protocol(text, sequences, self.prompts, self.max_new_tokens)

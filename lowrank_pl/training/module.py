@@ -35,7 +35,7 @@ from lowrank_pl.methods.masks.schedule import KeepSchedule, half_cosine
 from lowrank_pl.methods.masks.start import read_start, start_of
 from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.models.base import load_base
-from lowrank_pl.models.forward import recompute_blocks, refuse_dropout
+from lowrank_pl.models.forward import enable_activation_checkpointing, refuse_dropout
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import Targets, decoder_blocks, find_targets
 from lowrank_pl.plans.budget import Budget, budget_for
@@ -255,7 +255,7 @@ class RankLearner(LightningModule):
             empty=sharded,
         )  # fmt: skip
         if self.gradient_checkpointing:
-            recompute_blocks(model)
+            enable_activation_checkpointing(model)
         self.model = model
         self.layers = masked_layers(model)
         self.masks = {name: layer.mask for name, layer in self.layers.items()}

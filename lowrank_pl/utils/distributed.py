@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "LostProcessError",
-    "balanced",
+    "my_balanced_share",
     "broadcast_from_first",
     "cooperating",
     "explain_lost_process",
@@ -21,15 +21,15 @@ __all__ = [
     "my_share",
     "one_process_at_a_time",
     "sum_across_processes",
-    "total",
-    "wait",
+    "total_across_processes",
+    "barrier",
     "world_size",
 ]
 
 Item = TypeVar("Item")
 
 
-_TOGETHER = ContextVar("cooperating", default=False)
+_COOPERATING = ContextVar("cooperating", default=False)
 
 
 @contextmanager
@@ -44,17 +44,17 @@ def cooperating() -> Iterator[None]:
         ...     my_share("abc")
         ['a', 'b', 'c']
     """
-    token = _TOGETHER.set(True)
+    token = _COOPERATING.set(True)
     try:
         yield
     finally:
-        _TOGETHER.reset(token)
+        _COOPERATING.reset(token)
 
 
 def world_size() -> int:
     """Return how many processes share the work."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed and _TOGETHER.get() else 1
+    return torch.distributed.get_world_size() if distributed and _COOPERATING.get() else 1
 
 
 def _rank() -> int:
@@ -71,7 +71,7 @@ def my_share(items: Sequence[Item]) -> list[Item]:
     return list(items[_rank() :: world_size()])
 
 
-def balanced(items: Sequence[Item], costs: Sequence[float]) -> list[Item]:
+def my_balanced_share(items: Sequence[Item], costs: Sequence[float]) -> list[Item]:
     """Return this process's share of ``items``, in order, so that all processes have about the same cost.
 
     The most expensive item that is left goes to the process that has least to do (Graham's rule: at most a third more
@@ -102,7 +102,7 @@ def sum_across_processes(numbers: Tensor) -> None:
     numbers.copy_(added)
 
 
-def total(number: int) -> int:
+def total_across_processes(number: int) -> int:
     """Return the sum of ``number`` over all processes."""
     numbers = torch.tensor(number)
     sum_across_processes(numbers)
@@ -118,7 +118,7 @@ def broadcast_from_first(make: Callable[[], Item]) -> Item:
     return made[0]  # type: ignore[return-value]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Return when all processes have come here."""
     if world_size() > 1:
         torch.distributed.barrier()
@@ -154,11 +154,11 @@ def explain_lost_process(advice: Callable[[], str]) -> Iterator[None]:
 def one_process_at_a_time() -> Iterator[None]:
     """Let the first process run the block before the others do, so that they find what it creates."""
     if not is_first():
-        wait()
+        barrier()
     try:
         yield
     finally:
         # After an error as well: the others run into the same one and say so, instead of waiting for a process that
         # is gone.
         if is_first():
-            wait()
+            barrier()

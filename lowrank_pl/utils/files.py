@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["atomic_directory", "atomic_write", "cache_root", "canonical_json", "claimed", "sha256_of", "write_json"]
+__all__ = ["atomic_directory", "atomic_write", "cache_root", "canonical_json", "locked", "sha256_of", "write_json"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def canonical_json(value: Any) -> str:
 
 
 @contextmanager
-def claimed(lock: Path, what: str) -> Iterator[None]:
+def locked(lock: Path, what: str) -> Iterator[None]:
     """Let no other process into a block with the same ``lock`` while this one runs; wait for one that is in it.
 
     A killed process gives its claim back.
@@ -85,7 +85,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        _open_to_umask(Path(name), 0o666)
+        _apply_umask(Path(name), 0o666)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -112,12 +112,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
-        _open_to_umask(building, 0o777)
+        _apply_umask(building, 0o777)
         yield building
         for file in building.rglob("*"):
             # safetensors keeps weights to their owner, and an export is there to be shared.
             if file.is_file():
-                _open_to_umask(file, 0o666)
+                _apply_umask(file, 0o666)
         _swap(building, path)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -141,7 +141,7 @@ def _swap(building: Path, path: Path) -> None:
     shutil.rmtree(old)
 
 
-def _open_to_umask(path: Path, mode: int) -> None:
+def _apply_umask(path: Path, mode: int) -> None:
     """Give ``path`` the mode that a plain ``open`` or ``mkdir`` would: ``mkstemp`` makes it private."""
     mask = os.umask(0)
     os.umask(mask)

@@ -16,16 +16,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lowrank_pl.utils.distributed import broadcast_from_first, is_first, one_process_at_a_time, wait, world_size
-from lowrank_pl.utils.files import atomic_write, cache_root, canonical_json, claimed, sha256_of, write_json
+from lowrank_pl.utils.distributed import broadcast_from_first, is_first, one_process_at_a_time, barrier, world_size
+from lowrank_pl.utils.files import atomic_write, cache_root, canonical_json, locked, sha256_of, write_json
 
-__all__ = ["KEY", "UNKNOWN", "DamagedError", "TensorStore", "check_whole", "total_seconds", "with_checksum"]
+__all__ = [
+    "CHECKSUM_KEY",
+    "CHECKSUM_UNKNOWN",
+    "DamagedError",
+    "TensorStore",
+    "verify_checksum",
+    "total_seconds",
+    "with_checksum",
+]
 
-KEY = "crc32"
+CHECKSUM_KEY = "crc32"
 """What the checksum is called among the file's metadata."""
 
 
-UNKNOWN = "00000000"
+CHECKSUM_UNKNOWN = "00000000"
 """What stands there until it is known."""
 
 
@@ -37,12 +45,12 @@ def with_checksum(data: bytes) -> bytes:
     """Return a safetensors file with the checksum of its tensors in the place of the one not known."""
     header = _header_bytes(data)
     known = f"{zlib.crc32(memoryview(data)[header:]):08x}"
-    old, new = (f'"{KEY}":"{value}"'.encode() for value in (UNKNOWN, known))
+    old, new = (f'"{KEY}":"{value}"'.encode() for value in (CHECKSUM_UNKNOWN, known))
     assert data[:header].count(old) == 1
     return data[:header].replace(old, new) + data[header:]
 
 
-def check_whole(path: Path) -> None:
+def verify_checksum(path: Path) -> None:
     """Compare the tensors of a file with their checksum: a flipped bit would be read without a word.
 
     Files of versions that wrote none are taken as they are.
@@ -55,7 +63,7 @@ def check_whole(path: Path) -> None:
         raise DamagedError("it is empty")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         header = _header_bytes(data)
-        found = re.search(rb'"%b":"([0-9a-f]{8})"' % KEY.encode(), data[:header])
+        found = re.search(rb'"%b":"([0-9a-f]{8})"' % CHECKSUM_KEY.encode(), data[:header])
         with memoryview(data) as view:
             if found and int(found[1], 16) != zlib.crc32(view[header:]):
                 raise DamagedError("the checksum of its tensors is wrong")
@@ -160,21 +168,21 @@ class TensorStore:
             OSError: The disk is full or not writable; nothing of ``name`` is left then.
         """
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        notes = {"digest": self.digest, **(notes or {}), KEY: UNKNOWN}
+        notes = {"digest": self.digest, **(notes or {}), CHECKSUM_KEY: CHECKSUM_UNKNOWN}
         atomic_write(self.path(name), with_checksum(save(ready, metadata=notes)))
         self._whole.discard(name)
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Let no other process write here while the block runs; wait for one that does.
 
         What was missing before may then be there. A killed process gives its claim back.
         """
-        with claimed(self.directory / ".lock", f"filling the {self.kind} store at {self.directory}"):
+        with locked(self.directory / ".lock", f"filling the {self.kind} store at {self.directory}"):
             yield
 
     @contextmanager
-    def making(self, names: Iterable[str]) -> Iterator[list[str]]:
+    def filling(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Yield those of ``names`` that this run has to make, in order, the store claimed for it; none is no claim.
 
         Processes that work together get the same names, each of which one of them has to write, and leave the block
@@ -185,10 +193,10 @@ class TensorStore:
         """
         names = list(names)
         if broadcast_from_first(lambda: self.missing(names)):
-            with self.claimed() if is_first() else nullcontext():
+            with self.locked() if is_first() else nullcontext():
                 # Another run that was at it may have made them in the meantime.
                 yield broadcast_from_first(lambda: self.missing(names))
-                wait()
+                barrier()
         else:
             yield []
         self._check_shared(names)
@@ -214,7 +222,7 @@ class TensorStore:
         """
         with self._open(name) as file:
             view = file.get_slice(key)
-            part: Tensor = view[_slice(rows)] if columns is None else view[_slice(rows), _slice(columns)]
+            part: Tensor = view[as_slice(rows)] if columns is None else view[as_slice(rows), as_slice(columns)]
             return part.contiguous()
 
     @contextmanager
@@ -222,7 +230,7 @@ class TensorStore:
         """Yield the open file of ``name``; errors name it and the cure."""
         try:
             if check and name not in self._whole:
-                check_whole(self.path(name))
+                verify_checksum(self.path(name))
                 self._whole.add(name)
             with safe_open(self.path(name), framework="pt") as file:
                 yield file
@@ -238,7 +246,7 @@ class TensorStore:
     def notes(self, name: str) -> dict[str, str]:
         """Return what was noted when ``name`` was written; errors as in ``read``."""
         with self._open(name) as file:
-            return {key: value for key, value in (file.metadata() or {}).items() if key not in ("digest", KEY)}
+            return {key: value for key, value in (file.metadata() or {}).items() if key not in ("digest", CHECKSUM_KEY)}
 
     def seconds(self, names: Iterable[str]) -> float | None:
         """Return how long it took to make what is stored of ``names``; ``None`` where that was not noted."""
@@ -246,7 +254,7 @@ class TensorStore:
         return total_seconds(None if seconds is None else float(seconds) for seconds in noted)
 
 
-def _slice(part: slice | int | None) -> slice:
+def as_slice(part: slice | int | None) -> slice:
     return part if isinstance(part, slice) else slice(part)
 
 

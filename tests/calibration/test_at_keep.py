@@ -14,7 +14,7 @@ from lowrank_pl.calibration import statistics as collected
 from lowrank_pl.calibration.build import build_factors, build_gradients
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.models.targets import dense_weight, find_targets
@@ -31,7 +31,7 @@ def _fresh_cache(tmp_path, monkeypatch):
 
 
 def plan_at(model, targets, store, keep):
-    return allocator("fisher").plan(Problem(budget_for(model, targets, keep), store, targets))
+    return make_allocator("fisher").plan(Problem(budget_for(model, targets, keep), store, targets))
 
 
 def moments(model, targets, sequences, *, weighted):
@@ -156,7 +156,7 @@ def test_corrections_take_up_the_same_weights_or_say_that_they_are_gone(llama, s
     assert "refitted" in " ".join(refitted()[0].notes)
     gradients = build_gradients(llama, targets, sequences[:4], tokenizer)
     drawing = Problem(budget_for(llama, targets, 0.6), store, targets, llama, sequences[:4], gradients)
-    assert "weights corrected in 1 rounds" in " ".join(allocator("zs_svd", rounds=1).plan(drawing).notes)
+    assert "weights corrected in 1 rounds" in " ".join(make_allocator("zs_svd", rounds=1).plan(drawing).notes)
     where = collected.statistics_of_factors(store, llama, sequences[:4]).compressed(
         TWICE.point(store.fingerprint["at_modules"])
     )

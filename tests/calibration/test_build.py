@@ -149,7 +149,7 @@ def test_interrupted_decomposition_resumes_at_the_next_module(build, work, monke
 
 
 def test_what_another_run_made_while_this_one_waited_is_taken(build, work, monkeypatch):
-    real, theirs = prepare.FactorStore.claimed, []
+    real, theirs = prepare.FactorStore.locked, []
 
     @contextmanager
     def waited(store):

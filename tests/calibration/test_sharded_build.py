@@ -17,7 +17,7 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.masked_linear import chosen, insert_masks, masked_layers
-from lowrank_pl.models.base import can_be_shared, load_base
+from lowrank_pl.models.base import loads_in_parts, load_base
 from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
@@ -207,15 +207,15 @@ def test_what_is_measured_in_the_compressed_model_is_found_or_made_of_the_whole_
 @pytest.mark.parametrize("base", ["random:llama", "layers:llama-3.2-1b"])
 def test_a_base_that_is_made_and_not_read_is_loaded_whole_and_said(base, caplog):
     assert opened(base) is None
-    assert not can_be_shared(base)
+    assert not loads_in_parts(base)
     assert f"{base} is loaded whole by every process before it is sharded: its random weights are made" in caplog.text
 
 
 def test_names_tell_what_can_be_shared(tmp_path):
     (tmp_path / "model.gguf").touch()
-    assert can_be_shared("shapes:llama-3-70b")
-    assert can_be_shared("meta-llama/Llama-3.2-1B")
-    assert not can_be_shared(str(tmp_path / "model.gguf"))
+    assert loads_in_parts("shapes:llama-3-70b")
+    assert loads_in_parts("meta-llama/Llama-3.2-1B")
+    assert not loads_in_parts(str(tmp_path / "model.gguf"))
 
 
 @pytest.mark.parametrize("name", ["energy", "strs"])

@@ -18,7 +18,7 @@ from lowrank_pl.cli.main import main
 from lowrank_pl.evaluate.likelihood import Score
 from lowrank_pl.evaluate.size_curve import KEEPS, Curve, CurvePoint, curve_plot, curve_table, score_curve
 from lowrank_pl.factors import compression as compress
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.plans.budget import budget_for
@@ -32,7 +32,7 @@ TEXT = "python-docs::part=0%-10%"
 def made(llama, sequences, tokenizer):
     targets = find_targets(llama)
     store = build_factors(llama, targets, sequences, tokenizer)
-    return allocator("uniform").plan(Problem(budget_for(llama, targets, 0.5), store, targets)), store
+    return make_allocator("uniform").plan(Problem(budget_for(llama, targets, 0.5), store, targets)), store
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ def test_a_store_that_another_run_fills_is_waited_for_and_a_killed_one_gives_it_
     entered = threading.Event()
 
     def claim():
-        with store.claimed():
+        with store.locked():
             entered.set()
 
     waiting = threading.Thread(target=claim)

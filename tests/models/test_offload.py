@@ -14,7 +14,7 @@ from lowrank_pl.factors.compression import compressed
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.eval_mode import input_device
-from lowrank_pl.models.offload import lacks_room, streamed, too_large
+from lowrank_pl.models.offload import exceeds_memory, streamed, too_large
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from tests.helpers.tiny_training import fit, make_learner, validated
 from tests.helpers.unchanged import assert_untouched, state
@@ -51,13 +51,13 @@ def test_an_error_inside_leaves_the_model_whole_and_no_device_changes_nothing():
 def test_there_is_room_for_two_of_a_model_or_none(monkeypatch):
     assert not too_large(40e9, 80e9)
     assert too_large(41e9, 80e9)
-    assert not lacks_room(1e15, CPU)
+    assert not exceeds_memory(1e15, CPU)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=30))
     gpu = torch.device("cuda", 0)
-    assert [lacks_room(size, gpu) for size in (5, 6)] == [False, True]
-    assert [lacks_room(size, gpu, ever=True) for size in (15, 16)] == [False, True]
+    assert [exceeds_memory(size, gpu) for size in (5, 6)] == [False, True]
+    assert [exceeds_memory(size, gpu, ever=True) for size in (15, 16)] == [False, True]
 
 
 @pytest.mark.parametrize("merge", [False, True])

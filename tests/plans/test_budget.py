@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.uniform import Uniform
 from lowrank_pl.plans.budget import Budget, check_keep
@@ -225,14 +225,14 @@ def test_impossible_wishes(wishes, message):
 
 def test_uniform_keeps_the_same_fraction_everywhere():
     shapes = {"a": (64, 64), "b": (192, 64), "c": (64, 192), "d": (100, 30)}
-    plan = allocator("uniform").plan(
+    plan = make_allocator("uniform").plan(
         problem(Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=40_000))
     )
     assert plan.method == "uniform"
     for (m, n), module in zip(shapes.values(), plan.modules.values(), strict=True):
         assert abs(module.rank - 0.6 * m * n / (m + n)) <= 1.0
     with pytest.raises(ValueError, match=r"no allocator is called 'best': expected one of uniform"):
-        allocator("best")
+        make_allocator("best")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_pl.plans.component_order import ComponentOrder, wish_scores
+from lowrank_pl.plans.component_order import ComponentOrder, requested_rank_scores
 
 numbers = st.lists(st.floats(width=32, allow_nan=False), max_size=9)
 
@@ -57,7 +57,7 @@ def test_damaged_text_is_named(text):
 
 
 def test_wishes_go_down_together():
-    a, b = wish_scores((30, 40), 20.0), wish_scores((30, 40), 10.0)
+    a, b = requested_rank_scores((30, 40), 20.0), requested_rank_scores((30, 40), 10.0)
     assert [int((scores >= 2.0).sum()) for scores in (a, b)] == [10, 5]
-    assert wish_scores((3, 2), math.inf).tolist() == [math.inf, math.inf]
-    assert wish_scores((3, 2), 0.0).tolist() == [0.0, 0.0]
+    assert requested_rank_scores((3, 2), math.inf).tolist() == [math.inf, math.inf]
+    assert requested_rank_scores((3, 2), 0.0).tolist() == [0.0, 0.0]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from lowrank_pl.models.tiny import byte_tokenizer
 from lowrank_pl.text import sequences
 from lowrank_pl.text.sequences import (
-    known_sequences,
+    count_overlapping,
     sequences_fingerprint,
     token_windows,
     tokenizer_fingerprint,
@@ -200,9 +200,9 @@ def test_fingerprint_of_windows():
 
 def test_known_windows_are_those_whose_middle_stands_in_others():
     stream = torch.arange(400).view(4, 100)
-    assert known_sequences(stream[1:3], [stream]) == 2
-    assert known_sequences(stream[1:3] + 1000, [stream]) == 0
-    assert known_sequences(stream[:, :8], [torch.arange(4)[None]]) == 0
+    assert count_overlapping(stream[1:3], [stream]) == 2
+    assert count_overlapping(stream[1:3] + 1000, [stream]) == 0
+    assert count_overlapping(stream[:, :8], [torch.arange(4)[None]]) == 0
 
 
 def test_cache_lies_in_the_cache_root(private_cache, caplog):

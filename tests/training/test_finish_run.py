@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lowrank_pl import FinishRun, RankMonitor, RankPlan, load_compressed, perplexity
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.run import draw
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import tiny_model
@@ -138,7 +138,13 @@ def test_baselines_that_measure_and_differentiate_are_drawn_on_the_runs_own_fact
     targets = find_targets(model)
     for name in ("zs_svd", "strs", "svdllm_v2"):
         plan = draw(
-            allocator(name), learner.budget, learner.store, targets, model, data.statistics_sequences, data.tokenizer
+            make_allocator(name),
+            learner.budget,
+            learner.store,
+            targets,
+            model,
+            data.statistics_sequences,
+            data.tokenizer,
         )
         with compressed(model, plan, learner.store):
             score = perplexity(model, data.validation_sequences)

@@ -18,7 +18,7 @@ from lowrank_pl.cli.main import main
 from lowrank_pl.factors import compression as compress
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods import masks
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
@@ -370,7 +370,7 @@ def test_every_mask_that_takes_a_start_is_tried():
 def test_masks_start_from_a_plan_that_an_allocator_draws(name):
     learner = built(start=name, keep=0.6)
     targets = find_targets(load_base("random:llama"))
-    data, method = make_data(), allocator(name)
+    data, method = make_data(), make_allocator(name)
     model, sequences = load_base("random:llama"), data.statistics_sequences
     gradients = build_gradients(model, targets, sequences, data.tokenizer) if method.needs_gradients else None
     problem = Problem(budget=learner.budget, factors=learner.store, targets=targets, model=model, sequences=sequences,

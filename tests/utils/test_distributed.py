@@ -14,14 +14,14 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.utils.distributed import (
     LostProcessError,
-    balanced,
+    my_balanced_share,
     broadcast_from_first,
     cooperating,
     explain_lost_process,
     my_share,
     one_process_at_a_time,
     sum_across_processes,
-    total,
+    total_across_processes,
     world_size,
 )
 from tests.helpers.two_processes import in_two_processes
@@ -52,11 +52,11 @@ def work_together(rank, folder):
     with cooperating():
         assert world_size() == 2
         assert my_share("abcde") == [["a", "c", "e"], ["b", "d"]][rank]
-        assert balanced("abcd", [1, 6, 2, 3]) == [["b"], ["a", "c", "d"]][rank]
+        assert my_balanced_share("abcd", [1, 6, 2, 3]) == [["b"], ["a", "c", "d"]][rank]
         numbers = torch.tensor([rank + 1.0, 2.0])
         sum_across_processes(numbers)
         assert numbers.tolist() == [3.0, 4.0]
-        assert total(rank + 3) == 7
+        assert total_across_processes(rank + 3) == 7
         assert broadcast_from_first(lambda: f"said by {rank}") == "said by 0"
         with one_process_at_a_time():
             (folder / "order").open("a").write(str(rank))

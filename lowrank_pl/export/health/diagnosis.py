@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from lowrank_pl.utils.formatting import table
 
-__all__ = ["Diagnosis", "Finding", "Health", "Sample", "some"]
+__all__ = ["Diagnosis", "Finding", "Health", "Sample", "first_few"]
 
 Health = Literal["healthy", "warning", "sick"]
 """From good to bad; a sick model must not be used, a warning is for a person to weigh."""
@@ -42,7 +42,7 @@ class Finding:
         return f"{self.said}; {self.advice}" if self.advice else self.said
 
 
-def some(names: Sequence[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are, for a sentence.
 
     >>> some(["a", "b", "c", "d", "e"])

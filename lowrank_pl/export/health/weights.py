@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank_pl.export.health.diagnosis import Finding, some
+from lowrank_pl.export.health.diagnosis import Finding, first_few
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.storage import INDEX_BYTES
 
@@ -172,7 +172,7 @@ def _storage(plan: RankPlan, found: Mapping[str, ModulePlan], figures: Mapping[s
     low_rank = [name for name, module in plan.modules.items() if module.rank is not None]
     other = [name for name in low_rank if found[name].storage != plan.modules[name].storage]
     if other:
-        told = some([f"{name} is stored {found[name].storage}" for name in other])
+        told = first_few([f"{name} is stored {found[name].storage}" for name in other])
         said = f"{told}, planned otherwise, so that the plan's own counts are off"
         advice = "save the plan that lowrank_pl.compress.deployed_plan returns"
         return Finding("plan", "warning", said, {**figures, "stored_otherwise": other}, advice)

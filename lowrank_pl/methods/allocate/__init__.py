@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lowrank_pl.methods.allocate.base import Allocator, Problem, drawn_on
+from lowrank_pl.methods.allocate.base import Allocator, Problem, factors_of_plan
 from lowrank_pl.methods.allocate.drank import DRank
 from lowrank_pl.methods.allocate.energy import Energy
 from lowrank_pl.methods.allocate.fisher import Fisher
@@ -25,8 +25,8 @@ __all__ = [
     "Problem",
     "SVDLLMv2",
     "Uniform",
-    "allocator",
-    "drawn_on",
+    "factors_of_plan",
+    "make_allocator",
 ]
 
 ALLOCATORS: dict[str, type[Allocator]] = {
@@ -34,13 +34,13 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 }
 
 
-def allocator(name: str, **settings: Any) -> Allocator:
+def make_allocator(name: str, **settings: Any) -> Allocator:
     """Return the allocator called ``name`` with its ``settings``.
 
     Raises:
         ValueError: There is none, or it has no such setting; the message lists those that exist.
 
-    >>> allocator("uniform").name
+    >>> make_allocator("uniform").name
     'uniform'
     """
     if name not in ALLOCATORS:

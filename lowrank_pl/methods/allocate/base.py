@@ -1,4 +1,4 @@
-"""What every closed-form allocator is: a score for every component of every module; the budget does the rest."""
+"""The interface of closed-form allocators: they score every component, and the budget takes the best."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.tensor_store import TensorStore
 
-__all__ = ["Allocator", "Problem", "drawn_on"]
+__all__ = ["Allocator", "Problem", "factors_of_plan"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Problem:
         targets: What was found in the model.
         model: The dense base; left as it was.
         sequences: ``[sequences, length]`` calibration token ids.
-        gradients: Mean weight gradients (``lowrank_pl.prepare.build_gradients``), for allocators that need them.
+        gradients: Mean weight gradients (``lowrank_pl.calibration.build.build_gradients``), for allocators that need them.
     """
 
     budget: Budget
@@ -42,14 +42,14 @@ class Problem:
 
 
 class Allocator(ABC):
-    """Draws a plan without training: scores every component, the highest-scored ones that the budget pays for stay.
+    """Chooses ranks without training: it scores every component, and the budget keeps the highest-scored ones.
 
     Attributes:
-        name: What ``lowrank allocate --method`` calls it.
-        default_kind: Kind of decomposition that it draws on when none is asked for, its paper's where there is one.
-        kinds: Kinds of decomposition whose singular values mean what the scores take them for; empty for any.
-        needs_gradients: Whether ``Problem.gradients`` has to be there.
-        needs_model: Whether it runs the model, which then has to have its weights.
+        name: Its name in ``lowrank allocate --method``.
+        default_kind: Kind of decomposition when none is asked for: that of its paper, where there is one.
+        kinds: Kinds of decomposition whose singular values the scores can read; empty for any.
+        needs_gradients: Whether it reads ``Problem.gradients``.
+        needs_model: Whether it runs the model, which then must have its weights.
     """
 
     name: ClassVar[str]
@@ -63,24 +63,24 @@ class Allocator(ABC):
         """Return a score ``[components]`` for every module: higher is kept longer, across modules."""
 
     def notes(self, problem: Problem) -> Sequence[str]:
-        """Return what the plan should remember of how it was drawn."""
+        """Return what the plan should remember of how its ranks were chosen."""
         return ()
 
     def plan(self, problem: Problem) -> RankPlan:
         """Return the plan of the highest-scored components at exactly the budget.
 
-        A method that makes factors of its own, as a correction of weights does, names them in the plan: its fingerprint
-        is that of the new factors and ``origin["store"]`` their folder. Otherwise both are empty, and the plan is one
-        for ``problem.factors``; ``drawn_on`` tells.
+        A method that makes factors of its own, as a correction of weights does, names them in the plan: the plan's
+        fingerprint is that of the new factors, and ``origin["store"]`` is their folder. Otherwise both are empty, and
+        the plan is for ``problem.factors``. ``factors_of_plan`` returns the right ones.
 
         Raises:
-            ValueError: The factors are of a kind that this method can't read, or what it needs is missing.
+            ValueError: This method can't read this kind of factors, or ``problem`` lacks something that it needs.
         """
         self.check(problem)
         return problem.budget.select(self.scores(problem), method=self.name, notes=self.notes(problem))
 
     def default_decomposition(self) -> Decomposition:
-        """Return the decomposition that this method draws on when none is asked for."""
+        """Return the decomposition that this method uses when none is asked for."""
         return Decomposition(self.default_kind)
 
     def need_model(self, problem: Problem) -> tuple[PreTrainedModel, Tensor]:
@@ -91,18 +91,18 @@ class Allocator(ABC):
         """
         assert self.needs_model
         if problem.model is None or problem.sequences is None:
-            what = "model" if problem.model is None else "calibration windows"
+            what = "model" if problem.model is None else "calibration sequences"
             raise ValueError(
                 f"the allocator {self.name} was given no {what}, on which it measures: give Problem both model and "
-                "windows, or draw the plan with lowrank_pl.draw.draw"
+                "sequences, or use allocate_ranks"
             )
         return problem.model, problem.sequences
 
     def check_kind(self, kind: str | None) -> None:
-        """Check that this method can read factors of ``kind``, which it can be asked before there are any.
+        """Refuse a kind of factors that this method can't read; no factors are needed for the check.
 
         Raises:
-            ValueError: It can't.
+            ValueError: This method can't read factors of ``kind``.
         """
         if self.kinds and kind not in self.kinds:
             raise ValueError(
@@ -111,19 +111,19 @@ class Allocator(ABC):
             )
 
     def check(self, problem: Problem) -> None:
-        """Check that ``problem`` has what this method needs.
+        """Refuse a problem that lacks something this method needs.
 
         Raises:
-            ValueError: It has not.
+            ValueError: Factors of another kind, or no gradients.
         """
         self.check_kind(problem.factors.fingerprint.get("kind"))
         if self.needs_gradients and problem.gradients is None:
             raise ValueError(
                 f"the allocator {self.name} was given no weight gradients: collect them with "
-                "lowrank_pl.prepare.build_gradients"
+                "lowrank_pl.calibration.build.build_gradients"
             )
 
 
-def drawn_on(plan: RankPlan, factors: FactorStore) -> FactorStore:
-    """Return the factors that an allocator's ``plan`` is for: those that it was given, or those that it made."""
+def factors_of_plan(plan: RankPlan, factors: FactorStore) -> FactorStore:
+    """Return the factors that an allocator's ``plan`` is for: ``factors``, or those that the allocator made itself."""
     return FactorStore.existing(plan.origin["store"]) if plan.fingerprint else factors

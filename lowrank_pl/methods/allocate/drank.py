@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.methods.allocate.energy import energy_shares
-from lowrank_pl.plans.component_order import wish_scores
+from lowrank_pl.plans.component_order import requested_rank_scores
 
 __all__ = ["DRank", "effective_rank"]
 
@@ -50,7 +50,7 @@ class DRank(Allocator):
                 moved += self.shift * wishes[attention[part]] * sum(shapes[attention[part]])
                 wishes[attention[part]] *= 1 - self.shift
             wishes[attention["v_proj"]] += moved / sum(shapes[attention["v_proj"]])
-        return {name: wish_scores(shape, wishes[name]) for name, shape in shapes.items()}
+        return {name: requested_rank_scores(shape, wishes[name]) for name, shape in shapes.items()}
 
     def notes(self, problem: Problem) -> Sequence[str]:
         """Return in how many attentions ranks were moved, or that there were none to move."""

@@ -24,7 +24,7 @@ from lowrank_pl.factors.decomposition import Factors, truncate
 from lowrank_pl.factors.settings import Kind
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate.base import Allocator, Problem
-from lowrank_pl.models.forward import block_outputs, can_resume, resumed
+from lowrank_pl.models.forward import block_outputs, forward_from_is_exact, forward_from
 from lowrank_pl.models.targets import Target, decoder_blocks, replaced
 from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
@@ -88,7 +88,7 @@ def _measure(
     record: _Record,
     batch_size: int,
 ) -> None:
-    resuming = can_resume(model, sequences[:1, :32])
+    resuming = forward_from_is_exact(model, sequences[:1, :32])
     if not resuming:
         _log.warning(
             "the blocks of %s share more than the hidden state: every loss takes a whole forward pass",
@@ -111,7 +111,7 @@ def _measure(
             for target, ranks in members:
                 whole = factors.factors(target.name, max(ranks))
                 for rank in ranks:
-                    begin = resumed(model, block, outputs) if resuming else nullcontext()
+                    begin = forward_from(model, block, outputs) if resuming else nullcontext()
                     with begin, truncated(model, target.name, truncate(whole, rank)):
                         record.add((target.name, rank), perplexity(model, sequences, batch_size=batch_size).nats)
                     bar.update(prices[target.name])

@@ -59,17 +59,15 @@ class ZSSVD(Allocator):
         """Return the plan, which notes the sum of the changes; errors as in ``Allocator.plan``."""
         if self.rounds == 0:
             return self._plan(problem)
-        model, sequences = self.need_model(problem)
+        _, sequences = self.need_model(problem)
         plan, factors = correct(
             self._plan(problem),
             problem.factors,
-            model=model,
-            targets=problem.targets,
-            sequences=sequences[: self.batch],
-            calibration=sequences,
+            problem,
             rounds=self.rounds,
+            sequences=self.batch,
             settings={"keep_rank_ratio": self.keep_rank_ratio},
-            redraw=lambda factors, gradients: self._plan(replace(problem, factors=factors, gradients=gradients)),
+            reallocate=lambda factors, gradients: self._plan(replace(problem, factors=factors, gradients=gradients)),
         )
         note = f"weights corrected in {self.rounds} rounds on {len(sequences[: self.batch])} windows"
         origin = {"store": str(factors.directory.resolve())}

@@ -1,4 +1,4 @@
-"""ZS-SVD's correction: truncated weights take one step back along their gradient and are decomposed and cut again."""
+"""ZS-SVD's correction: truncated weights step back along their gradient, and are decomposed and truncated again."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.gradients import collect_gradients
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.decomposition import decompose
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.targets import Targets, dense_weight, replaced
+from lowrank_pl.methods.allocate.base import Problem
+from lowrank_pl.models.targets import dense_weight, replaced
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import atomic_directory, canonical_json, sha256_of
@@ -30,20 +30,18 @@ __all__ = ["correct", "projected_step"]
 _log = logging.getLogger(__name__)
 
 
-Redraw = Callable[[FactorStore, TensorStore], RankPlan]
+Reallocate = Callable[[FactorStore, TensorStore], RankPlan]
 
 
 def correct(
     plan: RankPlan,
     factors: FactorStore,
+    problem: Problem,
     *,
-    model: PreTrainedModel,
-    targets: Targets,
-    sequences: Tensor,
-    calibration: Tensor,
     rounds: int,
+    sequences: int,
     settings: Mapping[str, Any],
-    redraw: Redraw,
+    reallocate: Reallocate,
 ) -> tuple[RankPlan, FactorStore]:
     """Return the plan after ``rounds`` of correction and the corrected factors that it is for (arXiv 2602.02848).
 
@@ -58,28 +56,26 @@ def correct(
 
     Args:
         plan: The plan to correct.
-        factors: What it was drawn on.
-        model: The dense base, left as it was.
-        targets: What was found in it.
-        sequences: ``[sequences, length]`` token ids of the gradients.
-        calibration: ``[sequences, length]`` token ids that the factors were made from.
+        factors: The factors that the plan is for.
+        problem: The dense model, left as it was, its targets, and the sequences that the factors were made from.
         rounds: How often; at least 1.
+        sequences: How many of the problem's sequences give the gradients, its first ones.
         settings: Whatever else decides on the plans of later rounds, JSON values.
-        redraw: Draws a plan from corrected factors and the weight gradients there.
+        reallocate: Returns the plan for corrected factors and the weight gradients there.
 
     Raises:
         ValueError: A loss or a gradient is not finite.
     """
-    work = _Correction(plan, factors, model, targets, sequences, calibration, rounds, dict(settings))
+    work = _Correction(plan, factors, problem, rounds, sequences, dict(settings))
     done = max((number for number in range(1, rounds + 1) if work.finished(number)), default=0)
     current, gradients = (factors, None) if done == 0 else work.open(done)
     if gradients is not None:
         _log.info("correction: %d of %d rounds are done, in %s", done, rounds, current.directory)
-        plan = redraw(current, gradients)
+        plan = reallocate(current, gradients)
     for number in range(done + 1, rounds + 1):
         _log.info("correction: round %d of %d", number, rounds)
         current, gradients = work.make(number, plan, current)
-        plan = redraw(current, gradients)
+        plan = reallocate(current, gradients)
         work.remove(number - 1)
     return plan, current
 
@@ -104,15 +100,16 @@ class _Correction:
         self,
         plan: RankPlan,
         base: FactorStore,
-        model: PreTrainedModel,
-        targets: Targets,
-        sequences: Tensor,
-        calibration: Tensor,
+        problem: Problem,
         rounds: int,
+        sequences: int,
         settings: dict[str, Any],
     ) -> None:
-        self.base, self.model, self.sequences, self.calibration = base, model, sequences, calibration
-        self.modules = [target for target in targets.modules if target.name in plan.modules]
+        assert problem.model is not None
+        assert problem.sequences is not None
+        self.base, self.model, self.calibration = base, problem.model, problem.sequences
+        self.sequences = problem.sequences[:sequences]
+        self.modules = [target for target in problem.targets.modules if target.name in plan.modules]
         ranks = {name: [module.rank, module.indices] for name, module in plan.modules.items()}
         self.identity = {
             **settings,
@@ -121,7 +118,7 @@ class _Correction:
             "floors": dict(plan.floors),
             "storage": plan.storage,
             "plan": sha256_of(canonical_json(ranks)),
-            "windows": sequences_fingerprint(sequences),
+            "windows": sequences_fingerprint(self.sequences),
             # Runs of fewer rounds are runs of their own, whose last round nobody else removes.
             "rounds": rounds,
         }

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.methods.masks.masked_linear import Choice, MaskedLinear, chosen, plan_choice
 from lowrank_pl.methods.masks.objectives import DataTerms, next_token_loss
-from lowrank_pl.models.forward import watched_forward
+from lowrank_pl.models.forward import forward_with_activations
 from lowrank_pl.models.targets import decoder_blocks
 from lowrank_pl.plans.plan import RankPlan
 
@@ -37,8 +37,8 @@ def data_losses(
     teacher_logits, teacher_activations = None, None
     if terms.needs_teacher:
         with torch.no_grad(), chosen(dict(layers), "dense"):
-            teacher_logits, teacher_activations = watched_forward(model, tokens, places)
-    logits, activations = watched_forward(model, tokens, places)
+            teacher_logits, teacher_activations = forward_with_activations(model, tokens, places)
+    logits, activations = forward_with_activations(model, tokens, places)
     return terms.compute(tokens, logits, activations, teacher_logits, teacher_activations)
 
 

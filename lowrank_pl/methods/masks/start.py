@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Allocator
 from lowrank_pl.methods.masks.base import MaskMethod
 from lowrank_pl.plans.budget import Budget
@@ -52,7 +52,7 @@ def read_start(start: str | Path | None) -> RankPlan | Allocator | None:
     if not word or Path(start).exists():
         return RankPlan.load(start)
     try:
-        return allocator(str(start))
+        return make_allocator(str(start))
     except ValueError as error:
         raise ValueError(f"start is {str(start)!r}, which is no file, and {error}, or the path of a plan") from None
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.build import check_finite, statistics_of
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.calibration.statistics import Statistics
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.export.export import save_compressed
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.factors.settings import Decomposition
@@ -27,7 +28,7 @@ from lowrank_pl.methods.prune.widths import measured_widths
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import Target, Targets, find_targets, model_parameters, targeted_parameters
 from lowrank_pl.utils.distributed import broadcast_from_first
-from lowrank_pl.utils.files import cache_root, canonical_json, claimed, sha256_of, write_json
+from lowrank_pl.utils.files import cache_root, canonical_json, locked, sha256_of, write_json
 from lowrank_pl.utils.tensor_store import total_seconds
 
 __all__ = ["STEPS", "Found", "WidthPruning", "apply_pruning", "pruned_base", "pruned_card"]
@@ -195,53 +196,40 @@ def _origin(model: PreTrainedModel, targets: Targets, hidden: Sequence[Hidden], 
     return Origin(base, targeted_parameters(targets), model_parameters(model), width, {}, tuple(kinds))
 
 
-def pruned_base(
-    base: str,
-    settings: WidthPruning,
-    *,
-    keep: float,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: Tensor,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-) -> tuple[str, float | None]:
+def pruned_base(subject: Subject, settings: WidthPruning, *, keep: float) -> tuple[str, float | None]:
     """Return the folder of ``base`` with narrower MLPs, made if it is not in the cache, and the seconds that it took.
 
     Processes that work together share the statistics; the first one narrows and writes, while the others wait.
 
     Args:
-        base: Name of the base, which is returned itself where no narrower MLPs are predicted to lose less.
-        settings: How.
+        subject: The base, left as it was, and the calibration sequences. Its name is returned where no narrower MLPs
+            are predicted to lose less.
+        settings: How to prune.
         keep: Fraction of the targeted parameters that ranks are to leave in the end.
-        model: The base, on the device that is to do the work; left as it was.
-        tokenizer: The base's.
-        sequences: ``[sequences, length]`` calibration token ids.
-        include: Globs of modules to target.
-        exclude: Globs of modules to leave alone.
 
     Raises:
         ValueError: As in ``apply_pruning``, or a share that leaves less than ``keep``.
         ExportError: The folder does not reload as what was written.
     """
-    targets = find_targets(model, include=include, exclude=exclude)
-    statistics = statistics_of(model, sequences, tokenizer)
-    asked = {**asdict(settings), "keep": keep if settings.share is None else None, "include": list(include)}
-    key = sha256_of(canonical_json({**asked, "exclude": list(exclude), **statistics.source}))[:20]
+    assert subject.base is not None
+    base, targets, globs = subject.base.name, subject.targets, subject.constraints
+    statistics = statistics_of(subject)
+    asked = {**asdict(settings), "keep": keep if settings.share is None else None, "include": list(globs.include)}
+    key = sha256_of(canonical_json({**asked, "exclude": list(globs.exclude), **statistics.source}))[:20]
     folder = cache_root() / "narrowed" / key
     record = folder.with_suffix(".json")
     done = broadcast_from_first(lambda: _read(record, folder))
     if done is None:
-        measured = _measured(targets, find_hidden(model, targets), settings)
+        measured = _measured(targets, find_hidden(subject.model, targets), settings)
         # By all processes, which then wait for the first one; it finds them on disk.
         spent = statistics.seconds(_TWO_SIDED.needs, measured, _TWO_SIDED.labels)
 
         def make() -> dict[str, Any]:
-            with claimed(folder.with_suffix(".lock"), f"narrowing {base}"):
+            with locked(folder.with_suffix(".lock"), f"narrowing {base}"):
                 # Another run that was at it may have made it in the meantime.
                 noted = _read(record, folder)
                 if noted is None:
-                    noted = _make(model, targets, statistics, settings, base, keep, tokenizer, folder)
+                    noted = _make(subject, statistics, settings, keep, folder)
                     noted["seconds"] = total_seconds([spent, noted["seconds"]])
                     write_json(record, noted)
             return noted
@@ -268,18 +256,13 @@ def _read(record: Path, folder: Path) -> dict[str, Any] | None:
 
 
 def _make(
-    model: PreTrainedModel,
-    targets: Targets,
-    statistics: Statistics,
-    settings: WidthPruning,
-    base: str,
-    keep: float,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    subject: Subject, statistics: Statistics, settings: WidthPruning, keep: float, folder: Path
 ) -> dict[str, Any]:
     """Write the narrowed base to ``folder``, and return what is to be noted of it."""
     began = time.perf_counter()
     # Modules are replaced and no number is written to, so that both have the same tensors.
+    assert subject.base is not None
+    base, targets, model = subject.base.name, subject.targets, subject.model
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     found = apply_pruning(model, targets, statistics, settings, base=base, keep=keep)
     noted: dict[str, Any] = {"base": base, "narrower": found.narrower}
@@ -288,7 +271,7 @@ def _make(
         assert origin is not None
         # Something of it may be there yet.
         shutil.rmtree(folder, ignore_errors=True)
-        save_compressed(model, folder, tokenizer=tokenizer, merge=found.one_width, card=pruned_card(origin))
+        save_compressed(model, folder, tokenizer=subject.tokenizer, merge=found.one_width, card=pruned_card(origin))
         after = find_targets(model, include=[target.name for target in targets.modules])
         now = targeted_parameters(after)
         noted |= {

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.methods.prune.eliminate import leave_out
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.identity import _parent
+from lowrank_pl.models.identity import parent_name
 from lowrank_pl.models.targets import Target, Targets, dense_weight, replace_module, replaced
 
 __all__ = ["Hidden", "find_hidden", "prune_model", "pruned_config", "rows_of"]
@@ -51,7 +51,7 @@ class Hidden:
     @property
     def parent(self) -> str:
         """Name of the module that all the maps are in."""
-        return _parent(self.reader)
+        return parent_name(self.reader)
 
 
 def find_hidden(model: PreTrainedModel, targets: Targets) -> list[Hidden]:
@@ -161,7 +161,7 @@ def rows_of(writer: Target, width: int, features: Tensor) -> Tensor:
 def _candidates(inside: Sequence[Target]) -> Iterator[Hidden]:
     """Yield maps of one block, in the order of their calls, whose inputs others of the same module may have made."""
     for number, reader in enumerate(inside):
-        earlier = [target for target in inside[:number] if _parent(target) == _parent(reader)]
+        earlier = [target for target in inside[:number] if parent_name(target) == parent_name(reader)]
         writers = tuple(target for target in earlier if target.shape[0] % reader.shape[1] == 0)
         if writers:
             yield Hidden(reader, writers)

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.forward import can_resume, ended, moved, resumed
-from lowrank_pl.models.targets import Target, decoder_blocks, dense_weight, fed, replaced
+from lowrank_pl.models.forward import forward_from_is_exact, forward_until, move_output, forward_from
+from lowrank_pl.models.targets import Target, decoder_blocks, dense_weight, first_argument, replaced
 
 __all__ = ["ModelPair", "Pair", "Place", "survey"]
 
@@ -84,12 +84,12 @@ class _Log:
     """What the modules of a block are fed, and what its maps return, in the order of the calls."""
 
     tokens: int
-    fed: list[tuple[str, Tensor]] = field(default_factory=list)
+    first_argument: list[tuple[str, Tensor]] = field(default_factory=list)
     returned: list[tuple[str, int, Tensor]] = field(default_factory=list)
 
     def before(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = fed(args, kwargs)
+            value = first_argument(args, kwargs)
             if isinstance(value, Tensor):
                 # Some blocks add to it in place later.
                 self.fed.append((name, value.clone()))
@@ -162,7 +162,7 @@ class ModelPair:
     def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
         self.model, self.batches = model, list(batches)
         self.layers: dict[str, nn.Module] = {}
-        self._resuming = can_resume(model, self.batches[0][:1, :32])
+        self._resuming = forward_from_is_exact(model, self.batches[0][:1, :32])
         if not self._resuming:
             _log.warning(
                 "the blocks of %s share more than the hidden state: every pass runs all blocks up to the one it is for",
@@ -225,7 +225,7 @@ class ModelPair:
 
         module = self.model.get_submodule(name)
         watched = list(dict.fromkeys(filter(None, (stream, name))))
-        self._run(self._twin, self.layers, watched, done, lambda _: ended(self.model, module, before=True))
+        self._run(self._twin, self.layers, watched, done, lambda _: forward_until(self.model, module, before=True))
 
     def _advance(
         self,
@@ -241,9 +241,9 @@ class ModelPair:
         def end(number: int) -> AbstractContextManager[None]:
             def keep(output: Any) -> None:
                 # What this pass began with is not needed any more.
-                course.states[number] = moved(output, self._place) if self._resuming else None
+                course.states[number] = move_output(output, self._place) if self._resuming else None
 
-            return ended(self.model, last, keep)
+            return forward_until(self.model, last, keep)
 
         self._run(course, layers, watched, done, end)
         course.start = block if self._resuming else 0
@@ -258,8 +258,8 @@ class ModelPair:
     ) -> None:
         """Run the model with ``layers`` over all batches and tell ``done`` what the modules ``watched`` were fed."""
         device = self.model.device
-        states = (moved(state, device) for state in course.states)
-        with evaluating(self.model), replaced(self.model, layers), resumed(self.model, course.start, states):
+        states = (move_output(state, device) for state in course.states)
+        with evaluating(self.model), replaced(self.model, layers), forward_from(self.model, course.start, states):
             for number, batch in enumerate(self.batches):
                 seen: Seen = {name: [] for name in watched}
                 with ExitStack() as stack:
@@ -303,7 +303,7 @@ class _Course:
 def _keep(calls: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A stream may be written to in place, and what matters is what it was.
-        calls.append(fed(args, kwargs).clone())
+        calls.append(first_argument(args, kwargs).clone())
 
     return hook
 

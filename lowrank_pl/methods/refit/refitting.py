@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.calibration.statistics import statistics_of_factors
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.compression import factored_layer
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.settings import Decomposition
@@ -26,9 +26,9 @@ from lowrank_pl.methods.refit.moments import PairMoments
 from lowrank_pl.methods.refit.pair import ModelPair, Pair, Place, survey
 from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, check_belongs, refitted_plan
 from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted
-from lowrank_pl.models.targets import Target, Targets, dense_weight
+from lowrank_pl.models.targets import Target, dense_weight
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.text.sequences import known_sequences, sequences_fingerprint
+from lowrank_pl.text.sequences import count_overlapping, sequences_fingerprint
 from lowrank_pl.utils.files import canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import TensorStore
 
@@ -109,11 +109,9 @@ class Refit:
 def refit(
     plan: RankPlan,
     factors: FactorStore,
+    subject: Subject,
     *,
-    model: PreTrainedModel,
-    targets: Targets,
     sequences: Tensor,
-    calibration: Tensor,
     settings: Refit | None = None,
     batch_size: int | None = None,
 ) -> tuple[RankPlan, FactorStore]:
@@ -137,12 +135,10 @@ def refit(
 
     Args:
         plan: The plan; modules with an index set are refitted to its size.
-        factors: What it was drawn on.
-        model: The dense base, left as it was.
-        targets: What was found in it.
-        sequences: ``[sequences, length]`` token ids, the first of which are fitted to (``Refit.sequences``): those that the
-            factors were made from, or more.
-        calibration: ``[sequences, length]`` token ids that the factors were made from.
+        factors: The factors that the plan is for.
+        subject: The dense model, left as it was, its targets, and the sequences that the factors were made from.
+        sequences: ``[sequences, length]`` token ids to fit to, of which the first ``Refit.sequences`` are used: those
+            that the factors were made from, or more.
         settings: How to refit.
         batch_size: Sequences per pass; by default as many as keep the device busy.
 
@@ -150,7 +146,7 @@ def refit(
         ValueError: The plan, the factors and the model don't belong together, there are too few sequences, or what the
             model computes is not finite.
     """
-    work = _Work(plan, factors, model, targets, sequences, calibration, settings or Refit(), batch_size)
+    work = _Work(plan, factors, subject, sequences, settings or Refit(), batch_size)
     work.run()
     return refitted_plan(plan, work.made, fitted=len(work.fitting), held=len(work.held)), work.made
 
@@ -162,22 +158,21 @@ class _Work:
         self,
         plan: RankPlan,
         base: FactorStore,
-        model: PreTrainedModel,
-        targets: Targets,
+        subject: Subject,
         sequences: Tensor,
-        calibration: Tensor,
         settings: Refit,
         batch_size: int | None,
     ) -> None:
-        check_belongs(plan, base, model, targets)
+        model, calibration = subject.model, subject.sequences
+        check_belongs(plan, base, model, subject.targets)
         self.plan, self.base, self.model, self.settings = plan, base, model, settings
         self.calibration = calibration
         busy = _BUSY.get(model.device.type, _BUSY["cpu"])
         self.batch_size = batch_size or max(1, busy // sequences.shape[1])
         self.fitting, self.held = settings.split(sequences)
         self.sequences = sequences[: settings.sequences]
-        self.flattered = known_sequences(self.held, [calibration]) > 0
-        self.modules = [target for target in targets.modules if target.name in plan.modules]
+        self.flattered = count_overlapping(self.held, [calibration]) > 0
+        self.modules = [target for target in subject.targets.modules if target.name in plan.modules]
         fingerprint = {**base.fingerprint, "refit": self._identity()}
         folder = base.directory / "refit" / sha256_of(canonical_json(fingerprint))[:20]
         self.made = FactorStore(fingerprint, folder)
@@ -196,7 +191,7 @@ class _Work:
 
     def run(self) -> None:
         """Make what is missing, by this run or another that is at it."""
-        with self.made.making(target.name for target in self.modules) as missing:
+        with self.made.filling(target.name for target in self.modules) as missing:
             if missing:
                 self._make_missing()
 

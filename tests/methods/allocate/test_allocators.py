@@ -11,7 +11,7 @@ import torch
 
 from lowrank_pl.cli.commands import allocate
 from lowrank_pl.cli.main import main
-from lowrank_pl.methods.allocate import ALLOCATORS, allocator
+from lowrank_pl.methods.allocate import ALLOCATORS, make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.models.targets import Target, Targets
 from lowrank_pl.plans.budget import Budget
@@ -64,7 +64,7 @@ def ranks_near(plan, wishes):
 
 def test_energy_keeps_the_largest_shares():
     problem, sigmas, shapes = problem_of()
-    scores = allocator("energy").scores(problem)
+    scores = make_allocator("energy").scores(problem)
     for name, sigma in sigmas.items():
         total = sum(value.item() ** 2 for value in sigma)
         assert scores[name].tolist() == pytest.approx([value.item() ** 2 / total for value in sigma])
@@ -74,14 +74,14 @@ def test_energy_keeps_the_largest_shares():
             rank = max(1, sum(share > threshold for share in scores[name].tolist()))
             ranks[name] = rank if rank * (m + n) < m * n else None
         kept = sum(m * n if ranks[x] is None else ranks[x] * (m + n) for x, (m, n) in shapes.items())
-        plan = allocator("energy").plan(problem_of(keep=kept / problem.budget.total)[0])
+        plan = make_allocator("energy").plan(problem_of(keep=kept / problem.budget.total)[0])
         assert {name: module.rank for name, module in plan.modules.items()} == ranks
 
 
 def test_energy_of_a_weight_of_zeros():
     problem, sigmas, _ = problem_of()
     sigmas["layers.0.mlp.up_proj"].zero_()
-    plan = allocator("energy").plan(problem)
+    plan = make_allocator("energy").plan(problem)
     assert plan.modules["layers.0.mlp.up_proj"].rank == 1
 
 
@@ -99,25 +99,25 @@ def test_drank_by_its_formula(shift):
         q, k, v = (f"layers.{block}.self_attn.{part}_proj" for part in "qkv")
         freed = shift * (wishes[q] * 48 + wishes[k] * 36)
         wishes[q], wishes[k], wishes[v] = (1 - shift) * wishes[q], (1 - shift) * wishes[k], wishes[v] + freed / 36
-    scores = allocator("drank", shift=shift).scores(problem)
+    scores = make_allocator("drank", shift=shift).scores(problem)
     for name, score in scores.items():
         assert score.tolist() == pytest.approx([wishes[name] / j for j in range(1, min(shapes[name]) + 1)])
-    plan = allocator("drank", shift=shift).plan(problem)
+    plan = make_allocator("drank", shift=shift).plan(problem)
     ranks_near(plan, wishes)
     assert plan.notes == (("15% of q and k was moved to v in 3 blocks",) if shift else ())
 
 
 def test_drank_moves_ranks_as_they_are_where_shapes_are_equal():
     kinds = {f"attn.{part}_proj": (16, 16) for part in "qkv"}
-    before = allocator("drank", shift=0.0).scores(problem_of(kinds=kinds)[0])
-    after = allocator("drank", shift=0.2).scores(problem_of(kinds=kinds)[0])
+    before = make_allocator("drank", shift=0.0).scores(problem_of(kinds=kinds)[0])
+    after = make_allocator("drank", shift=0.2).scores(problem_of(kinds=kinds)[0])
     q, k, v = (f"layers.1.attn.{part}_proj" for part in "qkv")
     assert after[v][0].item() == pytest.approx((before[v] + 0.2 * (before[q] + before[k]))[0].item())
 
 
 def test_drank_says_where_nothing_can_be_moved():
     kinds = {"attn.c_attn": (72, 24), "mlp.c_fc": (40, 24)}
-    plan = allocator("drank").plan(problem_of(kinds=kinds)[0])
+    plan = make_allocator("drank").plan(problem_of(kinds=kinds)[0])
     assert (
         plan.notes[-1]
         == "no block has q_proj, k_proj and v_proj among its targets: nothing was moved from q and k to v"
@@ -127,7 +127,7 @@ def test_drank_says_where_nothing_can_be_moved():
 @pytest.mark.parametrize("keep", [0.3, 0.6])
 def test_svdllm_v2_by_its_formula(keep):
     problem, sigmas, _ = problem_of(keep=keep)
-    scores = allocator("svdllm_v2").scores(problem)
+    scores = make_allocator("svdllm_v2").scores(problem)
     wishes = {}
     for inner, (m, n) in KINDS.items():
         inverse = []
@@ -144,22 +144,22 @@ def test_svdllm_v2_by_its_formula(keep):
     for name, score in scores.items():
         assert score[0].item() == pytest.approx(wishes[name])
         assert (score * torch.arange(1, len(score) + 1)).tolist() == pytest.approx([wishes[name]] * len(score))
-    ranks_near(allocator("svdllm_v2").plan(problem), wishes)
+    ranks_near(make_allocator("svdllm_v2").plan(problem), wishes)
 
 
 def test_svdllm_v2_removes_less_where_more_is_lost():
     problem, sigmas, _ = problem_of(keep=0.5)
     sigmas["layers.1.mlp.up_proj"].mul_(1000)
-    ranks = [allocator("svdllm_v2").plan(problem).modules[f"layers.{b}.mlp.up_proj"].rank for b in range(LAYERS)]
+    ranks = [make_allocator("svdllm_v2").plan(problem).modules[f"layers.{b}.mlp.up_proj"].rank for b in range(LAYERS)]
     assert ranks[1] > max(ranks[0], ranks[2])
 
 
 def test_svdllm_v2_notes_modules_of_which_it_would_remove_more_than_there_is():
     problem, sigmas, _ = problem_of(keep=0.3)
-    assert allocator("svdllm_v2").plan(problem).notes == ()
+    assert make_allocator("svdllm_v2").plan(problem).notes == ()
     for block, scale in enumerate((0.0, 1e6, 1e6)):
         sigmas[f"layers.{block}.mlp.up_proj"].mul_(scale)
-    plan = allocator("svdllm_v2").plan(problem)
+    plan = make_allocator("svdllm_v2").plan(problem)
     assert plan.notes == ("the rule removes all of 1 modules, which keep the least rank, e.g. layers.0.mlp.up_proj",)
     assert plan.modules["layers.0.mlp.up_proj"].rank == 1
 
@@ -168,7 +168,7 @@ def test_svdllm_v2_notes_modules_of_which_it_would_remove_more_than_there_is():
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.8, 1.0])
 def test_the_budget_is_met_and_other_sizes_follow(name, keep):
     problem, _, _ = problem_of(keep=keep)
-    plan = allocator(name).plan(problem)
+    plan = make_allocator(name).plan(problem)
     steps = [sum(module.shape) for module in plan.modules.values()]
     assert plan.kept_parameters <= keep * plan.targeted_parameters
     assert keep - plan.keep_targeted <= max(steps) / plan.targeted_parameters
@@ -184,7 +184,7 @@ def test_factors_without_output_errors_are_refused():
         ValueError,
         match=r"the allocator svdllm_v2 was given factors of the kind 'svd': expected whitened or two_sided or asvd",
     ):
-        allocator("svdllm_v2").plan(problem_of(kind="svd")[0])
+        make_allocator("svdllm_v2").plan(problem_of(kind="svd")[0])
 
 
 @pytest.mark.parametrize(("given", "what"), [({}, "model"), ({"model": "a model"}, "calibration windows")])
@@ -193,20 +193,20 @@ def test_what_is_measured_on_has_to_be_given(given, what):
         rf"the allocator strs was given no {what}, on which it measures: give Problem both model and sequences, or "
     )
     with pytest.raises(ValueError, match=message):
-        allocator("strs").plan(replace(problem_of(kind="asvd")[0], **given))
+        make_allocator("strs").plan(replace(problem_of(kind="asvd")[0], **given))
 
 
 def test_names_and_settings():
     assert list(ALLOCATORS) == ["uniform", "energy", "drank", "svdllm_v2", "strs", "zs_svd", "fisher"]
-    assert all(allocator(name).name == name for name in ALLOCATORS)
+    assert all(make_allocator(name).name == name for name in ALLOCATORS)
     with pytest.raises(ValueError, match=r"no allocator is called 'best': expected one of uniform, energy, drank"):
-        allocator("best")
+        make_allocator("best")
     with pytest.raises(ValueError, match=r"the allocator energy has no setting 'x': expected none, it has no settings"):
-        allocator("energy", x=1)
+        make_allocator("energy", x=1)
     with pytest.raises(ValueError, match=r"the allocator drank has no setting 'shifts': expected one of shift"):
-        allocator("drank", shifts=1)
+        make_allocator("drank", shifts=1)
     with pytest.raises(ValueError, match=r"shift is 1.0: expected the fraction of q and k to move to v, in \[0, 1\)"):
-        allocator("drank", shift=1.0)
+        make_allocator("drank", shift=1.0)
 
 
 @pytest.mark.parametrize("method", list(ALLOCATORS))

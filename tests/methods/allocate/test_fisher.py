@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.resize import resize
@@ -26,7 +26,7 @@ def spectrum(shape, seed, *, flat):
 def draw(sigmas, keep, **constraints):
     budget = Budget(keep=keep, shapes=SHAPES, model_parameters=200, **constraints)
     factors = SimpleNamespace(sigma=sigmas.__getitem__, fingerprint={"kind": "two_sided"})
-    return allocator("fisher").plan(Problem(budget, factors, None))
+    return make_allocator("fisher").plan(Problem(budget, factors, None))
 
 
 def sizes_of(shape, sigma, multiple, least, storage):
@@ -82,4 +82,4 @@ def test_factors_of_another_kind_are_refused():
         match=r"the allocator fisher was given factors of the kind 'whitened': expected two_sided "
         r"\(decomposition.kind\)",
     ):
-        allocator("fisher").plan(Problem(budget, factors, None))
+        make_allocator("fisher").plan(Problem(budget, factors, None))

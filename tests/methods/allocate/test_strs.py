@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lowrank_pl.calibration.build import build_factors
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate import strs as sensitivity
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.strs import grid_scores
-from lowrank_pl.models.forward import block_outputs, can_resume, resumed
+from lowrank_pl.models.forward import block_outputs, forward_from_is_exact, forward_from
 from lowrank_pl.models.targets import dense_weight, find_targets
 from lowrank_pl.models.tiny import FAMILIES, tiny_model
 from lowrank_pl.plans.budget import budget_for
@@ -79,7 +79,7 @@ def measured_alone(problem, sequences):
 def test_every_cut_of_the_sorted_list_is_a_plan(family, sequences, tokenizer):
     model = tiny_model(family, layers=3)
     problem = problem_of(model, sequences, tokenizer)
-    drawer = allocator("strs", ratios=RATIOS, sequences=2, length=40)
+    drawer = make_allocator("strs", ratios=RATIOS, sequences=2, length=40)
     scores = drawer.scores(problem)
     losses = measured_alone(problem, sequences[:2, :40])
     shapes, total = problem.budget.shapes, problem.budget.total
@@ -122,7 +122,7 @@ def test_grid_scores_by_hand():
 
 def test_budgets_below_the_grid_shrink_all_at_one_rate(llama, sequences, tokenizer):
     problem = problem_of(llama, sequences, tokenizer, keep=0.2)
-    plan = allocator("strs", sequences=1).plan(problem)
+    plan = make_allocator("strs", sequences=1).plan(problem)
     for module in plan.modules.values():
         m, n = module.shape
         assert abs(module.rank - 0.2 * m * n / (m + n)) <= 1
@@ -131,21 +131,21 @@ def test_budgets_below_the_grid_shrink_all_at_one_rate(llama, sequences, tokeniz
 
 def test_nothing_is_measured_twice(llama, sequences, tokenizer, evaluations):
     problem = problem_of(llama, sequences, tokenizer)
-    first = allocator("strs", ratios=RATIOS).plan(problem)
+    first = make_allocator("strs", ratios=RATIOS).plan(problem)
     assert len(evaluations) == 1 + 14 * 3
     evaluations.clear()
-    assert allocator("strs", ratios=list(RATIOS)).plan(problem).modules == first.modules
+    assert make_allocator("strs", ratios=list(RATIOS)).plan(problem).modules == first.modules
     assert not evaluations
-    allocator("strs", ratios=[0.5, *RATIOS]).plan(problem)
+    make_allocator("strs", ratios=[0.5, *RATIOS]).plan(problem)
     assert len(evaluations) == 14
     evaluations.clear()
-    allocator("strs", ratios=RATIOS, sequences=1).plan(problem)
+    make_allocator("strs", ratios=RATIOS, sequences=1).plan(problem)
     assert len(evaluations) == 1 + 14 * 3
 
 
 def test_a_killed_run_goes_on(llama, sequences, tokenizer, evaluations, monkeypatch):
     problem = problem_of(llama, sequences, tokenizer)
-    whole = allocator("strs", ratios=RATIOS).plan(problem)
+    whole = make_allocator("strs", ratios=RATIOS).plan(problem)
     record = next((problem.factors.directory / "sensitivity").iterdir())
     lines = record.read_text().splitlines(keepends=True)
     record.unlink()
@@ -160,30 +160,30 @@ def test_a_killed_run_goes_on(llama, sequences, tokenizer, evaluations, monkeypa
     monkeypatch.setattr(sensitivity, "perplexity", interrupt)
     modules = dict(llama.named_modules())
     with pytest.raises(KeyboardInterrupt):
-        allocator("strs", ratios=RATIOS).plan(problem)
+        make_allocator("strs", ratios=RATIOS).plan(problem)
     assert dict(llama.named_modules()) == modules
     assert not any("forward" in vars(module) for module in llama.modules())
     with record.open("a") as file:
         file.write('{"module":"model.layers.0.self_at')
     monkeypatch.setattr(sensitivity, "perplexity", counting)
     evaluations.clear()
-    assert allocator("strs", ratios=RATIOS).plan(problem).modules == whole.modules
+    assert make_allocator("strs", ratios=RATIOS).plan(problem).modules == whole.modules
     assert len(evaluations) == 1 + 14 * 3 - 20
     assert record.read_text().splitlines(keepends=True) == lines
 
 
 def test_damaged_record_is_named(llama, sequences, tokenizer):
     problem = problem_of(llama, sequences, tokenizer)
-    allocator("strs", ratios=[0.5]).plan(problem)
+    make_allocator("strs", ratios=[0.5]).plan(problem)
     record = next((problem.factors.directory / "sensitivity").iterdir())
     record.write_text(record.read_text() + "nonsense\n")
     with pytest.raises(ValueError, match=r"sensitivity.*\.jsonl is damaged \(.*\): delete it and run again"):
-        allocator("strs", ratios=[0.5]).plan(problem)
+        make_allocator("strs", ratios=[0.5]).plan(problem)
 
 
 def test_modules_that_stay_dense_are_not_measured(llama, sequences, tokenizer, evaluations):
     problem = problem_of(llama, sequences, tokenizer, floors={"*mlp*": 1.0}, keep=0.9)
-    plan = allocator("strs", ratios=[0.5]).plan(problem)
+    plan = make_allocator("strs", ratios=[0.5]).plan(problem)
     assert len(evaluations) == 1 + 8
     assert [name for name in plan.dense_modules if "mlp" in name] == [n for n in plan.modules if "mlp" in n]
 
@@ -191,14 +191,14 @@ def test_modules_that_stay_dense_are_not_measured(llama, sequences, tokenizer, e
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_resumes_exactly(family, sequences):
     model = tiny_model(family, layers=3)
-    assert can_resume(model, sequences[:2, :16])
+    assert forward_from_is_exact(model, sequences[:2, :16])
     with torch.no_grad():
         whole = [model(input_ids=sequence[None]).logits for sequence in sequences[:3]]
     outputs = block_outputs(model, sequences[:3], 0, batch_size=1)
     later = block_outputs(model, sequences[:3], 1, batch_size=1, start=1, outputs=outputs)
     runs = []
     handle = model.get_decoder().register_forward_pre_hook(lambda *_: runs.append(1))
-    with torch.no_grad(), resumed(model, 2, later):
+    with torch.no_grad(), forward_from(model, 2, later):
         for sequence, logits in zip(sequences[:3], whole, strict=True):
             assert torch.equal(model(input_ids=sequence[None]).logits, logits)
     handle.remove()
@@ -209,7 +209,7 @@ def test_every_family_resumes_exactly(family, sequences):
 
 def test_families_whose_blocks_share_more_take_whole_passes(llama, sequences, tokenizer, caplog):
     problem = problem_of(llama, sequences, tokenizer)
-    exact = allocator("strs", ratios=[0.5]).scores(problem)
+    exact = make_allocator("strs", ratios=[0.5]).scores(problem)
     record = next((problem.factors.directory / "sensitivity").iterdir())
     record.unlink()
     first, second = llama.model.layers
@@ -218,9 +218,9 @@ def test_families_whose_blocks_share_more_take_whole_passes(llama, sequences, to
         first.mlp.register_forward_hook(lambda _, args, output: kept.update(x=output * 0)),
         second.register_forward_hook(lambda _, args, output: output + kept.pop("x", 1.0)),
     ]
-    assert not can_resume(llama, sequences[:1, :16])
+    assert not forward_from_is_exact(llama, sequences[:1, :16])
     with caplog.at_level(logging.INFO):
-        scores = allocator("strs", ratios=[0.5]).scores(problem)
+        scores = make_allocator("strs", ratios=[0.5]).scores(problem)
     for handle in handles:
         handle.remove()
     assert "the blocks of LlamaForCausalLM share more than the hidden state: every loss takes a whole forward" in (
@@ -233,7 +233,7 @@ def test_families_whose_blocks_share_more_take_whole_passes(llama, sequences, to
 
 def test_record_is_json_lines_under_what_it_was_made_from(llama, sequences, tokenizer):
     problem = problem_of(llama, sequences, tokenizer)
-    allocator("strs", ratios=[0.5]).plan(problem)
+    make_allocator("strs", ratios=[0.5]).plan(problem)
     record = next((problem.factors.directory / "sensitivity").iterdir())
     head, *rest = [json.loads(line) for line in record.read_text().splitlines()]
     assert head["factors"] == problem.factors.digest
@@ -252,12 +252,12 @@ def test_record_is_json_lines_under_what_it_was_made_from(llama, sequences, toke
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        allocator("strs", **settings)
+        make_allocator("strs", **settings)
 
 
 def test_model_and_windows_are_asked_for(llama, sequences, tokenizer):
     problem = problem_of(llama, sequences, tokenizer)
     with pytest.raises(ValueError, match=r"the allocator strs was given no model, on which it measures"):
-        allocator("strs").plan(Problem(problem.budget, problem.factors, problem.targets))
+        make_allocator("strs").plan(Problem(problem.budget, problem.factors, problem.targets))
     with pytest.raises(ValueError, match=r"the allocator strs was given no calibration windows"):
-        allocator("strs").plan(Problem(problem.budget, problem.factors, problem.targets, model=llama))
+        make_allocator("strs").plan(Problem(problem.budget, problem.factors, problem.targets, model=llama))

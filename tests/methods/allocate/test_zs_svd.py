@@ -10,7 +10,7 @@ import torch
 
 from lowrank_pl.calibration.build import build_factors, build_gradients
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.zs_svd import drop_order, first_order_changes
 from lowrank_pl.models.targets import find_targets
@@ -115,7 +115,7 @@ def test_plan_notes_the_sum_and_keeps_floors(llama, sequences, tokenizer):
     store = build_factors(llama, targets, sequences[:2], tokenizer)
     gradients = build_gradients(llama, targets, sequences[:2], tokenizer)
     problem = Problem(budget_for(llama, targets, 0.6), store, targets, gradients=gradients)
-    plan = allocator("zs_svd", keep_rank_ratio=0.5).plan(problem)
+    plan = make_allocator("zs_svd", keep_rank_ratio=0.5).plan(problem)
     for module in plan.modules.values():
         m, n = module.shape
         assert module.rank is None or module.rank >= math.ceil(0.5 * ((m * n - 1) // (m + n)))
@@ -140,13 +140,13 @@ def test_plan_notes_the_sum_and_keeps_floors(llama, sequences, tokenizer):
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        allocator("zs_svd", **settings)
+        make_allocator("zs_svd", **settings)
 
 
 def test_what_it_needs_is_asked_for():
     budget = Budget(storage="factored", keep=0.5, shapes=SHAPES, model_parameters=TOTAL)
     problem = Problem(budget, SimpleNamespace(fingerprint={"kind": "whitened"}), None)
     with pytest.raises(ValueError, match=r"the allocator zs_svd was given no weight gradients: collect them with"):
-        allocator("zs_svd").plan(problem)
+        make_allocator("zs_svd").plan(problem)
     with pytest.raises(ValueError, match=r"the allocator zs_svd was given no model, on which it measures"):
-        allocator("zs_svd", rounds=1).plan(problem)
+        make_allocator("zs_svd", rounds=1).plan(problem)

@@ -14,9 +14,9 @@ from lowrank_pl.calibration.build import build_factors, build_gradients
 from lowrank_pl.cli.commands import allocate, export
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate import zs_svd_correction as correction
-from lowrank_pl.methods.allocate.base import Problem, drawn_on
+from lowrank_pl.methods.allocate.base import Problem, factors_of_plan
 from lowrank_pl.methods.allocate.zs_svd import drop_order
 from lowrank_pl.methods.allocate.zs_svd_correction import projected_step
 from lowrank_pl.models.targets import dense_weight, find_targets
@@ -87,10 +87,10 @@ def test_one_round_by_hand(family, sequences, tokenizer):
     model = tiny_model(family)
     problem = problem_of(model, sequences, tokenizer)
     before = state(model)
-    first = allocator("zs_svd").plan(problem)
-    plan = allocator("zs_svd", rounds=1, batch=2).plan(problem)
+    first = make_allocator("zs_svd").plan(problem)
+    plan = make_allocator("zs_svd", rounds=1, batch=2).plan(problem)
     assert_untouched(model, before)
-    made = drawn_on(plan, problem.factors)
+    made = factors_of_plan(plan, problem.factors)
 
     hand = copy.deepcopy(model)
     names = list(first.modules)
@@ -135,8 +135,8 @@ def test_one_round_by_hand(family, sequences, tokenizer):
 
 def test_plan_names_the_factors_that_it_is_for(llama, sequences, tokenizer):
     problem = problem_of(llama, sequences, tokenizer)
-    plan = allocator("zs_svd", rounds=2, batch=3).plan(problem)
-    made = drawn_on(plan, problem.factors)
+    plan = make_allocator("zs_svd", rounds=2, batch=3).plan(problem)
+    made = factors_of_plan(plan, problem.factors)
     assert plan.origin == {"store": str(made.directory)}
     assert plan.fingerprint == made.fingerprint
     assert made.directory.parent == problem.factors.directory / "correction"
@@ -152,15 +152,15 @@ def test_plan_names_the_factors_that_it_is_for(llama, sequences, tokenizer):
         assert llama(input_ids=sequences[:1]).logits.isfinite().all()
     with pytest.raises(ValueError, match=r"the plan was drawn for other factors than those in .*: correction differ"):
         compressed(llama, plan, problem.factors).__enter__()
-    plain = allocator("zs_svd").plan(problem)
-    assert drawn_on(plain, problem.factors) is problem.factors
+    plain = make_allocator("zs_svd").plan(problem)
+    assert factors_of_plan(plain, problem.factors) is problem.factors
 
 
 def test_dense_modules_keep_their_weight(llama, sequences, tokenizer):
     problem = problem_of(llama, sequences, tokenizer, keep=0.9)
-    first = allocator("zs_svd").plan(problem)
+    first = make_allocator("zs_svd").plan(problem)
     assert first.dense_modules
-    made = drawn_on(allocator("zs_svd", rounds=1).plan(problem), problem.factors)
+    made = factors_of_plan(make_allocator("zs_svd", rounds=1).plan(problem), problem.factors)
     for name, module in first.modules.items():
         same = torch.equal(made.factors(name).left, problem.factors.factors(name).left)
         assert same == (module.rank is None)
@@ -173,21 +173,21 @@ def test_every_kind_of_factors_uses_the_statistics_on_disk(
 ):
     directory = tmp_path / "store" if explicit else None
     problem = problem_of(llama, sequences, tokenizer, settings=Decomposition(kind=kind), directory=directory)
-    plan = allocator("zs_svd", rounds=1, batch=1).plan(problem)
-    made = drawn_on(plan, problem.factors)
+    plan = make_allocator("zs_svd", rounds=1, batch=1).plan(problem)
+    made = factors_of_plan(plan, problem.factors)
     from lowrank_pl.calibration import statistics as collected
 
     for name in ("collect_input_moments", "measure_gradients"):
         monkeypatch.setattr(collected, name, lambda *_, **__: pytest.fail("statistics were collected again"))
     shutil.rmtree(made.directory)
-    again = allocator("zs_svd", rounds=1, batch=1).plan(problem)
+    again = make_allocator("zs_svd", rounds=1, batch=1).plan(problem)
     assert again.modules == plan.modules
-    assert drawn_on(again, problem.factors).directory == made.directory
+    assert factors_of_plan(again, problem.factors).directory == made.directory
 
 
 def test_a_killed_run_goes_on_after_the_last_finished_round(llama, sequences, tokenizer, rounds, monkeypatch):
     problem = problem_of(llama, sequences, tokenizer)
-    drawer = allocator("zs_svd", rounds=3, batch=1)
+    drawer = make_allocator("zs_svd", rounds=3, batch=1)
     whole = drawer.plan(problem)
     all_of_it = len(rounds)
     folder = problem.factors.directory / "correction"
@@ -220,8 +220,8 @@ def test_a_killed_run_goes_on_after_the_last_finished_round(llama, sequences, to
 
 def test_runs_of_fewer_rounds_stay(llama, sequences, tokenizer):
     problem = problem_of(llama, sequences, tokenizer)
-    one = drawn_on(allocator("zs_svd", rounds=1).plan(problem), problem.factors)
-    two = drawn_on(allocator("zs_svd", rounds=2).plan(problem), problem.factors)
+    one = factors_of_plan(make_allocator("zs_svd", rounds=1).plan(problem), problem.factors)
+    two = factors_of_plan(make_allocator("zs_svd", rounds=2).plan(problem), problem.factors)
     assert one.directory != two.directory
     assert one.sigma("model.layers.0.mlp.up_proj").isfinite().all()
 
@@ -240,7 +240,7 @@ def test_base_is_untouched_after_an_error(llama, sequences, tokenizer, monkeypat
 
     monkeypatch.setattr(correction, "collect_gradients", fail)
     with pytest.raises(ValueError, match="the loss of calibration batch 0 is nan"):
-        allocator("zs_svd", rounds=1).plan(problem)
+        make_allocator("zs_svd", rounds=1).plan(problem)
     assert_untouched(llama, before)
     assert not list((problem.factors.directory / "correction").iterdir())
 
@@ -265,7 +265,7 @@ def test_allocate_and_export_are_one_road(tmp_path):
     folder = export(plan_file, output=tmp_path / "model")
     tokens = torch.arange(64)[None]
     model = tiny_model("llama")
-    with torch.no_grad(), compressed(model, plan, drawn_on(plan, None)):
+    with torch.no_grad(), compressed(model, plan, factors_of_plan(plan, None)):
         expected = model(input_ids=tokens).logits
     with torch.no_grad():
         torch.testing.assert_close(load_compressed(folder)(input_ids=tokens).logits, expected)

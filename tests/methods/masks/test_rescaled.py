@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.plans.budget import Budget
@@ -70,7 +70,7 @@ def test_scale_one_is_the_fisher_plan(method, constraints, keep):
         model_parameters=12_000,
         **constraints,
     )
-    plan = allocator("fisher").plan(Problem(budget, Store(), None))
+    plan = make_allocator("fisher").plan(Problem(budget, Store(), None))
     # A plan can be asked for before the first step: a checkpoint that is exported.
     fresh = {name: method.create(shape, sigma_of(name), 0.5, prices=FACTORED) for name, shape in SHAPES.items()}
     assert method.finalise(fresh, budget).modules == plan.modules
@@ -232,7 +232,7 @@ def test_learning_starts_at_fisher_and_meets_the_budget():
     assert 0.49 < plan.keep_targeted <= 0.5
     assert any("predicted losses rescaled by" in note for note in plan.notes)
     assert len({mask.log_scale.item() for mask in learner.masks.values()}) > 3
-    start = allocator("fisher").plan(Problem(learner.budget, learner.store, None))
+    start = make_allocator("fisher").plan(Problem(learner.budget, learner.store, None))
     for mask in learner.masks.values():
         mask.log_scale.data.zero_()
     assert learner.plan().modules == start.modules
@@ -243,7 +243,7 @@ def test_learning_starts_at_fisher_with_multiples_and_floors(floors):
     settings = {"multiple_of": 8, "floors": {"*.layers.1.self_attn.o_proj": 0.6, **floors}, "keep": 0.8}
     learner = learner_of(**settings)
     fit(learner, max_steps=1)  # which only warms up
-    start = allocator("fisher").plan(Problem(learner.budget, learner.store, None))
+    start = make_allocator("fisher").plan(Problem(learner.budget, learner.store, None))
     assert learner.plan().modules == start.modules
     assert ranks(learner.masks) == {name: module.rank for name, module in start.modules.items()}
     assert all(mask.log_scale.item() == 0.0 for mask in learner.masks.values())

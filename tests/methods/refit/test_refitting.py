@@ -18,9 +18,9 @@ from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.decomposition import decompose, square_root, truncate
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.methods.allocate import allocator
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem as Drawing
-from lowrank_pl.methods.allocate.base import drawn_on
+from lowrank_pl.methods.allocate.base import factors_of_plan
 from lowrank_pl.methods.refit import refitting as refitting
 from lowrank_pl.methods.refit.pair import ModelPair
 from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED
@@ -47,7 +47,7 @@ def drawn(model, sequences, tokenizer, *, keep=0.5, kind="two_sided", weights=Tr
     settings = Decomposition(kind=kind, token_weights=weights)
     store = build_factors(model, targets, sequences, tokenizer, settings=settings, **options)
     budget = budget_for(model, targets, keep, storage="factored")
-    plan = allocator(method).plan(Drawing(budget, store, targets))
+    plan = make_allocator(method).plan(Drawing(budget, store, targets))
     return plan, store, targets
 
 
@@ -322,7 +322,7 @@ def test_statistics_on_disk_are_used(llama, sequences, tokenizer, tmp_path, monk
     problem = Drawing(
         budget_for(llama, targets, 0.5), store, targets, model=llama, sequences=sequences, gradients=gradients
     )
-    corrected = allocator("zs_svd", rounds=1, batch=1).plan(problem)
+    corrected = make_allocator("zs_svd", rounds=1, batch=1).plan(problem)
     from lowrank_pl.calibration import statistics as collected
 
     real = collected.measure_gradients
@@ -335,7 +335,7 @@ def test_statistics_on_disk_are_used(llama, sequences, tokenizer, tmp_path, monk
     monkeypatch.setattr(collected, "measure_gradients", norms_alone)
     monkeypatch.setattr(collected, "collect_input_moments", lambda *_, **__: pytest.fail("collected again"))
     run(llama, plan, store, targets, sequences)
-    _, made = run(llama, corrected, drawn_on(corrected, store), targets, sequences)
+    _, made = run(llama, corrected, factors_of_plan(corrected, store), targets, sequences)
     assert "correction" in made.fingerprint
 
 
@@ -561,6 +561,6 @@ def test_store_is_an_ordinary_one(llama, sequences, tokenizer):
     plan, store, targets = drawn(llama, sequences, tokenizer)
     new, made = run(llama, plan, store, targets, sequences)
     assert FactorStore.existing(new.origin["store"]).fingerprint == made.fingerprint
-    assert drawn_on(new, store).directory == made.directory
+    assert factors_of_plan(new, store).directory == made.directory
     for name in plan.modules:
         assert made.notes(name)["weight"] == store.notes(name)["weight"]
