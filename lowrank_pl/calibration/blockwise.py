@@ -16,7 +16,7 @@ from lowrank_pl.calibration.gradients import OutputMeasure, WeightGradients, by_
 from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.forward import clone_output, forward_until, forward_replaced, move_output, forward_from
+from lowrank_pl.models.forward import clone_output, forward_from, forward_replaced, forward_until, move_output
 from lowrank_pl.models.lazy import Blocks, NotBlockwiseError, explain_not_blockwise
 from lowrank_pl.models.targets import Target, decoder_blocks
 from lowrank_pl.utils.distributed import is_first, my_share

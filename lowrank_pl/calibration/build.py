@@ -29,7 +29,7 @@ from lowrank_pl.models.targets import Target, Targets, dense_weight
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.convex_hull import predicted_scores
 from lowrank_pl.text.sequences import sequences_fingerprint, tokenizer_fingerprint
-from lowrank_pl.utils.distributed import my_balanced_share, is_first
+from lowrank_pl.utils.distributed import is_first, my_balanced_share
 from lowrank_pl.utils.files import sha256_of
 from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
 

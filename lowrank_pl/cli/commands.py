@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,24 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.calibration.build import build_factors
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.export.export import check_destination
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.run import allocate_ranks
 from lowrank_pl.methods.refit.refitting import Refit
-from lowrank_pl.methods.refit.refitting import refit as refit_factors
-from lowrank_pl.models.base import DType, load_base, load_tokenizer
-from lowrank_pl.models.targets import find_targets
+from lowrank_pl.methods.refit.refitting import refit as run_refit
+from lowrank_pl.models.base import Base, DType, load_base, load_tokenizer
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import nested
 from lowrank_pl.plans.storage import StorageChoice
 from lowrank_pl.report.finish import export_plan
 from lowrank_pl.report.rank_map import rank_table
 from lowrank_pl.report.scores import Row, row_table
-from lowrank_pl.text.sequences import token_windows
-from lowrank_pl.utils.environment import command_line, pick_device
+from lowrank_pl.text.sequences import Calibration
+from lowrank_pl.utils.environment import pick_device
 from lowrank_pl.utils.files import write_json
 
 __all__ = ["allocate", "base_of", "export", "factors_of", "refit"]
@@ -85,15 +87,12 @@ def allocate(
         The plan.
     """
     # A name or a setting that does not exist is refused before anything is loaded.
-    make_allocator(method, **(settings or {}))
-    model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    tokens = token_windows(text, tokenizer, length=length, sequences=sequences)
-    drawn, factors = allocate_ranks(
-        model.to(pick_device(device)), tokenizer, tokens, method=method, settings=settings, keep=keep,
-        decomposition=decomposition, include=include, exclude=exclude, multiple_of=multiple_of, floors=floors,
-        storage=storage, store=store, base=base, text=text,
+    chosen = make_allocator(method, **(settings or {}))
+    subject = Subject.load(
+        Base(base, dtype, trust_remote_code), Calibration(text, length, sequences),
+        Constraints(include, exclude, multiple_of, floors or {}, storage), device=pick_device(device),
     )  # fmt: skip
+    drawn, factors = allocate_ranks(subject, keep=keep, allocator=chosen, decomposition=decomposition, store=store)
     drawn.save(output)
     print(f"{_plan_line(drawn)}\n{rank_table(drawn)}\nplan   {output}\nstore  {factors.directory}")
     if json is not None:
@@ -148,8 +147,7 @@ def export(
         for folder, size in todo.items():
             _log.info("exporting %s, %d of %d", folder, len(rows) + 1, len(todo))
             report, size = export_plan(
-                model, size, factors, folder, tokenizer=tokenizer, command=command_line(), merge=merge,
-                put_back=len(rows) + 1 < len(todo),
+                model, tokenizer, size, factors, folder, merge=merge, put_back=len(rows) + 1 < len(todo),
             )  # fmt: skip
             name = "export" if keep is None else folder.name
             rows.append(Row(name, kept_targeted=size.keep_targeted, kept_model=size.keep_model, bytes=report.bytes))
@@ -170,7 +168,7 @@ def refit(
     *,
     output: Path = Path("refitted.json"),
     text: str | None = None,
-    settings: Refit = Refit(),  # noqa: B008 (frozen)
+    settings: Refit = Refit(),
     base: str | None = None,
     store: Path | None = None,
     device: str = "auto",
@@ -204,14 +202,13 @@ def refit(
     dtype = getattr(torch, drawn.origin.get("dtype", "float32"))
     model = load_base(base, dtype=dtype, trust_remote_code=trust_remote_code).to(pick_device(device))
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    length, own = calibration["length"], calibration["text"]
-    made, factors = refit_factors(
+    own = Calibration(calibration["text"], calibration["length"], calibration["windows"])
+    subject = Subject(model, tokenizer, own.tokens(tokenizer), Constraints(include=list(drawn.modules)))
+    made, factors = run_refit(
         drawn,
         factors_of(drawn, model, tokenizer, store),
-        model=model,
-        targets=find_targets(model, include=list(drawn.modules)),
-        sequences=token_windows(text or own, tokenizer, length=length, sequences=settings.sequences),
-        calibration=token_windows(own, tokenizer, length=length, sequences=calibration["windows"]),
+        subject,
+        sequences=replace(own, text=text or own.text, sequences=settings.sequences).tokens(tokenizer),
         settings=settings,
     )
     made.save(output)
@@ -274,10 +271,10 @@ def factors_of(
     if "calibration" not in plan.origin:
         raise ValueError("the plan does not say what its factors were made from: name their folder with --store")
     _log.warning("the factors at %s are gone: making them again from the plan's origin", directory)
-    calibration = dict(plan.origin["calibration"])
-    tokens = token_windows(calibration.pop("text"), tokenizer, **calibration)
-    targets = find_targets(model, include=list(plan.modules))
-    return build_factors(model, targets, tokens, tokenizer, settings=Decomposition.behind(plan.origin["decomposition"]))
+    origin = plan.origin["calibration"]
+    calibration = Calibration(origin["text"], origin["length"], origin["windows"])
+    subject = Subject(model, tokenizer, calibration.tokens(tokenizer), Constraints(include=list(plan.modules)))
+    return build_factors(subject, settings=Decomposition.behind(plan.origin["decomposition"]))
 
 
 def _plan_line(plan: RankPlan) -> str:

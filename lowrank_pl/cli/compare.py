@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.calibration.build import build_factors, statistics_of
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.costs.dry_run import dry_run as what_it_needs
 from lowrank_pl.costs.machine import DryRun, machine_of
 from lowrank_pl.costs.workload import Learner, Workload
@@ -23,19 +23,18 @@ from lowrank_pl.factors.compression import compressed, deployed_plan
 from lowrank_pl.factors.settings import Statistic
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import make_allocator
-from lowrank_pl.methods.allocate.run import draw_plan
+from lowrank_pl.methods.allocate.run import allocate_ranks
 from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.methods.recipes import Recipe, recipe
 from lowrank_pl.methods.refit.refitting import Refit, refit
-from lowrank_pl.models.base import load_base, load_tokenizer
+from lowrank_pl.models.base import Base
 from lowrank_pl.models.identity import model_fingerprint
-from lowrank_pl.models.targets import Targets, find_targets
-from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.comparison import DENSE, comparison_table, read_results, write_comparison
-from lowrank_pl.text.sequences import count_overlapping, sequences_fingerprint, token_windows
+from lowrank_pl.text.sequences import Calibration, count_overlapping, sequences_fingerprint, token_windows
 from lowrank_pl.text.sources import named_texts
-from lowrank_pl.training.short_run import Subject
+from lowrank_pl.training.short_run import ShortRuns
 from lowrank_pl.utils.environment import (
     command_line,
     describe_machine,
@@ -102,28 +101,19 @@ def compare_workload(
 _log = logging.getLogger(__name__)
 
 
-def warn_of_known_text(
-    scored: Mapping[str, Tensor],
-    statistics: Tensor,
-    calibration: str,
-    tokenizer: PreTrainedTokenizerBase,
-    recipes: Mapping[str, Recipe],
-) -> None:
-    """Warn of sequences to score whose text statistics or learning see, for their perplexity flatters.
+def warn_of_known_text(scored: Mapping[str, Tensor], subject: Subject, recipes: Mapping[str, Recipe]) -> None:
+    """Warn of sequences to score whose text statistics or learning see: their perplexity flatters.
 
     Args:
         scored: ``[sequences, length]`` token ids of every text to score, by its name.
-        statistics: ``[sequences, length]`` token ids for statistics.
-        calibration: The text that those are from, and that masks learn from.
-        tokenizer: The one that made them.
+        subject: The calibration text, its tokenizer, and the sequences for statistics.
         recipes: The methods, which say how much of the text masks learn from.
     """
     counts = [method.learning.sequences for method in recipes.values() if method.learning is not None]
-    learnt = token_windows(
-        calibration, tokenizer, length=statistics.shape[1], sequences=max([len(statistics), *counts])
-    )
+    assert subject.calibration is not None
+    seen = replace(subject.calibration, sequences=max([len(subject.sequences), *counts])).tokens(subject.tokenizer)
     for corpus, sequences in scored.items():
-        known = count_overlapping(sequences, [learnt], tokenizer)
+        known = count_overlapping(sequences, [seen], subject.tokenizer)
         if known:
             _log.warning(
                 "%d of %d sequences of %s hold text that methods are calibrated on: their perplexity flatters",
@@ -204,11 +194,14 @@ def compare(
             speeds=dry_run, trust_remote_code=trust_remote_code, json=json,
         )  # fmt: skip
         return []
-    model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).to(pick_device(device))
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    targets = find_targets(model, include=include, exclude=exclude)
+    subject = Subject.load(
+        Base(base, dtype, trust_remote_code),
+        Calibration(calibration, calibration_length, calibration_sequences),
+        Constraints(include, exclude, multiple_of),
+        device=pick_device(device),
+    )
     for fraction in keep:
-        budget_for(model, targets, fraction, multiple_of=multiple_of)
+        subject.budget(fraction)
     texts = named_texts(scores)
     limits = score_sequences or {}
     if unknown := sorted(set(limits) - set(texts)):
@@ -216,19 +209,13 @@ def compare(
             f"score_sequences names {unknown[0]!r}, which is none of the texts to score: {', '.join(texts)}"
         )
     sequences = {
-        name: token_windows(text, tokenizer, length=score_length, sequences=limits.get(name))
+        name: token_windows(text, subject.tokenizer, length=score_length, sequences=limits.get(name))
         for name, text in texts.items()
     }
     for scored in sequences.values():
-        check_sequences(model, scored)
-    options = {"include": list(include), "exclude": list(exclude), "multiple_of": multiple_of}
-    tokens = token_windows(calibration, tokenizer, length=calibration_length, sequences=calibration_sequences)
-    subject = Subject(
-        model=model, base=base, dtype=dtype, tokenizer=tokenizer, calibration=calibration, tokens=tokens,
-        options=options, seed=seed, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    bench = _Comparison(run, subject, targets, sequences, plotted or [])
-    warn_of_known_text(sequences, tokens, calibration, tokenizer, chosen)
+        check_sequences(subject.model, scored)
+    bench = _Comparison(run, subject, seed, sequences, plotted or [])
+    warn_of_known_text(sequences, subject, chosen)
     results = bench.results(chosen, keep)
     if json is not None:
         write_json(json, results)
@@ -242,7 +229,7 @@ class _Comparison:
 
     run: Path
     subject: Subject
-    targets: Targets
+    seed: int
     scored: dict[str, Tensor]
     plotted: Sequence[str]
 
@@ -278,11 +265,16 @@ class _Comparison:
 
     def _claim_folder(self) -> None:
         """Refuse a folder whose results were made from another model, calibration or protocol."""
+        constraints = self.subject.constraints
         protocol = {
             "base": model_fingerprint(self.subject.model),
-            "calibration": sequences_fingerprint(self.subject.tokens),
+            "calibration": sequences_fingerprint(self.subject.sequences),
             "scores": {name: sequences_fingerprint(sequences) for name, sequences in self.scored.items()},
-            "options": self.subject.options,
+            "options": {
+                "include": list(constraints.include),
+                "exclude": list(constraints.exclude),
+                "multiple_of": constraints.multiple_of,
+            },
         }
         path = self.run / "protocol.json"
         if not path.exists():
@@ -299,14 +291,14 @@ class _Comparison:
         return self.run / name / f"keep-{keep:g}"
 
     def _identity(self, method: Recipe, keep: float) -> str:
-        return sha256_of(__version__, canonical_json(method.describe()), str(keep), str(self.subject.seed))
+        return sha256_of(__version__, canonical_json(method.describe()), str(keep), str(self.seed))
 
     def _dense(self) -> dict[str, Any]:
         reset_peak_memory(self.subject.model.device)
         nats, seconds = self._score(DENSE)
         parameters = self.subject.model.num_parameters()
-        # Below 1 where the base itself was narrowed.
-        whole = budget_for(self.subject.model, self.targets, 1.0)
+        # Below 1 where the base itself was pruned.
+        whole = self.subject.budget(1.0)
         return {
             "method": DENSE,
             "settings": {},
@@ -331,8 +323,8 @@ class _Comparison:
     ) -> dict[str, Any]:
         if method.prune is None:
             return self._on_base(name, method, keep, identity, dense, {})
-        # The narrowed model is gone before the next one is loaded.
-        at, spent = self._narrowed(method.prune, keep)
+        # The pruned model is gone before the next one is loaded.
+        at, spent = self._pruned(method.prune, keep)
         return at._on_base(name, method, keep, identity, dense, {"narrowing": spent})
 
     def _on_base(
@@ -372,52 +364,39 @@ class _Comparison:
             "machine": describe_machine(self.subject.model.device),
         }
 
-    def _narrowed(self, settings: WidthPruning, keep: float) -> tuple[_Comparison, float | None]:
-        """Return this comparison on the narrowed base, and the seconds that narrowing took, now or when it was done."""
+    def _pruned(self, settings: WidthPruning, keep: float) -> tuple[_Comparison, float | None]:
+        """Return this comparison on the pruned base, and the seconds that pruning took, now or when it was done."""
         subject = self.subject
-        globs = {name: subject.options[name] for name in ("include", "exclude")}
-        folder, spent = pruned_base(
-            subject.base, settings, keep=keep, model=subject.model, tokenizer=subject.tokenizer, sequences=subject.tokens,
-            **globs,
-        )  # fmt: skip
-        if folder == subject.base:
+        assert subject.base is not None
+        folder, spent = pruned_base(subject, settings, keep=keep)
+        if folder == subject.base.name:
             return self, spent
-        kind = getattr(torch, subject.dtype)
-        model = load_base(folder, dtype=kind, trust_remote_code=subject.trust_remote_code).to(subject.model.device)
-        at = replace(self, subject=replace(subject, base=folder, model=model), targets=find_targets(model, **globs))
-        return at, spent
+        base = replace(subject.base, name=folder)
+        model = base.load().to(subject.model.device)
+        return replace(self, subject=replace(subject, base=base, model=model)), spent
 
     def _prepare(self, method: Recipe) -> dict[str, float | None]:
         """Make statistics and factors, which methods share, and return what they cost, now or when they were made."""
         settings = method.decomposition
         drawer = make_allocator(method.allocator, **method.settings)
-        factors = build_factors(
-            self.subject.model, self.targets, self.subject.tokens, self.subject.tokenizer, settings=settings
-        )
-        statistics = statistics_of(self.subject.model, self.subject.tokens, self.subject.tokenizer)
+        factors = build_factors(self.subject, settings=settings)
+        statistics = statistics_of(self.subject)
         needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
         if drawer.needs_gradients:
             needs["weight_gradients"] = None
-        spent = [statistics.seconds(needs, self.targets.modules, settings.labels)]
+        spent = [statistics.seconds(needs, self.subject.targets.modules, settings.labels)]
         if settings.at_keep is not None:
             there = statistics.compressed(settings.point(factors.fingerprint["at_modules"]))
-            spent.append(there.seconds(settings.needs, self.targets.modules, settings.labels))
+            spent.append(there.seconds(settings.needs, self.subject.targets.modules, settings.labels))
         return {
             "statistics": total_seconds(spent),
-            "factors": factors.seconds(target.name for target in self.targets.modules),
+            "factors": factors.seconds(target.name for target in self.subject.targets.modules),
         }
 
     def _refit(self, plan: RankPlan, store: FactorStore, settings: Refit) -> tuple[RankPlan, FactorStore]:
-        sequences = token_windows(
-            self.subject.calibration,
-            self.subject.tokenizer,
-            length=self.subject.tokens.shape[1],
-            sequences=settings.sequences,
-        )
-        return refit(
-            plan, store, model=self.subject.model, targets=self.targets, sequences=sequences,
-            calibration=self.subject.tokens, settings=settings,
-        )  # fmt: skip
+        assert self.subject.calibration is not None
+        text = replace(self.subject.calibration, sequences=settings.sequences)
+        return refit(plan, store, self.subject, sequences=text.tokens(self.subject.tokenizer), settings=settings)
 
     def _score(self, label: str) -> tuple[dict[str, float], float]:
         """Return nats a token on every text, and the seconds that it took."""
@@ -434,25 +413,15 @@ class _Comparison:
         if method.learning is not None:
             # What comes after the learning has no part in it: a method and its +refit learn once.
             learned = self._identity(replace(method, refit=None), keep)
-            return self.subject.learn(method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}")
-        budget = budget_for(
-            self.subject.model,
-            self.targets,
-            keep,
-            multiple_of=self.subject.options["multiple_of"],
-            storage=method.storage,
-        )
-        plan, store = draw_plan(
-            make_allocator(method.allocator, **method.settings),
-            budget,
-            self.targets,
-            self.subject.model,
-            self.subject.tokens,
-            self.subject.tokenizer,
-            settings=method.decomposition,
-            base=self.subject.base,
-            dtype=self.subject.dtype,
-            text=self.subject.calibration,
+            return ShortRuns(self.subject, self.seed).learn(
+                method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}"
+            )
+        constraints = replace(self.subject.constraints, storage=method.storage)
+        plan, store = allocate_ranks(
+            replace(self.subject, constraints=constraints),
+            keep=keep,
+            allocator=make_allocator(method.allocator, **method.settings),
+            decomposition=method.decomposition,
         )
         return plan, store, time.perf_counter() - began
 

@@ -8,22 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.build_by_block import build_factors_by_block, refuse_compressed
 from lowrank_pl.calibration.hidden_states import Cache
 from lowrank_pl.calibration.provenance import preparation_notes
 from lowrank_pl.calibration.statistics import memory_size
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.costs.dry_run import dry_run_decompose
 from lowrank_pl.costs.machine import DryRun
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.base import DType, load_base, load_tokenizer
+from lowrank_pl.models.base import Base, DType
 from lowrank_pl.models.lazy import NotBlockwiseError, open_skeleton
-from lowrank_pl.models.targets import Targets, find_targets
-from lowrank_pl.text.sequences import token_windows
+from lowrank_pl.models.targets import Targets
+from lowrank_pl.plans.constraints import Constraints
+from lowrank_pl.text.sequences import Calibration
 from lowrank_pl.utils.environment import peak_memory, pick_device
 from lowrank_pl.utils.files import write_json
 
@@ -89,58 +89,52 @@ def decompose(
             speeds=dry_run, trust_remote_code=trust_remote_code, json=json,
         )  # fmt: skip
         return None
-    place, kind = pick_device(device), getattr(torch, dtype)
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    tokens = token_windows(text, tokenizer, length=length, sequences=sequences)
-    found = _walked(
-        base, tokens, tokenizer, settings=decomposition, directory=store, include=include, exclude=exclude, cache=cache,
-        memory=budget, dtype=kind, device=place, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    if found is not None:
-        made, targets = found
-    else:
-        model = load_base(base, dtype=kind, trust_remote_code=trust_remote_code).to(place)
-        targets = find_targets(model, include=include, exclude=exclude)
+    described = Base(base, dtype, trust_remote_code)
+    constraints = Constraints(include, exclude)
+    calibration, place = Calibration(text, length, sequences), pick_device(device)
+    try:
+        found = _by_block(described, calibration, constraints, decomposition, store, budget, cache, place)
+        how = "block by block"
+    except NotBlockwiseError as error:
+        _log.warning("%s is loaded whole: %s", base, error)
+        subject, how = Subject.load(described, calibration, constraints, device=place), "loaded whole"
         made = build_factors(
-            model, targets, tokens, tokenizer, settings=decomposition, directory=store, memory=budget,
+            subject, settings=decomposition, directory=store, memory=budget,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
+        found = made, subject.targets
+    made, targets = found
     seconds, memory_used, notes = time.perf_counter() - began, peak_memory(), preparation_notes(targets, made)
-    how = "loaded whole" if found is None else "block by block"
     head = f"{decomposition.kind}: factors of {len(targets.modules)} modules, {how}, in {seconds:.0f} s"
     print("\n".join([f"{head} and {memory_used / 1e9:.2f} GB of memory", *notes, f"store  {made.directory}"]))
     if json is not None:
         write_json(json, {
             "store": str(made.directory), "kind": decomposition.kind, "modules": len(targets.modules),
-            "block_by_block": found is not None, "seconds": seconds, "peak_memory": memory_used, "notes": notes,
+            "block_by_block": how == "block by block", "seconds": seconds, "peak_memory": memory_used, "notes": notes,
         })  # fmt: skip
     return made
 
 
-def _walked(
-    base: str,
-    sequences: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
+def _by_block(
+    base: Base,
+    calibration: Calibration,
+    constraints: Constraints,
     settings: Decomposition,
     directory: Path | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    cache: Cache | None,
     memory: int | None,
-    dtype: torch.dtype,
+    cache: Cache | None,
     device: torch.device,
-    trust_remote_code: bool,
-) -> tuple[FactorStore, Targets] | None:
-    """Return the factors made block by block, and of what; None where ``base`` has to be loaded whole."""
-    try:
-        refuse_compressed(settings)
-        skeleton = open_skeleton(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        targets = skeleton.find_targets(include=include, exclude=exclude)
-        made = build_factors_by_block(
-            skeleton, targets, sequences, tokenizer, settings=settings, directory=directory, memory=memory, cache=cache
-        )
-    except NotBlockwiseError as error:
-        _log.warning("%s is loaded whole: %s", base, error)
-        return None
+) -> tuple[FactorStore, Targets]:
+    """Return the factors, made with one block in memory, and their targets.
+
+    Raises:
+        NotBlockwiseError: The base has to be loaded whole.
+    """
+    refuse_compressed(settings)
+    tokenizer = base.tokenizer()
+    sequences = calibration.tokens(tokenizer)
+    skeleton = open_skeleton(base.name, dtype=base.torch_dtype, device=device, trust_remote_code=base.trust_remote_code)
+    targets = skeleton.find_targets(include=constraints.include, exclude=constraints.exclude)
+    subject = Subject(skeleton.model, tokenizer, sequences, constraints, base, calibration, targets)
+    made = build_factors_by_block(skeleton, subject, settings=settings, directory=directory, memory=memory, cache=cache)
     return made, targets

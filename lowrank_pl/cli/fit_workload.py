@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowrank_pl.costs.workload import Learner, Machine, Workload
+from lowrank_pl.methods.allocate.base import Allocator
 from lowrank_pl.models.base import loads_in_parts
 
 __all__ = ["fit_workload"]
@@ -23,8 +24,9 @@ def fit_workload(
         finish: The ``FinishRun``.
         machine: What learning is spread over.
     """
-    length, batch = data["length"], data["batch_size"]
-    of_epoch = max(1, data["sequences"] // (batch * machine.processes))
+    learning, statistics, batch = data["learning"], data["statistics"], data["batch_size"]
+    length = learning["length"]
+    of_epoch = max(1, learning["sequences"] // (batch * machine.processes))
     gathered = trainer["accumulate_grad_batches"] or 1
     limit = trainer["limit_train_batches"]
     if limit is not None:
@@ -35,16 +37,16 @@ def fit_workload(
         # The first limit that is reached ends learning; no number of epochs is none then.
         steps = min(most, steps) if epochs and epochs > 0 else most
     validations = _validations(trainer, batches=steps * gathered, of_epoch=of_epoch)
-    starts = learner.start if hasattr(learner.start, "needs_gradients") else None
-    shared = machine.sharded and loads_in_parts(learner.base)
-    validated = data["validation_sequences"]
+    starts = learner.start_from if isinstance(learner.start_from, Allocator) else None
+    shared = machine.sharded and loads_in_parts(learner.base.name)
+    validated = data["validation"]["sequences"]
     scored = validated * length
-    if finish.score_text is not None:
-        scored = (finish.score_sequences or 0) * finish.score_length
+    if finish.score.text is not None:
+        scored = (finish.score.sequences or 0) * finish.score.length
     return Workload(
         keeps=(learner.keep,),
-        sequences=data["sequences"] if data["statistics_sequences"] is None else data["statistics_sequences"],
-        length=data["statistics_length"] or length,
+        sequences=statistics["sequences"] or learning["sequences"],
+        length=statistics["length"] or length,
         decompositions=(learner.decomposition,),
         weight_gradients=bool(starts and starts.needs_gradients),
         prunings=() if learner.prune is None else (learner.prune,),
@@ -52,15 +54,16 @@ def fit_workload(
         shared=shared,
         learners=[
             Learner(
-                "learning", learner.mask_method, steps, length, storage=learner.storage, sequences=batch * gathered,
+                "learning", learner.mask_method, steps, length, storage=learner.constraints.storage, sequences=batch * gathered,
                 batch_size=batch, validated=validated * validations, teacher=learner.data_terms.needs_teacher,
-                inactive_gate_stride=learner.inactive_gate_stride, recomputed=learner.gradient_checkpointing,
+                inactive_gate_stride=learner.compute.inactive_gate_stride,
+                recomputed=learner.compute.gradient_checkpointing,
             )
         ],
-        refitted=min(finish.refit.sequences, data["sequences"]) if finish.refit else 0,
+        refitted=min(finish.refit.sequences, learning["sequences"]) if finish.refit else 0,
         refits=int(finish.refit is not None),
         scored=scored,
-        score_length=length if finish.score_text is None else finish.score_length,
+        score_length=length if finish.score.text is None else finish.score.length,
         models=1 + len(finish.baselines) + int(finish.refit is not None),
         exports=True,
         waiting=finish.streamed,

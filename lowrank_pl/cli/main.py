@@ -152,8 +152,8 @@ class RankCLI(LightningCLI):
             "checkpoint.save_last": True,
             "checkpoint.enable_version_counter": False,
         })  # fmt: skip
-        parser.link_arguments("model.base", "data.tokenizer")
-        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+        parser.link_arguments("model.base.name", "data.tokenizer")
+        parser.link_arguments("model.base.trust_remote_code", "data.trust_remote_code")
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("run", "checkpoint.dirpath", compute_fn=lambda run: str(Path(run) / "checkpoints"))
         parser.link_arguments("json", "finish.json")
@@ -170,14 +170,14 @@ class RankCLI(LightningCLI):
             sharded=isinstance(trainer.strategy, ModelParallelStrategy),
         )  # fmt: skip
         dry_run(
-            learner.base,
+            learner.base.name,
             fit_workload(learner, self._get(self.config, "data"), trainer, self._get(config, "finish"), machine),
             machine,
-            dtype=learner.dtype_name,
-            include=learner.include,
-            exclude=learner.exclude,
+            dtype=learner.base.dtype,
+            include=learner.constraints.include,
+            exclude=learner.constraints.exclude,
             speeds=speeds,
-            trust_remote_code=learner.trust_remote_code,
+            trust_remote_code=learner.base.trust_remote_code,
             json=self._get(self.config, "json"),
         )
         return None

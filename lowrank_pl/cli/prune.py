@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from lowrank_pl.calibration.build import statistics_of
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.export.export import check_destination, save_compressed
 from lowrank_pl.methods.prune.base import WidthPruning, apply_pruning, pruned_card
-from lowrank_pl.models.base import DType, load_base, load_tokenizer
+from lowrank_pl.models.base import Base, DType
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import find_targets, model_parameters, targeted_parameters
-from lowrank_pl.text.sequences import token_windows
+from lowrank_pl.text.sequences import Calibration
 from lowrank_pl.utils.environment import pick_device
 from lowrank_pl.utils.files import write_json
 
@@ -70,18 +69,20 @@ def prune(
         raise ValueError(f"keep is {keep}: expected a fraction above 0 and below 1")
     settings = WidthPruning(by_block, share, multiple_of, damping)
     check_destination(output)
-    model = load_base(base, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).to(pick_device(device))
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    tokens = token_windows(text, tokenizer, length=length, sequences=sequences)
-    statistics = statistics_of(model, tokens, tokenizer)
-    found = apply_pruning(model, find_targets(model), statistics, settings, base=base, keep=keep)
+    subject = Subject.load(
+        Base(base, dtype, trust_remote_code), Calibration(text, length, sequences), device=pick_device(device)
+    )
+    model, tokenizer = subject.model, subject.tokenizer
+    found = apply_pruning(model, subject.targets, statistics_of(subject), settings, base=base, keep=keep)
     for width, loss in sorted(found.tried.items()):
         print(f"{width} hidden features, ranks to keep {keep}: predicted loss {loss:.4f} nats a token")
     origin = Origin.of(model)
     if found.by_block is not None:
         print(f"widths by block, ranks to keep {keep}: predicted loss {found.by_block:.4f} nats a token")
     if origin is None or not found.narrower:
-        raise ValueError(f"at keep {keep} no narrower MLPs are predicted to lose less: draw ranks on {base!r} itself")
+        raise ValueError(
+            f"at keep {keep} no narrower MLPs are predicted to lose less: allocate ranks on {base!r} itself"
+        )
     report = save_compressed(model, output, tokenizer=tokenizer, merge=found.one_width, card=pruned_card(origin))
     targets, parameters = find_targets(model), model_parameters(model)
     figures = {
@@ -97,7 +98,7 @@ def prune(
         "bytes": report.bytes,
     }
     print(
-        f"narrowed MLPs from {found.before:,} to {origin.widths} hidden features: "
+        f"pruned MLPs from {found.before:,} to {origin.widths} hidden neurons: "
         f"{origin.remaining(targets, parameters)} are left\npredicted loss {found.nats:.4f} nats a token\n"
         f"keep of plans on it counts what {origin.base} had\nmodel  {report.directory}"
     )

@@ -18,11 +18,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lowrank_pl.costs.speed import multiply_adds
+from lowrank_pl.models.base import pop_shapes, resolve_base
 from lowrank_pl.models.base import read_config as read_checkpoint_config
-from lowrank_pl.models.base import resolve_base, pop_shapes
 from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.shapes import random_blocks, whole_config
-from lowrank_pl.models.targets import Target, decoder_blocks, first_argument, find_targets
+from lowrank_pl.models.targets import Target, decoder_blocks, find_targets, first_argument
 from lowrank_pl.models.tiny import tiny_model
 
 __all__ = ["Anatomy", "anatomy", "read_config"]

@@ -31,12 +31,12 @@ __all__ = [
     "Base",
     "BaseSpec",
     "DType",
-    "loads_in_parts",
     "load_base",
     "load_tokenizer",
+    "loads_in_parts",
+    "pop_shapes",
     "read_config",
     "resolve_base",
-    "pop_shapes",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,17 +17,17 @@ from lowrank_pl.models.targets import decoder_blocks
 
 __all__ = [
     "_ForwardStoppedError",
-    "block_outputs",
-    "forward_from_is_exact",
-    "clone_output",
-    "forward_until",
-    "forward_replaced",
-    "move_output",
-    "enable_activation_checkpointing",
     "activation_checkpointing",
-    "refuse_dropout",
+    "block_outputs",
+    "clone_output",
+    "enable_activation_checkpointing",
     "forward_from",
+    "forward_from_is_exact",
+    "forward_replaced",
+    "forward_until",
     "forward_with_activations",
+    "move_output",
+    "refuse_dropout",
 ]
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from lowrank_pl.models.base import read_config, resolve_base, pop_shapes
+from lowrank_pl.models.base import pop_shapes, read_config, resolve_base
 from lowrank_pl.models.forward import forward_until
 from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.targets import Targets, decoder_blocks, find_targets

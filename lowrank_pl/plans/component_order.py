@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["ComponentOrder", "share_scores", "requested_rank_scores"]
+__all__ = ["ComponentOrder", "requested_rank_scores", "share_scores"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from typing import Any, cast
 
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.models.base import load_tokenizer
 from lowrank_pl.text.sequences import (
+    Calibration,
     sequences_fingerprint,
-    token_windows,
     tokenizer_fingerprint,
     uses_bos,
     warn_of_overlap,
@@ -25,7 +25,7 @@ from lowrank_pl.text.sequences import (
 from lowrank_pl.text.sources import parse_text
 from lowrank_pl.utils.files import sha256_of
 
-__all__ = ["CalibrationData", "Place", "SequenceLoader", "calibration_data"]
+__all__ = ["CalibrationData", "Place", "SequenceLoader", "StatisticsText", "ValidationText", "calibration_data"]
 
 Place = tuple[int, int]
 """An epoch, and the number of its batches that are done."""
@@ -88,7 +88,7 @@ class SequenceLoader:
             )
         epochs = count()
         self._place = place or (lambda: (next(epochs), 0))
-        self._windows = sequences
+        self._sequences = sequences
         self._batch_size = batch_size
         self._seed = seed
         self._rank = rank
@@ -108,7 +108,7 @@ class SequenceLoader:
         """
         epoch, done = self._place()
         loader = DataLoader(
-            cast(Dataset[Tensor], self._windows),
+            cast(Dataset[Tensor], self._sequences),
             batch_sampler=self.batches(epoch)[done:],
             num_workers=self._num_workers,
             generator=torch.Generator(),  # otherwise every epoch takes a number from the global random state
@@ -143,16 +143,16 @@ class SequenceLoader:
         if "windows" in other or "seed" in other:
             raise ValueError(
                 f"the checkpoint was written while learning from other data ({listed}), its place in the epoch can't "
-                "be taken up: give that run's text, tokenizer, length, sequences, shuffle and seed, or start a new run"
+                "be taken up: give that run's text, tokenizer, length, sequences and seed, or start a new run"
             )
         if other:
             _log.warning("this epoch goes on with other batches than the checkpoint's run would have had: %s", listed)
 
     def _order(self, epoch: int) -> list[int]:
         if self._seed is None:
-            return list(range(len(self._windows)))
+            return list(range(len(self._sequences)))
         generator = torch.Generator().manual_seed(int(sha256_of(str(self._seed), str(epoch))[:15], 16))
-        return cast(list[int], torch.randperm(len(self._windows), generator=generator).tolist())
+        return cast(list[int], torch.randperm(len(self._sequences), generator=generator).tolist())
 
 
 @dataclass(frozen=True)
@@ -162,33 +162,65 @@ class _Sequences:
     validation: Tensor
 
 
+@dataclass(frozen=True)
+class StatisticsText:
+    """What the moments of activations are measured on, where that differs from the learning text.
+
+    Args:
+        text: The text; by default the one that ranks are learned from.
+        length: Tokens of a sequence; by default those of learning.
+        sequences: How many sequences; by default as many as for learning.
+    """
+
+    text: str | None = None
+    length: int | None = None
+    sequences: int | None = None
+
+    def resolved(self, learning: Calibration) -> Calibration:
+        """Return the text with everything that was left out taken from ``learning``."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(learning, **given)
+
+
+@dataclass(frozen=True)
+class ValidationText:
+    """What the hard plan is validated on.
+
+    Args:
+        text: The text; by default sequences of the learning text that follow those for learning and statistics, and
+            are in neither.
+        sequences: How many sequences, of the length of learning; 0 switches validation off.
+        batch_size: Sequences in a validation batch of one process.
+    """
+
+    text: str | None = None
+    sequences: int = 8
+    batch_size: int = 1
+
+
 class CalibrationData(pl.LightningDataModule):
     """Token sequences to learn ranks from, to measure statistics on, and to validate with.
 
-    A text is named as :mod:`lowrank_pl.text` says: ``python-docs``, a file, folder or glob, or a hub dataset. Training
-    goes on after a checkpoint, also in the middle of an epoch, with exactly the batches that would have followed.
+    A text is named as ``lowrank_pl.text`` says: ``python-docs``, a file, folder or glob, or a hub dataset. After a
+    checkpoint, also in the middle of an epoch, training goes on with exactly the batches that would have followed.
 
     Args:
-        text: What the ranks are learnt from.
+        learning: What the ranks are learned from; an epoch has its number of sequences.
         tokenizer: The base model's tokenizer, or the name of the base model to load it of.
-        length: Tokens in a sequence.
-        sequences: How many sequences an epoch has.
+        statistics: What the moments of activations are measured on.
+        validation: What the hard plan is validated on.
         batch_size: Sequences in a training batch of one process.
-        shuffle: Whether each epoch has its own random order.
-        seed: Seed of these orders.
-        statistics_text: What the moments of activations are measured on; by default the learning text.
-        statistics_length: Tokens in a sequence for statistics; by default ``length``.
-        statistics_sequences: How many sequences for statistics; by default ``sequences``.
-        validation_text: What the hard plan is validated on; by default sequences of the learning text that follow those
-            for learning and statistics and are in neither.
-        validation_sequences: How many sequences for validation; 0 switches it off.
-        validation_batch_size: Sequences in a validation batch of one process.
+        seed: Seed of the random order of each epoch; None keeps the order of the text.
         num_workers: Processes that fetch batches ahead; the sequences are in memory, so 0 is usually best.
         trust_remote_code: Whether a tokenizer may run code that comes with it.
 
+    Raises:
+        ValueError: A number out of its range.
+
     >>> from lowrank_pl.models.tiny import byte_tokenizer
-    >>> data = CalibrationData("python-docs", byte_tokenizer(), length=32, sequences=6, validation_sequences=2)
-    >>> data.train_windows.shape, data.validation_sequences.shape
+    >>> learning = Calibration("python-docs", length=32, sequences=6)
+    >>> data = CalibrationData(learning, byte_tokenizer(), validation=ValidationText(sequences=2))
+    >>> data.train_sequences.shape, data.validation_sequences.shape
     (torch.Size([6, 32]), torch.Size([2, 32]))
     >>> next(iter(data.train_dataloader())).shape
     torch.Size([1, 32])
@@ -196,41 +228,26 @@ class CalibrationData(pl.LightningDataModule):
 
     def __init__(
         self,
-        text: str = "python-docs",
+        learning: Calibration = Calibration(),
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
-        length: int = 512,
-        sequences: int = 256,
+        statistics: StatisticsText = StatisticsText(),
+        validation: ValidationText = ValidationText(),
         batch_size: int = 1,
-        shuffle: bool = True,
-        seed: int = 0,
-        statistics_text: str | None = None,
-        statistics_length: int | None = None,
-        statistics_sequences: int | None = None,
-        validation_text: str | None = None,
-        validation_sequences: int = 8,
-        validation_batch_size: int = 1,
+        seed: int | None = 0,
         num_workers: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.text = text
-        self.length = length
+        self.learning = learning
+        self.statistics = statistics.resolved(learning)
+        self.validation = validation
+        self.validation_text = learning.text if validation.text is None else validation.text
         self.batch_size = batch_size
-        self.shuffle = shuffle
         self.seed = seed
-        self.statistics_text = text if statistics_text is None else statistics_text
-        self.statistics_length = length if statistics_length is None else statistics_length
-        self.validation_text = text if validation_text is None else validation_text
-        self.validation_batch_size = validation_batch_size
         self.num_workers = num_workers
         self.trust_remote_code = trust_remote_code
         self._tokenizer = tokenizer
-        self._counts = {
-            "sequences": sequences,
-            "statistics_sequences": sequences if statistics_sequences is None else statistics_sequences,
-            "validation_sequences": validation_sequences,
-        }
         self._built: _Sequences | None = None
         self._check_arguments()
 
@@ -260,18 +277,18 @@ class CalibrationData(pl.LightningDataModule):
         return self._tokenizer
 
     @property
-    def train_windows(self) -> Tensor:
+    def train_sequences(self) -> Tensor:
         """The sequences to learn from, int64 ``[sequences, length]``."""
         return self._ready().train
 
     @property
     def statistics_sequences(self) -> Tensor:
-        """The sequences for statistics, int64 ``[statistics_sequences, statistics_length]``."""
+        """The sequences for statistics, int64 ``[sequences, length]``."""
         return self._ready().statistics
 
     @property
     def validation_sequences(self) -> Tensor:
-        """The sequences for validation, int64 ``[validation_sequences, length]``."""
+        """The sequences for validation, int64 ``[sequences, length]``."""
         return self._ready().validation
 
     def fingerprint(self) -> dict[str, str]:
@@ -287,9 +304,9 @@ class CalibrationData(pl.LightningDataModule):
         overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
         rank, world_size = self._share()
         return SequenceLoader(
-            self.train_windows,
+            self.train_sequences,
             batch_size=self.batch_size,
-            seed=self.seed if self.shuffle and not overfitting else None,
+            seed=None if overfitting else self.seed,
             rank=rank,
             world_size=world_size,
             num_workers=self.num_workers,
@@ -303,7 +320,7 @@ class CalibrationData(pl.LightningDataModule):
         rank, world_size = self._share()
         loader = SequenceLoader(
             self.validation_sequences,
-            batch_size=self.validation_batch_size,
+            batch_size=self.validation.batch_size,
             seed=None,
             rank=rank,
             world_size=world_size,
@@ -314,12 +331,14 @@ class CalibrationData(pl.LightningDataModule):
 
     def _check_arguments(self) -> None:
         sizes = {
-            "length": (self.length, 2),
-            "statistics_length": (self.statistics_length, 2),
+            "learning.length": (self.learning.length, 2),
+            "learning.sequences": (self.learning.sequences, 1),
+            "statistics.length": (self.statistics.length, 2),
+            "statistics.sequences": (self.statistics.sequences, 1),
+            "validation.sequences": (self.validation.sequences, 0),
+            "validation.batch_size": (self.validation.batch_size, 1),
             "batch_size": (self.batch_size, 1),
-            "validation_batch_size": (self.validation_batch_size, 1),
             "num_workers": (self.num_workers, 0),
-            **{name: (value, 0 if name == "validation_sequences" else 1) for name, value in self._counts.items()},
         }
         for name, (value, least) in sizes.items():
             if value < least:
@@ -344,30 +363,32 @@ class CalibrationData(pl.LightningDataModule):
         batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         size = int(self.trainer.num_training_batches)
         epoch, done = divmod(batches.total.processed, size)
-        return epoch, done if batches.current.ready < size else len(self.train_windows)
+        return epoch, done if batches.current.ready < size else len(self.train_sequences)
 
     def _build(self) -> _Sequences:
         """Return all sequences; with the learning text alone, those for validation come after all others."""
-        learning, statistics, validation = map(parse_text, (self.text, self.statistics_text, self.validation_text))
-        held_out = self._counts["validation_sequences"] if validation == learning else 0
+        texts = (self.learning.text, self.statistics.text, self.validation_text)
+        learning, statistics, validation = map(parse_text, texts)
+        held_out = self.validation.sequences if validation == learning else 0
         bos = int(uses_bos(self.tokenizer))
-        room, statistics_room = self.length - bos, self.statistics_length - bos
-        wanted = self._counts["sequences"]
+        room, statistics_room = self.learning.length - bos, self.statistics.length - bos
+        wanted = self.learning.sequences
         shared = bool(held_out) and statistics == learning
         if shared:
             # as many learning sequences as cover the tokens that the statistics read
-            wanted = max(wanted, -(-self._counts["statistics_sequences"] * statistics_room // room))
-        found = self._read(self.text, self.length, wanted + held_out)
+            wanted = max(wanted, -(-self.statistics.sequences * statistics_room // room))
+        found = replace(self.learning, sequences=wanted + held_out).tokens(self.tokenizer)
         before = len(found) - held_out
-        most = before * room // statistics_room if shared else self._counts["statistics_sequences"]
+        most = before * room // statistics_room if shared else self.statistics.sequences
         if before < 1 or most < 1:
             raise ValueError(
-                f"text {self.text!r} has {len(found)} sequences of {self.length} tokens, too few to hold out {held_out} "
-                "for validation: give a longer text, a validation_text, smaller lengths or fewer validation_sequences"
+                f"text {self.learning.text!r} has {len(found)} sequences of {self.learning.length} tokens, too few to "
+                f"hold out {held_out} for validation: give a longer text, a validation.text, smaller lengths or fewer "
+                "validation.sequences"
             )
         return self._reported(
             _Sequences(
-                train=found[: min(before, self._counts["sequences"])],
+                train=found[: min(before, self.learning.sequences)],
                 statistics=self._statistics(most),
                 validation=found[before:] if held_out else self._validation(),
             ),
@@ -375,31 +396,28 @@ class CalibrationData(pl.LightningDataModule):
         )
 
     def _statistics(self, most: int) -> Tensor:
-        wanted = self._counts["statistics_sequences"]
+        wanted = self.statistics.sequences
         if most < wanted:
             _log.warning(
                 "statistics use %d sequences instead of %d: those held out for validation follow", most, wanted
             )
-        return self._read(self.statistics_text, self.statistics_length, min(most, wanted))
+        return replace(self.statistics, sequences=min(most, wanted)).tokens(self.tokenizer)
 
     def _validation(self) -> Tensor:
-        wanted = self._counts["validation_sequences"]
+        length, wanted = self.learning.length, self.validation.sequences
         if wanted == 0:
-            return torch.empty(0, self.length, dtype=torch.int64)
-        return self._read(self.validation_text, self.length, wanted)
-
-    def _read(self, text: str, length: int, sequences: int) -> Tensor:
-        return token_windows(text, self.tokenizer, length=length, sequences=sequences)
+            return torch.empty(0, length, dtype=torch.int64)
+        return Calibration(self.validation_text, length, wanted).tokens(self.tokenizer)
 
     def _reported(self, built: _Sequences, *, held_out: bool) -> _Sequences:
         """Say in the log what the sequences are, and warn when validation text is among the others."""
         _log.info(
             "%d sequences of %d tokens of %r to learn from, %d of %d of %r for statistics, "
             "%d of %d of %r%s for validation",
-            *built.train.shape, self.text, *built.statistics.shape, self.statistics_text, *built.validation.shape,
+            *built.train.shape, self.learning.text, *built.statistics.shape, self.statistics.text, *built.validation.shape,
             self.validation_text, " that follow those" if held_out else "",
         )  # fmt: skip
-        warn_of_overlap(built.validation, (built.train, built.statistics), self.tokenizer, "validation windows")
+        warn_of_overlap(built.validation, (built.train, built.statistics), self.tokenizer, "validation sequences")
         return built
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import PreTrainedModel
 
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.evaluate.generation import check_prompts
 from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.export.export import check_destination
@@ -22,16 +24,15 @@ from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.offload import exceeds_memory
-from lowrank_pl.report.finish import Finished, Protocol, finish_run
+from lowrank_pl.report.finish import Ending, Finished, Learned, Protocol, finish_run
 from lowrank_pl.report.model_card import sample_table
 from lowrank_pl.text.sequences import token_windows, warn_of_overlap
 from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.tensorboard import boards, log_everywhere
-from lowrank_pl.utils.environment import command_line
 from lowrank_pl.utils.files import write_json
 
-__all__ = ["FinishRun", "Stopwatch"]
+__all__ = ["FinishRun", "ScoreText", "Stopwatch"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +62,21 @@ class Stopwatch(Callback):
         return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
 
 
+@dataclass(frozen=True)
+class ScoreText:
+    """Text that models are scored on at the end of a run.
+
+    Args:
+        text: The text; by default the validation sequences.
+        length: Tokens of a sequence.
+        sequences: How many sequences; all of the text by default.
+    """
+
+    text: str | None = None
+    length: int = 1024
+    sequences: int | None = None
+
+
 class FinishRun(Stopwatch):
     """Exports what was learned and scores it beside the dense model and the baselines, when training ends well.
 
@@ -68,10 +84,8 @@ class FinishRun(Stopwatch):
     ``rank_map.png`` and ``report.html``.
 
     Args:
-        score_text: Text for the table; by default the validation sequences. Never learned from or calibrated on.
-        score_length: Tokens of a sequence of ``score_text``.
-        score_sequences: How many sequences; all of the text by default.
-        baselines: Allocators to compare with, drawn on the factors that learning runs on.
+        score: Text for the table. Never learn from it or calibrate on it.
+        baselines: Allocators to compare with, on the factors that learning runs on.
         prompts: What the dense and the compressed model continue, side by side.
         max_new_tokens: How far they continue.
         merge: Export dense weights for any runtime instead of factors.
@@ -87,9 +101,7 @@ class FinishRun(Stopwatch):
 
     def __init__(
         self,
-        score_text: str | None = None,
-        score_length: int = 1024,
-        score_sequences: int | None = None,
+        score: ScoreText = ScoreText(),
         baselines: Sequence[str] = ("uniform",),
         prompts: Sequence[str] = (),
         max_new_tokens: int = 40,
@@ -99,7 +111,7 @@ class FinishRun(Stopwatch):
         json: Path | None = None,
     ) -> None:
         super().__init__()
-        self.score_text, self.score_length, self.score_sequences = score_text, score_length, score_sequences
+        self.score = score
         self.baselines, self.prompts, self.max_new_tokens = tuple(baselines), tuple(prompts), max_new_tokens
         self.merge, self.refit, self.streamed, self.json = merge, refit, streamed, json
         for name in baselines:
@@ -136,7 +148,7 @@ class FinishRun(Stopwatch):
         if self.merge and narrowed is not None and not narrowed.one_width:
             raise ValueError(
                 f"the base has MLPs of {narrowed.widths} hidden features, which no plain config of dense weights can "
-                "say: leave out --finish.merge, or narrow all MLPs to one width with --model.prune.by_block false"
+                "say: leave out --finish.merge, or prune all MLPs to one width with --model.prune.by_block false"
             )
         if self.refit is not None and self._streams(trainer, pl_module, ever=True):
             raise ValueError(
@@ -173,25 +185,17 @@ class FinishRun(Stopwatch):
                 *(learner.weight_bytes / 1e9, device),
             )
         place = torch.device("cpu") if streams else device
-        return finish_run(
-            run,
-            self._dense_model(trainer, learner).to(place),
-            data.tokenizer,
-            plan,
-            learner.store,
-            learner.budget,
-            self.protocol,
-            statistics=data.statistics_sequences,
-            directory=learner.store_directory,
-            baselines=self.baselines,
-            seconds=learner.seconds,
-            command=command_line(),
-            merge=self.merge,
-            refit=self.refit,
-            refit_sequences=data.train_windows,
-            named_base=self._named_base(learner, place),
+        model = self._dense_model(trainer, learner).to(place)
+        learned = Learned(
+            Subject(model, data.tokenizer, data.statistics_sequences, known_targets=learner.targets),
+            plan, learner.store, learner.budget, learner.seconds, learner.store_directory,
+            unpruned=self._unpruned(learner, place),
+        )  # fmt: skip
+        ending = Ending(
+            self.protocol, self.baselines, self.merge, self.refit, refit_sequences=data.train_sequences,
             streamed_on=device if streams else None,
-        )
+        )  # fmt: skip
+        return finish_run(run, learned, ending)
 
     def _streams(self, trainer: Trainer, learner: RankLearner, *, ever: bool = False) -> bool:
         """Return whether the model is to be scored a layer at a time; with ``ever`` whatever else is on the device."""
@@ -205,25 +209,26 @@ class FinishRun(Stopwatch):
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             assert learner.model is not None
             return restore_dense(learner.model)
-        return learner.dense_base()
+        return learner.base.load()
 
-    def _named_base(self, learner: RankLearner, place: torch.device) -> Callable[[], PreTrainedModel] | None:
-        """Return what loads the base as it was before it was narrowed, where it was."""
+    def _unpruned(self, learner: RankLearner, place: torch.device) -> Callable[[], PreTrainedModel] | None:
+        """Return a function that loads the base as it was before pruning; None where it was not pruned."""
         if learner.base == learner.named_base:
             return None
-        return lambda: learner.dense_base(as_named=True).to(place)
+        return lambda: learner.named_base.load().to(place)
 
     def _protocol(self, data: CalibrationData) -> Protocol:
-        if self.score_text is None:
+        if self.score.text is None:
             sequences, text = data.validation_sequences, f"validation sequences of {data.validation_text}"
             if not len(sequences):
-                raise ValueError("there is neither a score_text nor a validation sequence: give one of them")
+                raise ValueError(
+                    "there is neither a score.text nor a validation sequence: give --finish.score.text or --data.validation.sequences"
+                )
         else:
-            text = self.score_text
-            sequences = token_windows(text, data.tokenizer, length=self.score_length, sequences=self.score_sequences)
-            warn_of_overlap(
-                sequences, (data.train_windows, data.statistics_sequences), data.tokenizer, "windows to score"
-            )
+            text = self.score.text
+            sequences = token_windows(text, data.tokenizer, length=self.score.length, sequences=self.score.sequences)
+            known = (data.train_sequences, data.statistics_sequences)
+            warn_of_overlap(sequences, known, data.tokenizer, "sequences to score")
         return Protocol(text, sequences, self.prompts, self.max_new_tokens)
 
     def _log_result(self, trainer: Trainer, finished: Finished) -> None:

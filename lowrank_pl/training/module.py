@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.provenance import base_notes, describe_origin, preparation_notes
 from lowrank_pl.calibration.sharded_build import SharedBase, open_shared
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.methods.allocate.run import draw
+from lowrank_pl.methods.allocate.run import allocate_on
 from lowrank_pl.methods.masks.acip import Lifetimes
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.base import Mask, MaskMethod, dense_sizes
@@ -34,69 +35,103 @@ from lowrank_pl.methods.masks.objectives import DataTerms, kept_share
 from lowrank_pl.methods.masks.schedule import KeepSchedule, half_cosine
 from lowrank_pl.methods.masks.start import read_start, start_of
 from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
-from lowrank_pl.models.base import load_base
+from lowrank_pl.models.base import Base
 from lowrank_pl.models.forward import enable_activation_checkpointing, refuse_dropout
-from lowrank_pl.models.identity import Origin
-from lowrank_pl.models.targets import Targets, decoder_blocks, find_targets
-from lowrank_pl.plans.budget import Budget, budget_for
+from lowrank_pl.models.targets import Targets, decoder_blocks
+from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.plans.storage import StorageChoice
 from lowrank_pl.training.checkpointing import check_fit, mark
 from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.sharding import average_gradients, shard_frozen
 from lowrank_pl.utils.distributed import cooperating
 
-__all__ = ["RankLearner"]
+__all__ = ["Compute", "RankLearner", "Start"]
 
 _log = logging.getLogger(__name__)
 
 
-class RankLearner(LightningModule):
-    """Learns how many components every linear map of a frozen causal language model keeps.
+@dataclass(frozen=True)
+class Start:
+    """Where learning starts.
 
-    ``configure_model`` loads the base, takes or builds its factors and puts masked layers in; training then steps the
-    masks alone on the data terms and the mask method's penalties. Validation scores the *hard* plan at the exact
+    Args:
+        plan: A plan that the masks start from, instead of the same ratio everywhere: its file, or the name of an
+            allocator, which then works on the learner's own factors and budget.
+        keep: Fraction to keep that the penalties aim at first; needs ``steps``.
+        steps: Optimizer steps over which the target moves linearly from this ``keep`` to the run's.
+        record_order: Choose components by how long they were kept while the target came down (ACIP, arXiv
+            2502.01717), instead of by the masks as they are. One run then orders the components for all sizes between.
+
+    Raises:
+        ValueError: ``plan`` is neither a plan nor an allocator.
+    """
+
+    plan: str | Path | None = None
+    keep: float | None = None
+    steps: int = 0
+    record_order: bool = False
+
+    def __post_init__(self) -> None:
+        # A wrong name is found now, not when the factors are there.
+        read_start(self.plan)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What learning may spend.
+
+    Args:
+        inactive_gate_stride: Use every N-th token for the gradients of inactive gates: unbiased and cheaper. 1 is exact.
+        gradient_checkpointing: Compute each block's activations again in the backward pass, to save memory.
+
+    Raises:
+        ValueError: ``inactive_gate_stride`` below 1.
+    """
+
+    inactive_gate_stride: int = 1
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.inactive_gate_stride < 1:
+            raise ValueError(
+                f"inactive_gate_stride is {self.inactive_gate_stride}: expected a whole number of at least 1, which is "
+                "exact"
+            )
+
+
+class RankLearner(LightningModule):
+    """Learns how many components every linear layer of a frozen causal language model keeps.
+
+    ``configure_model`` loads the base, finds or builds its factors and inserts masked layers. Training then steps the
+    masks alone, on the data terms and the mask method's penalties. Validation scores the *hard* plan at the exact
     budget. Checkpoints hold the masks and nothing else.
 
     Args:
-        base: Hub id, local folder, ``.gguf`` file, ``package:NAME`` or ``random:FAMILY``.
+        base: The model, and how it is loaded. Masks are float32 whatever its type is.
         keep: Fraction of the targeted parameters to keep.
-        dtype: Type that the base is loaded in; masks are float32 whatever it is.
-        mask: The mask method with its settings; ARA's ``ARA`` by default.
+        mask: The mask method with its settings; by default ARA.
         data_terms: Weights of cross-entropy, logit divergence and activation divergence.
         decomposition: How weights are decomposed.
         optimizer: Makes the optimizer of the mask parameters.
-        lr_scheduler: Makes its schedule, stepped after every optimizer step.
-        cosine: Let the step size fall to 0 along half a cosine over all steps of the run, instead of a schedule.
-        include: Globs of modules to target, on full names or names inside a block.
-        exclude: Globs of modules to leave alone; they are not counted in ``keep``.
-        multiple_of: Every rank is a multiple of this.
-        floors: Least kept fraction by glob on module names; 1.0 keeps these dense.
-        storage: How low-rank modules are stored in the end, which decides on what a rank costs: as two factors,
-            pivoted, or ``auto`` for the smaller of both.
-        start: A plan to start the masks from, instead of the same ratio everywhere: its file, or the name of an
-            allocator that draws it on the learner's own factors and budget.
-        narrow: How hidden features of MLPs are left out before ranks are learned; left out, all stay. The run's base is
-            then a folder in the cache; ``keep`` counts the parameters of the base that was named.
+        lr_scheduler: Makes its schedule, stepped after every optimizer step; ``cosine`` lets the step size fall to 0
+            along half a cosine over all steps of the run.
+        constraints: Which linear layers are targets, what their ranks must respect, and how low-rank layers are stored
+            in the end, which decides on what a rank costs.
+        start: Where masks and target start.
+        prune: How the MLPs' width is pruned before ranks are learned; by default it is not. The run's base is then a
+            folder in the cache, and ``keep`` counts the parameters of the base that was named.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
-        keep_start: Where a schedule of the aimed-at fraction starts; needs ``keep_steps``.
-        keep_steps: Optimizer steps over which the aim moves linearly from ``keep_start`` to ``keep``.
-        record_order: Draw plans by how long components were kept while the aim came down from ``keep_start`` (ACIP,
-            arXiv 2502.01717) instead of by the masks as they are: one run then orders them for all sizes between.
-        inactive_gate_stride: Gates of components that are off learn from every so many-th token of a batch, which is an unbiased
-            estimate and saves most of what they cost; 1 is exact.
-        gradient_checkpointing: Recompute block activations in the backward pass, to save memory.
-        trust_remote_code: Run Python code that comes with the base.
+        compute: What learning may spend.
 
     Raises:
-        ValueError: ``keep`` outside (0, 1], half of a schedule, an order without a schedule that comes down, two
-            schedules of the step size, ``inactive_gate_stride`` below 1, or a start that is neither a plan nor an allocator.
+        ValueError: ``keep`` outside (0, 1], half of a schedule, or an order without a target that comes down.
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> from lowrank_pl import CalibrationData
-        >>> learner = RankLearner("random:llama", keep=0.5)
-        >>> data = CalibrationData("python-docs", "random:llama", length=32, sequences=4, validation_sequences=2)
+        >>> from lowrank_pl import Base, Calibration, CalibrationData
+        >>> learner = RankLearner(Base("random:llama"), keep=0.5)
+        >>> data = CalibrationData(Calibration("python-docs", length=32, sequences=4), "random:llama")
         >>> trainer = Trainer(max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         ...                   enable_model_summary=False, accelerator="cpu", num_sanity_val_steps=0)
         >>> trainer.fit(learner, data)
@@ -106,52 +141,31 @@ class RankLearner(LightningModule):
 
     def __init__(
         self,
-        base: str,
+        base: Base,
         *,
         keep: float = 0.8,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         mask: MaskMethod | None = None,
         data_terms: DataTerms = DataTerms(),
         decomposition: Decomposition = Decomposition(),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        cosine: bool = False,
-        include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
-        multiple_of: int = 1,
-        floors: dict[str, float] | None = None,
-        storage: StorageChoice = "auto",
-        start: str | Path | None = None,
+        lr_scheduler: LRSchedulerCallable | Literal["cosine"] | None = None,
+        constraints: Constraints = Constraints(),
+        start: Start = Start(),
         prune: WidthPruning | None = None,
         store: Path | None = None,
-        keep_start: float | None = None,
-        keep_steps: int = 0,
-        record_order: bool = False,
-        inactive_gate_stride: int = 1,
-        gradient_checkpointing: bool = False,
-        trust_remote_code: bool = False,
+        compute: Compute = Compute(),
     ) -> None:
         super().__init__()
-        self.schedule = KeepSchedule(keep, keep_start, keep_steps, falling=record_order)
-        self.base, self.named_base, self.keep, self.dtype_name = base, base, keep, dtype
-        self.prune = prune
-        if inactive_gate_stride < 1:
-            raise ValueError(
-                f"inactive_gate_stride is {inactive_gate_stride}: expected a whole number of at least 1, which is exact"
-            )
-        self.inactive_gate_stride = inactive_gate_stride
+        self.schedule = KeepSchedule(keep, start.keep, start.steps, falling=start.record_order)
+        # The base that was named, and the one that is compressed: that or, with pruning, a folder made from it.
+        self.named_base = self.base = base
+        self.keep, self.constraints, self.prune, self.compute = keep, constraints, prune, compute
         self.mask_method = mask or ARA()
         self.mask_method.check_base(decomposition.kind)
         self.data_terms, self.decomposition = data_terms, decomposition
-        if cosine and lr_scheduler is not None:
-            raise ValueError("cosine and lr_scheduler both say how the step size moves: give one of them")
-        self.optimizer, self.lr_scheduler, self.cosine = optimizer, lr_scheduler, cosine
-        self.include, self.exclude = tuple(include), tuple(exclude)
-        self.multiple_of, self.floors, self.storage = multiple_of, floors or {}, storage
-        self.start = read_start(start)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.start, self.start_from = start, read_start(start.plan)
         self.store_directory = store
-        self.record_order = record_order
-        self.gradient_checkpointing, self.trust_remote_code = gradient_checkpointing, trust_remote_code
         self.strict_loading = False
         self.seconds: dict[str, float] = {}
         self.model: PreTrainedModel | None = None
@@ -172,7 +186,7 @@ class RankLearner(LightningModule):
         if precision.endswith("-true") and precision != "32-true":
             raise ValueError(
                 f"the Trainer's precision is {precision!r}, which casts the masks too: steps of 1e-3 then vanish in "
-                "rounding. Use precision '32-true' and load the base in bfloat16 with --model.dtype bfloat16"
+                "rounding. Use precision '32-true' and load the base in bfloat16 with --model.base.dtype bfloat16"
             )
 
     def configure_model(self) -> None:
@@ -189,9 +203,9 @@ class RankLearner(LightningModule):
                 # What is to be sharded may be more than a device holds.
                 self._prune(self.prune, data, torch.device("cpu") if sharded else device)
             began = time.perf_counter()
-            shared = self._open_shared(device) if sharded else None
-            model = self.dense_base() if shared is None else shared.skeleton.model
-            if self.gradient_checkpointing:
+            shared = open_shared(self.base, self.constraints, device) if sharded else None
+            model = self.base.load() if shared is None else shared.skeleton.model
+            if self.compute.gradient_checkpointing:
                 refuse_dropout(model)
             if not sharded:
                 model.to(device)
@@ -204,26 +218,19 @@ class RankLearner(LightningModule):
     @property
     def weight_bytes(self) -> int:
         """Bytes of the dense base's parameters."""
-        return self.budget.model_parameters * getattr(torch, self.dtype_name).itemsize  # type: ignore[no-any-return]
-
-    def dense_base(self, *, as_named: bool = False) -> PreTrainedModel:
-        """Return the whole base, loaded anew; as it was before a narrowing where it is wanted ``as_named``."""
-        base = self.named_base if as_named else self.base
-        return load_base(base, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code)
+        return self.budget.model_parameters * self.base.torch_dtype.itemsize
 
     def _prune(self, settings: WidthPruning, data: CalibrationData, device: torch.device) -> None:
         with cooperating():
-            self.base, spent = pruned_base(
-                self.named_base, settings, keep=self.keep, model=self.dense_base(as_named=True).to(device),
-                tokenizer=data.tokenizer, sequences=data.statistics_sequences, include=self.include, exclude=self.exclude,
-            )  # fmt: skip
+            subject = self._subject(self.named_base.load().to(device), data)
+            name, spent = pruned_base(subject, settings, keep=self.keep)
+        self.base = replace(self.named_base, name=name)
         self.seconds["narrowing"] = spent or 0.0
 
-    def _open_shared(self, device: torch.device) -> SharedBase | None:
-        return open_shared(
-            self.base, include=self.include, exclude=self.exclude, dtype=getattr(torch, self.dtype_name), device=device,
-            trust_remote_code=self.trust_remote_code,
-        )  # fmt: skip
+    def _subject(self, model: PreTrainedModel, data: CalibrationData, targets: Targets | None = None) -> Subject:
+        return Subject(
+            model, data.tokenizer, data.statistics_sequences, self.constraints, self.base, data.statistics, targets
+        )
 
     def build(
         self, model: PreTrainedModel, data: CalibrationData, *, sharded: bool = False, shared: SharedBase | None = None
@@ -236,61 +243,49 @@ class RankLearner(LightningModule):
             sharded: Leave the factors on disk, for ``shard_frozen`` to read this process's share of them.
             shared: What ``model`` is the skeleton of, where it has no weights; these are left on disk as well.
         """
-        globs = {"include": self.include, "exclude": self.exclude}
-        targets = find_targets(model, **globs) if shared is None else shared.targets
-        self.budget = budget_for(
-            model, targets, self.keep, multiple_of=self.multiple_of, floors=self.floors, storage=self.storage
-        )
+        subject = self._subject(model, data, None if shared is None else shared.targets)
+        self.targets, self.budget = subject.targets, subject.budget(self.keep)
         self.data_terms.blocks(len(decoder_blocks(model)[1]))
-        self.store = self._factors(model, targets, data, shared)
-        self.notes = [*base_notes(model, targets), *preparation_notes(targets, self.store)]
-        self.origin = describe_origin(
-            base=self.base, dtype=self.dtype_name, text=data.statistics_text, sequences=data.statistics_sequences,
-            settings=self.decomposition, store=self.store, narrowed=Origin.of(model),
-        )  # fmt: skip
+        self.store = self._factors(subject, shared)
+        self.notes = [*base_notes(subject), *preparation_notes(self.targets, self.store)]
+        self.origin = describe_origin(subject, self.decomposition, self.store)
         share = self._aimed_at().share
-        start = start_of(self._start_plan(model, targets, data), self.budget, self.mask_method, share)
+        start = start_of(self._start_plan(subject), self.budget, self.mask_method, share)
         insert_masks(
             model, self.store, self.mask_method, start.ratios, prices=self.budget.prices, kept=start.kept,
             empty=sharded,
         )  # fmt: skip
-        if self.gradient_checkpointing:
+        if self.compute.gradient_checkpointing:
             enable_activation_checkpointing(model)
         self.model = model
         self.layers = masked_layers(model)
         self.masks = {name: layer.mask for name, layer in self.layers.items()}
         self.shared = self.mask_method.share(self.masks)
-        if self.record_order:
+        if self.start.record_order:
             self.lifetimes = Lifetimes({name: mask.rank for name, mask in self.masks.items()})
         for module in self._beside().values() if shared is None else ():
             module.to(model.device)
         learnt, frozen = sum(p.numel() for p in self.mask_parameters()), self.budget.model_parameters
         _log.info("%s mask parameters learn, the base's %s do not move", f"{learnt:,}", f"{frozen:,}")
 
-    def _factors(
-        self, model: PreTrainedModel, targets: Targets, data: CalibrationData, shared: SharedBase | None
-    ) -> FactorStore:
+    def _factors(self, subject: Subject, shared: SharedBase | None) -> FactorStore:
         """Return the store of the factors, which all processes build together."""
-        sequences, tokenizer = data.statistics_sequences, data.tokenizer
-        how: dict[str, Any] = {"settings": self.decomposition, "directory": self.store_directory}
+        make = build_factors if shared is None else shared.factors
         with cooperating():
-            if shared is None:
-                return build_factors(model, targets, sequences, tokenizer, **how)
-            return shared.factors(sequences, tokenizer, load=self.dense_base, **how)
+            return make(subject, settings=self.decomposition, directory=self.store_directory)
 
-    def _start_plan(self, model: PreTrainedModel, targets: Targets, data: CalibrationData) -> RankPlan | None:
-        """Return the plan to start from; an allocator draws it on the first process, for all."""
-        if self.start is None or isinstance(self.start, RankPlan):
-            return self.start
+    def _start_plan(self, subject: Subject) -> RankPlan | None:
+        """Return the plan to start from; an allocator makes it on the first process, for all."""
+        method = self.start_from
+        if method is None or isinstance(method, RankPlan):
+            return method
         text = ""
         if not self._trainer or self.trainer.is_global_zero:
-            if model.device.type == "meta" and self.start.needs_model:
-                _log.warning("the first process loads the whole base into memory, which %s runs", self.start.name)
-                model = self.dense_base()
-            text = draw(
-                self.start, self._aimed_at(), self.store, targets, model, data.statistics_sequences,
-                data.tokenizer, directory=self.store_directory,
-            ).to_json()  # fmt: skip
+            if subject.model.device.type == "meta" and method.needs_model:
+                _log.warning("the first process loads the whole base into memory, which %s runs", method.name)
+                subject = replace(subject, model=self.base.load())
+            plan = allocate_on(self.store, subject, self._aimed_at(), method, directory=self.store_directory)
+            text = plan.to_json()
         return RankPlan.from_json(self.trainer.strategy.broadcast(text) if self._trainer else text)
 
     def mask_parameters(self) -> list[nn.Parameter]:
@@ -315,7 +310,7 @@ class RankLearner(LightningModule):
 
     def on_fit_start(self) -> None:
         """Put the base in train mode when it checkpoints gradients, which is inert in eval mode; else in eval mode."""
-        self._base().train(self.gradient_checkpointing)
+        self._base().train(self.compute.gradient_checkpointing)
         most, planned = self.trainer.max_steps, self.trainer.estimated_stepping_batches
         if planned < most:
             _log.warning(
@@ -327,9 +322,10 @@ class RankLearner(LightningModule):
         """Return the loss of one batch of token ids ``[batch, length]``."""
         budget = self._aimed_at()
         self.mask_method.advance(self.masks, self.global_step, budget)
+        stride = self.compute.inactive_gate_stride
         ratios = choose_computation(
-            self.layers, self.mask_method.dense_from, every=self.inactive_gate_stride,
-            offset=int(torch.randint(self.inactive_gate_stride, (), generator=seeded("rest", self.global_step, batch_idx))),
+            self.layers, self.mask_method.dense_from, every=stride,
+            offset=int(torch.randint(stride, (), generator=seeded("rest", self.global_step, batch_idx))),
         )  # fmt: skip
         terms = data_losses(self._base(), self.layers, self.data_terms, tokens)
         terms |= self.mask_method.penalties(self.masks, ratios, budget.share, self.global_step)
@@ -380,10 +376,12 @@ class RankLearner(LightningModule):
         """
         optimizer = self.optimizer(self.mask_parameters())
         make = self.lr_scheduler
-        if self.cosine:
+        if make == "cosine":
             steps = self.trainer.estimated_stepping_batches
             if steps == math.inf:
-                raise ValueError("cosine needs a run with an end: give the trainer max_steps, or the data windows")
+                raise ValueError(
+                    "lr_scheduler cosine needs a run with an end: give the trainer max_steps, or the data windows"
+                )
             make = partial(half_cosine, steps=int(steps))
         if make is None:
             return optimizer

@@ -256,21 +256,21 @@ def _settings(trainer: Trainer, learner: RankLearner) -> dict[str, Any]:
     data, optimizer = calibration_data(trainer), trainer.optimizers[0]
     terms = {key: value for key, value in asdict(learner.data_terms).items() if isinstance(value, float | str)}
     steps = trainer.estimated_stepping_batches
-    start = learner.start.method if isinstance(learner.start, RankPlan) else getattr(learner.start, "name", "none")
+    start = learner.start_from
     return {
-        "base": learner.named_base.rstrip("/").rsplit("/", 1)[-1],  # the columns are narrow
+        "base": learner.named_base.name.rstrip("/").rsplit("/", 1)[-1],  # the columns are narrow
         "keep": learner.keep,
         "mask": learner.mask_method.name,
         "prepare.decomposition": learner.decomposition.kind,
-        "prepare.storage": str(learner.storage),
-        "prepare.dtype": learner.dtype_name,
+        "prepare.storage": str(learner.constraints.storage),
+        "prepare.dtype": learner.base.dtype,
         "prepare.prune": "none" if learner.prune is None else "by block" if learner.prune.by_block else "one width",
-        "start": start,
+        "start": "none" if start is None else start.method if isinstance(start, RankPlan) else start.name,
         "optimizer": type(optimizer).__name__,
         "lr": optimizer.defaults["lr"],
         "steps": "open" if math.isinf(steps) else int(steps),
-        "text": data.text,
-        "text.length": data.length,
+        "text": data.learning.text,
+        "text.length": data.learning.length,
         "text.batch": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
         **{f"terms.{key}": value for key, value in terms.items()},
         **{f"mask.{key}": value for key, value in vars(learner.mask_method).items()},

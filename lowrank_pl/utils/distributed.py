@@ -13,16 +13,16 @@ from torch import Tensor
 
 __all__ = [
     "LostProcessError",
-    "my_balanced_share",
+    "barrier",
     "broadcast_from_first",
     "cooperating",
     "explain_lost_process",
     "is_first",
+    "my_balanced_share",
     "my_share",
     "one_process_at_a_time",
     "sum_across_processes",
     "total_across_processes",
-    "barrier",
     "world_size",
 ]
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lowrank_pl.utils.distributed import broadcast_from_first, is_first, one_process_at_a_time, barrier, world_size
+from lowrank_pl.utils.distributed import barrier, broadcast_from_first, is_first, one_process_at_a_time, world_size
 from lowrank_pl.utils.files import atomic_write, cache_root, canonical_json, locked, sha256_of, write_json
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
     "CHECKSUM_UNKNOWN",
     "DamagedError",
     "TensorStore",
-    "verify_checksum",
     "total_seconds",
+    "verify_checksum",
     "with_checksum",
 ]
 

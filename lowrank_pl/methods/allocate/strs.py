@@ -24,7 +24,7 @@ from lowrank_pl.factors.decomposition import Factors, truncate
 from lowrank_pl.factors.settings import Kind
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate.base import Allocator, Problem
-from lowrank_pl.models.forward import block_outputs, forward_from_is_exact, forward_from
+from lowrank_pl.models.forward import block_outputs, forward_from, forward_from_is_exact
 from lowrank_pl.models.targets import Target, decoder_blocks, replaced
 from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.forward import forward_from_is_exact, forward_until, move_output, forward_from
+from lowrank_pl.models.forward import forward_from, forward_from_is_exact, forward_until, move_output
 from lowrank_pl.models.targets import Target, decoder_blocks, dense_weight, first_argument, replaced
 
 __all__ = ["ModelPair", "Pair", "Place", "survey"]
