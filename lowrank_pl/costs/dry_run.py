@@ -91,7 +91,7 @@ def _notes(model: Anatomy, work: Workload, machine: Machine) -> Iterator[str]:
     if waits(model, work, machine):
         yield (
             "models are scored and exported from main memory; that a layer's weights come to the device for every "
-            f"{TOGETHER} sequences is not in the time"
+            f"{STREAMED_BATCH_SIZE} sequences is not in the time"
         )
     if work.models and not work.scored:
         yield "the whole text is scored, whose tokens are not known before it is read: scoring is left out"

@@ -211,7 +211,7 @@ def check_destination(directory: Path) -> None:
     config = directory / "config.json"
     ours = (directory / CODE).exists() or (directory / "plan.json").exists()
     # A narrowed base has no plan, and needs no code.
-    if not config.exists() or not (ours or f'"{KEY}"' in config.read_text(encoding="utf-8")):
+    if not config.exists() or not (ours or f'"{ORIGIN_KEY}"' in config.read_text(encoding="utf-8")):
         raise ValueError(f"{str(directory)!r} holds other files than an earlier export: name a new folder or empty it")
 
 

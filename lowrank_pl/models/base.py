@@ -181,7 +181,7 @@ def stored_dtype(base: str, *, trust_remote_code: bool = False) -> torch.dtype:
     Raises:
         ValueError: The base can't be found, or its configuration can't be read.
 
-    >>> own_dtype("random:llama")
+    >>> stored_dtype("random:llama")
     torch.float32
     """
     spec = resolve_base(base)

@@ -67,7 +67,7 @@ class Origin:
             return cls(**{**said, "left": dict(said["left"]), "maps": tuple(said["maps"])})
         except (TypeError, KeyError, ValueError):
             raise ValueError(
-                f"config.json says {said} under {KEY}: expected what `lowrank prune` of this version writes; narrow "
+                f"config.json says {said} under {ORIGIN_KEY}: expected what `lowrank prune` of this version writes; narrow "
                 "the base again"
             ) from None
 

@@ -87,7 +87,7 @@ def requested_rank_scores(shape: tuple[int, int], wish: float) -> Tensor:
         wish: Its wished rank; infinite for dense.
 
     Example:
-        >>> wish_scores((3, 2), 4.0).tolist()
+        >>> requested_rank_scores((3, 2), 4.0).tolist()
         [4.0, 2.0]
     """
     return wish / torch.arange(1, min(shape) + 1, dtype=torch.float64)

@@ -40,7 +40,7 @@ def cooperating() -> Iterator[None]:
     initialised, a process is alone: the first one may measure or export something while the others wait.
 
     Example:
-        >>> with together():
+        >>> with cooperating():
         ...     my_share("abc")
         ['a', 'b', 'c']
     """

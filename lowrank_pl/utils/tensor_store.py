@@ -45,7 +45,7 @@ def with_checksum(data: bytes) -> bytes:
     """Return a safetensors file with the checksum of its tensors in the place of the one not known."""
     header = _header_bytes(data)
     known = f"{zlib.crc32(memoryview(data)[header:]):08x}"
-    old, new = (f'"{KEY}":"{value}"'.encode() for value in (CHECKSUM_UNKNOWN, known))
+    old, new = (f'"{CHECKSUM_KEY}":"{value}"'.encode() for value in (CHECKSUM_UNKNOWN, known))
     assert data[:header].count(old) == 1
     return data[:header].replace(old, new) + data[header:]
 

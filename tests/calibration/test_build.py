@@ -160,7 +160,7 @@ def test_what_another_run_made_while_this_one_waited_is_taken(build, work, monke
         with real(store):
             yield
 
-    monkeypatch.setattr(prepare.FactorStore, "claimed", waited)
+    monkeypatch.setattr(prepare.FactorStore, "locked", waited)
     assert build().directory == theirs[0]
     assert work == []
 

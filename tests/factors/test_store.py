@@ -160,7 +160,7 @@ def test_a_flipped_bit_is_found(store, where, read):
 CLAIM = """
 import sys, time
 from lowrank_pl.factors.store import FactorStore
-with FactorStore.existing(sys.argv[1]).claimed():
+with FactorStore.existing(sys.argv[1]).locked():
     print("mine", flush=True)
     time.sleep(600)
 """

@@ -45,7 +45,7 @@ class Finding:
 def first_few(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are, for a sentence.
 
-    >>> some(["a", "b", "c", "d", "e"])
+    >>> first_few(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
     rest = len(names) - NAMED

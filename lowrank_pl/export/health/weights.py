@@ -90,7 +90,7 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
     ]
     figures: dict[str, Any] = {"modules": len(plan.modules), "wrong": wrong}
     if wrong:
-        return [Finding("plan", "sick", f"the plan is not this model's: {some(wrong)}", figures, DAMAGED)]
+        return [Finding("plan", "sick", f"the plan is not this model's: {first_few(wrong)}", figures, DAMAGED)]
     merged = not entries and len(plan.dense_modules) < len(plan.modules)
     if merged:
         said = f"all {len(plan.modules)} modules have the planned shapes; their factors were merged into dense weights"
@@ -112,7 +112,7 @@ def check_merged_ranks(plan: RankPlan, tensors: Tensors) -> Finding:
         if planned.rank is not None and _left_over(weight.float(), planned.rank) > torch.finfo(weight.dtype).eps ** 0.5:
             wrong.append(f"{name} (rank {planned.rank})")
     if wrong:
-        said = f"merged weights have more than the planned rank: {some(wrong)}"
+        said = f"merged weights have more than the planned rank: {first_few(wrong)}"
         return Finding("merged ranks", "sick", said, {"wrong": wrong}, DAMAGED)
     return Finding("merged ranks", "healthy", "no merged weight has more than its planned rank")
 
@@ -127,7 +127,7 @@ def _finite(ranges: Mapping[str, tuple[float, float]], away: int) -> Finding:
     bad = [name for name, (low, high) in ranges.items() if not (abs(low) < torch.inf and abs(high) < torch.inf)]
     figures = {"tensors": len(ranges), "not_finite": bad, "not_in_memory": away}
     if bad:
-        return Finding("weights", "sick", f"NaN or infinity in {some(bad)}", figures, DAMAGED)
+        return Finding("weights", "sick", f"NaN or infinity in {first_few(bad)}", figures, DAMAGED)
     if away:
         said = f"{away} tensors are kept on disk by a device_map and were not looked at"
         return Finding("weights", "warning", said, figures, "load the model without one")
@@ -141,11 +141,11 @@ def _alive(ranges: Mapping[str, tuple[float, float]], entries: Entries) -> Findi
     suspect = [part for part, whole in parts.items() if not whole and part in zero]
     figures = {"modules": len(entries), "zero": dead, "zero_coefficients": suspect}
     if dead:
-        said = f"{some(dead)} holds nothing but zeros, so the layer gives nothing but its bias"
+        said = f"{first_few(dead)} holds nothing but zeros, so the layer gives nothing but its bias"
         return Finding("factors", "sick", said, figures, DAMAGED)
     if suspect:
         # So it is in a sound model as well, where all rows but the pivots are zero.
-        said = f"the coefficients {some(suspect)} are all zero"
+        said = f"the coefficients {first_few(suspect)} are all zero"
         return Finding("factors", "warning", said, figures, "look whether the base has as many dead channels")
     return Finding("factors", "healthy", f"none of {len(entries)} low-rank modules is zero", figures)
 
@@ -159,7 +159,7 @@ def _one_type(tensors: Tensors, entries: Entries) -> Finding:
     ]
     figures = {"types": dict(kinds), "mixed": mixed}
     if mixed:
-        return Finding("types", "sick", f"the parts of {some(mixed)} have different types", figures, DAMAGED)
+        return Finding("types", "sick", f"the parts of {first_few(mixed)} have different types", figures, DAMAGED)
     if len(kinds) > 1:
         counted = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
         advice = "look whether it is so in the base"

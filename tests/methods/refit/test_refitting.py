@@ -425,7 +425,7 @@ def test_blocks_that_share_more_than_the_hidden_state_take_whole_passes(
     _, made = run(llama, plan, store, targets, sequences)
     quick = all_tensors(made, plan.modules)
     shutil.rmtree(made.directory)
-    monkeypatch.setattr("lowrank_pl.methods.refit.pair.can_resume", lambda *_: False)
+    monkeypatch.setattr("lowrank_pl.methods.refit.pair.forward_from_is_exact", lambda *_: False)
     _, made = run(llama, plan, store, targets, sequences)
     assert_same_factors(all_tensors(made, plan.modules), quick)
     assert "the blocks of LlamaForCausalLM share more than the hidden state: every pass runs all blocks" in caplog.text
