@@ -11,18 +11,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.calibration.build import build_factors
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.evaluate.generation import generate_samples
 from lowrank_pl.evaluate.likelihood import Score, excess_nats, perplexity
 from lowrank_pl.export.export import load_compressed, save_compressed
 from lowrank_pl.factors.compression import compress, compressed, restore_dense
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate.run import allocate_ranks
-from lowrank_pl.models.base import load_base, load_tokenizer
+from lowrank_pl.models.base import Base, load_base, load_tokenizer
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
-from lowrank_pl.text.sequences import token_windows
+from lowrank_pl.text.sequences import Calibration, token_windows
 from lowrank_pl.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -37,8 +39,11 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "Base",
     "Budget",
+    "Calibration",
     "CalibrationData",
+    "Constraints",
     "Decomposition",
     "FinishRun",
     "LowRankLinear",
@@ -49,6 +54,7 @@ __all__ = [
     "RankPlan",
     "Row",
     "Score",
+    "Subject",
     "TextSamples",
     "allocate_ranks",
     "build_factors",

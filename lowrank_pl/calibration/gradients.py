@@ -103,7 +103,7 @@ class WeightGradients:
         batches: How many batches were summed.
     """
 
-    total_across_processes: Tensor
+    total: Tensor
     squares: Tensor
     batches: int = 0
 

@@ -25,6 +25,7 @@ from lowrank_pl.costs.probe import ASSUMED, existing_folder, probe
 from lowrank_pl.costs.workload import Machine, Workload
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.base import loads_in_parts
+from lowrank_pl.models.offload import STREAMED_BATCH_SIZE
 from lowrank_pl.utils.environment import resident_memory, total_memory
 from lowrank_pl.utils.files import cache_root, write_json
 from lowrank_pl.utils.formatting import gigabytes

@@ -28,7 +28,7 @@ from lowrank_pl.export.reload import ExportError, check_contents, check_merged, 
 from lowrank_pl.models import hf_format, hf_layers
 from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
-from lowrank_pl.models.identity import base_class
+from lowrank_pl.models.identity import ORIGIN_KEY, base_class
 from lowrank_pl.models.targets import replaced
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.files import atomic_directory, atomic_write

@@ -308,9 +308,9 @@ def _score_compressed(learned: Learned, ending: Ending, plan: RankPlan, factors:
 
 def _score(model: PreTrainedModel, sequences: Tensor, name: str, streamed_on: torch.device | None) -> Score:
     """Return the score of ``model``, where it is or, from main memory, a layer at a time on ``streamed_on``."""
-    cooperating = 1 if streamed_on is None else STREAMED_BATCH_SIZE
+    batch = 1 if streamed_on is None else STREAMED_BATCH_SIZE
     with streamed(model, streamed_on):
-        return perplexity(model, sequences, batch_size=cooperating, progress=f"score {name}")
+        return perplexity(model, sequences, batch_size=batch, progress=f"score {name}")
 
 
 def _versions() -> dict[str, str]:

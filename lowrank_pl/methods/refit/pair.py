@@ -84,7 +84,7 @@ class _Log:
     """What the modules of a block are fed, and what its maps return, in the order of the calls."""
 
     tokens: int
-    first_argument: list[tuple[str, Tensor]] = field(default_factory=list)
+    inputs: list[tuple[str, Tensor]] = field(default_factory=list)
     returned: list[tuple[str, int, Tensor]] = field(default_factory=list)
 
     def before(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -92,13 +92,13 @@ class _Log:
             value = first_argument(args, kwargs)
             if isinstance(value, Tensor):
                 # Some blocks add to it in place later.
-                self.fed.append((name, value.clone()))
+                self.inputs.append((name, value.clone()))
 
         return hook
 
     def after(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            self.returned.append((name, len(self.fed), output.clone()))
+            self.returned.append((name, len(self.inputs), output.clone()))
 
         return hook
 
@@ -108,10 +108,10 @@ class _Log:
             calls = Counter(name for name, _, _ in self.returned)
             for name, position, written in self.returned:
                 if calls[name] == 1 and _tokens(written) == self.tokens:
-                    later = [value for _, value in self.fed[position:]]
-                    places[name] = Place(True, _stream(written, self.fed[:position], [*later, last]))
+                    later = [value for _, value in self.inputs[position:]]
+                    places[name] = Place(True, _stream(written, self.inputs[:position], [*later, last]))
             # A pass over many blocks need not hold them all.
-            self.fed.clear()
+            self.inputs.clear()
             self.returned.clear()
 
         return hook
