@@ -12,13 +12,15 @@ from torch.nn import functional
 from lowrank_pl.calibration import build as prepare
 from lowrank_pl.calibration import statistics as collected
 from lowrank_pl.calibration.build import build_factors, build_gradients
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.models.targets import dense_weight, find_targets
-from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.models.tiny import byte_tokenizer
+from lowrank_pl.plans.constraints import Constraints
 from tests.helpers.unchanged import assert_untouched, state
 
 TWICE = Decomposition("two_sided", labels="text", at_keep=0.5, at_weight=0.25)
@@ -31,7 +33,7 @@ def _fresh_cache(tmp_path, monkeypatch):
 
 
 def plan_at(model, targets, store, keep):
-    return make_allocator("fisher").plan(Problem(budget_for(model, targets, keep), store, targets))
+    return make_allocator("fisher").plan(Problem(Constraints().budget(model, targets, keep), store, targets))
 
 
 def moments(model, targets, sequences, *, weighted):
@@ -79,9 +81,11 @@ def test_factors_weigh_by_the_mean_of_the_moments_before_and_after_compression(l
     llama.requires_grad_(False)
     text, targets = sequences[:4], find_targets(llama)
     before = state(llama)
-    store = build_factors(llama, targets, text, tokenizer, settings=settings)
+    store = build_factors(Subject(llama, tokenizer, text, known_targets=targets), settings=settings)
     assert_untouched(llama, before)
-    plain = build_factors(llama, targets, text, tokenizer, settings=replace(settings, at_keep=None))
+    plain = build_factors(
+        Subject(llama, tokenizer, text, known_targets=targets), settings=replace(settings, at_keep=None)
+    )
     first = moments(llama, targets, text, weighted=settings.token_weights)
     with compressed(llama, plan_at(llama, targets, plain, 0.5), plain):
         second = moments(llama, targets, text, weighted=settings.token_weights)
@@ -121,12 +125,12 @@ def test_a_killed_build_goes_on_without_measuring_again(
 
     monkeypatch.setattr(prepare, "decompose", dying)
     with pytest.raises(KeyboardInterrupt):
-        build_factors(llama, targets, sequences[:3], tokenizer, **options)
+        build_factors(Subject(llama, tokenizer, sequences[:3], known_targets=targets), **options)
     assert sorted(passes) == sorted(2 * asked)
-    store = build_factors(llama, targets, sequences[:3], tokenizer, **options)
+    store = build_factors(Subject(llama, tokenizer, sequences[:3], known_targets=targets), **options)
     assert len(passes) == 2 * len(asked)
     assert len(done) == 14 + 14 + 1
-    again = build_factors(llama, targets, sequences[:3], tokenizer, **options)
+    again = build_factors(Subject(llama, tokenizer, sequences[:3], known_targets=targets), **options)
     assert (again.directory, len(done)) == (store.directory, 29)
     assert store.missing(target.name for target in targets.modules) == []
 
@@ -136,7 +140,9 @@ def test_other_modules_or_fractions_make_other_factors(llama, sequences, tokeniz
 
     def built(targets, **changes):
         settings = Decomposition(**{"kind": "two_sided", "at_keep": 0.5, **changes})
-        return build_factors(llama, targets, sequences[:2], tokenizer, settings=settings).directory
+        return build_factors(
+            Subject(llama, tokenizer, sequences[:2], known_targets=targets), settings=settings
+        ).directory
 
     assert len({built(every), built(some), built(every, at_keep=0.6), built(every, at_weight=1.0)}) == 4
     assert built(every) == built(every)
@@ -144,18 +150,15 @@ def test_other_modules_or_fractions_make_other_factors(llama, sequences, tokeniz
 
 def test_corrections_take_up_the_same_weights_or_say_that_they_are_gone(llama, sequences, tokenizer):
     targets = find_targets(llama)
-    store = build_factors(llama, targets, sequences[:4], tokenizer, settings=TWICE)
+    store = build_factors(Subject(llama, tokenizer, sequences[:4], known_targets=targets), settings=TWICE)
     plan = plan_at(llama, targets, store, 0.6)
 
     def refitted():
-        return refit(
-            plan, store, model=llama, targets=targets, sequences=sequences[:6], calibration=sequences[:4],
-            settings=Refit(margin=0.0),
-        )  # fmt: skip
+        return refit(plan, store, Subject(llama, byte_tokenizer(), sequences[:4], known_targets=targets), sequences=sequences[:6], settings=Refit(margin=0.0))  # fmt: skip
 
     assert "refitted" in " ".join(refitted()[0].notes)
-    gradients = build_gradients(llama, targets, sequences[:4], tokenizer)
-    drawing = Problem(budget_for(llama, targets, 0.6), store, targets, llama, sequences[:4], gradients)
+    gradients = build_gradients(Subject(llama, tokenizer, sequences[:4], known_targets=targets))
+    drawing = Problem(Constraints().budget(llama, targets, 0.6), store, targets, llama, sequences[:4], gradients)
     assert "weights corrected in 1 rounds" in " ".join(make_allocator("zs_svd", rounds=1).plan(drawing).notes)
     where = collected.statistics_of_factors(store, llama, sequences[:4]).compressed(
         TWICE.point(store.fingerprint["at_modules"])

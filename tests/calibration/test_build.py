@@ -13,12 +13,13 @@ from lowrank_pl.calibration import build as prepare
 from lowrank_pl.calibration import statistics as collected
 from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.provenance import describe_origin, preparation_notes
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors import settings as decomposition
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.identity import model_fingerprint
 from lowrank_pl.models.targets import dense_weight, find_targets, model_parameters
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
-from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.utils import files
 
 
@@ -55,7 +56,9 @@ def build(llama, sequences, tokenizer):
         model = changes.pop("model", llama)
         arguments = {"sequences": sequences[:3], "tokenizer": tokenizer, **changes}
         targets = find_targets(model, include=arguments.pop("include", ("*",)))
-        return build_factors(model, targets, arguments.pop("sequences"), arguments.pop("tokenizer"), **arguments)
+        return build_factors(
+            Subject(model, arguments.pop("tokenizer"), arguments.pop("sequences"), known_targets=targets), **arguments
+        )
 
     return run
 
@@ -267,7 +270,9 @@ def test_disk_full_in_the_middle_is_resumed(build, work, monkeypatch):
 def test_fallback_is_told(llama, sequences, tokenizer, caplog):
     targets = find_targets(llama)
     with caplog.at_level(logging.WARNING):
-        store = build_factors(llama, targets, sequences[:1, :20], tokenizer, settings=Decomposition(damping=0.0))
+        store = build_factors(
+            Subject(llama, tokenizer, sequences[:1, :20], known_targets=targets), settings=Decomposition(damping=0.0)
+        )
     notes = preparation_notes(targets, store)
     eigen = [name for name in (t.name for t in targets.modules) if store.notes(name)["square_root"] == "eigen"]
     assert eigen
@@ -311,7 +316,7 @@ def test_impossible_settings(arguments, message):
 
 def test_budget_counts_the_model(llama):
     targets = find_targets(llama, exclude=["*o_proj"])
-    budget = budget_for(llama.bfloat16(), targets, 0.5, multiple_of=2, floors={"*": 0.1})
+    budget = Constraints(multiple_of=2, floors={"*": 0.1}).budget(llama.bfloat16(), targets, 0.5)
     assert budget.model_parameters == model_parameters(llama) == sum(p.numel() for p in llama.parameters())
     assert budget.total == sum(dense_weight(llama.get_submodule(t.name)).numel() for t in targets.modules)
     assert (budget.bytes_per_parameter, budget.multiple_of, budget.floors) == (2, 2, {"*": 0.1})

@@ -12,6 +12,7 @@ from lowrank_pl.calibration import build as prepare
 from lowrank_pl.calibration import build_by_block as walk
 from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.build_by_block import build_factors_by_block
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli.commands import allocate
 from lowrank_pl.cli.decompose import decompose
 from lowrank_pl.cli.main import main
@@ -59,12 +60,18 @@ def test_factors_are_those_of_the_model_loaded_whole_to_the_bit(family, dtype, s
     targets = skeleton.find_targets()
     cache = "disk" if dtype == torch.bfloat16 else "ram"
     walked = build_factors_by_block(
-        skeleton, targets, sequences[:5], tokenizer, directory=tmp_path / "walked", batch_size=2, cache=cache
+        skeleton,
+        Subject(skeleton.model, tokenizer, sequences[:5], known_targets=targets),
+        directory=tmp_path / "walked",
+        batch_size=2,
+        cache=cache,
     )
     model = load_base(base, dtype=dtype)
     assert targets == find_targets(model)
     assert model_fingerprint(skeleton.model, skeleton.parameters()) == model_fingerprint(model)
-    whole = build_factors(model, targets, sequences[:5], tokenizer, directory=tmp_path / "whole", batch_size=2)
+    whole = build_factors(
+        Subject(model, tokenizer, sequences[:5], known_targets=targets), directory=tmp_path / "whole", batch_size=2
+    )
     assert_equal_factors(walked, whole, targets.modules)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in skeleton.model.modules())
@@ -86,10 +93,15 @@ def test_other_kinds_are_walked_too(settings, saved, sequences, tokenizer, tmp_p
     skeleton = open_skeleton(base)
     targets = skeleton.find_targets(exclude=["*down_proj"])
     walked = build_factors_by_block(
-        skeleton, targets, sequences[:2], tokenizer, settings=settings, directory=tmp_path / "walked"
+        skeleton,
+        Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets),
+        settings=settings,
+        directory=tmp_path / "walked",
     )
     whole = build_factors(
-        load_base(base), targets, sequences[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
+        Subject(load_base(base), tokenizer, sequences[:2], known_targets=targets),
+        settings=settings,
+        directory=tmp_path / "whole",
     )
     assert_equal_factors(walked, whole, targets.modules)
 
@@ -106,10 +118,16 @@ def test_gradients_block_by_block_are_those_of_the_whole_model_to_the_bit(
     cache = "disk" if dtype == torch.bfloat16 else "ram"
     # The last of three batches is a smaller one.
     walked = build_factors_by_block(
-        skeleton, targets, sequences[:5], tokenizer, directory=tmp_path / "walked", cache=cache, **how
+        skeleton,
+        Subject(skeleton.model, tokenizer, sequences[:5], known_targets=targets),
+        directory=tmp_path / "walked",
+        cache=cache,
+        **how,
     )
     model = load_base(base, dtype=dtype)
-    whole = build_factors(model, targets, sequences[:5], tokenizer, directory=tmp_path / "whole", **how)
+    whole = build_factors(
+        Subject(model, tokenizer, sequences[:5], known_targets=targets), directory=tmp_path / "whole", **how
+    )
     assert_equal_factors(walked, whole, targets.modules)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in skeleton.model.modules())
@@ -132,7 +150,9 @@ def test_passes_back_hold_one_block_and_go_no_further_than_what_is_missing(
 
     monkeypatch.setattr(prepare, "decompose", look)
     with pytest.raises(KeyboardInterrupt):
-        build_factors_by_block(skeleton, targets, sequences[:2], tokenizer, settings=settings)
+        build_factors_by_block(
+            skeleton, Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets), settings=settings
+        )
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     blocks = [{name.split(".")[2] for name in names if ".layers." in name} for names in there]
     assert blocks == [{"2"}] * 7 + [{"1"}] * 3
@@ -142,13 +162,19 @@ def test_passes_back_hold_one_block_and_go_no_further_than_what_is_missing(
     monkeypatch.setattr(
         walk.BlockwiseForward, "at", lambda self, block: (forward.append(block), forward_at(self, block))[1]
     )
-    store = build_factors_by_block(skeleton, targets, sequences[:2], tokenizer, settings=settings)
+    store = build_factors_by_block(
+        skeleton, Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets), settings=settings
+    )
     # The second block was measured, and not decomposed to its end.
     assert (forward, back) == ([0, 1, 2], [2, 1, 0])
-    again = build_factors_by_block(skeleton, targets, sequences[:2], tokenizer, settings=settings)
+    again = build_factors_by_block(
+        skeleton, Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets), settings=settings
+    )
     assert (len(forward), len(back)) == (3, 3)
     whole = build_factors(
-        load_base(saved()), targets, sequences[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
+        Subject(load_base(saved()), tokenizer, sequences[:2], known_targets=targets),
+        settings=settings,
+        directory=tmp_path / "whole",
     )
     assert_equal_factors(again, whole, targets.modules)
     assert store.directory == again.directory
@@ -165,12 +191,16 @@ def test_gradients_of_later_blocks_alone_leave_the_first_ones_out(saved, sequenc
         return at(self, block)
 
     monkeypatch.setattr(walk.BlockwiseBackward, "at", remember)
-    store = build_factors_by_block(skeleton, targets, sequences[:2], tokenizer, settings=settings)
+    store = build_factors_by_block(
+        skeleton, Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets), settings=settings
+    )
     assert back == [2, 1]
     # What the first block returned is what the second is fed; nothing before that is kept, nothing behind it stays.
     assert kept == [[0, 1, 2], [0, 1]]
     whole = build_factors(
-        load_base(saved()), targets, sequences[:2], tokenizer, settings=settings, directory=tmp_path / "whole"
+        Subject(load_base(saved()), tokenizer, sequences[:2], known_targets=targets),
+        settings=settings,
+        directory=tmp_path / "whole",
     )
     assert_equal_factors(store, whole, targets.modules)
 
@@ -179,7 +209,11 @@ def test_a_window_without_a_next_token_is_refused(saved, sequences, tokenizer):
     skeleton = open_skeleton(saved())
     targets = skeleton.find_targets()
     with pytest.raises(ValueError, match="windows of 1 tokens were given: a loss needs at least two"):
-        build_factors_by_block(skeleton, targets, sequences[:2, :1], tokenizer, settings=Decomposition("two_sided"))
+        build_factors_by_block(
+            skeleton,
+            Subject(skeleton.model, tokenizer, sequences[:2, :1], known_targets=targets),
+            settings=Decomposition("two_sided"),
+        )
 
 
 def test_one_block_is_loaded_at_a_time(saved, sequences, tokenizer, monkeypatch):
@@ -192,7 +226,7 @@ def test_one_block_is_loaded_at_a_time(saved, sequences, tokenizer, monkeypatch)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(prepare, "decompose", look)
-    build_factors_by_block(skeleton, targets, sequences[:1], tokenizer)
+    build_factors_by_block(skeleton, Subject(skeleton.model, tokenizer, sequences[:1], known_targets=targets))
     assert len(there) == len(targets.modules)
     for target, names in zip(targets.modules, there, strict=True):
         outside = {"model.norm.weight"} | ({"model.embed_tokens.weight"} if target.block == 0 else set())
@@ -214,16 +248,19 @@ def test_killed_walk_goes_on_and_runs_only_what_is_not_measured(step, runs, save
 
     monkeypatch.setattr(walk, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        build_factors_by_block(skeleton, targets, sequences[:2], tokenizer)
+        build_factors_by_block(skeleton, Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets))
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     made, passes, decompose_all, at = [], [], prepare.decompose_all, walk.BlockwiseForward.at
     monkeypatch.setattr(walk, step, real)
     monkeypatch.setattr(walk, "decompose_all", lambda *args: (made.extend(args[1]), decompose_all(*args)))
     monkeypatch.setattr(walk.BlockwiseForward, "at", lambda self, block: (passes.append(block), at(self, block))[1])
-    store = build_factors_by_block(skeleton, targets, sequences[:2], tokenizer)
+    store = build_factors_by_block(skeleton, Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets))
     assert {target.block for target in made} == {2}
     assert len(passes) == runs
-    whole = build_factors(load_base(saved()), targets, sequences[:2], tokenizer, directory=store.directory / "whole")
+    whole = build_factors(
+        Subject(load_base(saved()), tokenizer, sequences[:2], known_targets=targets),
+        directory=store.directory / "whole",
+    )
     assert_equal_factors(store, whole, targets.modules)
 
 
@@ -235,7 +272,7 @@ def test_blocks_that_share_more_than_the_hidden_state_are_told(saved, sequences,
     first.register_forward_hook(lambda _, __, output: kept.update(shared=output * 2))
     second.register_forward_hook(lambda _, __, output: output + kept.pop("shared", 0))
     with pytest.raises(NotBlockwiseError, match="its blocks share more than the hidden state"):
-        build_factors_by_block(skeleton, targets, sequences[:1], tokenizer)
+        build_factors_by_block(skeleton, Subject(skeleton.model, tokenizer, sequences[:1], known_targets=targets))
 
 
 def test_a_block_that_is_run_twice_is_told(saved, sequences, tokenizer):
@@ -245,7 +282,7 @@ def test_a_block_that_is_run_twice_is_told(saved, sequences, tokenizer):
     skeleton = Skeleton(model, Shards(base, model), torch.device("cpu"))
     targets = skeleton.find_targets()
     with pytest.raises(NotBlockwiseError, match="its blocks are not run once each"):
-        build_factors_by_block(skeleton, targets, sequences[:1], tokenizer)
+        build_factors_by_block(skeleton, Subject(skeleton.model, tokenizer, sequences[:1], known_targets=targets))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +318,11 @@ def test_a_damaged_weight_names_its_module(tmp_path, sequences, tokenizer):
     skeleton = open_skeleton(str(tmp_path / "bad"))
     targets = skeleton.find_targets()
     with pytest.raises(ValueError, match=r"the weight of model.layers.1.self_attn.k_proj holds NaN or infinity"):
-        build_factors_by_block(skeleton, targets, sequences[:1], tokenizer, settings=Decomposition(kind="svd"))
+        build_factors_by_block(
+            skeleton,
+            Subject(skeleton.model, tokenizer, sequences[:1], known_targets=targets),
+            settings=Decomposition(kind="svd"),
+        )
 
 
 def test_the_command_line_takes_lists_and_sizes(saved, tmp_path, capsys):

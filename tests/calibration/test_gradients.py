@@ -10,6 +10,7 @@ from lowrank_pl.calibration import backward
 from lowrank_pl.calibration.build import build_factors, build_gradients
 from lowrank_pl.calibration.gradients import GradientMoments, WeightGradients, collect_gradients
 from lowrank_pl.calibration.statistics import statistics_of_factors
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.decomposition import decompose, diagonal_root, square_root, truncate
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.targets import Target, dense_weight, find_targets
@@ -231,7 +232,8 @@ def test_two_sided_identity(shape):
 
 def test_asvd_factors_are_those_of_its_formula(llama, sequences, tokenizer):
     store = build_factors(
-        llama, find_targets(llama), sequences[:3], tokenizer, settings=Decomposition(kind="asvd", damping=0.0)
+        Subject(llama, tokenizer, sequences[:3], known_targets=find_targets(llama)),
+        settings=Decomposition(kind="asvd", damping=0.0),
     )
     for target in find_targets(llama).modules:
         seen = []
@@ -251,7 +253,7 @@ def test_asvd_factors_are_those_of_its_formula(llama, sequences, tokenizer):
 def test_fwsvd_factors_are_those_of_its_formula(llama, sequences, tokenizer):
     targets = find_targets(llama)
     settings = Decomposition(kind="fwsvd", output_damping=0.0)
-    store = build_factors(llama, targets, sequences[:3], tokenizer, settings=settings)
+    store = build_factors(Subject(llama, tokenizer, sequences[:3], known_targets=targets), settings=settings)
     batches = by_autograd(llama, targets.modules, torch.split(sequences[:3], 1))
     for target in targets.modules:
         squares = sum(grads[target.name].double().square() for grads in batches) / 3
@@ -276,14 +278,19 @@ def test_features_that_are_always_zero_can_be_divided_by():
 def test_what_depends_on_batches_is_made_for_these_batches(llama, sequences, tokenizer, settings):
     targets = find_targets(llama)
     one, two, again = (
-        build_factors(llama, targets, sequences[:4], tokenizer, settings=settings, batch_size=size)
+        build_factors(
+            Subject(llama, tokenizer, sequences[:4], known_targets=targets), settings=settings, batch_size=size
+        )
         for size in (1, 2, 1)
     )
     assert again.directory == one.directory != two.directory
     name = targets.modules[4].name
     assert not torch.equal(one.sigma(name), two.sigma(name))
     # And not where it does not.
-    plain = [build_factors(llama, targets, sequences[:4], tokenizer, batch_size=size).directory for size in (1, 2)]
+    plain = [
+        build_factors(Subject(llama, tokenizer, sequences[:4], known_targets=targets), batch_size=size).directory
+        for size in (1, 2)
+    ]
     assert plain[0] == plain[1]
     assert statistics_of_factors(two, llama, sequences[:4]).batch_size == 2
 
@@ -306,9 +313,9 @@ def test_gradients_are_collected_once(llama, sequences, tokenizer, monkeypatch):
     from lowrank_pl.calibration import statistics as collected
 
     targets = find_targets(llama)
-    store = build_gradients(llama, targets, sequences[:2], tokenizer)
+    store = build_gradients(Subject(llama, tokenizer, sequences[:2], known_targets=targets))
     monkeypatch.setattr(collected, "measure_gradients", lambda *_, **__: pytest.fail("collected again"))
-    again = build_gradients(llama, targets, sequences[:2], tokenizer)
+    again = build_gradients(Subject(llama, tokenizer, sequences[:2], known_targets=targets))
     assert again.directory == store.directory
     expected = by_autograd(llama, targets.modules, torch.split(sequences[:2], 1))
     name = targets.modules[4].name

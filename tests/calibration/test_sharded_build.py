@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.sharded_build import open_shared
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.masked_linear import chosen, insert_masks, masked_layers
-from lowrank_pl.models.base import loads_in_parts, load_base
+from lowrank_pl.models.base import load_base, loads_in_parts
 from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
@@ -84,7 +85,7 @@ def make_factors(folder):
             how = {"settings": settings, "directory": folder / f"shared-{settings.kind}-{count}"}
             ours = shared.factors(sequences(count), tokenizer, load=never, **how)
             how["directory"] = folder / f"whole-{settings.kind}-{count}"
-            theirs = build_factors(whole, shared.targets, sequences(count), tokenizer, **how)
+            theirs = build_factors(Subject(whole, tokenizer, sequences(count), known_targets=shared.targets), **how)
             mine = len(made) // 2
             assert made[:mine] == made[mine:], "not the share that is made of a model loaded whole"
             assert_equal_factors(ours, theirs, shared.targets.modules)
@@ -105,7 +106,7 @@ def check_weights(rank, folder, family, dtype):
     base, tokens = str(folder / family), sequences(1)
     shared, whole = opened(base, dtype), load_base(base, dtype=DTYPES[dtype])
     how = {"settings": Decomposition("svd"), "directory": folder / f"{family}{rank}"}
-    store = build_factors(whole, shared.targets, tokens, byte_tokenizer(), **how)
+    store = build_factors(Subject(whole, byte_tokenizer(), tokens, known_targets=shared.targets), **how)
     model = shared.skeleton.model
     for one, empty in ((model, True), (whole, False)):
         starts = {target.name: 0.5 for target in shared.targets.modules}

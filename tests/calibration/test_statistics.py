@@ -11,6 +11,7 @@ from lowrank_pl.calibration import gradients, hidden_states
 from lowrank_pl.calibration import statistics as collected
 from lowrank_pl.calibration.build import statistics_of
 from lowrank_pl.calibration.statistics import block_groups, memory_size
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.models.lazy import NotBlockwiseError
 from lowrank_pl.models.targets import Target, decoder_blocks, find_targets
 from lowrank_pl.models.tiny import tiny_model
@@ -57,7 +58,7 @@ def measure(sequences, tokenizer, tmp_path):
     def run(model, folder, needs=NEEDS, **settings):
         targets = find_targets(model).modules
         statistics = statistics_of(
-            model, sequences[:3], tokenizer, directory=tmp_path / folder, batch_size=2, **settings
+            Subject(model, tokenizer, sequences[:3]), directory=tmp_path / folder, batch_size=2, **settings
         )
         found = statistics.stores(needs, targets, "sampled")
         if needs != NEEDS:

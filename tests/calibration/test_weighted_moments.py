@@ -9,6 +9,7 @@ from torch.nn import functional
 from lowrank_pl.calibration.build import build_factors, statistics_of
 from lowrank_pl.calibration.gradients import measure_gradients
 from lowrank_pl.calibration.statistics import Statistics
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.factors.decomposition import decompose, square_root, truncate
 from lowrank_pl.factors.settings import Decomposition
@@ -42,7 +43,7 @@ def calls(model, targets, sequence):
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_moments_and_norms_are_those_of_slow_sums(llama, sequences, tokenizer, batch_size):
     targets, text = find_targets(llama), sequences[:3]
-    statistics = statistics_of(llama, text, tokenizer, batch_size=batch_size)
+    statistics = statistics_of(Subject(llama, tokenizer, text), batch_size=batch_size)
     moments = statistics.weighted_moments(targets.modules, "text")
     norms = statistics.gradient_norms(targets.modules, "text")
     slow = [calls(llama, targets, sequence) for sequence in text]
@@ -102,7 +103,7 @@ def test_norms_need_every_token():
 def test_other_windows_have_statistics_of_their_own(llama, sequences, tokenizer, tmp_path):
     targets = find_targets(llama).modules[:2]
     for directory in (None, tmp_path / "store"):
-        statistics = statistics_of(llama, sequences[:2], tokenizer, directory=directory)
+        statistics = statistics_of(Subject(llama, tokenizer, sequences[:2]), directory=directory)
         here, there = (each.gradient_norms(targets, "text") for each in (statistics, statistics.on(sequences[2:5])))
         assert here.directory != there.directory
         assert [store.read(targets[0].name, "norms").shape[0] for store in (here, there)] == [2, 3]
@@ -114,8 +115,8 @@ def test_other_windows_have_statistics_of_their_own(llama, sequences, tokenizer,
 def test_factors_are_weighted_by_both_sides(llama, sequences, tokenizer):
     targets = find_targets(llama)
     settings = Decomposition("two_sided", labels="text")
-    store = build_factors(llama, targets, sequences[:3], tokenizer, settings=settings)
-    moments = statistics_of(llama, sequences[:3], tokenizer).weighted_moments(targets.modules, "text")
+    store = build_factors(Subject(llama, tokenizer, sequences[:3], known_targets=targets), settings=settings)
+    moments = statistics_of(Subject(llama, tokenizer, sequences[:3])).weighted_moments(targets.modules, "text")
     for target in targets.modules:
         # Maps that share an input each have a root of their own.
         expected = decompose(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lowrank_pl import build_factors, find_targets
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli import compare as compare_module
 from lowrank_pl.cli.compare import compare_workload
 from lowrank_pl.cli.fit_workload import fit_workload
@@ -78,7 +79,9 @@ def test_activations_grow_with_the_text_and_halve_with_the_type():
 def test_stores_take_the_disk_that_was_said(llama, tmp_path, settings):
     model, sequences = tiny_model("llama"), torch.arange(256).view(4, 64)
     build_factors(
-        model, find_targets(model), sequences, byte_tokenizer(), settings=settings, directory=tmp_path / "factors"
+        Subject(model, byte_tokenizer(), sequences, known_targets=find_targets(model)),
+        settings=settings,
+        directory=tmp_path / "factors",
     )
     work = Workload(sequences=4, length=64, decompositions=(settings,))
     said = estimate(llama, work, Machine()).totals()["disk"]
@@ -90,7 +93,9 @@ def test_stores_take_the_disk_that_was_said(llama, tmp_path, settings):
 def test_masked_layers_hold_the_factors_that_were_said(llama, mask, tmp_path):
     model, sequences = tiny_model("llama"), torch.arange(256).view(4, 64)
     targets = find_targets(model)
-    store = build_factors(model, targets, sequences, byte_tokenizer(), settings=TWO_SIDED, directory=tmp_path / "f")
+    store = build_factors(
+        Subject(model, byte_tokenizer(), sequences, known_targets=targets), settings=TWO_SIDED, directory=tmp_path / "f"
+    )
     insert_masks(model, store, mask, {target.name: 0.5 for target in targets.modules}, prices=Storage("auto"))
     real = sum(layer.left.nbytes + layer.right.nbytes for layer in masked_layers(model).values())
     work = Workload(keeps=(0.5,), length=64, learners=[Learner("learning", mask, steps=1, length=64)])

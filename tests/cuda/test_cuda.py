@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_pl import FinishRun
 from lowrank_pl.calibration.build import build_factors, statistics_of
 from lowrank_pl.calibration.build_by_block import build_factors_by_block
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli.bench import bench
 from lowrank_pl.costs import speed
 from lowrank_pl.costs.speed import Variant, random_tokens, uniform_modules
@@ -36,7 +37,7 @@ from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.offload import streamed
 from lowrank_pl.models.targets import find_targets, replaced
 from lowrank_pl.models.tiny import byte_tokenizer
-from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.convex_hull import predicted_scores
 from tests.helpers import SMOKE
 from tests.helpers.tiny_training import fit, logits_of, make_learner, validated
@@ -64,11 +65,8 @@ def _fresh_cache(tmp_path, monkeypatch):
 def made_on(device, sequences, kind="two_sided", keep=0.5, dtype=torch.float32):
     model = load_base("random:llama", dtype=dtype).to(device)
     targets = find_targets(model)
-    store = build_factors(
-        model, targets, sequences, byte_tokenizer(), settings=Decomposition(kind),
-        directory=None if device == "cpu" else Path(f"{device}-{kind}").resolve(),
-    )  # fmt: skip
-    budget = budget_for(model, targets, keep)
+    store = build_factors(Subject(model, byte_tokenizer(), sequences, known_targets=targets), settings=Decomposition(kind), directory=None if device == "cpu" else Path(f"{device}-{kind}").resolve())  # fmt: skip
+    budget = Constraints().budget(model, targets, keep)
     return model, targets, store, budget.select(predicted_scores(budget, store), method="fisher")
 
 
@@ -106,10 +104,8 @@ def test_a_refit_is_that_of_the_cpu(sequences, tmp_path, monkeypatch):
         plan, store = refit(
             plan,
             store,
-            model=model,
-            targets=targets,
+            Subject(model, byte_tokenizer(), sequences, known_targets=targets),
             sequences=sequences,
-            calibration=sequences,
             settings=Refit(margin=0.0),
         )
         with compressed(model, plan, store):
@@ -127,15 +123,15 @@ def test_moments_block_by_block_are_those_of_one_pass(way, sequences, tmp_path):
     base, tokenizer = str(tmp_path / "base"), byte_tokenizer()
     model = load_base(base).cuda()
     targets = find_targets(model)
-    whole = statistics_of(model, sequences, tokenizer, directory=tmp_path / "whole")
+    whole = statistics_of(Subject(model, tokenizer, sequences), directory=tmp_path / "whole")
     expected = moments(whole.weighted_moments(targets.modules, "sampled"), targets)
     if way == "loaded":
-        parts = statistics_of(model, sequences, tokenizer, directory=tmp_path / "parts", memory=1)
+        parts = statistics_of(Subject(model, tokenizer, sequences), directory=tmp_path / "parts", memory=1)
     else:
         skeleton = open_skeleton(base, device="cuda")
         how = {"settings": Decomposition("two_sided"), "directory": tmp_path / "parts"}
-        build_factors_by_block(skeleton, targets, sequences, tokenizer, **how)
-        parts = statistics_of(model, sequences, tokenizer, directory=tmp_path / "parts")
+        build_factors_by_block(skeleton, Subject(skeleton.model, tokenizer, sequences, known_targets=targets), **how)
+        parts = statistics_of(Subject(model, tokenizer, sequences), directory=tmp_path / "parts")
     for key, value in moments(parts.weighted_moments(targets.modules, "sampled"), targets).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6 * expected[key].abs().max().item())
 

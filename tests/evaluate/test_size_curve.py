@@ -11,6 +11,7 @@ import torch
 from matplotlib._pylab_helpers import Gcf
 
 from lowrank_pl import RankPlan, build_factors, find_targets, perplexity
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli import evaluate as scoring
 from lowrank_pl.cli.commands import allocate
 from lowrank_pl.cli.evaluate import evaluate
@@ -21,7 +22,7 @@ from lowrank_pl.factors import compression as compress
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.models.tiny import tiny_model
-from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.plans.resize import nested
 
@@ -31,8 +32,8 @@ TEXT = "python-docs::part=0%-10%"
 @pytest.fixture
 def made(llama, sequences, tokenizer):
     targets = find_targets(llama)
-    store = build_factors(llama, targets, sequences, tokenizer)
-    return make_allocator("uniform").plan(Problem(budget_for(llama, targets, 0.5), store, targets)), store
+    store = build_factors(Subject(llama, tokenizer, sequences, known_targets=targets))
+    return make_allocator("uniform").plan(Problem(Constraints().budget(llama, targets, 0.5), store, targets)), store
 
 
 @pytest.fixture(scope="module")

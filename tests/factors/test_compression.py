@@ -10,6 +10,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.calibration.build import build_factors
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.compression import compress, compressed, deployed_plan, restore_dense
 from lowrank_pl.factors.decomposition import truncate
 from lowrank_pl.factors.pivoting import Pivoted
@@ -28,7 +29,7 @@ FACTORED = Storage("factored")
 def factored(family, sequences, **changes):
     model = tiny_model(family, **changes)
     targets = find_targets(model)
-    return model, targets, build_factors(model, targets, sequences[:4], byte_tokenizer())
+    return model, targets, build_factors(Subject(model, byte_tokenizer(), sequences[:4], known_targets=targets))
 
 
 def drawn(targets, store, rank):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lowrank_pl import Decomposition, RankPlan, build_factors, find_targets, load_compressed
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli.main import main
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.masked_linear import insert_masks, masked_layers
@@ -130,10 +131,7 @@ def sharded(rank, folder):
     tokens = torch.arange(64).view(1, 64)
     model = tiny_model("llama")
     store = build_factors(
-        model,
-        find_targets(model),
-        tokens,
-        byte_tokenizer(),
+        Subject(model, byte_tokenizer(), tokens, known_targets=find_targets(model)),
         settings=Decomposition("svd"),
         directory=folder / f"{rank}",
     )

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lowrank_pl import RankPlan, perplexity
 from lowrank_pl.calibration.build import build_gradients
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli.main import main
 from lowrank_pl.factors import compression as compress
 from lowrank_pl.factors.settings import Decomposition
@@ -372,7 +373,11 @@ def test_masks_start_from_a_plan_that_an_allocator_draws(name):
     targets = find_targets(load_base("random:llama"))
     data, method = make_data(), make_allocator(name)
     model, sequences = load_base("random:llama"), data.statistics_sequences
-    gradients = build_gradients(model, targets, sequences, data.tokenizer) if method.needs_gradients else None
+    gradients = (
+        build_gradients(Subject(model, data.tokenizer, sequences, known_targets=targets))
+        if method.needs_gradients
+        else None
+    )
     problem = Problem(budget=learner.budget, factors=learner.store, targets=targets, model=model, sequences=sequences,
                       gradients=gradients)  # fmt: skip
     plan = method.plan(problem)

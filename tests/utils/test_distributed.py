@@ -10,14 +10,15 @@ from safetensors import safe_open
 
 from lowrank_pl import Decomposition, find_targets
 from lowrank_pl.calibration.build import build_factors, build_gradients, statistics_of
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.utils.distributed import (
     LostProcessError,
-    my_balanced_share,
     broadcast_from_first,
     cooperating,
     explain_lost_process,
+    my_balanced_share,
     my_share,
     one_process_at_a_time,
     sum_across_processes,
@@ -42,9 +43,11 @@ def prepare(folder):
         patch.setattr(FactorStore, "add", lambda store, name, *a, **k: (added.append(name), add(store, name, *a, **k)))
         for weights, place in ((True, folder), (False, folder / "alike")):
             settings = Decomposition("two_sided", at_keep=0.5, token_weights=weights)
-            build_factors(model, targets, sequences(), tokenizer, settings=settings, directory=place)
-    build_gradients(model, targets, sequences(), tokenizer, directory=folder)
-    statistics_of(model, sequences(), tokenizer, directory=folder).gradient_norms(targets.modules, "sampled")
+            build_factors(
+                Subject(model, tokenizer, sequences(), known_targets=targets), settings=settings, directory=place
+            )
+    build_gradients(Subject(model, tokenizer, sequences(), known_targets=targets), directory=folder)
+    statistics_of(Subject(model, tokenizer, sequences()), directory=folder).gradient_norms(targets.modules, "sampled")
     return added
 
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from lowrank_pl.calibration.build import build_factors
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate import strs as sensitivity
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.strs import grid_scores
-from lowrank_pl.models.forward import block_outputs, forward_from_is_exact, forward_from
+from lowrank_pl.models.forward import block_outputs, forward_from, forward_from_is_exact
 from lowrank_pl.models.targets import dense_weight, find_targets
 from lowrank_pl.models.tiny import FAMILIES, tiny_model
-from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.plans.constraints import Constraints
 
 RATIOS = (0.4, 0.6, 0.9)
 
@@ -43,9 +44,9 @@ def evaluations(monkeypatch):
 
 def problem_of(model, sequences, tokenizer, keep=0.6, **constraints):
     targets = find_targets(model)
-    store = build_factors(model, targets, sequences[:3], tokenizer)
+    store = build_factors(Subject(model, tokenizer, sequences[:3], known_targets=targets))
     return Problem(
-        budget_for(model, targets, keep, storage="factored", **constraints),
+        Constraints(storage="factored", **constraints).budget(model, targets, keep),
         store,
         targets,
         model=model,
@@ -93,7 +94,7 @@ def test_every_cut_of_the_sorted_list_is_a_plan(family, sequences, tokenizer):
             n: None if r == 1.0 else int(shapes[n][0] * shapes[n][1] * r / sum(shapes[n])) for n, r in ratios.items()
         }
         kept = sum(shapes[n][0] * shapes[n][1] if rank is None else rank * sum(shapes[n]) for n, rank in ranks.items())
-        budget = budget_for(model, problem.targets, kept / total, storage="factored")
+        budget = Constraints(storage="factored").budget(model, problem.targets, kept / total)
         plan = budget.select(scores, method="strs")
         assert {n: module.rank for n, module in plan.modules.items()} == ranks
         seen += 1

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from lowrank_pl.calibration.build import build_factors, build_gradients
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.zs_svd import drop_order, first_order_changes
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import tiny_model
-from lowrank_pl.plans.budget import Budget, budget_for
+from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.constraints import Constraints
 
 SHAPES = {"a": (9, 12), "b": (10, 10), "c": (4, 30), "d": (12, 7), "e": (8, 8)}
 TOTAL = sum(m * n for m, n in SHAPES.values())
@@ -87,10 +89,14 @@ def test_changes_are_the_derivatives_of_the_loss(family, kind, sequences, tokeni
     model = tiny_model(family)
     targets = find_targets(model)
     store = build_factors(
-        model, targets, sequences[:3], tokenizer, settings=Decomposition(kind=kind), directory=tmp_path / "s"
+        Subject(model, tokenizer, sequences[:3], known_targets=targets),
+        settings=Decomposition(kind=kind),
+        directory=tmp_path / "s",
     )
-    gradients = build_gradients(model, targets, sequences[:3], tokenizer, directory=tmp_path / "s")
-    problem = Problem(budget_for(model, targets, 0.5), store, targets, gradients=gradients)
+    gradients = build_gradients(
+        Subject(model, tokenizer, sequences[:3], known_targets=targets), directory=tmp_path / "s"
+    )
+    problem = Problem(Constraints().budget(model, targets, 0.5), store, targets, gradients=gradients)
     for target in (targets.modules[0], targets.modules[-1]):
         changes = first_order_changes(problem, target.name)
         factors = store.factors(target.name)
@@ -112,9 +118,9 @@ def test_changes_are_the_derivatives_of_the_loss(family, kind, sequences, tokeni
 
 def test_plan_notes_the_sum_and_keeps_floors(llama, sequences, tokenizer):
     targets = find_targets(llama)
-    store = build_factors(llama, targets, sequences[:2], tokenizer)
-    gradients = build_gradients(llama, targets, sequences[:2], tokenizer)
-    problem = Problem(budget_for(llama, targets, 0.6), store, targets, gradients=gradients)
+    store = build_factors(Subject(llama, tokenizer, sequences[:2], known_targets=targets))
+    gradients = build_gradients(Subject(llama, tokenizer, sequences[:2], known_targets=targets))
+    problem = Problem(Constraints().budget(llama, targets, 0.6), store, targets, gradients=gradients)
     plan = make_allocator("zs_svd", keep_rank_ratio=0.5).plan(problem)
     for module in plan.modules.values():
         m, n = module.shape

@@ -11,6 +11,7 @@ import torch
 
 from lowrank_pl import RankPlan, load_compressed
 from lowrank_pl.calibration.build import build_factors, build_gradients
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli.commands import allocate, export
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
@@ -21,7 +22,7 @@ from lowrank_pl.methods.allocate.zs_svd import drop_order
 from lowrank_pl.methods.allocate.zs_svd_correction import projected_step
 from lowrank_pl.models.targets import dense_weight, find_targets
 from lowrank_pl.models.tiny import tiny_model
-from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.plans.constraints import Constraints
 from tests.helpers.unchanged import assert_untouched, state
 
 TEXT = "python-docs::part=0%-10%"
@@ -48,9 +49,11 @@ def rounds(monkeypatch):
 
 def problem_of(model, sequences, tokenizer, *, keep=0.6, settings=None, directory=None):
     targets = find_targets(model)
-    store = build_factors(model, targets, sequences[:4], tokenizer, settings=settings, directory=directory)
-    gradients = build_gradients(model, targets, sequences[:4], tokenizer, directory=directory)
-    budget = budget_for(model, targets, keep)
+    store = build_factors(
+        Subject(model, tokenizer, sequences[:4], known_targets=targets), settings=settings, directory=directory
+    )
+    gradients = build_gradients(Subject(model, tokenizer, sequences[:4], known_targets=targets), directory=directory)
+    budget = Constraints().budget(model, targets, keep)
     return Problem(budget, store, targets, model=model, sequences=sequences[:4], gradients=gradients)
 
 

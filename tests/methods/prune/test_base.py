@@ -27,6 +27,7 @@ from lowrank_pl import (
 )
 from lowrank_pl.calibration.build_by_block import build_factors_by_block
 from lowrank_pl.calibration.provenance import base_notes
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli.commands import allocate, export
 from lowrank_pl.cli.compare import compare
 from lowrank_pl.cli.doctor import doctor
@@ -598,11 +599,10 @@ def test_a_base_of_several_widths_is_walked_and_counted_like_any_other(tmp_path,
     assert {name: p.shape for name, p in skeleton.model.named_parameters()} == {
         name: p.shape for name, p in model.named_parameters()
     }
-    whole = build_factors(model, find_targets(model), sequences[:4], byte_tokenizer(), directory=tmp_path / "whole")
-    walked = build_factors_by_block(
-        skeleton, skeleton.find_targets(), sequences[:4], byte_tokenizer(), settings=Decomposition(),
-        directory=tmp_path / "walked",
-    )  # fmt: skip
+    whole = build_factors(
+        Subject(model, byte_tokenizer(), sequences[:4], known_targets=find_targets(model)), directory=tmp_path / "whole"
+    )
+    walked = build_factors_by_block(skeleton, Subject(skeleton.model, byte_tokenizer(), sequences[:4], known_targets=skeleton.find_targets()), settings=Decomposition(), directory=tmp_path / "walked")  # fmt: skip
     assert walked.fingerprint == whole.fingerprint
     found = anatomy(folder, length=16)
     assert found.parameters == model.num_parameters()

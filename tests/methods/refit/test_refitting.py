@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lowrank_pl.calibration.build import build_factors, build_gradients, statistics_of
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.calibration.weighted_moments import TokenNorms
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.decomposition import decompose, square_root, truncate
@@ -27,8 +28,8 @@ from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.methods.refit.solve import Problem
 from lowrank_pl.models.targets import find_targets, replace_module
-from lowrank_pl.models.tiny import FAMILIES, tiny_model
-from lowrank_pl.plans.budget import budget_for
+from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import resize
 from tests.helpers.unchanged import assert_untouched, state
@@ -45,15 +46,17 @@ def drawn(model, sequences, tokenizer, *, keep=0.5, kind="two_sided", weights=Tr
     """Targets, factors and a plan on them."""
     targets = find_targets(model)
     settings = Decomposition(kind=kind, token_weights=weights)
-    store = build_factors(model, targets, sequences, tokenizer, settings=settings, **options)
-    budget = budget_for(model, targets, keep, storage="factored")
+    store = build_factors(Subject(model, tokenizer, sequences, known_targets=targets), settings=settings, **options)
+    budget = Constraints(storage="factored").budget(model, targets, keep)
     plan = make_allocator(method).plan(Drawing(budget, store, targets))
     return plan, store, targets
 
 
 def run(model, plan, store, targets, sequences, **options):
     options = {"calibration": sequences, "settings": EASY, **options}
-    return refit(plan, store, model=model, targets=targets, sequences=sequences, **options)
+    return refit(
+        plan, store, Subject(model, byte_tokenizer(), sequences, known_targets=targets), sequences=sequences, **options
+    )
 
 
 def outcomes(plan, made):
@@ -137,7 +140,7 @@ class Raw:
 def test_factors_are_those_of_a_slow_refit_in_the_same_order(llama, sequences, tokenizer, batch_size, weights):
     plan, store, targets = drawn(llama, sequences, tokenizer, weights=weights)
     _, made = run(llama, plan, store, targets, sequences, batch_size=batch_size)
-    statistics = statistics_of(llama, sequences, tokenizer)
+    statistics = statistics_of(Subject(llama, tokenizer, sequences))
     if weights:
         gradients = statistics.weighted_moments(targets.modules, "sampled")
         norms = statistics.gradient_norms(targets.modules, "sampled")
@@ -318,9 +321,9 @@ def test_factors_of_every_kind(llama, sequences, tokenizer, kind, explicit, tmp_
 def test_statistics_on_disk_are_used(llama, sequences, tokenizer, tmp_path, monkeypatch, explicit):
     directory = tmp_path / "store" if explicit else None
     plan, store, targets = drawn(llama, sequences, tokenizer, directory=directory)
-    gradients = build_gradients(llama, targets, sequences, tokenizer, directory=directory)
+    gradients = build_gradients(Subject(llama, tokenizer, sequences, known_targets=targets), directory=directory)
     problem = Drawing(
-        budget_for(llama, targets, 0.5), store, targets, model=llama, sequences=sequences, gradients=gradients
+        Constraints().budget(llama, targets, 0.5), store, targets, model=llama, sequences=sequences, gradients=gradients
     )
     corrected = make_allocator("zs_svd", rounds=1, batch=1).plan(problem)
     from lowrank_pl.calibration import statistics as collected
