@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 NOTEBOOKS = ROOT / "notebooks"
 TINY = {"LOWRANK_BASE": "random:llama", "LOWRANK_BLOCKS": "*", "LOWRANK_STEPS": "3"}
 # One block of SmolLM2-135M, half the text.
-REAL = {"LOWRANK_BLOCKS": "*.layers.14.*", "LOWRANK_STEPS": "2", "LOWRANK_WINDOWS": "4"}
+REAL = {"LOWRANK_BLOCKS": "*.layers.14.*", "LOWRANK_STEPS": "2", "LOWRANK_SEQUENCES": "4"}
 
 
 @pytest.fixture(scope="module")

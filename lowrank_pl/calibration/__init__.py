@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "build": ["build_factors"],
         "build_by_block": ["build_factors_by_block"],
         "statistics": ["Statistics"],
+        "subject": ["Subject"],
     },
 )

@@ -7,7 +7,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "base": ["load_base", "load_tokenizer"],
+        "base": ["Base", "load_base", "load_tokenizer"],
         "hf_layers": ["LowRankLinear", "PivotedLinear"],
         "lazy": ["Skeleton"],
         "targets": ["decoder_blocks", "find_targets"],

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "budget": ["Budget"],
+        "constraints": ["Constraints"],
         "component_order": ["ComponentOrder"],
         "plan": ["ModulePlan", "RankPlan"],
         "resize": ["nested"],

@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "sources": ["named_texts", "parse_text", "read_stream"],
-        "windows": ["token_windows"],
+        "sequences": ["Calibration", "token_windows"],
     },
 )

@@ -7,9 +7,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "data": ["CalibrationData"],
-        "finish_run": ["FinishRun"],
-        "module": ["RankLearner"],
+        "data": ["CalibrationData", "StatisticsText", "ValidationText"],
+        "finish_run": ["FinishRun", "ScoreText"],
+        "module": ["Compute", "RankLearner", "Start"],
         "rank_monitor": ["RankMonitor"],
         "text_samples": ["TextSamples"],
     },
