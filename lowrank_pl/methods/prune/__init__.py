@@ -7,6 +7,6 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "prune": ["WidthPruning", "pruned_base"],
+        "base": ["WidthPruning", "pruned_base"],
     },
 )
