@@ -1,8 +1,9 @@
-"""Closed-form allocators: one a file, named in ``ALLOCATORS``."""
+"""Closed-form allocators: one method a file; ``ALLOCATORS`` names them."""
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
+import pkgutil
 from typing import Any
 
 from lowrank_pl.methods.allocate.base import Allocator, Problem, factors_of_plan
@@ -34,22 +35,49 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 }
 
 
+"""The allocators of this package, by the name that commands and plans give them."""
+
+
 def make_allocator(name: str, **settings: Any) -> Allocator:
     """Return the allocator called ``name`` with its ``settings``.
 
+    Args:
+        name: A name of ``ALLOCATORS``, or ``MODULE:CLASS`` for an allocator of another package.
+        settings: Arguments of its constructor.
+
     Raises:
-        ValueError: There is none, or it has no such setting; the message lists those that exist.
+        ValueError: No such allocator or setting; the message lists the existing ones.
 
     >>> make_allocator("uniform").name
     'uniform'
     """
-    if name not in ALLOCATORS:
-        raise ValueError(f"no allocator is called {name!r}: expected one of {', '.join(ALLOCATORS)}")
-    kind: Any = ALLOCATORS[name]
-    known = [field.name for field in dataclasses.fields(kind)]
+    kind: Any = _import_allocator(name) if ":" in name else ALLOCATORS.get(name)
+    if kind is None:
+        renamed = [f"it is called {kind.name} now; " for kind in ALLOCATORS.values() if name in kind.former_names]
+        raise ValueError(
+            f"no allocator is called {name!r}: {''.join(renamed)}expected one of {', '.join(ALLOCATORS)}, "
+            "or MODULE:CLASS"
+        )
+    known = list(inspect.signature(kind).parameters)
     for setting in settings:
         if setting not in known:
             has = f"one of {', '.join(known)}" if known else "none, it has no settings"
             raise ValueError(f"the allocator {name} has no setting {setting!r}: expected {has}")
     made: Allocator = kind(**settings)
     return made
+
+
+def _import_allocator(path: str) -> type[Allocator]:
+    """Return the class at ``MODULE:CLASS``."""
+    try:
+        kind = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"the allocator {path!r} can't be imported ({error}): expected MODULE:CLASS of a module that Python finds, "
+            "such as one in an installed package or in a folder of PYTHONPATH"
+        ) from None
+    if not (isinstance(kind, type) and issubclass(kind, Allocator)):
+        raise ValueError(
+            f"{path!r} is no allocator: expected a class derived from lowrank_pl.methods.allocate.Allocator"
+        )
+    return kind

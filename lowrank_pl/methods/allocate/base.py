@@ -30,7 +30,8 @@ class Problem:
         targets: What was found in the model.
         model: The dense base; left as it was.
         sequences: ``[sequences, length]`` calibration token ids.
-        gradients: Mean weight gradients (``lowrank_pl.calibration.build.build_gradients``), for allocators that need them.
+        gradients: Mean weight gradients (``lowrank_pl.calibration.build.build_gradients``), for allocators that need
+            them.
     """
 
     budget: Budget
@@ -45,7 +46,9 @@ class Allocator(ABC):
     """Chooses ranks without training: it scores every component, and the budget keeps the highest-scored ones.
 
     Attributes:
-        name: Its name in ``lowrank allocate --method``.
+        name: Its name in ``lowrank allocate --method`` and in plans.
+        paper: arXiv number of its paper; None for a method of ours or a paper that is not on arXiv.
+        former_names: Names of the method in plans and commands of earlier versions.
         default_kind: Kind of decomposition when none is asked for: that of its paper, where there is one.
         kinds: Kinds of decomposition whose singular values the scores can read; empty for any.
         needs_gradients: Whether it reads ``Problem.gradients``.
@@ -53,6 +56,8 @@ class Allocator(ABC):
     """
 
     name: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    former_names: ClassVar[tuple[str, ...]] = ()
     default_kind: ClassVar[Kind] = "whitened"
     kinds: ClassVar[tuple[str, ...]] = ()
     needs_gradients: ClassVar[bool] = False

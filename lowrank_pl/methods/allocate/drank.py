@@ -1,4 +1,4 @@
-"""D-Rank: ranks by effective rank, with some of the queries' and keys' handed to the values."""
+"""D-Rank: ranks by effective rank, with a fraction of the queries' and keys' ranks moved to the values."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["DRank", "effective_rank"]
 
 @dataclass(frozen=True)
 class DRank(Allocator):
-    """The plan with ranks in proportion to the root of effective rank over cost (D-Rank, arXiv 2509.25622).
+    """Ranks are proportional to the square root of effective rank over cost (D-Rank, arXiv 2509.25622).
 
-    That proportion minimises the sum of effective ranks over ranks at a given size. Within a block, a fraction of what
-    ``q_proj`` and ``k_proj`` were given goes to ``v_proj``; it is counted in parameters, which is the paper's count of
-    ranks where the three have one shape, and keeps the size where they have not.
+    These ranks minimise the sum of effective rank over rank at a given size. Within a block, a fraction of the
+    allocation of ``q_proj`` and ``k_proj`` moves to ``v_proj``. The fraction is counted in parameters: where all three
+    have the same shape, this is the paper's count of ranks, and elsewhere it preserves the size.
 
     Args:
-        shift: Fraction moved to the values; the paper advises 0.1 to 0.2.
+        shift: Fraction that moves to the values; the paper advises 0.1 to 0.2.
 
     Raises:
         ValueError: ``shift`` lies outside [0, 1).
@@ -35,25 +35,26 @@ class DRank(Allocator):
 
     shift: float = 0.15
     name: ClassVar[str] = "drank"
+    paper: ClassVar[str | None] = "2509.25622"
 
     def __post_init__(self) -> None:
         if not 0 <= self.shift < 1:
             raise ValueError(f"shift is {self.shift}: expected the fraction of q and k to move to v, in [0, 1)")
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
-        """Return scores by which every module shrinks in proportion to its wished rank."""
+        """Return scores by which every module shrinks in proportion to its requested rank."""
         shapes = problem.budget.shapes
-        wishes = {n: math.sqrt(effective_rank(problem.factors.sigma(n)) / sum(shape)) for n, shape in shapes.items()}
+        requested = {n: math.sqrt(effective_rank(problem.factors.sigma(n)) / sum(shape)) for n, shape in shapes.items()}
         for attention in _attentions(problem):
             moved = 0.0
             for part in ("q_proj", "k_proj"):
-                moved += self.shift * wishes[attention[part]] * sum(shapes[attention[part]])
-                wishes[attention[part]] *= 1 - self.shift
-            wishes[attention["v_proj"]] += moved / sum(shapes[attention["v_proj"]])
-        return {name: requested_rank_scores(shape, wishes[name]) for name, shape in shapes.items()}
+                moved += self.shift * requested[attention[part]] * sum(shapes[attention[part]])
+                requested[attention[part]] *= 1 - self.shift
+            requested[attention["v_proj"]] += moved / sum(shapes[attention["v_proj"]])
+        return {name: requested_rank_scores(shape, requested[name]) for name, shape in shapes.items()}
 
     def notes(self, problem: Problem) -> Sequence[str]:
-        """Return in how many attentions ranks were moved, or that there were none to move."""
+        """Return in how many attentions ranks were moved, or that no attention allowed it."""
         if self.shift == 0:
             return ()
         count = len(_attentions(problem))

@@ -1,4 +1,4 @@
-"""Allocation by energy: the plainest global rule, and the baseline of the others."""
+"""Allocation by energy: the simplest global rule, a baseline for all others."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ __all__ = ["Energy"]
 
 @dataclass(frozen=True)
 class Energy(Allocator):
-    """The plan that keeps the components with the largest share of their module's energy.
+    """The components with the largest share of their module's energy stay.
 
-    Each squared singular value is divided by their sum in its module, and all are sorted together. Shares say nothing
-    of what a module matters to the loss: a baseline.
+    Each squared singular value is divided by the sum over its module, and the components of all modules are sorted
+    together. Shares do not show how much a module matters to the loss, so this is a baseline.
     """
 
     name: ClassVar[str] = "energy"
+    paper: ClassVar[str | None] = None
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return every component's share of its module's energy."""
@@ -28,7 +29,7 @@ class Energy(Allocator):
 
 
 def energy_shares(sigma: Tensor) -> Tensor:
-    """Return the squares of ``sigma`` ``[components]`` as fractions of their sum; of a zero weight all are 0.
+    """Return the squares of ``sigma`` ``[components]`` as fractions of their sum; all are 0 for a zero weight.
 
     >>> import torch
     >>> energy_shares(torch.tensor([3.0, 1.0])).tolist()

@@ -1,4 +1,4 @@
-"""Exact Lagrangian allocation of the loss that the two-sided decomposition predicts."""
+"""Fisher: the exact Lagrangian allocation of the loss that the two-sided decomposition predicts."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ __all__ = ["Fisher"]
 
 @dataclass(frozen=True)
 class Fisher(Allocator):
-    """The ranks that minimise the predicted rise of the loss at the budget.
+    """The ranks that minimise the predicted rise of the loss at the budget (ours, on K-FAC, arXiv 1503.05671).
 
-    With two-sided factors, ``sum(sigma[k:] ** 2) / 2`` is K-FAC's estimate of what truncating a module at rank ``k``
-    costs in nats a token. Minimising its sum plus ``lambda`` times the parameters, every rank and dense enumerated,
-    gives each module the lower convex hull of its (parameters, loss) points; a component's score is the slope at which
-    it leaves the hull, so one pass over all scores solves the problem for every ``lambda`` at once.
+    With two-sided factors, ``sum(sigma[k:] ** 2) / 2`` is K-FAC's estimate of the loss, in nats a token, when a module
+    is truncated at rank ``k``. Minimising the sum of these losses plus ``lambda`` times the parameters, over every rank
+    and dense, leads to the lower convex hull of each module's (parameters, loss) points. A component's score is the
+    slope at which it leaves the hull, so that one pass over all scores solves the problem for every ``lambda`` at once.
     """
 
     name: ClassVar[str] = "fisher"
+    paper: ClassVar[str | None] = None
     default_kind: ClassVar[Kind] = "two_sided"
     kinds: ClassVar[tuple[str, ...]] = ("two_sided",)
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
-        """Return for every component the predicted nats a parameter at which it is given up."""
+        """Return for every component the predicted nats a parameter at which it is dropped."""
         return predicted_scores(problem.budget, problem.factors.sigma)

@@ -1,4 +1,4 @@
-"""STRS, sensitivity-based truncation rank search: modules are truncated by what each alone does to perplexity."""
+"""STRS, sensitivity-based truncation rank search: the perplexity that each module's truncation alone costs."""
 
 from __future__ import annotations
 
@@ -29,17 +29,16 @@ from lowrank_pl.models.targets import Target, decoder_blocks, replaced
 from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
 
-__all__ = ["DENSE", "STRS", "Measured", "grid_scores", "measure", "truncated"]
+__all__ = ["DENSE", "STRS", "Losses", "grid_scores", "measure", "truncated"]
 
 _log = logging.getLogger(__name__)
 
 
 DENSE = ("", 0)
-"""Where the loss of the dense model stands among those of truncated ones."""
+"""The key of the dense model's loss."""
 
-
-Measured = dict[tuple[str, int], float]
-"""Nats a token by module and rank."""
+Losses = dict[tuple[str, int], float]
+"""Nats a token, by the module that is truncated and its rank."""
 
 
 def measure(
@@ -49,18 +48,18 @@ def measure(
     todo: Sequence[tuple[Target, Sequence[int]]],
     *,
     batch_size: int,
-) -> Measured:
+) -> Losses:
     """Return the mean loss of ``model`` on ``sequences`` with one module truncated at a time, and of the dense model.
 
-    Each figure goes to a file beside the factors at once, and what stands there is not measured again. Only the blocks
-    from the truncated module on are run where the family allows it.
+    Each loss is written at once to a file beside the factors, and losses in this file are not measured again. Only the
+    blocks from the truncated module on are run, where the model family allows it.
 
     Args:
         model: The dense base.
         factors: The components of its modules.
         sequences: ``[sequences, length]`` token ids.
-        todo: Which modules, in the model's order, and at which ranks.
-        batch_size: Sequences per forward.
+        todo: The modules to truncate, in the model's order, and the ranks of each.
+        batch_size: Sequences in a forward pass.
 
     Raises:
         ValueError: Logits that are not finite.
@@ -95,9 +94,9 @@ def _measure(
             type(model).__name__,
         )
     depth = len(decoder_blocks(model)[1])
-    # What a loss costs: the blocks that run, and the head for about as much as one.
-    prices = {target.name: depth - (target.block if resuming else 0) + 1 for target, _ in missing}
-    total = sum(prices[target.name] * len(ranks) for target, ranks in missing)
+    # The cost of a loss is the blocks that run; the head costs about as much as one.
+    costs = {target.name: depth - (target.block if resuming else 0) + 1 for target, _ in missing}
+    total = sum(costs[target.name] * len(ranks) for target, ranks in missing)
     start = 0
     outputs: list[Any] = []
     clock = _Clock(total)
@@ -114,29 +113,29 @@ def _measure(
                     begin = forward_from(model, block, outputs) if resuming else nullcontext()
                     with begin, truncated(model, target.name, truncate(whole, rank)):
                         record.add((target.name, rank), perplexity(model, sequences, batch_size=batch_size).nats)
-                    bar.update(prices[target.name])
-                    clock.tick(prices[target.name])
+                    bar.update(costs[target.name])
+                    clock.tick(costs[target.name])
 
 
 @contextmanager
 def truncated(model: PreTrainedModel, name: str, factors: Factors) -> Iterator[None]:
-    """Put a layer of ``factors`` in the place of module ``name`` for a while."""
+    """Replace module ``name`` by a layer of ``factors`` inside the block."""
     with replaced(model, {name: factored_layer(model.get_submodule(name), factors)}):
         yield
 
 
 class _Clock:
-    """Says once, after the first few measurements, how long all will take."""
+    """Logs once, after the first few measurements, how long the rest will take."""
 
     def __init__(self, total: int, *, after: int = 5) -> None:
         self.total, self.done, self.count, self.after, self.start = total, 0, 0, after, time.perf_counter()
 
-    def tick(self, price: int) -> None:
-        self.done += price
+    def tick(self, cost: int) -> None:
+        self.done += cost
         self.count += 1
         if self.count == self.after:
             minutes = (time.perf_counter() - self.start) / self.done * (self.total - self.done) / 60
-            _log.info("sensitivity: about %.1f minutes to go; a killed run goes on where it was", minutes)
+            _log.info("sensitivity: about %.1f minutes to go; a killed run resumes where it stopped", minutes)
 
 
 class _Record:
@@ -146,7 +145,7 @@ class _Record:
         made_from = {"factors": factors.digest, "windows": sequences_fingerprint(sequences)}
         digest = sha256_of(canonical_json(made_from))[:20]
         self.path: Path = factors.directory / "sensitivity" / f"{digest}.jsonl"
-        self.known: Measured = {}
+        self.known: Losses = {}
         if self.path.exists():
             self._read()
         else:
@@ -154,7 +153,7 @@ class _Record:
 
     def _read(self) -> None:
         text = self.path.read_text(encoding="utf-8")
-        # What a killed run was writing has no end of line.
+        # A line that a killed run was writing has no end.
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             atomic_write(self.path, whole)
@@ -165,7 +164,7 @@ class _Record:
             raise ValueError(f"{self.path} is damaged ({error}): delete it and run again") from None
 
     def add(self, key: tuple[str, int], nats: float) -> None:
-        """Remember the loss, on disk first."""
+        """Record the loss, on disk first."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(canonical_json({"module": key[0], "rank": key[1], "nats": nats}) + "\n")
             file.flush()
@@ -175,21 +174,21 @@ class _Record:
 
 @dataclass(frozen=True)
 class STRS(Allocator):
-    """The plan that cuts a sorted list of perplexities, each of one module truncated alone (ASVD, arXiv 2312.05821).
+    """A threshold on the perplexities of models with one truncated module (STRS of ASVD, arXiv 2312.05821).
 
-    Each module is truncated to each of a few ratios, all else dense. ASVD sorts the triples of module, ratio and
-    perplexity and gives every module the smallest ratio among those below a threshold. As scores: dropping a component
-    leaves the module at the next smaller ratio of the grid, so it is worth the least loss measured there or further
-    down. Components below the grid are kept before all others and shrink at one rate.
+    Each module alone is truncated to each ratio of a grid, with all other modules dense. ASVD sorts the triples of
+    module, ratio and perplexity, and gives every module its smallest ratio below a threshold. As scores: dropping a
+    component leaves the module at the next smaller ratio of the grid, so its score is the least loss that was measured
+    at this ratio or a smaller one. Components below the grid are kept before all others and shrink at one rate.
 
     Args:
         ratios: The grid, as fractions of the module's parameters.
         sequences: How many calibration sequences are scored; the first ones.
         length: Tokens of a sequence that are used; all by default.
-        batch_size: Sequences per forward.
+        batch_size: Sequences in a forward pass.
 
     Raises:
-        ValueError: A setting out of its range.
+        ValueError: A setting outside its range.
     """
 
     ratios: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -197,6 +196,7 @@ class STRS(Allocator):
     length: int | None = None
     batch_size: int = 4
     name: ClassVar[str] = "strs"
+    paper: ClassVar[str | None] = "2312.05821"
     default_kind: ClassVar[Kind] = "asvd"
     needs_model: ClassVar[bool] = True
 
@@ -206,40 +206,40 @@ class STRS(Allocator):
             raise ValueError(f"ratios are {list(self.ratios)}: expected one or more fractions between 0 and 1")
         if self.sequences < 1 or self.batch_size < 1 or (self.length is not None and self.length < 2):
             raise ValueError(
-                f"windows is {self.sequences}, batch_size {self.batch_size}, length {self.length}: expected at least one "
-                "window, one a batch and two tokens"
+                f"sequences is {self.sequences}, batch_size {self.batch_size}, length {self.length}: expected at least "
+                "1 sequence, 1 sequence a batch and 2 tokens"
             )
         object.__setattr__(self, "ratios", tuple(rising))
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
-        """Return by how many nats a token the loss exceeds the dense model's once a component's module is below it."""
+        """Return the excess loss in nats a token at the ratio of the grid that is left when a component is dropped."""
         model, sequences = self.need_model(problem)
         shapes = problem.budget.shapes
-        prices = problem.budget.prices
+        costs = problem.budget.prices
         ranks = {
-            name: [max(1, int(prices.rank_at(shape, ratio) + 1e-9)) for ratio in self.ratios]
+            name: [max(1, int(costs.rank_at(shape, ratio) + 1e-9)) for ratio in self.ratios]
             for name, shape in shapes.items()
         }
-        # A module that has to stay dense asks for no measurement.
-        open_ = [t for t in problem.targets.modules if t.name in shapes and problem.budget.least_rank(t.name)]
+        # A module that must stay dense needs no measurement.
+        truncatable = [t for t in problem.targets.modules if t.name in shapes and problem.budget.least_rank(t.name)]
         known = measure(
             model,
             problem.factors,
             sequences[: self.sequences, : self.length],
-            [(target, list(dict.fromkeys(ranks[target.name]))) for target in open_],
+            [(target, list(dict.fromkeys(ranks[target.name]))) for target in truncatable],
             batch_size=self.batch_size,
         )
-        rises = {t.name: [known[t.name, rank] - known[DENSE] for rank in ranks[t.name]] for t in open_}
+        rises = {t.name: [known[t.name, rank] - known[DENSE] for rank in ranks[t.name]] for t in truncatable}
         ceiling = max((rise for found in rises.values() for rise in found), default=0.0)
         return {
-            name: grid_scores(prices.ratios(shape), self.ratios, rises[name], ceiling)
+            name: grid_scores(costs.ratios(shape), self.ratios, rises[name], ceiling)
             if name in rises
             else torch.zeros(min(shape))
             for name, shape in shapes.items()
         }
 
     def notes(self, problem: Problem) -> Sequence[str]:
-        """Return on what sensitivity was measured."""
+        """Return how many sequences sensitivity was measured on."""
         _, sequences = self.need_model(problem)
         used = sequences[: self.sequences, : self.length]
         return (f"sensitivity measured on {used.shape[0]} sequences of {used.shape[1]} tokens",)
@@ -249,15 +249,15 @@ def grid_scores(own: Tensor, ratios: Sequence[float], rises: Sequence[float], ce
     """Return scores ``[min(out, in)]`` of a module's components from the losses measured at a grid of its ratios.
 
     Args:
-        own: ``[min(out, in)]`` the ratio at which the module has as many components as each one's place.
+        own: ``[min(out, in)]`` the module's ratio when it keeps the components up to each one.
         ratios: The grid, ascending.
-        rises: The loss at each.
-        ceiling: The highest loss of any module, above which components below the grid score.
+        rises: The excess loss at each ratio.
+        ceiling: The highest excess loss of any module; components below the grid score higher.
 
     >>> grid_scores(torch.tensor([0.5, 1.0, 1.5, 2.0]), (0.5, 0.9), (3.0, 1.0), 5.0).tolist()
     [6.0, 1.0, 1.0, 1.0]
     """
-    # Where a smaller ratio costs less than a larger one, the threshold reaches it first.
+    # Where a smaller ratio loses less than a larger one, the threshold reaches it first.
     least = torch.tensor(rises, dtype=torch.float64).cummin(0).values
     below = torch.searchsorted(torch.tensor(ratios, dtype=torch.float64), own.double() - 1e-9)
     return torch.where(below == 0, ceiling + ratios[0] / own, least[(below - 1).clamp_min(0)])

@@ -1,4 +1,4 @@
-"""SVD-LLM V2: within each type of module, those that lose more by truncation are truncated less."""
+"""SVD-LLM V2: within each type of module, modules that lose more by truncation are truncated less."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ __all__ = ["SVDLLMv2"]
 
 @dataclass(frozen=True)
 class SVDLLMv2(Allocator):
-    """The plan in which modules of one type share its budget by their truncation loss (SVD-LLM V2, arXiv 2503.12340).
+    """Modules of one type share its budget by their truncation loss (SVD-LLM V2, arXiv 2503.12340).
 
-    With ``loss`` the truncation loss at the uniform rank, the removed share of a module is the type's share times
-    ``1 / log(loss)`` over the type's mean of it. On whitened factors, the paper's, the loss is the Frobenius norm of
-    the output error over all calibration tokens; on ``asvd`` and ``two_sided`` ones it is that of the error as these
-    weigh it. The logarithm is taken of ``e + loss``: for the paper's losses, in the thousands, that is the same, and
-    small ones can't turn its sign. A module that would lose all of itself or more keeps the least rank, and a note
-    counts those.
+    With ``loss`` the truncation loss at the uniform rank, the removed fraction of a module is the type's fraction times
+    ``1 / log(loss)`` over the type's mean of ``1 / log(loss)``. On whitened factors, as in the paper, the loss is the
+    Frobenius norm of the output error over all calibration tokens; ``asvd`` and ``two_sided`` factors weigh this error
+    in their own way. The logarithm is taken of ``e + loss``, so that a small loss does not change its sign; the paper's
+    losses are in the thousands, where this makes no difference. A module that would lose everything keeps the least
+    rank, and a note counts such modules.
     """
 
     name: ClassVar[str] = "svdllm_v2"
+    paper: ClassVar[str | None] = "2503.12340"
     kinds: ClassVar[tuple[str, ...]] = ("whitened", "two_sided", "asvd")
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
-        """Return scores by which every module shrinks in proportion to its wished rank."""
+        """Return scores by which every module shrinks in proportion to its requested rank."""
         scores = {}
         for name, share in _kept_shares(problem).items():
-            # A share below nothing leaves the rank that the budget grants every module anyway.
+            # A negative share leaves the least rank, which the budget grants every module anyway.
             scores[name] = share_scores(problem.budget.prices, problem.budget.shapes[name], max(0.0, share))
         return scores
 
     def notes(self, problem: Problem) -> Sequence[str]:
-        """Return how many modules would lose all of themselves, which the paper's rule does not exclude."""
+        """Return how many modules would lose everything, which the paper's rule does not exclude."""
         emptied = [name for name, share in _kept_shares(problem).items() if share <= 0]
         if not emptied:
             return ()
@@ -48,7 +49,7 @@ class SVDLLMv2(Allocator):
 
 
 def _kept_shares(problem: Problem) -> dict[str, float]:
-    """Return the share of each module that the rule keeps, below 0 where it would remove more than there is."""
+    """Return the fraction of each module that the rule keeps; it is negative where the rule removes more than all."""
     shapes, keep = problem.budget.shapes, problem.budget.share
     types: dict[str, list[str]] = defaultdict(list)
     for target in problem.targets.modules:

@@ -15,9 +15,10 @@ __all__ = ["Uniform"]
 
 @dataclass(frozen=True)
 class Uniform(Allocator):
-    """The plan in which every module keeps the same fraction (SVD-LLM, arXiv 2403.07378)."""
+    """Every module keeps the same fraction of its parameters (SVD-LLM, arXiv 2403.07378)."""
 
     name: ClassVar[str] = "uniform"
+    paper: ClassVar[str | None] = "2403.07378"
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks from break-even at the same rate."""

@@ -1,4 +1,4 @@
-"""ZS-SVD: components go so that the first-order changes of the loss cancel out."""
+"""ZS-SVD: components are dropped in an order in which their first-order changes of the loss cancel out."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = ["ZSSVD", "drop_order", "first_order_changes"]
 
 @dataclass(frozen=True)
 class ZSSVD(Allocator):
-    """The plan whose dropped components change the loss by nothing in sum, to first order (ZS-SVD, arXiv 2602.02848).
+    """The dropped components change the loss by zero in sum, to first order (ZS-SVD, arXiv 2602.02848).
 
-    Every module offers its last component, and one is dropped that brings the running sum of the changes nearer to
-    zero: the smallest rise while the sum is not above 0, else the smallest fall. A component's score is its place in
-    that order, which does not depend on the budget; what a drop saves is the budget's business, as in the paper.
+    Every module offers its last component. The one that is dropped brings the running sum of the changes nearer to
+    zero: the smallest rise while the sum is 0 or negative, otherwise the smallest fall. A component's score is its
+    place in this order. The order does not depend on the budget, which counts what a drop saves as the paper does.
 
     Args:
-        keep_rank_ratio: Fraction of its break-even rank below which a module offers nothing; the paper has 0, and 0.3
+        keep_rank_ratio: Fraction of its break-even rank below which a module offers nothing. The paper uses 0, and 0.3
             where it removes 60 %.
-        rounds: How often the truncated weights are corrected and truncated again (``lowrank_pl.correct``); the paper
-            describes 1 and ran 5. The plan is then one for the corrected factors, which its fingerprint and its
+        rounds: How often the truncated weights are corrected and truncated again, as in ``zs_svd_correction``. The
+            paper describes 1 round and ran 5. The plan is then for the corrected factors, which its fingerprint and its
             ``origin["store"]`` name.
-        batch: Calibration sequences of the correction's gradients; the first ones.
+        batch: How many calibration sequences give the correction's gradients; the first ones.
 
     Raises:
         ValueError: A setting out of its range.
@@ -42,6 +42,8 @@ class ZSSVD(Allocator):
     rounds: int = 0
     batch: int = 8
     name: ClassVar[str] = "zs_svd"
+    paper: ClassVar[str | None] = "2602.02848"
+    former_names: ClassVar[tuple[str, ...]] = ("zero_sum",)
     needs_gradients: ClassVar[bool] = True
     needs_model: ClassVar[bool] = True
 
@@ -49,10 +51,10 @@ class ZSSVD(Allocator):
         if not 0 <= self.keep_rank_ratio <= 1:
             raise ValueError(f"keep_rank_ratio is {self.keep_rank_ratio}: expected a fraction in [0, 1]")
         if self.rounds < 0 or self.batch < 1:
-            raise ValueError(f"rounds is {self.rounds}, batch {self.batch}: expected at least 0 rounds and 1 window")
+            raise ValueError(f"rounds is {self.rounds}, batch {self.batch}: expected at least 0 rounds and 1 sequence")
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
-        """Return every component's place in the order of drops; those below a module's floor come last."""
+        """Return every component's place in the order of drops; components below a module's floor come last."""
         return self._scores(problem, _changes(problem))
 
     def plan(self, problem: Problem) -> RankPlan:
@@ -84,9 +86,9 @@ class ZSSVD(Allocator):
         return drop_order(changes, {name: self._floor(problem, name) for name in changes})
 
     def _floor(self, problem: Problem, name: str) -> int:
-        """Return how many components of ``name`` are not on offer: those that the budget grants it anyway, or more."""
+        """Return how many components ``name`` does not offer: at least the rank that the budget grants it anyway."""
         least = problem.budget.least_rank(name)
-        # A module that has to stay dense has nothing to offer.
+        # A module that must stay dense offers nothing.
         if least is None:
             return min(problem.budget.shapes[name])
         return max(least, math.ceil(self.keep_rank_ratio * problem.budget.break_even(name)))
@@ -97,10 +99,10 @@ def _changes(problem: Problem) -> dict[str, Tensor]:
 
 
 def first_order_changes(problem: Problem, name: str) -> Tensor:
-    """Return by how much the loss changes, to first order, when each component ``[components]`` of a module goes.
+    """Return the first-order change of the loss when each component ``[components]`` of a module is dropped.
 
-    Dropping one takes ``left[:, i] right[i]`` from the weight, whatever the factors were weighted by, so the change is
-    ``-left[:, i]' G right[i]`` with ``G`` the mean weight gradient: ZS-SVD's ``-sigma_i dloss/dsigma_i``.
+    Dropping component ``i`` subtracts ``left[:, i] right[i]`` from the weight, for any kind of decomposition. With the
+    mean weight gradient ``G``, the change is ``-left[:, i]' G right[i]``: ZS-SVD's ``-sigma_i dloss/dsigma_i``.
     """
     assert problem.gradients is not None
     device = "cpu" if problem.model is None else problem.model.device
@@ -114,8 +116,8 @@ def drop_order(changes: Mapping[str, Tensor], floors: Mapping[str, int]) -> dict
     """Return for each component ``[components]`` its place in the zero-sum order of drops, from 0.
 
     Args:
-        changes: By module, the change of the loss when a component goes, in order of importance.
-        floors: How many of each module's first components are not on offer; they get larger numbers than all others.
+        changes: By module, the change of the loss when each component is dropped, in order of importance.
+        floors: How many of its first components each module does not offer; these get larger numbers than all others.
 
     >>> drop_order({"a": torch.tensor([1.0, 0.2, -0.5]), "b": torch.tensor([2.0, 0.3])}, {"a": 1, "b": 1})
     {'a': tensor([6., 2., 1.], dtype=torch.float64), 'b': tensor([6., 0.], dtype=torch.float64)}
@@ -147,5 +149,5 @@ def drop_order(changes: Mapping[str, Tensor], floors: Mapping[str, int]) -> dict
 
 
 def _above(places: int, count: int, floor: int) -> Tensor:
-    """Return ``count`` scores above all ``places``, by which a budget below the floors shrinks all at one rate."""
+    """Return ``count`` scores above all ``places``; a budget below the floors shrinks all modules at one rate."""
     return (places or 1) * (1 + max(1, floor) / torch.arange(1, count + 1, dtype=torch.float64))

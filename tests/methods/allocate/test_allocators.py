@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
 from lowrank_pl.cli.commands import allocate
 from lowrank_pl.cli.main import main
-from lowrank_pl.methods.allocate import ALLOCATORS, make_allocator
+from lowrank_pl.methods.allocate import ALLOCATORS, Allocator, make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.models.targets import Target, Targets
 from lowrank_pl.plans.budget import Budget
@@ -47,14 +48,14 @@ def problem_of(keep=0.5, kinds=KINDS, kind="whitened"):
     return Problem(budget, factors, Targets(tuple(modules), ())), sigmas, shapes
 
 
-def ranks_near(plan, wishes):
-    """Assert that ranks are one multiple of the wishes, rounded down, but for what is left of the budget."""
+def ranks_near(plan, requested):
+    """Assert that ranks are one multiple of the requested ones, rounded down, but for the rest of the budget."""
     fractions = {}
     for name, module in plan.modules.items():
         m, n = module.shape
         top = (m * n - 1) // (m + n)
         if module.rank is not None and 1 < module.rank < top:
-            fractions[name] = (module.rank / wishes[name], (module.rank + 1) / wishes[name])
+            fractions[name] = (module.rank / requested[name], (module.rank + 1) / requested[name])
     assert len(fractions) > len(plan.modules) / 2
     lows = sorted(low for low, _ in fractions.values())
     highs = sorted(high for _, high in fractions.values())
@@ -94,16 +95,20 @@ def entropy_rank(sigma):
 @pytest.mark.parametrize("shift", [0.0, 0.15])
 def test_drank_by_its_formula(shift):
     problem, sigmas, shapes = problem_of(keep=0.4)
-    wishes = {n: math.sqrt(entropy_rank(sigma) / (shapes[n][0] + shapes[n][1])) for n, sigma in sigmas.items()}
+    requested = {n: math.sqrt(entropy_rank(sigma) / (shapes[n][0] + shapes[n][1])) for n, sigma in sigmas.items()}
     for block in range(LAYERS):
         q, k, v = (f"layers.{block}.self_attn.{part}_proj" for part in "qkv")
-        freed = shift * (wishes[q] * 48 + wishes[k] * 36)
-        wishes[q], wishes[k], wishes[v] = (1 - shift) * wishes[q], (1 - shift) * wishes[k], wishes[v] + freed / 36
+        freed = shift * (requested[q] * 48 + requested[k] * 36)
+        requested[q], requested[k], requested[v] = (
+            (1 - shift) * requested[q],
+            (1 - shift) * requested[k],
+            requested[v] + freed / 36,
+        )
     scores = make_allocator("drank", shift=shift).scores(problem)
     for name, score in scores.items():
-        assert score.tolist() == pytest.approx([wishes[name] / j for j in range(1, min(shapes[name]) + 1)])
+        assert score.tolist() == pytest.approx([requested[name] / j for j in range(1, min(shapes[name]) + 1)])
     plan = make_allocator("drank", shift=shift).plan(problem)
-    ranks_near(plan, wishes)
+    ranks_near(plan, requested)
     assert plan.notes == (("15% of q and k was moved to v in 3 blocks",) if shift else ())
 
 
@@ -128,7 +133,7 @@ def test_drank_says_where_nothing_can_be_moved():
 def test_svdllm_v2_by_its_formula(keep):
     problem, sigmas, _ = problem_of(keep=keep)
     scores = make_allocator("svdllm_v2").scores(problem)
-    wishes = {}
+    requested = {}
     for inner, (m, n) in KINDS.items():
         inverse = []
         for block in range(LAYERS):
@@ -140,11 +145,11 @@ def test_svdllm_v2_by_its_formula(keep):
         # The type as a whole is left what it was given.
         assert sum(removed) == pytest.approx(LAYERS * (1 - keep))
         for block in range(LAYERS):
-            wishes[f"layers.{block}.{inner}"] = (1 - removed[block]) * m * n / (m + n)
+            requested[f"layers.{block}.{inner}"] = (1 - removed[block]) * m * n / (m + n)
     for name, score in scores.items():
-        assert score[0].item() == pytest.approx(wishes[name])
-        assert (score * torch.arange(1, len(score) + 1)).tolist() == pytest.approx([wishes[name]] * len(score))
-    ranks_near(make_allocator("svdllm_v2").plan(problem), wishes)
+        assert score[0].item() == pytest.approx(requested[name])
+        assert (score * torch.arange(1, len(score) + 1)).tolist() == pytest.approx([requested[name]] * len(score))
+    ranks_near(make_allocator("svdllm_v2").plan(problem), requested)
 
 
 def test_svdllm_v2_removes_less_where_more_is_lost():
@@ -180,33 +185,60 @@ def test_the_budget_is_met_and_other_sizes_follow(name, keep):
 
 
 def test_factors_without_output_errors_are_refused():
-    with pytest.raises(
-        ValueError,
-        match=r"the allocator svdllm_v2 was given factors of the kind 'svd': expected whitened or two_sided or asvd",
-    ):
+    with pytest.raises(ValueError, match=r"'svd'.*expected whitened or two_sided or asvd"):
         make_allocator("svdllm_v2").plan(problem_of(kind="svd")[0])
 
 
-@pytest.mark.parametrize(("given", "what"), [({}, "model"), ({"model": "a model"}, "calibration windows")])
+@pytest.mark.parametrize(("given", "what"), [({}, "model"), ({"model": "a model"}, "calibration sequences")])
 def test_what_is_measured_on_has_to_be_given(given, what):
-    message = (
-        rf"the allocator strs was given no {what}, on which it measures: give Problem both model and sequences, or "
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"strs was given no {what}.*both model and sequences"):
         make_allocator("strs").plan(replace(problem_of(kind="asvd")[0], **given))
 
 
-def test_names_and_settings():
+def test_names_are_those_of_the_papers():
     assert list(ALLOCATORS) == ["uniform", "energy", "drank", "svdllm_v2", "strs", "zs_svd", "fisher"]
     assert all(make_allocator(name).name == name for name in ALLOCATORS)
-    with pytest.raises(ValueError, match=r"no allocator is called 'best': expected one of uniform, energy, drank"):
-        make_allocator("best")
-    with pytest.raises(ValueError, match=r"the allocator energy has no setting 'x': expected none, it has no settings"):
-        make_allocator("energy", x=1)
-    with pytest.raises(ValueError, match=r"the allocator drank has no setting 'shifts': expected one of shift"):
-        make_allocator("drank", shifts=1)
-    with pytest.raises(ValueError, match=r"shift is 1.0: expected the fraction of q and k to move to v, in \[0, 1\)"):
-        make_allocator("drank", shift=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("best", {}, r"'best'.*expected one of uniform, energy, drank"),
+        ("zero_sum", {}, r"'zero_sum'.*called zs_svd now"),
+        ("energy", {"x": 1}, r"'x'.*expected none, it has no settings"),
+        ("drank", {"shifts": 1}, r"'shifts'.*expected one of shift"),
+        ("drank", {"shift": 1.0}, r"shift is 1\.0.*in \[0, 1\)"),
+        ("no_such_module:Mine", {}, r"'no_such_module:Mine'.*MODULE:CLASS of a module that Python finds"),
+        ("tests.methods.allocate.test_allocators:NoSuchClass", {}, r"NoSuchClass.*expected MODULE:CLASS"),
+        ("tests.methods.allocate.test_allocators:NotOne", {}, r":NotOne'.*derived from .*Allocator"),
+        ("tests.methods.allocate.test_allocators:Own", {"powers": 2}, r"'powers'.*expected one of power"),
+    ],
+)
+def test_unknown_names_and_settings(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_allocator(name, **settings)
+
+
+class NotOne:
+    """A class that is no allocator."""
+
+
+@dataclass(frozen=True)
+class Own(Allocator):
+    """An allocator of another package."""
+
+    power: float = 1.0
+    name: ClassVar[str] = "own"
+
+    def scores(self, problem):
+        return {name: problem.factors.sigma(name) ** self.power for name in problem.budget.shapes}
+
+
+def test_an_allocator_of_another_package_by_module_and_class():
+    # Not an instance of the class above where pytest imports this file under another name.
+    made = make_allocator("tests.methods.allocate.test_allocators:Own", power=2.0)
+    assert (made.name, made.power) == ("own", 2.0)
+    assert made.plan(problem_of()[0]).method == "own"
 
 
 @pytest.mark.parametrize("method", list(ALLOCATORS))
@@ -214,7 +246,7 @@ def test_every_method_by_its_name(method, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
     kind = "two_sided" if method == "fisher" else "whitened"
     words = ["allocate", "--base", "random:llama", "--method", method, "--keep", "0.5", "--length", "32"]
-    words += ["--text", "python-docs::part=0%-10%", "--windows", "4", "--output", str(tmp_path / "plan.json")]
+    words += ["--text", "python-docs::part=0%-10%", "--sequences", "4", "--output", str(tmp_path / "plan.json")]
     words += ["--decomposition.kind", kind]
     words += {"strs": ["--settings.ratios", "[0.5]"], "zs_svd": ["--settings.rounds", "1"]}.get(method, [])
     main(words)
@@ -225,14 +257,14 @@ def test_every_method_by_its_name(method, tmp_path, monkeypatch):
 
 
 CONFIGS = sorted((ROOT / "configs" / "allocate").glob("*.yaml"))
-SMALL = {"strs": ["--settings.windows", "1", "--settings.ratios", "[0.5]"]}
+SMALL = {"strs": ["--settings.sequences", "1", "--settings.ratios", "[0.5]"]}
 BASES = {"asvd": "asvd", "strs": "asvd", "fwsvd": "fwsvd", "fisher": "two_sided"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations(path, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
-    words = ["--base", "random:llama", "--text", "python-docs::part=0%-10%", "--length", "32", "--windows", "2"]
+    words = ["--base", "random:llama", "--text", "python-docs::part=0%-10%", "--length", "32", "--sequences", "2"]
     words += ["--output", str(tmp_path / "plan.json"), *SMALL.get(path.stem, [])]
     main(["allocate", "-c", str(path), *words])
     plan = RankPlan.load(tmp_path / "plan.json")

@@ -77,9 +77,5 @@ def test_no_combination_of_ranks_does_better_at_any_budget_of_the_hull(seed, sto
 def test_factors_of_another_kind_are_refused():
     factors = SimpleNamespace(fingerprint={"kind": "whitened"})
     budget = Budget(storage="factored", keep=0.5, shapes=SHAPES, model_parameters=200)
-    with pytest.raises(
-        ValueError,
-        match=r"the allocator fisher was given factors of the kind 'whitened': expected two_sided "
-        r"\(decomposition.kind\)",
-    ):
+    with pytest.raises(ValueError, match=r"'whitened'.*expected two_sided \(decomposition\.kind\)"):
         make_allocator("fisher").plan(Problem(budget, factors, None))

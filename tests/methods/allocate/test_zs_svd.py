@@ -135,13 +135,10 @@ def test_plan_notes_the_sum_and_keeps_floors(llama, sequences, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep_rank_ratio": 1.5}, r"keep_rank_ratio is 1.5: expected a fraction in \[0, 1\]"),
-        ({"rounds": -1}, r"rounds is -1, batch 8: expected at least 0 rounds and 1 window"),
-        ({"batch": 0}, r"rounds is 0, batch 0: expected"),
-        (
-            {"round": 1},
-            r"the allocator zs_svd has no setting 'round': expected one of keep_rank_ratio, rounds, batch",
-        ),
+        ({"keep_rank_ratio": 1.5}, r"keep_rank_ratio is 1\.5.*in \[0, 1\]"),
+        ({"rounds": -1}, r"rounds is -1.*at least 0 rounds"),
+        ({"batch": 0}, r"batch 0\b.*1 sequence"),
+        ({"round": 1}, r"'round'.*keep_rank_ratio, rounds, batch"),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -152,7 +149,7 @@ def test_impossible_settings(settings, message):
 def test_what_it_needs_is_asked_for():
     budget = Budget(storage="factored", keep=0.5, shapes=SHAPES, model_parameters=TOTAL)
     problem = Problem(budget, SimpleNamespace(fingerprint={"kind": "whitened"}), None)
-    with pytest.raises(ValueError, match=r"the allocator zs_svd was given no weight gradients: collect them with"):
+    with pytest.raises(ValueError, match=r"zs_svd was given no weight gradients.*build_gradients"):
         make_allocator("zs_svd").plan(problem)
-    with pytest.raises(ValueError, match=r"the allocator zs_svd was given no model, on which it measures"):
+    with pytest.raises(ValueError, match=r"zs_svd was given no model.*give Problem both"):
         make_allocator("zs_svd", rounds=1).plan(problem)
