@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.base import MaskMethod
-from lowrank_pl.methods.masks.masked_linear import MaskedLinear, Work, choose_computation
+from lowrank_pl.methods.masks.masked_linear import MaskedLinear, choose_computation
 from lowrank_pl.methods.masks.objectives import next_token_loss
 from lowrank_pl.models.forward import activation_checkpointing
 from lowrank_pl.models.targets import dense_weight, find_targets, replaced
@@ -63,10 +63,10 @@ def measure_step(
 
     def learning(*, every: int | None) -> Callable[[], None]:
         def step() -> None:
-            choose_computation(layers, method.dense_from, every=every or 1)
+            choose_computation(layers, method.dense_from, stride=every or 1)
             if every is None:
                 for layer in layers.values():
-                    layer.work = Work()
+                    layer.active = None
             with activation_checkpointing(model) if gradient_checkpointing else nullcontext():
                 _loss(model(input_ids=tokens, use_cache=False).logits, tokens)
 
@@ -74,7 +74,7 @@ def measure_step(
 
     def frozen() -> None:
         for layer in layers.values():
-            layer.choice = "dense"
+            layer.computation = "dense"
         embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
         _loss(model(inputs_embeds=embeddings, use_cache=False).logits, tokens)
 
@@ -104,14 +104,12 @@ def _masked(model: PreTrainedModel, method: MaskMethod, keep: float, prices: Sto
         dense = model.get_submodule(target.name)
         rows, columns = target.shape
         sigma = torch.linspace(1, 0.01, min(rows, columns), dtype=torch.float64)
-        mask = method.create(target.shape, sigma, keep, prices=prices).to(model.device)
+        mask = method.create(target.shape, sigma, keep, storage=prices).to(model.device)
         like = {"dtype": dense_weight(dense).dtype, "device": model.device}
         # Of such sizes that outputs are about as large as inputs: slow denormal numbers and infinities would mislead.
         left = torch.randn(rows, mask.rank, **like) * mask.rank**-0.5
         right = torch.randn(mask.rank, columns, **like) * columns**-0.5
         layers[target.name] = MaskedLinear(dense, Factors(left, right, sigma[: mask.rank]), mask)
-    masks = {name: layer.mask for name, layer in layers.items()}
-    method.share(masks)
     return layers
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.masks.base import Mask, MaskMethod
+from lowrank_pl.methods.masks.base import MaskMethod
 from lowrank_pl.methods.prune.base import WidthPruning
 from lowrank_pl.models.offload import too_large
 from lowrank_pl.plans.budget import check_keep
@@ -87,15 +85,10 @@ class Learner:
     def lit(self, shape: tuple[int, int], itemsize: int, keep: float) -> int:
         """Return the components that every token goes through, at the start, which is the dearest step."""
         stored = self.stored(shape, itemsize)
-        if not self._has_dark():
+        if not self.mask.skips_inactive:
             return stored
         share = min(1.0, self.mask.start_keep(keep))
         return min(stored, int(Storage(self.storage, itemsize).rank_at(shape, share)))
-
-    def _has_dark(self) -> bool:
-        """Tell whether masks of the method say which gates are 0, so that these are not multiplied by."""
-        made = self.mask.create((8, 8), torch.linspace(1, 0.1, 8, dtype=torch.float64), 0.5, prices=Storage("factored"))
-        return type(made).lit is not Mask.lit
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lowrank_pl.methods import masks
-from lowrank_pl.methods.allocate import ALLOCATORS
+from lowrank_pl.methods.masks.registry import paper_of
 from lowrank_pl.report import page_cells as page_modules
 from lowrank_pl.report.evidence import Speed, described
 from lowrank_pl.report.model_card import grouped_notes, load_code, task_lines, times, with_error
@@ -101,7 +99,7 @@ def run_page(record: RunRecord) -> str:
         notes=grouped_notes(plan),
         load=load_code(str(record.model or "PATH_OR_ID"), merged=record.merged, own_code=record.own_code),
         origin={key: value for key, value in plan.origin.items() if key != "store"},
-        paper=_paper(plan.method),
+        paper=paper_of(plan.method),
         WIDTH=page_modules.WIDTH,
         HEIGHT=page_modules.HEIGHT,
     )
@@ -299,10 +297,3 @@ def _bars(groups: Mapping[str, Sequence[Cell]]) -> list[Bar]:
     }
     most = max(dense for dense, _ in sums.values())
     return [Bar(label, dense, kept, most) for label, (dense, kept) in sums.items()]
-
-
-def _paper(method: str) -> str | None:
-    """Return the number at arXiv of the paper that a method's own docstring names first."""
-    kinds = {**ALLOCATORS, **{kind.name: kind for kind in vars(masks).values() if hasattr(kind, "name")}}
-    found = re.search(r"arXiv (\d{4}\.\d{5})", inspect.getdoc(kinds.get(method)) or "")
-    return found and found[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -93,19 +93,26 @@ def mark_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def check_fit(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def check_fit(
+    checkpoint: Mapping[str, Any], identity: Mapping[str, Any], *, former: Mapping[str, Sequence[Any]] | None = None
+) -> None:
     """Refuse a checkpoint whose masks belong to something else.
 
     Args:
         checkpoint: As it was read.
         identity: What the masks of this run belong to.
+        former: Values of earlier versions that mean the same as this run's, by key of ``identity``.
 
     Raises:
         ValueError: It is of another kind, model, store or mask; the message says what differs.
     """
     theirs = mark_of(checkpoint)
     # An older version may not have recorded all of it.
-    differ = [key for key in identity if key in theirs and theirs[key] != identity[key]]
+    differ = [
+        key
+        for key in identity
+        if key in theirs and theirs[key] != identity[key] and theirs[key] not in (former or {}).get(key, ())
+    ]
     if differ:
         said = "; ".join(_difference(key, theirs.get(key), identity[key]) for key in differ)
         raise ValueError(

@@ -25,9 +25,9 @@ from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate.run import allocate_on
-from lowrank_pl.methods.masks.acip import Lifetimes
+from lowrank_pl.methods.masks.acip import ACIP
 from lowrank_pl.methods.masks.ara import ARA
-from lowrank_pl.methods.masks.base import Mask, MaskMethod, dense_sizes
+from lowrank_pl.methods.masks.base import MaskMethod, ModelMasks, dense_sizes
 from lowrank_pl.methods.masks.gumbel import seeded
 from lowrank_pl.methods.masks.losses import PlanScore, data_losses
 from lowrank_pl.methods.masks.masked_linear import choose_computation, insert_masks, masked_layers
@@ -169,9 +169,9 @@ class RankLearner(LightningModule):
         self.strict_loading = False
         self.seconds: dict[str, float] = {}
         self.model: PreTrainedModel | None = None
-        self.masks: dict[str, Mask] = {}
+        self.masks = ModelMasks({})
         self.shared: nn.Module | None = None
-        self.lifetimes: Lifetimes | None = None
+        self.lifetimes: ACIP | None = None
         self.score = PlanScore()
 
     # -- building ---------------------------------------------------------------------------------------------------
@@ -252,17 +252,18 @@ class RankLearner(LightningModule):
         share = self._aimed_at().share
         start = start_of(self._start_plan(subject), self.budget, self.mask_method, share)
         insert_masks(
-            model, self.store, self.mask_method, start.ratios, prices=self.budget.prices, kept=start.kept,
+            model, self.store, self.mask_method, start.ratios, storage=self.budget.prices, kept=start.kept,
             empty=sharded,
         )  # fmt: skip
         if self.compute.gradient_checkpointing:
             enable_activation_checkpointing(model)
         self.model = model
         self.layers = masked_layers(model)
-        self.masks = {name: layer.mask for name, layer in self.layers.items()}
-        self.shared = self.mask_method.share(self.masks)
+        masks = {name: layer.mask for name, layer in self.layers.items()}
+        self.masks = ModelMasks(masks, self.mask_method.shared_module(masks))
+        self.shared = self.masks.shared
         if self.start.record_order:
-            self.lifetimes = Lifetimes({name: mask.rank for name, mask in self.masks.items()})
+            self.lifetimes = ACIP({name: mask.rank for name, mask in self.masks.items()})
         for module in self._beside().values() if shared is None else ():
             module.to(model.device)
         learnt, frozen = sum(p.numel() for p in self.mask_parameters()), self.budget.model_parameters
@@ -324,7 +325,7 @@ class RankLearner(LightningModule):
         self.mask_method.advance(self.masks, self.global_step, budget)
         stride = self.compute.inactive_gate_stride
         ratios = choose_computation(
-            self.layers, self.mask_method.dense_from, every=stride,
+            self.layers, self.mask_method.dense_from, stride=stride,
             offset=int(torch.randint(stride, (), generator=seeded("rest", self.global_step, batch_idx))),
         )  # fmt: skip
         terms = data_losses(self._base(), self.layers, self.data_terms, tokens)
@@ -441,7 +442,7 @@ class RankLearner(LightningModule):
         Raises:
             ValueError: It is of another kind, model, store or mask; the message says what differs.
         """
-        check_fit(checkpoint, self._identity())
+        check_fit(checkpoint, self._identity(), former={"mask": self.mask_method.former_names})
 
     def _identity(self) -> dict[str, Any]:
         masks = {name: list(value.shape) for name, value in self.state_dict().items()}

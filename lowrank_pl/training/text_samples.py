@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lowrank_pl.evaluate.generation import check_prompts, generate_samples
-from lowrank_pl.methods.masks.losses import choices_of
-from lowrank_pl.methods.masks.masked_linear import Choice, chosen
+from lowrank_pl.methods.masks.losses import planned_computations
+from lowrank_pl.methods.masks.masked_linear import Computation, computing_with
 from lowrank_pl.report.model_card import sample_table
 from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.finish_run import FinishRun
@@ -146,16 +146,18 @@ class TextSamples(Callback):
         plan, data = learner.plan(), calibration_data(trainer)
         if not set(self._prompts) <= set(self._dense):
             self._dense = dict(zip(self._prompts, self._continue(learner, data, "dense"), strict=True))
-        now = self._continue(learner, data, choices_of(plan, learner.layers))
+        now = self._continue(learner, data, planned_computations(plan, learner.layers))
         rows = [(prompt, self._dense[prompt], text) for prompt, text in zip(self._prompts, now, strict=True)]
         text = sample_table(rows, name=f"hard plan after {step} steps, {100 * plan.keep_targeted:.1f} % kept")
         for writer in writers:
             writer.add_text("samples/while learning", text, step)
 
-    def _continue(self, learner: RankLearner, data: CalibrationData, choices: dict[str, Choice] | Choice) -> list[str]:
+    def _continue(
+        self, learner: RankLearner, data: CalibrationData, computations: dict[str, Computation] | Computation
+    ) -> list[str]:
         assert learner.model is not None
         # Validations run in inference mode, whose tensors must not stay in the model, as in a table of angles.
-        with isolate_rng(), torch.inference_mode(False), chosen(dict(learner.layers), choices):
+        with isolate_rng(), torch.inference_mode(False), computing_with(dict(learner.layers), computations):
             return generate_samples(learner.model, data.tokenizer, self._prompts, max_new_tokens=self.max_new_tokens)
 
 

@@ -17,7 +17,7 @@ from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.masks.ara import ARA
-from lowrank_pl.methods.masks.masked_linear import chosen, insert_masks, masked_layers
+from lowrank_pl.methods.masks.masked_linear import computing_with, insert_masks, masked_layers
 from lowrank_pl.models.base import load_base, loads_in_parts
 from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.targets import find_targets
@@ -110,7 +110,7 @@ def check_weights(rank, folder, family, dtype):
     model = shared.skeleton.model
     for one, empty in ((model, True), (whole, False)):
         starts = {target.name: 0.5 for target in shared.targets.modules}
-        insert_masks(one, store, ARA(), starts, prices=Storage("factored"), empty=empty)
+        insert_masks(one, store, ARA(), starts, storage=Storage("factored"), empty=empty)
     learning = [parameter for layer in masked_layers(model).values() for parameter in layer.mask.parameters()]
     shard_frozen(model, store, learning, torch.device("cpu"), shared.skeleton)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -125,7 +125,7 @@ def check_weights(rank, folder, family, dtype):
     tied = [one.get_output_embeddings().weight is one.get_input_embeddings().weight for one in (model, whole)]
     assert tied == 2 * [family != "llama"]
     for choice in ("mask", "dense"):
-        with torch.no_grad(), chosen(masked_layers(model), choice), chosen(masked_layers(whole), choice):
+        with torch.no_grad(), computing_with(masked_layers(model), choice), computing_with(masked_layers(whole), choice):
             assert torch.equal(model(input_ids=tokens).logits, whole(input_ids=tokens).logits), (family, choice)
 
 

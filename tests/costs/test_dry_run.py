@@ -96,7 +96,7 @@ def test_masked_layers_hold_the_factors_that_were_said(llama, mask, tmp_path):
     store = build_factors(
         Subject(model, byte_tokenizer(), sequences, known_targets=targets), settings=TWO_SIDED, directory=tmp_path / "f"
     )
-    insert_masks(model, store, mask, {target.name: 0.5 for target in targets.modules}, prices=Storage("auto"))
+    insert_masks(model, store, mask, {target.name: 0.5 for target in targets.modules}, storage=Storage("auto"))
     real = sum(layer.left.nbytes + layer.right.nbytes for layer in masked_layers(model).values())
     work = Workload(keeps=(0.5,), length=64, learners=[Learner("learning", mask, steps=1, length=64)])
     assert phase_of(estimate(llama, work, Machine()), "learning").device["factors"] == real

@@ -25,8 +25,9 @@ from lowrank_pl.factors.decomposition import DRIVERS, thin_svd
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
-from lowrank_pl.methods.masks.cutoff import DobiSVD, Fermi
-from lowrank_pl.methods.masks.gated_product import gated_product
+from lowrank_pl.methods.masks.dobi_svd import DobiSVD
+from lowrank_pl.methods.masks.fermi import Fermi
+from lowrank_pl.methods.masks.gated_product import ActiveComponents, gated_product
 from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
@@ -53,7 +54,7 @@ METHODS = {
     "per_value": (lambda: LLRC(patience=None), {"data_terms": DataTerms(cross_entropy=0.0, divergence=0.5)}),
     "ars": (ARS, {}),
     "fermi": (lambda: Fermi(anneal_steps=4), {}),
-    "tanh": (DobiSVD, {}),
+    "dobi_svd": (DobiSVD, {}),
 }
 
 
@@ -159,19 +160,19 @@ def test_a_run_ends_with_models_in_main_memory(tmp_path):
     )
 
 
-@pytest.mark.parametrize("lit", [0, 5, 12, torch.tensor([0, 3, 7])])
+@pytest.mark.parametrize("active", [0, 5, 12, torch.tensor([0, 3, 7])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gated_products_and_their_gradients(lit, dtype):
+def test_gated_products_and_their_gradients(active, dtype):
     torch.manual_seed(0)
     x, left, right = torch.randn(2, 9, 8), torch.randn(10, 12), torch.randn(12, 8)
     gate = torch.zeros(12)
-    gate[slice(lit) if isinstance(lit, int) else lit] = 0.7
+    gate[slice(active) if isinstance(active, int) else active] = 0.7
     found = []
     for device in ("cpu", "cuda"):
         inputs = x.to(device, dtype, copy=True).requires_grad_()
         gates = gate.to(device, copy=True).requires_grad_()
-        there = lit.to(device) if isinstance(lit, torch.Tensor) else lit
-        y = gated_product(inputs, left.to(device, dtype), right.to(device, dtype), gates, there)
+        there = active.to(device) if isinstance(active, torch.Tensor) else active
+        y = gated_product(inputs, left.to(device, dtype), right.to(device, dtype), gates, ActiveComponents(there))
         y.square().sum().backward()
         found.append([part.detach().float().cpu() for part in (y, inputs.grad, gates.grad)])
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 1.0}

@@ -15,8 +15,8 @@ from lowrank_pl.factors.compression import compress, compressed, deployed_plan, 
 from lowrank_pl.factors.decomposition import truncate
 from lowrank_pl.factors.pivoting import Pivoted
 from lowrank_pl.methods.masks.ara import ARA
-from lowrank_pl.methods.masks.losses import choices_of
-from lowrank_pl.methods.masks.masked_linear import MaskedLinear, chosen, masked_layers
+from lowrank_pl.methods.masks.losses import planned_computations
+from lowrank_pl.methods.masks.masked_linear import MaskedLinear, computing_with, masked_layers
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.targets import dense_weight, find_targets, replace_module
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
@@ -53,7 +53,7 @@ def half(target):
 
 def mask_all(model, targets, store, keep=0.5):
     for target in targets.modules:
-        mask = ARA().create(target.shape, store.sigma(target.name), keep, prices=FACTORED)
+        mask = ARA().create(target.shape, store.sigma(target.name), keep, storage=FACTORED)
         factors = store.factors(target.name, mask.rank)
         replace_module(model, target.name, MaskedLinear(model.get_submodule(target.name), factors, mask))
     return model
@@ -130,7 +130,7 @@ def test_masked_model_compresses_to_what_its_masks_compute(family, sequences):
     plan = drawn(targets, store, lambda target: None if target.kind.endswith("proj") else half(target))
     mask_all(model, targets, store)
     layers = masked_layers(model)
-    with chosen(layers, choices_of(plan, layers)):
+    with computing_with(layers, planned_computations(plan, layers)):
         learned = logits(model, sequences)
     small = compress(model, plan, store)
     assert not masked_layers(small)

@@ -139,7 +139,7 @@ def sharded(rank, folder):
     for empty in (False, True):
         model = tiny_model("llama")
         starts = {target.name: 0.5 for target in find_targets(model).modules}
-        insert_masks(model, store, ARA(), starts, prices=Storage("factored"), empty=empty)
+        insert_masks(model, store, ARA(), starts, storage=Storage("factored"), empty=empty)
         layers = masked_layers(model)
         if empty:
             learning = [parameter for layer in layers.values() for parameter in layer.mask.parameters()]

@@ -23,7 +23,8 @@ from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
-from lowrank_pl.methods.masks.cutoff import DobiSVD, Fermi
+from lowrank_pl.methods.masks.dobi_svd import DobiSVD
+from lowrank_pl.methods.masks.fermi import Fermi
 from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.masked_linear import MaskedLinear
 from lowrank_pl.methods.masks.objectives import DataTerms
@@ -516,7 +517,7 @@ SMALL += "--trainer.accelerator cpu --trainer.val_check_interval 2 --finish.base
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-@pytest.mark.parametrize("name", ["llrc", "ars", "tanh", "fermi", "rescaled", "best"])
+@pytest.mark.parametrize("name", ["llrc", "ars", "dobi_svd", "fermi", "rescaled", "best"])
 def test_the_shipped_configuration_of_every_mask_runs(tmp_path, name):
     main(["fit", "-c", str(CONFIGS / f"{name}.yaml"), "--run", str(tmp_path), *SMALL.split()])
     plan = RankPlan.load(tmp_path / "plan.json")
@@ -524,7 +525,7 @@ def test_the_shipped_configuration_of_every_mask_runs(tmp_path, name):
     assert plan.storage == ("auto" if name in ("rescaled", "best") else "factored")
     assert any(note.startswith("refitted ") for note in plan.notes) == (name == "best")
     text = (CONFIGS / f"{name}.yaml").read_text()
-    kind = {"llrc": LLRC, "ars": ARS, "tanh": DobiSVD, "fermi": Fermi}.get(name, Rescaled)
+    kind = {"llrc": LLRC, "ars": ARS, "dobi_svd": DobiSVD, "fermi": Fermi}.get(name, Rescaled)
     # Every setting is written out, so that a reader need not look anywhere else.
     for setting in inspect.signature(kind).parameters:
         assert f"      {setting}: " in text
@@ -541,7 +542,7 @@ def test_validation_is_the_perplexity_of_the_compressed_model(sanity):
     small = perplexity(compress(tiny_model("llama"), learner.plan(), learner.store), data.validation_sequences)
     assert trainer.callback_metrics["val/perplexity"].item() == pytest.approx(small.perplexity, rel=1e-4)
     assert trainer.callback_metrics["val/excess"].item() == pytest.approx(small.nats - dense.nats, abs=1e-5)
-    assert {layer.choice for layer in learner.layers.values()} <= {"mask", "dense"}
+    assert {layer.computation for layer in learner.layers.values()} <= {"mask", "dense"}
 
 
 class Poison(Callback):

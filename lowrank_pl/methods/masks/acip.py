@@ -1,8 +1,9 @@
-"""How long each component was kept while the aim came down: one order of all components, from one run, for any size."""
+"""ACIP: one learning run orders all components, by when the masks drop them, and so serves every size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,21 @@ from lowrank_pl.methods.masks.base import Mask
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 
-__all__ = ["Lifetimes"]
+__all__ = ["ACIP"]
 
 
-class Lifetimes(nn.Module):
-    """Remembers for every component the last step at which its mask kept it (the score map of ACIP, arXiv 2502.01717).
+class ACIP(nn.Module):
+    """The score map of ACIP (arXiv 2502.01717): the last step at which each component's mask kept it.
 
-    While the aim goes from a large model to a small one, a later step is a smaller model: components that were kept
-    later are the ones to keep longer. The record is part of checkpoints.
+    During the run the target falls from a large model to a small one. A later step is thus a smaller model, and
+    components that were kept later belong to more sizes. Any mask method can learn while this module records.
+    Checkpoints hold the record.
 
     Args:
         ranks: Components that each module's mask gates, by name.
     """
+
+    paper: ClassVar[str | None] = "2502.01717"
 
     last: Tensor
 
@@ -33,14 +37,14 @@ class Lifetimes(nn.Module):
 
     @torch.no_grad()
     def record(self, masks: Mapping[str, Mask], step: int) -> None:
-        """Note which components ``masks`` keep at ``step``; of a module that is dense by its ratio that is all."""
+        """Record which components ``masks`` keep at ``step``; a module whose ratio makes it dense keeps all."""
         kept = torch.cat([masks[name].kept() | (masks[name].ratio() >= 1) for name in self.ranks])
         self.last.masked_fill_(kept, step)
 
     def scores(self) -> dict[str, Tensor]:
         """Return a score ``[rank]`` a module for ``Budget.select``: the last step, and by position within one step.
 
-        Positions count as fractions of their module's components, so that ties are broken alike in all modules.
+        A position counts as a fraction of its module's components, so that ties are broken alike in all modules.
         """
         parts = torch.split(self.last.cpu(), list(self.ranks.values()))
         return {
@@ -54,7 +58,7 @@ class Lifetimes(nn.Module):
         Args:
             budget: What to meet.
             method: Name for the plan.
-            start: Where the aim came down from.
+            start: The fraction to keep from which the target fell.
         """
         note = f"components in the order in which they were last kept from keep {start} to {budget.keep}"
         return budget.select(self.scores(), method=method, notes=[note])

@@ -1,14 +1,15 @@
-"""ARS's masks: switches whose logits come out of one small network over all modules."""
+"""ARS: binary gates whose logits come from one small network over all modules."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowrank_pl.methods.masks.base import Mask, check_numbers, dense_sizes
+from lowrank_pl.methods.masks.base import Mask, ModelMasks, check_numbers, dense_sizes
 from lowrank_pl.methods.masks.gumbel import (
     GumbelMask,
     GumbelMethod,
@@ -28,15 +29,15 @@ __all__ = ["ARS", "ARSMask", "HyperNetwork"]
 
 
 class HyperNetwork(nn.Module):
-    """A bidirectional GRU over one fixed random vector a module, with a linear head for the logits of each.
+    """A bidirectional GRU over one fixed random vector a module, with a linear head for each module's logits.
 
-    Heads start at zero: the masks then start exactly where their offsets put them, and learning fills in the rest.
+    The heads start at zero, so that the masks start exactly at their offsets.
 
     Args:
         ranks: Components of each module, in the model's order.
         inputs: Size of the random vectors.
         width: Size of the GRU's state in each direction.
-        seed: Of vectors and weights.
+        seed: Seed of the vectors and the weights.
     """
 
     inputs: Tensor
@@ -53,7 +54,6 @@ class HyperNetwork(nn.Module):
             nn.init.uniform_(parameter, -(width**-0.5), width**-0.5, generator=generator)
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
-        self.rows: list[Tensor] = []
 
     def forward(self) -> list[Tensor]:
         """Return the logits ``[rank]`` of every module."""
@@ -63,67 +63,64 @@ class HyperNetwork(nn.Module):
             states = functional.gelu(self.norm(states))
             return [head(state) for head, state in zip(self.heads, states, strict=True)]
 
-    def refresh(self) -> None:
-        """Evaluate once and keep the logits for the masks."""
-        self.rows = self()
-
 
 class ARSMask(GumbelMask):
-    """The switches of one module, with a fixed offset and the logits that the shared network gives them.
+    """The binary gates of one module: a fixed offset plus the logits of the shared network.
 
     Args:
         shape: ``(out, in)`` of the module.
         sigma: Singular values of the gated components.
         offset: ``[rank]`` logits to start from.
-        prices: What ranks cost in the finished model.
-        temperature: Of the sigmoid.
+        storage: How the finished module is stored.
+        temperature: Temperature of the sigmoid.
+
+    Attributes:
+        learned: ``[rank]`` logits of the network's last evaluation, with its graph; None before the first.
     """
 
     sigma: Tensor
     offset: Tensor
 
     def __init__(
-        self, shape: tuple[int, int], sigma: Tensor, offset: Tensor, *, prices: Storage, temperature: float
+        self, shape: tuple[int, int], sigma: Tensor, offset: Tensor, *, storage: Storage, temperature: float
     ) -> None:
-        # Any subset while it learns, whatever the plan keeps: the alignment is what draws gates to prefixes.
-        super().__init__(shape, len(offset), prices=prices, temperature=temperature, any_k=True)
+        # Any subset while learning, whatever the plan keeps: the alignment loss draws the gates to prefixes.
+        super().__init__(shape, len(offset), storage=storage, temperature=temperature, any_k=True)
         self.register_buffer("sigma", sigma.float(), persistent=False)
         self.register_buffer("offset", offset.float(), persistent=False)
-        # In a tuple, so that the network is registered once and not with every mask.
-        self.source: tuple[HyperNetwork, int] | None = None
+        self.learned: Tensor | None = None
 
-    def switch_logits(self) -> Tensor:
-        """Return the offset plus the network's logits ``[rank]`` as last evaluated; before that, the offset."""
-        if self.source is None or not self.source[0].rows:
-            return self.offset
-        network, index = self.source
-        return self.offset + network.rows[index]
+    def gate_logits(self) -> Tensor:
+        """Return the offset plus the network's logits ``[rank]``; before the network is evaluated, the offset."""
+        return self.offset if self.learned is None else self.offset + self.learned
 
 
 class ARS(GumbelMethod):
-    """Adaptive Rank Selections (ARS, Gao et al., NAACL 2024): switches from a hyper-network, drawn towards prefixes.
+    """Adaptive Rank Selections (ARS, Gao et al., NAACL 2024): gates from a hyper-network, drawn towards prefixes.
 
-    Masks gate full-rank factors, start with everything on, and never compute densely while they learn. The budget
-    penalty ``log(max(T, pT) / pT)`` counts the parameters ``T`` of the gates as drawn, with a module that costs more
-    than its dense weight counted as dense. Plans keep as many of the first components as have a probability above 1/2
-    without noise, or those themselves with ``any_k``, at the exact budget.
+    Masks gate full-rank factors, start with every component on, and never compute densely while they learn. The budget
+    penalty ``log(max(T, pT) / pT)`` counts the parameters ``T`` under this step's noise; a module that costs more than
+    its dense weight counts as dense. Plans count the components whose probability is above 1/2 without noise, and keep
+    as many of the first ones, or with ``any_k`` these components themselves, at the exact budget.
 
     Args:
-        temperature: Of the sigmoids.
+        temperature: Temperature of the sigmoids.
         noise: ``logistic``, the difference of two Gumbel draws, as in a Gumbel-sigmoid; ``gumbel`` or ``none``.
         start: Logit that components start with, negated for those that a plan to start from drops.
         budget_weight: Called lambda in the paper.
         alignment_weight: Called gamma in the paper: weight of the share of energy on which gates differ from prefixes.
         width: Size of the network's state in each direction.
-        inputs: Size of its input vectors.
-        any_k: Let the plan keep any subset of the components; gates are any subset while they learn in both cases.
-        seed: Of the noise and the network.
+        inputs: Size of the network's input vectors.
+        any_k: Let the plan keep any subset of the components. While they learn, gates are any subset in both cases.
+        seed: Seed of the noise and the network.
 
     Raises:
         ValueError: A setting outside its range.
     """
 
-    name = "ars"
+    name: ClassVar[str] = "ars"
+    # Gao et al., "Adaptive Rank Selections for Low-Rank Approximation of Language Models", NAACL 2024.
+    paper: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -149,51 +146,54 @@ class ARS(GumbelMethod):
         self.width, self.inputs, self.any_k, self.seed = width, inputs, any_k, seed
 
     def create(
-        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, storage: Storage, kept: Tensor | None = None
     ) -> ARSMask:
         """Return a mask with the components of the start on and all others off; arguments as in ``MaskMethod``."""
-        rank = self.stored_rank(shape, prices)
-        on = chosen_at_start(shape, rank, keep, kept if self.any_k else None, prices=prices)
+        rank = self.stored_rank(shape, storage)
+        on = chosen_at_start(shape, rank, keep, kept if self.any_k else None, storage=storage)
         offset = self.start * (2.0 * on - 1.0)
-        return ARSMask(shape, sigma[:rank], offset, prices=prices, temperature=self.temperature)
+        return ARSMask(shape, sigma[:rank], offset, storage=storage, temperature=self.temperature)
 
-    def share(self, masks: Mapping[str, Mask]) -> HyperNetwork:
-        """Return the network that gives all masks their logits."""
-        network = HyperNetwork(
+    def shared_module(self, masks: Mapping[str, Mask]) -> HyperNetwork:
+        """Return the network that computes the logits of all masks."""
+        return HyperNetwork(
             [mask.rank for mask in masks.values()], inputs=self.inputs, width=self.width, seed=self.seed
         )
-        for index, mask in enumerate(masks.values()):
-            _ars(mask).source = (network, index)
-        return network
 
-    def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
-        """Evaluate the network for this step and draw its noise."""
-        _refresh(masks)
+    def advance(self, masks: ModelMasks, step: int, budget: Budget) -> None:
+        """Evaluate the network and draw the noise of ``step``."""
+        _evaluate_network(masks)
         draw_noise(masks, kind=self.noise, seed=self.seed, step=step)
 
-    def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
+    def penalties(self, masks: ModelMasks, ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget`` and ``alignment``, weighted; arguments as in ``MaskMethod.penalties``."""
-        gates = {name: mask() for name, mask in masks.items()}
-        drawn = torch.stack([mask.prices.ratio(mask.shape, gates[name].sum()) for name, mask in masks.items()])
-        apart = torch.stack([alignment_penalty(gates[name], _ars(mask).sigma) for name, mask in masks.items()])
+        every = _ars_masks(masks)
+        gates = [mask() for mask in every]
+        drawn = torch.stack(
+            [mask.storage.ratio(mask.shape, gate.sum()) for mask, gate in zip(every, gates, strict=True)]
+        )
+        apart = torch.stack([alignment_penalty(gate, mask.sigma) for mask, gate in zip(every, gates, strict=True)])
         return {
             "budget": self.budget_weight * log_budget_penalty(kept_fractions(drawn), dense_sizes(masks, ratios), keep),
             "alignment": self.alignment_weight * apart.mean(),
         }
 
-    def finalise(self, masks: Mapping[str, Mask], budget: Budget) -> RankPlan:
+    def finalise(self, masks: ModelMasks, budget: Budget) -> RankPlan:
         """Return the plan of the highest probabilities without noise, at the exact budget."""
         with torch.no_grad():
-            _refresh(masks)
+            _evaluate_network(masks)
         return select_by_logits(masks, budget, any_k=self.any_k, method=self.name)
 
 
-def _refresh(masks: Mapping[str, Mask]) -> None:
-    source = next((_ars(mask).source for mask in masks.values()), None)
-    if source is not None:
-        source[0].refresh()
+def _evaluate_network(masks: ModelMasks) -> None:
+    """Evaluate the shared network once and set every mask's logits."""
+    network = masks.shared
+    assert isinstance(network, HyperNetwork)
+    for mask, logits in zip(_ars_masks(masks), network(), strict=True):
+        mask.learned = logits
 
 
-def _ars(mask: Mask) -> ARSMask:
-    assert isinstance(mask, ARSMask)
-    return mask
+def _ars_masks(masks: Mapping[str, Mask]) -> list[ARSMask]:
+    found = [mask for mask in masks.values() if isinstance(mask, ARSMask)]
+    assert len(found) == len(masks)
+    return found

@@ -1,118 +1,155 @@
-"""What every learned mask offers: a gate per component, a price, and a way to whole ranks."""
+"""The interface of learned masks: a gate for each component, the parameters that it costs, and a plan in the end."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_pl.methods.masks.objectives import budget_penalty, kept_fractions
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["NEARLY_FULL", "Mask", "MaskMethod", "check_numbers", "dense_sizes", "gated_rank"]
+__all__ = ["NEARLY_FULL", "Mask", "MaskMethod", "ModelMasks", "check_numbers", "dense_sizes", "gated_rank"]
 
 NEARLY_FULL = 0.97
-"""Of the dense weight's numbers: what components at pivoted prices cost from which a mask has no more of them.
+"""With pivoted storage, a mask gates at most the components that cost this fraction of the dense weight.
 
-The last ones cost next to nothing there: of a square weight 17 % of the components are 3 % of the numbers. In a layer
-that learns they would be memory (2.39 times the weights of Llama-3-8B's blocks instead of 2.30) for what the dense
-weight, which it has anyway, computes as well.
+The last components cost next to nothing: 17 % of a square weight's components are 3 % of its parameters. In a layer
+that learns they would take memory (2.39 instead of 2.30 times the weights of Llama-3-8B's blocks) and compute what the
+dense weight, which the layer holds anyway, computes as well.
 """
 
 
 class Mask(nn.Module, ABC):
-    """The learnable gate of one module's components; its parameters stay float32 whatever the base's type is.
+    """The learnable gate of one module's components.
 
-    Its ``state_dict`` is what a checkpoint holds of it, so buffers that can be derived are not persistent.
+    Its parameters are float32 whatever the base's type is. Checkpoints hold its ``state_dict``, so buffers that can be
+    computed again are not persistent.
 
     Args:
         shape: ``(out, in)`` of the module.
-        rank: Components that it gates.
-        prices: What ranks cost in the finished model.
+        rank: Components that the mask gates.
+        storage: How the finished module is stored, which decides what a rank costs.
 
     Attributes:
-        inactive_learn: Whether gates of components that are not ``lit`` have a gradient.
-        covered: The ratio from which the mask stands for more components than it gates, for which its layer computes
-            with its dense weight; infinity where that is no reason to.
+        inactive_learn: Whether the gates of inactive components get a gradient.
+        dense_beyond: The ratio from which the mask stands for more components than it gates, so that its layer computes
+            with the dense weight; infinite where the gated components always suffice.
     """
 
     inactive_learn: bool = True
 
-    def __init__(self, shape: tuple[int, int], rank: int, prices: Storage) -> None:
+    def __init__(self, shape: tuple[int, int], rank: int, storage: Storage) -> None:
         super().__init__()
         self.shape = shape
         self.rank = rank
-        self.prices = prices
-        self.covered = math.inf
-        if prices.choice != "factored" and rank < min(shape):
-            self.covered = prices.ratio(shape, torch.tensor(rank + 0.5, device="cpu")).item()
+        self.storage = storage
+        self.dense_beyond = math.inf
+        if storage.choice != "factored" and rank < min(shape):
+            self.dense_beyond = storage.ratio(shape, torch.tensor(rank + 0.5, device="cpu")).item()
 
     @abstractmethod
     def forward(self) -> Tensor:
         """Return the gate ``[rank]`` of this training step, differentiable in the mask's parameters."""
 
     def soft(self) -> Tensor:
-        """Return how far each component is on, before any rounding and without noise, from 0 to 1, ``[rank]``.
+        """Return how far each component is on, from 0 to 1, without rounding and noise, ``[rank]``.
 
-        It is there to be looked at: how decided the mask is. A mask that knows no degrees gives zeros and ones.
+        By default this is the gate. TensorBoard shows it: it says how decided the mask is.
         """
         gate: Tensor = self()
         return gate
 
-    def lit(self) -> Tensor | None:
-        """Return the components that a token has to go through in this step, bool ``[rank]``; None for all.
+    def active(self) -> Tensor | None:
+        """Return the components that tokens pass through in this step, bool ``[rank]``; None stands for all.
 
-        The gate of all others is exactly 0.
+        The gate of every inactive component is exactly 0.
         """
         return None
 
-    @abstractmethod
     def ratio(self) -> Tensor:
         """Return the expected parameters as a fraction of the dense weight's, differentiable, a scalar.
 
-        At 1 and above the finished module is dense.
+        At 1 and above the finished module is dense. By default the sum of the gates is the expected rank.
         """
+        return self.storage.ratio(self.shape, self().sum())
 
-    @abstractmethod
     def kept(self) -> Tensor:
-        """Return which components the mask stands for now, without noise, bool ``[rank]``."""
+        """Return which components the mask stands for now, without noise, bool ``[rank]``.
+
+        By default these are the components that are more than half on.
+        """
+        return self.soft().detach() > 0.5
+
+
+class ModelMasks(dict[str, Mask]):
+    """The masks of a model's modules by name, in the model's order, and the module that these masks share.
+
+    Args:
+        masks: Every module's mask by name.
+        shared: What ``MaskMethod.shared_module`` returned for them. The learner registers it beside the masks, so that
+            the optimizer and checkpoints have it exactly once.
+    """
+
+    def __init__(self, masks: Mapping[str, Mask], shared: nn.Module | None = None) -> None:
+        super().__init__(masks)
+        self.shared = shared
 
 
 class MaskMethod(ABC):
-    """A family of masks with its settings: makes them, moves them on, charges them and turns them into a plan.
+    """A way to learn ranks: it makes the masks, updates and charges them in every step, and makes the plan.
 
-    It has no state besides its settings: what changes while it learns lies in the masks, or in the module that
-    ``share`` returns, where checkpoints find it. The order of calls is ``create`` for every module, ``share``, then
-    for each step ``advance``, forward passes and ``penalties``, once for each accumulated batch, then ``observe``, and
-    after the optimizer's step ``advance`` and ``finished``.
+    A method has settings and no other state. What changes during learning lies in the masks, or in the module that
+    ``shared_module`` returns, so that checkpoints hold it. The order of calls is: ``create`` for every module, then
+    ``shared_module``; in each step ``advance``, then forward passes and ``penalties`` once a batch, then ``observe``;
+    after the optimizer's step ``advance`` and ``finished``; in the end ``finalise``.
+
+    A new method has to define ``name`` and ``create``. Everything else has a default.
 
     Attributes:
-        name: What plans call the method.
-        dense_from: The ratio from which a module computes with its dense weight during training; infinity is never.
+        name: The method's name in plans and checkpoints.
+        paper: arXiv number of its paper; None for a method of ours or a paper that is not on arXiv.
+        former_names: Names of the method in plans and checkpoints of earlier versions.
+        dense_from: The ratio from which a module computes with its dense weight during training; infinity for never.
+        kinds: Kinds of decomposition whose singular values the masks can read; empty for any.
+        skips_inactive: Whether its masks name the active components (``Mask.active``), so that layers skip all others.
+        own_start: Whether the method decides where its masks start, so that they take no plan to start from.
         any_k: Whether its plans may keep components that are not the first ones.
-        kinds: Kinds of decomposition whose singular values mean what the masks take them for; empty for any.
-        own_start: Whether its masks have a start of their own and take no plan to start from.
+        top: Parameters of the gated components over those of the dense weight; above 1, so that a module can be dense.
+        budget_weight: Weight of the squared distance of the kept parameters from the budget.
     """
 
-    name: str
-    dense_from: float = 1.0
+    name: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    former_names: ClassVar[tuple[str, ...]] = ()
+    dense_from: ClassVar[float] = 1.0
+    kinds: ClassVar[tuple[str, ...]] = ()
+    own_start: ClassVar[bool] = False
+    skips_inactive: ClassVar[bool] = False
     any_k: bool = False
-    kinds: tuple[str, ...] = ()
-    own_start: bool = False
+    top: float = 1.2
+    budget_weight: float = 100.0
 
-    @abstractmethod
-    def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
-        """Return how many components of a module of ``shape`` a mask gates, where ranks cost ``prices``."""
+    def stored_rank(self, shape: tuple[int, int], storage: Storage) -> int:
+        """Return how many components of a module of ``shape`` a mask gates, by default what ``top`` pays for.
+
+        Args:
+            shape: ``(out, in)`` of the module.
+            storage: How the finished module is stored.
+        """
+        return gated_rank(shape, self.top, storage)
 
     def check_base(self, kind: str) -> None:
-        """Check that masks of this method can gate factors of a ``kind`` of decomposition.
+        """Refuse a ``kind`` of decomposition whose factors the masks can't gate.
 
         Raises:
-            ValueError: Their singular values mean something else.
+            ValueError: The singular values of this kind mean something else.
         """
         if self.kinds and kind not in self.kinds:
             raise ValueError(
@@ -120,13 +157,13 @@ class MaskMethod(ABC):
                 "(--model.decomposition.kind)"
             )
 
-    def start_keep(self, aim: float) -> float:
-        """Return the fraction that masks start at without a plan to start from, when learning begins at ``aim``."""
-        return aim
+    def start_keep(self, target: float) -> float:
+        """Return the fraction that masks start at without a plan to start from, for the first step's ``target``."""
+        return target
 
     @abstractmethod
     def create(
-        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, storage: Storage, kept: Tensor | None = None
     ) -> Mask:
         """Return a mask that starts at ``keep`` of the module's parameters.
 
@@ -134,83 +171,99 @@ class MaskMethod(ABC):
             shape: ``(out, in)`` of the module.
             sigma: All its singular values, descending.
             keep: Fraction to start from; 1 and above is dense.
-            prices: What ranks cost in the finished model.
-            kept: Component indices to start from exactly, where there is a plan. A method whose ``any_k`` is false
-                takes as many of the first ones.
+            storage: How the finished module is stored, which decides what a rank costs.
+            kept: Indices of exactly the components to start from, where there is a plan. A method whose ``any_k`` is
+                false starts from as many of the first components.
         """
 
-    def share(self, masks: Mapping[str, Mask]) -> nn.Module | None:
-        """Return what all masks have in common and learners register beside them; most methods have nothing.
+    def shared_module(self, masks: Mapping[str, Mask]) -> nn.Module | None:
+        """Return the module that all masks share, for ``ModelMasks``; most methods have none.
 
         Args:
             masks: Every module's mask by name, all made by this method.
         """
         return None
 
-    def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
-        """Bring the masks to optimizer step ``step``: temperatures, noise, what a shared network gives.
+    def advance(self, masks: ModelMasks, step: int, budget: Budget) -> None:
+        """Bring the masks to optimizer step ``step``: temperature, noise, outputs of a shared network.
 
-        Called before every training step with gradients on, and after every optimizer step without.
+        It is called before every training step with gradients enabled, and after every optimizer step without them.
 
         Args:
             masks: Every module's mask by name.
             step: Optimizer steps done.
-            budget: What is aimed at in this step.
+            budget: The target of this step.
         """
         return
 
-    @abstractmethod
-    def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
+    def penalties(self, masks: ModelMasks, ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return the weighted loss terms that hold the masks to the budget, by name, each a scalar.
+
+        By default this is ARA's budget penalty with a gradient for dense modules too, so that these shrink again when
+        the budget asks for it.
 
         Args:
             masks: Every module's mask by name.
             ratios: ``[modules]``, each mask's ``ratio()`` in the same order.
-            keep: Fraction of the targeted parameters aimed at in this step.
+            keep: Target fraction of the targeted parameters in this step.
             step: Optimizer steps done.
         """
+        return {"budget": self.budget_weight * budget_penalty(kept_fractions(ratios), dense_sizes(masks, ratios), keep)}
 
-    def observe(self, masks: Mapping[str, Mask], step: int, *, accumulated: int = 1) -> None:
-        """Look at the gradients that optimizer step ``step`` will use: averaged over processes, not yet clipped.
+    def observe(self, masks: ModelMasks, step: int, *, accumulated: int = 1) -> None:
+        """Read the gradients of optimizer step ``step``, averaged over processes and not yet clipped.
 
-        A parameter whose gradient is set to ``None`` here is left as it is by the optimizer, its momentum included.
+        The optimizer leaves a parameter as it is, momentum included, when its gradient is set to ``None`` here.
 
         Args:
             masks: Every module's mask by name.
             step: Optimizer steps done.
-            accumulated: What the loss of each batch was divided by. The last step of an epoch may have fewer batches.
+            accumulated: Divisor of each batch's loss. The last step of an epoch may have fewer batches than this.
         """
         return
 
-    def finished(self, masks: Mapping[str, Mask], budget: Budget, step: int) -> bool:
-        """Tell whether learning is over by the method's own rule, of which most have none.
+    def finished(self, masks: ModelMasks, budget: Budget, step: int) -> bool:
+        """Tell whether the method's own stopping rule ends learning; most methods have none.
 
-        Called after every optimizer step and before a checkpoint of it is written; calls with the same step agree.
+        It is called after every optimizer step, before a checkpoint is written, and returns the same for the same step.
 
         Args:
             masks: Every module's mask by name.
-            budget: What the masks are to meet in the end.
+            budget: The final budget.
             step: Optimizer steps done.
         """
         return False
 
-    @abstractmethod
-    def finalise(self, masks: Mapping[str, Mask], budget: Budget) -> RankPlan:
-        """Return the plan that the masks stand for, at the exact budget."""
+    def finalise(self, masks: ModelMasks, budget: Budget) -> RankPlan:
+        """Return the plan of the masks, at the exact budget.
+
+        By default modules whose ratio is at least ``dense_from`` become dense. Every other module requests the sum of
+        its soft gate as its rank, and one common factor scales these requests to the budget.
+
+        Args:
+            masks: Every module's mask by name.
+            budget: The final budget.
+        """
+        requested = {}
+        with torch.no_grad():
+            for name, mask in masks.items():
+                dense = mask.ratio().item() >= self.dense_from
+                requested[name] = math.inf if dense else mask.soft().sum().item()
+        return budget.fit(requested, method=self.name)
 
 
-def gated_rank(shape: tuple[int, int], top: float, prices: Storage) -> int:
+def gated_rank(shape: tuple[int, int], top: float, storage: Storage) -> int:
     """Return how many components cost ``top`` times the dense weight, rounded down, at most all.
 
-    At pivoted prices they are at most what costs ``NEARLY_FULL``.
+    With pivoted storage they cost at most ``NEARLY_FULL`` of the dense weight.
 
     >>> gated_rank((30, 60), 1.2, Storage("factored")), gated_rank((30, 900), 1.2, Storage("factored"))
     (24, 30)
     >>> gated_rank((300, 300), 1.2, Storage("pivoted"))
     245
     """
-    most = top if prices.choice == "factored" else min(top, NEARLY_FULL)
-    return max(1, int(prices.rank_at(shape, most)))
+    most = top if storage.choice == "factored" else min(top, NEARLY_FULL)
+    return max(1, int(storage.rank_at(shape, most)))
 
 
 def dense_sizes(masks: Mapping[str, Mask], like: Tensor) -> Tensor:
@@ -222,8 +275,8 @@ def check_numbers(least: Mapping[str, tuple[float, float]], *, above: bool = Fal
     """Check settings that have a smallest value.
 
     Args:
-        least: By the setting's name, its value and the smallest that is allowed.
-        above: Whether that smallest value itself is refused.
+        least: By the setting's name, its value and the smallest value.
+        above: Whether the smallest value itself is refused.
 
     Raises:
         ValueError: A value is too small, infinite or NaN.

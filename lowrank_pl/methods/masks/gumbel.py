@@ -1,4 +1,4 @@
-"""Masks with a noisy on/off switch for every component, which LLRC and ARS have in common."""
+"""What LLRC and ARS have in common: masks with a binary gate for every component, learned under Gumbel noise."""
 
 from __future__ import annotations
 
@@ -19,96 +19,98 @@ __all__ = [
     "GumbelMask",
     "GumbelMethod",
     "Noise",
+    "check_noise",
     "chosen_at_start",
     "draw_noise",
+    "gumbel_masks",
     "seeded",
     "select_by_logits",
-    "switches",
 ]
 
 Noise = Literal["gumbel", "logistic", "none"]
-"""Gumbel(0, 1), the difference of two of them, or nothing."""
+"""Gumbel(0, 1), the difference of two such draws, or no noise."""
 
 
 class GumbelMask(Mask):
     """A gate of zeros and ones: component ``j`` is on where ``sigmoid((logit[j] + noise[j]) / temperature) > 1/2``.
 
-    The gradient is that of the sigmoid (straight through). Noise is drawn outside, by ``draw_noise``, and stays the
-    same until the next draw: forward passes that gradient checkpointing repeats see the same gate.
+    The gradient is that of the sigmoid (straight through). ``draw_noise`` sets the noise, which stays until the next
+    draw: forward passes that activation checkpointing repeats see the same gate.
 
     Args:
         shape: ``(out, in)`` of the module.
-        rank: Components that it gates.
-        temperature: Of the sigmoid.
-        prices: What ranks cost in the finished model.
-        any_k: Whether the components that are on stay where they are; otherwise as many of the first ones are on.
+        rank: Components that the mask gates.
+        storage: How the finished module is stored.
+        temperature: Temperature of the sigmoid.
+        any_k: Whether any subset of components can be on; otherwise as many of the first components are on.
     """
 
     noise: Tensor
 
-    def __init__(self, shape: tuple[int, int], rank: int, *, prices: Storage, temperature: float, any_k: bool) -> None:
-        super().__init__(shape, rank, prices)
+    def __init__(self, shape: tuple[int, int], rank: int, *, storage: Storage, temperature: float, any_k: bool) -> None:
+        super().__init__(shape, rank, storage)
         self.temperature = temperature
         self.any_k = any_k
         self.drawn_at: int | None = None
         self.register_buffer("noise", torch.zeros(rank), persistent=False)
 
     @abstractmethod
-    def switch_logits(self) -> Tensor:
+    def gate_logits(self) -> Tensor:
         """Return the logits ``[rank]``, differentiable."""
 
     def forward(self) -> Tensor:
         """Return the hard gate ``[rank]`` under this step's noise, with the gradient of the soft one."""
-        soft = self._soft()
-        return self._arranged(soft > 0.5).to(soft.dtype) + (soft - soft.detach())
+        soft = self._noisy()
+        return self._subset_or_prefix(soft > 0.5).to(soft.dtype) + (soft - soft.detach())
 
     def soft(self) -> Tensor:
         """Return the sigmoid of the logits without noise, ``[rank]``."""
-        return (self.switch_logits() / self.temperature).sigmoid()
+        return (self.gate_logits() / self.temperature).sigmoid()
 
-    def lit(self) -> Tensor:
+    def active(self) -> Tensor:
         """Return which components are on under this step's noise, bool ``[rank]``."""
-        return self._arranged(self._soft().detach() > 0.5)
+        return self._subset_or_prefix(self._noisy().detach() > 0.5)
 
     def kept(self) -> Tensor:
         """Return which components are on without noise, bool ``[rank]``."""
-        return self._arranged(self.switch_logits().detach() > 0)
+        return self._subset_or_prefix(self.gate_logits().detach() > 0)
 
     def ratio(self) -> Tensor:
         """Return the parameters of the components that are on without noise, over the dense weight's, a scalar.
 
-        The value is that of the hard count; the gradient that of the soft one, at what the next component costs.
+        The value is that of the hard count. The gradient is that of the soft count, at the cost of the next component.
         """
         soft = self.soft().sum()
-        return self.prices.ratio(self.shape, self.kept().sum() + (soft - soft.detach()))
+        return self.storage.ratio(self.shape, self.kept().sum() + (soft - soft.detach()))
 
-    def _soft(self) -> Tensor:
-        return ((self.switch_logits() + self.noise) / self.temperature).sigmoid()
+    def _noisy(self) -> Tensor:
+        return ((self.gate_logits() + self.noise) / self.temperature).sigmoid()
 
-    def _arranged(self, on: Tensor) -> Tensor:
+    def _subset_or_prefix(self, on: Tensor) -> Tensor:
         return on if self.any_k else torch.arange(self.rank, device=on.device) < on.sum()
 
 
 class GumbelMethod(MaskMethod):
-    """What methods with switches have in common: full-rank factors that never compute densely, and a start with all on.
+    """The base of ``LLRC`` and ``ARS``: masks gate full-rank factors, and every component starts on.
 
     Attributes:
-        dense_from: Infinity.
+        dense_from: Infinity: a module never computes densely while it learns.
     """
 
     dense_from = float("inf")
+    skips_inactive = True
 
-    def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
-        """Return ``min(m, n)``: every component has its switch."""
+    def stored_rank(self, shape: tuple[int, int], storage: Storage) -> int:
+        """Return ``min(m, n)``: every component has its gate."""
         return min(shape)
 
-    def start_keep(self, aim: float) -> float:
-        """Return 1: without a plan everything starts on, whatever ``aim`` is."""
+    def start_keep(self, target: float) -> float:
+        """Return 1: without a plan every component starts on, whatever ``target`` is."""
         return 1.0
 
 
-def switches(masks: Mapping[str, Mask]) -> list[GumbelMask]:
-    """Return the masks, all of them with switches."""
+def gumbel_masks(masks: Mapping[str, Mask]) -> list[GumbelMask]:
+    """Return the masks, all of which have Gumbel gates."""
     found = [mask for mask in masks.values() if isinstance(mask, GumbelMask)]
     assert len(found) == len(masks)
     return found
@@ -125,15 +127,15 @@ def seeded(*words: object) -> torch.Generator:
 
 
 def draw_noise(masks: Mapping[str, Mask], *, kind: Noise, seed: int, step: int) -> None:
-    """Give every mask its noise of ``step``: the same on all processes, and again after a resume.
+    """Set every mask's noise of ``step``: the same on all processes, and again after a resume.
 
     Args:
         masks: Every module's mask by name.
         kind: Which noise.
-        seed: Of the whole run.
+        seed: Seed of the whole run.
         step: Optimizer steps done.
     """
-    todo = switches(masks)
+    todo = gumbel_masks(masks)
     if kind == "none" or all(mask.drawn_at == step for mask in todo):
         return
     drawn = [_noise(mask.rank, kind, seeded(seed, step, index)) for index, mask in enumerate(todo)]
@@ -145,7 +147,7 @@ def draw_noise(masks: Mapping[str, Mask], *, kind: Noise, seed: int, step: int) 
 
 
 def _noise(count: int, kind: Noise, generator: torch.Generator) -> Tensor:
-    # Minus the logarithm of an exponential variable is Gumbel's.
+    # Minus the logarithm of an exponential variable is a Gumbel variable.
     draws = torch.empty(2 if kind == "logistic" else 1, count).exponential_(generator=generator)
     gumbel = -draws.clamp_min(torch.finfo(draws.dtype).tiny).log()
     return gumbel[0] - gumbel[1] if kind == "logistic" else gumbel[0]
@@ -155,30 +157,33 @@ def check_noise(noise: str) -> None:
     """Check the name of a noise.
 
     Raises:
-        ValueError: There is none of this name.
+        ValueError: No noise has this name.
     """
     if noise not in get_args(Noise):
         raise ValueError(f"noise is {noise!r}: expected one of {', '.join(get_args(Noise))}")
 
 
-def chosen_at_start(shape: tuple[int, int], rank: int, keep: float, kept: Tensor | None, *, prices: Storage) -> Tensor:
+def chosen_at_start(shape: tuple[int, int], rank: int, keep: float, kept: Tensor | None, *, storage: Storage) -> Tensor:
     """Return which components are on at the start, bool ``[rank]``.
 
     Args:
         shape: ``(out, in)`` of the module.
         rank: Components that the mask gates.
         keep: Fraction of the module's parameters; from 1 on all components are on.
-        kept: Indices of the components instead.
-        prices: What ranks cost.
+        kept: Indices of the components to start from; they replace ``keep``.
+        storage: How the finished module is stored.
 
     Raises:
-        ValueError: An index is not one of the components.
+        ValueError: An index beyond the components.
     """
     if kept is None:
-        count = rank if keep >= 1 else min(rank, max(1, round(prices.rank_at(shape, keep))))
+        count = rank if keep >= 1 else min(rank, max(1, round(storage.rank_at(shape, keep))))
         return torch.arange(rank) < count
     if len(kept) and not (kept.min() >= 0 and kept.max() < rank):
-        raise ValueError(f"a component to start from has an index of {kept.tolist()}: expected 0 to {rank - 1}")
+        raise ValueError(
+            f"the plan to start from keeps the components {kept.tolist()} of a module that has {rank}: expected "
+            f"indices from 0 to {rank - 1}; give a plan that was made for this base"
+        )
     on = torch.zeros(rank, dtype=torch.bool)
     on[kept.cpu()] = True
     return on
@@ -189,18 +194,18 @@ def select_by_logits(
 ) -> RankPlan:
     """Return the plan that keeps the components of the highest logits, at the exact budget.
 
-    The threshold is 0 where the masks have learnt the budget, and moves as far as the budget needs otherwise; a note
-    says what the bare threshold would have kept.
+    The threshold is 0 where the masks have learned the budget; otherwise it moves as far as the budget needs. A note
+    says what the threshold at 0 would have kept.
 
     Args:
         masks: Every module's mask by name.
         budget: What to meet.
-        any_k: Whether to keep the components themselves, or as many of the first ones of each module.
+        any_k: Whether to keep these components themselves, or as many of the first ones of each module.
         method: Name for the plan.
         notes: More notes for the plan.
     """
     with torch.no_grad():
-        logits = {name: mask.switch_logits().cpu() for name, mask in zip(masks, switches(masks), strict=True)}
+        logits = {name: mask.gate_logits().cpu() for name, mask in zip(masks, gumbel_masks(masks), strict=True)}
     on = {name: int((values > 0).sum()) for name, values in logits.items()}
     bare = sum(min(budget.cost(name, on[name]), budget.cost(name, None)) for name in masks)
     notes = [f"{method}: the bare threshold at 0 would have kept {bare / budget.total:.4f} of the targeted", *notes]

@@ -1,14 +1,14 @@
-"""LLRC's masks: one logit for every singular value, any subset of which may stay."""
+"""LLRC: one learned logit for every singular value, any subset of which may stay."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.methods.masks.base import Mask, check_numbers, dense_sizes
+from lowrank_pl.methods.masks.base import Mask, ModelMasks, check_numbers, dense_sizes
 from lowrank_pl.methods.masks.gumbel import (
     GumbelMask,
     GumbelMethod,
@@ -16,8 +16,8 @@ from lowrank_pl.methods.masks.gumbel import (
     check_noise,
     chosen_at_start,
     draw_noise,
+    gumbel_masks,
     select_by_logits,
-    switches,
 )
 from lowrank_pl.methods.masks.objectives import (
     budget_penalty,
@@ -36,30 +36,29 @@ Cycle = Literal["cosine", "triangular"]
 
 
 class LLRCMask(GumbelMask):
-    """One learnable logit a component of one module.
+    """One learnable logit for each component of one module.
 
     Args:
         shape: ``(out, in)`` of the module.
         logits: ``[rank]`` to start from.
-        prices: As in ``GumbelMask``.
-        temperature: Of the sigmoid.
+        storage: As in ``GumbelMask``.
+        temperature: Temperature of the sigmoid.
         any_k: As in ``GumbelMask``.
     """
 
     def __init__(
-        self, shape: tuple[int, int], logits: Tensor, *, prices: Storage, temperature: float, any_k: bool
+        self, shape: tuple[int, int], logits: Tensor, *, storage: Storage, temperature: float, any_k: bool
     ) -> None:
-        super().__init__(shape, len(logits), prices=prices, temperature=temperature, any_k=any_k)
+        super().__init__(shape, len(logits), storage=storage, temperature=temperature, any_k=any_k)
         self.logits = nn.Parameter(logits.float())
-        self.progress: tuple[Progress, ...] = ()
 
-    def switch_logits(self) -> Tensor:
+    def gate_logits(self) -> Tensor:
         """Return the learnable logits ``[rank]``."""
         return self.logits
 
 
 class Progress(nn.Module):
-    """Remembers at which step the whole model first met its budget; -1 is not yet."""
+    """The step at which the whole model first met its budget; -1 before that."""
 
     reached: Tensor
 
@@ -69,36 +68,37 @@ class Progress(nn.Module):
 
 
 class LLRC(GumbelMethod):
-    """Learning to Low-Rank Compress (LLRC, arXiv 2512.13733): a noisy switch for every singular value.
+    """Learning to Low-Rank Compress (LLRC, arXiv 2512.13733): a binary gate with noise for every singular value.
 
-    Masks gate full-rank factors and start with everything on; the mean of all logits is the pressure that turns
-    components off, with a weight that goes up and down, until the hard count is within ``tolerance`` of the aim. A
-    module never computes densely while it learns. Bounds and period of the weight and the weight of the total
-    variation are not in the paper.
+    Masks gate full-rank factors and start with every component on. The mean of all logits is a pressure that turns
+    components off. Its weight oscillates; it is 0 once the hard count exceeds the target by ``tolerance`` at most. A
+    module never computes densely while it learns. The paper gives neither the bounds and period of this weight nor the
+    weight of the total variation.
 
     Args:
-        temperature: Of the sigmoids.
-        noise: ``gumbel``; ``logistic``, the difference of two of these, which has no drift; or ``none``.
+        temperature: Temperature of the sigmoids.
+        noise: ``gumbel``; ``logistic``, the difference of two Gumbel draws, whose mean is 0; or ``none``.
         start_high: Logit of the largest singular value at the start.
-        start_low: Logit of the smallest one; those between lie on a line. Components that a plan to start from drops
-            get the same, negated, in reverse.
+        start_low: Logit of the smallest one; all others lie on a line between both. Components that a plan to start
+            from drops get the same logits, negated and in reverse.
         any_k: Keep any subset of the components, or else as many of the first ones.
         pressure_low: Least weight of the mean of the logits.
-        pressure_high: Its greatest weight.
-        period: Steps of one cycle of that weight, which starts at the least.
+        pressure_high: Greatest weight of the mean of the logits.
+        period: Steps of one cycle of this weight, which starts at the least.
         cycle: ``cosine`` or ``triangular``.
-        tolerance: How near to the aimed-at fraction the pressure ends.
-        variation_weight: Weight of the total variation of the gates, over all pairs of neighbours (their mean, so that
-            one weight serves any width).
-        budget_weight: Weight of ARA's budget penalty, which also pulls components back in; the paper has none.
+        tolerance: Distance above the target fraction at which the pressure ends.
+        variation_weight: Weight of the total variation of the gates, which is averaged over all pairs of neighbours, so
+            that one weight serves any width.
+        budget_weight: Weight of ARA's budget penalty, which can also turn components on again; the paper has none.
         patience: Steps from reaching the budget to the end of learning; ``None`` leaves the end to the Trainer.
-        seed: Of the noise.
+        seed: Seed of the noise.
 
     Raises:
         ValueError: A setting outside its range.
     """
 
-    name = "llrc"
+    name: ClassVar[str] = "llrc"
+    paper: ClassVar[str | None] = "2512.13733"
 
     def __init__(
         self,
@@ -135,38 +135,35 @@ class LLRC(GumbelMethod):
         self.patience, self.seed = patience, seed
 
     def create(
-        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, storage: Storage, kept: Tensor | None = None
     ) -> LLRCMask:
         """Return a mask with the components of the start on and all others off; arguments as in ``MaskMethod``."""
-        rank = self.stored_rank(shape, prices)
-        on = chosen_at_start(shape, rank, keep, kept, prices=prices)
+        rank = self.stored_rank(shape, storage)
+        on = chosen_at_start(shape, rank, keep, kept, storage=storage)
         slope = torch.linspace(self.start_high, self.start_low, rank)
         logits = torch.where(on, slope, -slope.flip(0))
-        return LLRCMask(shape, logits, prices=prices, temperature=self.temperature, any_k=self.any_k)
+        return LLRCMask(shape, logits, storage=storage, temperature=self.temperature, any_k=self.any_k)
 
-    def share(self, masks: Mapping[str, Mask]) -> Progress:
+    def shared_module(self, masks: Mapping[str, Mask]) -> Progress:
         """Return the record of when the budget was met."""
-        progress = Progress()
-        for mask in masks.values():
-            _per_value(mask).progress = (progress,)  # in a tuple, so that only the learner registers it
-        return progress
+        return Progress()
 
-    def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
+    def advance(self, masks: ModelMasks, step: int, budget: Budget) -> None:
         """Draw the noise of ``step``."""
         draw_noise(masks, kind=self.noise, seed=self.seed, step=step)
 
     def pressure_weight(self, step: int) -> float:
-        """Return the weight of the pressure at ``step`` while the aim is not reached."""
+        """Return the weight of the pressure at ``step`` while the target is not reached."""
         return cyclical_weight(
             step, low=self.pressure_low, high=self.pressure_high, period=self.period, cycle=self.cycle
         )
 
-    def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
+    def penalties(self, masks: ModelMasks, ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``pressure`` and ``variation``, and ``budget`` where it has a weight, each weighted."""
         sizes = dense_sizes(masks, ratios)
         kept = kept_fractions(ratios)
         short = (kept_share(kept.detach(), sizes) > keep + self.tolerance).to(ratios.dtype)
-        logits = torch.cat([mask.switch_logits() for mask in switches(masks)])
+        logits = torch.cat([mask.gate_logits() for mask in gumbel_masks(masks)])
         terms = {"pressure": self.pressure_weight(step) * short * logits.mean()}
         if self.variation_weight:
             terms["variation"] = self.variation_weight * total_variation([mask() for mask in masks.values()])
@@ -174,25 +171,21 @@ class LLRC(GumbelMethod):
             terms["budget"] = self.budget_weight * budget_penalty(kept, sizes, keep)
         return terms
 
-    def finished(self, masks: Mapping[str, Mask], budget: Budget, step: int) -> bool:
+    def finished(self, masks: ModelMasks, budget: Budget, step: int) -> bool:
         """Tell whether ``patience`` steps have passed since the budget was met for the first time."""
-        progress = _per_value(next(iter(masks.values()))).progress
-        if self.patience is None or not progress:
+        if self.patience is None:
             return False
-        reached = int(progress[0].reached)
+        progress = masks.shared
+        assert isinstance(progress, Progress)
+        reached = int(progress.reached)
         if reached < 0:
             ratios = torch.stack([mask.ratio().detach() for mask in masks.values()])
             if kept_share(kept_fractions(ratios), dense_sizes(masks, ratios)).item() > budget.share + self.tolerance:
                 return False
-            progress[0].reached.fill_(step)
+            progress.reached.fill_(step)
             reached = step
         return step - reached >= self.patience
 
-    def finalise(self, masks: Mapping[str, Mask], budget: Budget) -> RankPlan:
+    def finalise(self, masks: ModelMasks, budget: Budget) -> RankPlan:
         """Return the plan of the highest logits; noise has no part in it."""
         return select_by_logits(masks, budget, any_k=self.any_k, method=self.name)
-
-
-def _per_value(mask: Mask) -> LLRCMask:
-    assert isinstance(mask, LLRCMask)
-    return mask

@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 DivergenceKind = Literal["mse", "cosine", "normalised_mse"]
-
+"""How activations are compared; ``activation_divergence`` explains the kinds."""
 
 DATA_TERMS = ("cross_entropy", "kl", "divergence")
-"""What the terms are called that text gives."""
+"""Names of the loss terms that are computed on text."""
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats of each token given those before it, a float32 scalar.
+    """Return the mean cross-entropy in nats of each token given all tokens before it, a float32 scalar.
 
     Args:
         logits: ``[batch, length, vocabulary]``.
@@ -78,7 +78,7 @@ def activation_divergence(student: Tensor, teacher: Tensor, kind: DivergenceKind
 def kept_fractions(ratios: Tensor) -> Tensor:
     """Return the kept fraction of each module ``[modules]``: its ratio, but 1 where the factors cost more than dense.
 
-    The gradient is that of the ratio also above 1, unlike a clamp's, so that a dense module still hears of the budget.
+    Above 1 the gradient is still that of the ratio, unlike a clamp's, so that the budget can shrink a dense module.
 
     Args:
         ratios: ``[modules]`` parameters of the components over those of the dense weight.
@@ -107,7 +107,7 @@ def budget_penalty(ratios: Tensor, sizes: Tensor, keep: float) -> Tensor:
     Args:
         ratios: ``[modules]`` kept fraction of each module, at most 1.
         sizes: ``[modules]`` dense parameters of each module.
-        keep: The fraction aimed at.
+        keep: The target fraction.
 
     Example:
         >>> round(budget_penalty(torch.tensor([0.5, 1.0]), torch.tensor([3, 1]), 0.5).item(), 6)
@@ -119,7 +119,7 @@ def budget_penalty(ratios: Tensor, sizes: Tensor, keep: float) -> Tensor:
 def guidance_penalty(ratios: Tensor, errors: Tensor) -> Tensor:
     """Return ARA's guidance: the mean distance from dense of modules that cost more than they preserve.
 
-    A module is one of these when its kept fraction of parameters exceeds its kept share of the norm, ``1 - error``
+    Such a module keeps a larger fraction of its parameters than of its norm, of which it keeps ``1 - error``
     (arXiv 2510.19389).
 
     Args:
@@ -140,7 +140,7 @@ def log_budget_penalty(ratios: Tensor, sizes: Tensor, keep: float) -> Tensor:
     Args:
         ratios: ``[modules]`` kept fraction of each module, at most 1.
         sizes: ``[modules]`` dense parameters of each module.
-        keep: The fraction aimed at.
+        keep: The target fraction.
 
     Example:
         >>> round(log_budget_penalty(torch.tensor([0.5, 1.0]), torch.tensor([3, 1]), 0.5).item(), 4)
@@ -153,7 +153,7 @@ def total_variation(gates: Sequence[Tensor]) -> Tensor:
     """Return the mean of ``|gate[j + 1] - gate[j]|`` over all neighbours in all gates, a scalar (LLRC, 2512.13733).
 
     Args:
-        gates: ``[rank]`` each; those of one component have no neighbours.
+        gates: ``[rank]`` each; a gate of one component has no neighbours.
 
     Example:
         >>> total_variation([torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0])]).item()
@@ -183,12 +183,12 @@ def alignment_penalty(gate: Tensor, sigma: Tensor) -> Tensor:
 
 
 def cyclical_weight(step: int, *, low: float, high: float, period: int, cycle: str = "cosine") -> float:
-    """Return a weight that goes from ``low`` to ``high`` and back once every ``period`` steps.
+    """Return a weight that rises from ``low`` to ``high`` and falls back once every ``period`` steps.
 
     Args:
         step: Optimizer steps done; at 0 the weight is ``low``.
         low: The least weight.
-        high: The greatest.
+        high: The greatest weight.
         period: Steps of a cycle.
         cycle: ``cosine`` or ``triangular``.
 
@@ -203,18 +203,18 @@ def cyclical_weight(step: int, *, low: float, high: float, period: int, cycle: s
 
 @dataclass(frozen=True)
 class DataTerms:
-    """Weights of the loss terms that text gives; a weight of 0 leaves the term out and saves its cost.
+    """Weights of the loss terms that are computed on text; a weight of 0 leaves the term out and saves its cost.
 
     Args:
         cross_entropy: Weight of next-token cross-entropy.
         kl: Weight of the divergence of the logits from the original model's.
         divergence: Weight of the divergence of activations from the original model's.
         divergence_kind: How activations are compared.
-        divergence_at: Where: ``last`` (the hidden state before the head), ``middle`` (output of the middle block), or
-            the number of a block, from 0. Their divergences are averaged.
+        divergence_at: Where activations are compared: ``last`` (the hidden state before the head), ``middle`` (output
+            of the middle block), or the number of a block, from 0. The divergences of several places are averaged.
 
     Raises:
-        ValueError: A negative weight, all weights 0, an unknown kind, or no place for a divergence that is asked for.
+        ValueError: A negative weight, all weights 0, an unknown kind, or a divergence without a place.
     """
 
     cross_entropy: float = 1.0
@@ -226,12 +226,17 @@ class DataTerms:
     def __post_init__(self) -> None:
         weights: dict[str, float] = {name: getattr(self, name) for name in DATA_TERMS}
         if min(weights.values()) < 0 or max(weights.values()) == 0:
-            raise ValueError(f"the weights of the data terms are {weights}: expected none below 0 and one above")
+            raise ValueError(
+                f"the weights of the data terms are {weights}: expected none below 0 and at least one above 0"
+            )
         if self.divergence_kind not in get_args(DivergenceKind):
             kinds = ", ".join(get_args(DivergenceKind))
             raise ValueError(f"divergence_kind is {self.divergence_kind!r}: expected one of {kinds}")
         if self.divergence and not self.divergence_at:
-            raise ValueError("divergence has a weight but divergence_at names no place: give middle, last or a block")
+            raise ValueError(
+                f"divergence is {self.divergence} but divergence_at names no place: give middle, last or a block's "
+                "number"
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -270,8 +275,9 @@ class DataTerms:
             tokens: ``[batch, length]``.
             logits: ``[batch, length, vocabulary]`` of the masked model.
             activations: ``[batch, length, features]`` of the masked model at each place.
-            teacher_logits: Of the original model, when ``needs_teacher``.
-            teacher_activations: Of the original model, when ``needs_teacher``.
+            teacher_logits: ``[batch, length, vocabulary]`` of the original model, when ``needs_teacher``.
+            teacher_activations: ``[batch, length, features]`` of the original model at each place, when
+                ``needs_teacher``.
         """
         terms = {}
         if self.cross_entropy:

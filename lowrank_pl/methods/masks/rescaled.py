@@ -1,14 +1,15 @@
-"""Ranks that minimise a predicted loss of which every module's share is rescaled by what the true loss says."""
+"""Rescaled: ranks minimise a predicted loss, with one factor a module that is learned from the true loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.methods.masks.base import Mask, MaskMethod, check_numbers, gated_rank
+from lowrank_pl.methods.masks.base import Mask, MaskMethod, ModelMasks, check_numbers
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import hull_slopes
 from lowrank_pl.plans.plan import RankPlan
@@ -18,40 +19,43 @@ __all__ = ["Rescaled", "RescaledMask"]
 
 
 class RescaledMask(Mask):
-    """A hard prefix whose length follows from the scales of all modules, and the loss's slope around its end.
+    """A hard prefix of one module; the scales of all modules decide its length.
+
+    The gradient of the module's own scale is the loss's slope around the prefix's end.
 
     Args:
         shape: ``(out, in)`` of the module.
-        rank: Components that it gates.
-        sigma: ``[min(out, in)]`` singular values in roots of twice a loss, descending.
-        prices: What ranks cost in the finished model.
+        rank: Components that the mask gates.
+        sigma: ``[min(out, in)]`` singular values, descending; half the square of one is a loss in nats.
+        storage: How the finished module is stored.
         width: Components on each side of the end over which the slope is averaged, as a fraction of the length.
 
     Attributes:
-        scale: Of the module's losses, as of the last allocation.
-        length: Components of the prefix, by the last allocation; ``None`` is dense.
+        scale: Factor of the module's predicted losses in the last allocation.
+        length: Components of the prefix in the last allocation; ``None`` is dense.
+        foreseen: Predicted saving of one more component in the last batch; 0 where nothing is measured.
+        charged: ``foreseen`` times the average ratio of measured to predicted savings.
     """
 
     inactive_learn = False
 
-    def __init__(self, shape: tuple[int, int], rank: int, sigma: Tensor, *, prices: Storage, width: float) -> None:
-        super().__init__(shape, rank, prices)
+    def __init__(self, shape: tuple[int, int], rank: int, sigma: Tensor, *, storage: Storage, width: float) -> None:
+        super().__init__(shape, rank, storage)
         self.width = width
         self.log_scale = nn.Parameter(torch.zeros(()))
-        # No buffers: sizes are chosen on the CPU, wherever the model is.
+        # No buffer: lengths are chosen on the CPU, wherever the model is.
         self.sigma = sigma.double().cpu()
         self._slopes: tuple[tuple[int, int | None], Tensor] | None = None
         self.scale = 1.0
         self.length: int | None = rank
         self.foreseen = self.charged = 0.0
-        self.remembered: tuple[Balance, ...] = ()
 
     def slopes(self, budget: Budget, name: str) -> Tensor:
-        """Return the predicted loss a parameter ``[min(out, in)]`` at which each component is given up.
+        """Return the predicted loss a parameter ``[min(out, in)]`` at which each component is dropped.
 
         Args:
-            budget: Has the sizes that the module may take, whose hull it is.
-            name: What the module is called there.
+            budget: Knows the allowed sizes of the module; the slopes are those of their convex hull.
+            name: The module's name in the budget.
         """
         sizes = budget.multiple_of, budget.least_rank(name)
         if self._slopes is None or self._slopes[0] != sizes:
@@ -59,7 +63,7 @@ class RescaledMask(Mask):
         return self._slopes[1]
 
     def reach(self) -> int:
-        """Return how many components on each side of the end are measured; 0 where there are none beyond it."""
+        """Return how many components on each side of the end are measured; 0 where none lie beyond it."""
         if self.length is None:
             return 0
         return min(max(3, math.ceil(self.width * self.length)), self.length, self.rank - self.length)
@@ -67,8 +71,8 @@ class RescaledMask(Mask):
     def predicted(self) -> float:
         """Return what ``forward`` would measure if the rescaled prediction were true; 0 where nothing is measured.
 
-        That is what the components beyond the end are worth, not the slope of the hull, which where the next size is
-        dense stands for all of them at once.
+        This is the mean saving of the components just beyond the end. The slope of the hull would be wrong here: where
+        the next size is dense, it stands for all remaining components at once.
         """
         near = self.reach()
         if not near:
@@ -79,9 +83,8 @@ class RescaledMask(Mask):
     def forward(self) -> Tensor:
         """Return the hard prefix ``[rank]``; the scale gets the mean gradient of the gates around its end.
 
-        With a loss that is quadratic in the gates, the slope at a gate of 1 is nothing and at 0 twice what the
-        component is worth: their mean over as many gates on both sides is what moving the end by one component is
-        worth.
+        If the loss is quadratic in the gates, its slope is 0 at a gate of 1, and twice the component's saving at a gate
+        of 0. The mean over equally many gates on both sides is therefore the saving of one more component.
         """
         length, near = self.rank if self.length is None else self.length, self.reach()
         positions = torch.arange(self.rank, device=self.log_scale.device)
@@ -89,15 +92,15 @@ class RescaledMask(Mask):
         soft = self.log_scale * around / max(1, 2 * near)
         return (positions < length).float() + (soft - soft.detach())
 
-    def lit(self) -> Tensor:
-        """Return the prefix and what is measured beyond its end, bool ``[rank]``."""
+    def active(self) -> Tensor:
+        """Return the prefix and the components that are measured beyond its end, bool ``[rank]``."""
         length = self.rank if self.length is None else self.length
         return torch.arange(self.rank, device=self.log_scale.device) < length + self.reach()
 
     def ratio(self) -> Tensor:
         """Return the parameters of the prefix over the dense weight's, 1 when dense; constant in the scale."""
         length = torch.tensor(float(self.rank if self.length is None else self.length), device=self.log_scale.device)
-        return torch.ones_like(length) if self.length is None else self.prices.ratio(self.shape, length)
+        return torch.ones_like(length) if self.length is None else self.storage.ratio(self.shape, length)
 
     def kept(self) -> Tensor:
         """Return which components the prefix has, bool ``[rank]``."""
@@ -106,11 +109,11 @@ class RescaledMask(Mask):
 
 
 class Balance(nn.Module):
-    """Sums of measured and of predicted savings over all modules and steps, and how many steps they are of.
+    """Sums of the measured and the predicted savings over all modules and steps, and the number of these steps.
 
     Attributes:
-        batches: Times that the next step's gradients were added to.
-        drawn: Scales and budget of the last allocation.
+        batches: Batches whose gradients the next step adds up.
+        allocated: Logarithms of the scales, and the budget, of the last allocation.
     """
 
     measured: Tensor
@@ -123,10 +126,10 @@ class Balance(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
         self.register_buffer("counted", torch.tensor(0))
         self.batches = 0
-        self.drawn: tuple[list[float], Budget] | None = None
+        self.allocated: tuple[list[float], Budget] | None = None
 
     def ratio(self) -> float:
-        """Return by how much more a component saves than was predicted, on average; 1 before anything is known."""
+        """Return the average ratio of a component's measured saving to the predicted one; 1 before any measurement."""
         measured, predicted = torch.stack([self.measured, self.predicted]).tolist()
         return measured / predicted if predicted > 0 and measured > 0 else 1.0
 
@@ -134,13 +137,13 @@ class Balance(nn.Module):
 class Rescaled(MaskMethod):
     """Learned scales of the losses that the ``fisher`` allocator adds up (ours): one number a module.
 
-    The allocation minimises ``sum(exp(scale) * predicted loss)`` at the budget exactly, every step anew, from the
-    plan of ``fisher`` on. The quadratic prediction knows nothing of how modules disturb each other; the gradient of the
-    true loss, taken where each module's prefix ends in the compressed model, does. A scale rises where a component
-    saves more than predicted, compared with the average module, and rests where the ratio is the average one: there
-    the rescaled prediction has the true loss's slopes, up to one common factor, and the allocation that is exact for it
-    cannot be improved to first order. Modules that are dense or nearly so, or whose prefix has all gated components,
-    have no end to measure at: the optimizer leaves them out, and they keep their scale.
+    Every step minimises ``sum(exp(scale) * predicted loss)`` exactly at the budget. All scales start at 0, so learning
+    starts at the plan of ``fisher``. The quadratic prediction ignores how modules interact. The gradient of the true
+    loss at the end of each module's prefix, in the compressed model, includes it. A scale rises where one more
+    component saves more than predicted, relative to the average module, and stays where this ratio is the average. Then
+    the rescaled prediction has the slopes of the true loss, up to one common factor, and no other allocation is better
+    to first order. A module that is dense or nearly dense, or whose prefix has all gated components, has no end to
+    measure at. The optimizer leaves such a module out, and it keeps its scale.
 
     Args:
         width: Components on each side of a prefix's end that are measured, as a fraction of its length; at least 3
@@ -149,12 +152,14 @@ class Rescaled(MaskMethod):
         top: Parameters of the gated components over those of the dense weight.
 
     Raises:
-        ValueError: A width or warmup out of its range, or ``top`` not above 1.
+        ValueError: ``width`` or ``warmup`` outside its range, or ``top`` not above 1.
     """
 
-    name = "rescaled"
+    name: ClassVar[str] = "rescaled"
+    paper: ClassVar[str | None] = None
     kinds = ("two_sided",)
     own_start = True
+    skips_inactive = True
 
     def __init__(self, *, width: float = 0.05, warmup: int = 8, top: float = 1.1) -> None:
         check_numbers({"width": (width, 0)}, above=True)
@@ -162,40 +167,33 @@ class Rescaled(MaskMethod):
         check_numbers({"warmup": (warmup, 0)})
         self.width, self.warmup, self.top = width, warmup, top
 
-    def stored_rank(self, shape: tuple[int, int], prices: Storage) -> int:
-        """Return how many components cost ``top`` times the dense weight, as ``gated_rank`` counts them."""
-        return gated_rank(shape, self.top, prices)
-
     def create(
-        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, prices: Storage, kept: Tensor | None = None
+        self, shape: tuple[int, int], sigma: Tensor, keep: float, *, storage: Storage, kept: Tensor | None = None
     ) -> RescaledMask:
-        """Return a mask of scale 1; where its prefix ends, ``advance`` says. Arguments as in ``MaskMethod.create``."""
-        return RescaledMask(shape, self.stored_rank(shape, prices), sigma, prices=prices, width=self.width)
+        """Return a mask of scale 1; ``advance`` sets its length. Arguments as in ``MaskMethod.create``."""
+        return RescaledMask(shape, self.stored_rank(shape, storage), sigma, storage=storage, width=self.width)
 
-    def share(self, masks: Mapping[str, Mask]) -> Balance:
-        """Return the sums of what was measured and predicted."""
-        balance = Balance()
-        for mask in _rescaled(masks):
-            mask.remembered = (balance,)  # in a tuple, so that only the learner registers it
-        return balance
+    def shared_module(self, masks: Mapping[str, Mask]) -> Balance:
+        """Return the sums of measured and predicted savings."""
+        return Balance()
 
-    def advance(self, masks: Mapping[str, Mask], step: int, budget: Budget) -> None:
-        """End every prefix where the rescaled allocation has it; while it warms up, put scales back to 1 first."""
+    def advance(self, masks: ModelMasks, step: int, budget: Budget) -> None:
+        """Set every prefix's length by the rescaled allocation; during warm-up, set scales back to 1 first."""
         every, balance = _rescaled(masks), _balance(masks)
         if 0 < step <= self.warmup:
             for mask in every:
                 mask.log_scale.data.zero_()
         logs = _log_scales(masks)
-        if balance.drawn == (logs, budget):
+        if balance.allocated == (logs, budget):
             return
         sizes = budget.sizes(_scores(masks, budget, logs))
         for mask, log, size in zip(every, logs, sizes.values(), strict=True):
             mask.scale = math.exp(log)
             mask.length = None if size is None or size > mask.rank else size
-        balance.drawn = logs, budget
+        balance.allocated = logs, budget
 
-    def penalties(self, masks: Mapping[str, Mask], ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
-        """Return ``balance``, linear in the scales: its gradient is what each module saves at the average ratio."""
+    def penalties(self, masks: ModelMasks, ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
+        """Return ``balance``, linear in the scales: its gradient is each module's saving at the average ratio."""
         every, balance = _rescaled(masks), _balance(masks)
         average = balance.ratio()
         balance.batches += 1
@@ -204,8 +202,11 @@ class Rescaled(MaskMethod):
             mask.charged = average * mask.foreseen
         return {"balance": torch.stack([mask.charged * mask.log_scale for mask in every]).sum()}
 
-    def observe(self, masks: Mapping[str, Mask], step: int, *, accumulated: int = 1) -> None:
-        """Add what the gradients say to the balance, without the penalty's part; leave out what was not measured."""
+    def observe(self, masks: ModelMasks, step: int, *, accumulated: int = 1) -> None:
+        """Add the measured savings to the balance: the gradients without the penalty's part.
+
+        Modules without a measurement lose their gradient, so that the optimizer leaves them out.
+        """
         balance = _balance(masks)
         batches, balance.batches = balance.batches, 0
         measured = [mask for mask in _rescaled(masks) if mask.foreseen > 0 and mask.log_scale.grad is not None]
@@ -218,13 +219,13 @@ class Rescaled(MaskMethod):
         gradients = torch.stack([mask.log_scale.grad for mask in measured if mask.log_scale.grad is not None]).tolist()
         mean = accumulated / batches
         saved = sum(m.charged - mean * gradient for m, gradient in zip(measured, gradients, strict=True))
-        # Steps of mixed precision that overflow are skipped by the optimizer too.
+        # The optimizer skips steps of mixed precision that overflow, too.
         if math.isfinite(saved):
             balance.measured += saved
             balance.predicted += sum(mask.foreseen for mask in measured)
         balance.counted.fill_(step + 1)
 
-    def finalise(self, masks: Mapping[str, Mask], budget: Budget) -> RankPlan:
+    def finalise(self, masks: ModelMasks, budget: Budget) -> RankPlan:
         """Return the plan that minimises the rescaled loss at the exact budget."""
         logs = _log_scales(masks)
         note = f"predicted losses rescaled by {math.exp(min(logs)):.2f} to {math.exp(max(logs)):.2f}"
@@ -240,14 +241,14 @@ def _scores(masks: Mapping[str, Mask], budget: Budget, logs: Sequence[float]) ->
 
 
 def _log_scales(masks: Mapping[str, Mask]) -> list[float]:
-    # One transfer for all modules: asking each for itself would wait for the device once a module.
+    # One transfer for all modules: one for each would wait for the device once a module.
     logs: list[float] = torch.stack([mask.log_scale.detach() for mask in _rescaled(masks)]).tolist()
     return logs
 
 
-def _balance(masks: Mapping[str, Mask]) -> Balance:
-    (balance,) = _rescaled(masks)[0].remembered
-    return balance
+def _balance(masks: ModelMasks) -> Balance:
+    assert isinstance(masks.shared, Balance)
+    return masks.shared
 
 
 def _rescaled(masks: Mapping[str, Mask]) -> list[RescaledMask]:

@@ -1,4 +1,4 @@
-"""How the aimed-at fraction of parameters, and the step size, move while ranks are learned."""
+"""How the target fraction of parameters, and the step size, change while ranks are learned."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ __all__ = ["KeepSchedule", "half_cosine"]
 
 @dataclass(frozen=True)
 class KeepSchedule:
-    """The fraction to keep that is aimed at in each step: constant, or on a line from ``start`` that ends at ``keep``.
+    """The target fraction to keep in each step: constant, or on a line from ``start`` to ``keep``.
 
     Args:
-        keep: The fraction in the end.
-        start: Where the line begins; needs ``steps``.
-        steps: Optimizer steps from there to ``keep``.
-        falling: Whether the line has to come down.
+        keep: The last target.
+        start: The first target; needs ``steps``.
+        steps: Optimizer steps from ``start`` to ``keep``.
+        falling: Whether the target has to fall.
 
     Raises:
-        ValueError: A fraction outside (0, 1], half of a schedule, or none that comes down where one has to.
+        ValueError: A fraction outside (0, 1], only one of ``start`` and ``steps``, or a target that has to fall and
+            does not.
 
     Example:
         >>> schedule = KeepSchedule(0.5, start=0.9, steps=4)
@@ -47,19 +48,19 @@ class KeepSchedule:
             raise ValueError(f"record_order needs a keep_start above keep: they are {self.start} and {self.keep}")
 
     def at(self, step: int) -> float:
-        """Return the fraction aimed at after ``step`` optimizer steps."""
+        """Return the target fraction after ``step`` optimizer steps."""
         if self.start is None:
             return self.keep
         return self.start + min(1.0, step / self.steps) * (self.keep - self.start)
 
 
 def half_cosine(optimizer: Optimizer, *, steps: int) -> LambdaLR:
-    """Return a schedule that lets the step size fall to 0 along half a cosine, and stay there.
+    """Return a schedule in which the step size falls to 0 along half a cosine, and stays there.
 
     ``CosineAnnealingLR`` would rise again after its end, and a resumed one keeps the end of the run that it began in.
 
     Args:
-        optimizer: Whose step size.
-        steps: Optimizer steps until it is 0, at least 1.
+        optimizer: The optimizer whose step size is scheduled.
+        steps: Optimizer steps until the step size is 0, at least 1.
     """
     return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(1.0, step / steps))) / 2)

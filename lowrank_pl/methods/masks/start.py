@@ -1,8 +1,9 @@
-"""Where masks start: the same ratio everywhere, a plan in a file, or a plan that an allocator draws on the spot."""
+"""Where masks start: the same ratio everywhere, a plan in a file, or a plan that an allocator makes first."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +17,18 @@ from lowrank_pl.methods.masks.base import MaskMethod
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 
-__all__ = ["Start", "read_start", "start_of"]
+__all__ = ["MaskStart", "read_start", "start_of"]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Start:
+class MaskStart:
     """What each module's mask starts from.
 
     Args:
-        ratios: The fraction of parameters by module name.
-        kept: Component indices of the modules that a plan has fewer of than dense costs.
+        ratios: The fraction of parameters, by module name.
+        kept: Indices of the components, by module name, for modules that a plan makes smaller than dense.
     """
 
     ratios: Mapping[str, float]
@@ -38,10 +39,11 @@ def read_start(start: str | Path | None) -> RankPlan | Allocator | None:
     """Return the plan in the file ``start``, or the allocator of this name.
 
     Args:
-        start: A path, or a word without a dot or slash that names an allocator unless a file is called so.
+        start: A path, or an allocator's name: a word without a dot or slash, or MODULE:CLASS. A file of this name
+            comes first.
 
     Raises:
-        ValueError: There is neither, or no plan in the file.
+        ValueError: ``start`` is neither a file nor an allocator, or the file holds no plan.
 
     >>> read_start("uniform").name
     'uniform'
@@ -49,7 +51,8 @@ def read_start(start: str | Path | None) -> RankPlan | Allocator | None:
     if start is None:
         return None
     word = isinstance(start, str) and not Path(start).suffix and Path(start).name == start
-    if not word or Path(start).exists():
+    imported = isinstance(start, str) and re.fullmatch(r"[\w.]+:\w+", start)
+    if not (word or imported) or Path(start).exists():
         return RankPlan.load(start)
     try:
         return make_allocator(str(start))
@@ -57,30 +60,30 @@ def read_start(start: str | Path | None) -> RankPlan | Allocator | None:
         raise ValueError(f"start is {str(start)!r}, which is no file, and {error}, or the path of a plan") from None
 
 
-def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, aim: float) -> Start:
+def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, target: float) -> MaskStart:
     """Return where each mask starts.
 
     Args:
         plan: The plan to start from, if there is one.
-        budget: Has the modules.
-        method: Makes the masks.
-        aim: The fraction that learning begins at.
+        budget: The budget, which knows the modules.
+        method: The method that makes the masks.
+        target: The target fraction of the first step.
 
     Raises:
-        ValueError: The plan does not cover all modules.
+        ValueError: The plan does not cover all modules, or the method takes no plan to start from.
     """
     if plan is not None and method.own_start:
         raise ValueError(
             f"a plan to start from was given, but masks of {method.name} have a start of their own: leave it out"
         )
     if plan is None:
-        return Start(dict.fromkeys(budget.shapes, method.start_keep(aim)))
+        return MaskStart(dict.fromkeys(budget.shapes, method.start_keep(target)))
     found = plan.modules
     missing = [name for name, shape in budget.shapes.items() if name not in found or found[name].shape != shape]
     if missing:
         raise ValueError(
             f"the plan to start from does not cover {missing[0]} and {len(missing) - 1} more modules: give a plan that "
-            "was drawn for this base with the same include and exclude, or the name of an allocator (--model.start)"
+            "was made for this base with the same include and exclude, or the name of an allocator (--model.start)"
         )
     entries = {name: found[name] for name in budget.shapes}
     subsets = [name for name, entry in entries.items() if entry.indices is not None]
@@ -91,11 +94,11 @@ def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, aim: flo
             len(subsets),
             method.name,
         )
-    # As this run's model will store them, whatever the plan's own storage is.
+    # What the ranks cost in this run's storage, whatever the plan's own storage is.
     ratios = {name: budget.cost(name, entry.rank) / entry.dense_parameters for name, entry in entries.items()}
     kept = {
         name: torch.arange(entry.rank) if entry.indices is None else torch.tensor(entry.indices)
         for name, entry in entries.items()
         if entry.rank is not None and (ratios[name] < 1 or entry.indices is not None)
     }
-    return Start(ratios, kept)
+    return MaskStart(ratios, kept)

@@ -10,15 +10,15 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_pl.factors.decomposition import decompose, truncate
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
-from lowrank_pl.methods.masks.cutoff import Fermi
+from lowrank_pl.methods.masks.base import ModelMasks
+from lowrank_pl.methods.masks.fermi import Fermi
 from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.masked_linear import (
     MaskedLinear,
-    Work,
     choose_computation,
-    chosen,
+    computing_with,
     masked_layers,
-    plan_choice,
+    planned_computation,
 )
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.plans.budget import Budget
@@ -50,7 +50,7 @@ def weight_and_bias(module):
 def mask_in(module, keep=0.6):
     weight, _ = weight_and_bias(module)
     factors = decompose(weight.float())
-    mask = ARA().create((OUT, IN), factors.sigma, keep, prices=FACTORED)
+    mask = ARA().create((OUT, IN), factors.sigma, keep, storage=FACTORED)
     return MaskedLinear(module, truncate(factors, mask.rank), mask)
 
 
@@ -71,7 +71,7 @@ def close(measured, expected, tolerance=1e-4):
     torch.testing.assert_close(measured.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_mask_choice_gates_components(layer, x):
+def test_the_mask_gates_components(layer, x):
     masked = mask_in(layer)
     gate = masked.mask().tolist()
     assert 0 < sum(gate) < len(gate)
@@ -86,7 +86,7 @@ def test_gate_values_between_zero_and_one_scale_components(layer, x):
 
 
 METHODS = {
-    "staircase": ARA(),
+    "ara": ARA(),
     "prefixes": LLRC(any_k=False, start_high=1.0, start_low=0.1, noise="logistic"),
     "subsets": LLRC(start_high=1.0, start_low=0.1, noise="logistic"),
     "ars": ARS(start=0.5),
@@ -102,16 +102,15 @@ def masked_by(method, modules):
     budget = Budget(keep=0.6, shapes=shapes, model_parameters=10_000, bytes_per_parameter=8, storage="factored")
     for name, module in modules.items():
         factors = decompose(module.weight.float())
-        mask = method.create(shapes[name], factors.sigma, 0.6, prices=FACTORED)
+        mask = method.create(shapes[name], factors.sigma, 0.6, storage=FACTORED)
         layers[name] = MaskedLinear(module, truncate(factors, mask.rank), mask)
     masks = {name: layer.mask for name, layer in layers.items()}
-    method.share(masks)
-    method.advance(masks, 3, budget)
+    method.advance(ModelMasks(masks, method.shared_module(masks)), 3, budget)
     return layers
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_layers_at_work_compute_what_their_masks_say(name):
+def test_layers_that_skip_inactive_components_compute_what_their_masks_say(name):
     torch.manual_seed(0)
     modules = {n: nn.Linear(IN, OUT, bias=n == "a").double().requires_grad_(False) for n in "ab"}
     method = METHODS[name]
@@ -124,27 +123,27 @@ def test_layers_at_work_compute_what_their_masks_say(name):
         return [y, *torch.autograd.grad(y.square().sum(), [x, *parameters], allow_unused=True, retain_graph=True)]
 
     expected = outcome()
-    assert all(layer.work == Work() for layer in layers.values())
+    assert all(layer.active is None for layer in layers.values())
     choose_computation(layers, float("inf"))
-    lit = [layer.work.lit for layer in layers.values()]
+    active = [None if layer.active is None else layer.active.components for layer in layers.values()]
     for one, two in zip(outcome(), expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
     if name == "fermi":
-        assert lit == [None, None]
+        assert active == [None, None]
     elif name in ("subsets", "ars"):
-        assert any(isinstance(part, torch.Tensor) for part in lit)
+        assert any(isinstance(part, torch.Tensor) for part in active)
     else:
-        assert all(isinstance(part, int) and part < layers["a"].mask.rank for part in lit)
+        assert all(isinstance(part, int) and part < layers["a"].mask.rank for part in active)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"ars"}))  # whose gates lie in a network that masks share
-def test_all_that_masks_say_lies_where_they_do(name):
+def test_everything_a_mask_returns_is_on_its_device(name):
     # On another device than where they are made, as on a GPU.
     modules = {n: nn.Linear(IN, OUT, bias=False).requires_grad_(False) for n in "ab"}
     mask = masked_by(METHODS[name], modules)["a"].mask
     mask.to("meta")
-    lit = mask.lit()
-    said = [mask(), mask.ratio(), mask.kept(), *([] if lit is None else [lit])]
+    active = mask.active()
+    said = [mask(), mask.ratio(), mask.kept(), *([] if active is None else [active])]
     assert {part.device.type for part in said} == {"meta"}
 
 
@@ -158,22 +157,22 @@ def test_mixed_precision_takes_the_plain_way(layer, x):
     assert masked.mask.logits.grad.abs().sum() > 0
 
 
-def test_dense_choice_is_the_layer_itself(layer, x):
+def test_dense_computation_is_the_layer_itself(layer, x):
     masked = mask_in(layer)
-    masked.choice = "dense"
+    masked.computation = "dense"
     torch.testing.assert_close(masked(x), layer(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 13])
-def test_rank_choice_keeps_the_first_components(layer, x, rank):
+def test_a_rank_keeps_the_first_components(layer, x, rank):
     masked = mask_in(layer)
-    masked.choice = rank
+    masked.computation = rank
     close(masked(x), reference(layer, x, [1.0] * rank))
 
 
-def test_index_choice_keeps_those_components(layer, x):
+def test_indices_keep_those_components(layer, x):
     masked = mask_in(layer)
-    masked.choice = torch.tensor([0, 3, 7])
+    masked.computation = torch.tensor([0, 3, 7])
     close(masked(x), reference(layer, x, [float(j in (0, 3, 7)) for j in range(masked.mask.rank)]))
 
 
@@ -249,59 +248,59 @@ def test_parameters_are_contiguous_for_fsdp(layer):
     assert f"in_features={IN}, out_features={OUT}, components={masked.mask.rank}" in repr(masked)
 
 
-def test_choices_hold_inside_the_block_only():
+def test_computations_hold_inside_the_block_only():
     model = nn.ModuleDict({"a": mask_in(nn.Linear(IN, OUT)), "b": mask_in(nn.Linear(IN, OUT)), "c": nn.Linear(2, 2)})
     layers = masked_layers(model)
     assert list(layers) == ["a", "b"]
-    layers["b"].choice = 3
-    with chosen(layers, "dense"):
-        assert [layer.choice for layer in layers.values()] == ["dense", "dense"]
-        with chosen(layers, {"a": 2, "b": "mask"}):
-            assert [layer.choice for layer in layers.values()] == [2, "mask"]
-    assert [layer.choice for layer in layers.values()] == ["mask", 3]
-    with pytest.raises(KeyError), chosen(layers, {"a": "dense"}):
+    layers["b"].computation = 3
+    with computing_with(layers, "dense"):
+        assert [layer.computation for layer in layers.values()] == ["dense", "dense"]
+        with computing_with(layers, {"a": 2, "b": "mask"}):
+            assert [layer.computation for layer in layers.values()] == [2, "mask"]
+    assert [layer.computation for layer in layers.values()] == ["mask", 3]
+    with pytest.raises(KeyError), computing_with(layers, {"a": "dense"}):
         pass
-    with pytest.raises(KeyboardInterrupt), chosen(layers, "dense"):
+    with pytest.raises(KeyboardInterrupt), computing_with(layers, "dense"):
         raise KeyboardInterrupt
-    assert [layer.choice for layer in layers.values()] == ["mask", 3]
+    assert [layer.computation for layer in layers.values()] == ["mask", 3]
 
 
-def test_choice_of_a_plan():
+def test_computation_of_a_plan():
     layer = mask_in(nn.Linear(IN, OUT))
-    assert plan_choice(layer, None, None) == "dense"
-    assert plan_choice(layer, 4, None) == 4
-    assert torch.equal(plan_choice(layer, 2, (1, 5)), torch.tensor([1, 5]))
-    assert plan_choice(layer, layer.mask.rank, None) == layer.mask.rank
-    assert plan_choice(layer, layer.mask.rank + 1, None) == "dense"
+    assert planned_computation(layer, None, None) == "dense"
+    assert planned_computation(layer, 4, None) == 4
+    assert torch.equal(planned_computation(layer, 2, (1, 5)), torch.tensor([1, 5]))
+    assert planned_computation(layer, layer.mask.rank, None) == layer.mask.rank
+    assert planned_computation(layer, layer.mask.rank + 1, None) == "dense"
 
 
 @pytest.mark.parametrize("method", [ARA(), Fermi(), Rescaled()], ids=lambda method: method.name)
-def test_nearly_full_ranks_at_pivoted_prices_are_not_stored_and_compute_densely(method):
-    size, prices = 60, Storage("pivoted")
+def test_nearly_full_ranks_are_not_stored_with_pivoted_storage_and_compute_densely(method):
+    size, storage = 60, Storage("pivoted")
     sigma = 0.9 ** torch.arange(size, dtype=torch.float64)
 
     def layer_at(keep):
         dense = nn.Linear(size, size, bias=False).requires_grad_(False)
         factors = decompose(dense.weight)
-        mask = method.create((size, size), sigma, keep, prices=prices)
+        mask = method.create((size, size), sigma, keep, storage=storage)
         if method.name == "rescaled":
             budget = Budget(keep=keep, shapes={"a": (size, size)}, model_parameters=size * size, storage="pivoted")
-            method.share({"a": mask})
-            method.advance({"a": mask}, 0, budget)
+            masks = {"a": mask}
+            method.advance(ModelMasks(masks, method.shared_module(masks)), 0, budget)
         return MaskedLinear(dense, truncate(factors, mask.rank), mask)
 
     rank = layer_at(0.5).mask.rank
     # k (2 n - k) numbers and k indices: what the last 13 of 60 components cost is 3 % of the dense weight.
     assert rank == 47
-    assert prices.ratio((size, size), torch.tensor(47.0)) <= 0.97 < prices.ratio((size, size), torch.tensor(48.0))
-    for keep, choice in ((0.5, "mask"), (0.95, "mask"), (0.99, "dense"), (1.0, "dense")):
+    assert storage.ratio((size, size), torch.tensor(47.0)) <= 0.97 < storage.ratio((size, size), torch.tensor(48.0))
+    for keep, computation in ((0.5, "mask"), (0.95, "mask"), (0.99, "dense"), (1.0, "dense")):
         layer = layer_at(keep)
         choose_computation({"a": layer}, method.dense_from)
-        assert layer.choice == choice, keep
+        assert layer.computation == computation, keep
         assert len(layer.mask()) == len(layer.mask.kept()) == rank
 
 
-def test_switches_gate_all_components_at_pivoted_prices():
-    mask = LLRC().create((60, 60), torch.ones(60, dtype=torch.float64), 1.0, prices=Storage("pivoted"))
+def test_gumbel_masks_gate_all_components_with_pivoted_storage():
+    mask = LLRC().create((60, 60), torch.ones(60, dtype=torch.float64), 1.0, storage=Storage("pivoted"))
     assert mask.rank == 60
-    assert mask.covered == float("inf")
+    assert mask.dense_beyond == float("inf")

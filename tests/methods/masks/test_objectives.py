@@ -145,18 +145,18 @@ def test_places():
     assert terms.blocks(6) == {"middle": 3, "last": None, "0": 0, "5": 5}
     assert DataTerms(divergence_at=("nowhere",)).blocks(6) == {}
     for place in ("6", "-1", "first", "1.5", "²"):
-        with pytest.raises(ValueError, match=rf"divergence_at holds '{place}': expected middle, last or a block .* 5"):
+        with pytest.raises(ValueError, match=rf"'{place}'.*middle, last or a block .* 5"):
             DataTerms(divergence=1.0, divergence_at=(place,)).blocks(6)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cross_entropy": -1.0}, r"the weights of the data terms are .*-1.0.*: expected none below 0 and one above"),
-        ({"cross_entropy": 0.0}, r"expected none below 0 and one above"),
-        ({"kl": -0.1}, r"expected none below 0 and one above"),
-        ({"divergence": 1.0, "divergence_at": ()}, r"divergence has a weight but divergence_at names no place"),
-        ({"divergence_kind": "l2"}, r"divergence_kind is 'l2': expected one of mse, cosine, normalised_mse"),
+        ({"cross_entropy": -1.0}, r"-1\.0.*none below 0"),
+        ({"cross_entropy": 0.0}, r"'cross_entropy': 0\.0.*at least one above 0"),
+        ({"kl": -0.1}, r"-0\.1.*none below 0"),
+        ({"divergence": 1.0, "divergence_at": ()}, r"divergence is 1\.0.*give middle, last"),
+        ({"divergence_kind": "l2"}, r"'l2'.*mse, cosine, normalised_mse"),
     ],
 )
 def test_impossible_terms(arguments, message):

@@ -1,4 +1,4 @@
-"""Rescaled masks: the fisher plan at scale 1, the loss's slope at the cut, and scales that balance prices."""
+"""Rescaled masks: the fisher plan at scale 1, the loss's slope at the cut, and scales that balance savings."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
+from lowrank_pl.methods.masks.base import ModelMasks
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.storage import Storage
@@ -42,8 +43,8 @@ def method():
 
 
 def made(method, budget=BUDGET):
-    masks = {name: method.create(shape, sigma_of(name), 0.5, prices=FACTORED) for name, shape in SHAPES.items()}
-    method.share(masks)
+    masks = {name: method.create(shape, sigma_of(name), 0.5, storage=FACTORED) for name, shape in SHAPES.items()}
+    masks = ModelMasks(masks, method.shared_module(masks))
     method.advance(masks, 0, budget)
     return masks
 
@@ -72,7 +73,7 @@ def test_scale_one_is_the_fisher_plan(method, constraints, keep):
     )
     plan = make_allocator("fisher").plan(Problem(budget, Store(), None))
     # A plan can be asked for before the first step: a checkpoint that is exported.
-    fresh = {name: method.create(shape, sigma_of(name), 0.5, prices=FACTORED) for name, shape in SHAPES.items()}
+    fresh = {name: method.create(shape, sigma_of(name), 0.5, storage=FACTORED) for name, shape in SHAPES.items()}
     assert method.finalise(fresh, budget).modules == plan.modules
     masks = made(method, budget)
     assert ranks(masks) == {name: module.rank for name, module in plan.modules.items()}
@@ -89,9 +90,9 @@ def test_a_larger_scale_gets_more(masks, method):
     after = ranks(masks)
     assert after["b"] is None or after["b"] > before["b"]
     assert after["a"] < before["a"]
-    # At the optimum of the rescaled sum all lower modules give up their last component at one price a parameter.
-    prices = [mask.predicted() / sum(mask.shape) for mask in masks.values() if mask.length]
-    assert max(prices) / min(prices) < 1.25
+    # At the optimum of the rescaled sum all truncated modules lose the same by one parameter less.
+    savings = [mask.predicted() / sum(mask.shape) for mask in masks.values() if mask.length]
+    assert max(savings) / min(savings) < 1.25
 
 
 @pytest.mark.parametrize("width", [0.05, 0.4])
@@ -129,7 +130,7 @@ def test_the_average_is_learned_and_cancels(masks, method):
         method.observe(masks, step - 1)
         method.advance(masks, step, BUDGET)
     assert last == pytest.approx([0.0] * len(last), abs=1e-4)
-    balance = masks["a"].remembered[0]
+    balance = masks.shared
     assert balance.ratio() == pytest.approx(3.0, rel=1e-4)
     assert int(balance.counted) == 3
 
@@ -140,7 +141,7 @@ def saving(masks, ratio):
 
 
 def test_windows_of_any_length_count_alike(masks, method):
-    balance, batches = masks["a"].remembered[0], (4, 1, 3, 2)
+    balance, batches = masks.shared, (4, 1, 3, 2)
     for step, count in enumerate(batches):
         for mask in masks.values():
             mask.log_scale.grad = None
@@ -158,7 +159,7 @@ def test_gradients_that_overflow_are_not_counted(masks, method):
     method.penalties(masks, None, 0.5, 0)["balance"].backward()
     masks["a"].log_scale.grad.fill_(math.inf)
     method.observe(masks, 0)
-    balance = masks["a"].remembered[0]
+    balance = masks.shared
     assert (balance.measured.item(), balance.predicted.item(), int(balance.counted)) == (0.0, 0.0, 1)
 
 
@@ -187,12 +188,12 @@ def test_what_has_no_end_to_measure_keeps_its_scale_to_the_bit(masks, method, en
     assert masks["b"].kept().all()
     assert end == "full" or masks["b"].ratio().item() == 1.0
     momentum = optimizer.state[masks["b"].log_scale]["exp_avg"].item()
-    predicted = masks["a"].remembered[0].predicted.item()
+    predicted = masks.shared.predicted.item()
     step(1)
     assert masks["b"].log_scale.item() == before["b"]
     assert optimizer.state[masks["b"].log_scale]["exp_avg"].item() == momentum
     assert masks["a"].log_scale.item() != before["a"]
-    added = masks["a"].remembered[0].predicted.item() - predicted
+    added = masks.shared.predicted.item() - predicted
     assert added == pytest.approx(masks["a"].predicted())
 
 
@@ -203,7 +204,7 @@ def test_one_allocation_a_step_without_a_word(masks, method, monkeypatch, caplog
     budget = Budget(
         storage="factored", keep=0.9, shapes={**SHAPES, "d": (4, 4)}, model_parameters=12_000, multiple_of=8
     )
-    masks["d"] = method.create((4, 4), torch.ones(4), 0.5, prices=FACTORED)
+    masks["d"] = method.create((4, 4), torch.ones(4), 0.5, storage=FACTORED)
     for _ in range(3):
         method.advance(masks, 1, replace(budget))
     assert calls == [0.9]
@@ -297,9 +298,9 @@ def test_what_is_measured_does_not_depend_on_clipping_and_accumulation():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"width": 0.0}, "width is 0.0: expected a finite number above 0"),
-        ({"warmup": -1}, "warmup is -1: expected a finite number of at least 0"),
-        ({"top": 1.0}, "top is 1.0: expected a finite number above 1"),
+        ({"width": 0.0}, r"width is 0\.0\b.*above 0"),
+        ({"warmup": -1}, r"warmup is -1\b.*at least 0"),
+        ({"top": 1.0}, r"top is 1\.0\b.*above 1"),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -308,7 +309,7 @@ def test_impossible_settings(settings, message):
 
 
 def test_other_factors_and_other_starts_are_refused():
-    with pytest.raises(ValueError, match=r"masks of rescaled were given factors of the kind 'whitened': expected two"):
+    with pytest.raises(ValueError, match=r"'whitened'.*expected two_sided"):
         make_learner(mask=Rescaled())
-    with pytest.raises(ValueError, match="masks of rescaled have a start of their own: leave it out"):
+    with pytest.raises(ValueError, match=r"masks of rescaled .*leave it out"):
         fit(learner_of(start="fisher"), make_data(), max_steps=1)
