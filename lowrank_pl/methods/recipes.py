@@ -1,4 +1,4 @@
-"""Every method of the field by name: a base decomposition, and who draws the plan on it."""
+"""Every published method by name: a decomposition, and an allocator or a learned mask that chooses the ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
 from lowrank_pl.methods.masks.base import MaskMethod
-from lowrank_pl.methods.masks.cutoff import DobiSVD, Fermi
+from lowrank_pl.methods.masks.dobi_svd import DobiSVD
+from lowrank_pl.methods.masks.fermi import Fermi
 from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
@@ -32,15 +33,17 @@ class Learning:
         mask: The mask method with its settings.
         steps: Optimizer steps.
         lr: Step size of AdamW, without weight decay.
-        sequences: Sequences of the calibration text to learn from; passed over again when the steps are more.
+        sequences: Sequences of the calibration text to learn from; more steps repeat them.
         batch_size: Sequences in a step.
-        data_terms: What the masks learn from.
+        data_terms: The loss terms that the masks learn from.
         start: The allocator whose plan the masks start from; ``None`` starts from the same ratio everywhere.
         cosine: Let the step size fall to 0 along a cosine.
-        inactive_gate_stride: Gates that are off learn from every so many-th token of a batch; 1 is exact.
+        inactive_gate_stride: Use every N-th token for the gradients of inactive gates: unbiased and cheaper. 1 is
+            exact.
 
     Raises:
-        ValueError: No steps, sequences or batch, or a step size that is not above 0.
+        ValueError: ``steps``, ``sequences``, ``batch_size`` or ``inactive_gate_stride`` below 1, ``lr`` not above 0, or
+            an unknown allocator.
     """
 
     mask: MaskMethod
@@ -65,16 +68,16 @@ class Learning:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One method: how weights are decomposed, and an allocator or a learned mask that draws the plan.
+    """One method: how weights are decomposed, and an allocator or a learned mask that chooses the ranks.
 
     Args:
-        decomposition: The base.
-        allocator: Who draws the plan without training; unused when ``learning`` is given.
+        decomposition: How weights are decomposed.
+        allocator: The allocator that makes the plan without training; unused when ``learning`` is given.
         settings: The allocator's settings.
         learning: How a mask learns the plan instead.
         storage: How low-rank modules are stored: factored in all papers but those about pivoting.
-        refit: How the plan's factors are fitted again to the compressed model's own inputs, if they are.
-        narrow: How hidden features of MLPs are left out before all that, if they are.
+        refit: How the plan's factors are refitted to the compressed model's own inputs; None for no refit.
+        prune: How the MLPs are pruned in width first; None for no pruning.
 
     Raises:
         ValueError: An allocator or a setting that does not exist.
@@ -116,14 +119,12 @@ def _jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _ASVD = Decomposition("asvd")
-
-
 _TWO_SIDED = Decomposition("two_sided")
 
 
 def _llrc(*, any_k: bool) -> Recipe:
-    # Above 0 by many temperatures the loss feels no logit: all only fall by the step size a step. The paper's start,
-    # 6 to 3, is taken up where that ends, so that a short run has steps left to weigh components against each other.
+    # Many temperatures above 0, a logit gets no gradient from the loss, and all logits just fall by one step size a
+    # step. From the paper's start, 6 to 3, a short run would end like that, so this one starts lower.
     mask = LLRC(any_k=any_k, start_high=3.2, start_low=0.2, period=50, patience=None)
     terms = DataTerms(cross_entropy=0.0, divergence=0.5)
     return Recipe(_ASVD, learning=Learning(mask, steps=200, lr=0.02, data_terms=terms))
@@ -146,14 +147,13 @@ RECIPES: dict[str, Recipe] = {
     "llrc": _llrc(any_k=True),
     "llrc_prefix": _llrc(any_k=False),
     "ars": Recipe(learning=Learning(ARS(), lr=5e-3)),
-    "tanh": Recipe(learning=Learning(DobiSVD(), lr=5e-3)),
+    "dobi_svd": Recipe(learning=Learning(DobiSVD(), lr=5e-3)),
     "fermi": Recipe(learning=Learning(Fermi(anneal_steps=120), lr=1e-2)),
     "fisher_ara": Recipe(_TWO_SIDED, learning=Learning(ARA(), start="fisher")),
     "rescaled": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True)),
     "best": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True), storage="auto", refit=Refit()),
 }
-"""What ``lowrank compare`` knows. Learning is short, for a comparison; ``configs/*.yaml`` have the papers' lengths."""
-
+"""The recipes of ``lowrank compare``, whose learning is short. ``configs/*.yaml`` have the papers' lengths."""
 
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
@@ -162,15 +162,24 @@ VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
 }
 """What ``+WORD`` after a recipe's name changes in it."""
 
+_RENAMED = {
+    "tanh": "dobi_svd", "zero_sum": "zs_svd", "zero_sum_corrected": "zs_svd_corrected", "narrow": "prune",
+}  # fmt: skip
+"""Names of earlier versions, and the present ones."""
+
 
 def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     """Return the recipe called ``name``: one of ``own``, or one that ships with the package, or a variant of one.
 
     ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted,
-    ``NAME+narrow`` on a base with narrower MLPs, and ``NAME+narrow+pivoted+refit`` all three.
+    ``NAME+prune`` on a base with pruned MLPs, and ``NAME+prune+pivoted+refit`` all three.
+
+    Args:
+        name: The recipe's name; results go to a folder of this name.
+        own: Recipes that this package does not have, by name.
 
     Raises:
-        ValueError: There is none, the message lists those that exist; or the name is no word that a folder can have.
+        ValueError: No such recipe, with the existing ones in the message, or a name that no folder can have.
 
     >>> recipe("ara+pivoted").storage
     'auto'
@@ -182,7 +191,9 @@ def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     plain, *words = [name] if name in known else name.split("+")
     if plain not in known or any(word not in VARIANTS for word in words):
         variants = ", ".join(f"+{word}" for word in VARIANTS)
+        renamed = "".join(f"{old} is called {new} now; " for old, new in _RENAMED.items() if old in (plain, *words))
         raise ValueError(
-            f"no method is called {name!r}: expected one of {', '.join(known)}, each also with {variants} behind it"
+            f"no method is called {name!r}: {renamed}expected one of {', '.join(known)}, each also with {variants} "
+            "behind it"
         )
     return reduce(lambda changed, word: VARIANTS[word](changed), words, known[plain])

@@ -1,0 +1,58 @@
+"""Recipes by name, under variants, and under the names of earlier versions."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowrank_pl.methods.allocate import ALLOCATORS
+from lowrank_pl.methods.masks import ARA, MASK_METHODS
+from lowrank_pl.methods.recipes import RECIPES, Learning, recipe
+
+
+def test_every_method_has_a_recipe_of_its_name():
+    assert {*ALLOCATORS, *MASK_METHODS} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", MASK_METHODS)
+def test_the_recipe_of_a_mask_learns_with_it(name):
+    assert RECIPES[name].learning.mask.name == name
+
+
+def test_variants_add_up():
+    found = recipe("fisher+prune+pivoted+refit")
+    assert (found.storage, found.refit is None, found.prune is None) == ("auto", False, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tanh", r"'tanh'.*tanh is called dobi_svd now"),
+        ("zero_sum_corrected", r"zero_sum_corrected is called zs_svd_corrected now"),
+        ("ara+narrow", r"'ara\+narrow'.*narrow is called prune now"),
+        ("unknown", r"'unknown'.*expected one of svd, .*\+pivoted"),
+        ("dense", r"'dense'.*other than dense"),
+        ("a/b", r"'a/b'.*letters, digits"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(name)
+
+
+def test_names_that_were_never_other_ones_are_not_said_to_be():
+    with pytest.raises(ValueError, match="unknown") as caught:
+        recipe("unknown")
+    assert "is called" not in str(caught.value).partition(":")[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, r"steps .* is 0\b.*at least 1"),
+        ({"lr": 0.0}, r"lr .* is 0\.0\b.*above 0"),
+        ({"start": "x"}, "'x'"),
+    ],
+)
+def test_impossible_learning(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Learning(ARA(), **settings)
