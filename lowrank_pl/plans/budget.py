@@ -1,4 +1,4 @@
-"""What a rank costs, and how wished-for ranks become whole ones that meet a budget."""
+"""What a rank costs, and how requested ranks become whole ones that meet a budget."""
 
 from __future__ import annotations
 
@@ -102,22 +102,22 @@ class Budget:
     def cost(self, name: str, rank: int | None) -> int:
         """Return the parameters of module ``name`` at ``rank``, indices of pivots included; ``None`` is dense."""
         shape = self.shapes[name]
-        return shape[0] * shape[1] if rank is None else self.prices.cost(shape, rank)
+        return shape[0] * shape[1] if rank is None else self.rank_costs.cost(shape, rank)
 
     def costs(self, name: str, sizes: Sequence[int | None]) -> NDArray[np.int64]:
         """Return the cost of each of ``sizes`` of module ``name``."""
         m, n = self.shapes[name]
         ranks = np.array([0 if size is None else size for size in sizes], dtype=np.int64)
-        return np.where([size is None for size in sizes], m * n, self.prices.costs((m, n), ranks))
+        return np.where([size is None for size in sizes], m * n, self.rank_costs.costs((m, n), ranks))
 
     @cached_property
-    def prices(self) -> Storage:
+    def rank_costs(self) -> Storage:
         """What ranks cost."""
         return Storage(self.storage, self.bytes_per_parameter)
 
     def break_even(self, name: str) -> int:
         """Return the largest rank of ``name`` that takes less than its dense weight; 0 if there is none."""
-        return self.prices.break_even(self.shapes[name])
+        return self.rank_costs.break_even(self.shapes[name])
 
     def top_rank(self, name: str) -> int:
         """Return the largest allowed rank of ``name`` below dense; 0 where only dense is left."""
@@ -126,41 +126,42 @@ class Budget:
     def least_rank(self, name: str) -> int | None:
         """Return the smallest allowed rank of ``name``; ``None`` where it must stay dense."""
         floor = max((f for pattern, f in self.floors.items() if fnmatchcase(name, pattern)), default=0.0)
-        wanted = max(1, math.ceil(self.prices.rank_at(self.shapes[name], floor) - 1e-9))
+        wanted = max(1, math.ceil(self.rank_costs.rank_at(self.shapes[name], floor) - 1e-9))
         rank = math.ceil(wanted / self.multiple_of) * self.multiple_of
         return rank if floor < 1 and rank <= self.top_rank(name) else None
 
-    def fit(self, wishes: Mapping[str, float], *, method: str, scale_up: bool = True) -> RankPlan:
-        """Return the plan nearest to the wished ranks that meets the budget to within one rank step.
+    def fit(self, requested: Mapping[str, float], *, method: str, scale_up: bool = True) -> RankPlan:
+        """Return the plan nearest to the requested ranks that meets the budget to within one rank step.
 
-        Finite wishes are scaled by one common factor (ARA's rule) and rounded down to allowed ranks; what is left goes
+        Finite requests are scaled by one common factor (ARA's rule) and rounded down to allowed ranks. The rest goes
         to the modules nearest to their next component, until no further step of any module fits. In the order that the
-        plan carries, modules wished dense stay dense at this size and above, and shrink with the rest below it.
+        plan carries, modules requested dense stay dense at this size and above, and shrink with the rest below it.
 
         Args:
-            wishes: A real rank for every module; ``math.inf`` asks for dense and is not scaled.
-            method: Name of whoever made the wishes.
+            requested: A real rank for every module; ``math.inf`` asks for dense and is not scaled.
+            method: Name of the method that requested the ranks.
             scale_up: Whether the factor may exceed 1, so that the budget is spent in full.
 
         Raises:
-            ValueError: A module without a wish, a wish for no module, or one that is negative or NaN.
+            ValueError: A module without a request, a request for no module, or a rank that is negative or NaN.
         """
-        self._check_names(wishes, "rank is wished for")
-        for name, wish in wishes.items():
-            if math.isnan(wish) or wish < 0:
-                raise ValueError(f"the rank wished for {name} is {wish}: expected a number of at least 0")
+        self._check_names(requested, "rank is requested for")
+        for name, rank in requested.items():
+            if math.isnan(rank) or rank < 0:
+                raise ValueError(f"the rank requested for {name} is {rank}: expected a number of at least 0")
         notes = []
-        wishes = dict(wishes)
-        if sum(self.cost(n, self.least_rank(n) if math.isfinite(w) else None) for n, w in wishes.items()) > self.limit:
-            dropped = sum(math.isinf(wish) for wish in wishes.values())
-            even = {name: self.prices.rank_at(shape, 1.0) for name, shape in self.shapes.items()}
-            wishes = {name: even[name] if math.isinf(wish) else wish for name, wish in wishes.items()}
+        requested = dict(requested)
+        least = {name: self.least_rank(name) if math.isfinite(rank) else None for name, rank in requested.items()}
+        if sum(self.cost(name, rank) for name, rank in least.items()) > self.limit:
+            dropped = sum(math.isinf(rank) for rank in requested.values())
+            even = {name: self.rank_costs.rank_at(shape, 1.0) for name, shape in self.shapes.items()}
+            requested = {name: even[name] if math.isinf(rank) else rank for name, rank in requested.items()}
             notes.append(f"{dropped} modules were wished dense, which the budget does not allow: scaled like the rest")
         order = ComponentOrder(
-            {name: requested_rank_scores(shape, wishes[name]) for name, shape in self.shapes.items()}
+            {name: requested_rank_scores(shape, requested[name]) for name, shape in self.shapes.items()}
         )
         chosen = self._choose(order, least_score=-math.inf if scale_up else 1.0)
-        order = self._with_finite_wishes(order, wishes, chosen.threshold)
+        order = self._with_finite_requests(order, requested, chosen.threshold)
         # Where everything has come out dense, the factor says nothing.
         if 0 < chosen.threshold < math.inf and any(size is not None for size in chosen.sizes.values()):
             notes.append(f"wished ranks scaled by {1 / chosen.threshold:.4f} to meet keep {self.keep}")
@@ -240,22 +241,22 @@ class Budget:
                 f"the plan to go beyond has {-rest:,} parameters more than keep {self.keep} allows: give a smaller "
                 f"plan, or raise keep to {math.ceil(1e4 * (self.limit - rest) / self.total) / 1e4}"
             )
-        value, owner_of, price, sequence = self._steps(order, ladders)
+        value, owner_of, cost, sequence = self._steps(order, ladders)
         sequence = sequence[value[sequence] >= least_score]
-        spent = np.cumsum(price[sequence])
+        spent = np.cumsum(cost[sequence])
         fitting = int(np.searchsorted(spent, rest, side="right"))
         rest -= int(spent[fitting - 1]) if fitting else 0
         taken = np.bincount(owner_of[sequence[:fitting]], minlength=len(names))
         closed: set[int] = set()
         for step in sequence[fitting:]:
             owner = int(owner_of[step])
-            if owner in closed or price[step] > rest:
+            if owner in closed or cost[step] > rest:
                 closed.add(owner)
                 if len(closed) == len(names):
                     break
                 continue
             taken[owner] += 1
-            rest -= int(price[step])
+            rest -= int(cost[step])
         sizes = {name: ladder[count] for name, ladder, count in zip(names, ladders, taken, strict=True)}
         in_a_row = value[sequence[:fitting]]
         finite = in_a_row[np.isfinite(in_a_row)]
@@ -264,8 +265,8 @@ class Budget:
     def _steps(
         self, order: ComponentOrder, ladders: Sequence[Sequence[int | None]]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return score, module and price of every step of every ladder, and in which sequence they are taken."""
-        values, owners, prices, places = [], [], [], []
+        """Return score, module and cost of every step of every ladder, and in which sequence they are taken."""
+        values, owners, steps, places = [], [], [], []
         for owner, (name, ladder) in enumerate(zip(self.shapes, ladders, strict=True)):
             dense = self.break_even(name) + 1
             # Dense is the first size that pays for no further component: the one beyond break-even.
@@ -276,11 +277,11 @@ class Budget:
             values.append(ranked[reached - 1])
             owners.append(np.full(len(reached), owner, dtype=np.int64))
             costs = self.costs(name, ladder)
-            prices.append(costs[1:] - costs[:-1])
+            steps.append(costs[1:] - costs[:-1])
             places.append(reached / dense)
-        value, owner_of, price = np.concatenate(values), np.concatenate(owners), np.concatenate(prices)
+        value, owner_of, cost = np.concatenate(values), np.concatenate(owners), np.concatenate(steps)
         # By position among equals: in the order of modules, the first would be filled up before the last got anything.
-        return value, owner_of, price, np.lexsort((np.concatenate(places), -value))
+        return value, owner_of, cost, np.lexsort((np.concatenate(places), -value))
 
     def _ladder(self, name: str, most: ModulePlan | None, least: ModulePlan | None) -> list[int | None]:
         """Return the allowed sizes of ``name`` from the smallest on; ``None`` is dense.
@@ -308,7 +309,7 @@ class Budget:
         modules = {}
         for name, size in sizes.items():
             shape = self.shapes[name]
-            form = "factored" if size is None else self.prices.form(shape, size)
+            form = "factored" if size is None else self.rank_costs.form(shape, size)
             modules[name] = ModulePlan.of_highest(shape, size, order.scores[name], storage=form)
         return RankPlan(
             method=method,
@@ -324,19 +325,19 @@ class Budget:
             left_out=self.left_out,
         )
 
-    def _with_finite_wishes(
-        self, order: ComponentOrder, wishes: Mapping[str, float], threshold: float
+    def _with_finite_requests(
+        self, order: ComponentOrder, requested: Mapping[str, float], threshold: float
     ) -> ComponentOrder:
-        """Return ``order`` with just enough of a wish for modules wished dense to be dense at ``threshold``.
+        """Return ``order`` with requests just large enough for modules requested dense to be dense at ``threshold``.
 
-        Infinite wishes would keep these modules dense in smaller plans too, until the others had nothing left.
+        Infinite requests would keep these modules dense in smaller plans too, until the others had nothing left.
         """
         if not math.isfinite(threshold):
-            finite = [float(order.scores[name].max()) for name, wish in wishes.items() if math.isfinite(wish)]
+            finite = [float(order.scores[name].max()) for name, rank in requested.items() if math.isfinite(rank)]
             threshold = max([1.0, *finite])
         scores = dict(order.scores)
-        for name, wish in wishes.items():
-            if math.isinf(wish):
+        for name, rank in requested.items():
+            if math.isinf(rank):
                 shape = self.shapes[name]
                 # A little above, for no component of another module may come between.
                 just_dense = (self.break_even(name) + 1) * max(threshold, 1e-30) * (1 + 1e-6)

@@ -77,27 +77,27 @@ class ComponentOrder:
         return cls(scores)
 
 
-def requested_rank_scores(shape: tuple[int, int], wish: float) -> Tensor:
-    """Return scores ``[min(out, in)]`` by which all modules keep their wished ranks times one common factor.
+def requested_rank_scores(shape: tuple[int, int], rank: float) -> Tensor:
+    """Return scores ``[min(out, in)]`` by which all modules keep their requested ranks times one common factor.
 
-    Component ``j`` (from 1) scores ``wish / j``: it is kept while ``factor * wish >= j`` (ARA, arXiv 2510.19389).
+    Component ``j`` (from 1) scores ``rank / j``: it is kept while ``factor * rank >= j`` (ARA, arXiv 2510.19389).
 
     Args:
         shape: ``(out, in)`` of the module.
-        wish: Its wished rank; infinite for dense.
+        rank: Its requested rank; infinite for dense.
 
     Example:
         >>> requested_rank_scores((3, 2), 4.0).tolist()
         [4.0, 2.0]
     """
-    return wish / torch.arange(1, min(shape) + 1, dtype=torch.float64)
+    return rank / torch.arange(1, min(shape) + 1, dtype=torch.float64)
 
 
-def share_scores(prices: Storage, shape: tuple[int, int], share: float) -> Tensor:
+def share_scores(storage: Storage, shape: tuple[int, int], share: float) -> Tensor:
     """Return scores ``[min(out, in)]`` by which all modules keep their share of parameters times one common factor.
 
     Args:
-        prices: What ranks cost.
+        storage: How modules are stored, which decides what a rank costs.
         shape: ``(out, in)`` of the module.
         share: Fraction of its parameters, relative to the other modules'.
 
@@ -105,4 +105,4 @@ def share_scores(prices: Storage, shape: tuple[int, int], share: float) -> Tenso
         >>> share_scores(Storage("factored"), (3, 6), 0.5).tolist()
         [1.0, 0.5, 0.3333333333333333]
     """
-    return share / prices.ratios(shape)
+    return share / storage.ratios(shape)

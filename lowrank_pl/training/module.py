@@ -252,7 +252,7 @@ class RankLearner(LightningModule):
         share = self._aimed_at().share
         start = start_of(self._start_plan(subject), self.budget, self.mask_method, share)
         insert_masks(
-            model, self.store, self.mask_method, start.ratios, storage=self.budget.prices, kept=start.kept,
+            model, self.store, self.mask_method, start.ratios, storage=self.budget.rank_costs, kept=start.kept,
             empty=sharded,
         )  # fmt: skip
         if self.compute.gradient_checkpointing:

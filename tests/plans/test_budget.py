@@ -210,11 +210,11 @@ def test_impossible_budgets(arguments, message):
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
-        ({}, r"no rank is wished for a and 1 more: expected one a module"),
-        ({"a": 1.0}, r"no rank is wished for b and 0 more"),
-        ({"a": -1.0, "b": 1.0}, r"the rank wished for a is -1.0: expected a number of at least 0"),
-        ({"a": 1.0, "b": math.nan}, r"the rank wished for b is nan"),
-        ({"a": 1.0, "b": 1.0, "c": 1.0}, r"a rank is wished for c, which is none of the 2 modules"),
+        ({}, r"no rank is requested for a and 1 more: expected one a module"),
+        ({"a": 1.0}, r"no rank is requested for b and 0 more"),
+        ({"a": -1.0, "b": 1.0}, r"the rank requested for a is -1.0: expected a number of at least 0"),
+        ({"a": 1.0, "b": math.nan}, r"the rank requested for b is nan"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, r"a rank is requested for c, which is none of the 2 modules"),
     ],
 )
 def test_impossible_wishes(wishes, message):

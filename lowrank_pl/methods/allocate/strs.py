@@ -215,7 +215,7 @@ class STRS(Allocator):
         """Return the excess loss in nats a token at the ratio of the grid that is left when a component is dropped."""
         model, sequences = self.need_model(problem)
         shapes = problem.budget.shapes
-        costs = problem.budget.prices
+        costs = problem.budget.rank_costs
         ranks = {
             name: [max(1, int(costs.rank_at(shape, ratio) + 1e-9)) for ratio in self.ratios]
             for name, shape in shapes.items()

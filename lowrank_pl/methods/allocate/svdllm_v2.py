@@ -37,7 +37,7 @@ class SVDLLMv2(Allocator):
         scores = {}
         for name, share in _kept_shares(problem).items():
             # A negative share leaves the least rank, which the budget grants every module anyway.
-            scores[name] = share_scores(problem.budget.prices, problem.budget.shapes[name], max(0.0, share))
+            scores[name] = share_scores(problem.budget.rank_costs, problem.budget.shapes[name], max(0.0, share))
         return scores
 
     def notes(self, problem: Problem) -> Sequence[str]:
@@ -65,6 +65,6 @@ def _kept_shares(problem: Problem) -> dict[str, float]:
 
 def _loss(problem: Problem, name: str) -> float:
     """Return the root of the weighted squared error over all calibration tokens at the uniform rank."""
-    rank = int(problem.budget.prices.rank_at(problem.budget.shapes[name], problem.budget.share))
+    rank = int(problem.budget.rank_costs.rank_at(problem.budget.shapes[name], problem.budget.share))
     tail = problem.factors.sigma(name)[rank:]
     return math.sqrt(int(problem.factors.notes(name)["tokens"]) * tail.double().square().sum().item())

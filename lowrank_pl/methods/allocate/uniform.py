@@ -23,4 +23,4 @@ class Uniform(Allocator):
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks from break-even at the same rate."""
         budget = problem.budget
-        return {name: share_scores(budget.prices, shape, 1.0) for name, shape in budget.shapes.items()}
+        return {name: share_scores(budget.rank_costs, shape, 1.0) for name, shape in budget.shapes.items()}
