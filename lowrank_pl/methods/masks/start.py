@@ -83,7 +83,7 @@ def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, target: 
     if missing:
         raise ValueError(
             f"the plan to start from does not cover {missing[0]} and {len(missing) - 1} more modules: give a plan that "
-            "was made for this base with the same include and exclude, or the name of an allocator (--model.start)"
+            "was made for this base with the same include and exclude, or the name of an allocator (--model.start.plan)"
         )
     entries = {name: found[name] for name in budget.shapes}
     subsets = [name for name, entry in entries.items() if entry.indices is not None]

@@ -273,7 +273,7 @@ def test_shipped_configurations(path, tmp_path, monkeypatch):
     assert plan.origin["decomposition"]["kind"] == BASES.get(path.stem, "whitened")
     assert plan.fingerprint.get("correction", {}).get("rounds", 0) == (5 if path.stem == "zs_svd_corrected" else 0)
     said = path.read_text()
-    assert f"lowrank allocate -c configs/allocate/{path.name} --base NAME_OR_DIR" in said
+    assert f"lowrank allocate NAME_OR_DIR -c allocate/{path.stem}" in said
 
 
 def test_every_allocator_and_base_has_a_configuration():

@@ -262,7 +262,7 @@ def test_a_run_meets_its_budget_and_exports(tmp_path):
     assert 0.49 < plan.keep_targeted <= 0.5
     assert any(entry.indices is not None for entry in plan.modules.values())
     model = compress(tiny_model("llama"), plan, learner.store)
-    tokens = make_data().train_windows[:2]
+    tokens = make_data().train_sequences[:2]
     with torch.no_grad():
         logits = model(tokens).logits
     save_compressed(model, tmp_path / "model", tokenizer=byte_tokenizer(), plan=plan)

@@ -428,7 +428,7 @@ def test_a_run_reaches_its_budget_ends_and_exports_any_subset(tmp_path):
     assert any(entry.indices is not None for entry in plan.modules.values())
     assert RankPlan.from_json(plan.to_json()) == plan
     model = compress(tiny_model("llama"), plan, learner.store)
-    tokens = make_data().train_windows[:2]
+    tokens = make_data().train_sequences[:2]
     with torch.no_grad():
         logits = model(tokens).logits
     save_compressed(model, tmp_path / "model", tokenizer=byte_tokenizer(), plan=plan)
