@@ -1,4 +1,4 @@
-"""What ``lowrank report`` does: writes the page and the model card of a finished run; a plain typed function."""
+"""The command ``lowrank report``: page and model card of a finished run."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ PAGE = "report.html"
 
 
 def report(run: Path, *, output: Path | None = None, scores: Sequence[Path] = (), card: bool = True) -> Path:
-    """Write a finished run, an export or a comparison down as one HTML page, and refresh the model card.
+    """Write one HTML page about a finished run, an export or a comparison, and refresh the model card.
 
-    The page needs no network and no other file. It has scores, health, the rank map, spectra and their cuts, where the
-    budget went, samples, notes and how the model was made; what is missing is said, with the command that makes it.
-    Files of scores in the folder are found by what they hold: what `doctor`, `evaluate` and `bench decode` write with
-    --json, and results of lm-evaluation-harness.
+    The page needs no network and no other file. It shows scores, health, the rank map, spectra with their cuts, the
+    distribution of the budget, samples, notes and how the model was made. It lists what is missing, each with the
+    command that makes it. Files of scores in the folder are recognised by their content: what `doctor`, `evaluate` and
+    `bench decode` write with --json, and results of lm-evaluation-harness.
 
     Args:
         run: Folder of `lowrank fit`, `export` or `compare`.
-        output: The page; by default report.html in the folder.
-        scores: More files of scores, one or several.
-        card: Write the exported model's README.md again, with the same facts; its front matter stays.
+        output: Path of the page; by default report.html in the folder.
+        scores: Further files of scores, one or several.
+        card: Write the exported model's README.md again, with the same facts; its front matter is kept.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        ValueError: The folder holds no finished run, or a file of scores holds none.
+        ValueError: The folder holds no finished run, or a named file holds no scores.
     """
     path = run / PAGE if output is None else output
     if (run / "results.json").is_file() and not (run / "plan.json").exists():
         if scores:
-            raise ValueError("--scores goes with a run or an export: a comparison has its own")
+            raise ValueError("--scores was given with a comparison, which has its own scores: leave it out")
         write_comparison_page(run, path)
     else:
         record = read_run(run, scores=scores)
@@ -46,7 +46,7 @@ def report(run: Path, *, output: Path | None = None, scores: Sequence[Path] = ()
         for text in record.missing:
             print(f"missing  {text}")
         if card and refresh_card(record):
-            assert record.model is not None
-            print(f"card     {record.model / 'README.md'}")
+            assert record.exported is not None
+            print(f"card     {record.exported.folder / 'README.md'}")
     print(f"page     {path}, {path.stat().st_size / 1000:,.0f} kB")
     return path

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -17,6 +15,9 @@ from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.formatting import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["KEEPS", "Curve", "CurvePoint", "curve_plot", "curve_table", "score_curve"]
 
@@ -142,6 +143,9 @@ def curve_plot(curve: Curve, *, title: str | None = None) -> Figure:
         curve: What was scored.
         title: Heading; by default the method and the dense model's perplexity.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.add_subplot()
     drawn = [point for point in curve.points if point.plan.keep_targeted < 1]

@@ -1,4 +1,4 @@
-"""What people read of a comparison: its results as a list, a table and a plot."""
+"""Results of ``lowrank compare`` as JSON, as a table, as plots and as a page."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.report.page import render
 from lowrank_pl.utils.files import atomic_write, write_json
 from lowrank_pl.utils.formatting import percent, save_figure, table
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 __all__ = [
+    "DENSE",
     "comparison_cells",
     "comparison_page",
     "comparison_plot",
@@ -29,17 +31,52 @@ __all__ = [
 ]
 
 DENSE = "dense"
-
-
 MARKERS = "osD^vP*Xhd<>"
 
+LABEL_HEIGHT = 0.16
+"""Distance of the names of methods beside a figure, in inches."""
 
-_LINE = 0.16
-"""Inches from one line of small words to the next."""
+WIDTH, HEIGHT = 640, 360
+"""Size of a plot on the page, in units of its own view box."""
+
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
+"""Margins of a plot on the page, which hold the labels of its axes."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method in a plot on the page.
+
+    Args:
+        name: The method.
+        place: Its rank among all methods, by mean excess; sets its colour.
+        points: ``(x, y, description)`` of every size.
+    """
+
+    name: str
+    place: int
+    points: Sequence[tuple[float, float, str]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot on the page: excess on one text against the kept fraction.
+
+    Args:
+        corpus: The text.
+        lines: One per method.
+        xs: Positions and labels on the x axis.
+        ys: Positions and labels on the y axis.
+    """
+
+    corpus: str
+    lines: Sequence[Line]
+    xs: Sequence[tuple[float, str]]
+    ys: Sequence[tuple[float, str]]
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github") -> str:
-    """Return the results as a table, the best of each size first.
+    """Return the results as a table, best method first within each size.
 
     Args:
         results: As in ``results.json``.
@@ -49,7 +86,7 @@ def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github
 
 
 def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and the rows of the table of ``results``, the best of each size first."""
+    """Return head and body of the table of ``results``, best method first within each size."""
     corpora = list(results[0]["perplexity"]) if results else []
     head = ["method", "keep", "kept model", "MB", *(f"ppl {c}" for c in corpora), *(f"excess {c}" for c in corpora)]
     head += ["seconds", "peak GB"]
@@ -72,16 +109,16 @@ def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], l
 def lines_by_mean_excess(
     results: Sequence[Mapping[str, Any]], methods: Sequence[str] = ()
 ) -> dict[str, list[Mapping[str, Any]]]:
-    """Return each method's results from its smallest size to its largest.
+    """Return the results of each method from its smallest size to its largest, without the dense model.
 
-    The first method is the one whose best size has the least mean excess over the texts.
+    Methods are sorted by the mean excess over the texts at their best size.
 
     Args:
-        results: As in ``results.json``; those of the dense model are left out.
-        methods: Which to return; all by default.
+        results: As in ``results.json``.
+        methods: Methods to return; all by default.
 
     Raises:
-        ValueError: A method that has no result.
+        ValueError: A method has no result.
     """
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in sorted(results, key=lambda row: row["keep"]["targeted"]):
@@ -89,24 +126,26 @@ def lines_by_mean_excess(
             lines.setdefault(row["method"], []).append(row)
     for name in methods:
         if name not in lines:
-            raise ValueError(f"the plot is to show {name!r}, which has no result: there are {', '.join(lines)}")
+            raise ValueError(f"no results of {name!r} to plot: expected one of {', '.join(lines)}")
     best = {name: min(map(_mean_excess, lines[name])) for name in methods or lines}
     return {name: lines[name] for name in sorted(best, key=best.__getitem__)}
 
 
 def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, methods: Sequence[str] = ()) -> Figure:
-    """Return a plot of the excess in nats on ``corpus`` against the kept fraction, one line a method.
+    """Return a plot of the excess in nats on ``corpus`` against the kept fraction, one line per method.
 
-    Lines bear their names at the end, which is where the largest size is.
+    The name of a method stands at the end of its line, at the largest size.
 
     Args:
         results: As in ``results.json``.
-        corpus: One of the texts that were scored.
-        methods: Which to show; all by default.
+        corpus: One of the scored texts.
+        methods: Methods to show; all by default.
 
     Raises:
-        ValueError: A method that has no result.
+        ValueError: A method has no result.
     """
+    from matplotlib.figure import Figure
+
     lines = lines_by_mean_excess(results, methods)
     figure = Figure(figsize=(7.2, max(4.2, 1.2 + 0.19 * len(lines))), layout="constrained")
     axes = figure.add_subplot()
@@ -130,7 +169,7 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
     if len(sizes) <= 8:
         axes.set_xticks(sizes, [percent(size) for size in sizes])
     axes.set_xlabel("kept fraction of the targeted parameters")
-    axes.set_ylabel("excess over the dense model in nats a token")
+    axes.set_ylabel("excess over the dense model in nats per token")
     axes.set_title(f"{corpus}: lower is better")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.yaxis.set_major_formatter("{x:g}")
@@ -140,15 +179,15 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
 
 
 def _name_lines(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
-    """Write the names of lines beside the axes, as near to where they end as they fit without touching."""
+    """Write the names of lines beside the axes, as close to their ends as they fit without overlap."""
     last = max(x for x, _ in ends.values())
-    # Whole ranks do not come to the very same fraction.
+    # Ranks are whole numbers, so kept fractions of one size differ slightly.
     outside = {name: end for name, end in ends.items() if end[0] > last - 0.02}
     heights = axes.transAxes.inverted().transform(axes.transData.transform(list(outside.values())))[:, 1]
     figure = axes.get_figure(root=True)
     assert figure is not None
     inches = figure.get_figheight() * axes.get_position().height
-    gap = min(_LINE / inches, 1 / max(1, len(outside) - 1))
+    gap = min(LABEL_HEIGHT / inches, 1 / max(1, len(outside) - 1))
     places = _spread(dict(zip(outside, heights, strict=True)), gap=gap)
     line: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.4, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
     for name, end in ends.items():
@@ -161,9 +200,9 @@ def _name_lines(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Ma
 
 
 def _spread(wanted: Mapping[str, float], *, gap: float) -> dict[str, float]:
-    """Return the places that are nearest to those wanted, all at least ``gap`` apart and in ``[0, 1]``."""
+    """Return the places in ``[0, 1]`` that are closest to ``wanted`` in least squares, at least ``gap`` apart."""
     order = sorted(wanted, key=lambda name: wanted[name])
-    # Less a gap for each one below, places only need not fall: a least-squares fit pools neighbours that would.
+    # After subtracting one gap per place below, this is isotonic regression: pool adjacent violators.
     pools: list[list[float]] = []
     for number, name in enumerate(order):
         pools.append([wanted[name] - number * gap])
@@ -177,13 +216,13 @@ def _spread(wanted: Mapping[str, float], *, gap: float) -> dict[str, float]:
 def write_comparison(
     folder: Path, results: Sequence[Mapping[str, Any]], *, command: str, plotted: Sequence[str] = ()
 ) -> None:
-    """Write ``results.json``, ``results.md`` and a plot for each corpus to ``folder``, each whole or not at all.
+    """Write ``results.json``, ``results.md`` and a plot per corpus to ``folder``, each file atomically.
 
     Args:
-        folder: Made if absent.
-        results: One a method and size.
-        command: What makes them again.
-        plotted: The methods that the plots show, of those that have a result so far; all by default.
+        folder: Created if absent.
+        results: One per method and size.
+        command: The command that makes them.
+        plotted: Methods in the plots, as far as they have results; all by default.
     """
     write_json(folder / "results.json", list(results))
     atomic_write(folder / "results.md", f"{comparison_table(results)}\n\nMade by `{command}`.\n")
@@ -195,21 +234,25 @@ def write_comparison(
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return the list in ``results.json`` of ``folder``, empty where there is none yet."""
+    """Return the list in ``results.json`` of ``folder``; empty if there is no such file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     path = folder / "results.json"
     if not path.exists():
         return []
     try:
         found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         if not all({"method", "keep", "excess", "seconds"} <= row.keys() for row in found):
-            raise ValueError("a row lacks what every result has")
+            raise ValueError("a row lacks the method, keep, excess or seconds")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} holds no comparison ({error}): delete it or name another folder") from None
     return found
 
 
 def _seconds(parts: Mapping[str, float | None]) -> str:
-    """Return the seconds from the dense model to the plan; a plus where some of them are not known."""
+    """Return the seconds from the dense model to the plan; a plus marks that a part of them is unknown."""
     spent = {name: part for name, part in parts.items() if name != "scores"}
     known = sum(part for part in spent.values() if part is not None)
     return f"{known:,.0f}{'+' if None in spent.values() else ''}"
@@ -220,50 +263,11 @@ def _mean_excess(row: Mapping[str, Any]) -> float:
     return sum(excess.values()) / max(1, len(excess))
 
 
-WIDTH, HEIGHT = 640, 360
-
-
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
-"""Margins of the plot, with the labels of its axes."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One method in a plot.
-
-    Args:
-        name: The method.
-        place: Its rank among all, by mean excess, from which its colour follows.
-        points: ``(x, y, what)`` of every size.
-    """
-
-    name: str
-    place: int
-    points: Sequence[tuple[float, float, str]]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """The excess on one text against the kept fraction.
-
-    Args:
-        corpus: The text.
-        lines: One a method.
-        xs: Labels of the x axis with their places.
-        ys: Labels of the y axis with theirs.
-    """
-
-    corpus: str
-    lines: Sequence[Line]
-    xs: Sequence[tuple[float, str]]
-    ys: Sequence[tuple[float, str]]
-
-
 def write_comparison_page(folder: Path, path: Path) -> Path:
     """Write the page of the comparison in ``folder`` to ``path`` and return the path.
 
     Raises:
-        ValueError: There are no results, or damaged ones.
+        ValueError: There are no results, or they are damaged.
     """
     return atomic_write(path, comparison_page(read_results(folder), title=f"Comparison in {folder.name}"))
 
@@ -273,13 +277,13 @@ def comparison_page(results: Sequence[Mapping[str, Any]], *, title: str) -> str:
 
     Args:
         results: As in ``results.json``.
-        title: Its heading.
+        title: Heading of the page.
 
     Raises:
         ValueError: There are no results.
     """
     if not results:
-        raise ValueError("the comparison has no results yet: run `lowrank compare` again, it goes on where it stopped")
+        raise ValueError("the comparison has no results yet: run `lowrank compare` again, it resumes")
     head, body = comparison_cells(results)
     lines = lines_by_mean_excess(results)
     corpora = results[0]["excess"] if lines else ()
@@ -324,7 +328,7 @@ def _plot(results: Mapping[str, Sequence[Mapping[str, Any]]], corpus: str) -> Pl
 def _ticks(low: float, high: float) -> list[float]:
     """Return round numbers from the last one at or below ``low`` to the first one at or above ``high``.
 
-    They are 1, 2 and 5 of every decade; where ``low`` is not positive, evenly spaced ones.
+    These are 1, 2 and 5 of every decade, or evenly spaced numbers if ``low`` is not positive.
 
     >>> _ticks(0.03, 0.4), _ticks(-0.1, 0.3)
     ([0.02, 0.05, 0.1, 0.2, 0.5], [-0.1, 0.0, 0.1, 0.2, 0.3])

@@ -1,7 +1,7 @@
-"""What was measured of a model besides its run, read back from the JSON files of other commands.
+"""Measurements of a model that other commands made, read back from their JSON files.
 
-What is special: a file is known by what it holds, not by its name. ``lowrank doctor`` and ``evaluate`` write such files
-with ``--json``, ``bench decode`` and ``prefill`` too, and scores on tasks come in the form of lm-evaluation-harness.
+A file is recognised by its content, not by its name: ``lowrank doctor``, ``evaluate``, ``bench decode`` and ``bench
+prefill`` write such files with ``--json``. Scores on tasks may also come from lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -16,16 +16,25 @@ from statistics import fmean
 from typing import Any
 
 from lowrank_pl.evaluate.paired import members
-from lowrank_pl.export.health.diagnosis import Diagnosis
+from lowrank_pl.export.health.diagnosis import Diagnosis, Health
 
-__all__ = ["Agreement", "Evidence", "Pass", "Speed", "TaskScores", "described", "read_evidence"]
+__all__ = [
+    "Agreement",
+    "Evidence",
+    "HealthCheck",
+    "ScoredText",
+    "Speed",
+    "TaskScores",
+    "TextScore",
+    "describe_protocol",
+    "health_word",
+    "read_evidence",
+]
 
 _log = logging.getLogger(__name__)
 
-
 MOST_BYTES = 2**24
-"""Of a file that is looked into unasked."""
-
+"""Largest file that is read without being named: model folders hold large JSON files of other kinds."""
 
 EXPECTED = (
     "expected what `lowrank doctor`, `lowrank evaluate` or `lowrank bench decode` write with --json, or the results of "
@@ -38,10 +47,10 @@ class TaskScores:
     """Scores of one model on tasks.
 
     Args:
-        source: Name of the file, without its ending.
-        model: What the file calls the model; empty where it doesn't say.
-        figures: Value and standard error, NaN where there is none, by task and metric.
-        grouped: Those of them that stand in a group.
+        source: Name of the file, without its extension.
+        model: The model's name in the file; empty if the file names none.
+        figures: Value and standard error by task and metric; the error is NaN if it is unknown.
+        grouped: Tasks and groups that belong to another group.
 
     Example:
         >>> scores = TaskScores("a", "", {"piqa": {"acc": (0.6, 0.1)}, "boolq": {"acc": (0.5, math.nan)}})
@@ -56,52 +65,80 @@ class TaskScores:
 
     @property
     def mean_accuracy(self) -> float | None:
-        """The mean of ``acc`` over the tasks and groups that are in no other group; None unless every one has it."""
+        """The mean of ``acc`` over the top-level tasks and groups; None unless every one of them has ``acc``."""
         own = [metrics for task, metrics in self.figures.items() if task not in self.grouped]
         found = [metrics["acc"][0] for metrics in own if "acc" in metrics]
         return fmean(found) if found and len(found) == len(own) else None
 
 
 @dataclass(frozen=True)
-class Pass:
-    """A score of ``lowrank evaluate``.
+class ScoredText:
+    """A text that a model was scored on.
 
     Args:
-        source: Name of the file, without its ending.
-        model: What was scored.
-        text: On what text.
-        sequences: How many sequences.
+        name: The text, as it was named to the command.
+        sequences: Number of sequences.
         length: Tokens of a sequence.
-        dtype: Type of the weights.
+    """
+
+    name: str
+    sequences: int
+    length: int
+
+    def __str__(self) -> str:
+        """Return the text in words."""
+        return f"{self.name}, {self.sequences} sequences of {self.length} tokens"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of the compressed model's predictions with the dense model's.
+
+    Args:
+        kl: KL(dense || compressed), in nats per token.
+        agreement: Fraction of tokens on which both models have the same most likely token.
+        tokens: Number of predicted tokens.
+        text: The text, in words.
+    """
+
+    kl: float
+    agreement: float
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Perplexity of a model on a text, as ``lowrank evaluate`` measured it.
+
+    Args:
+        source: Name of the file, without its extension.
+        model: The model, as it was named to the command.
+        dtype: Type of its weights.
+        text: The text.
         perplexity: Perplexity.
-        tokens_per_second: Predicted tokens in a second, scoring; None beside a reference, where nothing is timed.
-        kl: KL(reference || model) in nats a token; None without a reference.
-        agreement: Fraction of tokens for which both find the same one most likely; likewise.
-        tokens: Predicted tokens.
+        tokens_per_second: Predicted tokens per second; None with a reference, since nothing is timed then.
+        agreement: Agreement with the reference; None without one.
     """
 
     source: str
     model: str
-    text: str
-    sequences: int
-    length: int
     dtype: str
+    text: ScoredText
     perplexity: float
     tokens_per_second: float | None = None
-    kl: float | None = None
-    agreement: float | None = None
-    tokens: int = 0
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a model was.
+    """Speed of a model.
 
     Args:
-        model: Which model.
-        tokens_per_second: Tokens in a second.
-        how: How that was measured.
-        ratio: Times as fast as the dense model beside it.
+        model: The model, or the storage form that was measured.
+        tokens_per_second: Tokens per second.
+        how: The command, the machine and the settings.
+        ratio: Speed relative to the dense model; None if the dense model was not timed.
     """
 
     model: str
@@ -111,106 +148,107 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How far predictions are from the dense model's.
+class HealthCheck:
+    """Health of the exported model.
 
     Args:
-        kl: KL(dense || model) in nats a token.
-        agreement: Fraction of tokens for which both find the same one most likely.
-        tokens: On how many tokens.
-        how: On what text.
+        diagnosis: The findings.
+        checked_by: The command that made them.
+        thorough: Whether that was ``lowrank doctor``, which also scores the model beside its base.
+        stale: Whether the weights were written after the check.
     """
 
-    kl: float
-    agreement: float
-    tokens: int
-    how: str
+    diagnosis: Diagnosis
+    checked_by: str
+    thorough: bool = False
+    stale: bool = False
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that other commands have measured.
+    """Everything that other commands measured of one model.
 
     Args:
-        diagnosis: What ``lowrank doctor`` found, or the checks that need no text.
-        checked_by: Who made the diagnosis.
-        thorough: Whether it was ``lowrank doctor``.
-        stale: Whether weights were written after it.
+        model: Folder of the model; None if nothing was exported.
+        health: Findings of ``lowrank doctor``, or of the checks that need no text; None if nothing was checked.
         tasks: Scores on tasks.
-        passes: Perplexities.
+        texts: Perplexities.
         speeds: Speeds.
-        model: Folder of the model that all this is about; None where there is none.
     """
 
-    diagnosis: Diagnosis | None = None
-    checked_by: str = ""
-    thorough: bool = False
-    stale: bool = False
-    tasks: tuple[TaskScores, ...] = ()
-    passes: tuple[Pass, ...] = ()
-    speeds: tuple[Speed, ...] = ()
     model: Path | None = None
+    health: HealthCheck | None = None
+    tasks: tuple[TaskScores, ...] = ()
+    texts: tuple[TextScore, ...] = ()
+    speeds: tuple[Speed, ...] = ()
 
     @property
-    def own_passes(self) -> list[Pass]:
-        """Those of the passes that were over the model itself."""
+    def own_texts(self) -> list[TextScore]:
+        """The scores of ``model`` itself, without those of its base and of other models."""
         here = self.model and self.model.resolve()
-        return [one for one in self.passes if Path(one.model).resolve() == here]
+        return [score for score in self.texts if Path(score.model).resolve() == here]
 
     @property
-    def divergence(self) -> Agreement | None:
-        """The doctor's, where it had the dense model beside this one, or else that of ``lowrank evaluate``."""
-        found = [finding.figures for finding in self.diagnosis.findings] if self.diagnosis else []
-        figures = next((one for one in found if {"kl", "agreement", "tokens"} <= one.keys()), None)
-        if figures is None or self.diagnosis is None:
-            for one in self.own_passes:
-                if one.kl is not None and one.agreement is not None:
-                    return Agreement(one.kl, one.agreement, one.tokens, described(vars(one)))
-            return None
-        how = described(self.diagnosis.protocol) or "the text of `lowrank doctor`"
-        return Agreement(float(figures["kl"]), float(figures["agreement"]), int(figures["tokens"]), how)
+    def agreement(self) -> Agreement | None:
+        """Agreement with the dense model: measured by ``lowrank doctor``, or else by ``lowrank evaluate``."""
+        if self.health is not None:
+            diagnosis = self.health.diagnosis
+            for figures in (finding.figures for finding in diagnosis.findings):
+                if {"kl", "agreement", "tokens"} <= figures.keys():
+                    text = describe_protocol(diagnosis.protocol) or "the text of `lowrank doctor`"
+                    return Agreement(float(figures["kl"]), float(figures["agreement"]), int(figures["tokens"]), text)
+        return next((score.agreement for score in self.own_texts if score.agreement is not None), None)
 
 
-def described(protocol: Mapping[str, Any]) -> str:
-    """Return in words what was scored on; nothing where the protocol does not say.
+def health_word(health: Health) -> str:
+    """Return the word for a health; files of ``lowrank doctor`` store ``sick`` for a broken model.
 
-    >>> described({"text": "a.txt", "windows": 8, "length": 512})
+    >>> health_word("sick"), health_word("warning")
+    ('broken', 'warning')
+    """
+    return "broken" if health == "sick" else health
+
+
+def describe_protocol(protocol: Mapping[str, Any]) -> str:
+    """Return the scored text of a protocol in words; empty if the protocol names none.
+
+    >>> describe_protocol({"text": "a.txt", "windows": 8, "length": 512})
     'a.txt, 8 sequences of 512 tokens'
     """
     if not {"text", "windows", "length"} <= protocol.keys():
         return str(protocol.get("text", ""))
-    return f"{protocol['text']}, {protocol['windows']} sequences of {protocol['length']} tokens"
+    return str(ScoredText(protocol["text"], protocol["windows"], protocol["length"]))
 
 
 def read_evidence(
     named: Iterable[Path], found: Iterable[Path] = (), *, model: Path | None = None, written: float = 0.0
 ) -> Evidence:
-    """Return what the files say together; of several files of ``lowrank doctor`` the last one counts.
+    """Return the measurements in the files; the last file of ``lowrank doctor`` counts.
 
     Args:
-        named: Files that must hold scores.
-        found: Files that may, which come before these; what else they hold is logged and left out.
-        model: Folder of the model that they are about.
-        written: When the weights were written, as ``stat`` gives it; an older diagnosis is stale.
+        named: Files that must hold measurements.
+        found: Files that may hold measurements, read before ``named``; other content is logged and skipped.
+        model: Folder of the model that the files describe.
+        written: Modification time of the weights, as ``stat`` gives it; an older diagnosis is stale.
 
     Raises:
-        ValueError: A named file is absent or holds no scores; the message says what is expected.
+        ValueError: A named file is missing or holds no measurements; the message says what is expected.
     """
-    whole = Evidence(model=model)
+    evidence = Evidence(model)
     named = list(named)
     seen = {path.resolve() for path in named}
     for path in found:
         if path.resolve() not in seen:
             try:
-                whole = _with(whole, path, _values(path, limit=MOST_BYTES), written)
+                evidence = _add_file(evidence, path, _read_json(path, limit=MOST_BYTES), written)
             except ValueError as error:
                 _log.info("left out of the report: %s", error)
     for path in named:
-        whole = _with(whole, path, _values(path), written)
-    return whole
+        evidence = _add_file(evidence, path, _read_json(path), written)
+    return evidence
 
 
-def _values(path: Path, *, limit: int | None = None) -> dict[str, Any]:
+def _read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no file {str(path)!r}: {EXPECTED}")
     if limit is not None and path.stat().st_size > limit:
@@ -224,59 +262,62 @@ def _values(path: Path, *, limit: int | None = None) -> dict[str, Any]:
     return values
 
 
-def _with(whole: Evidence, path: Path, values: dict[str, Any], written: float) -> Evidence:
-    """Return ``whole`` with what one file says."""
-    parts = _parts(whole, path, values, written)
-    # The figures that `lowrank fit` writes with --json are the run's own summary.
-    if not parts and "facts" not in values:
-        raise ValueError(f"{path} holds no scores: {EXPECTED}")
-    return replace(whole, **parts)
-
-
-def _parts(whole: Evidence, path: Path, values: dict[str, Any], written: float) -> dict[str, Any]:
+def _add_file(evidence: Evidence, path: Path, values: dict[str, Any], written: float) -> Evidence:
+    """Return ``evidence`` with the measurements of one file."""
     try:
-        if isinstance(values.get("findings"), dict):
-            changed = path.stat().st_mtime
-            by = f"lowrank doctor, {path.name}"
-            return {
-                "diagnosis": Diagnosis.from_dict(values), "checked_by": by, "thorough": True, "stale": changed < written
-            }  # fmt: skip
-        if isinstance(values.get("results"), dict):
-            return {"tasks": (*whole.tasks, _tasks(path.stem, values))}
-        if "model" in values and (isinstance(values.get("texts"), dict) or isinstance(values.get("tasks"), dict)):
-            return _evaluated(whole, path.stem, values)
-        if isinstance(values.get("rows"), list):
-            return {"speeds": (*whole.speeds, *_speeds(values))}
-        if {"model", "text", "perplexity", "tokens_per_second"} <= values.keys():
-            return {"passes": (*whole.passes, _pass(path.stem, values, values))}
+        changes = _changes(evidence, path, values, written)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {EXPECTED}") from None
+    # What `lowrank fit` writes with --json is the run's own summary, which is read elsewhere.
+    if not changes and "facts" not in values:
+        raise ValueError(f"{path} holds no scores: {EXPECTED}")
+    return replace(evidence, **changes)
+
+
+def _changes(evidence: Evidence, path: Path, values: dict[str, Any], written: float) -> dict[str, Any]:
+    """Return the fields of ``evidence`` that a file changes; none if its content is of another kind."""
+    if isinstance(values.get("findings"), dict):
+        stale = path.stat().st_mtime < written
+        diagnosis = Diagnosis.from_dict(values)
+        return {"health": HealthCheck(diagnosis, f"lowrank doctor, {path.name}", thorough=True, stale=stale)}
+    if isinstance(values.get("results"), dict):
+        return {"tasks": (*evidence.tasks, _task_scores(path.stem, values))}
+    if "model" in values and (isinstance(values.get("texts"), dict) or isinstance(values.get("tasks"), dict)):
+        return _changes_by_evaluate(evidence, path.stem, values)
+    if isinstance(values.get("rows"), list):
+        return {"speeds": (*evidence.speeds, *_speeds(values))}
+    if {"model", "text", "perplexity", "tokens_per_second"} <= values.keys():
+        return {"texts": (*evidence.texts, _text_score(path.stem, values, values))}
     return {}
 
 
-def _evaluated(whole: Evidence, source: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file of ``lowrank evaluate`` says: of each text, and of tasks for the model and its reference."""
-    parts: dict[str, Any] = {}
+def _changes_by_evaluate(evidence: Evidence, source: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changed fields for a file of ``lowrank evaluate``: texts, and tasks of the model and its reference."""
+    changes: dict[str, Any] = {}
     if texts := values.get("texts"):
-        parts["passes"] = (*whole.passes, *(_pass(source, values, one) for one in texts.values()))
+        changes["texts"] = (*evidence.texts, *(_text_score(source, values, one) for one in texts.values()))
     if tasks := values.get("tasks"):
         names = {"model": values["model"], "reference": values.get("reference")}
-        found = [_tasks(source, {**tasks[who], "model_name": name}) for who, name in names.items() if who in tasks]
-        # In a table of tasks they stand side by side.
-        beside = [replace(one, source="dense") for one in found[1:]]
-        parts["tasks"] = (*whole.tasks, *beside, *found[:1])
-    return parts
+        scores = [
+            _task_scores(source, {**tasks[who], "model_name": name}) for who, name in names.items() if who in tasks
+        ]
+        # The reference comes first: the table of tasks has one column per entry.
+        reference = [replace(one, source="dense") for one in scores[1:]]
+        changes["tasks"] = (*evidence.tasks, *reference, *scores[:1])
+    return changes
 
 
-def _pass(source: str, whole: Mapping[str, Any], text: Mapping[str, Any]) -> Pass:
-    beside = text.get("divergence") or {}
-    return Pass(
-        source, whole["model"], text["text"], text["windows"], text["length"], whole["dtype"], text["perplexity"],
-        text.get("tokens_per_second"), beside.get("kl"), beside.get("agreement"), text.get("tokens", 0),
-    )  # fmt: skip
+def _text_score(source: str, file: Mapping[str, Any], score: Mapping[str, Any]) -> TextScore:
+    text = ScoredText(score["text"], score["windows"], score["length"])
+    found = score.get("divergence") or {}
+    agreement = None
+    if {"kl", "agreement"} <= found.keys():
+        agreement = Agreement(found["kl"], found["agreement"], score.get("tokens", 0), str(text))
+    speed = score.get("tokens_per_second")
+    return TextScore(source, file["model"], file["dtype"], text, score["perplexity"], speed, agreement)
 
 
-def _tasks(source: str, values: Mapping[str, Any]) -> TaskScores:
+def _task_scores(source: str, values: Mapping[str, Any]) -> TaskScores:
     figures: dict[str, dict[str, tuple[float, float]]] = {}
     grouped, groups = members(values), values.get("group_subtasks") or {}
     for task, metrics in values["results"].items():
@@ -285,13 +326,9 @@ def _tasks(source: str, values: Mapping[str, Any]) -> TaskScores:
             continue
         for key, value in metrics.items():
             metric, _, kind = str(key).partition(",")
-            # Beside the metrics lm-eval notes how many rows there are.
-            if (
-                metric == "sample_len"
-                or metric.endswith("_stderr")
-                or isinstance(value, bool)
-                or not isinstance(value, int | float)
-            ):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            # lm-eval stores the number of rows beside the metrics.
+            if not is_number or metric == "sample_len" or metric.endswith("_stderr"):
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}" if kind else f"{metric}_stderr")
             name = metric if kind in ("", "none") else f"{metric} ({kind})"
@@ -310,7 +347,7 @@ def _speeds(values: Mapping[str, Any]) -> list[Speed]:
         what = row["storage"] if row["storage"] == "dense" else f"{row['storage']}, keep {row['keep']:g}"
         how = (
             f"lowrank bench {row['case']} on {place}: {row['dtype']}, batch {row['batch']}, {row['length']} tokens, "
-            "layers of random numbers, every layer at the same keep"
+            "random weights, the same keep in every layer"
         )
         speeds.append(Speed(f"{row['base']}, {what}", float(row["tokens_per_second"]), how, row.get("ratio_to_dense")))
     return speeds

@@ -40,7 +40,7 @@ from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.model_card import model_card, refresh_card
 from lowrank_pl.report.page import write_page
 from lowrank_pl.report.rank_map import rank_map
-from lowrank_pl.report.run_record import read_run
+from lowrank_pl.report.run_record import Exported, RunRecord, read_run
 from lowrank_pl.report.scores import Row, row_table, write_summary
 from lowrank_pl.utils.environment import command_line, describe_machine
 from lowrank_pl.utils.files import write_json
@@ -188,10 +188,8 @@ def export_plan(
         compressed(model, plan, factors, **where) if put_back else nullcontext(compress(model, plan, factors, **where))
     ):
         plan = deployed_plan(model, plan)
-        card = model_card(
-            plan, (), base=plan.named_base, command=command_line(), merged=merge,
-            own_code=base_class(model) is None,
-        )  # fmt: skip
+        exported = Exported(Path(directory), merged=merge, own_code=base_class(model) is None)
+        card = model_card(RunRecord(exported.folder, plan, exported, command=command_line()))
         return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge), plan
 
 
@@ -244,7 +242,7 @@ def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
         machine=describe_machine(device), tokens_per_second=table.rates, verified=report.verified,
     )  # fmt: skip
     # The export has just been checked: its weights need not be read again for that.
-    record = read_run(run, look=False)
+    record = read_run(run, check=False)
     refresh_card(record)
     write_page(record, run / "report.html")
     return Finished(table.rows, samples, report)

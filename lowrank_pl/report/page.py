@@ -1,7 +1,7 @@
-"""The page of a run: one HTML file that answers, at a glance and without a network, whether to ship this model.
+"""The page of a run: one HTML file that shows, without a network, whether the model is fit for use.
 
-What is special: nothing is loaded from anywhere, which a content security policy in the page enforces, and all that
-comes from files is escaped. Without JavaScript only the line under the rank map is missing.
+The page loads nothing, which its content security policy enforces, and all text from files is escaped. Without
+JavaScript only the line below the rank map is missing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lowrank_pl.methods.masks.registry import paper_of
-from lowrank_pl.report import page_cells as page_modules
-from lowrank_pl.report.evidence import Speed, described
-from lowrank_pl.report.model_card import grouped_notes, load_code, task_lines, times, with_error
-from lowrank_pl.report.page_cells import Cell, cells, grid, read_spectra, spectrum_groups
+from lowrank_pl.report.evidence import Speed, describe_protocol, health_word
+from lowrank_pl.report.model_card import grouped_notes, load_code, score_with_error, speedup, task_rows
+from lowrank_pl.report.page_cells import HEIGHT, WIDTH, Cell, cells, grid, read_spectra, spectrum_groups
 from lowrank_pl.report.run_record import RunRecord
 from lowrank_pl.utils.files import atomic_write
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity
@@ -30,18 +29,18 @@ from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity
 __all__ = ["render", "run_page", "write_page"]
 
 WIDE = 48
-"""Blocks beyond which cells of the rank map have no room for numbers."""
+"""Blocks beyond which the cells of the rank map have no room for numbers."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One of the figures at the top.
+    """One of the figures at the top of the page.
 
     Args:
-        label: What it is.
+        label: Name of the figure.
         value: The figure.
-        note: What it stands beside, or how it was measured.
-        state: ``healthy``, ``warning``, ``sick`` or nothing, for the colour.
+        note: A figure to compare with, or how it was measured.
+        state: ``healthy``, ``warning``, ``broken`` or empty; sets the colour.
     """
 
     label: str
@@ -52,13 +51,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Bar:
-    """Dense against kept parameters of some modules.
+    """Dense and kept parameters of a group of layers.
 
     Args:
-        label: Which.
-        dense: Parameters before.
-        kept: Parameters after.
-        most: The largest ``dense`` beside it, for the scale.
+        label: Name of the group.
+        dense: Parameters before the compression.
+        kept: Parameters after it.
+        most: Largest ``dense`` of the chart, for the scale.
     """
 
     label: str
@@ -68,7 +67,7 @@ class Bar:
 
 
 def write_page(record: RunRecord, path: Path) -> Path:
-    """Write the page of a run to ``path``, whole or not at all, and return the path."""
+    """Write the page of a run to ``path``, atomically, and return the path."""
     return atomic_write(path, run_page(record))
 
 
@@ -78,39 +77,42 @@ def run_page(record: RunRecord) -> str:
     spectra, about_spectra = read_spectra(plan)
     shown = cells(plan, spectra)
     blocks, rows = grid(shown)
+    place = "PATH_OR_ID" if record.exported is None else str(record.exported.folder)
     return render(
         "run.html",
-        title=f"{_short(record.base)}, {percent(plan.keep_targeted)} kept",
+        title=f"{_short_name(record.base)}, {percent(plan.keep_targeted)} kept",
         record=record,
         plan=plan,
+        summary=record.summary,
+        evidence=record.evidence,
         tiles=_tiles(record),
         about=_about(record),
-        protocol=described(record.facts.get("protocol", {})),
-        tasks=task_lines(record.evidence.tasks),
-        speeds=_by_how(record.speeds),
-        modules=shown,
+        protocol=describe_protocol(record.summary.facts.get("protocol", {})),
+        tasks=task_rows(record.evidence.tasks),
+        speeds=_by_measurement(record.speeds),
+        cells=shown,
         blocks=blocks,
         grid=rows,
         compact=len(blocks) > WIDE,
-        spectra=spectrum_groups(plan, shown, spectra),
+        spectra=spectrum_groups(shown, spectra),
         about_spectra=about_spectra,
         by_kind=_bars({kind: [cell for cell in row if cell] for kind, row in rows.items()}),
         by_block=_bars(_by_block(shown)),
         notes=grouped_notes(plan),
-        load=load_code(str(record.model or "PATH_OR_ID"), merged=record.merged, own_code=record.own_code),
+        load=load_code(place, merged=record.merged, own_code=record.own_code),
         origin={key: value for key, value in plan.origin.items() if key != "store"},
         paper=paper_of(plan.method),
-        WIDTH=page_modules.WIDTH,
-        HEIGHT=page_modules.HEIGHT,
+        WIDTH=WIDTH,
+        HEIGHT=HEIGHT,
     )
 
 
 def render(template: str, **values: Any) -> str:
-    """Return one of the package's templates as a page: everything in ``values`` is escaped.
+    """Return the page of a template; every value is escaped.
 
     Args:
-        template: Its file in ``templates``.
-        **values: What it shows.
+        template: File in ``templates``.
+        **values: Variables of the template.
     """
     environment = _environment()
     source, _, _ = PackageLoader("lowrank_pl.report").get_source(environment, "page.js")
@@ -131,16 +133,17 @@ def _environment() -> Environment:
         "percent": percent,
         "megabytes": megabytes,
         "perplexity": rounded_perplexity,
-        "times": times,
-        "with_error": lambda found: "-" if found is None else with_error(*found),
+        "speedup": speedup,
+        "score": lambda score: "-" if score is None else score_with_error(*score),
         "brief": brief,
+        "health_word": health_word,
         "signed": lambda value: f"{value:+.3f}",
     }
     return environment
 
 
 def visible(value: Any) -> Any:
-    r"""Return text without characters that HTML can't hold or nobody sees; anything else as it is.
+    r"""Return text with control characters made visible, since HTML can't hold them; other values unchanged.
 
     >>> visible("a\x00b\x1b[1m")
     'a␀b␛[1m'
@@ -167,11 +170,11 @@ def brief(count: float) -> str:
     return f"{count:.3g}"
 
 
-def _short(base: str) -> str:
+def _short_name(base: str) -> str:
     return base.removeprefix("package:").rstrip("/").rsplit("/", 1)[-1]
 
 
-def _by_how(speeds: Sequence[Speed]) -> dict[str, list[Speed]]:
+def _by_measurement(speeds: Sequence[Speed]) -> dict[str, list[Speed]]:
     groups: dict[str, list[Speed]] = {}
     for speed in speeds:
         groups.setdefault(speed.how, []).append(speed)
@@ -180,107 +183,105 @@ def _by_how(speeds: Sequence[Speed]) -> dict[str, list[Speed]]:
 
 def _tiles(record: RunRecord) -> list[Tile]:
     plan = record.plan
-    before, after = plan.dense_bytes, record.bytes_on_disk
-    size = plan.bytes if after is None else after
-    where = "on disk" if after is not None else "of parameters"
-    saved = f"before {megabytes(before)}; {percent(plan.keep_model)} of the whole model's parameters"
-    if record.merged:
-        saved += " as factors, here merged into dense weights"
-    kept = f"of the targeted layers' parameters; asked {percent(plan.keep)}"
+    kept = f"of the targeted layers' parameters; {percent(plan.keep)} requested"
     tiles = [
-        _verdict(record),
-        *_main_score(record),
-        Tile(f"Size {where}", megabytes(size), saved),
+        _health_tile(record),
+        *_perplexity_tile(record),
+        _size_tile(record),
         Tile("Kept", percent(plan.keep_targeted), kept),
     ]
-    found = record.evidence.divergence
-    if found is not None:
-        note = f"of tokens have the same most likely next one; KL {found.kl:.3f} nats"
-        tiles.append(Tile("Agrees with its base", percent(found.agreement), note))
+    agreement = record.evidence.agreement
+    if agreement is not None:
+        note = f"of tokens have the same most likely next token; KL {agreement.kl:.3f} nats"
+        tiles.append(Tile("Agreement with its base", percent(agreement.agreement), note))
     own = {speed.model: speed for speed in record.speeds}.get("learned")
     if own is not None:
-        beside = f"scoring; {times(own.ratio)} the dense model" if own.ratio else "scoring"
-        tiles.append(Tile("Speed", f"{own.tokens_per_second:,.0f} tokens/s", beside))
-    tiles += _task_tile(record)
-    return tiles
+        note = f"while scoring; {speedup(own.ratio)} the dense model" if own.ratio else "while scoring"
+        tiles.append(Tile("Speed", f"{own.tokens_per_second:,.0f} tokens/s", note))
+    return tiles + _task_tile(record)
+
+
+def _size_tile(record: RunRecord) -> Tile:
+    plan, on_disk = record.plan, record.bytes_on_disk
+    size, where = (plan.bytes, "of parameters") if on_disk is None else (on_disk, "on disk")
+    note = f"{megabytes(plan.dense_bytes)} before; {percent(plan.keep_model)} of the whole model's parameters"
+    if record.merged:
+        note += " as factors, which are merged into dense weights here"
+    return Tile(f"Size {where}", megabytes(size), note)
 
 
 def _task_tile(record: RunRecord) -> list[Tile]:
-    """Return the mean accuracies: that of the model itself where a file says whose it is, else all."""
+    """Return the mean accuracy of the model itself if a file names it, else the mean accuracies of all files."""
     found = [one for one in record.evidence.tasks if one.mean_accuracy is not None]
-    here = record.model and record.model.resolve()
+    here = record.exported and record.exported.folder.resolve()
     own = [one for one in found if one.model and Path(one.model).resolve() == here] or found
     if not own:
         return []
-    rest = [f"{one.source} {one.mean_accuracy:.3f}" for one in found if one not in own]
-    note = ", ".join(one.source for one in own)
-    return [
-        Tile("Mean accuracy on tasks", ", ".join(f"{one.mean_accuracy:.3f}" for one in own), "; ".join([note, *rest]))
-    ]
+    others = [f"{one.source} {one.mean_accuracy:.3f}" for one in found if one not in own]
+    note = "; ".join([", ".join(one.source for one in own), *others])
+    return [Tile("Mean accuracy on tasks", ", ".join(f"{one.mean_accuracy:.3f}" for one in own), note)]
 
 
-def _verdict(record: RunRecord) -> Tile:
-    evidence = record.evidence
-    found = evidence.diagnosis
-    if found is None:
-        return Tile(
-            "Health", "Not checked", "nothing was looked at" if record.model else "no model is exported", "warning"
-        )
-    warned = ", ".join(finding.name for finding in found.named("warning"))
-    sick = ", ".join(finding.name for finding in found.named("sick"))
-    words = {
-        "healthy": "Healthy" if evidence.thorough else "No damage found",
-        "warning": "Healthy, with warnings" if evidence.thorough else "Warnings",
-        "sick": "Sick",
+def _health_tile(record: RunRecord) -> Tile:
+    health = record.evidence.health
+    if health is None:
+        return Tile("Health", "Not checked", "no model is exported" if record.exported is None else "", "warning")
+    verdicts = {
+        "healthy": "Healthy" if health.thorough else "No damage found",
+        "warning": "Healthy, with warnings" if health.thorough else "Warnings",
+        "broken": "Broken",
     }
-    note = f"by {evidence.checked_by}"
-    note = f"on {sick or warned}, {note}" if sick or warned else note
-    if evidence.stale:
+    diagnosis = health.diagnosis
+    word = health_word(diagnosis.health)
+    # The checks that decided the verdict: the broken ones, or else the warnings.
+    named = ", ".join(finding.name for finding in diagnosis.named("sick") or diagnosis.named("warning"))
+    note = f"{named}; checked by {health.checked_by}" if named else f"checked by {health.checked_by}"
+    if health.stale:
         return Tile(
-            "Health", "Out of date", f"{words[found.health].lower()} {note}, before the weights were written", "warning"
+            "Health", "Out of date", f"{verdicts[word]} before the weights were last written: {note}", "warning"
         )
-    return Tile("Health", words[found.health], note, found.health)
+    return Tile("Health", verdicts[word], note, word)
 
 
-def _main_score(record: RunRecord) -> list[Tile]:
-    row, dense = record.row, record.dense
+def _perplexity_tile(record: RunRecord) -> list[Tile]:
+    """Return the perplexity from the run's own table, or else from ``lowrank doctor`` or ``lowrank evaluate``."""
+    row, dense = record.learned, record.dense
     if row is not None and row.perplexity is not None:
         before = "" if dense is None or dense.perplexity is None else f"dense {rounded_perplexity(dense.perplexity)}; "
-        excess = "" if row.excess_nats is None else f"{row.excess_nats:+.3f} nats a token"
+        excess = "" if row.excess_nats is None else f"{row.excess_nats:+.3f} nats per token"
         return [Tile("Perplexity", rounded_perplexity(row.perplexity), f"{before}{excess}")]
-    found = record.evidence.diagnosis
-    for finding in found.findings if found else ():
-        if "dense_perplexity" in finding.figures:
-            figures = finding.figures
-            note = (
-                f"dense {rounded_perplexity(figures['dense_perplexity'])}; {figures['excess_nats']:+.3f} nats a token"
-            )
+    health = record.evidence.health
+    for finding in health.diagnosis.findings if health else ():
+        figures = finding.figures
+        if "dense_perplexity" in figures:
+            excess = f"{figures['excess_nats']:+.3f} nats per token"
+            note = f"dense {rounded_perplexity(figures['dense_perplexity'])}; {excess}"
             return [Tile("Perplexity", rounded_perplexity(figures["perplexity"]), note)]
     return [
-        Tile("Perplexity", rounded_perplexity(one.perplexity), f"on {one.text}")
-        for one in record.evidence.own_passes[:1]
+        Tile("Perplexity", rounded_perplexity(score.perplexity), f"on {score.text.name}")
+        for score in record.evidence.own_texts[:1]
     ]
 
 
 def _about(record: RunRecord) -> dict[str, str]:
-    """Return what the model is, in pairs."""
-    plan = record.plan
-    said = {
-        "Calibrated on": described(plan.origin.get("calibration", {})),
-        "Scored on": described(record.facts.get("protocol", {})),
-        "Weights": f"{plan.origin.get('dtype', '')} {_forms(record)}".strip(),
+    """Return the facts below the tiles."""
+    plan, facts = record.plan, record.summary.facts
+    about = {
+        "Calibrated on": describe_protocol(plan.origin.get("calibration", {})),
+        "Scored on": describe_protocol(facts.get("protocol", {})),
+        "Weights": f"{plan.origin.get('dtype', '')} {_storage_counts(record)}".strip(),
         "Date": f"{record.written:%Y-%m-%d %H:%M}",
-        "Made with": ", ".join(f"{name} {number}" for name, number in record.facts.get("versions", {}).items()),
+        "Made with": ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items()),
     }
-    return {key: value for key, value in said.items() if value}
+    return {key: value for key, value in about.items() if value}
 
 
-def _forms(record: RunRecord) -> str:
+def _storage_counts(record: RunRecord) -> str:
     plan = record.plan
     pivoted, dense = len(plan.pivoted_modules), len(plan.dense_modules)
     counts = {"pivoted": pivoted, "as two factors": len(plan.modules) - pivoted - dense, "dense": dense}
-    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"({said}{'; merged' if record.merged else ''})"
+    parts = ", ".join(f"{count} {form}" for form, count in counts.items() if count)
+    return f"({parts}{'; merged' if record.merged else ''})"
 
 
 def _by_block(shown: Sequence[Cell]) -> dict[str, list[Cell]]:

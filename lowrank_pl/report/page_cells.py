@@ -1,4 +1,4 @@
-"""What the page of a run shows of each module: its rank in words, its place in the rank map, its spectrum."""
+"""The linear layers on the page of a run: rank in words, cell of the rank map, drawn spectrum."""
 
 from __future__ import annotations
 
@@ -17,66 +17,95 @@ from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.storage import Storage
 from lowrank_pl.utils.formatting import block_and_kind, percent
 
-__all__ = ["Cell", "Drawing", "SpectrumGroup", "cells", "grid", "read_spectra", "spectrum_groups"]
+__all__ = ["HEIGHT", "WIDTH", "Cell", "Drawing", "SpectrumGroup", "cells", "grid", "read_spectra", "spectrum_groups"]
 
 _log = logging.getLogger(__name__)
 
-
 WIDTH, HEIGHT = 120.0, 60.0
-"""Of a drawn spectrum, in its own units."""
-
+"""Size of a drawn spectrum, in units of its own view box."""
 
 POINTS = 32
-"""Of a drawn spectrum, about: more show no more at that size."""
-
+"""Approximate points of a drawn spectrum; more are not visible at that size."""
 
 DECADES = 6.0
-"""Below the largest singular value, where drawing ends: what is smaller is rounding."""
+"""Range of a drawn spectrum below the largest singular value; smaller values are rounding errors."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One module of the rank map.
+    """One linear layer in the rank map.
 
     Args:
-        number: Its place in the plan.
-        name: Its name.
-        block: Its block; None outside any.
-        kind: Its path within the block.
-        shape: ``(out, in)``.
-        rank: Kept components; None is dense.
-        kept: Kept fraction of its parameters, indices of pivots included.
-        parameters: Numbers that it takes.
-        bytes: Bytes that these take.
-        storage: ``dense``, ``factored`` or ``pivoted``.
-        fell_back: Whether it is stored as two factors only because pivots would not have been accurate.
-        any_k: Whether the kept components are not the first ones.
-        lost: Fraction of the sum of squared singular values that was cut; None where the spectrum is gone.
+        number: Position in the plan.
+        name: Name of the layer.
+        module: Its entry in the plan.
+        bytes_per_parameter: Bytes of one stored number.
+        fell_back: Whether it is stored as two factors because pivoted storage would be inaccurate.
+        lost: Fraction of the spectral energy (sum of squared singular values) that was cut; None if the spectrum is
+            not available.
     """
 
     number: int
     name: str
-    block: int | None
-    kind: str
-    shape: tuple[int, int]
-    rank: int | None
-    kept: float
-    parameters: int
-    bytes: int
-    storage: str
+    module: ModulePlan
+    bytes_per_parameter: int
     fell_back: bool
-    any_k: bool
     lost: float | None
 
     @property
+    def block(self) -> int | None:
+        """Index of its decoder block; None outside the blocks."""
+        return block_and_kind(self.name)[0]
+
+    @property
+    def kind(self) -> str:
+        """Its path within the block."""
+        return block_and_kind(self.name)[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.module.shape
+
+    @property
+    def rank(self) -> int | None:
+        """Kept components; None if the layer is dense."""
+        return self.module.rank
+
+    @property
     def full_rank(self) -> int:
-        """The most components that there are."""
+        """Components of the dense weight."""
         return min(self.shape)
+
+    @property
+    def parameters(self) -> int:
+        """Stored numbers, indices of pivots included."""
+        return self.module.numbers(self.bytes_per_parameter)
 
     @property
     def dense_parameters(self) -> int:
         """Numbers of the dense weight."""
-        return self.shape[0] * self.shape[1]
+        return self.module.dense_parameters
+
+    @property
+    def kept(self) -> float:
+        """Kept fraction of its parameters."""
+        return self.parameters / self.dense_parameters
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the stored numbers."""
+        return self.parameters * self.bytes_per_parameter
+
+    @property
+    def storage(self) -> str:
+        """``dense``, ``factored`` or ``pivoted``."""
+        return "dense" if self.rank is None else self.module.storage
+
+    @property
+    def any_k(self) -> bool:
+        """Whether the kept components are a selection rather than the first ones."""
+        return not self.module.is_prefix
 
     @property
     def level(self) -> int:
@@ -84,54 +113,54 @@ class Cell:
         return min(9, max(0, int(10 * self.kept)))
 
     @property
-    def said(self) -> str:
-        """All of it in a sentence."""
+    def description(self) -> str:
+        """All figures in one sentence."""
         place = "outside the blocks" if self.block is None else f"block {self.block}"
         size = f"{self.parameters:,} of {self.dense_parameters:,} parameters, {self.bytes / 1e6:,.2f} MB"
         if self.rank is None:
             return f"{self.kind}, {place}: left dense, full rank {self.full_rank}, {size}"
         form = "stored as two factors" if self.storage == "factored" else f"stored {self.storage}"
         notes = [
-            *(["pivots would not have been accurate"] if self.fell_back else []),
-            *(["not the first components but a chosen set"] if self.any_k else []),
-            *([] if self.lost is None else [f"{_share(self.lost)} of the squared singular values cut"]),
+            *(["pivoted storage would be inaccurate"] if self.fell_back else []),
+            *(["a selection of components, not the first ones"] if self.any_k else []),
+            *([] if self.lost is None else [f"{_percent_of_tiny(self.lost)} of the spectral energy cut"]),
         ]
-        said = f"rank {self.rank} of {self.full_rank}, {percent(self.kept)} kept ({size}), {form}"
-        return "; ".join([f"{self.kind}, {place}: {said}", *notes])
+        rank = f"rank {self.rank} of {self.full_rank}, {percent(self.kept)} kept ({size}), {form}"
+        return "; ".join([f"{self.kind}, {place}: {rank}", *notes])
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """The spectrum of one module as SVG paths, singular values on a logarithmic scale.
+    """The spectrum of one layer as an SVG path, singular values on a logarithmic scale.
 
     Args:
-        cell: The module.
-        area: What lies under its values.
-        gone: Where components are cut, from left to right as ``(start, width)``.
+        cell: The layer.
+        area: Path of the area under the singular values.
+        cut: Intervals of cut components as ``(start, width)``, from left to right.
     """
 
     cell: Cell
     area: str
-    gone: Sequence[tuple[float, float]]
+    cut: Sequence[tuple[float, float]]
 
     @property
-    def said(self) -> str:
-        """The cut in words."""
+    def caption(self) -> str:
+        """Rank and lost energy in words."""
         if self.cell.rank is None:
             return "dense"
-        lost = "" if self.cell.lost is None else f", {_share(self.cell.lost)} lost"
+        lost = "" if self.cell.lost is None else f", {_percent_of_tiny(self.cell.lost)} lost"
         return f"{self.cell.rank} of {self.cell.full_rank}{lost}"
 
 
 @dataclass(frozen=True)
 class SpectrumGroup:
-    """The spectra of all modules of one type, on one scale.
+    """The spectra of all layers of one type, on a common scale.
 
     Args:
         kind: The type.
-        top: The value at the upper edge.
-        bottom: The value at the lower edge.
-        drawings: One a module.
+        top: Singular value at the upper edge.
+        bottom: Singular value at the lower edge.
+        drawings: One per layer.
     """
 
     kind: str
@@ -141,40 +170,30 @@ class SpectrumGroup:
 
 
 def cells(plan: RankPlan, spectra: Mapping[str, Tensor]) -> list[Cell]:
-    """Return what is shown of each module of ``plan``, in its order.
+    """Return one cell per layer of ``plan``, in its order.
 
     Args:
         plan: The plan.
-        spectra: Singular values by module, as far as they are there.
+        spectra: Singular values by layer; layers may be missing.
     """
-    return [
-        _cell(number, name, module, plan, spectra.get(name))
-        for number, (name, module) in enumerate(plan.modules.items())
-    ]
+    choice = Storage(plan.storage, plan.bytes_per_parameter)
+    found = []
+    for number, (name, module) in enumerate(plan.modules.items()):
+        sigma = spectra.get(name)
+        found.append(
+            Cell(
+                number=number,
+                name=name,
+                module=module,
+                bytes_per_parameter=plan.bytes_per_parameter,
+                fell_back=module.rank is not None and choice.form(module.shape, module.rank) != module.storage,
+                lost=None if sigma is None else _lost_energy(sigma, module),
+            )
+        )
+    return found
 
 
-def _cell(number: int, name: str, module: ModulePlan, plan: RankPlan, sigma: Tensor | None) -> Cell:
-    block, kind = block_and_kind(name)
-    numbers = module.numbers(plan.bytes_per_parameter)
-    prices = Storage(plan.storage, plan.bytes_per_parameter)
-    return Cell(
-        number=number,
-        name=name,
-        block=block,
-        kind=kind,
-        shape=module.shape,
-        rank=module.rank,
-        kept=numbers / module.dense_parameters,
-        parameters=numbers,
-        bytes=numbers * plan.bytes_per_parameter,
-        storage="dense" if module.rank is None else module.storage,
-        fell_back=module.rank is not None and prices.form(module.shape, module.rank) != module.storage,
-        any_k=not module.is_prefix,
-        lost=None if sigma is None else _lost(sigma, module),
-    )
-
-
-def _lost(sigma: Tensor, module: ModulePlan) -> float:
+def _lost_energy(sigma: Tensor, module: ModulePlan) -> float:
     squares = sigma.double().square()
     total = float(squares.sum())
     if module.rank is None or total == 0:
@@ -188,7 +207,7 @@ def _indices(module: ModulePlan) -> Tensor:
 
 
 def grid(shown: Sequence[Cell]) -> tuple[list[int | None], dict[str, list[Cell | None]]]:
-    """Return the blocks, and for every type of module its cell in each of these, None where there is none."""
+    """Return the blocks, and for each layer type its cell in every block; None where a block has none."""
     blocks: list[int | None] = [*sorted({cell.block for cell in shown if cell.block is not None})]
     blocks += [None] if any(cell.block is None for cell in shown) else []
     places = {(cell.kind, cell.block): cell for cell in shown}
@@ -197,83 +216,85 @@ def grid(shown: Sequence[Cell]) -> tuple[list[int | None], dict[str, list[Cell |
 
 
 def read_spectra(plan: RankPlan) -> tuple[dict[str, Tensor], str]:
-    """Return the singular values of the plan's modules from the store that it names, and a sentence on what they are.
+    """Return the singular values of the plan's layers from its factor store, and a sentence that explains them.
 
-    Refitted factors hold the kept components only: the spectra are those that they were refitted from.
+    A store of refitted factors holds the kept components only, so the spectra come from the store before the refit.
     """
     named = plan.origin.get("store")
     if not named:
-        return {}, "The plan names no store of factors, so the singular values can't be shown."
+        return {}, "The plan names no factor store, so the singular values can't be shown."
     directory = Path(str(named))
     of_refit = "refit" in plan.fingerprint and directory.parent.name == "refit"
     try:
         store = FactorStore.existing(directory.parent.parent if of_refit else directory)
         here = [name for name in plan.modules if name in store]
-        found = {name: store.spectrum(name) for name in tqdm(here, desc="spectra", unit="module", leave=False, delay=2)}
+        found = {name: store.spectrum(name) for name in tqdm(here, desc="spectra", unit="layer", leave=False, delay=2)}
     except (ValueError, OSError) as error:
         _log.info("no spectra: %s", error)
-        return {}, f"The factors at {directory} are gone or damaged, so the singular values can't be shown."
+        return {}, f"The factor store {directory} is missing or damaged, so the singular values can't be shown."
     if not found:
-        return {}, f"The factors at {directory} are not those of this plan's modules: no singular values to show."
-    what = {"two_sided": "weighted by inputs and output gradients", "whitened": "weighted by inputs"}
+        return {}, f"The factor store {directory} has none of this plan's layers, so no singular values can be shown."
+    weighting = {"two_sided": "weighted by inputs and output gradients", "whitened": "weighted by inputs"}
     kind = str(plan.origin.get("decomposition", {}).get("kind", ""))
-    said = f"Singular values of every weight{', ' + what[kind] if kind in what else ''}, on a logarithmic scale."
-    said += " They are those before the refit." if of_refit else ""
-    gone = len(plan.modules) - len(found)
-    return found, said + (f" Those of {gone} modules are gone." if gone else "")
+    text = (
+        f"Singular values of every weight{', ' + weighting[kind] if kind in weighting else ''}, on a logarithmic scale."
+    )
+    text += " They are from before the refit." if of_refit else ""
+    absent = len(plan.modules) - len(found)
+    return found, text + (f" Those of {absent} layers are missing." if absent else "")
 
 
-def spectrum_groups(plan: RankPlan, shown: Sequence[Cell], spectra: Mapping[str, Tensor]) -> list[SpectrumGroup]:
-    """Return the drawn spectra, grouped by the type of module."""
+def spectrum_groups(shown: Sequence[Cell], spectra: Mapping[str, Tensor]) -> list[SpectrumGroup]:
+    """Return the drawn spectra, grouped by the type of layer."""
     groups: dict[str, list[Cell]] = {}
     for cell in shown:
         if cell.name in spectra and len(spectra[cell.name]):
             groups.setdefault(cell.kind, []).append(cell)
-    return [_group(kind, inside, plan, spectra) for kind, inside in groups.items()]
+    return [_group(kind, inside, spectra) for kind, inside in groups.items()]
 
 
-def _group(kind: str, inside: Sequence[Cell], plan: RankPlan, spectra: Mapping[str, Tensor]) -> SpectrumGroup:
+def _group(kind: str, inside: Sequence[Cell], spectra: Mapping[str, Tensor]) -> SpectrumGroup:
     values = {cell.name: spectra[cell.name].double() for cell in inside}
     top = max(float(sigma.max()) for sigma in values.values()) or 1.0
     positive = [float(sigma[sigma > 0].min()) for sigma in values.values() if bool((sigma > 0).any())]
     bottom = max(min(positive, default=top), top * 10**-DECADES)
     bottom = bottom if bottom < top else top / 10
-    drawings = [_drawing(cell, plan.modules[cell.name], values[cell.name], top, bottom) for cell in inside]
-    return SpectrumGroup(kind, top, bottom, drawings)
+    return SpectrumGroup(kind, top, bottom, [_draw(cell, values[cell.name], top, bottom) for cell in inside])
 
 
-def _drawing(cell: Cell, module: ModulePlan, sigma: Tensor, top: float, bottom: float) -> Drawing:
+def _draw(cell: Cell, sigma: Tensor, top: float, bottom: float) -> Drawing:
     count = len(sigma)
     heights = sigma.clamp(bottom, top).log10()
     span = math.log10(top) - math.log10(bottom)
     ys = (HEIGHT * (math.log10(top) - heights) / span).tolist()
     step = WIDTH / count
-    # Spectra fall most at their beginning.
+    # Spectra are steepest at their beginning.
     drawn = {*torch.linspace(0, count - 1, POINTS).round().int().tolist(), *(2**k for k in range(6) if 2**k < count)}
     line = "L".join(f"{(at + 0.5) * step:.1f} {ys[at]:.1f}" for at in sorted(drawn))
     area = f"M0 {HEIGHT:g}V{ys[0]:.1f}L{line}H{WIDTH:g}V{HEIGHT:g}Z"
+    module = cell.module
     kept = torch.arange(count if module.rank is None else module.rank) if module.indices is None else _indices(module)
-    cut = sorted({*range(count)} - {*kept.tolist()})
-    gone = [(round(first * step, 1), round((last - first) * step, 1)) for first, last in _runs(cut, count)]
-    return Drawing(cell, area, gone)
+    missing = sorted({*range(count)} - {*kept.tolist()})
+    cut = [(round(first * step, 1), round((last - first) * step, 1)) for first, last in _runs(missing, count)]
+    return Drawing(cell, area, cut)
 
 
 def _runs(indices: Sequence[int], count: int) -> list[tuple[int, int]]:
-    """Return the runs of neighbours among ``indices``; gaps too narrow to be seen are closed.
+    """Return the runs of consecutive ``indices`` as half-open intervals; gaps narrower than a pixel are closed.
 
     >>> _runs([0, 1, 2, 5, 6], 7)
     [(0, 3), (5, 7)]
     """
-    unseen = count / WIDTH
+    per_pixel = count / WIDTH
     runs: list[tuple[int, int]] = []
     for at in indices:
-        if runs and at - runs[-1][1] <= (unseen if unseen >= 1 else 0):
+        if runs and at - runs[-1][1] <= (per_pixel if per_pixel >= 1 else 0):
             runs[-1] = (runs[-1][0], at + 1)
         else:
             runs.append((at, at + 1))
     return runs
 
 
-def _share(fraction: float) -> str:
-    """Return a fraction that may be tiny as a percentage."""
+def _percent_of_tiny(fraction: float) -> str:
+    """Return a fraction as a percentage, with one significant digit below 0.1 %."""
     return percent(fraction) if fraction >= 0.001 or fraction == 0 else f"{100 * fraction:.1g} %"

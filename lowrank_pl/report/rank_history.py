@@ -1,4 +1,4 @@
-"""How ranks move: kept fractions of types and of blocks at one moment, and a record of them over a run."""
+"""How ranks change while they are learned: kept fractions by module type and by block, over the steps of a run."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from lowrank_pl.utils.formatting import block_and_kind
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Kept", "RankHistory", "kept_by_group"]
 
 MOST = 512
-"""Points that a record holds; checkpoints carry it, and a picture shows no more."""
+"""Points of a history at most: it is stored in every checkpoint, and a figure shows no more."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What groups of modules keep at one moment; modules count by their parameters.
+    """Kept fractions of groups of modules at one step, weighted by parameters.
 
     Args:
         kinds: Kept fraction by module type.
-        blocks: Kept fraction by block, ``000`` and so on; ``other`` for modules outside any.
-        shares: Share of all kept parameters that lies in each type: where the budget goes.
+        blocks: Kept fraction by block: ``000``, ``001``, ...; ``other`` for modules outside the blocks.
+        shares: Each module type's share of all kept parameters.
     """
 
     kinds: dict[str, float]
@@ -35,11 +37,11 @@ class Kept:
 
 
 def kept_by_group(sizes: Mapping[str, int], ratios: Sequence[float]) -> Kept:
-    """Return what types and blocks keep.
+    """Return the kept fractions by module type and by block.
 
     Args:
-        sizes: Dense parameters by the module's name.
-        ratios: Kept fraction of each, in the same order; above 1 counts as dense.
+        sizes: Dense parameters by name of the module.
+        ratios: Kept fraction of each module, in the same order; above 1 counts as dense.
 
     Example:
         >>> kept = kept_by_group({"h.0.up": 30, "h.0.down": 10, "h.1.up": 30}, [0.5, 2.0, 0.1])
@@ -60,9 +62,9 @@ def kept_by_group(sizes: Mapping[str, int], ratios: Sequence[float]) -> Kept:
 
 
 class RankHistory:
-    """A record of kept fractions, as plain data for checkpoints and as a picture.
+    """Kept fractions over the steps of a run, as plain data for checkpoints and as a figure.
 
-    Where it grows past ``MOST`` points every second one is dropped.
+    Beyond ``MOST`` points every second one is dropped.
 
     Example:
         >>> history = RankHistory()
@@ -79,7 +81,7 @@ class RankHistory:
         self.rows: dict[str, dict[str, list[float]]] = {"kinds": {}, "blocks": {}}
 
     def add(self, step: int, kept: Kept) -> None:
-        """Record ``kept`` after ``step`` optimizer steps; a step that is there already is left as it is."""
+        """Append ``kept`` after ``step`` optimizer steps, unless that step or a later one is recorded already."""
         if self.steps and step <= self.steps[-1]:
             return
         self.steps.append(step)
@@ -93,27 +95,29 @@ class RankHistory:
             }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the record as plain data."""
+        """Return the history as plain data."""
         return {"steps": list(self.steps), **{axis: dict(rows) for axis, rows in self.rows.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned."""
+        """Restore the history that ``state_dict`` returned."""
         self.steps = list(state["steps"])
         self.rows = {
             axis: {group: list(values) for group, values in state[axis].items()} for axis in ("kinds", "blocks")
         }
 
     def figure(self) -> Figure:
-        """Return two heat maps: types over steps and blocks over steps.
+        """Return two heat maps: module types over steps, and blocks over steps.
 
-        Colours run over what occurs, for ranks move little against all that they could be; those of ``rank_map``, which
-        is for comparing, do not.
+        Colours cover the range of the data, since ranks change little compared with their possible range. The colours
+        of ``rank_map`` are fixed instead, since those figures are compared.
 
         Raises:
-            ValueError: Nothing has been recorded.
+            ValueError: The history is empty.
         """
+        from matplotlib.figure import Figure
+
         if not self.steps:
-            raise ValueError("the record has no point: expected at least one to draw")
+            raise ValueError("the history has no point: expected at least one")
         panels = {"module type": self.rows["kinds"], "block": self.rows["blocks"]}
         heights = [min(4.0, max(1.2, 0.25 * len(rows))) for rows in panels.values()]
         figure = Figure(figsize=(9.0, 1.6 + sum(heights)), layout="constrained")
@@ -137,13 +141,13 @@ class RankHistory:
         return figure
 
     def _range(self) -> tuple[float, float]:
-        """Return the least and the largest fraction, at least a tenth apart, so that noise looks like noise."""
+        """Return the smallest and the largest fraction, at least 0.1 apart, so that noise is not amplified."""
         values = [value for rows in self.rows.values() for row in rows.values() for value in row]
         middle, half = (min(values) + max(values)) / 2, max(0.05, (max(values) - min(values)) / 2)
         return middle - half, middle + half
 
     def _edges(self) -> Any:
-        """Return where columns begin and end: halfway between steps."""
+        """Return the edges of the columns, halfway between steps."""
         steps = np.array(self.steps, dtype=float)
         if len(steps) == 1:
             return np.array([steps[0] - 0.5, steps[0] + 0.5])

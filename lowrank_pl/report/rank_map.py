@@ -1,28 +1,33 @@
-"""What people read of a plan: the table of its module types and the rank map."""
+"""A plan as a table of its module types, and as a rank map."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.utils.formatting import block_and_kind, percent, table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["rank_map", "rank_table"]
 
 WIDE = 40
-"""Blocks beyond which not every number fits under its column."""
+"""Blocks beyond which there is no room for a number under every column."""
 
 
 def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
-    """Return how much of each module type a plan keeps: mean, least and most over the blocks.
+    """Return a table of what a plan keeps of each module type: mean, least and most over the blocks.
 
-    Where components are kept that are not the first ones, a column counts the modules of which that is true.
+    If a plan keeps a selection of components rather than the first ones, a column counts the modules with a selection.
+
+    Args:
+        plan: The plan.
+        fmt: A format of ``tabulate``: ``simple`` for a terminal, ``github`` for Markdown.
 
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
@@ -46,26 +51,28 @@ def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
 def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
     """Return a heat map of the kept fraction of every targeted module: blocks across, module types down.
 
-    Colours run from 0 to 1 in every figure, so that figures compare; modules left dense are marked and places
-    without a targeted module are grey. Plans of few blocks show the fractions as numbers. The figure belongs to no
-    ``pyplot`` state.
+    Colours range from 0 to 1 in every figure, so figures are comparable. Dense modules are marked, and cells without a
+    targeted module are grey. Plans of few blocks show the fractions as numbers. The figure is not registered with
+    ``pyplot``.
 
     Args:
-        plan: The plan to draw.
+        plan: The plan.
         title: Heading; by default the method and the kept fraction.
 
     Raises:
         ValueError: The plan has no module.
     """
+    from matplotlib.figure import Figure
+
     if not plan.modules:
-        raise ValueError("the plan has no module: expected at least one to draw")
+        raise ValueError("the plan has no module: expected at least one")
     grid, blocks, kinds = _kept_grid(plan)
     dense = [(kinds.index(kind), blocks.index(block)) for block, kind in map(block_and_kind, plan.dense_modules)]
     size = (min(18.0, max(5.5, 3.0 + 0.28 * len(blocks))), 1.8 + 0.32 * len(kinds))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("0.9")
-    # Lines between the cells keep equal neighbours apart. Viridis is even in lightness, for colour-blind readers too.
+    # Lines separate cells of equal colour. Viridis is uniform in lightness, so colour-blind readers can read it.
     line = 1.0 if len(blocks) <= WIDE else 0.3
     mesh = axes.pcolormesh(grid, cmap="viridis", vmin=0.0, vmax=1.0, edgecolors="white", linewidth=line)
     _label_axes(axes, blocks, kinds)
@@ -87,13 +94,13 @@ def _kept(module: ModulePlan) -> float:
 def _kept_line(kind: str, modules: Sequence[ModulePlan]) -> list[str]:
     kept = [_kept(module) for module in modules]
     dense = sum(module.rank is None for module in modules)
-    # Weighted by size, so that the line of all modules gives the plan's own fraction.
+    # Weighted by size, so that the row of all modules is the plan's own fraction.
     mean = sum(module.parameters for module in modules) / sum(module.dense_parameters for module in modules)
     return [kind, str(len(modules)), str(dense), percent(mean), percent(min(kept)), percent(max(kept))]
 
 
 def _kept_grid(plan: RankPlan) -> tuple[NDArray[np.float64], list[int | None], list[str]]:
-    """Return the kept fractions ``[kinds, blocks]``, NaN where there is no module, and both axes' labels."""
+    """Return the kept fractions ``[kinds, blocks]``, NaN without a module, and the labels of both axes."""
     places = {name: block_and_kind(name) for name in plan.modules}
     numbered = sorted({block for block, _ in places.values() if block is not None})
     blocks = [*numbered, *([None] if any(block is None for block, _ in places.values()) else [])]
@@ -125,6 +132,8 @@ def _write_cells(axes: Any, grid: NDArray[np.float64], dense: Sequence[tuple[int
 
 
 def _add_legend(figure: Figure, axes: Any, *, missing: bool) -> None:
+    from matplotlib.patches import Patch
+
     handles = axes.get_legend_handles_labels()[0]
     handles += [Patch(color="0.9", label="not targeted")] if missing else []
     if handles:

@@ -1,12 +1,12 @@
-"""Everything that a run's folder says of its model: what the page and the model card are made from."""
+"""Everything that the folder of a run says of its model; page and model card are made from it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,170 +17,195 @@ from lowrank_pl.export.health.diagnosis import Diagnosis, Finding
 from lowrank_pl.export.health.weights import check_plan, check_weights, tensors_in
 from lowrank_pl.models import hf_format
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.report.evidence import Evidence, Speed, read_evidence
-from lowrank_pl.report.scores import SUMMARY, Row, read_summary
+from lowrank_pl.report.evidence import Evidence, HealthCheck, Speed, read_evidence
+from lowrank_pl.report.scores import SUMMARY, Row, Summary, read_summary
 
-__all__ = ["RunRecord", "read_run"]
+__all__ = ["Exported", "RunRecord", "read_run"]
 
 _log = logging.getLogger(__name__)
 
+_OUR_FILES = {"plan.json", SUMMARY, "results.json", "protocol.json"}
+_TRANSFORMERS_FILES = re.compile(r"(config|.*_config|tokenizer|vocab|.*tokens(_map)?|.*\.index)\.json")
 
-_OURS = {"plan.json", SUMMARY, "results.json", "protocol.json"}
 
+@dataclass(frozen=True)
+class Exported:
+    """The exported model of a run.
 
-_OF_TRANSFORMERS = re.compile(r"(config|.*_config|tokenizer|vocab|.*tokens(_map)?|.*\.index)\.json")
+    Args:
+        folder: Its folder.
+        merged: Whether its weights are dense again: the factors are multiplied out.
+        own_code: Whether the base came with modelling code of its own.
+    """
+
+    folder: Path
+    merged: bool = False
+    own_code: bool = False
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known of a finished run or of an export.
+    """A finished run, or an export with its plan.
 
     Args:
-        folder: The folder of the run, or of the export.
+        folder: Folder of the run or of the export.
         plan: The ranks.
-        model: Folder of the exported model; None where there is none.
-        rows: The table of scores; empty for an export.
-        facts: What else the run noted.
-        evidence: What other commands measured.
-        command: How it was made, as far as that is known.
+        exported: The exported model; None if there is none.
+        summary: Scores and facts of the run; empty for an export.
+        evidence: Measurements by other commands.
+        command: The command that made the model; empty if it is unknown.
         config: Text of ``config.yaml``.
-        merged: Whether the exported weights are dense.
-        own_code: Whether the base came with code of its own.
-        missing: What the folder lacks, each with what would make it.
+        missing: What the folder lacks, each with the command that makes it.
     """
 
     folder: Path
     plan: RankPlan
-    model: Path | None = None
-    rows: tuple[Row, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    exported: Exported | None = None
+    summary: Summary = Summary()  # noqa: RUF009 (frozen)
     evidence: Evidence = Evidence()  # noqa: RUF009 (frozen)
     command: str = ""
     config: str = ""
-    merged: bool = False
-    own_code: bool = False
     missing: tuple[str, ...] = ()
 
     @property
     def base(self) -> str:
-        """The model that was compressed, as it was named."""
+        """The model that was compressed, as it was named to the command."""
         return self.plan.named_base or "an unnamed base"
 
     @property
-    def row(self) -> Row | None:
+    def merged(self) -> bool:
+        """Whether the exported weights are dense."""
+        return self.exported is not None and self.exported.merged
+
+    @property
+    def own_code(self) -> bool:
+        """Whether the base came with modelling code of its own."""
+        return self.exported is not None and self.exported.own_code
+
+    @property
+    def learned(self) -> Row | None:
         """The scores of the model itself."""
-        return next((row for row in self.rows if row.name == "learned"), None)
+        return self._row("learned")
 
     @property
     def dense(self) -> Row | None:
         """The scores of its base."""
-        return next((row for row in self.rows if row.name == "dense"), None)
+        return self._row("dense")
+
+    def _row(self, name: str) -> Row | None:
+        return next((row for row in self.summary.rows if row.name == name), None)
 
     @property
     def samples(self) -> list[tuple[str, str, str]]:
-        """Prompt, dense and compressed continuation; of the run, or else of the doctor."""
-        noted = [(str(prompt), str(dense), str(small)) for prompt, dense, small in self.facts.get("samples", ())]
-        if noted or self.evidence.diagnosis is None:
-            return noted
-        said = self.evidence.diagnosis.samples
-        return [(one.prompt, one.dense, one.model) for one in said if one.dense is not None]
+        """Triples of prompt, dense and compressed continuation, from the run or else from ``lowrank doctor``."""
+        samples = self.summary.facts.get("samples", ())
+        found = [(str(prompt), str(dense), str(compressed)) for prompt, dense, compressed in samples]
+        if found or self.evidence.health is None:
+            return found
+        by_doctor = self.evidence.health.diagnosis.samples
+        return [(one.prompt, one.dense, one.model) for one in by_doctor if one.dense is not None]
 
     @property
     def bytes_on_disk(self) -> int | None:
         """Bytes of the exported weight files."""
-        return None if self.model is None else sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
+        if self.exported is None:
+            return None
+        return sum(file.stat().st_size for file in self.exported.folder.glob("*.safetensors"))
 
     @property
     def written(self) -> datetime:
         """When the run ended; for an export, when its weights were written."""
-        noted = self.facts.get("date")
-        if isinstance(noted, str):
-            return datetime.fromisoformat(noted)
-        return datetime.fromtimestamp(_last_written(self.model or self.folder)).astimezone()
+        date = self.summary.facts.get("date")
+        if isinstance(date, str):
+            return datetime.fromisoformat(date)
+        folder = self.folder if self.exported is None else self.exported.folder
+        return datetime.fromtimestamp(_last_written(folder)).astimezone()
 
     @property
     def speeds(self) -> list[Speed]:
-        """All speeds that were measured: while the run scored, and by other commands."""
-        machine = self.facts.get("machine", {})
+        """All measured speeds: by the run while it scored, and by other commands."""
+        machine = self.summary.facts.get("machine", {})
         place = machine.get("accelerator") or machine.get("processor") or "an unnamed machine"
-        rates = self.facts.get("tokens_per_second", {})
-        how = f"predicted tokens while the run scored, sequences one at a time, first ones included, on {place}"
+        rates = self.summary.facts.get("tokens_per_second", {})
+        how = f"predicted tokens while the run scored, one sequence at a time, warm-up included, on {place}"
         dense = rates.get("dense")
         own = [
             Speed(name, rate, how, rate / dense if dense and name != "dense" else None) for name, rate in rates.items()
         ]
-        passes = [
-            Speed(one.model, one.tokens_per_second, f"lowrank evaluate, {one.dtype}, {one.source}.json")
-            for one in self.evidence.passes
-            if one.tokens_per_second is not None
+        by_evaluate = [
+            Speed(score.model, score.tokens_per_second, f"lowrank evaluate, {score.dtype}, {score.source}.json")
+            for score in self.evidence.texts
+            if score.tokens_per_second is not None
         ]
-        return [*own, *passes, *self.evidence.speeds]
+        return [*own, *by_evaluate, *self.evidence.speeds]
 
 
-def read_run(folder: str | Path, *, scores: Iterable[Path] = (), look: bool = True) -> RunRecord:
-    """Return what the folder of a finished run, or of an export with its plan, says.
+def read_run(folder: str | Path, *, scores: Iterable[Path] = (), check: bool = True) -> RunRecord:
+    """Return the record of a finished run, or of an export with its plan.
 
     Args:
-        folder: The folder.
-        scores: Files of more scores; those in the folder itself are found.
-        look: Whether to check the exported weights where ``lowrank doctor`` has not; that reads them all.
+        folder: The folder of either.
+        scores: More files of measurements; those in the folder itself are found.
+        check: Whether to check the exported weights if ``lowrank doctor`` has not; this reads all of them.
 
     Raises:
-        ValueError: The folder is none of both, or something in it is damaged; the message says what to do.
+        ValueError: The folder holds neither, or a file in it is damaged; the message says what to do.
     """
     folder = Path(folder)
-    _check_folder(folder)
+    _require_plan(folder)
     plan = RankPlan.load(folder / "plan.json")
     is_export = (folder / "config.json").is_file()
     model = folder if is_export else folder / "model" if (folder / "model" / "config.json").is_file() else None
-    rows, facts = read_summary(folder) if (folder / SUMMARY).exists() else ([], {})
-    entries = {} if model is None else _entries(model)
     by_age = sorted(_candidates(folder), key=lambda path: (path.stat().st_mtime, path))
-    evidence = read_evidence(scores, by_age, model=model, written=0.0 if model is None else _last_written(model))
-    if evidence.diagnosis is None and model is not None:
-        evidence = _checked(evidence, model, plan, entries, facts, look=look)
     record = RunRecord(
         folder=folder,
         plan=plan,
-        model=model,
-        rows=tuple(rows),
-        facts=facts,
-        evidence=evidence,
-        command=str(facts.get("command") or _command_in_card(model)),
+        summary=read_summary(folder) if (folder / SUMMARY).exists() else Summary(),
+        evidence=read_evidence(scores, by_age, model=model, written=0.0 if model is None else _last_written(model)),
         config=_text(folder / "config.yaml"),
-        merged=model is not None and not entries and len(plan.dense_modules) < len(plan.modules),
-        own_code=model is not None and _has_own_code(model),
     )
+    command = str(record.summary.facts.get("command") or _command_in_card(model))
+    record = replace(record, command=command)
+    if model is not None:
+        entries = _entries(model)
+        merged = not entries and len(plan.dense_modules) < len(plan.modules)
+        record = replace(record, exported=Exported(model, merged, _has_own_code(model)))
+        if record.evidence.health is None:
+            health = _quick_check(record, model, entries, check=check)
+            record = replace(record, evidence=replace(record.evidence, health=health))
     return replace(record, missing=tuple(_missing(record, is_export=is_export)))
 
 
-def _check_folder(folder: Path) -> None:
+def _require_plan(folder: Path) -> None:
+    """Raise unless the folder holds a plan; the message depends on what it holds instead."""
     if folder.is_file():
         raise ValueError(f"{str(folder)!r} is a file: give the folder of a run or of an export")
     if not folder.is_dir():
-        raise ValueError(f"no folder {str(folder)!r}: give that of a run or of an export")
+        raise ValueError(f"no folder {str(folder)!r}: give the folder of a run or of an export")
     if (folder / "plan.json").is_file():
         return
     if (folder / "checkpoints").is_dir():
         last = folder / "checkpoints" / "last.ckpt"
-        advice = f"go on with `lowrank fit ... --ckpt_path {last}`" if last.exists() else "run it again"
-        raise ValueError(f"the run in {str(folder)!r} has not ended, there is no plan.json yet: {advice}")
+        advice = f"resume it with `lowrank fit ... --ckpt_path {last}`" if last.exists() else "run it again"
+        raise ValueError(f"the run in {str(folder)!r} has not finished and has no plan.json yet: {advice}")
     inside = sorted(path.parent.name for path in folder.glob("*/plan.json"))
     if inside:
         more = f" or {len(inside) - 1} more" if len(inside) > 1 else ""
-        raise ValueError(f"{str(folder)!r} holds several models and is none: give {folder / inside[0]}{more}")
+        raise ValueError(f"{str(folder)!r} is a folder of several models: give {folder / inside[0]}{more}")
     if (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} is a model without plan.json: copy its plan there, or try `lowrank doctor`")
     raise ValueError(
-        f"{str(folder)!r} is no run: expected plan.json, as `lowrank fit` and `lowrank export` write it, or "
+        f"{str(folder)!r} is not a run: expected plan.json, as `lowrank fit` and `lowrank export` write it, or "
         "results.json of `lowrank compare`"
     )
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Return the JSON files of a folder that may hold scores."""
+    """Return the JSON files of a folder that may hold measurements."""
     return [
-        path for path in folder.glob("*.json") if path.name not in _OURS and not _OF_TRANSFORMERS.fullmatch(path.name)
+        path
+        for path in folder.glob("*.json")
+        if path.name not in _OUR_FILES and not _TRANSFORMERS_FILES.fullmatch(path.name)
     ]
 
 
@@ -190,17 +215,17 @@ def _last_written(folder: Path) -> float:
 
 
 def _entries(model: Path) -> dict[str, Any]:
-    """Return what the config says of each low-rank module; nothing in a merged model's."""
+    """Return the low-rank modules in the model's config; none if the model is merged."""
     path = model / "config.json"
     try:
-        said = _config(model).get("quantization_config") or {}
-        return dict(said["modules"]) if said.get("quant_method") == hf_format.METHOD else {}
+        stored = _config(model).get("quantization_config") or {}
+        return dict(stored["modules"]) if stored.get("quant_method") == hf_format.METHOD else {}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy the folder again or export it again") from None
 
 
 def _has_own_code(model: Path) -> bool:
-    """Return whether the config names code other than this package's, which exports of known classes bring."""
+    """Return whether the config names modelling code other than this package's, which most exports carry."""
     named = _config(model).get("auto_map") or {}
     return any(not str(name).startswith(f"{Path(hf_format.__file__).stem}.") for name in named.values())
 
@@ -210,36 +235,42 @@ def _config(model: Path) -> dict[str, Any]:
     return config
 
 
-def _checked(
-    evidence: Evidence, model: Path, plan: RankPlan, entries: dict[str, Any], facts: Mapping[str, Any], *, look: bool
-) -> Evidence:
-    """Return ``evidence`` with the checks that need no text; those that the export made are not made again."""
+def _quick_check(record: RunRecord, model: Path, entries: dict[str, Any], *, check: bool) -> HealthCheck | None:
+    """Return the findings of the checks that need no text; checks that the export made are not repeated.
+
+    Args:
+        record: The run.
+        model: Folder of the exported model.
+        entries: Its low-rank modules.
+        check: Whether to read the weights.
+    """
     findings = []
-    if facts.get("verified"):
-        said = "a fresh process loaded it with transformers alone, to the same logits; values, ranks, counts and tokens"
-        findings.append(Finding("export", "healthy", f"{said} were checked when it was written"))
-    by = "the export"
-    if look:
-        by = f"{by}, lowrank report" if findings else "lowrank report"
-        _log.info("looking through the weights in %s", model)
-        try:
-            tensors = tensors_in(model)
-        except SafetensorError as error:
-            damaged = Finding("weights", "sick", f"the weight files can't be read: {error}", {}, "export it again")
-            return replace(evidence, diagnosis=Diagnosis(str(model), [*findings, damaged]), checked_by=by)
-        findings += check_weights(tensors, entries)
-        if all(f"{name}.weight" in tensors for name in plan.modules):
-            # Counts are the model's, and files hold tied tensors once or twice: for that it has to be loaded.
-            findings.append(check_plan(plan, tensors, entries)[0])
-    return replace(evidence, diagnosis=Diagnosis(str(model), findings), checked_by=by) if findings else evidence
+    if record.summary.facts.get("verified"):
+        what = "values, ranks, counts and tokens were checked when it was written"
+        said = f"a fresh process loaded it with transformers alone and got the same logits; {what}"
+        findings.append(Finding("export", "healthy", said))
+    if not check:
+        return HealthCheck(Diagnosis(str(model), findings), "the export") if findings else None
+    by = "the export, lowrank report" if findings else "lowrank report"
+    _log.info("checking the weights in %s", model)
+    try:
+        tensors = tensors_in(model)
+    except SafetensorError as error:
+        said = f"the weight files can't be read: {error}"
+        findings.append(Finding("weights", "sick", said, advice="export it again"))
+        return HealthCheck(Diagnosis(str(model), findings), by)
+    findings += check_weights(tensors, entries)
+    if all(f"{name}.weight" in tensors for name in record.plan.modules):
+        # The second finding counts parameters. Files may hold tied tensors once or twice, so only a loaded model tells.
+        findings.append(check_plan(record.plan, tensors, entries)[0])
+    return HealthCheck(Diagnosis(str(model), findings), by)
 
 
 def _command_in_card(model: Path | None) -> str:
-    """Return the command that a model card of ours gives."""
-    found = re.search(
-        r"^## How it was made\n.*?^```bash\n(.*?)\n```$", _text(model and model / "README.md"), re.M | re.S
-    )
-    return found[1] if found else ""
+    """Return the command in a model card of this package."""
+    card = _text(model and model / "README.md")
+    found = re.search(r"^## How it was made\n.*?^(`{3,})bash\n(.*?)\n\1$", card, re.M | re.S)
+    return found[2] if found else ""
 
 
 def _text(path: Path | None) -> str:
@@ -247,24 +278,23 @@ def _text(path: Path | None) -> str:
 
 
 def _missing(record: RunRecord, *, is_export: bool) -> list[str]:
-    """Return what a reader will look for in vain, and what makes it."""
-    said = []
-    place = record.model
-    if place is None:
-        said.append(f"No model is exported: lowrank export --plan {record.folder / 'plan.json'} --output DIR")
-    if not record.rows and not record.evidence.own_passes:
+    """Return what a reader may look for in vain, each with the command that makes it."""
+    folder, evidence = record.folder, record.evidence
+    missing = []
+    model = None if record.exported is None else record.exported.folder
+    if model is None:
+        missing.append(f"No model is exported: lowrank export --plan {folder / 'plan.json'} --output DIR")
+    if not record.summary.rows and not evidence.own_texts:
         why = "An export has no table of scores" if is_export else "There is no summary.json"
-        said.append(
-            f"{why}: lowrank evaluate --model {place or 'DIR'} --text TEXT --json {record.folder / 'score.json'}"
+        missing.append(f"{why}: lowrank evaluate --model {model or 'DIR'} --text TEXT --json {folder / 'score.json'}")
+    if model is not None and (evidence.health is None or not evidence.health.thorough):
+        missing.append(
+            "The model was not compared with its base, so KL divergence and agreement are unknown: "
+            f"lowrank doctor {model} --json {folder / 'doctor.json'}"
         )
-    if place is not None and not record.evidence.thorough:
-        said.append(
-            "The model was not compared with its base, KL divergence and agreement are not known: "
-            f"lowrank doctor {place} --json {record.folder / 'doctor.json'}"
+    if model is not None and not evidence.tasks:
+        missing.append(
+            f"No tasks were scored: lowrank evaluate --model {model} --reference BASE --tasks piqa,arc_easy --json "
+            f"{folder / 'tasks.json'}"
         )
-    if place is not None and not record.evidence.tasks:
-        said.append(
-            f"No tasks were scored: lowrank evaluate --model {place} --reference BASE --tasks piqa,arc_easy --json "
-            f"{record.folder / 'tasks.json'}"
-        )
-    return said
+    return missing

@@ -1,36 +1,34 @@
-"""What people read of a run: the table of scores and the summary file; see also ``plan_report`` and ``model_card``."""
+"""Scores of a run: the table of models, and ``summary.json``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity, table
 
-__all__ = ["Row", "read_summary", "row_table", "write_summary"]
+__all__ = ["SUMMARY", "Row", "Summary", "read_summary", "row_table", "write_summary"]
 
 SUMMARY = "summary.json"
-
-
 FACTS = "facts"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model in a table of scores; ``None`` stands for what was not measured.
+    """One model in a table of scores; ``None`` marks a figure that was not measured.
 
     Args:
-        name: Who it is, such as ``dense``, ``uniform`` or ``learned``.
-        perplexity: Perplexity on the held-back text.
-        excess_nats: Nats a token more than the dense model's.
+        name: Name of the model, such as ``dense``, ``uniform`` or ``learned``.
+        perplexity: Perplexity on the validation text.
+        excess_nats: Negative log-likelihood above the dense model's, in nats per token.
         kept_targeted: Kept fraction of the targeted layers' parameters.
         kept_model: Kept fraction of the whole model's parameters.
         bytes: Bytes on disk.
-        seconds: Seconds that it took to make.
+        seconds: Seconds from the dense model to this one.
 
     Example:
         >>> Row("dense", perplexity=20.7, excess_nats=0.0).kept_model is None
@@ -46,11 +44,24 @@ class Row:
     seconds: float | None = None
 
 
-def row_table(rows: Iterable[Row], *, fmt: str = "simple") -> str:
-    """Return the rows as a table in human units.
+@dataclass(frozen=True)
+class Summary:
+    """The content of ``summary.json``.
 
     Args:
-        rows: The models, in the order shown.
+        rows: The table of scores.
+        facts: Everything else that the run recorded, as JSON values: command, protocol, samples, versions, ...
+    """
+
+    rows: tuple[Row, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def row_table(rows: Iterable[Row], *, fmt: str = "simple") -> str:
+    """Return the rows as a table in units for people.
+
+    Args:
+        rows: The models, in the order of the table.
         fmt: A format of ``tabulate``: ``simple`` for a terminal, ``github`` for Markdown.
 
     Example:
@@ -78,31 +89,31 @@ def write_summary(run_dir: str | Path, rows: Iterable[Row], **facts: Any) -> Pat
     """Write ``summary.json`` of a run and return its path: rows keyed by name, and ``facts`` under one key.
 
     ``{"dense": {"perplexity": …, "excess_nats": …, "kept_targeted": …, "kept_model": …, "bytes": …, "seconds": …},
-    …, "facts": {…}}``. Rows and facts join those of an older summary in the folder; same-named ones are replaced.
+    …, "facts": {…}}``. Rows and facts are merged into an existing summary; entries of the same name are replaced.
 
     Args:
-        run_dir: The run's folder; made if absent.
+        run_dir: The run's folder, created if absent.
         rows: The rows to add.
-        facts: Whatever else JSON can hold.
+        facts: Any other JSON values.
 
     Raises:
-        ValueError: A row called ``facts``, or a damaged summary in the folder.
+        ValueError: A row is named ``facts``, or the summary in the folder is damaged.
     """
     path = Path(run_dir) / SUMMARY
-    old_rows, old_facts = read_summary(run_dir) if path.exists() else ([], {})
-    merged = {row.name: row for row in [*old_rows, *rows]}
+    old = read_summary(run_dir) if path.exists() else Summary()
+    merged = {row.name: row for row in [*old.rows, *rows]}
     if FACTS in merged:
-        raise ValueError(f"a row is called {FACTS!r}, the key of everything else in {SUMMARY}: give it another name")
+        raise ValueError(f"a row is named {FACTS!r}, which {SUMMARY} uses for everything else: give it another name")
     summary: dict[str, Any] = {name: _figures(row) for name, row in merged.items()}
-    all_facts = {**old_facts, **facts}
+    all_facts = {**old.facts, **facts}
     return write_json(path, {**summary, FACTS: all_facts} if all_facts else summary)
 
 
-def read_summary(run_dir: str | Path) -> tuple[list[Row], dict[str, Any]]:
-    """Return the rows and the facts that :func:`write_summary` left in the run's folder.
+def read_summary(run_dir: str | Path) -> Summary:
+    """Return what :func:`write_summary` wrote to the run's folder.
 
     Raises:
-        ValueError: No ``summary.json`` there, or not one of ours; the message names the file.
+        ValueError: There is no ``summary.json``, or its content is no summary; the message names the file.
     """
     path = Path(run_dir) / SUMMARY
     if not path.is_file():
@@ -110,7 +121,7 @@ def read_summary(run_dir: str | Path) -> tuple[list[Row], dict[str, Any]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         facts = dict(data.pop(FACTS, {}))
-        return [Row(name, **figures) for name, figures in data.items()], facts
+        return Summary(tuple(Row(name, **figures) for name, figures in data.items()), facts)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a run's summary ({error}): delete it or run again") from None
 

@@ -1,15 +1,18 @@
-"""What people read of a plan: the table of its module types and the rank map."""
+"""Figures and tables in units for people."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from lowrank_pl.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["block_and_kind", "gigabytes", "percent", "save_figure", "table"]
 

@@ -1,4 +1,4 @@
-"""The page of a run: its figures, its escaping, that it loads nothing, and clear words where something is missing."""
+"""The page of a run: figures, escaping, no network, and clear messages where something is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.report.comparison import comparison_page
 from lowrank_pl.report.evidence import read_evidence
-from lowrank_pl.report.model_card import card_of
+from lowrank_pl.report.model_card import model_card
 from lowrank_pl.report.page import run_page
 from lowrank_pl.report.page_cells import HEIGHT, WIDTH, cells, grid, read_spectra, spectrum_groups
 from lowrank_pl.report.run_record import read_run
@@ -177,7 +177,7 @@ def test_page_holds_the_figures_of_the_summary(run):
     assert "is short" in page.words
     assert "2 layers: damped model.layers.0.q, model.layers.1.q" in page.words
     assert "scaled by 0.9" in page.words
-    assert "1,000 tokens/s scoring; 1.25 x the dense model" in page.words
+    assert "1,000 tokens/s while scoring; 1.25 x the dense model" in page.words
 
 
 def test_rank_map_says_of_every_module_what_became_of_it(run):
@@ -187,8 +187,8 @@ def test_rank_map_says_of_every_module_what_became_of_it(run):
     said, classes = page.titles[0]
     assert said.startswith("q, block 0: rank 2 of 8, 46.9 % kept (30 of 64 parameters, 0.00 MB), stored pivoted")
     assert classes == ["cell", "h4"]
-    assert "fell" in page.titles[1][1], "two factors, where auto would have pivoted"
-    assert "pivots would not have been accurate" in page.titles[1][0]
+    assert "fallback" in page.titles[1][1], "two factors, where auto would have pivoted"
+    assert "pivoted storage would be inaccurate" in page.titles[1][0]
     assert "anyk" in page.titles[2][1]
     assert page.titles[3] == ("up, block 1: left dense, full rank 8, 128 of 128 parameters, 0.00 MB", ["cell", "dense"])
     assert page.titles[4][0].startswith("head, outside the blocks: rank 1 of 4")
@@ -197,7 +197,7 @@ def test_rank_map_says_of_every_module_what_became_of_it(run):
         "3",
         "8",
         "56.2 %",
-        "factored, fell back",
+        "factored, fallback",
     ]
 
 
@@ -215,7 +215,7 @@ def test_budget_sums_to_the_plan(run):
     plan = plan_of()
     text = run_page(read_run(run))
     widths = re.search(
-        r'fill" style="flex-grow:(\d+).*?gone" style="flex-grow:(\d+).*?rest" style="flex-grow:(\d+)', text
+        r'fill" style="flex-grow:(\d+).*?cut" style="flex-grow:(\d+).*?rest" style="flex-grow:(\d+)', text
     )
     kept, gone, rest = map(int, widths.groups())
     assert kept == plan.kept_parameters
@@ -235,12 +235,12 @@ def test_spectrum_is_cut_at_the_rank_and_drawn_to_scale(tmp_path):
     assert shown[0].lost == pytest.approx(1 - (1 + 1 / 4) / total)
     assert shown[2].lost == pytest.approx(1 - (1 + 4.0**-5) / total), "components 0 and 5 are kept"
     assert shown[3].lost == 0
-    group = next(group for group in spectrum_groups(plan, shown, spectra) if group.kind == "q")
+    group = next(group for group in spectrum_groups(shown, spectra) if group.kind == "q")
     assert (group.top, group.bottom) == (1.0, 2.0**-7)
     first, other = group.drawings
     step = WIDTH / 8
-    assert first.gone == [(2 * step, 6 * step)]
-    assert other.gone == [(step, 4 * step), (6 * step, 2 * step)]
+    assert first.cut == [(2 * step, 6 * step)]
+    assert other.cut == [(step, 4 * step), (6 * step, 2 * step)]
     # Powers of two on a logarithmic scale lie on a straight line from edge to edge.
     points = [tuple(map(float, point.split())) for point in re.findall(r"L?([\d.]+ [\d.]+)", first.area)][1:9]
     for j, (x, y) in enumerate(points):
@@ -253,9 +253,9 @@ def test_long_spectra_stay_small(tmp_path):
     modules = {"a.0.q": ModulePlan((4096, 4096), 2048, tuple(range(0, 4096, 2)))}
     plan = plan_of(modules=modules, origin={"store": str(tmp_path)}, model_parameters=2**24)
     spectra, _ = read_spectra(plan)
-    [group] = spectrum_groups(plan, cells(plan, spectra), spectra)
+    [group] = spectrum_groups(cells(plan, spectra), spectra)
     assert len(group.drawings[0].area) < 600
-    assert len(group.drawings[0].gone) <= 1, "alternate components are finer than the picture"
+    assert len(group.drawings[0].cut) <= 1, "alternate components are finer than the picture"
 
 
 def test_spectra_with_zeros_and_of_one_value(tmp_path):
@@ -265,7 +265,7 @@ def test_spectra_with_zeros_and_of_one_value(tmp_path):
     plan = plan_of(modules={f"a.{b}.q": ModulePlan((3, 3), 1) for b in range(2)}, origin={"store": str(tmp_path)})
     spectra, _ = read_spectra(plan)
     shown = cells(plan, spectra)
-    [group] = spectrum_groups(plan, shown, spectra)
+    [group] = spectrum_groups(shown, spectra)
     assert group.bottom < group.top
     assert not re.search("nan|inf", "".join(drawn.area for drawn in group.drawings))
     assert [cell.lost for cell in shown] == [0, 0]
@@ -276,14 +276,14 @@ def test_refitted_plans_show_what_they_were_refitted_from(tmp_path):
     FactorStore({"refit": 1}, inner)
     spectra, said = read_spectra(plan_of(origin={"store": str(inner)}, fingerprint={"refit": {}}))
     assert len(spectra) == len(MODULES)
-    assert said.endswith("They are those before the refit.")
+    assert said.endswith("They are from before the refit.")
 
 
 @pytest.mark.parametrize(
     ("store", "said"),
     [
-        (None, "The plan names no store of factors"),
-        ("/nowhere/at/all", "The factors at /nowhere/at/all are gone or damaged"),
+        (None, "The plan names no factor store"),
+        ("/nowhere/at/all", "The factor store /nowhere/at/all is missing or damaged"),
     ],
 )
 def test_spectra_that_are_gone_are_said_to_be(run, store, said):
@@ -313,7 +313,7 @@ def test_files_of_scores_in_the_folder_are_found(run, caplog):
     assert page.row("mean")[2] == "0.596"
     assert page.row("c4")[2:] == ["c4", "4 \u00d7 64", "33.33"]
     assert page.row("python-docs, 8 sequences of 512 tokens")[1:] == ["4,088", "0.0812", "86.4 %"]
-    assert "Healthy, with warnings on quality, by lowrank doctor, checked.json" in page.words
+    assert "Healthy, with warnings quality; checked by lowrank doctor, checked.json" in page.words
 
 
 def test_what_evaluate_writes_is_read(run, tmp_path):
@@ -327,12 +327,12 @@ def test_what_evaluate_writes_is_read(run, tmp_path):
         device="cpu", json=run / "scores.json",
     )  # fmt: skip
     # Scores of another model say nothing of this one.
-    assert read_evidence([run / "scores.json"], model=run / "model").divergence is None
+    assert read_evidence([run / "scores.json"], model=run / "model").agreement is None
     found = read_evidence([run / "scores.json"], model=Path("random:llama"))
-    assert found.divergence.agreement == 1.0
-    assert found.divergence.tokens == 126
-    assert found.divergence.how == f"{text}, 2 sequences of 64 tokens"
-    assert [(one.text, one.perplexity) for one in found.passes] == [(str(text), figures["texts"]["own"]["perplexity"])]
+    assert found.agreement.agreement == 1.0
+    assert found.agreement.tokens == 126
+    assert found.agreement.text == f"{text}, 2 sequences of 64 tokens"
+    assert [(one.text.name, one.perplexity) for one in found.texts] == [(str(text), figures["texts"]["own"]["perplexity"])]
     right = figures["tasks"]["model"]["results"]["sums"]["acc,none"]
     assert [(one.source, one.figures["sums"]["acc"][0]) for one in found.tasks] == [("dense", right), ("scores", right)]
     page = Page(run_page(read_run(run)))
@@ -351,7 +351,7 @@ def test_the_newest_diagnosis_counts_whatever_its_name_is(run):
     (run / "a.json").write_text(json.dumps(DOCTOR))
     (run / "z.json").write_text(json.dumps({**DOCTOR, "findings": {}}))
     os.utime(run / "z.json", (1, 1))
-    assert read_run(run).evidence.checked_by == "lowrank doctor, a.json"
+    assert read_run(run).evidence.health.checked_by == "lowrank doctor, a.json"
 
 
 def test_a_group_stands_for_its_tasks(run):
@@ -371,31 +371,31 @@ def test_code_of_the_base_is_told_of(run):
     config = json.loads(path.read_text())
     for named, own in (("hf_format.LlamaForCausalLM", False), ("shouting.Shouting", True)):
         path.write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": named}}))
-        card = card_of(read_run(run))
-        assert ("The base came with code of its own, which `trust_remote_code=True` lets run." in card) == own
+        card = model_card(read_run(run))
+        assert ("The base came with modelling code of its own, which `trust_remote_code=True` runs." in card) == own
         assert ('from_pretrained("PATH_OR_ID", trust_remote_code=True)' in card) == own
         assert ("Without `lowrank_pl` installed, pass `trust_remote_code=True`" in card) != own
 
 
-def test_without_a_doctor_the_weights_are_looked_through(run):
+def test_without_a_doctor_the_weights_are_checked(run):
     record = read_run(run)
-    assert [finding.name for finding in record.evidence.diagnosis.findings] == [
+    assert [finding.name for finding in record.evidence.health.diagnosis.findings] == [
         "export",
         "weights",
         "factors",
         "types",
         "plan",
     ]
-    assert "No damage found by the export, lowrank report" in Page(run_page(record)).words
-    assert [finding.name for finding in read_run(run, look=False).evidence.diagnosis.findings] == ["export"]
+    assert "No damage found checked by the export, lowrank report" in Page(run_page(record)).words
+    assert [finding.name for finding in read_run(run, check=False).evidence.health.diagnosis.findings] == ["export"]
 
 
-def test_sick_weights_are_said_to_be(run):
+def test_broken_weights_are_reported(run):
     file = run / "model" / "model.safetensors"
     tensors = {f"{name}.weight": torch.full((2, 2), math.nan) for name in MODULES}
     save_file(tensors, file)
     words = page_of(run).words
-    assert "Sick on weights, plan" in words
+    assert "Broken weights, plan; checked by" in words
     file.write_bytes(b"no tensors")
     assert "the weight files can't be read" in page_of(run).words
 
@@ -404,12 +404,12 @@ def test_a_diagnosis_survives_its_file():
     found = Diagnosis.from_dict(DOCTOR)
     assert Diagnosis.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert found.to_dict() == DOCTOR
-    with pytest.raises(ValueError, match="weights has the health 'fine': expected one of"):
+    with pytest.raises(ValueError, match="'fine': expected one of"):
         Diagnosis.from_dict({**DOCTOR, "findings": {"weights": {"health": "fine", "said": ""}}})
 
 
 def test_named_files_must_hold_scores(run, tmp_path):
-    with pytest.raises(ValueError, match=r"no file '.*gone.json': expected what `lowrank doctor`, `lowrank evaluate`"):
+    with pytest.raises(ValueError, match=r"gone\.json': expected .*`lowrank doctor`"):
         read_run(run, scores=[tmp_path / "gone.json"])
     for text, said in (("{", "is not JSON"), ('{"a": 1}', "holds no scores"), ('{"results": {"t": 3}}', "is damaged")):
         (tmp_path / "x.json").write_text(text)
@@ -432,7 +432,7 @@ def test_speeds_of_bench_say_what_they_are(tmp_path):
     [speed] = read_evidence([path]).speeds
     assert (speed.model, speed.tokens_per_second, speed.ratio) == ("b, pivoted, keep 0.8", 17.5, 0.99)
     assert "lowrank bench decode" in speed.how
-    assert "random numbers" in speed.how
+    assert "random weights" in speed.how
 
 
 # -- safety --------------------------------------------------------------------------------------------------------
@@ -479,25 +479,25 @@ def test_page_loads_nothing(run, tmp_path):
 
 
 def test_folders_that_are_no_run(tmp_path, run):
-    with pytest.raises(ValueError, match=r"no folder '.*gone': give that of a run or of an export"):
+    with pytest.raises(ValueError, match=r"gone': give the folder of a run"):
         report(tmp_path / "gone")
-    with pytest.raises(ValueError, match=r"'.*plan\.json' is a file: give the folder of a run"):
+    with pytest.raises(ValueError, match=r"plan\.json' is a file: give the folder of a run"):
         report(run / "plan.json")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"'.*empty' is no run: expected plan\.json, as `lowrank fit`"):
+    with pytest.raises(ValueError, match=r"empty' .*: expected plan\.json, as `lowrank fit`"):
         report(tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     (tmp_path / "begun" / "checkpoints" / "last.ckpt").touch()
-    with pytest.raises(ValueError, match=r"has not ended, there is no plan\.json yet: go on with .*last\.ckpt"):
+    with pytest.raises(ValueError, match=r"no plan\.json yet: .*--ckpt_path .*last\.ckpt"):
         report(tmp_path / "begun")
     for size in ("keep-0.80", "keep-0.90"):
         plan_of().save(tmp_path / "sizes" / size / "plan.json")
-    with pytest.raises(ValueError, match=r"holds several models and is none: give .*keep-0\.80 or 1 more"):
+    with pytest.raises(ValueError, match=r"several models: give .*keep-0\.80 or 1 more"):
         report(tmp_path / "sizes")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is a model without plan\.json"):
+    with pytest.raises(ValueError, match=r"plain' .* without plan\.json: copy its plan there"):
         report(tmp_path / "plain")
 
 
@@ -515,7 +515,7 @@ def test_report_writes_page_and_card(run, capsys):
     assert "# old" not in text
     for said in (
         "Scored on `wiki.txt, 20 sequences of 1024 tokens`",
-        "KL divergence 0.0812 nats a token, the same most likely token in 86.4 % of 4,088",
+        "KL divergence 0.0812 nats per token, the same most likely token for 86.4 % of 4,088 tokens",
         "| piqa | acc | 0.679 ± 0.011 |",
         "Checked by lowrank doctor, doctor.json: warning.",
         "* weights, healthy: all 9 tensors are finite",
@@ -546,7 +546,7 @@ def test_an_export_says_what_it_lacks(run, capsys):
     assert f"missing  An export has no table of scores: lowrank evaluate --model {folder} --text TEXT" in shown
     assert f"lowrank doctor {folder} --json" in shown
     page = Page((folder / "report.html").read_text())
-    assert "What is not here" in page.words
+    assert "Not measured yet" in page.words
     assert "lowrank export --plan p" in page.words
     assert "lowrank export --plan p" in (folder / "README.md").read_text()
 
@@ -596,11 +596,11 @@ def test_page_of_a_comparison(tmp_path):
         math.log(2) / math.log(0.9 / 0.4), rel=0.02
     )
     assert [address for _, address in page.addresses] == []
-    with pytest.raises(ValueError, match="--scores goes with a run or an export"):
+    with pytest.raises(ValueError, match="--scores .* comparison"):
         report(tmp_path, scores=[tmp_path / "x"])
 
 
 def test_comparisons_with_luck_and_without_results():
     assert ">-0.2<" in comparison_page(results(low=-0.05), title="t")
-    with pytest.raises(ValueError, match="the comparison has no results yet"):
+    with pytest.raises(ValueError, match="no results yet: run `lowrank compare`"):
         comparison_page([], title="t")

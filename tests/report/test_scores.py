@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from matplotlib._pylab_helpers import Gcf
@@ -11,11 +12,13 @@ from matplotlib._pylab_helpers import Gcf
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.report.model_card import model_card
 from lowrank_pl.report.rank_map import rank_map, rank_table
-from lowrank_pl.report.scores import Row, read_summary, row_table, write_summary
+from lowrank_pl.report.run_record import Exported, RunRecord
+from lowrank_pl.report.scores import Row, Summary, read_summary, row_table, write_summary
 from lowrank_pl.utils.formatting import block_and_kind
 
 DENSE = Row("dense", 20.7, 0.0, 1.0, 1.0, 538_060_672, 0.0)
 LEARNED = Row("learned", 23.456, 0.125, 0.7996, 0.84, 451_000_000, 83.21)
+FOLDER = Path("runs/mine")
 SHAPES = {"self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "mlp.up_proj": (16, 8)}
 
 
@@ -59,25 +62,25 @@ def test_summary_is_rows_keyed_by_name(tmp_path):
         "seconds": 83.21,
     }
     assert data["facts"] == {"base": "x", "wall": 12.5}
-    assert read_summary(tmp_path / "run") == ([DENSE, LEARNED], {"base": "x", "wall": 12.5})
+    assert read_summary(tmp_path / "run") == Summary((DENSE, LEARNED), {"base": "x", "wall": 12.5})
 
 
 def test_summary_without_facts_holds_rows_only(tmp_path):
     write_summary(tmp_path, [Row("dense")])
     assert list(json.loads((tmp_path / "summary.json").read_text())) == ["dense"]
-    assert read_summary(tmp_path) == ([Row("dense")], {})
+    assert read_summary(tmp_path) == Summary((Row("dense"),))
 
 
 def test_later_rows_replace_those_of_the_same_name(tmp_path):
     write_summary(tmp_path, [DENSE, Row("learned", 99.0)], base="x", seed=0)
     write_summary(tmp_path, [LEARNED, Row("uniform", 54.7)], seed=1)
-    rows, facts = read_summary(tmp_path)
-    assert rows == [DENSE, LEARNED, Row("uniform", 54.7)]
-    assert facts == {"base": "x", "seed": 1}
+    summary = read_summary(tmp_path)
+    assert summary.rows == (DENSE, LEARNED, Row("uniform", 54.7))
+    assert summary.facts == {"base": "x", "seed": 1}
 
 
 def test_a_row_may_not_be_called_facts(tmp_path):
-    with pytest.raises(ValueError, match=r"a row is called 'facts', the key of everything else in summary.json"):
+    with pytest.raises(ValueError, match=r"'facts', which summary\.json uses .*: give it another name"):
         write_summary(tmp_path, [Row("facts")])
     assert list(tmp_path.iterdir()) == []
 
@@ -86,9 +89,9 @@ def test_a_row_may_not_be_called_facts(tmp_path):
 def test_damaged_summary_is_named_and_kept(tmp_path, text):
     path = tmp_path / "summary.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"summary\.json is not a run's summary \(.*\): delete it or run again"):
+    with pytest.raises(ValueError, match=r"summary\.json .*: delete it or run again"):
         read_summary(tmp_path)
-    with pytest.raises(ValueError, match="is not a run's summary"):
+    with pytest.raises(ValueError, match=r"summary\.json .*: delete it or run again"):
         write_summary(tmp_path, [DENSE])
     assert path.read_text() == text
 
@@ -147,23 +150,23 @@ def test_rank_table_counts_modules_whose_components_are_no_prefix():
     lines = [line.split() for line in rank_table(plan).splitlines()]
     assert lines[0] == ["module", "type", "modules", "dense", "any-k", "mean", "kept", "least", "most"]
     assert [line[:4] for line in lines[2:]] == [["q", "2", "0", "1"], ["k", "1", "1", "0"], ["all", "3", "1", "1"]]
-    assert "In 1 modules (any-k) the kept components are not those of" in model_card(plan, [], base="b", command="c")
+    assert "In 1 layers (any-k) the kept components are not those of" in model_card(RunRecord(FOLDER, plan))
     assert "any-k" not in rank_table(plan_of(2))
-    assert "any-k" not in model_card(plan_of(2), [], base="b", command="c")
+    assert "any-k" not in model_card(RunRecord(FOLDER, plan_of(2)))
 
 
 @pytest.mark.parametrize(("count", "some"), [(6, ""), (2, "2 of them ")])
-def test_card_says_how_maps_are_stored(count, some):
+def test_card_says_how_layers_are_stored(count, some):
     plan = plan_of(2)
     entries = {name: replace(entry, rank=2) for name, entry in plan.modules.items()}
     pivoted = {name: replace(entries[name], storage="pivoted") for name in [*entries][:count]}
-    text = model_card(replace(plan, modules={**entries, **pivoted}, storage="auto"), [], base="b", command="c")
+    text = model_card(RunRecord(FOLDER, replace(plan, modules={**entries, **pivoted}, storage="auto")))
     assert f"low-rank factors, {some}stored as independent rows or columns and the coefficients of the rest;" in text
 
 
 def test_card_says_from_which_plan_a_size_was_resized():
     plan = plan_of(1, notes=("resized from the plan of ara at keep 0.8, by its component order",))
-    text = model_card(plan, [], base="b", command="c")
+    text = model_card(RunRecord(FOLDER, plan))
     assert "This size was resized from the plan of ara at keep 0.8, by its component order" in text
     assert "resized" not in card()
 
@@ -188,7 +191,7 @@ def test_rank_map_shows_what_is_not_targeted():
 
 
 def test_rank_map_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="the plan has no module: expected at least one to draw"):
+    with pytest.raises(ValueError, match="no module: expected at least one"):
         rank_map(RankPlan(method="hand", keep=0.5, modules={}, model_parameters=1))
 
 
@@ -198,10 +201,10 @@ def test_rank_map_leaves_pyplot_alone():
     assert figure.canvas.manager is None
 
 
-def card(**changes):
+def card(*, base="org/model-1B", license="apache-2.0", merged=False, samples=()):
     plan = plan_of(
         2,
-        origin={"text": "python-docs", "settings": {"windows": 64}, "store": "/home/me/store"},
+        origin={"base": base, "text": "python-docs", "settings": {"windows": 64}, "store": "/home/me/store"},
         fingerprint={"model": "ab12", "text": "cd34"},
         notes=(
             "model.layers.0.self_attn.q_proj: damped",
@@ -210,8 +213,14 @@ def card(**changes):
             "wished ranks scaled by 0.9 to meet keep 0.8: fine",
         ),
     )
-    given = {"base": "org/model-1B", "command": "lowrank fit -c configs/demo.yaml", "license": "apache-2.0"}
-    return model_card(plan, [DENSE, LEARNED], **{**given, **changes})
+    record = RunRecord(
+        FOLDER,
+        plan,
+        Exported(FOLDER / "model", merged=merged),
+        Summary((DENSE, LEARNED), {"samples": samples}),
+        command="lowrank fit -c configs/demo.yaml",
+    )
+    return model_card(record, license=license)
 
 
 def test_card_front_matter():
@@ -246,8 +255,8 @@ def test_card_names_no_local_folder_as_base_model(tmp_path, monkeypatch):
 
 def test_card_says_what_how_and_how_many():
     text = card()
-    assert "5 of 6 linear maps are replaced by low-rank factors, stored as two thin matrices each" in text
-    assert "Method `ara`, asked to keep 80.0 % of the targeted parameters." in text
+    assert "5 of 6 linear layers are replaced by low-rank factors, stored as two thin matrices each" in text
+    assert "Method `ara`, with 80.0 % of the targeted parameters requested." in text
     assert "```bash\nlowrank fit -c configs/demo.yaml\n```" in text
     assert '* text: `python-docs`\n* settings: `{"windows": 64}`\n' in text
     assert "/home/me" not in text
@@ -279,15 +288,15 @@ def test_card_joins_notes_that_say_the_same():
         "* wished ranks scaled by 0.9 to meet keep 0.8: fine\n"
     ) in card()
     many = plan_of(1, notes=tuple(f"note {number}" for number in range(20)))
-    text = model_card(many, [], base="b", command="c")
+    text = model_card(RunRecord(FOLDER, many))
     assert "* note 11\n* and 8 more notes in `plan.json`" in text
     assert "## Scores" not in text
-    assert "## Notes" not in model_card(plan_of(1), [], base="b", command="c")
+    assert "## Notes" not in model_card(RunRecord(FOLDER, plan_of(1)))
 
 
 def test_card_shows_samples_side_by_side_letter_by_letter():
-    text = card(samples=[("A list", "is *a* | b\n\nc", "<b> `x_y`")])
+    text = card(samples=[("A list", "is *a* | b\n\nc", "<b> `x_y` _z_")])
     assert "| prompt   | dense " in text
     assert "is &#42;a&#42; &#124; b<br>c" in text
-    assert "&#60;b&#62; &#96;x&#95;y&#96;" in text
+    assert "&#60;b&#62; &#96;x_y&#96; &#95;z&#95;" in text
     assert "## Samples" not in card()

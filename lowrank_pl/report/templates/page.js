@@ -1,21 +1,21 @@
 (function () {
   "use strict";
-  var told = document.getElementById("told");
-  if (!told) return;
+  var described = document.getElementById("described");
+  if (!described) return;
   var cells = Array.prototype.slice.call(document.querySelectorAll(".map td.cell"));
   var on = null;
   function show(cell) {
     if (on) on.classList.remove("on");
     on = cell;
     cell.classList.add("on");
-    told.textContent = cell.title + ". ";
+    described.textContent = cell.title + ". ";
     var drawn = document.getElementById("s" + cell.dataset.n);
     if (drawn) {
       var link = document.createElement("a");
       link.href = "#s" + cell.dataset.n;
       link.textContent = "Its spectrum";
       link.addEventListener("click", function () { drawn.closest("details").open = true; });
-      told.appendChild(link);
+      described.appendChild(link);
     }
   }
   cells.forEach(function (cell) {

@@ -527,10 +527,10 @@ def test_fit_narrows_first_and_scores_the_base_that_was_named(doubled, tmp_path,
     assert load_compressed(tmp_path / "run" / "model").num_parameters() == plan.kept_model_parameters - indices(plan)
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert f"`{doubled}` compressed with" in card
-    assert "of the 96 hidden features of every MLP were left" in card
+    assert "of 96 hidden neurons remain in each" in card
     assert (" to " in plan.origin["narrowed"]["left"]) == by_block
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "of it with hidden features that were left out before" in page
+    assert "by pruning hidden neurons" in page
     # Scored from its plan it is the same, beside the base that was named.
     main(["evaluate", "--plan", str(tmp_path / "run" / "plan.json"), "--text", "python-docs::part=50%-60%",
           "--length", "32", "--windows", "4", "--json", str(tmp_path / "scores.json")])  # fmt: skip
