@@ -1,11 +1,9 @@
-"""Every page of the documentation is there, every local link leads somewhere, and the site builds without a warning."""
+"""The sources of the documentation: every page exists, every local link leads somewhere, and hooks do their work."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -152,17 +150,3 @@ def test_bare_doctests_are_fenced_and_roles_are_gone():
     )
     section = "Return it.\n\nExample:\n    >>> f(1)\n    2"
     assert readable(section) == section
-
-
-def test_the_site_builds_without_a_warning_and_asks_no_other_server(tmp_path):
-    pytest.importorskip("mkdocs")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")],
-        cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for page in sorted((tmp_path / "site").glob("*.html")):
-        html = page.read_text(encoding="utf-8")
-        fetched = re.findall(r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="(https?:)?//[^"]*"', html)
-        assert not fetched, page.name
-        assert "arithmatex" not in html, page.name

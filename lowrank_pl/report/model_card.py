@@ -112,8 +112,8 @@ def _pruned(plan: RankPlan) -> str:
     if pruned is None:
         return ""
     return (
-        f" Before that, the MLPs were pruned: {pruned['left']} of {pruned['width']:,} hidden neurons remain in each, and "
-        "the down-projections were updated to compensate."
+        f" Before that, the MLPs were pruned: {pruned['left']} of {pruned['width']:,} hidden neurons remain in each, "
+        "and the down-projections were updated to compensate."
     )
 
 

@@ -296,5 +296,11 @@ def _runs(indices: Sequence[int], count: int) -> list[tuple[int, int]]:
 
 
 def _percent_of_tiny(fraction: float) -> str:
-    """Return a fraction as a percentage, with one significant digit below 0.1 %."""
-    return percent(fraction) if fraction >= 0.001 or fraction == 0 else f"{100 * fraction:.1g} %"
+    """Return a fraction as a percentage, with one significant digit below 0.1 %.
+
+    >>> _percent_of_tiny(0.1234), _percent_of_tiny(0.00034), _percent_of_tiny(1e-9)
+    ('12.3 %', '0.03 %', '< 0.001 %')
+    """
+    if fraction >= 0.001 or fraction == 0:
+        return percent(fraction)
+    return f"{100 * fraction:.1g} %" if fraction >= 1e-5 else "< 0.001 %"

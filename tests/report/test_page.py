@@ -18,7 +18,7 @@ from lowrank_pl.cli.evaluate import evaluate
 from lowrank_pl.cli.report import report
 from lowrank_pl.export.health.diagnosis import Diagnosis
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.report.comparison import comparison_page
 from lowrank_pl.report.evidence import read_evidence
 from lowrank_pl.report.model_card import model_card
@@ -26,37 +26,16 @@ from lowrank_pl.report.page import run_page
 from lowrank_pl.report.page_cells import HEIGHT, WIDTH, cells, grid, read_spectra, spectrum_groups
 from lowrank_pl.report.run_record import read_run
 from lowrank_pl.report.scores import Row, write_summary
-
-HOSTILE = '<script>alert("x")</script><img src="http://evil.example/a.png" onerror=alert(1)>"\'&\x00\x1b'
-ROWS = [
-    Row("dense", 15.13, 0.0, 1.0, 1.0, 8000, 0.0),
-    Row("uniform", 18.47, 0.2, 0.8, 0.84, 7300, 30.5),
-    Row("learned", 16.34, 0.077, 0.643, 0.92, 7360, 1375.4),
-]
-MODULES = {
-    "model.layers.0.q": ModulePlan((8, 8), 2, storage="pivoted"),
-    "model.layers.0.up": ModulePlan((16, 8), 3),
-    "model.layers.1.q": ModulePlan((8, 8), 2, (0, 5), "pivoted"),
-    "model.layers.1.up": ModulePlan((16, 8)),
-    "head": ModulePlan((4, 8), 1, storage="pivoted"),
-}
-DOCTOR = {
-    "directory": "model",
-    "health": "warning",
-    "findings": {
-        "weights": {"health": "healthy", "said": "all 9 tensors are finite"},
-        "quality": {"health": "warning", "said": HOSTILE, "kl": 0.0812, "agreement": 0.864, "tokens": 4088},
-    },
-    "samples": [{"prompt": "P", "model": "after", "dense": "before"}],
-    "protocol": {"text": "python-docs", "windows": 8, "length": 512},
-}
-TASKS = {
-    "results": {
-        "piqa": {"alias": "piqa", "acc,none": 0.6789, "acc_stderr,none": 0.0109, "acc_norm,none": 0.7},
-        "boolq": {"alias": "boolq", "acc,none": 0.5123, "acc_stderr,none": "N/A"},
-    },
-    "model_name": "mine",
-}
+from tests.helpers.run_folder import (
+    DOCTOR,
+    HOSTILE,
+    MODULES,
+    TASKS,
+    comparison_results,
+    plan_of,
+    write_run,
+    write_store,
+)
 
 
 class Page(HTMLParser):
@@ -100,57 +79,9 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
-def plan_of(**changes):
-    given = {
-        "method": "ara",
-        "keep": 0.65,
-        "modules": MODULES,
-        "model_parameters": 2000,
-        "storage": "auto",
-        "origin": {"base": "org/model", "dtype": "float32"},
-    }
-    return RankPlan(**{**given, **changes})
-
-
-def weights(folder):
-    """Whole low-rank weights and a config that say what MODULES say."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, entries = {}, {}
-    for name, module in MODULES.items():
-        out, into = module.shape
-        if module.rank is None:
-            tensors[f"{name}.weight"] = torch.ones(out, into)
-        elif module.storage == "factored":
-            entries[name] = module.rank
-            tensors |= {f"{name}.weight": torch.ones(out, module.rank), f"{name}.right": torch.ones(module.rank, into)}
-        else:
-            entries[name] = {"rank": module.rank, "storage": "pivoted", "side": "out"}
-            tensors[f"{name}.weight"] = torch.ones(out - module.rank, module.rank)
-            tensors[f"{name}.right"] = torch.ones(module.rank, into)
-    save_file(tensors, folder / "model.safetensors")
-    said = {"quant_method": "lowrank", "modules": entries}
-    (folder / "config.json").write_text(json.dumps({"quantization_config": said}))
-
-
 @pytest.fixture
 def run(tmp_path):
-    folder = tmp_path / "run"
-    weights(folder / "model")
-    plan_of(notes=("model.layers.0.q: damped", "model.layers.1.q: damped", "scaled by 0.9")).save(folder / "plan.json")
-    write_summary(
-        folder, ROWS, command="lowrank fit -c x.yaml", protocol={"text": "wiki.txt", "windows": 20, "length": 1024},
-        samples=[["A list", "is long", "is short"]], versions={"torch": "2.13.0"}, verified=True,
-        tokens_per_second={"dense": 800.0, "learned": 1000.0}, date="2026-11-26T12:00:00+00:00",
-    )  # fmt: skip
-    (folder / "config.yaml").write_text("seed_everything: 7\n")
-    return folder
-
-
-def store_of(folder, plan=MODULES):
-    store = FactorStore({"made": "up"}, folder)
-    for name, module in plan.items():
-        store.write(name, {"sigma": 2.0 ** -torch.arange(min(module.shape)).double()})
-    return folder
+    return write_run(tmp_path / "run")
 
 
 def page_of(folder, **settings):
@@ -227,7 +158,7 @@ def test_budget_sums_to_the_plan(run):
 
 
 def test_spectrum_is_cut_at_the_rank_and_drawn_to_scale(tmp_path):
-    plan = plan_of(origin={"store": str(store_of(tmp_path / "store")), "decomposition": {"kind": "whitened"}})
+    plan = plan_of(origin={"store": str(write_store(tmp_path / "store")), "decomposition": {"kind": "whitened"}})
     spectra, said = read_spectra(plan)
     assert said == "Singular values of every weight, weighted by inputs, on a logarithmic scale."
     shown = cells(plan, spectra)
@@ -272,7 +203,7 @@ def test_spectra_with_zeros_and_of_one_value(tmp_path):
 
 
 def test_refitted_plans_show_what_they_were_refitted_from(tmp_path):
-    inner = store_of(tmp_path / "store") / "refit" / "abc"
+    inner = write_store(tmp_path / "store") / "refit" / "abc"
     FactorStore({"refit": 1}, inner)
     spectra, said = read_spectra(plan_of(origin={"store": str(inner)}, fingerprint={"refit": {}}))
     assert len(spectra) == len(MODULES)
@@ -332,7 +263,9 @@ def test_what_evaluate_writes_is_read(run, tmp_path):
     assert found.agreement.agreement == 1.0
     assert found.agreement.tokens == 126
     assert found.agreement.text == f"{text}, 2 sequences of 64 tokens"
-    assert [(one.text.name, one.perplexity) for one in found.texts] == [(str(text), figures["texts"]["own"]["perplexity"])]
+    assert [(one.text.name, one.perplexity) for one in found.texts] == [
+        (str(text), figures["texts"]["own"]["perplexity"])
+    ]
     right = figures["tasks"]["model"]["results"]["sums"]["acc,none"]
     assert [(one.source, one.figures["sums"]["acc"][0]) for one in found.tasks] == [("dense", right), ("scores", right)]
     page = Page(run_page(read_run(run)))
@@ -460,7 +393,7 @@ def test_hostile_text_stays_text(run):
 
 
 def test_page_loads_nothing(run, tmp_path):
-    plan_of(origin={"base": "b", "store": str(store_of(tmp_path / "store"))}).save(run / "plan.json")
+    plan_of(origin={"base": "b", "store": str(write_store(tmp_path / "store"))}).save(run / "plan.json")
     text = run_page(read_run(run))
     page = Page(text)
     assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
@@ -561,25 +494,8 @@ def test_a_plan_alone_has_a_page(tmp_path):
 # -- comparisons ---------------------------------------------------------------------------------------------------
 
 
-def results(low=0.1):
-    rows = []
-    for method, keep, excess in (
-        ("dense", 1.0, 0.0),
-        ("a", 0.8, low),
-        ("a", 0.6, 0.4),
-        ("<b>", 0.8, 0.2),
-        ("<b>", 0.6, 0.9),
-    ):
-        rows.append({
-            "method": method, "keep": {"asked": keep, "targeted": keep, "model": keep}, "bytes": 5_000_000,
-            "perplexity": {"wiki": math.exp(excess)}, "excess": {"wiki": excess}, "seconds": {"plan": 3.0},
-            "peak_memory": 10**9,
-        })  # fmt: skip
-    return rows
-
-
 def test_page_of_a_comparison(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(results()))
+    (tmp_path / "results.json").write_text(json.dumps(comparison_results()))
     text = report(tmp_path).read_text()
     page = Page(text)
     assert [row[0] for row in page.rows[1:]] == ["dense", "a", "<b>", "a", "<b>"]
@@ -596,11 +512,11 @@ def test_page_of_a_comparison(tmp_path):
         math.log(2) / math.log(0.9 / 0.4), rel=0.02
     )
     assert [address for _, address in page.addresses] == []
-    with pytest.raises(ValueError, match="--scores .* comparison"):
+    with pytest.raises(ValueError, match=r"--scores .* comparison"):
         report(tmp_path, scores=[tmp_path / "x"])
 
 
 def test_comparisons_with_luck_and_without_results():
-    assert ">-0.2<" in comparison_page(results(low=-0.05), title="t")
+    assert ">-0.2<" in comparison_page(comparison_results(low=-0.05), title="t")
     with pytest.raises(ValueError, match="no results yet: run `lowrank compare`"):
         comparison_page([], title="t")
