@@ -1,4 +1,4 @@
-"""Where a compressed model departs from the dense one: block by block, and along the sequence."""
+"""Divergence of a compressed model from the dense one: in total, by block, and by position in the sequence."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from lowrank_pl.utils.formatting import percent, table
 __all__ = ["PositionBin", "WhereDiverged", "profile_table", "score_texts", "show_texts", "where_diverged"]
 
 SHOWN_BLOCKS = 8
+"""Rows of the table of blocks."""
 
 
 @dataclass(frozen=True)
 class PositionBin:
-    """The divergence at some positions of the sequences.
+    """Divergence on a range of positions.
 
     Args:
-        first: First predicted position; the token before position 1 begins the sequence.
-        last: Last one.
-        kl: As in ``Divergence``.
-        agreement: Likewise.
-        excess_nats: Likewise.
+        first: First position; position 1 is the second token of a sequence.
+        last: Last position.
+        kl: KL(dense || model) in nats, mean over the positions.
+        agreement: Fraction of tokens on which both models have the same most likely token.
+        excess_nats: Negative log-likelihood above the dense model's, in nats per token.
     """
 
     first: int
@@ -44,13 +45,13 @@ class PositionBin:
 
 @dataclass(frozen=True)
 class WhereDiverged:
-    """The divergence of a model from the dense one, whole and in parts.
+    """Divergence of a model from the dense one, in total and in parts.
 
     Args:
         whole: Over all predicted tokens.
-        positions: In bins of positions of about the same width.
-        blocks: Relative error of the hidden state behind each decoder block: mean over the tokens of
-            ``|model - dense| / |dense|``. By the token, for the first one is often a thousand times the others' size.
+        positions: By bins of positions, of about equal width.
+        blocks: Relative error of the hidden state after each decoder block: ``|model - dense| / |dense|``, mean over
+            tokens. It is taken per token, since the first token's norm is often a thousand times the others'.
     """
 
     whole: Divergence
@@ -58,7 +59,7 @@ class WhereDiverged:
     blocks: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as they go into JSON."""
+        """Return the figures as JSON values."""
         whole = self.whole
         return {
             "kl": whole.kl,
@@ -74,20 +75,20 @@ class WhereDiverged:
 def where_diverged(
     model: PreTrainedModel, dense: PreTrainedModel, sequences: Tensor, *, bins: int = 8, progress: str | None = None
 ) -> WhereDiverged:
-    """Return how far ``model`` is from ``dense`` on ``sequences``, along the sequence and behind each block.
+    """Return the divergence of ``model`` from ``dense`` on ``sequences``, by position and after each block.
 
-    The models read one sequence after the other, and no logits or hidden states of more than one are held.
+    The models run on one sequence at a time, so logits and hidden states of one sequence are in memory.
 
     Args:
         model: The compressed model.
-        dense: The one it was made from.
-        sequences: Token ids ``[sequences, length]``, as the tokenizer's own BOS rule made them.
-        bins: Into how many parts positions are divided; fewer where sequences are shorter.
-        progress: Label of a progress bar with the remaining time; ``None`` shows none.
+        dense: The model that it was made from.
+        sequences: Token ids ``[sequences, length]``, with BOS where the tokenizer adds it.
+        bins: Number of bins of positions; fewer if sequences are shorter.
+        progress: Label of a progress bar; ``None`` shows none.
 
     Raises:
-        ValueError: Sequences that a model can't be scored on, models of other sizes, or no bin.
-        LogitsError: Logits of either model that are NaN or infinite; the sequence is named.
+        ValueError: A model can't score the sequences, the models differ in size, or ``bins`` is below 1.
+        LogitsError: Logits of either model are NaN or infinite; the message names the sequence.
 
     Example:
         >>> from lowrank_pl.models.tiny import tiny_model
@@ -102,12 +103,12 @@ def where_diverged(
     counts = [len(decoder_blocks(one)[1]) for one in (model, dense)]
     if counts[0] != counts[1]:
         raise ValueError(
-            f"the model has {counts[0]} decoder blocks, the dense one {counts[1]}: compare a model with the base that "
-            "it was made from"
+            f"the model has {counts[0]} decoder blocks, the dense model {counts[1]}: compare a model with the base "
+            "that it was made from"
         )
     sums = torch.zeros(4, sequences.shape[1] - 1, dtype=torch.float64)
     errors = torch.zeros(counts[0], dtype=torch.float64)
-    bar = tqdm(sequences, desc=progress, unit="window", disable=progress is None)
+    bar = tqdm(sequences, desc=progress, unit="sequence", disable=progress is None)
     with evaluating(model), evaluating(dense), bar:
         for place, sequence in enumerate(bar):
             with _hidden_states(model) as ours, _hidden_states(dense) as theirs:
@@ -123,10 +124,10 @@ def where_diverged(
 
 
 def profile_table(found: WhereDiverged, *, fmt: str = "simple") -> str:
-    """Return both parts as tables, one above the other; of many blocks some, the last one among them.
+    """Return the divergence by position and by block as two tables; of many blocks, a selection with both ends.
 
     Args:
-        found: What to show.
+        found: The divergence.
         fmt: A format of ``tabulate``.
     """
     along = [
@@ -144,12 +145,12 @@ def profile_table(found: WhereDiverged, *, fmt: str = "simple") -> str:
 
 @contextmanager
 def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Fill a list with what each block returns, ``[1, length, width]``, while the context lasts."""
+    """Collect the output ``[1, length, width]`` of each block in a list, within the context."""
     seen: list[Tensor] = []
 
     def hook(_: Any, __: Any, output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
-        # A copy, for some blocks add to their input in place.
+        # A copy, since some blocks add to their input in place.
         seen.append(hidden.clone())
 
     with ExitStack() as stack:
@@ -159,7 +160,7 @@ def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return the mean over the tokens of the relative distance, in fp64 on the CPU."""
+    """Return the relative distance, mean over the tokens, in fp64 on the CPU."""
     theirs = theirs.to(ours.device).double()
     distance = (ours.double() - theirs).norm(dim=-1)
     mean: Tensor = (distance / theirs.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
@@ -167,7 +168,7 @@ def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _bins(means: Tensor, bins: int) -> Iterator[PositionBin]:
-    """Yield the parts of means ``[4, positions]``."""
+    """Yield the bins of ``means``, which is ``[4, positions]``."""
     positions = means.shape[1]
     edges = [positions * step // min(bins, positions) for step in range(min(bins, positions) + 1)]
     for begin, end in pairwise(edges):
@@ -183,14 +184,14 @@ def score_texts(
     batch_size: int = 1,
     bins: int = 8,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, WhereDiverged]]:
-    """Return the figures of each text as they go into JSON, and where the model departs from the reference on it.
+    """Return the figures of each text as JSON values, and the divergence from the reference by text.
 
     Args:
         model: A causal language model.
-        texts: Token ids ``[sequences, length]`` by the text's name.
-        reference: The dense model; sequences are then read one by one, and nothing is timed.
-        batch_size: Sequences per forward without a reference.
-        bins: As in ``where_diverged``.
+        texts: Token ids ``[sequences, length]`` by name of the text.
+        reference: The dense model. With it, sequences are scored one by one and nothing is timed.
+        batch_size: Sequences per forward pass without a reference.
+        bins: Number of bins of positions, as in ``where_diverged``.
     """
     figures: dict[str, dict[str, Any]] = {}
     found: dict[str, WhereDiverged] = {}
@@ -208,11 +209,11 @@ def score_texts(
 
 
 def show_texts(figures: Mapping[str, Mapping[str, Any]], found: Mapping[str, WhereDiverged]) -> str:
-    """Return what people read of the scores: a line a text, and below where each diverged.
+    """Return a table with one row per text, followed by the divergence of each text.
 
     Args:
-        figures: From ``score_texts``.
-        found: Likewise.
+        figures: Figures by text, from ``score_texts``.
+        found: Divergences by text, from ``score_texts``.
     """
     if not found:
         return table(("text", "perplexity", "nats/token", "tokens", "tokens/s"), [

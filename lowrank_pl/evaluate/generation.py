@@ -1,4 +1,4 @@
-"""Greedy continuations of prompts, as a user would see them, and how much they repeat themselves."""
+"""Greedy continuations of prompts, and how much a text repeats itself."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Continuation", "check_prompts", "continuations", "generate_samples",
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model added to a prompt.
+    """A model's continuation of a prompt.
 
     Args:
         text: The new text, without special tokens.
-        tokens: The new token ids, with the one that ends the text if the model ended it.
+        tokens: The new token ids, including the end-of-text token if there is one.
     """
 
     text: str
@@ -33,17 +33,17 @@ def generate_samples(
 ) -> list[str]:
     """Return the greedy continuation of each prompt, without the prompt.
 
-    The text goes to the model as it is, without a chat template; whatever sampling the model's own generation
-    config asks for is left aside, so equal models give equal text.
+    Prompts are used as they are, without a chat template. The sampling settings of the model's own generation config
+    are ignored, so equal models give equal text.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         prompts: Texts to continue, one at a time: padding would make them depend on each other.
-        max_new_tokens: Most tokens to add; fewer where the model ends the text.
+        max_new_tokens: Maximum number of new tokens; the model may end the text earlier.
 
     Raises:
-        ValueError: A prompt that has no token.
+        ValueError: A prompt has no token.
 
     Example:
         >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -63,21 +63,21 @@ def continuations(
     chat: bool = False,
     progress: str | None = None,
 ) -> list[Continuation]:
-    """Return the greedy continuation of each prompt, as text and as tokens; see ``generate_samples``.
+    """Return the greedy continuation of each prompt as text and as tokens; see ``generate_samples``.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        prompts: Texts to continue, or, with ``chat``, what a user says.
-        max_new_tokens: Most tokens to add; fewer where the model ends the text.
-        chat: Whether each prompt goes through the tokenizer's chat template, for the model to answer.
+        prompts: Texts to continue, or messages of a user with ``chat``.
+        max_new_tokens: Maximum number of new tokens; the model may end the text earlier.
+        chat: Whether each prompt is a user's message, to be answered through the tokenizer's chat template.
         progress: Label of a progress bar; ``None`` shows none.
 
     Raises:
-        ValueError: A prompt that has no token, or ``chat`` without a chat template.
+        ValueError: A prompt has no token, or the tokenizer has no chat template for ``chat``.
     """
     if chat and not tokenizer.chat_template:
-        raise ValueError("a chat was asked for, and the tokenizer has no chat template: give prompts as plain text")
+        raise ValueError("chat was given, but the tokenizer has no chat template: use plain prompts instead")
     config = _greedy(model, tokenizer, max_new_tokens)
     bar = tqdm(prompts, desc=progress, unit="prompt", disable=progress is None)
     with evaluating(model), _generating(model, config):
@@ -85,10 +85,10 @@ def continuations(
 
 
 def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:
-    """Check that every prompt is a text to continue.
+    """Check that every prompt has a token.
 
     Raises:
-        ValueError: One has no token.
+        ValueError: A prompt has none.
     """
     for prompt in prompts:
         if not tokenizer(prompt)["input_ids"]:
@@ -96,10 +96,14 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) ->
 
 
 def repetition_rate(texts: Sequence[Sequence[int]], *, n: int = 4) -> float:
-    """Return the fraction of a text's n-grams that were there before, averaged over the texts: ``seq-rep-n``.
+    """Return the fraction of n-grams of a text that occurred before, mean over the texts: ``seq-rep-n``.
 
-    That is ``1 - distinct n-grams / n-grams`` of a continuation's own tokens (Welleck et al., Neural text generation
-    with unlikelihood training, arXiv 1908.04319). Texts with fewer than ``n`` tokens are left out; 0 when all are.
+    This is ``1 - distinct n-grams / n-grams`` (Welleck et al., Neural text generation with unlikelihood training,
+    arXiv 1908.04319). Texts with fewer than ``n`` tokens do not count; the result is 0 if no text counts.
+
+    Args:
+        texts: Token ids of each text.
+        n: Length of the n-grams.
 
     >>> repetition_rate([[1, 2, 3, 4, 5, 6], [7, 7, 7, 7, 7, 7, 7, 7]])
     0.4
@@ -114,9 +118,9 @@ def repetition_rate(texts: Sequence[Sequence[int]], *, n: int = 4) -> float:
 
 @contextmanager
 def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Give ``model`` the generation ``config`` for a while.
+    """Replace the generation config of ``model`` within the context.
 
-    Passing it to ``generate`` is not enough: what it leaves open, such as a repetition penalty, comes from the model.
+    Passing it to ``generate`` is not enough: unset values, such as a repetition penalty, would come from the model.
     """
     own = model.generation_config
     model.generation_config = config
@@ -141,7 +145,7 @@ def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     output = model.generate(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])[0]
     whole = str(tokenizer.decode(output, skip_special_tokens=True))
     start = str(tokenizer.decode(output[:length], skip_special_tokens=True))
-    # Decoding the new tokens alone would lose the space before a word in SentencePiece vocabularies.
+    # Decoding only the new tokens would lose the space before a word in SentencePiece vocabularies.
     alone = not whole.startswith(start)
     text = str(tokenizer.decode(output[length:], skip_special_tokens=True)) if alone else whole[len(start) :]
     return Continuation(text, tuple(output[length:].tolist()))

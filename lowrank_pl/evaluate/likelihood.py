@@ -1,4 +1,4 @@
-"""Scores of a language model on fixed token sequences: perplexity, divergence from the dense model."""
+"""Perplexity of a language model on token sequences, and divergence from the dense model."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ __all__ = [
 ]
 
 CHUNK_NUMBERS = 2**24
-"""Logits taken to fp32 at a time: 256k words times a sequence of 2,048 would be 2 GiB at once, and as much softmaxed."""
+"""Logits converted to fp32 at a time: 2,048 positions with a vocabulary of 256k would take 2 GiB, softmax as much."""
 
 
 class LogitsError(ValueError):
-    """A model gave logits that are NaN or infinite."""
+    """The logits of a model are NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model scored on a set of token sequences.
+    """Score of a model on token sequences.
 
     Args:
-        perplexity: ``exp(nats)``; ``inf`` where that is beyond a double.
+        perplexity: ``exp(nats)``; ``inf`` if it exceeds a double.
         nats: Mean negative log-likelihood of a token.
-        tokens: Tokens predicted, one fewer than its length in every sequence.
-        seconds: Wall time of the whole pass.
+        tokens: Predicted tokens: all but the first of every sequence.
+        seconds: Wall time.
 
     Example:
         >>> Score(perplexity=20.0, nats=2.9957, tokens=1000, seconds=4.0).tokens_per_second
@@ -56,24 +56,24 @@ class Score:
 
     @property
     def tokens_per_second(self) -> float:
-        """Predicted tokens in a second."""
+        """Predicted tokens per second."""
         return self.tokens / self.seconds
 
     def to_dict(self) -> dict[str, float]:
-        """Return the figures, ``tokens_per_second`` included, as they go into JSON."""
+        """Return the figures and ``tokens_per_second`` as JSON values."""
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far the predictions of a model are from those of the dense one, on the same sequences.
+    """Divergence of a model's predictions from the dense model's, on the same sequences.
 
     Args:
-        kl: Mean of KL(dense || model) over the predicted tokens, in nats, each over the whole vocabulary.
-        agreement: Fraction of the tokens for which both models find the same one most likely.
+        kl: KL(dense || model) over the whole vocabulary, in nats, mean over the predicted tokens.
+        agreement: Fraction of tokens on which both models have the same most likely token.
         nats: Mean negative log-likelihood of a token under the model.
-        dense_nats: The same under the dense model.
-        tokens: Tokens predicted, one fewer than its length in every sequence.
+        dense_nats: Mean negative log-likelihood of a token under the dense model.
+        tokens: Predicted tokens: all but the first of every sequence.
 
     Example:
         >>> found = Divergence(kl=0.3, agreement=0.8, nats=3.0, dense_nats=2.75, tokens=100)
@@ -89,12 +89,12 @@ class Divergence:
 
     @property
     def excess_nats(self) -> float:
-        """Nats by which a token is less likely than under the dense model."""
+        """Mean negative log-likelihood above the dense model's, in nats per token."""
         return self.nats - self.dense_nats
 
     @property
     def perplexity(self) -> float:
-        """Perplexity of the model, as the function of that name returns."""
+        """Perplexity of the model."""
         return _exp(self.nats)
 
     @property
@@ -104,21 +104,21 @@ class Divergence:
 
 
 def perplexity(model: PreTrainedModel, sequences: Tensor, *, batch_size: int = 1, progress: str | None = None) -> Score:
-    """Return the perplexity of ``model`` on ``sequences``: each token after the first, given those before it.
+    """Return the perplexity of ``model`` on ``sequences``: each token after the first, given the tokens before it.
 
-    Sequences are independent of each other and nothing is padded. Logits are taken to fp32 a piece at a time and the
-    likelihoods are summed in fp64, so the batch size and the storage type of the logits do not show in the sum.
-    The model may be on any device and is left in the mode (training or evaluation) it was in.
+    Sequences are independent and nothing is padded. Logits are converted to fp32 in chunks, and likelihoods are summed
+    in fp64, so neither the batch size nor the type of the logits affects the sum. The model may be on any device and
+    keeps its mode (training or evaluation).
 
     Args:
         model: A causal language model.
-        sequences: Token ids ``[sequences, length]``, as the tokenizer's own BOS rule made them.
-        batch_size: Sequences in one forward pass.
-        progress: Label of a progress bar with the remaining time; ``None`` shows none.
+        sequences: Token ids ``[sequences, length]``, with BOS where the tokenizer adds it.
+        batch_size: Sequences per forward pass.
+        progress: Label of a progress bar; ``None`` shows none.
 
     Raises:
-        ValueError: Sequences that the model can't score.
-        LogitsError: Logits that are NaN or infinite; the sequence is named.
+        ValueError: The model can't score the sequences.
+        LogitsError: Logits are NaN or infinite; the message names the sequence.
 
     Example:
         >>> from lowrank_pl.models.tiny import tiny_model
@@ -129,7 +129,7 @@ def perplexity(model: PreTrainedModel, sequences: Tensor, *, batch_size: int = 1
     check_sequences(model, sequences, batch_size)
     start = time.perf_counter()
     total = 0.0
-    with evaluating(model), tqdm(total=len(sequences), desc=progress, unit="window", disable=progress is None) as bar:
+    with evaluating(model), tqdm(total=len(sequences), desc=progress, unit="sequence", disable=progress is None) as bar:
         for first in range(0, len(sequences), batch_size):
             batch = sequences[first : first + batch_size]
             total += _negative_log_likelihoods(model, batch, first=first).sum().item()
@@ -147,21 +147,21 @@ def divergence(
     batch_size: int = 1,
     progress: str | None = None,
 ) -> Divergence:
-    """Return how far ``model`` is from ``dense`` on ``sequences``: KL divergence, agreement and both likelihoods.
+    """Return the divergence of ``model`` from ``dense`` on ``sequences``.
 
-    Both models read each batch in turn, so no more than the logits of one batch of either are held; they are taken to
-    fp32 a piece at a time and summed in fp64, as in ``perplexity``. The models may be on different devices.
+    Both models run on each batch in turn, so the logits of one batch are in memory. They are converted to fp32 in
+    chunks and summed in fp64, as in ``perplexity``. The models may be on different devices.
 
     Args:
         model: The compressed model.
-        dense: The one it was made from.
-        sequences: Token ids ``[sequences, length]``, as the tokenizer's own BOS rule made them.
-        batch_size: Sequences in one forward pass.
-        progress: Label of a progress bar with the remaining time; ``None`` shows none.
+        dense: The model that it was made from.
+        sequences: Token ids ``[sequences, length]``, with BOS where the tokenizer adds it.
+        batch_size: Sequences per forward pass.
+        progress: Label of a progress bar; ``None`` shows none.
 
     Raises:
-        ValueError: Sequences that a model can't be scored on, or vocabularies of different sizes.
-        LogitsError: Logits of either model that are NaN or infinite; the sequence is named.
+        ValueError: A model can't score the sequences, or the vocabularies have different sizes.
+        LogitsError: Logits of either model are NaN or infinite; the message names the sequence.
 
     Example:
         >>> from lowrank_pl.models.tiny import tiny_model
@@ -175,7 +175,7 @@ def divergence(
     with (
         evaluating(model),
         evaluating(dense),
-        tqdm(total=len(sequences), desc=progress, unit="window", disable=progress is None) as bar,
+        tqdm(total=len(sequences), desc=progress, unit="sequence", disable=progress is None) as bar,
     ):
         for first in range(0, len(sequences), batch_size):
             batch = sequences[first : first + batch_size]
@@ -187,7 +187,11 @@ def divergence(
 
 
 def excess_nats(score: Score, dense: Score) -> float:
-    """Return by how many nats a token is less likely than under the dense model: ``log(ppl / dense ppl)``.
+    """Return the excess over the dense model in nats per token: ``log(perplexity / dense perplexity)``.
+
+    Args:
+        score: Score of the model.
+        dense: Score of the dense model on the same sequences.
 
     >>> excess_nats(Score(0.0, 3.5, 1, 1.0), Score(0.0, 3.0, 1, 1.0))
     0.5
@@ -196,15 +200,21 @@ def excess_nats(score: Score, dense: Score) -> float:
 
 
 def check_sequences(model: PreTrainedModel, sequences: Tensor, batch_size: int = 1) -> None:
-    """Check, without computing anything, that ``model`` can be scored on ``sequences``.
+    """Check that ``model`` can score ``sequences``, without a forward pass.
+
+    Args:
+        model: A causal language model.
+        sequences: Token ids ``[sequences, length]``.
+        batch_size: Sequences per forward pass.
 
     Raises:
-        ValueError: Not whole-number ids ``[sequences, length]``, ids that the model lacks, too long, or no batch.
+        ValueError: The shape or type is wrong, ids are outside the vocabulary, sequences are longer than the model's
+            positions, or the batch size is below 1.
     """
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2 or sequences.is_floating_point():
         raise ValueError(
-            f"windows of shape {tuple(sequences.shape)} and type {sequences.dtype} were given: "
-            "expected whole-number token ids [sequences, length] with at least one sequence of two tokens"
+            f"sequences of shape {tuple(sequences.shape)} and type {sequences.dtype} were given: "
+            "expected integer token ids [sequences, length], at least one sequence of two tokens"
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected a whole number of at least 1")
@@ -212,19 +222,19 @@ def check_sequences(model: PreTrainedModel, sequences: Tensor, batch_size: int =
     low, high = int(sequences.min()), int(sequences.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"the sequences hold token ids from {low} to {high}, but the model knows 0 to {vocabulary - 1}: "
-            "make them with the model's own tokenizer"
+            f"the sequences have token ids from {low} to {high}, but the model's vocabulary is 0 to {vocabulary - 1}: "
+            "use the model's own tokenizer"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and sequences.shape[1] > positions:
         raise ValueError(
-            f"windows of {sequences.shape[1]} tokens were given, but the model has {positions} positions: "
-            "use shorter windows"
+            f"sequences of {sequences.shape[1]} tokens were given, but the model has {positions} positions: "
+            "use shorter sequences"
         )
 
 
 def _negative_log_likelihoods(model: PreTrainedModel, batch: Tensor, *, first: int) -> Tensor:
-    """Return ``[batch, length - 1]`` in fp64 on the CPU; ``first`` is the number of the batch's first sequence."""
+    """Return ``[batch, length - 1]`` in fp64 on the CPU; ``first`` is the index of the batch's first sequence."""
     logits = _logits(model, batch)
     targets = batch[:, 1:].to(logits.device)
     pieces = []
@@ -236,25 +246,25 @@ def _negative_log_likelihoods(model: PreTrainedModel, batch: Tensor, *, first: i
 
 
 def compared(model: PreTrainedModel, dense: PreTrainedModel, batch: Tensor, *, first: int = 0) -> Tensor:
-    """Return the sums over a batch of KL, agreement, nats and dense nats at each predicted position.
+    """Return KL, agreement, nats and dense nats at each predicted position, summed over a batch.
 
     Args:
-        model: The compressed model, in evaluation mode without gradients.
-        dense: The one it was made from, likewise.
+        model: The compressed model, in evaluation mode and without gradients.
+        dense: The model that it was made from, in evaluation mode and without gradients.
         batch: Token ids ``[batch, length]``.
-        first: Number of the batch's first sequence, for the error.
+        first: Index of the batch's first sequence, for the error message.
 
     Returns:
         ``[4, length - 1]`` in fp64 on the CPU.
 
     Raises:
-        ValueError: Vocabularies of different sizes.
-        LogitsError: Logits of either model that are NaN or infinite; the sequence is named.
+        ValueError: The vocabularies have different sizes.
+        LogitsError: Logits of either model are NaN or infinite; the message names the sequence.
     """
     ours, theirs = _logits(model, batch), _logits(dense, batch)
     if ours.shape != theirs.shape:
         raise ValueError(
-            f"the model gives logits of {ours.shape[-1]} words, the dense one of {theirs.shape[-1]}: "
+            f"the model's vocabulary has {ours.shape[-1]} tokens, the dense model's {theirs.shape[-1]}: "
             "compare a model with the base that it was made from"
         )
     targets = batch[:, 1:].to(ours.device)
@@ -274,28 +284,28 @@ def compared(model: PreTrainedModel, dense: PreTrainedModel, batch: Tensor, *, f
 
 
 def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """Return ``[batch, length - 1, vocabulary]``, on the model's device and in its type."""
+    """Return logits ``[batch, length - 1, vocabulary]``, on the model's device and in its type."""
     logits: Tensor = model(input_ids=batch.to(input_device(model)), use_cache=False).logits
     return logits[:, :-1]
 
 
 def _spans(logits: Tensor) -> Iterator[slice]:
-    """Yield the spans of positions whose logits are taken to fp32 at a time."""
+    """Yield the spans of positions whose logits are converted to fp32 at a time."""
     step = max(1, CHUNK_NUMBERS // (logits.shape[0] * logits.shape[2]))
     for at in range(0, logits.shape[1], step):
         yield slice(at, at + step)
 
 
 def _finite(piece: Tensor, first: int, whose: str = "the") -> Tensor:
-    """Return logits ``[batch, positions, vocabulary]`` in fp32; those that are not finite are refused."""
+    """Return logits ``[batch, positions, vocabulary]`` in fp32; raise if they are not finite."""
     piece = piece.float()
     finite = piece.isfinite().all(dim=-1)
     if not finite.all():
         sequence = first + int((~finite).any(dim=1).nonzero()[0])
-        # No position is named: attention spreads a NaN over the whole sequence, backwards too.
+        # The position is not named, since attention spreads a NaN over the whole sequence.
         raise LogitsError(
-            f"{whose} logits of sequence {sequence} are NaN or infinite: expected finite numbers; "
-            "the model's weights are damaged or its storage type (fp16?) is too narrow for it"
+            f"{whose} logits of sequence {sequence} are NaN or infinite: expected finite numbers; the weights are "
+            "damaged, or their type (fp16?) has too small a range: load the model in bfloat16 or float32"
         )
     return piece
 

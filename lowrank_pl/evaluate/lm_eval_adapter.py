@@ -1,7 +1,7 @@
-"""lm-eval around a model in memory: its tasks, loaded once, and the scores of one model after the other.
+"""lm-eval on a model in memory: tasks are loaded once and run on one model after the other.
 
-What is special: this is the one module that needs lm-eval (``pip install "lowrank_pl[eval]"``), and only ``zero_shot``
-imports it, when a task is asked for.
+This is the only module that needs lm-eval (``pip install "lowrank_pl[eval]"``), and ``zero_shot`` imports it when a
+task is requested.
 """
 
 from __future__ import annotations
@@ -34,12 +34,10 @@ from lowrank_pl.evaluate.local_tasks import LocalTask
 __all__ = ["MemoryLM", "load_tasks", "run_tasks"]
 
 CPU_TOKENS = 1024
-"""Tokens of a batch on a CPU, which more do not make faster; their logits over 256k words are 1 GB in fp32."""
-
+"""Tokens per batch on a CPU: more are not faster. Their logits over a vocabulary of 256k take 1 GB in fp32."""
 
 CPU_SEQUENCES = 8
-"""Sequences of a batch on a CPU where no lengths are known yet: generation."""
-
+"""Sequences per batch on a CPU for generation, whose lengths are not known in advance."""
 
 CHATTER = (
     "`pretrained` model kwarg is not of type",  # on purpose
@@ -47,14 +45,14 @@ CHATTER = (
     "Overwriting default num_fewshot",  # as asked
     "[Task: ",  # few-shot examples from the split that is scored, as documented
 )
-"""Warnings of lm-eval, by their beginning, of what is meant to be so."""
+"""Beginnings of lm-eval's warnings about settings that are intended here."""
 
 
 class MemoryLM(HFLM):  # type: ignore[misc]
     """lm-eval's Hugging Face model with batches that fit main memory.
 
-    On a CPU, lm-eval's own search for a batch size never fails and takes whatever it begins with, up to the moment
-    that the system ends the process.
+    On a CPU, lm-eval's own search for a batch size keeps its first guess, since too large a batch raises no error: the
+    operating system kills the process.
     """
 
     _begin = 0
@@ -64,7 +62,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]
         if self.device.type != "cpu":
             found: int = super()._batch_scheduler(pos, n_reordered_requests)
             return found
-        # Asked for each request in turn, which come longest first: a batch is as large as its first one allows.
+        # Requests come longest first, so the first request of a batch determines its size.
         if pos == 0 or pos == self._begin + self._size:
             _, context, continuation = n_reordered_requests[pos]
             self._begin = pos
@@ -81,16 +79,16 @@ class MemoryLM(HFLM):  # type: ignore[misc]
 def load_tasks(
     tasks: Sequence[str | LocalTask], *, include_path: Sequence[Path] = (), fewshot: int | None = None, seed: int = 1234
 ) -> dict[str, Any]:
-    """Return the tasks and their groups as lm-eval's ``TaskManager`` loads them; data of its own come from the hub.
+    """Return the tasks and their groups as lm-eval's ``TaskManager`` loads them; lm-eval's own data come from the hub.
 
     Args:
-        tasks: As ``named_tasks`` returns them.
-        include_path: Folders of task files that may be named too.
-        fewshot: Examples before every question, but where a task forbids them; by default as many as the task says.
-        seed: Of everything that is random in a task, such as the choice of these examples.
+        tasks: Tasks from ``named_tasks``.
+        include_path: Folders with more task files.
+        fewshot: Examples before every question, unless the task forbids them; by default the task's own number.
+        seed: Seed of everything random in a task, such as the choice of examples.
 
     Raises:
-        ValueError: A task is not known, or its data can't be read.
+        ValueError: A task is unknown or given twice, or its data can't be read.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -102,7 +100,7 @@ def load_tasks(
             found = {"tasks": {task.name: _local(task)}} if isinstance(task, LocalTask) else managers.load(task)
             twice = sorted(loaded["tasks"].keys() & found["tasks"].keys())
             if twice:
-                raise ValueError(f"task {twice[0]!r} comes twice, from {task} too: give it once")
+                raise ValueError(f"task {twice[0]!r} was given twice, the second time by {task}: give it once")
             for kind, entries in found.items():
                 loaded[kind].update(entries)
     for task in loaded["tasks"].values():
@@ -123,14 +121,14 @@ def run_tasks(
     batch_size: str = "auto",
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Return what lm-eval says of ``model``, in its own form and ready for JSON, ``samples`` included.
+    """Return lm-eval's results of ``model`` as JSON values, ``samples`` included.
 
     Args:
-        model: A causal language model, wherever it lies.
-        tokenizer: Its tokenizer, whose own BOS rule is followed.
-        loaded: The tasks, from ``load_tasks``; they may be used for several models.
-        batch_size: Sequences a forward, or ``auto``.
-        limit: Rows of every task, its first ones; by default all.
+        model: A causal language model, on any device.
+        tokenizer: Its tokenizer, which decides about BOS.
+        loaded: Tasks from ``load_tasks``; they may be run on several models.
+        batch_size: Sequences per forward pass, or ``auto``.
+        limit: Number of rows of every task, from the first; by default all.
     """
     started = time.time()
     with _quiet(), redirect_stdout(sys.stderr):
@@ -140,7 +138,7 @@ def run_tasks(
         if getattr(task, "source", None) is not None:
             config = results["configs"][name]
             config.pop("custom_dataset", None)
-            # What a task file of lm-eval says to the same effect.
+            # The equivalent setting in a task file of lm-eval.
             config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(task.source)}}}
     results["config"] = {
         "model_num_parameters": model.num_parameters(),
@@ -160,7 +158,7 @@ def run_tasks(
 
 
 class _Managers:
-    """lm-eval's index of tasks: without its own, which take seconds to list, until one of these is asked for."""
+    """lm-eval's index of tasks; lm-eval's own tasks, which take seconds to list, are added when one is requested."""
 
     def __init__(self, include_path: Sequence[Path]) -> None:
         for folder in include_path:
@@ -171,7 +169,7 @@ class _Managers:
         self.complete = False
 
     def load(self, task: str) -> dict[str, Any]:
-        """Return what a name or a YAML path stands for."""
+        """Return the tasks of a name or of a YAML file."""
         known = task in self.manager.all_tasks or Path(task).is_file()
         if not known and self.complete:
             raise ValueError(self._unknown(task))
@@ -179,9 +177,9 @@ class _Managers:
             if known:
                 found: dict[str, Any] = self.manager.load([task])
                 return found
-        # lm-eval and datasets raise what they like of data that are not there.
+        # lm-eval and datasets raise errors of many types if data are missing.
         except Exception as error:
-            # A file may name tasks of lm-eval's own.
+            # A file may refer to lm-eval's own tasks.
             if self.complete:
                 raise ValueError(_unreadable(task, error)) from error
         self.manager = TaskManager(include_path=self.include_path or None)
@@ -203,7 +201,7 @@ def _unreadable(task: str, error: Exception) -> str:
 
 
 def _local(task: LocalTask) -> ConfigurableTask:
-    """Return lm-eval's task for a file of questions; nothing but the file is read."""
+    """Return an lm-eval task for a file of questions; only that file is read."""
     rows = Dataset.from_list(task.rows())
     made = ConfigurableTask(config={**task.config(), "custom_dataset": lambda **_: {"test": rows}})
     made.source = task.path
@@ -212,7 +210,7 @@ def _local(task: LocalTask) -> ConfigurableTask:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval to what a user should know: warnings, but those of what is meant to be so."""
+    """Hide lm-eval's messages within the context, except for warnings that matter to a user."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -1,22 +1,21 @@
-"""Zero-shot tasks by name: those of lm-eval, its YAML files, and plain files of questions with choices.
+"""Zero-shot tasks by name: lm-eval's own tasks, its YAML files, and plain files of multiple-choice questions.
 
-One string names a task everywhere: ``[NAME=]SOURCE[::cue=TEXT]``, as :mod:`lowrank_pl.text` does it for texts.
+A task is written as ``[NAME=]SOURCE[::cue=TEXT]``, similar to a text in :mod:`lowrank_pl.text`.
 
 ==============  =====================================================================================================
-source          what it is
+source          meaning
 ==============  =====================================================================================================
-``piqa``        a task, group or tag of lm-eval, whose data come from the hub
+``piqa``        a task, group or tag of lm-eval; its data come from the hub
 ``x.yaml``      a task file of lm-eval
-``x.jsonl``     one question a line: ``{"query": text, "choices": [text, ...], "gold": index of the right one}``
+``x.jsonl``     one question per line: ``{"query": text, "choices": [text, ...], "gold": index of the answer}``
 a folder        all of its ``.jsonl`` files and YAML tasks
 ==============  =====================================================================================================
 
-Of a file of questions the likelihood of each choice is measured behind the question and a space; ``acc`` counts the
-questions whose right choice is the most likely one, ``acc_norm`` divides log-likelihoods by the characters of the
-choice first. A question with a line that begins with ``Question:`` is followed by a line ``Answer:``, unless it ends
-in one, as in lm-eval's own PIQA, ARC and BoolQ; any other question stands as it is, as in its OpenBookQA, where the
-choice goes on with the sentence. ``::cue=none`` leaves all questions as they are and ``::cue=A:`` puts a line ``A:``
-behind all.
+The likelihood of each choice is measured after the question and a space. ``acc`` is the fraction of questions whose
+answer is the most likely choice; ``acc_norm`` divides log-likelihoods by the number of characters of the choice first.
+If a line of a question begins with ``Question:``, a line ``Answer:`` is appended unless the question ends with it, as
+in lm-eval's own PIQA, ARC and BoolQ. Other questions are used as they are, as in its OpenBookQA, where the choice
+continues the sentence. ``::cue=none`` appends nothing to any question, and ``::cue=A:`` appends a line ``A:`` to all.
 """
 
 from __future__ import annotations
@@ -31,22 +30,18 @@ from typing import Any
 __all__ = ["LocalTask", "named_tasks"]
 
 YAML = (".yaml", ".yml")
-
-
 NAMED = re.compile(r"([\w.-]+)=(.+)", flags=re.DOTALL)
-
-
-WANTED = 'expected {"query": text, "choices": [two texts or more], "gold": number of the right one, from 0}'
+EXPECTED = 'expected {"query": text, "choices": [two texts or more], "gold": index of the answer, from 0}'
 
 
 @dataclass(frozen=True)
 class LocalTask:
-    r"""A file of questions with choices.
+    r"""A file of multiple-choice questions.
 
     Args:
-        name: What tables and results call it.
-        path: The file, JSON lines.
-        cue: Line behind every question, ``"none"``, or ``"auto"`` for the rule at the head of this module.
+        name: Name in tables and results.
+        path: The file, in JSON lines.
+        cue: Line after every question, ``"none"``, or ``"auto"`` for the rule in the docstring of this module.
 
     Example:
         >>> LocalTask("piqa", Path("piqa.jsonl"), cue="A:").config()["doc_to_text"]
@@ -58,7 +53,7 @@ class LocalTask:
     cue: str = "auto"
 
     def config(self) -> dict[str, Any]:
-        """Return the task as lm-eval's YAML files say it, but for where the rows come from."""
+        """Return the task as in a YAML file of lm-eval, without the source of the rows."""
         return {
             "task": self.name,
             "test_split": "test",
@@ -77,14 +72,14 @@ class LocalTask:
         """Return the questions.
 
         Raises:
-            ValueError: The file has none, or a line that is none; it is named.
+            ValueError: The file has no question, or a line is not a question; the message names it.
         """
         rows = []
         for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 rows.append(_row(line, f"{self.path}, line {number}"))
         if not rows:
-            raise ValueError(f"{self.path} holds no question: {WANTED} in every line")
+            raise ValueError(f"{self.path} holds no question: {EXPECTED} in every line")
         return rows
 
     def _prompt(self) -> str:
@@ -97,13 +92,13 @@ class LocalTask:
 
 
 def named_tasks(entries: Sequence[str]) -> list[str | LocalTask]:
-    r"""Return the tasks that ``entries`` name: files of questions, and what lm-eval finds itself, YAML paths or names.
+    r"""Return the tasks of ``entries``: files of questions, and names and YAML paths for lm-eval.
 
     Args:
-        entries: As at the head of this module; several may stand in one, with commas between them.
+        entries: Tasks as in the docstring of this module; an entry may hold several, separated by commas.
 
     Raises:
-        ValueError: An entry names nothing, has options that it can't have, or two tasks have one name.
+        ValueError: An entry names no task or has options that don't apply, or two tasks have the same name.
 
     >>> named_tasks(["piqa,arc_easy", "mmlu"])
     ['piqa', 'arc_easy', 'mmlu']
@@ -113,12 +108,12 @@ def named_tasks(entries: Sequence[str]) -> list[str | LocalTask]:
     names = [task.name if isinstance(task, LocalTask) else task for task in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"two tasks are called {twice!r}: name files of questions, as NAME=FILE")
+        raise ValueError(f"two tasks have the name {twice!r}: name files of questions, as NAME=FILE")
     return tasks
 
 
 def _tasks(word: str) -> list[str | LocalTask]:
-    """Return what one word names."""
+    """Return the tasks of one word."""
     source, marker, options = word.partition("::")
     named = NAMED.fullmatch(source)
     name, place = (named[1], named[2]) if named else (None, source)
@@ -144,7 +139,7 @@ def _tasks(word: str) -> list[str | LocalTask]:
 
 
 def _in_folder(folder: Path) -> list[str | LocalTask]:
-    """Return the tasks in the files of a folder; YAML files that others include are none."""
+    """Return the tasks in the files of a folder, without YAML files that are only included by others."""
     found: list[str | LocalTask] = []
     for path in sorted(folder.resolve().iterdir()):
         if path.suffix == ".jsonl":
@@ -152,7 +147,9 @@ def _in_folder(folder: Path) -> list[str | LocalTask]:
         elif path.suffix in YAML and re.search(r"^(task|group):", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
             found.append(str(path))
     if not found:
-        raise ValueError(f"no .jsonl or .yaml file in the folder {folder.absolute()} is a task")
+        raise ValueError(
+            f"the folder {folder.absolute()} has no task: expected .jsonl files of questions or .yaml task files"
+        )
     return found
 
 
@@ -167,7 +164,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where} is no JSON ({error}): {WANTED}") from None
+        raise ValueError(f"{where} is not JSON ({error}): {EXPECTED}") from None
     query, choices, gold = (
         (row.get(key) for key in ("query", "choices", "gold")) if isinstance(row, dict) else [None] * 3
     )
@@ -181,5 +178,5 @@ def _row(line: str, where: str) -> dict[str, Any]:
         and 0 <= gold < len(choices)
     ):
         shown = line if len(line) <= 120 else line[:117] + "..."
-        raise ValueError(f"{where} is no question with choices: {WANTED}, got {shown}")
+        raise ValueError(f"{where} is not a multiple-choice question: {EXPECTED}, got {shown}")
     return {"query": query, "choices": choices, "gold": gold}

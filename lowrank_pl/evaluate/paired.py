@@ -1,4 +1,4 @@
-"""Two models scored on the same items: differences with paired standard errors, and the table of both."""
+"""Scores of two models on the same items: differences with paired standard errors, and a table of both."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from lowrank_pl.utils.formatting import table
 __all__ = ["differences", "members", "paired_difference", "task_table"]
 
 Results = Mapping[str, Any]
-"""What lm-eval returns of a model, as in its JSON files."""
-
+"""Results of lm-eval for one model, as in its JSON files."""
 
 _Scored = tuple[float | None, float | None]
 
@@ -20,20 +19,20 @@ _Scored = tuple[float | None, float | None]
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     """Return the mean of ``ours - theirs`` over the same items, and its standard error.
 
-    What is hard for both models cancels, so the error is mostly far below that of two independent samples.
+    Items that are hard for both models cancel, so the error is usually far below that of two independent samples.
 
     Args:
-        ours: A score for every item.
-        theirs: The other model's, in the same order.
+        ours: Score of every item.
+        theirs: Scores of the other model, in the same order.
 
     Raises:
-        ValueError: They are not as many, or fewer than two.
+        ValueError: The lengths differ, or are below two.
 
     >>> paired_difference([1, 0, 1, 1], [1, 1, 1, 1])
     (-0.25, 0.25)
     """
     if len(ours) != len(theirs) or len(ours) < 2:
-        raise ValueError(f"{len(ours)} and {len(theirs)} scores were given: expected two or more of the same items")
+        raise ValueError(f"{len(ours)} and {len(theirs)} scores were given: expected equally many, at least two")
     changes = [float(a) - float(b) for a, b in zip(ours, theirs, strict=True)]
     mean = math.fsum(changes) / len(changes)
     variance = math.fsum((change - mean) ** 2 for change in changes) / (len(changes) - 1)
@@ -41,14 +40,14 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
 
 
 def differences(model: Results, reference: Results) -> dict[str, dict[str, float | None]]:
-    """Return by how much the scores of ``model`` are above those of ``reference``, task by task.
+    """Return the scores of ``model`` minus those of ``reference``, by task and metric.
 
-    Each ``metric,filter`` has a ``metric_paired_stderr,filter`` beside it, None where the score is no mean over items
-    of which every one was scored by both.
+    Each ``metric,filter`` comes with ``metric_paired_stderr,filter``. The error is None unless the score is a mean
+    over items that both models were scored on.
 
     Args:
         model: lm-eval's results, with ``samples``.
-        reference: Those of the other model on the same rows.
+        reference: lm-eval's results of the other model on the same rows.
     """
     found: dict[str, dict[str, float | None]] = {}
     for task, metric, kind in _metrics(model):
@@ -60,7 +59,7 @@ def differences(model: Results, reference: Results) -> dict[str, dict[str, float
         error = None
         if len(ours) > 1 and ours.keys() == theirs.keys():
             mean, deviation = paired_difference([*ours.values()], [theirs[item] for item in ours])
-            # Groups may weigh tasks otherwise than by size, and some scores are no means.
+            # Groups may weight tasks other than by size, and some scores are not means.
             error = deviation if math.isclose(mean, change, abs_tol=1e-9) else None
         found.setdefault(task, {})[key] = change
         found[task][f"{metric}_paired_stderr,{kind}"] = error
@@ -68,14 +67,13 @@ def differences(model: Results, reference: Results) -> dict[str, dict[str, float
 
 
 def task_table(model: Results, reference: Results | None = None, *, fmt: str = "simple") -> str:
-    """Return scores with standard errors as a table: of one model, or dense against compressed with the difference.
+    """Return a table of scores with standard errors: of one model, or of the dense and the compressed one.
 
-    Tasks that belong to a group are left out, for their group stands there. Where there are several tasks, a last line
-    has the mean over them of each metric that all have.
+    A group replaces its tasks. With several tasks, the last rows show the mean of every metric that all of them have.
 
     Args:
-        model: lm-eval's results, with ``samples`` where there is a reference.
-        reference: Those of the dense model.
+        model: lm-eval's results, with ``samples`` if there is a reference.
+        reference: lm-eval's results of the dense model.
         fmt: A format of ``tabulate``.
     """
     columns = [model] if reference is None else [reference, model]
@@ -127,7 +125,7 @@ def _leaves(results: Results, task: str) -> list[str]:
 
 
 def members(results: Results) -> frozenset[str]:
-    """Return the tasks and groups that stand in another group."""
+    """Return the tasks and groups that belong to another group."""
     groups = results.get("group_subtasks") or {}
     return frozenset(name for names in groups.values() for name in names)
 
@@ -138,13 +136,13 @@ def _rows(results: Results, task: str) -> int:
 
 
 def _scored(scores: Mapping[str, Any], metric: str, kind: str, *, error: str = "stderr") -> _Scored:
-    """Return a score and its error; lm-eval says ``"N/A"`` of an error that it does not know."""
+    """Return a score and its error; lm-eval writes ``"N/A"`` for an unknown error."""
     found = scores.get(f"{metric}_{error},{kind}")
     return scores.get(f"{metric},{kind}"), found if isinstance(found, int | float) else None
 
 
 def _mean(column: Sequence[_Scored]) -> _Scored:
-    """Return the mean of the tasks' scores, and its error where each has one; tasks are independent."""
+    """Return the mean over independent tasks, and its error if every task has one."""
     scores = [score for score, _ in column if score is not None]
     errors = [error for _, error in column if error is not None]
     if len(scores) < len(column):
@@ -154,7 +152,7 @@ def _mean(column: Sequence[_Scored]) -> _Scored:
 
 
 def _cells(scores: Sequence[_Scored]) -> list[str]:
-    """Return ``score ± error`` for each, the third one, a difference, with its sign."""
+    """Return ``score ± error`` for each; the third is a difference and gets a sign."""
     cells = []
     for (score, error), form in zip(scores, (".4f", ".4f", "+.4f"), strict=False):
         cells.append("" if score is None else format(score, form) + ("" if error is None else f" ± {error:.4f}"))

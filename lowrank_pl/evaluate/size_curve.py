@@ -1,4 +1,4 @@
-"""Perplexity against size: one plan's sizes, scored in memory one after the other."""
+"""Perplexity against size: several sizes of one plan, scored in memory."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 __all__ = ["KEEPS", "Curve", "CurvePoint", "curve_plot", "curve_table", "score_curve"]
 
 KEEPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-"""Sizes of a curve for which none were named."""
+"""Default sizes of a curve."""
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What one size scored.
+    """Score of one size.
 
     Args:
         plan: The plan of this size.
         score: Its score.
-        excess: Nats a token more than the dense model's.
-        own: Whether it is the plan that the curve is of, in its own size.
+        excess: Negative log-likelihood above the dense model's, in nats per token.
+        own: Whether it is the size that the plan was made for.
     """
 
     plan: RankPlan
@@ -42,7 +42,7 @@ class CurvePoint:
     own: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as they go into JSON."""
+        """Return the figures as JSON values."""
         return {
             "keep": {"asked": self.plan.keep, "targeted": self.plan.keep_targeted, "model": self.plan.keep_model},
             "bytes": self.plan.bytes,
@@ -54,12 +54,12 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """The scores of one plan's sizes.
+    """Scores of several sizes of one plan.
 
     Args:
-        method: Who drew the plan.
+        method: Method of the plan.
         dense: Score of the dense model.
-        points: Those of the sizes, largest first.
+        points: Scores of the sizes, largest size first.
     """
 
     method: str
@@ -77,19 +77,19 @@ def score_curve(
     batch_size: int = 1,
     dense: Score | None = None,
 ) -> Curve:
-    """Return the scores of the dense ``model`` and of it at each of ``sizes``; it is dense again afterwards.
+    """Return the scores of ``model`` when dense and at each of ``sizes``; it is dense again afterwards.
 
     Args:
         model: The dense base.
-        plan: The plan that the sizes are of; scored at its own size where none of them is that.
-        sizes: Other sizes of it (``lowrank_pl.sizes.nested``).
+        plan: The plan; its own size is scored too.
+        sizes: Other sizes of the plan (``lowrank_pl.plans.resize.nested``).
         store: The factors.
         sequences: ``[sequences, length]`` token ids.
-        batch_size: Sequences in one forward pass.
-        dense: Score of what ``model`` was before it was narrowed, where it was; by default it is scored itself.
+        batch_size: Sequences per forward pass.
+        dense: Score of the dense model, if ``model`` is a pruned base; by default ``model`` itself is scored.
 
     Raises:
-        ValueError: Plan, store and model don't belong together, or logits are not finite; the size is named.
+        ValueError: Plan, store and model don't belong together, or logits are not finite; the message names the size.
     """
     check_sequences(model, sequences, batch_size)
     if dense is None:
@@ -109,10 +109,10 @@ def score_curve(
 
 
 def curve_table(curve: Curve, *, fmt: str = "simple") -> str:
-    """Return the curve as a table, the dense model first; a star marks the plan's own size.
+    """Return the curve as a table, the dense model first; an asterisk marks the plan's own size.
 
     Args:
-        curve: What was scored.
+        curve: The scores.
         fmt: A format of ``tabulate``.
     """
     head = ("keep asked", "kept targeted", "kept model", "MB", "perplexity", "excess nats")
@@ -134,13 +134,13 @@ def curve_table(curve: Curve, *, fmt: str = "simple") -> str:
 
 
 def curve_plot(curve: Curve, *, title: str | None = None) -> Figure:
-    """Return a plot of the excess in nats against the kept fraction, perplexities beside the points.
+    """Return a plot of the excess in nats against the kept fraction, with perplexities beside the points.
 
-    The figure belongs to no ``pyplot`` state. Sizes without a low-rank module are left out: the dense model's
-    perplexity stands in the heading. The scale is logarithmic where all that is drawn lies above the dense model.
+    Sizes without a low-rank layer are not drawn; the dense model's perplexity is in the heading. The scale is
+    logarithmic if every point lies above the dense model. The figure is not registered with ``pyplot``.
 
     Args:
-        curve: What was scored.
+        curve: The scores.
         title: Heading; by default the method and the dense model's perplexity.
     """
     from matplotlib.figure import Figure
@@ -157,22 +157,22 @@ def curve_plot(curve: Curve, *, title: str | None = None) -> Figure:
         axes.plot([x], [point.excess], "o", markersize=13, color="none", markeredgecolor="C3", markeredgewidth=2)
         axes.plot([], [], "o", markersize=10, color="none", markeredgecolor="C3", label="the plan's own size")
     for x, point in zip(kept, drawn, strict=True):
-        # To the right and above: the curve falls from left to right.
+        # To the upper right, where the falling curve leaves room.
         axes.annotate(
             _perplexity(point.score), (x, point.excess), xytext=(7, 7), textcoords="offset points", fontsize=11
         )
     if drawn and min(excess) > 0:
         axes.set_yscale("log")
-        # A label at every digit would overlap.
+        # Labels at every digit would overlap.
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.18, y=0.15)
     axes.grid(visible=True, alpha=0.25)
-    axes.set_xlabel("kept share of the targeted parameters, %", fontsize=12)
-    axes.set_ylabel("nats a token above the dense model", fontsize=12)
+    axes.set_xlabel("kept fraction of the targeted parameters, %", fontsize=12)
+    axes.set_ylabel("excess over the dense model, nats per token", fontsize=12)
     axes.tick_params(labelsize=11)
-    heading = f"{curve.method} by size; the numbers are perplexities, dense {_perplexity(curve.dense)}"
+    heading = f"{curve.method} by size, labelled with perplexities (dense: {_perplexity(curve.dense)})"
     axes.set_title(title or heading, fontsize=12)
     if own:
         axes.legend(frameon=False, fontsize=11)

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy through lm-eval: of a model, or of a compressed one beside the dense one it was made from."""
+"""Zero-shot accuracy through lm-eval, of one model or of a compressed model and its base."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ __all__ = ["TaskSettings", "ZeroShot", "figures_of", "require_lm_eval"]
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How tasks are run.
+    """Settings of tasks.
 
     Args:
-        include_path: Folders of lm-eval's YAML task files, whose tasks may be named too.
-        limit: Rows of every task, its first ones; by default all.
-        fewshot: Examples before every question; by default as many as the task says, mostly none.
-        seed: Of the choice of these examples.
-        batch_size: Sequences per forward, or auto: on a GPU as many as fit, on a CPU as many as help.
+        include_path: Folders with more YAML task files of lm-eval.
+        limit: Number of rows of every task, from the first; by default all.
+        fewshot: Examples before every question; by default the task's own number, mostly none.
+        seed: Seed of the choice of examples.
+        batch_size: Sequences per forward pass. ``auto`` takes as many as fit on a GPU, and on a CPU as many as make it
+            faster.
+
+    Raises:
+        ValueError: A number is out of range.
     """
 
     include_path: Sequence[Path] = ()
@@ -36,21 +40,21 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}: expected the rows of a task, 1 or more; all without it")
+            raise ValueError(f"limit is {self.limit}: expected a number of rows, 1 or more; leave it out for all")
         if self.fewshot is not None and self.fewshot < 0:
             raise ValueError(f"fewshot is {self.fewshot}: expected a number of examples, 0 or more")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
-            raise ValueError(f"batch_size is {self.batch_size!r}: expected auto or a whole number of at least 1")
+            raise ValueError(f"batch_size is {self.batch_size!r}: expected auto or an integer of at least 1")
 
 
 class ZeroShot:
-    """Tasks, loaded once, for one model or two.
+    """Tasks, loaded once, for any number of models.
 
-    Nothing of the hub is asked for where all tasks are local files.
+    If all tasks are local files, the hub is not contacted.
 
     Args:
-        tasks: Names, as in ``lowrank_pl.local_tasks``.
-        settings: How to run them.
+        tasks: Tasks, as ``lowrank_pl.evaluate.local_tasks`` reads them.
+        settings: Settings of the tasks.
 
     Raises:
         ValueError: lm-eval is not installed, or a task can't be loaded.
@@ -67,7 +71,7 @@ class ZeroShot:
         )
 
     def results(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return lm-eval's results of ``model``, in its own form, with the answers to every row as ``samples``."""
+        """Return lm-eval's results of ``model``, with the answer to every row in ``samples``."""
         from lowrank_pl.evaluate.lm_eval_adapter import run_tasks
 
         settings = self.settings
@@ -77,17 +81,17 @@ class ZeroShot:
 
 
 def require_lm_eval() -> None:
-    """Say how to install lm-eval where it is not.
+    """Check that lm-eval is installed.
 
     Raises:
-        ValueError: It is not installed.
+        ValueError: It is not; the message has the command that installs it.
     """
     if find_spec("lm_eval") is None:
-        raise ValueError('tasks are run by lm-eval, which is not installed: pip install "lowrank_pl[eval]"')
+        raise ValueError('tasks need lm-eval, which is not installed: pip install "lowrank_pl[eval]"')
 
 
 def figures_of(results: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what the JSON file gets: the results of both without single rows, and the differences."""
+    """Return the JSON values of results: both models' scores without single rows, and their differences."""
     figures = {"model": _short(results)}
     if reference is not None:
         figures |= {"reference": _short(reference), "difference": differences(results, reference)}

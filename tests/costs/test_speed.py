@@ -181,7 +181,7 @@ def test_compiled_variants_have_their_turns_in_a_row(llama, monkeypatch):
 
 
 def test_a_prompt_longer_than_the_model_is_refused(llama):
-    with pytest.raises(ValueError, match="windows of 2049 tokens were given, but the model has 2048 positions"):
+    with pytest.raises(ValueError, match=r"2049 tokens .* 2048 positions: use shorter"):
         measure_speed(llama, [DENSE], case="decode", batch_size=1, length=2048, repeats=1)
 
 

@@ -1,4 +1,4 @@
-"""Where a model departs from the dense one, against hidden states and logits by hand; several texts in evaluate."""
+"""Divergence by block and position against hidden states and logits by hand; several texts in ``evaluate``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_blocks_and_positions_are_those_by_hand(pair, sequences):
         assert part.agreement == pytest.approx(same[first - 1 : last].mean().item())
 
 
-def test_no_more_than_one_window_is_read_at_a_time(pair, sequences):
+def test_one_sequence_is_scored_at_a_time(pair, sequences):
     seen = []
     for one in pair:
         one.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
@@ -67,11 +67,9 @@ def test_no_more_than_one_window_is_read_at_a_time(pair, sequences):
 
 
 def test_what_can_not_be_compared_is_refused(pair, sequences):
-    with pytest.raises(ValueError, match="position_bins is 0: expected a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"position_bins is 0: expected .* at least 1"):
         where_diverged(*pair, sequences, bins=0)
-    with pytest.raises(
-        ValueError, match="the model has 2 decoder blocks, the dense one 3: compare a model with the base"
-    ):
+    with pytest.raises(ValueError, match=r"2 decoder blocks, .* 3: compare a model with the base"):
         where_diverged(tiny_model("llama"), pair[1], sequences)
 
 
@@ -86,7 +84,7 @@ def test_the_tables_show_the_ends(sequences):
 def test_evaluate_scores_several_texts_beside_a_reference(tmp_path, capsys):
     path = tmp_path / "scores.json"
     texts = [word for name, text in TEXTS.items() for word in ("--text", f"{name}={text}")]
-    rest = ["--length", "32", "--windows", "3", "--reference", "random:qwen2", "--position_bins", "2"]
+    rest = ["--length", "32", "--sequences", "3", "--reference", "random:qwen2", "--position_bins", "2"]
     main(["evaluate", "--model", "random:llama", *texts, *rest, "--json", str(path)])
     figures = json.loads(path.read_text())
     shown = capsys.readouterr().out

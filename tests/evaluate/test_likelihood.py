@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from lowrank_pl.evaluate import likelihood as evaluate
+from lowrank_pl.evaluate import likelihood
 from lowrank_pl.evaluate.generation import continuations, generate_samples, repetition_rate
 from lowrank_pl.evaluate.likelihood import Score, divergence, excess_nats, perplexity
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -46,7 +46,7 @@ def test_batch_size_does_not_show(llama, sequences, batch_size):
 @pytest.mark.parametrize("numbers", [1, 261 * 4, 261 * 7 * 4 + 1])
 def test_chunks_do_not_show(llama, sequences, monkeypatch, numbers):
     whole = perplexity(llama, sequences, batch_size=4)
-    monkeypatch.setattr(evaluate, "CHUNK_NUMBERS", numbers)
+    monkeypatch.setattr(likelihood, "CHUNK_NUMBERS", numbers)
     assert perplexity(llama, sequences, batch_size=4).nats == pytest.approx(whole.nats, abs=1e-9)
 
 
@@ -97,7 +97,7 @@ def test_progress_bar_is_labelled(llama, sequences, capfd):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_logits_name_the_window(llama, sequences, bad):
+def test_non_finite_logits_name_the_sequence(llama, sequences, bad):
     token = 7
     sequences = sequences.clone()
     sequences[sequences == token] = 8
@@ -106,7 +106,7 @@ def test_non_finite_logits_name_the_window(llama, sequences, bad):
         llama.get_input_embeddings().weight[token] = bad
         llama.lm_head.weight = torch.nn.Parameter(torch.randn_like(llama.lm_head.weight))
     llama.train()
-    with pytest.raises(ValueError, match="the logits of sequence 3 are NaN or infinite: expected finite"):
+    with pytest.raises(ValueError, match=r"the logits of sequence 3 .*: expected finite numbers"):
         perplexity(llama, sequences, batch_size=2)
     assert all(module.training for module in llama.modules())
 
@@ -114,31 +114,22 @@ def test_non_finite_logits_name_the_window(llama, sequences, bad):
 @pytest.mark.parametrize(
     ("sequences", "message"),
     [
-        (
-            torch.zeros(4, dtype=torch.long),
-            r"windows of shape \(4,\) and type torch.int64 were given: expected whole",
-        ),
-        (torch.zeros(0, 8, dtype=torch.long), r"windows of shape \(0, 8\).*at least one sequence of two tokens"),
-        (torch.zeros(4, 1, dtype=torch.long), r"windows of shape \(4, 1\)"),
-        (torch.zeros(4, 8), r"type torch.float32 were given"),
-        (
-            torch.full((1, 4), 261),
-            r"token ids from 261 to 261, but the model knows 0 to 260: make them",
-        ),
-        (torch.full((1, 4), -1), r"token ids from -1 to -1"),
-        (
-            torch.zeros(1, 2049, dtype=torch.long),
-            r"windows of 2049 tokens were given, but the model has 2048 p",
-        ),
+        (torch.zeros(4, dtype=torch.long), r"shape \(4,\) and type torch.int64 .*: expected .* \[sequences, length\]"),
+        (torch.zeros(0, 8, dtype=torch.long), r"shape \(0, 8\).*at least one sequence of two tokens"),
+        (torch.zeros(4, 1, dtype=torch.long), r"shape \(4, 1\).*at least one sequence of two tokens"),
+        (torch.zeros(4, 8), r"type torch.float32 .*: expected integer"),
+        (torch.full((1, 4), 261), r"261 to 261, .* 0 to 260: use the model's own tokenizer"),
+        (torch.full((1, 4), -1), r"-1 to -1, .*: use the model's own tokenizer"),
+        (torch.zeros(1, 2049, dtype=torch.long), r"2049 tokens .* 2048 positions: use shorter sequences"),
     ],
 )
-def test_bad_windows_are_refused(llama, sequences, message):
+def test_bad_sequences_are_refused(llama, sequences, message):
     with pytest.raises(ValueError, match=message):
         perplexity(llama, sequences)
 
 
 def test_bad_batch_size_is_refused(llama, sequences):
-    with pytest.raises(ValueError, match="batch_size is 0: expected a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"batch_size is 0: expected .* at least 1"):
         perplexity(llama, sequences, batch_size=0)
 
 
@@ -200,7 +191,7 @@ def test_samples_ignore_the_models_own_sampling_and_warn_of_nothing(llama, token
 
 
 def test_sample_of_nothing_is_refused(llama, tokenizer):
-    with pytest.raises(ValueError, match="the prompt '' has no token: expected a text to continue"):
+    with pytest.raises(ValueError, match="'' has no token: expected a text"):
         generate_samples(llama, tokenizer, [""])
 
 
@@ -211,7 +202,7 @@ def test_samples_through_the_chat_template(llama):
     assert answer.text == slow_greedy(llama, tokenizer, written, 8)
     assert tokenizer.decode(answer.tokens, skip_special_tokens=True) == answer.text
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="a chat was asked for, and the tokenizer has no chat template"):
+    with pytest.raises(ValueError, match="no chat template: use plain prompts"):
         continuations(llama, tokenizer, ["Hi"], chat=True)
 
 
@@ -240,7 +231,7 @@ def test_divergence_is_that_of_the_whole_logits(llama, sequences, monkeypatch, b
         ours, theirs = (model(sequences).logits[:, :-1].double().log_softmax(-1) for model in (llama, other))
     # torch's own order: what is measured first, then the distribution that the mean is taken over.
     kl = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean().item()
-    monkeypatch.setattr(evaluate, "CHUNK_NUMBERS", numbers)
+    monkeypatch.setattr(likelihood, "CHUNK_NUMBERS", numbers)
     found = divergence(llama, other, sequences, batch_size=batch_size)
     assert found.kl == pytest.approx(kl, rel=1e-5)
     assert found.agreement == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).double().mean().item())
@@ -261,11 +252,11 @@ def test_kl_is_taken_over_the_dense_models_distribution(llama, sequences):
 def test_divergence_refuses_other_vocabularies_and_names_the_broken_model(llama, sequences):
     other = tiny_model("llama")
     other.resize_token_embeddings(300, mean_resizing=False)
-    with pytest.raises(ValueError, match="gives logits of 261 words, the dense one of 300: compare a model with the b"):
+    with pytest.raises(ValueError, match=r"261 tokens, .* 300: compare a model with the base"):
         divergence(llama, other, sequences)
     broken = tiny_model("llama")
     broken.lm_head.weight = torch.nn.Parameter(torch.full_like(broken.lm_head.weight, math.nan))
-    with pytest.raises(ValueError, match="the dense model's logits of sequence 0 are NaN or infinite"):
+    with pytest.raises(ValueError, match="the dense model's logits of sequence 0"):
         divergence(llama, broken, sequences)
-    with pytest.raises(ValueError, match="the logits of sequence 0 are NaN or infinite"):
+    with pytest.raises(ValueError, match="the logits of sequence 0"):
         divergence(broken, llama, sequences)

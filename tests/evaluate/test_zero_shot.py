@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from lowrank_pl.cli.main import main
-from lowrank_pl.evaluate import lm_eval_adapter as harness
-from lowrank_pl.evaluate import paired, zero_shot
+from lowrank_pl.evaluate import lm_eval_adapter, zero_shot
 from lowrank_pl.evaluate.local_tasks import LocalTask, named_tasks
 from lowrank_pl.evaluate.paired import differences, paired_difference, task_table
 from lowrank_pl.evaluate.zero_shot import TaskSettings, ZeroShot, require_lm_eval
@@ -115,7 +114,7 @@ def test_accuracy_is_that_of_likelihoods_by_hand(questions, family, batch_size):
 
 
 def test_batches_on_a_cpu_hold_so_many_tokens(questions, llama, monkeypatch):
-    monkeypatch.setattr(harness, "CPU_TOKENS", 64)
+    monkeypatch.setattr(lm_eval_adapter, "CPU_TOKENS", 64)
     shapes = []
     handle = llama.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append((kwargs.get("input_ids") if not args else args[0]).shape),
@@ -154,7 +153,7 @@ def test_yaml_tasks_by_file_by_folder_and_by_name(yaml_file, llama):
         ([f"{yaml_file.parent}/"], TaskSettings(limit=3)),
         (["tiny_questions"], TaskSettings([yaml_file.parent], limit=3)),
     ]
-    with pytest.raises(ValueError, match=r"task 'tiny_questions' comes twice, from tiny_questions too: give it once"):
+    with pytest.raises(ValueError, match=r"'tiny_questions' .* by tiny_questions: give it once"):
         ZeroShot([str(yaml_file), "tiny_questions"], TaskSettings([yaml_file.parent]))
     scores = [ZeroShot(*one).results(llama, byte_tokenizer())["samples"]["tiny_questions"] for one in given]
     assert scores[0] == scores[1] == scores[2]
@@ -164,14 +163,14 @@ def test_yaml_tasks_by_file_by_folder_and_by_name(yaml_file, llama):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"bad.jsonl, line 2 is no JSON .*: expected {\"query\": text"),
-        ('{"query": "A", "choices": ["b", "c"], "gold": 2}', r"line 2 is no question with choices: .* got {\"query\""),
-        ('{"query": "A", "choices": ["b"], "gold": 0}', "line 2 is no question with choices"),
-        ('{"query": "A", "choices": ["b", "c"], "gold": true}', "line 2 is no question with choices"),
-        ("[1]", "line 2 is no question with choices"),
+        ("{", r"bad.jsonl, line 2 is not JSON .*: expected {\"query\": text"),
+        ('{"query": "A", "choices": ["b", "c"], "gold": 2}', r"line 2 .*: expected .* got {\"query\": \"A\""),
+        ('{"query": "A", "choices": ["b"], "gold": 0}', r"line 2 .*: expected .* got {\"query\": \"A\""),
+        ('{"query": "A", "choices": ["b", "c"], "gold": true}', r"line 2 .*: expected .* got {\"query\": \"A\""),
+        ("[1]", r"line 2 .*: expected .* got \[1\]"),
     ],
 )
-def test_a_row_that_is_no_question_is_named(tmp_path, line, message):
+def test_a_row_that_is_not_a_question_is_named(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=message):
@@ -192,18 +191,19 @@ def test_names_that_are_no_tasks_are_refused(questions, tmp_path, monkeypatch):
         "piqa::cue=none": "only a .jsonl file of questions takes a name or options",
         "x=piqa": "only a .jsonl file of questions takes a name or options",
         "./none": "expected the name of a task of lm-eval, a .yaml file",
-        f"{questions},{questions}": "two tasks are called 'questions'|two tasks are called 'q",
+        f"{questions},{questions}": "two tasks .* 'questions': .* NAME=FILE",
     }.items():
         with pytest.raises(ValueError, match=message):
             ZeroShot([entry])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no .jsonl or .yaml file in the folder .*empty is a task"):
+    with pytest.raises(ValueError, match=r"the folder .*empty has no task: expected \.jsonl"):
         named_tasks([f"{tmp_path}/empty"])
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"empty.jsonl holds no question"):
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no question: expected"):
         ZeroShot([f"{tmp_path}/empty.jsonl"])
     # lm-eval's thousands of own tasks take seconds to list.
-    monkeypatch.setattr(harness, "TaskManager", functools.partial(harness.TaskManager, include_defaults=False))
+    own = functools.partial(lm_eval_adapter.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval_adapter, "TaskManager", own)
     with pytest.raises(ValueError, match=r"lm-eval [\d.]+ has no task 'piqqa': `lm_eval ls tasks` lists them"):
         ZeroShot(["piqqa"])
     with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
@@ -215,9 +215,9 @@ def test_names_that_are_no_tasks_are_refused(questions, tmp_path, monkeypatch):
 
 def test_settings_that_can_not_be_are_refused():
     for given, message in (
-        ({"limit": 0}, "limit is 0: expected the rows of a task"),
-        ({"fewshot": -1}, "fewshot is -1: expected a number of examples"),
-        ({"batch_size": "0"}, "batch_size is '0': expected auto or a whole number of at least 1"),
+        ({"limit": 0}, "limit is 0: expected .* 1 or more"),
+        ({"fewshot": -1}, "fewshot is -1: expected .* 0 or more"),
+        ({"batch_size": "0"}, "batch_size is '0': expected auto or .* at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             TaskSettings(**given)
@@ -225,7 +225,7 @@ def test_settings_that_can_not_be_are_refused():
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(zero_shot, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r'lm-eval, which is not installed: pip install "lowrank_pl\[eval\]"'):
+    with pytest.raises(ValueError, match=r'pip install "lowrank_pl\[eval\]"'):
         require_lm_eval()
 
 
@@ -259,7 +259,7 @@ def test_differences_are_paired_also_of_groups():
     small["results"]["all"]["acc,none"] = 0.55  # a mean of tasks, not of items
     assert differences(small, dense)["all"]["acc_paired_stderr,none"] is None
     assert [line.split()[0] for line in task_table(small, dense).splitlines()[2:]] == ["all"]
-    with pytest.raises(ValueError, match="1 and 2 scores were given: expected two or more of the same items"):
+    with pytest.raises(ValueError, match="1 and 2 scores were given: expected equally many, at least two"):
         paired_difference([1], [1, 0])
 
 
@@ -272,7 +272,7 @@ def test_the_table_ends_with_the_mean_over_tasks():
     assert last.split()[:2] == ["mean", "acc"]
     assert last.endswith(expected)
     assert " 0.7500  " in last
-    assert paired.task_table(dense).splitlines()[0].split() == ["task", "metric", "rows", "score"]
+    assert task_table(dense).splitlines()[0].split() == ["task", "metric", "rows", "score"]
 
 
 def test_evaluate_runs_tasks_beside_the_reference(questions, tmp_path, capsys):
