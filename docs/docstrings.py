@@ -1,4 +1,4 @@
-"""A griffe extension: examples and references of this package's docstrings as the pages can show them."""
+"""A griffe extension that makes examples and references in this package's docstrings readable on the pages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _ROLE = re.compile(r":[a-z]+:(`+[^`]+`+)")
 
 
 class Docstrings(Extension):
-    """Shows bare doctests as code, and names without the roles that other tools know."""
+    """Turns doctests outside of sections into code blocks, and removes the roles of Sphinx."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
-        """Rewrite the docstring of what griffe has just read."""
+        """Rewrite the docstring of the object that griffe has just read."""
         if obj.docstring is not None:
             obj.docstring.value = readable(obj.docstring.value)
 
 
 def readable(docstring: str) -> str:
-    """Return a docstring whose doctests outside of sections are fenced, and whose roles are gone."""
+    """Return ``docstring`` with fenced doctests outside of sections, and without roles."""
     fenced = _EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", f"{cleandoc(docstring)}\n")
     return _ROLE.sub(lambda found: "`" + found[1].strip("`") + "`", fenced).rstrip()

@@ -1,4 +1,4 @@
-"""What the build adds to the pages: each command's own help, and formulas as MathML, which needs no script."""
+"""Hooks of the MkDocs build: the help of each command, and formulas as MathML, which needs no script."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Group:
 
     Args:
         title: The heading.
-        options: Flags and what is said of them.
+        options: Flags and their descriptions.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Group:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return the page's Markdown; that of the commands with the help of each."""
+    """Return the page's Markdown, with the help of every command in place of the comment ``commands``."""
     if COMMANDS not in markdown:
         return markdown
     from lowrank_pl.cli.main import FUNCTIONS
@@ -48,7 +48,11 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def help_of(command: str) -> str:
-    """Return what ``lowrank COMMAND --help`` prints, every option on a line of its own."""
+    """Return the output of ``lowrank COMMAND --help``, wide enough for every option to fit on one line.
+
+    Raises:
+        RuntimeError: The command fails.
+    """
     from lowrank_pl.cli.main import main
 
     printed = io.StringIO()
@@ -57,23 +61,23 @@ def help_of(command: str) -> str:
             main([command, "--help"])
         except SystemExit as done:
             if done.code:
-                raise RuntimeError(f"`lowrank {command} --help` ended with {done.code}") from None
+                raise RuntimeError(f"`lowrank {command} --help` exited with {done.code}") from None
     return printed.getvalue()
 
 
 def read_help(text: str) -> tuple[str, list[Group]]:
-    """Return the description in a command's help, and its groups of options.
+    """Return the description and the groups of options of a command's help.
 
     Raises:
-        ValueError: The text holds no options.
+        ValueError: The text has no options.
     """
-    said: list[str] = []
+    description: list[str] = []
     groups: list[Group] = []
     for line in text.splitlines()[1:]:
         if re.fullmatch(r"\S.*:", line):
             groups.append(Group(line[:-1]))
         elif not groups:
-            said.append(line)
+            description.append(line)
         elif found := re.fullmatch(r"  (-.*?)(?:  +(\S.*))?", line):
             groups[-1].options.append((found[1], found[2] or ""))
         elif line.strip() and groups[-1].options:
@@ -82,28 +86,28 @@ def read_help(text: str) -> tuple[str, list[Group]]:
     groups = [group for group in groups if group.options]
     if not groups:
         raise ValueError(f"no option was found in the help that begins with {text[:200]!r}")
-    return "\n".join(said).strip(), groups
+    return "\n".join(description).strip(), groups
 
 
 def command_page(command: str) -> str:
-    """Return the section of one command, Markdown with HTML."""
+    """Return the section of one command, as Markdown with HTML."""
     from lowrank_pl.cli.main import FIT
 
-    said, groups = read_help(help_of(command))
-    if command == "fit":  # its help begins with Lightning's own words for a Trainer's method
-        said = FIT
-    parts = [f"## lowrank {command}", *(f"<p>{_text(part)}</p>" for part in said.split("\n\n") if part)]
+    description, groups = read_help(help_of(command))
+    if command == "fit":  # Lightning's help begins with the docstring of Trainer.fit
+        description = FIT
+    parts = [f"## lowrank {command}", *(f"<p>{_html(part)}</p>" for part in description.split("\n\n") if part)]
     for group in groups:
         options = "\n".join(_option(flags, text) for flags, text in group.options)
         found = f'<dl class="options">\n{options}\n</dl>'
         if len(groups) > 1:
-            found = f"<details><summary>{_text(_title(group))}</summary>\n{found}\n</details>"
+            found = f"<details><summary>{_html(_title(group))}</summary>\n{found}\n</details>"
         parts.append(found)
     return "\n\n".join(parts)
 
 
 def _title(group: Group) -> str:
-    """Return a group's heading: the flag that all of the group's begin with, and the first sentence."""
+    """Return a group's heading: the common prefix of its flags, and its first sentence."""
     if group.title == "options":
         return "General"
     parents = [flags.split()[0] for flags, _ in group.options if flags.endswith(" CONFIG")]
@@ -112,12 +116,12 @@ def _title(group: Group) -> str:
 
 def _option(flags: str, text: str) -> str:
     found = _FACTS.fullmatch(text)
-    said, facts = (found[1], found[2]) if found else (text, "")
+    description, facts = (found[1], found[2]) if found else (text, "")
     facts = re.sub(r"<class '(\w+)'>", r"\1", facts)
     below = f'<div class="facts">{escape(facts)}</div>' if facts else ""
-    return f"<dt><code>{escape(flags)}</code></dt>\n<dd>{_text(said)}{below}</dd>"
+    return f"<dt><code>{escape(flags)}</code></dt>\n<dd>{_html(description)}{below}</dd>"
 
 
-def _text(said: str) -> str:
-    """Return plain text as HTML, with what stands in double backticks as code."""
-    return re.sub(r"``(.+?)``", r"<code>\1</code>", escape(" ".join(said.split()), quote=False))
+def _html(text: str) -> str:
+    """Return plain text as HTML; text in double backticks becomes code."""
+    return re.sub(r"``(.+?)``", r"<code>\1</code>", escape(" ".join(text.split()), quote=False))

@@ -120,7 +120,7 @@ def test_the_commands_page_is_what_help_says():
 
 
 def test_help_without_options_is_an_error():
-    with pytest.raises(ValueError, match="no option was found in the help that begins with 'usage: x'"):
+    with pytest.raises(ValueError, match=r"no option .* 'usage: x'"):
         part_of_docs("hooks").read_help("usage: x")
 
 

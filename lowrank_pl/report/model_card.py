@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ def _scores(summary: Summary, evidence: Evidence) -> str:
         note = (
             f"\n\nScored on {_code(text)}; excess is ln(perplexity / dense perplexity), 0 is lossless." if text else ""
         )
-        parts.append(f"{row_table(summary.rows, fmt='github')}{note}")
+        rows = [replace(row, name=_escaped(row.name)) for row in summary.rows]
+        parts.append(f"{row_table(rows, fmt='github')}{note}")
     elif evidence.texts:
         head = ("model", "text", "sequences", "tokens", "perplexity")
         body = [

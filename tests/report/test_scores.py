@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,6 +293,19 @@ def test_card_joins_notes_that_say_the_same():
     assert "* note 11\n* and 8 more notes in `plan.json`" in text
     assert "## Scores" not in text
     assert "## Notes" not in model_card(RunRecord(FOLDER, plan_of(1)))
+
+
+def test_card_shows_text_of_a_plan_letter_by_letter():
+    hostile = "*a* <img src=x> `b` | c"
+    plan = plan_of(1, notes=(hostile,), origin={"base": hostile, hostile: hostile}, fingerprint={hostile: hostile})
+    text = model_card(RunRecord(FOLDER, replace(plan, method=hostile), summary=Summary((Row(hostile),))))
+    escaped = "&#42;a&#42; &#60;img src=x&#62; &#96;b&#96; &#124; c"
+    assert f"# {escaped} with " in text
+    assert f"* {escaped}: ``{hostile}``\n" in text
+    assert f"\n* {escaped}\n" in text
+    assert f"| {escaped} |" in text
+    outside_of_code = re.sub(r"``.*?``(?!`)", "", text)
+    assert hostile not in outside_of_code
 
 
 def test_card_shows_samples_side_by_side_letter_by_letter():
