@@ -1,4 +1,4 @@
-"""Hooks of the MkDocs build: the help of each command, and formulas as MathML, which needs no script."""
+"""What the build adds to the pages: each command's own help, and formulas as MathML, which needs no script."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Group:
 
     Args:
         title: The heading.
-        options: Flags and their descriptions.
+        options: Flags and what is said of them.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Group:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return the page's Markdown, with the help of every command in place of the comment ``commands``."""
+    """Return the page's Markdown; that of the commands with the help of each."""
     if COMMANDS not in markdown:
         return markdown
     from lowrank_pl.cli.main import FUNCTIONS
@@ -48,11 +48,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def help_of(command: str) -> str:
-    """Return the output of ``lowrank COMMAND --help``, wide enough for every option to fit on one line.
-
-    Raises:
-        RuntimeError: The command fails.
-    """
+    """Return what ``lowrank COMMAND --help`` prints, every option on a line of its own."""
     from lowrank_pl.cli.main import main
 
     printed = io.StringIO()
@@ -61,23 +57,23 @@ def help_of(command: str) -> str:
             main([command, "--help"])
         except SystemExit as done:
             if done.code:
-                raise RuntimeError(f"`lowrank {command} --help` exited with {done.code}") from None
+                raise RuntimeError(f"`lowrank {command} --help` ended with {done.code}") from None
     return printed.getvalue()
 
 
 def read_help(text: str) -> tuple[str, list[Group]]:
-    """Return the description and the groups of options of a command's help.
+    """Return the description in a command's help, and its groups of options.
 
     Raises:
-        ValueError: The text has no options.
+        ValueError: The text holds no options.
     """
-    description: list[str] = []
+    said: list[str] = []
     groups: list[Group] = []
     for line in text.splitlines()[1:]:
         if re.fullmatch(r"\S.*:", line):
             groups.append(Group(line[:-1]))
         elif not groups:
-            description.append(line)
+            said.append(line)
         elif found := re.fullmatch(r"  (-.*?)(?:  +(\S.*))?", line):
             groups[-1].options.append((found[1], found[2] or ""))
         elif line.strip() and groups[-1].options:
@@ -86,28 +82,28 @@ def read_help(text: str) -> tuple[str, list[Group]]:
     groups = [group for group in groups if group.options]
     if not groups:
         raise ValueError(f"no option was found in the help that begins with {text[:200]!r}")
-    return "\n".join(description).strip(), groups
+    return "\n".join(said).strip(), groups
 
 
 def command_page(command: str) -> str:
-    """Return the section of one command, as Markdown with HTML."""
+    """Return the section of one command, Markdown with HTML."""
     from lowrank_pl.cli.main import FIT
 
-    description, groups = read_help(help_of(command))
-    if command == "fit":  # Lightning's help begins with the docstring of Trainer.fit
-        description = FIT
-    parts = [f"## lowrank {command}", *(f"<p>{_html(part)}</p>" for part in description.split("\n\n") if part)]
+    said, groups = read_help(help_of(command))
+    if command == "fit":  # its help begins with Lightning's own words for a Trainer's method
+        said = FIT
+    parts = [f"## lowrank {command}", *(f"<p>{_text(part)}</p>" for part in said.split("\n\n") if part)]
     for group in groups:
         options = "\n".join(_option(flags, text) for flags, text in group.options)
         found = f'<dl class="options">\n{options}\n</dl>'
         if len(groups) > 1:
-            found = f"<details><summary>{_html(_title(group))}</summary>\n{found}\n</details>"
+            found = f"<details><summary>{_text(_title(group))}</summary>\n{found}\n</details>"
         parts.append(found)
     return "\n\n".join(parts)
 
 
 def _title(group: Group) -> str:
-    """Return a group's heading: the common prefix of its flags, and its first sentence."""
+    """Return a group's heading: the flag that all of the group's begin with, and the first sentence."""
     if group.title == "options":
         return "General"
     parents = [flags.split()[0] for flags, _ in group.options if flags.endswith(" CONFIG")]
@@ -116,12 +112,12 @@ def _title(group: Group) -> str:
 
 def _option(flags: str, text: str) -> str:
     found = _FACTS.fullmatch(text)
-    description, facts = (found[1], found[2]) if found else (text, "")
+    said, facts = (found[1], found[2]) if found else (text, "")
     facts = re.sub(r"<class '(\w+)'>", r"\1", facts)
     below = f'<div class="facts">{escape(facts)}</div>' if facts else ""
-    return f"<dt><code>{escape(flags)}</code></dt>\n<dd>{_html(description)}{below}</dd>"
+    return f"<dt><code>{escape(flags)}</code></dt>\n<dd>{_text(said)}{below}</dd>"
 
 
-def _html(text: str) -> str:
-    """Return plain text as HTML; text in double backticks becomes code."""
-    return re.sub(r"``(.+?)``", r"<code>\1</code>", escape(" ".join(text.split()), quote=False))
+def _text(said: str) -> str:
+    """Return plain text as HTML, with what stands in double backticks as code."""
+    return re.sub(r"``(.+?)``", r"<code>\1</code>", escape(" ".join(said.split()), quote=False))

@@ -18,18 +18,14 @@ __all__ = ["TaskSettings", "ZeroShot", "figures_of", "require_lm_eval"]
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Settings of tasks.
+    """How tasks are run.
 
     Args:
-        include_path: Folders with more YAML task files of lm-eval.
-        limit: Number of rows of every task, from the first; by default all.
-        fewshot: Examples before every question; by default the task's own number, mostly none.
-        seed: Seed of the choice of examples.
-        batch_size: Sequences per forward pass. ``auto`` takes as many as fit on a GPU, and on a CPU as many as make it
-            faster.
-
-    Raises:
-        ValueError: A number is out of range.
+        include_path: Folders of lm-eval's YAML task files, whose tasks may be named too.
+        limit: Rows of every task, its first ones; by default all.
+        fewshot: Examples before every question; by default as many as the task says, mostly none.
+        seed: Of the choice of these examples.
+        batch_size: Sequences per forward, or auto: on a GPU as many as fit, on a CPU as many as help.
     """
 
     include_path: Sequence[Path] = ()
@@ -40,11 +36,11 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}: expected a number of rows, 1 or more; leave it out for all")
+            raise ValueError(f"limit is {self.limit}: expected the rows of a task, 1 or more; all without it")
         if self.fewshot is not None and self.fewshot < 0:
             raise ValueError(f"fewshot is {self.fewshot}: expected a number of examples, 0 or more")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
-            raise ValueError(f"batch_size is {self.batch_size!r}: expected auto or an integer of at least 1")
+            raise ValueError(f"batch_size is {self.batch_size!r}: expected auto or a whole number of at least 1")
 
 
 class ZeroShot:

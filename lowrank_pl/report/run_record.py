@@ -283,10 +283,10 @@ def _missing(record: RunRecord, *, is_export: bool) -> list[str]:
     missing = []
     model = None if record.exported is None else record.exported.folder
     if model is None:
-        missing.append(f"No model is exported: lowrank export --plan {folder / 'plan.json'} --output DIR")
+        missing.append(f"No model is exported: lowrank export {folder / 'plan.json'} --output DIR")
     if not record.summary.rows and not evidence.own_texts:
         why = "An export has no table of scores" if is_export else "There is no summary.json"
-        missing.append(f"{why}: lowrank evaluate --model {model or 'DIR'} --text TEXT --json {folder / 'score.json'}")
+        missing.append(f"{why}: lowrank evaluate {model or 'DIR'} --text TEXT --json {folder / 'score.json'}")
     if model is not None and (evidence.health is None or not evidence.health.thorough):
         missing.append(
             "The model was not compared with its base, so KL divergence and agreement are unknown: "
@@ -294,7 +294,7 @@ def _missing(record: RunRecord, *, is_export: bool) -> list[str]:
         )
     if model is not None and not evidence.tasks:
         missing.append(
-            f"No tasks were scored: lowrank evaluate --model {model} --reference BASE --tasks piqa,arc_easy --json "
+            f"No tasks were scored: lowrank evaluate {model} --reference BASE --tasks piqa,arc_easy --json "
             f"{folder / 'tasks.json'}"
         )
     return missing

@@ -476,7 +476,7 @@ def test_an_export_says_what_it_lacks(run, capsys):
     (folder / "tokenizer.json").write_text("{}")
     report(folder)
     shown = capsys.readouterr().out
-    assert f"missing  An export has no table of scores: lowrank evaluate --model {folder} --text TEXT" in shown
+    assert f"missing  An export has no table of scores: lowrank evaluate {folder} --text TEXT" in shown
     assert f"lowrank doctor {folder} --json" in shown
     page = Page((folder / "report.html").read_text())
     assert "Not measured yet" in page.words
