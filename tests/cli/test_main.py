@@ -158,7 +158,7 @@ def test_report_of_a_run(run, tmp_path, capsys):
         assert "Singular values of every weight" in text
     assert "0.625" in text
     assert "| piqa | acc | 0.625 |" in " ".join((folder / "model" / "README.md").read_text().split())
-    assert "is no run" in failing(capsys, "report", tmp_path)
+    assert "expected plan.json" in failing(capsys, "report", tmp_path)
 
 
 def test_what_the_terminal_shows(run):
