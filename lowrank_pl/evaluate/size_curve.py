@@ -81,7 +81,7 @@ def score_curve(
     Args:
         model: The dense base.
         plan: The plan that the sizes are of; scored at its own size where none of them is that.
-        sizes: Other sizes of it (``lowrank_pl.sizes.nested``).
+        sizes: Other sizes of it (``lowrank_pl.plans.resize.nested``).
         store: The factors.
         sequences: ``[sequences, length]`` token ids.
         batch_size: Sequences in one forward pass.

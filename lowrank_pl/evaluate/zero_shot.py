@@ -49,7 +49,7 @@ class ZeroShot:
     Nothing of the hub is asked for where all tasks are local files.
 
     Args:
-        tasks: Names, as in ``lowrank_pl.local_tasks``.
+        tasks: Names, as in ``lowrank_pl.evaluate.local_tasks``.
         settings: How to run them.
 
     Raises:

@@ -85,7 +85,7 @@ def save_compressed(
 
     The folder holds safetensors weights, ``config.json``, the generation configuration, the tokenizer with its chat
     template, ``plan.json``, ``README.md``, and as code ``hf_format.py`` and ``hf_layers.py``. It loads with
-    :func:`load_compressed`; with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl.hf_format``; or
+    :func:`load_compressed`; with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``; or
     anywhere with ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
 
     The check runs the same probes here and in a fresh process on the same device, with as many threads and the same

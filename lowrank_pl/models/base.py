@@ -28,6 +28,7 @@ from lowrank_pl.models.shapes import SHAPES, random_blocks
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 
 __all__ = [
+    "DTYPES",
     "Base",
     "BaseSpec",
     "DType",
@@ -37,6 +38,7 @@ __all__ = [
     "pop_shapes",
     "read_config",
     "resolve_base",
+    "stored_dtype",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

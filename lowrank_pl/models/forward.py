@@ -16,7 +16,6 @@ from lowrank_pl.models.eval_mode import evaluating, input_device
 from lowrank_pl.models.targets import decoder_blocks
 
 __all__ = [
-    "_ForwardStoppedError",
     "activation_checkpointing",
     "block_outputs",
     "clone_output",

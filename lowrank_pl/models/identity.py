@@ -20,7 +20,7 @@ from lowrank_pl.utils.files import sha256_of
 from lowrank_pl.utils.formatting import percent
 from lowrank_pl.utils.tensor_store import tensor_digest
 
-__all__ = ["ORIGIN_KEY", "Origin", "base_class", "model_fingerprint"]
+__all__ = ["ORIGIN_KEY", "Origin", "base_class", "model_fingerprint", "parent_name"]
 
 
 def base_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:

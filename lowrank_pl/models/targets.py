@@ -24,6 +24,7 @@ from lowrank_pl.models.eval_mode import evaluating, input_device
 
 __all__ = [
     "Skipped",
+    "StandIn",
     "Target",
     "Targets",
     "decoder_blocks",

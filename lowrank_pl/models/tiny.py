@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-__all__ = ["FAMILIES", "byte_tokenizer", "tiny_model"]
+__all__ = ["BOS", "EOS", "FAMILIES", "PAD", "VOCABULARY", "byte_tokenizer", "tiny_model"]
 
 HEADS = 4
 

@@ -21,7 +21,7 @@ from lowrank_pl.plans.component_order import ComponentOrder, requested_rank_scor
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.storage import Storage, StorageChoice
 
-__all__ = ["Budget", "budget_for"]
+__all__ = ["Budget", "budget_for", "check_keep"]
 
 _log = logging.getLogger(__name__)
 

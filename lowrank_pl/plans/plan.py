@@ -120,7 +120,7 @@ class RankPlan:
         fingerprint: What the factors were made from, by content.
         notes: Whatever was skipped, left dense, clamped or scaled, in words.
         order: In which order components go when the model shrinks, where the method knows one; with it, other sizes
-            follow from the plan (``lowrank_pl.sizes``).
+            follow from the plan (``lowrank_pl.plans.resize``).
         multiple_of: What every rank had to be a multiple of; holds for other sizes too.
         floors: Least kept fractions that held, by glob on module names; likewise.
         storage: The choice of form that was to be had; likewise.

@@ -2,7 +2,7 @@
 
 What is special: sizes are counted from the plan itself. A smaller one is contained in it and a larger one contains it,
 so that the plan is a member of its own family, and ranks that a person edited hold as bounds. Weights that were
-corrected (``lowrank_pl.correct``) or refitted (``lowrank_pl.refit``) for a size serve that one and smaller ones.
+corrected (``lowrank_pl.methods.allocate.zs_svd_correction``) or refitted (``lowrank_pl.methods.refit``) for a size serve that one and smaller ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 
-__all__ = ["largest_keep", "nested", "resize"]
+__all__ = ["RESIZED", "largest_keep", "nested", "resize"]
 
 RESIZED = "resized from"
 """How the note begins that tells a resized plan."""

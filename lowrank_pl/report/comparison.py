@@ -14,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_pl.report.page import render
+from lowrank_pl.utils.figures import save_figure
 from lowrank_pl.utils.files import atomic_write, write_json
-from lowrank_pl.utils.formatting import percent, save_figure, table
+from lowrank_pl.utils.formatting import percent, table
 
 __all__ = [
+    "DENSE",
     "comparison_cells",
     "comparison_page",
     "comparison_plot",

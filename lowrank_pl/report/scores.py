@@ -11,7 +11,7 @@ from typing import Any
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity, table
 
-__all__ = ["Row", "read_summary", "row_table", "write_summary"]
+__all__ = ["SUMMARY", "Row", "read_summary", "row_table", "write_summary"]
 
 SUMMARY = "summary.json"
 

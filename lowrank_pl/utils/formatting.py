@@ -1,17 +1,12 @@
-"""What people read of a plan: the table of its module types and the rank map."""
+"""Numbers, names and tables as text that people read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
-from pathlib import Path
 
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from lowrank_pl.utils.files import atomic_write
-
-__all__ = ["block_and_kind", "gigabytes", "percent", "save_figure", "table"]
+__all__ = ["block_and_kind", "duration", "gigabytes", "megabytes", "percent", "rounded_perplexity", "table"]
 
 
 def block_and_kind(name: str) -> tuple[int | None, str]:
@@ -23,13 +18,6 @@ def block_and_kind(name: str) -> tuple[int | None, str]:
     parts = name.split(".")
     place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return (None, name) if place is None else (int(parts[place]), ".".join(parts[place + 1 :]))
-
-
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write ``figure`` to ``path`` as PNG, whole or not at all, and return the path."""
-    picture = BytesIO()
-    figure.savefig(picture, dpi=150, format="png")
-    return atomic_write(path, picture.getvalue())
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], fmt: str, *, align: Sequence[str] | None = None) -> str:

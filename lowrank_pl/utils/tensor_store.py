@@ -24,8 +24,12 @@ __all__ = [
     "CHECKSUM_UNKNOWN",
     "DamagedError",
     "TensorStore",
+    "as_slice",
+    "read_manifest",
+    "tensor_digest",
     "total_seconds",
     "verify_checksum",
+    "weight_digest",
     "with_checksum",
 ]
 
@@ -89,7 +93,7 @@ class TensorStore:
     Args:
         kind: What is stored, part of the manifest.
         fingerprint: What it was made from, content hashes and settings, JSON values.
-        directory: Where; by default a folder named by the fingerprint under ``lowrank_pl.files.cache_root()``.
+        directory: Where; by default a folder named by the fingerprint under ``lowrank_pl.utils.files.cache_root()``.
 
     Raises:
         ValueError: ``directory`` holds something else; the message lists what differs.

@@ -174,7 +174,7 @@ def _storage(plan: RankPlan, found: Mapping[str, ModulePlan], figures: Mapping[s
     if other:
         told = first_few([f"{name} is stored {found[name].storage}" for name in other])
         said = f"{told}, planned otherwise, so that the plan's own counts are off"
-        advice = "save the plan that lowrank_pl.compress.deployed_plan returns"
+        advice = "save the plan that lowrank_pl.factors.compression.deployed_plan returns"
         return Finding("plan", "warning", said, {**figures, "stored_otherwise": other}, advice)
     said = f"ranks, shapes and storage of all {len(plan.modules)} modules are as planned"
     return Finding("plan", "healthy", said, {**figures, "stored_otherwise": []})

@@ -288,7 +288,7 @@ def pruned_card(origin: Origin) -> str:
     loads = (
         "It loads like its base."
         if origin.one_width
-        else "It loads with `import lowrank_pl.hf_format` or `trust_remote_code`."
+        else "It loads with `import lowrank_pl` or `trust_remote_code`."
     )
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
