@@ -37,9 +37,7 @@ __all__ = ["ExportReport", "check_destination", "is_compressed", "load_compresse
 
 logger = logging.getLogger(__name__)
 
-
 CODE = Path(hf_format.__file__).name
-
 
 Entry = int | dict[str, Any]
 """What the config says of one module: its rank, or rank, storage and side."""

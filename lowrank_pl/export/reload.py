@@ -39,7 +39,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-
 _HOOKS = "are there hooks or patched methods on the model?"
 
 

@@ -46,7 +46,6 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 FORMS = "a hub id, a local folder, a .gguf file, package:NAME, random:FAMILY or layers:NAME"
 
-
 # Families whose real tokenizers put a BOS before every text, and whose models go wrong without it.
 BOS_FAMILIES = ("gemma2", "gemma3")
 

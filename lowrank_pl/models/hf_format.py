@@ -30,8 +30,6 @@ from .hf_layers import LowRankLinear, PivotedLinear
 __all__ = ["METHOD", "SCHEMA", "LowRankAutoConfig", "LowRankConfig", "LowRankQuantizer", "align", "reshape"]
 
 METHOD = "lowrank"
-
-
 SCHEMA = 3
 
 

@@ -94,7 +94,6 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Model type and sizes of a block, by the large model's name, as in ``layers:llama-3-8b``."""
 
-
 WHOLE: Mapping[str, tuple[int, int, bool]] = {
     "llama-2-7b": (32, 32_000, False),
     "llama-2-13b": (40, 32_000, False),

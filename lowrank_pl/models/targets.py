@@ -39,15 +39,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-
 PACKED_WEIGHTS = ("qweight", "weight_packed", "W_q", "quant_state")
-
-
 OWN_METHOD = "lowrank"
-
-
 BY_PATTERN = "excluded by pattern"
-
 
 # Inputs of each call of a module, with the version they had: a tensor may be written over afterwards.
 Calls = dict[str, list[tuple[Tensor, int]]]

@@ -17,19 +17,10 @@ from transformers import (
 __all__ = ["BOS", "EOS", "FAMILIES", "PAD", "VOCABULARY", "byte_tokenizer", "tiny_model"]
 
 HEADS = 4
-
-
 POSITIONS = 2048
-
-
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
-
-
 PAD, BOS, EOS = 256, 257, 258
-
-
 VOCABULARY = 256 + len(SPECIALS)
-
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -37,7 +28,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
 
 Sizes = Mapping[str, Any]
 
@@ -197,9 +187,7 @@ _CONFIGS: dict[str, Callable[[int, int], Sizes]] = {
     "gpt_neox": _gpt_neox,
 }
 
-
 _MODEL_TYPES = {"gemma3": "gemma3_text"}
-
 
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
 """Families of which :func:`tiny_model` can make a model, as in ``random:llama``."""

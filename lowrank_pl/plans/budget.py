@@ -25,7 +25,6 @@ __all__ = ["Budget", "budget_for", "check_keep"]
 
 _log = logging.getLogger(__name__)
 
-
 Shape = tuple[int, int]
 
 

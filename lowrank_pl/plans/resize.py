@@ -20,7 +20,6 @@ __all__ = ["RESIZED", "largest_keep", "nested", "resize"]
 RESIZED = "resized from"
 """How the note begins that tells a resized plan."""
 
-
 _ABOUT_ONE_SIZE = (RESIZED, "wished ranks scaled by")
 
 

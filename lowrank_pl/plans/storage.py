@@ -15,14 +15,11 @@ __all__ = ["INDEX_BYTES", "Form", "Storage", "StorageChoice"]
 
 Shape = tuple[int, int]
 
-
 Form = Literal["factored", "pivoted"]
 """Two factors, or independent rows (or columns) and the coefficients of all others."""
 
-
 StorageChoice = Literal["factored", "pivoted", "auto"]
 """One form for all modules, or whichever is smaller for each."""
-
 
 INDEX_BYTES = 4
 """Bytes of the index that says where a pivot stands."""

@@ -19,19 +19,10 @@ __all__ = ["SUFFIXES", "Document", "count_documents", "file_documents", "kind_of
 Document = Callable[[], Iterator[str]]
 """A document not read yet: calling it yields its text in one or more pieces."""
 
-
 KINDS = {".txt": "plain", ".md": "plain", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
 SUFFIXES = (*KINDS, *(f"{suffix}.gz" for suffix in KINDS if suffix != ".parquet"))
-
-
 CHUNK = 1 << 20
-
-
 PARQUET_ROWS = 256
-
-
 AsText = Callable[[Any, str], str]
 
 

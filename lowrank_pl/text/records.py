@@ -10,8 +10,6 @@ from transformers import PreTrainedTokenizerBase
 __all__ = ["record_text"]
 
 FIELDS = ("text", "content", "messages", "conversations", "conversation", "document", "body", "sentence")
-
-
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 

@@ -29,19 +29,10 @@ __all__ = [
 ]
 
 SEGMENT = 1 << 16  # characters tokenised at a time
-
-
 CONTEXT = 1 << 11  # characters around them that are tokenised too, and dropped
-
-
 CACHE_FORMAT = "1"
-
-
 PROBE = "The quick brown fox"
-
-
 PASSAGE = 32  # so many equal tokens in a row are the same passage, not the same phrase
-
 
 _log = logging.getLogger(__name__)
 

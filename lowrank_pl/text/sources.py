@@ -44,16 +44,9 @@ from lowrank_pl.utils.files import sha256_of
 __all__ = ["TextSource", "named_texts", "parse_text", "read_documents", "read_stream", "source_identity"]
 
 PYTHON_DOCS = "python-docs"
-
-
 HUB = "hub:"
-
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
 PART = re.compile(r"\s*(\d+(?:\.\d+)?)%\s*-\s*(\d+(?:\.\d+)?)%\s*")
-
 
 OPTIONS = {
     "docs": ("part", "limit", "every"),
@@ -61,9 +54,7 @@ OPTIONS = {
     "hub": ("field", "config", "split", "revision", "limit", "every"),
 }
 
-
 REPEATED = 60  # a paragraph of so many characters that stands in two topics is a copy, not a common phrase
-
 
 _log = logging.getLogger(__name__)
 

@@ -27,8 +27,6 @@ __all__ = [
 ]
 
 Item = TypeVar("Item")
-
-
 _COOPERATING = ContextVar("cooperating", default=False)
 
 

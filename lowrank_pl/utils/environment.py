@@ -28,17 +28,9 @@ __all__ = [
 ]
 
 Outcome = TypeVar("Outcome")
-
-
 _CLEAR = Path("/proc/self/clear_refs")
-
-
 _STATUS = Path("/proc/self/status")
-
-
 _MEMORY = Path("/proc/meminfo")
-
-
 _CPU = Path("/proc/cpuinfo")
 
 

@@ -36,7 +36,6 @@ __all__ = [
 CHECKSUM_KEY = "crc32"
 """What the checksum is called among the file's metadata."""
 
-
 CHECKSUM_UNKNOWN = "00000000"
 """What stands there until it is known."""
 
@@ -79,8 +78,6 @@ def _header_bytes(data: bytes | mmap.mmap) -> int:
 
 
 _SCHEMA = 1
-
-
 _MANIFEST = "manifest.json"
 
 

@@ -13,7 +13,6 @@ __all__ = ["Diagnosis", "Finding", "Health", "Sample", "first_few"]
 Health = Literal["healthy", "warning", "sick"]
 """From good to bad; a sick model must not be used, a warning is for a person to weigh."""
 
-
 NAMED = 3
 """Modules or tensors named in a sentence; the figures have all."""
 

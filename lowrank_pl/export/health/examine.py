@@ -31,7 +31,6 @@ __all__ = ["diagnose"]
 
 _log = logging.getLogger(__name__)
 
-
 T = TypeVar("T")
 
 

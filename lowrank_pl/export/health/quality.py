@@ -21,11 +21,9 @@ EXCESS_NATS = 1.0
 """Excess, or divergence, in nats a token from which there is a warning: a perplexity ``e`` times the dense model's.
 Of the methods in the README's table those that are of use at 60 % of the parameters stay below, at 80 % by far."""
 
-
 REPETITION_MARGIN = 0.2
 """Rise of the repetition rate over the dense model's from which there is a warning. Greedy text of sound models repeats
 itself too (0.44 for the one in arXiv 1908.04319, table 2), and over three short texts the rate is coarse."""
-
 
 PROMPTS = (
     "The capital of France is",

@@ -15,8 +15,6 @@ from lowrank_pl.text.sequences import tokenizer_fingerprint, uses_bos
 __all__ = ["check_tokenizer"]
 
 SPECIAL = ("bos", "eos", "pad", "unk")
-
-
 CHAT = [{"role": "user", "content": PROBE_TEXT}]
 
 

@@ -24,16 +24,9 @@ from lowrank_pl.plans.storage import INDEX_BYTES
 __all__ = ["check_merged_ranks", "check_plan", "check_weights", "tensors_in", "tensors_of"]
 
 Entry = int | dict[str, Any]
-
-
 Tensors = Mapping[str, Tensor]
-
-
 Entries = Mapping[str, Entry]
-
-
 DAMAGED = "the folder is damaged or was edited: export it again"
-
 
 SPARE = 5
 """Columns of a sketch beyond the rank: without any, its conditioning could blow rounding up."""
