@@ -59,11 +59,12 @@ class Calibration:
 def token_windows(
     text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, sequences: int | None = None
 ) -> Tensor:
-    r"""Return ``text`` as sequences of tokens, int64 ``[sequences, length]``: consecutive, or with ``every=N`` every N-th.
+    r"""Return ``text`` as sequences of tokens, int64 ``[sequences, length]``.
 
-    Documents are joined by a blank line and tokenised as one string without special tokens. If the tokenizer puts a
-    BOS before every text (:func:`uses_bos`), each sequence is that BOS and ``length - 1`` tokens of text. Only as much
-    of the text is read as the sequences need. The result is cached under ``cache_root() / "tokens"``.
+    The sequences are consecutive and do not overlap; with ``every=N``, every N-th of them is returned. Documents are
+    joined by a blank line and tokenised as one string without special tokens. If the tokenizer puts a BOS before every
+    text (:func:`uses_bos`), each sequence is that BOS and ``length - 1`` tokens of text. Only as much of the text is
+    read as the sequences need. The result is cached under ``cache_root() / "tokens"``.
 
     Args:
         text: Name of the text; see :mod:`lowrank_pl.text.sources`.
