@@ -60,12 +60,11 @@ def test_existing_store_needs_no_fingerprint(store):
 
 
 def test_store_of_something_else_is_refused_with_what_differs(store):
-    with pytest.raises(ValueError, match="was made from something else") as caught:
+    with pytest.raises(ValueError, match="model is 'a' there and 'b' here; text is None there and 't' here.*delete"):
         FactorStore({"model": "b", "text": "t", "damping": 1e-6}, store.directory)
-    assert str(caught.value) == (
-        f"the factors store at {store.directory} was made from something else: model is 'a' there and 'b' here; "
-        "text is None there and 't' here. Use the same inputs and settings, another folder, or delete that one"
-    )
+
+
+def test_store_of_another_kind_is_refused(store):
     with pytest.raises(ValueError, match=r"holds a factors store: expected a statistics store"):
         TensorStore("statistics", {"model": "a"}, store.directory)
     assert FactorStore.existing(store.directory).fingerprint["model"] == "a"
