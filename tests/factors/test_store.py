@@ -60,7 +60,7 @@ def test_existing_store_needs_no_fingerprint(store):
 
 
 def test_store_of_something_else_is_refused_with_what_differs(store):
-    with pytest.raises(ValueError, match="model is 'a' there and 'b' here; text is None there and 't' here.*delete"):
+    with pytest.raises(ValueError, match=r"model is 'a' there and 'b' here; text is None there and 't' here.*delete"):
         FactorStore({"model": "b", "text": "t", "damping": 1e-6}, store.directory)
 
 

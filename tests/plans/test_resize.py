@@ -250,7 +250,7 @@ def test_plans_that_have_one_size_only():
     with pytest.raises(ValueError, match=r"keep is 1.5: expected"):
         nested(plan, [0.5, 1.5])
     edited = replace(plan, modules={**plan.modules, "b": ModulePlan((8, 8), 2, (0, 3))})
-    with pytest.raises(ValueError, match="other components of b .*: restore its"):
+    with pytest.raises(ValueError, match=r"other components of b .*: restore its"):
         resize(edited, 0.4)
     spelled_out = replace(plan, modules={**plan.modules, "b": ModulePlan((8, 8), 2, (0, 1))})
     assert resize(spelled_out, 0.25).modules["b"].rank == 1

@@ -65,7 +65,7 @@ def work_together(rank, folder):
             (folder / "order").open("a").write(str(rank))
         (folder / f"added{rank}.json").write_text(json.dumps(prepare(folder / "together")))
         with pytest.raises(
-            ValueError, match="same folder; put LOWRANK_HOME or the store .* on a file system that all nodes share"
+            ValueError, match=r"same folder; put LOWRANK_HOME or the store .* on a file system that all nodes share"
         ):
             prepare(folder / f"own{rank}")
     assert world_size() == 1

@@ -279,9 +279,7 @@ def indices(plan):
 
 def test_a_config_that_says_something_else_is_told(llama):
     llama.config.lowrank_narrowed = {"base": "x", "width": 96}
-    with pytest.raises(
-        ValueError, match="under lowrank_narrowed: expected what `lowrank prune` of this version writes"
-    ):
+    with pytest.raises(ValueError, match="under lowrank_narrowed: expected .*`lowrank prune`"):
         Origin.of(llama)
 
 
