@@ -41,7 +41,7 @@ class Tile:
         label: What it is.
         value: The figure.
         note: What it stands beside, or how it was measured.
-        state: ``healthy``, ``warning``, ``sick`` or nothing, for the colour.
+        state: ``healthy``, ``warning``, ``broken`` or nothing, for the colour.
     """
 
     label: str
@@ -227,14 +227,14 @@ def _verdict(record: RunRecord) -> Tile:
             "Health", "Not checked", "nothing was looked at" if record.model else "no model is exported", "warning"
         )
     warned = ", ".join(finding.name for finding in found.named("warning"))
-    sick = ", ".join(finding.name for finding in found.named("sick"))
+    broken = ", ".join(finding.name for finding in found.named("broken"))
     words = {
         "healthy": "Healthy" if evidence.thorough else "No damage found",
         "warning": "Healthy, with warnings" if evidence.thorough else "Warnings",
-        "sick": "Sick",
+        "broken": "Broken",
     }
     note = f"by {evidence.checked_by}"
-    note = f"on {sick or warned}, {note}" if sick or warned else note
+    note = f"on {broken or warned}, {note}" if broken or warned else note
     if evidence.stale:
         return Tile(
             "Health", "Out of date", f"{words[found.health].lower()} {note}, before the weights were written", "warning"

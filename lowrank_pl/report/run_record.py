@@ -225,7 +225,7 @@ def _checked(
         try:
             tensors = tensors_in(model)
         except SafetensorError as error:
-            damaged = Finding("weights", "sick", f"the weight files can't be read: {error}", {}, "export it again")
+            damaged = Finding("weights", "broken", f"the weight files can't be read: {error}", {}, "export it again")
             return replace(evidence, diagnosis=Diagnosis(str(model), [*findings, damaged]), checked_by=by)
         findings += check_weights(tensors, entries)
         if all(f"{name}.weight" in tensors for name in plan.modules):
