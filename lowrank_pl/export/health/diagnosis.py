@@ -143,7 +143,7 @@ class Diagnosis:
         findings = []
         for name, found in values["findings"].items():
             # Older files call a broken model "sick".
-            health = "broken" if found["health"] == "sick" else found["health"]
+            health: Any = "broken" if found["health"] == "sick" else found["health"]
             if health not in get_args(Health):
                 raise ValueError(f"{name} has the health {health!r}: expected one of {', '.join(get_args(Health))}")
             figures = {key: value for key, value in found.items() if key not in ("health", "said")}

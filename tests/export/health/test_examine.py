@@ -447,6 +447,22 @@ def test_the_verdict():
     assert Diagnosis("x", [good, broken, warning, worse]).sentence() == "x is broken: c (and d): c says; do"
 
 
+def test_a_diagnosis_survives_json():
+    diagnosis = Diagnosis("x", [Finding("a", "broken", "a says", {"wrong": ["b"]})], protocol={"windows": 2})
+    values = json.loads(json.dumps(diagnosis.to_dict()))
+    assert Diagnosis.from_dict(values).to_dict() == values
+
+
+def test_an_older_diagnosis_that_says_sick_is_broken():
+    read = Diagnosis.from_dict({"directory": "x", "findings": {"a": {"health": "sick", "said": "a says"}}})
+    assert read.health == "broken"
+
+
+def test_an_unknown_health_is_refused():
+    with pytest.raises(ValueError, match="'fine': expected one of healthy, warning, broken"):
+        Diagnosis.from_dict({"directory": "x", "findings": {"a": {"health": "fine", "said": "a says"}}})
+
+
 # -- at the end of every export --------------------------------------------------------------------------------------
 
 
