@@ -286,9 +286,7 @@ def test_sizes_that_can_not_be_are_refused_before_anything_is_loaded(plan_file, 
         export(plan_file, keep=[0.4], output=tmp_path / "model")
     with monkeypatch.context() as inside:
         inside.chdir(tmp_path)
-        with pytest.raises(
-            ValueError, match=r"'\.' is the current folder, .*: name another"
-        ):
+        with pytest.raises(ValueError, match=r"'\.' is the current folder, .*: name another"):
             export(plan_file, output=Path())
     (tmp_path / "narrowed").mkdir()
     (tmp_path / "narrowed" / "config.json").write_text('{"lowrank_narrowed": {}}')

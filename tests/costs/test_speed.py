@@ -359,7 +359,5 @@ def test_layers_refused(base, text):
 def test_random_blocks_refuses():
     with pytest.raises(ValueError, match="the shapes of 'llama-4' are not known: expected one of llama-2-7b"):
         random_blocks("llama-4")
-    with pytest.raises(
-        ValueError, match=r"0 blocks of llama-3-8b .*: expected a whole number of at least 1"
-    ):
+    with pytest.raises(ValueError, match=r"0 blocks of llama-3-8b .*: expected a whole number of at least 1"):
         random_blocks("llama-3-8b", blocks=0)

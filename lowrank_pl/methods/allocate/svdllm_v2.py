@@ -37,7 +37,9 @@ class SVDLLMv2(Allocator):
         scores = {}
         for name, share in _kept_shares(problem).items():
             # A negative share leaves the least rank, which the budget grants every module anyway.
-            scores[name] = requested_keep_scores(problem.budget.rank_costs, problem.budget.shapes[name], max(0.0, share))
+            scores[name] = requested_keep_scores(
+                problem.budget.rank_costs, problem.budget.shapes[name], max(0.0, share)
+            )
         return scores
 
     def notes(self, problem: Problem) -> Sequence[str]:

@@ -575,9 +575,7 @@ def test_widths_by_block_survive_every_way_through_the_disk(family, sequences, t
         export = save_compressed(small, tmp_path / "small", tokenizer=byte_tokenizer(), plan=plan)
         assert torch.equal(load_compressed(export.directory)(input_ids=sequences[:2]).logits, expected)
     assert export.modules == len(targets.modules) - len(plan.dense_modules)
-    with pytest.raises(
-        ValueError, match=r"shapes that the plain config of \w+ can't describe, .*: export the factors"
-    ):
+    with pytest.raises(ValueError, match=r"shapes that the plain config of \w+ can't describe, .*: export the factors"):
         save_compressed(small, tmp_path / "merged", tokenizer=byte_tokenizer(), merge=True)
     assert not (tmp_path / "merged").exists()
 
