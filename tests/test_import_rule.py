@@ -1,79 +1,242 @@
-"""The inner ring never imports the outer one, and every public name is there and explained."""
+"""Who may import whom. The tables below are the rule; CONTRIBUTING.md links here."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import lowrank_pl
 
+# Each sub-package, from the ground up, and the sub-packages that it may import besides itself.
+MAY_IMPORT = {
+    "utils": "",
+    "text": "utils",
+    "models": "utils",
+    "plans": "utils models",
+    "factors": "utils models plans",
+    "evaluate": "utils models plans factors",
+    "export": "utils text models plans evaluate",
+    "calibration": "utils text models plans factors",
+    "methods.allocate": "utils text models plans factors evaluate calibration",
+    "methods.masks": "models plans factors methods.allocate",
+    "methods.refit": "utils text models plans factors calibration",
+    "methods.prune": "utils models plans factors export calibration",
+    "methods": "plans factors methods.allocate methods.masks methods.refit methods.prune",
+    "report": "utils models plans factors evaluate export calibration methods.allocate methods.masks methods.refit",
+    "costs": "utils models plans factors evaluate calibration methods.masks methods.prune",
+    "training": "utils text models plans factors evaluate export calibration methods.allocate methods.masks "
+    "methods.refit methods.prune methods report",
+    "cli": "utils text models plans factors evaluate export calibration methods.allocate methods.refit "
+    "methods.prune methods report costs training",
+}
+
+# Libraries that only some may import: sub-packages or single modules.
+ONLY_IN = {
+    "lightning": "training cli",
+    "pytorch_lightning": "",
+    "tensorboard": "training cli",
+    "torch.utils.tensorboard": "training cli",
+    "matplotlib": "utils.figures evaluate.size_curve report.comparison report.rank_history report.rank_map",
+}
+
+# Libraries that some may not import, and the modules of theirs that may all the same.
+NOT_IN = {("utils", "transformers"): "", ("plans", "transformers"): "plans.budget plans.constraints"}
+
 PACKAGE = Path(lowrank_pl.__file__).parent
-OUTER = {"module", "data", "callbacks", "checkpointing", "compare", "interrupt", "progress", "short_run", "cli"}
-OUTER |= {"__main__", "board", "rank_monitor", "text_samples"}
-FORBIDDEN = ("lightning", "pytorch_lightning", "tensorboard", "torch.utils.tensorboard")
+LIGHTNING = ("lightning", "pytorch_lightning", "tensorboard", "torch.utils.tensorboard")
 
 
-def all_modules():
-    """Dotted names of the package's modules."""
+class Import(NamedTuple):
+    """One imported name: ``from module import name``, or ``import module``, where the name is empty."""
+
+    module: str
+    name: str
+
+
+def find_modules() -> dict[str, Path]:
+    """Return the files of the package's modules by dotted name, without the leading ``lowrank_pl.``."""
+    found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-INNER = [name for name in all_modules() if name.split(".")[1:2] == [] or name.split(".")[1] not in OUTER]
+MODULES = find_modules()
+OUTER = {name for name in MODULES if name.split(".")[0] in ("training", "cli", "__main__")}
+INNER = [name for name in MODULES if name not in OUTER]
 
 
-def loaded_by(code: str) -> set[str]:
-    """Names in ``sys.modules`` of a fresh process that ran ``code``."""
-    report = "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1]))
+def full(name: str) -> str:
+    return f"lowrank_pl.{name}".rstrip(".")
 
 
-def test_inner_ring_leaves_lightning_out():
-    assert {"lowrank_pl", "lowrank_pl.factors.compression", "lowrank_pl.methods.masks.ara"} <= set(INNER)
-    assert "lowrank_pl.training.module" not in INNER
-    loaded = loaded_by("\n".join(f"import {name}" for name in INNER))
-    assert set(INNER) <= loaded
-    assert not [name for name in FORBIDDEN if name in loaded]
-    assert not [name for name in OUTER if f"lowrank_pl.{name}" in loaded]
+def inside(name: str, packages: str) -> bool:
+    """Tell whether ``name`` is, or lies in, one of the space-separated ``packages``."""
+    return any(f"{name}.".startswith(f"{package}.") for package in packages.split())
 
 
-def test_importing_the_package_leaves_lightning_out():
-    loaded = loaded_by("import lowrank_pl\nassert lowrank_pl.__version__")
-    assert "lowrank_pl.models.hf_format" in loaded
-    assert not [name for name in FORBIDDEN if name in loaded]
-    assert not [name for name in OUTER if f"lowrank_pl.{name}" in loaded]
+def room_of(module: str) -> str:
+    """Return the sub-package that ``module`` lies in: the longest that the table names."""
+    return max((room for room in MAY_IMPORT if inside(module, room)), key=len, default="")
 
 
-@pytest.mark.parametrize("name", INNER)
-def test_no_import_of_the_outer_ring_hides_in_a_function(name):
-    path = PACKAGE.parent / Path(*name.split("."))
-    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    checking = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in set(ast.walk(tree)) - checking:
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+@cache
+def imports_of(module: str) -> tuple[Import, ...]:
+    """Return all imports of ``module``, in functions and under ``TYPE_CHECKING`` too, by full names."""
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    found = []
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
-            wanted = [alias.name for alias in node.names]
+            found += [Import(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            wanted = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for target in wanted:
-            assert target.split(".")[0] not in ("lightning", "pytorch_lightning", "tensorboard"), target
-            assert target not in {f"lowrank_pl.{outer}" for outer in OUTER}, target
+            above = full(package).split(".")[: len(full(package).split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                is_module = f"{source}.{alias.name}".removeprefix("lowrank_pl.") in MODULES
+                found.append(Import(f"{source}.{alias.name}", "") if is_module else Import(source, alias.name))
+    return tuple(found)
+
+
+def own_imports(module: str) -> list[Import]:
+    """Return the imports from lowrank_pl, the modules named without ``lowrank_pl.``."""
+    ours = [one for one in imports_of(module) if inside(one.module, "lowrank_pl")]
+    return [Import(one.module.removeprefix("lowrank_pl").lstrip("."), one.name) for one in ours]
+
+
+@cache
+def exported_by(module: str) -> frozenset[str]:
+    """Return the names in ``__all__`` as the source lists them; none where a package computes them."""
+    for node in tree_of(module).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return frozenset(ast.literal_eval(node.value))
+    return frozenset()
+
+
+def test_table_names_every_sub_package():
+    folders = {".".join(path.parent.relative_to(PACKAGE).parts) for path in PACKAGE.rglob("__init__.py")} - {""}
+    assert {room_of(folder) for folder in folders} == set(MAY_IMPORT)
+
+
+def test_imports_run_downwards():
+    rooms = list(MAY_IMPORT)
+    for place, room in enumerate(rooms):
+        assert set(MAY_IMPORT[room].split()) <= set(rooms[:place]), room
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_sub_package_imports_only_what_the_table_allows(room):
+    allowed = {room, *MAY_IMPORT[room].split()}
+    wrong = [
+        f"{module} imports {target}"
+        for module in MODULES
+        if room_of(module) == room
+        for target, _ in own_imports(module)
+        if target != "version" and room_of(target) not in allowed
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_library_is_imported_only_where_it_may_be(library):
+    wrong = [
+        module
+        for module in MODULES
+        for target, name in imports_of(module)
+        if (inside(target, library) or f"{target}.{name}" == library) and not inside(module, ONLY_IN[library])
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(("room", "library"), NOT_IN)
+def test_library_is_not_imported_where_it_may_not_be(room, library):
+    wrong = [
+        module
+        for module in MODULES
+        if inside(module, room) and not inside(module, NOT_IN[room, library])
+        for target, _ in imports_of(module)
+        if inside(target, library)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_names_that_a_module_imports_are_exported_where_they_come_from(module):
+    unlisted = [f"{source}.{name}" for source, name in own_imports(module) if name and name not in exported_by(source)]
+    assert not unlisted
+
+
+def test_every_re_export_is_imported():
+    used = {(source, name) for module in MODULES for source, name in own_imports(module)}
+    unused = [
+        f"{module}.{name}"
+        for module, path in MODULES.items()
+        if path.name != "__init__.py"
+        for _, name in own_imports(module)
+        if name in exported_by(module) and (module, name) not in used
+    ]
+    assert not unused
+
+
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if path.name == "__init__.py"])
+def test_sub_package_says_what_it_is_for_and_its_public_names_resolve(module):
+    package = importlib.import_module(full(module))
+    assert package.__doc__
+    for name in getattr(package, "__all__", ()):
+        assert getattr(package, name) is not None
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_names_of_ours_in_texts_exist(module):
+    source = MODULES[module].read_text(encoding="utf-8")
+    for name in set(re.findall(r"(?<![\w/.-])lowrank_pl(?:\.[A-Za-z_]\w*)+", source)):
+        parts = name.split(".")
+        known = max(size for size in range(1, len(parts) + 1) if ".".join(parts[1:size]) in MODULES)
+        thing = importlib.import_module(".".join(parts[:known]))
+        for part in parts[known:]:
+            assert hasattr(thing, part), name
+            thing = getattr(thing, part)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """Names in ``sys.modules`` of a fresh process: after ``import lowrank_pl``, and after all but the outer ring."""
+    code = "\n".join(
+        [
+            "import json, sys, lowrank_pl",
+            "first = sorted(sys.modules)",
+            *(f"import {full(name)}" for name in INNER),
+            "print(json.dumps({'root': first, 'inner': sorted(sys.modules)}))",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_all_but_the_outer_ring_leaves_lightning_out(loaded):
+    assert {full(name) for name in INNER} <= set(loaded["inner"])
+    assert not {*LIGHTNING, *map(full, OUTER)} & set(loaded["inner"])
+
+
+def test_importing_the_package_leaves_lightning_out(loaded):
+    assert "lowrank_pl.models.hf_format" in loaded["root"]
+    assert not {*LIGHTNING, *map(full, OUTER)} & set(loaded["root"])
 
 
 @pytest.mark.parametrize("name", lowrank_pl.__all__)
@@ -87,13 +250,13 @@ def test_public_names_resolve_and_are_explained(name):
 
 def test_public_names_are_sorted_and_unknown_ones_an_error():
     assert lowrank_pl.__all__ == sorted(lowrank_pl.__all__)
-    with pytest.raises(AttributeError, match="module 'lowrank_pl' has no attribute 'Nothing'"):
+    with pytest.raises(AttributeError, match="Nothing"):
         _ = lowrank_pl.Nothing
 
 
 @pytest.mark.parametrize("name", INNER)
 def test_modules_export_what_they_say(name):
-    module = sys.modules.get(name) or __import__(name, fromlist=["_"])
+    module = importlib.import_module(full(name))
     assert module.__doc__
     for public in getattr(module, "__all__", ()):
         value = getattr(module, public)

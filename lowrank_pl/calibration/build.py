@@ -50,7 +50,7 @@ def build_factors(
     """Return a store that holds the factors of every target, making only those that are missing.
 
     Statistics are kept beside the factors, in stores of their own, so that another decomposition of the same model
-    and text starts from them. Processes that work together (``lowrank_pl.processes.together``) take a share each of the
+    and text starts from them. Processes that work together (``lowrank_pl.utils.distributed.cooperating``) take a share each of the
     sequences and of the decompositions; all need the same folder.
 
     Args:
@@ -59,7 +59,7 @@ def build_factors(
         directory: Folder of the store; by default one named by the fingerprint in the cache.
         batch_size: Sequences per forward.
         memory: Bytes that sums of statistics may take at a time; by default most of what is free. What takes more is
-            collected block by block (``lowrank_pl.collected.Statistics``); a killed run goes on at the block it was in.
+            collected block by block (``lowrank_pl.calibration.statistics.Statistics``); a killed run goes on at the block it was in.
         gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
 
     Raises:

@@ -39,7 +39,7 @@ def build_factors_by_block(
     """Return the store that ``build_factors`` gives of the same model loaded whole, holding one block at a time.
 
     Where gradients are needed, all sequences go forward through one block after the other, and back through one before
-    the other. Processes that work together (``lowrank_pl.processes.together``) take a share each of the sequences, and
+    the other. Processes that work together (``lowrank_pl.utils.distributed.cooperating``) take a share each of the sequences, and
     then of the decompositions, for which they load one group of maps at a time; all need the same folder.
 
     Args:

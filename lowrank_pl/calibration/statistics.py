@@ -112,7 +112,7 @@ class Statistics:
         batch_size: Sequences per pass.
         memory: Bytes that the sums of what is collected at a time may take; by default most of what is free where the
             model is. What takes more is collected block by block, in one pass forward and, for gradients, one back
-            (``lowrank_pl.walk_passes``). Where blocks share more than the hidden state, as many consecutive ones as fit
+            (``lowrank_pl.calibration.blockwise``). Where blocks share more than the hidden state, as many consecutive ones as fit
             get passes of their own instead, at least one. What is collected is written before the next begins.
         gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
         collecting: Whether ``model`` is what ``source`` says, so that what is missing can be collected.

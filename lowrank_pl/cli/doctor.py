@@ -7,14 +7,15 @@ from pathlib import Path
 
 from lowrank_pl.export.health.diagnosis import Diagnosis
 from lowrank_pl.export.health.examine import diagnose
-from lowrank_pl.export.health.quality import PROMPTS
+from lowrank_pl.export.health.quality import PROMPTS, Prompts
+from lowrank_pl.text.sequences import Calibration
 from lowrank_pl.utils.files import write_json
 
 __all__ = ["BrokenModelError", "doctor"]
 
 
 class BrokenModelError(RuntimeError):
-    """A model that must not be used, as ``lowrank doctor`` found; the message says of what it is sick."""
+    """A model that must not be used, as ``lowrank doctor`` found; the message names the first defect."""
 
 
 def doctor(
@@ -30,12 +31,12 @@ def doctor(
     trust_remote_code: bool = False,
     json: Path | None = None,
 ) -> Diagnosis:
-    """Say whether an exported model is healthy; the exit status is 0 if so, warnings or not, and 1 if it is sick.
+    """Examine an exported model; the exit status is 0 if it is healthy, with or without warnings, and 1 if broken.
 
-    It reloads in a fresh process without missing weights; all tensors are finite; ranks, shapes, storage and counts
-    are those of its plan; tokenizer and BOS are the base's; on a text it is compared with the base: perplexity, KL
-    divergence, agreement; and it continues prompts, through the chat template where there is one. A plain checkpoint
-    is examined as far as that goes.
+    A healthy model reloads in a fresh process without missing weights. All tensors are finite. Ranks, shapes, storage
+    and counts are those of its plan, tokenizer and BOS are the base's. On a text, it is compared with the base by
+    perplexity, KL divergence and agreement. It continues prompts, through the chat template if there is one. For a
+    plain checkpoint, checks that need a plan are left out.
 
     Args:
         directory: Folder of an export, as factors or merged, or of a plain checkpoint.
@@ -53,16 +54,20 @@ def doctor(
         The findings.
 
     Raises:
-        BrokenModelError: The model is sick; the findings have been shown.
+        BrokenModelError: The model is broken; the findings have been shown.
     """
     found = diagnose(
-        directory, base=base, text=text, sequences=sequences, length=length, prompts=prompts,
-        max_new_tokens=max_new_tokens, device=device, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        directory,
+        base=base,
+        text=Calibration(text, length, sequences),
+        prompts=Prompts(prompts, max_new_tokens),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     if json is not None:
         write_json(json, found.to_dict())
     print(found.text())
-    if found.health == "sick":
+    if found.health == "broken":
         raise BrokenModelError(found.sentence())
     print(f"\n{found.sentence()}")
     return found

@@ -24,8 +24,8 @@ from lowrank_pl.plans.resize import largest_keep, nested
 from lowrank_pl.text.sequences import token_windows
 from lowrank_pl.text.sources import named_texts
 from lowrank_pl.utils.environment import pick_device
+from lowrank_pl.utils.figures import save_figure
 from lowrank_pl.utils.files import write_json
-from lowrank_pl.utils.formatting import save_figure
 
 __all__ = ["evaluate"]
 

@@ -254,8 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = " ".join(str(error).split())
         command = words[0] if words[0] in FUNCTIONS else "fit"
         sys.exit(_said(f"error: {said}; `lowrank {command} --help` lists the options", 2))
-    except BrokenModelError as sick:
-        sys.exit(_said(str(sick), 1))
+    except BrokenModelError as broken:
+        sys.exit(_said(str(broken), 1))
     except (ValueError, OSError, ExportError, MisconfigurationException, LostProcessError) as error:
         if os.environ.get("LOWRANK_DEBUG"):
             raise

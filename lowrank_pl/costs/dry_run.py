@@ -120,7 +120,7 @@ def dry_run(
         dtype: Type that the base is loaded in.
         include: Globs of modules to target.
         exclude: Globs of modules to leave alone.
-        speeds: True measures them here, in seconds; a name takes those of :data:`lowrank_pl.probe.ASSUMED`.
+        speeds: True measures them here, in seconds; a name takes those of :data:`lowrank_pl.costs.probe.ASSUMED`.
         trust_remote_code: Run Python code that comes with the base.
         json: Write the figures there too.
 

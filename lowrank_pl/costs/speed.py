@@ -52,7 +52,7 @@ def standing_cache(model: PreTrainedModel, tokens: Tensor) -> Cache:
     Raises:
         ValueError: A layer of the model keeps something else than keys and values.
 
-    >>> from lowrank_pl.tiny_models import tiny_model
+    >>> from lowrank_pl.models.tiny import tiny_model
     >>> model, tokens = tiny_model("llama"), torch.arange(6)[None]
     >>> with torch.inference_mode():
     ...     cache = standing_cache(model, tokens)

@@ -1,8 +1,8 @@
-"""From a model in memory to a folder that reloads as exactly this model, and back.
+"""Export of a model in memory to a folder that reloads as exactly this model, and the way back.
 
-What is special: an export is finished only when a fresh process has loaded the folder through plain transformers and
-computed the same logits, bit for bit. Until then it lies in a temporary folder, so that a failed check, a full disk or
-Ctrl-C leave nothing behind and touch no older export.
+An export is finished only when a fresh process has loaded the folder with plain transformers and computed the same
+logits, bit for bit. Until then it is in a temporary folder, so that a failed check, a full disk or Ctrl-C leave nothing
+behind and do not affect an older export.
 """
 
 from __future__ import annotations
@@ -37,16 +37,14 @@ __all__ = ["ExportReport", "check_destination", "is_compressed", "load_compresse
 
 logger = logging.getLogger(__name__)
 
-
 CODE = Path(hf_format.__file__).name
 
-
 Entry = int | dict[str, Any]
-"""What the config says of one module: its rank, or rank, storage and side."""
+"""The config's entry of one module: its rank, or rank, storage and side."""
 
 
 class Plan(Protocol):
-    """What an export keeps of a rank plan."""
+    """The part of a rank plan that an export needs."""
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
@@ -54,14 +52,14 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written.
+    """A finished export.
 
     Attributes:
         directory: The folder.
         bytes: Size of its weight files.
-        merged: Whether the factors were multiplied into dense weights.
+        merged: Whether the factors were merged into dense weights.
         modules: Number of low-rank modules of the model.
-        verified: Whether a fresh process reloaded the folder and computed the same logits.
+        verified: Whether a fresh process has reloaded the folder and computed the same logits.
     """
 
     directory: Path
@@ -81,34 +79,34 @@ def save_compressed(
     merge: bool = False,
     verify: bool = True,
 ) -> ExportReport:
-    """Write ``model`` to a folder that reloads as exactly this model, and return what was written.
+    """Write ``model`` to a folder that reloads as exactly this model, and return a report.
 
     The folder holds safetensors weights, ``config.json``, the generation configuration, the tokenizer with its chat
-    template, ``plan.json``, ``README.md``, and as code ``hf_format.py`` and ``hf_layers.py``. It loads with
-    :func:`load_compressed`; with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl.hf_format``; or
-    anywhere with ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
+    template, ``plan.json``, ``README.md``, and the code in ``hf_format.py`` and ``hf_layers.py``. It loads with
+    :func:`load_compressed`, with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``, or anywhere with
+    ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
 
-    The check runs the same probes here and in a fresh process on the same device, with as many threads and the same
-    attention, and compares the bytes of the logits; it needs the memory of a second copy of what is written. A merged
-    model is compared with its merged weights in memory byte for byte, and these with the low-rank model within
-    ``sqrt(eps)`` of the type, as relative root mean square. In the same pass it makes those checks of ``lowrank
-    doctor`` that need no text: finite weights, ranks and counts of a ``RankPlan``, BOS and token ids. What is sick is
-    not exported, and warnings are logged.
+    The check runs the same probes here and in a fresh process on the same device, with the same number of threads and
+    the same attention, and compares the bytes of the logits. It needs the memory of a second copy of the exported
+    model. For a merged model, the fresh process is compared with the merged weights in memory byte for byte, and these
+    with the low-rank model, whose logits may differ by ``sqrt(eps)`` of the type (relative root mean square). The check
+    also covers everything of ``lowrank doctor`` that needs no text: finite weights, ranks and counts of a ``RankPlan``,
+    BOS and token ids. A broken model is not exported, and warnings are logged.
 
     ``model`` keeps its modules, values, config and mode; tensors in main memory may move (see ``hf_format.align``).
 
     Args:
-        model: A causal language model, some of whose linear maps are ``LowRankLinear`` or ``PivotedLinear``.
-        directory: The folder to make; an older export there is replaced once the new one has passed.
-        tokenizer: Its tokenizer.
-        plan: The plan that the ranks came from.
+        model: A causal language model, some of whose linear layers are ``LowRankLinear`` or ``PivotedLinear``.
+        directory: The folder to write; an older export there is replaced once the new one has passed the check.
+        tokenizer: Tokenizer of the model.
+        plan: The plan that the ranks come from.
         card: Text of the model card.
-        merge: Write dense weights under the plain config of the base, for runtimes that know nothing of factors.
-        verify: Whether to check the folder, in a fresh process too.
+        merge: Write dense weights with the plain config of the base, for runtimes that do not know factors.
+        verify: Whether to check the folder, also in a fresh process.
 
     Raises:
-        ValueError: The model holds layers that can't be stored, or ``directory`` is something else than an export.
-        ExportError: The folder does not reload as the model in memory, it is sick, or the disk is full.
+        ValueError: A layer of the model can't be stored, or ``directory`` holds something else than an export.
+        ExportError: The folder does not reload as the model in memory, the model is broken, or the disk is full.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -126,14 +124,14 @@ def save_compressed(
     entries, shapes = _entries(model, originals), _shapes(model, originals)
     if merge and shapes:
         raise ValueError(
-            f"{len(shapes)} linear maps have shapes that the plain config of {type(model).__name__} can't say, e.g. "
-            f"{next(iter(shapes))}: export the factors, or narrow all MLPs to one width"
+            f"{len(shapes)} linear layers have shapes that the plain config of {type(model).__name__} can't describe, "
+            f"e.g. {next(iter(shapes))}: export the factors, or prune all MLPs to one width"
         )
     align(model)
     with _full_disk_explained(directory), atomic_directory(directory) as folder:
-        swaps = _swaps(model, originals, merge=merge)
-        before = logits_of(model) if verify and swaps else None
-        with replaced(model, swaps):
+        dense = _dense_layers(model, originals, merge=merge)
+        before = logits_of(model) if verify and dense else None
+        with replaced(model, dense):
             _write(model, folder, tokenizer, None if merge else LowRankConfig(entries, shapes))
             _write_texts(folder, plan, card)
             if verify:
@@ -149,18 +147,18 @@ def save_compressed(
 
 
 def load_compressed(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
-    """Return the model that :func:`save_compressed` wrote, in eval mode.
+    """Return a model that :func:`save_compressed` wrote, in eval mode.
 
     Args:
         directory: The folder.
-        **from_pretrained_kwargs: Handed to ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``device_map``, ...
+        **from_pretrained_kwargs: Arguments of ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``device_map``, ...
 
     Raises:
-        ValueError: No such folder, not a compressed model, or weights that are missing or damaged.
+        ValueError: There is no such folder, it holds no compressed model, or weights are missing or damaged.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"no folder {str(directory)!r}: expected one that save_compressed wrote")
+        raise ValueError(f"no folder {str(directory)!r}: expected one written by save_compressed")
     _check_is_compressed(directory)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(directory), **from_pretrained_kwargs)
@@ -189,63 +187,63 @@ def _check_is_compressed(directory: Path) -> None:
         raise ValueError(f"{str(directory)!r} holds no readable config.json: expected a compressed model") from error
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method != METHOD:
-        kind = "a plain model" if method is None else f"quantised by {method}"
+        kind = "a plain model" if method is None else f"a model quantised by {method}"
         raise ValueError(
-            f"{str(directory)!r} is {kind}, not one compressed by lowrank_pl: "
+            f"{str(directory)!r} holds {kind}, not a model compressed by lowrank_pl: "
             "load it with transformers.AutoModelForCausalLM.from_pretrained"
         )
 
 
 def check_destination(directory: Path) -> None:
-    """Refuse to replace what is no export: a slip of the keyboard must not cost anyone a folder.
+    """Refuse to replace a folder that is not an export: a typing error must not delete anyone's files.
 
     Raises:
-        ValueError: ``directory`` is a file, or a folder of something else, or the one that the process is in.
+        ValueError: ``directory`` is a file, a folder with other contents, or the current folder.
     """
     if directory.resolve() == Path.cwd():
-        raise ValueError(f"{str(directory)!r} is the folder that you are in, which can't be replaced: name another one")
+        raise ValueError(f"{str(directory)!r} is the current folder, which can't be replaced: name another one")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{str(directory)!r} is a file: name a folder to export to")
     if not directory.exists() or not any(directory.iterdir()):
         return
     config = directory / "config.json"
     ours = (directory / CODE).exists() or (directory / "plan.json").exists()
-    # A narrowed base has no plan, and needs no code.
+    # A pruned base has neither a plan nor code.
     if not config.exists() or not (ours or f'"{ORIGIN_KEY}"' in config.read_text(encoding="utf-8")):
-        raise ValueError(f"{str(directory)!r} holds other files than an earlier export: name a new folder or empty it")
+        raise ValueError(f"{str(directory)!r} holds other files than an export: name a new folder or empty this one")
 
 
 def _originals(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the modules that the config alone would build, on the meta device, by name."""
+    """Return the modules that the config alone describes, by name, on the meta device."""
     config = copy.deepcopy(model.config)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return dict((base_class(model) or type(model))(config).named_modules())
 
 
 def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, Entry]:
-    """Return what the config says of each low-rank module, having looked that each module can be stored."""
+    """Return the config's entry of each low-rank module, after a check that every module can be stored."""
     entries: dict[str, Entry] = {}
     for name, module in model.named_modules():
         original = originals.get(name)
         if _is_low_rank(module) and isinstance(original, (nn.Linear, Conv1D)):
             entries[name] = _entry(module)
             if module.weight.shape[1] == module.in_features:
-                # Its left factor would have the dense shape, and a loader that knows nothing would take it for that.
-                raise ValueError(f"{name} has rank {module.rank}, as many as it has inputs: leave it dense")
+                # Its left factor would have the dense shape: loaders that do not know the format would not stop.
+                raise ValueError(f"{name} has rank {module.rank}, the number of its inputs: leave it dense")
             if (module.bias is None) != (original.bias is None):
                 has = "no bias" if module.bias is None else "a bias"
                 raise ValueError(f"{name} has {has}, unlike the {type(model).__name__} that its config describes")
         elif name and type(module) is not type(original) and _layout(module, original) is None:
             expected = "none" if original is None else f"a {type(original).__name__}"
             raise ValueError(
-                f"{name} is a {type(module).__name__} where {type(model).__name__} has {expected}: "
+                f"{name} is a {type(module).__name__}, but {type(model).__name__} has {expected} there: "
                 "only low-rank and dense layers can be stored; compress the model, or merge adapters first"
             )
     return entries
 
 
 def _shapes(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, list[int]]:
-    """Return ``[out, in]`` of the linear maps that the config alone would build with another shape."""
+    """Return ``[out, in]`` of the linear layers whose shape the config alone does not describe."""
     shapes = {}
     for name, module in model.named_modules():
         original = originals.get(name)
@@ -269,28 +267,28 @@ def _is_low_rank(module: nn.Module) -> bool:
 
 
 def _entry(module: nn.Module) -> Entry:
-    """Return what the config says of a low-rank layer."""
+    """Return the config's entry of a low-rank layer."""
     rank: Any = module.rank
     side = getattr(module, "side", None)
     return rank if side is None else {"rank": rank, "storage": "pivoted", "side": side}
 
 
 def _layout(module: nn.Module, original: nn.Module | None) -> type[nn.Module] | None:
-    """Return Conv1D where GPT-2 has one and ``module`` is the nn.Linear that took its place, else None."""
+    """Return Conv1D if ``module`` is an nn.Linear in the place of GPT-2's Conv1D, else None."""
     return Conv1D if type(module) is nn.Linear and isinstance(original, Conv1D) else None
 
 
-def _swaps(model: PreTrainedModel, originals: dict[str, nn.Module], *, merge: bool) -> dict[str, nn.Module]:
-    """Return what has to stand in the model while it is written: dense layers in the base's own layout."""
-    swaps = {}
+def _dense_layers(model: PreTrainedModel, originals: dict[str, nn.Module], *, merge: bool) -> dict[str, nn.Module]:
+    """Return the dense layers, in the base's layout, that take the place of others while the model is written."""
+    layers = {}
     for name, module in model.named_modules():
         if (merge and _is_low_rank(module)) or _layout(module, originals.get(name)):
-            swaps[name] = _as_dense(module, originals[name])
-    return swaps
+            layers[name] = _as_dense(module, originals[name])
+    return layers
 
 
 def _as_dense(module: nn.Module, original: nn.Module) -> nn.Module:
-    """Return a layer of ``original``'s class and layout with the merged weight of ``module`` and its bias."""
+    """Return ``original`` with the merged weight of ``module``, in its own layout, and with the bias of ``module``."""
     assert isinstance(module, nn.Linear)
     weight: Tensor = module.dense() if _is_low_rank(module) else module.weight.detach()  # type: ignore[operator]
     dense: Any = original
@@ -306,8 +304,8 @@ def _write(
     model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, stored: LowRankConfig | None
 ) -> None:
     """Write weights, configs, tokenizer and code; ``stored`` is None for a plain dense model."""
-    # A second shell around the same tensors: save_pretrained writes into the config, and lets a quantizer that the
-    # model was loaded with have its say.
+    # A shallow copy with the same tensors: save_pretrained changes the config and calls the quantizer that the model
+    # was loaded with.
     shell = copy.copy(model)
     shell.config = config = copy.deepcopy(model.config)
     for attribute in ("hf_quantizer", "quantization_method"):
@@ -338,7 +336,7 @@ def _write_texts(folder: Path, plan: Plan | None, card: str | None) -> None:
 
 @contextmanager
 def _full_disk_explained(directory: Path) -> Iterator[None]:
-    """Say in one sentence that the disk is full; safetensors reports it as an error of its own."""
+    """Raise one clear error if the disk is full; safetensors reports it with an exception of its own."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -346,5 +344,5 @@ def _full_disk_explained(directory: Path) -> Iterator[None]:
         if getattr(error, "errno", None) not in codes and not any(f"os error {code}" in str(error) for code in codes):
             raise
         raise ExportError(
-            f"the disk is full: nothing was exported to {str(directory)!r}; make room and retry"
+            f"the disk is full: nothing was exported to {str(directory)!r}; free some space and try again"
         ) from error

@@ -1,7 +1,7 @@
-"""What a fresh process computes with an exported folder: the other half of the check in export.py.
+"""The probe of an exported folder: the part of the check in reload.py that runs in a fresh process.
 
-Its text is run by ``python -c`` and needs torch and transformers only, so that nothing of lowrank_pl can help a
-merged export to load. Not covered: generation, and inputs other than the two probes.
+The source of this file is run by ``python -c``. It needs only torch and transformers, so that a merged export has to
+load without lowrank_pl. Generation, and inputs other than the two probes, are not covered.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROBE_TEXT = "Energy is conserved; 12 + 30 = 42.\n\tÀ bientôt!"
 def probe(model: nn.Module) -> Tensor:
     """Return the logits of fixed tokens, ``[33, vocabulary]``, on the CPU.
 
-    Two sequences of 16 tokens and, because matrix-vector products are other kernels, one token alone.
+    The tokens are two sequences of 16, and one token alone, because matrix-vector products use other kernels.
     """
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     tokens = (torch.arange(32, device=embedding.weight.device) * 7919 + 11) % embedding.num_embeddings
@@ -36,7 +36,7 @@ def probe(model: nn.Module) -> Tensor:
 
 
 def digest(tensor: Tensor) -> str:
-    """Return the SHA-256 of the type, the shape and the very bytes of ``tensor``.
+    """Return the SHA-256 of the type, the shape and the bytes of ``tensor``.
 
     >>> digest(torch.zeros(2)) == digest(-torch.zeros(2))
     False
@@ -46,12 +46,12 @@ def digest(tensor: Tensor) -> str:
 
 
 def _main(request: dict[str, Any]) -> None:
-    """Load the folder as a stranger would and print what came out as one line of JSON."""
+    """Load the folder without lowrank_pl, and print the results as one line of JSON."""
     disable_progress_bar()
     torch.set_num_threads(request["threads"])
     torch.set_float32_matmul_precision(request["precision"])
     if request["compressed"]:
-        # The folder as a package, because hf_format.py there imports its neighbour.
+        # Import the folder as a package, because its hf_format.py imports hf_layers.py.
         package = ModuleType("compressed")
         package.__path__ = [request["directory"]]
         sys.modules["compressed"] = package
@@ -60,7 +60,7 @@ def _main(request: dict[str, Any]) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(
         request["directory"], trust_remote_code=request["trust"], output_loading_info=True, **options
     )
-    # As hf_format does for compressed models: addresses decide the last bit of a matrix-vector product.
+    # As hf_format.align does: addresses affect the last bit of a matrix-vector product.
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()

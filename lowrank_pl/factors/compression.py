@@ -126,7 +126,7 @@ def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
 
 
 def _unmasked(module: nn.Module) -> nn.Module:
-    return module.dense() if isinstance(module, StandIn) else module
+    return module.original() if isinstance(module, StandIn) else module
 
 
 def stand_ins(model: nn.Module) -> dict[str, StandIn]:
@@ -143,7 +143,7 @@ def restore_dense(model: Model) -> Model:
         model: A model with masked layers; one without any is returned as it is.
     """
     for name, layer in [*stand_ins(model).items()]:
-        replace_module(model, name, layer.dense())
+        replace_module(model, name, layer.original())
     return model
 
 

@@ -28,6 +28,7 @@ from lowrank_pl.models.shapes import SHAPES, random_blocks
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 
 __all__ = [
+    "DTYPES",
     "Base",
     "BaseSpec",
     "DType",
@@ -37,13 +38,13 @@ __all__ = [
     "pop_shapes",
     "read_config",
     "resolve_base",
+    "stored_dtype",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DType = Literal["float32", "bfloat16", "float16"]
 
 FORMS = "a hub id, a local folder, a .gguf file, package:NAME, random:FAMILY or layers:NAME"
-
 
 # Families whose real tokenizers put a BOS before every text, and whose models go wrong without it.
 BOS_FAMILIES = ("gemma2", "gemma3")
@@ -84,15 +85,15 @@ class Base:
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """Where a base model lies.
+    """The place of a base model.
 
     Attributes:
         name: Short name for tables and file names.
         path: Hub id or local folder, as ``from_pretrained`` takes it; empty for a random model.
-        gguf_file: Name of the GGUF file inside ``path``, if the weights are in one.
+        gguf_file: Name of the GGUF file in ``path`` that holds the weights, else ``None``.
         family: Family of a random model (``random:FAMILY``), else ``None``.
-        shapes: Large model of whose shapes random blocks are (``layers:NAME``), else ``None``.
-        blocks: How many blocks these are.
+        shapes: Large model whose shapes the random blocks have (``layers:NAME``), else ``None``.
+        blocks: Number of random blocks.
     """
 
     name: str
@@ -104,16 +105,16 @@ class BaseSpec:
 
 
 def resolve_base(base: str) -> BaseSpec:
-    """Return where ``base`` lies, without reading any weight and without touching the network.
+    """Return the place of ``base``, without reading weights or touching the network.
 
     Args:
         base: A hub id (``HuggingFaceTB/SmolLM2-135M``), a local folder, the path of a ``.gguf`` file,
-            ``package:NAME`` (the one GGUF file inside an installed Python package, which is never imported),
-            ``random:FAMILY`` (a tiny random model, for trials) or ``layers:NAME`` (a block of a large model's shapes
-            with random weights, to measure speed; ``layers:NAME:4`` has four).
+            ``package:NAME`` (the only GGUF file in an installed Python package, which is never imported),
+            ``random:FAMILY`` (a tiny random model, for trials) or ``layers:NAME`` (a block with the shapes of a large
+            model and random weights, to measure speed; ``layers:NAME:4`` has four).
 
     Raises:
-        ValueError: Nothing of the kind exists here; the message says what was found instead.
+        ValueError: There is no such base; the message says what was found instead.
 
     >>> resolve_base("random:llama").family
     'llama'
@@ -129,7 +130,7 @@ def resolve_base(base: str) -> BaseSpec:
         return _package(rest)
     path = Path(base).expanduser()
     if not base.strip():
-        raise ValueError(f"the base model's name is empty: give {FORMS}")
+        raise ValueError(f"the name of the base model is empty: give {FORMS}")
     if path.is_dir():
         return _folder(path)
     if path.is_file():
@@ -140,25 +141,25 @@ def resolve_base(base: str) -> BaseSpec:
 
 
 def load_base(base: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the base model in eval mode and without gradients, dense and ready to be compressed and saved.
+    """Return the base model in eval mode, without gradients, dense, and ready to be compressed and saved.
 
-    A GGUF file is dequantised: its linear maps are plain ``nn.Linear`` and its config names no quantisation, since
-    transformers would otherwise refuse to save it. The weights are cast to ``dtype`` while loading; buffers such as
+    A GGUF file is dequantised: its linear layers are plain ``nn.Linear``, and its config names no quantisation, because
+    transformers refuses to save a quantised model. The weights are cast to ``dtype`` while loading. Buffers such as
     rotary frequencies keep their own precision, which ``model.to(dtype)`` would degrade.
 
     Args:
         base: See :func:`resolve_base`.
         dtype: ``torch.float32``, ``torch.bfloat16`` or ``torch.float16``.
-        trust_remote_code: Whether Python code that comes with the model may run.
+        trust_remote_code: Whether to run Python code that comes with the model.
 
     Raises:
-        ValueError: The base can't be found or read, is quantised, is no causal language model, or lacks weights.
+        ValueError: The base can't be found or read, is quantised, is not a causal language model, or lacks weights.
 
     >>> next(load_base("random:gpt2", dtype=torch.bfloat16).parameters()).dtype
     torch.bfloat16
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype} is not one that a base model is loaded in: give float32, bfloat16 or float16")
+        raise ValueError(f"a base model can't be loaded in dtype {dtype}: give float32, bfloat16 or float16")
     spec = resolve_base(base)
     if spec.family is not None:
         model = _rebuilt(tiny_model(spec.family), dtype)
@@ -172,11 +173,11 @@ def load_base(base: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
 
 
 def stored_dtype(base: str, *, trust_remote_code: bool = False) -> torch.dtype:
-    """Return the type that the weights of ``base`` are kept in, where one can load them in it; else float32.
+    """Return the type in which the weights of ``base`` are stored, if they can be loaded in it, else float32.
 
     Args:
         base: See :func:`resolve_base`.
-        trust_remote_code: Whether Python code that comes with the model may run.
+        trust_remote_code: Whether to run Python code that comes with the model.
 
     Raises:
         ValueError: The base can't be found, or its configuration can't be read.
@@ -187,16 +188,16 @@ def stored_dtype(base: str, *, trust_remote_code: bool = False) -> torch.dtype:
     spec = resolve_base(base)
     if spec.gguf_file is not None or spec.family is not None or spec.shapes is not None:
         return torch.float32
-    said = read_config(spec, trust_remote_code=trust_remote_code).dtype
-    return said if said in DTYPES else torch.float32
+    dtype = read_config(spec, trust_remote_code=trust_remote_code).dtype
+    return dtype if dtype in DTYPES else torch.float32
 
 
 def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of ``base`` as it comes: its own BOS rule and chat template.
+    """Return the tokenizer of ``base`` unchanged, with its own BOS rule and chat template.
 
     Args:
         base: See :func:`resolve_base`.
-        trust_remote_code: Whether Python code that comes with the tokenizer may run.
+        trust_remote_code: Whether to run Python code that comes with the tokenizer.
 
     Raises:
         ValueError: The base can't be found or has no tokenizer.
@@ -207,11 +208,12 @@ def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> PreTrainedT
     spec = resolve_base(base)
     if spec.family is not None or spec.shapes is not None:
         return byte_tokenizer(bos=spec.family in BOS_FAMILIES)
-    advice = "give a folder that holds the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the model"
-    with _explained(f"can't load the tokenizer of {base!r}", advice if Path(spec.path).is_dir() else _hub_advice()):
+    advice = "give a folder with the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the model"
+    cure = advice if Path(spec.path).is_dir() else _hub_advice()
+    with _explain_errors(f"can't load the tokenizer of {base!r}", cure):
         source = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
         tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=trust_remote_code, **source)
-    # Transformers builds some classes (GPT-2's) without any file: nothing but special tokens, no error.
+    # Without any file, transformers builds some tokenizers (GPT-2's) from special tokens alone, without an error.
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
         raise ValueError(f"can't load the tokenizer of {base!r}: it has no vocabulary; {advice}")
     return tokenizer
@@ -230,13 +232,13 @@ def _layers(text: str) -> BaseSpec:
     count = blocks or "1"
     if not (count.isascii() and count.isdecimal() and int(count)):
         raise ValueError(
-            f"base model 'layers:{text}': {blocks!r} is no number of blocks; write layers:{name}:2 for two"
+            f"base model 'layers:{text}': {blocks!r} is not a number of blocks; write layers:{name}:2 for two"
         )
     return BaseSpec(name=f"layers-{text.replace(':', '-')}", path="", shapes=name, blocks=int(count))
 
 
 def _package(name: str) -> BaseSpec:
-    """Return the one GGUF file inside the installed package ``name``, which may itself be unfit for import."""
+    """Return the only GGUF file in the installed package ``name``, without importing it: an import may fail."""
     module = name.replace("-", "_")
     # A dotted name would make find_spec import the parent package.
     spec = find_spec(module) if module.isidentifier() else None
@@ -250,8 +252,8 @@ def _package(name: str) -> BaseSpec:
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none, but " + _listing(folder)
         raise ValueError(
-            f"base model 'package:{name}': expected exactly one .gguf file inside {folder}, found {found}; "
-            "give the path of the file you mean"
+            f"base model 'package:{name}': expected exactly one .gguf file in {folder}, found {found}; "
+            "give the path of one file"
         )
     return _file(files[0])
 
@@ -263,14 +265,14 @@ def _folder(path: Path) -> BaseSpec:
     if len(files) == 1:
         return _file(files[0])
     raise ValueError(
-        f"base model {str(path)!r}: the folder holds neither a config.json nor exactly one .gguf file, but "
+        f"base model {str(path)!r}: the folder has neither a config.json nor exactly one .gguf file, but "
         f"{_listing(path)}; give the folder of a transformers model or the path of a .gguf file"
     )
 
 
 def _file(path: Path) -> BaseSpec:
     if path.suffix != ".gguf":
-        raise ValueError(f"base model {str(path)!r}: a file, but no .gguf file; give {FORMS}")
+        raise ValueError(f"base model {str(path)!r}: the file is not a .gguf file; give {FORMS}")
     return BaseSpec(name=path.stem, path=str(path.parent), gguf_file=path.name)
 
 
@@ -281,14 +283,14 @@ def _listing(folder: Path) -> str:
 
 
 def read_config(spec: BaseSpec, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Return the configuration of the model in a folder or on the hub.
+    """Return the configuration of a model in a folder or on the hub.
 
     Args:
-        spec: Which.
-        trust_remote_code: Whether Python code that comes with the model may run.
+        spec: The place of the model.
+        trust_remote_code: Whether to run Python code that comes with the model.
 
     Raises:
-        ValueError: It can't be read, or the model is quantised or no causal language model.
+        ValueError: The configuration can't be read, or the model is quantised or not a causal language model.
     """
     local = Path(spec.path).is_dir()
     if local:
@@ -296,7 +298,7 @@ def read_config(spec: BaseSpec, *, trust_remote_code: bool = False) -> Pretraine
     else:
         problem = f"base model {spec.path!r} is neither a local folder or .gguf file nor a hub id that can be reached"
         advice = _hub_advice()
-    with _explained(problem, advice):
+    with _explain_errors(problem, advice):
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=trust_remote_code)
     _refuse_quantised(spec, config)
     _refuse_other_tasks(spec, config)
@@ -305,7 +307,7 @@ def read_config(spec: BaseSpec, *, trust_remote_code: bool = False) -> Pretraine
 
 def _load_checkpoint(spec: BaseSpec, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     config = read_config(spec, trust_remote_code=trust_remote_code)
-    with _explained(f"can't load the weights of {spec.path!r}", "check that the checkpoint is whole"):
+    with _explain_errors(f"can't load the weights of {spec.path!r}", "check that the checkpoint is complete"):
         model, report = AutoModelForCausalLM.from_pretrained(
             spec.path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
@@ -315,22 +317,22 @@ def _load_checkpoint(spec: BaseSpec, dtype: torch.dtype, trust_remote_code: bool
             f"the checkpoint {spec.path!r} lacks {len(missing)} weights of {type(model).__name__} ({missing[0]}, ...), "
             "which would be random; give the checkpoint of the whole language model"
         )
-    return _plain(model) if hasattr(model.config, "quantization_config") else model
+    return _as_dense(model) if hasattr(model.config, "quantization_config") else model
 
 
 def pop_shapes(config: Any) -> dict[str, list[int]]:
-    """Return the shapes of the maps that ``config`` alone would make otherwise, and leave in it what is of its kind."""
-    said = config.__dict__.pop("quantization_config", None)
-    if said is None:
+    """Remove our entries from ``config``, and return the shapes of layers that differ from what the rest of it says."""
+    stored = config.__dict__.pop("quantization_config", None)
+    if stored is None:
         return {}
     config.__dict__.pop("auto_map", None)
-    as_dict = said if isinstance(said, dict) else said.to_dict()
+    as_dict = stored if isinstance(stored, dict) else stored.to_dict()
     shapes: dict[str, list[int]] = as_dict.get("shapes", {})
     return shapes
 
 
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """Return ``model``, of maps of several shapes, as the dense model that it is."""
+def _as_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Return ``model``, whose layers have several shapes, as a plain dense model of its base class."""
     model.__class__ = base_class(model) or type(model)
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(attribute, None)
@@ -341,24 +343,25 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 def _load_gguf(spec: BaseSpec, dtype: torch.dtype) -> PreTrainedModel:
     """Return the dequantised model of a GGUF file under a config that transformers saves."""
     assert spec.gguf_file is not None
-    # Transformers before GgufConfig always dequantised; since then the blocks may stay packed unless told.
+    # Transformers before GgufConfig always dequantised; later versions may keep the blocks packed by default.
     packed = getattr(transformers, "GgufConfig", None)
     options: dict[str, Any] = {"quantization_config": packed(dequantize=True)} if packed is not None else {}
-    with _explained(f"can't read the GGUF file {spec.gguf_file!r} in {spec.path!r}", "check that the file is whole"):
+    problem = f"can't read the GGUF file {spec.gguf_file!r} in {spec.path!r}"
+    with _explain_errors(problem, "check that the file is complete"):
         model, report = AutoModelForCausalLM.from_pretrained(
             spec.path, gguf_file=spec.gguf_file, dtype=torch.float32, output_loading_info=True, **options
         )
     missing = [*report["missing_keys"], *(name for name, p in model.named_parameters() if not p.is_floating_point())]
     if missing:
         raise ValueError(
-            f"the GGUF file {spec.gguf_file!r} gives no dense {missing[0]} (and {len(missing) - 1} more); "
+            f"the GGUF file {spec.gguf_file!r} yields no dense {missing[0]} (and {len(missing) - 1} more); "
             "give the unquantised checkpoint"
         )
     return _rebuilt(model, dtype)
 
 
 def _rebuilt(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a copy of ``model`` made under ``dtype`` from a config that names no quantisation."""
+    """Return a copy of ``model`` in ``dtype``, made from a config without quantisation."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -378,18 +381,18 @@ def _refuse_quantised(spec: BaseSpec, config: Any) -> None:
     as_dict = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
     method = str(as_dict.get("quant_method", "unknown method"))
     if method == METHOD and as_dict.get("shapes") and not as_dict.get("modules"):
-        # All that it says is which dense maps are narrower than the others of their kind.
+        # The entry only lists the dense layers whose width was pruned.
         return
     if method == METHOD:
         raise ValueError(
-            f"base model {spec.path!r} is already compressed by lowrank_pl: open it with load_compressed, "
-            "or give the dense model to compress that one"
+            f"base model {spec.path!r} is already compressed by lowrank_pl: give the dense model to compress it "
+            "again, or open this one with load_compressed"
         )
     raise ValueError(f"quantised base {spec.path!r} ({method}) can't be compressed: give the unquantised checkpoint")
 
 
 def _refuse_other_tasks(spec: BaseSpec, config: Any) -> None:
-    """Refuse what is no causal language model: loading it as one would make up the head at random."""
+    """Refuse a model that is not a causal language model: loaded as one, its head would be random."""
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
@@ -408,20 +411,20 @@ def _hub_advice() -> str:
 
 
 @contextmanager
-def _explained(problem: str, advice: str) -> Iterator[None]:
+def _explain_errors(problem: str, advice: str) -> Iterator[None]:
     """Turn what transformers raises for an unreadable model into one ``ValueError``: problem, cause, advice."""
     try:
         yield
-    except Exception as error:  # safetensors and tokenizers raise classes of their own, or Exception itself
+    except Exception as error:  # safetensors and tokenizers raise classes of their own, or Exception itself.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         cause = lines[0].strip().rstrip(".:")
         if "trust_remote_code" in str(error):
-            cause, advice = "it comes with code of its own", "set trust_remote_code to true if you trust that code"
+            cause, advice = "it comes with its own Python code", "set trust_remote_code to true if you trust this code"
         raise ValueError(f"{problem}: {cause}; {advice}") from error
 
 
 def loads_in_parts(base: str) -> bool:
-    """Return whether the weights of ``base`` lie in files that can be read in parts, as far as its name says."""
+    """Return whether the name of ``base`` stands for weight files that can be read in parts."""
     if base.startswith("shapes:"):
         return True
     spec = resolve_base(base)

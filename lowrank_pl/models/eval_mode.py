@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while, and where it takes its tokens."""
+"""A model in evaluation mode for a block of code, and the device of its inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["evaluating", "input_device"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in evaluation mode without gradients, and every module back in the mode it was in.
+    """Put ``model`` in evaluation mode without gradients, and restore every module's mode afterwards.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
@@ -35,7 +35,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Return where ``model`` takes its tokens: its embeddings' device, or where accelerate's hooks move them to."""
+    """Return the device for the tokens of ``model``: that of its embeddings, or the one accelerate's hooks use."""
     embeddings = model.get_input_embeddings()
     place = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
     return embeddings.weight.device if place is None else torch.device(place)

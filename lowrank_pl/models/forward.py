@@ -1,4 +1,4 @@
-"""Forward passes that begin at a later decoder block, with what came before it, or end at an earlier one."""
+"""Forward passes of a part of the model, with intermediate activations, or with activation checkpointing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from lowrank_pl.models.eval_mode import evaluating, input_device
 from lowrank_pl.models.targets import decoder_blocks
 
 __all__ = [
-    "_ForwardStoppedError",
     "activation_checkpointing",
     "block_outputs",
     "clone_output",
@@ -32,20 +31,21 @@ __all__ = [
 
 
 class _ForwardStoppedError(Exception):
-    """Ends a forward pass of whose rest nobody wants to know."""
+    """Stops a forward pass whose remaining outputs are not needed."""
 
 
 @contextmanager
 def forward_from(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> Iterator[None]:
-    """Let forward passes of ``model`` begin at ``block``: pass number ``i`` takes ``outputs[i]`` of the block before.
+    """Let forward passes of ``model`` begin at ``block``.
 
-    Embeddings, masks and positions are still computed; the blocks before compute nothing. Exact where a block looks at
-    nothing of earlier blocks but the hidden state, see ``forward_from_is_exact``.
+    Pass number ``i`` takes ``outputs[i]`` as the output of the block before. Embeddings, masks and positions are still
+    computed; earlier blocks compute nothing. The result is exact if blocks depend on earlier blocks through the hidden
+    state only; see ``forward_from_is_exact``.
 
     Args:
         model: A causal language model.
-        block: Number of the first block that runs.
-        outputs: What block ``block - 1`` returned, one a pass (``block_outputs``); unused for block 0.
+        block: Index of the first block that runs.
+        outputs: Outputs of block ``block - 1``, one a pass, as ``block_outputs`` returns them; not used for block 0.
     """
     blocks = decoder_blocks(model)[1]
     passes = iter(outputs)
@@ -64,8 +64,8 @@ def forward_from(model: PreTrainedModel, block: int, outputs: Iterable[Any]) -> 
 
     with ExitStack() as stack:
         for number in range(block):
-            stand_in = first if number == 0 else last if number == block - 1 else later
-            stack.enter_context(forward_replaced(blocks[number], stand_in))
+            replacement = first if number == 0 else last if number == block - 1 else later
+            stack.enter_context(forward_replaced(blocks[number], replacement))
         yield
 
 
@@ -77,14 +77,13 @@ def forward_until(
     *,
     before: bool = False,
 ) -> Iterator[None]:
-    """Let forward passes of ``model`` end when ``module`` has run, and return nothing.
+    """Let forward passes of ``model`` stop after ``module`` has run, and return nothing.
 
     Args:
         model: A causal language model.
-        module: A part of it, such as a decoder block, or ``model.base_model`` for all but the head.
-        receive: Is given what it returned, once a pass.
-        before: End when it is about to run; hooks that were set before this one still see its inputs, and nothing is
-            received.
+        module: A part of the model, such as a decoder block, or ``model.base_model`` for all but the head.
+        receive: Called with the output of ``module``, once a pass.
+        before: Stop just before ``module`` runs. Hooks set earlier still see its inputs, and ``receive`` is not called.
     """
     whole = model.forward
 
@@ -115,15 +114,15 @@ def block_outputs(
     start: int = 0,
     outputs: Sequence[Any] = (),
 ) -> list[Any]:
-    """Return what ``block`` returns in each pass over ``sequences``.
+    """Return the output of ``block`` in each pass over ``sequences``.
 
     Args:
-        model: A causal language model; in evaluation mode meanwhile.
+        model: A causal language model; the passes run in evaluation mode.
         sequences: ``[sequences, length]`` token ids.
-        block: Whose output.
+        block: Index of the block.
         batch_size: Sequences per pass.
-        start: Block to begin at, where ``outputs`` of the one before it are known.
-        outputs: As in ``forward_from``.
+        start: Index of the block to begin at, if the outputs of the block before it are known.
+        outputs: The outputs of block ``start - 1``, one a pass.
     """
     found: list[Any] = []
     handle = decoder_blocks(model)[1][block].register_forward_hook(
@@ -140,13 +139,13 @@ def block_outputs(
 
 
 def forward_from_is_exact(model: PreTrainedModel, sequences: Tensor) -> bool:
-    """Tell whether passes that begin at any block give the very logits of whole passes.
+    """Tell whether passes that begin at a later block give exactly the logits of whole passes, for every block.
 
-    They do not where blocks share more than the hidden state, such as keys and values of earlier blocks.
+    They do not if blocks share more than the hidden state, such as keys and values of earlier blocks.
 
     Args:
         model: A causal language model.
-        sequences: ``[sequences, length]`` token ids to try it on; a few short ones are enough.
+        sequences: ``[sequences, length]`` token ids for the trial; a few short sequences are enough.
     """
     device = input_device(model)
     with evaluating(model):
@@ -162,11 +161,11 @@ def forward_from_is_exact(model: PreTrainedModel, sequences: Tensor) -> bool:
 
 
 @contextmanager
-def forward_replaced(module: nn.Module, stand_in: Any) -> Iterator[None]:
-    """Let ``stand_in`` be called in the place of what ``module`` computes, for a while."""
-    # Not the module: the loop over blocks may read attributes of theirs, and others may hold references.
+def forward_replaced(module: nn.Module, replacement: Any) -> Iterator[None]:
+    """Replace the forward method of ``module`` by ``replacement`` while the block runs."""
+    # The module itself stays: the loop over blocks may read its attributes, and others may hold references to it.
     own = vars(module).get("forward")
-    module.forward = stand_in
+    module.forward = replacement
     try:
         yield
     finally:
@@ -177,14 +176,14 @@ def forward_replaced(module: nn.Module, stand_in: Any) -> Iterator[None]:
 
 
 def clone_output(output: Any) -> Any:
-    """Return the output of a block, a tensor or a tuple that begins with one, with tensors of its own."""
+    """Return the output of a block, a tensor or a tuple that begins with one, with all tensors cloned."""
     if isinstance(output, Tensor):
         return output.clone()
     return type(output)(clone_output(part) if isinstance(part, Tensor) else part for part in output)
 
 
 def move_output(output: Any, device: torch.device) -> Any:
-    """Return the output of a block, a tensor or a tuple that begins with one, on ``device``."""
+    """Return the output of a block, a tensor or a tuple that begins with one, with all tensors on ``device``."""
     if isinstance(output, Tensor):
         return output.to(device)
     return type(output)(part.to(device) if isinstance(part, Tensor) else part for part in output)
@@ -193,12 +192,13 @@ def move_output(output: Any, device: torch.device) -> Any:
 def forward_with_activations(
     model: PreTrainedModel, tokens: Tensor, places: Mapping[str, int | None]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return logits ``[batch, length, vocabulary]`` and the activations ``[batch, length, features]`` at ``places``.
+    """Return logits ``[batch, length, vocabulary]`` and activations ``[batch, length, features]`` by name.
 
     Args:
         model: A causal language model.
-        tokens: ``[batch, length]``.
-        places: By name, the number of a block whose output is kept, or ``None`` for the hidden state before the head.
+        tokens: ``[batch, length]`` token ids.
+        places: Index of the block whose output to return, by name; ``None`` stands for the hidden state before the
+            head.
     """
     blocks = decoder_blocks(model)[1]
     seen: dict[str, Tensor] = {}
@@ -212,7 +212,7 @@ def forward_with_activations(
 
 @contextmanager
 def _keeping_output(module: nn.Module, seen: dict[str, Tensor], place: str) -> Iterator[None]:
-    """Keep the first output of ``module`` under ``place`` while the block runs."""
+    """Store the first output of ``module`` in ``seen`` under ``place`` while the block runs."""
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:
         seen[place] = output if isinstance(output, Tensor) else output[0]
@@ -225,17 +225,17 @@ def _keeping_output(module: nn.Module, seen: dict[str, Tensor], place: str) -> I
 
 
 def enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Let the backward pass compute each block's activations again instead of keeping them, in train mode only."""
-    # Later releases of transformers 5 warn of the name that the first ones have.
+    """Let the backward pass recompute each block's activations instead of keeping them, in train mode only."""
+    # Later releases of transformers 5 deprecate the name that the first ones have.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 @contextmanager
 def activation_checkpointing(model: PreTrainedModel) -> Iterator[None]:
-    """Let backward passes compute each block's activations again instead of keeping them, for a while, in any mode.
+    """Let backward passes recompute each block's activations instead of keeping them while the block runs, in any mode.
 
-    What ``enable_activation_checkpointing`` asks of transformers works in train mode only, and lets gradients begin at the embeddings.
+    ``enable_activation_checkpointing`` works in train mode only, and lets gradients begin at the embeddings.
     """
     with ExitStack() as stack:
         for block in decoder_blocks(model)[1]:
@@ -245,12 +245,12 @@ def activation_checkpointing(model: PreTrainedModel) -> Iterator[None]:
 
 
 def refuse_dropout(model: nn.Module) -> None:
-    """Refuse dropout, which train mode, and so gradient checkpointing, would switch on.
+    """Refuse a model with dropout: gradient checkpointing needs train mode, which would enable it.
 
-    Modules are asked, not the config: that of GPT-2 also names the dropout of heads that this model does not have.
+    Modules are checked, not the config: GPT-2's config also names the dropout of heads that the model does not have.
 
     Raises:
-        ValueError: The model has some; the message names where.
+        ValueError: The model has dropout; the message names the module.
     """
     for name, module in model.named_modules():
         rates = {key: value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)}
@@ -259,6 +259,6 @@ def refuse_dropout(model: nn.Module) -> None:
         active = [f"{name}.{key} = {rate}" for key, rate in rates.items() if rate > 0]
         if active:
             raise ValueError(
-                f"the base has dropout ({active[0]}), which gradient checkpointing would switch on: "
+                f"the base has dropout ({active[0]}), which gradient checkpointing would enable: "
                 "set it to 0 in its config.json, or leave gradient_checkpointing off"
             )

@@ -1,13 +1,13 @@
 """The format of a compressed model on disk, as transformers reads and writes it.
 
-This file and hf_layers.py need torch and transformers only, because copies of them lie in every exported folder: there
-they are the remote code that ``trust_remote_code=True`` runs on a machine without lowrank_pl. Importing either copy
-teaches transformers the quantization method ``"lowrank"``; then plain ``from_pretrained`` builds the model with
-:class:`LowRankLinear` or :class:`PivotedLinear` in the places that ``config.json`` names.
+This file and hf_layers.py need only torch and transformers. Every exported folder holds copies of both, which
+``trust_remote_code=True`` runs on machines without lowrank_pl. Importing the file, or a copy of it, registers the
+quantization method ``"lowrank"`` with transformers. Plain ``from_pretrained`` then builds the model with
+:class:`LowRankLinear` or :class:`PivotedLinear` where ``config.json`` says so.
 
-What is special: a loader that was taught nothing must fail, for transformers only warns about an unknown quantization
-method and would go on with random weights. Hence one part of each layer is called ``weight``: its shape is never the
-dense one, and transformers stops at the size mismatch.
+A loader that does not know the method must fail: transformers only warns about an unknown quantization method, and
+would continue with random weights. Therefore one parameter of each layer is called ``weight`` but never has the dense
+shape, so that transformers stops at the size mismatch.
 """
 
 from __future__ import annotations
@@ -24,35 +24,34 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-# Relative, so that transformers copies that file wherever it copies this one.
+# Relative, so that transformers copies hf_layers.py along with this file.
 from .hf_layers import LowRankLinear, PivotedLinear
 
 __all__ = ["METHOD", "SCHEMA", "LowRankAutoConfig", "LowRankConfig", "LowRankQuantizer", "align", "reshape"]
 
 METHOD = "lowrank"
-
-
 SCHEMA = 3
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What ``config.json`` says under ``quantization_config``.
+    """The entry ``quantization_config`` of ``config.json``.
 
     Args:
-        modules: What stands for each compressed module, by the module's name in the model that was saved: the rank of
-            two factors, or ``{"rank": 3, "storage": "pivoted", "side": "out"}``.
-        shapes: ``[out, in]`` of the linear maps, compressed or not, that have another shape than the rest of the config
-            says, as where MLPs of several widths are left.
+        modules: How each compressed module is stored, by its name in the saved model: the rank of two factors, or
+            ``{"rank": 3, "storage": "pivoted", "side": "out"}``.
+        shapes: ``[out, in]`` of the linear layers, compressed or not, whose shape differs from what the rest of the
+            config says, for example after MLPs were pruned to several widths.
         schema: Version of the format that the folder was written in.
         quant_method: Always ``"lowrank"``.
-        **unknown: Refused; named so that what a newer schema adds ends in the message about the schema.
+        **unknown: Other keys, which are refused. A newer schema may have them: its error comes first.
 
     Raises:
-        ValueError: The folder was written by a newer format than this file knows, or the ranks or shapes are none.
+        ValueError: The folder has a newer schema than this file knows, or a rank or a shape is invalid.
 
     Attributes:
         newest: The highest schema that this copy of the file reads.
-        schema: The lowest that says all of it, so that older versions read what they can: 2 with pivots, 3 with shapes.
+        schema: The lowest schema that can express the entries, so that older versions read the folder if they can: 2
+            with pivots, 3 with shapes.
     """
 
     newest = SCHEMA
@@ -91,17 +90,18 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             for name, shape in shapes.items():
                 if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
                     raise ValueError(f"quantization_config gives {name!r} the shape {shape}: expected [out, in]")
-            # Only where there are any: older versions refuse keys that they don't know.
+            # Only if there are any: older versions refuse unknown keys.
             self.shapes = {name: list(shape) for name, shape in shapes.items()}
             self.schema = 3
         self.quant_method = quant_method
 
 
 class LowRankAutoConfig:
-    """What ``auto_map`` names as the class of ``config.json``: that of transformers, read once this file is loaded.
+    """The class that ``auto_map`` names for ``config.json``; it reads the configuration as transformers does.
 
-    Tools that ask transformers for the quantization configuration before they ask for the model, as lm-eval does, would
-    not know the method otherwise: with ``trust_remote_code=True`` this file would come with the model's class only.
+    With ``trust_remote_code=True``, this entry loads this file together with the configuration. Otherwise the file
+    would be loaded with the model only, and tools that read the configuration first, such as lm-eval, would not know
+    the quantization method.
     """
 
     @classmethod
@@ -110,28 +110,28 @@ class LowRankAutoConfig:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> PretrainedConfig:
-        """Return the configuration as transformers' own class reads it."""
+        """Return the configuration as transformers reads it."""
         return AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts the layers where the configuration says, before transformers reads the weights."""
+    """Builds the low-rank layers that the configuration names, before transformers reads the weights."""
 
-    # transformers then refuses to "quantize" a dense model while loading it: ranks and factors need calibration.
+    # With this, transformers refuses to "quantize" a dense model while loading it: ranks and factors need calibration.
     requires_calibration = True
 
     def is_serializable(self) -> bool:
-        """Return True: ``save_pretrained`` writes the parts as they are."""
+        """Return True: ``save_pretrained`` writes the parameters unchanged."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """True: the parts are ordinary floating-point parameters."""
+        """True: the layers have ordinary floating-point parameters."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """True, so that the Trainer accepts the model without adapters too."""
+        """True, so that the Trainer also accepts the model without adapters."""
         return True
 
     @property
@@ -140,7 +140,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """Swap the named modules; the model is still on the meta device."""
+        """Replace the named modules; the model is still on the meta device."""
         known = dict(model.named_modules())
         reshape(model, getattr(self.quantization_config, "shapes", {}))
         for name, entry in self.quantization_config.modules.items():
@@ -148,18 +148,18 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """Refuse weights that the files lack, and let the model save itself with this file beside it."""
+        """Refuse a model with missing weights, and let ``save_pretrained`` copy this file beside it."""
         name = type(model).__name__
         missing = _missing(model, own_head=_auto_class(name) is None)
         if missing:
             raise ValueError(
                 f"the weight files hold no {missing[0]}"
                 + (f" and {len(missing) - 1} more" if missing[1:] else "")
-                + ": transformers would make them up; the folder is damaged, copy or export it again"
+                + ": transformers would use random values; the folder is damaged, copy or export it again"
             )
         _check_pivots(model)
         align(model)
-        # Its parameters are plain floats: .float() and .half() must not be refused as for packed integers.
+        # The parameters are plain floats: .float() and .half() need not be refused as for packed integers.
         model.is_quantized = False
         if type(model) is getattr(transformers, name, None) and _auto_class(name) is not None:
             model.__class__ = _portable_class(name)
@@ -167,25 +167,25 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _missing(model: PreTrainedModel, *, own_head: bool) -> list[str]:
-    """Return what was not read from the files: parameters and pivots; a new head, as for classification, may be new."""
+    """Return the parameters and pivots that no file had, except for those of a new head, as for classification."""
     body = {id(parameter) for parameter in model.base_model.parameters()}
     parameters = [
         name
         for name, parameter in model.named_parameters()
-        # On meta lie parameters that a device_map keeps on disk: they are read when used.
+        # Parameters that a device_map keeps on disk are on the meta device: they are read when used.
         if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
         and not (own_head and id(parameter) not in body)
     ]
     return parameters + [
         f"{name}.pivots"
         for name, layer in _pivoted(model)
-        # A hook of accelerate may have moved them, and the mark is lost; their values are checked all the same.
+        # If a hook of accelerate has moved the pivots, the mark is lost; their values are checked all the same.
         if not (getattr(layer.pivots, "_is_hf_initialized", False) or hasattr(layer, "_hf_hook"))
     ]
 
 
 def _pivoted(model: nn.Module) -> list[tuple[str, PivotedLinear]]:
-    """Return the pivoted layers by name, but for those whose pivots a device_map keeps on disk."""
+    """Return the pivoted layers by name, except for those whose pivots a device_map keeps on disk."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PivotedLinear)]
     return [(name, layer) for name, layer in layers if not layer.pivots.is_meta]
 
@@ -200,11 +200,11 @@ def _check_pivots(model: nn.Module) -> None:
 
 @torch.no_grad()
 def align(model: nn.Module) -> None:
-    """Move parameters and buffers to addresses that are multiples of 64; their values stay.
+    """Move parameters and buffers to addresses that are multiples of 64, with the same values.
 
-    Tensors that safetensors maps from a file lie wherever its header happens to end, and MKL's fp32 matrix-vector
-    product (a decoding step) rounds differently at addresses that are no multiple of 16, as cuBLAS takes other kernels:
-    without this, the tokens generated after a reload may differ from those before it.
+    The address of a tensor that safetensors maps from a file depends on the length of the file's header. At addresses
+    that are not multiples of 16, MKL's fp32 matrix-vector product (a decoding step) rounds differently, and cuBLAS uses
+    other kernels. Without this function, a reloaded model may generate other tokens.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta and tensor.data_ptr() % 64:
@@ -212,9 +212,9 @@ def align(model: nn.Module) -> None:
 
 
 def _name_here(model: PreTrainedModel, name: str, known: Container[str]) -> str:
-    """Return the name in ``model`` of what a model with or without its head called ``name``.
+    """Return the name in ``model`` of the module ``name`` of a model saved with or without its head.
 
-    ``AutoModel`` builds the part below the head, where ``model.layers.0`` is called ``layers.0``.
+    ``AutoModel`` builds the model without its head, in which ``model.layers.0`` is called ``layers.0``.
     """
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
@@ -222,12 +222,12 @@ def _name_here(model: PreTrainedModel, name: str, known: Container[str]) -> str:
             return candidate
     raise ValueError(
         f"quantization_config names the module {name!r}, which {type(model).__name__} does not have: "
-        "the folder belongs to another architecture or was edited; export again"
+        "the folder is of another architecture or was edited; export it again"
     )
 
 
 def reshape(model: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
-    """Put empty dense maps of other ``shapes`` ``[out, in]``, by name, in the places of those that the config made."""
+    """Replace linear layers of ``model`` by empty ones of the given ``shapes`` ``[out, in]``, by name."""
     known = dict(model.named_modules())
     for name, (outputs, inputs) in shapes.items():
         here = _name_here(model, name, known)
@@ -242,7 +242,7 @@ def reshape(model: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
 
 
 def _linear(model: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the linear map ``name`` and what one in its place is to have in common with it."""
+    """Return the linear layer ``name``, and the arguments with which a layer in its place is made."""
     old = model.get_submodule(name)
     if not isinstance(old, (nn.Linear, Conv1D)):
         raise ValueError(f"{name!r} is a {type(old).__name__}: only nn.Linear and Conv1D can be stored as factors")
@@ -255,7 +255,7 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _swap(model: nn.Module, name: str, entry: int | dict[str, Any]) -> None:
-    """Put an empty layer, as ``entry`` of the configuration says, in the place of the linear map ``name``."""
+    """Replace the linear layer ``name`` by an empty low-rank layer, as ``entry`` of the configuration says."""
     old, like = _linear(model, name)
     weight: Any = old.weight
     outputs, inputs = weight.shape[::-1] if isinstance(old, Conv1D) else weight.shape
@@ -271,14 +271,14 @@ def _swap(model: nn.Module, name: str, entry: int | dict[str, Any]) -> None:
 
 
 def _portable_class(name: str) -> type[PreTrainedModel]:
-    """Return transformers' class ``name``, derived here so that ``save_pretrained`` copies this file along."""
+    """Return a subclass of transformers' class ``name``, made here so that ``save_pretrained`` copies this file."""
     made: Any = globals().get(name)
     if made is None:
         base = getattr(transformers, name, None)
         if not (isinstance(base, type) and issubclass(base, PreTrainedModel) and _auto_class(name)):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor has transformers such a model")
-        # Left at True, transformers would skip its renaming of old checkpoint keys (GPT-NeoX's embed_out): the head
-        # stayed random.
+        # If is_custom_code returned True, transformers would not rename old checkpoint keys (GPT-NeoX's embed_out), and
+        # the head would stay random.
         body = {"__module__": __name__, "__doc__": base.__doc__, "is_custom_code": classmethod(lambda _: False)}
         made = globals()[name] = type(name, (base,), body)
         made.register_for_auto_class(_auto_class(name))
@@ -287,14 +287,14 @@ def _portable_class(name: str) -> type[PreTrainedModel]:
 
 
 def _auto_class(name: str) -> str | None:
-    """Return the auto class under which ``auto_map`` lists the model class ``name``; None for heads not served."""
+    """Return the auto class for the model class ``name`` in ``auto_map``; None for heads that are not supported."""
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "AutoModelForCausalLM"
     return "AutoModel" if name.endswith("Model") else None
 
 
 def __getattr__(name: str) -> Any:
-    """Return transformers' model class of that name: ``auto_map`` points at ``hf_format.<class>``."""
+    """Return the model class ``name`` of transformers, because ``auto_map`` refers to ``hf_format.<class>``."""
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _portable_class(name)

@@ -1,9 +1,9 @@
-"""The layers of a compressed model: a low-rank map as two factors, or as pivots and coefficients.
+"""The layers of a compressed model: linear layers of low rank, stored as two factors or as pivots and coefficients.
 
-This file needs torch only and lies beside hf_format.py in every exported folder, as part of the remote code.
+This file needs only torch. Every exported folder holds a copy beside hf_format.py, as part of the remote code.
 
-What is special: no parameter called ``weight`` here has the shape of the dense one, so that a loader that knows
-nothing of these layers stops at a size mismatch.
+No parameter called ``weight`` has the shape of the dense weight here, so that a loader that does not know these layers
+stops at a size mismatch.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ Side = Literal["out", "in"]
 
 
 class LowRankLinear(nn.Linear):
-    """A linear map stored as two factors: ``y = weight @ (right @ x) + bias``.
+    """A linear layer stored as two factors: ``y = weight @ (right @ x) + bias``.
 
-    It is an ``nn.Linear`` so that PEFT attaches adapters to it; ``weight`` is its left factor, not the merged matrix.
+    It derives from ``nn.Linear`` so that PEFT attaches adapters to it. ``weight`` is the left factor, not the merged
+    matrix.
 
     Args:
         in_features: Size of the input.
         out_features: Size of the output.
         rank: Inner size of the factors.
         bias: Whether there is a bias.
-        device: Where the parameters are made.
-        dtype: Their type.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Attributes:
         weight: Left factor, ``[out, rank]``.
@@ -59,7 +60,7 @@ class LowRankLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # Not nn.Linear.__init__: it would allocate the dense matrix.
+        # nn.Linear.__init__ would allocate the dense matrix.
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
@@ -73,15 +74,15 @@ class LowRankLinear(nn.Linear):
 
     @classmethod
     def from_factors(cls, left: Tensor, right: Tensor, bias: Tensor | None = None) -> LowRankLinear:
-        """Return a layer that holds these very tensors, detached and contiguous, not copies.
+        """Return a layer that shares its memory with the given tensors, which are detached and made contiguous.
 
         Args:
-            left: ``[out, rank]``.
-            right: ``[rank, in]``.
+            left: Left factor, ``[out, rank]``.
+            right: Right factor, ``[rank, in]``.
             bias: ``[out]`` or None.
 
         Raises:
-            ValueError: The shapes, types or devices don't belong together.
+            ValueError: The shapes, types or devices do not match.
 
         >>> LowRankLinear.from_factors(torch.ones(4, 2), torch.ones(2, 3))(torch.ones(3)).tolist()
         [6.0, 6.0, 6.0, 6.0]
@@ -114,9 +115,9 @@ class LowRankLinear(nn.Linear):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """Return the merged matrix ``[out, in]`` in the factors' type; the product is taken in a wider one.
+        """Return the merged matrix ``[out, in]`` in the type of the factors, which are multiplied in a wider type.
 
-        fp32 factors are multiplied in fp64, half-precision ones in fp32, so only the last rounding is lost.
+        fp32 factors are multiplied in fp64, half-precision factors in fp32, so that only the result is rounded.
         """
         return _product(self.weight, self.right)
 
@@ -127,16 +128,17 @@ class LowRankLinear(nn.Linear):
 
 
 class PivotedLinear(nn.Linear):
-    """A linear map of low rank stored as pivots and coefficients, in ``rank * (in + out - rank)`` numbers.
+    """A linear layer of low rank stored as pivots and coefficients, in ``rank * (in + out - rank)`` numbers.
 
-    Any matrix of rank ``k`` has ``k`` rows of which the others are combinations, and ``k`` such columns (PIFA, arXiv
-    2501.19090). With ``side="out"`` the layer keeps these rows as ``right`` and the coefficients of all other rows as
-    ``weight``: ``right @ x`` are the outputs at ``pivots``, ``weight @ right @ x`` the others. With ``side="in"`` it
-    keeps columns as ``weight`` and the coefficients of all other columns as ``right``:
-    ``weight @ (x[pivots] + right @ x[others])``. Either has as many multiply-adds as numbers. Of the permutation only
-    the pivots are stored; the indices that the forward pass gathers by follow from them.
+    A matrix of rank ``k`` has ``k`` rows whose combinations are all other rows, and ``k`` such columns (PIFA, arXiv
+    2501.19090). With ``side="out"``, the layer stores these rows as ``right`` and the coefficients of all other rows as
+    ``weight``: ``right @ x`` are the outputs at ``pivots``, and ``weight @ right @ x`` are the other outputs. With
+    ``side="in"``, it stores columns as ``weight`` and the coefficients of all other columns as ``right``:
+    ``weight @ (x[pivots] + right @ x[others])``. Both take as many multiply-adds as numbers. Only the pivots of the
+    permutation are stored; the indices for the forward pass follow from them.
 
-    It is an ``nn.Linear`` so that PEFT attaches adapters to it; ``weight`` is a part, not the merged matrix.
+    The class derives from ``nn.Linear`` so that PEFT attaches adapters to it. ``weight`` is a part, not the merged
+    matrix.
 
     Args:
         in_features: Size of the input.
@@ -144,11 +146,11 @@ class PivotedLinear(nn.Linear):
         rank: Number of pivots, below both sizes.
         side: Whether pivots are rows (outputs) or columns (inputs).
         bias: Whether there is a bias.
-        device: Where the parameters are made.
-        dtype: Their type.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
-        ValueError: A rank or a side that can't be.
+        ValueError: The rank or the side is impossible.
 
     Attributes:
         weight: ``[out - rank, rank]`` coefficients, or ``[out, rank]`` columns.
@@ -181,7 +183,7 @@ class PivotedLinear(nn.Linear):
             raise ValueError(f"the side {side!r} was given: expected one of {', '.join(get_args(Side))}")
         if not 1 <= rank < min(in_features, out_features):
             raise ValueError(
-                f"rank {rank} of a map of shape [{out_features}, {in_features}] can't be stored pivoted: "
+                f"rank {rank} of a layer of shape [{out_features}, {in_features}] can't be stored pivoted: "
                 f"expected 1 to {min(in_features, out_features) - 1}"
             )
         nn.Module.__init__(self)
@@ -203,17 +205,17 @@ class PivotedLinear(nn.Linear):
     def from_parts(
         cls, weight: Tensor, right: Tensor, pivots: Tensor, *, side: Side, bias: Tensor | None = None
     ) -> PivotedLinear:
-        """Return a layer that holds these very tensors, detached and contiguous, not copies.
+        """Return a layer that shares its memory with the given tensors, which are detached and made contiguous.
 
         Args:
             weight: ``[out - rank, rank]`` coefficients, or with ``side="in"`` the ``[out, rank]`` columns.
             right: ``[rank, in]`` rows, or with ``side="in"`` the ``[rank, in - rank]`` coefficients.
-            pivots: ``[rank]`` ascending indices of the kept rows or columns, whole numbers of any type.
-            side: Whether rows or columns are kept.
+            pivots: ``[rank]`` ascending indices of the stored rows or columns, of any integer type.
+            side: Whether rows (``"out"``) or columns (``"in"``) are stored.
             bias: ``[out]`` or None.
 
         Raises:
-            ValueError: The shapes, types or devices don't belong together, or pivots are not ascending indices.
+            ValueError: The shapes, types or devices do not match, or pivots are not ascending indices.
 
         >>> ones = torch.ones(2, 1), torch.ones(1, 2), torch.tensor([1])
         >>> PivotedLinear.from_parts(*ones, side="out")(torch.ones(2)).tolist()
@@ -250,7 +252,7 @@ class PivotedLinear(nn.Linear):
         self.pivots = torch.arange(self.rank, device=self.pivots.device, dtype=torch.int32)
 
     def check_pivots(self) -> None:
-        """Raise ``ValueError`` unless the pivots are ascending indices; else make what follows from them."""
+        """Raise ``ValueError`` unless the pivots are ascending indices; compute the indices that follow from them."""
         size = self.out_features if self.side == "out" else self.in_features
         pivots = self.pivots
         if pivots[0] < 0 or pivots[-1] >= size or not (pivots.diff() > 0).all():
@@ -268,26 +270,26 @@ class PivotedLinear(nn.Linear):
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _indices(self) -> tuple[Tensor, ...]:
-        """Return what the forward pass gathers by: pivots and others of the inputs, or where each output lies.
+        """Return the indices for the forward pass: pivots and other inputs, or the place of each output.
 
-        No buffer holds them, because loaders fill buffers that no file has with whatever the memory held: they are
-        made anew whenever another tensor stands for the pivots, as after loading, moving or broadcasting.
+        They are not buffers, because loaders leave buffers that no file has uninitialised. They are computed again
+        whenever ``pivots`` is another tensor, as after loading, moving or broadcasting.
         """
         if self._derived[0] is self.pivots:
             return self._derived[1:]
-        # Tensors made in inference mode could not be used in training afterwards.
+        # Tensors made in inference mode can't be used in training later.
         with torch.inference_mode(False):
             size = self.out_features if self.side == "out" else self.in_features
             is_pivot = torch.isin(torch.arange(size, device=self.pivots.device), self.pivots).int()
             order = is_pivot.argsort(descending=True, stable=True)
             indices = (order.argsort(),) if self.side == "out" else (order[: self.rank], order[self.rank :])
-        # What a recorded CUDA graph computes is overwritten by its next run.
+        # The next run of a recorded CUDA graph overwrites what this run computes.
         if not torch.compiler.is_compiling():
             self._derived = (self.pivots, *indices)
         return indices
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PivotedLinear:
-        """Convert or move as every module does, indices included: a compiled model would make them in every run."""
+        """Convert or move the layer and compute its indices again: a compiled model would do so in every run."""
         known = self._derived[0] is not None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if known and not self.pivots.is_meta:
@@ -296,9 +298,9 @@ class PivotedLinear(nn.Linear):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """Return the merged matrix ``[out, in]`` in the parts' type; the product is taken in a wider one.
+        """Return the merged matrix ``[out, in]`` in the type of the parts, which are multiplied in a wider type.
 
-        fp32 parts are multiplied in fp64, half-precision ones in fp32, so only the last rounding is lost.
+        fp32 parts are multiplied in fp64, half-precision parts in fp32, so that only the result is rounded.
         """
         others = _product(self.weight, self.right)
         if self.side == "out":
@@ -308,7 +310,7 @@ class PivotedLinear(nn.Linear):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
-        """Check pivots that were loaded, and forget what followed from the old ones: values change in place."""
+        """Check loaded pivots, and drop the indices of the old ones: loading changes values in place."""
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         self._derived = (None,)
         if f"{prefix}pivots" in state_dict and not self.pivots.is_meta:
@@ -324,7 +326,7 @@ class PivotedLinear(nn.Linear):
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right`` in their type, the product taken in a wider one."""
+    """Return ``left @ right`` in their type, multiplied in a wider one."""
     wide = torch.float64 if left.dtype == torch.float32 else torch.float32
     wide = torch.promote_types(wide, left.dtype)
     return (left.to(wide) @ right.to(wide)).to(left.dtype)
@@ -333,8 +335,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _gather(values: Tensor, index: Tensor) -> Tensor:
     """Return the entries ``index`` of the last dimension.
 
-    On a CPU ``index_select`` starts faster (by 1 to 4 of a decoding step's 300 us), ``gather`` takes half the time for
-    many tokens in half precision (0.8 ms instead of 1.8 for 512 x 1536, beside 4 ms of products).
+    On a CPU, ``index_select`` starts faster (it saves 1 to 4 us of a decoding step of 300 us). ``gather`` takes half
+    the time for many tokens in half precision (0.8 instead of 1.8 ms for 512 x 1536, beside 4 ms of matrix products).
     """
     if values.numel() == values.shape[-1]:
         return values.index_select(-1, index)

@@ -1,4 +1,4 @@
-"""A model that is never whole in memory: parts of it get their weights from the checkpoint's files for a while."""
+"""Lazily loaded models: parts of a model get their weights from the checkpoint's files only while they are needed."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["Blocks", "NotBlockwiseError", "Shards", "Skeleton", "WholeModel", "e
 
 
 class Shards:
-    """The tensors in a checkpoint's safetensors files that a model takes as they are, at most by another name.
+    """The tensors in a checkpoint's safetensors files that a model loads unchanged, possibly under another name.
 
     Args:
-        path: Folder or hub id.
-        model: For which they are; it needs no weights.
+        path: Folder or hub id of the checkpoint.
+        model: The model that loads them; it needs no weights itself.
 
     Attributes:
-        shapes: Shape of each by the model's name for it.
+        shapes: Shape of each tensor, by its name in the model.
 
     Raises:
-        OSError: There are no such files.
+        OSError: The checkpoint has no such files.
     """
 
     def __init__(self, path: str, model: PreTrainedModel) -> None:
@@ -51,16 +51,16 @@ class Shards:
         self._places = {name: (files[key], key) for key, name in names.items()}
 
     def read(self, name: str, part: tuple[slice, ...] = ()) -> Tensor:
-        """Return the tensor that the model calls ``name``, or a part of it, a view of the file's pages."""
+        """Return the tensor of the model's name ``name``, or a part of it, as a view of the file's pages."""
         file, key = self._places[name]
-        # Opened for each anew: pages that were read count as memory for as long as their file is open.
+        # Opened for each read: pages that were read count as memory while their file is open.
         with safe_open(file, framework="pt") as shard:
             tensor: Tensor = shard.get_slice(key)[part] if part else shard.get_tensor(key)
         return tensor
 
 
 def _files(path: str) -> list[str]:
-    """Return the safetensors files that transformers would load: a single one before those of an index."""
+    """Return the safetensors files that transformers would load: it prefers a single file to those of an index."""
     try:
         return [str(cached_file(path, SAFE_WEIGHTS_NAME))]
     except OSError:
@@ -68,8 +68,8 @@ def _files(path: str) -> list[str]:
 
 
 def _names(keys: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
-    """Return the model's names of those of ``keys`` whose values transformers loads as they are."""
-    # Not public: where a release has no such thing, the caller has to load the model whole.
+    """Return the model's names for the ``keys`` whose values transformers loads unchanged."""
+    # Not public: if a release lacks these functions, the caller has to load the whole model.
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -86,19 +86,19 @@ def _names(keys: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
 
 
 class NotBlockwiseError(Exception):
-    """A base has to be loaded whole; the message says why."""
+    """A base can't be loaded block by block, only as a whole; the message says why."""
 
 
 class Blocks(Protocol):
-    """A model through which passes can be made one decoder block at a time: a ``Skeleton``, or a ``WholeModel``.
+    """A model whose decoder blocks can be run one at a time: a ``Skeleton`` or a ``WholeModel``.
 
     Attributes:
         model: The model.
-        device: Where it computes.
+        device: The device that it computes on.
         blocks: Names of the parameters of each decoder block.
-        embeddings: Those of the input embeddings.
-        head: Those of the output embeddings, which may be the same.
-        outer: Those outside the blocks, but for the embeddings and the head.
+        embeddings: Names of the parameters of the input embeddings.
+        head: Names of the parameters of the output embeddings, which may be tied to the input embeddings.
+        outer: Names of all other parameters.
     """
 
     model: PreTrainedModel
@@ -109,16 +109,16 @@ class Blocks(Protocol):
     outer: list[str]
 
     def loaded(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        """Let the parameters ``names`` have their weights while the block runs."""
+        """Load the weights of the parameters ``names`` while the block runs."""
 
     def streaming(self) -> AbstractContextManager[None]:
-        """Let forward passes find each decoder block's weights there when they come to it, and end before the head."""
+        """Load each decoder block's weights when a forward pass reaches it, and stop passes before the head."""
 
 
 class WholeModel:
-    """A model that is whole in memory, as something through which passes can be made one block at a time.
+    """A model that is completely in memory, with the interface of ``Blocks``.
 
-    What a device has no room for need not be the weights: sums of second moments take twelve times as much.
+    Block-wise passes save memory even then: second moments of all blocks take twelve times as much as the weights.
 
     Args:
         model: A causal language model.
@@ -132,34 +132,34 @@ class WholeModel:
         self.outer: list[str] = []
 
     def loaded(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        """Do nothing: all weights are there."""
+        """Do nothing: all weights are loaded."""
         return nullcontext()
 
     def streaming(self) -> AbstractContextManager[None]:
-        """Let forward passes end before the head."""
+        """Stop forward passes before the head."""
         return forward_until(self.model, self.model.base_model)
 
 
 class Skeleton:
-    """A causal language model on the meta device, whose buffers are real, and the files that its weights lie in.
+    """A causal language model on the meta device, with real buffers, and the files of its weights.
 
     Args:
         model: The model, without weights.
-        shards: Hold each of its parameters.
-        device: Where weights go that are loaded.
+        shards: The files that hold all of its parameters.
+        device: The device that weights are loaded to.
 
     Attributes:
         blocks: Names of the parameters of each decoder block.
-        embeddings: Those of the input embeddings.
-        head: Those of the output embeddings, which may be the same.
-        outer: Those outside the blocks, but for the embeddings and the head.
+        embeddings: Names of the parameters of the input embeddings.
+        head: Names of the parameters of the output embeddings, which may be tied to the input embeddings.
+        outer: Names of all other parameters.
     """
 
     def __init__(self, model: PreTrainedModel, shards: Shards, device: torch.device) -> None:
         self.model, self.shards, self.device = model, shards, device
         self._parameters = dict(model.named_parameters())
         names = {id(parameter): name for name, parameter in self._parameters.items()}
-        # A tied one stands in several places.
+        # Tied parameters belong to several modules.
         self._places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self._parameters}
         for module in model.modules():
             for key, parameter in module.named_parameters(recurse=False):
@@ -179,18 +179,18 @@ class Skeleton:
                 module._buffers[key] = buffer.to(device)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and value of every parameter in the model's order, each read when it is asked for."""
+        """Yield the name and the value of every parameter in the model's order; each value is read when it is due."""
         bar = tqdm(self._parameters.items(), desc="reading weights", unit="tensor", disable=not is_first())
         for name, parameter in bar:
             yield name, self.shards.read(name).to(parameter.dtype)
 
     def rows(self, name: str, rows: slice, *, transposed: bool = False) -> Tensor:
-        """Return ``rows`` of a parameter, contiguous; of the rest nothing is read.
+        """Return ``rows`` of a parameter, contiguous; other rows are not read.
 
         Args:
-            name: The parameter; a tied one by any of its names.
-            rows: Which.
-            transposed: They are to be rows of its transpose.
+            name: Name of the parameter; any of its names if it is tied.
+            rows: The rows to read.
+            transposed: Take the rows of the parameter's transpose.
         """
         name = self._names[name]
         part = self.shards.read(name, (slice(None), rows) if transposed else (rows,))
@@ -200,16 +200,16 @@ class Skeleton:
 
     @contextmanager
     def loaded(self, names: Iterable[str]) -> Iterator[None]:
-        """Let the parameters ``names`` have their weights while the block runs."""
-        there = list(names)
+        """Load the weights of the parameters ``names`` while the block runs."""
+        loaded = list(names)
         try:
-            for name in there:
-                # A copy: the file's pages would count as long as they are looked at.
+            for name in loaded:
+                # A copy, because pages of the file count as memory while a tensor refers to them.
                 weight = self.shards.read(name).to(self.device, self._parameters[name].dtype, copy=True)
                 self._put(name, nn.Parameter(weight, requires_grad=False))
             yield
         finally:
-            for name in there:
+            for name in loaded:
                 self._put(name, self._parameters[name])
 
     def _put(self, name: str, parameter: nn.Parameter) -> None:
@@ -218,7 +218,7 @@ class Skeleton:
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
-        """Let forward passes find each decoder block's weights there when they come to it, and end before the head."""
+        """Load each decoder block's weights when a forward pass reaches it, and stop passes before the head."""
         blocks = decoder_blocks(self.model)[1]
         with self.loaded([*self.embeddings, *self.outer]), ExitStack() as hooks, ExitStack() as current:
             bar = hooks.enter_context(
@@ -236,11 +236,11 @@ class Skeleton:
                 yield
 
     def find_targets(self, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Targets:
-        """Return what ``targets.find_targets`` finds in the model with all its weights.
+        """Return the targets that ``lowrank_pl.models.targets.find_targets`` finds in the loaded model.
 
         Raises:
-            ValueError: As there.
-            NotBlockwiseError: Blocks can't be run with their weights loaded one by one.
+            ValueError: The model is quantised, a pattern matches nothing, or no layer is left.
+            NotBlockwiseError: The decoder blocks can't be run one at a time.
         """
         with explain_not_blockwise(), self.streaming():
             return find_targets(self.model, include=include, exclude=exclude)
@@ -248,17 +248,17 @@ class Skeleton:
 
 @contextmanager
 def explain_not_blockwise() -> Iterator[None]:
-    """Take what fails in the block for a sign that decoder blocks can't be run with only one of them loaded.
+    """Take an error inside the block as a sign that decoder blocks can't be run with only one of them loaded.
 
     Raises:
-        NotBlockwiseError: Anything but a ``ValueError`` was raised.
+        NotBlockwiseError: Any exception but a ``ValueError`` was raised.
     """
     try:
         yield
     except (NotBlockwiseError, ValueError):
         raise
-    except Exception as error:  # of the model's own code, which may be anyone's
-        raise NotBlockwiseError(f"its blocks can't be run one by one: {_line(error)}") from error
+    except Exception as error:  # The code of the model may raise anything.
+        raise NotBlockwiseError(f"its blocks can't be run one at a time: {_first_line(error)}") from error
 
 
 def open_skeleton(
@@ -268,17 +268,17 @@ def open_skeleton(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> Skeleton:
-    """Return the base model without its weights, of which parts can be loaded.
+    """Return the base model without its weights, parts of which can be loaded later.
 
     Args:
-        base: As for ``load_base``.
-        dtype: Type of the weights that will be loaded.
-        device: Where they go.
-        trust_remote_code: Whether Python code that comes with the model may run.
+        base: See ``lowrank_pl.models.base.resolve_base``.
+        dtype: Type in which weights are loaded.
+        device: Device to which weights are loaded.
+        trust_remote_code: Whether to run Python code that comes with the model.
 
     Raises:
-        ValueError: The base is none, as ``load_base`` says.
-        NotBlockwiseError: It can only be loaded whole.
+        ValueError: The base can't be found or read, is quantised, or is not a causal language model.
+        NotBlockwiseError: The base can only be loaded as a whole.
     """
     spec = resolve_base(base)
     if spec.family is not None or spec.shapes is not None:
@@ -290,9 +290,9 @@ def open_skeleton(
         shapes = pop_shapes(config)
         model = _on_meta(config, shapes, dtype, trust_remote_code)
         shards = Shards(spec.path, model)
-    except Exception as error:  # of the hub, of safetensors or of the model's own code
-        raise NotBlockwiseError(_line(error)) from error
-    _refuse_unlike(model, shards, dtype)
+    except Exception as error:  # The hub, safetensors and the code of the model raise exceptions of their own.
+        raise NotBlockwiseError(_first_line(error)) from error
+    _check_weights_are_stored(model, shards, dtype)
     return Skeleton(model, shards, torch.device(device))
 
 
@@ -304,25 +304,25 @@ def _on_meta(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
         reshape(model, shapes)
-    # Each was put on the meta device for itself.
+    # Tied parameters were put on the meta device separately.
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
 
-def _refuse_unlike(model: PreTrainedModel, shards: Shards, dtype: torch.dtype) -> None:
-    """Refuse a model whose weights are not just what the files hold, cast to ``dtype``."""
+def _check_weights_are_stored(model: PreTrainedModel, shards: Shards, dtype: torch.dtype) -> None:
+    """Refuse a model whose weights are more than the tensors in its files, cast to ``dtype``."""
     for name, parameter in model.named_parameters():
         if shards.shapes.get(name) != tuple(parameter.shape):
-            raise NotBlockwiseError(f"its files hold no {name} of shape {tuple(parameter.shape)} as it is")
+            raise NotBlockwiseError(f"its files hold no {name} of shape {tuple(parameter.shape)}")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = [name for name in model.state_dict() if name not in parameters]
     if buffers:
-        raise NotBlockwiseError(f"{buffers[0]} comes from its files, but is no parameter")
+        raise NotBlockwiseError(f"{buffers[0]} comes from its files, but is not a parameter")
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     wide = list(chain(*(getattr(model, name, None) or () for name in names)))
     if wide and dtype != torch.float32:
         raise NotBlockwiseError(f"its modules {', '.join(sorted(wide))} stay in float32")
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Models that run on a device without room for them: weights wait in main memory and come a layer at a time."""
+"""Models that run on a device too small for them: weights stay in main memory and are sent one layer at a time."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lowrank_pl.utils.environment import free_memory
 __all__ = ["STREAMED_BATCH_SIZE", "exceeds_memory", "streamed", "too_large"]
 
 STREAMED_BATCH_SIZE = 4
-"""Windows to score at once in a model that is streamed, whose weights are read anew in every pass."""
+"""Sequences to score at once in a streamed model, which reads all of its weights in every pass."""
 
 
 def too_large(weights: float, memory: float) -> bool:
-    """Return whether a model and what it is compressed to don't both fit the ``memory`` of a device.
+    """Return whether a model and its compressed version do not fit into ``memory`` together.
 
     Args:
-        weights: Bytes of the dense model; the compressed one has fewer.
-        memory: Bytes of the device.
+        weights: Bytes of the dense model's weights; the compressed model has fewer.
+        memory: Bytes of memory.
 
     >>> too_large(16e9, 80e9), too_large(141e9, 80e9)
     (False, True)
@@ -32,12 +32,12 @@ def too_large(weights: float, memory: float) -> bool:
 
 
 def exceeds_memory(weights: float, device: torch.device, *, ever: bool = False) -> bool:
-    """Return whether a model of so many bytes is too large for ``device``; main memory is taken to have room.
+    """Return whether a model and its compressed version are too large for ``device``; main memory always has room.
 
     Args:
-        weights: Bytes of the dense model.
-        device: Where it, and what it is compressed to, would lie.
-        ever: Whether to ask what there were room for if nothing else lay there.
+        weights: Bytes of the dense model's weights.
+        device: Device for both.
+        ever: Compare with all memory of the device instead of its free memory.
     """
     if device.type != "cuda":
         return False
@@ -49,14 +49,14 @@ def exceeds_memory(weights: float, device: torch.device, *, ever: bool = False) 
 
 @contextmanager
 def streamed(model: PreTrainedModel, device: torch.device | None) -> Iterator[None]:
-    """Let ``model``, which lies in main memory, compute on ``device`` for a while, with one layer's weights there.
+    """Let ``model``, which lies in main memory, compute on ``device`` while the block runs, one layer at a time.
 
-    Every pass reads all weights: give it many tokens at once. For passes without gradients, which would keep what was
-    read. Modules are not to be replaced meanwhile.
+    Every pass reads all weights, so give it many tokens at once. Gradients would keep these weights: use it for passes
+    without them. Do not replace modules inside the block.
 
     Args:
-        model: A causal language model.
-        device: Where it computes; None changes nothing.
+        model: A causal language model in main memory.
+        device: Device to compute on; None changes nothing.
 
     Example:
         >>> from lowrank_pl.evaluate.likelihood import perplexity
@@ -78,7 +78,7 @@ def streamed(model: PreTrainedModel, device: torch.device | None) -> Iterator[No
         yield
     finally:
         remove_hook_from_submodules(model)
-        # Hooks leave the method behind as an attribute, which a copy of the module would take for its own.
+        # The hooks leave the forward method behind as an attribute, which a copy of the module would share.
         for module in model.modules():
             if module not in own:
                 vars(module).pop("forward", None)

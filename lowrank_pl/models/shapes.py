@@ -1,4 +1,4 @@
-"""Decoder blocks of the shapes of large models, with random weights: what they cost, without a download."""
+"""Decoder blocks with the shapes of large models and random weights, to measure speed without a download."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["SHAPES", "random_blocks", "whole_config"]
 
 
 def random_blocks(name: str, *, blocks: int = 1, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return a model of ``blocks`` decoder blocks of the shapes of the large model ``name``, in eval mode.
+    """Return a model of ``blocks`` decoder blocks with the shapes of the large model ``name``, in eval mode.
 
-    Its vocabulary is that of ``byte_tokenizer``, so that embeddings and head weigh next to nothing beside the blocks:
-    what is measured on it holds for the linear layers of the large model, not for the whole of it. Equal arguments give
-    equal weights, and the caller's random state stays as it was.
+    Its vocabulary is that of ``byte_tokenizer``, so that embeddings and head cost almost nothing beside the blocks:
+    measurements hold for the linear layers of the large model, not for the whole model. Equal arguments give equal
+    weights, and the caller's random state is unchanged.
 
     Args:
         name: One of :data:`SHAPES`.
-        blocks: How many blocks.
+        blocks: Number of blocks.
         dtype: Type of the weights.
 
     Raises:
-        ValueError: An unknown name, or no block.
+        ValueError: The name is unknown, or ``blocks`` is below 1.
 
     >>> model = random_blocks("llama-3.2-1b", dtype=torch.bfloat16)
     >>> model.get_submodule("model.layers.0.mlp.up_proj")
@@ -34,7 +34,7 @@ def random_blocks(name: str, *, blocks: int = 1, dtype: torch.dtype = torch.floa
     """
     kind, sizes = _known(name)
     if blocks < 1:
-        raise ValueError(f"{blocks} blocks of {name} were asked for: expected a whole number of at least 1")
+        raise ValueError(f"{blocks} blocks of {name} were requested: expected a whole number of at least 1")
     config = AutoConfig.for_model(
         kind, num_hidden_layers=blocks, vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
         **sizes,
@@ -46,15 +46,15 @@ def random_blocks(name: str, *, blocks: int = 1, dtype: torch.dtype = torch.floa
 
 
 def whole_config(name: str) -> PreTrainedConfig:
-    """Return the configuration of the large model ``name`` with all its blocks and its whole vocabulary.
+    """Return the configuration of the large model ``name`` with all blocks and its whole vocabulary.
 
-    Nothing is downloaded: what a run would need can be told from it, and no weight can be loaded.
+    Nothing is downloaded: the configuration is enough to estimate what a run needs.
 
     Args:
         name: One of :data:`SHAPES`.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: The name is unknown.
 
     >>> whole_config("llama-3-70b").num_hidden_layers
     80
@@ -92,8 +92,7 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama-3.1-405b": ("llama", _sizes(16384, 53248, 128, 8)),
     "qwen2.5-7b": ("qwen2", _sizes(3584, 18944, 28, 4)),
 }
-"""Model type and sizes of a block, by the large model's name, as in ``layers:llama-3-8b``."""
-
+"""Model type and sizes of a block by name of the large model, as in ``layers:llama-3-8b``."""
 
 WHOLE: Mapping[str, tuple[int, int, bool]] = {
     "llama-2-7b": (32, 32_000, False),
@@ -104,4 +103,4 @@ WHOLE: Mapping[str, tuple[int, int, bool]] = {
     "llama-3.1-405b": (126, 128_256, False),
     "qwen2.5-7b": (28, 152_064, False),
 }
-"""Blocks and vocabulary of the whole model, and whether its head shares the embeddings' weight."""
+"""Number of blocks, size of the vocabulary, and whether the head is tied to the embeddings, by name of the model."""

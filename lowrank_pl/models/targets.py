@@ -1,8 +1,8 @@
-"""The linear maps to compress in any decoder: which they are, which share an input, and what stays dense.
+"""The linear layers to compress in any decoder: which they are, which share an input, and what stays dense.
 
-Nothing here knows a family by name. Blocks are found by their number, maps by their class, shared inputs by running
-two tokens through the model. What cannot be taken (fused experts, tied weights, unknown modules) is never passed over
-in silence: it is logged and counted in :attr:`Targets.skipped`.
+No family is known by name. Blocks are found by their number, linear layers by their class, and shared inputs by a
+forward pass of two tokens. What cannot be compressed (fused experts, tied weights, unknown modules) is logged and
+counted in :attr:`Targets.skipped`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lowrank_pl.models.eval_mode import evaluating, input_device
 
 __all__ = [
     "Skipped",
+    "StandIn",
     "Target",
     "Targets",
     "decoder_blocks",
@@ -38,30 +39,24 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-
 PACKED_WEIGHTS = ("qweight", "weight_packed", "W_q", "quant_state")
-
-
 OWN_METHOD = "lowrank"
-
-
 BY_PATTERN = "excluded by pattern"
 
-
-# Inputs of each call of a module, with the version they had: a tensor may be written over afterwards.
 Calls = dict[str, list[tuple[Tensor, int]]]
+"""The input of each call of a module by the module's name, with its version: it may be overwritten in place later."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One linear map to compress.
+    """One linear layer to compress.
 
     Attributes:
         name: Full name of the module.
         block: Index of its decoder block.
         kind: Its name inside the block, such as ``self_attn.q_proj``.
         shape: ``(out, in)``.
-        group: Name of the first target that is fed the very same input tensor; its own name if it is alone.
+        group: Name of the first target with the same input tensor; its own name if no other has it.
         transposed: Whether the weight is stored as ``[in, out]`` (GPT-2's ``Conv1D``).
     """
 
@@ -78,9 +73,9 @@ class Skipped:
     """One matrix of a decoder block that stays dense.
 
     Attributes:
-        name: Full name of the module, or of the parameter where its module is not a linear map.
+        name: Full name of the module, or of the parameter if its module is not a linear layer.
         reason: Why it stays dense.
-        parameters: How many numbers it holds.
+        parameters: Its number of parameters.
     """
 
     name: str
@@ -90,11 +85,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Targets:
-    """What was found in a model.
+    """The linear layers of a model that are to be compressed, and the matrices that are not.
 
     Attributes:
-        modules: The maps to compress, in the order in which the forward pass calls them.
-        skipped: Everything else with two or more dimensions inside the decoder blocks.
+        modules: The layers to compress, in the order in which the forward pass calls them.
+        skipped: All other parameters of the decoder blocks with two or more dimensions.
     """
 
     modules: tuple[Target, ...]
@@ -103,7 +98,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A parameter of a block with two or more dimensions; ``module`` is its linear map if it belongs to one."""
+    """A parameter of a block with two or more dimensions; ``module`` is its linear layer if it belongs to one."""
 
     name: str
     block: int
@@ -114,17 +109,17 @@ class _Matrix:
 
 
 def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Targets:
-    """Return the linear maps of the decoder blocks and what of the blocks stays dense.
+    """Return the linear layers of the decoder blocks to compress, and the matrices that stay dense.
 
-    One forward pass of two tokens finds the order of the maps and which of them share an input.
+    One forward pass of two tokens finds the order of the layers and the layers that share an input.
 
     Args:
-        model: A causal language model of transformers; it is left as it was.
-        include: Globs; a map is taken if one matches its full name or its name inside the block.
-        exclude: Globs of maps to leave dense all the same.
+        model: A causal language model of transformers; it is left unchanged.
+        include: Globs; a layer is taken if one matches its full name or its name inside the block.
+        exclude: Globs of layers to leave dense all the same.
 
     Raises:
-        ValueError: The model is quantised, a pattern matches nothing, or no map is left.
+        ValueError: The model is quantised, a pattern matches nothing, or no layer is left.
 
     >>> from lowrank_pl.models.tiny import tiny_model
     >>> found = find_targets(tiny_model("llama"), include=["self_attn.*"])
@@ -146,12 +141,12 @@ def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exc
     taken = {matrix.name: matrix for matrix in matrices if reasons[matrix.name] is None}
     if not taken:
         why = "; ".join(dict.fromkeys(entry.reason for entry in skipped)) or "there is no matrix in them"
-        raise ValueError(f"no linear map to compress is left in the decoder blocks of {type(model).__name__}: {why}")
+        raise ValueError(f"no linear layer to compress is left in the decoder blocks of {type(model).__name__}: {why}")
     return Targets(modules=tuple(_targets(taken, calls)), skipped=skipped)
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the name of the list of decoder blocks and the list.
+    """Return the name of the list of decoder blocks, and the list.
 
     Raises:
         ValueError: No list of modules has as many entries as the config has layers.
@@ -161,7 +156,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     'transformer.h'
     """
     count = model.config.get_text_config().num_hidden_layers
-    # A vision tower beside the decoder may have as many layers: it lies outside get_decoder().
+    # A vision tower may have as many layers, but lies outside get_decoder().
     inside = set(model.get_decoder().modules())
     found = [
         (name, module)
@@ -173,29 +168,31 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no list of {count} decoder blocks (config.num_hidden_layers): "
             "only decoders with one module per layer can be compressed"
         )
-    # Lists inside a block (say, experts) may have the same length: the blocks are the list that holds most.
+    # Lists inside a block (say, experts) may have the same length: the blocks have the most parameters.
     return max(found, key=lambda entry: sum(parameter.numel() for parameter in entry[1].parameters()))
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """Return the weight of a linear map as ``[out, in]``, without a copy (GPT-2's ``Conv1D`` is transposed).
+    """Return the weight of a linear layer as ``[out, in]``, without a copy (GPT-2's ``Conv1D`` is transposed).
 
     Raises:
-        ValueError: The module is no plain linear map.
+        ValueError: The module is not a plain linear layer.
 
     >>> dense_weight(nn.Linear(3, 2)).shape
     torch.Size([2, 3])
     >>> dense_weight(Conv1D(2, 3)).shape
     torch.Size([2, 3])
     """
-    if not _is_linear_map(module):
-        raise ValueError(f"{type(module).__name__} is no plain linear map: expected nn.Linear or transformers' Conv1D")
+    if not _is_linear(module):
+        raise ValueError(
+            f"{type(module).__name__} is not a plain linear layer: expected nn.Linear or transformers' Conv1D"
+        )
     weight = module.get_parameter("weight")
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return what a module was called with first, by place or by name; None if with nothing."""
+    """Return the first argument of a module's call, positional or by keyword; None if there is none."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
@@ -222,7 +219,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 @contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Let ``modules`` stand in ``model`` in the places of those called so, and put these back at the end."""
+    """Replace submodules of ``model`` by ``modules``, by name, while the block runs."""
     before = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
@@ -233,13 +230,13 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
             replace_module(model, name, module)
 
 
-def _is_linear_map(module: nn.Module) -> bool:
-    """Whether ``module`` computes ``weight @ x + bias`` and nothing else, as far as its parameters show."""
+def _is_linear(module: nn.Module) -> bool:
+    """Tell whether ``module`` computes ``weight @ x + bias`` and nothing else, judging by its parameters."""
     if {name for name, _ in module.named_parameters(recurse=False)} not in ({"weight"}, {"weight", "bias"}):
         return False
     if isinstance(module, Conv1D):
         return True
-    # Layers with other storage (adapters, factors, packed weights) or other arithmetic are nn.Linear as well.
+    # Subclasses of nn.Linear may store other parameters (adapters, factors, packed weights) or compute otherwise.
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return module.weight.shape == (module.out_features, module.in_features)
     return False
@@ -250,7 +247,7 @@ def _matrices(model: PreTrainedModel) -> Iterator[_Matrix]:
     prefix, blocks = decoder_blocks(model)
     for index, block in enumerate(blocks):
         for inner, module in block.named_modules():
-            linear = module if _is_linear_map(module) else None
+            linear = module if _is_linear(module) else None
             for parameter_name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() < 2:
                     continue
@@ -263,7 +260,7 @@ def _matches(matrix: _Matrix, pattern: str) -> bool:
 
 
 def _check_patterns(matrices: Sequence[_Matrix], patterns: Sequence[str]) -> None:
-    """Refuse a pattern that matches nothing: it is a misspelling, and the plan would not be what was asked for."""
+    """Refuse a pattern that matches nothing: it is misspelt, and the plan would differ from the request."""
     for pattern in patterns:
         if not any(_matches(matrix, pattern) for matrix in matrices):
             kinds = ", ".join(list(dict.fromkeys(matrix.kind for matrix in matrices))[:8])
@@ -285,10 +282,10 @@ def _reason(
         return f"{BY_PATTERN}: in none of {list(include)}"
     kind = type(matrix.owner).__name__
     if matrix.module is None:
-        # torch's own classes with such weights (convolutions) are no experts.
+        # torch's own classes with 3-D weights are convolutions, not experts.
         if matrix.weight.dim() == 3 and not type(matrix.owner).__module__.startswith("torch.nn."):
             return f"fused experts of {kind} (a 3-D parameter)"
-        return f"{matrix.weight.dim()}-D parameter of {kind}, which is no known linear map"
+        return f"{matrix.weight.dim()}-D parameter of {kind}, which is no known linear layer"
     if not matrix.weight.is_floating_point() or matrix.weight.element_size() < 2:
         return f"weights of type {matrix.weight.dtype}"
     if id(matrix.weight) in shared:
@@ -297,7 +294,7 @@ def _reason(
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that go by more than one name."""
+    """Return the ids of parameters that have more than one name."""
     seen: set[int] = set()
     shared: set[int] = set()
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -306,7 +303,7 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 
 def _probe(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Calls:
-    """Return the inputs of every call of ``modules`` for two tokens, keyed by name in the order of the first calls."""
+    """Return the inputs of all calls of ``modules`` in a pass of two tokens, by name in the order of first calls."""
     calls: Calls = defaultdict(list)
 
     def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
@@ -325,7 +322,7 @@ def _probe(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Calls:
 
 
 def _targets(taken: dict[str, _Matrix], calls: Calls) -> Iterator[Target]:
-    """Yield the targets in the order of the probe, each with the first one whose inputs were the same."""
+    """Yield the targets in the order of the probe's calls; targets with the same inputs form a group."""
     groups: dict[tuple[tuple[int, int], ...], str] = {}
     for name in calls:
         if name not in taken:
@@ -345,7 +342,7 @@ def _targets(taken: dict[str, _Matrix], calls: Calls) -> Iterator[Target]:
 
 
 def _report(skipped: Sequence[Skipped]) -> None:
-    """Log each reason once, with how much it leaves dense."""
+    """Log each reason once, with the number of matrices and parameters that it leaves dense."""
     by_reason: dict[str, list[Skipped]] = defaultdict(list)
     for entry in skipped:
         by_reason[entry.reason].append(entry)
@@ -356,7 +353,7 @@ def _report(skipped: Sequence[Skipped]) -> None:
 
 
 def _refuse_quantised(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights are packed; one that was unpacked while loading is dense and welcome."""
+    """Refuse a model whose weights are packed; a model that was dequantised while loading is dense and passes."""
     config = getattr(model.config, "quantization_config", None)
     as_dict = config if isinstance(config, dict) or config is None else config.to_dict()
     method = str((as_dict or {}).get("quant_method", "unknown method")).rpartition(".")[2].lower()
@@ -370,7 +367,7 @@ def _refuse_quantised(model: PreTrainedModel) -> None:
 
 
 def _is_packed(module: nn.Module) -> bool:
-    """Whether a quantisation library keeps the weights of ``module`` packed."""
+    """Tell whether a quantisation library keeps the weights of ``module`` packed."""
     weight = getattr(module, "weight", None)
     if any(hasattr(module, name) for name in PACKED_WEIGHTS) or type(weight).__module__.startswith("torchao"):
         return True
@@ -384,15 +381,15 @@ def model_parameters(model: nn.Module) -> int:
 
 
 def targeted_parameters(targets: Targets) -> int:
-    """Return the number of parameters of the weights of all maps to compress."""
+    """Return the number of parameters of all layers to compress, without biases."""
     return sum(rows * columns for rows, columns in (target.shape for target in targets.modules))
 
 
 class StandIn:
-    """A layer that stands for a dense one while something is learned or measured."""
+    """A layer that takes the place of a dense one while ranks are learned or measured."""
 
     weight: Tensor
 
-    def dense(self) -> nn.Module:
-        """Return the layer that this one stands in for."""
+    def original(self) -> nn.Module:
+        """Return the dense layer whose place this one takes."""
         raise NotImplementedError

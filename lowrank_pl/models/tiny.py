@@ -1,4 +1,4 @@
-"""Small random models of every supported family and a byte tokenizer: trials and tests without a download."""
+"""Small random models of every supported family and a byte tokenizer, for trials and tests without a download."""
 
 from __future__ import annotations
 
@@ -14,22 +14,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-__all__ = ["FAMILIES", "byte_tokenizer", "tiny_model"]
+__all__ = ["BOS", "EOS", "FAMILIES", "PAD", "VOCABULARY", "byte_tokenizer", "tiny_model"]
 
 HEADS = 4
-
-
 POSITIONS = 2048
-
-
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
-
-
 PAD, BOS, EOS = 256, 257, 258
-
-
 VOCABULARY = 256 + len(SPECIALS)
-
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -38,16 +29,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-
 Sizes = Mapping[str, Any]
 
 
 def tiny_model(family: str, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> PreTrainedModel:
-    """Return a random model of ``family`` in float32 and eval mode whose vocabulary is that of :func:`byte_tokenizer`.
+    """Return a random model of ``family`` in float32 and eval mode, with the vocabulary of :func:`byte_tokenizer`.
 
-    Weights have the scale of a trained network (standard deviation ``hidden ** -0.5``) and biases, where the family
-    has them, are not zero, so that a lost bias or a wrong factor shows in the logits. There is no dropout. The
-    caller's random state stays as it was, and equal arguments give equal weights.
+    Weights have the scale of a trained network (standard deviation ``hidden ** -0.5``). Biases, if the family has any,
+    are not zero, so that a lost bias or a wrong factor shows in the logits. There is no dropout. Equal arguments give
+    equal weights, and the caller's random state is unchanged.
 
     Args:
         family: One of :data:`FAMILIES`.
@@ -56,7 +46,7 @@ def tiny_model(family: str, *, seed: int = 0, layers: int = 2, hidden: int = 32)
         hidden: Width of the residual stream, a multiple of 16.
 
     Raises:
-        ValueError: Unknown family or impossible sizes.
+        ValueError: The family is unknown, or the sizes are impossible.
 
     >>> model = tiny_model("llama")
     >>> model(torch.arange(8)[None]).logits.shape
@@ -77,13 +67,13 @@ def tiny_model(family: str, *, seed: int = 0, layers: int = 2, hidden: int = 32)
 
 
 def byte_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose token ids are the bytes of the UTF-8 text, followed by five special tokens.
+    """Return a tokenizer whose token ids are the bytes of the UTF-8 text, with five special tokens after them.
 
     Byte ``b`` is token ``b``; 256 to 260 are ``<|pad|> <|bos|> <|eos|> <|im_start|> <|im_end|>``. It carries a chat
     template, needs no download and survives ``save_pretrained`` and ``AutoTokenizer.from_pretrained``.
 
     Args:
-        bos: Whether every text is given a ``<|bos|>`` at its start, as Gemma's tokenizer does. The ids are the same.
+        bos: Put ``<|bos|>`` before every text, as Gemma's tokenizer does. The ids are the same.
 
     >>> byte_tokenizer()("hé")["input_ids"]
     [104, 195, 169]
@@ -122,14 +112,14 @@ def _byte_letters() -> list[str]:
 
 @torch.no_grad()
 def _randomise_biases(model: PreTrainedModel) -> None:
-    """Draw every bias anew: transformers starts them at zero, where a lost one would go unseen."""
+    """Set every bias to random numbers: transformers starts at zero, where a lost bias has no effect."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.normal_(std=0.1)
 
 
 def _common(layers: int, hidden: int) -> dict[str, Any]:
-    """Return what the configurations of every family share."""
+    """Return the entries that the configurations of all families share."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
@@ -144,7 +134,7 @@ def _common(layers: int, hidden: int) -> dict[str, Any]:
 
 
 def _gated(**extra: Any) -> Callable[[int, int], Sizes]:
-    """Return a maker of configurations with a gated MLP and fewer key than query heads."""
+    """Return a function that makes configurations with a gated MLP and fewer key than query heads."""
 
     def make(layers: int, hidden: int) -> Sizes:
         sizes = {"intermediate_size": hidden * 3, "num_key_value_heads": HEADS // 2, **extra}
@@ -154,7 +144,7 @@ def _gated(**extra: Any) -> Callable[[int, int], Sizes]:
 
 
 def _gated_heads(**extra: Any) -> Callable[[int, int], Sizes]:
-    """Return :func:`_gated` for families that name the width of a head instead of deriving it."""
+    """Return :func:`_gated` for families whose configuration names the width of a head."""
     make = _gated(**extra)
     return lambda layers, hidden: {**make(layers, hidden), "head_dim": hidden // HEADS}
 
@@ -179,7 +169,7 @@ def _gpt2(layers: int, hidden: int) -> Sizes:
 
 def _gpt_neox(layers: int, hidden: int) -> Sizes:
     dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-    # A head of four channels times the default 0.25 would leave one channel to rotate: rotations take pairs.
+    # With the default 0.25, one of a head's four channels would be rotated, but rotations take pairs.
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     return {**_common(layers, hidden), "intermediate_size": hidden * 4, "rope_parameters": rope, **dropout}
 
@@ -197,9 +187,7 @@ _CONFIGS: dict[str, Callable[[int, int], Sizes]] = {
     "gpt_neox": _gpt_neox,
 }
 
-
 _MODEL_TYPES = {"gemma3": "gemma3_text"}
 
-
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
-"""Families of which :func:`tiny_model` can make a model, as in ``random:llama``."""
+"""Families that :func:`tiny_model` knows, as in ``random:llama``."""

@@ -1,4 +1,4 @@
-"""What a rank costs, and how requested ranks become whole ones that meet a budget."""
+"""The budget of a plan: how requested ranks or scored components become whole ranks that meet it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ from lowrank_pl.plans.component_order import ComponentOrder, requested_rank_scor
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.storage import Storage, StorageChoice
 
-__all__ = ["Budget", "budget_for"]
+__all__ = ["Budget", "budget_for", "check_keep"]
 
 _log = logging.getLogger(__name__)
-
 
 Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many parameters a model's targeted modules may keep, and which ranks each may take.
+    """The number of parameters that a model's targeted modules may keep, and the ranks that each may have.
 
     Args:
         keep: Fraction of the targeted parameters to keep, in (0, 1].
@@ -40,11 +39,12 @@ class Budget:
         bytes_per_parameter: Bytes of one stored number.
         multiple_of: Every rank is a multiple of this; modules too small for one multiple stay dense.
         floors: Least kept fraction by glob on the module's name; 1.0 keeps the matching modules dense.
-        storage: How low-rank modules are stored, which decides on what a rank costs.
-        left_out: Parameters that a narrowing has taken out of the modules before; ``keep`` counts them.
+        storage: How low-rank modules are stored, which determines the cost of a rank.
+        left_out: Parameters that width pruning has removed from the modules; ``keep`` is a fraction of all, with these.
 
     Raises:
-        ValueError: ``keep`` outside (0, 1], a floor outside [0, 1] or matching nothing, or floors above ``keep``.
+        ValueError: ``keep`` lies outside (0, 1], a floor lies outside [0, 1] or matches nothing, or the floors need
+            more than ``keep``.
 
     Example:
         >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
@@ -80,12 +80,12 @@ class Budget:
 
     @property
     def present(self) -> int:
-        """Parameters of the targeted modules as they are, dense."""
+        """Parameters of the targeted modules when all are dense."""
         return sum(m * n for m, n in self.shapes.values())
 
     @property
     def total(self) -> int:
-        """Parameters of the targeted modules before, those that were left out included."""
+        """Parameters of the targeted modules when all are dense, with those that width pruning has removed."""
         return self.present + self.left_out
 
     @property
@@ -96,7 +96,7 @@ class Budget:
 
     @property
     def share(self) -> float:
-        """What ``keep`` is of the modules as they are: the same where nothing was left out, else more, at most 1."""
+        """``keep`` as a fraction of ``present``: larger than ``keep`` for a pruned base, at most 1."""
         return min(1.0, self.keep * self.total / self.present) if self.left_out else self.keep
 
     def cost(self, name: str, rank: int | None) -> int:
@@ -112,19 +112,19 @@ class Budget:
 
     @cached_property
     def rank_costs(self) -> Storage:
-        """What ranks cost."""
+        """The cost of ranks."""
         return Storage(self.storage, self.bytes_per_parameter)
 
     def break_even(self, name: str) -> int:
-        """Return the largest rank of ``name`` that takes less than its dense weight; 0 if there is none."""
+        """Return the largest rank of ``name`` that costs less than its dense weight; 0 if there is none."""
         return self.rank_costs.break_even(self.shapes[name])
 
     def top_rank(self, name: str) -> int:
-        """Return the largest allowed rank of ``name`` below dense; 0 where only dense is left."""
+        """Return the largest allowed rank of ``name`` below dense; 0 if only dense is allowed."""
         return self.break_even(name) // self.multiple_of * self.multiple_of
 
     def least_rank(self, name: str) -> int | None:
-        """Return the smallest allowed rank of ``name``; ``None`` where it must stay dense."""
+        """Return the smallest allowed rank of ``name``; ``None`` if it must stay dense."""
         floor = max((f for pattern, f in self.floors.items() if fnmatchcase(name, pattern)), default=0.0)
         wanted = max(1, math.ceil(self.rank_costs.rank_at(self.shapes[name], floor) - 1e-9))
         rank = math.ceil(wanted / self.multiple_of) * self.multiple_of
@@ -133,22 +133,22 @@ class Budget:
     def fit(self, requested: Mapping[str, float], *, method: str, scale_up: bool = True) -> RankPlan:
         """Return the plan nearest to the requested ranks that meets the budget to within one rank step.
 
-        Finite requests are scaled by one common factor (ARA's rule) and rounded down to allowed ranks. The rest goes
-        to the modules nearest to their next component, until no further step of any module fits. In the order that the
-        plan carries, modules requested dense stay dense at this size and above, and shrink with the rest below it.
+        Finite ranks are scaled by one common factor (ARA's rule) and rounded down to allowed ranks. The rest of the
+        budget goes to the modules nearest to their next component, until no further step fits. In the plan's component
+        order, modules requested dense stay dense at this size and above, and shrink with the others below it.
 
         Args:
-            requested: A real rank for every module; ``math.inf`` asks for dense and is not scaled.
-            method: Name of the method that requested the ranks.
-            scale_up: Whether the factor may exceed 1, so that the budget is spent in full.
+            requested: The requested rank of every module, a real number; ``math.inf`` requests dense and is not scaled.
+            method: Name of the method that requests these ranks.
+            scale_up: Whether the factor may exceed 1, so that the whole budget is spent.
 
         Raises:
-            ValueError: A module without a request, a request for no module, or a rank that is negative or NaN.
+            ValueError: A rank is missing, belongs to no module, or is negative or NaN.
         """
-        self._check_names(requested, "rank is requested for")
+        self._check_names(requested, "requested rank")
         for name, rank in requested.items():
             if math.isnan(rank) or rank < 0:
-                raise ValueError(f"the rank requested for {name} is {rank}: expected a number of at least 0")
+                raise ValueError(f"the requested rank of {name} is {rank}: expected a number of at least 0")
         notes = []
         requested = dict(requested)
         least = {name: self.least_rank(name) if math.isfinite(rank) else None for name, rank in requested.items()}
@@ -162,7 +162,7 @@ class Budget:
         )
         chosen = self._choose(order, least_score=-math.inf if scale_up else 1.0)
         order = self._with_finite_requests(order, requested, chosen.threshold)
-        # Where everything has come out dense, the factor says nothing.
+        # If all modules came out dense, the factor means nothing.
         if 0 < chosen.threshold < math.inf and any(size is not None for size in chosen.sizes.values()):
             notes.append(f"wished ranks scaled by {1 / chosen.threshold:.4f} to meet keep {self.keep}")
         return self._plan(chosen.sizes, order, method, notes)
@@ -178,22 +178,23 @@ class Budget:
     ) -> RankPlan:
         """Return the plan of the highest-scored components that meets the budget to within one rank step.
 
-        Components are taken one by one, highest score first, each at what it adds to its module's cost: nothing for
-        those beyond break-even once a module is dense (the accounting of ZS-SVD, arXiv 2602.02848). A component whose
-        step no longer fits closes its module. The plan carries the scores, so that other sizes follow from it (the
-        score map of ACIP, arXiv 2502.01717).
+        Components are taken one by one, highest score first. Each costs what it adds to its module; beyond break-even,
+        the module becomes dense and further components cost nothing (the accounting of ZS-SVD, arXiv 2602.02848). A
+        component that no longer fits closes its module. The plan carries the scores, so that other sizes follow from it
+        (the score map of ACIP, arXiv 2502.01717).
 
         Args:
-            scores: For every module a number for each of its first components, none beyond ``min(out, in)``; those
-                without one come last. Higher is kept longer, across modules; of equals, whichever is nearer to the
-                start of its module.
-            method: Name of whoever made the scores.
-            notes: What to note in the plan.
-            within: Modules of a larger plan whose ranks are not exceeded.
-            beyond: Modules of a smaller plan whose ranks are kept, whatever ``multiple_of`` and ``floors`` say.
+            scores: Scores of the first components of every module, at most ``min(out, in)``; components without a
+                score come last. Higher scores are kept longer, across modules. Among equal scores, the component
+                nearer to the start of its module is kept.
+            method: Name of the method that made the scores.
+            notes: Notes for the plan.
+            within: Modules of a larger plan, whose ranks are upper bounds.
+            beyond: Modules of a smaller plan, whose ranks are lower bounds even where ``multiple_of`` or ``floors``
+                forbid them.
 
         Raises:
-            ValueError: A module without scores, scores for no module, too many or NaN, or ``beyond`` costs too much.
+            ValueError: Scores are missing, belong to no module, are too many or NaN, or ``beyond`` costs too much.
 
         Example:
             >>> import torch
@@ -212,11 +213,11 @@ class Budget:
         within: Mapping[str, ModulePlan] | None = None,
         beyond: Mapping[str, ModulePlan] | None = None,
     ) -> dict[str, int | None]:
-        """Return the rank of every module (``None`` is dense) in ``select``'s plan, without making that plan."""
+        """Return the rank of every module (``None`` is dense) in the plan of ``select``, without making the plan."""
         return self._choose(self._order(scores), within=within, beyond=beyond).sizes
 
     def _order(self, scores: Mapping[str, Tensor]) -> ComponentOrder:
-        self._check_names(scores, "component is scored for")
+        self._check_names(scores, "scores")
         for name, shape in self.shapes.items():
             if (given := scores[name].numel()) > min(shape):
                 raise ValueError(f"{name} of shape {shape} has {given} scores: expected {min(shape)} or fewer")
@@ -230,7 +231,7 @@ class Budget:
         within: Mapping[str, ModulePlan] | None = None,
         beyond: Mapping[str, ModulePlan] | None = None,
     ) -> _Choice:
-        """Return the sizes that ``order`` leads to, and the score of the last component before one did not fit."""
+        """Return the sizes that follow from ``order``, and the score of the last component before one did not fit."""
         names = list(self.shapes)
         ladders = [
             self._ladder(name, within[name] if within else None, beyond[name] if beyond else None) for name in names
@@ -238,8 +239,8 @@ class Budget:
         rest = self.limit - sum(self.cost(name, ladder[0]) for name, ladder in zip(names, ladders, strict=True))
         if rest < 0:
             raise ValueError(
-                f"the plan to go beyond has {-rest:,} parameters more than keep {self.keep} allows: give a smaller "
-                f"plan, or raise keep to {math.ceil(1e4 * (self.limit - rest) / self.total) / 1e4}"
+                f"the smaller plan has {-rest:,} parameters more than keep {self.keep} allows: give a smaller one, or "
+                f"raise keep to {math.ceil(1e4 * (self.limit - rest) / self.total) / 1e4}"
             )
         value, owner_of, cost, sequence = self._steps(order, ladders)
         sequence = sequence[value[sequence] >= least_score]
@@ -265,11 +266,11 @@ class Budget:
     def _steps(
         self, order: ComponentOrder, ladders: Sequence[Sequence[int | None]]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return score, module and cost of every step of every ladder, and in which sequence they are taken."""
+        """Return the score, the module and the cost of every step of every ladder, and the order of the steps."""
         values, owners, steps, places = [], [], [], []
         for owner, (name, ladder) in enumerate(zip(self.shapes, ladders, strict=True)):
             dense = self.break_even(name) + 1
-            # Dense is the first size that pays for no further component: the one beyond break-even.
+            # Dense stands for the first rank beyond break-even: further components cost nothing.
             reached = np.array([dense if size is None else size for size in ladder[1:]], dtype=np.int64)
             ranked = np.full(min(self.shapes[name]) + 1, -np.inf, dtype=np.float32)
             scores = order.scores[name]
@@ -280,13 +281,13 @@ class Budget:
             steps.append(costs[1:] - costs[:-1])
             places.append(reached / dense)
         value, owner_of, cost = np.concatenate(values), np.concatenate(owners), np.concatenate(steps)
-        # By position among equals: in the order of modules, the first would be filled up before the last got anything.
+        # Equal scores go by position: in the order of modules, the first module would be filled before the last.
         return value, owner_of, cost, np.lexsort((np.concatenate(places), -value))
 
     def _ladder(self, name: str, most: ModulePlan | None, least: ModulePlan | None) -> list[int | None]:
-        """Return the allowed sizes of ``name`` from the smallest on; ``None`` is dense.
+        """Return the allowed sizes of ``name`` in ascending order; ``None`` is dense.
 
-        ``least`` and ``most`` may come from a plan edited by hand, so they stand even where they are not allowed.
+        ``least`` and ``most`` may come from a plan edited by hand, so they hold even where they are not allowed.
         """
         first = self.least_rank(name)
         ranks: list[int] = [] if first is None else list(range(first, self.top_rank(name) + 1, self.multiple_of))
@@ -328,9 +329,9 @@ class Budget:
     def _with_finite_requests(
         self, order: ComponentOrder, requested: Mapping[str, float], threshold: float
     ) -> ComponentOrder:
-        """Return ``order`` with requests just large enough for modules requested dense to be dense at ``threshold``.
+        """Return ``order`` with the modules requested dense scored just high enough to be dense at ``threshold``.
 
-        Infinite requests would keep these modules dense in smaller plans too, until the others had nothing left.
+        Infinite scores would keep these modules dense in smaller plans too, until nothing were left for the others.
         """
         if not math.isfinite(threshold):
             finite = [float(order.scores[name].max()) for name, rank in requested.items() if math.isfinite(rank)]
@@ -339,7 +340,7 @@ class Budget:
         for name, rank in requested.items():
             if math.isinf(rank):
                 shape = self.shapes[name]
-                # A little above, for no component of another module may come between.
+                # Slightly above, so that no component of another module comes between.
                 just_dense = (self.break_even(name) + 1) * max(threshold, 1e-30) * (1 + 1e-6)
                 scores[name] = requested_rank_scores(shape, just_dense)
         return ComponentOrder(scores)
@@ -347,15 +348,19 @@ class Budget:
     def _check_names(self, given: Mapping[str, Any], what: str) -> None:
         missing = [name for name in self.shapes if name not in given]
         if missing:
-            raise ValueError(f"no {what} {missing[0]} and {len(missing) - 1} more: expected one a module")
+            others = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise ValueError(f"{what} missing for {missing[0]}{others}: expected an entry for every module")
         for name in given:
             if name not in self.shapes:
-                raise ValueError(f"a {what} {name}, which is none of the {len(self.shapes)} modules")
+                raise ValueError(
+                    f"{what} given for {name}: expected one of the {len(self.shapes)} modules, such as "
+                    f"{next(iter(self.shapes))}"
+                )
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Sizes by module (``None`` is dense), and the lowest score among those that were taken in a row."""
+    """The size of every module (``None`` is dense), and the lowest score of the steps taken before one did not fit."""
 
     sizes: dict[str, int | None]
     threshold: float
@@ -380,9 +385,9 @@ def budget_for(
     floors: dict[str, float] | None = None,
     storage: StorageChoice = "auto",
 ) -> Budget:
-    """Return the budget of ``keep`` of the targeted parameters of a dense ``model``; arguments as in ``Budget``.
+    """Return the budget of ``keep`` of the targeted parameters of a dense ``model``; other arguments as in ``Budget``.
 
-    Of a model that was narrowed that is of those that it had before.
+    For a pruned base, ``keep`` counts the parameters that the base had before pruning.
     """
     before = Origin.of(model)
     left_out = 0 if before is None else before.left_out(targets)

@@ -1,4 +1,4 @@
-"""The order in which a model's components go when it shrinks: one number a component, comparable across modules."""
+"""The order in which components are removed as a model shrinks: one score a component, comparable across modules."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["ComponentOrder", "requested_rank_scores", "share_scores"]
+__all__ = ["ComponentOrder", "requested_keep_scores", "requested_rank_scores"]
 
 
 @dataclass(frozen=True, eq=False)
 class ComponentOrder:
-    """Scores of every module's components: of two components the one with the higher score is kept longer.
+    """Scores of every module's components: components with higher scores are kept longer.
 
-    One order serves every size (the score map of ACIP, arXiv 2502.01717): whatever the budget, the components with the
-    highest scores that fit are kept, so that the smaller of two models is contained in the larger.
+    One order serves every size (the score map of ACIP, arXiv 2502.01717): every budget keeps the components with the
+    highest scores, so that the smaller of two models is contained in the larger.
 
     Args:
-        scores: A tensor ``[components]`` for every module by name; kept as float32 on the CPU. Infinity is allowed.
+        scores: A tensor ``[components]`` by name of the module, stored as float32 on the CPU. Infinity is allowed.
 
     Raises:
         ValueError: A score is NaN, or a tensor is not one-dimensional.
@@ -57,7 +57,7 @@ class ComponentOrder:
     __hash__ = None  # type: ignore[assignment]
 
     def to_json(self) -> dict[str, str]:
-        """Return the scores by module as base64 of little-endian float32."""
+        """Return the scores by module, as base64 of little-endian float32."""
         return {n: base64.b64encode(s.numpy().astype("<f4").tobytes()).decode() for n, s in self.scores.items()}
 
     @classmethod
@@ -65,7 +65,7 @@ class ComponentOrder:
         """Return the order that ``to_json`` wrote.
 
         Raises:
-            ValueError: A text that is no base64 of float32 numbers.
+            ValueError: An entry is not base64 of float32 numbers.
         """
         scores = {}
         for name, text in data.items():
@@ -77,32 +77,33 @@ class ComponentOrder:
         return cls(scores)
 
 
-def requested_rank_scores(shape: tuple[int, int], rank: float) -> Tensor:
-    """Return scores ``[min(out, in)]`` by which all modules keep their requested ranks times one common factor.
+def requested_rank_scores(shape: tuple[int, int], requested: float) -> Tensor:
+    """Return scores ``[min(out, in)]`` with which all modules keep their requested ranks times one common factor.
 
-    Component ``j`` (from 1) scores ``rank / j``: it is kept while ``factor * rank >= j`` (ARA, arXiv 2510.19389).
+    Component ``j`` (from 1) scores ``requested / j``: it is kept while ``factor * requested >= j`` (ARA, arXiv
+    2510.19389).
 
     Args:
         shape: ``(out, in)`` of the module.
-        rank: Its requested rank; infinite for dense.
+        requested: Its requested rank; infinite for dense.
 
     Example:
         >>> requested_rank_scores((3, 2), 4.0).tolist()
         [4.0, 2.0]
     """
-    return rank / torch.arange(1, min(shape) + 1, dtype=torch.float64)
+    return requested / torch.arange(1, min(shape) + 1, dtype=torch.float64)
 
 
-def share_scores(storage: Storage, shape: tuple[int, int], share: float) -> Tensor:
-    """Return scores ``[min(out, in)]`` by which all modules keep their share of parameters times one common factor.
+def requested_keep_scores(storage: Storage, shape: tuple[int, int], requested: float) -> Tensor:
+    """Return scores ``[min(out, in)]`` with which all modules keep their requested fractions times one common factor.
 
     Args:
-        storage: How modules are stored, which decides what a rank costs.
+        storage: The cost of ranks.
         shape: ``(out, in)`` of the module.
-        share: Fraction of its parameters, relative to the other modules'.
+        requested: Requested fraction of its parameters; only the relation to the other modules' counts.
 
     Example:
-        >>> share_scores(Storage("factored"), (3, 6), 0.5).tolist()
+        >>> requested_keep_scores(Storage("factored"), (3, 6), 0.5).tolist()
         [1.0, 0.5, 0.3333333333333333]
     """
-    return share / storage.ratios(shape)
+    return requested / storage.ratios(shape)

@@ -1,4 +1,4 @@
-"""The lower convex hull of what a module loses at each size: exact Lagrangian allocation, for every price at once."""
+"""The lower convex hull of a module's loss over its cost: exact Lagrangian allocation for all multipliers at once."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ __all__ = ["hull_slopes", "losses_by_rank", "predicted_scores"]
 
 
 def predicted_scores(budget: Budget, sigma: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Return for every component of every module the predicted nats a parameter at which it is given up.
+    """Return the predicted loss, in nats a parameter, at which each component of every module is given up.
 
     Args:
-        budget: What sizes cost.
-        sigma: Returns a module's singular values ``[components]``: those of two-sided factors, roots of twice a loss.
+        budget: The cost of ranks.
+        sigma: Returns the singular values ``[components]`` of a module's two-sided factors; half their squares are
+            losses in nats.
     """
     return {name: hull_slopes(budget, name, sigma(name)) for name in budget.shapes}
 
 
 def losses_by_rank(sigma: Tensor) -> NDArray[np.float64]:
-    """Return the nats that a module loses at each rank from 0 to all of its components, where it loses nothing.
+    """Return a module's loss in nats at each rank, from 0 to all components, where the loss is 0.
 
     Args:
-        sigma: ``[components]`` singular values in roots of twice a loss, descending.
+        sigma: ``[components]`` singular values, descending; half their squares are losses in nats.
     """
     energy = sigma.double().square().numpy() / 2
     return np.append(energy[::-1].cumsum()[::-1], 0.0)
 
 
 def hull_slopes(budget: Budget, name: str, sigma: Tensor) -> Tensor:
-    """Return for each component of a module the price per parameter ``lambda`` up to which it is worth keeping.
+    """Return the multiplier ``lambda``, in nats a parameter, up to which each component of a module is worth its cost.
 
     Args:
-        budget: What sizes cost.
+        budget: The cost of ranks.
         name: The module.
-        sigma: ``[components]`` singular values in roots of twice a loss, descending.
+        sigma: ``[components]`` singular values, descending; half their squares are losses in nats.
     """
     least = budget.least_rank(name)
     energy = sigma.double().square().numpy() / 2
@@ -52,16 +53,16 @@ def hull_slopes(budget: Budget, name: str, sigma: Tensor) -> Tensor:
     costs = budget.costs(name, [*ranks, None]).astype(np.float64)
     slopes = _hull(costs, np.array([*tail[ranks], 0.0]))
     scores = np.empty(len(sigma))
-    # What the budget grants every module anyway lies on no hull, and goes after all that does.
+    # The least allowed rank is not on the hull: its components are given up after all that are.
     scores[:least] = np.maximum(energy[:least] / sum(budget.shapes[name]), slopes[0])
-    # Dense is one step from the last rank; all components beyond share what it is worth.
+    # Dense is one step above the last rank: all components beyond that rank have the slope of this step.
     for low, high, slope in zip(ranks, [*ranks[1:], len(sigma)], slopes, strict=True):
         scores[low:high] = slope
     return torch.from_numpy(scores)
 
 
 def _hull(costs: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return, for each step between neighbouring sizes, the slope of the lower convex hull over it, non-increasing."""
+    """Return the slope of the lower convex hull for each step between neighbouring sizes, non-increasing."""
     hull = [0]
     for point in range(1, len(costs)):
         while len(hull) > 1 and _slope(costs, losses, hull[-2], hull[-1]) <= _slope(costs, losses, hull[-1], point):
@@ -74,5 +75,5 @@ def _hull(costs: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np
 
 
 def _slope(costs: NDArray[np.float64], losses: NDArray[np.float64], low: int, high: int) -> float:
-    """Return the loss that a parameter saves between two sizes."""
+    """Return the loss in nats that each parameter saves between two sizes."""
     return float((losses[low] - losses[high]) / (costs[high] - costs[low]))

@@ -1,4 +1,4 @@
-"""The rank plan: what every method produces and every export consumes."""
+"""The rank plan: every method produces one, and every export consumes one."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lowrank_pl.utils.files import atomic_write
 __all__ = ["SCHEMA", "ModulePlan", "RankPlan"]
 
 SCHEMA = 2
-"""Since 2 a module may be stored pivoted; older plans are read as well."""
+"""Version of the JSON format. Since 2, a module may be stored pivoted; plans of version 1 are still read."""
 
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """What becomes of one linear map.
+    """The plan of one linear layer.
 
     Args:
-        shape: ``(out, in)`` of its weight.
-        rank: How many components are kept; ``None`` leaves the module dense.
-        indices: Which components, when they are not the first ``rank`` ones; ascending.
-        storage: In which form; of no meaning when dense.
+        shape: ``(out, in)`` of the layer's weight.
+        rank: Number of kept components; ``None`` leaves the layer dense.
+        indices: Indices of the kept components, ascending; ``None`` stands for the first ``rank`` ones.
+        storage: Form in which a low-rank layer is stored; without meaning if the layer is dense.
     """
 
     shape: tuple[int, int]
@@ -49,19 +49,21 @@ class ModulePlan:
         if self.storage not in get_args(Form):
             raise ValueError(f"a storage of {self.storage!r} was given: expected one of {', '.join(get_args(Form))}")
         if self.storage == "pivoted" and self.rank == min(self.shape):
-            raise ValueError(f"rank {self.rank} of shape {self.shape} has nothing to pivot: store it factored or dense")
+            raise ValueError(
+                f"rank {self.rank} is full for shape {self.shape}: store it factored or dense, not pivoted"
+            )
 
     @classmethod
     def of_highest(
         cls, shape: tuple[int, int], rank: int | None, scores: Tensor, *, storage: Form = "factored"
     ) -> ModulePlan:
-        """Return the plan that keeps the ``rank`` components of the highest scores; of equals the first ones.
+        """Return the plan that keeps the ``rank`` components with the highest scores; among equals, the first ones.
 
         Args:
             shape: ``(out, in)`` of the module.
-            rank: How many components; ``None`` is dense.
-            scores: ``[components]``, at most ``min(out, in)``; components without one come last.
-            storage: In which form it is stored.
+            rank: Number of kept components; ``None`` is dense.
+            scores: ``[components]``, at most ``min(out, in)``; components without a score come last.
+            storage: Form in which the module is stored.
 
         >>> ModulePlan.of_highest((8, 8), 2, torch.tensor([3.0, 1.0, 2.0])).indices
         (0, 2)
@@ -74,7 +76,7 @@ class ModulePlan:
 
     @property
     def is_prefix(self) -> bool:
-        """Whether the kept components are the first ones; so it is for dense modules."""
+        """Whether the kept components are the first ones; true for dense modules."""
         return self.indices is None or self.indices == tuple(range(len(self.indices)))
 
     @property
@@ -84,13 +86,13 @@ class ModulePlan:
 
     @property
     def parameters(self) -> int:
-        """Parameters that stay, without the indices of pivots."""
+        """Stored parameters, without the indices of pivots."""
         if self.rank is None:
             return self.dense_parameters
         return self.rank * (sum(self.shape) - (self.rank if self.storage == "pivoted" else 0))
 
     def numbers(self, bytes_per_parameter: int) -> int:
-        """Return the parameters that stay, with the indices of pivots as the numbers whose room they take."""
+        """Return the stored parameters, where each pivot's index counts as the numbers that take as many bytes."""
         if self.rank is None:
             return self.dense_parameters
         return Storage(self.storage, bytes_per_parameter).cost(self.shape, self.rank)
@@ -108,23 +110,23 @@ def _check_indices(indices: tuple[int, ...], rank: int | None, shape: tuple[int,
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Ranks for every targeted module of one model, with the counts that follow from them.
+    """The ranks of every targeted module of one model, with the counts that follow from them.
 
     Args:
-        method: Who drew the plan, as in ``lowrank allocate --method`` or the mask's name.
-        keep: Fraction of the targeted parameters that was asked for.
+        method: Name of the method that made the plan, as in ``lowrank allocate --method``, or of the mask.
+        keep: Fraction of the targeted parameters that was requested.
         modules: The plan of each targeted module by name, in the model's order.
         model_parameters: Parameters of the whole dense model, tied ones counted once, ``left_out`` included.
         bytes_per_parameter: Bytes of one stored number.
-        origin: How to build the factors again: base, text, settings, store.
-        fingerprint: What the factors were made from, by content.
-        notes: Whatever was skipped, left dense, clamped or scaled, in words.
-        order: In which order components go when the model shrinks, where the method knows one; with it, other sizes
-            follow from the plan (``lowrank_pl.sizes``).
-        multiple_of: What every rank had to be a multiple of; holds for other sizes too.
-        floors: Least kept fractions that held, by glob on module names; likewise.
-        storage: The choice of form that was to be had; likewise.
-        left_out: Parameters that a narrowing had taken out of the modules before; all shares count them as gone.
+        origin: What is needed to build the factors again: base, text, settings, store.
+        fingerprint: Hashes of what the factors were made from.
+        notes: What was skipped, left dense, clamped or scaled, in words.
+        order: Order in which components are removed as the model shrinks, if the method knows one. Other sizes of the
+            plan follow from it (``lowrank_pl.plans.resize``).
+        multiple_of: Every rank is a multiple of this, at other sizes too.
+        floors: Least kept fraction by glob on module names, at other sizes too.
+        storage: Choice of the form in which modules are stored, at other sizes too.
+        left_out: Parameters that width pruning has removed from the modules; all fractions count them as removed.
 
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
@@ -151,12 +153,12 @@ class RankPlan:
 
     @property
     def targeted_parameters(self) -> int:
-        """Parameters of the targeted modules before."""
+        """Parameters of the targeted modules of the dense model, with those that width pruning has removed."""
         return sum(module.dense_parameters for module in self.modules.values()) + self.left_out
 
     @property
     def kept_parameters(self) -> int:
-        """Parameters of the targeted modules after, indices of pivots counted as the numbers whose room they take."""
+        """Parameters of the targeted modules under the plan, with the indices of pivots (``ModulePlan.numbers``)."""
         return sum(module.numbers(self.bytes_per_parameter) for module in self.modules.values())
 
     @property
@@ -166,7 +168,7 @@ class RankPlan:
 
     @property
     def kept_model_parameters(self) -> int:
-        """Parameters of the whole model after."""
+        """Parameters of the whole model under the plan."""
         return self.model_parameters - self.targeted_parameters + self.kept_parameters
 
     @property
@@ -202,26 +204,26 @@ class RankPlan:
 
     @property
     def named_base(self) -> str:
-        """The model that was compressed, as it was named, before any narrowing; empty where it is not known."""
-        narrowed = self.origin.get("narrowed")
-        return str(self.origin.get("base", "") if narrowed is None else narrowed["base"])
+        """Name of the model that was compressed, before any width pruning; empty if it is not known."""
+        pruned = self.origin.get("narrowed")
+        return str(self.origin.get("base", "") if pruned is None else pruned["base"])
 
     def dense(self) -> RankPlan:
-        """Return the plan that leaves every module as it is."""
+        """Return the plan that leaves every module dense."""
         modules = {name: ModulePlan(module.shape) for name, module in self.modules.items()}
         return replace(self, keep=1.0, modules=modules, order=None)
 
     def with_origin(
         self, origin: Mapping[str, Any], fingerprint: Mapping[str, Any], notes: Iterable[str] = ()
     ) -> RankPlan:
-        """Return the plan with what its factors come from, and ``notes`` put first."""
+        """Return the plan with the origin of its factors, and with ``notes`` before its own."""
         return replace(self, origin=origin, fingerprint=fingerprint, notes=(*notes, *self.notes))
 
     def to_json(self) -> str:
-        """Return the plan as JSON, one line a module, in a stable order; the component order comes last.
+        """Return the plan as JSON: one line a module, in a stable order, the component order last.
 
-        The counts are written for people and scripts; reading a plan recomputes them from the ranks. The order is a
-        line of base64 a module, not for reading: whoever edits ranks by hand leaves it alone.
+        The counts are for people and scripts; they are computed from the ranks again when a plan is read. The component
+        order is a line of base64 a module: leave it as it is when you edit ranks.
         """
         head = {
             "schema": SCHEMA,
@@ -248,7 +250,7 @@ class RankPlan:
         body = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
         whole = body + ',\n  "modules": {\n' + ",\n".join(lines) + "\n  }"
         if self.order is not None:
-            # Last, because it is not for reading.
+            # Last, because people do not read it.
             scores = [f"    {json.dumps(name)}: {json.dumps(text)}" for name, text in self.order.to_json().items()]
             whole += ',\n  "order": {\n' + ",\n".join(scores) + "\n  }"
         return whole + "\n}\n"
@@ -258,19 +260,19 @@ class RankPlan:
         """Return the plan that ``to_json`` wrote, or that a person edited.
 
         Raises:
-            ValueError: Not JSON, another schema, a missing key or an impossible rank.
+            ValueError: The text is not JSON, has another schema, or lacks a key, or a rank is impossible.
         """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"the plan is not JSON ({error}): expected a file written by `lowrank allocate`") from None
+            raise ValueError(f"the plan is not JSON ({error}): expected a file of `lowrank allocate`") from None
         if not isinstance(data, dict) or data.get("schema") not in range(1, SCHEMA + 1):
             given = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"the plan has schema {given!r}: this version of lowrank_pl reads schemas 1 to {SCHEMA}")
         try:
             return cls._from_dict(data)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the plan lacks or misspells {error}: write it anew with `lowrank allocate`") from None
+            raise ValueError(f"the plan lacks or misspells {error}: make it again with `lowrank allocate`") from None
 
     @classmethod
     def _from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
@@ -281,8 +283,8 @@ class RankPlan:
             except ValueError as error:
                 raise ValueError(f"module {name} of the plan: {error}") from None
         if not modules:
-            raise ValueError("the plan names no module: write it anew with `lowrank allocate`")
-        # Plans of schema 1 know factored storage only, and those of version 0.1 no constraints.
+            raise ValueError("the plan names no module: make it again with `lowrank allocate`")
+        # Plans of schema 1 have factored storage only, and the first ones have no constraints.
         constraints = {"storage": "factored", **data.get("constraints", {"multiple_of": 1, "floors": {}})}
         _check_constraints(constraints)
         return cls(
@@ -310,11 +312,11 @@ class RankPlan:
         """Return the plan in the file ``path``.
 
         Raises:
-            ValueError: No such file, or no plan in it; the message names the file.
+            ValueError: There is no such file, or it holds no valid plan; the message names the file.
         """
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"no plan at {path}: expected a JSON file written by `lowrank allocate` or `lowrank fit`")
+            raise ValueError(f"no plan at {path}: expected a JSON file of `lowrank allocate` or `lowrank fit`")
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -344,7 +346,7 @@ def _module_json(plan: ModulePlan) -> dict[str, Any]:
 def _module_from_json(entry: Mapping[str, Any]) -> ModulePlan:
     rank = entry["rank"]
     if rank != "dense" and (not isinstance(rank, int) or isinstance(rank, bool)):
-        raise ValueError(f'rank {rank!r} is neither a whole number nor "dense"')
+        raise ValueError(f'the rank is {rank!r}: expected a whole number or "dense"')
     indices = tuple(entry["indices"]) if "indices" in entry else None
     form = entry.get("storage", "factored")
     return ModulePlan(tuple(entry["shape"]), None if rank == "dense" else rank, indices, form)

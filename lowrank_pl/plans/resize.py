@@ -1,8 +1,9 @@
-"""Any size from one run: a plan that carries a component order becomes plans of other budgets, one inside the other.
+"""Any size from one run: plans of other budgets, nested in each other, from a plan with a component order.
 
-What is special: sizes are counted from the plan itself. A smaller one is contained in it and a larger one contains it,
-so that the plan is a member of its own family, and ranks that a person edited hold as bounds. Weights that were
-corrected (``lowrank_pl.correct``) or refitted (``lowrank_pl.refit``) for a size serve that one and smaller ones.
+Sizes follow from the plan itself: a smaller plan is contained in it, and a larger one contains it. The plan is
+therefore one of its own sizes, and ranks that a person edited are bounds. Weights that were corrected
+(``lowrank_pl.methods.allocate.zs_svd_correction``) or refitted (``lowrank_pl.methods.refit``) for one size fit this
+size and smaller ones only.
 """
 
 from __future__ import annotations
@@ -15,101 +16,87 @@ from torch import Tensor
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 
-__all__ = ["largest_keep", "nested", "resize"]
+__all__ = ["RESIZED", "largest_keep", "nested"]
 
 RESIZED = "resized from"
-"""How the note begins that tells a resized plan."""
+"""The beginning of the note that marks a resized plan."""
 
-
-_ABOUT_ONE_SIZE = (RESIZED, "wished ranks scaled by")
-
-
-def resize(plan: RankPlan, keep: float) -> RankPlan:
-    """Return the plan that the order of ``plan`` gives at another budget (ACIP's score map, arXiv 2502.01717).
-
-    It contains ``plan`` at a higher ``keep`` and is contained in it at a lower one; at the same one it is ``plan``.
-
-    Args:
-        plan: A plan with a component order.
-        keep: Fraction of the targeted parameters to keep.
-
-    Raises:
-        ValueError: The plan has no order, or keeps components that its order does not put first, or the budget is
-            impossible, or larger than the weights were corrected or refitted for.
-
-    Example:
-        >>> import torch
-        >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
-        >>> plan = budget.select({"a": torch.arange(8, 0, -1.0), "b": torch.arange(4, 0, -0.5)}, method="hand")
-        >>> [module.rank for module in plan.modules.values()]
-        [3, 1]
-        >>> [module.rank for module in resize(plan, 0.25).modules.values()]
-        [1, 1]
-    """
-    return _beyond(plan, keep) if _is_larger(plan, keep) else _within(plan, keep)
+_NOTES_ON_ONE_SIZE = (RESIZED, "wished ranks scaled by")
 
 
 def nested(plan: RankPlan, keeps: Iterable[float]) -> dict[float, RankPlan]:
     """Return a plan for each of ``keeps``, largest first, each contained in the one before it.
 
+    The component order of ``plan`` decides on all sizes (ACIP's score map, arXiv 2502.01717). At the plan's own
+    ``keep``, the result is ``plan`` itself.
+
     Args:
-        plan: A plan with a component order; it is contained in those that are larger, and contains the others.
+        plan: A plan with a component order. Larger plans contain it; smaller ones are contained in it.
         keeps: Fractions of the targeted parameters to keep.
 
     Raises:
-        ValueError: No fractions, or as in ``resize``.
+        ValueError: ``keeps`` is empty or impossible, the plan has no order or keeps components that its order does not
+            put first, or its weights were corrected or refitted for a smaller size.
+
+    Example:
+        >>> import torch
+        >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
+        >>> plan = budget.select({"a": torch.arange(8, 0, -1.0), "b": torch.arange(4, 0, -0.5)}, method="hand")
+        >>> sizes = nested(plan, [0.25, 0.5])
+        >>> {keep: [module.rank for module in sized.modules.values()] for keep, sized in sizes.items()}
+        {0.5: [3, 1], 0.25: [1, 1]}
     """
     ascending = sorted(set(keeps))
     if not ascending:
-        raise ValueError("no size was asked for: expected one or more fractions to keep")
+        raise ValueError("no size was given: expected one or more fractions to keep")
     plans: dict[float, RankPlan] = {}
     inner = outer = plan
     for keep in ascending:
         if _is_larger(plan, keep):
-            plans[keep] = inner = _beyond(inner, keep)
+            plans[keep] = inner = _larger(inner, keep)
     for keep in reversed(ascending):
         if keep not in plans:
-            plans[keep] = outer = _within(outer, keep)
+            plans[keep] = outer = _smaller(outer, keep)
     return {keep: plans[keep] for keep in reversed(ascending)}
 
 
 def largest_keep(plan: RankPlan) -> float:
-    """Return the largest fraction of a plan's sizes: 1, or what its weights were corrected or refitted for.
+    """Return the largest ``keep`` of a plan's sizes: 1, or the one that its weights were corrected or refitted for.
 
-    A correction moves truncated weights away from the base's, to make up for what its size loses: a larger size, which
-    loses less, would come out worse.
+    A correction moves the truncated weights away from the base's to compensate for the loss at its size. A larger size
+    loses less, so the same correction would make it worse.
     """
     changes = [plan.fingerprint[change] for change in ("correction", "refit") if change in plan.fingerprint]
     return min([1.0, *(float(change["keep"]) for change in changes)])
 
 
 def _is_larger(plan: RankPlan, keep: float) -> bool:
-    """Tell whether ``keep`` is more than ``plan`` was drawn for and pays for it, if it was edited to more by hand."""
+    """Tell whether ``keep`` is above the plan's own and has room for the plan, whose ranks may have been edited."""
     return keep > plan.keep and _budget(plan, keep).limit >= plan.kept_parameters
 
 
-def _beyond(plan: RankPlan, keep: float) -> RankPlan:
+def _larger(plan: RankPlan, keep: float) -> RankPlan:
     most = largest_keep(plan)
     if keep > most:
         raise ValueError(
-            f"keep is {keep:g}, but the weights were changed for keep {most:g}: larger sizes need a plan of their "
-            "own, which `lowrank allocate` draws"
+            f"keep is {keep:g}, but the weights were changed for keep {most:g}: make another plan for larger sizes, "
+            "with `lowrank allocate`"
         )
-    drawn = _budget(plan, keep).select(_scores(plan), method=plan.method, beyond=plan.modules)
-    return _described(drawn, plan)
+    sized = _budget(plan, keep).select(_scores(plan), method=plan.method, beyond=plan.modules)
+    return _described(sized, plan)
 
 
-def _within(plan: RankPlan, keep: float) -> RankPlan:
-    drawn = _budget(plan, keep).select(_scores(plan), method=plan.method, within=plan.modules)
-    return _described(drawn, plan)
+def _smaller(plan: RankPlan, keep: float) -> RankPlan:
+    sized = _budget(plan, keep).select(_scores(plan), method=plan.method, within=plan.modules)
+    return _described(sized, plan)
 
 
 def _budget(plan: RankPlan, keep: float) -> Budget:
-    """Return the budget of ``keep`` for the modules of ``plan``, under the constraints that held for it."""
+    """Return the budget of ``keep`` for the modules of ``plan``, under the plan's own constraints."""
     if plan.order is None:
         raise ValueError(
-            f"the plan (method {plan.method}) carries no component order, so it has this one size only: "
-            "draw it again with `lowrank allocate` or `lowrank fit`"
+            f"the plan (method {plan.method}) has no component order, so no other size follows from it: "
+            "make it again with `lowrank allocate` or `lowrank fit`"
         )
     return Budget(
         keep=keep,
@@ -124,14 +111,14 @@ def _budget(plan: RankPlan, keep: float) -> Budget:
 
 
 def _scores(plan: RankPlan) -> dict[str, Tensor]:
-    """Return the scores of the planned modules, having looked that the plan keeps the highest ones."""
+    """Return the scores of the planned modules, after a check that the plan keeps the highest ones."""
     assert plan.order is not None
     scores = {name: plan.order.scores[name] for name in plan.modules if name in plan.order.scores}
     for name, module in plan.modules.items():
         if name in scores and not _is_highest(module, scores[name]):
             raise ValueError(
-                f"the plan keeps other components of {name} than its order has first, so no other size follows from "
-                'it: put its "rank" and "indices" back as they were, or draw the plan again'
+                f"the plan keeps other components of {name} than its order puts first, so no other size follows from "
+                'it: restore its "rank" and "indices", or make the plan again'
             )
     return scores
 
@@ -141,13 +128,13 @@ def _is_highest(module: ModulePlan, scores: Tensor) -> bool:
     return highest.indices == module.indices or (highest.is_prefix and module.is_prefix)
 
 
-def _described(drawn: RankPlan, plan: RankPlan) -> RankPlan:
-    """Return ``drawn`` with what it inherits from ``plan``; ``plan`` itself where that is what was drawn."""
-    if (drawn.keep, drawn.modules) == (plan.keep, plan.modules):
+def _described(sized: RankPlan, plan: RankPlan) -> RankPlan:
+    """Return ``sized`` with the origin and the notes of ``plan``; ``plan`` itself if both are the same."""
+    if (sized.keep, sized.modules) == (plan.keep, plan.modules):
         return plan
-    # The order came with the first of all sizes.
+    # A plan that was itself resized names the plan that its order came with.
     source = next((note for note in plan.notes if note.startswith(RESIZED)), None)
     note = source or f"{RESIZED} the plan of {plan.method} at keep {plan.keep:g}, by its component order"
-    inherited = [old for old in plan.notes if not old.startswith(_ABOUT_ONE_SIZE)]
-    notes = tuple(dict.fromkeys([note, *inherited, *drawn.notes]))
-    return replace(drawn, origin=plan.origin, fingerprint=plan.fingerprint, notes=notes)
+    inherited = [old for old in plan.notes if not old.startswith(_NOTES_ON_ONE_SIZE)]
+    notes = tuple(dict.fromkeys([note, *inherited, *sized.notes]))
+    return replace(sized, origin=plan.origin, fingerprint=plan.fingerprint, notes=notes)

@@ -1,4 +1,4 @@
-"""How a low-rank map is stored, and what a rank costs then."""
+"""The two forms in which a low-rank layer is stored, and the cost of a rank in each."""
 
 from __future__ import annotations
 
@@ -15,34 +15,31 @@ __all__ = ["INDEX_BYTES", "Form", "Storage", "StorageChoice"]
 
 Shape = tuple[int, int]
 
-
 Form = Literal["factored", "pivoted"]
-"""Two factors, or independent rows (or columns) and the coefficients of all others."""
-
+"""Two factors, or independent rows (or columns) and the coefficients of all other rows (or columns)."""
 
 StorageChoice = Literal["factored", "pivoted", "auto"]
-"""One form for all modules, or whichever is smaller for each."""
-
+"""One form for all modules, or the smaller one for each module."""
 
 INDEX_BYTES = 4
-"""Bytes of the index that says where a pivot stands."""
+"""Bytes of a pivot's index."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What ranks cost under a choice of form.
+    """The cost of ranks under a choice of form.
 
-    A map of shape ``(m, n)`` at rank ``k`` takes ``k (m + n)`` numbers as two factors. Any such map has ``k``
-    independent rows, of which the others are combinations: pivoted storage keeps these rows and the coefficients,
-    ``k (m + n - k)`` numbers and ``k`` indices (PIFA, arXiv 2501.19090). Indices are counted as the numbers whose room
-    they take, so that a kept fraction of parameters is one of bytes too.
+    A weight of shape ``(m, n)`` and rank ``k`` takes ``k (m + n)`` numbers as two factors. ``k`` of its rows are
+    independent, and the other rows are combinations of these: pivoted storage keeps the ``k`` rows and the
+    coefficients, ``k (m + n - k)`` numbers and ``k`` indices (PIFA, arXiv 2501.19090). An index counts as the numbers
+    that would take as many bytes, so that a kept fraction of parameters is also a kept fraction of bytes.
 
     Args:
-        choice: ``factored``, ``pivoted``, or ``auto`` for whichever is smaller.
+        choice: ``factored``, ``pivoted``, or ``auto`` for the smaller of both.
         bytes_per_parameter: Bytes of one stored number.
 
     Raises:
-        ValueError: Another choice.
+        ValueError: ``choice`` is none of these.
 
     Example:
         >>> plain, pivoted = Storage("factored"), Storage("pivoted")
@@ -61,21 +58,21 @@ class Storage:
 
     @property
     def per_index(self) -> float:
-        """Numbers whose room an index takes."""
+        """How many numbers take as many bytes as an index."""
         return INDEX_BYTES / self.bytes_per_parameter
 
     def form(self, shape: Shape, rank: int) -> Form:
-        """Return the form in which a map of ``shape`` ``(out, in)`` is stored at ``rank``."""
+        """Return the form in which a weight of ``shape`` ``(out, in)`` is stored at ``rank``."""
         if self.choice != "auto":
             return self.choice
         return "pivoted" if self.cost(shape, rank) < rank * sum(shape) else "factored"
 
     def cost(self, shape: Shape, rank: int) -> int:
-        """Return the numbers that ``rank`` components of a map of ``shape`` take, indices included."""
+        """Return the numbers stored for a weight of ``shape`` at ``rank``, indices included."""
         return int(self.costs(shape, np.array(rank)))
 
     def costs(self, shape: Shape, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return what each of ``ranks`` takes, as ``cost`` does."""
+        """Return the ``cost`` of each of ``ranks``."""
         factored = ranks * sum(shape)
         if self.choice == "factored":
             return factored
@@ -83,7 +80,7 @@ class Storage:
         return pivoted if self.choice == "pivoted" else np.minimum(pivoted, factored)
 
     def break_even(self, shape: Shape) -> int:
-        """Return the largest rank that takes less than the dense weight; 0 if there is none."""
+        """Return the largest rank that costs less than the dense weight; 0 if there is none."""
         m, n = shape
         if self.choice == "factored":
             return (m * n - 1) // (m + n)
@@ -91,9 +88,9 @@ class Storage:
         return int(smaller[-1])
 
     def ratio(self, shape: Shape, rank: Tensor) -> Tensor:
-        """Return the numbers of ``rank`` components over the dense weight's, for real ranks, differentiable.
+        """Return the cost of ``rank`` relative to the dense weight, for real ranks and differentiable.
 
-        Under ``auto`` it is that of pivoted storage, from which the smaller one differs at ranks of 1 and 2 only.
+        For ``auto``, this is the cost of pivoted storage, which is the smaller form from rank 3 on.
 
         Args:
             shape: ``(out, in)``.
@@ -105,11 +102,11 @@ class Storage:
         return rank * (m + n + self.per_index - rank) / (m * n)
 
     def ratios(self, shape: Shape) -> Tensor:
-        """Return ``ratio`` at every whole rank from 1 on, ``[min(out, in)]``, float64."""
+        """Return the ``ratio`` of every whole rank from 1 on, float64 ``[min(out, in)]``."""
         return self.ratio(shape, torch.arange(1, min(shape) + 1, dtype=torch.float64))
 
     def rank_at(self, shape: Shape, ratio: float) -> float:
-        """Return the real rank that takes ``ratio`` of the dense weight's numbers, at most ``min(out, in)``.
+        """Return the real rank whose cost is ``ratio`` of the dense weight's, at most ``min(out, in)``.
 
         >>> Storage("factored").rank_at((20, 20), 0.5)
         5.0
@@ -122,7 +119,7 @@ class Storage:
         m, n = shape
         if self.choice == "factored":
             return min(ratio * m * n / (m + n), min(shape))
-        # The smaller root of k (m + n + per_index - k) = ratio m n, written without a difference of near numbers.
+        # The smaller root of k (m + n + per_index - k) = ratio m n, without subtracting nearly equal numbers.
         half = (m + n + self.per_index) / 2
         under = half * half - ratio * m * n
         return float(min(shape)) if under < 0 else min(ratio * m * n / (half + math.sqrt(under)), float(min(shape)))

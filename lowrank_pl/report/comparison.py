@@ -11,8 +11,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.report.page import render
+from lowrank_pl.utils.figures import save_figure
 from lowrank_pl.utils.files import atomic_write, write_json
-from lowrank_pl.utils.formatting import percent, save_figure, table
+from lowrank_pl.utils.formatting import percent, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from lowrank_pl.evaluate.paired import members
-from lowrank_pl.export.health.diagnosis import Diagnosis, Health
+from lowrank_pl.export.health.diagnosis import Diagnosis
 
 __all__ = [
     "Agreement",
@@ -27,7 +27,6 @@ __all__ = [
     "TaskScores",
     "TextScore",
     "describe_protocol",
-    "health_word",
     "read_evidence",
 ]
 
@@ -198,15 +197,6 @@ class Evidence:
                     text = describe_protocol(diagnosis.protocol) or "the text of `lowrank doctor`"
                     return Agreement(float(figures["kl"]), float(figures["agreement"]), int(figures["tokens"]), text)
         return next((score.agreement for score in self.own_texts if score.agreement is not None), None)
-
-
-def health_word(health: Health) -> str:
-    """Return the word for a health; files of ``lowrank doctor`` store ``sick`` for a broken model.
-
-    >>> health_word("sick"), health_word("warning")
-    ('broken', 'warning')
-    """
-    return "broken" if health == "sick" else health
 
 
 def describe_protocol(protocol: Mapping[str, Any]) -> str:

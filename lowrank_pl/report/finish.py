@@ -43,8 +43,8 @@ from lowrank_pl.report.rank_map import rank_map
 from lowrank_pl.report.run_record import Exported, RunRecord, read_run
 from lowrank_pl.report.scores import Row, row_table, write_summary
 from lowrank_pl.utils.environment import command_line, describe_machine
+from lowrank_pl.utils.figures import save_figure
 from lowrank_pl.utils.files import write_json
-from lowrank_pl.utils.formatting import save_figure
 from lowrank_pl.version import __version__
 
 __all__ = ["Ending", "Finished", "Learned", "Protocol", "export_plan", "finish_run", "score_in_fresh_process"]

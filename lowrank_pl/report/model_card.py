@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import RESIZED
-from lowrank_pl.report.evidence import Evidence, HealthCheck, Speed, TaskScores, describe_protocol, health_word
+from lowrank_pl.report.evidence import Evidence, HealthCheck, Speed, TaskScores, describe_protocol
 from lowrank_pl.report.rank_map import rank_table
 from lowrank_pl.report.run_record import RunRecord
 from lowrank_pl.report.scores import Summary, row_table
@@ -196,10 +196,10 @@ def _health(health: HealthCheck | None) -> str:
     if health is None:
         return ""
     lines = [
-        f"* {_escaped(finding.name)}, {health_word(finding.health)}: {_escaped(finding.sentence)}"
+        f"* {_escaped(finding.name)}, {finding.health}: {_escaped(finding.sentence)}"
         for finding in health.diagnosis.findings
     ]
-    verdict = health_word(health.diagnosis.health)
+    verdict = health.diagnosis.health
     stale = " The weights were written after that." if health.stale else ""
     return "\n".join(["## Health", "", f"Checked by {_escaped(health.checked_by)}: {verdict}.{stale}", "", *lines])
 

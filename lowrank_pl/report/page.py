@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lowrank_pl.methods.masks.registry import paper_of
-from lowrank_pl.report.evidence import Speed, describe_protocol, health_word
+from lowrank_pl.report.evidence import Speed, describe_protocol
 from lowrank_pl.report.model_card import grouped_notes, load_code, score_with_error, speedup, task_rows
 from lowrank_pl.report.page_cells import HEIGHT, WIDTH, Cell, cells, grid, read_spectra, spectrum_groups
 from lowrank_pl.report.run_record import RunRecord
@@ -136,7 +136,6 @@ def _environment() -> Environment:
         "speedup": speedup,
         "score": lambda score: "-" if score is None else score_with_error(*score),
         "brief": brief,
-        "health_word": health_word,
         "signed": lambda value: f"{value:+.3f}",
     }
     return environment
@@ -232,9 +231,9 @@ def _health_tile(record: RunRecord) -> Tile:
         "broken": "Broken",
     }
     diagnosis = health.diagnosis
-    word = health_word(diagnosis.health)
+    word = diagnosis.health
     # The checks that decided the verdict: the broken ones, or else the warnings.
-    named = ", ".join(finding.name for finding in diagnosis.named("sick") or diagnosis.named("warning"))
+    named = ", ".join(finding.name for finding in diagnosis.named("broken") or diagnosis.named("warning"))
     note = f"{named}; checked by {health.checked_by}" if named else f"checked by {health.checked_by}"
     if health.stale:
         return Tile(

@@ -257,7 +257,7 @@ def _quick_check(record: RunRecord, model: Path, entries: dict[str, Any], *, che
         tensors = tensors_in(model)
     except SafetensorError as error:
         said = f"the weight files can't be read: {error}"
-        findings.append(Finding("weights", "sick", said, advice="export it again"))
+        findings.append(Finding("weights", "broken", said, advice="export it again"))
         return HealthCheck(Diagnosis(str(model), findings), by)
     findings += check_weights(tensors, entries)
     if all(f"{name}.weight" in tensors for name in record.plan.modules):

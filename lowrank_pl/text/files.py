@@ -1,4 +1,4 @@
-"""Documents out of local files: plain text, JSON, JSON lines and parquet, each also compressed with gzip."""
+"""Documents from local files: plain text, JSON, JSON lines and parquet; all but parquet also compressed with gzip."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["SUFFIXES", "Document", "count_documents", "file_documents", "kind_of", "lines_in_part"]
+__all__ = [
+    "SUFFIXES",
+    "AsText",
+    "Document",
+    "count_documents",
+    "file_documents",
+    "kind_of",
+    "lines_in_part",
+    "row_document",
+]
 
 Document = Callable[[], Iterator[str]]
-"""A document not read yet: calling it yields its text in one or more pieces."""
-
+"""A document that is not read yet: calling it yields its text in one or more pieces."""
 
 KINDS = {".txt": "plain", ".md": "plain", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
 SUFFIXES = (*KINDS, *(f"{suffix}.gz" for suffix in KINDS if suffix != ".parquet"))
-
-
 CHUNK = 1 << 20
-
-
 PARQUET_ROWS = 256
-
-
 AsText = Callable[[Any, str], str]
+"""Returns the text of a row, given the row and its place for error messages."""
 
 
 def kind_of(path: Path) -> str | None:
-    """Return ``"plain"``, ``"json"`` or ``"parquet"`` by the ending of ``path``, None when it is another.
+    """Return ``"plain"``, ``"json"`` or ``"parquet"`` by the suffix of ``path``; None for any other suffix.
 
     >>> kind_of(Path("a.txt.gz"))
     'plain'
@@ -48,32 +49,32 @@ def kind_of(path: Path) -> str | None:
 
 
 def file_documents(paths: Sequence[Path], as_text: AsText) -> Iterator[Document]:
-    """Yield the documents of the files in order: a plain file is one, otherwise each row is.
+    """Yield the documents of the files in order: a plain file is one document; of other files, each row is one.
 
     Args:
         paths: Files of a known kind.
-        as_text: Makes text of a row, given the row and where it stands.
+        as_text: Returns the text of a row, given the row and its place for error messages.
     """
     for path in paths:
         if kind_of(path) == "plain":
             yield partial(_chunks, path)
             continue
         for where, row in _rows(path):
-            yield partial(_row_text, as_text, row, where)
+            yield partial(row_document, as_text, row, where)
 
 
 def count_documents(paths: Sequence[Path]) -> int:
-    """Return how many documents :func:`file_documents` would yield."""
+    """Return the number of documents that ``file_documents`` would yield."""
     return sum(1 if kind_of(path) == "plain" else sum(1 for _ in _rows(path)) for path in paths)
 
 
 def lines_in_part(path: Path, begin: Fraction, end: Fraction) -> Iterator[str]:
-    """Yield the lines of a plain file whose first character lies in that share of all its characters.
+    """Yield the lines of a plain file whose first character lies in the part from ``begin`` to ``end``.
 
     Args:
         path: A plain text file.
-        begin: Where the share begins, from 0.
-        end: Where it ends, up to 1.
+        begin: Beginning of the part, as a fraction of the file's characters.
+        end: End of the part, as a fraction of the file's characters.
     """
     total = sum(map(len, _chunks(path)))
     place = 0
@@ -85,18 +86,19 @@ def lines_in_part(path: Path, begin: Fraction, end: Fraction) -> Iterator[str]:
 
 
 def _chunks(path: Path) -> Iterator[str]:
-    """Yield a plain file in chunks of about a million characters that end where a line does."""
+    """Yield a plain file in chunks of about a million characters, each of which ends with a line."""
     with _opened(path) as file:
         while chunk := file.read(CHUNK):
             yield chunk + file.readline(CHUNK)
 
 
-def _row_text(as_text: AsText, row: Any, where: str) -> Iterator[str]:
+def row_document(as_text: AsText, row: Any, where: str) -> Iterator[str]:
+    """Yield the text of a row; bound to its arguments, this is a ``Document``."""
     yield as_text(row, where)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Return where each row of a file stands, and the row."""
+    """Return the rows of a file, each after its place for error messages."""
     if kind_of(path) == "parquet":
         return _parquet_rows(path)
     with _opened(path) as file:
@@ -144,7 +146,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[str]]:
-    """Open a text file, compressed or not; what goes wrong while it is read becomes one clear sentence."""
+    """Open a text file, compressed or not; errors while it is read become a ``ValueError`` that names the file."""
     try:
         with io.TextIOWrapper(_binary(path), encoding="utf-8-sig") as file:
             yield file
@@ -163,7 +165,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def _undecodable(path: Path) -> ValueError:
-    """Return the sentence that says which byte of the file is not UTF-8."""
+    """Return an error that says which byte of the file is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     place, line = 0, 1
     with _binary(path) as file:
@@ -172,7 +174,7 @@ def _undecodable(path: Path) -> ValueError:
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                # the decoder puts the bytes it held back from the last block before this one
+                # The decoder prepends the bytes that it held back from the last block.
                 held = len(error.object) - len(block)
                 line += block[: max(0, error.start - held)].count(b"\n")
                 return ValueError(

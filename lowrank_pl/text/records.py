@@ -10,8 +10,6 @@ from transformers import PreTrainedTokenizerBase
 __all__ = ["record_text"]
 
 FIELDS = ("text", "content", "messages", "conversations", "conversation", "document", "body", "sentence")
-
-
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
@@ -19,16 +17,16 @@ def record_text(row: Any, where: str, *, field: str | None, tokenizer: PreTraine
     """Return the text of one row: a string as it is, a list of messages as the tokenizer writes a chat.
 
     Args:
-        row: A string, or a mapping that has a field of text or of messages.
-        where: File and line, for the message of an error.
-        field: Which field; by default the first that holds something of ``text``, ``content``, ``messages``...
-        tokenizer: Whose chat template is used for messages.
+        row: A string, or a mapping with a field of text or of messages.
+        where: File and line, for error messages.
+        field: Name of the field; by default the first non-empty one of ``text``, ``content``, ``messages``, ...
+        tokenizer: Tokenizer whose chat template turns messages into text.
 
     Returns:
-        The text, empty when the field holds nothing.
+        The text; empty if the field is empty.
 
     Raises:
-        ValueError: No such field, something that is no text, or messages without a chat template.
+        ValueError: The field is absent, holds something else than text, or holds messages without a chat template.
 
     >>> record_text({"id": 7, "text": "Hello."}, "a.jsonl:1", field=None, tokenizer=None)
     'Hello.'
@@ -42,35 +40,36 @@ def record_text(row: Any, where: str, *, field: str | None, tokenizer: PreTraine
 
 
 def _field(row: Any, where: str, field: str | None) -> tuple[str, Any]:
-    """Return the name and value of the field that holds the text."""
+    """Return the name, for error messages, and the value of the field that holds the text."""
     if isinstance(row, str) and field is None:
         return "the row", row
     if not isinstance(row, dict):
         raise ValueError(f"{where}: the row is {type(row).__name__}, expected an object with a field of text")
-    there = [name for name in (FIELDS if field is None else (field,)) if name in row]
-    # Merged datasets have every field in every row, and null where a row has none.
-    if there:
-        name = next((name for name in there if row[name]), there[0])
+    present = [name for name in (FIELDS if field is None else (field,)) if name in row]
+    # Merged datasets have every field in every row, and null where a row has no value.
+    if present:
+        name = next((name for name in present if row[name]), present[0])
         return f"field {name!r}", row[name]
-    wanted = f"no field {field!r}" if field else f"none of the fields {', '.join(FIELDS)}"
-    raise ValueError(f"{where}: {wanted}; there are {', '.join(map(str, row)) or 'none'}: choose one with ::field=NAME")
+    missing = f"no field {field!r}" if field else f"none of the fields {', '.join(FIELDS)}"
+    found = ", ".join(map(str, row)) or "none"
+    raise ValueError(f"{where}: the row has {missing}, but {found}: choose a field with ::field=NAME")
 
 
 def _chat(messages: list[dict[str, Any]], where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Return a conversation as the tokenizer's chat template writes it."""
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError(
-            f"{where}: the row is a chat, and the tokenizer has no chat template to write it as text: "
+            f"{where}: the row is a chat, but the tokenizer has no chat template: "
             "use an instruct model's tokenizer, or choose a field of plain text with ::field=NAME"
         )
     try:
         return str(tokenizer.apply_chat_template([_message(m, where) for m in messages], tokenize=False))
     except TemplateError as error:
-        raise ValueError(f"{where}: the tokenizer's chat template refuses this chat: {error}") from error
+        raise ValueError(f"{where}: the tokenizer's chat template rejects this chat: {error}") from error
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a message as role and content; ``from`` and ``value`` are the older names for them."""
+    """Return a message with the keys ``role`` and ``content``; older datasets call them ``from`` and ``value``."""
     if "role" in message and "content" in message:
         return message
     if "from" in message and "value" in message:

@@ -1,4 +1,4 @@
-"""Text as sequences of tokens: tokenised as one stream, cut without overlap, kept on disk."""
+"""Text as sequences of tokens: tokenised as one stream, cut without overlap, cached on disk."""
 
 from __future__ import annotations
 
@@ -28,20 +28,11 @@ __all__ = [
     "warn_of_overlap",
 ]
 
-SEGMENT = 1 << 16  # characters tokenised at a time
-
-
-CONTEXT = 1 << 11  # characters around them that are tokenised too, and dropped
-
-
+SEGMENT = 1 << 16  # Characters tokenised at a time.
+CONTEXT = 1 << 11  # Characters on either side that are tokenised with them; their tokens are dropped.
 CACHE_FORMAT = "1"
-
-
 PROBE = "The quick brown fox"
-
-
-PASSAGE = 32  # so many equal tokens in a row are the same passage, not the same phrase
-
+PASSAGE = 32  # This many equal tokens in a row are the same passage, not just the same phrase.
 
 _log = logging.getLogger(__name__)
 
@@ -68,17 +59,19 @@ class Calibration:
 def token_windows(
     text: str, tokenizer: PreTrainedTokenizerBase, *, length: int, sequences: int | None = None
 ) -> Tensor:
-    r"""Return consecutive sequences of tokens of ``text``, or every so many-th, int64 ``[sequences, length]``.
+    r"""Return ``text`` as sequences of tokens, int64 ``[sequences, length]``.
 
-    Documents are joined by a blank line and tokenised as one string without special tokens. Where the tokenizer puts
-    a BOS before every text (:func:`uses_bos`), each sequence is that BOS and ``length - 1`` tokens of text. No more of
-    the text is read than the sequences need. The result is kept under ``cache_root() / "tokens"``.
+    The sequences are consecutive and do not overlap; with ``every=N``, every N-th of them is returned. Documents are
+    joined by a blank line and tokenised as one string without special tokens. If the tokenizer puts a BOS before every
+    text (:func:`uses_bos`), each sequence is that BOS and ``length - 1`` tokens of text. Only as much of the text is
+    read as the sequences need. The result is cached under ``cache_root() / "tokens"``.
 
     Args:
-        text: Name of the text, see :mod:`lowrank_pl.text`.
-        tokenizer: Of the model that will read them.
-        length: Tokens in a sequence, 2 or more.
-        sequences: How many, by default all that the text has. When it has fewer, all are returned and a warning says so.
+        text: Name of the text; see :mod:`lowrank_pl.text.sources`.
+        tokenizer: Tokenizer of the model that will read the sequences.
+        length: Tokens of a sequence, at least 2.
+        sequences: Number of sequences; by default all of the text. If the text has fewer, all are returned, with a
+            warning.
 
     Raises:
         ValueError: The text can't be read, is empty, or has fewer tokens than one sequence.
@@ -89,24 +82,22 @@ def token_windows(
     b'The "assert" sta'
     """
     if length < 2 or (sequences is not None and sequences < 1):
-        raise ValueError(
-            f"windows of text need length >= 2 and sequences >= 1, but length={length}, sequences={sequences}"
-        )
+        raise ValueError(f"length={length}, sequences={sequences} were given: expected length >= 2 and sequences >= 1")
     source = parse_text(text)
     identity = source_identity(source)
     key = sha256_of(CACHE_FORMAT, tokenizer_fingerprint(tokenizer), identity, str(length), str(sequences))
     path = cache_root() / "tokens" / f"{key}.safetensors"
-    found = _cached(path, length)
+    found = _read_cache(path, length)
     if found is None:
         found = _packed(text, tokenizer, length, sequences, every=source.every)
-        _keep(path, found)
+        _write_cache(path, found)
     if sequences is not None and len(found) < sequences:
         _log.warning("%d sequences of %d tokens were asked for, text %r has %d", sequences, length, text, len(found))
     return found.long()
 
 
 def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer itself begins a text with its BOS token, as Gemma's and Llama's do.
+    """Return whether the tokenizer puts its BOS token before every text, as Gemma's and Llama's do.
 
     >>> from lowrank_pl.models.tiny import byte_tokenizer
     >>> uses_bos(byte_tokenizer()), uses_bos(byte_tokenizer(bos=True))
@@ -117,10 +108,10 @@ def uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a SHA-256 of all that decides how the tokenizer turns text and chats into tokens."""
+    """Return the SHA-256 of everything that determines how the tokenizer turns text and chats into tokens."""
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        # these two change with every call that pads or truncates, and no call here does
+        # Both change with every call that pads or truncates, which no call here does.
         state.pop("truncation", None)
         state.pop("padding", None)
     else:
@@ -138,31 +129,31 @@ def sequences_fingerprint(sequences: Tensor) -> str:
     return sha256_of(str(tuple(sequences.shape)), sequences.to(torch.int64).contiguous().cpu().numpy().tobytes())
 
 
-def _cached(path: Path, length: int) -> Tensor | None:
-    """Return the sequences kept at ``path``, None when there are none or the file is damaged."""
+def _read_cache(path: Path, length: int) -> Tensor | None:
+    """Return the sequences cached at ``path``; None if there are none or the file is damaged."""
     if not path.is_file():
         return None
     try:
         found = load(path.read_bytes())["windows"]
     except (SafetensorError, KeyError, OSError, ValueError) as error:
-        _log.warning("token cache %s is damaged and is built anew: %s", path, error)
+        _log.warning("token cache %s is damaged and is built again: %s", path, error)
         return None
     if found.dtype != torch.int32 or found.dim() != 2 or found.shape[1] != length or not len(found):
-        _log.warning("token cache %s holds %s %s and is built anew", path, found.dtype, list(found.shape))
+        _log.warning("token cache %s holds %s %s and is built again", path, found.dtype, list(found.shape))
         return None
     return found
 
 
-def _keep(path: Path, sequences: Tensor) -> None:
-    """Write the sequences for the next time; a cache that can't be written is no reason to stop."""
+def _write_cache(path: Path, sequences: Tensor) -> None:
+    """Write the sequences to the cache; one that is not writable is no reason to stop."""
     try:
         atomic_write(path, save({"windows": sequences}))
     except OSError as error:
-        _log.warning("tokens are not kept for the next time: %s", error)
+        _log.warning("the tokens can't be cached: %s", error)
 
 
 def _packed(text: str, tokenizer: PreTrainedTokenizerBase, length: int, sequences: int | None, *, every: int) -> Tensor:
-    """Return the sequences, int32 ``[sequences, length]``, made from the text."""
+    """Return the sequences of the text, int32 ``[sequences, length]``."""
     bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
     room = length - len(bos)
     wanted = None if sequences is None else ((sequences - 1) * every + 1) * room
@@ -179,20 +170,20 @@ def _packed(text: str, tokenizer: PreTrainedTokenizerBase, length: int, sequence
         raise ValueError(f"text {text!r} is empty")
     if count < room:
         raise ValueError(
-            f"text {text!r} has {count} tokens, one sequence needs {room}: give a longer text or a smaller length"
+            f"text {text!r} has {count} tokens, but one sequence needs {room}: give a longer text or a smaller length"
         )
     body = torch.cat(segments)[: count // room * room].view(-1, room)[::every][:sequences]
     return torch.cat([torch.tensor([bos] * len(body), dtype=torch.int32).view(len(body), len(bos)), body], dim=1)
 
 
 def _token_stream(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Yield the tokens of the string that the pieces make, in lists, the same as if it were tokenised at once.
+    """Yield, in lists, the tokens of the joined pieces, the same as if they were tokenised at once.
 
-    What a token is depends on the text on both sides, and some tokenizers put a space before whatever they are given.
-    So every segment is tokenised together with its surroundings, and only the tokens that begin inside it are taken.
+    Tokens depend on the text on both sides, and some tokenizers put a space before each text. Every segment is
+    therefore tokenised with its context, and only the tokens that begin inside the segment are taken.
     """
-    buffer, settled = "", 0  # the first `settled` characters of the buffer have had their tokens taken
-    for piece in _short(pieces):
+    buffer, settled = "", 0  # The tokens of the first `settled` characters of the buffer are taken.
+    for piece in _split(pieces):
         buffer += piece
         end = len(buffer) - CONTEXT
         if end - settled < SEGMENT:
@@ -205,17 +196,17 @@ def _token_stream(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> 
         yield _tokens_between(buffer, settled, len(buffer) + 1, tokenizer)[1]
 
 
-def _short(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the pieces, long ones in parts."""
+def _split(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the pieces, split into parts of at most ``SEGMENT`` characters."""
     for piece in pieces:
         for begin in range(0, len(piece), SEGMENT):
             yield piece[begin : begin + SEGMENT]
 
 
 def _tokens_between(buffer: str, begin: int, end: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[int]]:
-    """Return where the tokens taken end, and the tokens that begin at a character in ``[begin, end)``."""
+    """Return where the tokens end, and the tokens that begin at a character in ``[begin, end)``."""
     if not tokenizer.is_fast:
-        # no offsets here: cut where a line ends, which no usual token crosses
+        # Without offsets, cut at the end of a line, which tokens rarely cross.
         if end < len(buffer):
             end = buffer.rfind("\n", begin, end) + 1 or end
         return end, tokenizer(buffer[begin:end], add_special_tokens=False, verbose=False)["input_ids"]
@@ -227,13 +218,13 @@ def _tokens_between(buffer: str, begin: int, end: int, tokenizer: PreTrainedToke
 def count_overlapping(
     sequences: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> int:
-    """Return how many of ``sequences`` ``[sequences, length]`` have their middle passage in one of ``others``.
+    """Return how many ``sequences`` have their middle passage in ``others`` too.
 
     Args:
-        sequences: Token ids that should be new.
-        others: Token ids that were used, each ``[sequences, length]``.
-        tokenizer: The one that made them: its BOS at the head of sequences is no text. Without it, it is taken for some,
-            and a passage that goes on behind it is not found.
+        sequences: ``[sequences, length]`` token ids, for example of a text to score.
+        others: Token ids to compare with, each ``[sequences, length]``, for example of the calibration text.
+        tokenizer: The tokenizer of both, so that a BOS at the head of sequences is skipped. Without it, passages that
+            go on across the BOS of ``others`` are not found.
     """
     bos = int(tokenizer is not None and uses_bos(tokenizer))
     streams = [part[:, bos:].flatten() for part in others]
@@ -241,23 +232,23 @@ def count_overlapping(
 
 
 def warn_of_overlap(sequences: Tensor, others: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-    """Warn of sequences to score whose text is learned from.
+    """Log a warning if the text of some sequences to score is also used for calibration or learning.
 
     Args:
-        sequences: As in ``count_overlapping``.
-        others: Those that are learned from.
-        tokenizer: The one that made them.
-        what: What the sequences are called.
+        sequences: ``[sequences, length]`` token ids to score.
+        others: Token ids used for calibration or learning, each ``[sequences, length]``.
+        tokenizer: The tokenizer of both.
+        what: What the sequences to score are called in the warning.
     """
-    known = count_overlapping(sequences, others, tokenizer)
-    if known:
+    count = count_overlapping(sequences, others, tokenizer)
+    if count:
         _log.warning(
-            "%d of %d %s hold text that is learnt from as well: their perplexity flatters", known, len(sequences), what
+            "%d of %d %s hold text that is also learned from: their perplexity is too low", count, len(sequences), what
         )
 
 
 def _contains(stream: Tensor, sequence: Tensor) -> bool:
-    """Return whether the tokens in the middle of ``sequence`` stand in a row in ``stream``."""
+    """Return whether ``stream`` contains the tokens in the middle of ``sequence``, in a row."""
     begin = max(0, (len(sequence) - PASSAGE) // 2)
     probe = sequence[begin : begin + PASSAGE]
     if len(stream) < len(probe):

@@ -7,18 +7,21 @@ source                  what it is                                              
 ======================  ==============================================================  =============================
 ``python-docs``         the English documentation that ships with Python                ``part``, ``limit``,
                                                                                         ``every``
-file, folder or glob    ``.txt .md .json .jsonl .parquet``, each also with ``.gz``      ``field``, ``part``, ``limit``,
+file, folder or glob    ``.txt .md .json .jsonl .parquet``, also gzipped (``.gz``)      ``field``, ``part``, ``limit``,
                                                                                         ``every``
 ``OWNER/NAME``          dataset of the hub, streamed; ``hub:NAME`` says so explicitly   ``field``, ``config``,
                                                                                         ``split``, ``revision``,
                                                                                         ``limit``, ``every``
 ======================  ==============================================================  =============================
 
-``limit=N`` takes the first N documents. ``part=A%-B%`` takes a share: of the *characters* of ``python-docs`` (whole
-topics, spread over the alphabet) and of a single ``.txt`` or ``.md`` file (whole lines, in order); of the *documents*
-of any other local source (in order). Parts that do not overlap share no document and no line. ``every=N`` takes every
-N-th sequence of tokens of all that: as many sequences of a text in a fixed order, such as an encyclopaedia's, are then of N
-times as many articles.
+``limit=N`` takes the first N documents.
+
+``part=A%-B%`` takes a part of the *characters* of ``python-docs`` (whole topics, spread over the alphabet) or of a
+single ``.txt`` or ``.md`` file (whole lines, in order), or of the *documents* of any other local source (in order).
+Parts that do not overlap have no document and no line in common.
+
+``every=N`` takes every N-th sequence of tokens. Of a text in a fixed order, such as an encyclopaedia, as many sequences
+then cover N times as many articles.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import hashlib
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from functools import partial
@@ -37,23 +40,25 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowrank_pl.text.files import SUFFIXES, Document, count_documents, file_documents, kind_of, lines_in_part
+from lowrank_pl.text.files import (
+    SUFFIXES,
+    AsText,
+    Document,
+    count_documents,
+    file_documents,
+    kind_of,
+    lines_in_part,
+    row_document,
+)
 from lowrank_pl.text.records import record_text
 from lowrank_pl.utils.files import sha256_of
 
-__all__ = ["TextSource", "named_texts", "parse_text", "read_documents", "read_stream", "source_identity"]
+__all__ = ["TextSource", "named_texts", "parse_text", "read_stream", "source_identity"]
 
 PYTHON_DOCS = "python-docs"
-
-
 HUB = "hub:"
-
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
 PART = re.compile(r"\s*(\d+(?:\.\d+)?)%\s*-\s*(\d+(?:\.\d+)?)%\s*")
-
 
 OPTIONS = {
     "docs": ("part", "limit", "every"),
@@ -61,24 +66,27 @@ OPTIONS = {
     "hub": ("field", "config", "split", "revision", "limit", "every"),
 }
 
-
-REPEATED = 60  # a paragraph of so many characters that stands in two topics is a copy, not a common phrase
-
+REPEATED = 60  # A paragraph of at least this many characters that two topics have in common is a copy.
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """What a text's name says, checked.
+    """A text's name, parsed and checked.
 
     Attributes:
         text: The name as given.
         kind: ``"docs"``, ``"files"`` or ``"hub"``.
-        name: The source without prefix and options; local ones as an absolute path.
-        paths: The files, sorted, of a local source.
-        part: Beginning and end of the share, between 0 and 1.
-        every: Which sequences to take: the first of every so many.
+        name: The source without prefix and options; an absolute path for local sources.
+        paths: The files of a local source, sorted.
+        field: Name of the field that holds the text; by default the first that is known and not empty.
+        config: Configuration of a hub dataset.
+        split: Split of a hub dataset.
+        revision: Revision of a hub dataset.
+        part: Beginning and end of the part to take, as fractions.
+        limit: Number of documents to take.
+        every: Take every N-th sequence of tokens.
     """
 
     text: str = field(compare=False)
@@ -95,10 +103,10 @@ class TextSource:
 
 
 def parse_text(text: str) -> TextSource:
-    """Return what ``text`` names; nothing is read yet, but local files must be there.
+    """Return the parsed name ``text``; nothing is read yet, but local files must exist.
 
     Raises:
-        ValueError: Unknown option, bad value, or a source that is neither a local file nor the form of a dataset's id.
+        ValueError: An option or its value is invalid, or the source is neither local nor like the id of a dataset.
 
     >>> parse_text("python-docs::part=50%-100%,limit=3").limit
     3
@@ -117,11 +125,11 @@ def parse_text(text: str) -> TextSource:
     else:
         raise ValueError(
             f"text {text!r}: {Path(name).absolute()} is no file, folder or glob with a match, and {name!r} is not the "
-            f"id OWNER/NAME of a hub dataset either: give one of these, or {PYTHON_DOCS}"
+            f"id OWNER/NAME of a hub dataset: give a path, the id of a dataset, or {PYTHON_DOCS}"
         )
     _check_options(text, kind, given)
     values: dict[str, Any] = dict(given)
-    for option, what in (("limit", "a number of documents"), ("every", "a number of windows")):
+    for option, what in (("limit", "a number of documents"), ("every", "a number of sequences")):
         if option in given:
             values[option] = _count(text, option, given[option], what)
     if "part" in given:
@@ -129,36 +137,27 @@ def parse_text(text: str) -> TextSource:
     return TextSource(text=text, kind=kind, name=name, paths=paths, **values)
 
 
-def read_documents(text: str, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
-    """Yield the documents of ``text`` one after the other; a large text file comes in consecutive chunks.
+def read_stream(text: str, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
+    r"""Yield the pieces of one long string: the documents of ``text``, joined by ``"\n\n"``.
+
+    A document is one piece, but a large text file comes in consecutive chunks.
 
     Args:
-        text: Name of the text, see the head of this module.
-        tokenizer: Whose chat template turns rows of messages into text; of no use for plain text.
+        text: Name of the text, as the head of this module describes it.
+        tokenizer: Tokenizer whose chat template turns rows of messages into text; not needed for plain text.
 
     Raises:
-        ValueError: The text can't be read; the message says what was found where.
+        ValueError: The text can't be read; the message says what was found, and where.
 
-    >>> next(read_documents("python-docs::limit=1")).splitlines()[0]
+    >>> next(read_stream("python-docs::limit=1")).splitlines()[0]
     'The "assert" statement'
-    """
-    for _, piece in _pieces(parse_text(text), tokenizer):
-        yield piece
-
-
-def read_stream(text: str, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
-    r"""Yield the pieces of one long string: the documents of ``text`` joined by ``"\n\n"``.
-
-    Args:
-        text: Name of the text.
-        tokenizer: As in :func:`read_documents`.
     """
     for place, (first, piece) in enumerate(_pieces(parse_text(text), tokenizer)):
         yield "\n\n" + piece if first and place else piece
 
 
 def source_identity(source: TextSource) -> str:
-    """Return a fingerprint that changes when the text does: by content, by size and time of files, or by revision."""
+    """Return a fingerprint that changes with the text: with its content, size and time of its files, or revision."""
     parts = [f"{entry.name}={getattr(source, entry.name)}" for entry in fields(source) if entry.name != "text"]
     if source.kind == "docs":
         parts += [sys.version, *(key + topic for key, topic in sorted(_topics().items()))]
@@ -172,7 +171,7 @@ def source_identity(source: TextSource) -> str:
 
 
 def _options(text: str, tail: str) -> dict[str, str]:
-    """Return the pairs of ``key=value,key=value``."""
+    """Return the options of ``key=value,key=value`` by key."""
     given: dict[str, str] = {}
     for pair in tail.split(","):
         key, equals, value = (side.strip() for side in pair.partition("="))
@@ -183,12 +182,12 @@ def _options(text: str, tail: str) -> dict[str, str]:
 
 
 def _check_options(text: str, kind: str, given: dict[str, str]) -> None:
-    """Raise when an option is unknown or has no meaning for this kind of source."""
+    """Raise ``ValueError`` if an option is unknown or does not apply to this kind of source."""
     source = {"docs": PYTHON_DOCS, "files": "local files", "hub": "hub datasets"}[kind]
     for key in given:
         if key == "part" and kind == "hub":
             raise ValueError(
-                f"text {text!r}: a streamed dataset has no known end of which to take a part=: "
+                f"text {text!r}: part= does not work on a streamed dataset, whose length is unknown: "
                 "name another split with split=, or take its first N documents with limit=N"
             )
         if key not in OPTIONS[kind]:
@@ -206,22 +205,22 @@ def _part(text: str, value: str) -> tuple[Fraction, Fraction]:
     begin, end = (Fraction(number) / 100 for number in match.groups()) if match else (Fraction(0), Fraction(0))
     if not 0 <= begin < end <= 1:
         raise ValueError(
-            f"text {text!r}: part={value} is not a share, expected A%-B% with 0 <= A < B <= 100, as 0%-50%"
+            f"text {text!r}: part={value} is not a part, expected A%-B% with 0 <= A < B <= 100, such as 0%-50%"
         )
     return begin, end
 
 
 def _local_files(text: str, name: str) -> tuple[Path, ...]:
-    """Return the absolute paths that ``name`` names, sorted; none when nothing is there."""
+    """Return the absolute paths of the files that ``name`` names, sorted; none if there are none."""
     path = Path(name).expanduser()
     try:
         is_file, is_dir = path.is_file(), bool(name) and path.is_dir()
-    except OSError:  # too long for a path
+    except OSError:  # The name is too long for a path.
         return ()
     if is_file:
         if kind_of(path) is None:
             raise ValueError(
-                f"text {text!r}: the ending {path.suffix!r} is not one that is read: {', '.join(SUFFIXES)}"
+                f"text {text!r}: files with the suffix {path.suffix!r} can't be read: expected {', '.join(SUFFIXES)}"
             )
         return (path.resolve(),)
     if is_dir:
@@ -231,15 +230,15 @@ def _local_files(text: str, name: str) -> tuple[Path, ...]:
     files = sorted(file.resolve() for file in found if file.is_file())
     known = tuple(file for file in files if kind_of(file) is not None)
     if len(known) < len(files):
-        _log.warning("text %r: %d of %d files are left out, their endings are unknown", text, len(files) - len(known),
-                     len(files))  # fmt: skip
+        skipped = len(files) - len(known)
+        _log.warning("text %r: %d of %d files are left out, their suffixes are unknown", text, skipped, len(files))
     if not known and (files or is_dir):
-        raise ValueError(f"text {text!r}: no file there has an ending that is read: {', '.join(SUFFIXES)}")
+        raise ValueError(f"text {text!r}: it has no file with a known suffix: expected {', '.join(SUFFIXES)}")
     return known
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """Return what matches a glob; without a wildcard nothing does, as there is no such file."""
+    """Return the paths that match a glob; a pattern without a wildcard matches nothing."""
     if not any(letter in str(pattern) for letter in "*?["):
         return []
     root = Path(pattern.anchor)
@@ -256,7 +255,7 @@ def _pieces(source: TextSource, tokenizer: PreTrainedTokenizerBase | None) -> It
 
 
 def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
-    """Return the documents of the part that is asked for, each read only when it is called."""
+    """Return the documents of the part that the source names, each read only when it is called."""
     if source.kind == "docs":
         return _docs_documents(source.part)
     as_text = partial(record_text, field=source.field, tokenizer=tokenizer)
@@ -267,15 +266,15 @@ def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase | None) ->
     if len(source.paths) == 1 and kind_of(source.paths[0]) == "plain":
         return iter([partial(lines_in_part, source.paths[0], *source.part)])
     count = count_documents(source.paths)
-    begin, end = (int(share * count) for share in source.part)
+    begin, end = (int(fraction * count) for fraction in source.part)
     return islice(file_documents(source.paths, as_text), begin, end)
 
 
 def _docs_documents(part: tuple[Fraction, Fraction] | None) -> Iterator[Document]:
-    """Yield the topics of Python's documentation in alphabetical order, all or those of a part.
+    """Yield the topics of Python's documentation, all or those of a part, in alphabetical order.
 
-    A topic belongs to the part in which its middle lies when all stand in the order of their hashes: shares are
-    balanced by characters, hold every kind of topic, and hardly move from one version of Python to the next.
+    In the order of the topics' hashes, a topic belongs to the part in which its middle lies. Parts are thereby balanced
+    by characters, hold every kind of topic, and hardly change from one version of Python to the next.
     """
     topics = _topics()
     begin, end = part or (Fraction(0), Fraction(1))
@@ -289,10 +288,10 @@ def _docs_documents(part: tuple[Fraction, Fraction] | None) -> Iterator[Document
 
 
 def _topics() -> dict[str, str]:
-    """Return the topics of ``pydoc``, longest first, without what a longer one already says.
+    """Return the topics of ``pydoc``, longest first, without paragraphs that a longer topic contains.
 
-    A sixth of the text stands there twice, a chapter and then its sections, which would put the same paragraphs into
-    both halves of the text. A topic of which more than half is in longer ones is left out, and so is each paragraph.
+    A sixth of the text occurs twice, in a chapter and in its sections: both halves of the text would hold the same
+    paragraphs. A topic is left out if longer topics contain more than half of it.
     """
     from pydoc_data.topics import topics
 
@@ -307,8 +306,8 @@ def _topics() -> dict[str, str]:
     return kept
 
 
-def _hub_documents(source: TextSource, as_text: Callable[[Any, str], str]) -> Iterator[Document]:
-    """Yield the rows of a dataset of the hub, or of a local folder of that layout, without downloading it first."""
+def _hub_documents(source: TextSource, as_text: AsText) -> Iterator[Document]:
+    """Yield the rows of a hub dataset, or of a local folder of the same layout, without downloading it first."""
     import datasets
 
     try:
@@ -316,31 +315,27 @@ def _hub_documents(source: TextSource, as_text: Callable[[Any, str], str]) -> It
             source.name, source.config, split=source.split, revision=source.revision, streaming=True
         )
         for number, row in enumerate(rows, 1):
-            yield partial(_one, as_text, row, f"{source.name} row {number}")
-    except Exception as error:  # builders, file systems and HTTP clients each raise their own kinds
+            yield partial(row_document, as_text, row, f"{source.name} row {number}")
+    except Exception as error:  # Builders, file systems and HTTP clients raise exceptions of their own.
         raise _unreachable(source, error) from error
 
 
-def _one(as_text: Callable[[Any, str], str], row: Any, where: str) -> Iterator[str]:
-    yield as_text(row, where)
-
-
 def _unreachable(source: TextSource, error: Exception) -> ValueError:
-    """Return the sentence for a dataset that could not be opened or read."""
+    """Return the error for a dataset that could not be opened or read."""
     here = "" if source.text.startswith(HUB) else f"there is no file or folder {Path(source.name).absolute()}, and "
     reason = (str(error).strip().splitlines() or [""])[0]
     return ValueError(
         f"text {source.text!r}: {here}the hub dataset {source.name!r} (config {source.config or 'default'}, split "
-        f"{source.split}) could not be read: {type(error).__name__}: {reason}. Check the spelling of name, config= and "
-        "split= and the connection, or download the data and give the path of its files"
+        f"{source.split}) could not be read: {type(error).__name__}: {reason}. Check the name, config=, split= and the "
+        "connection, or download the data and give the path of its files"
     )
 
 
 def named_texts(entries: Sequence[str]) -> dict[str, str]:
-    """Return the texts to score by name, each given as ``NAME=TEXT``, or as ``TEXT``, which its file names.
+    """Return the texts to score by name, each given as ``NAME=TEXT``, or as ``TEXT`` and then named after its file.
 
     Raises:
-        ValueError: Two have the same name.
+        ValueError: Two texts have the same name.
 
     >>> named_texts(["wiki=a/test.txt", "b/c4.jsonl::part=50%-100%"])
     {'wiki': 'a/test.txt', 'c4': 'b/c4.jsonl::part=50%-100%'}
@@ -348,13 +343,13 @@ def named_texts(entries: Sequence[str]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for name, text in map(_named_text, entries):
         if name in texts:
-            raise ValueError(f"two texts to score are called {name!r}: name them, as NAME=TEXT")
+            raise ValueError(f"two texts to score are called {name!r}: give each a name, as NAME=TEXT")
         texts[name] = text
     return texts
 
 
 def _named_text(entry: str) -> tuple[str, str]:
-    """Return name and text of ``NAME=TEXT``, or of ``TEXT``, which then names itself by its file."""
+    """Return the name and the text of one entry of ``named_texts``."""
     named = re.fullmatch(r"([\w.-]+)=(.+)", entry, flags=re.DOTALL)
     if named:
         return named[1], named[2]

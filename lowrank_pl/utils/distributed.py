@@ -1,4 +1,4 @@
-"""Processes that work together: shares of the work, sums over all, and who goes first. Alone, each does everything."""
+"""Cooperating processes: shares of the work, sums over all processes, and order. A process alone does all the work."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ __all__ = [
 ]
 
 Item = TypeVar("Item")
-
-
 _COOPERATING = ContextVar("cooperating", default=False)
 
 
 @contextmanager
 def cooperating() -> Iterator[None]:
-    """Let all processes of ``torch.distributed`` share the work that is asked for inside the block.
+    """Let all processes of ``torch.distributed`` share the work inside the block.
 
-    All of them have to run the block with the same arguments. Outside of one, or where ``torch.distributed`` is not
-    initialised, a process is alone: the first one may measure or export something while the others wait.
+    All processes have to run the block with the same arguments. Outside the block, and where ``torch.distributed`` is
+    not initialised, each process works alone: the first process may then measure or export something while the others
+    wait.
 
     Example:
         >>> with cooperating():
@@ -52,7 +51,7 @@ def cooperating() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Return how many processes share the work."""
+    """Return the number of processes that share the work; 1 outside ``cooperating``."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed and _COOPERATING.get() else 1
 
@@ -62,24 +61,24 @@ def _rank() -> int:
 
 
 def is_first() -> bool:
-    """Tell whether this is the process that speaks, claims and decides for all."""
+    """Tell whether this is the process that logs, locks and decides for all."""
     return _rank() == 0
 
 
 def my_share(items: Sequence[Item]) -> list[Item]:
-    """Return those of ``items`` that are this process's to work on; every one goes to exactly one process."""
+    """Return this process's share of ``items``; each item belongs to exactly one process."""
     return list(items[_rank() :: world_size()])
 
 
 def my_balanced_share(items: Sequence[Item], costs: Sequence[float]) -> list[Item]:
-    """Return this process's share of ``items``, in order, so that all processes have about the same cost.
+    """Return this process's share of ``items``, in order, such that all shares cost about the same.
 
-    The most expensive item that is left goes to the process that has least to do (Graham's rule: at most a third more
-    than the best there is).
+    The most expensive remaining item goes to the process with the lowest load (Graham's rule: the highest load is at
+    most a third above the optimum).
 
     Args:
-        items: The same on all processes.
-        costs: What each takes, in any unit.
+        items: The items, the same on all processes.
+        costs: Cost of each item, in any unit.
     """
     loads = [0.0] * world_size()
     mine = set()
@@ -92,10 +91,10 @@ def my_balanced_share(items: Sequence[Item], costs: Sequence[float]) -> list[Ite
 
 
 def sum_across_processes(numbers: Tensor) -> None:
-    """Replace ``numbers``, of the same shape on all processes, by their sum over all, added in float64."""
+    """Replace ``numbers`` by their sum over all processes, added in float64; all have the same shape."""
     if world_size() == 1:
         return
-    # NCCL sends from a GPU only, gloo is surest from the CPU.
+    # NCCL sends from GPUs only; gloo is most reliable from the CPU.
     nccl = torch.distributed.get_backend() == "nccl"
     added = numbers.to("cuda" if nccl else "cpu", torch.float64)
     torch.distributed.all_reduce(added)
@@ -110,7 +109,7 @@ def total_across_processes(number: int) -> int:
 
 
 def broadcast_from_first(make: Callable[[], Item]) -> Item:
-    """Return what ``make`` returns on the first process; the others don't call it."""
+    """Return what ``make`` returns on the first process; the other processes do not call it."""
     if world_size() == 1:
         return make()
     made: list[Item | None] = [make() if is_first() else None]
@@ -119,21 +118,21 @@ def broadcast_from_first(make: Callable[[], Item]) -> Item:
 
 
 def barrier() -> None:
-    """Return when all processes have come here."""
+    """Return once all processes have reached this call."""
     if world_size() > 1:
         torch.distributed.barrier()
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the job is gone, without which this one can't go on."""
+    """Another process of the run has ended or cannot be reached, so this one cannot go on."""
 
 
 @contextmanager
 def explain_lost_process(advice: Callable[[], str]) -> Iterator[None]:
-    """Turn the errors by which a process notices that another one is gone into one that says so.
+    """Turn the communication errors that follow from a lost process into a ``LostProcessError``.
 
     Args:
-        advice: Says how to go on.
+        advice: Returns what the user can do, for the message.
 
     Raises:
         LostProcessError: A message could not be sent to, or received from, another process.
@@ -141,24 +140,23 @@ def explain_lost_process(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Errors of gloo have no type of their own; the path of its source begins each.
+        # Gloo has no exception type of its own; each message begins with the path of its source file.
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise
-        said = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        cause = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
         raise LostProcessError(
-            f"another process of this run has ended or can't be reached ({said}): see what it said last; {advice()}"
+            f"another process of this run has ended or can't be reached ({cause}): see its last message; {advice()}"
         ) from error
 
 
 @contextmanager
 def one_process_at_a_time() -> Iterator[None]:
-    """Let the first process run the block before the others do, so that they find what it creates."""
+    """Let the first process run the block before the others, so that they find what it creates."""
     if not is_first():
         barrier()
     try:
         yield
     finally:
-        # After an error as well: the others run into the same one and say so, instead of waiting for a process that
-        # is gone.
+        # After an error too: the other processes then meet the same error, instead of waiting for a lost process.
         if is_first():
             barrier()

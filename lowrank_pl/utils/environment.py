@@ -1,4 +1,4 @@
-"""What a figure was measured on, and how much memory it took."""
+"""The machine: processor, memory, devices, time, and the command line of this process."""
 
 from __future__ import annotations
 
@@ -28,22 +28,14 @@ __all__ = [
 ]
 
 Outcome = TypeVar("Outcome")
-
-
 _CLEAR = Path("/proc/self/clear_refs")
-
-
 _STATUS = Path("/proc/self/status")
-
-
 _MEMORY = Path("/proc/meminfo")
-
-
 _CPU = Path("/proc/cpuinfo")
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return processor, cores and threads, accelerator, and the versions of Python and torch, as JSON values.
+    """Return processor, cores, threads, accelerator and the versions of Python and torch, as JSON values.
 
     >>> sorted(describe_machine())
     ['accelerator', 'cores', 'processor', 'python', 'threads', 'torch']
@@ -60,19 +52,19 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
-    """Return the most bytes that this process has held since the last reset: of the GPU, or resident on the host."""
+    """Return the peak memory of this process since the last reset, in bytes: on the GPU, or resident on the host."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    high = _status("VmHWM")
-    if high is not None:
-        return high
+    peak = _process_bytes("VmHWM")
+    if peak is not None:
+        return peak
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
-    """Let ``peak_memory`` count from now on; False where the system can't, and it counts from the process's start."""
+    """Let ``peak_memory`` count from now on; return False where the system can only count from the process's start."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -93,33 +85,33 @@ def _processor() -> str:
 
 
 def resident_memory() -> int:
-    """Return the bytes that this process holds in main memory now; where the system doesn't say, the most it held."""
-    resident = _status("VmRSS")
+    """Return the resident memory of this process in bytes; its peak where the system does not report that."""
+    resident = _process_bytes("VmRSS")
     return peak_memory() if resident is None else resident
 
 
 def available_memory() -> int | None:
-    """Return the bytes of main memory that programs could take without swapping; None where the system doesn't say."""
-    return _noted(_MEMORY, "MemAvailable")
+    """Return the main memory available without swapping, in bytes; None where the system does not report it."""
+    return _bytes_in(_MEMORY, "MemAvailable")
 
 
 def total_memory() -> int | None:
-    """Return the bytes of main memory that there are; None where the system doesn't say."""
+    """Return the size of main memory in bytes; None where the system does not report it."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
 def free_memory(device: torch.device | str = "cpu") -> int | None:
-    """Return the bytes that are free on ``device``, or in main memory; None where the system doesn't say."""
+    """Return the free memory of ``device`` in bytes; None where the system does not report it."""
     device = torch.device(device)
     if device.type != "cuda":
         return available_memory()
-    # What freed tensors have left to the allocator is no one else's.
+    # Memory of freed tensors, which torch's allocator keeps, is free for this process.
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 
 
 def timed(action: Callable[[], Outcome], device: torch.device | str = "cpu") -> tuple[Outcome, float]:
-    """Return what ``action`` returns, and the seconds until ``device`` is done with it, which was idle before."""
+    """Return the result of ``action`` and the seconds until ``device`` has finished it."""
     device = torch.device(device)
     _wait(device)
     began = time.perf_counter()
@@ -133,12 +125,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _status(name: str) -> int | None:
-    """Return the bytes that the system notes under ``name`` for this process; None where it notes none."""
-    return _noted(_STATUS, name)
+def _process_bytes(name: str) -> int | None:
+    """Return the entry ``name`` of this process's status, in bytes; None where there is no such entry."""
+    return _bytes_in(_STATUS, name)
 
 
-def _noted(path: Path, name: str) -> int | None:
+def _bytes_in(path: Path, name: str) -> int | None:
     if path.exists():
         for line in path.read_text().splitlines():
             if line.startswith(f"{name}:"):
@@ -147,23 +139,23 @@ def _noted(path: Path, name: str) -> int | None:
 
 
 def command_line() -> str:
-    """Return the command that this process was started with, for model cards and summaries."""
-    # `python -m lowrank_pl` has the path of __main__.py there.
+    """Return the command that started this process, for model cards and summaries."""
+    # With `python -m lowrank_pl`, argv[0] is the path of __main__.py.
     program = Path(sys.argv[0]).name.replace("__main__.py", "lowrank")
     return shlex.join([program, *sys.argv[1:]])
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called ``name``; for ``auto`` that is ``cuda`` where there is one, else ``cpu``.
+    """Return the device called ``name``; ``auto`` is ``cuda`` where there is a GPU, else ``cpu``.
 
     Raises:
-        ValueError: There is no such device here.
+        ValueError: This machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    # What is raised depends on how torch was built.
+    # The exception type depends on how torch was built.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"device {name!r} can't be used here ({str(error).splitlines()[0]}): give auto, cpu or cuda"

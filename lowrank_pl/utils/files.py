@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, fingerprints and the cache folder."""
+"""Files that are either complete or absent: atomic writes, locks, hashes and the cache folder."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ def canonical_json(value: Any) -> str:
 
 @contextmanager
 def locked(lock: Path, what: str) -> Iterator[None]:
-    """Let no other process into a block with the same ``lock`` while this one runs; wait for one that is in it.
+    """Hold the file lock ``lock`` while the block runs; wait for a process that holds it.
 
-    A killed process gives its claim back.
+    The operating system releases the lock of a killed process.
 
     Args:
-        lock: A file, made if absent.
-        what: What the others are at, for the log.
+        lock: The lock file, created if absent.
+        what: What a run that holds the lock is doing, for the log.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    claim = FileLock(lock)
+    file_lock = FileLock(lock)
     try:
-        claim.acquire(timeout=0)
+        file_lock.acquire(timeout=0)
     except Timeout:
         _log.warning("another run is %s: waiting for it to end", what)
-        claim.acquire()
+        file_lock.acquire()
     try:
         yield
     finally:
-        claim.release()
+        file_lock.release()
 
 
 def sha256_of(*parts: str | bytes | memoryview) -> str:
-    """Return the hexadecimal SHA-256 of the parts; where one part ends and the next begins counts.
+    """Return the hexadecimal SHA-256 of the parts; it also depends on where one part ends and the next begins.
 
     >>> sha256_of("ab", "c") == sha256_of("a", "bc")
     False
@@ -72,10 +72,10 @@ def sha256_of(*parts: str | bytes | memoryview) -> str:
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> Path:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, never a part.
+    """Write ``data`` to ``path`` so that a reader sees the old file or the complete new one, never a part.
 
     Raises:
-        OSError: The disk is full or the folder can't be written; ``path`` is then untouched.
+        OSError: The disk is full or the folder is not writable; ``path`` is then unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,19 +94,19 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write ``value`` as indented JSON, atomically, keys in the order given."""
+    """Write ``value`` as indented JSON, atomically, with its keys in the given order."""
     return atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``path`` when the block ends well and vanishes when it does not.
+    """Yield a temporary folder that becomes ``path`` when the block succeeds and is removed when it fails.
 
     Its files get the permissions that a plain ``open`` gives. An older folder at ``path`` is replaced only at the end,
     so a failure or Ctrl-C loses nothing.
 
     Args:
-        path: The folder to make.
+        path: The folder to create.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         _apply_umask(building, 0o777)
         yield building
         for file in building.rglob("*"):
-            # safetensors keeps weights to their owner, and an export is there to be shared.
+            # safetensors makes weights readable by their owner only, but an export is there to be shared.
             if file.is_file():
                 _apply_umask(file, 0o666)
         _swap(building, path)
@@ -125,7 +125,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def _swap(building: Path, path: Path) -> None:
-    """Put ``building`` in the place of ``path``."""
+    """Replace ``path`` by ``building``; put the old folder back if that fails."""
     if not path.exists():
         os.replace(building, path)
         return
@@ -142,7 +142,7 @@ def _swap(building: Path, path: Path) -> None:
 
 
 def _apply_umask(path: Path, mode: int) -> None:
-    """Give ``path`` the mode that a plain ``open`` or ``mkdir`` would: ``mkstemp`` makes it private."""
+    """Give ``path`` the mode of a plain ``open`` or ``mkdir``; ``mkstemp`` and ``mkdtemp`` make it private."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(mode & ~mask)

@@ -1,24 +1,16 @@
-"""Figures and tables in units for people."""
+"""Numbers, names and tables as text that people read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from lowrank_pl.utils.files import atomic_write
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["block_and_kind", "gigabytes", "percent", "save_figure", "table"]
+__all__ = ["block_and_kind", "duration", "gigabytes", "megabytes", "percent", "rounded_perplexity", "table"]
 
 
 def block_and_kind(name: str) -> tuple[int | None, str]:
-    """Return the block index of a module and its path within the block; ``None`` outside any block.
+    """Return a module's block index and its name inside the block; the index is ``None`` outside any block.
 
     >>> block_and_kind("model.layers.3.self_attn.q_proj"), block_and_kind("lm_head")
     ((3, 'self_attn.q_proj'), (None, 'lm_head'))
@@ -28,15 +20,15 @@ def block_and_kind(name: str) -> tuple[int | None, str]:
     return (None, name) if place is None else (int(parts[place]), ".".join(parts[place + 1 :]))
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write ``figure`` to ``path`` as PNG, whole or not at all, and return the path."""
-    picture = BytesIO()
-    figure.savefig(picture, dpi=150, format="png")
-    return atomic_write(path, picture.getvalue())
-
-
 def table(head: Sequence[str], body: Sequence[Sequence[str]], fmt: str, *, align: Sequence[str] | None = None) -> str:
-    """Return text cells as a table of ``tabulate``'s ``fmt``: the first column left, the others right, unless said."""
+    """Return text cells as a table in ``tabulate``'s format ``fmt``.
+
+    Args:
+        head: Column headers.
+        body: Rows of cells.
+        fmt: Name of the format, such as ``simple`` or ``github``.
+        align: Alignment of each column; by default the first is ``left`` and the others are ``right``.
+    """
     align = align or ("left", *["right"] * (len(head) - 1))
     return tabulate(body, headers=head, tablefmt=fmt, colalign=align, disable_numparse=True)
 
@@ -60,7 +52,7 @@ def megabytes(count: int) -> str:
 
 
 def rounded_perplexity(value: float) -> str:
-    """Return a perplexity with as many digits as a reader wants.
+    """Return a perplexity rounded to two decimals, or in scientific notation from 100,000 on.
 
     >>> rounded_perplexity(23.456), rounded_perplexity(1.5e7)
     ('23.46', '1.5e+07')
@@ -69,7 +61,7 @@ def rounded_perplexity(value: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Return bytes in GB, or in MB below one.
+    """Return bytes in GB, in MB below one GB, and ``-`` for none.
 
     >>> gigabytes(2.5e9), gigabytes(3e6), gigabytes(0)
     ('2.50 GB', '3 MB', '-')
@@ -80,7 +72,7 @@ def gigabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in the largest unit that they fill.
+    """Return seconds in the largest unit (hours, minutes, seconds) of which there is at least one.
 
     >>> duration(4.2), duration(150), duration(7200)
     ('4.2 s', '2.5 min', '2.0 h')

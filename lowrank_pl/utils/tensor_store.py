@@ -1,4 +1,4 @@
-"""A checksum of the tensors in a safetensors file, kept in its header, so that no flipped bit is read unseen."""
+"""Stores of tensors on disk: one safetensors file a name, with a checksum, and a manifest of what they come from."""
 
 from __future__ import annotations
 
@@ -24,25 +24,28 @@ __all__ = [
     "CHECKSUM_UNKNOWN",
     "DamagedError",
     "TensorStore",
+    "as_slice",
+    "read_manifest",
+    "tensor_digest",
     "total_seconds",
     "verify_checksum",
+    "weight_digest",
     "with_checksum",
 ]
 
 CHECKSUM_KEY = "crc32"
-"""What the checksum is called among the file's metadata."""
-
+"""Name of the checksum in the metadata of a file."""
 
 CHECKSUM_UNKNOWN = "00000000"
-"""What stands there until it is known."""
+"""Placeholder for a checksum that is not computed yet."""
 
 
 class DamagedError(Exception):
-    """A file's bytes are not those that were written."""
+    """The bytes of a file are not those that were written."""
 
 
 def with_checksum(data: bytes) -> bytes:
-    """Return a safetensors file with the checksum of its tensors in the place of the one not known."""
+    """Return the bytes of a safetensors file with the checksum of its tensors in place of ``CHECKSUM_UNKNOWN``."""
     header = _header_bytes(data)
     known = f"{zlib.crc32(memoryview(data)[header:]):08x}"
     old, new = (f'"{CHECKSUM_KEY}":"{value}"'.encode() for value in (CHECKSUM_UNKNOWN, known))
@@ -51,13 +54,13 @@ def with_checksum(data: bytes) -> bytes:
 
 
 def verify_checksum(path: Path) -> None:
-    """Compare the tensors of a file with their checksum: a flipped bit would be read without a word.
+    """Compare the tensors of a file with the checksum in its header: safetensors itself does not notice flipped bits.
 
-    Files of versions that wrote none are taken as they are.
+    Files of versions that wrote no checksum pass.
 
     Raises:
         FileNotFoundError: There is no such file.
-        DamagedError: They differ, or the file is empty.
+        DamagedError: The checksum differs, or the file is empty.
     """
     if not path.stat().st_size:
         raise DamagedError("it is empty")
@@ -70,29 +73,27 @@ def verify_checksum(path: Path) -> None:
 
 
 def _header_bytes(data: bytes | mmap.mmap) -> int:
-    # A safetensors file begins with the length of its header, which is JSON; all else is tensors.
+    # A safetensors file is the length of its header, the header (JSON), and the tensors.
     return 8 + int.from_bytes(data[:8], "little")
 
 
 _SCHEMA = 1
-
-
 _MANIFEST = "manifest.json"
 
 
 class TensorStore:
-    """A folder with one safetensors file per name and a manifest that says what they were made from.
+    """A folder with one safetensors file a name, and a manifest that says what the tensors were made from.
 
-    Each file is written whole or not at all, so the names present are the work done: an interrupted job asks for
-    ``missing`` and goes on there. A folder with another fingerprint is refused, never overwritten.
+    Each file is written completely or not at all, so the names present are the finished work. An interrupted run asks
+    for the ``missing`` names and goes on with these. A folder with another fingerprint is refused, never overwritten.
 
     Args:
-        kind: What is stored, part of the manifest.
-        fingerprint: What it was made from, content hashes and settings, JSON values.
-        directory: Where; by default a folder named by the fingerprint under ``lowrank_pl.files.cache_root()``.
+        kind: What is stored; part of the manifest.
+        fingerprint: What the tensors are made from: content hashes and settings, as JSON values.
+        directory: The folder; by default one named by the fingerprint under ``lowrank_pl.utils.files.cache_root()``.
 
     Raises:
-        ValueError: ``directory`` holds something else; the message lists what differs.
+        ValueError: ``directory`` holds something else; the message lists the differences.
 
     Example:
         >>> import tempfile
@@ -120,37 +121,37 @@ class TensorStore:
                 self._create()
 
     def _create(self) -> None:
-        if self.directory.exists() and (not self.directory.is_dir() or self._strangers()):
+        if self.directory.exists() and (not self.directory.is_dir() or self._holds_other_files()):
             raise ValueError(
-                f"{self.directory} is no empty folder and holds no {self.kind} store: name an empty or new folder"
+                f"{self.directory} is not an empty folder and holds no {self.kind} store: name an empty or new folder"
             )
         write_json(
             self.directory / _MANIFEST,
             {"schema": _SCHEMA, "kind": self.kind, "digest": self.digest, "fingerprint": self.fingerprint},
         )
 
-    def _strangers(self) -> bool:
-        """Tell whether the folder holds anything but what a job killed while it wrote the manifest left behind."""
+    def _holds_other_files(self) -> bool:
+        """Tell whether the folder holds more than the temporary file of a run killed while it wrote the manifest."""
         return any(not path.name.endswith(".tmp") for path in self.directory.iterdir())
 
     def _check_manifest(self) -> None:
         manifest = read_manifest(self.directory)
         if manifest["kind"] != self.kind:
             raise ValueError(f"{self.directory} holds a {manifest['kind']} store: expected a {self.kind} store")
-        theirs = manifest["fingerprint"]
-        keys = sorted({*theirs, *self.fingerprint})
-        differ = [key for key in keys if theirs.get(key) != self.fingerprint.get(key)]
-        if differ:
-            said = "; ".join(
-                f"{key} is {theirs.get(key)!r} there and {self.fingerprint.get(key)!r} here" for key in differ
+        stored = manifest["fingerprint"]
+        keys = sorted({*stored, *self.fingerprint})
+        differing = [key for key in keys if stored.get(key) != self.fingerprint.get(key)]
+        if differing:
+            differences = "; ".join(
+                f"{key} is {stored.get(key)!r} there and {self.fingerprint.get(key)!r} here" for key in differing
             )
             raise ValueError(
-                f"the {self.kind} store at {self.directory} was made from something else: {said}. "
-                "Use the same inputs and settings, another folder, or delete that one"
+                f"the {self.kind} store at {self.directory} was made from something else: {differences}. "
+                "Use the same inputs and settings, name another folder, or delete this one"
             )
 
     def path(self, name: str) -> Path:
-        """Return the file of ``name``, present or not."""
+        """Return the path of ``name``'s file, whether it exists or not."""
         return self.directory / f"{name}.safetensors"
 
     def __contains__(self, name: object) -> bool:
@@ -158,14 +159,14 @@ class TensorStore:
         return isinstance(name, str) and self.path(name).exists()
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Return those of ``names`` that still have to be made, in order."""
+        """Return the ``names`` that have no file yet, in order."""
         return [name for name in names if name not in self]
 
     def write(self, name: str, tensors: Mapping[str, Tensor], *, notes: Mapping[str, str] | None = None) -> None:
-        """Write the tensors of ``name``, atomically, with ``notes`` beside them.
+        """Write the tensors of ``name`` atomically, with ``notes`` in the file's metadata.
 
         Raises:
-            OSError: The disk is full or not writable; nothing of ``name`` is left then.
+            OSError: The disk is full or not writable; no part of the file is left then.
         """
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         notes = {"digest": self.digest, **(notes or {}), CHECKSUM_KEY: CHECKSUM_UNKNOWN}
@@ -174,27 +175,27 @@ class TensorStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Let no other process write here while the block runs; wait for one that does.
+        """Hold the store's lock while the block runs; wait for a process that holds it.
 
-        What was missing before may then be there. A killed process gives its claim back.
+        After the wait, names that were missing may be present. The lock of a killed process is released.
         """
         with locked(self.directory / ".lock", f"filling the {self.kind} store at {self.directory}"):
             yield
 
     @contextmanager
     def filling(self, names: Iterable[str]) -> Iterator[list[str]]:
-        """Yield those of ``names`` that this run has to make, in order, the store claimed for it; none is no claim.
+        """Lock the store and yield the ``names`` that this run has to write, in order; without such names, do not lock.
 
-        Processes that work together get the same names, each of which one of them has to write, and leave the block
-        when all are there; the first one holds the claim.
+        Cooperating processes get the same names, and one of them has to write each. They leave the block together when
+        all names are written. The first process holds the lock.
 
         Raises:
-            ValueError: What another process has written is not in this one's folder.
+            ValueError: Files that another process has written are not in this process's folder.
         """
         names = list(names)
         if broadcast_from_first(lambda: self.missing(names)):
             with self.locked() if is_first() else nullcontext():
-                # Another run that was at it may have made them in the meantime.
+                # A run that held the lock may have written them in the meantime.
                 yield broadcast_from_first(lambda: self.missing(names))
                 barrier()
         else:
@@ -206,19 +207,25 @@ class TensorStore:
         if absent:
             raise ValueError(
                 f"{len(absent)} of {len(names)} files of the {self.kind} store that other processes wrote are not in "
-                f"{self.directory}, e.g. {absent[0]}: all processes of a run need the same folder; let LOWRANK_HOME or "
-                "the store (--model.store) lie on a file system that all nodes share"
+                f"{self.directory}, e.g. {absent[0]}: all processes of a run need the same folder; put LOWRANK_HOME or "
+                "the store (--model.store) on a file system that all nodes share"
             )
 
     def read(
         self, name: str, key: str, *, rows: slice | int | None = None, columns: slice | int | None = None
     ) -> Tensor:
-        """Return one tensor of ``name``, or a slice of ``rows`` or ``columns``, or so many first ones.
+        """Return one tensor of ``name``, or a part of it.
 
-        Nothing else is read from disk, but for the first time, when the file's checksum is compared.
+        Only this part is read from disk; the first access to a file also reads all of it, for its checksum.
+
+        Args:
+            name: Whose tensor.
+            key: Name of the tensor in the file.
+            rows: Rows to read, as a slice or as the number of first rows; all by default.
+            columns: Columns to read, in the same way.
 
         Raises:
-            ValueError: The file is absent or damaged; the message names it and the cure.
+            ValueError: The file is absent or damaged.
         """
         with self._open(name) as file:
             view = file.get_slice(key)
@@ -227,7 +234,7 @@ class TensorStore:
 
     @contextmanager
     def _open(self, name: str, *, check: bool = True) -> Iterator[Any]:
-        """Yield the open file of ``name``; errors name it and the cure."""
+        """Yield the open file of ``name``; errors name the file and the cure."""
         try:
             if check and name not in self._whole:
                 verify_checksum(self.path(name))
@@ -240,26 +247,27 @@ class TensorStore:
             ) from None
         except (SafetensorError, DamagedError) as error:
             raise ValueError(
-                f"{self.path(name)} is damaged ({error}): delete it and run again, only this file is made anew"
+                f"{self.path(name)} is damaged ({error}): delete it and run again; only this file is built again"
             ) from None
 
     def notes(self, name: str) -> dict[str, str]:
-        """Return what was noted when ``name`` was written; errors as in ``read``."""
+        """Return the notes that ``write`` stored with ``name``; raise the errors of ``read``."""
         with self._open(name) as file:
             return {key: value for key, value in (file.metadata() or {}).items() if key not in ("digest", CHECKSUM_KEY)}
 
     def seconds(self, names: Iterable[str]) -> float | None:
-        """Return how long it took to make what is stored of ``names``; ``None`` where that was not noted."""
+        """Return how many seconds it took to make ``names``; ``None`` where one of them has no such note."""
         noted = [self.notes(name).get("seconds") for name in names]
         return total_seconds(None if seconds is None else float(seconds) for seconds in noted)
 
 
 def as_slice(part: slice | int | None) -> slice:
+    """Return ``part`` as a slice: a number stands for as many first entries, None for all."""
     return part if isinstance(part, slice) else slice(part)
 
 
 def total_seconds(parts: Iterable[float | None]) -> float | None:
-    """Return the sum of ``parts``; ``None`` where one of them is not known.
+    """Return the sum of ``parts``; ``None`` if one of them is ``None``.
 
     >>> total_seconds([1.0, 2.0]), total_seconds([1.0, None])
     (3.0, None)
@@ -276,7 +284,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of the store in ``directory``.
 
     Raises:
-        ValueError: There is none, or it is not one of ours.
+        ValueError: There is no manifest, or it is damaged or of another version.
     """
     path = directory / _MANIFEST
     try:
@@ -291,7 +299,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a SHA-256 over names, types, shapes and bytes of tensors."""
+    """Return the SHA-256 of the names, types, shapes and bytes of tensors."""
     parts: list[str | bytes] = []
     for name, tensor in named:
         flat = tensor.detach().cpu().contiguous()
@@ -301,5 +309,5 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def weight_digest(weight: Tensor) -> str:
-    """Return the type and a SHA-256 of one weight ``[out, in]``, by which factors know what they were made from."""
+    """Return the type and the SHA-256 of one weight ``[out, in]``; factors record it as their source."""
     return f"{weight.dtype}:{tensor_digest([('', weight)])}"

@@ -138,7 +138,7 @@ def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):
     assert json.loads((tmp_path / "refit.json").read_text())["plan"] == str(output)
     folder = export(output, output=tmp_path / "model")
     assert RankPlan.load(folder / "plan.json").fingerprint["refit"]["windows"] != drawn.fingerprint.get("refit")
-    with pytest.raises(ValueError, match=r"keep is 0.7, but the weights were changed for keep 0.5"):
+    with pytest.raises(ValueError, match=r"keep is 0.7, .* keep 0.5"):
         export(output, output=tmp_path / "larger", keep=[0.7])
     with pytest.raises(ValueError, match=r"are refitted already: give those they were made from"):
         refit(output, output=tmp_path / "twice.json", settings=settings)
@@ -274,7 +274,7 @@ def test_what_is_exported_stays_when_a_later_size_fails(plan_file, tmp_path, mon
 
 def test_sizes_that_can_not_be_are_refused_before_anything_is_loaded(plan_file, tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "load_base", None)
-    with pytest.raises(ValueError, match="no size was asked for: expected one or more fractions to keep"):
+    with pytest.raises(ValueError, match="no size was given: expected one or more fractions"):
         export(plan_file, keep=[], output=tmp_path / "model")
     with pytest.raises(ValueError, match=r"keep is 1.2: expected the fraction of parameters to keep"):
         export(plan_file, keep=[0.5, 1.2], output=tmp_path / "model")
@@ -286,9 +286,7 @@ def test_sizes_that_can_not_be_are_refused_before_anything_is_loaded(plan_file, 
         export(plan_file, keep=[0.4], output=tmp_path / "model")
     with monkeypatch.context() as inside:
         inside.chdir(tmp_path)
-        with pytest.raises(
-            ValueError, match=r"'\.' is the folder that you are in, which can't be replaced: name another"
-        ):
+        with pytest.raises(ValueError, match=r"'\.' is the current folder, .*: name another"):
             export(plan_file, output=Path())
     (tmp_path / "narrowed").mkdir()
     (tmp_path / "narrowed" / "config.json").write_text('{"lowrank_narrowed": {}}')
@@ -297,9 +295,7 @@ def test_sizes_that_can_not_be_are_refused_before_anything_is_loaded(plan_file, 
     data = json.loads(plan_file.read_text())
     del data["order"]
     plan_file.write_text(json.dumps(data))
-    with pytest.raises(
-        ValueError, match=r"the plan \(method uniform\) carries no component order, so it has this one s"
-    ):
+    with pytest.raises(ValueError, match=r"method uniform.* no component order.*: .*`lowrank allocate`"):
         export(plan_file, keep=[0.4], output=tmp_path / "sizes")
     assert not (tmp_path / "sizes").exists()
 

@@ -317,8 +317,8 @@ def test_unfit_texts(capsys, tmp_path):
     text.write_text("")
     assert f"text '{text}' is empty" in failing_fit(capsys, tmp_path, "--data.text", text)
     text.write_text("short")
-    assert "has 5 tokens, one sequence needs 64" in failing_fit(capsys, tmp_path, "--data.text", text)
-    assert "has 5 tokens, one sequence needs 64" in failing_fit(capsys, tmp_path, "--finish.score_text", text)
+    assert "has 5 tokens, but one sequence needs 64" in failing_fit(capsys, tmp_path, "--data.text", text)
+    assert "has 5 tokens, but one sequence needs 64" in failing_fit(capsys, tmp_path, "--finish.score_text", text)
     text.write_bytes(b"\xff\xfe\xfa" * 100)
     assert str(text) in failing(capsys, "evaluate", "--model", "random:llama", "--text", text)
 

@@ -346,8 +346,8 @@ def test_layers_by_name():
     ("base", "text"),
     [
         ("layers:llama-4", "'layers:llama-4': unknown shapes; expected one of llama-2-7b, .*llama-3-8b"),
-        ("layers:llama-3-8b:0", "'0' is no number of blocks; write layers:llama-3-8b:2 for two"),
-        ("layers:llama-3-8b:many", "'many' is no number of blocks"),
+        ("layers:llama-3-8b:0", "'0' .*; write layers:llama-3-8b:2"),
+        ("layers:llama-3-8b:many", "'many' .*; write layers:llama-3-8b:2"),
         ("nowhere/at/all", "give a hub id, .*random:FAMILY or layers:NAME"),
     ],
 )
@@ -359,7 +359,5 @@ def test_layers_refused(base, text):
 def test_random_blocks_refuses():
     with pytest.raises(ValueError, match="the shapes of 'llama-4' are not known: expected one of llama-2-7b"):
         random_blocks("llama-4")
-    with pytest.raises(
-        ValueError, match="0 blocks of llama-3-8b were asked for: expected a whole number of at least 1"
-    ):
+    with pytest.raises(ValueError, match=r"0 blocks of llama-3-8b .*: expected a whole number of at least 1"):
         random_blocks("llama-3-8b", blocks=0)

@@ -10,23 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowrank_pl.cli.main.evaluate import evaluate
-from lowrank_pl.evaluate.likelihood.perplexity import perplexity
-from lowrank_pl.export.export.export import ExportReport, load_compressed, save_compressed
-from lowrank_pl.export.export.reload import ExportError
-from lowrank_pl.report.scores.finish import Protocol, score_in_fresh_process
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_pl.export.export import reload as verify
-from lowrank_pl.export.export import reload_probe as reload_check
+from lowrank_pl.cli.evaluate import evaluate
+from lowrank_pl.evaluate.likelihood import perplexity
+from lowrank_pl.export import reload, reload_probe
+from lowrank_pl.export.export import ExportReport, load_compressed, save_compressed
+from lowrank_pl.export.reload import ExportError
 from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.models import hf_format, hf_layers
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.report.finish import Protocol, score_in_fresh_process
 
 pytestmark = pytest.mark.new_processes
 
@@ -35,7 +34,7 @@ TOKENS = torch.arange(24)[None]
 
 @torch.no_grad()
 def compressed(family, dtype=torch.float32):
-    """A tiny model whose linear maps in the blocks have half their full rank and their biases; two of three pivoted."""
+    """A tiny model with block layers of half their full rank, with their biases; two of three are pivoted."""
     model = tiny_model(family)
     if dtype != torch.float32:
         dense = model.state_dict()
@@ -199,7 +198,7 @@ def test_here_reload_generate_and_tokenizer_equal(exports, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_in_the_folders(exports, family):
+def test_contents_of_the_folders(exports, family):
     home, models = exports
     config = json.loads((home / family / "config.json").read_text())
     modules = {}
@@ -222,7 +221,7 @@ def test_what_is_in_the_folders(exports, family):
     assert sorted(file.name for file in (home / family).glob("*.py")) == ["hf_format.py", "hf_layers.py"]
 
 
-def test_the_model_in_memory_is_left_as_it_was(tmp_path):
+def test_the_model_in_memory_is_left_unchanged(tmp_path):
     model = compressed("gpt2").train()
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
@@ -271,7 +270,7 @@ def test_a_loaded_model_is_merged_and_checked(exports, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(plain.transformer.h[0].mlp.c_fc) is Conv1D
     torch.testing.assert_close(logits(plain), logits(loaded), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="is a plain model, not one compressed by lowrank_pl: load it with transf"):
+    with pytest.raises(ValueError, match=r"a plain model, .*: load it with transformers"):
         load_compressed(tmp_path / "merged")
 
 
@@ -313,7 +312,9 @@ def test_a_failed_check_names_what_differs_and_keeps_the_older_export(tmp_path):
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     rotary = model.model.rotary_emb
     rotary.inv_freq = rotary.inv_freq.to(torch.bfloat16)  # as model.to(torch.bfloat16) would
-    with pytest.raises(ExportError, match=r"other logits .*inv_freq is torch.bfloat16 here and torch.float32 reloaded"):
+    with pytest.raises(
+        ExportError, match=r"inv_freq is torch.bfloat16 in memory and torch.float32 reloaded; load the base with dtype="
+    ):
         save_compressed(model, out, tokenizer=byte_tokenizer())
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
@@ -322,23 +323,23 @@ def test_a_failed_check_names_what_differs_and_keeps_the_older_export(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"logits": "0"}, "other logits than the model here: all weights are equal, the computation is not"),
-        ({"missing": ["a.weight"]}, "reloading it finds missing weights: a.weight"),
-        ({"unexpected": ["b.weight"]}, "reloading it finds unexpected weights: b.weight"),
-        ({"token_ids": [1]}, "tokenizer gives other token ids"),
-        ({"chat_template": None}, "tokenizer has another chat template"),
+        ({"logits": "0"}, "all weights are equal, .*: look for hooks"),
+        ({"missing": ["a.weight"]}, "missing weights: a.weight"),
+        ({"unexpected": ["b.weight"]}, "unexpected weights: b.weight"),
+        ({"token_ids": [1]}, "other token ids"),
+        ({"chat_template": None}, "another chat template"),
     ],
 )
 def test_every_answer_of_the_fresh_process_counts(tmp_path, monkeypatch, change, text):
     model, tokenizer = compressed("llama"), byte_tokenizer()
     answer = {
-        "logits": reload_check.digest(reload_check.probe(model)),
+        "logits": reload_probe.digest(reload_probe.probe(model)),
         "missing": [],
         "unexpected": [],
-        "token_ids": tokenizer(reload_check.PROBE_TEXT)["input_ids"],
+        "token_ids": tokenizer(reload_probe.PROBE_TEXT)["input_ids"],
         "chat_template": tokenizer.chat_template,
     }
-    monkeypatch.setattr(verify, "_ask_fresh_process", lambda *_, **__: answer)
+    monkeypatch.setattr(reload, "_ask_fresh_process", lambda *_, **__: answer)
     save_compressed(model, tmp_path / "good", tokenizer=tokenizer)
     answer.update(change)
     with pytest.raises(ExportError, match=text):
@@ -349,8 +350,8 @@ def test_every_answer_of_the_fresh_process_counts(tmp_path, monkeypatch, change,
 def test_a_fresh_process_that_fails_is_quoted(tmp_path, monkeypatch):
     broken = tmp_path / "broken.py"
     broken.write_text("import sys\nprint('x' * 5000 + ' no such kernel', file=sys.stderr)\nsys.exit(3)\n")
-    monkeypatch.setattr(reload_check, "__file__", str(broken))
-    with pytest.raises(ExportError, match=r"can't load it \(exit status 3\):\nx{500,2000} no such kernel"):
+    monkeypatch.setattr(reload_probe, "__file__", str(broken))
+    with pytest.raises(ExportError, match=r"exit status 3\):\nx{500,2000} no such kernel"):
         save_compressed(compressed("llama"), tmp_path / "out", tokenizer=byte_tokenizer())
     assert not (tmp_path / "out").exists()
 
@@ -359,42 +360,42 @@ def test_a_changed_weight_is_named(exports):
     home, models = exports
     model = copy.deepcopy(models["llama"])
     model.model.norm.weight.data += 1
-    assert verify._first_difference(model, home / "llama") == "model.norm.weight differs"
+    assert reload._first_difference(model, home / "llama") == "model.norm.weight differs"
 
 
 def test_on_a_gpu_rounding_is_no_difference_and_more_is(exports, monkeypatch):
     home, models = exports
     model, tokenizer = models["llama"], byte_tokenizer()
-    reference = reload_check.probe(model)
+    reference = reload_probe.probe(model)
     other = reference.clone()
 
     def answer(_, __, logits, **___):
         torch.save(other, logits)
-        told = {"token_ids": tokenizer(reload_check.PROBE_TEXT)["input_ids"], "chat_template": tokenizer.chat_template}
-        return {"logits": reload_check.digest(other), "missing": [], "unexpected": [], **told}
+        told = {"token_ids": tokenizer(reload_probe.PROBE_TEXT)["input_ids"], "chat_template": tokenizer.chat_template}
+        return {"logits": reload_probe.digest(other), "missing": [], "unexpected": [], **told}
 
-    monkeypatch.setattr(verify, "_ask_fresh_process", answer)
-    check = partial(verify.check_reload, model, home / "llama", reference, tokenizer, merged=False)
+    monkeypatch.setattr(reload, "_ask_fresh_process", answer)
+    check = partial(reload.check_reload, model, home / "llama", reference, tokenizer, merged=False)
     other[0, 0] += 1e-5
-    with pytest.raises(ExportError, match="all weights are equal, the computation is not"):
+    with pytest.raises(ExportError, match=r"all weights are equal, .*: look for hooks"):
         check()
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     check()
     other[0] += 1.0
-    with pytest.raises(ExportError, match=r"all weights are equal, and the logits are off by 0\.\d+ \(relative"):
+    with pytest.raises(ExportError, match=r"weights are equal, but the logits differ by 0\.\d+"):
         check()
 
 
 def test_merged_weights_that_overflow_are_refused():
-    with pytest.raises(ExportError, match=r"off by nan .* 0.03[0-9]* allowed in torch.float16.* export in float32"):
-        verify.check_merged(torch.ones(2).half(), torch.tensor([1.0, float("inf")]).half() * 0)
-    verify.check_merged(torch.ones(2), torch.ones(2) + 1e-6)
+    with pytest.raises(ExportError, match=r"by nan .* 0.03[0-9]* allowed in torch.float16.* export in float32"):
+        reload.check_merged(torch.ones(2).half(), torch.tensor([1.0, float("inf")]).half() * 0)
+    reload.check_merged(torch.ones(2), torch.ones(2) + 1e-6)
 
 
 def test_logits_that_are_nan_are_never_exported(tmp_path):
     model = compressed("llama")
     model.model.layers[0].mlp.up_proj.right.data[0, 0] = float("nan")
-    with pytest.raises(ExportError, match="gives logits that are NaN"):
+    with pytest.raises(ExportError, match="NaN; check its factors"):
         save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer())
     assert not list(tmp_path.iterdir())
 
@@ -415,7 +416,7 @@ def test_nothing_is_left_of_an_interrupted_export(tmp_path, monkeypatch, error):
     model = compressed("llama")
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
     ctrl_c = isinstance(error, KeyboardInterrupt)
-    expected, text = (KeyboardInterrupt, None) if ctrl_c else (ExportError, "the disk is full: nothing was exported to")
+    expected, text = (KeyboardInterrupt, None) if ctrl_c else (ExportError, "the disk is full: .*free some space")
     with pytest.raises(expected, match=text):
         save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), merge=True)
     assert not list(tmp_path.iterdir())
@@ -434,9 +435,9 @@ def test_other_os_errors_stay_what_they_are(tmp_path, monkeypatch):
 def test_a_folder_that_is_no_export_is_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds other files than an earlier export: name a new folder or empty it"):
+    with pytest.raises(ValueError, match=r"other files .*: name a new folder or empty this one"):
         save_compressed(compressed("llama"), tmp_path, tokenizer=byte_tokenizer())
-    with pytest.raises(ValueError, match="is a file: name a folder"):
+    with pytest.raises(ValueError, match=r"thesis.tex.* is a file: name a folder"):
         save_compressed(compressed("llama"), tmp_path / "thesis.tex", tokenizer=byte_tokenizer())
     (tmp_path / "empty").mkdir()
     for merge in (True, False):
@@ -451,15 +452,19 @@ def test_layers_that_cannot_be_stored_are_refused(tmp_path):
         save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer())
 
     name = "model.layers.0.self_attn.o_proj"
-    with pytest.raises(ValueError, match=f"{name} has rank 32, as many as it has inputs: leave it dense"):
+    with pytest.raises(ValueError, match=f"{name} has rank 32, .*: leave it dense"):
         export(name, LowRankLinear(32, 32, 32, bias=False))
-    with pytest.raises(ValueError, match=f"{name} has a bias, unlike the LlamaForCausalLM that its config describes"):
+    with pytest.raises(ValueError, match=f"{name} has a bias, unlike"):
         export(name, LowRankLinear(32, 32, 3))
-    with pytest.raises(ValueError, match=f"{name} has a bias, unlike the LlamaForCausalLM that its config describes"):
+    with pytest.raises(ValueError, match=f"{name} has a bias, unlike"):
         export(name, PivotedLinear(32, 32, 3, side="in"))
-    with pytest.raises(ValueError, match=f"{name} is a Identity where LlamaForCausalLM has a Linear: only low-rank"):
+    with pytest.raises(
+        ValueError, match=f"{name} is a Identity, .* a Linear there: .*compress the model, or merge adapters"
+    ):
         export(name, nn.Identity())
-    with pytest.raises(ValueError, match=r"model\.extra is a Linear where LlamaForCausalLM has none"):
+    with pytest.raises(
+        ValueError, match=r"model\.extra is a Linear, .* none there: .*compress the model, or merge adapters"
+    ):
         export("model.extra", nn.Linear(2, 2))
 
 
@@ -492,14 +497,17 @@ def drop(key):
     [
         (
             lambda folder: (folder / "model.safetensors").unlink(),
-            "can't read the weights in .*: Error no file",
+            "weights in .*: Error no file.*copy or export it again",
         ),
-        (truncate, "can't read the weights in .*copy or export it again"),
-        (drop("model.layers.0.mlp.up_proj.right"), "weight files hold no model.layers.0.mlp.up_proj.right"),
-        (drop("model.layers.0.mlp.up_proj.pivots"), "weight files hold no model.layers.0.mlp.up_proj.pivots: transf"),
-        (drop("model.norm.weight"), "weight files hold no model.norm.weight: transformers would make them up"),
-        (lambda folder: (folder / "config.json").unlink(), "holds no readable config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "holds no readable config.json"),
+        (truncate, "weights in .*copy or export it again"),
+        (drop("model.layers.0.mlp.up_proj.right"), "no model.layers.0.mlp.up_proj.right: .*copy or export it again"),
+        (drop("model.layers.0.mlp.up_proj.pivots"), "no model.layers.0.mlp.up_proj.pivots: .*copy or export it again"),
+        (drop("model.norm.weight"), "no model.norm.weight: .*copy or export it again"),
+        (lambda folder: (folder / "config.json").unlink(), "no readable config.json: expected a compressed model"),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "no readable config.json: expected a compressed model",
+        ),
     ],
 )
 def test_a_damaged_folder_is_an_error(exports, tmp_path, change, text):
@@ -508,13 +516,13 @@ def test_a_damaged_folder_is_an_error(exports, tmp_path, change, text):
         load_compressed(folder)
 
 
-def test_what_is_no_compressed_folder_is_an_error(exports, tmp_path):
-    with pytest.raises(ValueError, match=r"no folder '.*absent': expected one that save_compressed wrote"):
+def test_a_folder_without_a_compressed_model_is_an_error(exports, tmp_path):
+    with pytest.raises(ValueError, match=r"absent': expected one written by save_compressed"):
         load_compressed(tmp_path / "absent")
     config = json.loads((exports[0] / "llama" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is quantised by gptq, not one compressed by lowrank_pl"):
+    with pytest.raises(ValueError, match=r"quantised by gptq, .*: load it with transformers"):
         load_compressed(tmp_path)
 
 
@@ -525,7 +533,7 @@ def test_a_newer_schema_is_an_error(exports, tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
 
     folder = damaged(exports[0] / "llama", tmp_path / "copy", newer)
-    with pytest.raises(ValueError, match="stored in lowrank schema 4, this code reads schemas up to 3"):
+    with pytest.raises(ValueError, match=r"schema 4, .* up to 3: upgrade lowrank_pl"):
         load_compressed(folder)
 
 
@@ -569,12 +577,12 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path, monkeypatch):
 
 def test_the_digest_sees_every_bit():
     one = torch.ones(4)
-    assert reload_check.digest(one) == reload_check.digest(torch.ones(8)[::2])
+    assert reload_probe.digest(one) == reload_probe.digest(torch.ones(8)[::2])
     others = [torch.ones(2, 2), torch.ones(4).int(), torch.nextafter(one, 2 * one), torch.ones(4).bfloat16()]
-    assert len({reload_check.digest(tensor) for tensor in [one, *others]}) == 5
+    assert len({reload_probe.digest(tensor) for tensor in [one, *others]}) == 5
 
 
 def test_files_of_the_package_are_self_contained():
-    for module in (hf_format, hf_layers, reload_check):
+    for module in (hf_format, hf_layers, reload_probe):
         assert "import lowrank_pl" not in Path(module.__file__).read_text().replace("``import lowrank_pl", "")
         assert "from lowrank_pl" not in Path(module.__file__).read_text()

@@ -60,12 +60,11 @@ def test_existing_store_needs_no_fingerprint(store):
 
 
 def test_store_of_something_else_is_refused_with_what_differs(store):
-    with pytest.raises(ValueError, match="was made from something else") as caught:
+    with pytest.raises(ValueError, match=r"model is 'a' there and 'b' here; text is None there and 't' here.*delete"):
         FactorStore({"model": "b", "text": "t", "damping": 1e-6}, store.directory)
-    assert str(caught.value) == (
-        f"the factors store at {store.directory} was made from something else: model is 'a' there and 'b' here; "
-        "text is None there and 't' here. Use the same inputs and settings, another folder, or delete that one"
-    )
+
+
+def test_store_of_another_kind_is_refused(store):
     with pytest.raises(ValueError, match=r"holds a factors store: expected a statistics store"):
         TensorStore("statistics", {"model": "a"}, store.directory)
     assert FactorStore.existing(store.directory).fingerprint["model"] == "a"
@@ -73,9 +72,9 @@ def test_store_of_something_else_is_refused_with_what_differs(store):
 
 def test_folders_of_other_things_are_refused(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"is no empty folder and holds no factors store: name an empty or new folder"):
+    with pytest.raises(ValueError, match=r"holds no factors store: name an empty or new folder"):
         FactorStore({}, tmp_path)
-    with pytest.raises(ValueError, match=r"note.txt is no empty folder"):
+    with pytest.raises(ValueError, match=r"note.txt is not an empty folder"):
         FactorStore({}, tmp_path / "note.txt")
     (tmp_path / "empty").mkdir()
     assert FactorStore({}, tmp_path / "empty").missing(["a"]) == ["a"]
@@ -137,7 +136,7 @@ def test_absent_and_damaged_files_are_named_with_the_cure(store):
     data = path.read_bytes()
     for damaged in (data[:-10], data[:30], b"", b"not safetensors at all"):
         path.write_bytes(damaged)
-        message = r"block.0.q.safetensors is damaged \(.*\): delete it and run again, only this file is made anew"
+        message = r"block.0.q.safetensors is damaged \(.*\): delete it and run again"
         for read in (store.sigma, store.factors, store.notes):
             with pytest.raises(ValueError, match=message):
                 read("block.0.q")

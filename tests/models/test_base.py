@@ -155,7 +155,7 @@ def test_resolve(folder, gguf_file):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_folder_loads_in_the_type_asked_for(folder, llama, dtype):
+def test_folder_loads_in_the_requested_type(folder, llama, dtype):
     model = load_base(str(folder), dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert not model.training
@@ -217,22 +217,22 @@ def test_package_is_found_and_not_imported(tmp_path, monkeypatch, llama):
 )
 def test_package_needs_one_gguf(tmp_path, monkeypatch, files, found):
     make_package(tmp_path, monkeypatch, "llm_with_files", files)
-    with pytest.raises(ValueError, match=f"expected exactly one .gguf file inside .*llm_with_files, {found}"):
+    with pytest.raises(ValueError, match=f"exactly one .gguf file in .*llm_with_files, {found} give the path"):
         resolve_base("package:llm_with_files")
 
 
 @pytest.mark.parametrize(
     ("base", "text"),
     [
-        ("", "name is empty: give a hub id, a local folder"),
+        ("", "empty: give a hub id, a local folder"),
         ("random:bert", "'random:bert': unknown family; expected one of llama"),
-        ("package:no_such_thing", "no installed Python package has this name; install it"),
-        ("package:os.path", "no installed Python package"),
-        ("package:json.decoder", "no installed Python package"),
+        ("package:no_such_thing", "no_such_thing.*; install it"),
+        ("package:os.path", "os.path.*; install it"),
+        ("package:json.decoder", "json.decoder.*; install it"),
         ("./nowhere", "'./nowhere': no such file or folder; give a hub id"),
         ("nowhere.gguf", "no such file or folder"),
         ("a/b/c", "no such file or folder"),
-        (__file__, "a file, but no .gguf file"),
+        (__file__, "not a .gguf file; give a hub id"),
     ],
 )
 def test_names_refused(base, text):
@@ -242,18 +242,18 @@ def test_names_refused(base, text):
 
 @pytest.mark.parametrize("load", [load_base, load_tokenizer])
 def test_unreachable_hub_id(load):
-    with pytest.raises(ValueError, match=r"'nobody/no-such-model'.*check the spelling, the connection and your access"):
+    with pytest.raises(ValueError, match=r"'nobody/no-such-model'.*check the spelling"):
         load("nobody/no-such-model")
 
 
 def test_dtype_refused():
-    with pytest.raises(ValueError, match=r"dtype torch.int8 is not one .* give float32, bfloat16 or float16"):
+    with pytest.raises(ValueError, match=r"torch.int8: give float32, bfloat16 or float16"):
         load_base("random:llama", dtype=torch.int8)
 
 
 def test_folder_without_model(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"neither a config.json nor exactly one .gguf file, but notes.txt; give"):
+    with pytest.raises(ValueError, match=r"but notes.txt; give the folder"):
         load_base(str(tmp_path))
 
 
@@ -261,21 +261,19 @@ def test_folder_without_model(tmp_path):
 def test_folder_without_tokenizer(tmp_path, family):
     # Transformers makes a GPT-2 tokenizer of nothing, without complaint.
     tiny_model(family).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"can't load the tokenizer of .*give a folder that holds the tokenizer's files"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer of .*give a folder with the tokenizer's files"):
         load_tokenizer(str(tmp_path))
 
 
 def test_unreadable_gguf(tmp_path):
     (tmp_path / "bad.gguf").write_text("garbage" * 10)
-    with pytest.raises(ValueError, match=r"can't read the GGUF file 'bad.gguf'.*check that the file is whole"):
+    with pytest.raises(ValueError, match=r"'bad.gguf'.*check that the file is complete"):
         load_base(str(tmp_path / "bad.gguf"))
 
 
 def test_truncated_gguf(gguf_file):
     gguf_file.write_bytes(gguf_file.read_bytes()[:-20000])
-    with pytest.raises(ValueError, match=r"can't read the GGUF file 'tiny.Q8_0.gguf'"):
+    with pytest.raises(ValueError, match=r"'tiny.Q8_0.gguf'.*check that the file is complete"):
         load_base(str(gguf_file))
 
 
@@ -287,12 +285,15 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised base .*\(gptq\).*the unquantised"),
-        ({"quantization_config": {"quant_method": "lowrank"}}, "already compressed by lowrank_pl: open it with"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal .* but LlamaForSequenceClassification"),
-        ({"model_type": "zorro"}, "can't read the configuration in the folder"),
-        ({"num_hidden_layers": 3}, "lacks 9 weights of LlamaForCausalLM .model.layers.2.input_layernorm.weight"),
-        ({"hidden_size": 64}, "can't load the weights of"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"\(gptq\).*give the unquantised"),
+        (
+            {"quantization_config": {"quant_method": "lowrank"}},
+            "already compressed .*: give the dense model .* load_compressed",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification: give a decoder"),
+        ({"model_type": "zorro"}, "check its config.json"),
+        ({"num_hidden_layers": 3}, "lacks 9 weights .*model.layers.2.input_layernorm.weight.*; give the checkpoint"),
+        ({"hidden_size": 64}, "llama.*check that the checkpoint is complete"),
     ],
 )
 def test_checkpoints_refused(folder, changes, text):
@@ -304,26 +305,25 @@ def test_checkpoints_refused(folder, changes, text):
 @pytest.mark.parametrize(("config", "text"), [(T5Config, "T5"), (BertConfig, "BertForMaskedLM")])
 def test_other_kinds_of_models_refused(tmp_path, config, text):
     config(architectures=["BertForMaskedLM"] if config is BertConfig else None).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=f"not a causal language model but .*{text}.*give a decoder".replace("T5", "t5")
-    ):
+    with pytest.raises(ValueError, match=f"but .*{text}.*give a decoder".replace("T5", "t5")):
         load_base(str(tmp_path))
 
 
 def test_damaged_tokenizer(folder):
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(ValueError, match=r"can't load the tokenizer of .*llama'"):
+    with pytest.raises(ValueError, match=r"tokenizer of .*llama'"):
         load_tokenizer(str(folder))
 
 
-def test_damaged_files(folder):
+def test_damaged_weights(folder):
     (folder / "model.safetensors").write_bytes(b"garbage, not tensors")
-    with pytest.raises(ValueError, match=r"can't load the weights of .*check that the checkpoint is whole"):
+    with pytest.raises(ValueError, match=r"weights of .*llama.*check that the checkpoint is complete"):
         load_base(str(folder))
+
+
+def test_damaged_configuration(folder):
     (folder / "config.json").write_text("{")
-    with pytest.raises(
-        ValueError, match=r"can't read the configuration .*not a valid JSON file; check its config.json"
-    ):
+    with pytest.raises(ValueError, match=r"not a valid JSON file; check its config.json"):
         load_base(str(folder))
 
 
@@ -336,11 +336,11 @@ class Model(LlamaForCausalLM):
 """
 
 
-def test_remote_code_runs_only_when_told(folder, llama):
+def test_remote_code_runs_only_if_it_is_trusted(folder, llama):
     (folder / "own.py").write_text(REMOTE)
     auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     edit_config(folder, model_type="own_llama", architectures=["Model"], auto_map=auto)
-    with pytest.raises(ValueError, match="it comes with code of its own; set trust_remote_code to true if you trust"):
+    with pytest.raises(ValueError, match="its own Python code; set trust_remote_code to true"):
         load_base(str(folder))
     model = load_base(str(folder), trust_remote_code=True)
     assert torch.equal(model(TOKENS).logits, llama(TOKENS).logits)

@@ -36,7 +36,7 @@ def storage(request):
 
 @pytest.fixture
 def small(storage):
-    """A Llama whose linear maps in the blocks all have rank 5; pivots of every other one are columns."""
+    """A Llama whose linear layers in the blocks all have rank 5; pivots of every other one are columns."""
     torch.manual_seed(0)
     model = tiny_model("llama")
     entries = {}
@@ -179,16 +179,16 @@ def test_the_config_survives_json():
     [
         (
             {"schema": 4, "pivots": {}},
-            "stored in lowrank schema 4, this code reads schemas up to 3: upgrade",
+            "schema 4, .* up to 3: upgrade",
         ),
-        ({"shapes": {"a": [3]}}, r"gives 'a' the shape \[3\]: expected \[out, in\]"),
-        ({"shapes": {"a": [3, 0]}}, r"gives 'a' the shape \[3, 0\]: expected \[out, in\]"),
-        ({"pivots": {}}, r"unknown keys \['pivots'\]"),
-        ({"modules": {"a": 0}}, "gives 'a' the rank 0: expected a positive integer"),
-        ({"modules": {"a": "3"}}, "gives 'a' the rank '3': expected a positive integer"),
-        ({"modules": {"a": entry(0, "pivoted")}}, "gives 'a' the rank 0: expected a positive integer"),
-        ({"modules": {"a": entry(3, "sparse")}}, "gives 'a' the entry .*'sparse'.*: expected a rank, or rank, storage"),
-        ({"modules": {"a": {"rank": 3}}}, "gives 'a' the entry {'rank': 3}: expected a rank, or rank, storage \"pivo"),
+        ({"shapes": {"a": [3]}}, r"'a' the shape \[3\]: expected \[out, in\]"),
+        ({"shapes": {"a": [3, 0]}}, r"'a' the shape \[3, 0\]: expected \[out, in\]"),
+        ({"pivots": {}}, r"\['pivots'\]: expected modules, shapes, schema"),
+        ({"modules": {"a": 0}}, "'a' the rank 0: expected a positive integer"),
+        ({"modules": {"a": "3"}}, "'a' the rank '3': expected a positive integer"),
+        ({"modules": {"a": entry(0, "pivoted")}}, "'a' the rank 0: expected a positive integer"),
+        ({"modules": {"a": entry(3, "sparse")}}, "'a' .*'sparse'.*: expected a rank, or rank, storage"),
+        ({"modules": {"a": {"rank": 3}}}, "'a' .*{'rank': 3}: expected a rank, or rank, storage"),
     ],
 )
 def test_a_config_that_is_not_understood_is_refused(given, text):
@@ -247,7 +247,7 @@ def test_a_device_map_and_another_dtype_work(small, tmp_path, device_map):
     [
         (
             "model.layers.7.mlp.up_proj",
-            "names the module 'model.layers.7.mlp.up_proj', which LlamaForCausalLM does",
+            "'model.layers.7.mlp.up_proj', .*LlamaForCausalLM .*export it again",
         ),
         ("model.norm", "'model.norm' is a LlamaRMSNorm: only nn.Linear and Conv1D"),
     ],
@@ -280,9 +280,9 @@ def test_another_storage_is_a_size_mismatch(small, storage, tmp_path):
     [
         (
             entry(32, "pivoted"),
-            r"up_proj: rank 32 of a map of shape \[96, 32\] can't be stored pivoted: expected 1 to 31",
+            r"up_proj: rank 32 .*\[96, 32\] .*: expected 1 to 31",
         ),
-        (entry(5, "pivoted", "left"), "quantization_config, model.layers.0.mlp.up_proj: the side 'left' was given"),
+        (entry(5, "pivoted", "left"), "model.layers.0.mlp.up_proj: .*'left' .*expected one of out, in"),
     ],
 )
 @pytest.mark.parametrize("storage", ["pivoted"])
@@ -298,7 +298,9 @@ def test_a_config_of_an_impossible_layer_is_refused(small, tmp_path, given, text
 def test_pivots_that_are_damaged_are_an_error(small, tmp_path, pivots):
     small.model.layers[0].mlp.up_proj.pivots = torch.tensor(pivots, dtype=torch.int32)
     small.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"mlp.up_proj: the pivots .* are not 5 ascending .*; the folder is damaged"):
+    with pytest.raises(
+        ValueError, match=r"mlp.up_proj: .* 5 ascending .*; the folder is damaged, copy or export it again"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -329,7 +331,7 @@ def test_a_new_head_may_be_new_and_nothing_else(small, tmp_path):
     for key in [key for key in weights if ".layers.1." not in key]:
         damaged = {name: value for name, value in weights.items() if name != key}
         save_file(damaged, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=f"the weight files hold no {key}: transformers would make them up"):
+        with pytest.raises(ValueError, match=f"no {key}: .* copy or export it again"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -350,7 +352,9 @@ def test_only_model_classes_of_transformers_are_made_up():
 def test_a_copy_registers_only_if_it_reads_more(monkeypatch):
     monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "lowrank", LowRankConfig)
     source = Path(hf_format.__file__).read_text(encoding="utf-8")
-    same, newer = ({"__name__": name, "__package__": "lowrank_pl"} for name in ("copy_of_hf_format", "newer_hf_format"))
+    same, newer = (
+        {"__name__": name, "__package__": "lowrank_pl.models"} for name in ("copy_of_hf_format", "newer_hf_format")
+    )
     exec(source, same)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is LowRankConfig
     exec(source.replace("SCHEMA = 3", "SCHEMA = 4"), newer)

@@ -87,10 +87,10 @@ def test_the_weight_never_has_the_dense_shape_nor_that_of_gpt2():
 
 @pytest.mark.parametrize("rank", [0, 6, 7])
 def test_ranks_and_sides_that_cannot_be_are_refused(rank):
-    text = rf"rank {rank} of a map of shape \[6, 9\] can't be stored pivoted: expected 1 to 5"
+    text = rf"rank {rank} .*\[6, 9\] .*: expected 1 to 5"
     with pytest.raises(ValueError, match=text):
         PivotedLinear(9, 6, rank, side="out")
-    with pytest.raises(ValueError, match="the side 'left' was given: expected one of out, in"):
+    with pytest.raises(ValueError, match=r"'left' .* expected one of out, in"):
         PivotedLinear(9, 6, 3, side="left")
 
 
@@ -117,21 +117,21 @@ WEIGHT, RIGHT, PIVOTS = torch.ones(5, 3), torch.ones(3, 9), torch.tensor([0, 2, 
         ((WEIGHT, RIGHT, PIVOTS[:2]), {"side": "in"}, r"\[2\]: expected \[out, rank\], \[rank, in - rank\], a bias of"),
         ((WEIGHT, RIGHT, PIVOTS), {"side": "out", "bias": torch.ones(5)}, r"a bias of \[out\] and pivots of \[rank\]"),
         ((WEIGHT, RIGHT.double(), PIVOTS), {"side": "out"}, "torch.float32 on cpu, torch.float64 on cpu: expected one"),
-        ((WEIGHT, RIGHT, PIVOTS), {"side": "left"}, "the side 'left' was given: expected one of out, in"),
-        ((WEIGHT, RIGHT[:, :3], PIVOTS), {"side": "out"}, r"rank 3 of a map of shape \[8, 3\] can't be stored pivoted"),
+        ((WEIGHT, RIGHT, PIVOTS), {"side": "left"}, "'left' .*: expected one of out, in"),
+        ((WEIGHT, RIGHT[:, :3], PIVOTS), {"side": "out"}, r"rank 3 .*\[8, 3\] .*: expected 1 to 2"),
         (
             (WEIGHT, RIGHT, PIVOTS - 1),
             {"side": "out"},
-            r"the pivots \[-1, 1, 2\]... are not 3 ascending indices below 8",
+            r"\[-1, 1, 2\].* 3 ascending indices below 8",
         ),
         (
             (WEIGHT, RIGHT, PIVOTS + 5),
             {"side": "out"},
-            r"the pivots \[5, 7, 8\]... are not 3 ascending indices below 8",
+            r"\[5, 7, 8\].* 3 ascending indices below 8",
         ),
-        ((WEIGHT, RIGHT, PIVOTS + 9), {"side": "in"}, r"the pivots \[9, 11, 12\]... are not 3 ascending .* below 12"),
-        ((WEIGHT, RIGHT, PIVOTS.flip(0)), {"side": "out"}, r"the pivots \[3, 2, 0\]... are not 3 ascending"),
-        ((WEIGHT, RIGHT, PIVOTS * 0 + 1), {"side": "in"}, r"the pivots \[1, 1, 1\]... are not 3 ascending"),
+        ((WEIGHT, RIGHT, PIVOTS + 9), {"side": "in"}, r"\[9, 11, 12\].* 3 ascending .* below 12"),
+        ((WEIGHT, RIGHT, PIVOTS.flip(0)), {"side": "out"}, r"\[3, 2, 0\].* 3 ascending"),
+        ((WEIGHT, RIGHT, PIVOTS * 0 + 1), {"side": "in"}, r"\[1, 1, 1\].* 3 ascending"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts, options, text):

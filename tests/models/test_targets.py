@@ -1,4 +1,4 @@
-"""What is found in each family, and that replacing all of it by exact factors changes nothing."""
+"""The targets of each family; replacing all of them by exact factors changes nothing."""
 
 import logging
 
@@ -28,7 +28,7 @@ BLOCKS = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "gpt_neox": "g
 
 
 class ExactFactors(nn.Module):
-    """All singular triplets of a linear map, and its bias."""
+    """All singular triplets of a linear layer, and its bias."""
 
     def __init__(self, module):
         super().__init__()
@@ -45,7 +45,7 @@ def kinds(targets):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_maps_and_groups_of_each_family(family):
+def test_targets_and_groups_of_each_family(family):
     model = tiny_model(family)
     found = find_targets(model)
     assert found.skipped == ()
@@ -139,12 +139,12 @@ def test_a_pattern_that_matches_nothing_is_refused(llama, where):
 
 
 def test_nothing_left_is_refused(llama):
-    with pytest.raises(ValueError, match=r"no linear map .* is left .* LlamaForCausalLM: excluded by pattern '\*'"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: excluded by pattern '\*'"):
         find_targets(llama, exclude=["*"])
 
 
 def skipped_reasons(model, caplog):
-    """Return the reasons by name after checking that each is told once, as a warning."""
+    """Return the reasons by name after checking that each is logged once, as a warning."""
     found = find_targets(model)
     reasons = {entry.name: entry.reason for entry in found.skipped}
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -154,7 +154,7 @@ def skipped_reasons(model, caplog):
     return reasons
 
 
-def test_tied_weights_stay_dense_aloud(llama, caplog):
+def test_tied_weights_stay_dense_with_a_warning(llama, caplog):
     blocks = llama.model.layers
     blocks[1].mlp.up_proj.weight = blocks[0].mlp.up_proj.weight
     llama.proj_out = nn.Linear(32, 32, bias=False)
@@ -170,21 +170,21 @@ def test_a_block_used_twice_is_tied(llama, caplog):
         find_targets(llama)
 
 
-def test_other_modules_stay_dense_aloud(llama, caplog):
+def test_other_modules_stay_dense_with_a_warning(llama, caplog):
     blocks = llama.model.layers
     blocks[0].mlp.gate_matrix = nn.Parameter(torch.zeros(3, 5))
     blocks[0].unused = nn.Linear(2, 3)
     blocks[0].convolution = nn.Conv1d(2, 3, 4)
     blocks[1].mlp.up_proj = nn.utils.parametrizations.weight_norm(blocks[1].mlp.up_proj)
     reasons = skipped_reasons(llama, caplog)
-    assert reasons["model.layers.0.mlp.gate_matrix"] == "2-D parameter of LlamaMLP, which is no known linear map"
+    assert reasons["model.layers.0.mlp.gate_matrix"] == "2-D parameter of LlamaMLP, which is no known linear layer"
     assert reasons["model.layers.0.unused"] == "never called in a forward pass"
-    assert reasons["model.layers.0.convolution.weight"] == "3-D parameter of Conv1d, which is no known linear map"
+    assert reasons["model.layers.0.convolution.weight"] == "3-D parameter of Conv1d, which is no known linear layer"
     assert sum(name.startswith("model.layers.1.mlp.up_proj.parametrizations") for name in reasons) == 2
     assert len(reasons) == 5
 
 
-def test_integer_weights_stay_dense_aloud(llama, caplog):
+def test_integer_weights_stay_dense_with_a_warning(llama, caplog):
     linear = llama.model.layers[0].mlp.up_proj
     linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
     linear.forward = lambda x: nn.functional.linear(x, linear.weight.float())
@@ -192,7 +192,7 @@ def test_integer_weights_stay_dense_aloud(llama, caplog):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_fused_experts_and_routers_stay_dense_aloud(family, caplog):
+def test_fused_experts_and_routers_stay_dense_with_a_warning(family, caplog):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
     experts = {"num_local_experts": 4} if family == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 48}
@@ -213,7 +213,7 @@ class Packed(nn.Linear):
 
 
 def test_quantised_models_are_refused(llama):
-    text = r"LlamaForCausalLM is quantised \(module model.layers.0.mlp.up_proj\) .*: load the unquantised checkpoint"
+    text = r"\(module model.layers.0.mlp.up_proj\) .*: load the unquantised checkpoint"
     packed = Packed(32, 96)
     packed.weight = nn.Parameter(torch.zeros(96, 16, dtype=torch.uint8), requires_grad=False)
     replace_module(llama, "model.layers.0.mlp.up_proj", packed)
@@ -229,7 +229,7 @@ def test_models_marked_as_quantised_are_refused_unless_dense_or_ours(llama):
     llama.config.quantization_config = {"quant_method": "gguf"}
     assert len(find_targets(llama).modules) == 14
     llama.is_quantized = True
-    with pytest.raises(ValueError, match=r"is quantised \(gguf\)"):
+    with pytest.raises(ValueError, match=r"quantised \(gguf\).*load the unquantised"):
         find_targets(llama)
     llama.config.quantization_config = {"quant_method": "lowrank"}
     assert len(find_targets(llama).modules) == 14
@@ -248,13 +248,13 @@ class Factored(nn.Linear):
 
 def test_already_factored_layers_stay_as_they_are(llama, caplog):
     replace_module(llama, "model.layers.1.mlp.up_proj", Factored())
-    reason = "2-D parameter of Factored, which is no known linear map"
+    reason = "2-D parameter of Factored, which is no known linear layer"
     names = [f"model.layers.1.mlp.up_proj.{name}" for name in ("weight", "right")]
     assert skipped_reasons(llama, caplog) == dict.fromkeys(names, reason)
 
 
 class Router(nn.Module):
-    """Feeds two maps with equal but distinct tensors, one of them by keyword, and a third with an overwritten one."""
+    """Gives its layers equal but distinct tensors, one of them by keyword, and an overwritten one."""
 
     def __init__(self):
         super().__init__()
@@ -288,7 +288,7 @@ def test_decoder_blocks_are_the_largest_list_inside_the_decoder(llama):
 
 def test_a_model_without_blocks_is_refused(llama):
     llama.config.num_hidden_layers = 7
-    with pytest.raises(ValueError, match=r"no list of 7 decoder blocks \(config.num_hidden_layers\)"):
+    with pytest.raises(ValueError, match=r"7 decoder blocks \(config.num_hidden_layers\)"):
         decoder_blocks(llama)
 
 
@@ -299,7 +299,7 @@ def test_dense_weight_is_a_view():
     x = torch.randn(4, 3)
     torch.testing.assert_close(x @ dense_weight(conv).T + conv.bias, conv(x))
     for module in (nn.Embedding(3, 2), Factored(), nn.LayerNorm(3)):
-        with pytest.raises(ValueError, match=f"{type(module).__name__} is no plain linear map: expected nn.Linear"):
+        with pytest.raises(ValueError, match=f"{type(module).__name__} .* expected nn.Linear"):
             dense_weight(module)
 
 
@@ -309,7 +309,7 @@ def test_replace_module(llama):
     assert llama.model.layers[1].mlp is new
     replace_module(llama, "model.layers.0", new)
     assert llama.model.layers[0] is new
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no module 'model.layers.0.nothing'"):
+    with pytest.raises(ValueError, match=r"'model.layers.0.nothing'"):
         replace_module(llama, "model.layers.0.nothing", new)
-    with pytest.raises(ValueError, match="the model itself can't be replaced"):
+    with pytest.raises(ValueError, match="give the name of one of its submodules"):
         replace_module(llama, "", new)

@@ -1,4 +1,4 @@
-"""Budgets: any wishes become ranks that meet the budget to within one step, or an error says why not."""
+"""Budgets: any requested ranks become ranks that meet the budget to within one step, or an error says why not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowrank_pl.plans.plan import ModulePlan
 
 sizes = st.integers(1, 90)
 shape_lists = st.lists(st.tuples(sizes, sizes), min_size=1, max_size=7)
-wish = st.one_of(st.floats(0, 200), st.just(math.inf), st.just(0.0), st.floats(0, 1e-6))
+requested_rank = st.one_of(st.floats(0, 200), st.just(math.inf), st.just(0.0), st.floats(0, 1e-6))
 
 
 def named(shapes):
@@ -73,8 +73,8 @@ def test_budget_is_met_to_within_one_step(data, shapes, keep, multiple, with_flo
         floors=floors,
         bytes_per_parameter=2,
     )
-    wishes = {name: data.draw(wish) for name in shapes}
-    plan = budget.fit(wishes, method="drawn")
+    requested = {name: data.draw(requested_rank) for name in shapes}
+    plan = budget.fit(requested, method="drawn")
 
     assert list(plan.modules) == list(shapes)
     assert (plan.method, plan.keep, plan.model_parameters, plan.bytes_per_parameter) == ("drawn", keep, total + 7, 2)
@@ -92,33 +92,35 @@ def test_budget_is_met_to_within_one_step(data, shapes, keep, multiple, with_flo
 
 @settings(max_examples=60, deadline=None)
 @given(shape_lists, st.floats(0.3, 1.0), st.lists(st.floats(0.5, 60), min_size=7, max_size=7))
-def test_without_scaling_up_no_rank_exceeds_its_wish(shapes, keep, wished):
+def test_without_scaling_up_no_rank_exceeds_the_requested_one(shapes, keep, ranks):
     shapes = named(shapes)
     total = sum(m * n for m, n in shapes.values())
     least = sum(allowed_sizes(shape, 1, Fraction(0))[0][1] for shape in shapes.values())
     assume(least <= math.floor(keep * total + 1e-6))
     budget = Budget(storage="factored", keep=keep, shapes=shapes, model_parameters=total)
-    wishes = dict(zip(shapes, wished, strict=False))
-    plan = budget.fit(wishes, method="x", scale_up=False)
+    requested = dict(zip(shapes, ranks, strict=False))
+    plan = budget.fit(requested, method="x", scale_up=False)
     assert plan.kept_parameters <= keep * total + 1e-6
     for name, (m, n) in shapes.items():
         rank = plan.modules[name].rank
         if rank is None:
-            assert wishes[name] * (m + n) >= m * n or len(allowed_sizes((m, n), 1, Fraction(0))) == 1
+            assert requested[name] * (m + n) >= m * n or len(allowed_sizes((m, n), 1, Fraction(0))) == 1
         else:
-            assert rank <= max(1.0, wishes[name])
+            assert rank <= max(1.0, requested[name])
 
 
-def test_wishes_that_fit_exactly_stay():
+def test_requested_ranks_that_fit_exactly_stay():
     shapes = named([(30, 30), (30, 60), (60, 30)])
-    wishes = dict(zip(shapes, [5.0, 9.0, 2.0], strict=True))
+    requested = dict(zip(shapes, [5.0, 9.0, 2.0], strict=True))
     spent = 5 * 60 + 9 * 90 + 2 * 90
-    plan = Budget(storage="factored", keep=spent / 4500, shapes=shapes, model_parameters=4500).fit(wishes, method="x")
+    plan = Budget(storage="factored", keep=spent / 4500, shapes=shapes, model_parameters=4500).fit(
+        requested, method="x"
+    )
     assert [module.rank for module in plan.modules.values()] == [5, 9, 2]
     assert plan.kept_parameters == spent
 
 
-def test_relations_of_wishes_survive_scaling():
+def test_scaling_keeps_the_relation_of_requested_ranks():
     shapes = named([(400, 400)] * 3)
     plan = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=480_000).fit(
         {"block.0": 10.0, "block.1": 20.0, "block.2": 30.0}, method="x"
@@ -128,16 +130,16 @@ def test_relations_of_wishes_survive_scaling():
     assert max(abs(a - b) for a, b in zip(ranks, [50, 100, 150], strict=True)) <= 1
 
 
-def test_dense_wishes_are_granted_and_not_scaled():
+def test_modules_requested_dense_are_dense_and_not_scaled():
     shapes = named([(40, 40)] * 4)
-    wishes = {"block.0": math.inf, "block.1": 12.0, "block.2": 12.0, "block.3": 12.0}
-    plan = Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=6400).fit(wishes, method="x")
+    requested = {"block.0": math.inf, "block.1": 12.0, "block.2": 12.0, "block.3": 12.0}
+    plan = Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=6400).fit(requested, method="x")
     assert plan.dense_modules == ["block.0"]
     assert [plan.modules[f"block.{i}"].rank for i in (1, 2, 3)] == [10, 9, 9]
     assert any("wished ranks scaled by 0.8" in note for note in plan.notes)
 
 
-def test_dense_wishes_that_the_budget_cannot_pay_are_scaled_and_noted():
+def test_modules_requested_dense_beyond_the_budget_are_scaled_and_noted():
     shapes = named([(40, 40)] * 2)
     plan = Budget(storage="factored", keep=0.5, shapes=shapes, model_parameters=3200).fit(
         dict.fromkeys(shapes, math.inf), method="x"
@@ -176,7 +178,7 @@ def test_floors_hold():
 
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.0001, math.nan, math.inf])
 def test_impossible_keep(keep):
-    message = r"keep is .*: expected the fraction of parameters to keep, above 0 and at most 1"
+    message = r"keep is .*: expected .* above 0 and at most 1"
     with pytest.raises(ValueError, match=message):
         check_keep(keep)
     with pytest.raises(ValueError, match=message):
@@ -186,17 +188,16 @@ def test_impossible_keep(keep):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"multiple_of": 0}, r"multiple_of is 0: expected a whole number of at least 1"),
-        ({"floors": {"a": 1.5}}, r"the floor of 'a' is 1.5: expected a fraction in \[0, 1\]"),
-        ({"floors": {"a": math.nan}}, r"the floor of 'a' is nan"),
-        ({"floors": {"q*": 0.5}}, r"the floor pattern 'q\*' matches none of the 2 modules"),
+        ({"multiple_of": 0}, r"multiple_of is 0: expected .* at least 1"),
+        ({"floors": {"a": 1.5}}, r"floor of 'a' is 1.5: expected .*\[0, 1\]"),
+        ({"floors": {"a": math.nan}}, r"floor of 'a' is nan"),
+        ({"floors": {"q*": 0.5}}, r"'q\*' matches none of the 2 modules"),
         (
             {"floors": {"a": 1.0}},
-            r"keep 0.5 allows 800 parameters, but the floors and multiple_of 1 need at least 860 \(keep 0.5375\): "
-            "raise keep or lower them",
+            r"keep 0.5 allows 800 .* 860 \(keep 0.5375\): raise keep",
         ),
-        ({"multiple_of": 16}, r"multiple_of 16 need at least 1,600 \(keep 1.0000\)"),
-        ({"keep": 1e-3}, r"keep 0.001 allows 1 parameters, but .* need at least 120"),
+        ({"multiple_of": 16}, r"multiple_of 16 .* 1,600 \(keep 1.0000\)"),
+        ({"keep": 1e-3}, r"keep 0.001 allows 1 .* 120"),
     ],
 )
 def test_impossible_budgets(arguments, message):
@@ -208,19 +209,19 @@ def test_impossible_budgets(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("requested", "message"),
     [
-        ({}, r"no rank is requested for a and 1 more: expected one a module"),
-        ({"a": 1.0}, r"no rank is requested for b and 0 more"),
-        ({"a": -1.0, "b": 1.0}, r"the rank requested for a is -1.0: expected a number of at least 0"),
-        ({"a": 1.0, "b": math.nan}, r"the rank requested for b is nan"),
-        ({"a": 1.0, "b": 1.0, "c": 1.0}, r"a rank is requested for c, which is none of the 2 modules"),
+        ({}, r"missing for a and 1 more: expected an entry for every module"),
+        ({"a": 1.0}, r"missing for b: expected an entry for every module"),
+        ({"a": -1.0, "b": 1.0}, r"rank of a is -1.0: expected .* at least 0"),
+        ({"a": 1.0, "b": math.nan}, r"rank of b is nan"),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, r"given for c: expected one of the 2 modules, such as a"),
     ],
 )
-def test_impossible_wishes(wishes, message):
+def test_impossible_requested_ranks(requested, message):
     budget = Budget(storage="factored", keep=0.5, shapes={"a": (20, 40), "b": (40, 20)}, model_parameters=1600)
     with pytest.raises(ValueError, match=message):
-        budget.fit(wishes, method="x")
+        budget.fit(requested, method="x")
 
 
 def test_uniform_keeps_the_same_fraction_everywhere():
@@ -231,18 +232,18 @@ def test_uniform_keeps_the_same_fraction_everywhere():
     assert plan.method == "uniform"
     for (m, n), module in zip(shapes.values(), plan.modules.values(), strict=True):
         assert abs(module.rank - 0.6 * m * n / (m + n)) <= 1.0
-    with pytest.raises(ValueError, match=r"no allocator is called 'best': expected one of uniform"):
+    with pytest.raises(ValueError, match=r"'best': expected one of uniform"):
         make_allocator("best")
 
 
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ({"a": [1.0]}, r"no component is scored for b and 0 more: expected one a module"),
-        ({"a": [1.0], "b": [1.0], "c": [1.0]}, r"a component is scored for c, which is none of the 2 modules"),
-        ({"a": [1.0] * 21, "b": [1.0]}, r"a of shape \(20, 40\) has 21 scores: expected 20 or fewer"),
-        ({"a": [math.nan], "b": [1.0]}, r"the scores of a have shape \(1,\) or hold NaN: expected one number a compon"),
-        ({"a": 1.0, "b": [1.0]}, r"the scores of a have shape \(\) or hold NaN"),
+        ({"a": [1.0]}, r"scores missing for b: expected an entry for every module"),
+        ({"a": [1.0], "b": [1.0], "c": [1.0]}, r"scores given for c: expected one of the 2 modules"),
+        ({"a": [1.0] * 21, "b": [1.0]}, r"a .* has 21 scores: expected 20 or fewer"),
+        ({"a": [math.nan], "b": [1.0]}, r"scores of a .* NaN: expected one number a component"),
+        ({"a": 1.0, "b": [1.0]}, r"scores of a have shape \(\)"),
     ],
 )
 def test_impossible_scores(scores, message):
@@ -260,10 +261,7 @@ def test_bounds_of_other_plans():
     assert [m.rank for m in budget.select(scores, method="x", within=bound).modules.values()] == [5, 9]
     assert [m.rank for m in budget.select(scores, method="x", beyond=bound).modules.values()] == [11, 9]
     dense = {"a": ModulePlan((40, 40)), "b": ModulePlan((40, 40), 2)}
-    message = (
-        r"the plan to go beyond has 160 parameters more than keep 0.5 allows: give a smaller plan, or raise keep to "
-    )
-    with pytest.raises(ValueError, match=message + "0.55$"):
+    with pytest.raises(ValueError, match=r"160 parameters more than keep 0.5 allows: .* raise keep to 0.55$"):
         budget.select(scores, method="x", beyond=dense)
     raised = Budget(storage="factored", keep=0.55, shapes=shapes, model_parameters=3200).select(
         scores, method="x", beyond=dense
@@ -292,9 +290,9 @@ def test_sizes_check_their_scores_and_log_nothing(caplog):
     )
     assert budget.sizes({"a": torch.ones(64), "b": torch.ones(8)}) == {"a": 16, "b": None}
     assert caplog.text == ""
-    with pytest.raises(ValueError, match="no component is scored for b and 0 more"):
+    with pytest.raises(ValueError, match="scores missing for b"):
         budget.sizes({"a": torch.ones(64)})
-    with pytest.raises(ValueError, match=r"b of shape \(8, 8\) has 9 scores: expected 8 or fewer"):
+    with pytest.raises(ValueError, match=r"b .* has 9 scores: expected 8 or fewer"):
         budget.sizes({"a": torch.ones(64), "b": torch.ones(9)})
 
 

@@ -44,19 +44,17 @@ def test_equality_is_by_names_and_values():
 
 @pytest.mark.parametrize("bad", [torch.tensor([1.0, math.nan]), torch.ones(2, 2), torch.tensor(1.0)])
 def test_what_is_no_list_of_numbers_is_refused(bad):
-    with pytest.raises(
-        ValueError, match=r"the scores of h.0 have shape .* or hold NaN: expected one number a component"
-    ):
+    with pytest.raises(ValueError, match=r"scores of h.0 .*: expected one number a component"):
         ComponentOrder({"h.0": bad})
 
 
 @pytest.mark.parametrize("text", ["!", "AAA", base64.b64encode(b"12345").decode(), "ä"])
 def test_damaged_text_is_named(text):
-    with pytest.raises(ValueError, match=r"the component order of h.0 is damaged \(.*\): allocate again"):
+    with pytest.raises(ValueError, match=r"h.0 is damaged \(.*\): allocate again"):
         ComponentOrder.from_json({"h.0": text})
 
 
-def test_wishes_go_down_together():
+def test_requested_ranks_shrink_by_one_factor():
     a, b = requested_rank_scores((30, 40), 20.0), requested_rank_scores((30, 40), 10.0)
     assert [int((scores >= 2.0).sum()) for scores in (a, b)] == [10, 5]
     assert requested_rank_scores((3, 2), math.inf).tolist() == [math.inf, math.inf]

@@ -121,7 +121,7 @@ def test_plan_is_read_as_utf8_whatever_the_locale(plan, tmp_path, monkeypatch):
     assert RankPlan.load(path).notes == plan.notes
 
 
-def test_hand_edited_ranks_are_believed_and_counts_made_anew(plan):
+def test_hand_edited_ranks_hold_and_counts_are_computed_again(plan):
     def change(data):
         data["modules"]["z.last"]["rank"] = 6
         data["modules"]["a.first"]["rank"] = 1
@@ -143,63 +143,63 @@ def test_origin_puts_notes_first(plan):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=99), r"the plan has schema 99: this version of lowrank_pl reads schemas 1 to 2"),
-        (lambda d: d.pop("schema"), r"the plan has schema None"),
-        (lambda d: d.pop("method"), r"the plan lacks or misspells 'method': write it anew with `lowrank allocate`"),
-        (lambda d: d["parameters"].pop("model"), r"lacks or misspells 'model'"),
-        (lambda d: d.update(keep=0.5), r"the plan lacks or misspells .*float"),
-        (lambda d: d.update(modules=["a"]), r"the plan lacks or misspells .*list"),
-        (lambda d: d.update(modules={}), r"the plan names no module"),
-        (lambda d: d["modules"]["z.last"].pop("rank"), r"lacks or misspells 'rank'"),
-        (lambda d: d["constraints"].pop("floors"), r"the plan lacks or misspells 'floors'"),
+        (lambda d: d.update(schema=99), r"schema 99: .* 1 to 2"),
+        (lambda d: d.pop("schema"), r"schema None"),
+        (lambda d: d.pop("method"), r"misspells 'method': .*`lowrank allocate`"),
+        (lambda d: d["parameters"].pop("model"), r"misspells 'model'"),
+        (lambda d: d.update(keep=0.5), r"misspells .*float"),
+        (lambda d: d.update(modules=["a"]), r"misspells .*list"),
+        (lambda d: d.update(modules={}), r"names no module: .*`lowrank allocate`"),
+        (lambda d: d["modules"]["z.last"].pop("rank"), r"misspells 'rank'"),
+        (lambda d: d["constraints"].pop("floors"), r"misspells 'floors'"),
         (
             lambda d: d["constraints"].update(multiple_of="8"),
-            r"multiple_of is '8' in the plan: expected a whole number",
+            r"multiple_of is '8' .* expected a whole number",
         ),
-        (lambda d: d["constraints"].update(multiple_of=0), r"multiple_of is 0 in the plan: expected a whole number of"),
+        (lambda d: d["constraints"].update(multiple_of=0), r"multiple_of is 0 .* at least 1"),
         (
             lambda d: d["constraints"].update(floors={"*": "1"}),
-            r"the floor of '\*' is '1' in the plan: expected a fract",
+            r"'\*' is '1' .* expected a fraction",
         ),
         (
             lambda d: d["constraints"].update(floors={"*": 1.5}),
-            r"the floor of '\*' is 1.5 in the plan: expected a fract",
+            r"'\*' is 1.5 .* expected a fraction",
         ),
-        (lambda d: d["constraints"].update(floors=["*"]), r"the plan lacks or misspells .*list"),
+        (lambda d: d["constraints"].update(floors=["*"]), r"misspells .*list"),
         (
             lambda d: d.update(order={"z.last": "AAA"}),
-            r"the component order of z.last is damaged \(.*\): allocate again",
+            r"z.last is damaged \(.*\): allocate again",
         ),
         (
             lambda d: d.update(order={"z.last": "AAAA"}),
-            r"the component order of z.last is damaged \(.*\): allocate again",
+            r"z.last is damaged \(.*\): allocate again",
         ),
-        (lambda d: d.update(order={"z.last": "AADAfw=="}), r"the scores of z.last have shape \(1,\) or hold NaN"),
-        (lambda d: d.update(order=3), r"the plan lacks or misspells"),
-        (lambda d: d["modules"]["z.last"].pop("shape"), r"lacks or misspells 'shape'"),
-        (lambda d: d["modules"]["z.last"].update(rank=2.5), r"module z.last of the plan: rank 2.5 is neither a whole"),
+        (lambda d: d.update(order={"z.last": "AADAfw=="}), r"scores of z.last .* NaN"),
+        (lambda d: d.update(order=3), r"misspells"),
+        (lambda d: d["modules"]["z.last"].pop("shape"), r"misspells 'shape'"),
+        (lambda d: d["modules"]["z.last"].update(rank=2.5), r"z.last .* 2.5: expected a whole number or"),
         (
             lambda d: d["modules"]["z.last"].update(rank="Dense"),
-            r"rank 'Dense' is neither a whole number nor \"dense\"",
+            r"'Dense': expected a whole number or \"dense\"",
         ),
-        (lambda d: d["modules"]["z.last"].update(rank=True), r"rank True is neither"),
-        (lambda d: d["modules"]["z.last"].update(rank=None), r"rank None is neither"),
+        (lambda d: d["modules"]["z.last"].update(rank=True), r"True: expected a whole number"),
+        (lambda d: d["modules"]["z.last"].update(rank=None), r"None: expected a whole number"),
         (
             lambda d: d["modules"]["z.last"].update(rank=0),
-            r"module z.last of the plan: a rank of 0 was given for shape \(10, 20\): expected 1..10",
+            r"z.last .* rank of 0 .* \(10, 20\): expected 1..10",
         ),
-        (lambda d: d["modules"]["z.last"].update(rank=11), r"a rank of 11 was given .* expected 1..10"),
+        (lambda d: d["modules"]["z.last"].update(rank=11), r"rank of 11 .* expected 1..10"),
         (lambda d: d["modules"]["z.last"].update(shape=[10, 20, 30]), r"z.last .* expected two positive whole numbers"),
         (lambda d: d["modules"]["z.last"].update(shape=[10, 20.5]), r"expected two positive whole numbers"),
         (lambda d: d["modules"]["z.last"].update(shape=[10, -20]), r"expected two positive whole numbers"),
-        (lambda d: d["modules"]["m.some"].update(rank=3), r"module m.some .* do not fit rank 3 and shape \(8, 8\)"),
+        (lambda d: d["modules"]["m.some"].update(rank=3), r"m.some .* rank 3 and shape \(8, 8\)"),
         (lambda d: d["modules"]["m.some"].update(indices=[5, 0]), r"expected 2 ascending numbers below 8"),
         (lambda d: d["modules"]["m.some"].update(indices=[5, 5]), r"expected 2 ascending numbers below 8"),
         (lambda d: d["modules"]["m.some"].update(indices=[0, 8]), r"expected 2 ascending numbers below 8"),
         (lambda d: d["modules"]["m.some"].update(indices=[-1, 3]), r"expected 2 ascending numbers below 8"),
         (lambda d: d["modules"]["m.some"].update(indices=[0.5, 3]), r"expected 2 ascending numbers below 8"),
         (lambda d: d["modules"]["m.some"].update(indices=[]), r"expected 2 ascending numbers below 8"),
-        (lambda d: d["modules"]["m.some"].update(rank="dense"), r"component indices \(0, 5\)\.\.\. do not fit"),
+        (lambda d: d["modules"]["m.some"].update(rank="dense"), r"indices \(0, 5\).* rank None"),
     ],
 )
 def test_impossible_plans_are_refused(plan, change, message):
@@ -208,16 +208,16 @@ def test_impossible_plans_are_refused(plan, change, message):
 
 
 def test_no_json_and_no_file(plan, tmp_path):
-    with pytest.raises(ValueError, match=r"the plan is not JSON \(.*\): expected a file written by `lowrank allocate`"):
+    with pytest.raises(ValueError, match=r"not JSON .*`lowrank allocate`"):
         RankPlan.from_json("{")
-    with pytest.raises(ValueError, match="the plan has schema 'list'"):
+    with pytest.raises(ValueError, match="schema 'list'"):
         RankPlan.from_json("[]")
-    with pytest.raises(ValueError, match=r"no plan at .*absent.json: expected a JSON file"):
+    with pytest.raises(ValueError, match=r"absent.json: expected a JSON file"):
         RankPlan.load(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="no plan at"):
         RankPlan.load(tmp_path)
     (tmp_path / "bad.json").write_text(edited(plan, lambda d: d.update(schema=3)))
-    with pytest.raises(ValueError, match=r"bad.json: the plan has schema 3"):
+    with pytest.raises(ValueError, match=r"bad.json: .*schema 3"):
         RankPlan.load(tmp_path / "bad.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"binary.json: "):

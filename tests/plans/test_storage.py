@@ -1,4 +1,4 @@
-"""What ranks cost: exact counts, their real-valued continuation and its inverse, for every choice of form."""
+"""The cost of ranks: exact counts, their real-valued continuation and its inverse, for every choice of form."""
 
 import math
 from fractions import Fraction
@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_pl.plans.storage import Storage
@@ -15,39 +15,41 @@ SIZES = st.integers(1, 40)
 
 
 def counted(choice, shape, rank, size):
-    """The numbers that a map takes, from what lies on disk."""
+    """The numbers of a layer on disk."""
     m, n = shape
     factored = rank * m + rank * n
     pivoted = rank * n + (m - rank) * rank + math.ceil(Fraction(4 * rank, size))
     return {"factored": factored, "pivoted": pivoted, "auto": min(factored, pivoted)}[choice]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["factored", "pivoted", "auto"]), SIZES, SIZES, st.sampled_from([2, 4]))
 def test_costs_are_what_is_stored(choice, m, n, size):
-    prices = Storage(choice, size)
-    costs = [prices.cost((m, n), rank) for rank in range(1, min(m, n) + 1)]
+    storage = Storage(choice, size)
+    costs = [storage.cost((m, n), rank) for rank in range(1, min(m, n) + 1)]
     assert costs == [counted(choice, (m, n), rank, size) for rank in range(1, min(m, n) + 1)]
-    assert costs == prices.costs((m, n), torch.arange(1, min(m, n) + 1).numpy()).tolist()
+    assert costs == storage.costs((m, n), torch.arange(1, min(m, n) + 1).numpy()).tolist()
     smaller = [rank for rank in range(1, min(m, n)) if costs[rank - 1] < m * n]
-    assert prices.break_even((m, n)) == max(smaller, default=0)
+    assert storage.break_even((m, n)) == max(smaller, default=0)
     # Of any two ranks below break-even the higher one takes more, or budgets could not be met step by step.
     assert all(a < b for a, b in pairwise(costs[: len(smaller)]))
     for rank in smaller:
-        form = prices.form((m, n), rank)
+        form = storage.form((m, n), rank)
         assert counted(form, (m, n), rank, size) == costs[rank - 1]
         assert choice in (form, "auto")
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["factored", "pivoted"]), SIZES, SIZES, st.floats(0, 1.2))
 def test_ratios_continue_costs_and_have_an_inverse(choice, m, n, ratio):
-    prices = Storage(choice)
+    storage = Storage(choice)
     ranks = torch.arange(1, min(m, n) + 1, dtype=torch.float64)
     exact = torch.tensor([counted(choice, (m, n), int(rank), 4) for rank in ranks], dtype=torch.float64)
-    torch.testing.assert_close(prices.ratio((m, n), ranks), exact / (m * n))
-    rank = prices.rank_at((m, n), ratio)
+    torch.testing.assert_close(storage.ratio((m, n), ranks), exact / (m * n))
+    rank = storage.rank_at((m, n), ratio)
     assert 0 <= rank <= min(m, n)
     if rank < min(m, n):
-        assert prices.ratio((m, n), torch.tensor(rank, dtype=torch.float64)).item() == pytest.approx(ratio, abs=1e-9)
+        assert storage.ratio((m, n), torch.tensor(rank, dtype=torch.float64)).item() == pytest.approx(ratio, abs=1e-9)
 
 
 def test_break_even_is_nearly_gone():
@@ -65,5 +67,5 @@ def test_gradients_are_what_the_next_component_takes():
 
 
 def test_unknown_storage():
-    with pytest.raises(ValueError, match="storage is 'dense': expected one of factored, pivoted, auto"):
+    with pytest.raises(ValueError, match="'dense': expected one of factored, pivoted, auto"):
         Storage("dense")

@@ -156,7 +156,7 @@ def test_validation_text_that_is_learnt_from_is_said(tmp_path, caplog):
         validation_text=f"{path}::part=0%-90%",
     )
     data.setup()
-    assert "4 of 4 validation sequences hold text that is learnt from as well" in caplog.text
+    assert "4 of 4 validation sequences" in caplog.text
 
 
 def test_a_validation_text_of_the_same_name_is_held_out(caplog):

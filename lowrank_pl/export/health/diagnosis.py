@@ -1,4 +1,4 @@
-"""What ``lowrank doctor`` shows: all findings on a folder, and what the model says."""
+"""The result of ``lowrank doctor``: all findings on a folder, and samples of the model's text."""
 
 from __future__ import annotations
 
@@ -10,40 +10,39 @@ from lowrank_pl.utils.formatting import table
 
 __all__ = ["Diagnosis", "Finding", "Health", "Sample", "first_few"]
 
-Health = Literal["healthy", "warning", "sick"]
-"""From good to bad; a sick model must not be used, a warning is for a person to weigh."""
-
+Health = Literal["healthy", "warning", "broken"]
+"""From good to bad: a broken model must not be used; a person decides on warnings."""
 
 NAMED = 3
-"""Modules or tensors named in a sentence; the figures have all."""
+"""Number of modules or tensors named in a sentence; the figures have all of them."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Args:
-        name: The check.
-        health: How bad it is.
-        said: What was found.
-        figures: What was measured or is named in full, as JSON values.
-        advice: What to do, unless it is healthy.
+        name: Name of the check.
+        health: How bad the result is.
+        message: What was found.
+        figures: Measurements and complete lists of names, as JSON values.
+        advice: What to do; empty if healthy.
     """
 
     name: str
     health: Health
-    said: str
+    message: str
     figures: Mapping[str, Any] = field(default_factory=dict)
     advice: str = ""
 
     @property
     def sentence(self) -> str:
-        """What was found and what to do."""
-        return f"{self.said}; {self.advice}" if self.advice else self.said
+        """The message and the advice."""
+        return f"{self.message}; {self.advice}" if self.advice else self.message
 
 
 def first_few(names: Sequence[str]) -> str:
-    """Return the first few names, and how many more there are, for a sentence.
+    """Return the first few names and the number of the others, for a sentence.
 
     >>> first_few(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -54,12 +53,12 @@ def first_few(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its greedy continuations side by side.
+    """A prompt with its greedy continuations by both models.
 
     Args:
-        prompt: What was given.
-        model: What the examined model added.
-        dense: What the dense one added; None where there is none.
+        prompt: The prompt.
+        model: Continuation by the examined model.
+        dense: Continuation by the dense model; None if there is no dense model.
     """
 
     prompt: str
@@ -67,7 +66,7 @@ class Sample:
     dense: str | None = None
 
     def text(self) -> str:
-        """Return the three in lines under each other."""
+        """Return the prompt and its continuations, each in a line."""
         dense = [] if self.dense is None else [f"  before  {self.dense!r}"]
         return "\n".join([f"prompt    {self.prompt!r}", *dense, f"  {'after' if dense else 'model'}   {self.model!r}"])
 
@@ -78,9 +77,9 @@ class Diagnosis:
 
     Args:
         directory: The folder.
-        findings: One a check, in the order in which they were made.
-        samples: What the model says, beside the dense one.
-        protocol: Text, sequences and length that it was scored on, if it came to that.
+        findings: One finding a check, in the order of the checks.
+        samples: Continuations of prompts by the examined and by the dense model.
+        protocol: Text, number of sequences and length that the model was scored on; empty if it was not scored.
 
     Example:
         >>> found = Diagnosis("small", [Finding("weights", "healthy", "all 9 tensors are finite")])
@@ -95,12 +94,12 @@ class Diagnosis:
 
     @property
     def health(self) -> Health:
-        """The worst of the findings; ``healthy`` where there is none."""
+        """The worst health of all findings; ``healthy`` without findings."""
         order = get_args(Health)
         return max((finding.health for finding in self.findings), key=order.index, default="healthy")
 
     def named(self, health: Health) -> list[Finding]:
-        """Return the findings that are just so bad."""
+        """Return the findings with this health."""
         return [finding for finding in self.findings if finding.health == health]
 
     def text(self) -> str:
@@ -110,11 +109,11 @@ class Diagnosis:
         return "\n\n".join([*(sample.text() for sample in self.samples), shown])
 
     def sentence(self) -> str:
-        """Return the verdict: healthy, with or without warnings, or sick and of what."""
-        sick, warnings = self.named("sick"), self.named("warning")
-        if sick:
-            more = "" if len(sick) == 1 else f" (and {', '.join(finding.name for finding in sick[1:])})"
-            return f"{self.directory} is sick: {sick[0].name}{more}: {sick[0].sentence}"
+        """Return the verdict: healthy, with or without warnings, or broken, with the first defect."""
+        broken, warnings = self.named("broken"), self.named("warning")
+        if broken:
+            more = "" if len(broken) == 1 else f" (and {', '.join(finding.name for finding in broken[1:])})"
+            return f"{self.directory} is broken: {broken[0].name}{more}: {broken[0].sentence}"
         count = len(self.findings)
         passed = f"{count} check{'s' if count != 1 else ''} passed"
         with_warnings = f", with warnings on {', '.join(finding.name for finding in warnings)}" if warnings else ""
@@ -135,17 +134,19 @@ class Diagnosis:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Diagnosis:
-        """Return the diagnosis that ``to_dict`` gave, each finding's advice in its sentence.
+        """Return the diagnosis that ``to_dict`` wrote, with each finding's advice in its message.
 
         Raises:
-            ValueError: A health that there is not.
-            KeyError: Something is missing.
+            ValueError: A health is unknown.
+            KeyError: An entry is missing.
         """
         findings = []
         for name, found in values["findings"].items():
-            if found["health"] not in get_args(Health):
-                raise ValueError(f"{name} has the health {found['health']!r}: expected one of {get_args(Health)}")
+            # Older files call a broken model "sick".
+            health: Any = "broken" if found["health"] == "sick" else found["health"]
+            if health not in get_args(Health):
+                raise ValueError(f"{name} has the health {health!r}: expected one of {', '.join(get_args(Health))}")
             figures = {key: value for key, value in found.items() if key not in ("health", "said")}
-            findings.append(Finding(name, found["health"], found["said"], figures))
+            findings.append(Finding(name, health, found["said"], figures))
         samples = [Sample(**sample) for sample in values.get("samples", ())]
         return cls(values["directory"], findings, samples, values.get("protocol", {}))

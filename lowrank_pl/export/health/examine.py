@@ -1,9 +1,9 @@
-"""What ``lowrank doctor`` does: says of a folder whether the model in it is healthy; a plain typed function."""
+"""The examination behind ``lowrank doctor``: is the model in a folder healthy?"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.export.export import is_compressed, load_compressed
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding, Sample
-from lowrank_pl.export.health.quality import PROMPTS, check_generation, check_text
+from lowrank_pl.export.health.quality import Prompts, check_generation, check_text
 from lowrank_pl.export.health.tokenizer import check_tokenizer
 from lowrank_pl.export.health.weights import check_merged_ranks, check_plan, check_weights, tensors_in, tensors_of
 from lowrank_pl.export.reload import ReloadError, compare_reload
@@ -24,20 +24,19 @@ from lowrank_pl.export.reload_probe import probe
 from lowrank_pl.models.base import DTYPES, load_base, load_tokenizer
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig, align
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.text.sequences import token_windows
+from lowrank_pl.text.sequences import Calibration
 from lowrank_pl.utils.environment import pick_device
 
 __all__ = ["diagnose"]
 
 _log = logging.getLogger(__name__)
 
-
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Patient:
-    """What could be loaded of a folder; the rest is None and has a finding."""
+class _Contents:
+    """The contents of a folder; what could not be loaded is None and has a finding."""
 
     config: PretrainedConfig
     entries: Mapping[str, Any]
@@ -51,135 +50,135 @@ def diagnose(
     directory: str | Path,
     *,
     base: str | None = None,
-    text: str = "python-docs",
-    sequences: int = 8,
-    length: int = 512,
-    prompts: Sequence[str] = PROMPTS,
-    max_new_tokens: int = 64,
+    text: Calibration = Calibration(sequences=8),
+    prompts: Prompts = Prompts(),
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Diagnosis:
-    """Return what ``doctor`` finds, without showing it; arguments as there.
+    """Return whether the model in a folder is healthy, with one finding for each check.
+
+    Args:
+        directory: Folder of an export, as factors or merged, or of a plain checkpoint.
+        base: The dense model to compare with; by default the one that the folder's plan names.
+        text: Text to score both models on.
+        prompts: Prompts that both models continue.
+        device: Device to compute on, as ``lowrank_pl.utils.environment.pick_device`` takes it.
+        trust_remote_code: Whether to run Python code that comes with the model or its base.
 
     Raises:
-        ValueError: No such folder, or a base, a text, a prompt or a device that can't be used.
+        ValueError: There is no such folder, or the base, the text, a prompt or the device can't be used.
     """
-    folder, place = _folder(directory), pick_device(device)
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ValueError(f"no folder {str(folder)!r}: give the folder of an export or of a checkpoint")
+    computing = pick_device(device)
     findings: list[Finding] = []
-    patient = _admitted(folder, place, findings, trust=trust_remote_code)
-    if patient is None:
+    contents = _load(folder, computing, findings, trust=trust_remote_code)
+    if contents is None:
         return Diagnosis(str(folder), findings)
-    named = base if base is not None or patient.plan is None else patient.plan.named_base or None
-
-    def of_base(load: Callable[..., T], **settings: Any) -> T | None:
-        return _of_base(load, named, asked=base is not None, trust_remote_code=trust_remote_code, **settings)
-
-    original = of_base(load_tokenizer)
-    findings += _contents(patient, original)
-    model, tokenizer = patient.model, patient.tokenizer
-    if model is None or tokenizer is None or any(finding.health == "sick" for finding in findings):
-        _log.info("text and prompts are left out, for the model is sick already")
+    name = base
+    if name is None and contents.plan is not None:
+        name = contents.plan.named_base or None
+    options = {"required": base is not None, "trust_remote_code": trust_remote_code}
+    original = _load_base(load_tokenizer, name, **options)
+    findings += _check_contents(contents, original)
+    model, tokenizer = contents.model, contents.tokenizer
+    if model is None or tokenizer is None or any(finding.health == "broken" for finding in findings):
+        _log.info("text and prompts are left out, because the model is already known to be broken")
         return Diagnosis(str(folder), findings)
-    tokens = token_windows(text, tokenizer, length=length, sequences=sequences)
+    tokens = text.tokens(tokenizer)
     check_sequences(model, tokens)
-    dense = None if original is None else of_base(load_base, dtype=model.dtype)
+    dense = None if original is None else _load_base(load_base, name, dtype=model.dtype, **options)
     if dense is not None:
-        dense.to(place)
+        dense.to(computing)
     findings.append(check_text(model, dense, tokens))
     samples: list[Sample] = []
-    if prompts and findings[-1].health != "sick":
-        said, samples = check_generation(model, dense, tokenizer, prompts, max_new_tokens=max_new_tokens)
-        findings.append(said)
-    protocol = {"text": text, "windows": tokens.shape[0], "length": tokens.shape[1]}
+    if prompts.prompts and findings[-1].health != "broken":
+        finding, samples = check_generation(model, dense, tokenizer, prompts)
+        findings.append(finding)
+    protocol = {"text": text.text, "windows": tokens.shape[0], "length": tokens.shape[1]}
     return Diagnosis(str(folder), findings, samples, protocol)
 
 
-def _folder(directory: str | Path) -> Path:
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise ValueError(f"no folder {str(folder)!r}: give that of an export or of a checkpoint")
-    return folder
-
-
-def _admitted(folder: Path, place: torch.device, findings: list[Finding], *, trust: bool) -> _Patient | None:
-    """Return what can be loaded of ``folder``, with findings on how that went; None of what is no model."""
+def _load(folder: Path, device: torch.device, findings: list[Finding], *, trust: bool) -> _Contents | None:
+    """Return what can be loaded from ``folder``, and add findings on it; None if the folder holds no model."""
     if not (folder / "config.json").is_file():
-        there = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+        files = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         inside = (folder / "model" / "config.json").is_file()
         advice = f"give {folder / 'model'}" if inside else "give the folder of a model"
-        findings.append(Finding("loads", "sick", f"the folder holds no config.json but {there}", {}, advice))
+        findings.append(Finding("loads", "broken", f"the folder holds no config.json but {files}", {}, advice))
         return None
-    config = _attempted("loads", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust), findings)
-    entries = None if config is None else _attempted("loads", lambda: _entries(config), findings)
+    config = _attempt("loads", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust), findings)
+    entries = None if config is None else _attempt("loads", lambda: _entries(config), findings)
     if config is None or entries is None:
         return None
-    model = _attempted("loads", lambda: _model(folder, config, trust=trust), findings)
-    tokenizer = _attempted("tokenizer", lambda: load_tokenizer(str(folder), trust_remote_code=trust), findings)
+    model = _attempt("loads", lambda: _load_model(folder, config, trust=trust), findings)
+    tokenizer = _attempt("tokenizer", lambda: load_tokenizer(str(folder), trust_remote_code=trust), findings)
     if model is not None:
-        # Not where errors are findings: a device that is full says nothing of the model.
-        model.to(place)
+        # Outside of _attempt: a full device is not a defect of the model.
+        model.to(device)
     if model is not None and tokenizer is not None:
-        findings.append(_reload(folder, model, tokenizer))
+        findings.append(_check_reload(folder, model, tokenizer))
     plan = None
     if (folder / "plan.json").is_file():
-        plan = _attempted("plan", lambda: RankPlan.load(folder / "plan.json"), findings)
+        plan = _attempt("plan", lambda: RankPlan.load(folder / "plan.json"), findings)
     elif entries:
-        said = "there is no plan.json to compare ranks with"
-        findings.append(Finding("plan", "warning", said, {}, "export with the plan, or copy it into the folder"))
-    tensors = _stored(folder) if model is None else tensors_of(model)
-    return _Patient(config, entries, model, tokenizer, plan, tensors)
+        missing = "there is no plan.json to compare ranks with"
+        findings.append(Finding("plan", "warning", missing, {}, "export with the plan, or copy it into the folder"))
+    tensors = _stored_tensors(folder) if model is None else tensors_of(model)
+    return _Contents(config, entries, model, tokenizer, plan, tensors)
 
 
-def _attempted(name: str, load: Callable[[], T], findings: list[Finding]) -> T | None:
-    """Return what ``load`` does, or None and a finding on why it can't."""
+def _attempt(name: str, load: Callable[[], T], findings: list[Finding]) -> T | None:
+    """Return the result of ``load``; if it fails, return None and add a finding on why."""
     try:
         return load()
-    # What transformers raises depends on what is wrong: weights of another shape are a RuntimeError.
+    # The exceptions of transformers depend on the defect: weights of another shape are a RuntimeError.
     except (ValueError, OSError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        if "ignore_mismatched_sizes" in said:
-            said = "transformers finds weights of other shapes than the config says"
-        findings.append(Finding(name, "sick", said, {}, "copy the folder again or export it again"))
+        message = " ".join(str(error).split())
+        if "ignore_mismatched_sizes" in message:
+            message = "transformers finds weights of other shapes than the config says"
+        findings.append(Finding(name, "broken", message, {}, "copy the folder again or export it again"))
         return None
 
 
 def _entries(config: PretrainedConfig) -> Mapping[str, Any]:
-    """Return what the config says of each low-rank module; nothing in a plain model's."""
-    said = getattr(config, "quantization_config", None) or {}
-    if said.get("quant_method") != METHOD:
+    """Return the config's entry of each low-rank module; empty for a plain model."""
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") != METHOD:
         return {}
-    entries: Mapping[str, Any] = LowRankConfig(**said).modules
+    entries: Mapping[str, Any] = LowRankConfig(**stored).modules
     return entries
 
 
-def _model(folder: Path, config: PretrainedConfig, *, trust: bool) -> PreTrainedModel:
-    """Return the model in ``folder`` in the type that it was saved in."""
+def _load_model(folder: Path, config: PretrainedConfig, *, trust: bool) -> PreTrainedModel:
+    """Return the model in ``folder``, in the type in which it was saved."""
     if is_compressed(folder):
         return load_compressed(folder, trust_remote_code=trust)
     dtype = config.dtype if config.dtype in DTYPES else torch.float32
     model = load_base(str(folder), dtype=dtype, trust_remote_code=trust)
-    # As the fresh process does: addresses decide the last bit of a matrix-vector product.
+    # The fresh process aligns tensors too: their addresses affect the last bit of a matrix-vector product.
     align(model)
     return model
 
 
-def _reload(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Finding:
-    """Return whether a fresh process, with transformers alone, gets the same model out of the folder."""
+def _check_reload(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Finding:
+    """Return whether a fresh process, with transformers alone, loads the same model from the folder."""
     try:
         compare_reload(model, folder, probe(model), tokenizer, merged=not is_compressed(folder))
     except ReloadError as error:
-        # Of what the process said, the last line is its error.
+        # The last line of a fresh process's output is its error.
         lines = str(error).strip().splitlines()
         if len(lines) > 1:
-            advice = "--json has all that it said"
-            return Finding("loads", "sick", f"{lines[0]} {lines[-1]}", {"told": str(error)}, advice)
-        return Finding("loads", "sick", lines[0], {}, "export it again")
-    said = "a fresh process loads it with transformers alone, to the same logits and without missing weights"
-    return Finding("loads", "healthy", said)
+            advice = "--json has its whole output"
+            return Finding("loads", "broken", f"{lines[0]} {lines[-1]}", {"told": str(error)}, advice)
+        return Finding("loads", "broken", lines[0], {}, "export it again")
+    message = "a fresh process loads it with transformers alone, to the same logits and without missing weights"
+    return Finding("loads", "healthy", message)
 
 
-def _stored(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a folder that does not load; none where the files can't be read."""
+def _stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder that does not load; none if the files can't be read."""
     try:
         return tensors_in(folder)
     except SafetensorError as error:
@@ -187,31 +186,31 @@ def _stored(folder: Path) -> dict[str, Tensor]:
         return {}
 
 
-def _contents(patient: _Patient, original: PreTrainedTokenizerBase | None) -> list[Finding]:
-    """Return what tensors, plan and tokenizer say without a text."""
+def _check_contents(contents: _Contents, original: PreTrainedTokenizerBase | None) -> list[Finding]:
+    """Return the findings on tensors, plan and tokenizer, which need no text."""
     findings: list[Finding] = []
-    if patient.tensors:
-        findings += check_weights(patient.tensors, patient.entries)
-    if patient.tensors and patient.plan is not None:
-        findings += check_plan(patient.plan, patient.tensors, patient.entries)
-        if not patient.entries and findings[-1].health != "sick":
-            findings.append(check_merged_ranks(patient.plan, patient.tensors))
-    if patient.tokenizer is not None:
-        model, config = patient.model, patient.config.get_text_config()
+    if contents.tensors:
+        findings += check_weights(contents.tensors, contents.entries)
+    if contents.tensors and contents.plan is not None:
+        findings += check_plan(contents.plan, contents.tensors, contents.entries)
+        if not contents.entries and findings[-1].health != "broken":
+            findings.append(check_merged_ranks(contents.plan, contents.tensors))
+    if contents.tokenizer is not None:
+        model, config = contents.model, contents.config.get_text_config()
         vocabulary = config.vocab_size if model is None else model.get_input_embeddings().num_embeddings
-        known = None if patient.plan is None else patient.plan.fingerprint.get("tokenizer")
-        findings += check_tokenizer(patient.tokenizer, config, vocabulary, fingerprint=known, base=original)
+        known = None if contents.plan is None else contents.plan.fingerprint.get("tokenizer")
+        findings += check_tokenizer(contents.tokenizer, config, vocabulary, fingerprint=known, base=original)
     return findings
 
 
-def _of_base(load: Callable[..., T], named: str | None, *, asked: bool, **settings: Any) -> T | None:
-    """Return what ``load`` makes of the base ``named``; None, with a warning, where only the plan knows of it."""
-    if named is None:
+def _load_base(load: Callable[..., T], name: str | None, *, required: bool, **options: Any) -> T | None:
+    """Return what ``load`` returns for the base ``name``; None, with a warning, if only the plan names the base."""
+    if name is None:
         return None
     try:
-        return load(named, **settings)
+        return load(name, **options)
     except ValueError as error:
-        if asked:
+        if required:
             raise
-        _log.warning("nothing is compared with the base, name it with --base: %s", error)
+        _log.warning("the model is not compared with its base, name it with --base: %s", error)
         return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_pl.methods.allocate.base import Allocator, Problem
 
-__all__ = ["Energy"]
+__all__ = ["Energy", "energy_shares"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowrank_pl.methods.allocate.base import Allocator, Problem
-from lowrank_pl.plans.component_order import share_scores
+from lowrank_pl.plans.component_order import requested_keep_scores
 
 __all__ = ["SVDLLMv2"]
 
@@ -37,7 +37,9 @@ class SVDLLMv2(Allocator):
         scores = {}
         for name, share in _kept_shares(problem).items():
             # A negative share leaves the least rank, which the budget grants every module anyway.
-            scores[name] = share_scores(problem.budget.rank_costs, problem.budget.shapes[name], max(0.0, share))
+            scores[name] = requested_keep_scores(
+                problem.budget.rank_costs, problem.budget.shapes[name], max(0.0, share)
+            )
         return scores
 
     def notes(self, problem: Problem) -> Sequence[str]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowrank_pl.methods.allocate.base import Allocator, Problem
-from lowrank_pl.plans.component_order import share_scores
+from lowrank_pl.plans.component_order import requested_keep_scores
 
 __all__ = ["Uniform"]
 
@@ -23,4 +23,4 @@ class Uniform(Allocator):
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks from break-even at the same rate."""
         budget = problem.budget
-        return {name: share_scores(budget.rank_costs, shape, 1.0) for name, shape in budget.shapes.items()}
+        return {name: requested_keep_scores(budget.rank_costs, shape, 1.0) for name, shape in budget.shapes.items()}

@@ -70,7 +70,7 @@ class MaskedLinear(StandIn, nn.Linear):
         """``[out, rank]``, a view."""
         return self.left_rows.mT
 
-    def dense(self) -> nn.Module:
+    def original(self) -> nn.Module:
         """Return the layer that this one stands in for; it shares the bias and, but for ``Conv1D``, the weight."""
         if self.was_conv1d:
             conv = Conv1D(self.out_features, 0)

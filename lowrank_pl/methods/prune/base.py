@@ -286,9 +286,7 @@ def _make(
 def pruned_card(origin: Origin) -> str:
     """Return the model card of a narrowed base."""
     loads = (
-        "It loads like its base."
-        if origin.one_width
-        else "It loads with `import lowrank_pl.hf_format` or `trust_remote_code`."
+        "It loads like its base." if origin.one_width else "It loads with `import lowrank_pl` or `trust_remote_code`."
     )
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"

@@ -1,4 +1,4 @@
-"""What ``lowrank doctor`` says of healthy folders, and of each defect made on purpose."""
+"""The findings of ``lowrank doctor`` on healthy folders, and on each defect made on purpose."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lowrank_pl.export.export import save_compressed
 from lowrank_pl.export.health import quality as doctor_quality
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding
 from lowrank_pl.export.health.examine import diagnose
-from lowrank_pl.export.health.quality import check_generation, check_text
+from lowrank_pl.export.health.quality import Prompts, check_generation, check_text
 from lowrank_pl.export.health.tokenizer import check_tokenizer
 from lowrank_pl.export.health.weights import check_plan, check_weights, tensors_of
 from lowrank_pl.export.reload import ExportError
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
-from lowrank_pl.text.sequences import tokenizer_fingerprint
+from lowrank_pl.text.sequences import Calibration, tokenizer_fingerprint
 
 TEXT = "python-docs::part=0%-10%"
 UP = "model.layers.0.mlp.up_proj"
-QUICK = {"text": TEXT, "length": 32, "sequences": 2, "prompts": ()}
+QUICK = {"text": Calibration(TEXT, length=32, sequences=2), "prompts": Prompts(())}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def found(diagnosis):
 
 def test_a_healthy_export(exports, capsys):
     folder, figures = exports / "small", exports / "figures.json"
-    words = ["--text", TEXT, "--length", "32", "--windows", "4", "--prompts", "A list", "--max_new_tokens", "8"]
+    words = ["--text", TEXT, "--length", "32", "--sequences", "4", "--prompts", "A list", "--max_new_tokens", "8"]
     main(["doctor", str(folder), *words, "--json", str(figures)])
     shown = capsys.readouterr().out
     assert shown.splitlines()[-1].startswith(f"{folder} is healthy: 11 checks passed")
@@ -87,7 +87,7 @@ def test_a_healthy_export(exports, capsys):
 def test_a_merged_export(exports, monkeypatch):
     monkeypatch.setattr("lowrank_pl.export.health.examine.compare_reload", lambda *_, **__: None)
     says = found(diagnose(exports / "merged", **QUICK))
-    assert says["plan"][1].endswith("their factors were merged into dense weights")
+    assert says["plan"][1].endswith("factors were merged into dense weights")
     assert says["merged ranks"] == ("healthy", "no merged weight has more than its planned rank")
     assert {health for health, _ in says.values()} == {"healthy"}
 
@@ -95,11 +95,11 @@ def test_a_merged_export(exports, monkeypatch):
 def test_a_plain_checkpoint(tmp_path, monkeypatch):
     tiny_model("gpt2").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    diagnosis = diagnose(tmp_path, **{**QUICK, "prompts": ["A list"]}, max_new_tokens=4)
+    diagnosis = diagnose(tmp_path, **{**QUICK, "prompts": Prompts(["A list"], max_new_tokens=4)})
     says = found(diagnosis)
     assert not {"plan", "counts", "tokenizer", "merged ranks"} & set(says)
     assert says["loads"][0] == "healthy"
-    assert "no dense model beside it" in says["generation"][1]
+    assert "no dense model to compare with" in says["generation"][1]
     assert diagnosis.samples[0].dense is None
     monkeypatch.setattr("lowrank_pl.export.health.examine.compare_reload", lambda *_, **__: None)
     says = found(diagnose(tmp_path, base="random:gpt2", **QUICK))
@@ -159,19 +159,27 @@ def larger_vocabulary():
 @pytest.mark.parametrize(
     ("damage", "name", "text"),
     [
-        (weights(set_nan), "weights", f"NaN or infinity in {UP}.right; the folder is damaged or was edited: export"),
-        (weights(set_zero), "factors", f"{UP}.weight holds nothing but zeros, so the layer gives nothing but its bias"),
-        (weights(swap), "loads", "transformers finds weights of other shapes than the config says"),
+        (
+            weights(set_nan),
+            "weights",
+            f"NaN or infinity in {UP}.right; the folder is damaged or was edited: export it again",
+        ),
+        (weights(set_zero), "factors", f"{UP}.weight holds only zeros"),
+        (weights(swap), "loads", "weights of other shapes than the config says"),
         (weights(swap), "plan", f"{UP} has parts of shapes ["),
-        (weights(lambda tensors: tensors.pop(f"{UP}.right")), "loads", f"the weight files hold no {UP}.right"),
-        (weights(lambda tensors: tensors.pop(f"{UP}.right")), "plan", f"{UP} is missing or no matrix"),
+        (weights(lambda tensors: tensors.pop(f"{UP}.right")), "loads", f"no {UP}.right"),
+        (weights(lambda tensors: tensors.pop(f"{UP}.right")), "plan", f"{UP} is missing or not a matrix"),
         (truncate, "loads", "can't read the weights in"),
         (
             edited("plan.json", lambda plan: plan["modules"][UP].update(rank=3)),
             "plan",
-            "and shape [96, 32], planned is rank 3 and shape [96, 32]; the folder is damaged or was edited",
+            "and shape [96, 32], but the plan has rank 3 and shape [96, 32]; the folder is damaged or was edited",
         ),
-        (edited("plan.json", lambda plan: plan["modules"][UP].update(rank="dense")), "plan", "planned is no low rank"),
+        (
+            edited("plan.json", lambda plan: plan["modules"][UP].update(rank="dense")),
+            "plan",
+            "the plan has no low rank",
+        ),
         (edited("plan.json", lambda plan: plan["modules"].pop(UP)), "plan", f"{UP} is low-rank and not in the plan"),
         (
             edited("plan.json", lambda plan: plan["parameters"]["model"].update(dense=9**9)),
@@ -187,55 +195,59 @@ def larger_vocabulary():
         (
             edited("config.json", lambda config: config["quantization_config"].update(schema=9)),
             "loads",
-            "the model is stored in lowrank schema 9",
+            "lowrank schema 9",
         ),
         (lambda folder: (folder / "config.json").write_text("{"), "loads", "not a valid JSON file"),
         (
             tokenizer(lambda: byte_tokenizer(bos=True)),
             "tokenizer",
-            "it is not the base's: they differ in special tokens around a text, chat template; put the base's",
+            "they differ in special tokens around a text, chat template; put the base's",
         ),
-        (tokenizer(larger_vocabulary), "token ids", "a plain text has the token 261, and the model knows 0 to 260"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", "can't load the tokenizer of"),
+        (tokenizer(larger_vocabulary), "token ids", "a plain text has the token 261, but the model knows 0 to 260"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", "give a folder with the tokenizer's files"),
     ],
 )
 def test_a_defect_is_found_and_named(copied, damage, name, text):
     damage(copied)
     diagnosis = diagnose(copied, **QUICK)
     health, said = found(diagnosis)[name]
-    assert health == "sick"
+    assert health == "broken"
     assert text in said
-    assert diagnosis.health == "sick"
+    assert diagnosis.health == "broken"
     assert "quality" not in found(diagnosis)
 
 
 @pytest.mark.parametrize(
     ("damage", "name", "text"),
     [
-        (lambda folder: (folder / "plan.json").unlink(), "plan", "there is no plan.json to compare ranks with; export"),
+        (
+            lambda folder: (folder / "plan.json").unlink(),
+            "plan",
+            "there is no plan.json to compare ranks with; export with the plan",
+        ),
         (
             edited("plan.json", lambda plan: plan["modules"][UP].pop("storage")),
             "plan",
-            f"{UP} is stored pivoted, planned otherwise, so that the plan's own counts are off; save the plan that",
+            f"{UP} is stored pivoted, unlike in the plan, so that the plan's counts are wrong; save the plan that",
         ),
         (
             edited("plan.json", lambda plan: plan["bytes"].update(per_parameter=2)),
             "counts",
-            "bytes, planned are",
+            " bytes, but the plan ",
         ),
         (
             edited("config.json", lambda config: config.update(bos_token_id=5)),
             "BOS",
-            "the tokenizer's BOS is 257, the config's 5; take the base's for both",
+            "the tokenizer's BOS is 257, the config's 5; set both to the base's",
         ),
         (
             edited("config.json", lambda config: config.update(pad_token_id=-1)),
             "token ids",
-            "the model knows the tokens 0 to 260, but config pad is -1; look whether it is so in the base",
+            "the model knows the tokens 0 to 260, but config pad is -1; check whether the base has the same ids",
         ),
     ],
 )
-def test_what_may_be_meant_is_a_warning(copied, damage, name, text):
+def test_a_difference_that_may_be_intended_is_a_warning(copied, damage, name, text):
     damage(copied)
     diagnosis = diagnose(copied, **QUICK)
     health, said = found(diagnosis)[name]
@@ -251,7 +263,7 @@ def test_a_merged_weight_of_another_rank_is_found(exports, tmp_path, monkeypatch
     folder = shutil.copytree(exports / "merged", tmp_path / "merged")
     weights(lambda tensors: tensors[f"{UP}.weight"].normal_())(folder)
     health, said = found(diagnose(folder, **QUICK))["merged ranks"]
-    assert health == "sick"
+    assert health == "broken"
     assert f"merged weights have more than the planned rank: {UP} (rank " in said
 
 
@@ -259,7 +271,7 @@ def test_a_weight_too_many_is_found_by_the_fresh_process(exports, tmp_path):
     folder = shutil.copytree(exports / "small", tmp_path / "small")
     weights(lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)}))(folder)
     health, said = found(diagnose(folder, **QUICK))["loads"]
-    assert (health, said) == ("sick", "reloading it finds unexpected weights: model.extra.weight; export it again")
+    assert (health, said) == ("broken", "reloading it finds unexpected weights: model.extra.weight; export it again")
 
 
 def test_a_fresh_process_that_fails_is_quoted_in_one_line(exports, tmp_path, monkeypatch):
@@ -267,9 +279,9 @@ def test_a_fresh_process_that_fails_is_quoted_in_one_line(exports, tmp_path, mon
     broken.write_text("raise RuntimeError('no such kernel')\n")
     monkeypatch.setattr("lowrank_pl.export.reload_probe.__file__", str(broken))
     health, said = found(diagnose(exports / "small", **QUICK))["loads"]
-    assert health == "sick"
+    assert health == "broken"
     assert said == (
-        "a fresh process can't load it (exit status 1): RuntimeError: no such kernel; --json has all that it said"
+        "a fresh process can't load it (exit status 1): RuntimeError: no such kernel; --json has its whole output"
     )
 
 
@@ -287,21 +299,21 @@ def test_a_folder_that_is_no_model(tmp_path, capsys, inside, text):
         main(["doctor", str(tmp_path)])
     assert ended.value.code == 1
     shown = capsys.readouterr()
-    assert "loads    sick" in shown.out
-    assert f"lowrank: {tmp_path} is sick: loads: {text}" in shown.err
+    assert "loads    broken" in shown.out
+    assert f"lowrank: {tmp_path} is broken: loads: {text}" in shown.err
 
 
-def test_what_can_not_be_used_is_an_error(copied, tmp_path, caplog):
-    with pytest.raises(ValueError, match=r"no folder '.*none': give that of an export or of a checkpoint"):
+def test_arguments_that_can_not_be_used_are_an_error(copied, tmp_path, caplog):
+    with pytest.raises(ValueError, match=r"none': give the folder of an export or of a checkpoint"):
         diagnose(tmp_path / "none")
     with pytest.raises(ValueError, match="unknown family"):
         diagnose(copied, base="random:none", **QUICK)
-    with pytest.raises(ValueError, match="the model has 2048 positions"):
-        diagnose(copied, **{**QUICK, "length": 4096, "sequences": 1})
+    with pytest.raises(ValueError, match="2048 positions"):
+        diagnose(copied, **{**QUICK, "text": Calibration(TEXT, length=4096, sequences=1)})
     edited("plan.json", lambda plan: plan["origin"].update(base="./gone"))(copied)
     says = found(diagnose(copied, **QUICK))
-    assert "no dense model beside it" in says["quality"][1] or "uniform guess" in says["quality"][1]
-    assert "nothing is compared with the base, name it with --base: base model './gone'" in caplog.text
+    assert "no dense model to compare with" in says["quality"][1] or "uniform guess" in says["quality"][1]
+    assert "name it with --base: base model './gone'" in caplog.text
 
 
 # -- the parts -------------------------------------------------------------------------------------------------------
@@ -340,18 +352,18 @@ def test_dead_parts_and_mixed_types():
     pivoted.weight.data.zero_()
     says = {finding.name: finding for finding in check_weights(tensors_of(model), entries)}
     assert says["factors"].health == "warning"
-    assert "the coefficients model.layers.1.mlp.up_proj.weight are all zero; look" in says["factors"].sentence
+    assert "the coefficients model.layers.1.mlp.up_proj.weight are all zero; check" in says["factors"].sentence
     pivoted.right.data.zero_()
     model.model.norm.half()
     says = {finding.name: finding for finding in check_weights(tensors_of(model), entries)}
     assert says["factors"].figures["zero"] == ["model.layers.1.mlp.up_proj.right"]
-    assert says["types"].said == "tensors have several types (22 in float32, 1 in float16)"
+    assert says["types"].message == "tensors have several types (22 in float32, 1 in float16)"
     pivoted.half()
     says = {finding.name: finding for finding in check_weights(tensors_of(model), {UP: 8})}
     assert says["types"].health == "warning"
     model.get_submodule(UP).right.data = model.get_submodule(UP).right.data.half()
     says = {finding.name: finding for finding in check_weights(tensors_of(model), entries)}
-    assert says["types"].said == f"the parts of {UP} have different types"
+    assert says["types"].message == f"the parts of {UP} have different types"
 
 
 def test_bos_rules():
@@ -361,26 +373,26 @@ def test_bos_rules():
         return next(finding for finding in check_tokenizer(tokenizer, config, 261) if finding.name == "BOS")
 
     plain, with_bos = bos(byte_tokenizer()), bos(byte_tokenizer(bos=True))
-    assert (plain.health, plain.said) == ("healthy", "no BOS is put before texts, none before chats")
+    assert (plain.health, plain.message) == ("healthy", "no BOS is put before texts, none before chats")
     assert with_bos.health == "healthy"
-    assert with_bos.said.startswith("BOS (257) is put before every text, 1 before chats; tokenize a chat written as")
+    assert with_bos.message.startswith("BOS (257) is put before every text, 1 before chats; tokenize chats that are")
     assert (with_bos.figures["in_chats"], with_bos.figures["in_chats_as_text"]) == (1, 2)
     tokenizer = byte_tokenizer(bos=True)
     template = tokenizer.chat_template
     tokenizer.chat_template = "{{ bos_token }}" + template
-    assert (bos(tokenizer).health, bos(tokenizer).said) == ("warning", "a chat begins with 2 BOS")
+    assert (bos(tokenizer).health, bos(tokenizer).message) == ("warning", "a chat begins with 2 BOS")
     tokenizer.chat_template = template.removeprefix("{{ bos_token }}")
-    assert (bos(tokenizer).health, bos(tokenizer).said) == (
+    assert (bos(tokenizer).health, bos(tokenizer).message) == (
         "warning",
         "BOS (257) is put before every text, but not before chats",
     )
     tokenizer.chat_template = "{{ raise_exception('no user may speak') }}"
-    assert bos(tokenizer).said == "the chat template refuses one message of a user: no user may speak"
+    assert bos(tokenizer).message == "the chat template rejects a single user message: no user may speak"
     tokenizer.chat_template = None
-    assert bos(tokenizer).said == "BOS (257) is put before every text; there is no chat template"
+    assert bos(tokenizer).message == "BOS (257) is put before every text; there is no chat template"
 
 
-def test_a_model_worse_than_chance_is_sick_where_the_dense_one_is_not(sequences):
+def test_a_model_worse_than_chance_is_broken_if_the_dense_one_is_not(sequences):
     """Three that share all but their heads: a learned one, one as it was made, and one that is sure of nonsense."""
     good, random, bad = (tiny_model("llama") for _ in range(3))
     for model in (good, bad):
@@ -393,13 +405,13 @@ def test_a_model_worse_than_chance_is_sick_where_the_dense_one_is_not(sequences)
         optimizer.step()
     assert check_text(good, good, sequences).health == "healthy"
     assert check_text(good, None, sequences).health == "healthy"
-    assert check_text(bad, good, sequences).health == "sick"
-    assert "that is worse than a uniform guess" in check_text(bad, good, sequences).said
+    assert check_text(bad, good, sequences).health == "broken"
+    assert "worse than a uniform guess" in check_text(bad, good, sequences).message
     assert check_text(random, random, sequences).health == "healthy"
     assert check_text(bad, random, sequences).health == "warning"
     assert check_text(bad, None, sequences).health == "warning"
     bad.lm_head.weight.data.fill_(torch.nan)
-    assert check_text(bad, None, sequences).said.startswith("the logits of sequence 0 are NaN or infinite")
+    assert check_text(bad, None, sequences).message.startswith("the logits of sequence 0 are NaN or infinite")
 
 
 @pytest.mark.parametrize(
@@ -408,10 +420,10 @@ def test_a_model_worse_than_chance_is_sick_where_the_dense_one_is_not(sequences)
         ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], "healthy", "0.0 % of the 4-grams repeat, before 0.0 %"),
         ([7] * 8, [1, 2, 3, 4, 5, 6], "warning", "80.0 % of the 4-grams repeat, before 0.0 %; read the texts above"),
         ([7] * 8, [7] * 8, "healthy", "80.0 % of the 4-grams repeat, before 80.0 %"),
-        ([], [1, 2], "warning", "to 1 of 1 prompts there is no answer, before 0; 0.0 % of the 4-grams repeat"),
+        ([], [1, 2], "warning", "1 of 1 prompts have no answer, before 0; 0.0 % of the 4-grams repeat"),
     ],
 )
-def test_what_is_said_beside_the_dense_model(llama, tokenizer, monkeypatch, after, before, health, text):
+def test_generation_compared_with_the_dense_model(llama, tokenizer, monkeypatch, after, before, health, text):
     other = tiny_model("llama")
     said = {id(llama): after, id(other): before}
     monkeypatch.setattr(
@@ -419,29 +431,45 @@ def test_what_is_said_beside_the_dense_model(llama, tokenizer, monkeypatch, afte
         "continuations",
         lambda model, *_, **__: [Continuation(" ".join(map(str, said[id(model)])), tuple(said[id(model)]))],
     )
-    finding, samples = check_generation(llama, other, tokenizer, ["A list"], max_new_tokens=8)
+    finding, samples = check_generation(llama, other, tokenizer, Prompts(["A list"], max_new_tokens=8))
     assert finding.health == health
     assert finding.sentence.startswith(text)
     assert samples[0].dense == " ".join(map(str, before))
 
 
 def test_the_verdict():
-    good, warning, sick, ill = (
+    good, warning, broken, worse = (
         Finding(name, health, f"{name} says", {}, "do")
-        for name, health in [("a", "healthy"), ("b", "warning"), ("c", "sick"), ("d", "sick")]
+        for name, health in [("a", "healthy"), ("b", "warning"), ("c", "broken"), ("d", "broken")]
     )
     assert Diagnosis("x", [good]).sentence() == "x is healthy: 1 check passed"
     assert Diagnosis("x", [good, warning]).sentence() == "x is healthy: 2 checks passed, with warnings on b"
-    assert Diagnosis("x", [good, sick, warning, ill]).sentence() == "x is sick: c (and d): c says; do"
+    assert Diagnosis("x", [good, broken, warning, worse]).sentence() == "x is broken: c (and d): c says; do"
+
+
+def test_a_diagnosis_survives_json():
+    diagnosis = Diagnosis("x", [Finding("a", "broken", "a says", {"wrong": ["b"]})], protocol={"windows": 2})
+    values = json.loads(json.dumps(diagnosis.to_dict()))
+    assert Diagnosis.from_dict(values).to_dict() == values
+
+
+def test_an_older_diagnosis_that_says_sick_is_broken():
+    read = Diagnosis.from_dict({"directory": "x", "findings": {"a": {"health": "sick", "said": "a says"}}})
+    assert read.health == "broken"
+
+
+def test_an_unknown_health_is_refused():
+    with pytest.raises(ValueError, match="'fine': expected one of healthy, warning, broken"):
+        Diagnosis.from_dict({"directory": "x", "findings": {"a": {"health": "fine", "said": "a says"}}})
 
 
 # -- at the end of every export --------------------------------------------------------------------------------------
 
 
-def test_an_export_that_is_sick_is_removed(tmp_path):
+def test_a_broken_export_is_removed(tmp_path):
     model, plan, _ = hand_made()
     wrong = replace(plan, modules={**plan.modules, UP: ModulePlan((96, 32), 5)})
-    with pytest.raises(ExportError, match=rf"the export was removed: plan: .*{UP} has rank 8 .*planned is rank 5"):
+    with pytest.raises(ExportError, match=rf"the export was removed: plan: .*{UP} has rank 8 .*the plan has rank 5"):
         save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), plan=wrong)
     model.get_input_embeddings().weight.data[200, 0] = torch.inf  # no probe reads this row
     with pytest.raises(ExportError, match=r"removed: weights: NaN or infinity in model.embed_tokens.weight"):
@@ -458,5 +486,5 @@ def test_an_export_logs_warnings(tmp_path, caplog, monkeypatch):
         save_compressed(model, tmp_path / "merged", tokenizer=byte_tokenizer(), plan=plan, merge=True)
     assert caplog.text == ""
     save_compressed(model, tmp_path / "other", tokenizer=byte_tokenizer(bos=True), plan=plan)
-    assert "tokenizer: it is not, byte for byte, the one that the model was calibrated with; compare" in caplog.text
+    assert "tokenizer: it is not, byte for byte, the one" in caplog.text
     assert (tmp_path / "other").exists()

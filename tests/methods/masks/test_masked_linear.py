@@ -222,7 +222,7 @@ def test_bfloat16_base_with_float32_mask(layer, x):
 
 def test_dense_brings_the_layer_back(layer, x):
     masked = mask_in(layer)
-    back = masked.dense()
+    back = masked.original()
     assert type(back) is type(layer)
     assert torch.equal(back.weight, layer.weight)
     assert back.weight.is_contiguous()
@@ -237,7 +237,7 @@ def test_dense_brings_the_layer_back(layer, x):
 def test_linear_shares_memory_with_its_masked_form():
     layer = nn.Linear(IN, OUT)
     masked = mask_in(layer)
-    assert masked.weight.data_ptr() == layer.weight.data_ptr() == masked.dense().weight.data_ptr()
+    assert masked.weight.data_ptr() == layer.weight.data_ptr() == masked.original().weight.data_ptr()
     assert masked.bias.data_ptr() == layer.bias.data_ptr()
 
 

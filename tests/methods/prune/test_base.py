@@ -254,9 +254,9 @@ def test_the_folder_is_a_checkpoint_like_any_other(base, tmp_path, capsys):
     )
     small = export(tmp_path / "plan.json", output=tmp_path / "small")
     assert load_compressed(small).num_parameters() == plan.kept_model_parameters - indices(plan)
-    assert doctor(small, sequences=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
+    assert doctor(small, sequences=2, length=32, prompts=["A list"], max_new_tokens=4).health != "broken"
     merged = export(tmp_path / "plan.json", output=tmp_path / "merged", merge=True)
-    assert doctor(merged, sequences=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
+    assert doctor(merged, sequences=2, length=32, prompts=["A list"], max_new_tokens=4).health != "broken"
     read = RankPlan.load(tmp_path / "plan.json")
     assert read == plan
     assert 0.44 < resize(read, 0.45).keep_targeted <= 0.45
@@ -279,9 +279,7 @@ def indices(plan):
 
 def test_a_config_that_says_something_else_is_told(llama):
     llama.config.lowrank_narrowed = {"base": "x", "width": 96}
-    with pytest.raises(
-        ValueError, match="under lowrank_narrowed: expected what `lowrank prune` of this version writes"
-    ):
+    with pytest.raises(ValueError, match=r"under lowrank_narrowed: expected .*`lowrank prune`"):
         Origin.of(llama)
 
 
@@ -316,7 +314,7 @@ def test_a_folder_of_something_else_is_left_alone_before_anything_is_measured(tm
     (tmp_path / "prune").mkdir()
     (tmp_path / "prune" / "thesis.txt").write_text("all of it")
     monkeypatch.setattr("lowrank_pl.cli.prune.load_base", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match="holds other files than an earlier export: name a new folder or empty it"):
+    with pytest.raises(ValueError, match=r"other files .*: name a new folder or empty this one"):
         prune("random:llama", share=0.5, output=tmp_path / "prune", **TEXT)
     assert (tmp_path / "prune" / "thesis.txt").read_text() == "all of it"
 
@@ -577,9 +575,7 @@ def test_widths_by_block_survive_every_way_through_the_disk(family, sequences, t
         export = save_compressed(small, tmp_path / "small", tokenizer=byte_tokenizer(), plan=plan)
         assert torch.equal(load_compressed(export.directory)(input_ids=sequences[:2]).logits, expected)
     assert export.modules == len(targets.modules) - len(plan.dense_modules)
-    with pytest.raises(
-        ValueError, match=r"linear maps have shapes that the plain config of \w+ can't say, e.g. .*: exp"
-    ):
+    with pytest.raises(ValueError, match=r"shapes that the plain config of \w+ can't describe, .*: export the factors"):
         save_compressed(small, tmp_path / "merged", tokenizer=byte_tokenizer(), merge=True)
     assert not (tmp_path / "merged").exists()
 
@@ -639,7 +635,7 @@ def test_each_mlp_gets_the_width_that_is_best_for_it(tmp_path, capsys):
     plan = allocate(str(folder), keep=0.7, output=tmp_path / "plan.json", **TEXT)
     assert (plan.targeted_parameters, plan.kept_parameters <= 0.7 * dense) == (dense, True)
     small = export(tmp_path / "plan.json", output=tmp_path / "small")
-    assert doctor(small, sequences=2, length=32, prompts=["A list"], max_new_tokens=4).health != "sick"
+    assert doctor(small, sequences=2, length=32, prompts=["A list"], max_new_tokens=4).health != "broken"
     # And so does a recipe.
     recipes = {"mine": Recipe(Decomposition("two_sided"), "fisher", storage="auto", prune=WidthPruning(by_block=True))}
     rows = compare(base, methods=["mine"], keep=[0.7], recipes=recipes, run=tmp_path / "run", **COMPARED)
