@@ -58,7 +58,7 @@ class Start:
     Args:
         plan: A plan that the masks start from, instead of the same ratio everywhere: its file, or the name of an
             allocator, which then works on the learner's own factors and budget.
-        keep: Fraction to keep that the penalties aim at first; needs ``steps``.
+        keep: Fraction to keep that the penalties pull to at first; needs ``steps``.
         steps: Optimizer steps over which the target moves linearly from this ``keep`` to the run's.
         record_order: Choose components by how long they were kept while the target came down (ACIP, arXiv
             2502.01717), instead of by the masks as they are. One run then orders the components for all sizes between.
@@ -249,7 +249,7 @@ class RankLearner(LightningModule):
         self.store = self._factors(subject, shared)
         self.notes = [*base_notes(subject), *preparation_notes(self.targets, self.store)]
         self.origin = describe_origin(subject, self.decomposition, self.store)
-        share = self._aimed_at().share
+        share = self._current_budget().share
         start = start_of(self._start_plan(subject), self.budget, self.mask_method, share)
         insert_masks(
             model, self.store, self.mask_method, start.ratios, storage=self.budget.rank_costs, kept=start.kept,
@@ -285,7 +285,7 @@ class RankLearner(LightningModule):
             if subject.model.device.type == "meta" and method.needs_model:
                 _log.warning("the first process loads the whole base into memory, which %s runs", method.name)
                 subject = replace(subject, model=self.base.load())
-            plan = allocate_on(self.store, subject, self._aimed_at(), method, directory=self.store_directory)
+            plan = allocate_on(self.store, subject, self._current_budget(), method, directory=self.store_directory)
             text = plan.to_json()
         return RankPlan.from_json(self.trainer.strategy.broadcast(text) if self._trainer else text)
 
@@ -302,12 +302,12 @@ class RankLearner(LightningModule):
     # -- learning ---------------------------------------------------------------------------------------------------
 
     @property
-    def aim(self) -> float:
-        """The fraction to keep that the penalties aim at in this step."""
+    def target_keep(self) -> float:
+        """The fraction to keep that the penalties pull to in this step."""
         return self.schedule.at(self.global_step if self._trainer else 0)
 
-    def _aimed_at(self) -> Budget:
-        return replace(self.budget, keep=self.aim)
+    def _current_budget(self) -> Budget:
+        return replace(self.budget, keep=self.target_keep)
 
     def on_fit_start(self) -> None:
         """Put the base in train mode when it checkpoints gradients, which is inert in eval mode; else in eval mode."""
@@ -321,7 +321,7 @@ class RankLearner(LightningModule):
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of one batch of token ids ``[batch, length]``."""
-        budget = self._aimed_at()
+        budget = self._current_budget()
         self.mask_method.advance(self.masks, self.global_step, budget)
         stride = self.compute.inactive_gate_stride
         ratios = choose_computation(
@@ -335,7 +335,7 @@ class RankLearner(LightningModule):
         self.log("loss/total", loss.detach(), prog_bar=True)
         kept = kept_share(ratios.detach().clamp(max=1), dense_sizes(self.masks, ratios)) * budget.present / budget.total
         self.log("keep/expected", kept, prog_bar=True)
-        self.log_dict({"keep/aim": self.aim, "keep/overshoot": kept - self.aim})
+        self.log_dict({"keep/target": self.target_keep, "keep/overshoot": kept - self.target_keep})
         # Loggers put it at the step that it is part of; Lightning's own count is one less, also in validation.
         self.log("step", float(self.global_step + 1))
         return loss

@@ -228,7 +228,7 @@ def _charts(trainer: Trainer, learner: RankLearner) -> Mapping[str, Mapping[str,
     return {
         "Quality of the hard plan": {"nats lost against the dense model": ("Multiline", ["val/excess"] * bool(scored))},
         "Budget": {
-            "kept: aim, soft masks, hard plan": ("Multiline", ["keep/aim", "keep/expected", "keep/plan"]),
+            "kept: target, soft masks, hard plan": ("Multiline", ["keep/target", "keep/expected", "keep/plan"]),
             "overshoot of the soft masks": ("Multiline", ["keep/overshoot"]),
             "where it goes: share of each type": ("Multiline", shares),
             "modules left dense": ("Multiline", ["keep/dense modules"]),

@@ -323,7 +323,7 @@ def test_the_aim_moves_from_keep_start_to_keep():
     spy = Spy()
     learner = make_learner(keep_start=0.9, keep_steps=4)
     fit(learner, max_steps=6, callbacks=[spy])
-    assert [step["keep/aim"] for step in spy.logged] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.5])
+    assert [step["keep/target"] for step in spy.logged] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.5])
     assert spy.logged[0]["keep/expected"] == pytest.approx(0.9, abs=0.01)
     assert learner.plan().keep_targeted <= 0.5
 

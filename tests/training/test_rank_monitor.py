@@ -74,7 +74,7 @@ def steps_of(points):
 
 
 def test_every_scalar_is_there_at_the_steps_that_it_is_of(events):
-    every_step = {"loss/total", "loss/cross_entropy", "loss/kl", "loss/budget", "keep/aim", "keep/overshoot"}
+    every_step = {"loss/total", "loss/cross_entropy", "loss/kl", "loss/budget", "keep/target", "keep/overshoot"}
     every_second = {f"{group}/{kind}" for group in ("kept by type", "share of budget") for kind in KINDS}
     every_second |= {"kept by block/000", "kept by block/001", "keep/dense modules"}
     for tag in every_step | {"learning/gradient norm"}:
@@ -101,7 +101,7 @@ def test_what_scalars_say(events, run):
     shares = [events.Scalars(f"share of budget/{kind}")[-1].value for kind in KINDS]
     assert sum(shares) == pytest.approx(1, rel=1e-5)
     assert events.Scalars("keep/plan")[-1].value == pytest.approx(learner.plan().keep_targeted)
-    over = events.Scalars("keep/expected")[-1].value - events.Scalars("keep/aim")[-1].value
+    over = events.Scalars("keep/expected")[-1].value - events.Scalars("keep/target")[-1].value
     assert events.Scalars("keep/overshoot")[-1].value == pytest.approx(over, abs=1e-6)
     assert events.Scalars("learning/rate")[-1].value == pytest.approx(0.05)
     assert events.Scalars("learning/gradient norm")[-1].value > 0
