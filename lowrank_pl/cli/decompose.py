@@ -15,8 +15,9 @@ from lowrank_pl.calibration.hidden_states import Cache
 from lowrank_pl.calibration.provenance import preparation_notes
 from lowrank_pl.calibration.statistics import memory_size
 from lowrank_pl.calibration.subject import Subject
-from lowrank_pl.costs.dry_run import dry_run_decompose
-from lowrank_pl.costs.machine import DryRun
+from lowrank_pl.cli.workloads import decompose_workload
+from lowrank_pl.costs.forecast import print_forecast
+from lowrank_pl.costs.machine import machine_of
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.base import Base, DType
@@ -49,7 +50,7 @@ def decompose(
     device: str = "auto",
     trust_remote_code: bool = False,
     json: Path | None = None,
-    dry_run: DryRun = False,
+    dry_run: bool = False,
 ) -> FactorStore | None:
     """Make a model's factors, one block in memory at a time; allocate and fit then find them made.
 
@@ -75,23 +76,22 @@ def decompose(
         device: cpu, cuda, ...; auto takes cuda where there is one.
         trust_remote_code: Run Python code that comes with the base.
         json: Write the figures there.
-        dry_run: Print what it will need, loading and writing nothing; h100: at that GPU's speed, assumed.
+        dry_run: Print what the factors need; nothing is loaded or written.
 
     Returns:
         The factors; None of a dry run.
     """
     began = time.perf_counter()
     budget = None if memory is None else memory_size(memory)
+    described, constraints = Base(base, dtype, trust_remote_code), Constraints(include, exclude)
+    calibration = Calibration(text, length, sequences)
     if dry_run:
-        dry_run_decompose(
-            base, decomposition=decomposition, sequences=sequences, length=length, dtype=dtype, device=device,
-            memory=budget, gradient_checkpointing=gradient_checkpointing, include=include, exclude=exclude,
-            speeds=dry_run, trust_remote_code=trust_remote_code, json=json,
-        )  # fmt: skip
+        work = decompose_workload(
+            base, decomposition, calibration, memory=budget, gradient_checkpointing=gradient_checkpointing
+        )
+        print_forecast(described, work, machine_of(device), constraints=constraints, output=json)
         return None
-    described = Base(base, dtype, trust_remote_code)
-    constraints = Constraints(include, exclude)
-    calibration, place = Calibration(text, length, sequences), pick_device(device)
+    place = pick_device(device)
     try:
         found = _by_block(described, calibration, constraints, decomposition, store, budget, cache, place)
         how = "block by block"

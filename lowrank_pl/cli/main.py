@@ -31,11 +31,11 @@ from lowrank_pl.cli.compare import compare
 from lowrank_pl.cli.decompose import decompose
 from lowrank_pl.cli.doctor import BrokenModelError, doctor
 from lowrank_pl.cli.evaluate import evaluate
-from lowrank_pl.cli.fit_workload import fit_workload
 from lowrank_pl.cli.prune import prune
 from lowrank_pl.cli.report import report
-from lowrank_pl.costs.dry_run import dry_run
-from lowrank_pl.costs.machine import DryRun, machine_of
+from lowrank_pl.cli.workloads import fit_workload
+from lowrank_pl.costs.forecast import print_forecast
+from lowrank_pl.costs.machine import machine_of
 from lowrank_pl.export.reload import ExportError
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
 from lowrank_pl.training.data import CalibrationData
@@ -139,9 +139,8 @@ class RankCLI(LightningCLI):
         parser.add_argument("--run", type=str, default="runs/fit", help="Folder of the run: plan, model, scores, logs.")
         parser.add_argument("--json", type=str | None, default=None, help="Write the table's figures there.")
         parser.add_argument(
-            "--dry_run", type=DryRun, default=False,
-            help="Print what the run will need, loading and writing nothing; h100: at that GPU's speed, assumed.",
-        )  # fmt: skip
+            "--dry_run", type=bool, default=False, help="Print what the run needs; nothing is loaded or written."
+        )
         parser.add_lightning_class_args(RankMonitor, "monitor")
         parser.add_lightning_class_args(TextSamples, "samples")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -163,22 +162,17 @@ class RankCLI(LightningCLI):
         if not self._get(self.config, "dry_run"):
             return super().instantiate_classes()
         config = self.parser.instantiate_classes(self.config)
-        trainer, speeds = self._get(config, "trainer"), self._get(config, "dry_run")
-        learner = self._get(config, "model")
+        trainer, learner = self._get(config, "trainer"), self._get(config, "model")
         machine = machine_of(
-            trainer.accelerator, trainer.devices, trainer.num_nodes, speeds=speeds,
+            trainer.accelerator, trainer.devices, trainer.num_nodes,
             sharded=isinstance(trainer.strategy, ModelParallelStrategy),
         )  # fmt: skip
-        dry_run(
-            learner.base.name,
-            fit_workload(learner, self._get(self.config, "data"), trainer, self._get(config, "finish"), machine),
+        print_forecast(
+            learner.base,
+            fit_workload(learner, self._get(config, "data"), trainer, self._get(config, "finish"), machine),
             machine,
-            dtype=learner.base.dtype,
-            include=learner.constraints.include,
-            exclude=learner.constraints.exclude,
-            speeds=speeds,
-            trust_remote_code=learner.base.trust_remote_code,
-            json=self._get(self.config, "json"),
+            constraints=learner.constraints,
+            output=self._get(self.config, "json"),
         )
         return None
 
@@ -235,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     # Of several processes that do the same, the first says it.
-    first = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    first = int(next(filter(None, ranks), 0)) == 0
     level = logging.INFO if first else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     _quiet_others()

@@ -1,173 +1,166 @@
-"""What a run will need, phase by phase: memory, disk, tokens, multiply-adds, and time at given speeds."""
+"""What a run needs, phase by phase: memory by part and process, disk, and time at measured speeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from lowrank_pl.costs.machine import Machine
 from lowrank_pl.utils.formatting import duration, gigabytes, table
 
-__all__ = ["Estimate", "Phase", "Speeds", "WorkKind", "held_on_to"]
+__all__ = ["Estimate", "Phase", "Speeds", "WorkKind", "hold_freed_memory"]
 
-WorkKind = Literal["forward", "float32", "double", "svd"]
-"""Multiply-adds of the model in its own type; of moments in float32; of products and square roots in float64; of
-singular value decompositions, each counted as the square of a matrix's smaller side times its larger one."""
+WorkKind = Literal["model", "float32", "float64", "svd", "disk"]
+"""Multiply-adds of the model in its own type, of sums of moments in float32, of products and square roots in float64,
+and of singular value decompositions (the square of a matrix's smaller side times its larger side); bytes to and from
+disk."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """How fast a machine is.
+    """How fast this machine was when it was measured.
 
     Args:
-        source: Where the figures come from, to be shown.
-        multiply_adds: A second, by kind of work.
-        disk: Bytes a second to the disk of the caches, and from it.
-        link: Bytes a second that a process sends to the others, and receives meanwhile.
+        source: The machine in words.
+        rates: Work a second, by kind.
     """
 
     source: str
-    multiply_adds: Mapping[WorkKind, float]
-    disk: float
-    link: float = float("inf")
+    rates: Mapping[WorkKind, float]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of a run.
+    """One phase of a run.
 
     Args:
-        name: What it is called in tables.
-        device: Bytes of device memory of one process by what they hold, all at the same time.
-        host: Bytes of main memory of one process, likewise.
-        beside: Bytes of main memory of a fresh process that it waits for.
-        disk: Bytes that it leaves on disk, by what they hold.
-        tokens: Tokens that go through the model, of all processes together.
-        work: Multiply-adds of one process by kind.
-        read: Bytes that a process reads from disk.
-        sent: Bytes that a process sends to others; it receives as many.
+        name: Its name in tables.
+        device: Bytes of device memory of one process, by what they hold at the same time.
+        host: Bytes of main memory of one process, by what they hold at the same time.
+        fresh: Bytes of main memory of a fresh process that this process starts and waits for.
+        disk: Bytes that stay on disk, by what they hold; those of all processes.
+        work: Work of one process by kind; bytes of ``disk`` are not counted again.
+        waiting: Bytes of main memory of every other process, where the first process works alone; None where all work.
     """
 
     name: str
     device: Mapping[str, float] = field(default_factory=dict)
     host: Mapping[str, float] = field(default_factory=dict)
-    beside: Mapping[str, float] = field(default_factory=dict)
+    fresh: Mapping[str, float] = field(default_factory=dict)
     disk: Mapping[str, float] = field(default_factory=dict)
-    tokens: int = 0
     work: Mapping[WorkKind, float] = field(default_factory=dict)
-    read: float = 0.0
-    sent: float = 0.0
+    waiting: float | None = None
 
     def seconds(self, speeds: Speeds) -> float:
-        """Return how long it takes at ``speeds``, nothing of it at the same time as anything else."""
-        computing = sum(amount / speeds.multiply_adds[kind] for kind, amount in self.work.items())
-        return computing + (sum(self.disk.values()) + self.read) / speeds.disk + self.sent / speeds.link
+        """Return the time at ``speeds``, with no two kinds of work at the same time."""
+        working = sum(amount / speeds.rates[kind] for kind, amount in self.work.items())
+        return working + sum(self.disk.values()) / speeds.rates["disk"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will need.
+    """What a run needs.
 
     Args:
-        phases: In their order.
-        unified: Whether the device's memory is main memory, as that of a CPU is.
+        phases: The phases in their order.
+        machine: The processes that share the work.
         notes: What is assumed or left out, in sentences.
     """
 
     phases: Sequence[Phase]
-    unified: bool
+    machine: Machine
     notes: Sequence[str] = ()
 
     def device_bytes(self, phase: Phase) -> float:
-        """Return the device memory of a process in ``phase``; 0 on a CPU, which has none of its own."""
-        return 0.0 if self.unified else sum(phase.device.values())
+        """Return the device memory of one process in ``phase``; 0 on a CPU, which has no memory of its own."""
+        return 0.0 if self.machine.on_cpu else sum(phase.device.values())
 
     def host_bytes(self, phase: Phase) -> float:
-        """Return the main memory of a process in ``phase``, and of the fresh one that it waits for."""
-        device = sum(phase.device.values()) if self.unified else 0.0
-        return sum(phase.host.values()) + device + sum(phase.beside.values())
+        """Return the main memory of one process in ``phase``, that of its fresh process included."""
+        device = sum(phase.device.values()) if self.machine.on_cpu else 0.0
+        return device + sum(phase.host.values()) + sum(phase.fresh.values())
 
-    def totals(self) -> dict[str, float]:
-        """Return the greatest memory of any phase and the sums of disk and tokens; bytes."""
-        return {
-            "device_memory": max(map(self.device_bytes, self.phases)),
-            "memory": max(map(self.host_bytes, self.phases)),
-            "disk": sum(sum(phase.disk.values()) for phase in self.phases),
-            "tokens": sum(phase.tokens for phase in self.phases),
-            "multiply_adds": sum(sum(phase.work.values()) for phase in self.phases),
-            "read": sum(phase.read for phase in self.phases),
-            "sent": sum(phase.sent for phase in self.phases),
-        }
+    def node_bytes(self, phase: Phase) -> float:
+        """Return the main memory of all processes of one node in ``phase``."""
+        others = self.machine.processes_of_a_node - 1
+        own = self.host_bytes(phase)
+        return own + others * (own if phase.waiting is None else phase.waiting)
 
-    def figures(self, speeds: Speeds) -> dict[str, Any]:
-        """Return all of it as JSON values."""
+    def disk_bytes(self) -> float:
+        """Return the bytes that all phases leave on disk."""
+        return sum(sum(phase.disk.values()) for phase in self.phases)
+
+    def seconds(self, speeds: Speeds) -> float:
+        """Return the time of all phases."""
+        return sum(phase.seconds(speeds) for phase in self.phases)
+
+    def peak(self, size: Callable[[Phase], float]) -> Phase:
+        """Return the first phase of the greatest ``size``."""
+        return max(self.phases, key=size)
+
+    def figures(self, speeds: Speeds | None) -> dict[str, Any]:
+        """Return everything as JSON values; no time without ``speeds``."""
+
+        def timed(seconds: Callable[[Speeds], float]) -> dict[str, float]:
+            return {} if speeds is None else {"seconds": seconds(speeds)}
+
         return {
-            "total": {**self.totals(), "seconds": sum(phase.seconds(speeds) for phase in self.phases)},
-            "phases": [{**asdict(phase), "seconds": phase.seconds(speeds)} for phase in self.phases],
-            "speeds": asdict(speeds),
+            "total": {
+                "device_memory": max(map(self.device_bytes, self.phases)),
+                "memory": max(map(self.host_bytes, self.phases)),
+                "node_memory": max(map(self.node_bytes, self.phases)),
+                "disk": self.disk_bytes(),
+                **timed(self.seconds),
+            },
+            "phases": [{**asdict(phase), **timed(phase.seconds)} for phase in self.phases],
+            "machine": asdict(self.machine),
+            "speeds": None if speeds is None else asdict(speeds),
             "notes": list(self.notes),
         }
 
-    def text(self, speeds: Speeds) -> str:
-        """Return tables of the phases and of what fills the memory of each, for a terminal."""
-        parts = [self._phases(speeds), self._parts()]
-        parts.append("\n".join([f"speeds: {speeds.source}", *self.notes]))
-        return "\n\n".join(parts)
-
-    def _phases(self, speeds: Speeds) -> str:
-        total = self.totals()
+    def phase_table(self, speeds: Speeds | None) -> str:
+        """Return a table of memory and disk by phase, and of time where ``speeds`` are given."""
+        several = self.machine.processes > 1
         columns: dict[str, list[str]] = {
-            "phase": [*(phase.name for phase in self.phases), "most, or sum"],
-            "GPU memory": _sizes(*map(self.device_bytes, self.phases), total["device_memory"]),
-            "RAM": _sizes(*map(self.host_bytes, self.phases), total["memory"]),
-            "on disk": _sizes(*(sum(phase.disk.values()) for phase in self.phases), total["disk"]),
-            "read": _sizes(*(phase.read for phase in self.phases), total["read"]),
-            "sent": _sizes(*(phase.sent for phase in self.phases), total["sent"]),
-            "tokens": [_count(count) for count in (*(phase.tokens for phase in self.phases), total["tokens"])],
-            "multiply-adds": [f"{sum(phase.work.values()):.1e}" for phase in self.phases]
-            + [f"{total['multiply_adds']:.1e}"],
-            "time": [duration(phase.seconds(speeds)) for phase in self.phases]
-            + [duration(sum(phase.seconds(speeds) for phase in self.phases))],
+            "phase": [phase.name for phase in self.phases],
+            "GPU memory": [gigabytes(self.device_bytes(phase)) for phase in self.phases],
+            "RAM": [gigabytes(self.host_bytes(phase)) for phase in self.phases],
+            "RAM of a node": [gigabytes(self.node_bytes(phase)) if several else "-" for phase in self.phases],
+            "disk": [gigabytes(sum(phase.disk.values())) for phase in self.phases],
+            "time": ["-" if speeds is None else duration(phase.seconds(speeds)) for phase in self.phases],
         }
-        # A CPU has no memory of its own, and a process alone sends nothing.
         shown = {head: cells for head, cells in columns.items() if set(cells) != {"-"}}
         return table([*shown], [*zip(*shown.values(), strict=True)], "simple")
 
-    def _parts(self) -> str:
-        """Return what fills memory and disk in each phase; what is less than a hundredth of its sum is left out."""
-        rows = []
-        for phase in self.phases:
-            host = {**phase.host, **phase.beside}
-            for place, held in (("device", phase.device), ("RAM", host), ("disk", phase.disk)):
-                where = "RAM" if place == "device" and self.unified else "GPU" if place == "device" else place
-                least = sum(held.values()) / 100
-                rows += [(phase.name, where, what, gigabytes(size)) for what, size in held.items() if size > least]
+    def part_table(self) -> str:
+        """Return a table of what fills memory and disk; parts below a hundredth of their sum are left out."""
+        rows = [(phase.name, *part) for phase in self.phases for part in self._parts(phase)]
         shown = [("" if n and row[0] == rows[n - 1][0] else row[0], *row[1:]) for n, row in enumerate(rows)]
         return table(("phase", "where", "what", "size"), shown, "simple", align=("left", "left", "left", "right"))
 
+    def _parts(self, phase: Phase) -> Iterator[tuple[str, str, str]]:
+        where = "RAM" if self.machine.on_cpu else "GPU"
+        for place, held in ((where, phase.device), ("RAM", {**phase.host, **phase.fresh}), ("disk", phase.disk)):
+            least = sum(held.values()) / 100
+            yield from ((place, what, gigabytes(size)) for what, size in held.items() if size > least)
 
-def held_on_to(phases: Sequence[Phase]) -> list[Phase]:
-    """Return the phases of a process on a CPU, each with what those before it freed and the C library still holds.
 
-    Most tensors of a forward and backward pass are too small to be given back one by one: a process that was measured
-    stayed at the most that it had come to (docs/scaling.md).
+def hold_freed_memory(phases: Sequence[Phase]) -> list[Phase]:
+    """Return the phases of a process on a CPU, each with the memory that earlier phases freed and the process keeps.
 
-    >>> one, two = held_on_to([Phase("one", {"x": 5.0}), Phase("two", {"y": 2.0})])
-    >>> one.host, two.host
-    ({}, {'freed before, not given back': 3.0})
+    Most tensors of a forward and backward pass are too small for the C library to give them back one by one: a process
+    that was measured stayed at the most that it had held.
+
+    >>> one, two = hold_freed_memory([Phase("one", {"x": 5.0}), Phase("two", {"y": 2.0}, waiting=1.0)])
+    >>> two.host, two.waiting
+    ({'freed before, not given back': 3.0}, 5.0)
     """
     found, most = [], 0.0
     for phase in phases:
         own = sum(phase.device.values()) + sum(phase.host.values())
-        free = {"freed before, not given back": most - own} if own < most else {}
-        found.append(replace(phase, host={**phase.host, **free}))
+        freed = {"freed before, not given back": most - own} if own < most else {}
+        waiting = None if phase.waiting is None else max(phase.waiting, most)
+        found.append(replace(phase, host={**phase.host, **freed}, waiting=waiting))
         most = max(most, own)
     return found
-
-
-def _sizes(*sizes: float) -> list[str]:
-    return [gigabytes(size) for size in sizes]
-
-
-def _count(count: float) -> str:
-    return f"{count:,.0f}" if count else "-"

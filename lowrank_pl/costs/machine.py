@@ -1,52 +1,100 @@
-"""What the commands do, from their options: the work that ``--dry_run`` is made of."""
+"""The processes and the devices that a run is spread over, as a command's options name them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
 
-from lowrank_pl.costs.probe import MEMORY
-from lowrank_pl.costs.workload import Machine
+from lowrank_pl.models.offload import too_large
 from lowrank_pl.utils.environment import total_memory
 
-__all__ = ["DryRun", "machine_of"]
+__all__ = ["Machine", "machine_of"]
 
-DryRun = bool | Literal["h100"]
-"""Whether to make one; with speeds measured here, or with those assumed for a machine that is not at hand."""
+
+@dataclass(frozen=True)
+class Machine:
+    """The processes of a run, one a device.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        processes: How many, on all nodes together.
+        nodes: How many nodes they are spread over.
+        sharded: Whether the frozen weights are spread over the processes (FSDP2) instead of held whole by each.
+        memory: Bytes of a device's memory (main memory for a CPU); None where it is not known.
+        here: Whether the processes run on this machine, so that its speed and its free memory count.
+
+    Raises:
+        ValueError: No process or no node.
+    """
+
+    device: str = "cpu"
+    processes: int = 1
+    nodes: int = 1
+    sharded: bool = False
+    memory: float | None = None
+    here: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a whole number of at least 1")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device computes in main memory."""
+        return self.device == "cpu"
+
+    @property
+    def processes_of_a_node(self) -> int:
+        """Processes that share the main memory of one node."""
+        return -(-self.processes // self.nodes)
+
+    def scores_from_main_memory(self, weights: float) -> bool:
+        """Return whether a sharded run on a base of ``weights`` bytes scores its models from main memory.
+
+        A device of unknown memory counts as too small.
+        """
+        return self.sharded and not self.on_cpu and (self.memory is None or too_large(weights, self.memory))
+
+    def describe(self) -> str:
+        """Return the processes in words.
+
+        >>> Machine("cuda", 16, nodes=2, sharded=True, here=False).describe()
+        '16 processes on 2 nodes, one a GPU, weights sharded'
+        """
+        count = "one process" if self.processes == 1 else f"{self.processes} processes"
+        nodes = "" if self.nodes == 1 else f" on {self.nodes} nodes"
+        where = " on the CPU" if self.on_cpu else " on a GPU" if self.processes == 1 else ", one a GPU"
+        return f"{count}{nodes}{where}{', weights sharded' if self.sharded else ''}"
 
 
 def machine_of(
-    device: str, devices: Any = 1, nodes: int = 1, *, speeds: DryRun = True, sharded: bool = False
+    device: str, devices: int | str | Sequence[int] = 1, nodes: int = 1, *, sharded: bool = False
 ) -> Machine:
-    """Return what a run is spread over, as its options say.
+    """Return the machine that the options of a command name, whether or not it is this one.
 
     Args:
-        device: ``cpu``, ``cuda``, ``gpu`` or ``auto``, with or without a number. With speeds that are assumed it is a
-            GPU in any case.
-        devices: How many, or which, as Lightning takes them.
-        nodes: Machines.
-        speeds: As in ``dry_run``.
-        sharded: Whether frozen weights are spread over all.
+        device: ``cpu``, ``cuda``, ``gpu`` or ``auto``, with or without a number. ``auto`` is a GPU where one is here.
+        devices: How many devices a node has, or which, as Lightning takes them.
+        nodes: How many nodes.
+        sharded: Whether frozen weights are spread over all processes.
 
     Raises:
-        ValueError: No number of devices.
+        ValueError: No process or no node.
     """
-    there = torch.cuda.device_count()
-    on_gpu = speeds is not True or device.startswith(("cuda", "gpu")) or (device == "auto" and there > 0)
-    if on_gpu and speeds is True and not there:
-        raise ValueError(
-            f"device {device!r} can't be measured here, where there is no GPU: give --dry_run h100 for speeds that are "
-            "assumed, or cpu"
-        )
+    gpus = torch.cuda.device_count()
+    on_gpu = device.startswith(("cuda", "gpu")) or (device == "auto" and gpus > 0)
     if devices in ("auto", -1, "-1"):
-        count = max(1, there) if on_gpu and speeds is True else 1
+        count = max(1, gpus) if on_gpu else 1
     elif isinstance(devices, str) and not devices.strip().isdecimal():
         count = len([one for one in devices.strip("[] ").split(",") if one.strip()])
     else:
-        count = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else int(devices)
-    memory: float | None = total_memory()
+        count = int(devices) if isinstance(devices, (int, str)) else len(devices)
+    here = nodes == 1 and (not on_gpu or count <= gpus)
     if on_gpu:
-        memory = torch.cuda.get_device_properties(0).total_memory if speeds is True else MEMORY[str(speeds)]
-    return Machine("cuda" if on_gpu else "cpu", count * nodes, sharded, memory)
+        memory = float(torch.cuda.get_device_properties(0).total_memory) if here else None
+    else:
+        memory = total_memory() if here else None
+    return Machine("cuda" if on_gpu else "cpu", count * nodes, nodes, sharded, memory, here)

@@ -1,4 +1,4 @@
-"""How fast this machine is at what runs are made of, measured in seconds on the shapes of a model."""
+"""How fast this machine is at the work of a run, measured in seconds on the shapes of a model."""
 
 from __future__ import annotations
 
@@ -10,84 +10,62 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
-from lowrank_pl.costs.anatomy import Anatomy
-from lowrank_pl.costs.estimate import Speeds
+from lowrank_pl.costs.estimate import Speeds, WorkKind
+from lowrank_pl.costs.model_sizes import ModelSizes, config_of
 from lowrank_pl.factors.decomposition import thin_svd
+from lowrank_pl.models.base import Base, pop_shapes
 from lowrank_pl.utils.environment import describe_machine, timed
 from lowrank_pl.utils.files import atomic_write, cache_root
 
-__all__ = ["ASSUMED", "MEMORY", "existing_folder", "probe"]
-
-ASSUMED = {
-    # A multiply-add is two operations: 400 of the 989 TFLOP/s that are on paper, at half efficiency, in bf16; half of
-    # the 67 in float32 (TF32 is off) and in float64. Decompositions take many steps that are no products: `lowrank
-    # bench svd` measures them. NVLink and InfiniBand are taken as one link of 50 GB/s, the slower of both.
-    "h100": Speeds(
-        "assumed for an H100: 400 TFLOP/s in bf16 at 50 % efficiency, 33 TFLOP/s in float32 and float64, 2 % of that "
-        "in decompositions, 50 GB/s between processes, 2 GB/s to and from disk",
-        {"forward": 1e14, "float32": 1.65e13, "double": 1.65e13, "svd": 3.3e11},
-        disk=2e9,
-        link=5e10,
-    )
-}
-"""Speeds by name, for machines that are not at hand."""
-
-
-MEMORY = {"h100": 80e9}
-"""Bytes of their devices."""
-
+__all__ = ["existing_folder", "probe"]
 
 _LARGEST = 2**30
-"""Bytes of a decoder block that is made for the probe; of a larger one a product of its widest map stands for it."""
-
+"""Bytes of the largest decoder block that is made; of a larger one, a product of its largest layer is timed."""
 
 _ENOUGH = 2e10
 """Multiply-adds that are many enough to be timed."""
 
-
 _SIDE = 512
 """Smaller side of the matrices that are decomposed: the time grows with its cube."""
-
 
 _FILE = 2**25
 """Bytes that are written."""
 
 
-def probe(model: Anatomy, config: PreTrainedConfig, *, dtype: torch.dtype, device: str, length: int) -> Speeds:
+def probe(base: Base, model: ModelSizes, *, device: str, length: int) -> Speeds:
     """Return how fast ``device`` and the disk of the caches are, with a progress bar; takes some seconds.
 
-    Everything is tried twice and the faster time counts. The file that is written is removed again.
+    Every trial runs twice and the faster time counts. The file that is written is removed again.
 
     Args:
-        model: Its shapes are tried.
-        config: Its configuration, of which one decoder block is made from numbers that mean nothing.
-        dtype: Type of the weights.
+        base: One of its decoder blocks is made, of its configuration and numbers without meaning.
+        model: Its sizes.
         device: ``cpu`` or ``cuda``.
         length: Tokens of a sequence.
     """
-    block = model.blocks[0] * dtype.itemsize <= _LARGEST
-    trials: dict[str, Callable[[], float]] = {
-        "forward": lambda: (_block if block else _product)(model, config, dtype, device, length),
+    block = model.blocks[0] * model.itemsize <= _LARGEST
+    trials: dict[WorkKind, Callable[[], float]] = {
+        "model": lambda: (_block if block else _product)(base, model, device, length),
         "float32": lambda: _gram(model, device, length),
-        "double": lambda: _double(device),
+        "float64": lambda: _float64(device),
         "svd": lambda: _decomposition(model, device),
         "disk": _writing,
     }
-    found = {}
-    for name, trial in tqdm(trials.items(), desc="probe", unit="trial", leave=False):
-        found[name] = max(trial(), trial())
-    disk = found.pop("disk")
+    rates = {
+        kind: max(trial(), trial()) for kind, trial in tqdm(trials.items(), desc="probe", unit="trial", leave=False)
+    }
     made = describe_machine(device)
-    what = "one block" if block else "one matrix of a block"
-    source = f"measured here ({made['accelerator'] or made['processor']}, {made['threads']} threads) on {what}"
-    return Speeds(source, found, disk)  # type: ignore[arg-type]
+    what = "one block, forward and backward" if block else "one layer of a block"
+    where = f"{made['accelerator'] or made['processor']}, threads: {made['threads']}"
+    return Speeds(f"measured here ({where}) on {what}", rates)
 
 
-def _block(model: Anatomy, config: PreTrainedConfig, dtype: torch.dtype, device: str, length: int) -> float:
+def _block(base: Base, model: ModelSizes, device: str, length: int) -> float:
     """Return multiply-adds a second of one decoder block, forward and backward to its inputs."""
-    short = copy.deepcopy(config)
+    short = copy.deepcopy(config_of(base))
+    pop_shapes(short)
     inner = short.get_text_config()
     inner.num_hidden_layers = 1
     inner.vocab_size = 8
@@ -95,7 +73,7 @@ def _block(model: Anatomy, config: PreTrainedConfig, dtype: torch.dtype, device:
     if getattr(inner, "layer_types", None):
         inner.layer_types = inner.layer_types[:1]
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(short, dtype=dtype)
+        made = AutoModelForCausalLM.from_config(short, dtype=base.torch_dtype, trust_remote_code=base.trust_remote_code)
     made = made.to_empty(device=device).eval().requires_grad_(False)
     # Memory as it comes may hold numbers that slow arithmetic down.
     for tensor in (*made.parameters(), *made.buffers()):
@@ -111,7 +89,8 @@ def _block(model: Anatomy, config: PreTrainedConfig, dtype: torch.dtype, device:
         return 2 * count * model.blocks[0] / timed(step, device)[1]
 
 
-def _product(model: Anatomy, config: PreTrainedConfig, dtype: torch.dtype, device: str, length: int) -> float:
+def _product(base: Base, model: ModelSizes, device: str, length: int) -> float:
+    dtype = base.torch_dtype
     rows, columns = max((target.shape for target in model.modules), key=lambda shape: shape[0] * shape[1])
     rows = min(rows, max(1, _LARGEST // (columns * dtype.itemsize)))
     weight = torch.full((rows, columns), 0.01, dtype=dtype, device=device)
@@ -123,7 +102,7 @@ def _tokens(parameters: int, length: int) -> int:
     return max(8, min(length, int(_ENOUGH / parameters)))
 
 
-def _gram(model: Anatomy, device: str, length: int) -> float:
+def _gram(model: ModelSizes, device: str, length: int) -> float:
     width = min(4096, max(target.shape[1] for target in model.modules))
     inputs = torch.ones(length, width, device=device)
     total = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -134,12 +113,12 @@ def _gram(model: Anatomy, device: str, length: int) -> float:
     return length * width * width / timed(step, device)[1]
 
 
-def _double(device: str) -> float:
+def _float64(device: str) -> float:
     matrix = torch.ones(2 * _SIDE, 2 * _SIDE, dtype=torch.float64, device=device)
     return float(len(matrix)) ** 3 / timed(lambda: matrix @ matrix, device)[1]
 
 
-def _decomposition(model: Anatomy, device: str) -> float:
+def _decomposition(model: ModelSizes, device: str) -> float:
     rows, columns = max((target.shape for target in model.modules), key=lambda shape: shape[0] * shape[1])
     scale = min(1.0, _SIDE / min(rows, columns))
     generator = torch.Generator().manual_seed(0)

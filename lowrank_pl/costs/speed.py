@@ -1,4 +1,4 @@
-"""How fast a model decodes and reads prompts: dense, and in each form of storage, beside what its size would allow.
+"""How fast a model decodes and reads prompts: dense, and in each form of storage, beside the limit that its size sets.
 
 Speed depends on shapes, not on values: compressed layers hold random numbers here, and every layer keeps the same
 fraction of its parameters, so that neither text nor decomposition is needed.
@@ -27,91 +27,56 @@ from lowrank_pl.utils.formatting import percent, table
 
 __all__ = [
     "DENSE",
-    "Measured",
+    "Mode",
+    "RepeatableLayer",
+    "Speed",
     "SpeedCase",
-    "StandingLayer",
+    "SpeedTest",
     "Variant",
     "measure_speed",
     "multiply_adds",
     "random_tokens",
     "read_bytes",
+    "repeatable_cache",
     "speed_rows",
     "speed_table",
-    "standing_cache",
     "uniform_modules",
 ]
-
-
-def standing_cache(model: PreTrainedModel, tokens: Tensor) -> Cache:
-    """Return a cache that holds all of ``tokens`` but the last, to be given together with that last one.
-
-    Args:
-        model: A decoder in evaluation mode.
-        tokens: Token ids ``[batch, length]``, of equal rows: only the first row is read, the others are copies of it.
-
-    Raises:
-        ValueError: A layer of the model keeps something else than keys and values.
-
-    >>> from lowrank_pl.models.tiny import tiny_model
-    >>> model, tokens = tiny_model("llama"), torch.arange(6)[None]
-    >>> with torch.inference_mode():
-    ...     cache = standing_cache(model, tokens)
-    ...     steps = [model(input_ids=tokens[:, -1:], past_key_values=cache).logits for _ in range(2)]
-    ...     whole = model(input_ids=tokens).logits[:, -1:]
-    >>> torch.equal(*steps), torch.allclose(steps[0], whole, atol=1e-5)
-    (True, True)
-    """
-    read = model(input_ids=tokens[:1, :-1], use_cache=True, logits_to_keep=1).past_key_values
-    return Cache(layers=[StandingLayer(layer, *tokens.shape) for layer in read.layers])
-
-
-class StandingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of all tokens but the last, and a place for that one, which every step fills anew.
-
-    Args:
-        read: What one sequence of all tokens but the last left behind.
-        batch_size: Copies of it.
-        length: How many tokens there are with the last one; a sliding sequence keeps fewer of them.
-
-    Raises:
-        ValueError: It holds no keys and values.
-    """
-
-    def __init__(self, read: Any, batch_size: int, length: int) -> None:
-        super().__init__()
-        if not isinstance(read, DynamicLayer) or read.keys is None:
-            raise ValueError(f"expected keys and values of every layer in the cache, got a {type(read).__name__}")
-        self.keys, self.values = (
-            torch.cat([part, part[:, :, -1:]], dim=2).repeat(batch_size, 1, 1, 1) for part in (read.keys, read.values)
-        )
-        self.dtype, self.device = self.keys.dtype, self.keys.device
-        self.is_sliding, self.is_initialized = read.is_sliding, True
-        self.length = length
-        for part in (self.keys, self.values):
-            # Or else torch.compile would not record the kernels that write to them.
-            torch._dynamo.mark_static_address(part)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Put keys and values of the last token in its place; return those of all."""
-        self.keys[:, :, -1:] = key_states
-        self.values[:, :, -1:] = value_states
-        return self.keys, self.values
-
-    def get_seq_length(self, *_: Any) -> int:
-        """Return how many tokens come before the last one."""
-        return self.length - 1
-
-    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
-        """Return how many tokens can be looked at, and how many came before these."""
-        return self.keys.shape[-2], self.length - self.keys.shape[-2]
-
 
 SpeedCase = Literal["decode", "prefill"]
 """One new token for every sequence, after tokens that are in the cache; or all tokens of every prompt at once."""
 
+Mode = Literal["eager", "compiled", "recorded"]
+"""How a step runs: as it is, compiled by torch, or as a CUDA graph whose replays are timed, as servers decode."""
 
 # A turn ends after so many steps or seconds, whichever comes first; its fastest step counts.
 _STEPS, _SECONDS = 5, 1.0
+
+
+@dataclass(frozen=True)
+class SpeedTest:
+    """How speed is measured.
+
+    Args:
+        case: What a step is: one of decoding, or of reading a prompt, of which the last logits are computed.
+        batch_size: Sequences in a step.
+        length: Tokens in the cache before a step of decoding; tokens of a prompt.
+        repeats: Turns of each variant that count, after one to warm up.
+        multiple_of: Every rank is a multiple of this.
+        mode: How a step runs.
+    """
+
+    case: SpeedCase
+    batch_size: int = 1
+    length: int = 512
+    repeats: int = 5
+    multiple_of: int = 1
+    mode: Mode = "eager"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step takes in."""
+        return self.batch_size * (1 if self.case == "decode" else self.length)
 
 
 @dataclass(frozen=True)
@@ -134,17 +99,17 @@ class Variant:
 
 
 DENSE = Variant("dense")
-"""What the others are compared with."""
+"""The model that the other variants are compared with."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was measured and counted of one variant.
+class Speed:
+    """The speed that was measured of one variant, with the bytes and multiply-adds that limit it.
 
     Attributes:
-        seconds: The fastest step.
-        bytes: Weights that a step reads.
-        multiply_adds: Those of reading one prompt; 0 in decoding, where they don't matter.
+        seconds: Time of the fastest step.
+        bytes: Bytes of the weights that a step reads.
+        multiply_adds: Multiply-adds of reading one prompt; 0 in decoding, which is limited by bytes.
     """
 
     seconds: float
@@ -155,59 +120,48 @@ class Measured:
 def measure_speed(
     model: PreTrainedModel,
     variants: Sequence[Variant],
+    test: SpeedTest,
     *,
-    case: SpeedCase,
-    batch_size: int,
-    length: int,
-    repeats: int,
-    compiled: bool = False,
-    recorded: bool = False,
-    multiple_of: int = 1,
     tick: Callable[[Variant], object] = lambda _: None,
-) -> dict[Variant, Measured]:
+) -> dict[Variant, Speed]:
     """Return how long a step of each variant takes, and what it reads and computes.
 
-    Variants take turns, ``repeats`` of each after one to warm up, so that all meet the same disturbances; only where
-    they are compiled or recorded does each have its turns in a row. They are put into the model one at a time, and at
-    the end it is as it was.
+    Variants take turns, so that all meet the same disturbances. Compiled and recorded variants have their turns in a
+    row, since each has to be compiled or recorded first. Variants are put into the model one at a time, and at the end
+    the model is as it was.
 
     Args:
         model: The dense model.
-        variants: Which.
-        case: What a step is: one of decoding, or of reading a prompt, of which the last logits are computed.
-        batch_size: Sequences in a step.
-        length: Tokens in the cache before a step of decoding; tokens of a prompt.
-        repeats: Turns of each variant that count.
-        compiled: Whether to run what ``torch.compile`` makes of the model.
-        recorded: Whether to record a step as a CUDA graph and to time its replays, as servers decode.
-        multiple_of: Every rank is a multiple of this.
+        variants: The forms to measure.
+        test: How they are measured.
         tick: Called after every turn with its variant.
 
     Raises:
         ValueError: The model has too few positions, or no cache of keys and values, or can't be recorded.
     """
-    drawn = random_tokens(model, length + 1)
-    check_sequences(model, drawn if case == "decode" else drawn[:, :-1], batch_size)
-    tokens = drawn.to(model.device).expand(batch_size, -1)
+    drawn = random_tokens(model, test.length + 1)
+    check_sequences(model, drawn if test.case == "decode" else drawn[:, :-1], test.batch_size)
+    tokens = drawn.to(model.device).expand(test.batch_size, -1)
     targets = find_targets(model)
-    found: dict[Variant, Measured] = {}
+    found: dict[Variant, Speed] = {}
     with evaluating(model), torch.inference_mode():
-        inputs = _step_inputs(model, tokens, case)
-        for number, (variant, turns) in enumerate(_turns(variants, repeats, in_a_row=compiled or recorded)):
-            with replaced(model, {} if variant == DENSE else uniform_modules(model, targets, variant, multiple_of)):
+        inputs = _step_inputs(model, tokens, test.case)
+        for number, (variant, turns) in enumerate(_turns(variants, test.repeats, in_a_row=test.mode != "eager")):
+            modules = {} if variant == DENSE else uniform_modules(model, targets, variant, test.multiple_of)
+            with replaced(model, modules):
                 if variant not in found:
-                    counted = multiply_adds(model, tokens[:1, :-1]) if case == "prefill" else 0
-                    found[variant] = Measured(float("inf"), read_bytes(model), counted)
+                    counted = multiply_adds(model, tokens[:1, :-1]) if test.case == "prefill" else 0
+                    found[variant] = Speed(float("inf"), read_bytes(model), counted)
                 forward: Callable[..., Any] = model
-                if compiled:
+                if test.mode == "compiled":
                     forward = _compiled(model, inputs)
-                elif recorded:
+                elif test.mode == "recorded":
                     forward = _recorded(model, inputs)
                 for turn in range(turns):
                     seconds = _fastest(forward, inputs, model.device)
                     if turn or number >= len(variants):
                         old = found[variant]
-                        found[variant] = Measured(min(seconds, old.seconds), old.bytes, old.multiply_adds)
+                        found[variant] = Speed(min(seconds, old.seconds), old.bytes, old.multiply_adds)
                     tick(variant)
     return found
 
@@ -255,19 +209,19 @@ def _random_layer(
     outputs, inputs = shape
     if form == "factored":
         return LowRankLinear(inputs, outputs, rank, bias=bias, device=device, dtype=dtype)
-    # The side that compression takes, for it is the first choice of `pivot`.
+    # The side that `pivot` prefers, and so compression.
     side: Side = "out" if outputs <= inputs else "in"
     layer = PivotedLinear(inputs, outputs, rank, side=side, bias=bias, device=device, dtype=dtype)
-    # Scattered, as they are in a compressed model.
+    # Scattered, as pivots are in a compressed model.
     layer.pivots = torch.randperm(min(shape))[:rank].sort().values.to(layer.pivots)
     layer.check_pivots()
     return layer
 
 
 def read_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of weights that a step reads: all but tables of which it looks up a few rows.
+    """Return the bytes of weights that a step reads: all but embeddings, of which it looks up a few rows.
 
-    A head that shares its weight with the table of embeddings is read whole.
+    A head that shares its weight with the embeddings is read whole.
     """
     head = model.get_output_embeddings().weight
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
@@ -283,7 +237,7 @@ def multiply_adds(model: PreTrainedModel, prompt: Tensor) -> int:
         model: The model.
         prompt: Token ids ``[1, length]``, of which only the last logits are computed.
     """
-    # Of itself torch counts no attention that runs on a CPU, and stops at fewer heads of keys than of queries.
+    # torch alone counts no attention that runs on a CPU, and fails on fewer heads of keys than of queries.
     kinds = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
     uncounted = {getattr(torch.ops.aten, f"_scaled_dot_product_{kind}"): _attention_flops for kind in kinds}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
@@ -291,7 +245,7 @@ def multiply_adds(model: PreTrainedModel, prompt: Tensor) -> int:
     counts: dict[Any, int] = counter.get_flop_counts()["Global"]
     attention = sum(count for name, count in counts.items() if "scaled_dot_product" in str(name))
     length = prompt.shape[1]
-    # It is counted as if every token looked at all others, and looks only at those before.
+    # Attention is counted as if every token attended to all others; it attends only to those before.
     return (sum(counts.values()) - attention + attention * (length + 1) // (2 * length)) // 2
 
 
@@ -300,43 +254,42 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return 2 * batch * heads * length * key[2] * (width + value[3])
 
 
-def speed_rows(measured: Mapping[Variant, Measured], *, case: SpeedCase, tokens: int) -> list[dict[str, Any]]:
+def speed_rows(measured: Mapping[Variant, Speed], test: SpeedTest) -> list[dict[str, Any]]:
     """Return a row of figures for each variant, with ratios to the dense one, which is among them.
 
-    A ``ratio_to_dense`` of 2 is twice as fast. ``limit`` is what it would be if time followed the bytes of weights
-    read, or when reading a prompt the multiply-adds; ``ratio_to_limit`` is the part of it that was reached.
+    A ``ratio_to_dense`` of 2 is twice as fast. ``limit`` is the ratio that there would be if time followed the bytes of
+    weights that a step of decoding reads, or the multiply-adds of a prompt; ``ratio_to_limit`` is the part reached.
 
     Args:
-        measured: What was measured.
-        case: What of.
-        tokens: Tokens that a step takes in.
+        measured: Speeds by variant.
+        test: How they were measured.
 
-    >>> found = {DENSE: Measured(3.0, 1000), Variant("pivoted", 0.5): Measured(2.0, 500)}
-    >>> row = speed_rows(found, case="decode", tokens=16)[1]
+    >>> found = {DENSE: Speed(3.0, 1000), Variant("pivoted", 0.5): Speed(2.0, 500)}
+    >>> row = speed_rows(found, SpeedTest("decode", batch_size=16))[1]
     >>> row["tokens_per_second"], row["ratio_to_dense"], row["limit"], row["ratio_to_limit"]
     (8.0, 1.5, 2.0, 0.75)
     """
     dense = measured[DENSE]
-    rows = []
+    rows, decoding = [], test.case == "decode"
     for variant, one in measured.items():
         ratio = dense.seconds / one.seconds
-        limit = dense.bytes / one.bytes if case == "decode" else dense.multiply_adds / one.multiply_adds
+        limit = dense.bytes / one.bytes if decoding else dense.multiply_adds / one.multiply_adds
         rows.append({
             "storage": variant.storage,
             "keep": variant.keep,
             "seconds": one.seconds,
-            "tokens_per_second": tokens / one.seconds,
+            "tokens_per_second": test.tokens / one.seconds,
             "ratio_to_dense": ratio,
             "limit": limit,
             "ratio_to_limit": ratio / limit,
             "bytes": one.bytes,
-            **({} if case == "decode" else {"multiply_adds": one.multiply_adds}),
+            **({} if decoding else {"multiply_adds": one.multiply_adds}),
         })  # fmt: skip
     return rows
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]], *, fmt: str = "simple") -> str:
-    """Return rows of :func:`speed_rows` with a ``dtype`` and a ``batch`` each, those of one kind below each other."""
+    """Return a table of rows of :func:`speed_rows`, each with a ``dtype`` and a ``batch``, grouped by both."""
     head = ("dtype", "batch", "storage", "keep", "ms", "tokens/s", "times dense", "limit", "of limit")
     body: list[tuple[str, ...]] = []
     group = None
@@ -359,7 +312,7 @@ def speed_table(rows: Sequence[Mapping[str, Any]], *, fmt: str = "simple") -> st
 
 
 def _turns(variants: Sequence[Variant], repeats: int, *, in_a_row: bool) -> list[tuple[Variant, int]]:
-    """Return who has how many turns, in order; the first of each is to warm up."""
+    """Return the variants and how many turns each has, in order; the first turn of each is to warm up."""
     if in_a_row:
         return [(variant, repeats + 1) for variant in variants]
     return [(variant, 1) for _ in range(repeats + 1) for variant in variants]
@@ -368,14 +321,14 @@ def _turns(variants: Sequence[Variant], repeats: int, *, in_a_row: bool) -> list
 def _step_inputs(model: PreTrainedModel, tokens: Tensor, case: SpeedCase) -> dict[str, Any]:
     if case == "prefill":
         return {"input_ids": tokens[:, :-1], "use_cache": False, "logits_to_keep": 1}
-    cache = standing_cache(model, tokens)
+    cache = repeatable_cache(model, tokens)
     return {"input_ids": tokens[:, -1:], "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
 
 
 def _compiled(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[..., Any]:
-    # What was compiled before is for layers that are gone, and there is a limit to how much is kept.
+    # Code that was compiled before is for layers that are gone, and only so much is kept.
     torch.compiler.reset()
-    # A step of decoding is mostly the launching of kernels on a GPU, unless they are recorded.
+    # On a GPU most of a step of decoding is the launching of kernels, unless they are recorded.
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     forward: Callable[..., Any] = torch.compile(model, dynamic=False, mode=mode)
     for _ in range(3):  # compiles, warms up, records
@@ -384,12 +337,12 @@ def _compiled(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[...
 
 
 def _recorded(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[..., object]:
-    """Return what replays a step of the model on these very inputs."""
+    """Return a function that replays a step of the model on these very inputs."""
     if model.device.type != "cuda":
-        raise ValueError(f"the model is on {model.device}: only what runs on a CUDA device can be recorded")
+        raise ValueError(f"the model is on {model.device}: only a CUDA device can record a step; give device cuda")
     aside = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream(model.device))
-    with torch.cuda.stream(aside):  # a recording may not be the first to use a library
+    with torch.cuda.stream(aside):  # a library must have been used before it is recorded
         for _ in range(3):
             model(**inputs)
     torch.cuda.current_stream(model.device).wait_stream(aside)
@@ -410,3 +363,67 @@ def _fastest(forward: Callable[..., Any], inputs: Mapping[str, Any], device: tor
     while len(seconds) < _STEPS and sum(seconds) < _SECONDS:
         seconds.append(timed(lambda: forward(**inputs), device)[1])
     return min(seconds)
+
+
+def repeatable_cache(model: PreTrainedModel, tokens: Tensor) -> Cache:
+    """Return a cache of all of ``tokens`` but the last, on which the step with the last token can be repeated.
+
+    Args:
+        model: A decoder in evaluation mode.
+        tokens: Token ids ``[batch, length]``, of equal rows: only the first row is read, the others are copies of it.
+
+    Raises:
+        ValueError: A layer of the model keeps something other than keys and values.
+
+    >>> from lowrank_pl.models.tiny import tiny_model
+    >>> model, tokens = tiny_model("llama"), torch.arange(6)[None]
+    >>> with torch.inference_mode():
+    ...     cache = repeatable_cache(model, tokens)
+    ...     steps = [model(input_ids=tokens[:, -1:], past_key_values=cache).logits for _ in range(2)]
+    ...     whole = model(input_ids=tokens).logits[:, -1:]
+    >>> torch.equal(*steps), torch.allclose(steps[0], whole, atol=1e-5)
+    (True, True)
+    """
+    read = model(input_ids=tokens[:1, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    return Cache(layers=[RepeatableLayer(layer, *tokens.shape) for layer in read.layers])
+
+
+class RepeatableLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of all tokens but the last, and a place for the last one, which every step fills anew.
+
+    Args:
+        read: The layer's cache after one sequence of all tokens but the last.
+        batch_size: Copies of that sequence.
+        length: Tokens of the sequence, the last one included; a sliding window keeps fewer of them.
+
+    Raises:
+        ValueError: ``read`` holds no keys and values.
+    """
+
+    def __init__(self, read: Any, batch_size: int, length: int) -> None:
+        super().__init__()
+        if not isinstance(read, DynamicLayer) or read.keys is None:
+            raise ValueError(f"expected keys and values of every layer in the cache, got a {type(read).__name__}")
+        self.keys, self.values = (
+            torch.cat([part, part[:, :, -1:]], dim=2).repeat(batch_size, 1, 1, 1) for part in (read.keys, read.values)
+        )
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.is_sliding, self.is_initialized = read.is_sliding, True
+        self.length = length
+        for part in (self.keys, self.values):
+            # Without it torch.compile would not record the kernels that write to them.
+            torch._dynamo.mark_static_address(part)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put keys and values of the last token in its place; return the keys and values of all tokens."""
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Return how many tokens come before the last one."""
+        return self.length - 1
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        """Return how many tokens can be attended to, and how many came before them."""
+        return self.keys.shape[-2], self.length - self.keys.shape[-2]

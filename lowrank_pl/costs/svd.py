@@ -1,4 +1,4 @@
-"""What a singular value decomposition costs by each driver, and what digits it loses."""
+"""The time and the error of a singular value decomposition by each driver."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lowrank_pl.utils.environment import timed
 __all__ = ["measure_drivers"]
 
 _SLOW = 10.0
-"""Seconds."""
+"""Seconds from which a driver is not run again."""
 
 
 def measure_drivers(shapes: Sequence[tuple[int, int]], device: torch.device, *, repeats: int) -> list[dict[str, Any]]:
     """Return seconds and errors of every driver on random matrices of ``shapes``, whose values fall over ten decades.
 
-    ``error`` is that of the product of the parts, ``orthogonality`` how far the left vectors are from orthonormal; both
-    are the largest entry, the first relative to the largest singular value. The first turn warms up; of the others the
-    fastest counts.
+    ``error`` is the largest entry of the product of the parts less the matrix, relative to the largest singular value;
+    ``orthogonality`` is the largest entry of ``U' U - 1``, ``U`` the left vectors. The first turn warms up, and the
+    fastest of the others counts.
 
     Args:
-        shapes: ``(m, n)`` of each.
-        device: Where. On a GPU the CPU beside it is measured as well, transfers included.
-        repeats: Turns of each that count.
+        shapes: ``(m, n)`` of each matrix.
+        device: Where the drivers run. On a GPU the CPU beside it is measured as well, transfers included.
+        repeats: Turns of each driver that count.
     """
     on_gpu = device.type == "cuda"
     names = ["polar", "lapack", *(["gesvd", "gesvdj", "cpu"] if on_gpu else [])]
@@ -40,7 +40,7 @@ def measure_drivers(shapes: Sequence[tuple[int, int]], device: torch.device, *, 
             for name in names:
                 driver = _on_cpu if name == "cpu" else DRIVERS[name]
                 (left, sigma, right), seconds = timed(partial(driver, matrix), device)
-                # What warms up is soon over, but for drivers that nobody would wait for twice.
+                # After a slow driver the time of warming up no longer matters.
                 if seconds < _SLOW:
                     seconds = min(timed(partial(driver, matrix), device)[1] for _ in range(repeats))
                 identity = torch.eye(left.shape[1], dtype=left.dtype, device=device)

@@ -1,89 +1,120 @@
-"""What a run does, as far as its cost goes, whichever command it is of."""
+"""The work of a run that decides on its needs, whichever command it is of."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from lowrank_pl.costs.machine import Machine
+from lowrank_pl.costs.model_sizes import ModelSizes
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.masks.base import MaskMethod
 from lowrank_pl.methods.prune.base import WidthPruning
-from lowrank_pl.models.offload import too_large
 from lowrank_pl.plans.budget import check_keep
 from lowrank_pl.plans.storage import Storage, StorageChoice
+from lowrank_pl.text.sequences import Calibration
 
-__all__ = ["Learner", "Machine", "Workload"]
+__all__ = ["Learner", "Preparation", "Refits", "Run", "Scoring", "Step", "Workload"]
+
+
+def _check(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}: expected a whole number of at least {least}")
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a run is spread over.
+class Preparation:
+    """How statistics are measured and factors are made.
 
     Args:
-        device: ``cpu`` or ``cuda``.
-        processes: One a device.
-        sharded: Whether the frozen weights are spread over the processes (FSDP2), instead of each holding all.
-        memory: Bytes of the memory of a device, main memory where that is a CPU, if they are known.
+        calibration: The sequences that statistics are measured on.
+        decompositions: How weights are decomposed; each is done once.
+        weight_gradients: Whether mean weight gradients are measured.
+        prunings: How MLPs are pruned, each for every fraction to keep.
+        memory: Bytes that the sums of statistics may take at a time; statistics that take more are measured block by
+            block. None is most of the device's memory.
+        gradient_checkpointing: Whether passes for gradients compute the activations of blocks again.
+        by_block: Whether the device holds the weights of one decoder block at a time.
 
     Raises:
-        ValueError: No process.
+        ValueError: No sequence, or sequences shorter than two tokens.
     """
 
-    device: str = "cpu"
-    processes: int = 1
-    sharded: bool = False
-    memory: float | None = None
+    calibration: Calibration = Calibration()
+    decompositions: Sequence[Decomposition] = (Decomposition(),)
+    weight_gradients: bool = False
+    prunings: Sequence[WidthPruning] = ()
+    memory: int | None = None
+    gradient_checkpointing: bool = False
+    by_block: bool = False
 
     def __post_init__(self) -> None:
-        if self.processes < 1:
-            raise ValueError(f"{self.processes} processes were asked for: expected at least 1")
+        _check("sequences", self.calibration.sequences, 1)
+        _check("length", self.calibration.length, 2)
 
     @property
-    def unified(self) -> bool:
-        """Whether the device computes in main memory."""
-        return self.device == "cpu"
+    def tokens(self) -> int:
+        """Tokens of all calibration sequences."""
+        return self.calibration.sequences * self.calibration.length
 
-    def lacks_room(self, weights: float) -> bool:
-        """Return whether the end of a run on a base of so many bytes, which is sharded, scores it from main memory."""
-        return self.sharded and not self.unified and self.memory is not None and too_large(weights, self.memory)
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether some decomposition weighs tokens by the size of their gradient."""
+        return any(settings.weighs_tokens for settings in self.decompositions)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step of one process.
+
+    Args:
+        length: Tokens of a sequence.
+        batch_size: Sequences that go through the model at once.
+        batches: Batches that are accumulated.
+        teacher: Whether the dense model runs on every batch too.
+        inactive_gate_stride: Every so many-th token gives the gradients of inactive gates.
+        gradient_checkpointing: Whether the backward pass computes the activations of blocks again.
+    """
+
+    length: int
+    batch_size: int = 1
+    batches: int = 1
+    teacher: bool = False
+    inactive_gate_stride: int = 1
+    gradient_checkpointing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches of the step."""
+        return self.batches * self.batch_size * self.length
 
 
 @dataclass(frozen=True)
 class Learner:
-    """One learning run.
+    """A learning run for every fraction to keep.
 
     Args:
-        name: What its phase is called.
+        name: Name of its phase.
         mask: The mask method.
-        storage: How low-rank modules are stored in the end.
+        step: What a process does in an optimizer step.
         steps: Optimizer steps.
-        sequences: Sequences of a batch of one process, over all batches of a step.
-        batch_size: Sequences that go through the model at once.
-        length: Tokens of a sequence.
+        storage: How low-rank modules are stored in the end.
         validated: Sequences of all validations together.
-        teacher: Whether the dense model runs on every batch too.
-        inactive_gate_stride: Gates that are off learn from every so many-th token.
-        recomputed: Whether a backward pass computes the activations of blocks again.
     """
 
     name: str
     mask: MaskMethod
+    step: Step
     steps: int
-    length: int
     storage: StorageChoice = "auto"
-    sequences: int = 1
-    batch_size: int = 1
     validated: int = 0
-    teacher: bool = False
-    inactive_gate_stride: int = 1
-    recomputed: bool = False
 
     def stored(self, shape: tuple[int, int], itemsize: int) -> int:
-        """Return the components of a module of ``shape`` that its masked layer holds."""
+        """Return how many components the masked layer of a module of ``shape`` holds."""
         return self.mask.stored_rank(shape, Storage(self.storage, itemsize))
 
-    def lit(self, shape: tuple[int, int], itemsize: int, keep: float) -> int:
-        """Return the components that every token goes through, at the start, which is the dearest step."""
+    def active(self, shape: tuple[int, int], itemsize: int, keep: float) -> int:
+        """Return how many components every token is multiplied by at the start, where a step takes longest."""
         stored = self.stored(shape, itemsize)
         if not self.mask.skips_inactive:
             return stored
@@ -92,64 +123,92 @@ class Learner:
 
 
 @dataclass(frozen=True)
+class Refits:
+    """Refits of plans.
+
+    Args:
+        count: How many.
+        sequences: Sequences of each.
+    """
+
+    count: int = 0
+    sequences: int = 0
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Scores of the dense and the compressed models.
+
+    Args:
+        models: How many models are scored in this process.
+        tokens: Tokens that each model is scored on; 0 where they are not known.
+        length: Tokens of a sequence.
+        from_main_memory: Whether models wait in main memory and come to the device a layer at a time. None does so
+            where the device lacks room.
+
+    Raises:
+        ValueError: Sequences shorter than two tokens.
+    """
+
+    models: int = 0
+    tokens: int = 0
+    length: int = 512
+    from_main_memory: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check("length", self.length, 2)
+
+
+@dataclass(frozen=True)
 class Workload:
-    """All that a run does.
+    """All work of a run.
 
     Args:
         keeps: The fractions of targeted parameters to keep.
-        sequences: Sequences that statistics are measured on.
-        length: Tokens of each.
-        decompositions: How weights are decomposed, each once.
-        weight_gradients: Whether mean weight gradients are measured.
-        prunings: How MLPs are narrowed, each for every one of ``keeps``.
-        learners: Learning runs, each of which is done for every one of ``keeps``.
-        refitted: Sequences of each refit.
-        refits: How many refits.
-        scored: Tokens that a model is scored on.
-        score_length: Tokens of a sequence of these.
-        models: How many models are scored from memory.
+        preparation: How statistics are measured and factors are made.
+        learners: The learning runs.
+        refits: The refits.
+        scoring: The scores.
         exports: Whether the learned model is exported, and scored in a fresh process.
-        waiting: Whether models wait in main memory while they are scored and exported, and come to the device a layer
-            at a time; None where the machine lacks room for them.
-        memory: Bytes that the sums of statistics may take at a time; what takes more is measured block by block. By
-            default most of what is free.
-        recomputed: Whether the passes for gradients compute the activations of blocks again.
-        streamed: Whether the device holds one decoder block's weights at a time while factors are made.
-        shared: Whether each process reads its own share of a base that is to be sharded, and no more of it.
+        reads_shares: Whether each process reads only its own share of a sharded base.
 
     Raises:
-        ValueError: A fraction outside (0, 1], no fraction, or a number below its least.
+        ValueError: A fraction outside (0, 1], or no fraction.
     """
 
     keeps: Sequence[float] = (0.8,)
-    sequences: int = 256
-    length: int = 512
-    decompositions: Sequence[Decomposition] = field(default_factory=lambda: (Decomposition(),))
-    weight_gradients: bool = False
-    prunings: Sequence[WidthPruning] = ()
+    preparation: Preparation = Preparation()
     learners: Sequence[Learner] = ()
-    refitted: int = 0
-    refits: int = 0
-    scored: int = 0
-    score_length: int = 512
-    models: int = 0
+    refits: Refits = Refits()
+    scoring: Scoring = Scoring()
     exports: bool = False
-    waiting: bool | None = None
-    memory: int | None = None
-    recomputed: bool = False
-    streamed: bool = False
-    shared: bool = False
+    reads_shares: bool = False
 
     def __post_init__(self) -> None:
         if not self.keeps:
             raise ValueError("no fraction to keep was given: expected one or more in (0, 1]")
         for keep in self.keeps:
             check_keep(keep)
-        for name, least in (("sequences", 1), ("length", 2), ("refitted", 0), ("scored", 0), ("score_length", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a whole number of at least {least}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose needs are forecast.
+
+    Args:
+        model: Sizes of the base.
+        work: What the run does.
+        machine: The processes that share the work.
+        program: Bytes of main memory that Python and its libraries take in a process.
+    """
+
+    model: ModelSizes
+    work: Workload
+    machine: Machine
+    program: float = 0.0
 
     @property
-    def weighs_tokens(self) -> bool:
-        """Whether tokens count by the size of their gradient in some decomposition."""
-        return any(settings.weighs_tokens for settings in self.decompositions)
+    def scores_from_main_memory(self) -> bool:
+        """Whether models wait in main memory while they are scored and exported."""
+        chosen = self.work.scoring.from_main_memory
+        return self.machine.scores_from_main_memory(self.model.bytes) if chosen is None else chosen

@@ -1,4 +1,4 @@
-"""evaluate, allocate, export and bench as Python functions: from a text to a smaller model without training."""
+"""evaluate, allocate and export as Python functions: from a text to a smaller model without training."""
 
 from __future__ import annotations
 
@@ -13,20 +13,13 @@ import torch
 
 from lowrank_pl import RankPlan, load_compressed, perplexity, token_windows
 from lowrank_pl.cli import commands
-from lowrank_pl.cli.bench import bench
 from lowrank_pl.cli.commands import allocate, export, refit
 from lowrank_pl.cli.evaluate import evaluate
 from lowrank_pl.cli.main import main
-from lowrank_pl.costs.speed import random_tokens
-from lowrank_pl.costs.step import measure_step
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.masks.llrc import LLRC
-from lowrank_pl.methods.masks.masked_linear import MaskedLinear
 from lowrank_pl.methods.refit.refitting import Refit
-from lowrank_pl.models.base import load_base
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
-from lowrank_pl.plans.storage import Storage
 from lowrank_pl.report import finish
 from lowrank_pl.utils.environment import pick_device
 
@@ -321,46 +314,6 @@ def test_allocate_passes_its_settings_on(tmp_path):
     assert figures["kept_targeted"] == plan.keep_targeted <= 0.6
     with pytest.raises(ValueError, match="no allocator is called 'best'"):
         allocate("random:gpt2", method="best")
-
-
-def test_bench_compares_learning_steps_with_the_frozen_model(tmp_path, capsys):
-    figures = bench(base="random:llama", length=32, batch_size=2, repeats=2, json=tmp_path / "bench.json")
-    assert list(figures) == ["random:llama", "random:llama_pivoted"]
-    row, pivoted = figures.values()
-    for prefix, form in (("", "step"), ("exact_", "exact"), ("plain_", "plain")):
-        assert row[f"{prefix}ratio_to_frozen"] == pytest.approx(row[f"{form}_seconds"] / row["frozen_seconds"])
-    assert row["tokens"] == 64
-    assert (row["storage"], row["keep"], row["every"]) == ("factored", 0.8, 8)
-    # 1.2 times the parameters of all targets, whose share of the model is what the dense weights have.
-    assert 1 < row["weights_ratio"] < 2.2
-    assert pivoted["weights_ratio"] > row["weights_ratio"]
-    assert json.loads((tmp_path / "bench.json").read_text()) == figures
-    assert "plain_ratio_to_frozen" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="repeats is 0: expected a whole number of at least 1"):
-        bench(base="random:llama", repeats=0)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_bench_leaves_the_model_as_it_was(recompute, monkeypatch):
-    model = load_base("random:llama")
-    calls = []
-    monkeypatch.setattr(
-        model.model.layers[0].mlp, "forward", lambda x, f=model.model.layers[0].mlp.forward: (calls.append(1), f(x))[1]
-    )
-    tokens = random_tokens(model, 16)
-    before = model(tokens).logits
-    calls.clear()
-    row = measure_step(
-        model, tokens, keep=0.6, prices=Storage("pivoted"), every=4, repeats=1, method=LLRC(),
-        gradient_checkpointing=recompute,
-    )  # fmt: skip
-    # Targets are found by one pass; then two turns of four steps, of which those that learn compute the block twice.
-    assert len(calls) == 1 + 2 * (4 + 3 * recompute)
-    assert row["step_peak_memory"] > 0
-    assert not model.training
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    assert torch.equal(model(tokens).logits, before)
-    assert not any(isinstance(module, MaskedLinear) for module in model.modules())
 
 
 def test_devices():

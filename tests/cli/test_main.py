@@ -111,7 +111,7 @@ def test_the_commands_are_listed(capsys, words):
         ("report", ["--run RUN", "Folder of `lowrank fit`, `export` or `compare`", "--output OUTPUT", "--scores"]),
         ("refit", ["--plan PLAN", "--settings.windows", "--json JSON"]),
         ("prune", ["--base BASE", "--keep KEEP", "Fraction of the hidden features to keep instead", "--json JSON"]),
-        ("bench", ["What to measure: step, decode, prefill or svd", "--storage", "--repeats", "--json JSON"]),
+        ("bench", ["What to measure: step, statistics, decode, prefill", "--storage", "--repeats", "--json JSON"]),
     ],
 )
 def test_every_argument_is_a_flag_with_its_docstring(capsys, command, words):

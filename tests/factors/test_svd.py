@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_pl.cli.bench import bench
 from lowrank_pl.factors.decomposition import polar_svd, thin_svd
 
 EPS = torch.finfo(torch.float64).eps
@@ -52,20 +51,3 @@ def test_a_cpu_keeps_lapack():
     matrix, _ = matrix_of((6, 9), 2)
     for one, two in zip(thin_svd(matrix), torch.linalg.svd(matrix, full_matrices=False), strict=True):
         assert torch.equal(one, two)
-
-
-def test_drivers_are_measured(capsys, tmp_path):
-    figures = bench("svd", base="random:llama", repeats=1, device="cpu", json=tmp_path / "svd.json")
-    assert {(row["shape"], row["driver"]) for row in figures["rows"]} == {
-        (shape, driver) for shape in ("16 x 32", "32 x 32", "32 x 96", "96 x 32") for driver in ("polar", "lapack")
-    }
-    assert all(row["seconds"] > 0 and row["error"] < 1e-14 and row["orthogonality"] < 1e-13 for row in figures["rows"])
-    assert (tmp_path / "svd.json").exists()
-    assert "orthogonality" in capsys.readouterr().out
-
-
-def test_options_of_other_cases_are_refused():
-    with pytest.raises(ValueError, match=r"bench svd has no use for keep, which is 0\.8: leave it out"):
-        bench("svd", keep=0.8)
-    with pytest.raises(ValueError, match="the model is on cpu: only what runs on a CUDA device can be recorded"):
-        bench("decode", base="random:llama", length=4, repeats=1, device="cpu", record=True)

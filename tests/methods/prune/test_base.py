@@ -33,7 +33,7 @@ from lowrank_pl.cli.compare import compare
 from lowrank_pl.cli.doctor import doctor
 from lowrank_pl.cli.main import main
 from lowrank_pl.cli.prune import prune
-from lowrank_pl.costs.anatomy import anatomy
+from lowrank_pl.costs.model_sizes import model_sizes
 from lowrank_pl.factors import compression as compress
 from lowrank_pl.factors.decomposition import square_root
 from lowrank_pl.factors.store import FactorStore
@@ -44,7 +44,7 @@ from lowrank_pl.methods.prune.eliminate import leave_out
 from lowrank_pl.methods.prune.mlp import find_hidden, prune_model, pruned_config
 from lowrank_pl.methods.prune.widths import Map, Option, Widths
 from lowrank_pl.methods.recipes import Recipe
-from lowrank_pl.models.base import load_base
+from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.targets import dense_weight, find_targets
@@ -600,7 +600,7 @@ def test_a_base_of_several_widths_is_walked_and_counted_like_any_other(tmp_path,
     )
     walked = build_factors_by_block(skeleton, Subject(skeleton.model, byte_tokenizer(), sequences[:4], known_targets=skeleton.find_targets()), settings=Decomposition(), directory=tmp_path / "walked")  # fmt: skip
     assert walked.fingerprint == whole.fingerprint
-    found = anatomy(folder, length=16)
+    found = model_sizes(Base(str(folder)), length=16)
     assert found.parameters == model.num_parameters()
     assert found.modules == find_targets(model).modules
     with pytest.raises(ValueError, match=r"the MLPs of LlamaForCausalLM are \[40, 56\] wide: expected one width"):

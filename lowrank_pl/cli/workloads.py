@@ -1,0 +1,192 @@
+"""The work of ``fit``, ``compare`` and ``decompose`` from their options, for ``--dry_run``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lowrank_pl.costs.machine import Machine
+from lowrank_pl.costs.workload import Learner, Preparation, Refits, Scoring, Step, Workload
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.allocate import make_allocator
+from lowrank_pl.methods.allocate.base import Allocator
+from lowrank_pl.methods.recipes import Recipe
+from lowrank_pl.models.base import loads_in_parts
+from lowrank_pl.text.sequences import Calibration
+
+if TYPE_CHECKING:
+    from lowrank_pl.training.data import CalibrationData
+    from lowrank_pl.training.finish_run import FinishRun
+    from lowrank_pl.training.module import RankLearner
+
+__all__ = ["compare_workload", "decompose_workload", "fit_workload"]
+
+
+def fit_workload(
+    learner: RankLearner, data: CalibrationData, trainer: Mapping[str, Any], finish: FinishRun, machine: Machine
+) -> Workload:
+    """Return the work of ``lowrank fit``.
+
+    Args:
+        learner: The learner, of which nothing is built yet.
+        data: The texts, of which nothing is read yet.
+        trainer: Arguments of the Trainer.
+        finish: The end of the run.
+        machine: The processes that learn.
+    """
+    length = data.learning.length
+    batches_of_epoch = _batches_of_epoch(trainer, data.learning.sequences // (data.batch_size * machine.processes))
+    accumulated = trainer["accumulate_grad_batches"] or 1
+    steps = _steps(trainer, of_epoch=-(-batches_of_epoch // accumulated))
+    validations = _validations(trainer, batches=steps * accumulated, of_epoch=batches_of_epoch)
+    start = learner.start_from if isinstance(learner.start_from, Allocator) else None
+    shared = machine.sharded and loads_in_parts(learner.base.name)
+    validated = data.validation.sequences
+    if finish.score.text is None:
+        scored, score_length = validated * length, length
+    else:
+        scored, score_length = (finish.score.sequences or 0) * finish.score.length, finish.score.length
+    return Workload(
+        keeps=(learner.keep,),
+        preparation=Preparation(
+            calibration=data.statistics,
+            decompositions=(learner.decomposition,),
+            weight_gradients=start is not None and start.needs_gradients,
+            prunings=() if learner.prune is None else (learner.prune,),
+            by_block=shared and learner.decomposition.block_by_block and not (start is not None and start.needs_model),
+        ),
+        learners=[
+            Learner(
+                "learning",
+                learner.mask_method,
+                Step(
+                    length, data.batch_size, accumulated,
+                    teacher=learner.data_terms.needs_teacher,
+                    inactive_gate_stride=learner.compute.inactive_gate_stride,
+                    gradient_checkpointing=learner.compute.gradient_checkpointing,
+                ),
+                steps,
+                storage=learner.constraints.storage,
+                validated=validated * validations,
+            )
+        ],
+        refits=Refits(1, min(finish.refit.sequences, data.learning.sequences)) if finish.refit else Refits(),
+        scoring=Scoring(
+            models=1 + len(finish.baselines) + (finish.refit is not None),
+            tokens=scored,
+            length=score_length,
+            from_main_memory=finish.streamed,
+        ),
+        exports=True,
+        reads_shares=shared,
+    )  # fmt: skip
+
+
+def compare_workload(
+    recipes: Mapping[str, Recipe],
+    *,
+    keeps: Sequence[float],
+    calibration: Calibration,
+    texts: Sequence[str],
+    score_length: int,
+    score_sequences: Mapping[str, int],
+) -> Workload:
+    """Return the work of ``lowrank compare``.
+
+    Args:
+        recipes: The methods by name.
+        keeps: Fractions to keep.
+        calibration: The sequences for statistics; masks learn from sequences of the same length.
+        texts: Names of the texts to score.
+        score_length: Tokens of a sequence to score.
+        score_sequences: How many sequences of each text, by its name; a text that is not named is scored whole.
+    """
+    known = all(name in score_sequences for name in texts)
+    refits = [recipe.refit for recipe in recipes.values() if recipe.refit is not None]
+    return Workload(
+        keeps=keeps,
+        preparation=Preparation(
+            calibration=calibration,
+            decompositions=tuple(dict.fromkeys(recipe.decomposition for recipe in recipes.values())),
+            weight_gradients=any(
+                make_allocator(recipe.allocator, **recipe.settings).needs_gradients for recipe in recipes.values()
+            ),
+            prunings=tuple(dict.fromkeys(recipe.prune for recipe in recipes.values() if recipe.prune is not None)),
+        ),
+        learners=[
+            Learner(
+                f"learning {name}",
+                learning.mask,
+                Step(
+                    calibration.length, learning.batch_size,
+                    teacher=learning.data_terms.needs_teacher,
+                    inactive_gate_stride=learning.inactive_gate_stride,
+                ),
+                learning.steps,
+                storage=recipe.storage,
+            )
+            for name, recipe in recipes.items()
+            if (learning := recipe.learning) is not None
+        ],
+        refits=Refits(len(refits) * len(keeps), max((refit.sequences for refit in refits), default=0)),
+        scoring=Scoring(
+            models=1 + len(recipes) * len(keeps),
+            tokens=sum(score_sequences[name] * score_length for name in texts) if known else 0,
+            length=score_length,
+        ),
+    )  # fmt: skip
+
+
+def decompose_workload(
+    base: str,
+    decomposition: Decomposition,
+    calibration: Calibration,
+    *,
+    memory: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> Workload:
+    """Return the work of ``lowrank decompose``, which loads one decoder block at a time where the base allows that.
+
+    Args:
+        base: Name of the base.
+        decomposition: How weights are decomposed.
+        calibration: The sequences for statistics.
+        memory: Bytes that statistics may take at a time; by default most of what is free.
+        gradient_checkpointing: Whether passes for gradients compute activations again.
+    """
+    by_block = decomposition.block_by_block and loads_in_parts(base)
+    return Workload(
+        preparation=Preparation(
+            calibration, (decomposition,), memory=memory, gradient_checkpointing=gradient_checkpointing,
+            by_block=by_block,
+        )
+    )  # fmt: skip
+
+
+def _batches_of_epoch(trainer: Mapping[str, Any], there: int) -> int:
+    """Return how many of the batches ``there`` are in an epoch of one process."""
+    limit = trainer["limit_train_batches"]
+    if limit is None:
+        return max(1, there)
+    # A whole number counts batches, a fraction is one of those that are there.
+    return max(1, min(max(1, there), limit) if isinstance(limit, int) else int(max(1, there) * limit))
+
+
+def _steps(trainer: Mapping[str, Any], *, of_epoch: int) -> int:
+    """Return the optimizer steps until the first limit that ends learning."""
+    most, epochs = trainer["max_steps"] or -1, trainer["max_epochs"]
+    steps: int = of_epoch * max(1, epochs or 1)
+    if most > 0:
+        # Without a number of epochs, or with none above 0, only the steps end learning.
+        return min(most, steps) if epochs and epochs > 0 else most
+    return steps
+
+
+def _validations(trainer: Mapping[str, Any], *, batches: int, of_epoch: int) -> int:
+    """Return how often the Trainer validates over ``batches``."""
+    if trainer["limit_val_batches"] == 0:
+        return 0
+    interval = trainer["val_check_interval"]
+    # A whole number counts batches, a fraction is one of an epoch.
+    every = interval if isinstance(interval, int) else int(of_epoch * (interval or 1.0)) or 1
+    return batches // every
