@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "methods.prune": "utils models plans factors export calibration",
     "methods": "plans factors methods.allocate methods.masks methods.refit methods.prune",
     "report": "utils models plans factors evaluate export calibration methods.allocate methods.masks methods.refit",
-    "costs": "utils models plans factors evaluate calibration methods.masks methods.prune",
+    "costs": "utils text models plans factors evaluate calibration methods.masks methods.prune",
     "training": "utils text models plans factors evaluate export calibration methods.allocate methods.masks "
     "methods.refit methods.prune methods report",
     "cli": "utils text models plans factors evaluate export calibration methods.allocate methods.refit "

@@ -216,7 +216,7 @@ def _statistics(
     check_sequences(model, tokens, batch_size)
     row = {"base": base, "dtype": dtype, **measure_statistics(model, tokens, batch_size=batch_size, repeats=repeats)}
     machine = describe_machine(place)
-    shown = ("base", "sequences", "length", "frozen_seconds", "statistics_seconds", "ratio_to_frozen")
+    shown = ("sequences", "length", "frozen_seconds", "statistics_seconds", "ratio_to_frozen", "cpu_ratio_to_frozen")
     print(tabulate([{name: row[name] for name in shown}], headers="keys", floatfmt=".3f"))
     print(f"measured on {machine['accelerator'] or machine['processor']}, threads: {machine['threads']}")
     return {"machine": machine, "settings": {"repeats": repeats}, "rows": [row]}

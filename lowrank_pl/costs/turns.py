@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,11 +23,13 @@ class Timing:
     """What turns of one action took.
 
     Attributes:
-        seconds: The fastest turn.
+        seconds: The fastest turn, by the clock.
+        cpu_seconds: The turn of least CPU time of all threads of this process; other programs disturb it less.
         peak_memory: The most bytes that were in use during the first turn.
     """
 
     seconds: float
+    cpu_seconds: float
     peak_memory: int
 
 
@@ -40,18 +44,23 @@ def timed_in_turns(
         device: Where they compute.
         label: Label of the progress bar.
     """
-    best, peaks = dict.fromkeys(actions, float("inf")), dict[str, int]()
+    found: dict[str, Timing] = {}
     with tqdm(total=(repeats + 1) * len(actions), desc=label, unit="turn") as bar:
         for turn in range(repeats + 1):
             for name, action in actions.items():
                 reset_peak_memory(device)
+                began = time.process_time()
                 _, seconds = timed(action, device)
+                cpu_seconds = time.process_time() - began
                 if turn:
-                    best[name] = min(best[name], seconds)
+                    old = found[name]
+                    found[name] = replace(
+                        old, seconds=min(old.seconds, seconds), cpu_seconds=min(old.cpu_seconds, cpu_seconds)
+                    )
                 else:
-                    peaks[name] = peak_memory(device)
+                    found[name] = Timing(math.inf, math.inf, peak_memory(device))
                 bar.update()
-    return {name: Timing(best[name], peaks[name]) for name in actions}
+    return found
 
 
 def frozen_step(model: PreTrainedModel, tokens: Tensor) -> None:

@@ -174,7 +174,7 @@ def test_compiled_variants_have_their_turns_in_a_row(llama, monkeypatch):
 
 
 def test_a_prompt_longer_than_the_model_is_refused(llama):
-    with pytest.raises(ValueError, match=r"2049 tokens .*2048 positions"):
+    with pytest.raises(ValueError, match=r"2049 tokens .*2048 positions: use shorter"):
         measure_speed(llama, [DENSE], SpeedTest("decode", length=2048, repeats=1))
 
 
