@@ -13,7 +13,7 @@ Labels = Literal["sampled", "text"]
 """Whose next tokens the loss asks for: drawn from the model (the Fisher matrix) or the text's (the empirical one)."""
 
 
-Statistic = Literal["inputs", "output_gradients", "weighted_moments", "weight_gradients"]
+Statistic = Literal["inputs", "output_gradients", "weighted_moments", "gradient_norms", "weight_gradients"]
 
 
 Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
@@ -99,7 +99,7 @@ class Decomposition:
             raise ValueError(f"at_weight is {self.at_weight}: expected a number above 0 and at most 1")
 
     @classmethod
-    def behind(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
+    def of_fingerprint(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
         """Return the decomposition that factors of ``fingerprint`` were made by, or what it says of its settings."""
         # What was made without weights says nothing of them.
         known = {"token_weights": fingerprint.get("kind") != "two_sided", **fingerprint}

@@ -180,7 +180,7 @@ def test_every_kind_of_factors_uses_the_statistics_on_disk(
     made = factors_of_plan(plan, problem.factors)
     from lowrank_pl.calibration import statistics as collected
 
-    for name in ("collect_input_moments", "measure_gradients"):
+    for name in ("collect_input_moments", "collect_gradients"):
         monkeypatch.setattr(collected, name, lambda *_, **__: pytest.fail("statistics were collected again"))
     shutil.rmtree(made.directory)
     again = make_allocator("zs_svd", rounds=1, batch=1).plan(problem)
