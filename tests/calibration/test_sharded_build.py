@@ -125,7 +125,11 @@ def check_weights(rank, folder, family, dtype):
     tied = [one.get_output_embeddings().weight is one.get_input_embeddings().weight for one in (model, whole)]
     assert tied == 2 * [family != "llama"]
     for choice in ("mask", "dense"):
-        with torch.no_grad(), computing_with(masked_layers(model), choice), computing_with(masked_layers(whole), choice):
+        with (
+            torch.no_grad(),
+            computing_with(masked_layers(model), choice),
+            computing_with(masked_layers(whole), choice),
+        ):
             assert torch.equal(model(input_ids=tokens).logits, whole(input_ids=tokens).logits), (family, choice)
 
 
