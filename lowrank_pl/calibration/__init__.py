@@ -1,4 +1,4 @@
-"""What is measured on text, and the factors that are made from it."""
+"""Statistics measured on calibration text, and the factors made from them."""
 
 from __future__ import annotations
 

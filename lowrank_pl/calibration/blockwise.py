@@ -3,86 +3,149 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lowrank_pl.calibration.backward import Recorder, differentiable, loss_of_batch
-from lowrank_pl.calibration.gradients import OutputMeasure, WeightGradients, by_name, merge_all, take_in
+from lowrank_pl.calibration.backward import Recorder, check_length, differentiable, loss_gradient
 from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
+from lowrank_pl.calibration.measures import Batch, GradientMeasure, Passes
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.forward import clone_output, forward_from, forward_replaced, forward_until, move_output
 from lowrank_pl.models.lazy import Blocks, NotBlockwiseError, explain_not_blockwise
 from lowrank_pl.models.targets import Target, decoder_blocks
-from lowrank_pl.utils.distributed import is_first, my_share
+from lowrank_pl.utils.distributed import is_first
 
-__all__ = ["BlockwiseBackward", "BlockwiseForward"]
+__all__ = ["BlockwiseBackward", "BlockwiseForward", "Extent", "pass_through_blocks"]
 
 _log = logging.getLogger(__name__)
-
 
 _TRIAL = 32
 """Tokens of the pass that tells whether blocks can be run one by one."""
 
 
-_START = ""
-"""What a recorder calls the input of a block, as if a map had returned it."""
+@dataclass(frozen=True)
+class Extent:
+    """How far block-wise passes have to go.
+
+    Args:
+        forward: How many blocks run forward, from the first.
+        backward: The first block that needs gradients; None where no block does.
+        entries: How many linear layers need gradients.
+    """
+
+    forward: int
+    backward: int | None
+    entries: int
+
+    @classmethod
+    def of(cls, blocks: int, inputs: Sequence[Target], gradients: Sequence[Target]) -> Extent:
+        """Return the extent for a model of ``blocks`` blocks.
+
+        Args:
+            blocks: How many the model has.
+            inputs: Linear layers whose inputs are to be measured.
+            gradients: Linear layers whose gradients are to be measured.
+        """
+        last = max((target.block + 1 for target in inputs), default=0)
+        lowest = min((target.block for target in gradients), default=None)
+        return cls(last if lowest is None else blocks, lowest, len(gradients))
+
+
+def pass_through_blocks(
+    model: Blocks,
+    passes: Passes,
+    extent: Extent,
+    visit: Callable[[int, BlockwiseBackward | None], None],
+    *,
+    labels: Labels,
+    cache: Cache | None = None,
+) -> None:
+    """Run all sequences forward through one block after the other, and back through them where gradients are needed.
+
+    Args:
+        model: The model.
+        passes: The sequences, and how many at a time.
+        extent: How far to go.
+        visit: Is called while a block has its weights, with the number of the block. On the way forward it may run one
+            pass over all sequences, with ``collect_input_moments`` for instance. On the way back it is given the
+            backward pass of the block as well, and may call its ``measure`` once.
+        labels: Whose next tokens the loss asks for.
+        cache: Where hidden states wait between blocks; by default in main memory, unless that is short.
+
+    Raises:
+        ValueError: A loss or a gradient is not finite.
+        NotBlockwiseError: The model's blocks can't be run one by one.
+    """
+    if not extent.forward:
+        return
+    began = time.perf_counter()
+    if extent.backward is not None:
+        check_length(passes.sequences)
+    keep_from = None if extent.backward is None else extent.backward - 1
+    forward = BlockwiseForward(model, passes, cache=cache, keep_from=keep_from)
+    for block in range(extent.forward):
+        with forward.at(block):
+            visit(block, None)
+    if extent.backward is None:
+        return
+    backward = BlockwiseBackward(forward, labels, entries=extent.entries, began=began)
+    for block in range(extent.forward - 1, extent.backward - 1, -1):
+        _log.info("block %d of %d, backward", block + 1, extent.forward)
+        with backward.at(block):
+            visit(block, backward)
 
 
 class BlockwiseForward:
     """Forward passes over all sequences through one block of a model at a time, from the first block to the last.
 
-    Processes that work together run the sequences of their share alone.
+    Processes that work together run the batches of their share alone.
 
     Args:
-        skeleton: The model.
-        sequences: ``[sequences, length]`` token ids.
-        batch_size: Sequences per pass.
+        model: The model.
+        passes: The sequences, and how many at a time.
         cache: Where hidden states wait between blocks; by default in main memory, unless that is short.
-        keep_from: The first block whose output is kept when the next one has run, for passes back; none by default.
+        keep_from: The first block whose output is kept after the next block has run, for backward passes; None keeps
+            only the output of the last block that has run.
 
     Attributes:
-        batches: Number and token ids of each batch of this process.
-        states: What blocks returned, by block; of those before ``keep_from`` the last one alone.
+        batches: The batches of this process.
+        states: Outputs of blocks, by block. Of the blocks before ``keep_from`` only the last one is there.
 
     Raises:
         NotBlockwiseError: The model's code fails where only one block is loaded, or blocks are not run once each, or
-            return more than the hidden state.
+            blocks return more than the hidden state.
     """
 
     def __init__(
-        self,
-        skeleton: Blocks,
-        sequences: Tensor,
-        *,
-        batch_size: int = 1,
-        cache: Cache | None = None,
-        keep_from: int | None = None,
+        self, model: Blocks, passes: Passes, *, cache: Cache | None = None, keep_from: int | None = None
     ) -> None:
-        self.skeleton, self._keep_from = skeleton, keep_from
-        # Those that `collect_input_moments` and `measure_gradients` run.
-        self.batches = my_share(list(enumerate(torch.split(sequences, batch_size))))
-        self.sequences = sum(len(batch) for _, batch in self.batches)
+        self.model, self.passes, self._keep_from = model, passes, keep_from
+        self.batches = passes.batches()
+        self.sequences = sum(len(batch.tokens) for batch in self.batches)
         self.states: dict[int, HiddenStates] = {}
-        # Hidden states at a time: one, or those that blocks are fed on the way back, the last one's, and a gradient.
-        self._kept = 1 if keep_from is None else len(skeleton.blocks) - keep_from + 1
-        hidden = skeleton.model.get_input_embeddings().weight
-        size = self._kept * self.sequences * sequences.shape[1] * hidden.shape[1] * hidden.itemsize
+        # Without backward passes one output at a time is kept. Otherwise there are the inputs of the blocks on the way
+        # back, the output of the last block, and a gradient.
+        self._kept = 1 if keep_from is None else len(model.blocks) - keep_from + 1
+        hidden = model.model.get_input_embeddings().weight
+        size = self._kept * self.sequences * passes.sequences.shape[1] * hidden.shape[1] * hidden.itemsize
         self.cache = cache or cache_for(size)
-        self._trial = sequences[:1, :_TRIAL]
-        # What every block returns in one whole pass, to compare with.
+        self._trial = passes.sequences[:1, :_TRIAL]
+        # The output of every block in one pass through the whole model, to compare with.
         self._whole: list[Any] = []
         with explain_not_blockwise(), ExitStack() as stack:
-            for block in decoder_blocks(skeleton.model)[1]:
+            for block in decoder_blocks(model.model)[1]:
                 stack.callback(block.register_forward_hook(self._remember).remove)
-            stack.enter_context(skeleton.streaming())
+            stack.enter_context(model.streaming())
             self._run(self._trial)
-        if len(self._whole) != len(skeleton.blocks):
+        if len(self._whole) != len(model.blocks):
             raise NotBlockwiseError("its blocks are not run once each")
 
     def _remember(self, _: nn.Module, __: Any, output: Any) -> None:
@@ -92,20 +155,20 @@ class BlockwiseForward:
 
     @contextmanager
     def at(self, block: int) -> Iterator[None]:
-        """Let forward passes run ``block``, and it alone, on what the block before returned; its weights are loaded.
+        """Let forward passes run ``block`` alone, on the output of the block before; its weights are loaded.
 
-        One pass over all sequences, batch by batch, may be made meanwhile, by ``collect_input_moments`` say. Without one
-        it is made at the end, since the next block needs what this one returns.
+        One pass over all sequences may be made meanwhile, batch by batch, with ``collect_input_moments`` for instance.
+        Otherwise it is made at the end, since the next block needs the output of this one.
 
         Args:
-            block: The one after that of the last call, beginning with 0.
+            block: The block after that of the last call, beginning with 0.
 
         Raises:
             NotBlockwiseError: Blocks share more than the hidden state.
         """
-        model, keep_from = self.skeleton.model, self._keep_from
+        model, keep_from = self.model.model, self._keep_from
         before = self.states.get(block - 1)
-        # What a pass began with is not needed any more where it is not kept: the next states take its place.
+        # Where the input of this block is not kept, its output takes the same place.
         kept = keep_from is not None and block - 1 >= keep_from
         after = HiddenStates(self.sequences, cache=self.cache) if kept or before is None else before
         inputs = () if before is None else (before.read(*place) for place in self.places())
@@ -120,13 +183,13 @@ class BlockwiseForward:
                 passes += 1
 
             with (
-                forward_from(model, block, (move_output(output, self.skeleton.device) for output in inputs)),
+                forward_from(model, block, (move_output(output, self.model.device) for output in inputs)),
                 forward_until(model, decoder_blocks(model)[1][block], keep),
             ):
                 yield
                 if passes == 0:
-                    for _, batch in tqdm(self.batches, desc="forward", unit="batch", disable=not is_first()):
-                        self._run(batch)
+                    for batch in tqdm(self.batches, desc="forward", unit="batch", disable=not is_first()):
+                        self._run(batch.tokens)
         assert passes == len(self.batches)
         if not kept:
             self.states.pop(block - 1, None)
@@ -136,26 +199,26 @@ class BlockwiseForward:
             _log.info("hidden states of all sequences, %d at a time: %.2f GB (%s)", self._kept, size, self.cache)
 
     def places(self) -> Iterator[tuple[int, int]]:
-        """Yield for each batch the number of its first sequence among those of this process, and how many it has."""
+        """Yield for each batch its first sequence among those of this process, and how many sequences it has."""
         first = 0
-        for _, batch in self.batches:
-            yield first, len(batch)
-            first += len(batch)
+        for batch in self.batches:
+            yield first, len(batch.tokens)
+            first += len(batch.tokens)
 
     @contextmanager
     def only(self, block: int) -> Iterator[None]:
-        """Load what a pass that begins at ``block`` needs; from the second block on, that is not the embeddings.
+        """Load the weights for a pass that begins at ``block``, without the embeddings from the second block on.
 
         Args:
-            block: Its number; that of the last one and 1 for the head alone.
+            block: Number of the block; one more than the last for the head alone.
         """
-        skeleton = self.skeleton
-        embeddings = skeleton.model.get_input_embeddings()
+        model = self.model
+        embeddings = model.model.get_input_embeddings()
         with ExitStack() as stack:
-            parts = [*skeleton.blocks, skeleton.head]
-            stack.enter_context(skeleton.loaded([*skeleton.outer, *parts[block]]))
+            parts = [*model.blocks, model.head]
+            stack.enter_context(model.loaded([*model.outer, *parts[block]]))
             if block == 0:
-                stack.enter_context(skeleton.loaded(skeleton.embeddings))
+                stack.enter_context(model.loaded(model.embeddings))
             else:
                 width, dtype = embeddings.weight.shape[1], embeddings.weight.dtype
 
@@ -166,10 +229,10 @@ class BlockwiseForward:
             yield
 
     def _compare(self, block: int) -> None:
-        """Refuse a model in which ``block`` alone does not return what it does in a whole pass."""
+        """Refuse a model in which ``block`` alone returns something else than in a pass through the whole model."""
         found: list[Any] = []
-        before = [move_output(self._whole[block - 1], self.skeleton.device)] if block else []
-        model = self.skeleton.model
+        before = [move_output(self._whole[block - 1], self.model.device)] if block else []
+        model = self.model.model
         alone = decoder_blocks(model)[1][block]
         with explain_not_blockwise(), forward_from(model, block, before), forward_until(model, alone, found.append):
             self._run(self._trial)
@@ -180,110 +243,108 @@ class BlockwiseForward:
         """Refuse a model whose head can't be run alone.
 
         Raises:
-            NotBlockwiseError: Its code fails.
+            NotBlockwiseError: The model's code fails.
         """
-        model, last = self.skeleton.model, move_output(self._whole[-1], self.skeleton.device)
+        model, last = self.model.model, move_output(self._whole[-1], self.model.device)
         with self.only(len(self._whole)), explain_not_blockwise(), forward_from(model, len(self._whole), [last]):
             self._run(self._trial)
 
-    def _run(self, batch: Tensor) -> None:
-        with evaluating(self.skeleton.model):
-            self.skeleton.model(input_ids=batch.to(self.skeleton.device), use_cache=False)
+    def _run(self, tokens: Tensor) -> None:
+        with evaluating(self.model.model):
+            self.model.model(input_ids=tokens.to(self.model.device), use_cache=False)
 
 
 class BlockwiseBackward:
     """Backward passes over all sequences through one block of a model at a time, from the last block to the first.
 
-    Each block is run forward once more on what it was fed, and the gradient of the loss by what it returned gives that
-    by all inside, which is what one pass through the whole model gives. What one block was fed and one gradient of a
-    hidden state are kept for every sequence; processes that work together keep those of their share.
+    Each block runs forward once more on its input. The gradient of the loss by its output then gives the gradients by
+    everything inside, the same as one pass through the whole model. For every sequence the input of each block and one
+    gradient of a hidden state are kept. Processes that work together keep those of their share.
 
     Args:
-        walk: The forward passes, through all blocks.
+        forward: The forward passes, through all blocks.
         labels: Whose next tokens the loss asks for.
-        seed: Of the sampled ones.
+        entries: How many linear layers will be measured, which share the time of the forward passes.
+        began: When the forward passes began, by ``time.perf_counter``.
+
+    Attributes:
+        seconds_per_entry: The time of the forward passes and of the head's backward passes, per linear layer.
 
     Raises:
-        ValueError: A loss or a gradient that is not finite.
+        ValueError: A loss or a gradient is not finite.
         NotBlockwiseError: The model's head can't be run alone.
     """
 
-    def __init__(self, walk: BlockwiseForward, labels: Labels, *, seed: int = 0) -> None:
-        self.walk, self.labels = walk, labels
-        walk.check_head()
-        self._gradients = HiddenStates(walk.sequences, cache=walk.cache)
-        self._block, self._done = len(walk.skeleton.blocks), False
-        with walk.only(self._block), differentiable(walk.skeleton.model, self._block):
-            for (number, tokens), (first, start) in self._batches("loss"):
-                model = walk.skeleton.model
-                with forward_from(model, self._block, [start]):
-                    logits = model(input_ids=tokens, use_cache=False).logits
-                loss = loss_of_batch(logits, tokens, labels, seed=seed, number=number)
-                self._gradients.write(first, torch.autograd.grad(loss, _hidden(start))[0])
+    def __init__(self, forward: BlockwiseForward, labels: Labels, *, entries: int, began: float) -> None:
+        self.forward, self.labels = forward, labels
+        forward.check_head()
+        self._gradients = HiddenStates(forward.sequences, cache=forward.cache)
+        self._block, self._done = len(forward.model.blocks), False
+        with forward.only(self._block), differentiable(forward.model.model, self._block):
+            for batch, first, start in self._batches("loss"):
+                with forward_from(forward.model.model, self._block, [start]):
+                    logits = forward.model.model(input_ids=batch.tokens, use_cache=False).logits
+                end, gradient = loss_gradient(logits, batch, labels, forward.passes.seed)
+                self._gradients.write(first, torch.autograd.grad(end, _hidden(start), gradient)[0])
+        self.seconds_per_entry = (time.perf_counter() - began) / max(1, entries)
 
     @contextmanager
     def at(self, block: int) -> Iterator[None]:
-        """Let ``measure`` run ``block``, whose weights are loaded; without it the pass is made at the end.
+        """Let ``measure`` run ``block``, whose weights are loaded. Otherwise the pass is made at the end.
 
         Args:
-            block: The one before that of the last call, beginning with the last.
+            block: The block before that of the last call, beginning with the last.
         """
         assert block == self._block - 1
         self._block, self._done = block, False
-        with self.walk.only(block):
+        with self.forward.only(block):
             yield
             if not self._done and block > 0:
-                self.measure({}, {}, self.labels)
-        # Nothing before needs what this block was given any more.
-        self.walk.states.pop(block, None)
+                self.measure({})
+        # No earlier block needs the input of this one.
+        self.forward.states.pop(block, None)
 
-    def measure(
-        self, outputs: Mapping[Target, OutputMeasure], weights: Mapping[Target, WeightGradients], labels: Labels
-    ) -> None:
-        """Let what is measured of maps of the block see the gradients by their outputs and weights.
+    def measure(self, measures: Mapping[str, GradientMeasure]) -> None:
+        """Add the gradients of all sequences to the statistics of linear layers of the block.
 
         Args:
-            outputs: By map of the block.
-            weights: Likewise.
-            labels: Those that the loss asked for.
+            measures: The statistics, by linear layer.
+
+        Raises:
+            ValueError: An input or a gradient is not finite. The message names the linear layer and the batch.
         """
-        assert labels == self.labels
-        assert not self._done, "the gradients of this block have made way for those of the one before"
+        assert not self._done, "the gradients of this block have been overwritten by those of the block before"
         self._done = True
-        seen, sums, recorder = by_name(outputs), by_name(weights), Recorder()
-        model, block = self.walk.skeleton.model, self._block
+        model, block, recorder = self.forward.model.model, self._block, Recorder()
         alone = decoder_blocks(model)[1][block]
         with differentiable(model, block):
-            for (number, tokens), (first, start) in self._batches(f"gradients, block {block + 1}"):
+            for batch, first, start in self._batches(f"gradients, block {block + 1}"):
                 ends: list[Any] = []
-                if block:
-                    recorder.keep(_START, _hidden(start), _hidden(start))
                 with (
-                    recorder.watching(model, dict.fromkeys([*seen, *sums])),
+                    recorder.watching(model, measures),
                     forward_from(model, block, [start]),
                     forward_until(model, alone, ends.append),
                 ):
-                    model(input_ids=tokens, use_cache=False)
+                    model(input_ids=batch.tokens, use_cache=False)
                 end = _hidden(ends[0])
-                found = dict(recorder.gradients(end, self._gradients.read(first, len(tokens)).to(end.device)))
-                onward = found.pop(_START, None)
-                take_in(found.items(), seen, sums, tokens[:, 1:].numel(), number)
+                gradient = self._gradients.read(first, len(batch.tokens)).to(end.device)
+                onward = recorder.measure(measures, batch, end, gradient, start=_hidden(start) if block else None)
                 if onward is not None:
-                    # Last: a map at the end of the block may have been given the very memory that this is written to.
-                    self._gradients.write(first, onward[0][1])
-                recorder.clear()
-        merge_all(seen, sums)
+                    # Written last: the gradient of a layer at the end of the block may be a view of the same memory.
+                    self._gradients.write(first, onward)
+        for found in measures.values():
+            found.merge_processes()
 
-    def _batches(self, progress: str) -> Iterator[tuple[tuple[int, Tensor], tuple[int, Any]]]:
-        """Yield number and tokens of each batch, its first window's place, and what the block is fed."""
-        device, before = self.walk.skeleton.device, self.walk.states.get(self._block - 1)
-        bar = tqdm(self.walk.batches, desc=progress, unit="batch", leave=False, disable=not is_first())
-        for (number, batch), (first, count) in zip(bar, self.walk.places(), strict=True):
+    def _batches(self, progress: str) -> Iterator[tuple[Batch, int, Any]]:
+        """Yield each batch, the place of its first sequence among those of this process, and the input of the block."""
+        device, before = self.forward.model.device, self.forward.states.get(self._block - 1)
+        bar = tqdm(self.forward.batches, desc=progress, unit="batch", leave=False, disable=not is_first())
+        for batch, (first, count) in zip(bar, self.forward.places(), strict=True):
             start: Any = None
             if before is not None:
                 start = clone_output(move_output(before.read(first, count), device))
                 _hidden(start).requires_grad_()
-            yield (number, batch.to(device)), (first, start)
+            yield batch.to(device), first, start
 
 
 def _hidden(output: Any) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_pl.calibration.measures import Passes
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.calibration.statistics import Statistics
 from lowrank_pl.calibration.subject import Subject
@@ -102,7 +103,7 @@ def _factors(
     subject: Subject, statistics: Statistics, settings: Decomposition, directory: str | Path | None
 ) -> FactorStore:
     targets = subject.targets
-    store = factor_store(targets, statistics.source, settings, directory, batch_size=statistics.batch_size)
+    store = factor_store(targets, statistics.source, settings, directory, batch_size=statistics.passes.batch_size)
     with store.filling(target.name for target in targets.modules) as missing:
         _log.info("factors: %d of %d modules to decompose, in %s", len(missing), len(targets.modules), store.directory)
         todo = [target for target in targets.modules if target.name in set(missing)]
@@ -137,7 +138,7 @@ def _statistics_compressed(
     plan = budget.select(predicted_scores(budget, factors.sigma), method="fisher")
     _log.info("measuring in the model compressed to %.3f of its targeted parameters", plan.keep_targeted)
     with while_compressed(model, plan, factors):
-        statistics.compressed(point, collecting=True).stores(settings.needs, targets.modules, settings.labels)
+        statistics.compressed(point, can_collect=True).stores(settings.needs, targets.modules, settings.labels)
     return statistics.compressed(point)
 
 
@@ -155,7 +156,7 @@ def build_gradients(subject: Subject, *, directory: str | Path | None = None, ba
         ValueError: A loss or a gradient is not finite.
     """
     statistics = statistics_of(subject, directory=directory, batch_size=batch_size)
-    return statistics.weight_gradients(subject.targets.modules)
+    return statistics.collect("weight_gradients", subject.targets.modules)
 
 
 def statistics_of(
@@ -176,10 +177,8 @@ def statistics_of(
         "tokenizer": tokenizer_fingerprint(subject.tokenizer),
         "text": sequences_fingerprint(subject.sequences),
     }
-    return Statistics(
-        subject.model, subject.sequences, source, directory=directory, batch_size=batch_size, memory=memory,
-        gradient_checkpointing=gradient_checkpointing,
-    )  # fmt: skip
+    passes = Passes(subject.sequences, batch_size, gradient_checkpointing)
+    return Statistics(subject.model, passes, source, directory=directory, memory=memory)
 
 
 def check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:

@@ -1,307 +1,219 @@
-"""What a backward pass over calibration text tells of linear maps: moments of output gradients, weight gradients."""
+"""Second moments of output gradients and mean weight gradients, from backward passes over calibration text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.calibration.backward import Call, Recorder, check_length, differentiable, loss_of_batch
-from lowrank_pl.calibration.input_moments import rows_of
+from lowrank_pl.calibration.backward import Recorder, check_length, differentiable, loss_gradient
+from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, Passes
+from lowrank_pl.calibration.symmetric_sum import SymmetricSum, compact, rows_of
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.forward import activation_checkpointing
 from lowrank_pl.models.targets import Target
-from lowrank_pl.utils.distributed import is_first, my_share, sum_across_processes, total_across_processes
+from lowrank_pl.utils.distributed import is_first, sum_across_processes, total_across_processes
 
-__all__ = [
-    "GradientMoments",
-    "OutputMeasure",
-    "WeightGradients",
-    "by_name",
-    "collect_gradients",
-    "measure_gradients",
-    "merge_all",
-    "take_in",
-]
+__all__ = ["GradientMoments", "WeightGradients", "collect_gradients", "measure_batch"]
 
-Measure = TypeVar("Measure")
+AnyGradientMeasure = TypeVar("AnyGradientMeasure", bound=GradientMeasure)
 
 
-class OutputMeasure(Protocol):
-    """Something that is measured of the gradients by a map's outputs."""
+class GradientMoments(GradientMeasure):
+    """Mean over tokens of ``g g'``, where ``g`` is the gradient of the summed loss by the output of a linear layer.
 
-    def add(self, inputs: Tensor, gradient: Tensor, *, tokens: int, batch: int) -> None:
-        """Take in one call of the map.
-
-        Args:
-            inputs: ``[..., in]`` what it was fed.
-            gradient: ``[..., out]`` of the summed loss, by what it returned.
-            tokens: How many labels the loss asked for; 0 where another call of the batch has told.
-            batch: Number of the batch.
-        """
-
-    def merge_processes(self) -> None:
-        """Put together what all processes that work together have seen."""
-
-
-@dataclass
-class GradientMoments:
-    """Sum over tokens of ``g g'``, with ``g`` the gradient of the summed loss by one output; two merge by addition.
-
-    Its mean over tokens is the output factor of K-FAC (arXiv 1503.05671): with the inputs' second moment ``C``,
-    ``tr(R dW C dW') / 2`` estimates by how many nats a token the loss rises when ``W`` becomes ``W + dW``.
+    It is the output factor of K-FAC (arXiv 1503.05671). With the second moment ``C`` of the inputs,
+    ``tr(R dW C dW') / 2`` estimates by how many nats per token the loss rises when ``W`` becomes ``W + dW``.
 
     Args:
-        second: ``[out, out]`` sum of outer products, float64.
+        features: Length of the output.
+        device: Where the sums are.
+
+    Attributes:
         tokens: How many tokens had a label.
     """
 
-    second: Tensor
-    tokens: int = 0
+    folder = "output_gradients"
+
+    def __init__(self, features: int, *, device: torch.device | str = "cpu") -> None:
+        self._second = SymmetricSum(features, device=device)
+        self.tokens = 0
 
     @classmethod
-    def empty(cls, features: int, *, device: torch.device | str = "cpu") -> GradientMoments:
-        """Return sums of nothing for outputs of ``features`` values."""
-        return cls(torch.zeros(features, features, dtype=torch.float64, device=device))
+    def bytes_of(cls, target: Target, passes: Passes) -> int:
+        """Return the bytes that the sums of ``target`` take."""
+        return SymmetricSum.bytes_of(target.shape[0])
 
-    def add(self, inputs: Tensor, gradient: Tensor, *, tokens: int, batch: int) -> None:
-        """Add the gradients ``[..., out]`` of a summed loss that asked for ``tokens`` labels; the rest is not used."""
-        flat = rows_of(gradient)
-        self.second += flat.mT @ flat
-        self.tokens += tokens
+    @classmethod
+    def empty(cls, target: Target, passes: Passes, device: torch.device) -> GradientMoments:
+        """Return the moments of ``target`` before the first batch."""
+        return cls(target.shape[0], device=device)
 
-    def merge(self, other: GradientMoments) -> None:
-        """Add the sums of ``other``, from other tokens."""
-        self.second += other.second
-        self.tokens += other.tokens
+    def add(self, calls: Sequence[Call], batch: Batch) -> None:
+        """Add the gradients of one batch. A token counts once, however often the layer was called for it."""
+        for call in calls:
+            self._second.add(rows_of(call.gradient), "the gradients hold")
+        self.tokens += batch.labels
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
-        sum_across_processes(self.second)
+        self._second.merge_processes()
         self.tokens = total_across_processes(self.tokens)
 
     @property
     def second_moment(self) -> Tensor:
-        """``[out, out]`` mean of ``g g'`` over tokens with a label."""
-        return self.second / max(1, self.tokens)
+        """``[out, out]`` mean of ``g g'`` over tokens with a label, float64."""
+        return self._second.matrix() / max(1, self.tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``second_moment`` ``[out, out]``."""
+        return {"second_moment": compact(self.second_moment)}
+
+    def notes(self) -> dict[str, str]:
+        """Return how many tokens had a label."""
+        return {"tokens": str(self.tokens)}
 
 
-@dataclass
-class WeightGradients:
-    """Sums over batches of the gradient of the mean cross-entropy by one weight; two merge by addition.
+class WeightGradients(GradientMeasure):
+    """Mean over batches of the gradient of the mean cross-entropy by a weight, for the text's own next tokens.
 
     Args:
-        total: ``[out, in]`` sum of gradients, float32.
-        squares: ``[out]`` sum of their squares, added along each row, float64 (the row weights of FWSVD).
+        shape: ``(out, in)`` of the weight.
+        device: Where the sums are.
+
+    Attributes:
         batches: How many batches were summed.
     """
 
-    total: Tensor
-    squares: Tensor
-    batches: int = 0
+    folder = "weight_gradients"
+
+    def __init__(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> None:
+        self._total = torch.zeros(shape, device=device)
+        self._squares = torch.zeros(shape[0], dtype=torch.float64, device=device)
+        self.batches = 0
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> WeightGradients:
-        """Return sums of nothing for a weight of ``shape`` ``(out, in)``."""
-        return cls(torch.zeros(shape, device=device), torch.zeros(shape[0], dtype=torch.float64, device=device))
+    def identity(cls, labels: Labels, batch_size: int) -> dict[str, str]:
+        """Return the batch size: gradients are squared batch by batch."""
+        return {"batch_size": str(batch_size)}
 
-    def update(self, gradient: Tensor) -> None:
-        """Add the gradient ``[out, in]`` of one batch."""
-        self.total += gradient
-        self.squares += gradient.double().square().sum(1)
+    @classmethod
+    def labels(cls, asked: Labels) -> Labels:
+        """Return ``text``: sampled labels would give a mean gradient of zero, but for noise."""
+        return "text"
+
+    @classmethod
+    def bytes_of(cls, target: Target, passes: Passes) -> int:
+        """Return the bytes that the sums of ``target`` take."""
+        return 4 * target.shape[0] * target.shape[1]
+
+    @classmethod
+    def empty(cls, target: Target, passes: Passes, device: torch.device) -> WeightGradients:
+        """Return the gradient of the weight of ``target`` before the first batch."""
+        return cls(target.shape, device=device)
+
+    def add(self, calls: Sequence[Call], batch: Batch) -> None:
+        """Add the gradient of one batch, to which every call of the layer contributes."""
+        parts = [rows_of(call.gradient).mT @ rows_of(call.inputs) for call in calls]
+        # The loss is summed. A training step would see the gradient of its mean over tokens.
+        gradient = torch.stack(parts).sum(0) / batch.labels
+        if not torch.isfinite(gradient).all():
+            raise ValueError("the gradient of the weight holds NaN or infinity")
+        self._total += gradient
+        self._squares += gradient.double().square().sum(1)
         self.batches += 1
-
-    def merge(self, other: WeightGradients) -> None:
-        """Add the sums of ``other``, from other batches."""
-        self.total += other.total
-        self.squares += other.squares
-        self.batches += other.batches
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
-        sum_across_processes(self.total)
-        sum_across_processes(self.squares)
+        sum_across_processes(self._total)
+        sum_across_processes(self._squares)
         self.batches = total_across_processes(self.batches)
 
     @property
     def mean(self) -> Tensor:
-        """``[out, in]`` mean gradient."""
-        return self.total / max(1, self.batches)
+        """``[out, in]`` mean gradient, float32."""
+        return self._total / max(1, self.batches)
 
     @property
     def mean_squares(self) -> Tensor:
-        """``[out]`` mean over batches of each row's sum of squared gradients."""
-        return self.squares / max(1, self.batches)
+        """``[out]`` squared gradients, summed along each row and averaged over batches, float64."""
+        return self._squares / max(1, self.batches)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``mean`` ``[out, in]`` and ``mean_squares`` ``[out]``, the row weights of FWSVD (arXiv 2207.00112)."""
+        return {"mean": self.mean, "mean_squares": self.mean_squares}
+
+    def notes(self) -> dict[str, str]:
+        """Return how many batches were summed."""
+        return {"batches": str(self.batches)}
 
 
 def collect_gradients(
+    kind: type[AnyGradientMeasure],
     model: PreTrainedModel,
-    sequences: Tensor,
+    targets: Sequence[Target],
+    passes: Passes,
     *,
-    moments: Sequence[Target] = (),
-    weights: Sequence[Target] = (),
-    labels: Labels = "sampled",
-    batch_size: int = 1,
-    seed: int = 0,
-    gradient_checkpointing: bool = False,
+    labels: Labels = "text",
     progress: str = "gradients",
-) -> tuple[dict[str, GradientMoments], dict[str, WeightGradients]]:
-    """Return moments of output gradients and mean weight gradients by module name, from one forward pass a batch.
+) -> dict[str, AnyGradientMeasure]:
+    """Return the statistic ``kind`` of every target by its name, from one forward and backward pass per batch.
 
-    Weight gradients always come from the text's own next tokens; the moments come from labels of their own, for which
-    a second backward pass is made where both are asked for and ``labels`` is ``sampled``. Blocks before the first that
-    is watched keep no activations and see no backward pass. Processes that work together take a share of the batches
-    each.
+    Blocks before the first target keep no activations and see no backward pass. Processes that work together take a
+    share of the batches each.
 
     Args:
-        model: The model to differentiate; evaluation mode is used and restored, no parameter gets a gradient.
-        sequences: ``[sequences, length]`` token ids.
-        moments: Maps whose output gradients to watch.
-        weights: Maps whose weight gradients to average.
-        labels: Whose next tokens the moments' loss asks for.
-        batch_size: Sequences per pass.
-        seed: Of the sampled labels; each batch draws from a generator of its own.
-        gradient_checkpointing: Compute each block's activations again in the backward pass, to save memory.
+        kind: What to measure.
+        model: The model to differentiate. It is in evaluation mode meanwhile, and no parameter gets a gradient.
+        targets: The linear layers to measure.
+        passes: The sequences, and how they are run.
+        labels: Whose next tokens the loss asks for.
         progress: Label of the progress bar.
 
     Raises:
-        ValueError: A sequence of less than two tokens, or a loss or a gradient that is not finite.
+        ValueError: A sequence has less than two tokens, or a loss or a gradient is not finite.
     """
+    check_length(passes.sequences)
+    if not targets:
+        return {}
     device = next(model.parameters()).device
-    outputs = {target: GradientMoments.empty(target.shape[0], device=device) for target in moments}
-    sums = {target: WeightGradients.empty(target.shape, device=device) for target in weights}
-    measure_gradients(
-        model, sequences, outputs, sums, labels=labels, batch_size=batch_size, seed=seed,
-        gradient_checkpointing=gradient_checkpointing, progress=progress,
-    )  # fmt: skip
-    return by_name(outputs), by_name(sums)
-
-
-def measure_gradients(
-    model: PreTrainedModel,
-    sequences: Tensor,
-    outputs: Mapping[Target, OutputMeasure],
-    weights: Mapping[Target, WeightGradients] = MappingProxyType({}),
-    *,
-    labels: Labels = "sampled",
-    batch_size: int = 1,
-    seed: int = 0,
-    gradient_checkpointing: bool = False,
-    progress: str = "gradients",
-) -> None:
-    """Let what is measured of maps see the gradients by their outputs and weights; the rest as ``collect_gradients``.
-
-    Raises:
-        ValueError: A sequence of less than two tokens, or a loss or a gradient that is not finite.
-    """
-    check_length(sequences)
-    device = next(model.parameters()).device
-    seen, sums, recorder = by_name(outputs), by_name(weights), Recorder()
-    first = min((target.block for target in (*outputs, *weights)), default=0)
-    with differentiable(model, first), activation_checkpointing(model) if gradient_checkpointing else nullcontext():
-        # A batch keeps its number, and so its sampled labels, whichever process it goes to.
-        mine = my_share(list(enumerate(torch.split(sequences, batch_size))))
-        for number, batch in tqdm(mine, desc=progress, unit="batch", disable=not is_first()):
-            tokens = batch.to(device)
-            # Not in the backward pass, where blocks may be run again.
-            with recorder.watching(model, dict.fromkeys([*seen, *sums])):
-                logits = model(input_ids=tokens, use_cache=False).logits
-            _backward(logits, tokens, seen, sums, recorder, labels, seed=seed, number=number)
-            recorder.clear()
-    merge_all(seen, sums)
-
-
-def by_name(measures: Mapping[Target, Measure]) -> dict[str, Measure]:
-    """Return what is measured, keyed by the names of the maps."""
-    return {target.name: measure for target, measure in measures.items()}
-
-
-def merge_all(seen: Mapping[str, OutputMeasure], sums: Mapping[str, WeightGradients]) -> None:
-    """Put together what all processes that work together have measured, map by map."""
-    for measure in seen.values():
+    measures = {target.name: kind.empty(target, passes, device) for target in targets}
+    first = min(target.block for target in targets)
+    labels = kind.labels(labels)
+    with (
+        differentiable(model, first),
+        activation_checkpointing(model) if passes.gradient_checkpointing else nullcontext(),
+    ):
+        for batch in tqdm(passes.batches(), desc=progress, unit="batch", disable=not is_first()):
+            measure_batch(model, batch.to(device), measures, labels, passes.seed)
+    for measure in measures.values():
         measure.merge_processes()
-    for gradients in sums.values():
-        gradients.merge_processes()
+    return measures
 
 
-def _backward(
-    logits: Tensor,
-    tokens: Tensor,
-    seen: Mapping[str, OutputMeasure],
-    sums: Mapping[str, WeightGradients],
-    recorder: Recorder,
-    labels: Labels,
-    *,
-    seed: int,
-    number: int,
+def measure_batch(
+    model: PreTrainedModel, batch: Batch, measures: Mapping[str, GradientMeasure], labels: Labels, seed: int
 ) -> None:
-    """Run the backward passes of one batch: the text's labels once if anything asks for them, sampled ones likewise."""
-    count = tokens[:, 1:].numel()
-    again = bool(seen) and labels != "text"
-    if sums or labels == "text":
-        loss = loss_of_batch(logits, tokens, "text", seed=seed, number=number)
-        take_in(recorder.gradients(loss, again=again), {} if again else seen, sums, count, number)
-    if again:
-        loss = loss_of_batch(logits, tokens, "sampled", seed=seed, number=number)
-        take_in(recorder.gradients(loss), seen, {}, count, number)
-
-
-def take_in(
-    found: Iterable[tuple[str, list[Call]]],
-    seen: Mapping[str, OutputMeasure],
-    sums: Mapping[str, WeightGradients],
-    count: int,
-    number: int,
-) -> None:
-    """Let what is measured take in the gradients of one batch.
+    """Add the gradients of one batch to ``measures``, by linear layer; inside of ``differentiable``.
 
     Args:
-        found: Names of maps and the calls of each (``Recorder.gradients``).
-        seen: What is measured of gradients by outputs, by map.
-        sums: Sums of gradients by weights, by map.
-        count: How many labels the loss asked for.
-        number: Of the batch.
+        model: The model to differentiate.
+        batch: The token ids, on the model's device.
+        measures: The statistics, by linear layer.
+        labels: Whose next tokens the loss asks for.
+        seed: Seed of sampled labels.
 
     Raises:
-        ValueError: A gradient is not finite.
+        ValueError: A loss or a gradient is not finite.
     """
-    for name, calls in found:
-        if name in sums:
-            weight = torch.stack([_weight_gradient(inputs, gradient) for inputs, gradient in calls]).sum(0)
-            _check(weight, name, number)
-            # The loss is summed; its mean over tokens is what a step of training would see.
-            sums[name].update(weight / count)
-        if name in seen:
-            _update(seen[name], calls, count, name, number)
-
-
-def _weight_gradient(inputs: Tensor, gradient: Tensor) -> Tensor:
-    return gradient.flatten(0, -2).float().mT @ inputs.flatten(0, -2).float()
-
-
-def _update(measure: OutputMeasure, calls: Sequence[Call], tokens: int, name: str, number: int) -> None:
-    # A map that is called more than once for a token adds up what each call does, and the token counts once.
-    for place, (inputs, gradient) in enumerate(calls):
-        _check(gradient, name, number)
-        try:
-            measure.add(inputs, gradient, tokens=tokens if place == 0 else 0, batch=number)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}: at module {name} in calibration batch {number}; "
-                "check the checkpoint, or load it in a wider dtype"
-            ) from None
-
-
-def _check(gradient: Tensor, name: str, number: int) -> None:
-    if not torch.isfinite(gradient).all():
-        raise ValueError(
-            f"the gradient at module {name} in calibration batch {number} holds NaN or infinity: "
-            "check the checkpoint, or load it in a wider dtype"
-        )
+    recorder = Recorder()
+    # Hooks are removed before the backward pass, in which checkpointing runs blocks again.
+    with recorder.watching(model, measures):
+        logits = model(input_ids=batch.tokens, use_cache=False).logits
+    end, gradient = loss_gradient(logits, batch, labels, seed)
+    recorder.measure(measures, batch, end, gradient)

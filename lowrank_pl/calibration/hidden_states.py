@@ -1,4 +1,4 @@
-"""What a decoder block returned, or a part of it was fed, in every pass: in memory, or memory-mapped on disk."""
+"""Hidden states of all sequences between decoder blocks: in memory, or memory-mapped on disk."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ __all__ = ["Cache", "HiddenStates", "cache_for"]
 
 _log = logging.getLogger(__name__)
 
-
 Cache = Literal["ram", "disk"]
-"""Where hidden states wait."""
+"""Where hidden states are kept between blocks."""
 
 
 def cache_for(size: float) -> Cache:
-    """Return where hidden states of ``size`` bytes wait: in main memory, or on disk where that is short."""
+    """Return where to keep hidden states of ``size`` bytes: in main memory, or on disk where memory is short."""
     free = available_memory()
     return "ram" if free is None or size < free / 2 else "disk"
 
 
 class HiddenStates:
-    """The hidden states of all sequences after one block; those after the next take their places one by one.
+    """Hidden states of all sequences after one block. The states after the next block can overwrite them one by one.
 
     Args:
         sequences: How many sequences.
-        cache: ``ram``, or ``disk`` for a file in the cache folder that is gone when the process is.
-        device: Whose memory ``ram`` is.
+        cache: ``ram``, or ``disk`` for a file in the cache folder that disappears with the process.
+        device: The device whose memory ``ram`` uses.
 
     Example:
         >>> states = HiddenStates(3, cache="ram")
@@ -49,7 +48,7 @@ class HiddenStates:
         self._rest: tuple[Any, ...] | None = None
 
     def write(self, first: int, output: Any) -> None:
-        """Keep what a block returned for the sequences from number ``first`` on.
+        """Keep the output of a block for the sequences from number ``first`` on.
 
         Args:
             first: Number of the first sequence.
@@ -65,14 +64,14 @@ class HiddenStates:
         self._values[first : first + len(hidden)] = hidden
 
     def read(self, first: int, count: int) -> Any:
-        """Return for ``count`` sequences from number ``first`` on what a block returned, not copied."""
+        """Return the output of a block for ``count`` sequences from number ``first`` on, without a copy."""
         assert self._values is not None
         hidden = self._values[first : first + count]
         return hidden if self._rest is None else (hidden, *self._rest)
 
     @property
     def bytes(self) -> int:
-        """What they take, once some were written."""
+        """Bytes of the hidden states; 0 before the first were written."""
         return 0 if self._values is None else self._values.nbytes
 
     def _room(self, like: Tensor) -> Tensor:
@@ -83,9 +82,9 @@ class HiddenStates:
             return torch.empty(shape, dtype=like.dtype, device=self.device)
         folder = cache_root()
         folder.mkdir(parents=True, exist_ok=True)
-        # The file has no name any more when this returns, so a killed run leaves nothing; its pages stay mapped.
+        # The file loses its name when this returns, so a killed run leaves nothing behind. Its pages stay mapped.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden.", suffix=".tmp") as file:
-            # Written, not only sized: a disk that fills later would end the process without a word.
+            # Written to its full size now: if the disk filled up later, the process would end without an error message.
             row = bytes(like[0].numel() * like.element_size())
             for _ in range(self.sequences):
                 file.write(row)

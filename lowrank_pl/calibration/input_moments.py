@@ -1,141 +1,130 @@
-"""Second moments of the inputs of linear maps, streamed over batches of calibration text."""
+"""Second moments of the inputs of linear layers, summed over batches of calibration text."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lowrank_pl.calibration.measures import Batch, Measure, Passes, located
+from lowrank_pl.calibration.symmetric_sum import SymmetricSum, compact, rows_of
+from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.targets import Target, first_argument
-from lowrank_pl.utils.distributed import is_first, my_share, sum_across_processes, total_across_processes
+from lowrank_pl.utils.distributed import is_first, sum_across_processes, total_across_processes
 
-__all__ = ["InputMoments", "collect_input_moments", "product", "rows_of"]
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """Return ``[..., n]`` as float32 rows ``[tokens, n]``, detached."""
-    return tensor.detach().reshape(-1, tensor.shape[-1]).float()
-
-
-def product(one: Tensor, two: Tensor, what: str) -> Tensor:
-    """Return ``one' @ two`` of rows ``[tokens, m]`` and ``[tokens, n]``, float64 where float32 can't hold it.
-
-    One product per batch in float32 keeps matrix-multiply speed; summing the batches in float64 keeps the digits.
-
-    Args:
-        one: Rows of float32.
-        two: Likewise.
-        what: What holds NaN or infinity, if they do.
-
-    Raises:
-        ValueError: They hold NaN or infinity.
-    """
-    found = one.mT @ two
-    # A sum shows whatever is not finite, in a fiftieth of the time that looking at every number takes.
-    if not torch.isfinite(found.sum()):
-        # Massive activations may overflow a float32 square while the inputs themselves are sound.
-        found = one.double().mT @ two.double()
-        if not torch.isfinite(found).all():
-            raise ValueError(f"{what} NaN or infinity")
-    return found
-
+__all__ = ["InputMoments", "collect_input_moments"]
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class InputMoments:
-    """Sums over tokens of one input: ``x x'`` and ``|x|``; two of them merge by addition.
+class InputMoments(Measure):
+    """Means of ``x x'`` and of ``|x|`` over the tokens of one input ``x``, which linear layers may share.
 
     Args:
-        second: ``[in, in]`` sum of outer products, float64.
-        absolute: ``[in]`` sum of absolute values, float64.
+        features: Length of the input.
+        device: Where the sums are.
+
+    Attributes:
         tokens: How many tokens were summed.
 
     Example:
-        >>> moments = InputMoments.empty(2)
-        >>> moments.update(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        >>> moments = InputMoments(2)
+        >>> moments.add(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
         >>> moments.second_moment.tolist(), moments.tokens
         ([[5.0, 7.0], [7.0, 10.0]], 2)
     """
 
-    second: Tensor
-    absolute: Tensor
-    tokens: int
+    folder = "statistics"
+
+    def __init__(self, features: int, *, device: torch.device | str = "cpu") -> None:
+        self._second = SymmetricSum(features, device=device)
+        self._absolute = torch.zeros(features, dtype=torch.float64, device=device)
+        self.tokens = 0
 
     @classmethod
-    def empty(cls, features: int, *, device: torch.device | str = "cpu") -> InputMoments:
-        """Return sums of nothing for inputs of ``features`` values."""
-        second = torch.zeros(features, features, dtype=torch.float64, device=device)
-        return cls(second, torch.zeros(features, dtype=torch.float64, device=device), 0)
+    def key(cls, target: Target) -> str:
+        """Return the name of the input of ``target``, which linear layers may share."""
+        return target.group
 
-    def update(self, inputs: Tensor) -> None:
+    @classmethod
+    def identity(cls, labels: Labels, batch_size: int) -> dict[str, str]:
+        """Return nothing: neither labels nor batches change the moments of inputs."""
+        return {}
+
+    @classmethod
+    def bytes_of(cls, target: Target, passes: Passes) -> int:
+        """Return the bytes that the sums of ``target`` take."""
+        return SymmetricSum.bytes_of(target.shape[1])
+
+    @classmethod
+    def empty(cls, target: Target, passes: Passes, device: torch.device) -> InputMoments:
+        """Return the moments of the input of ``target`` before the first batch."""
+        return cls(target.shape[1], device=device)
+
+    def add(self, inputs: Tensor) -> None:
         """Add ``inputs`` ``[..., in]``.
 
         Raises:
-            ValueError: They hold NaN or infinity.
+            ValueError: An input holds NaN or infinity.
         """
-        flat = rows_of(inputs)
-        self.second += product(flat, flat, "the inputs hold")
-        self.absolute += flat.abs().sum(0, dtype=torch.float64)
-        self.tokens += flat.shape[0]
-
-    def merge(self, other: InputMoments) -> None:
-        """Add the sums of ``other``, from other tokens of the same input."""
-        self.second += other.second
-        self.absolute += other.absolute
-        self.tokens += other.tokens
+        rows = rows_of(inputs)
+        self._second.add(rows, "the inputs hold")
+        self._absolute += rows.abs().sum(0, dtype=torch.float64)
+        self.tokens += len(rows)
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
-        sum_across_processes(self.second)
-        sum_across_processes(self.absolute)
+        self._second.merge_processes()
+        sum_across_processes(self._absolute)
         self.tokens = total_across_processes(self.tokens)
 
     @property
     def second_moment(self) -> Tensor:
-        """``[in, in]`` mean of ``x x'`` over tokens."""
-        return self.second / max(1, self.tokens)
+        """``[in, in]`` mean of ``x x'`` over tokens, float64."""
+        return self._second.matrix() / max(1, self.tokens)
 
     @property
     def mean_absolute(self) -> Tensor:
-        """``[in]`` mean of ``|x|`` over tokens."""
-        return self.absolute / max(1, self.tokens)
+        """``[in]`` mean of ``|x|`` over tokens, float64."""
+        return self._absolute / max(1, self.tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``second_moment`` ``[in, in]`` and ``mean_absolute`` ``[in]``."""
+        return {"second_moment": compact(self.second_moment), "mean_absolute": self.mean_absolute.float()}
+
+    def notes(self) -> dict[str, str]:
+        """Return how many tokens were summed."""
+        return {"tokens": str(self.tokens)}
 
 
-def collect_input_moments(
-    model: nn.Module, targets: Sequence[Target], sequences: Tensor, *, batch_size: int = 1
-) -> dict[str, InputMoments]:
+def collect_input_moments(model: nn.Module, targets: Sequence[Target], passes: Passes) -> dict[str, InputMoments]:
     """Return the moments of every distinct input of ``targets``, keyed by ``Target.group``.
 
-    Modules that share an input (q/k/v, gate/up) share one entry. The model runs forward once over ``sequences``, of which
-    processes that work together take a share each.
+    Linear layers that share an input (q/k/v, gate/up) share one entry. The model runs forward once over the sequences.
+    Processes that work together take a share of the batches each.
 
     Args:
         model: The dense model; its training flag is restored afterwards.
-        targets: Whose inputs to watch.
-        sequences: ``[sequences, length]`` token ids.
-        batch_size: Sequences per forward.
+        targets: The linear layers.
+        passes: The sequences, and how many at a time.
 
     Raises:
-        ValueError: An input holds NaN or infinity (the message names module and batch).
+        ValueError: An input holds NaN or infinity. The message names the linear layer and the batch.
     """
     leaders = {target.group: target for target in targets}
-    # Of a model that is walked block by block, only what is watched has its weights.
+    # In a block-wise pass only the layers of the current block have their weights.
     device = next(model.get_submodule(targets[0].name).parameters()).device
-    moments = {group: InputMoments.empty(target.shape[1], device=device) for group, target in leaders.items()}
-    batches = torch.split(sequences, batch_size)
-    with _watching(model, moments) as position, evaluating(model):
-        mine = my_share(list(enumerate(batches)))
-        for position[0], batch in tqdm(mine, desc="statistics", unit="batch", disable=not is_first()):
-            model(input_ids=batch.to(device), use_cache=False)
+    moments = {group: InputMoments.empty(target, passes, device) for group, target in leaders.items()}
+    with evaluating(model):
+        for batch in tqdm(passes.batches(), desc="statistics", unit="batch", disable=not is_first()):
+            with _watching(model, moments, batch):
+                model(input_ids=batch.tokens.to(device), use_cache=False)
     for found in moments.values():
         found.merge_processes()
     if is_first():
@@ -144,28 +133,21 @@ def collect_input_moments(
 
 
 @contextmanager
-def _watching(model: nn.Module, moments: Mapping[str, InputMoments]) -> Iterator[list[int]]:
-    """Feed ``moments`` from the inputs of the modules that they are named after; yields the batch number, to be set."""
-    position = [0]
+def _watching(model: nn.Module, moments: Mapping[str, InputMoments], batch: Batch) -> Iterator[None]:
+    """Add to ``moments`` the inputs of the layers that they are named after, while the block runs on ``batch``."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def update(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            try:
-                moments[name].update(first_argument(args, kwargs))
-            except ValueError as error:
-                raise ValueError(
-                    f"{error}: at module {name} in calibration batch {position[0]}; "
-                    "check the checkpoint, or load it in a wider dtype"
-                ) from None
+        def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with located(name, batch):
+                moments[name].add(first_argument(args, kwargs))
 
-        return update
+        return add
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in moments]
-    try:
-        yield position
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name in moments:
+            handle = model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def _warn_if_short(leaders: Mapping[str, Target], moments: Mapping[str, InputMoments]) -> None:

@@ -15,7 +15,7 @@ __all__ = ["base_notes", "describe_origin", "preparation_notes"]
 
 
 def describe_origin(subject: Subject, settings: Decomposition, store: FactorStore) -> dict[str, Any]:
-    """Return what a plan must remember so that its factors can be found, or made again.
+    """Return what a plan remembers, so that its factors can be found or made again.
 
     Args:
         subject: The model and its sequences. A base or a calibration text without a name is left out.
@@ -31,7 +31,7 @@ def describe_origin(subject: Subject, settings: Decomposition, store: FactorStor
         origin["narrowed"] = {"base": pruned.base, "width": pruned.width, "left": pruned.widths}
     origin["dtype"] = base.dtype if base is not None else str(subject.model.dtype).removeprefix("torch.")
     if calibration is not None:
-        # The key is the one of plans that were written before sequences were called so.
+        # Plans from before the word "sequences" call their number "windows".
         origin["calibration"] = {"text": calibration.text, "length": length, "windows": count}
     origin["decomposition"] = settings.identity()
     origin["store"] = str(store.directory.resolve())

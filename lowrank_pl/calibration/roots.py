@@ -1,4 +1,4 @@
-"""How weights are decomposed: by what their inputs and outputs are weighted, and the square roots of these weights."""
+"""The square roots of second moments by which a decomposition weights inputs and outputs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Roots"]
 
 
 class Roots:
-    """The square roots that a decomposition weighs by, from statistics that are collected when first needed.
+    """The square roots that a decomposition weights by, from statistics that are collected when they are missing.
 
     Args:
         settings: How to decompose.
-        statistics: Where what was measured comes from.
-        todo: The maps to decompose.
+        statistics: The statistics of the dense model.
+        todo: The linear layers to decompose.
         device: Where to compute.
-        compressed: What was measured in the compressed model, with ``settings.at_keep``.
+        compressed: The statistics of the compressed model, with ``settings.at_keep``.
     """
 
     def __init__(
@@ -39,27 +39,27 @@ class Roots:
         compressed: Statistics | None = None,
     ) -> None:
         self.settings, self.device = settings, device
-        found = statistics.stores(settings.needs, todo, settings.labels)
-        self.inputs, self.moments = found.get("inputs"), found.get("output_gradients")
-        self.weights, self.weighted = found.get("weight_gradients"), found.get("weighted_moments")
-        self.later: dict[Statistic, TensorStore] = {}
+        self._dense = statistics.stores(settings.needs, todo, settings.labels)
+        self._compressed: dict[Statistic, TensorStore] = {}
         if compressed is not None:
-            self.later = compressed.stores(settings.needs, todo, settings.labels)
+            self._compressed = compressed.stores(settings.needs, todo, settings.labels)
 
     @classmethod
-    def behind(cls, factors: FactorStore, model: PreTrainedModel, sequences: Tensor, todo: Sequence[Target]) -> Roots:
-        """Return the roots that ``factors`` were made by, of the maps ``todo``.
+    def of_factors(
+        cls, factors: FactorStore, model: PreTrainedModel, sequences: Tensor, todo: Sequence[Target]
+    ) -> Roots:
+        """Return the roots that ``factors`` were made with.
 
         Args:
-            factors: Those of a decomposition, or of a correction of one.
+            factors: The factors of a decomposition, or of the correction of one.
             model: The dense base.
-            sequences: ``[sequences, length]`` calibration token ids that they were made from.
-            todo: Which maps.
+            sequences: ``[sequences, length]`` calibration token ids that the factors were made from.
+            todo: The linear layers.
 
         Raises:
-            ValueError: What was measured in a compressed model is gone.
+            ValueError: The statistics of the compressed model are gone.
         """
-        settings = Decomposition.behind(factors.fingerprint)
+        settings = Decomposition.of_fingerprint(factors.fingerprint)
         statistics = statistics_of_factors(factors, model, sequences)
         compressed = None
         if settings.at_keep is not None:
@@ -67,61 +67,60 @@ class Roots:
         return cls(settings, statistics, todo, model.device, compressed)
 
     def by_inputs(self, targets: Iterable[Target]) -> Iterator[tuple[SquareRoot | None, list[Target]]]:
-        """Yield the neighbours among ``targets`` whose inputs are weighted by the same, with what that is."""
-        # Tokens weigh for each map what they do for it alone.
-        for _, members in groupby(targets, key=lambda target: target.group if self.weighted is None else target.name):
-            those = list(members)
-            yield self._of_inputs(those[0]), those
+        """Yield neighbours among ``targets`` that share the root of their inputs, with that root."""
+        # Token weights differ between the layers that share an input.
+        shared = "weighted_moments" not in self._dense
+        for _, members in groupby(targets, key=lambda target: target.group if shared else target.name):
+            neighbours = list(members)
+            yield self._of_inputs(neighbours[0]), neighbours
 
     def _of_inputs(self, target: Target) -> SquareRoot | None:
-        if self.inputs is not None and self.settings.kind == "asvd":
-            mean = self.inputs.read(target.group, "mean_absolute").to(self.device)
-            return _located(
-                lambda: diagonal_root(mean**self.settings.alpha, damping=self.settings.damping), "input", target.group
-            )
+        damping = self.settings.damping
+        if self.settings.kind == "asvd":
+            mean = self._dense["inputs"].read(target.group, "mean_absolute").to(self.device)
+            return _located(lambda: diagonal_root(mean**self.settings.alpha, damping=damping), "input", target.group)
         moment = self.moment_of_inputs(target)
-        if moment is None:
-            return None
-        return _located(lambda: square_root(moment, damping=self.settings.damping), "input", target.group)
+        return None if moment is None else _located(lambda: square_root(moment, damping=damping), "input", target.group)
 
     def moment_of_inputs(self, target: Target) -> Tensor | None:
-        """Return the second moment ``[in, in]`` that the inputs of ``target`` are weighted by, if they are by one."""
-        if self.weighted is not None:
-            return self._moment("weighted_moments", self.weighted, target.name, "inputs")
-        if self.inputs is not None:
-            return self._moment("inputs", self.inputs, target.group, "second_moment")
+        """Return the second moment ``[in, in]`` that weights the inputs of ``target``; None where none does."""
+        if "weighted_moments" in self._dense:
+            return self._moment("weighted_moments", target.name, "inputs")
+        if "inputs" in self._dense:
+            return self._moment("inputs", target.group, "second_moment")
         return None
 
     def of_outputs(self, name: str) -> SquareRoot | None:
-        """Return what the outputs of module ``name`` are weighted by."""
-        if self.weighted is not None:
-            moment = self._moment("weighted_moments", self.weighted, name, "outputs")
-        elif self.moments is not None:
-            moment = self._moment("output_gradients", self.moments, name, "second_moment")
-        elif self.weights is not None:
-            squares = self.weights.read(name, "mean_squares").to(self.device)
-            return _located(lambda: diagonal_root(squares.sqrt(), damping=self.settings.output_damping), "output", name)
+        """Return the root that weights the outputs of module ``name``; None where none does."""
+        damping = self.settings.output_damping
+        if "weighted_moments" in self._dense:
+            moment = self._moment("weighted_moments", name, "outputs")
+        elif "output_gradients" in self._dense:
+            moment = self._moment("output_gradients", name, "second_moment")
+        elif "weight_gradients" in self._dense:
+            squares = self._dense["weight_gradients"].read(name, "mean_squares").to(self.device)
+            return _located(lambda: diagonal_root(squares.sqrt(), damping=damping), "output", name)
         else:
             return None
-        return _located(lambda: square_root(moment, damping=self.settings.output_damping), "output", name)
+        return _located(lambda: square_root(moment, damping=damping), "output", name)
 
-    def _moment(self, statistic: Statistic, store: TensorStore, name: str, tensor: str) -> Tensor:
-        """Return the moment that ``name`` has, or the mean of those before and after compression."""
-        moment = store.read(name, tensor).to(self.device)
-        if statistic not in self.later:
+    def _moment(self, statistic: Statistic, name: str, tensor: str) -> Tensor:
+        """Return a moment of the dense model, or the weighted mean of it and that of the compressed model."""
+        moment = self._dense[statistic].read(name, tensor).to(self.device)
+        if statistic not in self._compressed:
             return moment
-        later = self.later[statistic].read(name, tensor).to(self.device)
-        return torch.lerp(moment.double(), later.double(), self.settings.at_weight)
+        other = self._compressed[statistic].read(name, tensor).to(self.device)
+        return torch.lerp(moment.double(), other.double(), self.settings.at_weight)
 
     def notes(self, target: Target, inputs: SquareRoot | None, outputs: SquareRoot | None) -> dict[str, str]:
         """Return what to note beside the factors of ``target``: the kinds of its roots, and their tokens."""
         notes: dict[str, str] = {}
         if inputs is not None:
             notes["square_root"] = inputs.kind
-        if self.weighted is not None:
-            notes["tokens"] = self.weighted.notes(target.name)["tokens"]
-        elif inputs is not None and self.inputs is not None:
-            notes["tokens"] = self.inputs.notes(target.group)["tokens"]
+        if "weighted_moments" in self._dense:
+            notes["tokens"] = self._dense["weighted_moments"].notes(target.name)["tokens"]
+        elif inputs is not None and "inputs" in self._dense:
+            notes["tokens"] = self._dense["inputs"].notes(target.group)["tokens"]
         if outputs is not None:
             notes["output_root"] = outputs.kind
         return notes

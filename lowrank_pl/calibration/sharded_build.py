@@ -1,4 +1,4 @@
-"""A base that no process holds whole: opened by all together, its factors made block by block, or why that can't be."""
+"""A base that no process holds whole: all processes open it together and make its factors block by block."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SharedBase:
-    """A base without its weights, of which each process loads what it needs.
+    """A base without its weights. Each process loads the weights that it needs.
 
     Args:
         base: Where it comes from.
@@ -53,8 +53,8 @@ class SharedBase:
         except NotBlockwiseError as error:
             if is_first():
                 _log.warning(
-                    "every process loads the whole base into memory to make its factors: %s; run `lowrank decompose` "
-                    "with the same base, decomposition, text and sequences before, and they are found",
+                    "every process loads the whole base into memory to make its factors: %s; to avoid this, run "
+                    "`lowrank decompose` with the same base, decomposition, text and sequences first",
                     error,
                 )
         whole = replace(subject, model=self.base.load(), known_targets=self.targets)
@@ -62,7 +62,7 @@ class SharedBase:
 
 
 def open_shared(base: Base, constraints: Constraints, device: torch.device) -> SharedBase | None:
-    """Return the base without its weights; None where some process can't open it so, and all have to load it whole.
+    """Return the base without its weights; None where some process can't open it in this way, so all load it whole.
 
     Args:
         base: The base.
@@ -70,7 +70,7 @@ def open_shared(base: Base, constraints: Constraints, device: torch.device) -> S
         device: Where the weights go.
 
     Raises:
-        ValueError: The base is none, or no target is left.
+        ValueError: The base is unknown, or no target is left.
     """
     found, reason = None, "another process can't read its files"
     with cooperating():

@@ -1,23 +1,25 @@
-"""Statistics on disk: what was measured on a model and a text is measured once, whoever asks for it."""
+"""Statistics on disk: measured once for a model and a text, whichever method needs them."""
 
 from __future__ import annotations
 
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.calibration.blockwise import BlockwiseBackward, BlockwiseForward
-from lowrank_pl.calibration.gradients import GradientMoments, OutputMeasure, WeightGradients, by_name, measure_gradients
+from lowrank_pl.calibration.blockwise import BlockwiseBackward, Extent, pass_through_blocks
+from lowrank_pl.calibration.gradients import GradientMoments, WeightGradients, collect_gradients
 from lowrank_pl.calibration.input_moments import InputMoments, collect_input_moments
+from lowrank_pl.calibration.measures import GradientMeasure, Measure, Passes
 from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.factors.settings import Labels, Statistic
 from lowrank_pl.factors.store import FactorStore
@@ -33,15 +35,28 @@ __all__ = ["SHARE", "Statistics", "block_groups", "memory_size", "packed", "stat
 
 _log = logging.getLogger(__name__)
 
+SHARE = 0.75
+"""Fraction of the free memory that sums may take; activations need the rest."""
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+_SOURCE = ("model", "config", "tokenizer", "text")
+"""What of a fingerprint of factors their statistics depend on."""
+
+_MEASURES: dict[Statistic, type[Measure]] = {
+    "inputs": InputMoments,
+    "output_gradients": GradientMoments,
+    "weighted_moments": WeightedMoments,
+    "gradient_norms": TokenNorms,
+    "weight_gradients": WeightGradients,
+}
+
 
 def block_groups(targets: Sequence[Target], sizes: Mapping[Target, int], memory: float | None) -> list[list[Target]]:
-    """Return ``targets`` in groups of as many consecutive blocks as fit ``memory``, but at least one.
+    """Return ``targets`` in groups of as many consecutive blocks as fit ``memory``, at least one.
 
     Args:
-        targets: Those of a block follow each other.
+        targets: Linear layers in the order of their blocks.
         sizes: Bytes that each takes.
         memory: Bytes that a group may take; None is no limit.
     """
@@ -54,7 +69,7 @@ def block_groups(targets: Sequence[Target], sizes: Mapping[Target, int], memory:
 
 
 def packed(sizes: Sequence[float], memory: float | None) -> list[list[int]]:
-    """Return the places of ``sizes`` in groups that follow each other, as large as fit ``memory``, but at least one.
+    """Return the indices of ``sizes`` in consecutive groups, each as large as fits ``memory``, with at least one index.
 
     >>> packed([2, 3, 1, 9, 1], 5)
     [[0, 1], [2], [3], [4]]
@@ -71,10 +86,10 @@ def packed(sizes: Sequence[float], memory: float | None) -> list[list[int]]:
 
 
 def memory_size(text: str) -> int:
-    """Return how many bytes ``text`` names: a number with or without a unit, KB, MB, GB, TB or KiB, MiB, GiB.
+    """Return the bytes that ``text`` names: a number with or without a unit, KB, MB, GB, TB or KiB, MiB, GiB.
 
     Raises:
-        ValueError: It names none.
+        ValueError: It names no amount of memory.
 
     >>> memory_size("8GB"), memory_size("1.5 GiB"), memory_size("4096")
     (8000000000, 1610612736, 4096)
@@ -88,383 +103,236 @@ def memory_size(text: str) -> int:
     return size
 
 
-SHARE = 0.75
-"""Of the memory that is free, what sums may take; activations need the rest."""
-
-
-_SOURCE = ("model", "config", "tokenizer", "text")
-
-
-Measured = TypeVar("Measured")
-
-
-OfOutputs = TypeVar("OfOutputs", bound=OutputMeasure)
-
-
 class Statistics:
-    """What is measured on one model and text, each kind in a store of its own that fills when asked.
+    """What is measured on one model and text: a store on disk for each kind, filled when it is first asked for.
 
     Args:
         model: The dense base.
-        sequences: ``[sequences, length]`` calibration token ids.
+        passes: The calibration sequences, and how they are run.
         source: Fingerprint of model, tokenizer and sequences.
         directory: Folder that gets a folder for each kind; by default each lies in the cache under its fingerprint.
-        batch_size: Sequences per pass.
-        memory: Bytes that the sums of what is collected at a time may take; by default most of what is free where the
-            model is. What takes more is collected block by block, in one pass forward and, for gradients, one back
-            (``lowrank_pl.calibration.blockwise``). Where blocks share more than the hidden state, as many consecutive ones as fit
-            get passes of their own instead, at least one. What is collected is written before the next begins.
-        gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
-        collecting: Whether ``model`` is what ``source`` says, so that what is missing can be collected.
-
-    Attributes:
-        backward: What gradients come from, where passes are made block by block.
-        seconds_before: What these passes took before they came to an entry, shared out among all entries.
+        memory: Bytes that sums may take at a time; by default most of the free memory of the model's device. Larger
+            sums are collected block by block, in one forward pass and, for gradients, one backward pass. Where blocks
+            share more than the hidden state, as many consecutive blocks as fit get passes of their own. Sums are
+            written before the next are collected.
+        can_collect: Whether ``model`` is the one that ``source`` names, so that missing statistics can be collected.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        sequences: Tensor,
+        passes: Passes,
         source: Mapping[str, Any],
         *,
         directory: str | Path | None = None,
-        batch_size: int = 1,
         memory: int | None = None,
-        gradient_checkpointing: bool = False,
-        collecting: bool = True,
+        can_collect: bool = True,
     ) -> None:
-        self.model, self.sequences, self.source, self.batch_size = model, sequences, dict(source), batch_size
-        self.memory, self.gradient_checkpointing, self.collecting = memory, gradient_checkpointing, collecting
+        self.model, self.passes, self.source = model, passes, dict(source)
+        self.memory, self.can_collect = memory, can_collect
         self._directory = None if directory is None else Path(directory)
-        self.backward: BlockwiseBackward | None = None
-        self.seconds_before = 0.0
 
-    def compressed(self, point: Mapping[str, Any], *, collecting: bool = False) -> Statistics:
-        """Return the statistics of the same model when it is compressed as ``point`` says, on the same sequences.
+    def compressed(self, point: Mapping[str, Any], *, can_collect: bool = False) -> Statistics:
+        """Return the statistics of the model when it is compressed, on the same sequences.
 
         Args:
-            point: Added to the fingerprint.
-            collecting: Whether the model is compressed so when they are asked for what is missing.
+            point: How the model is compressed; it is added to the fingerprint.
+            can_collect: Whether the model is compressed in this way while statistics are collected.
         """
-        return self._beside("compressed", self.sequences, point, collecting)
+        return self._beside("compressed", self.passes, point, can_collect)
 
     def on(self, sequences: Tensor) -> Statistics:
         """Return the statistics of the same model on other ``sequences`` ``[sequences, length]``."""
         text = sequences_fingerprint(sequences)
-        return self._beside(f"texts/{text[:20]}", sequences, {"text": text}, self.collecting)
+        passes = replace(self.passes, sequences=sequences)
+        return self._beside(f"texts/{text[:20]}", passes, {"text": text}, self.can_collect)
 
-    def _beside(self, folder: str, sequences: Tensor, source: Mapping[str, Any], collecting: bool) -> Statistics:
+    def _beside(self, folder: str, passes: Passes, source: Mapping[str, Any], can_collect: bool) -> Statistics:
         directory = None if self._directory is None else self._directory / folder
         return Statistics(
-            self.model, sequences, {**self.source, **source}, directory=directory, batch_size=self.batch_size,
-            memory=self.memory, gradient_checkpointing=self.gradient_checkpointing, collecting=collecting,
+            self.model, passes, {**self.source, **source}, directory=directory, memory=self.memory,
+            can_collect=can_collect,
         )  # fmt: skip
 
-    def inputs(self, targets: Sequence[Target]) -> TensorStore:
-        """Return the store of ``second_moment`` ``[in, in]`` and ``mean_absolute`` ``[in]``, keyed by group."""
-        store = self._store_of("inputs")
+    def missing(self, statistic: Statistic, targets: Sequence[Target], labels: Labels) -> list[Target]:
+        """Return the ``targets`` whose ``statistic`` has not been measured yet."""
+        kind = _MEASURES[statistic]
+        store = self._store(kind, labels)
+        return [target for target in targets if kind.key(target) not in store]
 
-        def collect(those: Sequence[Target]) -> dict[str, InputMoments]:
-            return collect_input_moments(self.model, those, self.sequences, batch_size=self.batch_size)
+    def collect(
+        self,
+        statistic: Statistic,
+        targets: Sequence[Target],
+        labels: Labels = "text",
+        *,
+        backward: BlockwiseBackward | None = None,
+    ) -> TensorStore:
+        """Return the store of one ``statistic`` of ``targets``; missing entries are collected and written first.
 
-        groups = {target: target.group for target in targets}
-        sizes = {target: 8 * target.shape[1] ** 2 for target in targets}
-        self._fill(store, groups, sizes, collect, _input_tensors, lambda found: {"tokens": str(found.tokens)})
-        return store
+        The classes in ``input_moments``, ``gradients`` and ``weighted_moments`` describe the tensors of an entry.
 
-    def unmeasured(self, need: Statistic, targets: Sequence[Target], labels: Labels) -> list[Target]:
-        """Return those of ``targets`` of which ``need`` has not been measured yet."""
-        store = self._store_of(need, labels)
-        return [target for target in targets if (target.group if need == "inputs" else target.name) not in store]
-
-    def output_gradients(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
-        """Return the store of ``second_moment`` ``[out, out]`` of output gradients, keyed by module."""
-        store = self._store_of("output_gradients", labels)
-
-        def collect(those: Sequence[Target]) -> dict[str, GradientMoments]:
-            device = self._device(those)
-            return self._measured(
-                {target: GradientMoments.empty(target.shape[0], device=device) for target in those}, labels
-            )
-
-        names = {target: target.name for target in targets}
-        sizes = {target: 8 * target.shape[0] ** 2 for target in targets}
-        self._fill(store, names, sizes, collect, _gradient_tensors, lambda found: {"tokens": str(found.tokens)}, labels)
-        return store
-
-    def weighted_moments(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
-        """Return the store of ``inputs`` ``[in, in]`` and ``outputs`` ``[out, out]``, keyed by module.
-
-        They are the means of ``|g| x x'`` and of ``g g' / |g|``, ``x`` an input and ``g`` the gradient by its output.
-        """
-        store = self._store_of("weighted_moments", labels)
-
-        def collect(those: Sequence[Target]) -> dict[str, WeightedMoments]:
-            device = self._device(those)
-            return self._measured(
-                {target: WeightedMoments.empty(target.shape, device=device) for target in those}, labels
-            )
-
-        names = {target: target.name for target in targets}
-        sizes = {target: 8 * sum(side**2 for side in target.shape) for target in targets}
-        self._fill(store, names, sizes, collect, _weighted_tensors, lambda found: {"tokens": str(found.tokens)}, labels)
-        return store
-
-    def gradient_norms(self, targets: Sequence[Target], labels: Labels) -> TensorStore:
-        """Return the store of ``norms`` ``[sequences, length]`` of output gradients, token by token, keyed by module.
+        Args:
+            statistic: What to measure.
+            targets: The linear layers.
+            labels: Whose next tokens the loss asks for, where gradients are needed.
+            backward: The backward pass through the block of ``targets``, in a block-wise pass.
 
         Raises:
-            ValueError: A map is not called once for every token.
+            ValueError: The statistics of a compressed model are missing, or an input or a gradient is not finite.
         """
-        store = self._of_gradients("gradient_norms", labels)
-
-        def collect(those: Sequence[Target]) -> dict[str, TokenNorms]:
-            shape = self.sequences.shape
-            return self._measured(
-                {target: TokenNorms.empty(*shape, batch_size=self.batch_size) for target in those}, labels
-            )
-
-        names = {target: target.name for target in targets}
-        sizes = dict.fromkeys(targets, 4 * self.sequences.numel())
-        self._fill(store, names, sizes, collect, lambda found: {"norms": found.norms}, lambda _: {}, labels)
-        return store
-
-    def weight_gradients(self, targets: Sequence[Target]) -> TensorStore:
-        """Return the store of ``mean`` ``[out, in]`` and ``mean_squares`` ``[out]`` of gradients, keyed by module."""
-        store = self._store_of("weight_gradients")
-
-        def collect(those: Sequence[Target]) -> dict[str, WeightGradients]:
-            device = self._device(those)
-            sums = {target: WeightGradients.empty(target.shape, device=device) for target in those}
-            self._differentiate({}, sums, "text")
-            return by_name(sums)
-
-        names = {target: target.name for target in targets}
-        sizes = {target: 4 * target.shape[0] * target.shape[1] for target in targets}
-        self._fill(store, names, sizes, collect, _weight_tensors, lambda found: {"batches": str(found.batches)}, "text")
-        return store
-
-    def _measured(self, measures: Mapping[Target, OfOutputs], labels: Labels) -> dict[str, OfOutputs]:
-        self._differentiate(measures, {}, labels)
-        return by_name(measures)
-
-    def _differentiate(
-        self, outputs: Mapping[Target, OutputMeasure], weights: Mapping[Target, WeightGradients], labels: Labels
-    ) -> None:
-        if self.backward is not None:
-            self.backward.measure(outputs, weights, labels)
-        else:
-            measure_gradients(
-                self.model, self.sequences, outputs, weights, labels=labels, batch_size=self.batch_size,
-                gradient_checkpointing=self.gradient_checkpointing,
-            )  # fmt: skip
-
-    def _device(self, targets: Sequence[Target]) -> torch.device:
-        # Of a model that is walked block by block, only what is watched has its weights.
-        device: torch.device = next(self.model.get_submodule(targets[0].name).parameters()).device
-        return device
-
-    def stores(
-        self, needs: Iterable[Statistic], targets: Sequence[Target], labels: Labels
-    ) -> dict[Statistic, TensorStore]:
-        """Return the store of each statistic that is needed for ``targets``; arguments as in ``seconds``."""
-        found: dict[Statistic, TensorStore] = {}
-        for need in needs:
-            if need == "inputs":
-                found[need] = self.inputs(targets)
-            elif need == "output_gradients":
-                found[need] = self.output_gradients(targets, labels)
-            elif need == "weighted_moments":
-                found[need] = self.weighted_moments(targets, labels)
-            else:
-                found[need] = self.weight_gradients(targets)
-        return found
-
-    def seconds(self, needs: Iterable[Statistic], targets: Sequence[Target], labels: Labels) -> float | None:
-        """Return what collecting the statistics that are needed for ``targets`` took; ``None`` where it is not known.
-
-        Args:
-            needs: Which statistics; those that are missing are collected.
-            targets: For which maps.
-            labels: As in ``output_gradients``.
-        """
-        names = [target.name for target in targets]
-        return total_seconds(
-            store.seconds({target.group for target in targets} if need == "inputs" else names)
-            for need, store in self.stores(needs, targets, labels).items()
-        )
-
-    def _store_of(self, need: Statistic, labels: Labels = "text") -> TensorStore:
-        if need == "inputs":
-            return self._store("statistics")
-        if need == "weight_gradients":
-            return self._store(need, batch_size=str(self.batch_size))
-        return self._of_gradients(need, labels)
-
-    def _of_gradients(self, need: str, labels: Labels) -> TensorStore:
-        # Labels are drawn batch by batch.
-        drawn = {"batch_size": str(self.batch_size)} if labels == "sampled" and self.batch_size != 1 else {}
-        return self._store(need, labels=labels, **drawn)
-
-    def _store(self, kind: str, **settings: str) -> TensorStore:
-        return TensorStore(kind, {**self.source, **settings}, self._directory / kind if self._directory else None)
-
-    def _fill(
-        self,
-        store: TensorStore,
-        keys: Mapping[Target, str],
-        sizes: Mapping[Target, int],
-        collect: Callable[[Sequence[Target]], dict[str, Measured]],
-        tensors: Callable[[Measured], dict[str, Tensor]],
-        notes: Callable[[Measured], dict[str, str]],
-        labels: Labels | None = None,
-    ) -> None:
-        """Collect and write what ``store`` lacks: all at once, or block by block.
-
-        Args:
-            store: Where it goes.
-            keys: What each target's entry is called there.
-            sizes: Bytes that the sums of each target's entry take.
-            collect: Measures what is asked for of targets.
-            tensors: What of the measured is written.
-            notes: What is noted beside it.
-            labels: Whose next tokens the loss asks for; None where no gradients are needed.
-        """
-
-        def gather(those: Sequence[Target]) -> None:
-            began = time.perf_counter()
-            measured = collect(those)
-            # What one pass took is shared out among its files, so that a store knows what it cost however often it
-            # resumed.
-            seconds = self.seconds_before + (time.perf_counter() - began) / max(1, len(measured))
-            # All processes have the sums, each writes a share of them.
-            measured = {name: measured[name] for name in my_share(list(measured))}
-            for name in tqdm(list(measured), desc=f"saving {_said(store)}", unit="file", disable=not is_first()):
-                # Popped, so that memory shrinks as the disk fills.
-                found = measured.pop(name)
-                store.write(name, tensors(found), notes={**notes(found), "seconds": f"{seconds:.4f}"})
-
+        kind = _MEASURES[statistic]
+        store = self._store(kind, labels)
+        keys = {target: kind.key(target) for target in targets}
         with store.filling(keys.values()) as missing:
-            if missing and not self.collecting:
+            if missing and not self.can_collect:
                 raise ValueError(
                     f"what was measured in the compressed model is missing in {store.directory} for {missing[0]} and "
                     f"{len(missing) - 1} more: delete the factors that were made from it and decompose the base again "
                     "(at_keep)"
                 )
-            lacking, first = set(missing), dict[str, Target]()
-            for target, key in keys.items():
-                # The first of those that share an entry stands for them all.
-                if key in lacking:
-                    first.setdefault(key, target)
-            if not first:
-                return
-            todo = list(first.values())
-            memory = self._memory(sum(sizes[target] for target in todo))
-            groups = block_groups(todo, sizes, memory)
-            if len(groups) > 1:
-                _log.info("%s are measured block by block, in %.3g GB at a time", _said(store), memory / 1e9)
-                try:
-                    self._block_by_block(todo, gather, labels)
-                    return
-                except NotBlockwiseError as error:
-                    _log.warning("%s take %d passes through the whole model: %s", _said(store), len(groups), error)
-                    left = set(store.missing(first))
-                    groups = block_groups([one for key, one in first.items() if key in left], sizes, memory)
-            for number, those in enumerate(groups, 1):
-                if len(groups) > 1:
-                    _log.info(
-                        "%s: blocks %d to %d, group %d of %d",
-                        _said(store), those[0].block, those[-1].block, number, len(groups),
-                    )  # fmt: skip
-                gather(those)
+            # The first of the layers that share an entry stands for all of them.
+            first = {key: target for target, key in reversed(keys.items()) if key in set(missing)}
+            todo = [target for target, key in keys.items() if first.get(key) is target]
+            if todo:
+                _Filling(self, kind, store, labels).fill(todo, backward)
+        return store
 
-    def _memory(self, needed: int) -> float:
-        """Return the bytes that sums may take at a time."""
+    def stores(
+        self,
+        needs: Iterable[Statistic],
+        targets: Sequence[Target],
+        labels: Labels,
+        *,
+        backward: BlockwiseBackward | None = None,
+    ) -> dict[Statistic, TensorStore]:
+        """Return the store of each statistic in ``needs``; other arguments as in ``collect``."""
+        return {need: self.collect(need, targets, labels, backward=backward) for need in needs}
+
+    def seconds(self, needs: Iterable[Statistic], targets: Sequence[Target], labels: Labels) -> float | None:
+        """Return how long collecting the statistics in ``needs`` took; None where that is not known.
+
+        Missing statistics are collected. Arguments are those of ``stores``.
+        """
+        return total_seconds(
+            store.seconds({_MEASURES[need].key(target) for target in targets})
+            for need, store in self.stores(needs, targets, labels).items()
+        )
+
+    def memory_for(self, needed: int) -> float:
+        """Return the bytes that sums may take at a time, where all sums together take ``needed``."""
         if self.memory is not None:
             return self.memory
-        # One answer for all processes, which have to make the same passes.
+        # All processes make the same passes, so the first one decides.
         free = broadcast_from_first(lambda: free_memory(self.model.device))
         return max(needed, 1) if free is None else SHARE * free
 
-    def _block_by_block(
-        self, todo: Sequence[Target], gather: Callable[[Sequence[Target]], None], labels: Labels | None
-    ) -> None:
-        """Gather what is missing of one block at a time, in one pass forward and, for gradients, one back.
+    def _store(self, kind: type[Measure], labels: Labels) -> TensorStore:
+        identity = {**self.source, **kind.identity(labels, self.passes.batch_size)}
+        return TensorStore(kind.folder, identity, self._directory / kind.folder if self._directory else None)
 
-        Args:
-            todo: Maps with something missing.
-            gather: Collects and writes it, of maps of a block.
-            labels: As in ``_fill``.
+
+class _Filling:
+    """Collects one kind of statistic and writes it to its store.
+
+    Args:
+        statistics: The model, the passes, and the memory for sums.
+        kind: What to measure.
+        store: Where it is written.
+        labels: Whose next tokens the loss asks for.
+    """
+
+    def __init__(self, statistics: Statistics, kind: type[Measure], store: TensorStore, labels: Labels) -> None:
+        self.statistics, self.kind, self.store, self.labels = statistics, kind, store, labels
+        self.model, self.passes = statistics.model, statistics.passes
+        self.called = store.kind.replace("_", " ")
+
+    def fill(self, todo: Sequence[Target], backward: BlockwiseBackward | None) -> None:
+        """Collect and write the statistic of ``todo``: all at once, or block by block where memory is short."""
+        sizes = {target: self.kind.bytes_of(target, self.passes) for target in todo}
+        memory = self.statistics.memory_for(sum(sizes.values()))
+        groups = block_groups(todo, sizes, memory)
+        if len(groups) > 1:
+            _log.info("%s are measured block by block, in %.3g GB at a time", self.called, memory / 1e9)
+            try:
+                self._block_by_block(todo)
+                return
+            except NotBlockwiseError as error:
+                _log.warning("%s take %d passes through the whole model: %s", self.called, len(groups), error)
+                groups = block_groups([one for one in todo if self.kind.key(one) not in self.store], sizes, memory)
+        for number, members in enumerate(groups, 1):
+            if len(groups) > 1:
+                first, last = members[0].block, members[-1].block
+                _log.info("%s: blocks %d to %d, group %d of %d", self.called, first, last, number, len(groups))
+            self._gather(members, backward)
+
+    def _block_by_block(self, todo: Sequence[Target]) -> None:
+        """Collect and write the statistic of one block at a time.
 
         Raises:
             NotBlockwiseError: Blocks share more than the hidden state.
         """
-        of_block = {block: list(those) for block, those in groupby(todo, key=lambda target: target.block)}
-        whole = WholeModel(self.model)
-        lowest, last = (min(of_block), len(whole.blocks) - 1) if labels else (None, max(of_block))
+        of_block = {block: list(members) for block, members in groupby(todo, key=lambda target: target.block)}
+        differentiate = issubclass(self.kind, GradientMeasure)
+        model = WholeModel(self.model)
+        extent = Extent.of(len(model.blocks), *([], todo) if differentiate else (todo, []))
+
+        def visit(block: int, backward: BlockwiseBackward | None) -> None:
+            if block in of_block and (backward is not None) == differentiate:
+                self._gather(of_block[block], backward)
+
+        pass_through_blocks(model, self.passes, extent, visit, labels=self._labels())
+
+    def _labels(self) -> Labels:
+        return self.kind.labels(self.labels) if issubclass(self.kind, GradientMeasure) else self.labels
+
+    def _gather(self, targets: Sequence[Target], backward: BlockwiseBackward | None) -> None:
+        """Collect the statistic of ``targets`` in one pass, and write it."""
         began = time.perf_counter()
-        keep_from = None if lowest is None else lowest - 1
-        walk = BlockwiseForward(whole, self.sequences, batch_size=self.batch_size, keep_from=keep_from)
-        for block in range(last + 1):
-            with walk.at(block):
-                if lowest is None and block in of_block:
-                    gather(of_block[block])
-        if lowest is None or labels is None:
-            return
-        try:
-            self.backward = back = BlockwiseBackward(walk, labels)
-            self.seconds_before = (time.perf_counter() - began) / len(todo)
-            for block in range(last, lowest - 1, -1):
-                with back.at(block):
-                    if block in of_block:
-                        gather(of_block[block])
-        finally:
-            self.backward, self.seconds_before = None, 0.0
+        measured = self._measure(targets, backward)
+        # The time of a pass is shared out among its entries, so that the store knows the total however often a run was
+        # resumed.
+        seconds = (time.perf_counter() - began) / max(1, len(measured))
+        if backward is not None:
+            seconds += backward.seconds_per_entry
+        # All processes have the sums. Each writes a share of them.
+        mine = {name: measured[name] for name in my_share(list(measured))}
+        measured.clear()
+        for name in tqdm(list(mine), desc=f"saving {self.called}", unit="file", disable=not is_first()):
+            # Popped, so that memory shrinks while files are written.
+            found = mine.pop(name)
+            self.store.write(name, found.tensors(), notes={**found.notes(), "seconds": f"{seconds:.4f}"})
+
+    def _measure(self, targets: Sequence[Target], backward: BlockwiseBackward | None) -> dict[str, Measure]:
+        kind, measured = self.kind, dict[str, Measure]()
+        if not issubclass(kind, GradientMeasure):
+            measured.update(collect_input_moments(self.model, targets, self.passes))
+        elif backward is None:
+            measured.update(collect_gradients(kind, self.model, targets, self.passes, labels=self.labels))
+        else:
+            assert backward.labels == self._labels()
+            # In a block-wise pass only the layers of the current block have their weights.
+            device: torch.device = next(self.model.get_submodule(targets[0].name).parameters()).device
+            gradients = {target.name: kind.empty(target, self.passes, device) for target in targets}
+            backward.measure(gradients)
+            measured.update(gradients)
+        return measured
 
 
 def statistics_of_factors(factors: FactorStore, model: PreTrainedModel, sequences: Tensor) -> Statistics:
     """Return the statistics that ``factors`` were made from, where they lie.
 
     Args:
-        factors: Those of a decomposition, or of a correction of one.
+        factors: The factors of a decomposition, or of the correction of one.
         model: The dense base.
-        sequences: ``[sequences, length]`` calibration token ids that they were made from.
+        sequences: ``[sequences, length]`` calibration token ids that the factors were made from.
     """
     source = {key: factors.fingerprint[key] for key in _SOURCE if key in factors.fingerprint}
     directory = factors.directory.resolve()
     if "correction" in factors.fingerprint:
-        # Corrected factors lie in a folder of those that they were made from.
+        # Corrected factors lie in a folder inside that of the factors that they were made from.
         directory = directory.parents[1]
     digest = read_manifest(directory)["digest"]
     in_cache = directory == (cache_root() / factors.kind / digest[:20]).resolve()
-    batch_size = factors.fingerprint.get("batch_size", 1)
-    return Statistics(model, sequences, source, directory=None if in_cache else directory, batch_size=batch_size)
-
-
-def _said(store: TensorStore) -> str:
-    return store.kind.replace("_", " ")
-
-
-def _input_tensors(moments: InputMoments) -> dict[str, Tensor]:
-    return {"second_moment": _prune(moments.second_moment), "mean_absolute": moments.mean_absolute.float()}
-
-
-def _gradient_tensors(moments: GradientMoments) -> dict[str, Tensor]:
-    return {"second_moment": _prune(moments.second_moment)}
-
-
-def _weighted_tensors(moments: WeightedMoments) -> dict[str, Tensor]:
-    return {"inputs": _prune(moments.mean_inputs), "outputs": _prune(moments.mean_outputs)}
-
-
-def _weight_tensors(gradients: WeightGradients) -> dict[str, Tensor]:
-    return {"mean": gradients.mean, "mean_squares": gradients.mean_squares}
-
-
-def _prune(second: Tensor) -> Tensor:
-    # float32 on disk: the batch products were summed from float32 products, more digits would only be noise. But the
-    # squares of massive activations may lie beyond its range, and those of faint gradients below it.
-    prune = second.float()
-    lost = not torch.isfinite(prune).all() or second.diagonal().abs().max() < torch.finfo(torch.float32).tiny * 1e6
-    return second if lost else prune
+    passes = Passes(sequences, batch_size=factors.fingerprint.get("batch_size", 1))
+    return Statistics(model, passes, source, directory=None if in_cache else directory)

@@ -1,137 +1,165 @@
-"""Moments in which tokens count by the size of their gradient, and these sizes.
+"""Second moments in which tokens are weighted by the size of their gradient, and these sizes.
 
-A loss's curvature by a weight is ``E[x x' (x) g g']``, and two second moments can stand for it only as far as a token's
-input and its gradient have nothing to do with each other. They have where much depends on few tokens: in the values and
-keys of attention sinks, gradients are a hundred times what they are elsewhere, and all for one input. Splitting the
-size of each token's gradient evenly over both sides keeps such tokens from standing for all. It is no exact product
-either, but an estimate that is lower than the curvature where sizes vary much.
+The curvature of the loss by a weight is ``E[x x' (x) g g']``. Two second moments can stand for it only where inputs and
+gradients of a token are independent. They are not where the loss depends on few tokens: the keys and values of
+attention sinks have gradients a hundred times as large as elsewhere, all for one input. Splitting the size of each
+token's gradient evenly between both sides keeps such tokens from dominating. The result is an estimate too. It lies
+below the curvature where sizes vary much.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lowrank_pl.calibration.input_moments import product, rows_of
+from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, Passes
+from lowrank_pl.calibration.symmetric_sum import SymmetricSum, compact, rows_of
+from lowrank_pl.models.targets import Target
 from lowrank_pl.utils.distributed import sum_across_processes, total_across_processes
 
 __all__ = ["TokenNorms", "WeightedMoments"]
 
+_SAFE = 1e-12, 1e18
+"""Where the largest norm of a batch lies in this range, squares in float32 lose nothing that counts."""
 
-@dataclass
-class WeightedMoments:
-    """Sums over tokens of ``|g| x x'`` and of ``g g' / |g|``, ``x`` an input and ``g`` the gradient by its output.
+
+class WeightedMoments(GradientMeasure):
+    """Means over tokens of ``|g| x x'`` and of ``g g' / |g|``: ``x`` is an input, ``g`` the gradient by the output.
 
     Args:
-        inputs: ``[in, in]`` sum of the former, float64.
-        outputs: ``[out, out]`` sum of the latter, float64.
+        shape: ``(out, in)`` of the weight.
+        device: Where the sums are.
+
+    Attributes:
         tokens: How many tokens had a label.
 
     Example:
-        >>> moments = WeightedMoments.empty((1, 1))
-        >>> moments.add(torch.tensor([[2.0], [3.0]]), torch.tensor([[-5.0], [0.0]]), tokens=2, batch=0)
-        >>> moments.mean_inputs.item(), moments.mean_outputs.item()
+        >>> moments = WeightedMoments((1, 1))
+        >>> call = Call(torch.tensor([[2.0], [3.0]]), torch.tensor([[-5.0], [0.0]]))
+        >>> moments.add([call], Batch(0, torch.zeros(1, 3)))
+        >>> moments.inputs.item(), moments.outputs.item()
         (10.0, 2.5)
     """
 
-    inputs: Tensor
-    outputs: Tensor
-    tokens: int = 0
+    folder = "weighted_moments"
+
+    def __init__(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> None:
+        self._outputs, self._inputs = (SymmetricSum(size, device=device) for size in shape)
+        self.tokens = 0
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> WeightedMoments:
-        """Return sums of nothing for a weight of ``shape`` ``(out, in)``."""
-        rows, columns = (torch.zeros(size, size, dtype=torch.float64, device=device) for size in shape)
-        return cls(columns, rows)
+    def bytes_of(cls, target: Target, passes: Passes) -> int:
+        """Return the bytes that the sums of ``target`` take."""
+        return sum(SymmetricSum.bytes_of(size) for size in target.shape)
 
-    def add(self, inputs: Tensor, gradient: Tensor, *, tokens: int, batch: int) -> None:
-        """Add one call of the map: ``inputs`` ``[..., in]`` and ``gradient`` ``[..., out]`` of the same tokens.
+    @classmethod
+    def empty(cls, target: Target, passes: Passes, device: torch.device) -> WeightedMoments:
+        """Return the moments of ``target`` before the first batch."""
+        return cls(target.shape, device=device)
 
-        Args:
-            inputs: What it was fed.
-            gradient: Of a summed loss, by what it returned.
-            tokens: How many labels the loss asked for.
-            batch: Not used.
-
-        Raises:
-            ValueError: The inputs hold NaN or infinity.
-        """
-        gradients = rows_of(gradient)
-        roots = _norms(gradients).sqrt()[:, None]
-        weighted = rows_of(inputs) * roots
-        # A token without a gradient has nothing to share out.
-        shared = torch.where(roots > 0, gradients / roots, 0.0)
-        self.inputs += product(weighted, weighted, "the inputs hold")
-        self.outputs += product(shared, shared, "the gradients hold")
-        self.tokens += tokens
+    def add(self, calls: Sequence[Call], batch: Batch) -> None:
+        """Add the inputs and gradients of one batch."""
+        for call in calls:
+            gradients = rows_of(call.gradient)
+            norms = _norms(gradients)
+            roots = norms.sqrt()[:, None]
+            # A token without a gradient contributes nothing.
+            self._outputs.add(gradients * torch.where(roots > 0, 1 / roots, 0.0), "the gradients hold")
+            self._inputs.add(rows_of(call.inputs) * roots, "the inputs hold")
+        self.tokens += batch.labels
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
-        sum_across_processes(self.inputs)
-        sum_across_processes(self.outputs)
+        self._inputs.merge_processes()
+        self._outputs.merge_processes()
         self.tokens = total_across_processes(self.tokens)
 
     @property
-    def mean_inputs(self) -> Tensor:
-        """``[in, in]`` mean of ``|g| x x'`` over tokens with a label."""
-        return self.inputs / max(1, self.tokens)
+    def inputs(self) -> Tensor:
+        """``[in, in]`` mean of ``|g| x x'`` over tokens with a label, float64."""
+        return self._inputs.matrix() / max(1, self.tokens)
 
     @property
-    def mean_outputs(self) -> Tensor:
-        """``[out, out]`` mean of ``g g' / |g|`` over tokens with a label."""
-        return self.outputs / max(1, self.tokens)
+    def outputs(self) -> Tensor:
+        """``[out, out]`` mean of ``g g' / |g|`` over tokens with a label, float64."""
+        return self._outputs.matrix() / max(1, self.tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``inputs`` ``[in, in]`` and ``outputs`` ``[out, out]``."""
+        return {"inputs": compact(self.inputs), "outputs": compact(self.outputs)}
+
+    def notes(self) -> dict[str, str]:
+        """Return how many tokens had a label."""
+        return {"tokens": str(self.tokens)}
 
 
-@dataclass
-class TokenNorms:
-    """How large the gradient by a map's output is, for every token.
+class TokenNorms(GradientMeasure):
+    """The norm of the gradient by the output of a linear layer, for every token.
 
     Args:
-        norms: ``[sequences, length]``, float32; 0 where the map was not called.
-        batch_size: Sequences in a batch.
+        passes: The sequences, and how many at a time.
+
+    Attributes:
+        norms: ``[sequences, length]``, float32; 0 where the layer was not called.
 
     Example:
-        >>> norms = TokenNorms.empty(2, 1)
-        >>> norms.add(torch.zeros(1, 1, 8), torch.tensor([[[3.0, 4.0]]]), tokens=1, batch=1)
+        >>> norms = TokenNorms(Passes(torch.zeros(2, 1)))
+        >>> norms.add([Call(torch.zeros(1, 1, 8), torch.tensor([[[3.0, 4.0]]]))], Batch(1, torch.zeros(1, 1)))
         >>> norms.norms.tolist()
         [[0.0], [5.0]]
     """
 
-    norms: Tensor
-    batch_size: int = 1
+    folder = "gradient_norms"
+
+    def __init__(self, passes: Passes) -> None:
+        self.norms = torch.zeros(passes.sequences.shape)
+        self._batch_size = passes.batch_size
 
     @classmethod
-    def empty(cls, sequences: int, length: int, *, batch_size: int = 1) -> TokenNorms:
-        """Return the norms of no gradient for ``sequences`` of ``length`` tokens."""
-        return cls(torch.zeros(sequences, length), batch_size)
+    def bytes_of(cls, target: Target, passes: Passes) -> int:
+        """Return the bytes that the norms of ``target`` take."""
+        return 4 * passes.sequences.numel()
 
-    def add(self, inputs: Tensor, gradient: Tensor, *, tokens: int, batch: int) -> None:
-        """Take the norms of ``gradient`` ``[..., out]``, of all tokens of batch number ``batch``.
+    @classmethod
+    def empty(cls, target: Target, passes: Passes, device: torch.device) -> TokenNorms:
+        """Return the norms of ``target`` before the first batch, in main memory: they are small."""
+        return cls(passes)
 
-        Args:
-            inputs: Not used.
-            gradient: Of a summed loss, by what the map returned.
-            tokens: Not used.
-            batch: Number of the batch.
+    def add(self, calls: Sequence[Call], batch: Batch) -> None:
+        """Add the norms of all tokens of one batch.
 
         Raises:
-            ValueError: The map is not called once for every token.
+            ValueError: The layer was not called once for every token, or a gradient is not finite.
         """
-        first = batch * self.batch_size
-        part = self.norms[first : first + self.batch_size]
-        found = _norms(rows_of(gradient))
-        if found.numel() != part.numel():
-            raise ValueError(f"a map was called for {found.numel()} tokens of the {part.numel()} that there are")
-        part.copy_(found.view_as(part))
+        first = batch.number * self._batch_size
+        part = self.norms[first : first + self._batch_size]
+        for call in calls:
+            found = _norms(rows_of(call.gradient))
+            if found.numel() != part.numel():
+                raise ValueError(f"the layer was called for {found.numel()} of {part.numel()} tokens")
+            if not torch.isfinite(found).all():
+                raise ValueError("the gradients hold NaN or infinity")
+            part.copy_(found.view_as(part))
 
     def merge_processes(self) -> None:
-        """Put together what all processes that work together have seen."""
+        """Put together the norms of all processes that work together."""
         sum_across_processes(self.norms)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``norms`` ``[sequences, length]``."""
+        return {"norms": self.norms}
+
+    def notes(self) -> dict[str, str]:
+        """Return nothing: the tensor says it all."""
+        return {}
 
 
 def _norms(rows: Tensor) -> Tensor:
-    # The squares of faint gradients lie below what float32 can hold.
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    return norms.float()
+    """Return the norm of each row of ``[tokens, n]``, float32."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    least, most = _SAFE
+    if norms.numel() and not least < norms.max() < most:
+        norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).float()
+    return norms

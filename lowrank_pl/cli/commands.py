@@ -274,7 +274,7 @@ def factors_of(
     origin = plan.origin["calibration"]
     calibration = Calibration(origin["text"], origin["length"], origin["windows"])
     subject = Subject(model, tokenizer, calibration.tokens(tokenizer), Constraints(include=list(plan.modules)))
-    return build_factors(subject, settings=Decomposition.behind(plan.origin["decomposition"]))
+    return build_factors(subject, settings=Decomposition.of_fingerprint(plan.origin["decomposition"]))
 
 
 def _plan_line(plan: RankPlan) -> str:

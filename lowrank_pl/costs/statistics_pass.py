@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.backward import differentiable
-from lowrank_pl.calibration.gradients import measure_gradients
+from lowrank_pl.calibration.gradients import measure_batch
+from lowrank_pl.calibration.measures import Passes
 from lowrank_pl.calibration.weighted_moments import WeightedMoments
 from lowrank_pl.costs.turns import frozen_step, timed_in_turns
 from lowrank_pl.models.targets import find_targets
@@ -34,12 +35,15 @@ def measure_statistics(
         repeats: Turns of each, after one to warm up.
     """
     # Kept over all turns: memory that is touched for the first time would be a part of what is measured.
+    passes = Passes(sequences, batch_size=batch_size)
     moments = {
-        target: WeightedMoments.empty(target.shape, device=model.device) for target in find_targets(model).modules
+        target.name: WeightedMoments.empty(target, passes, model.device) for target in find_targets(model).modules
     }
 
     def statistics() -> None:
-        measure_gradients(model, sequences, moments, batch_size=batch_size, progress="statistics pass")
+        with differentiable(model, 0):
+            for batch in passes.batches():
+                measure_batch(model, batch.to(model.device), moments, "sampled", passes.seed)
 
     def frozen() -> None:
         with differentiable(model, 0):

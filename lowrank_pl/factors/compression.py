@@ -1,4 +1,4 @@
-"""A plan and factors become a model with deployed layers."""
+"""Put a plan and factors into a model: its planned linear layers become low-rank ones."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ __all__ = ["compress", "compressed", "deployed_plan", "factored_layer", "restore
 
 _log = logging.getLogger(__name__)
 
-
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.device | None = None) -> Model:
     """Replace the planned modules of ``model`` by their factors at the planned ranks, in place, and return it.
 
-    Modules that the plan leaves dense stay as they are. Biases are kept. Works on the dense base as well as on the
-    masked model that ranks were learned with. A module that can't be stored pivoted accurately in its weight's type is
-    stored as two factors, or stays dense where these would be no smaller, with a warning; ``deployed_plan`` says which.
+    Modules that the plan leaves dense stay as they are. Biases are kept. The model is the dense base, or the masked
+    model that ranks were learned with. A module that can't be stored pivoted accurately in its weight's type is stored
+    as two factors, or stays dense where two factors would be no smaller, with a warning. ``deployed_plan`` returns the
+    plan with the storage that each module has then.
 
     Args:
         model: The base that plan and store were made from.
-        plan: Which ranks.
-        store: The factors, in any precision; cast to each weight's type.
-        device: Where rows and columns to store are chosen, in double precision; by default the weights' own, or main
-            memory where these are on a device without it.
+        plan: The ranks.
+        store: The factors, in any precision; they are cast to each weight's type.
+        device: Where pivots are chosen, in double precision; by default the device of the weights if that is a GPU with
+            CUDA, and main memory otherwise.
 
     Raises:
-        ValueError: The plan names modules or shapes that the model lacks, or was made from another store's inputs.
+        ValueError: The plan names modules or shapes that the model lacks, or it was made for other factors.
 
     Example:
         >>> from lowrank_pl import Budget, RankPlan, build_factors, find_targets
@@ -81,9 +81,10 @@ def _low_rank(
         rows, columns = entry.shape
         smaller = entry.rank * (rows + columns) < rows * columns
         _log.warning(
-            "%s %s: stored pivoted in %s it would be off by %.2g, as factors it is by %.2g (largest coefficient %.3g)",
-            *(name, "is stored as two factors" if smaller else "stays dense, of which two factors would be no less"),
-            *(_type_name(weight.dtype), found.error, found.plain, found.growth),
+            "%s %s: its relative error would be %.2g stored pivoted in %s, and is %.2g as two factors (largest "
+            "coefficient %.3g)",
+            *(name, "is stored as two factors" if smaller else "stays dense, since two factors would be no smaller"),
+            *(found.error, _type_name(weight.dtype), found.plain, found.growth),
         )
         if not smaller:
             return old
@@ -91,7 +92,7 @@ def _low_rank(
 
 
 def factored_layer(old: nn.Module, factors: Factors) -> LowRankLinear:
-    """Return the layer of ``factors`` that takes the place of ``old``, in its weight's type and with its bias."""
+    """Return a layer with ``factors`` to replace ``old``, in the type of its weight and with its bias."""
     weight = dense_weight(old)
     return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), getattr(old, "bias", None))
 
@@ -101,10 +102,10 @@ def _type_name(dtype: torch.dtype) -> str:
 
 
 def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
-    """Return ``plan`` with the storage that the layers of ``model``, which it compressed, really have.
+    """Return ``plan`` with the storage that the layers of ``model`` really have, which ``plan`` compressed.
 
-    Modules that should be stored pivoted and are stored as two factors, or are dense, become so in the plan, and its
-    notes count them; without any the plan is returned as it is.
+    Some modules that the plan stores pivoted may be stored as two factors or stay dense. The returned plan says so, and
+    its notes count them. Without such modules it is ``plan`` itself.
     """
     layers = {name: model.get_submodule(name) for name in plan.pivoted_modules}
     fallen = {name: layer for name, layer in layers.items() if not isinstance(layer, PivotedLinear)}
@@ -135,12 +136,12 @@ def stand_ins(model: nn.Module) -> dict[str, StandIn]:
 
 
 def restore_dense(model: Model) -> Model:
-    """Replace the masked layers of ``model`` by the dense ones that they stand in for, in place, and return it.
+    """Replace the masked layers of ``model`` by the dense layers that they stand in for, in place, and return it.
 
-    So the model of a ``RankLearner`` is the dense base again, to score or to compress by another plan.
+    The model of a ``RankLearner`` becomes the dense base again, to score it or to compress it by another plan.
 
     Args:
-        model: A model with masked layers; one without any is returned as it is.
+        model: A model, with or without masked layers.
     """
     for name, layer in [*stand_ins(model).items()]:
         replace_module(model, name, layer.original())
@@ -151,13 +152,13 @@ def restore_dense(model: Model) -> Model:
 def compressed(
     model: Model, plan: RankPlan, store: FactorStore, *, device: torch.device | None = None
 ) -> Iterator[Model]:
-    """Yield ``model`` compressed by ``plan``; the modules from before are put back at the end.
+    """Yield ``model`` compressed by ``plan``; the original modules are put back at the end.
 
-    So several plans are scored on one model, without an export. Takes memory for the modules of both.
+    Several plans can be scored on one model in this way, without an export. Both kinds of modules are in memory.
 
     Args:
         model: The base that plan and store were made from.
-        plan: Which ranks.
+        plan: The ranks.
         store: The factors.
         device: As for ``compress``.
 
@@ -165,7 +166,7 @@ def compressed(
         ValueError: As ``compress``.
     """
     modules = dict(model.named_modules())
-    # Of another model's plan `compress` says so.
+    # If the plan is for another model, `compress` says so.
     before = {name: modules[name] for name in plan.modules if name in modules}
     try:
         yield compress(model, plan, store, device=device)
@@ -178,31 +179,34 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
     differ = [key for key, value in plan.fingerprint.items() if store.fingerprint.get(key) != value]
     if differ:
         raise ValueError(
-            f"the plan was drawn for other factors than those in {store.directory}: {', '.join(differ)} differ. "
-            "Allocate again on this store, or name the store that the plan came from"
+            f"the plan was made for other factors than those in {store.directory}: {', '.join(differ)} differ. "
+            "Allocate again on this store, or name the store that the plan was made on"
         )
     modules = dict(model.named_modules())
     for name, entry in plan.modules.items():
         if name not in modules:
-            raise ValueError(f"the plan names {name}, which the model lacks: the plan is for another model")
+            raise ValueError(f"the plan names {name}, which the model lacks: load the model that the plan was made for")
         shape = tuple(_weight(modules[name]).shape)
         if shape != entry.shape:
-            raise ValueError(f"the plan gives {name} the shape {entry.shape}, the model has {shape}: another model?")
+            raise ValueError(
+                f"the plan gives {name} the shape {entry.shape}, the model has {shape}: load the model that the plan "
+                "was made for"
+            )
     for name, entry in plan.modules.items():
         weight = _weight(modules[name]).detach()
         if entry.rank is not None and not _made_from(weight, store.notes(name).get("weight", "")):
             raise ValueError(
-                f"the factors of {name} in {store.directory} were made from another weight than the model's: load the "
-                "base that the store was built from"
+                f"the factors of {name} in {store.directory} were made from another weight than the model has: load "
+                "the base that the store was made from"
             )
 
 
 def _weight(module: nn.Module) -> Tensor:
-    # A masked layer has it at hand, without making the layer that it stands in for.
+    # A masked layer has its weight at hand, without making the dense layer.
     return module.weight if isinstance(module, StandIn) else dense_weight(module)
 
 
 def _made_from(weight: Tensor, noted: str) -> bool:
-    """Tell whether factors were made from ``weight``, as far as can be told: not when its type is another one."""
+    """Tell whether factors may have been made from ``weight``. A weight of another type can't be compared."""
     ours = weight_digest(weight)
     return noted == ours or noted.split(":")[0] != ours.split(":")[0]

@@ -1,4 +1,4 @@
-"""Square roots of second moments and the truncated decompositions that they whiten. Pure functions."""
+"""Square roots of second moments, and singular value decompositions weighted by them. Pure functions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,11 @@ __all__ = [
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
-
 _SMALLEST = 1e-16
 """Smallest singular value, relative to the largest, that the polar iteration is sure to bring to 1."""
 
-
 _ITERATIONS = 12
-"""Six or seven are enough for every matrix of float64; what has not settled then holds no number."""
-
+"""Six or seven are enough for every matrix of float64; one that has not converged then holds NaN."""
 
 _CHOLESKY_FROM = 100.0
 """Weights below which a step by Cholesky is as accurate as one by QR (Nakatsukasa and Higham 2013)."""
@@ -41,8 +38,8 @@ _CHOLESKY_FROM = 100.0
 def thin_svd(matrix: Tensor) -> Parts:
     """Return ``U [m, k]``, ``S [k]`` descending and ``V' [k, n]`` of ``matrix`` ``[m, n]``, ``k = min(m, n)``.
 
-    The driver is the one that was fastest on such a device among those whose errors are a few roundings of the largest
-    value: LAPACK's divide and conquer on a CPU; on a GPU :func:`polar_svd` (`lowrank bench svd` measures them all).
+    The driver is the fastest one whose errors are a few roundings of the largest value: LAPACK's divide and conquer on
+    a CPU, :func:`polar_svd` on a GPU. ``lowrank bench svd`` measures all drivers.
 
     Args:
         matrix: Finite, float64.
@@ -56,11 +53,11 @@ def thin_svd(matrix: Tensor) -> Parts:
 
 
 def polar_svd(matrix: Tensor) -> Parts:
-    """Return the thin decomposition from the polar one, ``matrix = W H``, and the eigenvalues of ``H``.
+    """Return the thin decomposition, computed from the polar one, ``matrix = W H``, and the eigenvalues of ``H``.
 
-    The polar factor comes from the iteration of Nakatsukasa, Bai and Gygi (SIAM J. Matrix Anal. Appl. 31, 2010), the
-    whole from Nakatsukasa and Higham (SIAM J. Sci. Comput. 35, 2013): backward stable, as no product of the matrix with
-    itself is decomposed, and made of products and factorisations that a GPU is fast at.
+    The method is that of Nakatsukasa and Higham (SIAM J. Sci. Comput. 35, 2013), with the iteration of Nakatsukasa, Bai
+    and Gygi (SIAM J. Matrix Anal. Appl. 31, 2010) for the polar factor. It is backward stable, since no product of the
+    matrix with itself is decomposed, and it consists of products and factorisations that a GPU is fast at.
 
     Args:
         matrix: ``[m, n]``, finite, float64.
@@ -85,8 +82,8 @@ def _polar_factor(matrix: Tensor) -> Tensor:
     found: Tensor = matrix / size
     least = _SMALLEST
     for _ in range(_ITERATIONS):
-        # The weights of a rational function that brings all values between `least` and 1 as near to 1 as one of its
-        # degree can (Halley's iteration, weighted anew at every step).
+        # The coefficients of the rational function of its degree that brings all values between `least` and 1 nearest
+        # to 1: Halley's iteration with new coefficients at every step.
         reach = least**2
         inner = (4 * (1 - reach) / reach**2) ** (1 / 3)
         first = math.sqrt(1 + inner) + math.sqrt(8 - 4 * inner + 8 * (2 - reach) / (reach * math.sqrt(1 + inner))) / 2
@@ -125,8 +122,7 @@ DRIVERS: dict[str, Callable[[Tensor], Parts]] = {
     "gesvd": _torch_driver("gesvd"),
     "gesvdj": _torch_driver("gesvdj"),
 }
-"""By name; the last two are cuSOLVER's and work on CUDA tensors only, where ``lapack`` is torch's own choice."""
-
+"""Drivers by name. The last two are cuSOLVER's and need CUDA tensors; on these ``lapack`` is torch's own choice."""
 
 _DEAD = 1e-9
 """Damping of features that are always 0, relative to the mean of all."""
@@ -138,8 +134,8 @@ class SquareRoot:
 
     Args:
         root: ``[n, n]``, float64; lower triangular when ``kind`` is ``"cholesky"``, ``[n]`` when it is ``"diagonal"``.
-        kind: ``"cholesky"``, ``"eigen"`` where Cholesky refused, or ``"diagonal"``.
-        damping: What was added to the diagonal, absolute.
+        kind: ``"cholesky"``, ``"eigen"`` where Cholesky failed, or ``"diagonal"``.
+        damping: The number that was added to the diagonal.
     """
 
     root: Tensor
@@ -157,15 +153,16 @@ class SquareRoot:
             return solved
         if self.kind == "diagonal":
             return rows / self.root
-        # root = Q diag(s) with Q orthonormal: dividing each column by its squared norm s^2 and transposing inverts it.
+        # root = Q diag(s) with Q orthonormal, so dividing each column by its squared norm s^2 and transposing inverts
+        # it.
         return rows @ (self.root / self.root.square().sum(0)).mT
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Components of a weight in order of importance; keeping the first ``k`` truncates it to rank ``k``.
+    """Components of a weight in order of importance.
 
-    ``left @ right`` is the whole weight, ``left[:, :k] @ right[:k]`` its rank-``k`` approximation.
+    ``left @ right`` is the whole weight, ``left[:, :k] @ right[:k]`` its approximation of rank ``k``.
 
     Args:
         left: ``[out, rank]``.
@@ -179,10 +176,10 @@ class Factors:
 
 
 def square_root(second_moment: Tensor, *, damping: float = 1e-6) -> SquareRoot:
-    """Return a square root of ``second_moment`` that never fails on finite input.
+    """Return a square root of ``second_moment``; there is one for all finite input.
 
-    The moment is symmetrised and damped by ``damping * mean(diagonal)``; Cholesky in float64 is tried first, and where
-    it refuses an eigen-decomposition with its eigenvalues clamped to the damping takes over.
+    The moment is symmetrised, and ``damping * mean(diagonal)`` is added to its diagonal. Where Cholesky in float64
+    fails, an eigen-decomposition takes over, whose eigenvalues are clamped to the damping.
 
     Args:
         second_moment: ``[n, n]``, symmetric up to rounding, positive semi-definite up to rounding.
@@ -198,10 +195,10 @@ def square_root(second_moment: Tensor, *, damping: float = 1e-6) -> SquareRoot:
     """
     moment = second_moment.double()
     if not torch.isfinite(moment).all():
-        raise ValueError("the second moment holds NaN or infinity: the inputs that it was summed from did too")
+        raise ValueError("the second moment holds NaN or infinity: delete its file and measure again")
     moment = (moment + moment.mT) / 2
     scale = moment.diagonal().mean().item()
-    # Inputs that are all zero tell nothing about directions: any root will do, and the identity is the neutral one.
+    # Inputs that are all zero prefer no direction, so their root is the identity.
     added = damping * scale if scale > 0 else 1.0
     moment.diagonal().add_(added)
     root, info = torch.linalg.cholesky_ex(moment)
@@ -215,8 +212,7 @@ def square_root(second_moment: Tensor, *, damping: float = 1e-6) -> SquareRoot:
 def damped_root(second_moment: Tensor, damping: float) -> Tensor:
     """Return a lower triangular root ``[n, n]`` of ``second_moment`` with ``damping`` times its own diagonal added.
 
-    A ridge on a regression: each feature is damped by what it is itself, and those that are always 0 by next to
-    nothing.
+    This is the ridge of a regression, relative to each feature. Features that are always 0 get a tiny ridge.
 
     Args:
         second_moment: ``[n, n]``, finite, symmetric up to rounding.
@@ -235,11 +231,11 @@ def damped_root(second_moment: Tensor, damping: float) -> Tensor:
 
 
 def diagonal_root(scales: Tensor, *, damping: float = 1e-6) -> SquareRoot:
-    """Return the square root that weighs each feature by itself, from its positive ``scales`` ``[n]``.
+    """Return the diagonal square root that weights each feature by its scale.
 
     Args:
-        scales: ``[n]``, the root's diagonal, of at least 0.
-        damping: Added to the scales, relative to their mean, so that features that are always 0 can be divided by.
+        scales: ``[n]``, the diagonal of the root, at least 0.
+        damping: Added to the scales, relative to their mean, so that no scale is 0.
 
     Raises:
         ValueError: A value is NaN, infinite or negative.
@@ -250,7 +246,7 @@ def diagonal_root(scales: Tensor, *, damping: float = 1e-6) -> SquareRoot:
     """
     root = scales.double()
     if not torch.isfinite(root).all() or (root < 0).any():
-        raise ValueError("the scales hold NaN, infinity or negative numbers: what they were summed from did too")
+        raise ValueError("the scales hold NaN, infinity or negative numbers: delete their file and measure again")
     scale = root.mean().item()
     added = damping * scale if scale > 0 else 1.0
     return SquareRoot((root + added).clamp_min(torch.finfo(torch.float64).tiny), "diagonal", added)
@@ -260,15 +256,15 @@ def decompose(weight: Tensor, *, inputs: SquareRoot | None = None, outputs: Squa
     """Return the exact singular components of ``weight``, weighted on the side of its inputs, of its outputs, or both.
 
     With ``L = inputs.root``, ``R = outputs.root`` and ``U S V' = R' @ weight @ L``, truncating at rank ``k`` gives the
-    weight with the least ``|R' (weight - truncated) L|^2``, which is then ``sum(sigma[k:] ** 2)`` exactly. With the
-    inputs' second moment alone that is the mean squared error of the outputs (SVD-LLM, arXiv 2403.07378); with the
-    output gradients' second moment as well, twice the K-FAC estimate of the rise of the loss in nats. With neither
-    this is the plain SVD.
+    weight with the least ``|R' (weight - truncated) L|^2``, which is exactly ``sum(sigma[k:] ** 2)``. With the second
+    moment of the inputs alone this is the mean squared error of the outputs (SVD-LLM, arXiv 2403.07378). With the
+    second moment of the output gradients as well it is twice the K-FAC estimate of the rise of the loss in nats. With
+    neither the result is the plain SVD.
 
     Args:
         weight: ``[out, in]``.
-        inputs: Square root ``[in, in]`` of the second moment of the inputs, or of what is to stand for it.
-        outputs: Square root ``[out, out]`` of the second moment of the output gradients, likewise.
+        inputs: Square root ``[in, in]`` of the second moment of the inputs, or of another weighting of them.
+        outputs: Square root ``[out, out]`` of the second moment of the output gradients, or of another weighting.
 
     Returns:
         Factors in float64, ``min(out, in)`` components, the singular values split evenly over both sides.

@@ -1,9 +1,10 @@
 """From two factors to pivots and coefficients: which rows or columns to keep, and how exact that is. Pure functions.
 
-What is special: all is computed in float64 from an orthonormal basis of the left factor's columns, so that it does not
-matter how far the components' sizes lie apart or whether some depend on others. Not covered: folding the permutation
-into the layers before or after. One of an MLP's three gathers could go that way, and all three take under 2 % of its
-decoding step on a CPU.
+Everything is computed in float64 from an orthonormal basis of the left factor's columns. The result then depends
+neither on the range of the components' sizes nor on whether some components depend on others.
+
+The permutation is not folded into the layers before or after. That could save one of an MLP's three gathers, and all
+three together take less than 2 % of its decoding step on a CPU.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from lowrank_pl.models.hf_layers import Side
 __all__ = ["LIMIT", "Pivoted", "pivot"]
 
 LIMIT = 16.0
-"""How many times the error of factored storage or of rounding the dense matrix, the larger one, is accepted.
+"""Largest accepted error, in units of the error of factored storage or of rounding the dense matrix, if that is larger.
 
-Measured: at most 3.6 for the maps of SmolLM2-135M at keep 0.3 and 0.8 and for random, spread, repeated and nearly
-dependent rows up to 576 x 1536; it grows with the root of the rank, to 5.3 for a random 4096 x 4096 map.
+Measured: at most 3.6 for the linear layers of SmolLM2-135M at keep 0.3 and 0.8, and for random, spread, repeated and
+nearly dependent rows up to 576 x 1536. It grows with the root of the rank, to 5.3 for a random 4096 x 4096 matrix.
 """
 
-
 TOLERANCE = 1.05
-
+"""Largest coefficient, by magnitude, that swaps of pivots leave."""
 
 SWAPS = 1000
-
+"""Swaps at most."""
 
 PROBES = 32
+"""Random inputs on which errors are estimated."""
 
 
 @dataclass(frozen=True)
 class Pivoted:
-    """A map in pivoted form, in the parts and the type that ``PivotedLinear`` holds, and how exact it is.
+    """A weight in pivoted form, in the parts and the type that ``PivotedLinear`` holds, and how exact it is.
 
     Args:
         side: Whether pivots are rows (``out``) or columns (``in``).
@@ -46,7 +47,8 @@ class Pivoted:
         right: ``[rank, in]`` pivot rows, or ``[rank, in - rank]`` coefficients of the other columns.
         growth: Largest coefficient, by magnitude.
         error: Relative root mean square error of the stored form.
-        plain: That of the factors cast to the type, or of the dense matrix so cast, whichever is larger.
+        plain: Relative root mean square error of the factors cast to the type, or of the dense matrix cast to it,
+            whichever is larger.
     """
 
     side: Side
@@ -66,19 +68,19 @@ class Pivoted:
 def pivot(left: Tensor, right: Tensor, *, dtype: torch.dtype) -> Pivoted:
     """Return ``left @ right`` in pivoted form, rounded to ``dtype``.
 
-    The side with fewer rows or columns is taken, rows where there are as many: its permutation is shorter, and with
-    fewer coefficients errors were half as large wherever the sizes differ. Only if that side is not accurate the
-    other one is tried too, and the better one returned.
+    Pivots are on the shorter side, rows where both are as long: its permutation is shorter, and with fewer coefficients
+    errors were half as large wherever the lengths differ. If the result is not accurate, the other side is tried too
+    and the better result is returned.
 
-    Pivots start from an LU decomposition of the basis with partial pivoting; then the largest coefficient is swapped
-    in until none is above 1.05. Each swap enlarges the pivots' volume by that coefficient, so it ends. The coefficients
-    are rounded first and the kept rows fitted to them by least squares (a system whose singular values are at least
-    1), which takes a sixth off the error.
+    Pivots start from an LU decomposition of the basis with partial pivoting. Then the largest coefficient is swapped in
+    until none is above ``TOLERANCE``. Each swap enlarges the volume of the pivots by that coefficient, so the swaps
+    end. The coefficients are rounded first and the kept rows are fitted to them by least squares (the system's singular
+    values are at least 1), which takes a sixth off the error.
 
     Args:
         left: ``[out, rank]``.
         right: ``[rank, in]``.
-        dtype: The type to be stored.
+        dtype: The type to store.
 
     Raises:
         ValueError: The rank is not below both sizes, or a value is NaN or infinite.
@@ -93,7 +95,7 @@ def pivot(left: Tensor, right: Tensor, *, dtype: torch.dtype) -> Pivoted:
         raise ValueError(f"rank {rank} of shape {shape} can't be stored pivoted: expected 1 to {min(shape) - 1}")
     left, right = left.detach().double(), right.detach().double()
     if not (left.isfinite().all() and right.isfinite().all()):
-        raise ValueError("the factors hold NaN or infinity: they can't be stored pivoted")
+        raise ValueError("the factors hold NaN or infinity and can't be stored pivoted: make them again")
     sides: tuple[Side, Side] = ("out", "in") if shape[0] <= shape[1] else ("in", "out")
     first = _of_side(left, right, sides[0], dtype)
     if first.is_accurate:
@@ -103,7 +105,7 @@ def pivot(left: Tensor, right: Tensor, *, dtype: torch.dtype) -> Pivoted:
 
 
 def _of_side(left: Tensor, right: Tensor, side: Side, dtype: torch.dtype) -> Pivoted:
-    """Return the form with pivots on ``side``; columns are rows of the transposed map."""
+    """Return the form with pivots on ``side``; columns are rows of the transposed weight."""
     if side == "in":
         left, right = right.mT, left.mT
     pivots, others, coefficients = _choose(torch.linalg.qr(left).Q)
@@ -136,12 +138,12 @@ def _choose(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         coefficients.addr_(column, row, alpha=-1 / largest)
         rows[place], rows[rank + other] = rows[rank + other], rows[place]
     pivots, others = (torch.tensor(sorted(part), device=basis.device) for part in (rows[:rank], rows[rank:]))
-    # Anew, because the swaps' errors add up.
+    # Solved again, because the errors of swaps add up.
     return pivots, others, torch.linalg.solve(basis[pivots], basis[others], left=False)
 
 
 def _fit(left: Tensor, right: Tensor, pivots: Tensor, others: Tensor, coefficients: Tensor) -> Tensor:
-    """Return the rows ``[k, n]`` that stand for the pivots best when ``coefficients`` make all others of them."""
+    """Return the rows ``[k, n]`` for the pivots that fit best when ``coefficients`` make all other rows from them."""
     moment = coefficients.mT @ coefficients
     moment.diagonal().add_(1)
     goal = left[pivots] + coefficients.mT @ left[others]
@@ -151,7 +153,7 @@ def _fit(left: Tensor, right: Tensor, pivots: Tensor, others: Tensor, coefficien
 def _errors(
     left: Tensor, right: Tensor, pivots: Tensor, others: Tensor, coefficients: Tensor, rows: Tensor
 ) -> tuple[float, float]:
-    """Return the relative errors of the pivoted and of plain storage in ``rows``' type, estimated on random inputs."""
+    """Return the relative errors of pivoted and plain storage in the type of ``rows``, estimated on random inputs."""
     dtype = rows.dtype
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(right.shape[1], PROBES, generator=generator, dtype=torch.float64).to(right.device)
@@ -160,7 +162,7 @@ def _errors(
     kept = rows.double() @ inputs
     misses = (kept - exact[pivots]).norm().item(), (coefficients.double() @ kept - exact[others]).norm().item()
     factored = (left.to(dtype).double() @ (right.to(dtype).double() @ inputs) - exact).norm().item()
-    # Rounding numbers of all mantissas is off by a fifth of the type's epsilon, as a root mean square. In float64 the
-    # sums of products here are off by more.
+    # The root mean square error of rounding is a fifth of the type's epsilon. In float64 the sums of products here have
+    # larger errors.
     rounding = max(torch.finfo(dtype).eps / 5, len(rows) * torch.finfo(torch.float64).eps) * size
     return (math.hypot(*misses) / size, max(factored, rounding) / size) if size else (0.0, 0.0)

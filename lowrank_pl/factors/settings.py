@@ -1,4 +1,4 @@
-"""How weights are decomposed: by what their inputs and outputs are weighted, and the square roots of these weights."""
+"""How weights are decomposed: what weights their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any, Literal, get_args
 __all__ = ["Decomposition", "Kind", "Labels", "Statistic"]
 
 Labels = Literal["sampled", "text"]
-"""Whose next tokens the loss asks for: drawn from the model (the Fisher matrix) or the text's (the empirical one)."""
+"""Next tokens of the loss: sampled from the model (for the Fisher matrix) or those of the text (the empirical one)."""
 
-
-Statistic = Literal["inputs", "output_gradients", "weighted_moments", "weight_gradients"]
-
+Statistic = Literal["inputs", "output_gradients", "weighted_moments", "gradient_norms", "weight_gradients"]
+"""What is measured on calibration text."""
 
 Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
-
 
 _NEEDS: dict[str, tuple[Statistic, ...]] = {
     "svd": (),
@@ -30,7 +28,7 @@ _NEEDS: dict[str, tuple[Statistic, ...]] = {
 
 @dataclass(frozen=True)
 class Decomposition:
-    """How weights are decomposed: by what the errors of inputs and outputs are weighted.
+    """How weights are decomposed: what weights the errors of inputs and outputs.
 
     ================  ================================================  ==================================
     kind              inputs weighted by                                outputs weighted by
@@ -43,28 +41,29 @@ class Decomposition:
                       their output gradient                             weighted by its inverse
     ================  ================================================  ==================================
 
-    Sources: ASVD (arXiv 2312.05821), FWSVD (arXiv 2207.00112), SVD-LLM (arXiv 2403.07378); ``two_sided`` weighs by
-    K-FAC's estimate (arXiv 1503.05671) of the loss, so that its singular values compare across modules. K-FAC takes
+    Sources: ASVD (arXiv 2312.05821), FWSVD (arXiv 2207.00112), SVD-LLM (arXiv 2403.07378). ``two_sided`` weights by
+    K-FAC's estimate of the loss (arXiv 1503.05671), so that its singular values compare across modules. K-FAC takes
     inputs and gradients to be independent. With ``token_weights`` (ours) the size of each token's gradient is split
-    evenly over both sides: an estimate as well, and a lower one where sizes vary much, as if few tokens with large
-    gradients counted for less; it is what measures best.
+    evenly between both sides. This is an estimate too. It is lower where sizes vary much, as if few tokens with large
+    gradients counted for less, and it measures best.
 
     Args:
-        kind: One of the table.
-        damping: Added to the inputs' weights, relative to their mean.
-        output_damping: Added to the outputs' weights, likewise.
+        kind: A kind of the table.
+        damping: Added to what weights the inputs, relative to its mean.
+        output_damping: Added to what weights the outputs, relative to its mean.
         alpha: Power of ``asvd``.
-        labels: ``two_sided``: gradients of a loss whose labels are ``sampled`` from the model, or those of the
+        labels: ``two_sided``: the loss asks for labels ``sampled`` from the model, or for the next tokens of the
             ``text``.
-        token_weights: ``two_sided``: weigh tokens as in the table, which keeps the few that much depends on, as
-            attention sinks in keys and values, from standing for all; otherwise all weigh the same, as in K-FAC.
-        at_keep: ``two_sided``: measure everything a second time, in the model that is already compressed to this
-            fraction (by the ``fisher`` allocator on the factors of the first time), and weigh by the mean of the two.
-            The loss's curvature far from the dense model is another than at it.
-        at_weight: What the second time weighs in that mean, from 0 to 1.
+        token_weights: ``two_sided``: weight tokens as in the table. This keeps the few tokens that the loss depends on,
+            such as attention sinks in keys and values, from dominating. Otherwise all tokens weigh the same, as in
+            K-FAC.
+        at_keep: ``two_sided``: measure everything a second time, in the model compressed to this fraction by the
+            ``fisher`` allocator on the factors of the first time, and weight by the mean of the two: the curvature of
+            the loss changes away from the dense model.
+        at_weight: Weight of the second time in that mean, above 0 and at most 1.
 
     Raises:
-        ValueError: Another kind, labels or power, a damping that is negative or not finite, a fraction or weight
+        ValueError: An unknown kind or labels, a damping that is negative or not finite, a power, fraction or weight
             outside its range, or ``at_keep`` with another kind.
     """
 
@@ -99,9 +98,9 @@ class Decomposition:
             raise ValueError(f"at_weight is {self.at_weight}: expected a number above 0 and at most 1")
 
     @classmethod
-    def behind(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
-        """Return the decomposition that factors of ``fingerprint`` were made by, or what it says of its settings."""
-        # What was made without weights says nothing of them.
+    def of_fingerprint(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
+        """Return the decomposition that factors with this ``fingerprint`` were made by; other keys are ignored."""
+        # Fingerprints of two_sided factors without token weights do not name them.
         known = {"token_weights": fingerprint.get("kind") != "two_sided", **fingerprint}
         return cls(**{part.name: known[part.name] for part in fields(cls) if part.name in known})
 
@@ -112,28 +111,28 @@ class Decomposition:
 
     @property
     def needs(self) -> tuple[Statistic, ...]:
-        """The statistics that the weights come from."""
+        """The statistics that weight inputs and outputs."""
         if self.weighs_tokens:
             return ("weighted_moments",)
         return _NEEDS[self.kind]
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the loss is differentiated for it."""
+        """Whether these statistics need gradients of the loss."""
         return bool(set(self.needs) - {"inputs"})
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether tokens count by the size of their gradient."""
+        """Whether tokens are weighted by the size of their gradient."""
         return self.kind == "two_sided" and self.token_weights
 
     @property
     def block_by_block(self) -> bool:
-        """Whether it can be made with one decoder block in memory, which measuring in the compressed model can't."""
+        """Whether factors can be made with one block in memory: statistics of a compressed model need all blocks."""
         return self.at_keep is None
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that change the result, which are not all for every kind."""
+        """Return the settings that change the result of this kind."""
         uses = {
             "svd": (),
             "asvd": ("damping", "alpha"),
@@ -141,15 +140,15 @@ class Decomposition:
             "whitened": ("damping",),
             "two_sided": ("damping", "output_damping", "labels"),
         }
-        # Factors that were made before there was a choice keep their identity.
+        # Settings at their first value are left out, so that factors from before they existed are still found.
         weights = ("token_weights",) if self.weighs_tokens else ()
         again = () if self.at_keep is None else ("at_keep", "at_weight")
         return {"kind": self.kind, **{name: getattr(self, name) for name in (*uses[self.kind], *weights, *again)}}
 
     def point(self, modules: str) -> dict[str, Any]:
-        """Return what tells the compressed model of ``at_keep`` from others made from the same base and text.
+        """Return what distinguishes the compressed model of ``at_keep`` from others of the same base and text.
 
         Args:
-            modules: Digest of the names of all maps that were compressed.
+            modules: Digest of the names of all linear layers that were compressed.
         """
         return {"compressed": {**replace(self, at_keep=None).identity(), "keep": self.at_keep, "modules": modules}}

@@ -1,8 +1,7 @@
-"""Tensors on disk by module name, under a fingerprint of what they were made from."""
+"""The factors of every module on disk, under a fingerprint of what they were made from."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,13 @@ from torch import Tensor
 
 from lowrank_pl.factors.decomposition import Factors, truncate
 from lowrank_pl.plans.plan import ModulePlan
-from lowrank_pl.utils.tensor_store import (
-    TensorStore,
-    as_slice,
-    read_manifest,
-)
+from lowrank_pl.utils.tensor_store import TensorStore, as_slice, read_manifest
 
 __all__ = ["FactorStore"]
 
-_log = logging.getLogger(__name__)
-
 
 class FactorStore(TensorStore):
-    """The full-rank factors of every module, read truncated.
+    """The full-rank factors of every module, of which any components can be read alone.
 
     Args:
         fingerprint: Model, tokenizer, text and settings that the factors depend on.
@@ -53,7 +46,7 @@ class FactorStore(TensorStore):
         return self.read(name, "sigma")
 
     def spectrum(self, name: str) -> Tensor:
-        """Return what ``sigma`` does, to be looked at: the checksum over the whole file is not compared.
+        """Return the singular values of module ``name`` without comparing the checksum of the file, which takes longer.
 
         Raises:
             ValueError: The file is absent or damaged.
@@ -63,11 +56,11 @@ class FactorStore(TensorStore):
             return values
 
     def factors(self, name: str, components: int | slice | Tensor | None = None) -> Factors:
-        """Return the first components of module ``name``, or a slice or those of the given indices, or all of them.
+        """Return some components of module ``name``; by default all of them.
 
         Args:
             name: The module.
-            components: How many, a slice of them, or an index tensor ``[rank]``.
+            components: How many, from the first; or a slice; or an index tensor ``[rank]``.
         """
         part = as_slice(None if isinstance(components, Tensor) else components)
         whole = Factors(
@@ -78,5 +71,5 @@ class FactorStore(TensorStore):
         return whole
 
     def kept(self, name: str, entry: ModulePlan) -> Factors:
-        """Return the components that ``entry`` keeps of module ``name``; all of a dense one."""
+        """Return the components of module ``name`` that ``entry`` keeps; all of them where it stays dense."""
         return self.factors(name, entry.rank if entry.indices is None else torch.tensor(entry.indices))

@@ -109,8 +109,8 @@ def test_a_killed_build_goes_on_without_measuring_again(
 ):
     options = {"settings": settings, "directory": tmp_path / "store" if explicit else None}
     targets, passes, done = find_targets(llama), [], []
-    asked = ["measure_gradients"] if settings.token_weights else ["measure_gradients", "collect_input_moments"]
-    for name in ("collect_input_moments", "measure_gradients"):
+    asked = ["collect_gradients"] if settings.token_weights else ["collect_gradients", "collect_input_moments"]
+    for name in ("collect_input_moments", "collect_gradients"):
         real = getattr(collected, name)
         monkeypatch.setattr(
             collected, name, lambda *a, real=real, name=name, **k: (passes.append(name), real(*a, **k))[1]
@@ -154,7 +154,8 @@ def test_corrections_take_up_the_same_weights_or_say_that_they_are_gone(llama, s
     plan = plan_at(llama, targets, store, 0.6)
 
     def refitted():
-        return refit(plan, store, Subject(llama, byte_tokenizer(), sequences[:4], known_targets=targets), sequences=sequences[:6], settings=Refit(margin=0.0))  # fmt: skip
+        subject = Subject(llama, byte_tokenizer(), sequences[:4], known_targets=targets)
+        return refit(plan, store, subject, sequences=sequences[:6], settings=Refit(margin=0.0))
 
     assert "refitted" in " ".join(refitted()[0].notes)
     gradients = build_gradients(Subject(llama, tokenizer, sequences[:4], known_targets=targets))
@@ -163,7 +164,7 @@ def test_corrections_take_up_the_same_weights_or_say_that_they_are_gone(llama, s
     where = collected.statistics_of_factors(store, llama, sequences[:4]).compressed(
         TWICE.point(store.fingerprint["at_modules"])
     )
-    shutil.rmtree(where.weighted_moments(targets.modules, "text").directory)
+    shutil.rmtree(where.collect("weighted_moments", targets.modules, "text").directory)
     shutil.rmtree(store.directory / "refit")
     with pytest.raises(
         ValueError,
@@ -187,13 +188,13 @@ def test_impossible_settings(arguments, message):
 
 def test_identity_is_as_before_where_nothing_is_measured_again():
     assert "at_keep" not in Decomposition("two_sided").identity()
-    assert Decomposition.behind(TWICE.identity()) == TWICE
-    assert Decomposition.behind(ALIKE.identity()) == ALIKE
+    assert Decomposition.of_fingerprint(TWICE.identity()) == TWICE
+    assert Decomposition.of_fingerprint(ALIKE.identity()) == ALIKE
 
 
 def test_factors_from_before_there_were_token_weights_are_known_to_have_none():
     before = {"kind": "two_sided", "damping": 1e-6, "output_damping": 1e-2, "labels": "sampled"}
-    assert Decomposition.behind(before).identity() == before
-    assert not Decomposition.behind(before).weighs_tokens
-    assert Decomposition.behind(Decomposition("two_sided").identity()).weighs_tokens
-    assert Decomposition.behind(Decomposition().identity()) == Decomposition()
+    assert Decomposition.of_fingerprint(before).identity() == before
+    assert not Decomposition.of_fingerprint(before).weighs_tokens
+    assert Decomposition.of_fingerprint(Decomposition("two_sided").identity()).weighs_tokens
+    assert Decomposition.of_fingerprint(Decomposition().identity()) == Decomposition()

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lowrank_pl.calibration import build as prepare
+from lowrank_pl.calibration import roots
 from lowrank_pl.calibration import statistics as collected
 from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.provenance import describe_origin, preparation_notes
 from lowrank_pl.calibration.subject import Subject
-from lowrank_pl.factors import settings as decomposition
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.identity import model_fingerprint
 from lowrank_pl.models.targets import dense_weight, find_targets, model_parameters
@@ -43,7 +43,7 @@ def work(monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     counting(prepare, "decompose", "decompose")
-    counting(decomposition, "square_root", "root")
+    counting(roots, "square_root", "root")
     counting(collected, "collect_input_moments", "statistics")
     return done
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowrank_pl.calibration import blockwise, build_by_block
 from lowrank_pl.calibration import build as prepare
-from lowrank_pl.calibration import build_by_block as walk
 from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.build_by_block import build_factors_by_block
 from lowrank_pl.calibration.subject import Subject
@@ -59,10 +59,10 @@ def test_factors_are_those_of_the_model_loaded_whole_to_the_bit(family, dtype, s
     skeleton = open_skeleton(base, dtype=dtype)
     targets = skeleton.find_targets()
     cache = "disk" if dtype == torch.bfloat16 else "ram"
-    walked = build_factors_by_block(
+    made = build_factors_by_block(
         skeleton,
         Subject(skeleton.model, tokenizer, sequences[:5], known_targets=targets),
-        directory=tmp_path / "walked",
+        directory=tmp_path / "by_block",
         batch_size=2,
         cache=cache,
     )
@@ -72,7 +72,7 @@ def test_factors_are_those_of_the_model_loaded_whole_to_the_bit(family, dtype, s
     whole = build_factors(
         Subject(model, tokenizer, sequences[:5], known_targets=targets), directory=tmp_path / "whole", batch_size=2
     )
-    assert_equal_factors(walked, whole, targets.modules)
+    assert_equal_factors(made, whole, targets.modules)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in skeleton.model.modules())
     assert not list((tmp_path / "home").rglob(".hidden*"))
@@ -88,22 +88,22 @@ KINDS = [
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=lambda settings: f"{settings.kind}-{settings.labels}")
-def test_other_kinds_are_walked_too(settings, saved, sequences, tokenizer, tmp_path):
+def test_other_kinds_are_made_by_block_too(settings, saved, sequences, tokenizer, tmp_path):
     base = saved()
     skeleton = open_skeleton(base)
     targets = skeleton.find_targets(exclude=["*down_proj"])
-    walked = build_factors_by_block(
+    made = build_factors_by_block(
         skeleton,
         Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets),
         settings=settings,
-        directory=tmp_path / "walked",
+        directory=tmp_path / "by_block",
     )
     whole = build_factors(
         Subject(load_base(base), tokenizer, sequences[:2], known_targets=targets),
         settings=settings,
         directory=tmp_path / "whole",
     )
-    assert_equal_factors(walked, whole, targets.modules)
+    assert_equal_factors(made, whole, targets.modules)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,10 +117,10 @@ def test_gradients_block_by_block_are_those_of_the_whole_model_to_the_bit(
     how = {"settings": settings, "batch_size": 2}
     cache = "disk" if dtype == torch.bfloat16 else "ram"
     # The last of three batches is a smaller one.
-    walked = build_factors_by_block(
+    made = build_factors_by_block(
         skeleton,
         Subject(skeleton.model, tokenizer, sequences[:5], known_targets=targets),
-        directory=tmp_path / "walked",
+        directory=tmp_path / "by_block",
         cache=cache,
         **how,
     )
@@ -128,7 +128,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model_to_the_bit(
     whole = build_factors(
         Subject(model, tokenizer, sequences[:5], known_targets=targets), directory=tmp_path / "whole", **how
     )
-    assert_equal_factors(walked, whole, targets.modules)
+    assert_equal_factors(made, whole, targets.modules)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in skeleton.model.modules())
     assert not list((tmp_path / "home").rglob(".hidden*"))
@@ -157,10 +157,12 @@ def test_passes_back_hold_one_block_and_go_no_further_than_what_is_missing(
     blocks = [{name.split(".")[2] for name in names if ".layers." in name} for names in there]
     assert blocks == [{"2"}] * 7 + [{"1"}] * 3
     monkeypatch.setattr(prepare, "decompose", real)
-    back_at, forward_at = walk.BlockwiseBackward.at, walk.BlockwiseForward.at
-    monkeypatch.setattr(walk.BlockwiseBackward, "at", lambda self, block: (back.append(block), back_at(self, block))[1])
+    back_at, forward_at = blockwise.BlockwiseBackward.at, blockwise.BlockwiseForward.at
     monkeypatch.setattr(
-        walk.BlockwiseForward, "at", lambda self, block: (forward.append(block), forward_at(self, block))[1]
+        blockwise.BlockwiseBackward, "at", lambda self, block: (back.append(block), back_at(self, block))[1]
+    )
+    monkeypatch.setattr(
+        blockwise.BlockwiseForward, "at", lambda self, block: (forward.append(block), forward_at(self, block))[1]
     )
     store = build_factors_by_block(
         skeleton, Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets), settings=settings
@@ -183,14 +185,14 @@ def test_passes_back_hold_one_block_and_go_no_further_than_what_is_missing(
 def test_gradients_of_later_blocks_alone_leave_the_first_ones_out(saved, sequences, tokenizer, tmp_path, monkeypatch):
     skeleton, settings = open_skeleton(saved()), Decomposition("two_sided")
     targets = skeleton.find_targets(include=["*layers.1.*", "*layers.2.mlp.*"])
-    back, at, kept = [], walk.BlockwiseBackward.at, []
+    back, at, kept = [], blockwise.BlockwiseBackward.at, []
 
     def remember(self, block):
         back.append(block)
-        kept.append(sorted(self.walk.states))
+        kept.append(sorted(self.forward.states))
         return at(self, block)
 
-    monkeypatch.setattr(walk.BlockwiseBackward, "at", remember)
+    monkeypatch.setattr(blockwise.BlockwiseBackward, "at", remember)
     store = build_factors_by_block(
         skeleton, Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets), settings=settings
     )
@@ -208,7 +210,7 @@ def test_gradients_of_later_blocks_alone_leave_the_first_ones_out(saved, sequenc
 def test_a_window_without_a_next_token_is_refused(saved, sequences, tokenizer):
     skeleton = open_skeleton(saved())
     targets = skeleton.find_targets()
-    with pytest.raises(ValueError, match="windows of 1 tokens were given: a loss needs at least two"):
+    with pytest.raises(ValueError, match=r"sequences of 1 tokens were given: .* at least two"):
         build_factors_by_block(
             skeleton,
             Subject(skeleton.model, tokenizer, sequences[:2, :1], known_targets=targets),
@@ -234,11 +236,11 @@ def test_one_block_is_loaded_at_a_time(saved, sequences, tokenizer, monkeypatch)
 
 
 @pytest.mark.parametrize(("step", "runs"), [("check_finite", 3), ("decompose_all", 0)])
-def test_killed_walk_goes_on_and_runs_only_what_is_not_measured(step, runs, saved, sequences, tokenizer, monkeypatch):
+def test_killed_build_goes_on_and_runs_only_what_is_not_measured(step, runs, saved, sequences, tokenizer, monkeypatch):
     """Killed in the last block before or after its inputs are measured, and only that block is made again."""
     skeleton = open_skeleton(saved())
     targets = skeleton.find_targets()
-    real, calls = getattr(walk, step), []
+    real, calls = getattr(build_by_block, step), []
 
     def interrupt(*args):
         calls.append(args)
@@ -246,14 +248,16 @@ def test_killed_walk_goes_on_and_runs_only_what_is_not_measured(step, runs, save
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr(walk, step, interrupt)
+    monkeypatch.setattr(build_by_block, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_factors_by_block(skeleton, Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets))
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
-    made, passes, decompose_all, at = [], [], prepare.decompose_all, walk.BlockwiseForward.at
-    monkeypatch.setattr(walk, step, real)
-    monkeypatch.setattr(walk, "decompose_all", lambda *args: (made.extend(args[1]), decompose_all(*args)))
-    monkeypatch.setattr(walk.BlockwiseForward, "at", lambda self, block: (passes.append(block), at(self, block))[1])
+    made, passes, decompose_all, at = [], [], prepare.decompose_all, blockwise.BlockwiseForward.at
+    monkeypatch.setattr(build_by_block, step, real)
+    monkeypatch.setattr(build_by_block, "decompose_all", lambda *args: (made.extend(args[1]), decompose_all(*args)))
+    monkeypatch.setattr(
+        blockwise.BlockwiseForward, "at", lambda self, block: (passes.append(block), at(self, block))[1]
+    )
     store = build_factors_by_block(skeleton, Subject(skeleton.model, tokenizer, sequences[:2], known_targets=targets))
     assert {target.block for target in made} == {2}
     assert len(passes) == runs
@@ -292,12 +296,12 @@ def test_a_block_that_is_run_twice_is_told(saved, sequences, tokenizer):
         ("layers:llama-3.2-1b", "its random weights are made all at once"),
     ],
 )
-def test_bases_that_are_no_checkpoint_are_not_walked(base, reason):
+def test_bases_that_are_no_checkpoint_are_not_opened_without_weights(base, reason):
     with pytest.raises(NotBlockwiseError, match=reason):
         open_skeleton(base)
 
 
-def test_files_that_need_a_conversion_are_not_walked(saved, tmp_path):
+def test_files_that_need_a_conversion_are_not_opened_without_weights(saved, tmp_path):
     base = tmp_path / "other"
     tiny_model("llama").save_pretrained(base)
     tensors = load_file(base / "model.safetensors")
@@ -363,7 +367,7 @@ def test_allocate_finds_the_factors_made(saved, tmp_path, monkeypatch, capsys):
         (Decomposition("svd"), "random:llama", "its random weights are made all at once"),
     ],
 )
-def test_what_cannot_be_walked_is_loaded_whole_and_said(settings, base, reason, saved, tmp_path, caplog):
+def test_what_cannot_be_made_by_block_is_loaded_whole_and_said(settings, base, reason, saved, tmp_path, caplog):
     base = base or saved()
     made = decompose(
         base, decomposition=settings, text=TEXT, length=32, sequences=2, memory="20KB",

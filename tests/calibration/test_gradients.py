@@ -9,8 +9,10 @@ from torch.nn import functional
 from lowrank_pl.calibration import backward
 from lowrank_pl.calibration.build import build_factors, build_gradients
 from lowrank_pl.calibration.gradients import GradientMoments, WeightGradients, collect_gradients
+from lowrank_pl.calibration.measures import Batch, Passes
 from lowrank_pl.calibration.statistics import statistics_of_factors
 from lowrank_pl.calibration.subject import Subject
+from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.factors.decomposition import decompose, diagonal_root, square_root, truncate
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.targets import Target, dense_weight, find_targets
@@ -63,7 +65,7 @@ def per_token(model, targets, sequence, labels):
 def test_weight_gradients_are_those_of_autograd(family, batch_size, sequences):
     model = tiny_model(family)
     targets = find_targets(model).modules
-    _, found = collect_gradients(model, sequences[:4], weights=targets, batch_size=batch_size)
+    found = collect_gradients(WeightGradients, model, targets, Passes(sequences[:4], batch_size))
     expected = by_autograd(model, targets, torch.split(sequences[:4], batch_size))
     for target in targets:
         grads = [grad[target.name] for grad in expected]
@@ -78,32 +80,27 @@ def test_moments_are_those_of_a_loop_over_tokens(family, sequences):
     model = tiny_model(family)
     targets = [find_targets(model).modules[i] for i in (0, 3, -1)]
     short = sequences[:2, :12]
-    found, _ = collect_gradients(model, short, moments=targets, labels="text")
+    found = collect_gradients(GradientMoments, model, targets, Passes(short))
     expected = [per_token(model, targets, sequence, sequence[1:]) for sequence in short]
     for target in targets:
         total = sum(moment[target.name] for moment in expected)
-        torch.testing.assert_close(found[target.name].second, total, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found[target.name].second_moment, total / 22, rtol=1e-4, atol=1e-6)
         assert found[target.name].tokens == 22
 
 
 def test_sampled_labels_are_drawn_from_the_model_and_reproducible(llama, sequences):
     targets = find_targets(llama).modules[-2:]
-    short = sequences[:2, :10]
+    name, short = targets[-1].name, sequences[:2, :10]
 
-    def moments(**changes):
-        return collect_gradients(llama, short, moments=targets, **changes)[0][targets[-1].name].second
+    def moment(labels="sampled", **changes):
+        found = collect_gradients(GradientMoments, llama, targets, Passes(short, **changes), labels=labels)
+        return found[name].second_moment
 
-    first = moments()
+    first = moment()
     torch.manual_seed(5)
-    assert torch.equal(first, moments())
-    assert not torch.allclose(first, moments(seed=1))
-    assert not torch.allclose(first, moments(labels="text"))
-    # Asking for weight gradients too changes neither.
-    both, weights = collect_gradients(llama, short, moments=targets, weights=targets)
-    assert torch.equal(both[targets[-1].name].second, first)
-    alone = collect_gradients(llama, short, weights=targets)[1]
-    assert torch.equal(weights[targets[0].name].total, alone[targets[0].name].total)
+    assert torch.equal(first, moment())
+    assert not torch.allclose(first, moment(seed=1))
+    assert not torch.allclose(first, moment(labels="text"))
     # By hand, with the labels drawn as the docstring says.
     total = 0
     for number, sequence in enumerate(short):
@@ -111,14 +108,35 @@ def test_sampled_labels_are_drawn_from_the_model_and_reproducible(llama, sequenc
             chances = llama(input_ids=sequence[None]).logits[0, :-1].softmax(-1)
         lots = torch.rand(len(chances), 1, generator=torch.Generator().manual_seed(number))
         labels = (chances.cumsum(-1) <= lots).sum(-1)
-        total = total + per_token(llama, targets, sequence, labels)[targets[-1].name]
-    torch.testing.assert_close(first, total, rtol=1e-4, atol=1e-6)
+        total = total + per_token(llama, targets, sequence, labels)[name]
+    torch.testing.assert_close(first, total / 18, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_gradient_of_sampled_labels_is_that_of_their_cross_entropy(llama, sequences, batch_size):
+    batch = Batch(4, sequences[:batch_size, :10])
+    logits = llama(input_ids=batch.tokens).logits.detach().requires_grad_()
+    end, gradient = backward.loss_gradient(logits, batch, "sampled", 3)
+    (found,) = torch.autograd.grad(end, logits, gradient)
+    chances = logits[:, :-1].softmax(-1)
+    labels, _ = backward._sample(chances, torch.Generator().manual_seed(3 * 1_000_003 + 4))
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(found, torch.autograd.grad(loss, logits)[0])
+
+
+@pytest.mark.parametrize("labels", ["sampled", "text"])
+def test_weight_gradients_are_those_of_the_text(llama, sequences, labels):
+    targets = find_targets(llama).modules[-1:]
+    asked, text = (
+        collect_gradients(WeightGradients, llama, targets, Passes(sequences[:2]), labels=each)[targets[0].name].mean
+        for each in (labels, "text")
+    )
+    assert torch.equal(asked, text)
 
 
 def test_labels_are_drawn_as_often_as_their_probability_says():
     chances = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
-    logits = chances.log().expand(20_000, -1)
-    drawn = backward._drawn(logits, torch.Generator().manual_seed(0))
+    drawn, _ = backward._sample(chances.expand(20_000, -1), torch.Generator().manual_seed(0))
     assert drawn.shape == (20_000, 1)
     counts = torch.bincount(drawn.flatten(), minlength=6) / 20_000
     assert (counts[chances == 0] == 0).all()
@@ -126,12 +144,12 @@ def test_labels_are_drawn_as_often_as_their_probability_says():
 
 
 def test_mean_of_sampled_gradients_is_the_fisher_of_the_head(llama):
-    """At the last map the expectation is known: with one position, E[g g'] is J' (diag(p) - p p') J."""
+    """At the last linear layer the expectation is known: with one position, E[g g'] is J' (diag(p) - p p') J."""
     targets = [t for t in find_targets(llama).modules if t.kind == "mlp.down_proj"][-1:]
     sequence = torch.tensor([[7, 8]])
-    moments = GradientMoments.empty(targets[0].shape[0])
-    for seed in range(400):
-        moments.merge(collect_gradients(llama, sequence, moments=targets, seed=seed)[0][targets[0].name])
+    # Every batch samples labels of its own.
+    passes = Passes(sequence.expand(400, -1))
+    moments = collect_gradients(GradientMoments, llama, targets, passes, labels="sampled")[targets[0].name]
     assert moments.tokens == 400
     kept = {}
     handle = llama.get_submodule(targets[0].name).register_forward_hook(
@@ -152,7 +170,7 @@ def test_model_is_left_as_it_was(sequences):
     model = tiny_model("llama").train()
     asking = [parameter.requires_grad for parameter in model.parameters()]
     targets = find_targets(model).modules
-    collect_gradients(model, sequences[:1], moments=targets, weights=targets)
+    collect_gradients(GradientMoments, model, targets, Passes(sequences[:1]))
     assert [parameter.requires_grad for parameter in model.parameters()] == asking
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
@@ -162,32 +180,28 @@ def test_model_is_left_as_it_was(sequences):
 def test_merged_sums_are_those_of_all(llama, sequences):
     targets = find_targets(llama).modules[:1]
     name = targets[0].name
-    parts = [
-        collect_gradients(llama, part, moments=targets, weights=targets, labels="text") for part in sequences[:2, None]
-    ]
-    whole = collect_gradients(llama, sequences[:2], moments=targets, weights=targets, labels="text")
-    moments, weights = GradientMoments.empty(targets[0].shape[0]), WeightGradients.empty(targets[0].shape)
-    for seen, sums in parts:
-        moments.merge(seen[name])
-        weights.merge(sums[name])
-    torch.testing.assert_close(moments.second, whole[0][name].second)
-    torch.testing.assert_close(weights.mean, whole[1][name].mean)
-    assert (moments.tokens, weights.batches) == (126, 2)
+    for kind, mean in ((GradientMoments, "second_moment"), (WeightGradients, "mean")):
+        parts = [collect_gradients(kind, llama, targets, Passes(part))[name] for part in sequences[:2, None]]
+        whole = collect_gradients(kind, llama, targets, Passes(sequences[:2]))[name]
+        torch.testing.assert_close(sum(getattr(part, mean) for part in parts) / 2, getattr(whole, mean))
+        assert sum(int(*part.notes().values()) for part in parts) == int(*whole.notes().values())
 
 
-def test_short_windows_and_what_is_not_finite_are_named(llama, sequences):
-    targets = find_targets(llama).modules
-    with pytest.raises(ValueError, match=r"windows of 1 tokens were given: a loss needs at least two"):
-        collect_gradients(llama, sequences[:, :1], weights=targets)
+def test_sequences_of_one_token_are_refused(llama, sequences):
+    with pytest.raises(ValueError, match=r"sequences of 1 tokens were given: .* at least two"):
+        collect_gradients(WeightGradients, llama, find_targets(llama).modules, Passes(sequences[:, :1]))
+
+
+@pytest.mark.parametrize("labels", ["sampled", "text"])
+def test_a_loss_that_is_not_finite_is_named(llama, sequences, labels):
     with torch.no_grad():
         llama.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"the loss of calibration batch 0 is nan: check the checkpoint"):
-        collect_gradients(llama, sequences[:2], weights=targets)
+    with pytest.raises(ValueError, match=r"loss of calibration batch 0 is nan: .* wider dtype"):
+        collect_gradients(GradientMoments, llama, find_targets(llama).modules, Passes(sequences[:2]), labels=labels)
 
 
-@pytest.mark.parametrize("what", ["weights", "moments"])
-def test_a_gradient_that_is_not_finite_names_its_module(llama, sequences, what):
-    targets = find_targets(llama).modules
+@pytest.mark.parametrize("kind", [GradientMoments, WeightedMoments, TokenNorms, WeightGradients])
+def test_a_gradient_that_is_not_finite_names_its_module(llama, sequences, kind):
     name = "model.layers.1.self_attn.o_proj"
 
     class Breaks(torch.autograd.Function):
@@ -199,14 +213,12 @@ def test_a_gradient_that_is_not_finite_names_its_module(llama, sequences, what):
         def backward(ctx, gradient):
             return gradient * float("inf")
 
-    handle = llama.get_submodule("model.layers.1").post_attention_layernorm.register_forward_pre_hook(
+    llama.get_submodule("model.layers.1").post_attention_layernorm.register_forward_pre_hook(
         lambda _, args: Breaks.apply(args[0])
     )
-    with pytest.raises(
-        ValueError, match=rf"the gradient at module {name} in calibration batch 0 holds NaN or infinity"
-    ):
-        collect_gradients(llama, sequences[:1], **{what: [t for t in targets if t.name == name]})
-    handle.remove()
+    targets = [target for target in find_targets(llama).modules if target.name == name]
+    with pytest.raises(ValueError, match=rf"NaN or infinity: at module {name} in calibration batch 0; .*wider dtype"):
+        collect_gradients(kind, llama, targets, Passes(sequences[:1]))
 
 
 def spd(size, seed):
@@ -292,21 +304,21 @@ def test_what_depends_on_batches_is_made_for_these_batches(llama, sequences, tok
         for size in (1, 2)
     ]
     assert plain[0] == plain[1]
-    assert statistics_of_factors(two, llama, sequences[:4]).batch_size == 2
+    assert statistics_of_factors(two, llama, sequences[:4]).passes.batch_size == 2
 
 
-def test_maps_that_are_fed_by_name_are_measured_alike(llama, sequences, tokenizer):
+def test_layers_that_are_fed_by_name_are_measured_alike(llama, sequences, tokenizer):
     class Named(type(llama.model.layers[0].mlp)):
         def forward(self, x):
             return self.down_proj(input=self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     targets = find_targets(llama)
-    expected = collect_gradients(llama, sequences[:2], moments=targets.modules, labels="text")[0]
+    expected = collect_gradients(GradientMoments, llama, targets.modules, Passes(sequences[:2]))
     for layer in llama.model.layers:
         layer.mlp.__class__ = Named
-    found = collect_gradients(llama, sequences[:2], moments=targets.modules, labels="text")[0]
+    found = collect_gradients(GradientMoments, llama, targets.modules, Passes(sequences[:2]))
     for name, moments in expected.items():
-        assert torch.equal(found[name].second, moments.second)
+        assert torch.equal(found[name].second_moment, moments.second_moment)
 
 
 def test_gradients_are_collected_once(llama, sequences, tokenizer, monkeypatch):
@@ -314,7 +326,7 @@ def test_gradients_are_collected_once(llama, sequences, tokenizer, monkeypatch):
 
     targets = find_targets(llama)
     store = build_gradients(Subject(llama, tokenizer, sequences[:2], known_targets=targets))
-    monkeypatch.setattr(collected, "measure_gradients", lambda *_, **__: pytest.fail("collected again"))
+    monkeypatch.setattr(collected, "collect_gradients", lambda *_, **__: pytest.fail("collected again"))
     again = build_gradients(Subject(llama, tokenizer, sequences[:2], known_targets=targets))
     assert again.directory == store.directory
     expected = by_autograd(llama, targets.modules, torch.split(sequences[:2], 1))
@@ -325,15 +337,16 @@ def test_gradients_are_collected_once(llama, sequences, tokenizer, monkeypatch):
     assert again.notes(name)["batches"] == "2"
 
 
-def test_a_map_that_is_called_twice_adds_up_its_calls(tokenizer):
-    """Two blocks that share one feed-forward map: gradients add up, and every token and batch counts once."""
+def test_a_layer_that_is_called_twice_adds_up_its_calls(tokenizer):
+    """Two blocks that share one linear layer: gradients add up, and every token and batch counts once."""
     model = tiny_model("llama")
     model.model.layers[1].mlp.down_proj = model.model.layers[0].mlp.down_proj
     name = "model.layers.0.mlp.down_proj"
     m, n = model.get_submodule(name).weight.shape
     target = Target(name=name, block=0, kind="mlp.down_proj", shape=(m, n), group=name)
     sequences = torch.arange(96).view(3, 32)
-    moments, weights = collect_gradients(model, sequences, moments=[target], weights=[target], labels="text")
+    moments = collect_gradients(GradientMoments, model, [target], Passes(sequences))
+    weights = collect_gradients(WeightGradients, model, [target], Passes(sequences))
     expected = torch.zeros(m, n)
     for sequence in sequences:
         model.zero_grad()

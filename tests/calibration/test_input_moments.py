@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowrank_pl.calibration.input_moments import InputMoments, collect_input_moments
+from lowrank_pl.calibration.measures import Passes
 from lowrank_pl.models.targets import Target, find_targets
 from lowrank_pl.models.tiny import tiny_model
 
@@ -21,12 +22,10 @@ def by_hand(tokens):
 
 def assert_same(moments, reference, *, rtol=1e-6):
     second, absolute, tokens = reference
-    scale = second.abs().max().item()
-    torch.testing.assert_close(moments.second, second, rtol=rtol, atol=rtol * scale)
-    torch.testing.assert_close(moments.absolute, absolute, rtol=rtol, atol=0)
-    assert moments.tokens == tokens
-    torch.testing.assert_close(moments.second_moment, second / tokens, rtol=rtol, atol=rtol * scale)
+    mean = second / tokens
+    torch.testing.assert_close(moments.second_moment, mean, rtol=rtol, atol=rtol * mean.abs().max().item())
     torch.testing.assert_close(moments.mean_absolute, absolute / tokens, rtol=rtol, atol=0)
+    assert moments.tokens == tokens
 
 
 @pytest.fixture
@@ -35,47 +34,42 @@ def batches():
     return [torch.randn(batch, length, 6, generator=generator) for batch, length in [(2, 5), (1, 3), (4, 1)]]
 
 
-def test_streamed_equals_one_shot_equals_merged(batches):
+def test_streamed_equals_one_shot(batches):
     flat = torch.cat([batch.reshape(-1, 6) for batch in batches])
-    streamed, whole = InputMoments.empty(6), InputMoments.empty(6)
+    streamed, whole = InputMoments(6), InputMoments(6)
     for batch in batches:
-        streamed.update(batch)
-    whole.update(flat)
-    first, second = InputMoments.empty(6), InputMoments.empty(6)
-    first.update(batches[0])
-    second.update(batches[1])
-    second.update(batches[2])
-    first.merge(second)
-    for moments in (streamed, whole, first):
-        assert moments.second.dtype == torch.float64
+        streamed.add(batch)
+    whole.add(flat)
+    for moments in (streamed, whole):
+        assert moments.second_moment.dtype == torch.float64
         assert_same(moments, by_hand(flat))
 
 
 def test_bfloat16_inputs_are_summed_in_wider_types():
     tokens = torch.full((1000, 3), 1.0078125, dtype=torch.bfloat16)
-    moments = InputMoments.empty(3)
-    moments.update(tokens)
-    assert moments.second[0, 1].item() == pytest.approx(1000 * 1.0078125**2, rel=1e-6)
-    assert moments.absolute[0].item() == 1007.8125
+    moments = InputMoments(3)
+    moments.add(tokens)
+    assert moments.second_moment[0, 1].item() == pytest.approx(1.0078125**2, rel=1e-6)
+    assert moments.mean_absolute[0].item() == 1.0078125
 
 
 @pytest.mark.parametrize("size", [3e19, 1e30, 3e38])
 def test_massive_activations_overflow_nothing(size):
     tokens = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     tokens[:, 2] = size
-    moments = InputMoments.empty(4)
-    moments.update(tokens)
-    assert torch.isfinite(moments.second).all()
+    moments = InputMoments(4)
+    moments.add(tokens)
+    assert torch.isfinite(moments.second_moment).all()
     assert_same(moments, by_hand(tokens))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_refused_and_not_counted(bad):
-    moments = InputMoments.empty(2)
+    moments = InputMoments(2)
     with pytest.raises(ValueError, match="the inputs hold NaN or infinity"):
-        moments.update(torch.tensor([[1.0, bad]]))
+        moments.add(torch.tensor([[1.0, bad]]))
     assert moments.tokens == 0
-    assert moments.second.abs().sum() == 0
+    assert moments.second_moment.abs().sum() == 0
 
 
 def watched_inputs(model, names, sequences):
@@ -96,7 +90,7 @@ def watched_inputs(model, names, sequences):
 def test_collected_moments_are_those_of_the_inputs(family, sequences):
     model = tiny_model(family)
     targets = find_targets(model).modules
-    collected = collect_input_moments(model, targets, sequences[:5], batch_size=2)
+    collected = collect_input_moments(model, targets, Passes(sequences[:5], batch_size=2))
     assert list(collected) == list(dict.fromkeys(target.group for target in targets))
     inputs = watched_inputs(model, [target.name for target in targets], sequences[:5])
     for target in targets:
@@ -105,19 +99,20 @@ def test_collected_moments_are_those_of_the_inputs(family, sequences):
 
 def test_modules_with_the_same_input_share_one_entry(llama, sequences):
     targets = find_targets(llama).modules
-    collected = collect_input_moments(llama, targets, sequences[:1])
+    collected = collect_input_moments(llama, targets, Passes(sequences[:1]))
     kinds = [name.removeprefix("model.layers.0.") for name in collected if ".layers.0." in name]
     assert kinds == ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
     some = find_targets(llama, include=["*v_proj", "*up_proj"]).modules
-    alone = collect_input_moments(llama, some, sequences[:1])
+    alone = collect_input_moments(llama, some, Passes(sequences[:1]))
     torch.testing.assert_close(
-        alone["model.layers.1.self_attn.v_proj"].second, collected["model.layers.1.self_attn.q_proj"].second
+        alone["model.layers.1.self_attn.v_proj"].second_moment,
+        collected["model.layers.1.self_attn.q_proj"].second_moment,
     )
 
 
 def test_model_is_left_as_it_was(llama, sequences):
     llama.train()
-    collect_input_moments(llama, find_targets(llama).modules, sequences[:1])
+    collect_input_moments(llama, find_targets(llama).modules, Passes(sequences[:1]))
     assert all(module.training for module in llama.modules())
     assert not any(module._forward_pre_hooks for module in llama.modules())
     assert all(parameter.grad is None for parameter in llama.parameters())
@@ -133,7 +128,7 @@ def test_inputs_that_are_not_finite_name_module_and_batch(llama, sequences):
         "check the checkpoint, or load it in a wider dtype"
     )
     with pytest.raises(ValueError, match=message):
-        collect_input_moments(llama, targets, sequences)
+        collect_input_moments(llama, targets, Passes(sequences))
     assert not any(module._forward_pre_hooks for module in llama.modules())
 
 
@@ -141,25 +136,25 @@ def test_late_damage_is_named_where_it_first_shows(llama, sequences):
     with torch.no_grad():
         llama.get_submodule("model.layers.1.post_attention_layernorm").weight[3] = float("nan")
     with pytest.raises(ValueError, match=r"at module model.layers.1.mlp.gate_proj in calibration batch 0"):
-        collect_input_moments(llama, find_targets(llama).modules, sequences)
+        collect_input_moments(llama, find_targets(llama).modules, Passes(sequences))
 
 
 def test_fewer_tokens_than_features_is_a_warning(llama, sequences, caplog):
     targets = find_targets(llama).modules
     with caplog.at_level(logging.WARNING):
-        collect_input_moments(llama, targets, sequences[:1, :40])
+        collect_input_moments(llama, targets, Passes(sequences[:1, :40]))
     assert caplog.messages == [
         "2 inputs saw fewer tokens than they have features (model.layers.0.mlp.down_proj: 40 tokens, 96 features): "
         "their second moment is singular and rests on damping; give more calibration text"
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        collect_input_moments(llama, targets, sequences[:2])
+        collect_input_moments(llama, targets, Passes(sequences[:2]))
     assert caplog.messages == []
 
 
 class Twice(nn.Module):
-    """A model that calls one map twice in a forward."""
+    """A model that calls one linear layer twice in a forward pass."""
 
     def __init__(self):
         super().__init__()
@@ -173,8 +168,8 @@ class Twice(nn.Module):
 def test_module_called_twice_counts_both_inputs():
     model = Twice()
     target = Target("map", 0, "map", (4, 4), "map")
-    moments = collect_input_moments(model, [target], torch.tensor([[0, 1, 2, 3]]))["map"]
+    moments = collect_input_moments(model, [target], Passes(torch.tensor([[0, 1, 2, 3]])))["map"]
     assert moments.tokens == 8
     once = torch.eye(4, dtype=torch.float64)
     weight = model.map.weight.detach().double()
-    torch.testing.assert_close(moments.second, once + weight @ weight.T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(8 * moments.second_moment, once + weight @ weight.T, rtol=1e-6, atol=1e-6)

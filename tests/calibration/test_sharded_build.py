@@ -74,7 +74,7 @@ def two_processes(rank, folder):
 
 
 def make_factors(folder):
-    """Make factors both ways, of more and of fewer sequences than processes; return how many maps this one decomposed."""
+    """Make factors both ways, of more and fewer sequences than processes; return how many layers were decomposed."""
     base, tokenizer = str(folder / "llama"), byte_tokenizer()
     whole, made, add = load_base(base), [], FactorStore.add
     with cooperating(), pytest.MonkeyPatch.context() as patch:

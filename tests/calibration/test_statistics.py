@@ -7,9 +7,11 @@ import logging
 import pytest
 import torch
 
-from lowrank_pl.calibration import gradients, hidden_states
+from lowrank_pl.calibration import blockwise, hidden_states
 from lowrank_pl.calibration import statistics as collected
 from lowrank_pl.calibration.build import statistics_of
+from lowrank_pl.calibration.gradients import GradientMoments, collect_gradients
+from lowrank_pl.calibration.measures import Passes
 from lowrank_pl.calibration.statistics import block_groups, memory_size
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.models.lazy import NotBlockwiseError
@@ -62,7 +64,7 @@ def measure(sequences, tokenizer, tmp_path):
         )
         found = statistics.stores(needs, targets, "sampled")
         if needs != NEEDS:
-            found["gradient_norms"] = statistics.gradient_norms(targets, "sampled")
+            found["gradient_norms"] = statistics.collect("gradient_norms", targets, "sampled")
         return found
 
     return run
@@ -88,7 +90,7 @@ def test_blocks_and_groups_of_them_give_the_same_numbers(measure, family, way, c
     whole = measure(model, "whole")
     before = state(model)
     if way != "blocks":
-        monkeypatch.setattr(collected, "Walk", unable)
+        monkeypatch.setattr(collected, "pass_through_blocks", unable)
     with caplog.at_level(logging.INFO, logger="lowrank_pl.calibration.statistics"):
         parts = measure(model, "parts", memory=1, gradient_checkpointing=way == "groups that recompute")
     assert "output gradients are measured block by block, in 1e-09 GB at a time" in caplog.messages
@@ -108,18 +110,20 @@ def test_weighted_moments_and_norms_are_the_same_too(measure, llama):
 
 
 def test_what_memory_has_no_room_for_is_measured_block_by_block(measure, llama, monkeypatch):
-    asked, walked, real = [], [], collected.BlockwiseForward
+    asked, kept_from, real = [], [], blockwise.BlockwiseForward
     monkeypatch.setattr(collected, "free_memory", lambda device: asked.append(device) or 40_000)
-    monkeypatch.setattr(collected, "Walk", lambda *a, **k: walked.append(k["keep_from"]) or real(*a, **k))
+    monkeypatch.setattr(
+        blockwise, "BlockwiseForward", lambda *a, **k: kept_from.append(k["keep_from"]) or real(*a, **k)
+    )
     whole = measure(llama, "parts")
-    # Of both blocks: sums of inputs, of gradients by outputs and by weights, three quarters of 40 kB being too little.
-    assert walked == [None, -1, -1]
+    # Sums of inputs, of gradients by outputs and by weights of both blocks take more than three quarters of 40 kB.
+    assert kept_from == [None, -1, -1]
     assert asked == 3 * [llama.device]
     monkeypatch.setattr(collected, "free_memory", lambda device: 10**9)
     parts = measure(llama, "whole")
-    assert len(walked) == 3
+    assert len(kept_from) == 3
     assert_equal_stores(whole, parts, find_targets(llama).modules)
-    # The way there is shared out among what was measured on the way back.
+    # The forward passes count as time of what is measured on the way back.
     names = [target.name for target in find_targets(llama).modules]
     assert all(float(whole["output_gradients"].notes(name)["seconds"]) > 0 for name in names)
 
@@ -129,59 +133,59 @@ def test_hidden_states_wait_on_disk_where_they_would_fill_main_memory(measure, l
     monkeypatch.setattr(hidden_states, "available_memory", lambda: 1000)
     with caplog.at_level(logging.INFO, logger="lowrank_pl.calibration.blockwise"):
         measure(llama, "parts", memory=1)
-    said = [message for message in caplog.messages if message.startswith("hidden states of all windows")]
-    # Of two blocks: behind one of them; for gradients what both were fed, what the last returned, and a gradient.
+    said = [message for message in caplog.messages if message.startswith("hidden states of all sequences")]
+    # The output of one block; for gradients the inputs of both blocks, the output of the last, and a gradient.
     one, back = (f"hidden states of all sequences, {count} at a time: 0.00 GB (disk)" for count in (1, 4))
     assert said == [one, back, back]
     assert not list((tmp_path / "home").rglob("*"))
 
 
-def test_a_walk_that_fails_half_way_leaves_the_rest_to_groups(measure, llama, monkeypatch):
-    asked, real, at = [], collected.collect_input_moments, collected.BlockwiseForward.at
+def test_a_block_wise_pass_that_fails_half_way_leaves_the_rest_to_groups(measure, llama, monkeypatch):
+    asked, real, at = [], collected.collect_input_moments, blockwise.BlockwiseForward.at
 
     def stop(self, block):
         if block == 1:
             raise NotBlockwiseError("its blocks share more than the hidden state")
         return at(self, block)
 
-    def collect(model, targets, sequences, **settings):
+    def collect(model, targets, passes):
         asked.append({target.block for target in targets})
-        return real(model, targets, sequences, **settings)
+        return real(model, targets, passes)
 
-    monkeypatch.setattr(collected.BlockwiseForward, "at", stop)
+    monkeypatch.setattr(blockwise.BlockwiseForward, "at", stop)
     monkeypatch.setattr(collected, "collect_input_moments", collect)
     parts = measure(llama, "parts", memory=1)
     assert asked == [{0}, {1}]
     assert_equal_stores(measure(llama, "whole"), parts, find_targets(llama).modules)
 
 
-@pytest.mark.parametrize("walks", [False, True])
-def test_a_killed_collection_loses_one_group(measure, llama, monkeypatch, walks):
-    real, asked = collected.measure_gradients, []
-    back = collected.BlockwiseBackward.measure
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_killed_collection_loses_one_group(measure, llama, monkeypatch, by_block):
+    asked, real, backward = [], collected.collect_gradients, blockwise.BlockwiseBackward.measure
+    block_of = {target.name: target.block for target in find_targets(llama).modules}
 
-    def note(outputs, weights):
-        asked.append({target.block for target in (*outputs, *weights)})
+    def note(names):
+        asked.append({block_of[name] for name in names})
         if len(asked) == 2:
             raise KeyboardInterrupt
 
-    def collect(model, sequences, outputs, weights, **settings):
-        note(outputs, weights)
-        real(model, sequences, outputs, weights, **settings)
+    def collect(kind, model, targets, *args, **settings):
+        note(target.name for target in targets)
+        return real(kind, model, targets, *args, **settings)
 
-    def measured(self, outputs, weights, labels):
-        note(outputs, weights)
-        back(self, outputs, weights, labels)
+    def measured(self, measures):
+        note(measures)
+        backward(self, measures)
 
-    monkeypatch.setattr(collected, "measure_gradients", collect)
-    monkeypatch.setattr(collected.BlockwiseBackward, "measure", measured)
-    if not walks:
-        monkeypatch.setattr(collected, "Walk", unable)
+    monkeypatch.setattr(collected, "collect_gradients", collect)
+    monkeypatch.setattr(blockwise.BlockwiseBackward, "measure", measured)
+    if not by_block:
+        monkeypatch.setattr(collected, "pass_through_blocks", unable)
     with pytest.raises(KeyboardInterrupt):
         measure(llama, "s", memory=1)
     measure(llama, "s", memory=1)
-    # Moments; after the kill the block that is left alone, in a pass through the whole model; weight gradients.
-    assert asked == ([{1}, {0}, {0}, {1}, {0}] if walks else [{0}, {1}, {1}, {0}, {1}])
+    # Moments; after the kill the remaining block in a pass through the whole model; weight gradients.
+    assert asked == ([{1}, {0}, {0}, {1}, {0}] if by_block else [{0}, {1}, {1}, {0}, {1}])
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -191,5 +195,5 @@ def test_blocks_before_the_first_watched_keep_nothing(llama, sequences, again):
         block.input_layernorm.register_forward_hook(lambda _, __, output: graphs.append(output.requires_grad))
     last = [target for target in find_targets(llama).modules if target.block == 1]
     graphs.clear()
-    gradients.collect_gradients(llama, sequences[:1], moments=last, gradient_checkpointing=again)
+    collect_gradients(GradientMoments, llama, last, Passes(sequences[:1], gradient_checkpointing=again))
     assert graphs == [False, True, *[True] * again]  # run again in the backward pass

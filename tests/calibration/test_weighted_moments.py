@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from lowrank_pl.calibration.build import build_factors, statistics_of
-from lowrank_pl.calibration.gradients import measure_gradients
-from lowrank_pl.calibration.statistics import Statistics
+from lowrank_pl.calibration.gradients import collect_gradients
+from lowrank_pl.calibration.measures import Batch, Call, Passes
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.factors.decomposition import decompose, square_root, truncate
@@ -44,8 +44,8 @@ def calls(model, targets, sequence):
 def test_moments_and_norms_are_those_of_slow_sums(llama, sequences, tokenizer, batch_size):
     targets, text = find_targets(llama), sequences[:3]
     statistics = statistics_of(Subject(llama, tokenizer, text), batch_size=batch_size)
-    moments = statistics.weighted_moments(targets.modules, "text")
-    norms = statistics.gradient_norms(targets.modules, "text")
+    moments = statistics.collect("weighted_moments", targets.modules, "text")
+    norms = statistics.collect("gradient_norms", targets.modules, "text")
     slow = [calls(llama, targets, sequence) for sequence in text]
     for target in targets.modules:
         x, g = (torch.cat([sequence[target.name][side] for sequence in slow]) for side in (0, 1))
@@ -62,52 +62,67 @@ def test_moments_and_norms_are_those_of_slow_sums(llama, sequences, tokenizer, b
             )
 
 
+def batch_of(labels, number=0):
+    return Batch(number, torch.zeros(1, labels + 1, dtype=torch.long))
+
+
 def test_last_tokens_count_nothing_and_scales_cancel():
     x, g = torch.randn(6, 4), torch.randn(6, 3)
-    one, two = WeightedMoments.empty((3, 4)), WeightedMoments.empty((3, 4))
-    one.add(x, g, tokens=6, batch=0)
-    two.add(torch.cat([x, 7 * x]), torch.cat([1e-25 * g, 0 * g]), tokens=6, batch=0)
+    one, two = WeightedMoments((3, 4)), WeightedMoments((3, 4))
+    one.add([Call(x, g)], batch_of(6))
+    two.add([Call(torch.cat([x, 7 * x]), torch.cat([1e-25 * g, 0 * g]))], batch_of(6))
     # The product of both sides is of the size of the gradients' squares, whatever the scale.
-    torch.testing.assert_close(two.mean_inputs * 1e25, one.mean_inputs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(two.mean_outputs * 1e25, one.mean_outputs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(two.inputs * 1e25, one.inputs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(two.outputs * 1e25, one.outputs, rtol=1e-4, atol=1e-4)
 
 
-def test_inputs_that_overflow_a_float32_square_are_summed_and_infinite_ones_refused():
-    moments = WeightedMoments.empty((1, 2))
-    moments.add(torch.tensor([[1e25, 1.0]]), torch.ones(1, 1), tokens=1, batch=0)
-    assert moments.mean_inputs[0, 0].item() == pytest.approx(1e50)
-    with pytest.raises(ValueError, match="the inputs hold NaN or infinity"):
-        moments.add(torch.tensor([[torch.inf, 1.0]]), torch.ones(1, 1), tokens=1, batch=0)
+def test_a_token_counts_once_however_often_the_layer_is_called():
+    moments = WeightedMoments((1, 1))
+    moments.add([Call(torch.ones(4, 1), torch.ones(4, 1))] * 2, batch_of(4))
+    assert (moments.tokens, moments.inputs.item()) == (4, 2.0)
 
 
-def test_infinite_inputs_name_their_module_and_batch(llama, sequences):
+def test_inputs_that_overflow_a_float32_square_are_summed():
+    moments = WeightedMoments((1, 2))
+    moments.add([Call(torch.tensor([[1e25, 1.0]]), torch.ones(1, 1))], batch_of(1))
+    assert moments.inputs[0, 0].item() == pytest.approx(1e50)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "gradient", "side"), [(torch.inf, 1.0, "inputs"), (1.0, torch.inf, "gradients"), (1.0, torch.nan, "")]
+)
+def test_numbers_that_are_not_finite_are_refused(inputs, gradient, side):
+    moments = WeightedMoments((1, 2))
+    with pytest.raises(ValueError, match=f"{side}.* NaN or infinity"):
+        moments.add([Call(torch.tensor([[inputs, 1.0]]), torch.tensor([[gradient]]))], batch_of(1))
+
+
+def test_refusals_name_module_and_batch_and_cure(llama, sequences):
     target = find_targets(llama).modules[0]
 
     class Refusing(TokenNorms):
-        def add(self, *args, **kwargs):
+        def add(self, calls, batch):
             raise ValueError("the inputs hold NaN or infinity")
 
-    with pytest.raises(
-        ValueError,
-        match=r"the inputs hold NaN or infinity: at module model.layers.0.self_attn.q_proj in .* batch 0; check",
-    ):
-        measure_gradients(llama, sequences[:1], {target: Refusing(torch.zeros(1, 1))})
+    with pytest.raises(ValueError, match=rf"NaN or infinity.*{target.name}.* batch 0; .*wider dtype"):
+        collect_gradients(Refusing, llama, [target], Passes(sequences[:1]))
 
 
 def test_norms_need_every_token():
-    norms = TokenNorms.empty(2, 4)
-    with pytest.raises(ValueError, match="a map was called for 3 tokens of the 4 that there are"):
-        norms.add(torch.zeros(3, 2), torch.zeros(3, 2), tokens=3, batch=1)
+    norms = TokenNorms(Passes(torch.zeros(2, 4)))
+    with pytest.raises(ValueError, match="3 of 4 tokens"):
+        norms.add([Call(torch.zeros(3, 2), torch.zeros(3, 2))], batch_of(3, number=1))
 
 
-def test_other_windows_have_statistics_of_their_own(llama, sequences, tokenizer, tmp_path):
+def test_other_sequences_have_statistics_of_their_own(llama, sequences, tokenizer, tmp_path):
     targets = find_targets(llama).modules[:2]
     for directory in (None, tmp_path / "store"):
         statistics = statistics_of(Subject(llama, tokenizer, sequences[:2]), directory=directory)
-        here, there = (each.gradient_norms(targets, "text") for each in (statistics, statistics.on(sequences[2:5])))
+        both = statistics, statistics.on(sequences[2:5])
+        here, there = (each.collect("gradient_norms", targets, "text") for each in both)
         assert here.directory != there.directory
         assert [store.read(targets[0].name, "norms").shape[0] for store in (here, there)] == [2, 3]
-        again = Statistics.on(statistics, sequences[2:5]).gradient_norms(targets, "text")
+        again = statistics.on(sequences[2:5]).collect("gradient_norms", targets, "text")
         assert again.directory == there.directory
         assert directory is None or there.directory.is_relative_to(directory)
 
@@ -116,9 +131,10 @@ def test_factors_are_weighted_by_both_sides(llama, sequences, tokenizer):
     targets = find_targets(llama)
     settings = Decomposition("two_sided", labels="text")
     store = build_factors(Subject(llama, tokenizer, sequences[:3], known_targets=targets), settings=settings)
-    moments = statistics_of(Subject(llama, tokenizer, sequences[:3])).weighted_moments(targets.modules, "text")
+    statistics = statistics_of(Subject(llama, tokenizer, sequences[:3]))
+    moments = statistics.collect("weighted_moments", targets.modules, "text")
     for target in targets.modules:
-        # Maps that share an input each have a root of their own.
+        # Layers that share an input each have a root of their own.
         expected = decompose(
             llama.get_submodule(target.name).weight.detach(),
             inputs=square_root(moments.read(target.name, "inputs"), damping=settings.damping),
@@ -138,12 +154,12 @@ def test_a_few_tokens_with_large_gradients_do_not_stand_for_all():
     weight = torch.randn(10, 12, generator=generator)
 
     def lost(inputs, outputs):
-        """What the loss's curvature, token by token, makes of cutting the weight to half its rank."""
+        """Rise of the loss when the weight is cut to half its rank, from its curvature token by token."""
         cut = truncate(decompose(weight, inputs=square_root(inputs), outputs=square_root(outputs)), 5)
         change = (weight - (cut.left @ cut.right).float()).T
         return ((x @ change) * g).sum(1).square().mean().item()
 
-    moments = WeightedMoments.empty((10, 12))
-    moments.add(x, g, tokens=1000, batch=0)
+    moments = WeightedMoments((10, 12))
+    moments.add([Call(x, g)], batch_of(1000))
     alike = lost(x.T @ x / 1000, g.T @ g / 1000)
-    assert lost(moments.mean_inputs, moments.mean_outputs) < 0.5 * alike
+    assert lost(moments.inputs, moments.outputs) < 0.5 * alike

@@ -125,7 +125,7 @@ def test_moments_block_by_block_are_those_of_one_pass(way, sequences, tmp_path):
     model = load_base(base).cuda()
     targets = find_targets(model)
     whole = statistics_of(Subject(model, tokenizer, sequences), directory=tmp_path / "whole")
-    expected = moments(whole.weighted_moments(targets.modules, "sampled"), targets)
+    expected = moments(whole.collect("weighted_moments", targets.modules, "sampled"), targets)
     if way == "loaded":
         parts = statistics_of(Subject(model, tokenizer, sequences), directory=tmp_path / "parts", memory=1)
     else:
@@ -133,7 +133,7 @@ def test_moments_block_by_block_are_those_of_one_pass(way, sequences, tmp_path):
         how = {"settings": Decomposition("two_sided"), "directory": tmp_path / "parts"}
         build_factors_by_block(skeleton, Subject(skeleton.model, tokenizer, sequences, known_targets=targets), **how)
         parts = statistics_of(Subject(model, tokenizer, sequences), directory=tmp_path / "parts")
-    for key, value in moments(parts.weighted_moments(targets.modules, "sampled"), targets).items():
+    for key, value in moments(parts.collect("weighted_moments", targets.modules, "sampled"), targets).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6 * expected[key].abs().max().item())
 
 

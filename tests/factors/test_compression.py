@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -192,12 +193,8 @@ def test_factors_of_another_origin_are_refused(sequences):
     plan = drawn(targets, store, half)
     other = plan.with_origin({}, {**store.fingerprint, "text": "x", "damping": 1.0})
     modules = dict(model.named_modules())
-    with pytest.raises(ValueError, match="drawn for other factors") as caught:
+    with pytest.raises(ValueError, match=rf"{re.escape(str(store.directory))}: damping, text differ\. Allocate again"):
         compress(model, other, store)
-    assert str(caught.value) == (
-        f"the plan was drawn for other factors than those in {store.directory}: damping, text differ. "
-        "Allocate again on this store, or name the store that the plan came from"
-    )
     assert dict(model.named_modules()) == modules
 
 
@@ -205,10 +202,10 @@ def test_another_model_is_refused_before_anything_changes(sequences):
     _, targets, store = factored("llama", sequences)
     plan = drawn(targets, store, half)
     shorter = tiny_model("llama", layers=1)
-    with pytest.raises(ValueError, match=r"the plan names model.layers.1.self_attn.q_proj, which the model lacks"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj.* load the model"):
         compress(shorter, plan, store)
     wider = tiny_model("llama", hidden=48)
-    with pytest.raises(ValueError, match=r"q_proj the shape \(32, 32\), the model has \(48, 48\): another model\?"):
+    with pytest.raises(ValueError, match=r"q_proj .*\(32, 32\).*\(48, 48\): load the model"):
         compress(wider, plan, store)
     for model in (shorter, wider):
         assert not any(isinstance(module, LowRankLinear) for module in model.modules())
@@ -286,9 +283,7 @@ def test_a_module_whose_factors_would_be_no_smaller_stays_dense_aloud(sequences,
     dense = model.get_submodule(name)
     compress(model, plan, store)
     assert model.get_submodule(name) is dense
-    assert caplog.messages[-1].startswith(
-        f"{name} stays dense, of which two factors would be no less: stored pivoted in float32 it would be off by "
-    )
+    assert re.match(rf"{name} stays dense.* stored pivoted in float32", caplog.messages[-1])
     changed = deployed_plan(model, plan)
     assert changed.modules[name] == ModulePlan(dense.weight.shape)
     assert changed.notes == (f"1 module could not be stored pivoted in float32: dense, e.g. {name}",)
@@ -299,7 +294,7 @@ def test_a_plan_of_another_model_is_refused_for_a_while_too(sequences):
     _, targets, store = factored("llama", sequences)
     plan = drawn(targets, store, half)
     smaller = tiny_model("llama", layers=1)
-    refused = pytest.raises(ValueError, match=r"the plan names model\.layers\.1\..*, which the model lacks")
+    refused = pytest.raises(ValueError, match=r"model\.layers\.1\..* load the model")
     with refused, compressed(smaller, plan, store):
         pass
 
@@ -320,9 +315,7 @@ def test_a_module_that_cannot_be_pivoted_is_stored_as_factors_aloud(sequences, m
         assert type(model.get_submodule(name)) is expected
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == len(fallen)
-    assert warnings[0].startswith(
-        f"{fallen[0]} is stored as two factors: stored pivoted in float32 it would be off by "
-    )
+    assert re.match(rf"{fallen[0]} is stored as two factors: .* stored pivoted in float32", warnings[0])
     changed = deployed_plan(model, plan)
     assert [name for name in names if changed.modules[name] != plan.modules[name]] == fallen
     assert {changed.modules[name].storage for name in fallen} == {"factored"}
@@ -337,6 +330,6 @@ def test_a_module_that_cannot_be_pivoted_is_stored_as_factors_aloud(sequences, m
 
 
 def found_shape(found):
-    """Shape of the map in a pivoted form."""
+    """Shape of the weight in a pivoted form."""
     layer = PivotedLinear.from_parts(found.weight, found.right, found.pivots, side=found.side)
     return layer.out_features, layer.in_features

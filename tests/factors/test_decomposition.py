@@ -180,9 +180,9 @@ def test_arguments_are_left_alone():
 def test_values_that_are_not_finite_are_refused(bad):
     moment = torch.eye(3)
     moment[1, 2] = bad
-    with pytest.raises(ValueError, match="the second moment holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"NaN or infinity: .* measure again"):
         square_root(moment)
-    with pytest.raises(ValueError, match="the weight holds NaN or infinity: the checkpoint is damaged"):
+    with pytest.raises(ValueError, match="NaN or infinity: the checkpoint is damaged"):
         decompose(moment)
 
 

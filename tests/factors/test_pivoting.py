@@ -161,5 +161,5 @@ def test_ranks_with_nothing_to_pivot_are_refused(rank):
 def test_factors_that_are_not_finite_are_refused(bad):
     left, right = torch.ones(4, 2), torch.ones(2, 5)
     right[1, 1] = bad
-    with pytest.raises(ValueError, match="the factors hold NaN or infinity: they can't be stored pivoted"):
+    with pytest.raises(ValueError, match="NaN or infinity"):
         pivot(left, right, dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -53,28 +54,26 @@ def test_default_folder_is_named_by_the_fingerprint():
 def test_existing_store_needs_no_fingerprint(store):
     found = FactorStore.existing(store.directory)
     assert (found.fingerprint, found.digest) == (store.fingerprint, store.digest)
-    with pytest.raises(ValueError, match=r"no store at .*nowhere: expected a folder with manifest.json"):
+    with pytest.raises(ValueError, match=r"nowhere: .*manifest\.json"):
         FactorStore.existing(store.directory / "nowhere")
-    with pytest.raises(ValueError, match=r"no store at .*manifest.json: expected a folder"):
+    with pytest.raises(ValueError, match=r"manifest\.json: expected a folder"):
         FactorStore.existing(store.directory / "manifest.json")
 
 
 def test_store_of_something_else_is_refused_with_what_differs(store):
-    with pytest.raises(ValueError, match=r"model is 'a' there and 'b' here; text is None there and 't' here.*delete"):
+    message = rf"{re.escape(str(store.directory))}.* model is 'a' there and 'b' here; text is None .* another folder"
+    with pytest.raises(ValueError, match=message):
         FactorStore({"model": "b", "text": "t", "damping": 1e-6}, store.directory)
-
-
-def test_store_of_another_kind_is_refused(store):
-    with pytest.raises(ValueError, match=r"holds a factors store: expected a statistics store"):
+    with pytest.raises(ValueError, match=r"factors store: expected a statistics store"):
         TensorStore("statistics", {"model": "a"}, store.directory)
     assert FactorStore.existing(store.directory).fingerprint["model"] == "a"
 
 
 def test_folders_of_other_things_are_refused(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds no factors store: name an empty or new folder"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}.* name an empty or new folder"):
         FactorStore({}, tmp_path)
-    with pytest.raises(ValueError, match=r"note.txt is not an empty folder"):
+    with pytest.raises(ValueError, match=r"note\.txt.* name an empty or new folder"):
         FactorStore({}, tmp_path / "note.txt")
     (tmp_path / "empty").mkdir()
     assert FactorStore({}, tmp_path / "empty").missing(["a"]) == ["a"]
@@ -83,11 +82,11 @@ def test_folders_of_other_things_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"{", r"manifest.json is damaged \(.*\): delete the folder .* and build it again"),
-        (b"[]", r"manifest.json is damaged"),
-        (b'{"schema": 1}', r"manifest.json is damaged \('kind'\)"),
-        (b"\xff\xff", r"manifest.json is damaged"),
-        (b'{"schema": 9}', r"manifest.json has schema 9: this version of lowrank_pl reads 1"),
+        (b"{", r"manifest\.json.* delete the folder .*"),
+        (b"[]", r"manifest\.json.* delete the folder"),
+        (b'{"schema": 1}', r"manifest\.json.*'kind'.* delete the folder"),
+        (b"\xff\xff", r"manifest\.json.* delete the folder"),
+        (b'{"schema": 9}', r"manifest\.json has schema 9: .* 1"),
     ],
 )
 def test_damaged_manifest(store, text, message):
@@ -128,7 +127,7 @@ def test_partial_reads_equal_full_reads(store, factors):
 
 
 def test_absent_and_damaged_files_are_named_with_the_cure(store):
-    absent = r"the factors store at .* has nothing for block.9: build it again"
+    absent = r"block\.9: build it again"
     for read in (store.sigma, store.factors, store.notes):
         with pytest.raises(ValueError, match=absent):
             read("block.9")
@@ -136,7 +135,7 @@ def test_absent_and_damaged_files_are_named_with_the_cure(store):
     data = path.read_bytes()
     for damaged in (data[:-10], data[:30], b"", b"not safetensors at all"):
         path.write_bytes(damaged)
-        message = r"block.0.q.safetensors is damaged \(.*\): delete it and run again"
+        message = r"block\.0\.q\.safetensors is damaged .* delete it and run again"
         for read in (store.sigma, store.factors, store.notes):
             with pytest.raises(ValueError, match=message):
                 read("block.0.q")
@@ -151,7 +150,7 @@ def test_a_flipped_bit_is_found(store, where, read):
     data = bytearray(path.read_bytes())
     data[int(where * len(data))] ^= 16
     path.write_bytes(data)
-    message = r"block.0.q.safetensors is damaged \(the checksum of its tensors is wrong\): delete it and run again"
+    message = r"block\.0\.q\.safetensors is damaged .*checksum.* delete it and run again"
     with pytest.raises(ValueError, match=message):
         read(FactorStore.existing(store.directory), "block.0.q")
 

@@ -61,7 +61,9 @@ def test_ranks_by_type_and_block_are_logged_once_a_step(events):
         "kept by block/000",
         "kept by block/001",
     } <= {*tags}
-    assert {"keep/dense modules", "keep/expected", "keep/target", "loss/total", "loss/budget", "val/perplexity"} <= {*tags}
+    assert {"keep/dense modules", "keep/expected", "keep/target", "loss/total", "loss/budget", "val/perplexity"} <= {
+        *tags
+    }
     # Two batches make a step: both end with the same number of steps, one point is enough.
     assert [event.step for event in events.Scalars("kept by block/000")] == [0, 2, 4]
     values = [event.value for event in events.Scalars("kept by block/000")]

@@ -47,7 +47,9 @@ def prepare(folder):
                 Subject(model, tokenizer, sequences(), known_targets=targets), settings=settings, directory=place
             )
     build_gradients(Subject(model, tokenizer, sequences(), known_targets=targets), directory=folder)
-    statistics_of(Subject(model, tokenizer, sequences()), directory=folder).gradient_norms(targets.modules, "sampled")
+    statistics_of(Subject(model, tokenizer, sequences()), directory=folder).collect(
+        "gradient_norms", targets.modules, "sampled"
+    )
     return added
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lowrank_pl.calibration.gradients import collect_gradients
+from lowrank_pl.calibration.gradients import WeightGradients, collect_gradients
+from lowrank_pl.calibration.measures import Passes
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.decomposition import decompose
@@ -157,10 +158,10 @@ class _Correction:
     def _decompose(self, plan: RankPlan, factors: FactorStore, made: FactorStore) -> None:
         moving = [target for target in self.modules if plan.modules[target.name].rank is not None]
         with compressed(self.model, plan, factors):
-            _, weights = collect_gradients(
-                self.model, self.sequences, weights=moving, progress="gradients of the cut model"
+            weights = collect_gradients(
+                WeightGradients, self.model, moving, Passes(self.sequences), progress="gradients of the cut model"
             )
-        roots = Roots.behind(self.base, self.model, self.calibration, self.modules)
+        roots = Roots.of_factors(self.base, self.model, self.calibration, self.modules)
         bar = tqdm(total=len(self.modules), desc="correct", unit="module")
         for inputs, members in roots.by_inputs(self.modules):
             for target in members:
@@ -184,12 +185,12 @@ class _Correction:
     def _differentiate(self, plan: RankPlan, made: FactorStore, gradients: TensorStore) -> None:
         moved = [name for name, module in plan.modules.items() if module.rank is not None]
         with _reweighted(self.model, moved, made):
-            _, weights = collect_gradients(
-                self.model, self.sequences, weights=self.modules, progress="gradients of the moved model"
-            )
+            weights = collect_gradients(
+                WeightGradients, self.model, self.modules, Passes(self.sequences),
+                progress="gradients of the moved model",
+            )  # fmt: skip
         for name in list(weights):
-            found = weights.pop(name)
-            gradients.write(name, {"mean": found.mean, "mean_squares": found.mean_squares})
+            gradients.write(name, weights.pop(name).tensors())
 
 
 def _cut(plan: RankPlan, factors: FactorStore, name: str, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_pl.calibration.input_moments import product, rows_of
+from lowrank_pl.calibration.symmetric_sum import product, rows_of
 
 __all__ = ["PairMoments"]
 

@@ -177,7 +177,7 @@ class _Work:
         folder = base.directory / "refit" / sha256_of(canonical_json(fingerprint))[:20]
         self.made = FactorStore(fingerprint, folder)
         self._began = 0.0
-        self.made_by = Decomposition.behind(base.fingerprint)
+        self.made_by = Decomposition.of_fingerprint(base.fingerprint)
         self.two_sided = settings.two_sided and self.made_by.kind == "two_sided"
 
     def _identity(self) -> dict[str, Any]:
@@ -356,14 +356,14 @@ class _Work:
         """Return the roots that the factors' outputs were weighted by, if they were and it is asked for."""
         if not self.two_sided:
             return None
-        return Roots.behind(self.base, self.model, self.calibration, self.modules)
+        return Roots.of_factors(self.base, self.model, self.calibration, self.modules)
 
     def _gradient_norms(self, watched: Sequence[Target]) -> TensorStore | None:
         """Return how large output gradients are in the dense model, token by token, if tokens are to count by it."""
         if not (self.two_sided and self.made_by.weighs_tokens):
             return None
         statistics = statistics_of_factors(self.base, self.model, self.calibration)
-        return statistics.on(self.sequences).gradient_norms(watched, self.made_by.labels)
+        return statistics.on(self.sequences).collect("gradient_norms", watched, self.made_by.labels)
 
 
 def _weights(norms: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def test_plan_names_the_factors_that_it_is_for(llama, sequences, tokenizer):
     assert [path.name for path in made.directory.parent.iterdir()] == [made.directory.name]
     with compressed(llama, plan, made), torch.no_grad():
         assert llama(input_ids=sequences[:1]).logits.isfinite().all()
-    with pytest.raises(ValueError, match=r"the plan was drawn for other factors than those in .*: correction differ"):
+    with pytest.raises(ValueError, match=r"correction differ"):
         compressed(llama, plan, problem.factors).__enter__()
     plain = make_allocator("zs_svd").plan(problem)
     assert factors_of_plan(plain, problem.factors) is problem.factors
@@ -180,7 +180,7 @@ def test_every_kind_of_factors_uses_the_statistics_on_disk(
     made = factors_of_plan(plan, problem.factors)
     from lowrank_pl.calibration import statistics as collected
 
-    for name in ("collect_input_moments", "measure_gradients"):
+    for name in ("collect_input_moments", "collect_gradients"):
         monkeypatch.setattr(collected, name, lambda *_, **__: pytest.fail("statistics were collected again"))
     shutil.rmtree(made.directory)
     again = make_allocator("zs_svd", rounds=1, batch=1).plan(problem)

@@ -142,10 +142,10 @@ def test_factors_are_those_of_a_slow_refit_in_the_same_order(llama, sequences, t
     _, made = run(llama, plan, store, targets, sequences, batch_size=batch_size)
     statistics = statistics_of(Subject(llama, tokenizer, sequences))
     if weights:
-        gradients = statistics.weighted_moments(targets.modules, "sampled")
-        norms = statistics.gradient_norms(targets.modules, "sampled")
+        gradients = statistics.collect("weighted_moments", targets.modules, "sampled")
+        norms = statistics.collect("gradient_norms", targets.modules, "sampled")
     else:
-        gradients = statistics.output_gradients(targets.modules, "sampled")
+        gradients = statistics.collect("output_gradients", targets.modules, "sampled")
     points = [name for name, _ in llama.named_modules() if name.count(".") >= 2]
     dense, twin = fed(llama, points, sequences), copy.deepcopy(llama)
     checked = []
@@ -328,14 +328,13 @@ def test_statistics_on_disk_are_used(llama, sequences, tokenizer, tmp_path, monk
     corrected = make_allocator("zs_svd", rounds=1, batch=1).plan(problem)
     from lowrank_pl.calibration import statistics as collected
 
-    real = collected.measure_gradients
+    real = collected.collect_gradients
 
-    def norms_alone(model, sequences, outputs, weights, **settings):
-        assert not weights
-        assert all(isinstance(found, TokenNorms) for found in outputs.values())
-        real(model, sequences, outputs, weights, **settings)
+    def norms_alone(kind, *args, **settings):
+        assert kind is TokenNorms
+        return real(kind, *args, **settings)
 
-    monkeypatch.setattr(collected, "measure_gradients", norms_alone)
+    monkeypatch.setattr(collected, "collect_gradients", norms_alone)
     monkeypatch.setattr(collected, "collect_input_moments", lambda *_, **__: pytest.fail("collected again"))
     run(llama, plan, store, targets, sequences)
     _, made = run(llama, corrected, factors_of_plan(corrected, store), targets, sequences)
