@@ -121,7 +121,7 @@ def parse_text(text: str) -> TextSource:
         )
     _check_options(text, kind, given)
     values: dict[str, Any] = dict(given)
-    for option, what in (("limit", "a number of documents"), ("every", "a number of windows")):
+    for option, what in (("limit", "a number of documents"), ("every", "a number of sequences")):
         if option in given:
             values[option] = _count(text, option, given[option], what)
     if "part" in given:

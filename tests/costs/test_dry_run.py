@@ -163,7 +163,7 @@ def test_models_that_a_device_has_no_room_for_wait_in_main_memory(llama, memory,
 @pytest.mark.parametrize(("base", "shared"), [("shapes:llama-3.2-1b", True), ("random:llama", False)])
 def test_fit_knows_which_base_is_read_in_shares(base, shared, capsys):
     fsdp = str(Path(SMOKE).parent / "strategy" / "fsdp.yaml")
-    main(["fit", "-c", SMOKE, "-c", fsdp, "--model.base", base, "--trainer.devices", "8", "--dry_run", "h100"])
+    main(["fit", "-c", SMOKE, "-c", fsdp, "--model.base.name", base, "--trainer.devices", "8", "--dry_run", "h100"])
     said = capsys.readouterr().out
     assert ("load shares" in said) == ("each process reads its own share of the base" in said) == shared
     assert ("every process loads the whole base" in said) != shared

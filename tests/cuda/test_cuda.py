@@ -247,7 +247,7 @@ def test_compiled_pivoted_layers(sequences, tmp_path, monkeypatch):
 
 def test_the_road_of_the_command_line(tmp_path):
     words = [sys.executable, "-m", "lowrank_pl", "fit", "-c", SMOKE, "--run", str(tmp_path / "run")]
-    words += ["--trainer.accelerator", "gpu", "--trainer.max_steps", "6", "--finish.refit.windows", "8"]
+    words += ["--trainer.accelerator", "gpu", "--trainer.max_steps", "6", "--finish.refit.sequences", "8"]
     words += ["--model.decomposition.kind", "two_sided", "--json", str(tmp_path / "figures.json")]
     ended = subprocess.run(words, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]

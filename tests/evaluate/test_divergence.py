@@ -86,7 +86,7 @@ def test_the_tables_show_the_ends(sequences):
 def test_evaluate_scores_several_texts_beside_a_reference(tmp_path, capsys):
     path = tmp_path / "scores.json"
     texts = [word for name, text in TEXTS.items() for word in ("--text", f"{name}={text}")]
-    rest = ["--length", "32", "--windows", "3", "--reference", "random:qwen2", "--position_bins", "2"]
+    rest = ["--length", "32", "--sequences", "3", "--reference", "random:qwen2", "--position_bins", "2"]
     main(["evaluate", "--model", "random:llama", *texts, *rest, "--json", str(path)])
     figures = json.loads(path.read_text())
     shown = capsys.readouterr().out

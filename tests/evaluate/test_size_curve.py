@@ -18,7 +18,7 @@ from lowrank_pl.cli.evaluate import evaluate
 from lowrank_pl.cli.main import main
 from lowrank_pl.evaluate.likelihood import Score
 from lowrank_pl.evaluate.size_curve import KEEPS, Curve, CurvePoint, curve_plot, curve_table, score_curve
-from lowrank_pl.factors import compression as compress
+from lowrank_pl.factors.compression import compress
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.models.tiny import tiny_model
@@ -142,7 +142,7 @@ def test_evaluate_draws_the_curve_of_a_plan(plan_file, tmp_path, capsys):
 
 @pytest.mark.parametrize("flag", ["--keep-curve", "--keep_curve"])
 def test_the_command_line_of_a_curve(plan_file, tmp_path, capsys, flag):
-    words = ["--plan", str(plan_file), "--text", TEXT, "--length", "32", "--windows", "1"]
+    words = ["--plan", str(plan_file), "--text", TEXT, "--length", "32", "--sequences", "1"]
     main(["evaluate", *words, flag, "0.9", "0.6", "--output", str(tmp_path / "picture.png")])
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines()[2:6]] == ["dense", "0.9", "0.6", "0.5"]
@@ -184,7 +184,7 @@ def test_the_curve_of_a_corrected_plan_ends_at_its_own_size(tmp_path, caplog, ca
     words = ["--text", TEXT, "--length", "32"]
     method = ["--method", "zs_svd", "--settings.rounds", "1", "--keep", "0.65", "--store", str(tmp_path / "store")]
     output = ["--output", str(tmp_path / "plan.json")]
-    main(["allocate", "--base", "random:llama", *method, *words, "--windows", "4", *output])
+    main(["allocate", "--base", "random:llama", *method, *words, "--sequences", "4", *output])
     with caplog.at_level("INFO", logger="lowrank_pl.cli.evaluate"):
         figures = evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, sequences=1, keep_curve=[])
     assert [size["keep"]["asked"] for size in figures["sizes"]] == [0.65, 0.6, 0.5]
@@ -195,7 +195,7 @@ def test_the_curve_of_a_corrected_plan_ends_at_its_own_size(tmp_path, caplog, ca
         "--plan",
         str(tmp_path / "plan.json"),
         *words,
-        "--windows",
+        "--sequences",
         "1",
         "--keep-curve",
         "0.8",

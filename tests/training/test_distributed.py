@@ -98,7 +98,7 @@ def test_fsdp2_reads_shares_of_files_and_learns_and_exports_the_same(ddp, tmp_pa
     tiny_model("llama").save_pretrained(base, max_shard_size="20KB")
     byte_tokenizer().save_pretrained(base)
     # In a store of its own, so that factors are made anew.
-    own = f"--model.base {base} --model.store {tmp_path / 'factors'}"
+    own = f"--model.base.name {base} --model.store {tmp_path / 'factors'}"
     # As where no device has room for the whole base.
     folder = run(tmp_path / "run", "fsdp", own, "--finish.streamed true")
     assert_equal(masks(folder), masks(ddp))

@@ -18,7 +18,7 @@ from tests.helpers import SMOKE
 # The writer of TensorBoard is closed by the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 # Three epochs of 53 batches, checkpoints at steps that divide neither.
-SETTINGS = ["--trainer.max_epochs", "3", "--trainer.max_steps", "-1", "--data.windows", "53"]
+SETTINGS = ["--trainer.max_epochs", "3", "--trainer.max_steps", "-1", "--data.learning.sequences", "53"]
 SETTINGS += ["--checkpoint.every_n_train_steps", "7", "--finish.baselines", "[]", "--finish.prompts", "[]"]
 STEPS = 3 * 53
 

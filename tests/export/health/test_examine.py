@@ -64,7 +64,7 @@ def found(diagnosis):
 
 def test_a_healthy_export(exports, capsys):
     folder, figures = exports / "small", exports / "figures.json"
-    words = ["--text", TEXT, "--length", "32", "--windows", "4", "--prompts", "A list", "--max_new_tokens", "8"]
+    words = ["--text", TEXT, "--length", "32", "--sequences", "4", "--prompts", "A list", "--max_new_tokens", "8"]
     main(["doctor", str(folder), *words, "--json", str(figures)])
     shown = capsys.readouterr().out
     assert shown.splitlines()[-1].startswith(f"{folder} is healthy: 11 checks passed")

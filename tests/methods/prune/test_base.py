@@ -34,22 +34,23 @@ from lowrank_pl.cli.doctor import doctor
 from lowrank_pl.cli.main import main
 from lowrank_pl.cli.prune import prune
 from lowrank_pl.costs.anatomy import anatomy
-from lowrank_pl.factors import compression as compress
+from lowrank_pl.factors.compression import compress
 from lowrank_pl.factors.decomposition import square_root
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.prune import eliminate as leaving_out
-from lowrank_pl.methods.prune import prune as narrow_base
+from lowrank_pl.methods.prune import base as narrow_base
 from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.methods.prune.eliminate import leave_out
 from lowrank_pl.methods.prune.mlp import find_hidden, prune_model, pruned_config
 from lowrank_pl.methods.prune.widths import Map, Option, Widths
 from lowrank_pl.methods.recipes import Recipe
-from lowrank_pl.models.base import load_base
+from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.targets import dense_weight, find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.plans.resize import resize
 from lowrank_pl.report.finish import Protocol
@@ -408,34 +409,31 @@ def test_a_comparison_narrows_what_it_is_told_to_and_counts_the_base_that_was_na
     assert by_name["fisher+pivoted"]["ranks"] == narrowed["ranks"]
 
 
-def arguments(model, **changes):
-    sequences = torch.arange(256).view(8, 32)
-    return {"keep": 0.6, "model": model, "tokenizer": byte_tokenizer(), "sequences": sequences, **changes}
+def pruned(model, settings=WidthPruning(share=0.5), *, keep=0.6, sequences=torch.arange(256).view(8, 32)):
+    return pruned_base(Subject(model, byte_tokenizer(), sequences, base=Base("random:llama")), settings, keep=keep)
 
 
 def test_the_model_stays_as_it_was_and_where_nothing_is_gained_so_does_the_base(llama, caplog):
     before, caplog.handler.level = state(llama), 0
     caplog.set_level("INFO", logger="lowrank_pl.methods.prune.base")
-    assert pruned_base("random:llama", WidthPruning(multiple_of=48), **arguments(llama, keep=0.9))[0] == "random:llama"
+    assert pruned(llama, WidthPruning(multiple_of=48), keep=0.9)[0] == "random:llama"
     assert "at keep 0.9 no narrower MLPs are predicted to lose less than those of random:llama" in caplog.text
-    folder, spent = pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))
+    folder, spent = pruned(llama)
     assert_untouched(llama, before)
     assert spent > 0
     assert Origin.of(llama) is None
     # Once more it is found, with what it took.
-    assert pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama)) == (folder, spent)
+    assert pruned(llama) == (folder, spent)
     # Another text, share or size is another folder.
     others = [
-        pruned_base("random:llama", WidthPruning(share=0.5, damping=0.5), **arguments(llama)),
-        pruned_base("random:llama", WidthPruning(share=0.75), **arguments(llama)),
-        pruned_base(
-            "random:llama", WidthPruning(share=0.5), **arguments(llama, sequences=torch.arange(256).flip(0).view(8, 32))
-        ),
+        pruned(llama, WidthPruning(share=0.5, damping=0.5)),
+        pruned(llama, WidthPruning(share=0.75)),
+        pruned(llama, sequences=torch.arange(256).flip(0).view(8, 32)),
     ]
     assert len({folder, *(place for place, _ in others)}) == 4
     # What is gone is made again.
     (Path(folder) / "config.json").unlink()
-    assert pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))[0] == folder
+    assert pruned(llama)[0] == folder
     assert (Path(folder) / "config.json").exists()
 
 
@@ -443,13 +441,13 @@ def narrow_together(rank, folder):
     os.environ["LOWRANK_HOME"] = str(folder / "home")
     model = tiny_model("llama")
     with cooperating():
-        found = [pruned_base("random:llama", WidthPruning(share=0.5), **arguments(model))[0] for _ in range(2)]
+        found = [pruned(model)[0] for _ in range(2)]
     (folder / f"found{rank}").write_text(found[0])
     assert found[0] == found[1]
 
 
 def test_processes_narrow_once_and_find_the_same(llama, tmp_path):
-    alone, _ = pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))
+    alone, _ = pruned(llama)
     in_two_processes(narrow_together, tmp_path)
     first, second = ((tmp_path / f"found{rank}").read_text() for rank in (0, 1))
     assert first == second
@@ -462,11 +460,11 @@ def test_a_share_that_leaves_less_than_is_to_be_kept_is_refused(llama):
     with pytest.raises(
         ValueError, match=r"a share of 0.5 of their hidden features leave 0\.6\d+ of the targeted param"
     ):
-        pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama, keep=0.9))
+        pruned(llama, keep=0.9)
 
 
 def test_what_an_earlier_narrowing_left_is_the_most_that_can_be_kept(llama, tmp_path):
-    folder, _ = pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))
+    folder, _ = pruned(llama)
     with pytest.raises(
         ValueError,
         match=r"keep is 0.95, and of the targeted parameters of random:llama an earlier narrowing has left 0\.6\d+: l",
@@ -478,26 +476,26 @@ def test_what_an_earlier_narrowing_left_is_the_most_that_can_be_kept(llama, tmp_
     ("which", "share"), [({}, r"62\.5 %"), ({"include": ["mlp.*"]}, r"50\.0 %"), ({"exclude": ["mlp.*"]}, r"100\.0 %")]
 )
 def test_notes_say_what_is_left_of_the_maps_that_are_targeted(llama, which, share):
-    folder, _ = pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))
+    folder, _ = pruned(llama)
     model = load_base(folder)
-    (note,) = base_notes(model, find_targets(model, **which))
+    (note,) = base_notes(Subject(model, byte_tokenizer(), torch.zeros(1, 2), Constraints(**which)))
     assert re.search(f"hidden features of an MLP: {share} of the targeted parameters of random:llama", note)
 
 
 def test_a_run_that_waited_for_another_one_takes_what_that_made(llama, monkeypatch):
-    folder, spent = pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama))
+    folder, spent = pruned(llama)
     read = narrow_base._read
     monkeypatch.setattr(narrow_base, "_make", lambda *_: pytest.fail("made again"))
     # As it looks to a run that comes first and then has to wait.
     seen = iter([lambda *_: None, read])
     monkeypatch.setattr(narrow_base, "_read", lambda *words: next(seen)(*words))
-    assert pruned_base("random:llama", WidthPruning(share=0.5), **arguments(llama)) == (folder, spent)
+    assert pruned(llama) == (folder, spent)
 
 
 def test_dense_weights_of_several_widths_are_refused_before_learning(llama):
     hidden = find_hidden(llama, find_targets(llama))
     Origin("random:llama", 1, 2, 96, {mlp.parent: 8 * place for place, mlp in enumerate(hidden, 1)}, ()).write(llama)
-    learner, finish = RankLearner("random:llama", keep=0.5), FinishRun(merge=True)
+    learner, finish = RankLearner(Base("random:llama"), keep=0.5), FinishRun(merge=True)
     learner.model, finish.protocol = llama, Protocol("text", torch.arange(64).view(2, 32))
     with pytest.raises(ValueError, match="MLPs of 8 to 16 hidden features, which no plain config of dense weights can"):
         finish.on_fit_start(None, learner)
@@ -507,12 +505,12 @@ def test_dense_weights_of_several_widths_are_refused_before_learning(llama):
 
 @pytest.mark.parametrize(("mask", "by_block"), [("ARA", False), ("LLRC", True)])
 def test_fit_narrows_first_and_scores_the_base_that_was_named(doubled, tmp_path, capsys, mask, by_block):
-    words = ["--model.base", doubled, "--model.keep", "0.6", "--model.decomposition.kind", "two_sided"]
+    words = ["--model.base.name", doubled, "--model.keep", "0.6", "--model.decomposition.kind", "two_sided"]
     words += ["--model.mask", f"lowrank_pl.methods.masks.{mask}", "--model.prune.multiple_of", "4"]
     words += ["--model.prune.by_block", str(by_block).lower()]
     words += ["--trainer.max_steps", "3", "--trainer.accelerator", "cpu"]
-    words += ["--data.text", "python-docs::part=0%-5%", "--data.length", "32", "--data.windows", "8"]
-    words += ["--data.validation_sequences", "2", "--finish.baselines", "[fisher]", "--finish.prompts", "[A list]"]
+    words += ["--data.learning.text", "python-docs::part=0%-5%", "--data.learning.length", "32", "--data.learning.sequences", "8"]
+    words += ["--data.validation.sequences", "2", "--finish.baselines", "[fisher]", "--finish.prompts", "[A list]"]
     main(["fit", "--run", str(tmp_path / "run"), "--seed_everything", "0", *words])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     rows = {name: row for name, row in summary.items() if name != "facts"}
@@ -533,10 +531,10 @@ def test_fit_narrows_first_and_scores_the_base_that_was_named(doubled, tmp_path,
     assert "of it with hidden features that were left out before" in page
     # Scored from its plan it is the same, beside the base that was named.
     main(["evaluate", "--plan", str(tmp_path / "run" / "plan.json"), "--text", "python-docs::part=50%-60%",
-          "--length", "32", "--windows", "4", "--json", str(tmp_path / "scores.json")])  # fmt: skip
+          "--length", "32", "--sequences", "4", "--json", str(tmp_path / "scores.json")])  # fmt: skip
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["base"] == doubled
-    main(["evaluate", "--model", doubled, "--text", "python-docs::part=50%-60%", "--length", "32", "--windows", "4",
+    main(["evaluate", "--model", doubled, "--text", "python-docs::part=50%-60%", "--length", "32", "--sequences", "4",
           "--json", str(tmp_path / "dense.json")])  # fmt: skip
     assert scores["dense"]["perplexity"] == json.loads((tmp_path / "dense.json").read_text())["perplexity"]
 
@@ -568,7 +566,7 @@ def test_widths_by_block_survive_every_way_through_the_disk(family, sequences, t
     assert not hasattr(base.config, "quantization_config")
     # As an export, and compressed on top of it.
     targets = find_targets(base)
-    plan, factors = allocate_ranks(base, byte_tokenizer(), sequences[:4], method="uniform", keep=0.5)
+    plan, factors = allocate_ranks(Subject(base, byte_tokenizer(), sequences[:4]), allocator="uniform", keep=0.5)
     with torch.no_grad():
         assert torch.equal(base(input_ids=sequences[:2]).logits, whole)
         assert torch.equal(load_compressed(report.directory)(input_ids=sequences[:2]).logits, whole)
