@@ -101,7 +101,12 @@ def test_the_commands_are_listed(capsys, words):
         ("fit", ["--model.keep KEEP", "Fraction of the targeted parameters to keep", "--run RUN", "--ckpt_path"]),
         (
             "fit",
-            ["--data.validation.text", "--finish.score.text", "--checkpoint.every_n_train_steps", "--model.constraints.floors"],
+            [
+                "--data.validation.text",
+                "--finish.score.text",
+                "--checkpoint.every_n_train_steps",
+                "--model.constraints.floors",
+            ],
         ),
         ("fit", ["--model.data_terms.divergence_kind", "How activations are compared", "--model.optimizer", "--json"]),
         ("evaluate", ["--model MODEL", "--text TEXT", "Windows per forward", "--json JSON"]),

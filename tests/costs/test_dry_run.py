@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_pl import build_factors, find_targets
+from lowrank_pl import Base, build_factors, find_targets
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli import compare as compare_module
 from lowrank_pl.cli.compare import compare_workload
@@ -383,13 +383,13 @@ def test_impossible_input(tmp_path):
 )
 def test_the_first_limit_ends_learning(limits, steps):
     data = {
-        "length": 64, "batch_size": 1, "sequences": 8, "statistics_sequences": None, "statistics_length": None,
-        "validation_sequences": 0,
+        "learning": {"length": 64, "sequences": 8}, "statistics": {"length": None, "sequences": None},
+        "validation": {"sequences": 0}, "batch_size": 1,
     }  # fmt: skip
     trainer = {
         "max_steps": -1, "max_epochs": None, "limit_train_batches": None, "accumulate_grad_batches": 1,
         "val_check_interval": None, "check_val_every_n_epoch": 1, "num_sanity_val_steps": 0, "limit_val_batches": None,
     }  # fmt: skip
-    learner = RankLearner("random:llama", keep=0.5)
+    learner = RankLearner(Base("random:llama"), keep=0.5)
     work = fit_workload(learner, data, {**trainer, **limits}, FinishRun(), machine_of("cpu", 1))
     assert work.learners[0].steps == steps

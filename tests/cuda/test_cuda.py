@@ -1,4 +1,4 @@
-"""On a GPU: what the CPU computes, and every command. They run where there is one: `pytest tests/test_cuda.py`."""
+"""On a GPU: what the CPU computes, and every command. They run where there is one: `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ from tests.helpers import SMOKE
 from tests.helpers.tiny_training import fit, logits_of, make_learner, validated
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
 ]
@@ -68,7 +69,7 @@ def made_on(device, sequences, kind="two_sided", keep=0.5, dtype=torch.float32):
     targets = find_targets(model)
     store = build_factors(Subject(model, byte_tokenizer(), sequences, known_targets=targets), settings=Decomposition(kind), directory=None if device == "cpu" else Path(f"{device}-{kind}").resolve())  # fmt: skip
     budget = Constraints().budget(model, targets, keep)
-    return model, targets, store, budget.select(predicted_scores(budget, store), method="fisher")
+    return model, targets, store, budget.select(predicted_scores(budget, store.sigma), method="fisher")
 
 
 @pytest.mark.parametrize("driver", ["polar", "gesvd", "lapack"])

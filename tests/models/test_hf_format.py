@@ -350,7 +350,9 @@ def test_only_model_classes_of_transformers_are_made_up():
 def test_a_copy_registers_only_if_it_reads_more(monkeypatch):
     monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "lowrank", LowRankConfig)
     source = Path(hf_format.__file__).read_text(encoding="utf-8")
-    same, newer = ({"__name__": name, "__package__": "lowrank_pl.models"} for name in ("copy_of_hf_format", "newer_hf_format"))
+    same, newer = (
+        {"__name__": name, "__package__": "lowrank_pl.models"} for name in ("copy_of_hf_format", "newer_hf_format")
+    )
     exec(source, same)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is LowRankConfig
     exec(source.replace("SCHEMA = 3", "SCHEMA = 4"), newer)
