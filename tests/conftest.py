@@ -7,14 +7,22 @@ import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# There are as many workers as cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from types import SimpleNamespace
+from contextlib import ExitStack
 
 import pytest
 import torch
 
-from tests.helpers.fork_server import OURS, STRANGER, ForkServer
+from tests.helpers.fork_server import FRESH, fork_fresh_processes, serving
 from tests.helpers.novel import LINES
+
+
+def pytest_configure(config):
+    servers = ExitStack()
+    servers.enter_context(serving())
+    config.add_cleanup(servers.close)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,27 +31,17 @@ def _private_cache(tmp_path_factory):
     torch.set_num_threads(1)
 
 
-MADE_FRESH = {"lowrank_pl.export.reload.subprocess": STRANGER, "lowrank_pl.report.finish.subprocess": OURS}
-"""Where processes are started that are fresh for a reason, and what they import."""
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _fresh_processes_are_forked():
     """Let the processes that check and score exports be forked, which takes a second each and not ten."""
-    servers = {place: ForkServer(imports) for place, imports in MADE_FRESH.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        for place, server in servers.items():
-            patch.setattr(place, SimpleNamespace(run=server.run))
-        yield
-    for server in servers.values():
-        server.stop()
+    fork_fresh_processes()
 
 
 @pytest.fixture(autouse=True)
 def _but_for_some_that_are_new(request, monkeypatch):
     if request.node.get_closest_marker("new_processes"):
-        for place in MADE_FRESH:
-            monkeypatch.setattr(place, subprocess)
+        for module in FRESH:
+            monkeypatch.setattr(f"{module}.subprocess", subprocess)
 
 
 @pytest.fixture

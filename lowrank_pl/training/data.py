@@ -139,7 +139,9 @@ class SequenceLoader:
         """
         mine = self.state_dict()
         other = [key for key, value in mine.items() if state_dict.get(key) != value]
-        listed = ", ".join(f"{key} {state_dict.get(key)} there and {mine[key]} here" for key in other)
+        # The key is the one of checkpoints that were written before sequences were called so.
+        names = {key: "sequences" if key == "windows" else key for key in other}
+        listed = ", ".join(f"{name} {state_dict.get(key)} there and {mine[key]} here" for key, name in names.items())
         if "windows" in other or "seed" in other:
             raise ValueError(
                 f"the checkpoint was written while learning from other data ({listed}), its place in the epoch can't "

@@ -112,9 +112,18 @@ def broadcast_from_first(make: Callable[[], Item]) -> Item:
     """Return what ``make`` returns on the first process; the other processes do not call it."""
     if world_size() == 1:
         return make()
-    made: list[Item | None] = [make() if is_first() else None]
+    made: list[Item | None] = [_alone(make) if is_first() else None]
     torch.distributed.broadcast_object_list(made)
     return made[0]  # type: ignore[return-value]
+
+
+def _alone(make: Callable[[], Item]) -> Item:
+    """Return what ``make`` returns while this process waits for no other: they all wait for this one."""
+    token = _COOPERATING.set(False)
+    try:
+        return make()
+    finally:
+        _COOPERATING.reset(token)
 
 
 def barrier() -> None:

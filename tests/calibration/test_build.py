@@ -16,10 +16,12 @@ from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.provenance import describe_origin, preparation_notes
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.models.base import Base
 from lowrank_pl.models.identity import model_fingerprint
 from lowrank_pl.models.targets import dense_weight, find_targets, model_parameters
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
+from lowrank_pl.text.sequences import Calibration
 from lowrank_pl.utils import files
 
 
@@ -325,14 +327,14 @@ def test_budget_counts_the_model(llama):
     assert model_parameters(tied) == tied.num_parameters()
 
 
-def test_origin_says_how_to_make_the_factors_again(build, sequences):
+def test_origin_says_how_to_make_the_factors_again(build, llama, tokenizer, sequences):
     store = build()
-    assert describe_origin(
-        base="b", dtype="float32", text="t", sequences=sequences[:3], settings=Decomposition(), store=store
-    ) == {
+    calibration = Calibration("t", length=64, sequences=9)  # of which the text had three
+    subject = Subject(llama, tokenizer, sequences[:3], base=Base("b"), calibration=calibration)
+    assert describe_origin(subject, Decomposition(), store) == {
         "base": "b",
         "dtype": "float32",
-        "calibration": {"text": "t", "length": 64, "sequences": 3},
+        "calibration": {"text": "t", "length": 64, "windows": 3},
         "decomposition": {"kind": "whitened", "damping": 1e-6},
         "store": str(store.directory.resolve()),
     }

@@ -332,7 +332,7 @@ def test_a_damaged_weight_names_its_module(tmp_path, sequences, tokenizer):
 def test_the_command_line_takes_lists_and_sizes(saved, tmp_path, capsys):
     main([
         "decompose", "--base", saved(), "--decomposition.kind", "asvd", "--include", "*k_proj", "*v_proj",
-        "--text", TEXT, "--length", "32", "--windows", "2", "--cache", "disk", "--memory", "1MB",
+        "--text", TEXT, "--length", "32", "--sequences", "2", "--cache", "disk", "--memory", "1MB",
         "--store", str(tmp_path / "store"),
     ])  # fmt: skip
     assert "asvd: factors of 6 modules, block by block" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from itertools import product
 
 import pytest
@@ -18,10 +19,11 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.masked_linear import computing_with, insert_masks, masked_layers
-from lowrank_pl.models.base import load_base, loads_in_parts
+from lowrank_pl.models.base import Base, load_base, loads_in_parts
 from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.storage import Storage
 from lowrank_pl.training import module as learner_module
 from lowrank_pl.training.sharding import own_rows, shard_frozen
@@ -43,7 +45,11 @@ def save(folder, family="llama"):
 
 
 def opened(base, dtype="float32"):
-    return open_shared(base, include=("*",), exclude=(), dtype=DTYPES[dtype], device=torch.device("cpu"))
+    return open_shared(Base(base, dtype), Constraints(), torch.device("cpu"))
+
+
+def subject_of(shared, count=5):
+    return Subject(shared.skeleton.model, byte_tokenizer(), sequences(count), known_targets=shared.targets)
 
 
 def sequences(count=5):
@@ -52,6 +58,14 @@ def sequences(count=5):
 
 def never(*_, **__):
     raise AssertionError("the base was loaded whole")
+
+
+@contextmanager
+def loading_whole(load):
+    """Let bases be loaded whole by ``load``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Base, "load", load)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +97,8 @@ def make_factors(folder):
             made.clear()
             shared = opened(base)
             how = {"settings": settings, "directory": folder / f"shared-{settings.kind}-{count}"}
-            ours = shared.factors(sequences(count), tokenizer, load=never, **how)
+            with loading_whole(never):
+                ours = shared.factors(subject_of(shared, count), **how)
             how["directory"] = folder / f"whole-{settings.kind}-{count}"
             theirs = build_factors(Subject(whole, tokenizer, sequences(count), known_targets=shared.targets), **how)
             mine = len(made) // 2
@@ -149,7 +164,7 @@ def learned(rank, folder, dtype, way):
     start = {}
     with as_torchrun_says(rank), pytest.MonkeyPatch.context() as patch:
         if way == "shared":
-            patch.setattr(learner_module, "load_base", never)
+            patch.setattr(Base, "load", never)
         else:
             patch.setattr(learner_module, "open_shared", lambda *_, **__: None)
         learner = make_learner(str(folder / "llama"), dtype=dtype, store=folder / f"{way}-{dtype}")
@@ -191,8 +206,8 @@ def test_buffers_are_those_of_a_loaded_model(family, dtype, tmp_path):
 def test_factors_that_need_gradients_are_made_without_the_whole_base(tmp_path):
     base, how = save(tmp_path), {"settings": TWO_SIDED, "directory": tmp_path / "factors"}
     shared = opened(base)
-    made = shared.factors(sequences(), byte_tokenizer(), load=never, **how)
-    again = shared.factors(sequences(), byte_tokenizer(), load=never, **how)
+    with loading_whole(never):
+        made, again = (shared.factors(subject_of(shared), **how) for _ in range(2))
     assert again.digest == made.digest
     assert not again.missing(target.name for target in shared.targets.modules)
 
@@ -201,11 +216,13 @@ def test_what_is_measured_in_the_compressed_model_is_found_or_made_of_the_whole_
     settings = Decomposition("two_sided", at_keep=0.5)
     base, how = save(tmp_path), {"settings": settings, "directory": tmp_path / "factors"}
     shared, loaded = opened(base), []
-    made = shared.factors(sequences(), byte_tokenizer(), load=lambda: loaded.append(1) or load_base(base), **how)
+    with loading_whole(lambda _: loaded.append(1) or load_base(base)):
+        made = shared.factors(subject_of(shared), **how)
     assert loaded == [1]
     assert "every process loads the whole base into memory to make its factors: at_keep measures in" in caplog.text
     assert "run `lowrank decompose` with the same base" in caplog.text
-    again = shared.factors(sequences(), byte_tokenizer(), load=never, **how)
+    with loading_whole(never):
+        again = shared.factors(subject_of(shared), **how)
     assert again.digest == made.digest
 
 
@@ -224,15 +241,16 @@ def test_names_tell_what_can_be_shared(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["energy", "strs"])
-def test_a_start_is_drawn_on_a_base_without_weights(name, tmp_path, monkeypatch, caplog):
+def test_a_start_is_allocated_on_a_base_without_weights(name, tmp_path, caplog):
     base, data, loaded = save(tmp_path), make_data(), []
     plans = []
     for shared in (opened(base), None):
         learner = make_learner(base, start=name, decomposition=Decomposition("asvd"))
-        monkeypatch.setattr(learner, "dense_base", lambda: loaded.append(1) or load_base(base))
         model = load_base(base) if shared is None else shared.skeleton.model
-        learner.build(model, data, sharded=shared is not None, shared=shared)
-        plans.append(learner._start_plan(model, find_targets(load_base(base)), data))
+        subject = Subject(model, data.tokenizer, data.statistics_sequences, known_targets=find_targets(load_base(base)))
+        with loading_whole(lambda _: loaded.append(1) or load_base(base)):
+            learner.build(model, data, sharded=shared is not None, shared=shared)
+            plans.append(learner._start_plan(subject))
     assert plans[0].modules == plans[1].modules
     assert loaded == ([1, 1] if name == "strs" else [])
     assert (f"the first process loads the whole base into memory, which {name} runs" in caplog.text) == bool(loaded)

@@ -188,7 +188,7 @@ def test_a_plan_of_any_components_scores_the_same_from_its_file_and_exported(pla
     main(["export", "--plan", str(made), "--output", str(tmp_path / "model")])
     assert RankPlan.load(tmp_path / "model" / "plan.json").modules == plan.modules
     assert "(any-k)" in (tmp_path / "model" / "README.md").read_text()
-    text = ["--text", TEXT, "--length", "32", "--windows", "3"]
+    text = ["--text", TEXT, "--length", "32", "--sequences", "3"]
     main(["evaluate", "--model", str(tmp_path / "model"), *text, "--json", str(tmp_path / "model.json")])
     main(["evaluate", "--plan", str(made), *text, "--json", str(tmp_path / "plan-scores.json")])
     capsys.readouterr()

@@ -101,7 +101,12 @@ def test_the_commands_are_listed(capsys, words):
         ("fit", ["--model.keep KEEP", "Fraction of the targeted parameters to keep", "--run RUN", "--ckpt_path"]),
         (
             "fit",
-            ["--data.validation_text", "--finish.score_text", "--checkpoint.every_n_train_steps", "--model.floors"],
+            [
+                "--data.validation.text",
+                "--finish.score.text",
+                "--checkpoint.every_n_train_steps",
+                "--model.constraints.floors",
+            ],
         ),
         ("fit", ["--model.data_terms.divergence_kind", "How activations are compared", "--model.optimizer", "--json"]),
         ("evaluate", ["--model MODEL", "--text TEXT", "Windows per forward", "--json JSON"]),
@@ -109,7 +114,7 @@ def test_the_commands_are_listed(capsys, words):
         ("export", ["--merge", "Write dense weights for runtimes that know no factors", "--json JSON"]),
         ("doctor", ["--directory DIRECTORY", "the one that the folder's plan names", "--prompts", "--json JSON"]),
         ("report", ["--run RUN", "Folder of `lowrank fit`, `export` or `compare`", "--output OUTPUT", "--scores"]),
-        ("refit", ["--plan PLAN", "--settings.windows", "--json JSON"]),
+        ("refit", ["--plan PLAN", "--settings.sequences", "--json JSON"]),
         ("prune", ["--base BASE", "--keep KEEP", "Fraction of the hidden features to keep instead", "--json JSON"]),
         ("bench", ["What to measure: step, statistics, decode, prefill", "--storage", "--repeats", "--json JSON"]),
     ],
@@ -187,7 +192,7 @@ def test_config_yaml_repeats_the_run(run, tmp_path, capsys):
 
 def test_allocate_export_evaluate(tmp_path, capsys):
     plan, model = tmp_path / "plan.json", tmp_path / "model"
-    text = ["--text", "python-docs::part=0%-10%", "--length", "32", "--windows", "4"]
+    text = ["--text", "python-docs::part=0%-10%", "--length", "32", "--sequences", "4"]
     main(
         [
             "allocate",
@@ -214,7 +219,7 @@ def test_allocate_export_evaluate(tmp_path, capsys):
 def test_a_command_reads_its_settings_from_yaml(tmp_path, capsys, flag):
     config = tmp_path / "evaluate.yaml"
     config.write_text("model: random:llama\ntext: python-docs\nlength: 16\nwindows: 2\n")
-    main(["evaluate", *flag.format(config).split(), "--windows", "3"])
+    main(["evaluate", *flag.format(config).split(), "--sequences", "3"])
     assert " 45 " in capsys.readouterr().out
     config.write_text("model: random:llama\ntxt: python-docs\n")
     assert "txt" in failing(capsys, "evaluate", "--config", config, status=2)
@@ -268,7 +273,7 @@ def test_the_smoke_configuration_of_a_callback_by_name(tmp_path, capsys):
     words += [
         "--trainer.max_epochs",
         "4",
-        "--data.windows",
+        "--data.learning.sequences",
         "4",
         "--trainer.max_steps",
         "-1",
@@ -306,28 +311,28 @@ def test_an_impossible_keep(capsys, tmp_path, keep):
 
 
 def test_an_unknown_model(capsys, tmp_path):
-    assert "unknown family; expected one of llama" in failing_fit(capsys, tmp_path, "--model.base", "random:lama")
+    assert "unknown family; expected one of llama" in failing_fit(capsys, tmp_path, "--model.base.name", "random:lama")
     assert "no such file or folder" in failing(capsys, "evaluate", "--model", "./none", "--text", "python-docs")
-    assert "no/such-model" in failing_fit(capsys, tmp_path, "--model.base", "no/such-model")
+    assert "no/such-model" in failing_fit(capsys, tmp_path, "--model.base.name", "no/such-model")
 
 
 def test_unfit_texts(capsys, tmp_path):
     text = tmp_path / "text.txt"
-    assert f"text '{text}'" in failing_fit(capsys, tmp_path, "--data.text", text)
+    assert f"text '{text}'" in failing_fit(capsys, tmp_path, "--data.learning.text", text)
     text.write_text("")
-    assert f"text '{text}' is empty" in failing_fit(capsys, tmp_path, "--data.text", text)
+    assert f"text '{text}' is empty" in failing_fit(capsys, tmp_path, "--data.learning.text", text)
     text.write_text("short")
-    assert "has 5 tokens, but one sequence needs 64" in failing_fit(capsys, tmp_path, "--data.text", text)
-    assert "has 5 tokens, but one sequence needs 64" in failing_fit(capsys, tmp_path, "--finish.score_text", text)
+    assert "has 5 tokens, but one sequence needs 64" in failing_fit(capsys, tmp_path, "--data.learning.text", text)
+    assert "has 5 tokens, but one sequence needs 64" in failing_fit(capsys, tmp_path, "--finish.score.text", text)
     text.write_bytes(b"\xff\xfe\xfa" * 100)
     assert str(text) in failing(capsys, "evaluate", "--model", "random:llama", "--text", text)
 
 
 def test_impossible_floors(capsys, tmp_path):
-    said = failing_fit(capsys, tmp_path, "--model.floors", '{"*": 0.9}')
+    said = failing_fit(capsys, tmp_path, "--model.constraints.floors", '{"*": 0.9}')
     assert "keep 0.5 allows" in said
     assert "raise keep or lower them" in said
-    said = failing_fit(capsys, tmp_path, "--model.floors", '{"*.none": 0.9}')
+    said = failing_fit(capsys, tmp_path, "--model.constraints.floors", '{"*.none": 0.9}')
     assert said == "the floor pattern '*.none' matches none of the 14 modules"
 
 
@@ -335,7 +340,7 @@ def test_a_store_of_another_model(capsys, tmp_path):
     words = [
         "--length",
         "16",
-        "--windows",
+        "--sequences",
         "4",
         "--output",
         str(tmp_path / "plan.json"),
@@ -349,7 +354,7 @@ def test_a_store_of_another_model(capsys, tmp_path):
 
 def test_checkpoints_that_do_not_fit(capsys, tmp_path, run):
     last = run[0] / "checkpoints" / "last.ckpt"
-    said = failing_fit(capsys, tmp_path, "--ckpt_path", last, "--model.base", "random:qwen2")
+    said = failing_fit(capsys, tmp_path, "--ckpt_path", last, "--model.base.name", "random:qwen2")
     assert "the checkpoint does not fit this run: factors is" in said
     said = failing_fit(capsys, tmp_path, "--ckpt_path", last, "--model.mask.init_args.steps", "50")
     assert "14 of 14 masks differ" in said
@@ -373,7 +378,7 @@ def test_other_mistakes_of_users(capsys, tmp_path):
     )
     assert "no allocator is called 'best'" in failing_fit(capsys, tmp_path, "--finish.baselines", "[best]")
     assert "no allocator is called 'best'" in failing_fit(capsys, tmp_path, "--finish.baselines", "best")
-    assert "no plan at" in failing_fit(capsys, tmp_path, "--model.start", tmp_path / "none.json")
+    assert "no plan at" in failing_fit(capsys, tmp_path, "--model.start.plan", tmp_path / "none.json")
     assert "the weights of the data terms" in failing_fit(capsys, tmp_path, "--model.data_terms.cross_entropy", "0")
     assert "no plan at" in failing(capsys, "export", "--plan", tmp_path / "none.json")
     if not torch.cuda.is_available():
@@ -393,7 +398,7 @@ def built(tmp_path, monkeypatch):
 )
 def test_one_epoch_is_the_end_where_there_is_no_other(tmp_path, monkeypatch, words, limits):
     monkeypatch.setattr(RankCLI, "_run_subcommand", lambda *_: None)
-    given = ["--model.base", "random:llama", "--data.text", "python-docs", "--model.keep", "0.5"]
+    given = ["--model.base.name", "random:llama", "--data.learning.text", "python-docs", "--model.keep", "0.5"]
     trainer = RankCLI(["fit", "--run", str(tmp_path), "--trainer.accelerator", "cpu", *given, *words]).trainer
     assert (trainer.max_epochs, trainer.max_steps) == limits
 
@@ -443,11 +448,11 @@ def test_a_full_disk(capsys, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    main(["evaluate", "--model", "random:llama", "--text", "python-docs", "--length", "16", "--windows", "2"])
+    main(["evaluate", "--model", "random:llama", "--text", "python-docs", "--length", "16", "--sequences", "2"])
     capsys.readouterr()
     monkeypatch.setattr("os.fsync", full)
     said = failing(
-        capsys, "evaluate", "--model", "random:llama", "--text", "python-docs", "--length", "16", "--windows", "2",
+        capsys, "evaluate", "--model", "random:llama", "--text", "python-docs", "--length", "16", "--sequences", "2",
         "--json", tmp_path / "scores.json",
     )  # fmt: skip
     assert "No space left on device" in said

@@ -1,4 +1,4 @@
-"""On a GPU: what the CPU computes, and every command. They run where there is one: `pytest tests/test_cuda.py`."""
+"""On a GPU: what the CPU computes, and every command. They run where there is one: `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ from tests.helpers import SMOKE
 from tests.helpers.tiny_training import fit, logits_of, make_learner, validated
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
 ]
@@ -68,7 +69,7 @@ def made_on(device, sequences, kind="two_sided", keep=0.5, dtype=torch.float32):
     targets = find_targets(model)
     store = build_factors(Subject(model, byte_tokenizer(), sequences, known_targets=targets), settings=Decomposition(kind), directory=None if device == "cpu" else Path(f"{device}-{kind}").resolve())  # fmt: skip
     budget = Constraints().budget(model, targets, keep)
-    return model, targets, store, budget.select(predicted_scores(budget, store), method="fisher")
+    return model, targets, store, budget.select(predicted_scores(budget, store.sigma), method="fisher")
 
 
 @pytest.mark.parametrize("driver", ["polar", "gesvd", "lapack"])
@@ -247,7 +248,7 @@ def test_compiled_pivoted_layers(sequences, tmp_path, monkeypatch):
 
 def test_the_road_of_the_command_line(tmp_path):
     words = [sys.executable, "-m", "lowrank_pl", "fit", "-c", SMOKE, "--run", str(tmp_path / "run")]
-    words += ["--trainer.accelerator", "gpu", "--trainer.max_steps", "6", "--finish.refit.windows", "8"]
+    words += ["--trainer.accelerator", "gpu", "--trainer.max_steps", "6", "--finish.refit.sequences", "8"]
     words += ["--model.decomposition.kind", "two_sided", "--json", str(tmp_path / "figures.json")]
     ended = subprocess.run(words, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]

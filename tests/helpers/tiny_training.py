@@ -1,19 +1,27 @@
-"""What the tests of the outer ring share: a small learner, its data, and a Trainer that keeps to itself."""
+"""What tests of training share: a small learner, its data, and a Trainer that keeps to itself."""
 
 from __future__ import annotations
+
+from dataclasses import fields
 
 import torch
 from lightning.pytorch import Trainer
 
-from lowrank_pl import CalibrationData, RankLearner
+from lowrank_pl import Base, Calibration, CalibrationData, Constraints, RankLearner
 from lowrank_pl.models.tiny import byte_tokenizer
+from lowrank_pl.training.data import StatisticsText, ValidationText
+from lowrank_pl.training.module import Compute, Start
 
 LENGTH = 32
 
 
-def make_data(**changes):
-    settings = {"length": LENGTH, "sequences": 8, "validation_sequences": 3, "seed": 3}
-    return CalibrationData("python-docs", byte_tokenizer(), **{**settings, **changes})
+def make_data(text="python-docs", **changes):
+    """Return data whose settings are given flat: ``statistics_length`` is the length of the statistics' text."""
+    settings = {"length": LENGTH, "sequences": 8, "validation_sequences": 3, "seed": 3, **changes}
+    learning = Calibration(text, settings.pop("length"), settings.pop("sequences"))
+    statistics = _taken(settings, StatisticsText, prefix="statistics_")
+    validation = _taken(settings, ValidationText, prefix="validation_")
+    return CalibrationData(learning, byte_tokenizer(), statistics=statistics, validation=validation, **settings)
 
 
 def validated():
@@ -23,9 +31,18 @@ def validated():
     return data.validation_sequences
 
 
-def make_learner(base="random:llama", **changes):
-    settings = {"keep": 0.5, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.0)}
-    return RankLearner(base, **{**settings, **changes})
+def make_learner(base="random:llama", dtype="float32", **changes):
+    """Return a learner whose settings are given flat: ``multiple_of`` is one of its constraints, and so on."""
+    settings = {"keep": 0.5, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.0), **changes}
+    start = _taken(settings, Start, names={"plan": "start", "keep": "keep_start", "steps": "keep_steps"})
+    groups = {"constraints": _taken(settings, Constraints), "start": start, "compute": _taken(settings, Compute)}
+    return RankLearner(Base(base, dtype), **groups, **settings)
+
+
+def _taken(settings, group, *, prefix="", names={}):
+    """Take out of ``settings`` what belongs to ``group``, and return the group."""
+    known = {field.name: names.get(field.name, prefix + field.name) for field in fields(group)}
+    return group(**{name: settings.pop(given) for name, given in known.items() if given in settings})
 
 
 def make_trainer(**settings):

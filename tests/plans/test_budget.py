@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from fractions import Fraction
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.uniform import Uniform
 from lowrank_pl.plans.budget import Budget, check_keep
-from lowrank_pl.plans.plan import ModulePlan
+from lowrank_pl.plans.plan import ModulePlan, RankPlan
 
 sizes = st.integers(1, 90)
 shape_lists = st.lists(st.tuples(sizes, sizes), min_size=1, max_size=7)
@@ -304,3 +305,39 @@ def test_what_is_left_goes_to_the_largest_rounding_loss():
         {"small": 3.2, "other": 3.9, "large": 10.0}, method="x"
     )
     assert [module.rank for module in plan.modules.values()] == [3, 4, 9]
+
+
+# -- a base that was pruned ----------------------------------------------------------------------------------------
+
+PRUNED = {"shapes": {"a": (8, 8), "b": (8, 8)}, "model_parameters": 300, "left_out": 72, "storage": "factored"}
+
+
+def test_keep_counts_what_was_pruned():
+    budget = Budget(keep=0.5, **PRUNED)
+    assert (budget.present, budget.total, budget.limit) == (128, 200, 100)
+    assert budget.share == pytest.approx(100 / 128)
+
+
+def test_a_plan_on_a_pruned_base_counts_what_was_pruned():
+    plan = Budget(keep=0.5, **PRUNED).fit({"a": 3.0, "b": 3.0}, method="hand")
+    assert plan.kept_parameters <= 100
+    assert (plan.targeted_parameters, plan.keep_targeted) == (200, plan.kept_parameters / 200)
+    assert plan.kept_model_parameters == 300 - 200 + plan.kept_parameters
+
+
+def test_the_pruned_base_itself_keeps_less_than_all():
+    whole = Budget(keep=0.5, **PRUNED).fit({"a": 3.0, "b": 3.0}, method="hand").dense()
+    assert (whole.kept_parameters, whole.keep_targeted, whole.keep_model) == (128, 0.64, 228 / 300)
+
+
+def test_what_was_pruned_survives_json_and_is_absent_where_nothing_was():
+    plan = Budget(keep=0.5, **PRUNED).fit({"a": 3.0, "b": 3.0}, method="hand")
+    assert RankPlan.from_json(plan.to_json()) == plan
+    assert json.loads(plan.to_json())["parameters"]["left_out"] == 72
+    plain = RankPlan("hand", 0.5, {"a": ModulePlan((8, 8), 2)}, 64)
+    assert "left_out" not in json.loads(plain.to_json())["parameters"]
+
+
+def test_a_budget_that_pruning_made_impossible_is_refused():
+    with pytest.raises(ValueError, match=r"keep 0\.1 allows 20 parameters, .* at least 32 \(keep 0\.1600\)"):
+        Budget(keep=0.1, **PRUNED)

@@ -16,21 +16,21 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lowrank_pl.models.tiny import byte_tokenizer
-from lowrank_pl.text.sequences import sequences_fingerprint, tokenizer_fingerprint
-from lowrank_pl.training.data import CalibrationData
-from tests.helpers import ROOT
+from lowrank_pl.text.sequences import Calibration, sequences_fingerprint, tokenizer_fingerprint
+from lowrank_pl.training.data import CalibrationData, StatisticsText, ValidationText
+from tests.helpers import ROOT, tiny_training
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed",  # of ModelCheckpoint, where a test resumes into another folder
     "ignore:.*isinstance.treespec, LeafSpec:FutureWarning",  # Lightning 2.6 on torch 2.13
 )
 LENGTH = 16
-WINDOWS = 11  # two in a batch: five batches an epoch, and a tail
+SEQUENCES = 11  # two in a batch: five batches an epoch, and a tail
 
 
-def make_data(**changes):
-    settings = {"length": LENGTH, "sequences": WINDOWS, "batch_size": 2, "validation_sequences": 3, "seed": 5}
-    return CalibrationData("python-docs", byte_tokenizer(), **{**settings, **changes})
+def make_data(text="python-docs", **changes):
+    settings = {"length": LENGTH, "sequences": SEQUENCES, "batch_size": 2, "validation_sequences": 3, "seed": 5}
+    return tiny_training.make_data(text, **{**settings, **changes})
 
 
 class Recorder(pl.LightningModule):
@@ -94,10 +94,10 @@ def fit(folder, *, data=None, module=None, ckpt_path=None, **settings):
 def test_windows_held_out_for_validation_follow_all_others(caplog):
     caplog.set_level(logging.INFO)
     data = make_data(statistics_sequences=5, statistics_length=64)
-    text = "".join(bytes(sequence.tolist()).decode() for sequence in data.train_windows)
+    text = "".join(bytes(sequence.tolist()).decode() for sequence in data.train_sequences)
     statistics = b"".join(bytes(sequence.tolist()) for sequence in data.statistics_sequences).decode()
     validation = b"".join(bytes(sequence.tolist()) for sequence in data.validation_sequences).decode()
-    assert data.train_windows.shape == (WINDOWS, LENGTH)
+    assert data.train_sequences.shape == (SEQUENCES, LENGTH)
     assert data.statistics_sequences.shape == (5, 64)
     assert data.validation_sequences.shape == (3, LENGTH)
     assert statistics.startswith(text)
@@ -109,16 +109,17 @@ def test_windows_held_out_for_validation_follow_all_others(caplog):
 
 def test_defaults_of_statistics_are_those_of_learning():
     data = make_data()
-    assert torch.equal(data.statistics_sequences, data.train_windows)
+    assert torch.equal(data.statistics_sequences, data.train_sequences)
 
 
 def test_held_out_windows_are_taken_from_a_short_text_too(tmp_path, caplog):
     path = tmp_path / "short.txt"
     path.write_text("".join(f"{n:04d}" for n in range(40)))
     data = CalibrationData(
-        str(path), byte_tokenizer(bos=True), length=17, sequences=20, statistics_length=33, validation_sequences=2
-    )
-    assert data.train_windows.shape == (8, 17)
+        Calibration(str(path), length=17, sequences=20), byte_tokenizer(bos=True),
+        statistics=StatisticsText(length=33), validation=ValidationText(sequences=2),
+    )  # fmt: skip
+    assert data.train_sequences.shape == (8, 17)
     assert data.statistics_sequences.shape == (4, 33)
     assert bytes(data.validation_sequences[0, 1:].tolist()) == b"0032003300340035"
     assert "42 sequences of 17 tokens were asked for" in caplog.text
@@ -128,7 +129,7 @@ def test_held_out_windows_are_taken_from_a_short_text_too(tmp_path, caplog):
 def test_too_short_a_text_to_hold_out_from(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("x" * 50)
-    data = CalibrationData(str(path), byte_tokenizer(), length=16, sequences=4, validation_sequences=3)
+    data = make_data(str(path), sequences=4)
     with pytest.raises(ValueError, match="has 3 sequences of 16 tokens, too few to hold out 3 for validation"):
         data.setup()
 
@@ -147,14 +148,8 @@ def test_own_texts_for_statistics_and_validation(tmp_path, caplog):
 def test_validation_text_that_is_learnt_from_is_said(tmp_path, caplog):
     path = tmp_path / "a.txt"
     path.write_text("".join(f"{n:04d}" for n in range(400)))
-    data = CalibrationData(
-        f"{path}",
-        byte_tokenizer(),
-        length=50,
-        sequences=10,
-        validation_sequences=4,
-        validation_text=f"{path}::part=0%-90%",
-    )
+    validation = {"validation_sequences": 4, "validation_text": f"{path}::part=0%-90%"}
+    data = make_data(str(path), length=50, sequences=10, **validation)
     data.setup()
     assert "4 of 4 validation sequences" in caplog.text
 
@@ -177,30 +172,33 @@ def test_windows_are_built_once(monkeypatch):
     monkeypatch.setattr(data, "_build", None)
     data.setup("fit")
     data.setup("validate")
-    assert len(data.train_windows) == WINDOWS
+    assert len(data.train_sequences) == SEQUENCES
 
 
 def test_tokenizer_by_name_of_the_base_and_none():
-    data = CalibrationData("python-docs", "random:llama", length=LENGTH, sequences=2, validation_sequences=1)
-    assert data.train_windows.max() < 256
+    data = CalibrationData(Calibration("python-docs", LENGTH, 2), "random:llama")
+    assert data.train_sequences.max() < 256
     assert data.tokenizer is data.tokenizer
     with pytest.raises(ValueError, match="tokenizer=None: give the base model's tokenizer, or the model's name"):
         CalibrationData().setup()
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "least"),
+    ("setting", "named", "value", "least"),
     [
-        ("length", 1, 2),
-        ("sequences", 0, 1),
-        ("batch_size", 0, 1),
-        ("validation_sequences", -1, 0),
-        ("num_workers", -1, 0),
+        ("length", "learning.length", 1, 2),
+        ("sequences", "learning.sequences", 0, 1),
+        ("statistics_length", "statistics.length", 1, 2),
+        ("statistics_sequences", "statistics.sequences", 0, 1),
+        ("batch_size", "batch_size", 0, 1),
+        ("validation_sequences", "validation.sequences", -1, 0),
+        ("validation_batch_size", "validation.batch_size", 0, 1),
+        ("num_workers", "num_workers", -1, 0),
     ],
 )
-def test_bad_arguments(name, value, least):
-    with pytest.raises(ValueError, match=f"CalibrationData has {name}={value}, expected {least} or more"):
-        make_data(**{name: value})
+def test_numbers_out_of_range_are_refused(setting, named, value, least):
+    with pytest.raises(ValueError, match=f"{named}={value}, expected {least} or more"):
+        make_data(**{setting: value})
 
 
 def test_fingerprint_follows_the_statistics_only():
@@ -260,7 +258,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, caplog):
         ValueError, match=r"learning from other data \(seed 5 there and 6 here\), its place in the epoch"
     ):
         fit(tmp_path / "part", max_steps=8, data=make_data(seed=6), ckpt_path=last)
-    with pytest.raises(ValueError, match=r"learning from other data .sequences [0-9a-f]{64} there"):
+    with pytest.raises(ValueError, match=r"\(sequences [0-9a-f]{64} there .* length"):
         fit(tmp_path / "part", max_steps=8, data=make_data(length=32), ckpt_path=last)
     fit(tmp_path / "part", max_steps=8, data=make_data(batch_size=1), ckpt_path=last)
     assert (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -20,45 +18,61 @@ from lowrank_pl.plans.storage import Storage
 from lowrank_pl.training.checkpointing import read_checkpoint
 from lowrank_pl.training.sharding import shard_frozen
 from tests.helpers import ROOT, SMOKE
-from tests.helpers.two_processes import in_two_processes
+from tests.helpers.fork_server import OURS
+from tests.helpers.two_processes import ended, in_two_processes, torchrun_environments
 
 # The writer of TensorBoard is closed by the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-CONFIGS = ROOT / "configs"
-SETTINGS = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.gradient_clip_val 1.0 --finish.prompts [] "
-SETTINGS += "--checkpoint.every_n_train_steps 2 --checkpoint.save_top_k -1 --finish.baselines [] "
-SETTINGS += "--trainer.accumulate_grad_batches 2 --model.data_terms.kl 0.5 --model.data_terms.divergence 0.1"
+pytestmark = [pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"), pytest.mark.long]
+SETTINGS = """
+    --trainer.devices 2 --trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.gradient_clip_val 1.0
+    --trainer.accumulate_grad_batches 2 --model.data_terms.kl 0.5 --model.data_terms.divergence 0.1
+    --checkpoint.every_n_train_steps 2 --checkpoint.save_top_k -1 --finish.prompts [] --finish.baselines []
+"""
 SHARDED_CHECKPOINTS = "--trainer.strategy.init_args.save_distributed_checkpoint true"
-LIGHTNING = ("-m", "lowrank_pl")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "lowrank_pl")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "lowrank_pl"]
 
 
-def start(folder, strategy, *options, launcher=LIGHTNING):
-    """Run ``lowrank fit`` in two processes, started by Lightning or ``torchrun``, and return how it ended."""
-    words = ["fit", "-c", SMOKE, "-c", str(CONFIGS / "strategy" / f"{strategy}.yaml"), "--run", str(folder)]
-    words += [*SETTINGS.split(), "--trainer.devices", "2", *" ".join(options).split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])}
-    return subprocess.run(
-        [sys.executable, *launcher, *words], capture_output=True, text=True, timeout=600, env=environment, check=False
-    )
+def words(folder, strategy, options=""):
+    """Return the words after ``lowrank`` of a run in two processes."""
+    files = ["-c", SMOKE, "-c", str(ROOT / "configs" / "strategy" / f"{strategy}.yaml")]
+    return ["fit", *files, "--run", str(folder), *SETTINGS.split(), *options.split()]
 
 
-def run(folder, strategy, *options, launcher=LIGHTNING):
-    """Run ``lowrank fit`` in two processes to its good end and return its folder."""
-    ended = start(folder, strategy, *options, launcher=launcher)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "Warning" not in ended.stderr
+def launched(folder, strategy, options="", *, launcher=("-m", "lowrank_pl")):
+    """Run ``lowrank fit`` as a user does, whose processes Lightning or ``torchrun`` starts; return how it ended."""
+    command = [sys.executable, *launcher, *words(folder, strategy, options)]
+    return OURS.run(command, capture_output=True, timeout=600, cwd=ROOT)
+
+
+def run(folder, strategy, options=""):
+    """Run ``lowrank fit`` in two processes that are there already, to its good end, and return its folder."""
+    commands = 2 * [["-m", "lowrank_pl", *words(folder, strategy, options)]]
+    for code, printed in ended(commands, folder / "printed", environments=torchrun_environments()):
+        assert_good_end(code, printed)
     return folder
+
+
+def assert_good_end(code, printed):
+    assert code == 0, printed[-3000:]
+    assert "Warning" not in printed
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("ddp"), "ddp")
+    """The folder of a run with DDP whose second process Lightning starts."""
+    folder = tmp_path_factory.mktemp("ddp")
+    end = launched(folder, "ddp")
+    assert_good_end(end.returncode, end.stderr)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def fsdp(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("fsdp"), "fsdp", launcher=TORCHRUN)
+    """The folder of a run with FSDP2 whose processes ``torchrun`` starts."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    end = launched(folder, "fsdp", launcher=TORCHRUN)
+    assert_good_end(end.returncode, end.stderr)
+    return folder
 
 
 def masks(folder, name="last.ckpt"):
@@ -79,7 +93,9 @@ def test_fsdp2_learns_the_masks_of_ddp_bit_for_bit(ddp, fsdp):
 
 def test_both_are_close_to_one_process_with_the_same_batches(ddp, tmp_path):
     alone = tmp_path / "alone"
-    main(["fit", "-c", SMOKE, "--run", str(alone), *SETTINGS.split(), "--data.batch_size", "2"])
+    main(
+        ["fit", "-c", SMOKE, "--run", str(alone), *SETTINGS.split(), "--trainer.devices", "1", "--data.batch_size", "2"]
+    )
     for name, value in masks(alone).items():
         torch.testing.assert_close(masks(ddp)[name], value, rtol=1e-3, atol=2e-3)
 
@@ -98,31 +114,40 @@ def test_fsdp2_reads_shares_of_files_and_learns_and_exports_the_same(ddp, tmp_pa
     tiny_model("llama").save_pretrained(base, max_shard_size="20KB")
     byte_tokenizer().save_pretrained(base)
     # In a store of its own, so that factors are made anew.
-    own = f"--model.base {base} --model.store {tmp_path / 'factors'}"
+    own = f"--model.base.name {base} --model.store {tmp_path / 'factors'}"
     # As where no device has room for the whole base.
-    folder = run(tmp_path / "run", "fsdp", own, "--finish.streamed true")
+    folder = run(tmp_path / "run", "fsdp", f"{own} --finish.streamed true")
     assert_equal(masks(folder), masks(ddp))
     assert RankPlan.load(folder / "plan.json").modules == RankPlan.load(ddp / "plan.json").modules
     assert_equal(*(load_compressed(one / "model").state_dict() for one in (folder, ddp)))
 
 
 def test_fsdp2_goes_on_from_a_sharded_checkpoint_bit_for_bit(ddp, tmp_path):
-    first = run(tmp_path / "first", "fsdp", SHARDED_CHECKPOINTS, "--trainer.max_steps 2")
+    first = run(tmp_path / "first", "fsdp", f"{SHARDED_CHECKPOINTS} --trainer.max_steps 2")
     last = first / "checkpoints" / "last.ckpt"
     assert last.is_dir()
-    again = run(tmp_path / "again", "fsdp", SHARDED_CHECKPOINTS, f"--ckpt_path {last}")
+    again = run(tmp_path / "again", "fsdp", f"{SHARDED_CHECKPOINTS} --ckpt_path {last}")
     assert RankPlan.load(again / "plan.json") == RankPlan.load(ddp / "plan.json")
 
 
-def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_bits(ddp, tmp_path):
-    folder = tmp_path / "killed"
-    ended = start(folder, "ddp", "--trainer.callbacks+ tests.helpers.kill_callback.Killed")
-    last = folder / "checkpoints" / "last.ckpt"
-    assert ended.returncode == 1
-    assert "lowrank: error: another process of this run has ended or can't be reached" in ended.stderr
-    assert f"go on with --ckpt_path {last}" in ended.stderr
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of a run whose second process was killed in the third step, and how it ended."""
+    folder = tmp_path_factory.mktemp("killed")
+    return folder, launched(folder, "ddp", "--trainer.callbacks+ tests.helpers.kill_callback.Killed")
+
+
+def test_the_end_of_a_killed_process_ends_the_run_and_says_how_to_go_on(killed):
+    folder, end = killed
+    assert end.returncode == 1
+    assert "lowrank: error: another process of this run has ended or can't be reached" in end.stderr
+    assert f"go on with --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}" in end.stderr
     assert not (folder / "plan.json").exists()
-    run(folder, "ddp", f"--ckpt_path {last}")
+
+
+def test_a_run_whose_process_was_killed_goes_on_to_the_same_bits(ddp, killed):
+    folder, _ = killed
+    run(folder, "ddp", f"--ckpt_path {folder / 'checkpoints' / 'last.ckpt'}")
     assert_equal(masks(folder), masks(ddp))
 
 

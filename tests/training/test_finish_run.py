@@ -14,12 +14,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lowrank_pl import FinishRun, RankMonitor, RankPlan, load_compressed, perplexity
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
-from lowrank_pl.methods.allocate.run import draw
-from lowrank_pl.models.targets import find_targets
+from lowrank_pl.methods.allocate.run import allocate_on
 from lowrank_pl.models.tiny import tiny_model
+from lowrank_pl.training.finish_run import ScoreText
 from lowrank_pl.training.interrupt import StopBetweenBatches
 from lowrank_pl.training.progress import LearningBar
 from tests.helpers.tiny_training import fit, make_data, make_learner
@@ -137,17 +138,9 @@ def test_baselines_that_measure_and_differentiate_are_drawn_on_the_runs_own_fact
     rows = {row.name: row for row in finish.finished.rows}
     assert list(rows) == ["dense", "zs_svd", "strs", "svdllm_v2", "learned"]
     model = tiny_model("llama")
-    targets = find_targets(model)
+    subject = Subject(model, data.tokenizer, data.statistics_sequences)
     for name in ("zs_svd", "strs", "svdllm_v2"):
-        plan = draw(
-            make_allocator(name),
-            learner.budget,
-            learner.store,
-            targets,
-            model,
-            data.statistics_sequences,
-            data.tokenizer,
-        )
+        plan = allocate_on(learner.store, subject, learner.budget, make_allocator(name))
         with compressed(model, plan, learner.store):
             score = perplexity(model, data.validation_sequences)
         assert rows[name].perplexity == pytest.approx(score.perplexity, rel=1e-5)
@@ -174,24 +167,24 @@ def test_mistakes_surface_before_learning(tmp_path):
     ):
         fit(learner, max_steps=1, callbacks=[FinishRun(baselines=["uniform", "fisher"])])
     with pytest.raises(ValueError, match=r"text '.*none\.txt'"):
-        fit(learner, max_steps=1, callbacks=[FinishRun(score_text=str(tmp_path / "none.txt"))])
+        fit(learner, max_steps=1, callbacks=[FinishRun(ScoreText(str(tmp_path / "none.txt")))])
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"run/model' holds other files .*: name a new folder"):
         fit(learner, max_steps=1, default_root_dir=tmp_path / "run", callbacks=[FinishRun()])
-    with pytest.raises(ValueError, match="there is neither a score_text nor a validation sequence: give one of them"):
+    with pytest.raises(ValueError, match=r"--finish\.score\.text or --data\.validation\.sequences"):
         fit(learner, make_data(validation_sequences=0), max_steps=1, callbacks=[FinishRun()])
     with pytest.raises(ValueError, match="the prompt '' has no token"):
         fit(learner, max_steps=1, callbacks=[FinishRun(prompts=["A", ""])])
     assert learner.model is None
     with pytest.raises(ValueError, match=r"4096 tokens .* 2048 positions: use shorter"):
-        fit(learner, max_steps=1, callbacks=[FinishRun(score_text="python-docs", score_length=4096)])
+        fit(learner, max_steps=1, callbacks=[FinishRun(ScoreText("python-docs", length=4096))])
     assert learner.global_step == 0
 
 
 def test_text_to_score_that_is_learned_from_is_warned_of(caplog):
     data = make_data()
-    FinishRun(score_text=data.text, score_length=data.length, score_sequences=2)._protocol(data)
+    FinishRun(ScoreText(data.learning.text, data.learning.length, sequences=2))._protocol(data)
     assert caplog.messages[-1].startswith("2 of 2 sequences to score hold text")
 
 

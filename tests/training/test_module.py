@@ -13,14 +13,13 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lowrank_pl import RankPlan, perplexity
-from lowrank_pl.calibration.build import build_gradients
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli.main import main
-from lowrank_pl.factors import compression as compress
+from lowrank_pl.factors.compression import compress
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods import masks
 from lowrank_pl.methods.allocate import make_allocator
-from lowrank_pl.methods.allocate.base import Problem
+from lowrank_pl.methods.allocate.run import allocate_on
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
 from lowrank_pl.methods.masks.dobi_svd import DobiSVD
@@ -31,7 +30,6 @@ from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.forward import refuse_dropout
-from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, read_checkpoint
 from tests.helpers import ROOT
@@ -49,6 +47,10 @@ def built(base="random:llama", data=None, **changes):
     learner = make_learner(base, **changes)
     learner.build(load_base(base), data or make_data())
     return learner
+
+
+def subject_of(data):
+    return Subject(load_base("random:llama"), data.tokenizer, data.statistics_sequences)
 
 
 class Spy(Callback):
@@ -209,7 +211,7 @@ def test_teacher_terms_against_a_dense_copy(kind, places):
     terms = DataTerms(cross_entropy=0.5, kl=2.0, divergence=3.0, divergence_kind=kind, divergence_at=places)
     data, spy = make_data(batch_size=2), Spy()
     learner = built(data=data)
-    tokens = data.train_windows[data.train_dataloader().batches(0)[0]]
+    tokens = data.train_sequences[data.train_dataloader().batches(0)[0]]
     with torch.enable_grad():
         fit(make_learner(data_terms=terms), data, max_steps=1, callbacks=[spy])
     student = reference_student(learner)(tokens, output_hidden_states=True)
@@ -265,7 +267,7 @@ def test_a_learning_rate_schedule_steps_with_the_optimizer():
 @pytest.mark.parametrize(("limits", "steps"), [({"max_steps": 3}, 3), ({"max_steps": -1, "max_epochs": 2}, 8)])
 def test_a_cosine_ends_with_the_run(limits, steps):
     spy = Spy()
-    trainer = fit(make_learner(cosine=True), make_data(sequences=4), callbacks=[spy], **limits)
+    trainer = fit(make_learner(lr_scheduler="cosine"), make_data(sequences=4), callbacks=[spy], **limits)
     rates = [0.05 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps + 1)]
     assert spy.step_sizes == pytest.approx(rates[:-1])
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
@@ -282,9 +284,9 @@ def test_an_epoch_that_ends_before_the_steps_do_is_told(caplog):
 
 
 def test_a_cosine_that_was_resumed_ends_with_the_longer_run(tmp_path):
-    fit(make_learner(cosine=True), max_steps=2).save_checkpoint(tmp_path / "half.ckpt")
+    fit(make_learner(lr_scheduler="cosine"), max_steps=2).save_checkpoint(tmp_path / "half.ckpt")
     spy = Spy()
-    fit(make_learner(cosine=True), max_steps=4, ckpt_path=tmp_path / "half.ckpt", callbacks=[spy])
+    fit(make_learner(lr_scheduler="cosine"), max_steps=4, ckpt_path=tmp_path / "half.ckpt", callbacks=[spy])
     assert spy.step_sizes == pytest.approx([0.0, 0.05 * (1 + math.cos(math.pi * 3 / 4)) / 2], abs=1e-12)
 
 
@@ -306,14 +308,9 @@ def test_a_rest_of_no_tokens_is_refused():
         make_learner(inactive_gate_stride=0)
 
 
-def test_two_schedules_of_the_step_size_are_refused():
-    with pytest.raises(ValueError, match="cosine and lr_scheduler both say how the step size moves: give one of them"):
-        make_learner(cosine=True, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer))
-
-
 def test_a_cosine_needs_an_end():
     with pytest.raises(ValueError, match="cosine needs a run with an end: give the trainer max_steps"):
-        fit(make_learner(cosine=True), max_steps=-1, max_epochs=-1)
+        fit(make_learner(lr_scheduler="cosine"), max_steps=-1, max_epochs=-1)
 
 
 # -- settings that shape the plan ----------------------------------------------------------------------------------
@@ -350,7 +347,7 @@ STARTING = [ARA(), LLRC(), LLRC(any_k=False), ARS(), ARS(any_k=True), DobiSVD(),
 def test_every_mask_starts_at_exactly_the_ranks_of_a_drawn_plan(method, name):
     kind = {"fisher": "two_sided", "zs_svd": "whitened"}[name]
     learner = built(mask=method, start=name, keep=0.7, decomposition=Decomposition(kind))
-    plan = learner._start_plan(load_base("random:llama"), find_targets(load_base("random:llama")), make_data())
+    plan = learner._start_plan(subject_of(make_data()))
     assert plan.method == name
     assert len({module.rank for module in plan.modules.values()}) > 3
     for key, mask in learner.masks.items():
@@ -371,17 +368,8 @@ def test_every_mask_that_takes_a_start_is_tried():
 @pytest.mark.parametrize("name", ["uniform", "zs_svd"])
 def test_masks_start_from_a_plan_that_an_allocator_draws(name):
     learner = built(start=name, keep=0.6)
-    targets = find_targets(load_base("random:llama"))
-    data, method = make_data(), make_allocator(name)
-    model, sequences = load_base("random:llama"), data.statistics_sequences
-    gradients = (
-        build_gradients(Subject(model, data.tokenizer, sequences, known_targets=targets))
-        if method.needs_gradients
-        else None
-    )
-    problem = Problem(budget=learner.budget, factors=learner.store, targets=targets, model=model, sequences=sequences,
-                      gradients=gradients)  # fmt: skip
-    plan = method.plan(problem)
+    method = make_allocator(name)
+    plan = allocate_on(learner.store, subject_of(make_data()), learner.budget, method)
     for key, mask in learner.masks.items():
         entry = plan.modules[key]
         assert mask.ratio().item() == pytest.approx(
@@ -509,11 +497,11 @@ def test_the_plan_says_where_its_factors_come_from():
 
 CONFIGS = ROOT / "configs"
 # In place of texts from the hub and a model of billions of parameters.
-SMALL = "--model.base random:llama --data.text python-docs --data.length 32 --data.sequences 8 --data.batch_size 1 "
-SMALL += (
-    "--data.statistics_length 32 --data.statistics_sequences 8 --data.validation_sequences 2 --trainer.max_steps 2 "
-)
-SMALL += "--trainer.accelerator cpu --trainer.val_check_interval 2 --finish.baselines []"
+SMALL = """
+    --model.base.name random:llama --data.learning.text python-docs --data.learning.length 32 --data.learning.sequences 8
+    --data.batch_size 1 --data.statistics.length 32 --data.statistics.sequences 8 --data.validation.sequences 2
+    --trainer.max_steps 2 --trainer.accelerator cpu --trainer.val_check_interval 2 --finish.baselines []
+"""
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,17 +14,20 @@ import torch
 from lowrank_pl.cli.main import main
 from lowrank_pl.training.checkpointing import read_checkpoint
 from tests.helpers import SMOKE
+from tests.helpers.fork_server import OURS
 
 # The writer of TensorBoard is closed by the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-# Three epochs of 53 batches, checkpoints at steps that divide neither.
-SETTINGS = ["--trainer.max_epochs", "3", "--trainer.max_steps", "-1", "--data.windows", "53"]
-SETTINGS += ["--checkpoint.every_n_train_steps", "7", "--finish.baselines", "[]", "--finish.prompts", "[]"]
-STEPS = 3 * 53
+# Three epochs of 23 batches, checkpoints at steps that divide neither.
+SETTINGS = """
+    --trainer.max_epochs 3 --trainer.max_steps -1 --data.learning.sequences 23 --checkpoint.every_n_train_steps 7
+    --finish.baselines [] --finish.prompts []
+"""
+STEPS = 3 * 23
 
 
 def words(run, *more):
-    return ["fit", "-c", SMOKE, "--run", str(run), *SETTINGS, *more]
+    return ["fit", "-c", SMOKE, "--run", str(run), *SETTINGS.split(), *more]
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +38,33 @@ def whole(tmp_path_factory):
     return folder
 
 
-def stopped(run, number):
-    """Start a run, send it a signal after its first checkpoint, return exit status and stderr."""
+def stopped_by(number, folder):
+    """Send a run a signal after its first checkpoint; return exit status, stderr, the step it came to and what it left."""
+    run, printed = folder / "run", folder / "printed"
+    printed.mkdir()
     last = run / "checkpoints" / "last.ckpt"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lowrank_pl", *words(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = OURS.start([sys.executable, "-m", "lowrank_pl", *words(run)], output=printed)
     deadline = time.monotonic() + 120
     while not last.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(number)
     try:
-        shown = process.communicate(timeout=60)[1]
+        status = process.wait(60)
     finally:
         process.kill()
-        process.wait()
-    return process.returncode, shown
+    left = {path.name if path.name == "plan.json" else path.suffix for path in run.rglob("*")}
+    step = read_checkpoint(last)["global_step"]
+    return SimpleNamespace(run=run, last=last, status=status, printed=process.printed()[1], step=step, left=left)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    return stopped_by(signal.SIGKILL, tmp_path_factory.mktemp("killed"))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    return stopped_by(signal.SIGINT, tmp_path_factory.mktemp("interrupted"))
 
 
 def assert_same_end(run, whole):
@@ -65,28 +79,32 @@ def assert_same_end(run, whole):
     assert len(moments) == 14
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole):
-    status, _ = stopped(tmp_path, signal.SIGKILL)
-    assert status == -signal.SIGKILL
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    assert 0 < read_checkpoint(last)["global_step"] < STEPS
-    assert not (tmp_path / "plan.json").exists()
-    main(words(tmp_path, "--ckpt_path", str(last)))
-    assert_same_end(tmp_path, whole)
+def test_a_killed_run_leaves_a_checkpoint_and_no_plan(killed):
+    assert killed.status == -signal.SIGKILL
+    assert 0 < killed.step < STEPS
+    assert "plan.json" not in killed.left
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path, whole):
-    status, shown = stopped(tmp_path, signal.SIGINT)
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    assert status == 130
-    assert shown.splitlines()[-1] == (
-        f"lowrank: interrupted: go on with --ckpt_path {last}, nothing half-written is left"
+def test_an_interrupted_run_leaves_a_checkpoint_and_nothing_half_written(interrupted):
+    assert 0 < interrupted.step < STEPS
+    assert not interrupted.left & {"plan.json", ".tmp"}
+
+
+def test_an_interrupted_run_says_how_to_go_on(interrupted):
+    assert interrupted.status == 130
+    assert interrupted.printed.splitlines()[-1] == (
+        f"lowrank: interrupted: go on with --ckpt_path {interrupted.last}, nothing half-written is left"
     )
-    assert "Traceback" not in shown
-    assert "Detected KeyboardInterrupt" not in shown
-    # The step under way is done, not torn.
-    assert "step/s" in shown
-    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp" or path.name == "plan.json"]
-    assert 0 < read_checkpoint(last)["global_step"] < STEPS
-    main(words(tmp_path, "--ckpt_path", str(last)))
-    assert_same_end(tmp_path, whole)
+    assert "Traceback" not in interrupted.printed
+    assert "Detected KeyboardInterrupt" not in interrupted.printed
+
+
+def test_an_interrupted_run_ends_the_step_that_was_under_way(interrupted):
+    assert "step/s" in interrupted.printed
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_a_stopped_run_goes_on_to_the_same_bits(how, whole, request):
+    stopped = request.getfixturevalue(how)
+    main(words(stopped.run, "--ckpt_path", str(stopped.last)))
+    assert_same_end(stopped.run, whole)

@@ -53,10 +53,9 @@ def drawn(model, sequences, tokenizer, *, keep=0.5, kind="two_sided", weights=Tr
 
 
 def run(model, plan, store, targets, sequences, **options):
-    options = {"calibration": sequences, "settings": EASY, **options}
-    return refit(
-        plan, store, Subject(model, byte_tokenizer(), sequences, known_targets=targets), sequences=sequences, **options
-    )
+    calibration = options.pop("calibration", sequences)
+    subject = Subject(model, byte_tokenizer(), calibration, known_targets=targets)
+    return refit(plan, store, subject, sequences=sequences, **{"settings": EASY, **options})
 
 
 def outcomes(plan, made):

@@ -1,0 +1,43 @@
+"""Which width each MLP should have, against a search over all of them."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from lowrank_pl.methods.prune.widths import Map, Option, Widths
+
+
+@pytest.fixture
+def known():
+    """Three MLPs at three widths each, beside one linear layer of no MLP."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(rows, columns):
+        return Map((rows, columns), torch.rand(min(rows, columns), generator=generator).sort(descending=True).values)
+
+    options = [
+        {
+            width: Option(lost * scale, {f"{place}.up": drawn(width, 12), f"{place}.down": drawn(12, width)})
+            for width, lost in ((24, 0.0), (16, 0.4), (10, 1.5))
+        }
+        for place, scale in enumerate((0.2, 1.0, 3.0))
+    ]
+    return Widths({"q": drawn(12, 12)}, options)
+
+
+@pytest.mark.parametrize("limit", [1200, 900, 600])
+def test_the_best_widths_are_those_of_a_search_over_all(known, limit):
+    losses = [known.loss(widths, limit) for widths in product((24, 16, 10), repeat=3)]
+    assert known.loss(known.best(limit), limit) <= 1.03 * min(losses)
+
+
+@pytest.mark.parametrize("limit", [1200, 900, 600])
+def test_one_width_for_all_loses_what_three_of_it_lose(known, limit):
+    assert known.losses(limit)[24] == known.loss((24, 24, 24), limit)
+
+
+def test_a_width_that_leaves_less_than_is_to_be_kept_is_no_choice(known):
+    assert set(known.losses(1500)) == {24}
