@@ -39,9 +39,9 @@ def make_learner(base="random:llama", dtype="float32", **changes):
     return RankLearner(Base(base, dtype), **groups, **settings)
 
 
-def _taken(settings, group, *, prefix="", names={}):
+def _taken(settings, group, *, prefix="", names=None):
     """Take out of ``settings`` what belongs to ``group``, and return the group."""
-    known = {field.name: names.get(field.name, prefix + field.name) for field in fields(group)}
+    known = {field.name: (names or {}).get(field.name, prefix + field.name) for field in fields(group)}
     return group(**{name: settings.pop(given) for name, given in known.items() if given in settings})
 
 

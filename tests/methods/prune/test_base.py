@@ -171,6 +171,6 @@ def test_factors_of_a_base_of_two_widths_are_built_block_by_block(two_widths, se
 
 
 def test_a_base_of_two_widths_is_counted_like_any_other(two_widths):
-    model, found = load_base(two_widths), model_sizes(two_widths, length=16)
+    model, found = load_base(two_widths), model_sizes(Base(two_widths), length=16)
     assert found.parameters == model.num_parameters()
     assert found.modules == find_targets(model).modules

@@ -89,7 +89,7 @@ def test_an_mlp_whose_code_is_unknown_is_left_alone_and_the_config_cannot_say_so
 
 def test_a_model_without_targeted_mlps_is_refused(llama):
     only = find_targets(llama, include=["self_attn.*"])
-    with pytest.raises(ValueError, match="no MLP .* in LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"no MLP .* in LlamaForCausalLM"):
         find_hidden(llama, only)
 
 
@@ -102,7 +102,7 @@ def test_mlps_of_several_widths_are_refused(llama):
 
 
 def test_a_width_above_the_present_one_is_refused(llama):
-    with pytest.raises(ValueError, match="a width of 97 .* expected 1 to the 96"):
+    with pytest.raises(ValueError, match=r"a width of 97 .* expected 1 to the 96"):
         prune_model(llama, find_hidden(llama, find_targets(llama)), [40, 97], lambda _: None)
 
 
