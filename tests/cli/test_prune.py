@@ -23,7 +23,7 @@ from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import find_targets, targeted_parameters
 from lowrank_pl.models.tiny import byte_tokenizer
-from lowrank_pl.plans.resize import resize
+from lowrank_pl.plans.resize import nested
 from tests.helpers.pruned_models import TEXT, indices_of_pivots, ragged, save_with_copies, width_of
 
 
@@ -127,7 +127,7 @@ def test_a_merged_export_of_a_plan_on_it_is_healthy(plan_file, tmp_path):
 
 
 def test_a_plan_on_it_has_other_sizes(plan_file):
-    assert 0.44 < resize(RankPlan.load(plan_file), 0.45).keep_targeted <= 0.45
+    assert 0.44 < nested(RankPlan.load(plan_file), [0.45])[0.45].keep_targeted <= 0.45
 
 
 def test_all_that_is_left_stays_where_that_is_less_than_may_be_kept(half, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.plans.budget import Budget
-from lowrank_pl.plans.resize import resize
+from lowrank_pl.plans.resize import nested
 
 SHAPES = {"a": (6, 5), "b": (4, 9), "c": (7, 7)}
 
@@ -71,7 +71,7 @@ def test_no_combination_of_ranks_does_better_at_any_budget_of_the_hull(seed, sto
     # One order serves them all.
     largest = list(plans.values())[-1]
     for cost, plan in plans.items():
-        assert resize(largest, cost / total).modules == plan.modules
+        assert nested(largest, [cost / total])[cost / total].modules == plan.modules
 
 
 def test_factors_of_another_kind_are_refused():

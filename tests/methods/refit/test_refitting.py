@@ -31,7 +31,7 @@ from lowrank_pl.models.targets import find_targets, replace_module
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.plans.resize import resize
+from lowrank_pl.plans.resize import nested
 from tests.helpers.unchanged import assert_untouched, state
 
 EASY = Refit(margin=0.0)
@@ -489,7 +489,7 @@ def test_dense_modules_and_index_sets(llama, sequences, tokenizer):
 def test_smaller_sizes_follow_from_the_plan(llama, sequences, tokenizer):
     plan, store, targets = drawn(llama, sequences, tokenizer, method="energy")
     new, made = run(llama, plan, store, targets, sequences)
-    smaller = resize(new, 0.3)
+    smaller = nested(new, [0.3])[0.3]
     assert smaller.kept_parameters < new.kept_parameters
     assert smaller.origin == new.origin
     with compressed(llama, smaller, made), torch.no_grad():
