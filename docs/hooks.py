@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import re
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from html import escape, unescape
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -33,9 +35,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Return the page's Markdown; that of the commands with the help of each."""
     if COMMANDS not in markdown:
         return markdown
-    from lowrank_pl.cli.main import FUNCTIONS
+    from lowrank_pl.cli.app import COMMANDS as NAMES
 
-    return markdown.replace(COMMANDS, "\n\n".join(command_page(name) for name in ("fit", *FUNCTIONS)))
+    return markdown.replace(COMMANDS, "\n\n".join(command_page(name) for name in NAMES))
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -47,52 +49,78 @@ def on_page_content(html: str, **_: Any) -> str:
     return _FORMULA.sub(lambda m: convert(unescape(m[2]), display="block" if m[1] == "div" else "inline"), html)
 
 
-def help_of(command: str) -> str:
-    """Return what ``lowrank COMMAND --help`` prints, every option on a line of its own."""
-    from lowrank_pl.cli.main import main
+def fit_help() -> str:
+    """Return what ``lowrank fit --help`` prints, every option on a line of its own."""
+    from lowrank_pl.cli.app import main
 
     printed = io.StringIO()
     with patch.dict(os.environ, {"COLUMNS": "100000"}), redirect_stdout(printed):
         try:
-            main([command, "--help"])
+            main(["fit", "--help"])
         except SystemExit as done:
             if done.code:
-                raise RuntimeError(f"`lowrank {command} --help` ended with {done.code}") from None
+                raise RuntimeError(f"`lowrank fit --help` ended with {done.code}") from None
     return printed.getvalue()
 
 
-def read_help(text: str) -> tuple[str, list[Group]]:
-    """Return the description in a command's help, and its groups of options.
+def read_help(text: str) -> list[Group]:
+    """Return the groups of options in the help of ``lowrank fit``.
 
     Raises:
         ValueError: The text holds no options.
     """
-    said: list[str] = []
     groups: list[Group] = []
     for line in text.splitlines()[1:]:
         if re.fullmatch(r"\S.*:", line):
             groups.append(Group(line[:-1]))
-        elif not groups:
-            said.append(line)
-        elif found := re.fullmatch(r"  (-.*?)(?:  +(\S.*))?", line):
+        elif groups and (found := re.fullmatch(r"  (-.*?)(?:  +(\S.*))?", line)):
             groups[-1].options.append((found[1], found[2] or ""))
-        elif line.strip() and groups[-1].options:
+        elif line.strip() and groups and groups[-1].options:
             flags, before = groups[-1].options.pop()
             groups[-1].options.append((flags, f"{before} {line.strip()}".strip()))
     groups = [group for group in groups if group.options]
     if not groups:
         raise ValueError(f"no option was found in the help that begins with {text[:200]!r}")
-    return "\n".join(said).strip(), groups
+    return groups
+
+
+def flag_group(command: str) -> Group:
+    """Return the options of a command that cyclopts reads."""
+    from lowrank_pl.cli.app import flags_of
+
+    group = Group("options")
+    for flag in flags_of(command):
+        if not flag.show:
+            continue
+        default = flag.field_info.default
+        values = default if isinstance(default, (list, tuple)) else [default]
+        facts = "required" if flag.required else f"default: {' '.join(map(str, values))}"
+        known = flag.required or not (default is None or default == {} or values == ())
+        group.options.append((_usage(flag), f"{flag.parameter.help} ({facts})" if known else flag.parameter.help))
+    return group
+
+
+def _usage(flag: Any) -> str:
+    """Return how a flag is written: ``--keep KEEP ...``."""
+    word = flag.name.rpartition(".")[2].removeprefix("--").upper()
+    choices = flag.get_choices()
+    value = "" if flag.hint is bool else f" {{{','.join(choices)}}}" if choices else f" {word}"
+    several = " ..." if flag.token_count()[1] else ""
+    return f"{f'{word}, ' if flag.index is not None else ''}{flag.name}{value}{several}"
 
 
 def command_page(command: str) -> str:
     """Return the section of one command, Markdown with HTML."""
-    from lowrank_pl.cli.main import FIT
+    from lowrank_pl.cli.app import COMMANDS as NAMES
 
-    said, groups = read_help(help_of(command))
-    if command == "fit":  # its help begins with Lightning's own words for a Trainer's method
-        said = FIT
-    parts = [f"## lowrank {command}", *(f"<p>{_text(part)}</p>" for part in said.split("\n\n") if part)]
+    path, sentence = NAMES[command]
+    if command == "fit":
+        groups, paragraphs = read_help(fit_help()), [sentence]
+    else:
+        module, _, name = path.partition(":")
+        description = inspect.getdoc(getattr(import_module(module), name)) or ""
+        groups, paragraphs = [flag_group(command)], description.partition("\n\nArgs:")[0].split("\n\n")
+    parts = [f"## lowrank {command}", *(f"<p>{_text(part)}</p>" for part in paragraphs)]
     for group in groups:
         options = "\n".join(_option(flags, text) for flags, text in group.options)
         found = f'<dl class="options">\n{options}\n</dl>'

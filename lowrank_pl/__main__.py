@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -235,7 +235,6 @@ def test_importing_all_but_the_outer_ring_leaves_lightning_out(loaded):
 
 
 def test_importing_the_package_leaves_lightning_out(loaded):
-    assert "lowrank_pl.models.hf_format" in loaded["root"]
     assert not {*LIGHTNING, *map(full, OUTER)} & set(loaded["root"])
 
 

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.app import main
 from tests.helpers import ROOT
 
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

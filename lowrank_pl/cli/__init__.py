@@ -1,12 +1,12 @@
-"""The command line."""
+"""The command line: one module a command; what takes seconds to import is imported by the command that needs it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import lazy_loader
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    from lowrank_pl.cli.main import main as run
-
-    run(argv)
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "app": ["main"],
+    },
+)

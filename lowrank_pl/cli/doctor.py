@@ -1,15 +1,16 @@
-"""What ``lowrank doctor`` does: says of a folder whether the model in it is healthy; a plain typed function."""
+"""``lowrank doctor``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lowrank_pl.export.health.diagnosis import Diagnosis
-from lowrank_pl.export.health.examine import diagnose
-from lowrank_pl.export.health.quality import PROMPTS, Prompts
-from lowrank_pl.text.sequences import Calibration
+from lowrank_pl.text.settings import Calibration
 from lowrank_pl.utils.files import write_json
+
+if TYPE_CHECKING:
+    from lowrank_pl.export.health.diagnosis import Diagnosis
 
 __all__ = ["BrokenModelError", "doctor"]
 
@@ -25,7 +26,7 @@ def doctor(
     text: str = "python-docs",
     sequences: int = 8,
     length: int = 512,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | None = None,
     max_new_tokens: int = 64,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -42,10 +43,11 @@ def doctor(
         directory: Folder of an export, as factors or merged, or of a plain checkpoint.
         base: The dense model to compare with; by default the one that the folder's plan names.
         text: Text to score on: file, glob, hub dataset or python-docs.
-        sequences: How many sequences of it.
+        sequences: How many sequences of the text.
         length: Tokens of a sequence.
-        prompts: Texts to continue, or questions where there is a chat template; none leaves this out.
-        max_new_tokens: How far.
+        prompts: Texts to continue, or questions where there is a chat template; by default three. Without a text behind
+            it, --prompts continues none.
+        max_new_tokens: How many tokens each prompt is continued by.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         trust_remote_code: Run Python code that comes with the model or its base.
         json: Write the figures there.
@@ -56,11 +58,14 @@ def doctor(
     Raises:
         BrokenModelError: The model is broken; the findings have been shown.
     """
+    from lowrank_pl.export.health.examine import diagnose
+    from lowrank_pl.export.health.quality import PROMPTS, Prompts
+
     found = diagnose(
         directory,
         base=base,
         text=Calibration(text, length, sequences),
-        prompts=Prompts(prompts, max_new_tokens),
+        prompts=Prompts(PROMPTS if prompts is None else prompts, max_new_tokens),
         device=device,
         trust_remote_code=trust_remote_code,
     )

@@ -1,14 +1,9 @@
-"""The command ``lowrank report``: page and model card of a finished run."""
+"""``lowrank report``: page and model card of a finished run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from lowrank_pl.report.comparison import write_comparison_page
-from lowrank_pl.report.model_card import refresh_card
-from lowrank_pl.report.page import write_page
-from lowrank_pl.report.run_record import read_run
 
 __all__ = ["report"]
 
@@ -35,6 +30,11 @@ def report(run: Path, *, output: Path | None = None, scores: Sequence[Path] = ()
     Raises:
         ValueError: The folder holds no finished run, or a named file holds no scores.
     """
+    from lowrank_pl.report.comparison import write_comparison_page
+    from lowrank_pl.report.model_card import refresh_card
+    from lowrank_pl.report.page import write_page
+    from lowrank_pl.report.run_record import read_run
+
     path = run / PAGE if output is None else output
     if (run / "results.json").is_file() and not (run / "plan.json").exists():
         if scores:

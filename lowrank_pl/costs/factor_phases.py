@@ -10,7 +10,7 @@ from lowrank_pl.calibration.statistics import SHARE
 from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.model_sizes import ModelSizes
 from lowrank_pl.costs.workload import Preparation, Run
-from lowrank_pl.methods.prune.base import STEPS
+from lowrank_pl.methods.prune.settings import STEPS
 from lowrank_pl.models.targets import Target
 
 __all__ = [

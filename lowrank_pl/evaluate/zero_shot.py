@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.evaluate.local_tasks import LocalTask, named_tasks
 from lowrank_pl.evaluate.paired import differences
+from lowrank_pl.evaluate.settings import TaskSettings
 
-__all__ = ["TaskSettings", "ZeroShot", "figures_of", "require_lm_eval"]
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """How tasks are run.
-
-    Args:
-        include_path: Folders of lm-eval's YAML task files, whose tasks may be named too.
-        limit: Rows of every task, its first ones; by default all.
-        fewshot: Examples before every question; by default as many as the task says, mostly none.
-        seed: Of the choice of these examples.
-        batch_size: Sequences per forward, or auto: on a GPU as many as fit, on a CPU as many as help.
-    """
-
-    include_path: Sequence[Path] = ()
-    limit: int | None = None
-    fewshot: int | None = None
-    seed: int = 1234
-    batch_size: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}: expected the rows of a task, 1 or more; all without it")
-        if self.fewshot is not None and self.fewshot < 0:
-            raise ValueError(f"fewshot is {self.fewshot}: expected a number of examples, 0 or more")
-        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
-            raise ValueError(f"batch_size is {self.batch_size!r}: expected auto or a whole number of at least 1")
+__all__ = ["ZeroShot", "figures_of", "require_lm_eval"]
 
 
 class ZeroShot:
@@ -71,7 +43,7 @@ class ZeroShot:
         from lowrank_pl.evaluate.lm_eval_adapter import run_tasks
 
         settings = self.settings
-        found = run_tasks(model, tokenizer, self.loaded, batch_size=settings.batch_size, limit=settings.limit)
+        found = run_tasks(model, tokenizer, self.loaded, batch_size=settings.task_batch_size, limit=settings.limit)
         found["config"] |= {"seed": settings.seed, "num_fewshot": settings.fewshot}
         return found
 

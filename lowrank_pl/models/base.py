@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lowrank_pl.models.hf_format import METHOD
 from lowrank_pl.models.identity import base_class
+from lowrank_pl.models.settings import Base, DType
 from lowrank_pl.models.shapes import SHAPES, random_blocks
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 
@@ -42,45 +43,11 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DType = Literal["float32", "bfloat16", "float16"]
 
 FORMS = "a hub id, a local folder, a .gguf file, package:NAME, random:FAMILY or layers:NAME"
 
 # Families whose real tokenizers put a BOS before every text, and whose models go wrong without it.
 BOS_FAMILIES = ("gemma2", "gemma3")
-
-
-@dataclass(frozen=True)
-class Base:
-    """A model to compress, and how it is loaded.
-
-    Args:
-        name: Hub id, local folder, ``.gguf`` file, ``package:NAME`` or ``random:FAMILY``; see ``resolve_base``.
-        dtype: Type that the weights are loaded in.
-        trust_remote_code: Run Python code that comes with the model.
-
-    Example:
-        >>> Base("random:llama", dtype="bfloat16").load().dtype
-        torch.bfloat16
-    """
-
-    name: str
-    dtype: DType = "float32"
-    trust_remote_code: bool = False
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The type as torch has it."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
-    def load(self) -> PreTrainedModel:
-        """Return the model on the CPU, as ``load_base`` does."""
-        return load_base(self.name, dtype=self.torch_dtype, trust_remote_code=self.trust_remote_code)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the tokenizer, as ``load_tokenizer`` does."""
-        return load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)

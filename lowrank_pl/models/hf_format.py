@@ -13,19 +13,23 @@ shape, so that transformers stops at the size mismatch.
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # Relative, so that transformers copies hf_layers.py along with this file.
 from .hf_layers import LowRankLinear, PivotedLinear
+
+if TYPE_CHECKING:
+    # transformers' own models import the tables above: importing this name here would be circular.
+    from transformers import PreTrainedModel
 
 __all__ = ["METHOD", "SCHEMA", "LowRankAutoConfig", "LowRankConfig", "LowRankQuantizer", "align", "reshape"]
 
@@ -275,7 +279,7 @@ def _portable_class(name: str) -> type[PreTrainedModel]:
     made: Any = globals().get(name)
     if made is None:
         base = getattr(transformers, name, None)
-        if not (isinstance(base, type) and issubclass(base, PreTrainedModel) and _auto_class(name)):
+        if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel) and _auto_class(name)):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor has transformers such a model")
         # If is_custom_code returned True, transformers would not rename old checkpoint keys (GPT-NeoX's embed_out), and
         # the head would stay random.

@@ -1,18 +1,24 @@
-"""What a plan may touch, and in which steps: targets, floors, multiples and storage."""
+"""What a plan may touch, and in which steps: targets, floors, multiples and storage; importable without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-from lowrank_pl.models.identity import Origin
-from lowrank_pl.models.targets import Targets, find_targets, model_parameters
-from lowrank_pl.plans.budget import Budget
-from lowrank_pl.plans.storage import StorageChoice
+    from lowrank_pl.models.targets import Targets
+    from lowrank_pl.plans.budget import Budget
 
-__all__ = ["Constraints"]
+__all__ = ["Constraints", "Form", "StorageChoice"]
+
+Form = Literal["factored", "pivoted"]
+"""Two factors, or independent rows (or columns) and the coefficients of all other rows (or columns)."""
+
+StorageChoice = Literal["factored", "pivoted", "auto"]
+"""One form for all modules, or the smaller one for each module."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Constraints:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     multiple_of: int = 1
-    floors: Mapping[str, float] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
     storage: StorageChoice = "auto"
 
     def targets(self, model: PreTrainedModel) -> Targets:
@@ -39,6 +45,8 @@ class Constraints:
         Raises:
             ValueError: A glob fits no module, or nothing is left to compress.
         """
+        from lowrank_pl.models.targets import find_targets
+
         return find_targets(model, include=self.include, exclude=self.exclude)
 
     def budget(self, model: PreTrainedModel, targets: Targets, keep: float) -> Budget:
@@ -49,6 +57,10 @@ class Constraints:
         Raises:
             ValueError: ``keep`` lies outside (0, 1], or a floor or a multiple is impossible.
         """
+        from lowrank_pl.models.identity import Origin
+        from lowrank_pl.models.targets import model_parameters
+        from lowrank_pl.plans.budget import Budget
+
         before = Origin.of(model)
         pruned = 0 if before is None else before.left_out(targets)
         return Budget(

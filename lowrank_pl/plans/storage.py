@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowrank_pl.plans.constraints import Form, StorageChoice
+
 __all__ = ["INDEX_BYTES", "Form", "Storage", "StorageChoice"]
 
 Shape = tuple[int, int]
 
-Form = Literal["factored", "pivoted"]
-"""Two factors, or independent rows (or columns) and the coefficients of all other rows (or columns)."""
-
-StorageChoice = Literal["factored", "pivoted", "auto"]
-"""One form for all modules, or the smaller one for each module."""
 
 INDEX_BYTES = 4
 """Bytes of a pivot's index."""

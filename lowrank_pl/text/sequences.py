@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lowrank_pl.text.settings import Calibration
 from lowrank_pl.text.sources import parse_text, read_stream, source_identity
 from lowrank_pl.utils.files import atomic_write, cache_root, sha256_of
 
@@ -35,25 +35,6 @@ PROBE = "The quick brown fox"
 PASSAGE = 32  # This many equal tokens in a row are the same passage, not just the same phrase.
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Text to calibrate on, and how it is cut into sequences.
-
-    Args:
-        text: A file, folder, glob, hub dataset or ``python-docs``; see ``lowrank_pl.text.sources``.
-        length: Tokens of a sequence.
-        sequences: How many sequences are taken.
-    """
-
-    text: str = "python-docs"
-    length: int = 512
-    sequences: int = 256
-
-    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Return int64 ``[sequences, length]`` token ids, as ``token_windows`` does."""
-        return token_windows(self.text, tokenizer, length=self.length, sequences=self.sequences)
 
 
 def token_windows(

@@ -13,15 +13,16 @@ from lowrank_pl.calibration import build as prepare
 from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.build_by_block import build_factors_by_block
 from lowrank_pl.calibration.subject import Subject
-from lowrank_pl.cli.commands import allocate
+from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.cli.app import main
 from lowrank_pl.cli.decompose import decompose
-from lowrank_pl.cli.main import main
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.models.base import load_base
+from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.identity import model_fingerprint
 from lowrank_pl.models.lazy import NotBlockwiseError, Shards, Skeleton, open_skeleton
 from lowrank_pl.models.targets import decoder_blocks, find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.text.sequences import Calibration
 
 TEXT = "python-docs::part=0%-10%"
 
@@ -340,19 +341,19 @@ def test_the_command_line_takes_lists_and_sizes(saved, tmp_path, capsys):
 
 
 def test_a_dry_run_makes_nothing(saved, tmp_path, capsys):
-    assert decompose(saved(), text=TEXT, store=tmp_path / "store", dry_run=True) is None
+    assert decompose(Base(saved()), store=tmp_path / "store", dry_run=True, calibration=Calibration(TEXT)) is None
     assert "21 targets" in capsys.readouterr().out
     assert not (tmp_path / "store").exists()
 
 
 def test_allocate_finds_the_factors_made(saved, tmp_path, monkeypatch, capsys):
-    base, settings = saved(), {"text": TEXT, "length": 32, "sequences": 4}
-    made = decompose(base, **settings, json=tmp_path / "figures.json")
+    base, settings = saved(), {"text": TEXT, "length": 32, "windows": 4}
+    made = decompose(Base(base), json=tmp_path / "figures.json", **settings)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["block_by_block"], figures["modules"], figures["store"]) == (True, 21, str(made.directory))
     assert "whitened: factors of 21 modules, block by block, in " in capsys.readouterr().out
     monkeypatch.setattr(prepare, "decompose", lambda *_, **__: pytest.fail("decomposed again"))
-    plan = allocate(base, **settings, output=tmp_path / "plan.json")
+    plan = allocate(Base(base), output=tmp_path / "plan.json", **settings)
     assert plan.origin["store"] == str(made.directory.resolve())
 
 
@@ -370,9 +371,13 @@ def test_allocate_finds_the_factors_made(saved, tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_made_by_block_is_loaded_whole_and_said(settings, base, reason, saved, tmp_path, caplog):
     base = base or saved()
     made = decompose(
-        base, decomposition=settings, text=TEXT, length=32, sequences=2, memory="20KB",
-        gradient_checkpointing=True, json=tmp_path / "figures.json",
-    )  # fmt: skip
+        Base(base),
+        decomposition=settings,
+        memory="20KB",
+        gradient_checkpointing=True,
+        json=tmp_path / "figures.json",
+        calibration=Calibration(TEXT, 32, 2),
+    )
     assert f"{base} is loaded whole: {reason}" in caplog.text
     assert json.loads((tmp_path / "figures.json").read_text())["block_by_block"] is False
     targets = find_targets(load_base(base)).modules

@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
+from lowrank_pl.cli.app import main
 from lowrank_pl.cli.bench import bench
+from tests.helpers.commands import failing
 
 
 @pytest.mark.parametrize("case", ["decode", "prefill"])
@@ -123,3 +125,41 @@ def test_drivers_are_measured(capsys, tmp_path):
 def test_only_a_gpu_records_steps():
     with pytest.raises(ValueError, match=r"on cpu: .*cuda"):
         bench("decode", base="random:llama", length=4, repeats=1, device="cpu", record=True)
+
+
+# -- from the command line ------------------------------------------------------------------------------------------
+
+
+def test_bench_writes_figures(tmp_path, capsys):
+    main(
+        ["bench", "--base", "random:llama", "--length", "16", "--repeats", "1", "--json", str(tmp_path / "bench.json")]
+    )
+    assert json.loads((tmp_path / "bench.json").read_text())["random:llama"]["step_seconds"] > 0
+    assert "ratio_to_frozen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["decode", "prefill"])
+def test_bench_names_its_case_in_front(case, tmp_path, capsys):
+    words = ["bench", case, "--base", "random:llama", "--length", "4", "--repeats", "1", "--keep", "0.8", "0.5"]
+    words += ["--batch-size", "1", "2", "--dtype", "bfloat16", "--storage", "pivoted"]
+    main([*words, "--json", str(tmp_path / "speed.json")])
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [(row["case"], row["dtype"], row["batch"], row["storage"], row["keep"]) for row in rows] == [
+        (case, "bfloat16", batch, *kind)
+        for batch in (1, 2)
+        for kind in (("dense", 1.0), ("pivoted", 0.8), ("pivoted", 0.5))
+    ]
+    shown = capsys.readouterr()
+    assert "of limit" in shown.out
+    assert f"bench {case}: 100%" in shown.err
+
+
+def test_bench_settings_from_yaml_and_unknown_cases(tmp_path, capsys):
+    config = tmp_path / "bench.yaml"
+    config.write_text(
+        "case: decode\nbase: random:llama\nkeep: 0.5\nlength: 4\nrepeats: 1\nbatch_size: 1\ndtype: float32\n"
+    )
+    main(["bench", "-c", str(config)])
+    assert capsys.readouterr().out.count("50.0 %") == 2
+    assert "decod" in failing(capsys, "bench", "decod", status=2)
+    assert "more" in failing(capsys, "bench", "decode", "more", status=2)

@@ -12,15 +12,21 @@ import pytest
 import torch
 
 from lowrank_pl import RankPlan, load_compressed, perplexity, token_windows
-from lowrank_pl.cli import commands
-from lowrank_pl.cli.commands import allocate, export, refit
-from lowrank_pl.cli.evaluate import evaluate
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.cli.app import main
+from lowrank_pl.cli.evaluate import evaluate, evaluate_plan
+from lowrank_pl.cli.export import export
+from lowrank_pl.cli.plan_parts import PlanParts
+from lowrank_pl.cli.refit import refit
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.refit.refitting import Refit
+from lowrank_pl.models import base
+from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.report import finish
+from lowrank_pl.text.sequences import Calibration
 from lowrank_pl.utils.environment import pick_device
 
 TEXT = "python-docs::part=0%-10%"
@@ -29,9 +35,12 @@ TEXT = "python-docs::part=0%-10%"
 @pytest.fixture
 def plan_file(tmp_path, capsys):
     allocate(
-        "random:llama", keep=0.5, text=TEXT, length=32, sequences=8, output=tmp_path / "plan.json",
+        Base("random:llama"),
+        keep=0.5,
+        output=tmp_path / "plan.json",
         store=tmp_path / "store",
-    )  # fmt: skip
+        calibration=Calibration(TEXT, 32, 8),
+    )
     (tmp_path / "shown.txt").write_text(capsys.readouterr().out)
     return tmp_path / "plan.json"
 
@@ -95,7 +104,7 @@ def test_factors_that_are_gone_are_made_again_and_merge_writes_dense_weights(pla
 
     shutil.rmtree(tmp_path / "store")
     folder = export(plan_file, output=tmp_path / "merged", merge=True)
-    assert f"the factors at {tmp_path / 'store'} are gone: making them again from the plan's origin" in caplog.text
+    assert f"the factors at {tmp_path / 'store'} are gone: building them again from the plan's origin" in caplog.text
     model = AutoModelForCausalLM.from_pretrained(folder)
     weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
     assert type(model.get_submodule("model.layers.0.mlp.up_proj")) is torch.nn.Linear
@@ -108,9 +117,13 @@ def test_factors_that_are_gone_are_made_again_and_merge_writes_dense_weights(pla
 def test_two_sided_factors_that_are_gone_are_made_again_with_the_weights_that_they_had(tmp_path, weights):
     plan = tmp_path / "plan.json"
     allocate(
-        "random:llama", keep=0.5, text=TEXT, length=32, sequences=4, output=plan, store=tmp_path / "store",
+        Base("random:llama"),
+        keep=0.5,
+        output=plan,
+        store=tmp_path / "store",
         decomposition=Decomposition("two_sided", token_weights=weights),
-    )  # fmt: skip
+        calibration=Calibration(TEXT, 32, 4),
+    )
     first = export(plan, output=tmp_path / "first")
     shutil.rmtree(tmp_path / "store")
     again = export(plan, output=tmp_path / "again")
@@ -142,13 +155,16 @@ def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):
 
 def test_export_refuses_what_does_not_belong_together(plan_file, tmp_path):
     allocate(
-        "random:qwen2", keep=0.5, text=TEXT, length=32, sequences=8, output=tmp_path / "other.json",
+        Base("random:qwen2"),
+        keep=0.5,
+        output=tmp_path / "other.json",
         store=tmp_path / "other",
-    )  # fmt: skip
+        calibration=Calibration(TEXT, 32, 8),
+    )
     with pytest.raises(ValueError, match=r"drawn for other factors than those in .*other: .*model differ"):
-        export(plan_file, output=tmp_path / "model", store=tmp_path / "other")
+        export(plan_file, output=tmp_path / "model", parts=PlanParts(store=tmp_path / "other"))
     with pytest.raises(ValueError, match="no store at"):
-        export(plan_file, output=tmp_path / "model", store=tmp_path / "nothing")
+        export(plan_file, output=tmp_path / "model", parts=PlanParts(store=tmp_path / "nothing"))
     with pytest.raises(ValueError, match="no plan at"):
         export(tmp_path / "nothing.json", output=tmp_path / "model")
     data = json.loads(plan_file.read_text())
@@ -156,7 +172,7 @@ def test_export_refuses_what_does_not_belong_together(plan_file, tmp_path):
     with pytest.raises(ValueError, match="does not say which base it is for: name it with --base"):
         export(plan_file, output=tmp_path / "model")
     with pytest.raises(ValueError, match="does not say what its factors were made from: name their folder with --st"):
-        export(plan_file, base="random:llama", output=tmp_path / "model")
+        export(plan_file, output=tmp_path / "model", parts=PlanParts(base="random:llama"))
     assert not (tmp_path / "model").exists()
 
 
@@ -189,8 +205,8 @@ def test_a_plan_of_any_components_scores_the_same_from_its_file_and_exported(pla
     assert RankPlan.load(tmp_path / "model" / "plan.json").modules == plan.modules
     assert "(any-k)" in (tmp_path / "model" / "README.md").read_text()
     text = ["--text", TEXT, "--length", "32", "--sequences", "3"]
-    main(["evaluate", "--model", str(tmp_path / "model"), *text, "--json", str(tmp_path / "model.json")])
-    main(["evaluate", "--plan", str(made), *text, "--json", str(tmp_path / "plan-scores.json")])
+    main(["evaluate", str(tmp_path / "model"), *text, "--json", str(tmp_path / "model.json")])
+    main(["evaluate-plan", str(made), *text, "--json", str(tmp_path / "plan-scores.json")])
     capsys.readouterr()
     exported = json.loads((tmp_path / "model.json").read_text())
     in_memory = json.loads((tmp_path / "plan-scores.json").read_text())
@@ -201,7 +217,7 @@ def test_a_plan_of_any_components_scores_the_same_from_its_file_and_exported(pla
     for entry in data["modules"].values():
         entry.pop("indices", None)
     made.write_text(json.dumps(data))
-    assert evaluate(plan=made, text=TEXT, length=32, sequences=3)["sizes"][0]["nats"] != pytest.approx(
+    assert evaluate_plan(made, text=TEXT, length=32, sequences=3)["sizes"][0]["nats"] != pytest.approx(
         exported["nats"], rel=1e-6
     )
 
@@ -215,8 +231,7 @@ def components(plan):
 
 def test_one_plan_is_exported_in_several_sizes_one_inside_the_other(plan_file, tmp_path, capsys, monkeypatch):
     loaded = []
-    real = commands.load_base
-    monkeypatch.setattr(commands, "load_base", lambda *args, **kwargs: loaded.append(args) or real(*args, **kwargs))
+    monkeypatch.setattr(base, "load_base", lambda *args, **kwargs: loaded.append(args) or load_base(*args, **kwargs))
     figures = tmp_path / "figures.json"
     output = export(plan_file, keep=[0.4, 1.0, 0.5, 0.625], output=tmp_path / "sizes", json=figures)
     assert len(loaded) == 1
@@ -266,7 +281,7 @@ def test_what_is_exported_stays_when_a_later_size_fails(plan_file, tmp_path, mon
 
 
 def test_sizes_that_can_not_be_are_refused_before_anything_is_loaded(plan_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "load_base", None)
+    monkeypatch.setattr(base, "load_base", None)
     with pytest.raises(ValueError, match="no size was given: expected one or more fractions"):
         export(plan_file, keep=[], output=tmp_path / "model")
     with pytest.raises(ValueError, match=r"keep is 1.2: expected the fraction of parameters to keep"):
@@ -284,7 +299,7 @@ def test_sizes_that_can_not_be_are_refused_before_anything_is_loaded(plan_file, 
     (tmp_path / "narrowed").mkdir()
     (tmp_path / "narrowed" / "config.json").write_text('{"lowrank_narrowed": {}}')
     with pytest.raises(ValueError, match=r"narrowed' is the plan's base, which the export would replace: name another"):
-        export(plan_file, base=str(tmp_path / "narrowed"), output=tmp_path / "narrowed")
+        export(plan_file, output=tmp_path / "narrowed", parts=PlanParts(base=str(tmp_path / "narrowed")))
     data = json.loads(plan_file.read_text())
     del data["order"]
     plan_file.write_text(json.dumps(data))
@@ -295,17 +310,21 @@ def test_sizes_that_can_not_be_are_refused_before_anything_is_loaded(plan_file, 
 
 def test_the_command_line_of_several_sizes(plan_file, tmp_path, capsys):
     main(["export", "--plan", str(plan_file), "--keep", "0.6", "0.4", "--output", str(tmp_path / "sizes")])
-    main(["export", "--plan", str(plan_file), "--keep", "[0.45]", "--output", str(tmp_path / "sizes")])
+    main(["export", str(plan_file), "--keep=0.45", "--output", str(tmp_path / "sizes")])
     assert {path.name for path in (tmp_path / "sizes").iterdir()} == {"keep-0.60", "keep-0.40", "keep-0.45"}
     capsys.readouterr()
 
 
 def test_allocate_passes_its_settings_on(tmp_path):
     plan = allocate(
-        "random:gpt2", keep=0.6, text=TEXT, length=32, sequences=4, decomposition=Decomposition(kind="svd"),
-        exclude=("*.c_proj",), multiple_of=2, floors={"*.c_attn": 0.7}, output=tmp_path / "plan.json",
-        json=tmp_path / "figures.json", dtype="bfloat16",
-    )  # fmt: skip
+        Base("random:gpt2", dtype="bfloat16"),
+        keep=0.6,
+        decomposition=Decomposition(kind="svd"),
+        output=tmp_path / "plan.json",
+        json=tmp_path / "figures.json",
+        calibration=Calibration(TEXT, 32, 4),
+        constraints=Constraints(exclude=("*.c_proj",), multiple_of=2, floors={"*.c_attn": 0.7}),
+    )
     assert not any("c_proj" in name for name in plan.modules)
     assert {entry.rank % 2 for entry in plan.modules.values() if entry.rank} == {0}
     assert plan.origin["decomposition"]["kind"] == "svd"
@@ -313,7 +332,7 @@ def test_allocate_passes_its_settings_on(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["kept_targeted"] == plan.keep_targeted <= 0.6
     with pytest.raises(ValueError, match="no allocator is called 'best'"):
-        allocate("random:gpt2", method="best")
+        allocate(Base("random:gpt2"), method="best")
 
 
 def test_devices():

@@ -11,10 +11,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from lowrank_pl import Decomposition, RankPlan, load_compressed, save_compressed
-from lowrank_pl.cli.commands import allocate, export
-from lowrank_pl.cli.compare import compare
+from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.cli.app import main
+from lowrank_pl.cli.compare import ComparisonText, compare
 from lowrank_pl.cli.doctor import doctor
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.export import export
 from lowrank_pl.cli.prune import prune
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.prune.base import WidthPruning
@@ -46,7 +47,13 @@ def half(request, tmp_path_factory):
     """A base with half of its hidden neurons: its name before, its folder, its figures, and what was printed."""
     folder, printed = tmp_path_factory.mktemp("half"), StringIO()
     with redirect_stdout(printed):
-        made = prune(request.param, share=0.5, output=folder / "pruned", json=folder / "figures.json", **TEXT)
+        made = prune(
+            Base(request.param),
+            output=folder / "pruned",
+            json=folder / "figures.json",
+            pruning=WidthPruning(share=0.5),
+            calibration=TEXT,
+        )
     figures = json.loads((folder / "figures.json").read_text())
     return SimpleNamespace(
         base=request.param, folder=made, figures=figures, printed=printed.getvalue(), width=width_of(request.param),
@@ -59,7 +66,7 @@ def half(request, tmp_path_factory):
 def plan_file(half):
     """A plan at keep 0.5 on the pruned base."""
     path = half.folder.parent / "plan.json"
-    allocate(str(half.folder), keep=0.5, output=path, **TEXT)
+    allocate(Base(str(half.folder)), keep=0.5, output=path, calibration=TEXT)
     return path
 
 
@@ -131,20 +138,25 @@ def test_a_plan_on_it_has_other_sizes(plan_file):
 
 
 def test_all_that_is_left_stays_where_that_is_less_than_may_be_kept(half, tmp_path):
-    most = allocate(str(half.folder), keep=1.0, output=tmp_path / "most.json", **TEXT)
+    most = allocate(Base(str(half.folder)), keep=1.0, output=tmp_path / "most.json", calibration=TEXT)
     assert most.keep_targeted == pytest.approx(half.targeted.kept / half.targeted.dense)
     assert len(most.dense_modules) == len(most.modules)
 
 
 def test_what_was_pruned_twice_remembers_the_first_base(half, tmp_path):
-    again = prune(str(half.folder), share=0.75, multiple_of=4, output=tmp_path / "again", **TEXT)
+    again = prune(
+        Base(str(half.folder)),
+        output=tmp_path / "again",
+        pruning=WidthPruning(share=0.75, multiple_of=4),
+        calibration=TEXT,
+    )
     origin = Origin.of(load_base(str(again)))
     assert (origin.base, origin.width, origin.widths) == (half.base, half.width, f"{3 * half.width // 8:,}")
 
 
 def test_what_was_pruned_before_limits_what_can_be_kept(half, tmp_path):
     with pytest.raises(ValueError, match=rf"keep is 0\.95, .* {half.base} .* 0\.6\d+: lower keep, or .* itself"):
-        prune(str(half.folder), output=tmp_path / "again", keep=0.95, **TEXT)
+        prune(Base(str(half.folder)), output=tmp_path / "again", keep=0.95, calibration=TEXT)
 
 
 # -- settings and folders ------------------------------------------------------------------------------------------
@@ -165,7 +177,11 @@ def test_what_was_pruned_before_limits_what_can_be_kept(half, tmp_path):
 )
 def test_settings_that_make_no_sense_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        prune("random:llama", output=tmp_path / "pruned", **{**TEXT, **changes})
+        prune(
+            Base("random:llama"), keep=changes.get("keep"),
+            pruning=WidthPruning(**{name: value for name, value in changes.items() if name != "keep"}),
+            output=tmp_path / "pruned", calibration=TEXT,
+        )  # fmt: skip
     assert not (tmp_path / "pruned").exists()
 
 
@@ -174,20 +190,22 @@ def test_a_folder_of_something_else_is_left_alone_before_anything_is_measured(tm
     (tmp_path / "pruned" / "thesis.txt").write_text("all of it")
     monkeypatch.setattr(Base, "load", lambda _: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="holds other files than an earlier export: name a new folder or empty it"):
-        prune("random:llama", share=0.5, output=tmp_path / "pruned", **TEXT)
+        prune(Base("random:llama"), output=tmp_path / "pruned", pruning=WidthPruning(share=0.5), calibration=TEXT)
     assert (tmp_path / "pruned" / "thesis.txt").read_text() == "all of it"
 
 
 def test_an_earlier_pruned_folder_is_replaced(tmp_path):
     for share, width in ((0.5, 48), (0.75, 72)):
-        folder = prune("random:llama", share=share, output=tmp_path / "pruned", **TEXT)
+        folder = prune(
+            Base("random:llama"), output=tmp_path / "pruned", pruning=WidthPruning(share=share), calibration=TEXT
+        )
         assert load_base(str(folder)).config.intermediate_size == width
 
 
 def test_mlps_of_several_widths_are_not_pruned_again(tmp_path):
     folder = save_compressed(ragged("llama"), tmp_path / "base", tokenizer=byte_tokenizer()).directory
     with pytest.raises(ValueError, match=r"\[40, 56\] wide: expected one width"):
-        prune(str(folder), share=0.5, output=tmp_path / "again", **TEXT)
+        prune(Base(str(folder)), output=tmp_path / "again", pruning=WidthPruning(share=0.5), calibration=TEXT)
 
 
 # -- the width that loses least ------------------------------------------------------------------------------------
@@ -205,7 +223,14 @@ def best(doubled, tmp_path_factory):
     folder, printed = tmp_path_factory.mktemp("best"), StringIO()
     with redirect_stdout(printed):
         # Copies can be compensated nearly in full, if the text is trusted.
-        prune(doubled, keep=0.6, damping=0.01, output=folder / "pruned", json=folder / "figures.json", **TEXT)
+        prune(
+            Base(doubled),
+            keep=0.6,
+            output=folder / "pruned",
+            json=folder / "figures.json",
+            pruning=WidthPruning(damping=0.01),
+            calibration=TEXT,
+        )
     return folder / "pruned", json.loads((folder / "figures.json").read_text()), printed.getvalue()
 
 
@@ -215,7 +240,7 @@ def tried_widths(figures):
 
 def predicted(base, keep, folder):
     """Return the nats that the exact allocation on ``base`` predicts to lose."""
-    plan = allocate(base, method="fisher", keep=keep, output=folder / "predicted.json", **TEXT)
+    plan = allocate(Base(base), method="fisher", keep=keep, output=folder / "predicted.json", calibration=TEXT)
     store = FactorStore.existing(plan.origin["store"])
     cut = (store.sigma(name)[module.rank :] for name, module in plan.modules.items() if module.rank is not None)
     return sum(rest.square().sum().item() for rest in cut) / 2
@@ -243,7 +268,13 @@ def test_at_the_chosen_width_the_prediction_holds_on_the_result(best, tmp_path):
 def test_where_nothing_is_gained_ranks_are_to_be_allocated_on_the_base(tmp_path):
     # Half of the neurons alone would be more than is to be pruned.
     with pytest.raises(ValueError, match=r"at keep 0\.9 .*: allocate ranks on 'random:llama' itself"):
-        prune("random:llama", keep=0.9, multiple_of=48, output=tmp_path / "pruned", **TEXT)
+        prune(
+            Base("random:llama"),
+            keep=0.9,
+            output=tmp_path / "pruned",
+            pruning=WidthPruning(multiple_of=48),
+            calibration=TEXT,
+        )
 
 
 # -- a width for every MLP -----------------------------------------------------------------------------------------
@@ -261,8 +292,14 @@ def by_block(half_doubled, tmp_path_factory):
     folder, printed = tmp_path_factory.mktemp("by block"), StringIO()
     with redirect_stdout(printed):
         # Copies can be compensated in full, if the text is trusted.
-        prune(half_doubled, keep=0.7, by_block=True, damping=1e-3, output=folder / "pruned", json=folder / "f.json",
-              **TEXT)  # fmt: skip
+        prune(
+            Base(half_doubled),
+            keep=0.7,
+            output=folder / "pruned",
+            json=folder / "f.json",
+            pruning=WidthPruning(by_block=True, damping=0.001),
+            calibration=TEXT,
+        )
     return folder / "pruned", json.loads((folder / "f.json").read_text()), printed.getvalue()
 
 
@@ -288,7 +325,7 @@ def test_the_config_remembers_what_several_widths_left_out(by_block, half_double
 
 
 def test_plans_on_several_widths_count_what_the_base_had(by_block, half_doubled, tmp_path):
-    plan = allocate(str(by_block[0]), keep=0.7, output=tmp_path / "plan.json", **TEXT)
+    plan = allocate(Base(str(by_block[0])), keep=0.7, output=tmp_path / "plan.json", calibration=TEXT)
     dense = targeted_parameters(find_targets(load_base(half_doubled)))
     assert plan.targeted_parameters == dense
     assert plan.kept_parameters <= 0.7 * dense
@@ -296,14 +333,14 @@ def test_plans_on_several_widths_count_what_the_base_had(by_block, half_doubled,
 
 
 COMPARED = {
-    "calibration_length": 32, "calibration_sequences": 8,
+    "calibration": ComparisonText(length=32, sequences=8),
     "score_length": 32, "scores": ["docs=python-docs::part=50%-100%"], "score_sequences": {"docs": 6},
 }  # fmt: skip
 
 
 def test_a_recipe_prunes_by_block(half_doubled, tmp_path):
     recipes = {"mine": Recipe(Decomposition("two_sided"), "fisher", storage="auto", prune=WidthPruning(by_block=True))}
-    rows = compare(half_doubled, methods=["mine"], keep=[0.7], recipes=recipes, run=tmp_path / "run", **COMPARED)
+    rows = compare(Base(half_doubled), methods=["mine"], keep=[0.7], recipes=recipes, run=tmp_path / "run", **COMPARED)
     assert 0.68 < next(row for row in rows if row["method"] == "mine")["keep"]["targeted"] <= 0.7
 
 
@@ -316,7 +353,7 @@ NAMES = ("fisher+pivoted", "fisher+pivoted+prune", "rescaled+prune+refit")
 def compared(doubled, tmp_path_factory):
     """The rows by method of a comparison of pruned and whole bases, and its folder."""
     folder = tmp_path_factory.mktemp("compared")
-    rows = compare(doubled, methods=[*NAMES], keep=[0.6], run=folder, **COMPARED)
+    rows = compare(Base(doubled), methods=[*NAMES], keep=[0.6], run=folder, **COMPARED)
     return {row["method"]: row for row in rows}, folder
 
 
@@ -350,13 +387,13 @@ def test_the_plan_of_a_comparison_remembers_the_base_that_was_named(compared, do
 
 def test_another_comparison_finds_the_pruned_base(compared, doubled, tmp_path, monkeypatch):
     monkeypatch.setattr("lowrank_pl.methods.prune.base.apply_pruning", lambda *_, **__: pytest.fail("pruned again"))
-    again = compare(doubled, methods=[NAMES[1]], keep=[0.6], run=tmp_path, **COMPARED)
+    again = compare(Base(doubled), methods=[NAMES[1]], keep=[0.6], run=tmp_path, **COMPARED)
     assert {row["method"]: row["nats"] for row in again}[NAMES[1]] == compared[0][NAMES[1]]["nats"]
 
 
 def test_a_pruned_base_is_one_to_compare_on(compared, tmp_path):
     plan = plan_of(compared)
-    rows = compare(plan.origin["base"], methods=[NAMES[0]], keep=[0.6], run=tmp_path, **COMPARED)
+    rows = compare(Base(plan.origin["base"]), methods=[NAMES[0]], keep=[0.6], run=tmp_path, **COMPARED)
     by_name = {row["method"]: row for row in rows}
     # The dense row says what it has of the base before.
     assert by_name["dense"]["keep"]["targeted"] == pytest.approx(plan.dense().keep_targeted)
@@ -421,8 +458,8 @@ def test_card_and_page_of_a_run_say_what_was_pruned(fitted, doubled):
 
 @unclosed
 def test_evaluate_scores_the_plan_of_a_run_beside_the_base_that_was_named(fitted, doubled, tmp_path):
-    main(["evaluate", "--plan", str(fitted[0] / "plan.json"), *SCORED.split(), "--json", str(tmp_path / "plan.json")])
-    main(["evaluate", "--model", doubled, *SCORED.split(), "--json", str(tmp_path / "dense.json")])
+    main(["evaluate-plan", str(fitted[0] / "plan.json"), *SCORED.split(), "--json", str(tmp_path / "plan.json")])
+    main(["evaluate", doubled, *SCORED.split(), "--json", str(tmp_path / "dense.json")])
     scores, dense = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plan", "dense"))
     assert scores["base"] == doubled
     assert scores["dense"]["perplexity"] == dense["perplexity"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowrank_pl.cli.app import main
 from lowrank_pl.cli.decompose import decompose
-from lowrank_pl.cli.main import main
 from lowrank_pl.cli.workloads import compare_workload, decompose_workload, fit_workload
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.factors.settings import Decomposition
@@ -137,7 +137,7 @@ def test_a_dry_run_of_compare_names_every_phase(tmp_path, nothing_loaded, capsys
 
 
 def test_a_dry_run_of_decompose_makes_nothing(tmp_path, nothing_loaded, capsys):
-    assert decompose("shapes:llama-3.2-1b", device="cuda:99", store=tmp_path / "store", dry_run=True) is None
+    assert decompose(Base("shapes:llama-3.2-1b"), device="cuda:99", store=tmp_path / "store", dry_run=True) is None
     assert "weights of a block" in capsys.readouterr().out
     assert not (tmp_path / "store").exists()
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lowrank_pl.cli.app import main
 from lowrank_pl.cli.evaluate import evaluate
-from lowrank_pl.cli.main import main
 from lowrank_pl.evaluate.divergence import profile_table, where_diverged
 from lowrank_pl.evaluate.likelihood import divergence, perplexity
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.text.sequences import token_windows
+from tests.helpers.commands import failing
 
 TEXTS = {"docs": "python-docs::part=0%-10%", "rest": "python-docs::part=10%-20%"}
 
@@ -85,7 +86,7 @@ def test_evaluate_scores_several_texts_beside_a_reference(tmp_path, capsys):
     path = tmp_path / "scores.json"
     texts = [word for name, text in TEXTS.items() for word in ("--text", f"{name}={text}")]
     rest = ["--length", "32", "--sequences", "3", "--reference", "random:qwen2", "--position_bins", "2"]
-    main(["evaluate", "--model", "random:llama", *texts, *rest, "--json", str(path)])
+    main(["evaluate", "random:llama", *texts, *rest, "--json", str(path)])
     figures = json.loads(path.read_text())
     shown = capsys.readouterr().out
     assert list(figures["texts"]) == ["docs", "rest"]
@@ -107,15 +108,14 @@ def test_several_texts_without_a_reference_show_their_speed(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["docs", "rest"]
 
 
-def test_what_does_not_go_together_is_refused(tmp_path):
+def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="there is nothing to score: give --text, --tasks or --prompts"):
         evaluate("random:llama")
     with pytest.raises(ValueError, match="two texts to score are called 'python-docs'"):
         evaluate("random:llama", text=["python-docs", "python-docs"])
-    plan = {"plan": tmp_path / "plan.json", "text": "python-docs"}
-    with pytest.raises(ValueError, match="--tasks goes with --model: export the plan to run tasks on it"):
-        evaluate(**plan, tasks=["piqa"])
-    with pytest.raises(ValueError, match="--reference goes with --model: export the plan to compare it"):
-        evaluate(**plan, reference="random:llama")
-    with pytest.raises(ValueError, match="2 texts were given: a plan is scored on one --text"):
-        evaluate(plan=plan["plan"], text=["a", "b"])
+
+
+@pytest.mark.parametrize("words", ["--tasks piqa", "--reference random:llama", "--prompts A"])
+def test_what_only_an_export_can_be_scored_by_is_an_option_of_another_command(words, capsys):
+    message = failing(capsys, "evaluate-plan", "plan.json", "--text", "python-docs", *words.split(), status=2)
+    assert f"{words.split()[0]} of `lowrank evaluate` on an export" in message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +14,20 @@ from matplotlib._pylab_helpers import Gcf
 from lowrank_pl import RankPlan, build_factors, find_targets, perplexity
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli import evaluate as scoring
-from lowrank_pl.cli.commands import allocate
-from lowrank_pl.cli.evaluate import evaluate
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.cli.app import main
+from lowrank_pl.cli.evaluate import evaluate, evaluate_plan
 from lowrank_pl.evaluate.likelihood import Score
 from lowrank_pl.evaluate.size_curve import KEEPS, Curve, CurvePoint, curve_plot, curve_table, score_curve
 from lowrank_pl.factors.compression import compress
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
+from lowrank_pl.models.base import Base
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.plans.resize import nested
+from lowrank_pl.text.sequences import Calibration
 
 TEXT = "python-docs::part=0%-10%"
 
@@ -40,7 +43,11 @@ def made(llama, sequences, tokenizer):
 def plan_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("curve")
     allocate(
-        "random:llama", keep=0.5, text=TEXT, length=32, sequences=8, output=folder / "plan.json", store=folder / "store"
+        Base("random:llama"),
+        keep=0.5,
+        output=folder / "plan.json",
+        store=folder / "store",
+        calibration=Calibration(TEXT, 32, 8),
     )
     return folder / "plan.json"
 
@@ -127,7 +134,7 @@ def test_a_logarithm_is_taken_only_of_what_has_one(figures):
 
 
 def test_evaluate_draws_the_curve_of_a_plan(plan_file, tmp_path, capsys):
-    figures = evaluate(plan=plan_file, text=TEXT, length=32, sequences=2, keep_curve=[], json=tmp_path / "curve.json")
+    figures = evaluate_plan(plan_file, text=TEXT, length=32, sequences=2, keep_curve=[], json=tmp_path / "curve.json")
     assert json.loads((tmp_path / "curve.json").read_text()) == figures
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert [size["keep"]["asked"] for size in figures["sizes"]] == list(KEEPS)
@@ -142,33 +149,25 @@ def test_evaluate_draws_the_curve_of_a_plan(plan_file, tmp_path, capsys):
 
 @pytest.mark.parametrize("flag", ["--keep-curve", "--keep_curve"])
 def test_the_command_line_of_a_curve(plan_file, tmp_path, capsys, flag):
-    words = ["--plan", str(plan_file), "--text", TEXT, "--length", "32", "--sequences", "1"]
-    main(["evaluate", *words, flag, "0.9", "0.6", "--output", str(tmp_path / "picture.png")])
+    words = ["evaluate-plan", str(plan_file), "--text", TEXT, "--length", "32", "--sequences", "1"]
+    main([*words, flag, "0.9", "0.6", "--output", str(tmp_path / "picture.png")])
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines()[2:6]] == ["dense", "0.9", "0.6", "0.5"]
     assert (tmp_path / "picture.png").exists()
-    main(["evaluate", *words, flag])
+    main([*words, flag])
     assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + len(KEEPS) + 1
-    main(["evaluate", *words])
+    main(words)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["dense", "0.5"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, r"neither of --model and --plan was given: name a model or a plan to score"),
-        ({"model": "random:llama", "plan": "PLAN"}, r"both of --model and --plan was given"),
-        ({"model": "random:llama", "keep_curve": [0.5]}, r"--keep-curve goes with --plan: a model has the one size"),
-        ({"model": "random:llama", "store": "x"}, r"--store goes with --plan"),
-        ({"plan": "PLAN", "prompts": ["A"]}, r"--prompts goes with --model: export the plan to let it continue texts"),
-        ({"plan": "PLAN", "keep_curve": [0.5, 2.0]}, r"keep is 2.0: expected the fraction of parameters to keep"),
-        ({"plan": "none.json"}, r"no plan at none.json"),
-    ],
-)
-def test_what_does_not_go_together(plan_file, arguments, message):
-    given = {name: plan_file if value == "PLAN" else value for name, value in arguments.items()}
-    with pytest.raises(ValueError, match=message):
-        evaluate(**given, text=TEXT, length=32, sequences=1)
+def test_an_impossible_size_is_refused(plan_file):
+    with pytest.raises(ValueError, match=r"keep is 2.0: expected"):
+        evaluate_plan(plan_file, text=TEXT, length=32, sequences=1, keep_curve=[0.5, 2.0])
+
+
+def test_a_plan_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"no plan at none.json"):
+        evaluate_plan(Path("none.json"), text=TEXT, length=32, sequences=1)
 
 
 def test_a_plan_without_an_order_has_no_curve(plan_file, tmp_path):
@@ -176,21 +175,21 @@ def test_a_plan_without_an_order_has_no_curve(plan_file, tmp_path):
     del data["order"]
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=r"no component order.*: .*`lowrank allocate`"):
-        evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, sequences=1, keep_curve=[])
-    assert len(evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, sequences=1)["sizes"]) == 1
+        evaluate_plan(tmp_path / "plan.json", text=TEXT, length=32, sequences=1, keep_curve=[])
+    assert len(evaluate_plan(tmp_path / "plan.json", text=TEXT, length=32, sequences=1)["sizes"]) == 1
 
 
 def test_the_curve_of_a_corrected_plan_ends_at_its_own_size(tmp_path, caplog, capsys):
     words = ["--text", TEXT, "--length", "32"]
     method = ["--method", "zs_svd", "--settings.rounds", "1", "--keep", "0.65", "--store", str(tmp_path / "store")]
     output = ["--output", str(tmp_path / "plan.json")]
-    main(["allocate", "--base", "random:llama", *method, *words, "--sequences", "4", *output])
+    main(["allocate", "random:llama", *method, *words, "--sequences", "4", *output])
     with caplog.at_level("INFO", logger="lowrank_pl.cli.evaluate"):
-        figures = evaluate(plan=tmp_path / "plan.json", text=TEXT, length=32, sequences=1, keep_curve=[])
+        figures = evaluate_plan(tmp_path / "plan.json", text=TEXT, length=32, sequences=1, keep_curve=[])
     assert [size["keep"]["asked"] for size in figures["sizes"]] == [0.65, 0.6, 0.5]
     assert "the weights were changed for keep 0.65: the curve has no larger sizes" in caplog.text
     capsys.readouterr()
-    command = ["evaluate", "--plan", str(tmp_path / "plan.json"), *words, "--sequences", "1"]
+    command = ["evaluate-plan", str(tmp_path / "plan.json"), *words, "--sequences", "1"]
     with pytest.raises(SystemExit):
         main([*command, "--keep-curve", "0.8", "0.6"])
     assert "keep is 0.8, but the weights were changed for keep 0.65: larger sizes need" in capsys.readouterr().err

@@ -13,11 +13,12 @@ import datasets
 import pytest
 import torch
 
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.app import main
 from lowrank_pl.evaluate import lm_eval_adapter, zero_shot
 from lowrank_pl.evaluate.local_tasks import LocalTask, named_tasks
 from lowrank_pl.evaluate.paired import differences, paired_difference, task_table
-from lowrank_pl.evaluate.zero_shot import TaskSettings, ZeroShot, require_lm_eval
+from lowrank_pl.evaluate.settings import TaskSettings
+from lowrank_pl.evaluate.zero_shot import ZeroShot, require_lm_eval
 from lowrank_pl.export.export import save_compressed
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -95,7 +96,7 @@ def test_accuracy_is_that_of_likelihoods_by_hand(questions, family, batch_size):
         (compressed(), byte_tokenizer()) if family == "compressed" else (tiny_model(family), byte_tokenizer(bos=True))
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = ZeroShot([str(questions)], TaskSettings(batch_size=batch_size)).results(model, tokenizer)
+    found = ZeroShot([str(questions)], TaskSettings(task_batch_size=batch_size)).results(model, tokenizer)
     right, right_by_length = [], []
     for row, prompt, sample in zip(ROWS, PROMPTS, found["samples"]["questions"], strict=True):
         expected = [by_hand(model, tokenizer, prompt, choice) for choice in row["choices"]]
@@ -217,7 +218,7 @@ def test_settings_that_can_not_be_are_refused():
     for given, message in (
         ({"limit": 0}, "limit is 0: expected .* 1 or more"),
         ({"fewshot": -1}, "fewshot is -1: expected .* 0 or more"),
-        ({"batch_size": "0"}, "batch_size is '0': expected auto or .* at least 1"),
+        ({"task_batch_size": "0"}, "task_batch_size is '0': expected auto or .* at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             TaskSettings(**given)
@@ -277,7 +278,7 @@ def test_the_table_ends_with_the_mean_over_tasks():
 
 def test_evaluate_runs_tasks_beside_the_reference(questions, tmp_path, capsys):
     path = tmp_path / "scores.json"
-    words = ["evaluate", "--model", "random:llama", "--tasks", f"mine={questions}", "--limit", "5"]
+    words = ["evaluate", "random:llama", "--tasks", f"mine={questions}", "--limit", "5"]
     main([*words, "--reference", "random:qwen2", "--json", str(path)])
     figures = json.loads(path.read_text())["tasks"]
     for key, family in (("model", "llama"), ("reference", "qwen2")):

@@ -184,7 +184,7 @@ STRANGER = ForkServer(
 OURS = ForkServer(
     "ours",
     f"import sys; sys.path.append({str(ROOT)!r})\n"
-    "import lightning.pytorch, lowrank_pl.cli.main, matplotlib.pyplot, pytest, torch.distributed.tensor\n"
+    "import lightning.pytorch, lowrank_pl.cli.fit, matplotlib.pyplot, pytest, torch.distributed.tensor\n"
     "from transformers import LlamaForCausalLM\n"
     "from tests.helpers.fork_server import fork_fresh_processes\n"
     "fork_fresh_processes()",

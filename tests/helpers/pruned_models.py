@@ -9,8 +9,9 @@ from lowrank_pl.methods.prune.mlp import find_hidden, prune_model
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.text.settings import Calibration
 
-TEXT = {"text": "python-docs::part=0%-5%", "length": 32, "sequences": 8}
+TEXT = Calibration("python-docs::part=0%-5%", length=32, sequences=8)
 
 
 def ragged(family, widths=(40, 56)):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.app import main
 from lowrank_pl.methods.masks import paper_of
 from lowrank_pl.plans.plan import RankPlan
 from tests.helpers import ROOT

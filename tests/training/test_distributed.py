@@ -10,7 +10,7 @@ import torch
 
 from lowrank_pl import Decomposition, RankPlan, build_factors, find_targets, load_compressed
 from lowrank_pl.calibration.subject import Subject
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.app import main
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.masked_linear import insert_masks, masked_layers
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.app import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 ALLOCATE = "allocate --base random:llama --method fisher --keep 0.5 --decomposition.kind two_sided --text python-docs"

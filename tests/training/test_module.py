@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lowrank_pl import RankPlan, perplexity
 from lowrank_pl.calibration.subject import Subject
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.app import main
 from lowrank_pl.factors.compression import compress
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods import masks

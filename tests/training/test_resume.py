@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.app import main
 from lowrank_pl.training.checkpointing import read_checkpoint
 from tests.helpers import SMOKE
 from tests.helpers.fork_server import OURS

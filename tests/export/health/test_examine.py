@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank_pl import ModulePlan, RankPlan, load_compressed, token_windows
-from lowrank_pl.cli.commands import allocate, export
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.cli.app import main
+from lowrank_pl.cli.export import export
 from lowrank_pl.evaluate import likelihood as evaluate
 from lowrank_pl.evaluate.generation import Continuation
 from lowrank_pl.export.export import save_compressed
@@ -24,6 +25,7 @@ from lowrank_pl.export.health.quality import Prompts, check_generation, check_te
 from lowrank_pl.export.health.tokenizer import check_tokenizer
 from lowrank_pl.export.health.weights import check_plan, check_weights, tensors_of
 from lowrank_pl.export.reload import ExportError
+from lowrank_pl.models.base import Base
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.text.sequences import Calibration, tokenizer_fingerprint
@@ -38,7 +40,9 @@ def exports(tmp_path_factory):
     """A tiny Llama compressed to half its size, as factors and merged."""
     home = tmp_path_factory.mktemp("doctor")
     plan = home / "plan.json"
-    allocate("random:llama", keep=0.5, text=TEXT, length=32, sequences=8, output=plan, store=home / "store")
+    allocate(
+        Base("random:llama"), keep=0.5, output=plan, store=home / "store", calibration=Calibration(TEXT, 32, 8)
+    )
     with pytest.MonkeyPatch.context() as patch:
         # The first test has the fresh process look at one of them.
         patch.setattr("lowrank_pl.export.export.check_reload", lambda *_, **__: None)

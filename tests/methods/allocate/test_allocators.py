@@ -10,8 +10,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from lowrank_pl.cli.commands import allocate
-from lowrank_pl.cli.main import main
+from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.cli.app import main
 from lowrank_pl.methods.allocate import ALLOCATORS, Allocator, make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.models.targets import Target, Targets

@@ -12,7 +12,8 @@ import torch
 from lowrank_pl import RankPlan, load_compressed
 from lowrank_pl.calibration.build import build_factors, build_gradients
 from lowrank_pl.calibration.subject import Subject
-from lowrank_pl.cli.commands import allocate, export
+from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.cli.export import export
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
@@ -20,9 +21,11 @@ from lowrank_pl.methods.allocate import zs_svd_correction as correction
 from lowrank_pl.methods.allocate.base import Problem, factors_of_plan
 from lowrank_pl.methods.allocate.zs_svd import drop_order
 from lowrank_pl.methods.allocate.zs_svd_correction import projected_step
+from lowrank_pl.models.base import Base
 from lowrank_pl.models.targets import dense_weight, find_targets
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.plans.constraints import Constraints
+from lowrank_pl.text.sequences import Calibration
 from tests.helpers.unchanged import assert_untouched, state
 
 TEXT = "python-docs::part=0%-10%"
@@ -261,9 +264,13 @@ def test_step_is_the_projection_of_what_was_lost():
 def test_allocate_and_export_are_one_road(tmp_path):
     plan_file = tmp_path / "plan.json"
     plan = allocate(
-        "random:llama", method="zs_svd", settings={"rounds": 1, "batch": 2}, keep=0.5, text=TEXT, length=32,
-        sequences=4, output=plan_file,
-    )  # fmt: skip
+        Base("random:llama"),
+        method="zs_svd",
+        settings={"rounds": 1, "batch": 2},
+        keep=0.5,
+        output=plan_file,
+        calibration=Calibration(TEXT, 32, 4),
+    )
     assert RankPlan.load(plan_file).origin["store"].split("/")[-2] == "correction"
     folder = export(plan_file, output=tmp_path / "model")
     tokens = torch.arange(64)[None]
@@ -273,7 +280,5 @@ def test_allocate_and_export_are_one_road(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(load_compressed(folder)(input_ids=tokens).logits, expected)
     shutil.rmtree(plan.origin["store"])
-    with pytest.raises(
-        ValueError, match=r"the corrected factors at .* are gone, and only the whole correction makes them again: draw"
-    ):
+    with pytest.raises(ValueError, match=r"the corrected factors at .* are gone, .*`lowrank allocate --method zs_svd`"):
         export(plan_file, output=tmp_path / "again")

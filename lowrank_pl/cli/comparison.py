@@ -1,0 +1,278 @@
+"""One comparison of methods on one model: shared statistics, one budget and one protocol for all of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_pl.calibration.build import build_factors, statistics_of
+from lowrank_pl.calibration.subject import Subject
+from lowrank_pl.evaluate.likelihood import perplexity
+from lowrank_pl.factors.compression import compressed, deployed_plan
+from lowrank_pl.factors.settings import Statistic
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.methods.allocate import make_allocator
+from lowrank_pl.methods.allocate.run import allocate_ranks
+from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
+from lowrank_pl.methods.recipes import Recipe
+from lowrank_pl.methods.refit.refitting import Refit, refit
+from lowrank_pl.models.identity import model_fingerprint
+from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.report.comparison import DENSE, read_results, write_comparison
+from lowrank_pl.text.sequences import count_overlapping, sequences_fingerprint
+from lowrank_pl.training.short_run import ShortRuns
+from lowrank_pl.utils.environment import (
+    command_line,
+    describe_machine,
+    peak_memory,
+    reset_peak_memory,
+)
+from lowrank_pl.utils.files import canonical_json, sha256_of, write_json
+from lowrank_pl.utils.tensor_store import total_seconds
+from lowrank_pl.version import __version__
+
+__all__ = ["Comparison", "warn_of_known_text"]
+
+
+_log = logging.getLogger(__name__)
+
+
+def warn_of_known_text(scored: Mapping[str, Tensor], subject: Subject, recipes: Mapping[str, Recipe]) -> None:
+    """Warn of sequences to score whose text statistics or learning see: their perplexity flatters.
+
+    Args:
+        scored: ``[sequences, length]`` token ids of every text to score, by its name.
+        subject: The calibration text, its tokenizer, and the sequences for statistics.
+        recipes: The methods, which say how much of the text masks learn from.
+    """
+    counts = [method.learning.sequences for method in recipes.values() if method.learning is not None]
+    assert subject.calibration is not None
+    seen = replace(subject.calibration, sequences=max([len(subject.sequences), *counts])).tokens(subject.tokenizer)
+    for corpus, sequences in scored.items():
+        known = count_overlapping(sequences, [seen], subject.tokenizer)
+        if known:
+            _log.warning(
+                "%d of %d sequences of %s hold text that methods are calibrated on: their perplexity flatters",
+                known,
+                len(sequences),
+                corpus,
+            )
+
+
+@dataclass
+class Comparison:
+    """One model, one calibration text and the texts to score; makes and keeps one result a method and size."""
+
+    run: Path
+    subject: Subject
+    seed: int
+    scored: dict[str, Tensor]
+    plotted: Sequence[str]
+
+    def results(self, recipes: Mapping[str, Recipe], keeps: Sequence[float]) -> list[dict[str, Any]]:
+        """Return all results, those of earlier calls in the same folder included, making what is missing."""
+        self._claim_folder()
+        results = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
+        if (DENSE, 1.0) not in results:
+            results[DENSE, 1.0] = self._dense()
+            self._write(results)
+        dense = results[DENSE, 1.0]
+        todo = [(name, keep) for name in recipes for keep in sorted(keeps, reverse=True)]
+        made = False
+        for number, (name, keep) in enumerate(todo, 1):
+            identity = self._identity(recipes[name], keep)
+            if results.get((name, keep), {}).get("identity") == identity:
+                _log.info("%d of %d: %s at keep %s is there", number, len(todo), name, keep)
+                continue
+            _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
+            results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
+            self._write(results)
+            made = True
+        if not made:
+            # The plots may be asked to show others than last time.
+            self._write(results)
+        return list(results.values())
+
+    def _write(self, results: Mapping[tuple[str, float], dict[str, Any]]) -> None:
+        # Another comparison may have added to the folder since.
+        theirs = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
+        every = list({**theirs, **results}.values())
+        write_comparison(self.run, every, command=command_line(), plotted=self.plotted)
+
+    def _claim_folder(self) -> None:
+        """Refuse a folder whose results were made from another model, calibration or protocol."""
+        constraints = self.subject.constraints
+        protocol = {
+            "base": model_fingerprint(self.subject.model),
+            "calibration": sequences_fingerprint(self.subject.sequences),
+            "scores": {name: sequences_fingerprint(sequences) for name, sequences in self.scored.items()},
+            "options": {
+                "include": list(constraints.include),
+                "exclude": list(constraints.exclude),
+                "multiple_of": constraints.multiple_of,
+            },
+        }
+        path = self.run / "protocol.json"
+        if not path.exists():
+            write_json(path, protocol)
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        differ = [key for key in protocol if theirs.get(key) != protocol[key]]
+        if differ:
+            raise ValueError(
+                f"{self.run} holds a comparison made with other settings ({', '.join(differ)} differ): name another "
+                "folder with --run, or delete that one"
+            )
+
+    def _folder(self, name: str, keep: float) -> Path:
+        return self.run / name / f"keep-{keep:g}"
+
+    def _identity(self, method: Recipe, keep: float) -> str:
+        return sha256_of(__version__, canonical_json(method.describe()), str(keep), str(self.seed))
+
+    def _dense(self) -> dict[str, Any]:
+        reset_peak_memory(self.subject.model.device)
+        nats, seconds = self._score(DENSE)
+        parameters = self.subject.model.num_parameters()
+        # Below 1 where the base itself was pruned.
+        whole = self.subject.budget(1.0)
+        return {
+            "method": DENSE,
+            "settings": {},
+            "identity": "",
+            "fingerprint": model_fingerprint(self.subject.model),
+            "keep": {
+                "asked": 1.0,
+                "targeted": whole.present / whole.total,
+                "model": parameters / whole.model_parameters,
+            },
+            "parameters": parameters,
+            "bytes": parameters * self.subject.model.dtype.itemsize,
+            **_figures(nats, nats),
+            "ranks": {},
+            "seconds": {"scores": seconds},
+            "peak_memory": peak_memory(self.subject.model.device),
+            "machine": describe_machine(self.subject.model.device),
+        }
+
+    def _result(
+        self, name: str, method: Recipe, keep: float, identity: str, dense: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if method.prune is None:
+            return self._on_base(name, method, keep, identity, dense, {})
+        # The pruned model is gone before the next one is loaded.
+        at, spent = self._pruned(method.prune, keep)
+        return at._on_base(name, method, keep, identity, dense, {"narrowing": spent})
+
+    def _on_base(
+        self,
+        name: str,
+        method: Recipe,
+        keep: float,
+        identity: str,
+        dense: Mapping[str, Any],
+        spent: Mapping[str, float | None],
+    ) -> dict[str, Any]:
+        costs = {**spent, **self._prepare(method)}
+        reset_peak_memory(self.subject.model.device)
+        plan, store, made = self._plan(name, method, keep)
+        if method.refit is not None:
+            plan, store = self._refit(plan, store, method.refit)
+            # As noted when it was made: another comparison, or this one before it was killed, may have done so.
+            costs["refit"] = store.seconds(plan.modules)
+        plan.save(self._folder(name, keep) / "plan.json")
+        with compressed(self.subject.model, plan, store):
+            plan = deployed_plan(self.subject.model, plan)
+            nats, seconds = self._score(f"{name} at {keep:g}")
+        return {
+            "method": name,
+            "settings": method.describe(),
+            "identity": identity,
+            "fingerprint": dict(plan.fingerprint),
+            "keep": {"asked": keep, "targeted": plan.keep_targeted, "model": plan.keep_model},
+            "parameters": plan.kept_model_parameters,
+            "bytes": plan.bytes,
+            **_figures(nats, dense["nats"]),
+            "ranks": {module: entry.rank for module, entry in plan.modules.items()},
+            "dense_modules": len(plan.dense_modules),
+            "notes": list(plan.notes),
+            "seconds": {**costs, "plan": made, "scores": seconds},
+            "peak_memory": peak_memory(self.subject.model.device),
+            "machine": describe_machine(self.subject.model.device),
+        }
+
+    def _pruned(self, settings: WidthPruning, keep: float) -> tuple[Comparison, float | None]:
+        """Return this comparison on the pruned base, and the seconds that pruning took, now or when it was done."""
+        subject = self.subject
+        assert subject.base is not None
+        folder, spent = pruned_base(subject, settings, keep=keep)
+        if folder == subject.base.name:
+            return self, spent
+        base = replace(subject.base, name=folder)
+        model = base.load().to(subject.model.device)
+        return replace(self, subject=replace(subject, base=base, model=model)), spent
+
+    def _prepare(self, method: Recipe) -> dict[str, float | None]:
+        """Make statistics and factors, which methods share, and return what they cost, now or when they were made."""
+        settings = method.decomposition
+        drawer = make_allocator(method.allocator, **method.settings)
+        factors = build_factors(self.subject, settings=settings)
+        statistics = statistics_of(self.subject)
+        needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
+        if drawer.needs_gradients:
+            needs["weight_gradients"] = None
+        spent = [statistics.seconds(needs, self.subject.targets.modules, settings.labels)]
+        if settings.at_keep is not None:
+            there = statistics.compressed(settings.point(factors.fingerprint["at_modules"]))
+            spent.append(there.seconds(settings.needs, self.subject.targets.modules, settings.labels))
+        return {
+            "statistics": total_seconds(spent),
+            "factors": factors.seconds(target.name for target in self.subject.targets.modules),
+        }
+
+    def _refit(self, plan: RankPlan, store: FactorStore, settings: Refit) -> tuple[RankPlan, FactorStore]:
+        assert self.subject.calibration is not None
+        text = replace(self.subject.calibration, sequences=settings.sequences)
+        return refit(plan, store, self.subject, sequences=text.tokens(self.subject.tokenizer), settings=settings)
+
+    def _score(self, label: str) -> tuple[dict[str, float], float]:
+        """Return nats a token on every text, and the seconds that it took."""
+        began = time.perf_counter()
+        nats = {
+            corpus: perplexity(self.subject.model, sequences, progress=f"score {label} on {corpus}").nats
+            for corpus, sequences in self.scored.items()
+        }
+        return nats, time.perf_counter() - began
+
+    def _plan(self, name: str, method: Recipe, keep: float) -> tuple[RankPlan, FactorStore, float]:
+        """Return the plan of ``method`` with its origin, the factors that it is for, and the seconds that it took."""
+        began = time.perf_counter()
+        if method.learning is not None:
+            # What comes after the learning has no part in it: a method and its +refit learn once.
+            learned = self._identity(replace(method, refit=None), keep)
+            return ShortRuns(self.subject, self.seed).learn(
+                method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}"
+            )
+        constraints = replace(self.subject.constraints, storage=method.storage)
+        plan, store = allocate_ranks(
+            replace(self.subject, constraints=constraints),
+            keep=keep,
+            allocator=make_allocator(method.allocator, **method.settings),
+            decomposition=method.decomposition,
+        )
+        return plan, store, time.perf_counter() - began
+
+
+def _figures(nats: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    return {
+        "nats": dict(nats),
+        "perplexity": {corpus: float(torch.tensor(value, dtype=torch.float64).exp()) for corpus, value in nats.items()},
+        "excess": {corpus: value - dense[corpus] for corpus, value in nats.items()},
+    }

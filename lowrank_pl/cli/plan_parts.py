@@ -1,0 +1,112 @@
+"""What the commands that read or write a plan share: its base, its factors, and how it is shown."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank_pl.models.settings import Base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lowrank_pl.factors.store import FactorStore
+    from lowrank_pl.plans.plan import RankPlan
+
+__all__ = ["PlanParts", "plan_figures", "plan_line"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanParts:
+    """Where the parts of a plan are, if they are not where the plan says.
+
+    Args:
+        base: The dense base; by default the one that the plan names.
+        store: Folder of the factors; by default the one that the plan names. Factors that are gone are built again.
+        trust_remote_code: Run Python code that comes with the base.
+    """
+
+    base: str | None = None
+    store: Path | None = None
+    trust_remote_code: bool = False
+
+    def base_of(self, plan: RankPlan, path: Path) -> Base:
+        """Return the base of ``plan``, in the type that the plan was made in.
+
+        Args:
+            plan: The plan.
+            path: Its file, for the error.
+
+        Raises:
+            ValueError: Neither the plan nor the user names a base.
+        """
+        name = self.base or plan.origin.get("base")
+        if name is None:
+            raise ValueError(f"{path} does not say which base it is for: name it with --base")
+        dtype = plan.origin.get("dtype", "float32")
+        return Base(str(name), dtype=dtype, trust_remote_code=self.trust_remote_code)
+
+    def factors_of(self, plan: RankPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FactorStore:
+        """Return the factors that ``plan`` was made for: those on disk, or built again in the cache.
+
+        Args:
+            plan: The plan.
+            model: Its dense base.
+            tokenizer: The base's tokenizer.
+
+        Raises:
+            ValueError: The factors are gone, and the plan does not say how to build them.
+        """
+        from lowrank_pl.calibration.build import build_factors
+        from lowrank_pl.calibration.subject import Subject
+        from lowrank_pl.factors.settings import Decomposition
+        from lowrank_pl.factors.store import FactorStore
+        from lowrank_pl.plans.constraints import Constraints
+        from lowrank_pl.text.settings import Calibration
+
+        directory = self.store or Path(plan.origin.get("store", ""))
+        if self.store is not None or (plan.origin.get("store") and (directory / "manifest.json").exists()):
+            return FactorStore.existing(directory)
+        if "refit" in plan.fingerprint:
+            raise ValueError(
+                f"the refitted factors at {directory} are gone: refit the plan that they came from again with `lowrank "
+                "refit`, or name their folder with --store"
+            )
+        if "correction" in plan.fingerprint:
+            raise ValueError(
+                f"the corrected factors at {directory} are gone, and only the whole correction makes them again: "
+                f"allocate anew with `lowrank allocate --method {plan.method}`, or name their folder with --store"
+            )
+        if "calibration" not in plan.origin:
+            raise ValueError("the plan does not say what its factors were made from: name their folder with --store")
+        _log.warning("the factors at %s are gone: building them again from the plan's origin", directory)
+        origin = plan.origin["calibration"]
+        calibration = Calibration(origin["text"], origin["length"], origin["windows"])
+        subject = Subject(model, tokenizer, calibration.tokens(tokenizer), Constraints(include=list(plan.modules)))
+        return build_factors(subject, settings=Decomposition.of_fingerprint(plan.origin["decomposition"]))
+
+
+def plan_line(plan: RankPlan) -> str:
+    """Return how much ``plan`` keeps, in one line."""
+    return (
+        f"{plan.method}: kept {plan.keep_targeted:.4%} of the targeted parameters (asked {plan.keep:.4%}), "
+        f"{plan.keep_model:.2%} of the model, {plan.bytes / 1e6:,.1f} MB"
+    )
+
+
+def plan_figures(plan: RankPlan) -> dict[str, Any]:
+    """Return the same for JSON."""
+    return {
+        "method": plan.method,
+        "keep": plan.keep,
+        "kept_targeted": plan.keep_targeted,
+        "kept_model": plan.keep_model,
+        "bytes": plan.bytes,
+        "dense_modules": len(plan.dense_modules),
+        "modules": len(plan.modules),
+        "notes": list(plan.notes),
+    }

@@ -1,0 +1,72 @@
+"""``lowrank refit``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowrank_pl.cli.parameters import Flat
+from lowrank_pl.cli.plan_parts import PlanParts, plan_figures, plan_line
+from lowrank_pl.methods.refit.settings import Refit
+from lowrank_pl.plans.constraints import Constraints
+from lowrank_pl.text.settings import Calibration
+from lowrank_pl.utils.files import write_json
+
+if TYPE_CHECKING:
+    from lowrank_pl.plans.plan import RankPlan
+
+__all__ = ["refit"]
+
+
+def refit(
+    plan: Path,
+    *,
+    output: Path = Path("refitted.json"),
+    text: str | None = None,
+    settings: Refit = Refit(),
+    parts: Flat[PlanParts] = PlanParts(),
+    device: str = "auto",
+    json: Path | None = None,
+) -> RankPlan:
+    """Refit a plan's factors in closed form, block by block, to the compressed model's own inputs.
+
+    Every choice is made module by module on sequences that are held back. What does not help there is not applied. A
+    killed run goes on at the block it was in.
+
+    Args:
+        plan: A plan written by ``lowrank allocate`` or ``lowrank fit``.
+        output: File of the plan for the refitted factors; ``lowrank export`` takes it like any other.
+        text: Calibration text; by default the plan's own.
+        settings: How to refit, such as --settings.sequences 256; more sequences make better factors, and take longer.
+        parts: Where base and factors are, if they are not where the plan says.
+        device: cpu, cuda, ...; auto takes cuda where there is one.
+        json: Write the figures there.
+
+    Returns:
+        The plan for the refitted factors.
+    """
+    from lowrank_pl.calibration.subject import Subject
+    from lowrank_pl.methods.refit import refitting
+    from lowrank_pl.plans.plan import RankPlan
+    from lowrank_pl.utils.environment import pick_device
+
+    given = RankPlan.load(plan)
+    origin = given.origin.get("calibration")
+    if origin is None:
+        raise ValueError(f"{plan} does not say what text it was made from: allocate anew with `lowrank allocate`")
+    base = parts.base_of(given, plan)
+    model, tokenizer = base.load().to(pick_device(device)), base.tokenizer()
+    own = Calibration(origin["text"], origin["length"], origin["windows"])
+    refitted, factors = refitting.refit(
+        given,
+        parts.factors_of(given, model, tokenizer),
+        Subject(model, tokenizer, own.tokens(tokenizer), Constraints(include=list(given.modules))),
+        sequences=replace(own, text=text or own.text, sequences=settings.sequences).tokens(tokenizer),
+        settings=settings,
+    )
+    refitted.save(output)
+    print("\n".join([plan_line(refitted), *refitted.notes, f"plan   {output}", f"store  {factors.directory}"]))
+    if json is not None:
+        write_json(json, {"plan": str(output), **plan_figures(refitted)})
+    return refitted
