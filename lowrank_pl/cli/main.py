@@ -22,7 +22,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.constants import default_pg_timeout
 
 from lowrank_pl.cli.arguments import bare_flags, readable_options, readable_words
 from lowrank_pl.cli.bench import bench
@@ -41,6 +40,7 @@ from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_c
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.finish_run import FinishRun
 from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
+from lowrank_pl.training.lightning_internals import extend_timeout
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.progress import LearningBar
 from lowrank_pl.training.rank_monitor import RankMonitor
@@ -199,9 +199,8 @@ class RankCLI(LightningCLI):
             _log.warning("running on the CPU: Apple's GPUs lack float64, which statistics and factors are made in")
             kwargs["accelerator"] = "cpu"
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
-        # Whatever the strategy is: what "auto" chooses for several devices is known only now.
-        if getattr(trainer.strategy, "_timeout", None) == default_pg_timeout:
-            trainer.strategy._timeout = PATIENCE  # type: ignore[attr-defined]
+        # Only now is it known which strategy "auto" has chosen.
+        extend_timeout(trainer.strategy, PATIENCE)
         return trainer
 
 
