@@ -188,7 +188,7 @@ class RankLearner(LightningModule):
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise ValueError(
-                f"the Trainer's precision is {precision!r}, which also casts the masks; updates of 1e-3 would vanish in "
+                f"the Trainer's precision is {precision!r}, which also casts the masks; updates of 1e-3 vanish in "
                 "rounding: use precision '32-true' and load the base in bfloat16 with --model.base.dtype bfloat16"
             )
 

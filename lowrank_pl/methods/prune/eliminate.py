@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_pl.factors.decomposition import SquareRoot, damped_root
 
-__all__ = ["PrunedLayer", "prune_inputs", "nested_prunings"]
+__all__ = ["PrunedLayer", "nested_prunings", "prune_inputs"]
 
 _GROUP = 32
 """Features removed at a time, chosen among twice as many; fewer if the layer has few features."""

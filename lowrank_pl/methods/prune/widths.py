@@ -22,7 +22,7 @@ from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import hull_slopes, losses_by_rank
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["Spectrum", "WidthOption", "WidthLosses", "measure_widths"]
+__all__ = ["Spectrum", "WidthLosses", "WidthOption", "measure_widths"]
 
 
 class Spectrum(NamedTuple):
