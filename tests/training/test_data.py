@@ -197,7 +197,7 @@ def test_tokenizer_by_name_of_the_base_and_none():
     ],
 )
 def test_numbers_out_of_range_are_refused(setting, named, value, least):
-    with pytest.raises(ValueError, match=f"{named}={value}, expected {least} or more"):
+    with pytest.raises(ValueError, match=f"{named}={value}: expected {least} or more"):
         make_data(**{setting: value})
 
 
@@ -254,16 +254,12 @@ def test_workers_that_fetch_ahead_do_not_shift_the_place(tmp_path):
 def test_a_checkpoint_of_other_data_is_refused(tmp_path, caplog):
     fit(tmp_path / "whole", max_steps=4)
     last = tmp_path / "whole" / "last.ckpt"
-    with pytest.raises(
-        ValueError, match=r"other data \(seed 5 there and 6 here\).* or start a new run"
-    ):
+    with pytest.raises(ValueError, match=r"other data \(seed 5 there and 6 here\).* or start a new run"):
         fit(tmp_path / "part", max_steps=8, data=make_data(seed=6), ckpt_path=last)
     with pytest.raises(ValueError, match=r"\(sequences [0-9a-f]{64} there .* length"):
         fit(tmp_path / "part", max_steps=8, data=make_data(length=32), ckpt_path=last)
     fit(tmp_path / "part", max_steps=8, data=make_data(batch_size=1), ckpt_path=last)
-    assert (
-        "with other batches than in the checkpoint's run: batch_size 2 there and 1" in caplog.text
-    )
+    assert "with other batches than in the checkpoint's run: batch_size 2 there and 1" in caplog.text
 
 
 def test_overfitting_repeats_the_same_batches(tmp_path):
