@@ -69,7 +69,7 @@ def warn_of_known_text(scored: Mapping[str, Tensor], subject: Subject, recipes: 
 
 @dataclass
 class Comparison:
-    """One model, one calibration text and the texts to score; makes and keeps one result a method and size."""
+    """A comparison on one model, one calibration text and the texts to score: one stored result per method and size."""
 
     run: Path
     subject: Subject
@@ -78,7 +78,7 @@ class Comparison:
     plotted: Sequence[str]
 
     def results(self, recipes: Mapping[str, Recipe], keeps: Sequence[float]) -> list[dict[str, Any]]:
-        """Return all results, those of earlier calls in the same folder included, making what is missing."""
+        """Make missing results; return all results in the folder, including those of earlier calls."""
         self._claim_folder()
         results = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
         if (DENSE, 1.0) not in results:
@@ -90,25 +90,25 @@ class Comparison:
         for number, (name, keep) in enumerate(todo, 1):
             identity = self._identity(recipes[name], keep)
             if results.get((name, keep), {}).get("identity") == identity:
-                _log.info("%d of %d: %s at keep %s is there", number, len(todo), name, keep)
+                _log.info("%d of %d: %s at keep %s is already done", number, len(todo), name, keep)
                 continue
             _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
             results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
             self._write(results)
             made = True
         if not made:
-            # The plots may be asked to show others than last time.
+            # The plots may have to show other methods than last time.
             self._write(results)
         return list(results.values())
 
     def _write(self, results: Mapping[tuple[str, float], dict[str, Any]]) -> None:
-        # Another comparison may have added to the folder since.
+        # Another comparison may have added results to the folder in the meantime.
         theirs = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
         every = list({**theirs, **results}.values())
         write_comparison(self.run, every, command=command_line(), plotted=self.plotted)
 
     def _claim_folder(self) -> None:
-        """Refuse a folder whose results were made from another model, calibration or protocol."""
+        """Check that the folder's results were made from the same model, calibration and protocol."""
         constraints = self.subject.constraints
         protocol = {
             "base": model_fingerprint(self.subject.model),
@@ -141,7 +141,7 @@ class Comparison:
         reset_peak_memory(self.subject.model.device)
         nats, seconds = self._score(DENSE)
         parameters = self.subject.model.num_parameters()
-        # Below 1 where the base itself was pruned.
+        # The kept fractions are below 1 if the base itself was pruned.
         whole = self.subject.budget(1.0)
         return {
             "method": DENSE,
@@ -167,7 +167,7 @@ class Comparison:
     ) -> dict[str, Any]:
         if method.prune is None:
             return self._on_base(name, method, keep, identity, dense, {})
-        # The pruned model is gone before the next one is loaded.
+        # The pruned model is released before the next one is loaded.
         at, spent = self._pruned(method.prune, keep)
         return at._on_base(name, method, keep, identity, dense, {"narrowing": spent})
 
@@ -185,7 +185,7 @@ class Comparison:
         plan, store, made = self._plan(name, method, keep)
         if method.refit is not None:
             plan, store = self._refit(plan, store, method.refit)
-            # As noted when it was made: another comparison, or this one before it was killed, may have done so.
+            # The stored time, because an earlier or killed comparison may have done the refit.
             costs["refit"] = store.seconds(plan.modules)
         plan.save(self._folder(name, keep) / "plan.json")
         with compressed(self.subject.model, plan, store):
@@ -209,7 +209,7 @@ class Comparison:
         }
 
     def _pruned(self, settings: WidthPruning, keep: float) -> tuple[Comparison, float | None]:
-        """Return this comparison on the pruned base, and the seconds that pruning took, now or when it was done."""
+        """Return this comparison on the pruned base, and the seconds of pruning, possibly in an earlier run."""
         subject = self.subject
         assert subject.base is not None
         folder, spent = pruned_base(subject, settings, keep=keep)
@@ -220,13 +220,13 @@ class Comparison:
         return replace(self, subject=replace(subject, base=base, model=model)), spent
 
     def _prepare(self, method: Recipe) -> dict[str, float | None]:
-        """Make statistics and factors, which methods share, and return what they cost, now or when they were made."""
+        """Make the statistics and factors of a method; return their seconds, possibly in an earlier run."""
         settings = method.decomposition
-        drawer = make_allocator(method.allocator, **method.settings)
+        allocator = make_allocator(method.allocator, **method.settings)
         factors = build_factors(self.subject, settings=settings)
         statistics = statistics_of(self.subject)
         needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
-        if drawer.needs_gradients:
+        if allocator.needs_gradients:
             needs["weight_gradients"] = None
         spent = [statistics.seconds(needs, self.subject.targets.modules, settings.labels)]
         if settings.at_keep is not None:
@@ -243,7 +243,7 @@ class Comparison:
         return refit(plan, store, self.subject, sequences=text.tokens(self.subject.tokenizer), settings=settings)
 
     def _score(self, label: str) -> tuple[dict[str, float], float]:
-        """Return nats a token on every text, and the seconds that it took."""
+        """Return the nats per token on every text, and the seconds of scoring."""
         began = time.perf_counter()
         nats = {
             corpus: perplexity(self.subject.model, sequences, progress=f"score {label} on {corpus}").nats
@@ -252,10 +252,10 @@ class Comparison:
         return nats, time.perf_counter() - began
 
     def _plan(self, name: str, method: Recipe, keep: float) -> tuple[RankPlan, FactorStore, float]:
-        """Return the plan of ``method`` with its origin, the factors that it is for, and the seconds that it took."""
+        """Return the plan of ``method`` with its origin, the factors that it is for, and the seconds of making it."""
         began = time.perf_counter()
         if method.learning is not None:
-            # What comes after the learning has no part in it: a method and its +refit learn once.
+            # A refit does not affect learning, so a method and its +refit share one learning run.
             learned = self._identity(replace(method, refit=None), keep)
             return ShortRuns(self.subject, self.seed).learn(
                 method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}"

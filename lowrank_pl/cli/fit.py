@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lowrank_pl.cli.arguments import fit_words
-from lowrank_pl.cli.lightning_adapter import HookedCLI, lengthen_timeout
+from lowrank_pl.cli.lightning_adapter import HookedCLI
 from lowrank_pl.cli.workloads import fit_workload
 from lowrank_pl.costs.forecast import print_forecast
 from lowrank_pl.costs.machine import machine_of
@@ -25,6 +25,7 @@ from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_c
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.finish_run import FinishRun
 from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
+from lowrank_pl.training.lightning_internals import extend_timeout
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.progress import LearningBar
 from lowrank_pl.training.rank_monitor import RankMonitor
@@ -177,7 +178,7 @@ class RankCLI(HookedCLI):
             kwargs["accelerator"] = "cpu"
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
         # Only now is it known what strategy "auto" is.
-        lengthen_timeout(trainer, TIMEOUT)
+        extend_timeout(trainer.strategy, TIMEOUT)
         return trainer
 
 

@@ -1,15 +1,12 @@
-"""What this package needs of Lightning and finds only under private names, in one place."""
+"""LightningCLI with public names for the private steps that this package changes."""
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
-from torch.distributed.constants import default_pg_timeout
 
-__all__ = ["HookedCLI", "lengthen_timeout"]
+__all__ = ["HookedCLI"]
 
 
 class HookedCLI(LightningCLI):
@@ -37,12 +34,3 @@ class HookedCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if self.runs():
             super()._run_subcommand(subcommand)
-
-
-def lengthen_timeout(trainer: Trainer, timeout: timedelta) -> None:
-    """Let processes wait ``timeout`` for each other, unless the user chose how long.
-
-    Lightning takes a timeout only where a strategy is named, and ``auto`` names none.
-    """
-    if getattr(trainer.strategy, "_timeout", None) == default_pg_timeout:
-        trainer.strategy._timeout = timeout  # type: ignore[attr-defined]

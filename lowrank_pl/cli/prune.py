@@ -64,7 +64,7 @@ def prune(
     origin = Origin.of(model)
     if found.by_block is not None:
         print(f"widths by block, ranks to keep {keep}: predicted loss {found.by_block:.4f} nats a token")
-    if origin is None or not found.narrower:
+    if origin is None or not found.any_pruned:
         raise ValueError(
             f"at keep {keep} no narrower MLPs are predicted to lose less: allocate ranks on {base.name!r} itself"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_pl.factors.decomposition import Factors, truncate
 from lowrank_pl.plans.plan import ModulePlan
+from lowrank_pl.utils.files import canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import TensorStore, as_slice, read_manifest
 
 __all__ = ["FactorStore"]
@@ -35,6 +36,16 @@ class FactorStore(TensorStore):
             ValueError: There is none.
         """
         return cls(read_manifest(Path(directory))["fingerprint"], directory)
+
+    def derived(self, step: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+        """Return fingerprint and folder of factors that ``step`` makes from these; the folder lies inside this one.
+
+        Args:
+            step: Name of the step, such as ``refit``.
+            settings: All that the new factors depend on besides these factors, as JSON values.
+        """
+        fingerprint = {**self.fingerprint, step: settings}
+        return fingerprint, self.directory / step / sha256_of(canonical_json(fingerprint))[:20]
 
     def add(self, name: str, factors: Factors, *, notes: Mapping[str, str] | None = None) -> None:
         """Write the factors of module ``name`` in float32, sigma in float64."""

@@ -95,6 +95,10 @@ class Targets:
     modules: tuple[Target, ...]
     skipped: tuple[Skipped, ...]
 
+    def among(self, names: Container[str]) -> list[Target]:
+        """Return the layers to compress whose names are in ``names``, in their order."""
+        return [target for target in self.modules if target.name in names]
+
 
 @dataclass(frozen=True)
 class _Matrix:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.storage import Form, Storage, StorageChoice
-from lowrank_pl.utils.files import atomic_write
+from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
 
 __all__ = ["SCHEMA", "ModulePlan", "RankPlan"]
 
@@ -207,6 +207,13 @@ class RankPlan:
         """Name of the model that was compressed, before any width pruning; empty if it is not known."""
         pruned = self.origin.get("narrowed")
         return str(self.origin.get("base", "") if pruned is None else pruned["base"])
+
+    def ranks_digest(self) -> str:
+        """Return the SHA-256 digest of the kept components of every module.
+
+        It names folders of factors that were made for these ranks, so changing it would lose all such folders.
+        """
+        return sha256_of(canonical_json({name: [module.rank, module.indices] for name, module in self.modules.items()}))
 
     def dense(self) -> RankPlan:
         """Return the plan that leaves every module dense."""

@@ -1,4 +1,4 @@
-"""The end of every run: export, reload in a fresh process, score beside the baselines, write it all down."""
+"""The end of every run: export, reload in a fresh process, scores with the baselines, and the report."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Protocol:
-    """What models are scored on; the same for every row of a table.
+    """Text and prompts that models are scored on; the same for every row of a table.
 
     Args:
         text: Name of the text, for the record.
-        sequences: ``[sequences, length]`` token ids.
-        prompts: What to continue, to show what the models sound like.
-        max_new_tokens: How far to continue.
+        sequences: Token ids ``[sequences, length]``.
+        prompts: Prompts for sample continuations.
+        max_new_tokens: Maximum length of a continuation.
     """
 
     text: str
@@ -76,12 +76,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished run has to show.
+    """The results of a finished run.
 
     Args:
-        rows: Scores by model.
-        samples: Prompt, dense continuation, compressed continuation.
-        report: What was exported.
+        rows: Scores of each model.
+        samples: Prompt, dense continuation and compressed continuation.
+        report: The report of the export.
     """
 
     rows: list[Row]
@@ -89,7 +89,7 @@ class Finished:
     report: ExportReport
 
     def text(self, run: Path) -> str:
-        """Return the table, the continuations and where everything lies, for a terminal."""
+        """Return the table, the continuations and the paths of all results, for a terminal."""
         parts = [row_table(self.rows)]
         for prompt, dense, small in self.samples:
             parts.append(f"prompt      {prompt!r}\n  dense     {dense!r}\n  compressed {small!r}")
@@ -107,17 +107,17 @@ class Finished:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a run has made when learning is over.
+    """The result of learning.
 
     Args:
         subject: The dense base, its tokenizer, its targets, and the sequences that the factors were made from.
-        plan: The plan that was learned.
+        plan: The learned plan.
         factors: The factors that the plan is for.
-        budget: What the plan had to meet; the baselines get the same.
-        seconds: Time spent so far, by part: ``factors``, ``learning`` and, for a pruned base, ``narrowing``.
-        store: The factors' folder where one was named, so that weight gradients are kept beside the factors.
-        unpruned: Loads the base as it was before pruning, where it was pruned. The dense row is of that model then,
-            and the table has one more row for the pruned model.
+        budget: The budget of the plan; the baselines get the same.
+        seconds: Time spent so far, by part: ``factors``, ``learning`` and, for width pruning, ``narrowing``.
+        store: The factors' folder if one was named; weight gradients are then kept beside the factors.
+        unpruned: Loads the base without pruning; None if it was not pruned. The dense row then is of the unpruned
+            model, and the table has one more row for the pruned one.
     """
 
     subject: Subject
@@ -131,17 +131,17 @@ class Learned:
 
 @dataclass(frozen=True)
 class Ending:
-    """What is done at the end of a run.
+    """Settings of the end of a run.
 
     Args:
-        protocol: What models are scored on.
+        protocol: Text and prompts that models are scored on.
         baselines: Names of the allocators to compare with.
-        merge: Export dense weights, for runtimes that know no factors.
-        refit: How the factors are fitted again to the compressed model's own inputs; the table then has a row for the
-            plan without it. None leaves them as they are.
-        refit_sequences: ``[sequences, length]`` token ids for the refit.
-        streamed_on: A device without room for the models, which then stay in main memory: they are scored on it a
-            layer at a time (``lowrank_pl.models.offload``). Nothing is continued, since every token would read all
+        merge: Export dense weights, for runtimes that do not know factors.
+        refit: How to refit the factors to the compressed model's own inputs; the table then also has a row without the
+            refit. None does not refit.
+        refit_sequences: Token ids ``[sequences, length]`` for the refit.
+        streamed_on: A device that the models do not fit on. They stay in main memory and are scored on it one layer at
+            a time (``lowrank_pl.models.offload``). Prompts are not continued, because every token would read all
             weights.
     """
 
@@ -164,20 +164,20 @@ def export_plan(
     put_back: bool = False,
     device: torch.device | None = None,
 ) -> tuple[ExportReport, RankPlan]:
-    """Compress ``model`` by ``plan``, in place, and write it to ``directory``, checked by a reload in a fresh process.
+    """Compress ``model`` in place, write it to ``directory``, and check it by a reload in a fresh process.
 
-    Returns the report of the export, and the plan as its layers are really stored
+    Returns the report of the export, and the plan with the storage form that each layer really has
     (``lowrank_pl.factors.compression.deployed_plan``).
 
     Args:
         model: The dense base, or the masked model that learned the plan.
-        tokenizer: Saved beside the weights.
+        tokenizer: Saved with the weights.
         plan: The plan.
         factors: The factors that the plan is for.
         directory: Folder of the export.
         merge: Write dense weights that any runtime loads, instead of factors.
-        put_back: Give ``model`` its modules back afterwards, for the next size; takes memory for both.
-        device: Where pivots are chosen.
+        put_back: Restore the modules of ``model`` afterwards, for the next size; this takes memory for both.
+        device: Device on which pivots are chosen.
 
     Raises:
         ValueError: The plan does not fit the model or the factors.
@@ -194,19 +194,19 @@ def export_plan(
 
 
 def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
-    """Write plan, export, scores and rank map of a run to its folder, and return what they say.
+    """Write plan, export, scores and rank map of a run to its folder, and return the results.
 
-    The dense model and the baselines are scored from memory. The learned model is scored in a fresh process from the
+    The dense model and the baselines are scored in memory. The learned model is scored in a fresh process from the
     exported folder, as its user will run it.
 
     Args:
         run: The run's folder.
-        learned: What was learned; the model is compressed afterwards.
-        ending: What to do.
+        learned: The result of learning; its model is compressed in place.
+        ending: Settings of the end of the run.
 
     Raises:
         ValueError: A baseline can't read these factors.
-        ExportError: The export failed its check or can't be scored.
+        ExportError: The export fails its check or can't be scored.
     """
     if ending.streamed_on is not None:
         ending = replace(ending, protocol=replace(ending.protocol, prompts=()))
@@ -241,7 +241,7 @@ def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
         date=datetime.now().astimezone().isoformat(timespec="seconds"), versions=_versions(),
         machine=describe_machine(device), tokens_per_second=table.rates, verified=report.verified,
     )  # fmt: skip
-    # The export has just been checked: its weights need not be read again for that.
+    # The export has just been checked, so its weights need not be read again.
     record = read_run(run, check=False)
     refresh_card(record)
     write_page(record, run / "report.html")
@@ -249,7 +249,7 @@ def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
 
 
 class _Table:
-    """The rows of a run's table, and how fast each model was scored."""
+    """The rows of a run's table, and the scoring speed of each model."""
 
     def __init__(self, dense: Score) -> None:
         self.dense = dense
@@ -257,7 +257,7 @@ class _Table:
         self.rates: dict[str, float] = {}
 
     def add(self, name: str, score: Score, plan: RankPlan, size: int, seconds: float) -> None:
-        """Add the row of a model that ``plan`` describes and that has ``size`` bytes."""
+        """Add the row of a model with ``plan`` and of ``size`` bytes."""
         excess = excess_nats(score, self.dense)
         self.add_row(Row(name, score.perplexity, excess, plan.keep_targeted, plan.keep_model, size, seconds), score)
 
@@ -270,7 +270,7 @@ class _Table:
 def _score_dense(learned: Learned, ending: Ending) -> tuple[_Table, list[str]]:
     """Return the table with its dense rows, and the dense model's continuations."""
     protocol, subject, plan = ending.protocol, learned.subject, learned.plan
-    # The base before pruning is out of memory again before anything else is scored.
+    # The unpruned base is released before the next model is scored.
     model = subject.model if learned.unpruned is None else learned.unpruned()
     dense = _score(model, protocol.sequences, "dense", ending.streamed_on)
     prompts, most = protocol.prompts, protocol.max_new_tokens
@@ -305,7 +305,7 @@ def _score_compressed(learned: Learned, ending: Ending, plan: RankPlan, factors:
 
 
 def _score(model: PreTrainedModel, sequences: Tensor, name: str, streamed_on: torch.device | None) -> Score:
-    """Return the score of ``model``, where it is or, from main memory, a layer at a time on ``streamed_on``."""
+    """Return the score of ``model`` on its own device, or one layer at a time on ``streamed_on``."""
     batch = 1 if streamed_on is None else STREAMED_BATCH_SIZE
     with streamed(model, streamed_on):
         return perplexity(model, sequences, batch_size=batch, progress=f"score {name}")
@@ -326,14 +326,14 @@ def score_in_fresh_process(
     """Return score and continuations of the model in ``directory``, loaded by plain transformers in a new process.
 
     Args:
-        directory: An export.
-        protocol: What to score on and which prompts to continue.
-        device: Where to run.
-        stream: Whether the weights stay in main memory, and come to the device a layer at a time.
-        trust: Run the code that came with the base.
+        directory: The folder of an export.
+        protocol: Text to score on and prompts to continue.
+        device: Device of the new process.
+        stream: Whether weights stay in main memory and are moved to the device one layer at a time.
+        trust: Whether to run code that came with the base.
 
     Raises:
-        ExportError: The process failed; the message ends with what it said.
+        ExportError: The process failed; its own message is on the terminal.
     """
     with tempfile.TemporaryDirectory() as folder:
         job, sequences, result = (Path(folder) / name for name in ("job.json", "windows.safetensors", "result.json"))
@@ -341,7 +341,7 @@ def score_in_fresh_process(
         settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens}
         settings |= {"stream": stream, "trust": trust}
         write_json(job, {"directory": str(directory), "device": str(device), "windows": str(sequences), **settings})
-        # stderr goes to the terminal, where its progress bar belongs.
+        # The process keeps the terminal's stderr, for its progress bar.
         code = subprocess.run([sys.executable, "-m", "lowrank_pl.report.finish", str(job), str(result)]).returncode
         if code != 0 or not result.exists():
             raise ExportError(f"scoring {directory} in a fresh process failed with exit code {code}; see above")
@@ -350,7 +350,7 @@ def score_in_fresh_process(
 
 
 def _score_job(job: Path, result: Path) -> None:
-    """Do in this process what ``score_in_fresh_process`` asked for."""
+    """Do the job of ``score_in_fresh_process`` in this process."""
     settings = json.loads(job.read_text())
     assert hf_format.METHOD == "lowrank"  # the import has registered the format
     where, trust = settings["directory"], settings["trust"]
@@ -370,4 +370,4 @@ if __name__ == "__main__":
     try:
         _score_job(Path(sys.argv[1]), Path(sys.argv[2]))
     except KeyboardInterrupt:
-        sys.exit(130)  # the process that waits for this one says it
+        sys.exit(130)  # the waiting process reports the interrupt

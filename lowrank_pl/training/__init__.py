@@ -1,4 +1,4 @@
-"""The Lightning ring: LightningModule, DataModule, callbacks and checkpoints."""
+"""Everything built on Lightning: LightningModule, DataModule, callbacks and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of masks: written whole or not at all, read as plain data, refused where they do not fit."""
+"""Checkpoints of masks: written atomically, read as plain data only, and refused if they do not fit the run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ KEY = "lowrank_pl"
 FORMAT = 1
 
 
-_CURE = "resume from another one of its folder, or start anew without --ckpt_path"
+_CURE = "resume from another checkpoint in its folder, or start anew without --ckpt_path"
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's way to files, for ``Trainer(plugins=...)``; ``lowrank fit`` always has it.
+    """Atomic checkpoint files, for ``Trainer(plugins=...)``; ``lowrank fit`` always uses it.
 
-    Lightning's own moves a finished file out of the system's temporary folder, which copies it where that is another
-    disk: full, or killed, it leaves half a checkpoint in the place of the last whole one.
+    Lightning writes to the system's temporary folder and moves the file afterwards. Between two disks the move is a
+    copy. If the disk is full or the process is killed, half a checkpoint then replaces the last complete one.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -39,15 +39,15 @@ class AtomicCheckpoints(TorchCheckpointIO):
         atomic_write(path, buffer.getvalue())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Return the checkpoint in ``path``; never more than plain data, whatever ``weights_only`` says."""
+        """Return the checkpoint in ``path``, always as plain data, even if ``weights_only`` is False."""
         return read_checkpoint(path)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return the checkpoint in the file ``path``, on the CPU, without running code that it might bring.
+    """Return the checkpoint in the file ``path``, on the CPU, without running code that it may contain.
 
     Raises:
-        ValueError: No such file, a damaged one, or no checkpoint.
+        ValueError: The file is absent, damaged, or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -58,7 +58,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError):
-        # What torch says here advises to switch off the protection.
+        # The message of torch would advise to switch the protection off.
         raise ValueError(f"{path} is no checkpoint of `lowrank fit`: it holds more than plain data") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}: expected a checkpoint of `lowrank fit`")
@@ -66,7 +66,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_whole(path: Path) -> None:
-    """Compare the checksums that ``torch.save`` writes beside every tensor, which ``torch.load`` does not look at."""
+    """Compare the checksums that ``torch.save`` stores with every tensor; ``torch.load`` ignores them."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -77,7 +77,7 @@ def _check_whole(path: Path) -> None:
 
 
 def mark(checkpoint: dict[str, Any], identity: Mapping[str, Any]) -> None:
-    """Record in ``checkpoint`` what its masks belong to."""
+    """Record in ``checkpoint`` the identity of the run that its masks belong to."""
     checkpoint[KEY] = {"format": FORMAT, **identity}
 
 
@@ -85,7 +85,7 @@ def mark_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what ``mark`` recorded in ``checkpoint``.
 
     Raises:
-        ValueError: Nothing, or in another format.
+        ValueError: The checkpoint has no such record, or one of another format.
     """
     found = checkpoint.get(KEY)
     if not isinstance(found, Mapping) or found.get("format") != FORMAT:
@@ -96,18 +96,18 @@ def mark_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 def check_fit(
     checkpoint: Mapping[str, Any], identity: Mapping[str, Any], *, former: Mapping[str, Sequence[Any]] | None = None
 ) -> None:
-    """Refuse a checkpoint whose masks belong to something else.
+    """Check that the masks of a checkpoint belong to this run.
 
     Args:
-        checkpoint: As it was read.
-        identity: What the masks of this run belong to.
+        checkpoint: The checkpoint.
+        identity: The identity of this run.
         former: Values of earlier versions that mean the same as this run's, by key of ``identity``.
 
     Raises:
-        ValueError: It is of another kind, model, store or mask; the message says what differs.
+        ValueError: Mask method, size, factors or masks differ; the message says which.
     """
     theirs = mark_of(checkpoint)
-    # An older version may not have recorded all of it.
+    # An older version may not have recorded every key.
     differ = [
         key
         for key in identity

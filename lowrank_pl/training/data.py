@@ -23,38 +23,38 @@ from lowrank_pl.text.sequences import (
     warn_of_overlap,
 )
 from lowrank_pl.text.sources import parse_text
+from lowrank_pl.training.lightning_internals import batches_done
 from lowrank_pl.utils.files import sha256_of
 
 __all__ = ["CalibrationData", "Place", "SequenceLoader", "StatisticsText", "ValidationText", "calibration_data"]
 
 Place = tuple[int, int]
-"""An epoch, and the number of its batches that are done."""
+"""An epoch, and the number of its batches that training has done."""
 
 
 _log = logging.getLogger(__name__)
 
 
 class SequenceLoader:
-    """Batches of sequences in an order that follows from ``(seed, epoch)``, so that it can be taken up anywhere.
+    """Batches of sequences in an order that depends only on ``(seed, epoch)``, so that a run can resume at any batch.
 
-    Where to begin is asked of ``place`` when the first batch of an epoch is fetched. With a Trainer that is its own
-    count of the batches that were trained on, which its checkpoints hold: neither batches fetched ahead nor the number
-    of workers can shift it. It is no ``DataLoader``, so that Lightning leaves the order and the shares of the processes
-    alone.
+    When the first batch of an epoch is fetched, ``place`` says where to begin. With a Trainer this is its own count of
+    trained batches, which its checkpoints contain, so prefetching and the number of workers can't shift it. The class
+    is not a ``DataLoader``, so that Lightning does not change the order or its distribution over processes.
 
     Args:
         sequences: int64 ``[sequences, length]``.
         batch_size: Sequences in a batch of one process.
         seed: Seed of the order; None keeps the order of the text.
-        rank: Which process this is; batch ``i`` of all processes together is one slice of the order.
-        world_size: How many processes there are.
-        drop_tail: Leave out the sequences that do not fill a batch of every process. Otherwise the last batch is smaller,
-            and only what can't be shared out equally is left out.
-        num_workers: Processes that fetch batches ahead; the sequences are in memory, so 0 is usually best.
-        place: Returns the epoch and the number of batches of it that are done; by default epochs are counted here.
+        rank: Rank of this process; batches ``i`` of all processes together are one slice of the order.
+        world_size: Number of processes.
+        drop_tail: Omit the sequences that do not fill a batch of every process. Otherwise the last batch is smaller,
+            and only sequences that can't be divided equally are omitted.
+        num_workers: Processes that prefetch batches; the sequences are in memory, so 0 is usually best.
+        place: Returns the epoch and the number of its batches that are done; by default the loader counts epochs.
 
     Raises:
-        ValueError: There are too few sequences for one batch of every process.
+        ValueError: The sequences do not fill one batch of every process.
 
     >>> loader = SequenceLoader(torch.arange(10).view(5, 2), batch_size=2, seed=None)
     >>> [batch.tolist() for batch in loader]
@@ -81,7 +81,7 @@ class SequenceLoader:
                 "processes: give more text or a smaller batch size"
             )
         if rank == 0 and self._used < len(sequences):
-            others = "" if seed is None else ", others in each epoch"
+            others = "" if seed is None else ", different ones in each epoch"
             left = len(sequences) - self._used
             _log.warning(
                 "%d of %d sequences are left out%s: %d are taken at a time", left, len(sequences), others, unit
@@ -101,29 +101,29 @@ class SequenceLoader:
         return -(-self._used // (self._world_size * self._batch_size))
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield the batches int64 ``[batch, length]`` that are left of the epoch.
+        """Yield the remaining batches of the epoch, int64 ``[batch, length]``.
 
-        This is a generator so that the place is asked for at the first batch: Lightning makes the iterator while it
-        restores a checkpoint, when its counters are not settled yet.
+        As a generator, it calls ``place`` at the first batch and not before: Lightning makes the iterator while it
+        restores a checkpoint, before its counters are restored.
         """
         epoch, done = self._place()
         loader = DataLoader(
             cast(Dataset[Tensor], self._sequences),
             batch_sampler=self.batches(epoch)[done:],
             num_workers=self._num_workers,
-            generator=torch.Generator(),  # otherwise every epoch takes a number from the global random state
+            generator=torch.Generator(),  # otherwise every epoch would use a number of the global random state
         )
         yield from loader
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """Return which sequences are in each batch of this process in ``epoch``."""
+        """Return the indices of the sequences in each batch of this process in ``epoch``."""
         size, world = self._batch_size, self._world_size
         order = self._order(epoch)[: self._used]
         steps = [order[begin : begin + size * world] for begin in range(0, len(order), size * world)]
         return [step[self._rank * len(step) // world : (self._rank + 1) * len(step) // world] for step in steps]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the order depends on; the place in it is in the Trainer's own state."""
+        """Return everything that the order depends on; the Trainer's own state has the position in it."""
         return {
             "windows": self._fingerprint,
             "seed": self._seed,
@@ -132,10 +132,10 @@ class SequenceLoader:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare with the data of the run that wrote the checkpoint.
+        """Check the data of the run that wrote the checkpoint.
 
         Raises:
-            ValueError: It had other sequences or another seed, so that its place in the epoch has no meaning here.
+            ValueError: The sequences or the seed differ, so the checkpoint's position in the epoch has no meaning here.
         """
         mine = self.state_dict()
         other = [key for key, value in mine.items() if state_dict.get(key) != value]
@@ -144,11 +144,11 @@ class SequenceLoader:
         listed = ", ".join(f"{name} {state_dict.get(key)} there and {mine[key]} here" for key, name in names.items())
         if "windows" in other or "seed" in other:
             raise ValueError(
-                f"the checkpoint was written while learning from other data ({listed}), its place in the epoch can't "
-                "be taken up: give that run's text, tokenizer, length, sequences and seed, or start a new run"
+                f"the checkpoint was written while learning from other data ({listed}), so its epoch can't be resumed: "
+                "give that run's text, tokenizer, length, sequences and seed, or start a new run"
             )
         if other:
-            _log.warning("this epoch goes on with other batches than the checkpoint's run would have had: %s", listed)
+            _log.warning("this epoch continues with other batches than in the checkpoint's run: %s", listed)
 
     def _order(self, epoch: int) -> list[int]:
         if self._seed is None:
@@ -166,12 +166,12 @@ class _Sequences:
 
 @dataclass(frozen=True)
 class StatisticsText:
-    """What the moments of activations are measured on, where that differs from the learning text.
+    """Text on which the moments of activations are measured.
 
     Args:
-        text: The text; by default the one that ranks are learned from.
-        length: Tokens of a sequence; by default those of learning.
-        sequences: How many sequences; by default as many as for learning.
+        text: Name of the text; by default the learning text.
+        length: Tokens per sequence; by default as for learning.
+        sequences: Number of sequences; by default as for learning.
     """
 
     text: str | None = None
@@ -179,19 +179,19 @@ class StatisticsText:
     sequences: int | None = None
 
     def resolved(self, learning: Calibration) -> Calibration:
-        """Return the text with everything that was left out taken from ``learning``."""
+        """Return the text, with the settings of ``learning`` for all that are None."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         return replace(learning, **given)
 
 
 @dataclass(frozen=True)
 class ValidationText:
-    """What the hard plan is validated on.
+    """Text on which the hard plan is validated.
 
     Args:
-        text: The text; by default sequences of the learning text that follow those for learning and statistics, and
-            are in neither.
-        sequences: How many sequences, of the length of learning; 0 switches validation off.
+        text: Name of the text. By default validation uses sequences of the learning text that come after those for
+            learning and statistics, so that neither contains them.
+        sequences: Number of sequences, of the same length as for learning; 0 switches validation off.
         batch_size: Sequences in a validation batch of one process.
     """
 
@@ -201,23 +201,23 @@ class ValidationText:
 
 
 class CalibrationData(pl.LightningDataModule):
-    """Token sequences to learn ranks from, to measure statistics on, and to validate with.
+    """Token sequences for learning ranks, for statistics and for validation.
 
-    A text is named as ``lowrank_pl.text`` says: ``python-docs``, a file, folder or glob, or a hub dataset. After a
-    checkpoint, also in the middle of an epoch, training goes on with exactly the batches that would have followed.
+    The name of a text is ``python-docs``, a file, folder or glob, or a hub dataset (``lowrank_pl.text``). A run that is
+    resumed, even in the middle of an epoch, continues with exactly the batches that would have followed.
 
     Args:
-        learning: What the ranks are learned from; an epoch has its number of sequences.
-        tokenizer: The base model's tokenizer, or the name of the base model to load it of.
-        statistics: What the moments of activations are measured on.
-        validation: What the hard plan is validated on.
+        learning: Text that ranks are learned from; an epoch has its number of sequences.
+        tokenizer: The base model's tokenizer, or the name of the base model.
+        statistics: Text for the moments of activations.
+        validation: Text for validating the hard plan.
         batch_size: Sequences in a training batch of one process.
         seed: Seed of the random order of each epoch; None keeps the order of the text.
-        num_workers: Processes that fetch batches ahead; the sequences are in memory, so 0 is usually best.
-        trust_remote_code: Whether a tokenizer may run code that comes with it.
+        num_workers: Processes that prefetch batches; the sequences are in memory, so 0 is usually best.
+        trust_remote_code: Whether to run code that comes with a tokenizer.
 
     Raises:
-        ValueError: A number out of its range.
+        ValueError: A number is out of range.
 
     >>> from lowrank_pl.models.tiny import byte_tokenizer
     >>> learning = Calibration("python-docs", length=32, sequences=6)
@@ -254,24 +254,24 @@ class CalibrationData(pl.LightningDataModule):
         self._check_arguments()
 
     def prepare_data(self) -> None:
-        """Fill the token caches, in one process."""
+        """Fill the token caches; Lightning calls this in one process."""
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         """Load the sequences, once.
 
         Args:
-            stage: As Lightning calls it; every stage has the same data.
+            stage: Lightning's stage; every stage has the same data.
 
         Raises:
-            ValueError: A text can't be read or is too short.
+            ValueError: A text can't be read, or is too short.
         """
         if self._built is None:
             self._built = self._build()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when it was given by name."""
+        """The tokenizer, loaded if it was given by name."""
         if self._tokenizer is None:
             raise ValueError("CalibrationData has tokenizer=None: give the base model's tokenizer, or the model's name")
         if isinstance(self._tokenizer, str):
@@ -294,7 +294,7 @@ class CalibrationData(pl.LightningDataModule):
         return self._ready().validation
 
     def fingerprint(self) -> dict[str, str]:
-        """Return SHA-256 fingerprints of all that statistics of a model depend on besides the model."""
+        """Return SHA-256 fingerprints of everything besides the model that statistics depend on."""
         return {
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "statistics_sequences": sequences_fingerprint(self.statistics_sequences),
@@ -302,9 +302,9 @@ class CalibrationData(pl.LightningDataModule):
 
     def train_dataloader(self) -> SequenceLoader:
         """Return the batches int64 ``[batch_size, length]`` of this process."""
-        # a Trainer that overfits on a few batches means the same ones in every epoch
+        # With overfit_batches the Trainer expects the same batches in every epoch.
         overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
-        rank, world_size = self._share()
+        rank, world_size = self._process()
         return SequenceLoader(
             self.train_sequences,
             batch_size=self.batch_size,
@@ -316,10 +316,10 @@ class CalibrationData(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> list[SequenceLoader]:
-        """Return this process's share of the validation sequences; nothing when there are none."""
+        """Return this process's batches of validation sequences; an empty list without validation."""
         if not len(self.validation_sequences):
             return []
-        rank, world_size = self._share()
+        rank, world_size = self._process()
         loader = SequenceLoader(
             self.validation_sequences,
             batch_size=self.validation.batch_size,
@@ -344,31 +344,32 @@ class CalibrationData(pl.LightningDataModule):
         }
         for name, (value, least) in sizes.items():
             if value < least:
-                raise ValueError(f"CalibrationData has {name}={value}, expected {least} or more")
+                raise ValueError(f"CalibrationData has {name}={value}: expected {least} or more")
 
     def _ready(self) -> _Sequences:
         self.setup()
         assert self._built is not None
         return self._built
 
-    def _share(self) -> tuple[int, int]:
-        """Return which process this is and of how many."""
+    def _process(self) -> tuple[int, int]:
+        """Return the rank of this process and the number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _place(self) -> Place:
-        """Return the epoch and how many of its batches are done, from how many were trained on in all.
+        """Return the epoch and the number of its batches that are done, from the batches of the whole run.
 
-        Lightning 2.6.6, going on with ``max_steps`` from a checkpoint of an epoch's end, counts that epoch twice and
-        asks it for one batch more. So the epoch follows from all batches processed, and one that is over has none left.
+        Lightning 2.6.6, resumed with ``max_steps`` from a checkpoint at the end of an epoch, counts that epoch twice
+        and requests one more batch of it. The epoch is therefore computed from the total number of batches, and a
+        finished epoch has no batches left.
         """
         assert self.trainer is not None
-        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        processed, fetched = batches_done(self.trainer)
         size = int(self.trainer.num_training_batches)
-        epoch, done = divmod(batches.total.processed, size)
-        return epoch, done if batches.current.ready < size else len(self.train_sequences)
+        epoch, done = divmod(processed, size)
+        return epoch, done if fetched < size else len(self.train_sequences)
 
     def _build(self) -> _Sequences:
-        """Return all sequences; with the learning text alone, those for validation come after all others."""
+        """Return all sequences; validation sequences of the learning text come after all others of that text."""
         texts = (self.learning.text, self.statistics.text, self.validation_text)
         learning, statistics, validation = map(parse_text, texts)
         held_out = self.validation.sequences if validation == learning else 0
@@ -377,7 +378,7 @@ class CalibrationData(pl.LightningDataModule):
         wanted = self.learning.sequences
         shared = bool(held_out) and statistics == learning
         if shared:
-            # as many learning sequences as cover the tokens that the statistics read
+            # Enough learning sequences to cover the tokens of the statistics.
             wanted = max(wanted, -(-self.statistics.sequences * statistics_room // room))
         found = replace(self.learning, sequences=wanted + held_out).tokens(self.tokenizer)
         before = len(found) - held_out
@@ -388,7 +389,7 @@ class CalibrationData(pl.LightningDataModule):
                 f"hold out {held_out} for validation: give a longer text, a validation.text, smaller lengths or fewer "
                 "validation.sequences"
             )
-        return self._reported(
+        return self._logged(
             _Sequences(
                 train=found[: min(before, self.learning.sequences)],
                 statistics=self._statistics(most),
@@ -401,7 +402,7 @@ class CalibrationData(pl.LightningDataModule):
         wanted = self.statistics.sequences
         if most < wanted:
             _log.warning(
-                "statistics use %d sequences instead of %d: those held out for validation follow", most, wanted
+                "statistics use %d sequences instead of %d: the next ones are held out for validation", most, wanted
             )
         return replace(self.statistics, sequences=min(most, wanted)).tokens(self.tokenizer)
 
@@ -411,23 +412,23 @@ class CalibrationData(pl.LightningDataModule):
             return torch.empty(0, length, dtype=torch.int64)
         return Calibration(self.validation_text, length, wanted).tokens(self.tokenizer)
 
-    def _reported(self, built: _Sequences, *, held_out: bool) -> _Sequences:
-        """Say in the log what the sequences are, and warn when validation text is among the others."""
+    def _logged(self, built: _Sequences, *, held_out: bool) -> _Sequences:
+        """Log the sequences, and warn of validation text that is also used elsewhere; return ``built``."""
         _log.info(
             "%d sequences of %d tokens of %r to learn from, %d of %d of %r for statistics, "
             "%d of %d of %r%s for validation",
-            *built.train.shape, self.learning.text, *built.statistics.shape, self.statistics.text, *built.validation.shape,
-            self.validation_text, " that follow those" if held_out else "",
+            *built.train.shape, self.learning.text, *built.statistics.shape, self.statistics.text,
+            *built.validation.shape, self.validation_text, " (held out, after those)" if held_out else "",
         )  # fmt: skip
         warn_of_overlap(built.validation, (built.train, built.statistics), self.tokenizer, "validation sequences")
         return built
 
 
 def calibration_data(trainer: pl.Trainer) -> CalibrationData:
-    """Return the datamodule that ``trainer`` was given.
+    """Return the datamodule of ``trainer``.
 
     Raises:
-        ValueError: It is of another type.
+        ValueError: It is not a ``CalibrationData``.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, CalibrationData):

@@ -1,4 +1,4 @@
-"""Lightning callbacks of the end of a run: its time, the export and its scores."""
+"""Lightning callbacks that time a run, and export and score its result."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class Stopwatch(Callback):
-    """Counts the seconds that are spent learning, over all the parts of a run that was resumed."""
+    """Measures the seconds of learning, including the parts of a resumed run."""
 
     def __init__(self) -> None:
         self._began: float | None = None
@@ -53,12 +53,12 @@ class Stopwatch(Callback):
         return {"learning": self.learning_seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on from the seconds that the checkpoint's run had spent."""
+        """Continue from the seconds that the checkpoint's run had spent."""
         self._before = state_dict["learning"]
 
     def learning_seconds(self) -> float:
-        """Return the seconds spent learning, those before a resume included."""
-        # A checkpoint of a finished run is resumed without any training.
+        """Return the seconds spent learning, including those before a resume."""
+        # Resuming a finished run starts no training, so the clock may never have started.
         return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
 
 
@@ -67,9 +67,9 @@ class ScoreText:
     """Text that models are scored on at the end of a run.
 
     Args:
-        text: The text; by default the validation sequences.
-        length: Tokens of a sequence.
-        sequences: How many sequences; all of the text by default.
+        text: Name of the text; by default the validation sequences.
+        length: Tokens per sequence.
+        sequences: Number of sequences; by default the whole text.
     """
 
     text: str | None = None
@@ -78,25 +78,26 @@ class ScoreText:
 
 
 class FinishRun(Stopwatch):
-    """Exports what was learned and scores it beside the dense model and the baselines, when training ends well.
+    """Exports the learned model after training, and scores it with the dense model and the baselines.
 
     The run's folder (``trainer.default_root_dir``) then holds ``plan.json``, ``model/``, ``summary.json``,
     ``rank_map.png`` and ``report.html``.
 
     Args:
         score: Text for the table. Never learn from it or calibrate on it.
-        baselines: Allocators to compare with, on the factors that learning runs on.
-        prompts: What the dense and the compressed model continue, side by side.
-        max_new_tokens: How far they continue.
+        baselines: Allocators to compare with, on the same factors.
+        prompts: Prompts that the dense and the compressed model continue.
+        max_new_tokens: Maximum length of a continuation.
         merge: Export dense weights for any runtime instead of factors.
-        refit: How the learned plan's factors are fitted again to the compressed model's own inputs, on the sequences that
-            were learned from; left out, they stay as they are.
-        streamed: Whether models are scored from main memory, a layer at a time on the device, and exported there; by
-            default where FSDP2 shards a base that one device has no room for. Nothing is refitted or continued then.
+        refit: How to refit the learned plan's factors to the compressed model's own inputs, on the learning sequences;
+            by default they are not refitted.
+        streamed: Whether to keep models in main memory, score them one layer at a time on the device, and export from
+            main memory. This is the default if FSDP2 shards a base that does not fit on one device. A streamed run has
+            no refit and no continuations.
         json: A file for the table's figures.
 
     Raises:
-        ValueError: A baseline that no allocator is called.
+        ValueError: A baseline is not the name of an allocator.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class FinishRun(Stopwatch):
         self.finished: Finished | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at baselines, the folder and the text for scores: a mistake must not surface after hours of learning."""
+        """Check the baselines, the folder and the text for scores, so that a mistake fails now, not after hours."""
         if stage == "fit":
             check_destination(Path(trainer.default_root_dir) / "model")
             self._check_baselines(pl_module)
@@ -133,28 +134,28 @@ class FinishRun(Stopwatch):
             try:
                 make_allocator(name).check_kind(learner.decomposition.kind)
             except ValueError as error:
-                raise ValueError(f"the baseline {name} can't be drawn beside what is learned: {error}") from None
+                raise ValueError(f"the baseline {name} can't use the factors of this run: {error}") from None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look whether the model can be scored on that text, and refitted, for the same reason.
+        """Check that the model can be scored on the text, exported and refitted, so that a mistake fails now.
 
         Raises:
-            ValueError: It can't.
+            ValueError: The text is too long for the model, or ``merge`` or ``refit`` is impossible.
         """
         assert isinstance(pl_module, RankLearner)
         assert pl_module.model is not None
         check_sequences(pl_module.model, self.protocol.sequences)
-        narrowed = Origin.of(pl_module.model)
-        if self.merge and narrowed is not None and not narrowed.one_width:
+        origin = Origin.of(pl_module.model)
+        if self.merge and origin is not None and not origin.one_width:
             raise ValueError(
-                f"the base has MLPs of {narrowed.widths} hidden features, which no plain config of dense weights can "
-                "say: leave out --finish.merge, or prune all MLPs to one width with --model.prune.by_block false"
+                f"the base has MLPs of {origin.widths} hidden neurons, which no plain config of dense weights can "
+                "describe: leave out --finish.merge, or prune all MLPs to one width with --model.prune.by_block false"
             )
         if self.refit is not None and self._streams(trainer, pl_module, ever=True):
             raise ValueError(
-                f"a refit needs the dense and the compressed model on one device: this base has "
-                f"{pl_module.weight_bytes / 1e9:,.1f} GB, and is to be scored a layer at a time; leave the refit out "
-                "with --finish.refit null"
+                f"a refit needs the dense and the compressed model on one device, and this base of "
+                f"{pl_module.weight_bytes / 1e9:,.1f} GB is scored one layer at a time: leave the refit out with "
+                "--finish.refit null"
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,7 +173,7 @@ class FinishRun(Stopwatch):
 
     def _finish(self, trainer: Trainer, learner: RankLearner) -> Finished:
         run, plan, data = Path(trainer.default_root_dir), learner.plan(), calibration_data(trainer)
-        # Before anything that large is loaded: a plan that is on disk is not lost.
+        # Before a large model is loaded: a failure then does not lose the plan.
         plan.save(run / "plan.json")
         for note in plan.notes:
             _log.info("%s", note)
@@ -180,8 +181,7 @@ class FinishRun(Stopwatch):
         streams = self._streams(trainer, learner)
         if streams:
             _log.warning(
-                "models of %.1f GB are scored from main memory, a layer at a time on %s, and exported there; nothing "
-                "is continued",
+                "models of %.1f GB stay in main memory and are scored one layer at a time on %s; prompts are skipped",
                 *(learner.weight_bytes / 1e9, device),
             )
         place = torch.device("cpu") if streams else device
@@ -198,21 +198,21 @@ class FinishRun(Stopwatch):
         return finish_run(run, learned, ending)
 
     def _streams(self, trainer: Trainer, learner: RankLearner, *, ever: bool = False) -> bool:
-        """Return whether the model is to be scored a layer at a time; with ``ever`` whatever else is on the device."""
+        """Return whether the model is scored one layer at a time; ``ever`` ignores what else is on the device."""
         if self.streamed is not None:
             return self.streamed
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         return sharded and exceeds_memory(learner.weight_bytes, trainer.strategy.root_device, ever=ever)
 
     def _dense_model(self, trainer: Trainer, learner: RankLearner) -> PreTrainedModel:
-        """Return the base: taken out of the masked model, or loaded again where that one is sharded."""
+        """Return the dense base: restored from the masked model, or loaded again if that is sharded."""
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             assert learner.model is not None
             return restore_dense(learner.model)
         return learner.base.load()
 
     def _unpruned(self, learner: RankLearner, place: torch.device) -> Callable[[], PreTrainedModel] | None:
-        """Return a function that loads the base as it was before pruning; None where it was not pruned."""
+        """Return a function that loads the base without pruning; None if the base was not pruned."""
         if learner.base == learner.named_base:
             return None
         return lambda: learner.named_base.load().to(place)
@@ -222,7 +222,8 @@ class FinishRun(Stopwatch):
             sequences, text = data.validation_sequences, f"validation sequences of {data.validation_text}"
             if not len(sequences):
                 raise ValueError(
-                    "there is neither a score.text nor a validation sequence: give --finish.score.text or --data.validation.sequences"
+                    "there is neither a score.text nor a validation sequence: give --finish.score.text or "
+                    "--data.validation.sequences"
                 )
         else:
             text = self.score.text
@@ -232,7 +233,7 @@ class FinishRun(Stopwatch):
         return Protocol(text, sequences, self.prompts, self.max_new_tokens)
 
     def _log_result(self, trainer: Trainer, finished: Finished) -> None:
-        """Log the final scores, which TensorBoard shows beside the run's settings, and the continuations."""
+        """Log the continuations, and the final scores, which TensorBoard shows with the run's settings."""
         rows = {row.name: row for row in finished.rows}
         metrics = {
             f"final/{figure}": float(getattr(rows["learned"], figure))

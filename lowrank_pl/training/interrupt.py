@@ -1,4 +1,4 @@
-"""Ctrl-C while ranks are learned: taken up between two batches, where nothing is half done."""
+"""Ctrl-C during learning: handled between two batches, when no step is half done."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["StopBetweenBatches", "explain_interruption"]
 
 @contextmanager
 def explain_interruption(trainer: Trainer, advice: Callable[[], str]) -> Iterator[None]:
-    """Turn the silent exit by which Lightning ends an interrupted fit into a ``KeyboardInterrupt`` with advice.
+    """Replace the silent exit of Lightning's interrupted fit by a ``KeyboardInterrupt`` with advice.
 
     Args:
-        trainer: Whose fit runs inside the block.
-        advice: Says how to go on.
+        trainer: The Trainer whose fit runs inside the block.
+        advice: Returns a text on how to continue.
 
     Raises:
         KeyboardInterrupt: The fit was interrupted.
@@ -32,57 +32,57 @@ def explain_interruption(trainer: Trainer, advice: Callable[[], str]) -> Iterato
             raise
         raise KeyboardInterrupt(advice()) from None
     finally:
-        # Lightning leaves Ctrl-C ignored.
+        # Lightning sets Ctrl-C to be ignored and does not restore it.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
 
 
 class StopBetweenBatches(Callback):
-    """Lets the first Ctrl-C end learning before the next batch; a second one ends it at once.
+    """Ends learning before the next batch after a first Ctrl-C, and at once after a second one.
 
-    Raised anywhere, as Python does, the interrupt can fall into the queue of TensorBoard's writer thread. Closing that
-    writer then waits for ever (once in forty runs), and Lightning ignores Ctrl-C by then.
+    Python raises the interrupt at any line, also inside the queue of TensorBoard's writer thread. Closing the writer
+    then hangs (once in forty runs), and at that point Lightning ignores Ctrl-C.
     """
 
     def __init__(self) -> None:
         self._before: Any = None
-        self._asked = False
+        self._requested = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to hold interrupts back."""
+        """Start to delay interrupts."""
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._note)
+            self._before = signal.signal(signal.SIGINT, self._on_signal)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Stop if that was asked for."""
-        self._stop_if_asked(trainer)
+        """Stop if Ctrl-C was pressed."""
+        self._stop_if_requested(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Stop if that was asked for."""
-        self._stop_if_asked(trainer)
+        """Stop if Ctrl-C was pressed."""
+        self._stop_if_requested(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let interrupts through again; stop if one was held back."""
-        self._let_through()
-        self._stop_if_asked(trainer)
+        """Stop delaying interrupts; raise a delayed one."""
+        self._restore_handler()
+        self._stop_if_requested(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let interrupts through again, unless this is one: Lightning ignores others while it shuts down."""
+        """Stop delaying interrupts, unless this is one: Lightning ignores Ctrl-C while it shuts down."""
         if not isinstance(exception, KeyboardInterrupt):
-            self._let_through()
+            self._restore_handler()
 
-    def _note(self, number: int, frame: Any) -> None:
-        if self._asked:
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._requested:
             raise KeyboardInterrupt
-        self._asked = True
+        self._requested = True
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        # Of several processes the first stops, and its launcher the others: each for itself would leave some of them
-        # waiting for gradients that never come.
-        if self._asked and trainer.is_global_zero:
+    def _stop_if_requested(self, trainer: Trainer) -> None:
+        # Only the first process stops, and its launcher then ends the others. If each stopped for itself, some would
+        # wait for gradients that never come.
+        if self._requested and trainer.is_global_zero:
             raise KeyboardInterrupt
 
-    def _let_through(self) -> None:
+    def _restore_handler(self) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
             self._before = None

@@ -1,4 +1,4 @@
-"""The LightningModule that learns ranks: a frozen model with masked layers, of which only the masks move."""
+"""The LightningModule that learns ranks: a frozen model with masked layers, in which only the masks are trained."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.training.checkpointing import check_fit, mark
 from lowrank_pl.training.data import CalibrationData, calibration_data
+from lowrank_pl.training.lightning_internals import attached_trainer
 from lowrank_pl.training.sharding import average_gradients, shard_frozen
 from lowrank_pl.utils.distributed import cooperating
 
@@ -56,15 +57,15 @@ class Start:
     """Where learning starts.
 
     Args:
-        plan: A plan that the masks start from, instead of the same ratio everywhere: its file, or the name of an
-            allocator, which then works on the learner's own factors and budget.
-        keep: Fraction to keep that the penalties pull to at first; needs ``steps``.
-        steps: Optimizer steps over which the target moves linearly from this ``keep`` to the run's.
-        record_order: Choose components by how long they were kept while the target came down (ACIP, arXiv
-            2502.01717), instead of by the masks as they are. One run then orders the components for all sizes between.
+        plan: A plan that the masks start from, instead of one ratio for all layers: its file, or the name of an
+            allocator, which then makes a plan from the learner's own factors and budget.
+        keep: First target of the penalties, as a fraction to keep; needs ``steps``.
+        steps: Optimizer steps in which the target moves linearly from this ``keep`` to the run's.
+        record_order: Choose components by how long they were kept while the target fell (ACIP, arXiv 2502.01717),
+            instead of by the final masks. One run then orders the components for all sizes in between.
 
     Raises:
-        ValueError: ``plan`` is neither a plan nor an allocator.
+        ValueError: ``plan`` is neither a plan nor the name of an allocator.
     """
 
     plan: str | Path | None = None
@@ -73,17 +74,18 @@ class Start:
     record_order: bool = False
 
     def __post_init__(self) -> None:
-        # A wrong name is found now, not when the factors are there.
+        # So that a wrong name fails now, and not after the factors are built.
         read_start(self.plan)
 
 
 @dataclass(frozen=True)
 class Compute:
-    """What learning may spend.
+    """Settings that trade exact computation, time and memory.
 
     Args:
-        inactive_gate_stride: Use every N-th token for the gradients of inactive gates: unbiased and cheaper. 1 is exact.
-        gradient_checkpointing: Compute each block's activations again in the backward pass, to save memory.
+        inactive_gate_stride: Use every N-th token for the gradients of inactive gates: unbiased and cheaper. 1 is
+            exact.
+        gradient_checkpointing: Recompute each block's activations in the backward pass, to save memory.
 
     Raises:
         ValueError: ``inactive_gate_stride`` below 1.
@@ -103,29 +105,30 @@ class Compute:
 class RankLearner(LightningModule):
     """Learns how many components every linear layer of a frozen causal language model keeps.
 
-    ``configure_model`` loads the base, finds or builds its factors and inserts masked layers. Training then steps the
-    masks alone, on the data terms and the mask method's penalties. Validation scores the *hard* plan at the exact
-    budget. Checkpoints hold the masks and nothing else.
+    ``configure_model`` loads the base, loads or builds its factors, and inserts masked layers. Training updates only
+    the masks, on the data terms and the mask method's penalties. Validation scores the *hard* plan at the exact budget.
+    Checkpoints contain only the masks.
 
     Args:
-        base: The model, and how it is loaded. Masks are float32 whatever its type is.
+        base: The model, and how it is loaded. Masks are float32 for every dtype of the base.
         keep: Fraction of the targeted parameters to keep.
         mask: The mask method with its settings; by default ARA.
         data_terms: Weights of cross-entropy, logit divergence and activation divergence.
         decomposition: How weights are decomposed.
         optimizer: Makes the optimizer of the mask parameters.
-        lr_scheduler: Makes its schedule, stepped after every optimizer step; ``cosine`` lets the step size fall to 0
-            along half a cosine over all steps of the run.
-        constraints: Which linear layers are targets, what their ranks must respect, and how low-rank layers are stored
-            in the end, which decides on what a rank costs.
+        lr_scheduler: Makes the learning rate schedule, stepped after every optimizer step; ``cosine`` decays the
+            learning rate to 0 along half a cosine over all steps of the run.
+        constraints: Which linear layers are targets, the constraints on their ranks, and the storage of low-rank
+            layers, which sets the cost of a rank.
         start: Where masks and target start.
-        prune: How the MLPs' width is pruned before ranks are learned; by default it is not. The run's base is then a
-            folder in the cache, and ``keep`` counts the parameters of the base that was named.
+        prune: How MLPs are pruned in width before ranks are learned; by default they are not. The pruned base is a
+            folder in the cache, and ``keep`` still counts the parameters of the named base.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
-        compute: What learning may spend.
+        compute: Settings that trade exact computation, time and memory.
 
     Raises:
-        ValueError: ``keep`` outside (0, 1], half of a schedule, or an order without a target that comes down.
+        ValueError: ``keep`` is not in (0, 1], ``start`` gives only one of ``keep`` and ``steps``, or
+            ``start.record_order`` is set without a falling target.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -157,7 +160,7 @@ class RankLearner(LightningModule):
     ) -> None:
         super().__init__()
         self.schedule = KeepSchedule(keep, start.keep, start.steps, falling=start.record_order)
-        # The base that was named, and the one that is compressed: that or, with pruning, a folder made from it.
+        # The base that the user named, and the one that is compressed: with pruning, a folder in the cache.
         self.named_base = self.base = base
         self.keep, self.constraints, self.prune, self.compute = keep, constraints, prune, compute
         self.mask_method = mask or ARA()
@@ -177,30 +180,30 @@ class RankLearner(LightningModule):
     # -- building ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions that would cast the masks, and devices that factors can't be made on."""
+        """Check the Trainer's precision, which must not cast the masks, and that its device can build factors."""
         if self.trainer.strategy.root_device.type == "mps":
             raise ValueError(
-                "Apple's GPUs lack float64, which statistics and factors are made in: use --trainer.accelerator cpu"
+                "Apple's GPUs lack float64, which statistics and factors need: use --trainer.accelerator cpu"
             )
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise ValueError(
-                f"the Trainer's precision is {precision!r}, which casts the masks too: steps of 1e-3 then vanish in "
-                "rounding. Use precision '32-true' and load the base in bfloat16 with --model.base.dtype bfloat16"
+                f"the Trainer's precision is {precision!r}, which also casts the masks; updates of 1e-3 vanish in "
+                "rounding: use precision '32-true' and load the base in bfloat16 with --model.base.dtype bfloat16"
             )
 
     def configure_model(self) -> None:
-        """Load the base, take or build its factors, put the masked layers in; once."""
+        """Load the base, load or build its factors, and insert the masked layers; later calls do nothing."""
         if self.model is not None:
             return
         data = calibration_data(self.trainer)
         device = self.trainer.strategy.root_device
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        # The Trainer would have everything made on its device, where tables of angles come out other than in a model
-        # that is loaded and moved, and where generators of the CPU can't draw.
+        # Lightning calls this hook with its own device as the default. Rotary tables computed there would differ from
+        # those of a model that is loaded and moved, and CPU generators do not work there.
         with torch.device("cpu"):
             if self.prune is not None:
-                # What is to be sharded may be more than a device holds.
+                # A base that is to be sharded may not fit on one device.
                 self._prune(self.prune, data, torch.device("cpu") if sharded else device)
             began = time.perf_counter()
             shared = open_shared(self.base, self.constraints, device) if sharded else None
@@ -235,13 +238,13 @@ class RankLearner(LightningModule):
     def build(
         self, model: PreTrainedModel, data: CalibrationData, *, sharded: bool = False, shared: SharedBase | None = None
     ) -> None:
-        """Make ``model`` the one that this learner works on.
+        """Insert masked layers into ``model`` and learn its ranks from now on.
 
         Args:
             model: The dense base.
-            data: Gives the tokenizer and the sequences for statistics.
-            sharded: Leave the factors on disk, for ``shard_frozen`` to read this process's share of them.
-            shared: What ``model`` is the skeleton of, where it has no weights; these are left on disk as well.
+            data: Source of the tokenizer and of the sequences for statistics.
+            sharded: Leave the factors on disk; ``shard_frozen`` later reads the rows of this process.
+            shared: The base on disk, if ``model`` is its skeleton without weights; the weights stay on disk too.
         """
         subject = self._subject(model, data, None if shared is None else shared.targets)
         self.targets, self.budget = subject.targets, subject.budget(self.keep)
@@ -264,38 +267,38 @@ class RankLearner(LightningModule):
         self.shared = self.masks.shared
         if self.start.record_order:
             self.lifetimes = ACIP({name: mask.rank for name, mask in self.masks.items()})
-        for module in self._beside().values() if shared is None else ():
+        for module in self._extra_modules().values() if shared is None else ():
             module.to(model.device)
-        learnt, frozen = sum(p.numel() for p in self.mask_parameters()), self.budget.model_parameters
-        _log.info("%s mask parameters learn, the base's %s do not move", f"{learnt:,}", f"{frozen:,}")
+        learned, frozen = sum(p.numel() for p in self.mask_parameters()), self.budget.model_parameters
+        _log.info("%s mask parameters are trained; the base's %s parameters are frozen", f"{learned:,}", f"{frozen:,}")
 
     def _factors(self, subject: Subject, shared: SharedBase | None) -> FactorStore:
-        """Return the store of the factors, which all processes build together."""
+        """Return the store of the factors; all processes build missing ones together."""
         make = build_factors if shared is None else shared.factors
         with cooperating():
             return make(subject, settings=self.decomposition, directory=self.store_directory)
 
     def _start_plan(self, subject: Subject) -> RankPlan | None:
-        """Return the plan to start from; an allocator makes it on the first process, for all."""
+        """Return the plan to start from; if an allocator makes it, the first process runs it for all."""
         method = self.start_from
         if method is None or isinstance(method, RankPlan):
             return method
-        text = ""
-        if not self._trainer or self.trainer.is_global_zero:
+        text, trainer = "", attached_trainer(self)
+        if trainer is None or trainer.is_global_zero:
             if subject.model.device.type == "meta" and method.needs_model:
-                _log.warning("the first process loads the whole base into memory, which %s runs", method.name)
+                _log.warning("the first process loads the whole base into memory, because %s runs it", method.name)
                 subject = replace(subject, model=self.base.load())
             plan = allocate_on(self.store, subject, self._current_budget(), method, directory=self.store_directory)
             text = plan.to_json()
-        return RankPlan.from_json(self.trainer.strategy.broadcast(text) if self._trainer else text)
+        return RankPlan.from_json(text if trainer is None else trainer.strategy.broadcast(text))
 
     def mask_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that learn: those of the masks in the model's order, then what they share."""
-        learning = [*self.masks.values(), *self._beside().values()]
+        """Return the trained parameters: those of the masks in the model's order, then those that masks share."""
+        learning = [*self.masks.values(), *self._extra_modules().values()]
         return [parameter for module in learning for parameter in module.parameters()]
 
-    def _beside(self) -> dict[str, nn.Module]:
-        """Return what learns or remembers beside the masks, by name."""
+    def _extra_modules(self) -> dict[str, nn.Module]:
+        """Return the modules with learned parameters or state besides the masks, by name."""
         found = {"shared": self.shared, "lifetimes": self.lifetimes}
         return {name: module for name, module in found.items() if module is not None}
 
@@ -303,14 +306,14 @@ class RankLearner(LightningModule):
 
     @property
     def target_keep(self) -> float:
-        """The fraction to keep that the penalties pull to in this step."""
-        return self.schedule.at(self.global_step if self._trainer else 0)
+        """The target of the penalties in this step, as a fraction to keep."""
+        return self.schedule.at(0 if attached_trainer(self) is None else self.global_step)
 
     def _current_budget(self) -> Budget:
         return replace(self.budget, keep=self.target_keep)
 
     def on_fit_start(self) -> None:
-        """Put the base in train mode when it checkpoints gradients, which is inert in eval mode; else in eval mode."""
+        """Set the base to eval mode; to train mode with gradient checkpointing, which does nothing in eval mode."""
         self._base().train(self.compute.gradient_checkpointing)
         most, planned = self.trainer.max_steps, self.trainer.estimated_stepping_batches
         if planned < most:
@@ -336,44 +339,46 @@ class RankLearner(LightningModule):
         kept = kept_share(ratios.detach().clamp(max=1), dense_sizes(self.masks, ratios)) * budget.present / budget.total
         self.log("keep/expected", kept, prog_bar=True)
         self.log_dict({"keep/target": self.target_keep, "keep/overshoot": kept - self.target_keep})
-        # Loggers put it at the step that it is part of; Lightning's own count is one less, also in validation.
+        # Loggers show a value at the step that it belongs to. Lightning's own count is one less, also in validation.
         self.log("step", float(self.global_step + 1))
         return loss
 
     def on_train_start(self) -> None:
-        """Look where the masks are: a checkpoint may be of a run that had come to its end."""
-        self._look_at_masks(self.global_step)
+        """Advance the masks; a resumed checkpoint may be of a run that was finished."""
+        self._update_masks(self.global_step)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Step, then look where the masks are, before any callback writes a checkpoint of it."""
+        """Step, then advance the masks, before any callback writes a checkpoint."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._look_at_masks(self.global_step + 1)
+        self._update_masks(self.global_step + 1)
 
     @torch.no_grad()
-    def _look_at_masks(self, step: int) -> None:
+    def _update_masks(self, step: int) -> None:
+        """Advance the masks to ``step``, record their order, and stop the run when the method is finished."""
         self.mask_method.advance(self.masks, step, replace(self.budget, keep=self.schedule.at(step)))
         if self.lifetimes is not None:
             self.lifetimes.record(self.masks, step)
         if not self.trainer.should_stop and self.mask_method.finished(self.masks, self.budget, step):
-            _log.info("%s: learning is over after %d steps", self.mask_method.name, step)
+            _log.info("%s: learning is finished after %d steps", self.mask_method.name, step)
             self.trainer.should_stop = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Average gradients over processes where FSDP2, which leaves masks alone, is in charge; let the method look."""
+        """Average gradients over processes under FSDP2, which ignores masks; pass them to the mask method; log them."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
             average_gradients(self.mask_parameters())
-        # Lightning divides each loss by this, clips after this hook, and steps on what an epoch's end leaves over.
+        # Lightning divides each loss by accumulate_grad_batches, also in the last, incomplete step of an epoch, and
+        # clips gradients after this hook.
         self.mask_method.observe(self.masks, self.global_step, accumulated=self.trainer.accumulate_grad_batches)
         gradients = [parameter.grad for parameter in self.mask_parameters() if parameter.grad is not None]
         self.log("learning/gradient norm", nn.utils.get_total_norm(gradients))
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer of the mask parameters, with its schedule if one was given.
+        """Return the optimizer of the mask parameters, with its learning rate schedule if there is one.
 
         Raises:
-            ValueError: The step size is to fall along a cosine over a run that has no end.
+            ValueError: The schedule is ``cosine`` and the run has no last step.
         """
         optimizer = self.optimizer(self.mask_parameters())
         make = self.lr_scheduler
@@ -381,7 +386,7 @@ class RankLearner(LightningModule):
             steps = self.trainer.estimated_stepping_batches
             if steps == math.inf:
                 raise ValueError(
-                    "lr_scheduler cosine needs a run with an end: give the trainer max_steps, or the data windows"
+                    "lr_scheduler cosine needs a run with an end: give the trainer max_steps or max_epochs"
                 )
             make = partial(half_cosine, steps=int(steps))
         if make is None:
@@ -391,7 +396,7 @@ class RankLearner(LightningModule):
     # -- validation: the hard plan at the exact budget ---------------------------------------------------------------
 
     def plan(self) -> RankPlan:
-        """Return the plan that the masks stand for now, at the exact budget, with its origin and notes."""
+        """Return the plan of the present masks at the exact budget, with its origin and notes."""
         if self.lifetimes is None:
             plan = self.mask_method.finalise(self.masks, self.budget)
         else:
@@ -399,11 +404,11 @@ class RankLearner(LightningModule):
         return plan.with_origin(self.origin, self.store.fingerprint, self.notes)
 
     def on_validation_start(self) -> None:
-        """Take the plan that this validation scores."""
+        """Choose the plan that this validation scores."""
         self.score.begin(self.plan(), self.layers)
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
-        """Score one batch of token ids ``[batch, length]`` with the hard plan, the first time densely too.
+        """Score one batch of token ids ``[batch, length]`` with the hard plan, in the first validation also densely.
 
         Raises:
             ValueError: A score is not finite.
@@ -411,36 +416,36 @@ class RankLearner(LightningModule):
         self.score.add(self._base(), self.layers, tokens)
 
     def on_validation_epoch_end(self) -> None:
-        """Log perplexity of the hard plan and its excess over the dense model in nats."""
+        """Log the perplexity of the hard plan, and its excess over the dense model in nats."""
         nats, dense = self.score.plan.compute(), self.score.dense.compute()
-        # Already the same on all processes; without sync_dist Lightning would warn that they may not be.
+        # The values are already equal on all processes; sync_dist only avoids a warning of Lightning.
         self.log("val/perplexity", nats.exp(), sync_dist=True)
         self.log("val/excess", nats - dense, prog_bar=True, sync_dist=True)
         self.log("step", float(self.global_step), sync_dist=True)
         if self.trainer.sanity_checking:
-            # It saw some of the sequences only; the next validation needs the dense score of all.
+            # The sanity check scores only some sequences; the next validation needs the dense score of all.
             self.score.dense.reset()
 
     # -- checkpoints: masks only -------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the masks and what they share, alone: everything else comes from the base and the store."""
+        """Return the state of the masks and of the modules beside them; all else comes from the base and the store."""
         saved: dict[str, Any] = {}
         for name, mask in self.masks.items():
             saved |= mask.state_dict(prefix=f"model.{name}.mask.")
-        for name, module in self._beside().items():
+        for name, module in self._extra_modules().items():
             saved |= module.state_dict(prefix=f"{name}.")
         return saved
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record what the masks belong to."""
+        """Record the identity of the run that the masks belong to."""
         mark(checkpoint, self._identity())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose masks do not fit.
+        """Check that the checkpoint's masks belong to this run.
 
         Raises:
-            ValueError: It is of another kind, model, store or mask; the message says what differs.
+            ValueError: Mask method, size, factors or masks differ; the message says which.
         """
         check_fit(checkpoint, self._identity(), former={"mask": self.mask_method.former_names})
 

@@ -1,4 +1,4 @@
-"""The progress bar of learning: one for the whole run, with the time that it still takes."""
+"""The progress bar of learning: one for the whole run, with the remaining time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["LearningBar"]
 
 
 class LearningBar(ProgressBar):
-    """Shows optimizer steps out of those of the whole run, not of an epoch, and a short bar for each validation."""
+    """Shows the optimizer steps of the whole run, not of an epoch, and a short bar for each validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,39 +30,39 @@ class LearningBar(ProgressBar):
         self._silent = False
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return what stands at the end of the bar: logged values, without the logger's version."""
+        """Return the values at the end of the bar: logged values without the logger's version."""
         metrics = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if name != "v_num"}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the bar, after a resume where the checkpoint was written."""
+        """Start the bar; after a resume, at the checkpoint's step."""
         steps = trainer.estimated_stepping_batches
         total = None if math.isinf(steps) else int(steps)
         done = trainer.global_step
         self._learning = tqdm(total=total, initial=done, desc="learn", unit="step", disable=self._silent)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Move on to the steps done."""
+        """Move the bar to the present step."""
         self._learning.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
         self._learning.update(trainer.global_step - self._learning.n)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and leave it on the screen."""
         self._learning.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the bars as they are, so that what is said next has a line of its own."""
+        """Close the bars, so that the next message starts on a new line."""
         for bar in (self._validating, self._learning):
             if bar is not None:
                 bar.close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a bar of sequences to score."""
+        """Start a bar of validation batches."""
         batches = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
         self._validating = tqdm(total=batches, desc="validate", unit="batch", disable=self._silent, leave=False)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Move on by one batch."""
+        """Advance the bar by one batch."""
         self._validating.update()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

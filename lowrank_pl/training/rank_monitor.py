@@ -1,4 +1,4 @@
-"""The Lightning callback that shows in TensorBoard how ranks move, where the budget goes and what the loss is."""
+"""The Lightning callback that shows ranks, budget and loss in TensorBoard during learning."""
 
 from __future__ import annotations
 
@@ -34,34 +34,33 @@ from lowrank_pl.utils.formatting import block_and_kind
 __all__ = ["RankMonitor"]
 
 MANY = 12
-"""Blocks beyond which a chart of one line each can't be read, and a band stands for them."""
+"""Models with more blocks get a band over blocks, because a chart with one line per block is unreadable."""
 
 
 BAND = {"kept over blocks/median": 50, "kept over blocks/lowest tenth": 10, "kept over blocks/highest tenth": 90}
 
 
 METRICS = ("val/excess", "val/perplexity", "keep/plan", "keep/expected", "final/excess_nats", "final/kept_targeted")
-"""What stands beside the settings when runs are compared."""
+"""Metrics shown with the settings when runs are compared."""
 
 
 class RankMonitor(Callback):
-    """Logs how the ranks move, to every logger as scalars, and to TensorBoard as a page of charts and as pictures.
+    """Logs how ranks change: scalars to every logger, and charts and figures to TensorBoard.
 
-    Kept fractions by module type and by block, the share of the budget that each type has, learning rate and seconds a
-    step are scalars. TensorBoard also gets a page of charts ("Custom Scalars"), rank maps of the hard plan, histograms
-    of the soft masks, pictures of the course so far with each map, and the run's settings. Nothing that it does changes
-    what is learned. Only the first process writes; after a resume, steps that are done again replace those that were
-    written before.
+    The scalars are the kept fraction of each module type and block, each type's share of the budget, the learning rate
+    and the seconds per step. TensorBoard also gets a page of charts ("Custom Scalars"), rank maps of the hard plan with
+    the history of ranks so far, histograms of the soft masks, and the run's settings. The callback does not change the
+    learned result. Only the first process writes. After a resume, repeated steps replace their earlier values.
 
     Args:
         every_n_steps: Steps between scalars.
-        map_every_n_steps: Steps between rank maps; by default an eighth of the run, as TensorBoard shows ten pictures
-            of a kind. One is drawn at the start and at the end in any case.
-        histogram_every_n_steps: Steps between histograms; by default a twentieth of the run. As for the maps, there is
-            one at the start and at the end.
+        map_every_n_steps: Steps between rank maps; by default an eighth of the run, because TensorBoard shows ten
+            figures per tag. There is always one at the start and one at the end.
+        histogram_every_n_steps: Steps between histograms; by default a twentieth of the run. There is always one at the
+            start and one at the end.
 
     Raises:
-        ValueError: A number of steps below 1.
+        ValueError: A number of steps is below 1.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class RankMonitor(Callback):
     # -- when -------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the settings; after a resume, void what was written of later steps."""
+        """Write the settings; after a resume, void the events of later steps."""
         learner = _learner(pl_module)
         self._done = trainer.global_step
         self._map_every = self.map_every_n_steps or _part_of(trainer, 8)
@@ -99,16 +98,16 @@ class RankMonitor(Callback):
             self.history, self._drawn, self._binned = RankHistory(), -1, -1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note when the batch began, and at which learning rate; before the first one, where the ranks start."""
-        # Not when training starts: masks that follow from a budget are set by the learner, whose turn comes later then.
+        """Record start time and learning rate of the batch; before the first batch, log the initial ranks."""
+        # Not in on_train_start: the learner sets masks that depend on the budget there, and is called after callbacks.
         if not trainer.global_step and not self.history.steps:
-            self._show(trainer, _learner(pl_module), everything=True)
+            self._log_due(trainer, _learner(pl_module), everything=True)
         self._began, self._rate = time.perf_counter(), float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log and draw what is due after an optimizer step."""
+        """Log what is due after an optimizer step."""
         self._seconds += time.perf_counter() - self._began
         if trainer.global_step == self._done:  # one of several batches that make a step
             return
@@ -118,51 +117,51 @@ class RankMonitor(Callback):
             self._laid_out = True
             for board in boards(trainer):
                 write_layout(board, _charts(trainer, learner))
-        self._show(trainer, learner)
+        self._log_due(trainer, learner)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log and draw where the ranks have come to, and the way there."""
-        self._show(trainer, _learner(pl_module), everything=True)
+        """Log the final ranks and their history."""
+        self._log_due(trainer, _learner(pl_module), everything=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mark the run as one that has come to its end."""
+        """Mark the run as finished."""
         for board in boards(trainer):
             mark_success(board)
 
     # -- resume -----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put what was written so far on the disk: a resume goes on behind it."""
+        """Flush all events to disk, because a resume continues after them."""
         for board in boards(trainer):
             board.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the course of the ranks so far, for the checkpoint."""
+        """Return the history of the ranks, for the checkpoint."""
         return self.history.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the course of the checkpoint's run."""
+        """Continue the history of the checkpoint's run."""
         self.history.load_state_dict(state_dict)
 
     # -- what -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _show(self, trainer: Trainer, learner: RankLearner, *, everything: bool = False) -> None:
-        """Log and draw what is due at this step, or everything that is not there yet."""
+    def _log_due(self, trainer: Trainer, learner: RankLearner, *, everything: bool = False) -> None:
+        """Log what is due at this step, or with ``everything`` all that was not logged at this step yet."""
         step = trainer.global_step
         if not trainer.is_global_zero:
             return
         logged = self.history.steps[-1] if self.history.steps else -1
         if step > logged and (everything or step % self.every_n_steps == 0):
-            self._log(trainer, learner, step)
+            self._log_scalars(trainer, learner, step)
         if self._drawn < step and (everything or step % self._map_every == 0):
             self._drawn = step
-            self._draw(trainer, learner, step)
+            self._log_figures(trainer, learner, step)
         if self._binned < step and (everything or step % self._histogram_every == 0):
             self._binned = step
-            self._bin(trainer, learner, step)
+            self._log_histograms(trainer, learner, step)
 
-    def _log(self, trainer: Trainer, learner: RankLearner, step: int) -> None:
+    def _log_scalars(self, trainer: Trainer, learner: RankLearner, step: int) -> None:
         ratios = torch.stack([mask.ratio() for mask in learner.masks.values()])
         sizes = dict(zip(learner.masks, dense_sizes(learner.masks, ratios).tolist(), strict=True))
         kept = kept_by_group(sizes, ratios.tolist())
@@ -175,7 +174,7 @@ class RankMonitor(Callback):
             self._seconds, self._timed = 0.0, 0
         log_everywhere(trainer, values, step)
 
-    def _draw(self, trainer: Trainer, learner: RankLearner, step: int) -> None:
+    def _log_figures(self, trainer: Trainer, learner: RankLearner, step: int) -> None:
         plan = learner.plan()
         log_everywhere(trainer, {"keep/plan": plan.keep_targeted}, step)
         for board in boards(trainer):
@@ -184,7 +183,7 @@ class RankMonitor(Callback):
             if len(self.history.steps) > 1:
                 board.add_figure("ranks/history", self.history.figure(), global_step=step)
 
-    def _bin(self, trainer: Trainer, learner: RankLearner, step: int) -> None:
+    def _log_histograms(self, trainer: Trainer, learner: RankLearner, step: int) -> None:
         gates: dict[str, list[torch.Tensor]] = defaultdict(list)
         for name, mask in learner.masks.items() if boards(trainer) else ():
             gates[block_and_kind(name)[1]].append(mask.soft().float())
@@ -200,7 +199,7 @@ def _learner(module: LightningModule) -> RankLearner:
 
 
 def _part_of(trainer: Trainer, parts: int) -> int:
-    """Return the steps of one of so many parts of the run; 100 where it has no end."""
+    """Return the number of steps in one of ``parts`` parts of the run; 100 if the run has no end."""
     steps = trainer.estimated_stepping_batches
     return 100 if math.isinf(steps) else max(1, math.ceil(steps / parts))
 
@@ -215,7 +214,7 @@ def _scalars(kept: Kept) -> dict[str, float]:
 
 
 def _charts(trainer: Trainer, learner: RankLearner) -> Mapping[str, Mapping[str, Chart]]:
-    """Return the page of charts: of tags that this run has, in the order in which one asks."""
+    """Return the page of charts of the tags that this run has, the most important first."""
     sizes = dict.fromkeys(learner.masks, 1)
     tags = _scalars(kept_by_group(sizes, [1.0] * len(sizes)))
     of = {group: [tag for tag in tags if tag.startswith(f"{group}/")] for group in ("kept by type", "kept by block")}
@@ -249,9 +248,9 @@ def _charts(trainer: Trainer, learner: RankLearner) -> Mapping[str, Mapping[str,
 
 
 def _settings(trainer: Trainer, learner: RankLearner) -> dict[str, Any]:
-    """Return the settings that tell runs apart, flat.
+    """Return the settings that distinguish runs, as a flat mapping.
 
-    TensorBoard sorts them by name and shows the first five: what people vary comes first that way.
+    TensorBoard sorts them by name and shows the first five. The names are chosen so that these vary most often.
     """
     data, optimizer = calibration_data(trainer), trainer.optimizers[0]
     terms = {key: value for key, value in asdict(learner.data_terms).items() if isinstance(value, float | str)}

@@ -1,4 +1,4 @@
-"""Learning with base and factors sharded over processes (FSDP2): who holds what, and who averages the gradients."""
+"""Learning with base and factors sharded over processes (FSDP2), and with gradients averaged by our own code."""
 
 from __future__ import annotations
 
@@ -31,54 +31,54 @@ def shard_frozen(
 ) -> None:
     """Shard the parameters of ``model`` over all processes, layer by layer, in place.
 
-    Of the factors each process reads its own components from disk; nowhere are they whole in memory. Likewise the
-    weights of a model that has none yet.
+    Each process reads only its own components of the factors from disk, and with a skeleton only its own rows of the
+    weights. No process holds all of them in memory.
 
     Args:
-        model: With masked layers in whose factors are on the meta device (``insert_masks`` with ``empty``).
+        model: Model with masked layers whose factors are on the meta device (``insert_masks`` with ``empty``).
         store: The factors.
-        whole: The parameters that learn; they stay as they are on every process.
-        device: Where this process computes.
-        skeleton: Reads the weights, where all of them are on the meta device.
+        whole: The trained parameters; every process keeps all of them.
+        device: Device of this process.
+        skeleton: Reads the weights if all of them are on the meta device.
     """
-    # Lightning's own mesh would split them into data and tensor parallelism, and this model over a part of them only.
+    # Lightning's mesh has a data and a tensor dimension, and FSDP2 would shard over one of them only.
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     ignored = set(whole)
-    shares = _Shares(model, store, device, skeleton)
+    reader = _RowReader(model, store, device, skeleton)
     for block in tqdm(decoder_blocks(model)[1], desc="shard", unit="block", disable=mesh.get_rank() > 0):
-        # Each layer by itself: what a step gathers at a time, and once more ahead, then is a layer and not a block.
+        # Layers are sharded separately, so a pass gathers one layer and prefetches one, and not whole blocks.
         for layer in [layer for layer in block.modules() if isinstance(layer, MaskedLinear)]:
             fully_shard(layer, mesh=mesh, ignored_params=ignored)
-            shares.read(layer)
+            reader.read(layer)
         fully_shard(block, mesh=mesh, ignored_params=ignored)
-        shares.read(block)
+        reader.read(block)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
-    shares.read(model)
+    reader.read(model)
 
 
-class _Shares:
-    """This process's shares of parameters that were sharded without values; arguments as in ``shard_frozen``."""
+class _RowReader:
+    """Reads this process's rows of parameters that were sharded on the meta device; arguments of ``shard_frozen``."""
 
     def __init__(self, model: nn.Module, store: FactorStore, device: torch.device, skeleton: Skeleton | None) -> None:
         self.store, self.device, self.skeleton = store, device, skeleton
         self._names = {module: name for name, module in model.named_modules()}
-        # By what stood there before, since a tied one stands in several places.
+        # By the parameter on the meta device, because a tied parameter belongs to several modules.
         self._read: dict[nn.Parameter, nn.Parameter] = {}
 
     def read(self, root: nn.Module) -> None:
-        """Give the parameters of ``root`` that are sharded without values the rows that this process holds."""
+        """Load this process's rows of the parameters of ``root`` that are sharded on the meta device."""
         for module in root.modules():
             parameters = module.named_parameters(recurse=False)
             empty = {key: one for key, one in parameters if isinstance(one, DTensor) and one.is_meta}
             if empty:
                 self._read |= self._rows(module, {key: one for key, one in empty.items() if one not in self._read})
-                # FSDP2 looks after what is loaded, and pads it.
+                # FSDP2 hooks into load_state_dict and pads the rows.
                 module.load_state_dict(
                     {key: self._read[one] for key, one in empty.items()}, strict=False, assign=True
                 )  # fmt: skip
 
     def _rows(self, module: nn.Module, empty: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
-        """Return for each of ``empty``, parameters of ``module`` by name, one with the rows that this process holds."""
+        """Return, for each parameter of ``module`` in ``empty``, a parameter with the rows of this process."""
         found = self._factors(module) if "right" in empty and isinstance(module, MaskedLinear) else {}
         found |= self._weights(module, empty.keys() - found.keys())
         filled: dict[nn.Parameter, nn.Parameter] = {}
@@ -91,30 +91,30 @@ class _Shares:
         return filled
 
     def _factors(self, layer: MaskedLinear) -> dict[str, Tensor]:
-        """Return the components of ``layer`` that this process holds, rows of both of its factors."""
-        factors = self.store.factors(self._names[layer], _mine(layer.right))
+        """Return this process's components of ``layer``: rows of both of its factors."""
+        factors = self.store.factors(self._names[layer], _rows_here(layer.right))
         rows = component_rows(factors, torch.empty(0, dtype=layer.right.dtype, device=self.device))
         return dict(zip(("left_rows", "right"), rows, strict=True))
 
     def _weights(self, module: nn.Module, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Return the rows of the parameters ``keys`` of ``module`` that this process holds."""
+        """Return this process's rows of the parameters ``keys`` of ``module``."""
         found = {}
         for key in keys:
-            assert self.skeleton is not None, "a parameter without values, and nothing to read it from"
+            assert self.skeleton is not None, "a parameter on the meta device needs a skeleton to be read from"
             transposed = key == "weight" and isinstance(module, MaskedLinear) and module.was_conv1d
-            rows = _mine(module.get_parameter(key))
+            rows = _rows_here(module.get_parameter(key))
             found[key] = self.skeleton.rows(f"{self._names[module]}.{key}", rows, transposed=transposed)
         return found
 
 
-def _mine(parameter: Tensor) -> slice:
+def _rows_here(parameter: Tensor) -> slice:
     assert isinstance(parameter, DTensor)
     mesh = parameter.device_mesh
     return own_rows(len(parameter), mesh.get_local_rank(), mesh.size())
 
 
 def own_rows(count: int, rank: int, world: int) -> slice:
-    """Return which of ``count`` rows process ``rank`` of ``world`` holds, as FSDP2 shards them (``torch.chunk``).
+    """Return the rows of ``count`` that process ``rank`` of ``world`` holds, as FSDP2 shards them (``torch.chunk``).
 
     >>> [own_rows(5, rank, 4) for rank in range(4)]
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None), slice(5, 5, None)]
@@ -126,14 +126,14 @@ def own_rows(count: int, rank: int, world: int) -> slice:
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace the gradients of ``parameters`` by their mean over all processes.
 
-    Without a gradient on this process, a parameter counts as 0, so that all processes send the same amount.
+    A missing gradient counts as 0, so that all processes send tensors of the same size.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    # gloo has no average: sum and divide, in one message for all masks.
+    # gloo has no average, so sum and divide; one message for all masks saves latency.
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
     for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):

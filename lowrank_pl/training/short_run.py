@@ -1,4 +1,4 @@
-"""One short learning run of ``lowrank compare``, by Lightning, on the model that is already there."""
+"""Short learning runs of ``lowrank compare`` with Lightning, on a model that is already loaded."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["ShortRuns"]
 
 @dataclass(frozen=True)
 class ShortRuns:
-    """Short learning runs for a comparison, on a model that is loaded already.
+    """Short learning runs for a comparison, on a model that is already loaded.
 
     Args:
-        subject: The dense base with its text; masked layers are in the model only while it learns.
+        subject: The dense base with its text. The model has masked layers only during a run.
         seed: Seed of the order of sequences.
     """
 
@@ -39,9 +39,9 @@ class ShortRuns:
     seed: int
 
     def learn(self, method: Recipe, keep: float, folder: Path) -> tuple[RankPlan, FactorStore, float]:
-        """Return the plan that the recipe's mask learned, the factors that it is for, and the seconds of learning.
+        """Return the learned plan, the factors that it is for, and the seconds of learning.
 
-        A run that was killed goes on from its checkpoint in ``folder``, where its events for TensorBoard are as well.
+        ``folder`` holds checkpoints and TensorBoard events; a killed run continues from its last checkpoint there.
         """
         learning = method.learning
         assert learning is not None
@@ -53,7 +53,7 @@ class ShortRuns:
         model = self.subject.model
         device = model.device
         try:
-            # On the model that is there: a learner would load a second one.
+            # Use the loaded model; configure_model would load a second one.
             learner.build(model, data)
             with explain_interruption(trainer, lambda: "run the same command again to go on"):
                 trainer.fit(learner, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)

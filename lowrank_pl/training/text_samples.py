@@ -1,4 +1,4 @@
-"""The Lightning callback that shows in TensorBoard what the model sounds like while its ranks are learned."""
+"""The Lightning callback that shows continuations of prompts in TensorBoard during learning."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ _log = logging.getLogger(__name__)
 
 
 BEGINNINGS = 3
-"""Validation sequences whose first tokens are continued where no prompt was given."""
+"""Number of validation sequences whose first tokens are continued if no prompt is given."""
 
 
 BEGINNING = 12
-"""How many tokens these are."""
+"""Number of these first tokens."""
 
 
 class TextSamples(Callback):
-    """Writes greedy continuations of a few prompts to TensorBoard: of the dense model, and of the hard plan so far.
+    """Writes greedy continuations of a few prompts to TensorBoard, by the dense model and by the present hard plan.
 
-    The first are written before learning begins, the next after every validation, the last when learning ends. They
-    leave no trace in what is learned: no random number is drawn, and every module gets back its mode. Without a
-    TensorBoard logger nothing is generated. Where several processes share one model (FSDP2) all of them would have to
-    generate in lockstep; there it is left out, and said so.
+    They are written before learning, after every validation, and at the end. The callback does not change the learned
+    result: it uses no random number and restores the mode of every module. Without a TensorBoard logger nothing is
+    generated. With FSDP2 all processes would have to generate in lockstep; the callback then does nothing and logs a
+    warning.
 
     Args:
-        prompts: Texts to continue; by default those of ``FinishRun``, or where it has none the first words of three
+        prompts: Texts to continue. The default is those of ``FinishRun`` or, if it has none, the first words of three
             validation sequences. An empty list generates nothing.
-        max_new_tokens: How far they are continued; with as many prompts, what one look costs.
-        every_n_steps: Optimizer steps between two looks; by default one after every validation.
+        max_new_tokens: Maximum length of a continuation; together with the number of prompts it sets the cost.
+        every_n_steps: Optimizer steps between continuations; by default they follow every validation.
 
     Raises:
-        ValueError: A number below 1.
+        ValueError: A number is below 1.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class TextSamples(Callback):
         self._shown = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at the prompts before anything is loaded."""
+        """Check the prompts before anything is loaded."""
         if stage == "fit" and self.prompts:
             check_prompts(calibration_data(trainer).tokenizer, self.prompts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the prompts; refuse those that the model is too short for.
+        """Choose the prompts, and check that they fit the model.
 
         Raises:
             ValueError: A prompt is too long.
@@ -83,8 +83,8 @@ class TextSamples(Callback):
         if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.world_size > 1:
             if trainer.is_global_zero:
                 _log.warning(
-                    "no continuations while learning: %d processes share the model, which all of them would have to "
-                    "run in lockstep; those of the exported model come at the end",
+                    "no continuations while learning: %d processes share the model and would have to generate in "
+                    "lockstep; the exported model is sampled at the end",
                     trainer.world_size,
                 )
             return
@@ -93,22 +93,22 @@ class TextSamples(Callback):
         assert isinstance(pl_module, RankLearner)
         self._check_lengths(pl_module, data)
         if not self._prompts:
-            _log.info("no continuations while learning: there is neither a prompt nor a validation window")
+            _log.info("no continuations while learning: there is neither a prompt nor a validation sequence")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the prompts before anything has been learned; after a resume there is no need."""
+        """Continue the prompts before anything is learned, unless the run was resumed."""
         if trainer.global_step == 0:
             self._show(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Continue the prompts when it is due by steps."""
+        """Continue the prompts if due after this step."""
         if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
             self._show(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the prompts when it is due by validations."""
+        """Continue the prompts after a validation, unless ``every_n_steps`` is given."""
         if self.every_n_steps is None and not trainer.sanity_checking:
             self._show(trainer, pl_module)
 
@@ -117,11 +117,11 @@ class TextSamples(Callback):
         self._show(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was shown, for the checkpoint."""
+        """Return the dense continuations and the last step with continuations, for the checkpoint."""
         return {"dense": dict(self._dense), "max_new_tokens": self.max_new_tokens, "shown": self._shown}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind what the checkpoint's run has shown."""
+        """Continue after the last step that the checkpoint's run has shown."""
         self._shown = state_dict["shown"]
         if state_dict["max_new_tokens"] == self.max_new_tokens:
             self._dense = dict(state_dict["dense"])
@@ -133,8 +133,8 @@ class TextSamples(Callback):
             tokens = len(data.tokenizer(prompt)["input_ids"])
             if tokens + self.max_new_tokens > positions:
                 raise ValueError(
-                    f"the prompt {prompt!r} has {tokens} tokens and {self.max_new_tokens} are to come, but the model "
-                    f"has {positions} positions: expected a shorter prompt or fewer max_new_tokens"
+                    f"the prompt {prompt!r} has {tokens} tokens and max_new_tokens is {self.max_new_tokens}, but the "
+                    f"model has {positions} positions: give a shorter prompt or fewer max_new_tokens"
                 )
 
     def _show(self, trainer: Trainer, learner: LightningModule) -> None:
@@ -156,18 +156,19 @@ class TextSamples(Callback):
         self, learner: RankLearner, data: CalibrationData, computations: dict[str, Computation] | Computation
     ) -> list[str]:
         assert learner.model is not None
-        # Validations run in inference mode, whose tensors must not stay in the model, as in a table of angles.
+        # Validation runs in inference mode. Its tensors must not stay in the model, for example in rotary tables.
         with isolate_rng(), torch.inference_mode(False), computing_with(dict(learner.layers), computations):
             return generate_samples(learner.model, data.tokenizer, self._prompts, max_new_tokens=self.max_new_tokens)
 
 
 def _prompts_of_finish(trainer: Trainer) -> tuple[str, ...]:
-    finishing = [callback for callback in trainer.callbacks if isinstance(callback, FinishRun)]  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    finishing = [callback for callback in callbacks if isinstance(callback, FinishRun)]
     return finishing[0].prompts if finishing else ()
 
 
 def _beginnings(data: CalibrationData) -> tuple[str, ...]:
-    """Return the first words of some validation sequences; those that are no text are left out."""
+    """Return the first words of some validation sequences, without empty texts."""
     heads = data.validation_sequences[:BEGINNINGS, :BEGINNING].tolist()
     texts = [str(data.tokenizer.decode(head, skip_special_tokens=True)).strip() for head in heads]
     return tuple(text for text in texts if text)

@@ -253,4 +253,4 @@ def test_a_start_is_allocated_on_a_base_without_weights(name, tmp_path, caplog):
             plans.append(learner._start_plan(subject))
     assert plans[0].modules == plans[1].modules
     assert loaded == ([1, 1] if name == "strs" else [])
-    assert (f"the first process loads the whole base into memory, which {name} runs" in caplog.text) == bool(loaded)
+    assert (f"loads the whole base into memory, because {name} runs it" in caplog.text) == bool(loaded)

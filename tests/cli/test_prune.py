@@ -105,7 +105,7 @@ def test_one_block_alone_lost_half_of_what_two_lost(half):
 
 def test_the_card_says_how_far_it_was_pruned(half):
     card = (half.folder / "README.md").read_text()
-    assert f"of {half.width} hidden features {half.width // 2} are left" in card
+    assert f"{half.width // 2} of {half.width} hidden neurons are left" in card
 
 
 def test_a_plan_on_it_counts_what_the_base_had(half, plan_file):

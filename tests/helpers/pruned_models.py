@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lowrank_pl.factors.decomposition import square_root
-from lowrank_pl.methods.prune.mlp import find_hidden, prune_model
+from lowrank_pl.methods.prune.mlp import find_hidden_neurons, prune_model
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -17,7 +17,7 @@ TEXT = Calibration("python-docs::part=0%-5%", length=32, sequences=8)
 def ragged(family, widths=(40, 56)):
     """Return a tiny model whose two MLPs have ``widths`` hidden neurons; its config says what it was."""
     model = tiny_model(family)
-    hidden = find_hidden(model, find_targets(model))
+    hidden = find_hidden_neurons(model, find_targets(model))
     eye = {mlp.reader.name: torch.eye(mlp.width) for mlp in hidden}
     prune_model(model, hidden, widths, lambda reader: (eye[reader.name], square_root(torch.eye(reader.shape[0]))))
     return model
@@ -39,7 +39,7 @@ def save_with_copies(folder, blocks=(0, 1), scale=1.01):
 def width_of(base):
     """Return the hidden neurons of the MLPs of the base called ``base``."""
     model = load_base(base)
-    return find_hidden(model, find_targets(model))[0].width
+    return find_hidden_neurons(model, find_targets(model))[0].width
 
 
 def indices_of_pivots(plan):

@@ -162,9 +162,7 @@ def test_mistakes_surface_before_learning(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is 0: expected a whole number of at least 1"):
             RankMonitor(**{name: 0})
     learner = make_learner()
-    with pytest.raises(
-        ValueError, match=r"the baseline fisher can't be drawn .* of the kind 'whitened': expected two_s"
-    ):
+    with pytest.raises(ValueError, match=r"the baseline fisher .* of the kind 'whitened': expected two_s"):
         fit(learner, max_steps=1, callbacks=[FinishRun(baselines=["uniform", "fisher"])])
     with pytest.raises(ValueError, match=r"text '.*none\.txt'"):
         fit(learner, max_steps=1, callbacks=[FinishRun(ScoreText(str(tmp_path / "none.txt")))])

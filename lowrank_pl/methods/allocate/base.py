@@ -22,13 +22,13 @@ __all__ = ["Allocator", "Problem", "factors_of_plan"]
 
 @dataclass(frozen=True)
 class Problem:
-    """All that an allocator may look at.
+    """The input of an allocator.
 
     Args:
-        budget: How much to keep, and of what.
+        budget: How many parameters to keep, and of which modules.
         factors: The components of every module.
-        targets: What was found in the model.
-        model: The dense base; left as it was.
+        targets: The target layers of the model.
+        model: The dense base; it stays unchanged.
         sequences: ``[sequences, length]`` calibration token ids.
         gradients: Mean weight gradients (``lowrank_pl.calibration.build.build_gradients``), for allocators that need
             them.
@@ -49,10 +49,10 @@ class Allocator(ABC):
         name: Its name in ``lowrank allocate --method`` and in plans.
         paper: arXiv number of its paper; None for a method of ours or a paper that is not on arXiv.
         former_names: Names of the method in plans and commands of earlier versions.
-        default_kind: Kind of decomposition when none is asked for: that of its paper, where there is one.
+        default_kind: Kind of decomposition by default: that of its paper, if it has one.
         kinds: Kinds of decomposition whose singular values the scores can read; empty for any.
         needs_gradients: Whether it reads ``Problem.gradients``.
-        needs_model: Whether it runs the model, which then must have its weights.
+        needs_model: Whether it runs the model, whose weights must then be loaded.
     """
 
     name: ClassVar[str]
@@ -68,24 +68,24 @@ class Allocator(ABC):
         """Return a score ``[components]`` for every module: higher is kept longer, across modules."""
 
     def notes(self, problem: Problem) -> Sequence[str]:
-        """Return what the plan should remember of how its ranks were chosen."""
+        """Return notes for the plan on how its ranks were chosen."""
         return ()
 
     def plan(self, problem: Problem) -> RankPlan:
         """Return the plan of the highest-scored components at exactly the budget.
 
-        A method that makes factors of its own, as a correction of weights does, names them in the plan: the plan's
-        fingerprint is that of the new factors, and ``origin["store"]`` is their folder. Otherwise both are empty, and
-        the plan is for ``problem.factors``. ``factors_of_plan`` returns the right ones.
+        A method that makes its own factors, such as a correction of weights, names them in the plan: the plan has the
+        fingerprint of the new factors, and ``origin["store"]`` is their folder. Otherwise both are empty, and the plan
+        is for ``problem.factors``. ``factors_of_plan`` distinguishes the two cases.
 
         Raises:
-            ValueError: This method can't read this kind of factors, or ``problem`` lacks something that it needs.
+            ValueError: The method can't read this kind of factors, or needs something that ``problem`` lacks.
         """
         self.check(problem)
         return problem.budget.select(self.scores(problem), method=self.name, notes=self.notes(problem))
 
     def default_decomposition(self) -> Decomposition:
-        """Return the decomposition that this method uses when none is asked for."""
+        """Return the decomposition that this method uses by default."""
         return Decomposition(self.default_kind)
 
     def need_model(self, problem: Problem) -> tuple[PreTrainedModel, Tensor]:
@@ -104,7 +104,7 @@ class Allocator(ABC):
         return problem.model, problem.sequences
 
     def check_kind(self, kind: str | None) -> None:
-        """Refuse a kind of factors that this method can't read; no factors are needed for the check.
+        """Check the kind of factors, before any factors are built.
 
         Raises:
             ValueError: This method can't read factors of ``kind``.
@@ -116,10 +116,10 @@ class Allocator(ABC):
             )
 
     def check(self, problem: Problem) -> None:
-        """Refuse a problem that lacks something this method needs.
+        """Check that ``problem`` has everything that this method needs.
 
         Raises:
-            ValueError: Factors of another kind, or no gradients.
+            ValueError: The factors are of another kind, or gradients are missing.
         """
         self.check_kind(problem.factors.fingerprint.get("kind"))
         if self.needs_gradients and problem.gradients is None:
@@ -130,5 +130,5 @@ class Allocator(ABC):
 
 
 def factors_of_plan(plan: RankPlan, factors: FactorStore) -> FactorStore:
-    """Return the factors that an allocator's ``plan`` is for: ``factors``, or those that the allocator made itself."""
+    """Return the factors that an allocator's ``plan`` is for: ``factors``, or those that the allocator itself made."""
     return FactorStore.existing(plan.origin["store"]) if plan.fingerprint else factors

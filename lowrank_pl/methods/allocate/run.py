@@ -1,4 +1,4 @@
-"""A plan without training: factors are made or found, then an allocator chooses the ranks."""
+"""Rank allocation without training: build or load the factors, then let an allocator choose the ranks."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ def allocate_ranks(
 ) -> tuple[RankPlan, FactorStore]:
     """Return the rank plan of a closed-form allocator, and the factors that the plan is for.
 
-    This is what ``lowrank allocate`` does, on a model that is loaded. ``compress(model, plan, factors)`` is the next
-    step.
+    ``lowrank allocate`` does the same with a model that it loads. The next step is ``compress(model, plan, factors)``.
 
     Args:
         subject: The dense model, its tokenizer, the calibration sequences and the constraints on ranks.
         keep: Fraction of the targeted parameters to keep.
-        allocator: The allocator, or its name; names stand for its default settings.
+        allocator: The allocator, or its name for an allocator with default settings.
         decomposition: How weights are decomposed; by default as the allocator's paper does.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
 
     Raises:
-        ValueError: An unknown allocator, a budget that can't be met, or factors that the allocator can't read.
+        ValueError: The allocator is unknown or can't read the factors, or the budget can't be met.
 
     Example:
         >>> import torch
@@ -61,14 +60,14 @@ def allocate_ranks(
 def allocate_on(
     factors: FactorStore, subject: Subject, budget: Budget, method: Allocator, *, directory: Path | None = None
 ) -> RankPlan:
-    """Return the plan of ``method`` on factors that are there; weight gradients are collected where it needs them.
+    """Return the plan of ``method`` on existing factors; weight gradients are collected if the method needs them.
 
     Args:
         factors: The factors.
-        subject: What they were made from.
-        budget: How much to keep, and of what.
+        subject: The model and the text that the factors were made from.
+        budget: How many parameters to keep, and of which modules.
         method: The allocator.
-        directory: The factors' folder where it was named, so that gradients are kept beside the factors.
+        directory: The factors' folder if one was named; gradients are then kept beside the factors.
 
     Raises:
         ValueError: The factors are not of a kind that the allocator reads.

@@ -1,4 +1,4 @@
-"""ZS-SVD's correction: truncated weights step back along their gradient, and are decomposed and truncated again."""
+"""The correction of ZS-SVD: a gradient step on the truncated weights, then a new decomposition and truncation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.models.targets import dense_weight, replaced
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.text.sequences import sequences_fingerprint
-from lowrank_pl.utils.files import atomic_directory, canonical_json, sha256_of
+from lowrank_pl.utils.files import atomic_directory
 from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
 
 __all__ = ["correct", "projected_step"]
@@ -46,23 +46,23 @@ def correct(
 ) -> tuple[RankPlan, FactorStore]:
     """Return the plan after ``rounds`` of correction and the corrected factors that it is for (arXiv 2602.02848).
 
-    In a round every truncated weight moves from ``W_r`` to ``W_r + <g, D> / <g, g> g``: it gets back the part of what
-    truncation took, ``D = W - W_r``, that lies along the gradient ``g`` of the loss there. All modules move at once,
-    are decomposed by the same statistics, scored by the gradients at their new weights and cut to the same budget. A
+    A round moves every truncated weight from ``W_r`` to ``W_r + <g, D> / <g, g> g``. This restores the component of the
+    truncation error ``D = W - W_r`` along the gradient ``g`` of the loss at ``W_r``. All modules move at once. They are
+    decomposed with the same statistics, scored by the gradients at the new weights and truncated to the same budget. A
     module that the plan leaves dense keeps its weight.
 
-    The corrected factors go into a folder of ``factors``, ready for the same base. It appears when a round is finished,
-    and a killed run goes on after the last finished round, of which earlier ones are removed. Beside the model there
-    are at most its targeted weights once more, and their gradients.
+    The corrected factors go into a folder inside that of ``factors``. The folder appears when a round is finished, and
+    the folder of the round before is then removed. A killed run continues after the last finished round. Memory holds
+    the model, at most one more copy of its targeted weights, and their gradients.
 
     Args:
         plan: The plan to correct.
         factors: The factors that the plan is for.
-        problem: The dense model, left as it was, its targets, and the sequences that the factors were made from.
-        rounds: How often; at least 1.
-        sequences: How many of the problem's sequences give the gradients, its first ones.
-        settings: Whatever else decides on the plans of later rounds, JSON values.
-        reallocate: Returns the plan for corrected factors and the weight gradients there.
+        problem: The dense model, which stays unchanged, its targets, and the sequences that the factors were made from.
+        rounds: Number of rounds, at least 1.
+        sequences: Number of the problem's first sequences that gradients are computed on.
+        settings: All other settings that affect the plans of later rounds, as JSON values.
+        reallocate: Returns the plan for corrected factors and the weight gradients at the corrected weights.
 
     Raises:
         ValueError: A loss or a gradient is not finite.
@@ -82,20 +82,20 @@ def correct(
 
 
 def projected_step(weight: Tensor, truncated: Tensor, gradient: Tensor) -> Tensor:
-    """Return ``truncated`` moved along ``gradient`` to where it is nearest to ``weight``, all ``[out, in]``, float64.
+    """Return the point on the line ``truncated + s * gradient`` nearest to ``weight``, all ``[out, in]``, float64.
 
     >>> projected_step(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.tensor([[-2.0, 0.0]])).tolist()
     [[3.0, 0.0]]
     """
     truncated, gradient = truncated.double(), gradient.double()
     square = gradient.square().sum()
-    # No gradient, as under a part of the model that the loss does not reach: no direction to move in.
+    # The gradient is 0 for a module that the loss does not depend on; its weight then does not move.
     step = (gradient * (weight.double() - truncated)).sum() / square if square > 0 else square
     return truncated + step * gradient
 
 
 class _Correction:
-    """The rounds of one correction and where they lie."""
+    """The rounds of one correction, and their folders."""
 
     def __init__(
         self,
@@ -110,22 +110,21 @@ class _Correction:
         assert problem.sequences is not None
         self.base, self.model, self.calibration = base, problem.model, problem.sequences
         self.sequences = problem.sequences[:sequences]
-        self.modules = [target for target in problem.targets.modules if target.name in plan.modules]
-        ranks = {name: [module.rank, module.indices] for name, module in plan.modules.items()}
+        self.modules = problem.targets.among(plan.modules)
         self.identity = {
             **settings,
             "keep": plan.keep,
             "multiple_of": plan.multiple_of,
             "floors": dict(plan.floors),
             "storage": plan.storage,
-            "plan": sha256_of(canonical_json(ranks)),
+            "plan": plan.ranks_digest(),
             "windows": sequences_fingerprint(self.sequences),
-            # Runs of fewer rounds are runs of their own, whose last round nobody else removes.
+            # Runs of different length do not share folders, so none removes the last round of another.
             "rounds": rounds,
         }
 
     def finished(self, number: int) -> bool:
-        """Tell whether round ``number`` is on disk: its folder appears with all that belongs in it."""
+        """Tell whether round ``number`` is on disk; its folder appears only when it is complete."""
         return (self._folder(number) / "manifest.json").exists()
 
     def open(self, number: int) -> tuple[FactorStore, TensorStore]:
@@ -133,12 +132,12 @@ class _Correction:
         return self._stores(number, self._folder(number))
 
     def remove(self, number: int) -> None:
-        """Delete what round ``number`` left on disk."""
+        """Delete the folder of round ``number``."""
         if number > 0:
             shutil.rmtree(self._folder(number), ignore_errors=True)
 
     def make(self, number: int, plan: RankPlan, factors: FactorStore) -> tuple[FactorStore, TensorStore]:
-        """Return the factors after one more round, from a plan on those before it, and the gradients there."""
+        """Make round ``number`` from the plan on the factors before it; return its factors and weight gradients."""
         with atomic_directory(self._folder(number)) as building:
             made, gradients = self._stores(number, building)
             self._decompose(plan, factors, made)
@@ -146,20 +145,21 @@ class _Correction:
         return self.open(number)
 
     def _folder(self, number: int) -> Path:
-        return self.base.directory / "correction" / sha256_of(canonical_json(self._fingerprint(number)))[:20]
+        return self._derived(number)[1]
 
-    def _fingerprint(self, number: int) -> dict[str, Any]:
-        return {**self.base.fingerprint, "correction": {**self.identity, "round": number}}
+    def _derived(self, number: int) -> tuple[dict[str, Any], Path]:
+        """Return fingerprint and final folder of round ``number``."""
+        return self.base.derived("correction", {**self.identity, "round": number})
 
     def _stores(self, number: int, folder: Path) -> tuple[FactorStore, TensorStore]:
-        fingerprint = self._fingerprint(number)
+        fingerprint, _ = self._derived(number)
         return FactorStore(fingerprint, folder), TensorStore("weight_gradients", fingerprint, folder / "gradients")
 
     def _decompose(self, plan: RankPlan, factors: FactorStore, made: FactorStore) -> None:
         moving = [target for target in self.modules if plan.modules[target.name].rank is not None]
         with compressed(self.model, plan, factors):
             weights = collect_gradients(
-                WeightGradients, self.model, moving, Passes(self.sequences), progress="gradients of the cut model"
+                WeightGradients, self.model, moving, Passes(self.sequences), progress="gradients of the truncated model"
             )
         roots = Roots.of_factors(self.base, self.model, self.calibration, self.modules)
         bar = tqdm(total=len(self.modules), desc="correct", unit="module")
@@ -171,7 +171,7 @@ class _Correction:
                 else:
                     weight = dense_weight(self.model.get_submodule(target.name)).detach()
                     moved = projected_step(
-                        weight, _cut(plan, factors, target.name, weight.device), weights.pop(target.name).mean
+                        weight, _truncated(plan, factors, target.name, weight.device), weights.pop(target.name).mean
                     )
                     outputs = roots.of_outputs(target.name)
                     made.add(
@@ -187,21 +187,21 @@ class _Correction:
         with _reweighted(self.model, moved, made):
             weights = collect_gradients(
                 WeightGradients, self.model, self.modules, Passes(self.sequences),
-                progress="gradients of the moved model",
+                progress="gradients of the corrected model",
             )  # fmt: skip
         for name in list(weights):
             gradients.write(name, weights.pop(name).tensors())
 
 
-def _cut(plan: RankPlan, factors: FactorStore, name: str, device: torch.device) -> Tensor:
-    """Return the weight ``[out, in]`` that the plan leaves of a module, float64."""
+def _truncated(plan: RankPlan, factors: FactorStore, name: str, device: torch.device) -> Tensor:
+    """Return the weight ``[out, in]`` of a module truncated by the plan, float64."""
     part = factors.kept(name, plan.modules[name])
     return part.left.to(device).double() @ part.right.to(device).double()
 
 
 @contextmanager
 def _reweighted(model: nn.Module, names: Sequence[str], factors: FactorStore) -> Iterator[None]:
-    """Let ``model`` compute with the whole weights that ``factors`` multiply to, for a while."""
+    """Replace the weights of the modules ``names`` by the full products of their factors inside the block."""
     whole = {}
     for name in names:
         old = model.get_submodule(name)

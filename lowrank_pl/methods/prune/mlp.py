@@ -1,7 +1,7 @@
-"""Narrower MLPs: where a model's hidden features are, and the same model with fewer of them.
+"""Width pruning of MLPs: find the hidden neurons of a model, and remove some of them.
 
-Nothing here knows a family by name: an MLP is what computes the same when its maps lose features as when these count
-for nothing, and the setting of its width is the one whose change gives the shapes that are left.
+No model family is known by name. A module is an MLP if removing hidden neurons from its linear layers gives the same
+output as ignoring them. The config's setting of the width is the one whose change gives the pruned shapes.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.factors.decomposition import SquareRoot
-from lowrank_pl.methods.prune.eliminate import leave_out
+from lowrank_pl.methods.prune.eliminate import prune_inputs
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.identity import parent_name
 from lowrank_pl.models.targets import Target, Targets, dense_weight, replace_module, replaced
 
-__all__ = ["Hidden", "find_hidden", "prune_model", "pruned_config", "rows_of"]
+__all__ = ["HiddenNeurons", "find_hidden_neurons", "prune_model", "pruned_config", "rows_of"]
 
 Weights = Callable[[Target], tuple[Tensor, SquareRoot]]
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """The hidden features of an MLP.
+class HiddenNeurons:
+    """The hidden neurons of an MLP.
 
     Args:
-        reader: The map that is fed them.
-        writers: The maps whose outputs they are made of, each feature of the output of its own number; or, where one
-            map stands for several, of one in each part of its outputs.
+        reader: The linear layer that reads them: the down-projection.
+        writers: The linear layers that compute them. Neuron ``i`` depends on output ``i`` of each; a fused layer has
+            such an output in each of its parts.
     """
 
     reader: Target
@@ -45,32 +45,32 @@ class Hidden:
 
     @property
     def width(self) -> int:
-        """How many features there are."""
+        """Number of hidden neurons."""
         return self.reader.shape[1]
 
     @property
     def parent(self) -> str:
-        """Name of the module that all the maps are in."""
+        """Name of the module that contains these linear layers."""
         return parent_name(self.reader)
 
 
-def find_hidden(model: PreTrainedModel, targets: Targets) -> list[Hidden]:
-    """Return the hidden features of every MLP, in the order of the blocks.
+def find_hidden_neurons(model: PreTrainedModel, targets: Targets) -> list[HiddenNeurons]:
+    """Return the hidden neurons of every MLP, in the order of the blocks.
 
     Args:
-        model: A causal language model; left as it was.
-        targets: Its linear maps.
+        model: A causal language model; it stays unchanged.
+        targets: Its target layers.
 
     Raises:
-        ValueError: There are none, or MLPs of several widths, which one setting can't tell.
+        ValueError: The model has no MLP, or MLPs of several widths, which one setting can't describe.
     """
     found = []
     for _, inside in groupby(targets.modules, key=lambda target: target.block):
         found += [hidden for hidden in _candidates(list(inside)) if _is_mlp(model, hidden)]
     if not found:
         raise ValueError(
-            f"no MLP that can be narrowed was found in {type(model).__name__}: expected maps of one module whose "
-            "outputs another one of its maps is fed, feature by feature"
+            f"no MLP that can be pruned was found in {type(model).__name__}: expected a module with linear layers "
+            "whose outputs, neuron by neuron, are the input of another of its linear layers"
         )
     widths = sorted({hidden.width for hidden in found})
     if len(widths) > 1:
@@ -78,16 +78,16 @@ def find_hidden(model: PreTrainedModel, targets: Targets) -> list[Hidden]:
     return found
 
 
-def pruned_config(model: PreTrainedModel, hidden: Sequence[Hidden], width: int) -> PretrainedConfig:
+def pruned_config(model: PreTrainedModel, hidden: Sequence[HiddenNeurons], width: int) -> PretrainedConfig:
     """Return the config of ``model`` with MLPs of ``width``.
 
     Args:
-        model: The model that is to be narrowed; left as it was.
+        model: The unpruned model; it stays unchanged.
         hidden: All of its MLPs.
-        width: Features that each is to keep.
+        width: Hidden neurons that each MLP keeps.
 
     Raises:
-        ValueError: No setting leads to these shapes, as where MLPs of another kind depend on the same one.
+        ValueError: No setting gives these shapes, for example because MLPs of another kind depend on the same setting.
     """
     wanted = _shapes(model)
     for target, reads in ((target, target is mlp.reader) for mlp in hidden for target in (mlp.reader, *mlp.writers)):
@@ -98,44 +98,44 @@ def pruned_config(model: PreTrainedModel, hidden: Sequence[Hidden], width: int) 
             wanted[f"{target.name}.bias"] = (rows,)
     settings = model.config.get_text_config().to_dict()
     own = [key for key, value in settings.items() if value == hidden[0].width]
-    # Where the width is no setting of its own, it follows from another one until it is set.
+    # A width of None follows from another setting until it is set.
     for key in [*own, *(key for key, value in settings.items() if value is None)]:
         config = copy.deepcopy(model.config)
         setattr(config.get_text_config(), key, width)
-        # A setting of another kind may not take a number.
+        # A setting of another kind may not accept a number.
         with suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("meta"):
             if _shapes(type(model)(config)) == wanted:
                 return config
     raise ValueError(
-        f"no setting of {type(model.config).__name__} makes the MLPs {width} wide and leaves all else as it is: "
-        "a model like this can't be narrowed"
+        f"no setting of {type(model.config).__name__} gives MLPs of width {width} without changing other shapes: "
+        "this model can't be pruned in width"
     )
 
 
 def prune_model(
     model: PreTrainedModel,
-    hidden: Sequence[Hidden],
+    hidden: Sequence[HiddenNeurons],
     widths: Sequence[int],
     weights: Weights,
     *,
     damping: float = 0.1,
 ) -> float:
-    """Leave out hidden features of every MLP of ``model`` and return the loss that this is predicted to cost, in nats.
+    """Prune every MLP of ``model`` in width and return the predicted loss, in nats per token.
 
     Args:
-        model: Is changed, its config as well.
+        model: Changed in place, with its config.
         hidden: All of its MLPs.
-        widths: Features that each keeps. Where these differ, its config goes on to say what it said.
-        weights: Gives for the map that reads them the second moment of the features, and the root of what the errors of
-            its outputs count.
-        damping: As in ``leave_out``.
+        widths: Hidden neurons that each MLP keeps. If these differ, the config keeps the width that it had.
+        weights: Returns, for the reader of an MLP, the second moment of the hidden neurons and the square root of the
+            weighting of its output errors.
+        damping: As in ``prune_inputs``.
 
     Raises:
-        ValueError: A width is none of ``1 ...`` the present one, or no setting of the model leads to it.
+        ValueError: A width is not in ``1 ...`` the present one, or no setting of the model gives it.
     """
     for width in widths:
         if not 1 <= width <= hidden[0].width:
-            raise ValueError(f"a width of {width} was asked for: expected 1 to the {hidden[0].width} that there is")
+            raise ValueError(f"a width of {width} was requested: expected 1 to {hidden[0].width}")
     one = len(set(widths)) == 1
     config = pruned_config(model, hidden, widths[0]) if one else copy.deepcopy(model.config)
     squares = 0.0
@@ -144,8 +144,8 @@ def prune_model(
             continue
         moment, outputs = weights(mlp.reader)
         weight = dense_weight(model.get_submodule(mlp.reader.name)).detach()
-        found = leave_out(weight, moment, width, outputs=outputs, damping=damping)
-        for name, module in _narrowed(model, mlp, found.features, found.weight.to(weight)).items():
+        found = prune_inputs(weight, moment, width, outputs=outputs, damping=damping)
+        for name, module in _pruned_layers(model, mlp, found.features, found.weight.to(weight)).items():
             replace_module(model, name, module)
         squares += found.loss
     model.config = config
@@ -153,22 +153,22 @@ def prune_model(
 
 
 def rows_of(writer: Target, width: int, features: Tensor) -> Tensor:
-    """Return the outputs of ``writer`` that ``features`` of ``width`` are made of, part by part."""
+    """Return the outputs of ``writer`` that compute ``features`` of ``width``, for each part of a fused layer."""
     outputs = torch.arange(writer.shape[0], device=features.device)
     return outputs.view(-1, width)[:, features].flatten()
 
 
-def _candidates(inside: Sequence[Target]) -> Iterator[Hidden]:
-    """Yield maps of one block, in the order of their calls, whose inputs others of the same module may have made."""
+def _candidates(inside: Sequence[Target]) -> Iterator[HiddenNeurons]:
+    """Yield linear layers of one block, in call order, whose inputs may come from other layers of the same module."""
     for number, reader in enumerate(inside):
         earlier = [target for target in inside[:number] if parent_name(target) == parent_name(reader)]
         writers = tuple(target for target in earlier if target.shape[0] % reader.shape[1] == 0)
         if writers:
-            yield Hidden(reader, writers)
+            yield HiddenNeurons(reader, writers)
 
 
-def _is_mlp(model: PreTrainedModel, hidden: Hidden) -> bool:
-    """Tell whether the module computes the same without every other feature as when these count for nothing."""
+def _is_mlp(model: PreTrainedModel, hidden: HiddenNeurons) -> bool:
+    """Tell whether removing every other hidden neuron from the module gives the same output as ignoring these."""
     module = model.get_submodule(hidden.parent)
     reader = model.get_submodule(hidden.reader.name)
     kept = torch.arange(0, hidden.width, 2, device=model.device)
@@ -183,9 +183,9 @@ def _is_mlp(model: PreTrainedModel, hidden: Hidden) -> bool:
 
     try:
         all_read, whole = computed({}), computed({hidden.reader.name: _like(reader, unread)})
-        part = computed(_narrowed(model, hidden, kept, weight[:, kept]))
+        part = computed(_pruned_layers(model, hidden, kept, weight[:, kept]))
     except (TypeError, RuntimeError, ValueError):
-        # Not a module of one input, or one that needs its width elsewhere, as attention does for its heads.
+        # The module has several inputs, or needs its width elsewhere, as attention does for its heads.
         return False
     if not all(isinstance(output, Tensor) for output in (all_read, whole, part)):
         return False
@@ -193,8 +193,10 @@ def _is_mlp(model: PreTrainedModel, hidden: Hidden) -> bool:
     return bool(change > 0 and error <= torch.finfo(weight.dtype).eps ** 0.5 * change)
 
 
-def _narrowed(model: PreTrainedModel, hidden: Hidden, features: Tensor, weight: Tensor) -> dict[str, nn.Module]:
-    """Return the maps of an MLP with ``features`` only, ``weight`` ``[out, kept]`` being the reader's."""
+def _pruned_layers(
+    model: PreTrainedModel, hidden: HiddenNeurons, features: Tensor, weight: Tensor
+) -> dict[str, nn.Module]:
+    """Return the layers of an MLP with ``features`` only, by name; ``weight`` ``[out, kept]`` is the reader's."""
     modules = {hidden.reader.name: _like(model.get_submodule(hidden.reader.name), weight)}
     for writer in hidden.writers:
         old = model.get_submodule(writer.name)
@@ -204,7 +206,7 @@ def _narrowed(model: PreTrainedModel, hidden: Hidden, features: Tensor, weight: 
 
 
 def _like(module: nn.Module, weight: Tensor, outputs: Tensor | None = None) -> nn.Module:
-    """Return a map of the class of ``module`` with ``weight`` ``[out, in]``, and of its bias the ``outputs`` or all."""
+    """Return a layer like ``module`` with ``weight`` ``[out, in]``, and with the bias of ``outputs`` or of all."""
     rows, columns = weight.shape
     bias: Any = module.bias
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""How wide a model's MLPs should be at a size: what ranks lose that are left to draw, and what the narrowing loses."""
+"""The best MLP widths at a size: predicted loss of width pruning plus that of the rank allocation after it."""
 
 from __future__ import annotations
 
@@ -15,74 +15,74 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.factors.decomposition import SquareRoot
-from lowrank_pl.methods.prune.eliminate import prunings
-from lowrank_pl.methods.prune.mlp import Hidden, rows_of
+from lowrank_pl.methods.prune.eliminate import nested_prunings
+from lowrank_pl.methods.prune.mlp import HiddenNeurons, rows_of
 from lowrank_pl.models.targets import Target, Targets, dense_weight
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import hull_slopes, losses_by_rank
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["Map", "Option", "Widths", "measured_widths"]
+__all__ = ["Spectrum", "WidthLosses", "WidthOption", "measure_widths"]
 
 
-class Map(NamedTuple):
-    """Shape of a map and its singular values, weighted so that half their squares are nats."""
+class Spectrum(NamedTuple):
+    """Shape of a linear layer, and its singular values, weighted so that half their squares are nats."""
 
     shape: tuple[int, int]
     sigma: Tensor
 
 
-class Option(NamedTuple):
-    """An MLP at one of its widths: the nats that leaving features out loses, and its maps by name."""
+class WidthOption(NamedTuple):
+    """An MLP at one of its widths: the nats that pruning loses, and the spectra of its linear layers by name."""
 
     lost: float
-    maps: dict[str, Map]
+    layers: dict[str, Spectrum]
 
 
 @dataclass(frozen=True)
-class Widths:
-    """What MLPs lose at every width that is tried, and what their maps lose at every rank then.
+class WidthLosses:
+    """Predicted losses of MLPs at every candidate width, and of all linear layers at every rank.
 
-    To what leaving out features loses comes what the exact allocation of ranks (``fisher``, pivoted storage) loses at
-    the parameters that are allowed. Moments of the features that stay are those that they had among all.
+    The loss of a choice of widths is that of pruning plus that of the exact rank allocation (``fisher``, pivoted
+    storage) within the allowed parameters. Kept neurons are assumed to keep their moments.
 
     Args:
-        others: The maps that are of no MLP, by name.
-        options: For each MLP what it is at each width, the same widths for all.
+        others: Spectra of the linear layers outside MLPs, by name.
+        options: Each MLP at each width; all MLPs have the same candidate widths.
     """
 
-    others: dict[str, Map]
-    options: Sequence[dict[int, Option]]
+    others: dict[str, Spectrum]
+    options: Sequence[dict[int, WidthOption]]
 
     def losses(self, limit: int) -> dict[int, float]:
-        """Return the nats lost where all MLPs have one width, by width; those that leave fewer parameters are out.
+        """Return the nats lost if all MLPs have one width, by width; widths with too few parameters are omitted.
 
         Args:
-            limit: How many parameters the maps may keep together.
+            limit: Parameters that all linear layers may keep together.
         """
         alike = {width: [width] * len(self.options) for width in self.options[0]}
         return {
-            width: self.loss(all_, limit) for width, all_ in alike.items() if _parameters(self._maps(all_)) >= limit
+            width: self.loss(all_, limit) for width, all_ in alike.items() if _parameters(self._layers(all_)) >= limit
         }
 
     def loss(self, widths: Sequence[int], limit: int) -> float:
-        """Return the nats lost where the MLPs have ``widths``, and ranks that leave ``limit`` parameters or all."""
+        """Return the nats lost if the MLPs have ``widths`` and ranks leave at most ``limit`` parameters."""
         lost = sum(option[width].lost for option, width in zip(self.options, widths, strict=True))
-        return lost + _least_loss(self._maps(widths), limit)
+        return lost + _least_loss(self._layers(widths), limit)
 
-    def _maps(self, widths: Sequence[int]) -> dict[str, Map]:
-        chosen = (option[width].maps for option, width in zip(self.options, widths, strict=True))
-        return {**self.others, **{name: entry for maps in chosen for name, entry in maps.items()}}
+    def _layers(self, widths: Sequence[int]) -> dict[str, Spectrum]:
+        chosen = (option[width].layers for option, width in zip(self.options, widths, strict=True))
+        return {**self.others, **{name: entry for layers in chosen for name, entry in layers.items()}}
 
     def best(self, limit: int) -> list[int]:
-        """Return the width of each MLP that loses least together with the best ranks: one price holds for all.
+        """Return the widths that lose least together with the best ranks.
 
-        At a price of a parameter each map takes the rank, and each MLP the width, that is best for itself. The price
-        is the lowest at which all of it is within ``limit``.
+        A Lagrange multiplier sets the cost of a parameter in nats. At a given cost, each linear layer takes its best
+        rank and each MLP its best width. Bisection finds the lowest cost at which the total is within ``limit``.
         """
         rest = [_sizes(entry) for entry in self.others.values()]
         mlps = [
-            {width: (option.lost, [_sizes(entry) for entry in option.maps.values()]) for width, option in mlp.items()}
+            {width: (option.lost, [_sizes(entry) for entry in option.layers.values()]) for width, option in mlp.items()}
             for mlp in self.options
         ]
         low, high = -25.0, 5.0
@@ -95,55 +95,55 @@ class Widths:
         return _spent(10.0**high, rest, mlps)[1]
 
 
-def measured_widths(
+def measure_widths(
     model: PreTrainedModel,
     targets: Targets,
-    hidden: Sequence[Hidden],
+    hidden: Sequence[HiddenNeurons],
     roots: Roots,
     widths: Sequence[int],
     *,
     damping: float = 0.1,
-) -> Widths:
-    """Return what the MLPs of ``model`` lose at each of ``widths``.
+) -> WidthLosses:
+    """Return the predicted losses of the MLPs of ``model`` at each of ``widths``.
 
     Args:
         model: The dense base.
-        targets: Its linear maps.
+        targets: Its target layers.
         hidden: Its MLPs.
-        roots: Two-sided, of all the maps.
-        widths: The widths to try.
-        damping: As in ``leave_out``.
+        roots: Two-sided roots of all target layers.
+        widths: Candidate widths.
+        damping: As in ``prune_inputs``.
     """
-    mlp_maps = {target.name for mlp in hidden for target in (mlp.reader, *mlp.writers)}
+    mlp_layers = {target.name for mlp in hidden for target in (mlp.reader, *mlp.writers)}
     others = {}
-    for target in tqdm([one for one in targets.modules if one.name not in mlp_maps], desc="spectra", unit="module"):
+    for target in tqdm([one for one in targets.modules if one.name not in mlp_layers], desc="spectra", unit="module"):
         outputs, inputs = _both(roots, target)
-        others[target.name] = Map(target.shape, _sigma(_weight(model, target), outputs.root, inputs.root))
+        others[target.name] = Spectrum(target.shape, _sigma(_weight(model, target), outputs.root, inputs.root))
     options = []
     for mlp in tqdm(hidden, desc="widths", unit="MLP"):
         moment = roots.moment_of_inputs(mlp.reader)
         assert moment is not None
         outputs, inputs = _both(roots, mlp.reader)
         writers = [(writer, _weight(model, writer), *_both(roots, writer)) for writer in mlp.writers]
-        tried = prunings(_weight(model, mlp.reader), moment, widths, outputs=outputs, damping=damping)
-        at: dict[int, Option] = {}
+        tried = nested_prunings(_weight(model, mlp.reader), moment, widths, outputs=outputs, damping=damping)
+        at: dict[int, WidthOption] = {}
         for width, found in zip(sorted(widths, reverse=True), tried, strict=True):
             read = _sigma(found.weight, outputs.root, inputs.root[found.features])
-            maps = {mlp.reader.name: Map((mlp.reader.shape[0], width), read)}
+            layers = {mlp.reader.name: Spectrum((mlp.reader.shape[0], width), read)}
             for writer, weight, left, right in writers:
                 own = rows_of(writer, mlp.width, found.features)
                 written = _sigma(weight[own], left.root[own], right.root)
-                maps[writer.name] = Map((len(own), writer.shape[1]), written)
-            at[width] = Option(found.loss / 2, maps)
+                layers[writer.name] = Spectrum((len(own), writer.shape[1]), written)
+            at[width] = WidthOption(found.loss / 2, layers)
         options.append(at)
-    return Widths(others, options)
+    return WidthLosses(others, options)
 
 
 Sizes = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""What a map costs at each rank below break-even and dense, and the nats that it loses there."""
+"""Parameters of a linear layer at each rank below break-even and dense, and the nats that it loses there."""
 
 
-def _sizes(entry: Map) -> Sizes:
+def _sizes(entry: Spectrum) -> Sizes:
     storage = Storage()
     ranks = np.arange(1, storage.break_even(entry.shape) + 1)
     costs = np.append(storage.costs(entry.shape, ranks), entry.shape[0] * entry.shape[1])
@@ -151,27 +151,27 @@ def _sizes(entry: Map) -> Sizes:
 
 
 def _spent(
-    price: float, rest: Sequence[Sizes], mlps: Sequence[dict[int, tuple[float, list[Sizes]]]]
+    cost: float, rest: Sequence[Sizes], mlps: Sequence[dict[int, tuple[float, list[Sizes]]]]
 ) -> tuple[float, list[int]]:
-    """Return the parameters of all maps where one costs ``price`` nats, and the width of each MLP."""
-    spent, widths = sum(_at(price, sizes)[0] for sizes in rest), []
+    """Return the parameters of all linear layers if one costs ``cost`` nats, and the width of each MLP."""
+    spent, widths = sum(_at(cost, sizes)[0] for sizes in rest), []
     for mlp in mlps:
         found = []
-        for width, (lost, maps) in mlp.items():
-            costs, losses = zip(*(_at(price, sizes) for sizes in maps), strict=True)
-            found.append((lost + sum(losses) + price * sum(costs), -width, sum(costs)))
-        # Of equals the widest.
-        _, negative, cost = min(found)
+        for width, (lost, layers) in mlp.items():
+            parameters, losses = zip(*(_at(cost, sizes) for sizes in layers), strict=True)
+            found.append((lost + sum(losses) + cost * sum(parameters), -width, sum(parameters)))
+        # Of equal totals, the widest.
+        _, negative, kept = min(found)
         widths.append(-negative)
-        spent += cost
+        spent += kept
     return spent, widths
 
 
-def _at(price: float, sizes: Sizes) -> tuple[float, float]:
-    """Return cost and loss of the size of a map that is best at ``price``."""
-    costs, losses = sizes
-    place = int(np.argmin(losses + price * costs))
-    return float(costs[place]), float(losses[place])
+def _at(cost: float, sizes: Sizes) -> tuple[float, float]:
+    """Return parameters and loss of a linear layer at its best size if a parameter costs ``cost`` nats."""
+    parameters, losses = sizes
+    best = int(np.argmin(losses + cost * parameters))
+    return float(parameters[best]), float(losses[best])
 
 
 def _weight(model: PreTrainedModel, target: Target) -> Tensor:
@@ -179,7 +179,7 @@ def _weight(model: PreTrainedModel, target: Target) -> Tensor:
 
 
 def _both(roots: Roots, target: Target) -> tuple[SquareRoot, SquareRoot]:
-    """Return what the outputs and the inputs of ``target`` are weighted by."""
+    """Return the roots that weight the outputs and the inputs of ``target``."""
     ((inputs, _),) = roots.by_inputs([target])
     outputs = roots.of_outputs(target.name)
     assert inputs is not None
@@ -188,9 +188,10 @@ def _both(roots: Roots, target: Target) -> tuple[SquareRoot, SquareRoot]:
 
 
 def _sigma(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-    """Return the singular values of ``outputs' @ weight @ inputs``, descending; digits far below the first are lost.
+    """Return the singular values of ``outputs' @ weight @ inputs``, descending.
 
-    Rows of a square root are a root of that part of what it is the root of.
+    They come from a Gram matrix, so values far below the first one are inaccurate. Selected rows of a square root are
+    a root of the corresponding sub-matrix.
     """
     matrix = outputs.mT @ weight @ inputs
     gram = matrix @ matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix.mT @ matrix
@@ -198,15 +199,15 @@ def _sigma(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
     return squares.clamp_min(0).sqrt().cpu()
 
 
-def _least_loss(maps: dict[str, Map], limit: int) -> float:
-    """Return in nats what the best ranks of ``maps`` lose that have ``limit`` parameters together."""
-    shapes = {name: entry.shape for name, entry in maps.items()}
-    total = _parameters(maps)
+def _least_loss(layers: dict[str, Spectrum], limit: int) -> float:
+    """Return the nats that the best ranks of ``layers`` lose within ``limit`` parameters."""
+    shapes = {name: entry.shape for name, entry in layers.items()}
+    total = _parameters(layers)
     budget = Budget(keep=min(1.0, limit / total), shapes=shapes, model_parameters=total)
-    sizes = budget.sizes({name: hull_slopes(budget, name, entry.sigma) for name, entry in maps.items()})
-    cut = (maps[name].sigma[rank:] for name, rank in sizes.items() if rank is not None)
+    sizes = budget.sizes({name: hull_slopes(budget, name, entry.sigma) for name, entry in layers.items()})
+    cut = (layers[name].sigma[rank:] for name, rank in sizes.items() if rank is not None)
     return sum(rest.square().sum().item() for rest in cut) / 2
 
 
-def _parameters(maps: dict[str, Map]) -> int:
-    return sum(rows * columns for rows, columns in (entry.shape for entry in maps.values()))
+def _parameters(layers: dict[str, Spectrum]) -> int:
+    return sum(rows * columns for rows, columns in (entry.shape for entry in layers.values()))

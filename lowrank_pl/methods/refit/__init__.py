@@ -1,4 +1,4 @@
-"""Factors fitted again, in closed form, to what the compressed model feeds them."""
+"""Refit: a closed-form update of factors on the compressed model's own inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moments of what a map is fed in a compressed model, beside what it is fed in the dense one, token by token."""
+"""Joint moments of a linear layer's inputs in the dense and in the compressed model, paired token by token."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from lowrank_pl.calibration.symmetric_sum import product, rows_of
 
 __all__ = ["PairMoments"]
 
-_HELD = "what the dense or the compressed model computes holds"
+_HELD = "an activation of the dense or the compressed model holds"
 
 
 @dataclass
 class PairMoments:
-    """Sums over tokens of products of one map's inputs: ``t`` in the compressed model, ``t + d`` in the dense one.
+    """Sums over tokens of products of one layer's inputs: ``t`` in the compressed model, ``t + d`` in the dense one.
 
-    The difference ``d`` is summed rather than the dense input, for in early blocks it is small beside the inputs and
-    would drown in their rounding. Where the map's output is added to a stream, ``e`` is what that stream lacks before:
-    the dense model's minus the compressed one's. Tokens may be weighted. All are float64.
+    The sums use the difference ``d`` and not the dense input: in early blocks ``d`` is small, and would drown in the
+    rounding of the inputs. If the layer's output is added to a residual stream, ``e`` is the error of that stream
+    before the addition: dense minus compressed. Tokens may be weighted. All sums are float64.
 
     Args:
         inputs: ``[in, in]`` sum of ``t t'``.
         cross: ``[in, in]`` sum of ``d t'``.
         stream: ``[out, in]`` sum of ``e t'``; None without a stream.
-        drift: ``[in, in]`` sum of ``d d'``; None where only a regression is asked for, not its error.
-        stream_drift: ``[out, in]`` sum of ``e d'``; None where one of both is.
-        stream_second: ``[out, out]`` sum of ``e e'``; likewise.
-        tokens: How many tokens were summed.
+        drift: ``[in, in]`` sum of ``d d'``; None if only a regression is needed, and not its error.
+        stream_drift: ``[out, in]`` sum of ``e d'``; None if ``stream`` or ``drift`` is None.
+        stream_second: ``[out, out]`` sum of ``e e'``; None if ``stream`` or ``drift`` is None.
+        tokens: Number of summed tokens.
 
     Example:
         >>> moments = PairMoments.empty(1)
@@ -50,13 +50,13 @@ class PairMoments:
     def empty(
         cls, features: int, *, stream: int | None = None, errors: bool = True, device: torch.device | str = "cpu"
     ) -> PairMoments:
-        """Return sums of nothing.
+        """Return sums over no tokens.
 
         Args:
-            features: Values of an input.
-            stream: Values of the stream, if there is one.
-            errors: Whether errors are to be computed from it, which takes all the sums.
-            device: Where they are.
+            features: Number of input features.
+            stream: Width of the stream; None without a stream.
+            errors: Whether to include the sums that only errors need.
+            device: Device of the sums.
         """
 
         def zeros(rows: int, columns: int) -> Tensor:
@@ -79,16 +79,16 @@ class PairMoments:
         *,
         weights: Tensor | None = None,
     ) -> None:
-        """Add the inputs ``[..., in]`` of the same tokens in both models.
+        """Add the inputs of the same tokens in both models.
 
         Args:
-            dense: Of the dense model.
-            compressed: Of the compressed model.
-            stream: ``[..., out]`` of the dense and of the compressed model; needed where streams are summed.
-            weights: ``[...]`` what each token counts; by default all count the same.
+            dense: Inputs ``[..., in]`` in the dense model.
+            compressed: Inputs ``[..., in]`` in the compressed model.
+            stream: Streams ``[..., out]`` of the dense and of the compressed model; required if streams are summed.
+            weights: Weights ``[...]`` of the tokens; by default all are 1.
 
         Raises:
-            ValueError: They hold NaN or infinity.
+            ValueError: A tensor holds NaN or infinity.
         """
         roots = None if weights is None else weights.to(compressed.device).flatten().float().sqrt()[:, None]
 
@@ -111,7 +111,7 @@ class PairMoments:
         self.tokens += len(inputs)
 
     def merged(self, other: PairMoments) -> PairMoments:
-        """Return the sums over the tokens of both; a sum that one of them lacks is left out."""
+        """Return the sums over the tokens of both; a sum that is None in one of them is None in the result."""
         return PairMoments(
             self.inputs + other.inputs,
             self.cross + other.cross,
@@ -128,16 +128,16 @@ class PairMoments:
         return PairMoments(
             self.inputs / count,
             self.cross / count,
-            _share(self.stream, count),
-            _share(self.drift, count),
-            _share(self.stream_drift, count),
-            _share(self.stream_second, count),
+            _divide(self.stream, count),
+            _divide(self.drift, count),
+            _divide(self.stream_drift, count),
+            _divide(self.stream_second, count),
             tokens=1,
         )
 
     @property
     def nothing_lost(self) -> bool:
-        """Whether the compressed model still computes what the dense one does, so that there is nothing to make up."""
+        """Whether both models computed the same so far, so that there is no error to compensate."""
         parts = (self.cross, self.stream, self.drift, self.stream_second)
         return not any(part is not None and part.any() for part in parts)
 
@@ -146,5 +146,5 @@ def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:
     return None if one is None or two is None else one + two
 
 
-def _share(part: Tensor | None, count: int) -> Tensor | None:
+def _divide(part: Tensor | None, count: int) -> Tensor | None:
     return None if part is None else part / count

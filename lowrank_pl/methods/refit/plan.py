@@ -1,4 +1,4 @@
-"""What a refit does to a plan: whether it may begin, and which plan is for the refitted factors."""
+"""The plan of a refit: the check before it, and the plan of the refitted factors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lowrank_pl.plans.plan import ModulePlan, RankPlan
 __all__ = ["APPLIED", "NO_GAIN", "UNCHANGED", "UNPAIRED", "check_belongs", "refitted_plan"]
 
 APPLIED = "applied"
-"""What is noted beside the factors of a module that was refitted; the others say why one was not."""
+"""Note on the factors of a refitted module; the other constants say why a module was not refitted."""
 
 
 NO_GAIN = "no gain on held-back text"
@@ -37,15 +37,15 @@ _log = logging.getLogger(__name__)
 
 
 def check_belongs(plan: RankPlan, factors: FactorStore, model: PreTrainedModel, targets: Targets) -> None:
-    """Check that plan, factors, model and targets belong together, which hours later would be late to find out.
+    """Check that plan, factors, model and targets belong together, so that a mismatch fails now, not hours into a run.
 
     Raises:
-        ValueError: They don't, or the factors are refitted already.
+        ValueError: They do not belong together, or the factors are refitted already.
     """
     differ = [key for key, value in plan.fingerprint.items() if factors.fingerprint.get(key) != value]
     if differ:
         raise ValueError(
-            f"the plan was drawn for other factors than those in {factors.directory}: {', '.join(differ)} differ. "
+            f"the plan was made for other factors than those in {factors.directory}: {', '.join(differ)} differ. "
             "Allocate again on this store, or name the store that the plan came from"
         )
     if "refit" in factors.fingerprint:
@@ -62,20 +62,20 @@ def check_belongs(plan: RankPlan, factors: FactorStore, model: PreTrainedModel, 
         if shapes.get(name) != entry.shape:
             raise ValueError(
                 f"the plan gives {name} the shape {entry.shape}, the targets {shapes.get(name, 'none')}: find the "
-                "targets that the plan was drawn for"
+                "targets that the plan was made for"
             )
 
 
 def refitted_plan(plan: RankPlan, made: FactorStore, *, fitted: int, held: int) -> RankPlan:
-    """Return ``plan`` for the refitted factors, which have its ranks and no other components.
+    """Return ``plan`` for the refitted factors, which hold exactly the components that it keeps.
 
-    Its order is cut likewise, so that smaller sizes follow from it and larger ones don't.
+    The component order is reduced to these components, so smaller sizes follow from it and larger ones do not.
 
     Args:
-        plan: What was refitted.
-        made: The refitted factors, with what was noted beside them.
-        fitted: Sequences that were fitted to.
-        held: Sequences that choices were made on.
+        plan: The plan before the refit.
+        made: The refitted factors, with the notes stored beside them.
+        fitted: Number of sequences that the factors were fitted to.
+        held: Number of held-back sequences that choices were made on.
     """
     low_rank = {name: module for name, module in plan.modules.items() if module.rank is not None}
     noted = {name: made.notes(name) for name in low_rank}
@@ -101,12 +101,12 @@ def refitted_plan(plan: RankPlan, made: FactorStore, *, fitted: int, held: int) 
 
 
 def _kept_scores(scores: Tensor, module: ModulePlan, *, renewed: bool) -> Tensor:
-    """Return the scores of the components that a module keeps, which are its first ones now.
+    """Return the scores of the components that a module keeps; in the refitted factors these come first.
 
     Args:
-        scores: Of all its components, or of the first ones.
-        module: What the plan keeps.
-        renewed: Whether they are new ones, in the order of their importance.
+        scores: Scores of all components of the module, or of the first ones.
+        module: The module's plan.
+        renewed: Whether the refit made new components, which are sorted by importance.
     """
     whole = torch.cat([scores, scores.new_full((min(module.shape) - len(scores),), -math.inf)])
     kept = whole[: module.rank] if module.indices is None else whole[list(module.indices)]
@@ -114,18 +114,18 @@ def _kept_scores(scores: Tensor, module: ModulePlan, *, renewed: bool) -> Tensor
 
 
 def _report(noted: Mapping[str, Mapping[str, str]], fitted: int, held: int) -> list[str]:
-    """Return in sentences what became of the low-rank modules, from what was noted beside their factors."""
+    """Return a report on the low-rank modules in sentences, from the notes stored beside their factors."""
     applied = {name: found for name, found in noted.items() if found["refit"] == APPLIED}
     said = [f"refitted {len(applied)} of {len(noted)} modules to {fitted + held} sequences, chosen on {held} of them"]
     if applied:
         gain = sum(float(found["gain"]) for found in applied.values()) / len(applied)
         said[0] += f", where their errors are {gain:.1%} lower on average"
-        said.append(f"parts of the inputs' error made up for: {_counts(applied, 'drift')}")
+        said.append(f"compensated fractions of the inputs' error: {_counts(applied, 'drift')}")
         with_stream = {name: found for name, found in applied.items() if "stream" in found}
         if with_stream:
-            said.append(f"parts of the stream's error made up for: {_counts(with_stream, 'stream')}")
+            said.append(f"compensated fractions of the stream's error: {_counts(with_stream, 'stream')}")
         without = len(applied) - len(with_stream)
-        said.append(f"not added to a stream, whose error they can't make up for: {without} of the refitted modules")
+        said.append(f"not added to a stream, so that no stream error is compensated: {without} of the refitted modules")
     for why in (NO_GAIN, UNCHANGED, UNPAIRED):
         those = [name for name, found in noted.items() if found["refit"] == why]
         if those:

@@ -1,4 +1,4 @@
-"""Refit: factors are fitted again, block by block, to what the compressed model itself feeds them, in closed form."""
+"""Refit: a closed-form update of the factors, block by block, on the compressed model's own inputs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.refit.moments import PairMoments
-from lowrank_pl.methods.refit.pair import ModelPair, Pair, Place, survey
+from lowrank_pl.methods.refit.pair import ModelPair, Pair, Wiring, find_wiring
 from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, check_belongs, refitted_plan
 from lowrank_pl.methods.refit.settings import Refit
 from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted
 from lowrank_pl.models.targets import Target, dense_weight
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.text.sequences import count_overlapping, sequences_fingerprint
-from lowrank_pl.utils.files import canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import TensorStore
 
 __all__ = ["Refit", "refit"]
@@ -39,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 _BUSY = {"cpu": 1_024, "cuda": 32_768}
-"""Tokens in a pass of one block that take longer than what comes with every pass: adding up moments in float64 on a
+"""Tokens per pass that keep the device busy. The fixed cost of a pass is smaller then: summing moments in float64 on a
 CPU, starting kernels on a GPU."""
 
 
@@ -52,36 +51,36 @@ def refit(
     settings: Refit | None = None,
     batch_size: int | None = None,
 ) -> tuple[RankPlan, FactorStore]:
-    """Return the plan with every module's factors fitted to the compressed model's own inputs, and these factors.
+    """Return the plan for factors that are fitted to the compressed model's own inputs, and these factors.
 
-    Compressing a module changes the inputs of all that come after it. In the order of execution, with all modules
-    before it refitted, each module's factors of the planned rank are chosen anew, so that on the compressed model's
-    inputs ``t`` they give what the dense weight gives on the dense model's ``x`` (closed-form updates of SVD-LLM,
-    arXiv 2403.07378, and PIFA, arXiv 2501.19090). What is minimised is ``E s |R' (W x + e - W' t)|^2``, where ``e`` is
-    what the stream lacks that the output is added to, ``R R'`` the second moment of the outputs' gradients, and ``s``
-    what a token counts: where the factors were made with weighted tokens, the size of its gradient in the dense model.
+    Compressing a module changes the inputs of all later modules. Modules are refitted in execution order. Each gets new
+    factors of the planned rank whose output on the compressed model's inputs ``t`` is close to that of the dense weight
+    on the dense model's inputs ``x`` (closed-form updates of SVD-LLM, arXiv 2403.07378, and PIFA, arXiv 2501.19090).
+    The objective is ``E s |R' (W x + e - W' t)|^2``. ``e`` is the error of the stream that the output is added to,
+    ``R R'`` is the second moment of the outputs' gradients, and ``s`` is the weight of a token: the norm of its
+    gradient in the dense model if the factors were made with weighted tokens, else 1.
 
-    How much is made up for, and how far the regression is damped, is chosen for each module on held-back sequences; where
-    nothing lowers the error there by the margin, the module keeps its factors. Modules that the plan leaves dense stay
-    as they are.
+    The compensated fractions and the damping are chosen for each module on held-back sequences. A module whose error
+    there does not fall by the margin keeps its factors. Modules that the plan leaves dense are not changed.
 
-    The new factors go into a folder of ``factors``, module by module: a killed run goes on at the block it was in.
-    Passes take about as long as four over all sequences, and one with a backward pass where tokens are weighted. Moments
-    of one input at a time are in memory, and of all sequences the hidden states of both models and what the dense model's
-    maps are fed in one block: on the CPU where a GPU has no room, the latter on disk where the CPU has none.
+    The new factors are written module by module to a folder inside that of ``factors``, so a killed run continues at
+    the block that it was in. The passes cost about four passes over all sequences, and one backward pass if tokens are
+    weighted. Memory holds the moments of one input, the hidden states of both models for all sequences, and the inputs
+    of one block's layers in the dense model. The last two are on the CPU if the GPU lacks room, and the inputs on disk
+    if the CPU does.
 
     Args:
-        plan: The plan; modules with an index set are refitted to its size.
+        plan: The plan. A module with an index set is refitted to the same number of components.
         factors: The factors that the plan is for.
-        subject: The dense model, left as it was, its targets, and the sequences that the factors were made from.
-        sequences: ``[sequences, length]`` token ids to fit to, of which the first ``Refit.sequences`` are used: those
-            that the factors were made from, or more.
-        settings: How to refit.
-        batch_size: Sequences per pass; by default as many as keep the device busy.
+        subject: The dense model, which stays unchanged, its targets, and the sequences that the factors were made from.
+        sequences: Token ids ``[sequences, length]`` to fit to: the sequences that the factors were made from, or more.
+            The first ``Refit.sequences`` are used.
+        settings: Settings of the refit.
+        batch_size: Sequences per pass; by default enough to keep the device busy.
 
     Raises:
-        ValueError: The plan, the factors and the model don't belong together, there are too few sequences, or what the
-            model computes is not finite.
+        ValueError: Plan, factors and model do not belong together, there are too few sequences, or an activation is not
+            finite.
     """
     work = _Work(plan, factors, subject, sequences, settings or Refit(), batch_size)
     work.run()
@@ -89,7 +88,7 @@ def refit(
 
 
 class _Work:
-    """One refit: where it lies, and its modules one group after the other."""
+    """One refit: its store, and its modules group by group."""
 
     def __init__(
         self,
@@ -108,26 +107,23 @@ class _Work:
         self.batch_size = batch_size or max(1, busy // sequences.shape[1])
         self.fitting, self.held = settings.split(sequences)
         self.sequences = sequences[: settings.sequences]
-        self.flattered = count_overlapping(self.held, [calibration]) > 0
-        self.modules = [target for target in subject.targets.modules if target.name in plan.modules]
-        fingerprint = {**base.fingerprint, "refit": self._identity()}
-        folder = base.directory / "refit" / sha256_of(canonical_json(fingerprint))[:20]
-        self.made = FactorStore(fingerprint, folder)
+        self.overlapping = count_overlapping(self.held, [calibration]) > 0
+        self.modules = subject.targets.among(plan.modules)
+        self.made = FactorStore(*base.derived("refit", self._identity()))
         self._began = 0.0
         self.made_by = Decomposition.of_fingerprint(base.fingerprint)
         self.two_sided = settings.two_sided and self.made_by.kind == "two_sided"
 
     def _identity(self) -> dict[str, Any]:
-        ranks = {name: [module.rank, module.indices] for name, module in self.plan.modules.items()}
         return {
             **asdict(self.settings),
             "keep": self.plan.keep,
-            "plan": sha256_of(canonical_json(ranks)),
+            "plan": self.plan.ranks_digest(),
             "windows": sequences_fingerprint(self.sequences),
         }
 
     def run(self) -> None:
-        """Make what is missing, by this run or another that is at it."""
+        """Refit the modules that are missing; wait if another run is refitting them."""
         with self.made.filling(target.name for target in self.modules) as missing:
             if missing:
                 self._make_missing()
@@ -135,7 +131,7 @@ class _Work:
     def _make_missing(self) -> None:
         dense = [target.name for target in self.modules if self.plan.modules[target.name].rank is None]
         for name in self.made.missing(dense):
-            # A smaller size of the plan may cut it.
+            # A smaller size of the plan may truncate the module.
             self.made.add(name, self.base.factors(name), notes={**self.base.notes(name), "seconds": "0"})
         low_rank = [target for target in self.modules if target.name not in dense]
         missing = self.made.missing(target.name for target in low_rank)
@@ -147,65 +143,65 @@ class _Work:
 
     def _run(self, low_rank: Sequence[Target], bar: tqdm[Any]) -> None:
         batches = self._batches(self.sequences)
-        places = survey(self.model, low_rank, self.fitting[:1, :32])
-        twins = ModelPair(self.model, batches)
+        wiring = find_wiring(self.model, low_rank, self.fitting[:1, :32])
+        models = ModelPair(self.model, batches)
         roots = self._output_roots()
-        norms = self._gradient_norms([target for target in low_rank if places[target.name].every_token])
+        norms = self._gradient_norms([target for target in low_rank if wiring[target.name].every_token])
         self._began = time.perf_counter()
         for block, inside in groupby(low_rank, key=lambda target: target.block):
-            # An input that another module takes up later again makes two groups.
+            # Modules that share an input but are not called in sequence form two groups.
             groups = [list(members) for _, members in groupby(inside, key=lambda target: target.group)]
             todo = [[target for target in members if target.name not in self.made] for members in groups]
             leaders = [missing[0].name for missing in todo if missing]
             if leaders:
-                paired = {name: self._stream(places[name]) for name in leaders if places[name].every_token}
-                twins.go_to(block, paired)
+                paired = {name: self._stream(wiring[name]) for name in leaders if wiring[name].every_token}
+                models.start_block(block, paired)
             for members, missing in zip(groups, todo, strict=True):
                 if missing:
-                    self._solve(missing, places, twins, roots, norms)
+                    self._solve(missing, wiring, models, roots, norms)
                     bar.update(len(missing))
                 for target in members:
                     old = self.model.get_submodule(target.name)
-                    twins.layers[target.name] = factored_layer(old, self.made.factors(target.name))
+                    models.layers[target.name] = factored_layer(old, self.made.factors(target.name))
 
     def _batches(self, sequences: Tensor) -> list[Tensor]:
-        """Return ``sequences`` ``[sequences, length]``, or what stands for their tokens, as it comes in passes."""
+        """Split ``[sequences, length]`` token ids, or values per token, into the batches of the passes."""
         first_held = len(self.fitting)
         return [
             *torch.split(sequences[:first_held], self.batch_size),
             *torch.split(sequences[first_held:], self.batch_size),
         ]
 
-    def _stream(self, place: Place) -> str | None:
-        return place.stream if self.settings.residual else None
+    def _stream(self, wired: Wiring) -> str | None:
+        return wired.stream if self.settings.residual else None
 
     def _solve(
         self,
         todo: Sequence[Target],
-        places: Mapping[str, Place],
-        twins: ModelPair,
+        wiring: Mapping[str, Wiring],
+        models: ModelPair,
         roots: Roots | None,
         norms: TensorStore | None,
     ) -> None:
         """Refit modules that share an input."""
-        place = places[todo[0].name]
-        if not place.every_token:
-            return self._leave(todo, UNPAIRED)
-        # Tokens weigh for each module what they do for it alone.
+        wired = wiring[todo[0].name]
+        if not wired.every_token:
+            return self._keep_factors(todo, UNPAIRED)
+        # With weighted tokens each module has its own weights, and so its own moments.
         parts = [todo] if norms is None else [[target] for target in todo]
         weights = [None if norms is None else _weights(norms.read(members[0].name, "norms")) for members in parts]
-        found = self._moments(todo[0], place, twins, weights)
+        found = self._moments(todo[0], wired, models, weights)
         if found is None:
-            return self._leave(todo, UNPAIRED)
+            return self._keep_factors(todo, UNPAIRED)
         for members, (fit, held) in zip(parts, found, strict=True):
             if fit.nothing_lost and held.nothing_lost:
-                self._leave(members, UNCHANGED)
+                self._keep_factors(members, UNCHANGED)
                 continue
             problems = [
                 Problem(
                     dense_weight(self.model.get_submodule(target.name)).detach(),
                     outputs=None if roots is None else roots.of_outputs(target.name),
-                    has_stream=fit.stream is not None and places[target.name].stream == place.stream,
+                    has_stream=fit.stream is not None and wiring[target.name].stream == wired.stream,
                 )
                 for target in members
             ]
@@ -217,17 +213,17 @@ class _Work:
         return None
 
     def _moments(
-        self, leader: Target, place: Place, twins: ModelPair, weights: Sequence[Tensor | None]
+        self, leader: Target, wired: Wiring, models: ModelPair, weights: Sequence[Tensor | None]
     ) -> list[tuple[PairMoments, PairMoments]] | None:
-        """Return moments of the fitted and of the held-back sequences; None where tokens can't be told apart.
+        """Return moments of the fitted and of the held-back sequences; None if tokens can't be paired.
 
         Args:
             leader: One of the modules that share the input.
-            place: Where it stands.
-            twins: The two models.
-            weights: What each token counts, ``[sequences, length]``; there are moments for each of these.
+            wired: Its wiring.
+            models: The two models.
+            weights: Token weights ``[sequences, length]``; moments are returned for each entry.
         """
-        stream = self._stream(place)
+        stream = self._stream(wired)
         width = leader.shape[0] if stream is not None else None
         empty = partial(PairMoments.empty, leader.shape[1], stream=width, device=self.model.device)
         sums = [(empty(errors=False), empty()) for _ in weights]
@@ -249,11 +245,11 @@ class _Work:
                     "checkpoint, or load it in a wider dtype"
                 ) from None
 
-        twins.compare(leader.name, receive)
+        models.compare(leader.name, receive)
         return None if unpaired else sums
 
     def _decide(self, target: Target, problem: Problem, choice: Choice, text: _Text) -> None:
-        """Store the refit of a module where held-back text is for it, or else the factors that it has."""
+        """Store the refit of a module if it lowers the error on held-back text, otherwise its present factors."""
         entry = self.plan.modules[target.name]
         present = self.base.kept(target.name, entry)
         assert entry.rank is not None
@@ -263,9 +259,9 @@ class _Work:
         errors = problem.errors([present, plain, other], text.held)
         if not all(map(math.isfinite, errors)):
             raise ValueError(f"the errors of {target.name} are {errors}: load the base in a wider dtype")
-        # Factors that were made from the held-back text as well are flattered by it: what they are worth on other text
-        # is told by their like that was not.
-        before, after = max(errors[:2]) if self.flattered else errors[0], errors[2]
+        # Present factors that were also made from the held-back text have too low an error there. The larger of their
+        # error and that of ``plain``, which has not seen the text, is the one to beat.
+        before, after = max(errors[:2]) if self.overlapping else errors[0], errors[2]
         gain = 1 - after / before if before > 0 else 0.0
         numbers = {"gain": gain, "drift": choice.drift, "damping": choice.damping}
         if problem.has_stream:
@@ -277,26 +273,26 @@ class _Work:
         else:
             self._store(target.name, present, NO_GAIN, numbers)
 
-    def _leave(self, members: Sequence[Target], why: str) -> None:
+    def _keep_factors(self, members: Sequence[Target], why: str) -> None:
         for target in members:
             self._store(target.name, self.base.kept(target.name, self.plan.modules[target.name]), why, {})
 
     def _store(self, name: str, factors: Factors, how: str, numbers: Mapping[str, float]) -> None:
         if not all(torch.isfinite(part.float()).all() for part in (factors.left, factors.right)):
             raise ValueError(f"the refitted factors of {name} hold NaN or infinity: load the base in a wider dtype")
-        # The first of a group takes the passes' time.
+        # The time of the passes counts for the first module of a group.
         spent, self._began = time.perf_counter() - self._began, time.perf_counter()
         notes = {"refit": how, "seconds": f"{spent:.4f}", **{key: f"{value:.6g}" for key, value in numbers.items()}}
         self.made.add(name, factors, notes={**self.base.notes(name), **notes})
 
     def _output_roots(self) -> Roots | None:
-        """Return the roots that the factors' outputs were weighted by, if they were and it is asked for."""
+        """Return the roots that the factors' outputs were weighted by; None if errors are not weighted."""
         if not self.two_sided:
             return None
         return Roots.of_factors(self.base, self.model, self.calibration, self.modules)
 
     def _gradient_norms(self, watched: Sequence[Target]) -> TensorStore | None:
-        """Return how large output gradients are in the dense model, token by token, if tokens are to count by it."""
+        """Return the norms of output gradients in the dense model, token by token; None if tokens are not weighted."""
         if not (self.two_sided and self.made_by.weighs_tokens):
             return None
         statistics = statistics_of_factors(self.base, self.model, self.calibration)
@@ -304,12 +300,12 @@ class _Work:
 
 
 def _weights(norms: Tensor) -> Tensor:
-    """Return what tokens count, 1 on average, by the ``norms`` of their gradients."""
+    """Return token weights from the ``norms`` of their gradients, with a mean of 1."""
     return norms / (norms.double().mean().float() or 1.0)
 
 
 class _Text(NamedTuple):
-    """Mean moments of the sequences to fit, of those held back, and of both."""
+    """Mean moments of the fitted sequences, of the held-back sequences, and of both."""
 
     fit: PairMoments
     held: PairMoments

@@ -1,4 +1,4 @@
-"""How factors are refitted: what users choose, importable without torch."""
+"""Settings of a refit, importable without torch."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ __all__ = ["Refit"]
 
 @dataclass(frozen=True)
 class Refit:
-    """How factors are refitted.
+    """Settings of a refit.
 
-    Everything that can do harm is chosen module by module on held-back text: a refit on too little text makes a model
-    worse.
+    A refit on too little text makes a model worse. Its strength is therefore chosen for each module on held-back text.
 
     Args:
-        sequences: How many sequences of text to use, the first ones; more make better factors and take longer.
-        hold_back: Fraction of the sequences that choices are made on, the last ones: text next to what was fitted, of the
-            same article, would flatter every choice. The factors chosen are then fitted to all sequences.
-        margin: By what fraction a refit has to lower a module's error on held-back text to be applied.
-        blends: What parts of an error to try to make up for; 1 is all of it. 0 is always tried.
-        dampings: Ridges of the regression to try, relative to each input's second moment; more is nearer to the dense
-            weight.
-        residual: Whether modules whose output is added to a stream, as attention's and the MLP's last ones, also make
-            up for the error that the stream has there.
-        two_sided: Whether errors are weighted by the outputs' gradients, and by tokens, where the factors were.
+        sequences: Number of sequences to use, from the first on; more give better factors and take longer.
+        hold_back: Fraction of the sequences that choices are made on. The last ones are taken: sequences between the
+            fitted ones come from the same articles and would favour every refit. The chosen refit then uses all
+            sequences.
+        margin: A refit is applied if it lowers a module's error on held-back text by at least this fraction.
+        blends: Fractions of an error to compensate that are tried; 1 is all of it. 0 is always tried.
+        dampings: Ridges of the regression that are tried, relative to each input's second moment. A larger ridge stays
+            closer to the dense weight.
+        residual: Whether layers whose output is added to a residual stream also compensate the error of that stream.
+        two_sided: Whether to weight errors by the outputs' gradients, and tokens, if the factors were made so.
 
     Raises:
-        ValueError: A setting out of its range.
+        ValueError: A setting is out of range.
     """
 
     sequences: int = 128
@@ -45,7 +44,7 @@ class Refit:
 
     def __post_init__(self) -> None:
         if self.sequences < 2:
-            raise ValueError(f"windows is {self.sequences}: expected at least 2, of which one is held back")
+            raise ValueError(f"sequences is {self.sequences}: expected at least 2, of which one is held back")
         if not 0 < self.hold_back < 1:
             raise ValueError(
                 f"hold_back is {self.hold_back}: expected a fraction of the sequences, above 0 and below 1"
@@ -54,15 +53,15 @@ class Refit:
             raise ValueError(f"margin is {self.margin}: expected a fraction of at least 0 and below 1")
         if not self.blends or not all(0 <= blend <= 1 for blend in self.blends):
             raise ValueError(f"blends are {self.blends}: expected one or more fractions in [0, 1]")
-        # Less is lost in the rounding of the moments.
+        # A smaller ridge would drown in the rounding of the moments.
         if not self.dampings or not all(1e-4 <= damping < math.inf for damping in self.dampings):
             raise ValueError(f"dampings are {self.dampings}: expected one or more finite numbers of at least 0.0001")
 
     def split(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Return of the first sequences those to fit and those to hold back, at least one each.
+        """Return the sequences to fit to and the held-back sequences, at least one of each.
 
         Raises:
-            ValueError: There is only one sequence, or none.
+            ValueError: Fewer than two sequences were given.
 
         >>> import torch
         >>> [len(part) for part in Refit(sequences=64).split(torch.zeros(100, 512))]

@@ -1,8 +1,8 @@
-"""Which weight of a given rank makes up best for what earlier compression did to a map's inputs. Pure functions.
+"""The weight of a given rank that best compensates the errors of a linear layer's inputs. Pure functions.
 
-What is special: the regression starts from the dense weight, so that damping and a lack of text lead back to it and not
-to zero; and all that is tried is judged at full rank on moments of held-back text, which takes products only, so that
-one decomposition a map is enough.
+The regression starts from the dense weight, so strong damping or little text leads back to that weight and not to zero.
+Candidates are compared at full rank on moments of held-back text. The comparison takes matrix products only, so one
+decomposition per layer is enough.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["NOTHING", "Choice", "Problem", "choose", "refitted"]
 
 @dataclass(frozen=True)
 class Choice:
-    """How far a refit goes.
+    """Strength of a refit.
 
     Args:
-        drift: What part is made up for of the error that comes with changed inputs.
-        stream: What part is made up for of the error of the stream that the output is added to.
+        drift: Compensated fraction of the error due to changed inputs.
+        stream: Compensated fraction of the error of the stream that the output is added to.
         damping: Ridge of the regression, relative to each input's own second moment.
     """
 
@@ -36,20 +36,20 @@ class Choice:
 
 
 NOTHING = Choice()
-"""The dense weight, cut to rank on the compressed model's inputs."""
+"""No compensation: the dense weight, truncated to rank on the compressed model's inputs."""
 
 
 class Problem:
-    """One map to refit, in coordinates of the output in which all errors count the same.
+    """One linear layer to refit, in output coordinates in which all errors have the same weight.
 
-    With ``R`` the root of the outputs' second moment of gradients, ``R' W`` stands for ``W``. Where there are more
-    outputs than inputs, ``R' W = basis @ rows`` with orthonormal columns: what a refit can reach lies in their span, if
-    there is no stream to make up for.
+    ``R`` is the root of the second moment of the outputs' gradients, and ``R' W`` replaces ``W``. A layer with more
+    outputs than inputs and without a stream is stored as ``R' W = basis @ rows`` with orthonormal columns: every
+    refitted weight lies in their span.
 
     Args:
         weight: ``[out, in]``.
         outputs: ``R``; None for the identity.
-        has_stream: Whether the error of the stream that the output is added to is to be made up for as well.
+        has_stream: Whether the error of the stream that the output is added to is compensated as well.
     """
 
     def __init__(self, weight: Tensor, *, outputs: SquareRoot | None = None, has_stream: bool = False) -> None:
@@ -64,7 +64,7 @@ class Problem:
         return outputs if self.outputs is None else self.outputs.multiply_right(outputs.mT).mT
 
     def lacking(self, moments: PairMoments) -> list[Tensor]:
-        """Return ``E[f t']``, ``[rows, in]``, for the errors ``f`` of the dense weight: its own, the stream's."""
+        """Return ``E[f t']`` ``[rows, in]`` for each error ``f`` of the dense weight: its own, then the stream's."""
         own = self.rows @ moments.cross
         if not self.has_stream:
             return [own]
@@ -87,7 +87,7 @@ class Problem:
 
         Args:
             candidates: Left and right factors.
-            held: Mean moments, with those that errors need.
+            held: Mean moments, including those that only errors need.
         """
         rows, lacking = self.rows, sum(self.lacking(held), torch.zeros_like(self.rows))
         if self.basis is not None:
@@ -107,17 +107,17 @@ def choose(
     blends: Sequence[float],
     dampings: Sequence[float],
 ) -> list[Choice]:
-    """Return for each problem the refit that has the least error on held-back text at full rank.
+    """Return for each problem the refit with the least error on held-back text, at full rank.
 
-    With the damping given, the error is a quadratic of what part of the errors is made up for: once its few numbers are
-    known, every pair of blends can be tried.
+    At a given damping, the error is a quadratic function of the compensated fractions. Its few coefficients are
+    computed once, and then every pair of fractions is tried.
 
     Args:
-        problems: Maps that share an input.
-        fit: Mean moments to regress on.
-        held: Mean moments of held-back text, with those that errors need.
-        blends: The parts to try, from 0 to 1; 0 is tried in any case.
-        dampings: The dampings to try.
+        problems: Linear layers that share an input.
+        fit: Mean moments for the regression.
+        held: Mean moments of held-back text, including those that only errors need.
+        blends: Fractions to try, from 0 to 1; 0 is always tried.
+        dampings: Dampings to try.
     """
     best = [(0.0, NOTHING)] * len(problems)
     parts = sorted({0.0, *blends})
@@ -128,7 +128,7 @@ def choose(
         for place, (fitting, testing) in enumerate(zip(to_fit, to_test, strict=True)):
             steps = [_regress(lacking, root) for lacking in fitting]
             for change, blend in _changes(steps, testing, held.inputs, parts):
-                # Of equals the first, so that a resumed run chooses alike.
+                # Of equal errors the first, so that a resumed run makes the same choice.
                 if change < best[place][0]:
                     best[place] = (change, Choice(blend[0], blend[1] if len(blend) > 1 else 0.0, damping))
     return [choice for _, choice in best]
@@ -137,7 +137,7 @@ def choose(
 def _changes(
     steps: Sequence[Tensor], lacking: Tensor, inputs: Tensor, parts: Sequence[float]
 ) -> list[tuple[float, tuple[float, ...]]]:
-    """Return by how much the error changes when the weight does by ``sum(a * step)``, for every choice of the ``a``."""
+    """Return the change of the error if the weight changes by ``sum(a * step)``, for every choice of ``a``."""
     linear = [(lacking * step).sum().item() for step in steps]
     moved = [step @ inputs for step in steps]
     square = [[(one * two).sum().item() for two in steps] for one in moved]
@@ -152,15 +152,16 @@ def _changes(
 def refitted(problem: Problem, fit: PairMoments, choice: Choice, rank: int, *, damping: float) -> Factors:
     """Return the factors ``[out, rank]`` and ``[rank, in]`` of the refit, float64.
 
-    The regression ``W + (drift W E[d t'] + stream E[e t']) (E[t t'] + ridge)^-1`` is cut to ``rank`` with the least
-    error on the inputs ``t``, as SVD-LLM (arXiv 2403.07378) cuts the dense weight on the dense model's inputs.
+    The regression ``W + (drift W E[d t'] + stream E[e t']) (E[t t'] + ridge)^-1`` is truncated to ``rank`` with the
+    least error on the inputs ``t``. SVD-LLM (arXiv 2403.07378) truncates the dense weight in the same way on the dense
+    model's inputs.
 
     Args:
-        problem: The map.
+        problem: The linear layer.
         fit: Mean moments.
-        choice: How far to go.
-        rank: Components to keep.
-        damping: Added to the second moment that the cut goes by, relative to the mean of its diagonal.
+        choice: Strength of the refit.
+        rank: Number of components to keep.
+        damping: Added to the diagonal of the second moment used for truncation, relative to the diagonal's mean.
     """
     target = problem.rows
     blends = [choice.drift, choice.stream]
@@ -172,7 +173,8 @@ def refitted(problem: Problem, fit: PairMoments, choice: Choice, rank: int, *, d
     gram = target @ fit.inputs @ target.mT + damping * fit.inputs.diagonal().mean() * (target @ target.mT)
     squares, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
     sigma, vectors = squares.flip(0)[:rank].clamp_min(0).sqrt(), vectors.flip(1)[:, :rank]
-    # Half of each value goes to either side, as in ``decompose``; those that rounding has lost need only divide well.
+    # Each factor gets the square root of the values, as in ``decompose``. The bound only avoids division by a value
+    # that has been lost in rounding.
     half = sigma.clamp_min(max(sigma[0].item() * 1e-8, torch.finfo(torch.float64).tiny)).sqrt()
     left = vectors if problem.basis is None else problem.basis @ vectors
     if problem.outputs is not None:

@@ -40,9 +40,7 @@ def exports(tmp_path_factory):
     """A tiny Llama compressed to half its size, as factors and merged."""
     home = tmp_path_factory.mktemp("doctor")
     plan = home / "plan.json"
-    allocate(
-        Base("random:llama"), keep=0.5, output=plan, store=home / "store", calibration=Calibration(TEXT, 32, 8)
-    )
+    allocate(Base("random:llama"), keep=0.5, output=plan, store=home / "store", calibration=Calibration(TEXT, 32, 8))
     with pytest.MonkeyPatch.context() as patch:
         # The first test has the fresh process look at one of them.
         patch.setattr("lowrank_pl.export.export.check_reload", lambda *_, **__: None)

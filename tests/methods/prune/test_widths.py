@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from lowrank_pl.methods.prune.widths import Map, Option, Widths
+from lowrank_pl.methods.prune.widths import Spectrum, WidthLosses, WidthOption
 
 
 @pytest.fixture
@@ -16,16 +16,17 @@ def known():
     generator = torch.Generator().manual_seed(0)
 
     def drawn(rows, columns):
-        return Map((rows, columns), torch.rand(min(rows, columns), generator=generator).sort(descending=True).values)
+        sigma = torch.rand(min(rows, columns), generator=generator).sort(descending=True).values
+        return Spectrum((rows, columns), sigma)
 
     options = [
         {
-            width: Option(lost * scale, {f"{place}.up": drawn(width, 12), f"{place}.down": drawn(12, width)})
+            width: WidthOption(lost * scale, {f"{place}.up": drawn(width, 12), f"{place}.down": drawn(12, width)})
             for width, lost in ((24, 0.0), (16, 0.4), (10, 1.5))
         }
         for place, scale in enumerate((0.2, 1.0, 3.0))
     ]
-    return Widths({"q": drawn(12, 12)}, options)
+    return WidthLosses({"q": drawn(12, 12)}, options)
 
 
 @pytest.mark.parametrize("limit", [1200, 900, 600])

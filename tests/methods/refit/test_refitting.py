@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import shutil
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -412,7 +413,7 @@ def test_the_dense_model_runs_a_block_once_and_its_inputs_may_wait_on_disk(
     with caplog.at_level("INFO", "lowrank_pl"):
         _, made = run(llama, plan, store, targets, sequences)
     assert_same_factors(all_tensors(made, plan.modules), in_memory)
-    assert "what the maps of a block are fed waits on disk, for want of room: 0.00 GB" in caplog.text
+    assert re.search(r"inputs .* on disk.* 0\.00 GB", caplog.text)
     blocks = len(llama.model.layers)
     assert passes.count((True, False)) == blocks
     # The twin runs up to each of the four inputs, and to the block's end before the next.
@@ -429,7 +430,7 @@ def test_blocks_that_share_more_than_the_hidden_state_take_whole_passes(
     monkeypatch.setattr("lowrank_pl.methods.refit.pair.forward_from_is_exact", lambda *_: False)
     _, made = run(llama, plan, store, targets, sequences)
     assert_same_factors(all_tensors(made, plan.modules), quick)
-    assert "the blocks of LlamaForCausalLM share more than the hidden state: every pass runs all blocks" in caplog.text
+    assert "the blocks of LlamaForCausalLM share more than the hidden state" in caplog.text
 
 
 class Half(nn.Module):
@@ -500,7 +501,7 @@ def test_smaller_sizes_follow_from_the_plan(llama, sequences, tokenizer):
 def test_what_does_not_belong_together_is_refused(llama, sequences, tokenizer, tmp_path):
     plan, store, targets = drawn(llama, sequences, tokenizer)
     new, made = run(llama, plan, store, targets, sequences)
-    with pytest.raises(ValueError, match=r"drawn for other factors than those in .*: refit differ. Allocate again on"):
+    with pytest.raises(ValueError, match=r"refit differ.* Allocate again on"):
         run(llama, new, store, targets, sequences)
     with pytest.raises(ValueError, match=r"the factors in .* are refitted already: give those they were made from"):
         run(llama, new, made, targets, sequences)
@@ -551,7 +552,7 @@ def test_inputs_that_are_not_finite_are_named(llama, sequences, tokenizer):
     before = list(llama.modules())
     with pytest.raises(
         ValueError,
-        match=r"what the dense or the compressed model computes holds NaN or infinity: before module "
+        match=r"holds NaN or infinity: before module "
         r"model.layers.1.mlp.gate_proj in batch 0 of the refit's sequences; check the checkpoint",
     ):
         run(llama, plan, store, targets, sequences)
