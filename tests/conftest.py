@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,7 +14,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from tests.helpers.fork_server import FRESH, fork_fresh_processes, serving
+from tests.helpers.fork_server import fork_fresh_processes, serving
 from tests.helpers.novel import LINES
 
 
@@ -23,6 +22,11 @@ def pytest_configure(config):
     servers = ExitStack()
     servers.enter_context(serving())
     config.add_cleanup(servers.close)
+
+
+def pytest_collection_modifyitems(items):
+    # A file that takes long and begins last leaves the other workers idle.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,13 +39,6 @@ def _private_cache(tmp_path_factory):
 def _fresh_processes_are_forked():
     """Let the processes that check and score exports be forked, which takes a second each and not ten."""
     fork_fresh_processes()
-
-
-@pytest.fixture(autouse=True)
-def _but_for_some_that_are_new(request, monkeypatch):
-    if request.node.get_closest_marker("new_processes"):
-        for module in FRESH:
-            monkeypatch.setattr(f"{module}.subprocess", subprocess)
 
 
 @pytest.fixture

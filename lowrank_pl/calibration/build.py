@@ -51,16 +51,16 @@ def build_factors(
     """Return a store that holds the factors of every target, making only those that are missing.
 
     Statistics are kept beside the factors, in stores of their own, so that another decomposition of the same model
-    and text starts from them. Processes that work together (``lowrank_pl.utils.distributed.cooperating``) take a share each of the
-    sequences and of the decompositions; all need the same folder.
+    and text starts from them. Processes that work together (``lowrank_pl.utils.distributed.cooperating``) take a share
+    of the sequences and of the decompositions each. All need the same folder.
 
     Args:
         subject: The dense model, its targets, its tokenizer and the calibration sequences.
         settings: How to decompose.
         directory: Folder of the store; by default one named by the fingerprint in the cache.
         batch_size: Sequences per forward.
-        memory: Bytes that sums of statistics may take at a time; by default most of what is free. What takes more is
-            collected block by block (``lowrank_pl.calibration.statistics.Statistics``); a killed run goes on at the block it was in.
+        memory: Bytes that sums of statistics may take at a time; by default most of the free memory. Larger sums are
+            collected block by block (``lowrank_pl.calibration.statistics``). A killed run resumes at its block.
         gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
 
     Raises:

@@ -28,7 +28,7 @@ from typing import Any
 
 from tests.helpers import ROOT
 
-__all__ = ["FRESH", "OURS", "STRANGER", "ForkServer", "Forked", "fork_fresh_processes", "serving"]
+__all__ = ["FRESH", "OURS", "STRANGER", "ForkServer", "Forked", "fork_fresh_processes", "new_processes", "serving"]
 
 _FOLDER = "LOWRANK_TEST_SERVERS"
 _MAIN = str(Path(__file__).with_name("fork_main.py"))
@@ -199,3 +199,14 @@ def fork_fresh_processes() -> None:
     """Let the processes that check and score exports be forked from now on."""
     for module, server in FRESH.items():
         import_module(module).subprocess = SimpleNamespace(run=server.run)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def new_processes() -> Iterator[None]:
+    """Let exports be checked and scored by new processes inside the block."""
+    for module in FRESH:
+        import_module(module).subprocess = subprocess  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        fork_fresh_processes()

@@ -1,4 +1,4 @@
-"""CalibrationData: which sequences are where, and that a resumed run sees exactly the batches it would have seen."""
+"""CalibrationData: the order of batches, which sequences are where, and the batches that a resumed run sees."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,8 +16,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lowrank_pl.models.tiny import byte_tokenizer
 from lowrank_pl.text.sequences import Calibration, sequences_fingerprint, tokenizer_fingerprint
-from lowrank_pl.training.data import CalibrationData, StatisticsText, ValidationText
-from tests.helpers import ROOT, tiny_training
+from lowrank_pl.training.data import CalibrationData, SequenceLoader, StatisticsText, ValidationText
+from tests.helpers import tiny_training
+from tests.helpers.fork_server import OURS
+from tests.helpers.two_processes import as_torchrun_says, in_two_processes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed",  # of ModelCheckpoint, where a test resumes into another folder
@@ -88,10 +89,56 @@ def fit(folder, *, data=None, module=None, ckpt_path=None, **settings):
     return module.seen
 
 
+# -- the order of batches -----------------------------------------------------------------------------------------
+
+ELEVEN = torch.arange(22).view(11, 2)
+
+
+def test_order_follows_from_seed_and_epoch():
+    loaders = [SequenceLoader(ELEVEN, batch_size=2, seed=seed) for seed in (1, 1, 2)]
+    first, same, other = ([[b.tolist() for b in loader] for _ in range(3)] for loader in loaders)
+    assert first == same != other
+    assert first[0] != first[1] != first[2]
+    assert all(len(epoch) == 5 for epoch in first)
+    assert loaders[0].batches(2)[0] == [row[0] // 2 for row in first[2][0]]
+
+
+def test_processes_share_every_step_and_leave_the_same_tail(caplog):
+    whole = SequenceLoader(ELEVEN, batch_size=4, seed=3).batches(7)
+    caplog.clear()
+    halves = [SequenceLoader(ELEVEN, batch_size=2, seed=3, rank=rank, world_size=2).batches(7) for rank in range(2)]
+    assert [one + two for one, two in zip(*halves, strict=True)] == whole
+    assert "3 of 11 sequences are left out, different ones in each epoch: 4 are taken at a time" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_validation_keeps_its_tail_and_gives_every_process_as_many(caplog):
+    assert SequenceLoader(ELEVEN, batch_size=4, seed=None, drop_tail=False).batches(0)[-1] == [8, 9, 10]
+    assert not caplog.records
+    shares = [
+        SequenceLoader(ELEVEN, batch_size=4, seed=None, drop_tail=False, rank=rank, world_size=2) for rank in range(2)
+    ]
+    assert [[len(batch) for batch in share] for share in shares] == [[4, 1], [4, 1]]
+    assert [len(share) for share in shares] == [2, 2]
+    assert sorted(n for share in shares for batch in share.batches(0) for n in batch) == list(range(10))
+    assert "1 of 11 sequences are left out: 2 are taken at a time" in caplog.text
+
+
+def test_too_few_sequences_for_a_batch_are_refused():
+    with pytest.raises(ValueError, match="11 sequences of text are fewer than one batch of 6 for each of 2 processes"):
+        SequenceLoader(ELEVEN, batch_size=6, seed=None, world_size=2)
+
+
+def test_the_global_random_state_is_left_alone():
+    before = torch.get_rng_state()
+    list(SequenceLoader(ELEVEN, batch_size=2, seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # -- which sequences ------------------------------------------------------------------------------------------------
 
 
-def test_windows_held_out_for_validation_follow_all_others(caplog):
+def test_sequences_held_out_for_validation_follow_all_others(caplog):
     caplog.set_level(logging.INFO)
     data = make_data(statistics_sequences=5, statistics_length=64)
     text = "".join(bytes(sequence.tolist()).decode() for sequence in data.train_sequences)
@@ -112,7 +159,7 @@ def test_defaults_of_statistics_are_those_of_learning():
     assert torch.equal(data.statistics_sequences, data.train_sequences)
 
 
-def test_held_out_windows_are_taken_from_a_short_text_too(tmp_path, caplog):
+def test_held_out_sequences_are_taken_from_a_short_text_too(tmp_path, caplog):
     path = tmp_path / "short.txt"
     path.write_text("".join(f"{n:04d}" for n in range(40)))
     data = CalibrationData(
@@ -145,7 +192,7 @@ def test_own_texts_for_statistics_and_validation(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_validation_text_that_is_learnt_from_is_said(tmp_path, caplog):
+def test_validation_text_that_is_learned_from_is_warned_of(tmp_path, caplog):
     path = tmp_path / "a.txt"
     path.write_text("".join(f"{n:04d}" for n in range(400)))
     validation = {"validation_sequences": 4, "validation_text": f"{path}::part=0%-90%"}
@@ -166,7 +213,7 @@ def test_no_validation():
     assert data.validation_sequences.shape == (0, LENGTH)
 
 
-def test_windows_are_built_once(monkeypatch):
+def test_sequences_are_built_once(monkeypatch):
     data = make_data()
     data.prepare_data()
     monkeypatch.setattr(data, "_build", None)
@@ -267,53 +314,37 @@ def test_overfitting_repeats_the_same_batches(tmp_path):
     assert seen[:2] == seen[2:]
 
 
-def run_here(folder, *arguments, processes=0):
-    """Run this file as a script in a process of its own, or in several."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *launcher, __file__, str(folder), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
 def recorded(folder, rank=0):
     rows = [json.loads(line) for line in (folder / "seen.jsonl").read_text().splitlines()]
     return [row[1:] for row in rows if row[0] == rank]
 
 
-def test_a_killed_run_goes_on_in_a_new_process(tmp_path):
+def train(folder, kill_at=None):
+    """Train to step 8: from the start, dying at the step given, or on from the last checkpoint."""
+    last = None if kill_at else f"{folder}/last.ckpt"
+    fit(folder, module=Recorder(f"{folder}/seen.jsonl", kill_at=kill_at), max_steps=8, ckpt_path=last)
+
+
+def train_as_one_of_two(rank, folder):
+    """Train to step 3 and, from the checkpoint, on to step 7."""
+    with as_torchrun_says(rank):
+        for steps, last in ((3, None), (7, f"{folder}/last.ckpt")):
+            module = Recorder(f"{folder}/seen.jsonl")
+            fit(folder, module=module, max_steps=steps, ckpt_path=last, devices=2, strategy="ddp")
+
+
+def test_a_killed_run_goes_on_in_another_process(tmp_path):
     whole = fit(tmp_path / "whole", max_steps=8)
-    killed = run_here(tmp_path, 3)
+    code = f"from tests.training.test_data import train; train({str(tmp_path)!r}, {{}})"
+    killed = OURS.run([sys.executable, "-c", code.format(3)], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert recorded(tmp_path) == whole[:3]
-    resumed = run_here(tmp_path)
+    resumed = OURS.run([sys.executable, "-c", code.format(None)], capture_output=True)
     assert resumed.returncode == 0, resumed.stderr
     assert recorded(tmp_path) == whole
 
 
 def test_two_processes_share_the_batches_and_resume(tmp_path):
-    done = run_here(tmp_path, "ddp", processes=2)
-    assert done.returncode == 0, done.stderr
-    ranks = [recorded(tmp_path, rank) for rank in range(2)]
-    cooperating = [one + two for one, two in zip(*ranks, strict=True)]
-    whole = fit(tmp_path / "whole", max_steps=7, data=make_data(batch_size=4))
-    assert cooperating == [*whole[:3], *whole[3:]]
-
-
-def main(folder, *arguments):
-    """Train to step 8, dying at the step given or going on from the last checkpoint; or on two processes to step 7."""
-    torch.set_num_threads(1)
-    file = f"{folder}/seen.jsonl"
-    if arguments == ("ddp",):
-        settings = {"devices": 2, "strategy": "ddp"}
-        fit(folder, module=Recorder(file), max_steps=3, **settings)
-        fit(folder, module=Recorder(file), max_steps=7, ckpt_path=f"{folder}/last.ckpt", **settings)
-        return
-    kill_at = int(arguments[0]) if arguments else None
-    last = None if arguments else f"{folder}/last.ckpt"
-    fit(folder, module=Recorder(file, kill_at=kill_at), max_steps=8, ckpt_path=last)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    in_two_processes(train_as_one_of_two, tmp_path)
+    both = [one + two for one, two in zip(*(recorded(tmp_path, rank) for rank in range(2)), strict=True)]
+    assert both == fit(tmp_path / "whole", max_steps=7, data=make_data(batch_size=4))

@@ -23,6 +23,7 @@ from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.training.finish_run import ScoreText
 from lowrank_pl.training.interrupt import StopBetweenBatches
 from lowrank_pl.training.progress import LearningBar
+from tests.helpers.fork_server import new_processes
 from tests.helpers.tiny_training import fit, make_data, make_learner
 
 ROWS = ["dense", "uniform", "learned"]
@@ -85,23 +86,41 @@ def test_settings_final_scores_and_samples_reach_the_board(events, run):
     assert any("samples" in tag for tag in events.Tags()["tensors"])
 
 
-def test_a_runs_folder_holds_everything(run):
-    folder, learner, data, _, _ = run
-    summary = json.loads((folder / "summary.json").read_text())
+@pytest.fixture(scope="module")
+def summary(run):
+    return json.loads((run[0] / "summary.json").read_text())
+
+
+def test_the_summary_has_figures_of_every_model(summary):
     assert [name for name in summary if name != "facts"] == ROWS
     assert all(set(summary[name]) == FIGURES for name in ROWS)
     assert summary["dense"]["excess_nats"] == 0
+
+
+def test_the_summary_says_how_models_were_scored_and_what_took_how_long(summary):
     assert summary["facts"]["protocol"] == {"text": "validation sequences of python-docs", "windows": 3, "length": 32}
     assert set(summary["facts"]["seconds"]) == {"factors", "learning"}
-    assert json.loads((folder / "figures.json").read_text()) == summary
-    assert (folder / "rank_map.png").read_bytes().startswith(b"\x89PNG")
-    plan = RankPlan.load(folder / "plan.json")
-    assert plan.modules == learner.plan().modules
+
+
+def test_the_figures_are_written_where_they_were_asked_for(run, summary):
+    assert json.loads((run[0] / "figures.json").read_text()) == summary
+
+
+def test_the_plan_in_the_folder_is_the_learned_one(run, summary):
+    plan = RankPlan.load(run[0] / "plan.json")
+    assert plan.modules == run[1].plan().modules
     assert summary["learned"]["kept_targeted"] == pytest.approx(plan.keep_targeted)
     assert plan.keep_targeted <= 0.5
-    score = perplexity(load_compressed(folder / "model"), data.validation_sequences)
+
+
+def test_the_model_in_the_folder_is_the_one_that_was_scored(run, summary):
+    score = perplexity(load_compressed(run[0] / "model"), run[2].validation_sequences)
     assert summary["learned"]["perplexity"] == pytest.approx(score.perplexity, rel=1e-6)
-    assert not [*folder.rglob("*.tmp")]
+
+
+def test_the_folder_holds_a_picture_and_nothing_half_written(run):
+    assert (run[0] / "rank_map.png").read_bytes().startswith(b"\x89PNG")
+    assert not [*run[0].rglob("*.tmp")]
 
 
 def test_the_terminal_is_told_what_and_where(run):
@@ -114,24 +133,32 @@ def test_the_terminal_is_told_what_and_where(run):
     assert "| A list is |" in " ".join((folder / "model" / "README.md").read_text().split())
 
 
-@pytest.mark.new_processes
-def test_a_finished_run_is_finished_again_from_its_checkpoint_and_counts_seconds_on(run, tmp_path):
-    folder, *_ = run
-    finish = FinishRun(merge=True)
-    saving = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=2, save_top_k=0, save_last=True)
-    fit(
-        make_learner(), max_steps=4, accumulate_grad_batches=2, default_root_dir=tmp_path, enable_checkpointing=True,
-        callbacks=[finish, RankMonitor(), saving], ckpt_path=folder / "checkpoints" / "last.ckpt",
-    )  # fmt: skip
-    assert RankPlan.load(tmp_path / "plan.json").modules == RankPlan.load(folder / "plan.json").modules
-    first = json.loads((folder / "summary.json").read_text())["facts"]["seconds"]["learning"]
-    again = json.loads((tmp_path / "summary.json").read_text())["facts"]["seconds"]["learning"]
-    assert 0 < again <= first
-    assert "import lowrank_pl" not in (tmp_path / "model" / "README.md").read_text()
-    assert finish.finished.report.merged
+@pytest.fixture(scope="module")
+def finished_again(run, tmp_path_factory):
+    """The folder and the end of a run that goes on from the checkpoint of one that had come to its end."""
+    saving = ModelCheckpoint(run[0] / "checkpoints", every_n_train_steps=2, save_top_k=0, save_last=True)
+    folder, finish = tmp_path_factory.mktemp("again"), FinishRun(merge=True)
+    with new_processes():
+        fit(
+            make_learner(), max_steps=4, accumulate_grad_batches=2, default_root_dir=folder, enable_checkpointing=True,
+            callbacks=[finish, RankMonitor(), saving], ckpt_path=run[0] / "checkpoints" / "last.ckpt",
+        )  # fmt: skip
+    return folder, finish.finished
 
 
-def test_baselines_that_measure_and_differentiate_are_drawn_on_the_runs_own_factors(tmp_path):
+def test_a_finished_run_is_finished_again_from_its_checkpoint(run, finished_again):
+    folder, finished = finished_again
+    assert RankPlan.load(folder / "plan.json").modules == RankPlan.load(run[0] / "plan.json").modules
+    assert "import lowrank_pl" not in (folder / "model" / "README.md").read_text()
+    assert finished.report.merged
+
+
+def test_seconds_of_learning_are_counted_on_from_a_checkpoint(summary, finished_again):
+    again = json.loads((finished_again[0] / "summary.json").read_text())["facts"]["seconds"]["learning"]
+    assert 0 < again <= summary["facts"]["seconds"]["learning"]
+
+
+def test_baselines_that_measure_and_differentiate_are_allocated_on_the_runs_own_factors(tmp_path):
     finish = FinishRun(baselines=["zs_svd", "strs", "svdllm_v2"])
     learner, data = make_learner(), make_data(statistics_length=48, statistics_sequences=5)
     fit(learner, data, max_steps=1, default_root_dir=tmp_path, callbacks=[finish])
@@ -155,27 +182,46 @@ def test_a_baseline_of_two_sided_factors_goes_with_two_sided_factors(tmp_path):
     assert [row.name for row in finish.finished.rows] == ["dense", "fisher", "learned"]
 
 
-def test_mistakes_surface_before_learning(tmp_path):
+def test_a_baseline_that_is_none_is_refused():
     with pytest.raises(ValueError, match="no allocator is called 'unifrom': expected one of uniform"):
         FinishRun(baselines=["unifrom"])
-    for name in ("every_n_steps", "map_every_n_steps"):
-        with pytest.raises(ValueError, match=f"{name} is 0: expected a whole number of at least 1"):
-            RankMonitor(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["every_n_steps", "map_every_n_steps"])
+def test_a_monitor_needs_a_step_to_look_at(name):
+    with pytest.raises(ValueError, match=f"{name} is 0: expected a whole number of at least 1"):
+        RankMonitor(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("finish", "data", "message"),
+    [
+        ({"baselines": ["uniform", "fisher"]}, {}, "baseline fisher .* 'whitened': expected two_sided"),
+        ({"score": ScoreText("./none.txt")}, {}, r"text '\./none\.txt'"),
+        ({}, {"validation_sequences": 0}, r"--finish\.score\.text or --data\.validation\.sequences"),
+        ({"prompts": ["A", ""]}, {}, "the prompt '' has no token"),
+    ],
+    ids=["baseline", "absent text", "no text", "prompt"],
+)
+def test_a_mistake_surfaces_before_the_base_is_loaded(finish, data, message):
     learner = make_learner()
-    with pytest.raises(ValueError, match=r"the baseline fisher .* of the kind 'whitened': expected two_s"):
-        fit(learner, max_steps=1, callbacks=[FinishRun(baselines=["uniform", "fisher"])])
-    with pytest.raises(ValueError, match=r"text '.*none\.txt'"):
-        fit(learner, max_steps=1, callbacks=[FinishRun(ScoreText(str(tmp_path / "none.txt")))])
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "model" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"run/model' holds other files .*: name a new folder"):
-        fit(learner, max_steps=1, default_root_dir=tmp_path / "run", callbacks=[FinishRun()])
-    with pytest.raises(ValueError, match=r"--finish\.score\.text or --data\.validation\.sequences"):
-        fit(learner, make_data(validation_sequences=0), max_steps=1, callbacks=[FinishRun()])
-    with pytest.raises(ValueError, match="the prompt '' has no token"):
-        fit(learner, max_steps=1, callbacks=[FinishRun(prompts=["A", ""])])
+    with pytest.raises(ValueError, match=message):
+        fit(learner, make_data(**data), max_steps=1, callbacks=[FinishRun(**finish)])
     assert learner.model is None
-    with pytest.raises(ValueError, match=r"4096 tokens .* 2048 positions: use shorter"):
+
+
+def test_a_folder_of_other_files_is_refused_before_the_base_is_loaded(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    learner = make_learner()
+    with pytest.raises(ValueError, match=f"{tmp_path.name}/model' holds other files .*: name a new folder"):
+        fit(learner, max_steps=1, default_root_dir=tmp_path, callbacks=[FinishRun()])
+    assert learner.model is None
+
+
+def test_sequences_too_long_to_score_are_refused_before_learning():
+    learner = make_learner()
+    with pytest.raises(ValueError, match="4096 tokens .* 2048 positions: use shorter"):
         fit(learner, max_steps=1, callbacks=[FinishRun(ScoreText("python-docs", length=4096))])
     assert learner.global_step == 0
 

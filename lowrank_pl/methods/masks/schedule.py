@@ -41,11 +41,11 @@ class KeepSchedule:
     def __post_init__(self) -> None:
         check_keep(self.keep)
         if (self.start is None) != (self.steps == 0) or self.steps < 0:
-            raise ValueError(f"keep_start is {self.start} and keep_steps {self.steps}: a schedule needs both")
+            raise ValueError(f"start.keep is {self.start} and start.steps {self.steps}: a schedule needs both")
         if self.start is not None:
             check_keep(self.start)
         if self.falling and (self.start is None or self.start <= self.keep):
-            raise ValueError(f"record_order needs a keep_start above keep: they are {self.start} and {self.keep}")
+            raise ValueError(f"start.record_order needs a start.keep above keep: they are {self.start} and {self.keep}")
 
     def at(self, step: int) -> float:
         """Return the target fraction after ``step`` optimizer steps."""
