@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import torch
+
+from lowrank_pl.calibration.gradients import GradientMoments, WeightGradients
+from lowrank_pl.calibration.input_moments import InputMoments
+from lowrank_pl.calibration.measures import Measure, Passes
 from lowrank_pl.calibration.statistics import SHARE
+from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.costs.estimate import Phase, WorkKind
-from lowrank_pl.costs.model_sizes import ModelSizes
-from lowrank_pl.costs.workload import Preparation, Run
+from lowrank_pl.costs.workload import Run
 from lowrank_pl.methods.prune.settings import STEPS
-from lowrank_pl.models.targets import Target
 
 __all__ = [
     "decomposition_phase",
@@ -36,6 +40,9 @@ _SVD_WORK = 5
 _EIGENVALUES = 0.1
 """Time of eigenvalues alone, relative to a whole singular value decomposition of as large a matrix."""
 
+_BAND = 1 / 8
+"""Rows of a symmetric matrix that are one product (``SymmetricSum``), relative to all."""
+
 _READS = 3
 """How often weights that are never whole in memory are read: for their fingerprint, a trial, and the block-wise pass.
 Gradients read them once more, on the way back."""
@@ -46,35 +53,70 @@ _PACKED = 0.75
 
 @dataclass(frozen=True)
 class _Sums:
-    """What passes with a backward pass add up.
+    """What passes over the calibration text add up.
 
     Args:
         name: Name of the phase.
-        sizes: Bytes of the sums by module.
+        sizes: Bytes of the sums, by entry of the store.
+        stored: Bytes on disk, by entry of the store.
+        blocks: The block of each entry.
         multiply_adds: Multiply-adds a token of all sums.
-        product: Numbers of the largest product of a batch.
-        stored: Bytes on disk relative to ``sizes``; float64 is stored as float32.
+        product: Bytes of the largest product of a batch.
+        moment: Bytes that an entry takes on the device while it is stored.
     """
 
     name: str
     sizes: Mapping[str, float]
-    multiply_adds: float
-    product: int = 0
-    stored: float = 1.0
+    stored: Mapping[str, float]
+    blocks: Mapping[str, int]
+    multiply_adds: float = 0.0
+    product: float = 0.0
+    moment: float = 0.0
 
     @classmethod
-    def of(
-        cls, name: str, model: ModelSizes, numbers: Callable[[Target], int], product: int, *, itemsize: int = 8
-    ) -> _Sums:
-        """Return sums of ``numbers(target)`` numbers for every target, as many multiply-adds a token."""
-        counts = {target.name: numbers(target) for target in model.modules}
-        sizes = {module: float(itemsize * count) for module, count in counts.items()}
-        return cls(name, sizes, float(sum(counts.values())), product, 4 / itemsize)
+    def of(cls, name: str, kind: type[Measure], run: Run) -> _Sums:
+        """Return sums of one ``kind`` of statistic that are stored as they are, and cost no products."""
+        calibration = run.work.preparation.calibration
+        # Some kinds ask for the number of tokens; the tokens themselves have no values.
+        passes = Passes(torch.empty(calibration.sequences, calibration.length, device="meta"))
+        entries = {kind.key(target): target for target in run.model.modules}
+        sizes = {entry: float(kind.bytes_of(target, passes)) for entry, target in entries.items()}
+        return cls(name, sizes, sizes, {entry: target.block for entry, target in entries.items()})
 
     @property
     def total(self) -> float:
         """Bytes of all sums."""
         return sum(self.sizes.values())
+
+    def held(self, by_block: bool) -> float:
+        """Return the bytes of all sums, or those of the block that has most."""
+        if not by_block:
+            return self.total
+        groups = groupby(self.sizes, key=lambda entry: self.blocks[entry])
+        return max(sum(self.sizes[entry] for entry in entries) for _, entries in groups)
+
+    def beside(self, measuring: Mapping[str, float]) -> dict[str, float]:
+        """Return what stands beside the sums: what ``measuring`` needs, or an entry that is stored, if that is more."""
+        found = {**measuring, "products of a batch": self.product}
+        return found if sum(found.values()) >= self.moment else {"a moment while it is stored": self.moment}
+
+
+def _second_moments(
+    name: str, kind: type[Measure], run: Run, sides: Callable[[tuple[int, int]], Sequence[int]]
+) -> _Sums:
+    """Return sums of second moments of the ``sides`` ``(out, in)`` of each target (``SymmetricSum``)."""
+    found = _Sums.of(name, kind, run)
+    shapes = {kind.key(target): target.shape for target in run.model.modules}
+    widest = max(max(sides(shape)) for shape in shapes.values())
+    return replace(
+        found,
+        # Half of each matrix is summed, in float64; all of it is stored, in float32.
+        stored={entry: 4.0 * sum(side**2 for side in sides(shape)) for entry, shape in shapes.items()},
+        multiply_adds=found.total / 8,
+        product=4.0 * _BAND * widest**2,
+        # Before it is stored there are the whole matrix in float64 and its mean.
+        moment=2 * 8.0 * widest**2,
+    )
 
 
 def load_phase(run: Run) -> Phase:
@@ -104,27 +146,25 @@ def share_phase(run: Run) -> Phase:
 
 def statistics_phases(run: Run) -> list[Phase]:
     """Return what the statistics need: moments of inputs and of output gradients, and weight gradients."""
-    model, preparation = run.model, run.work.preparation
+    preparation = run.work.preparation
     needs = {need for settings in preparation.decompositions for need in settings.needs}
-    rows, columns = (max(target.shape[side] for target in model.modules) for side in (0, 1))
     phases = []
     if "inputs" in needs:
         phases.append(_input_moments(run))
     if "output_gradients" in needs:
-        sums = _Sums.of("output gradients", model, lambda target: target.shape[0] ** 2, rows**2)
+        sums = _second_moments("output gradients", GradientMoments, run, lambda shape: shape[:1])
         phases.append(_gradients(run, sums))
     if preparation.weighs_tokens:
-        phases.append(_gradients(run, _weighted_moments("weighted moments", model)))
+        phases.append(_gradients(run, _second_moments("weighted moments", WeightedMoments, run, lambda shape: shape)))
     if "weight_gradients" in needs or preparation.weight_gradients:
-        size = rows * columns
-        sums = _Sums.of("weight gradients", model, lambda target: target.shape[0] * target.shape[1], size, itemsize=4)
-        phases.append(_gradients(run, sums))
+        phases.append(_gradients(run, _weight_gradients(run)))
     return phases
 
 
-def _weighted_moments(name: str, model: ModelSizes) -> _Sums:
-    widest = max(max(target.shape) for target in model.modules)
-    return _Sums.of(name, model, lambda target: sum(side**2 for side in target.shape), widest**2)
+def _weight_gradients(run: Run) -> _Sums:
+    found = _Sums.of("weight gradients", WeightGradients, run)
+    # The gradient of a batch in float32, then in float64, and its squares.
+    return replace(found, multiply_adds=float(run.model.targeted), product=5 * max(found.sizes.values()))
 
 
 def pruning_phases(run: Run) -> list[Phase]:
@@ -159,7 +199,8 @@ def pruning_phases(run: Run) -> list[Phase]:
         {"float64": times * products, "svd": times * _EIGENVALUES * spectra},
         waiting=run.program,
     )
-    return [_gradients(whole, _weighted_moments("weighted moments before pruning", model)), widths]
+    moments = _second_moments("weighted moments before pruning", WeightedMoments, whole, lambda shape: shape)
+    return [_gradients(whole, moments), widths]
 
 
 def norms_phase(run: Run) -> Phase:
@@ -167,52 +208,41 @@ def norms_phase(run: Run) -> Phase:
     preparation = run.work.preparation
     text = replace(preparation.calibration, sequences=run.work.refits.sequences)
     # The whole model is loaded for the refit itself.
-    on_refit_text = replace(preparation, calibration=text, by_block=False)
-    sums = {target.name: 4.0 * on_refit_text.tokens for target in run.model.modules}
-    run = replace(run, work=replace(run.work, preparation=on_refit_text))
-    return _gradients(run, _Sums("gradient norms", sums, 0.0))
+    run = replace(run, work=replace(run.work, preparation=replace(preparation, calibration=text, by_block=False)))
+    return _gradients(run, _Sums.of("gradient norms", TokenNorms, run))
 
 
 def _input_moments(run: Run) -> Phase:
     model, preparation = run.model, run.work.preparation
     length = preparation.calibration.length
-    widths = model.input_widths
-    sums = {group: 8.0 * width**2 for group, width in widths.items()}
-    by_block, held = _block_by_block(run, sums), sum(sums.values())
-    if by_block:
-        held = _largest_block(sums, {target.group: target.block for target in model.modules})
-    widest = max(widths.values())
+    sums = _second_moments("moments of inputs", InputMoments, run, lambda shape: shape[1:])
+    by_block = _block_by_block(run, sums)
+    widest = max(model.input_widths.values())
     device, host = _placed(run, {
         **_weights(run),
-        "second moments of inputs": held,
-        # The product of a batch, and the check that it is finite.
-        "products of a batch": 3 * 4.0 * widest**2,
-        "activations": 4.0 * length * widest * model.itemsize,
-        "logits": float(length * model.vocabulary * model.itemsize),
+        "second moments of inputs": sums.held(by_block),
+        **sums.beside({
+            "activations": 4.0 * length * widest * model.itemsize,
+            "logits": float(length * model.vocabulary * model.itemsize),
+        }),
     })  # fmt: skip
-    host["a file being written"] = _SAVING * 4.0 * widest**2
+    host["a file being written"] = _SAVING * max(sums.stored.values())
     if by_block:
         host["hidden states"] = _hidden_states(run)
-    tokens = preparation.tokens * _times_measured(preparation) / run.machine.processes
-    work: dict[WorkKind, float] = {
-        "model": tokens * model.multiply_adds,
-        "float32": tokens * sum(width**2 for width in widths.values()),
-        "disk": float(_READS * model.bytes) if preparation.by_block else 0.0,
-    }
-    stored = _times_measured(preparation) * sum(4.0 * width * (width + 1) for width in widths.values())
-    return Phase("moments of inputs", device, host, disk={"moments of inputs": stored}, work=work)
+    read = float(_READS * model.bytes) if preparation.by_block else 0.0
+    return _measuring(run, sums, device, host, passes=1, read=read)
 
 
 def _gradients(run: Run, sums: _Sums) -> Phase:
     """Return what passes with a backward pass need, which measure ``sums``."""
     model, preparation = run.model, run.work.preparation
-    device = {**_weights(run), f"sums of {sums.name}": sums.total, "products of a batch": 2 * 4.0 * sums.product}
-    waiting, passes, read = {}, 3 if preparation.gradient_checkpointing else 2, 0.0
-    if _block_by_block(run, sums.sizes):
-        of_block = _largest_block(sums.sizes, {target.name: target.block for target in model.modules})
-        device |= {f"sums of {sums.name}": of_block, **_one_block(run, of_block)}
+    by_block = _block_by_block(run, sums)
+    held = sums.held(by_block)
+    states, passes, read = {}, 3 if preparation.gradient_checkpointing else 2, 0.0
+    if by_block:
+        measuring = _one_block(run, held)
         state = _hidden_states(run)
-        waiting = {"hidden states before every block": len(model.blocks) * state, "gradients by a hidden state": state}
+        states = {"hidden states before every block": len(model.blocks) * state, "gradients by a hidden state": state}
         # The way forward and, block by block, once more. Where inputs are measured too, factors that are made of a
         # base's files have the hidden states from there.
         forward = not (
@@ -220,15 +250,23 @@ def _gradients(run: Run, sums: _Sums) -> Phase:
         )
         passes, read = 2 + forward, float((_READS * forward + 1) * model.bytes * preparation.by_block)
     else:
-        device |= _whole_pass(run)
-    device, host = _placed(run, device)
-    host |= {"a file being written": _SAVING * sums.stored * max(sums.sizes.values()), **waiting}
-    times = _times_measured(preparation)
-    tokens = preparation.tokens * times / run.machine.processes
+        measuring = _whole_pass(run)
+    device, host = _placed(run, {**_weights(run), f"sums of {sums.name}": held, **sums.beside(measuring)})
+    host |= {"a file being written": _SAVING * max(sums.stored.values()), **states}
+    return _measuring(run, sums, device, host, passes=passes, read=read)
+
+
+def _measuring(
+    run: Run, sums: _Sums, device: Mapping[str, float], host: Mapping[str, float], *, passes: int, read: float
+) -> Phase:
+    """Return the phase that measures ``sums`` in so many ``passes`` through the model, forward or backward."""
+    # Everything is measured twice where the compressed model is measured as well.
+    times = 1 + any(settings.at_keep is not None for settings in run.work.preparation.decompositions)
+    tokens = run.work.preparation.tokens * times / run.machine.processes
     work: dict[WorkKind, float] = {
-        "model": passes * tokens * model.multiply_adds, "float32": tokens * sums.multiply_adds, "disk": read,
+        "model": passes * tokens * run.model.multiply_adds, "float32": tokens * sums.multiply_adds, "disk": read,
     }  # fmt: skip
-    return Phase(sums.name, device, host, disk={sums.name: times * sums.stored * sums.total}, work=work)
+    return Phase(sums.name, device, host, disk={sums.name: times * sum(sums.stored.values())}, work=work)
 
 
 def _whole_pass(run: Run) -> dict[str, float]:
@@ -263,24 +301,19 @@ def _one_block(run: Run, sums: float) -> dict[str, float]:
     return {"activations": activations, **({"logits, beyond that": more} if more > 0 else {})}
 
 
-def _block_by_block(run: Run, sums: Mapping[str, float]) -> bool:
+def _block_by_block(run: Run, sums: _Sums) -> bool:
     """Return whether passes go through one block at a time, which ``Statistics`` decides by the size of ``sums``."""
-    total, machine = sum(sums.values()), run.machine
-    if run.work.preparation.by_block:
+    preparation, machine = run.work.preparation, run.machine
+    if preparation.by_block:
         return True
-    if run.work.preparation.memory is not None:
-        return total > run.work.preparation.memory
+    if preparation.memory is not None:
+        return sums.total > preparation.memory
     if machine.sharded:
         return False
     if machine.memory is None:
         # A GPU of unknown memory is counted at the least that the run can do with.
         return not machine.on_cpu
-    return total > SHARE * (machine.memory - run.model.bytes)
-
-
-def _largest_block(sums: Mapping[str, float], blocks: Mapping[str, int]) -> float:
-    """Return the bytes of the sums of the block that has most."""
-    return max(sum(sums[name] for name in names) for _, names in groupby(sums, key=lambda name: blocks[name]))
+    return sums.total > SHARE * (machine.memory - run.model.bytes)
 
 
 def _hidden_states(run: Run) -> float:
@@ -344,11 +377,6 @@ def _weights(run: Run) -> dict[str, float]:
         "weights of a block": float(max(model.blocks) * model.itemsize),
         "weights around": float(model.outside * model.itemsize),
     }
-
-
-def _times_measured(preparation: Preparation) -> int:
-    """Return how often everything is measured: twice where the compressed model is measured as well."""
-    return 1 + any(settings.at_keep is not None for settings in preparation.decompositions)
 
 
 def _program(run: Run) -> dict[str, float]:

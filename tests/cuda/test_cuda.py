@@ -67,7 +67,9 @@ def _fresh_cache(tmp_path, monkeypatch):
 def made_on(device, sequences, kind="two_sided", keep=0.5, dtype=torch.float32):
     model = load_base("random:llama", dtype=dtype).to(device)
     targets = find_targets(model)
-    store = build_factors(Subject(model, byte_tokenizer(), sequences, known_targets=targets), settings=Decomposition(kind), directory=None if device == "cpu" else Path(f"{device}-{kind}").resolve())  # fmt: skip
+    subject = Subject(model, byte_tokenizer(), sequences, known_targets=targets)
+    directory = None if device == "cpu" else Path(f"{device}-{kind}").resolve()
+    store = build_factors(subject, settings=Decomposition(kind), directory=directory)
     budget = Constraints().budget(model, targets, keep)
     return model, targets, store, budget.select(predicted_scores(budget, store.sigma), method="fisher")
 

@@ -221,7 +221,7 @@ def test_a_folder_of_other_files_is_refused_before_the_base_is_loaded(tmp_path):
 
 def test_sequences_too_long_to_score_are_refused_before_learning():
     learner = make_learner()
-    with pytest.raises(ValueError, match="4096 tokens .* 2048 positions: use shorter"):
+    with pytest.raises(ValueError, match=r"4096 tokens .* 2048 positions: use shorter"):
         fit(learner, max_steps=1, callbacks=[FinishRun(ScoreText("python-docs", length=4096))])
     assert learner.global_step == 0
 

@@ -39,7 +39,7 @@ def whole(tmp_path_factory):
 
 
 def stopped_by(number, folder):
-    """Send a run a signal after its first checkpoint; return exit status, stderr, the step it came to and what it left."""
+    """Send a run a signal after its first checkpoint; return exit status, stderr, its last step and what it left."""
     run, printed = folder / "run", folder / "printed"
     printed.mkdir()
     last = run / "checkpoints" / "last.ckpt"

@@ -131,7 +131,7 @@ def test_notes_say_what_is_left_of_the_targeted_layers(llama, which, share):
 
 def test_a_config_that_says_something_else_is_refused(llama):
     llama.config.lowrank_narrowed = {"base": "x", "width": 96}
-    with pytest.raises(ValueError, match="lowrank_narrowed: expected .*`lowrank prune`"):
+    with pytest.raises(ValueError, match=r"lowrank_narrowed: expected .*`lowrank prune`"):
         Origin.of(llama)
 
 
