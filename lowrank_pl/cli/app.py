@@ -68,7 +68,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "bench": (
         "lowrank_pl.cli.bench:bench",
-        "Measure how fast compressed models run beside the dense one, or a learning step beside the frozen model's.",
+        "Measure how fast compressed models run beside the dense one, or what learning and statistics cost.",
     ),
 }
 """By name, the function of each command, and the first sentence of its docstring: listing imports none of them."""

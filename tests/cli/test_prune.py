@@ -189,7 +189,7 @@ def test_a_folder_of_something_else_is_left_alone_before_anything_is_measured(tm
     (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned" / "thesis.txt").write_text("all of it")
     monkeypatch.setattr(Base, "load", lambda _: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match="holds other files than an earlier export: name a new folder or empty it"):
+    with pytest.raises(ValueError, match=r"holds other files .*: name a new folder or empty"):
         prune(Base("random:llama"), output=tmp_path / "pruned", pruning=WidthPruning(share=0.5), calibration=TEXT)
     assert (tmp_path / "pruned" / "thesis.txt").read_text() == "all of it"
 
@@ -451,7 +451,7 @@ def test_card_and_page_of_a_run_say_what_was_pruned(fitted, doubled):
     folder, by_block, plan = fitted
     card, page = (folder / "model" / "README.md").read_text(), (folder / "report.html").read_text()
     assert f"`{doubled}` compressed with" in card
-    assert "of the 96 hidden features of every MLP were left" in card
+    assert "of 96 hidden neurons remain in each" in card
     assert "of it with hidden features that were left out before" in page
     assert (" to " in plan.origin["narrowed"]["left"]) == by_block
 
