@@ -151,6 +151,13 @@ def test_weights_are_read_for_every_way_through_the_model(large):
     assert (read(ALIKE, "moments of inputs"), read(ALIKE, "output gradients")) == (3, 1)
 
 
+@pytest.mark.parametrize(("sizes", "part"), [("large", "a moment while it is stored"), ("llama", "activations")])
+def test_the_larger_of_measuring_and_storing_is_counted(sizes, part, request):
+    work = Workload(preparation=preparing(WEIGHTED, by_block=True))
+    device = phases(request.getfixturevalue(sizes), work, Machine("cuda"))["weighted moments"].device
+    assert {"a moment while it is stored", "activations"} & set(device) == {part}
+
+
 # -- several processes ---------------------------------------------------------------------------------------------
 
 
