@@ -26,8 +26,7 @@ from lowrank_pl.models import hf_format, hf_layers
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from lowrank_pl.report.finish import Protocol, score_in_fresh_process
-
-pytestmark = pytest.mark.new_processes
+from tests.helpers.fork_server import new_processes
 
 TOKENS = torch.arange(24)[None]
 
@@ -246,7 +245,8 @@ class FakePlan:
 def test_the_check_passes_and_the_report_counts(tmp_path):
     model = compressed("gpt2", torch.bfloat16)
     out = tmp_path / "out"
-    report = save_compressed(model, out, tokenizer=byte_tokenizer(), plan=FakePlan(), card="# A card\n")
+    with new_processes():
+        report = save_compressed(model, out, tokenizer=byte_tokenizer(), plan=FakePlan(), card="# A card\n")
     weights = (out / "model.safetensors").stat().st_size
     assert report == ExportReport(directory=out, bytes=weights, merged=False, modules=8, verified=True)
     assert (out / "plan.json").read_text() == '{"schema": 1}'
