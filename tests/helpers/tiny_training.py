@@ -36,7 +36,7 @@ def make_learner(base="random:llama", dtype="float32", **changes):
     settings = {"keep": 0.5, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.0), **changes}
     start = _taken(settings, Start, names={"plan": "start", "keep": "keep_start", "steps": "keep_steps"})
     groups = {"constraints": _taken(settings, Constraints), "start": start, "compute": _taken(settings, Compute)}
-    return RankLearner(Base(base, dtype), **groups, **settings)
+    return RankLearner(Base(base, dtype=dtype), **groups, **settings)
 
 
 def _taken(settings, group, *, prefix="", names=None):
