@@ -213,20 +213,43 @@ def test_names_of_ours_in_texts_exist(module):
             thing = getattr(thing, part)
 
 
+IMPORTS = """
+import builtins, importlib, json, sys
+
+importers, real_import = [], builtins.__import__
+
+def spy(name, globals=None, locals=None, fromlist=(), level=0):
+    if name.split(".")[0] == "matplotlib":
+        importers.append((globals or {}).get("__name__", ""))
+    return real_import(name, globals, locals, fromlist, level)
+
+builtins.__import__ = spy
+found = {}
+for ring, names in json.loads(sys.argv[1]).items():
+    for name in names:
+        importlib.import_module(name)
+        # torchmetrics, which Lightning imports, loads matplotlib itself.
+        if "matplotlib" in sys.modules and "torchmetrics" not in sys.modules:
+            importers.append(name)
+    found[ring] = sorted(sys.modules)
+print(json.dumps(found | {"matplotlib": [name for name in importers if name.startswith("lowrank_pl")]}))
+"""
+
+
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, list[str]]:
-    """Names in ``sys.modules`` of a fresh process: after ``import lowrank_pl``, and after all but the outer ring."""
-    code = "\n".join(
-        [
-            "import json, sys, lowrank_pl",
-            "first = sorted(sys.modules)",
-            *(f"import {full(name)}" for name in INNER),
-            "print(json.dumps({'root': first, 'inner': sorted(sys.modules)}))",
-        ]
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    """What a new process has imported, ring by ring, and which modules of ours imported matplotlib."""
+    rings = {"root": ["lowrank_pl"], "inner": [full(name) for name in INNER]}
+    rings["outer"] = [full(name) for name in sorted(OUTER - {"__main__"})]  # which would run the command
+    words = [sys.executable, "-c", IMPORTS, json.dumps(rings)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_module_loads_matplotlib_when_it_is_imported(loaded):
+    assert full("report.rank_map") in loaded["inner"]
+    assert loaded["matplotlib"] == []
 
 
 def test_importing_all_but_the_outer_ring_leaves_lightning_out(loaded):

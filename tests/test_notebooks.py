@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 
 import pytest
 
@@ -21,6 +22,20 @@ def runner():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked_kernels(tmp_path_factory):
+    """Let kernels be forked, which have imported what the first cells import."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    kernel = folder / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    words = [sys.executable, str(ROOT / "tests" / "helpers" / "fork_kernel.py"), "{connection_file}"]
+    spec = {"argv": words, "display_name": "forked", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder))
+        yield
 
 
 def run(runner, monkeypatch, folder, name, settings):

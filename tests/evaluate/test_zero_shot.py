@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
 
 import datasets
@@ -22,6 +20,7 @@ from lowrank_pl.evaluate.zero_shot import ZeroShot, require_lm_eval
 from lowrank_pl.export.export import save_compressed
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from tests.helpers.fork_server import STRANGER
 
 ROWS = [
     {"query": "Question: what is wet?\n", "choices": ["water", "a stone in the desert", "sand"], "gold": 0},
@@ -303,11 +302,7 @@ def test_the_plain_lm_eval_command_reads_an_export(questions, yaml_file, tmp_pat
         "--include_path", str(yaml_file.parent), "--tasks", "tiny_questions", "--device", "cpu", "--batch_size", "2",
         "--output_path", str(tmp_path / "out"), "--log_samples",
     ]  # fmt: skip
-    own = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", run, *words], capture_output=True, text=True, timeout=1200, env={**os.environ, **own},
-        cwd=tmp_path,
-    )  # fmt: skip
+    done = STRANGER.run([sys.executable, "-c", run, *words], capture_output=True, timeout=1200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (results,) = (tmp_path / "out").rglob("results_*.json")
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")

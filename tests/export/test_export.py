@@ -26,7 +26,7 @@ from lowrank_pl.models import hf_format, hf_layers
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from lowrank_pl.report.finish import Protocol, score_in_fresh_process
-from tests.helpers.fork_server import new_processes
+from tests.helpers import fork_server as forked
 
 TOKENS = torch.arange(24)[None]
 
@@ -78,10 +78,10 @@ def exports(tmp_path_factory):
     return home, models
 
 
-def run(script, *arguments):
-    """Run ``script`` in a fresh process and return what it printed as JSON."""
+def run(script, *arguments, start=subprocess.run):
+    """Run ``script`` in a process of its own, started by ``start``, and return what it printed as JSON."""
     command = [sys.executable, "-B", "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = start(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -179,7 +179,7 @@ print(json.dumps(answer))
 
 def test_every_family_in_a_process_that_imports_the_format(exports):
     home, _ = exports
-    answer = run(IMPORTER, home, ",".join(FAMILIES))
+    answer = run(IMPORTER, home, ",".join(FAMILIES), start=forked.STRANGER.run)
     assert answer == {family: [True, True, 0, 0, 0, 0] for family in FAMILIES}
 
 
@@ -245,7 +245,7 @@ class FakePlan:
 def test_the_check_passes_and_the_report_counts(tmp_path):
     model = compressed("gpt2", torch.bfloat16)
     out = tmp_path / "out"
-    with new_processes():
+    with forked.new_processes():
         report = save_compressed(model, out, tokenizer=byte_tokenizer(), plan=FakePlan(), card="# A card\n")
     weights = (out / "model.safetensors").stat().st_size
     assert report == ExportReport(directory=out, bytes=weights, merged=False, modules=8, verified=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import re
-import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.utils import files
 from lowrank_pl.utils.files import cache_root
 from lowrank_pl.utils.tensor_store import TensorStore, read_manifest, tensor_digest
+from tests.helpers.fork_server import OURS
 
 
 @pytest.fixture
@@ -157,16 +158,20 @@ def test_a_flipped_bit_is_found(store, where, read):
 
 CLAIM = """
 import sys, time
+from pathlib import Path
 from lowrank_pl.factors.store import FactorStore
 with FactorStore.existing(sys.argv[1]).locked():
-    print("mine", flush=True)
+    Path(sys.argv[2]).touch()
     time.sleep(600)
 """
 
 
-def test_a_store_that_another_run_fills_is_waited_for_and_a_killed_one_gives_it_back(store, caplog):
-    other = subprocess.Popen([sys.executable, "-c", CLAIM, str(store.directory)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "mine\n"
+def test_a_store_that_another_run_fills_is_waited_for_and_a_killed_one_gives_it_back(store, caplog, tmp_path):
+    words = [sys.executable, "-c", CLAIM, str(store.directory), str(tmp_path / "claimed")]
+    other = OURS.start(words, output=tmp_path)
+    while not (tmp_path / "claimed").exists():
+        assert other.poll() is None
+        time.sleep(0.01)
     entered = threading.Event()
 
     def claim():
@@ -178,7 +183,7 @@ def test_a_store_that_another_run_fills_is_waited_for_and_a_killed_one_gives_it_
     assert not entered.wait(0.5)
     assert "another run is filling the factors store at" in caplog.text
     other.kill()
-    other.communicate()
+    other.wait()
     assert entered.wait(20)
     waiting.join()
 

@@ -17,6 +17,9 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+# Of this server alone: libraries have read as they were imported where they are.
+CACHES = {name: value for name, value in os.environ.items() if name in ("HF_HOME", "HF_MODULES_CACHE")}
+
 
 class Request(socketserver.StreamRequestHandler):
     """One process, from its start to its end."""
@@ -54,7 +57,7 @@ def _run(asked: dict) -> int:
     try:
         os.chdir(asked["cwd"])
         os.environ.clear()
-        os.environ.update(asked["environment"])
+        os.environ.update(asked["environment"] | CACHES)
         for place, number in (("out", 1), ("err", 2)):
             os.dup2(os.open(asked[place], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         kind, what, *arguments = asked["words"]

@@ -149,9 +149,11 @@ class ForkServer:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not place.exists():
                 command = [sys.executable, "-B", _MAIN, str(place), os.environ[f"{_FOLDER}_OWNER"], self._imports]
+                # Nobody's caches: what a test leaves there, no other run finds.
+                own = {"HF_HOME": str(folder / "hf"), "HF_MODULES_CACHE": str(folder / "modules")}
                 nothing = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1)]
                 # Nobody waits for it: the one that starts it may be gone before the tests are over.
-                os.posix_spawn(sys.executable, command, os.environ, file_actions=nothing)
+                os.posix_spawn(sys.executable, command, {**os.environ, **own}, file_actions=nothing, setsid=True)
                 while not place.with_suffix(".pid").exists():
                     time.sleep(0.01)
         return place

@@ -13,6 +13,7 @@ import pytest
 from lowrank_pl import Subject, allocate_ranks, compressed, save_compressed
 from lowrank_pl.models import registration
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from tests.helpers.fork_server import STRANGER
 
 LOADED = """
 model = AutoModelForCausalLM.from_pretrained(folder)
@@ -31,31 +32,36 @@ def folders(tmp_path_factory, sequences):
     return folder
 
 
-def in_fresh_process(code, **names):
-    """Run ``code`` with ``names`` defined in a new process; return the names of the modules that it imported."""
+def in_process(code, start=subprocess.run, **names):
+    """Run ``code`` with ``names`` defined in a process of its own; return the names of the modules that it imported."""
     given = "".join(f"{name} = {str(value)!r}\n" for name, value in names.items())
     report = "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", given + code + report], capture_output=True, text=True, timeout=300)
+    done = start([sys.executable, "-c", given + code + report], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():
-    loaded = in_fresh_process("import lowrank_pl\nassert lowrank_pl.__version__ and 'RankPlan' in dir(lowrank_pl)")
+    loaded = in_process("import lowrank_pl\nassert lowrank_pl.__version__ and 'RankPlan' in dir(lowrank_pl)")
     assert not loaded & {"torch", "transformers", "numpy", "scipy", "matplotlib", "lightning"}
 
 
 @pytest.mark.parametrize(
-    "imports",
+    ("imports", "start"),
     [
-        "import lowrank_pl\nfrom transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM\nimport lowrank_pl",
-        "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained(dense)\nimport lowrank_pl",
+        ("import lowrank_pl\nfrom transformers import AutoModelForCausalLM", subprocess.run),
+        # A process in which transformers is there already is what a stranger is.
+        ("from transformers import AutoModelForCausalLM\nimport lowrank_pl", STRANGER.run),
+        (
+            "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained(dense)\n"
+            "import lowrank_pl",
+            STRANGER.run,
+        ),
     ],
     ids=["lowrank_pl first", "transformers first", "after a model was loaded"],
 )
-def test_plain_from_pretrained_loads_an_export_in_either_order_of_imports(folders, imports):
-    in_fresh_process(imports + LOADED, folder=folders / "export", dense=folders / "dense")
+def test_plain_from_pretrained_loads_an_export_in_either_order_of_imports(folders, imports, start):
+    in_process(imports + LOADED, start, folder=folders / "export", dense=folders / "dense")
 
 
 def test_a_watched_module_is_imported_as_ever_and_the_format_registered_after_it(monkeypatch):
@@ -71,7 +77,7 @@ def test_a_watched_module_is_imported_as_ever_and_the_format_registered_after_it
 
 
 def test_threads_that_import_both_at_once_do_not_disturb_each_other():
-    in_fresh_process("""
+    in_process("""
 import threading
 from concurrent.futures import ThreadPoolExecutor
 import lowrank_pl

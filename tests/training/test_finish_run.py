@@ -23,7 +23,6 @@ from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.training.finish_run import ScoreText
 from lowrank_pl.training.interrupt import StopBetweenBatches
 from lowrank_pl.training.progress import LearningBar
-from tests.helpers.fork_server import new_processes
 from tests.helpers.tiny_training import fit, make_data, make_learner
 
 ROWS = ["dense", "uniform", "learned"]
@@ -138,11 +137,10 @@ def finished_again(run, tmp_path_factory):
     """The folder and the end of a run that goes on from the checkpoint of one that had come to its end."""
     saving = ModelCheckpoint(run[0] / "checkpoints", every_n_train_steps=2, save_top_k=0, save_last=True)
     folder, finish = tmp_path_factory.mktemp("again"), FinishRun(merge=True)
-    with new_processes():
-        fit(
-            make_learner(), max_steps=4, accumulate_grad_batches=2, default_root_dir=folder, enable_checkpointing=True,
-            callbacks=[finish, RankMonitor(), saving], ckpt_path=run[0] / "checkpoints" / "last.ckpt",
-        )  # fmt: skip
+    fit(
+        make_learner(), max_steps=4, accumulate_grad_batches=2, default_root_dir=folder, enable_checkpointing=True,
+        callbacks=[finish, RankMonitor(), saving], ckpt_path=run[0] / "checkpoints" / "last.ckpt",
+    )  # fmt: skip
     return folder, finish.finished
 
 

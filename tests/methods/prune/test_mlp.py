@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -18,6 +17,7 @@ from lowrank_pl.methods.prune.mlp import find_hidden_neurons, prune_model, prune
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.targets import dense_weight, find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from tests.helpers.fork_server import STRANGER
 from tests.helpers.pruned_models import ragged
 from tests.helpers.unchanged import assert_untouched, state
 
@@ -160,6 +160,6 @@ def test_dense_weights_of_two_widths_cannot_be_exported(compressed_again, tmp_pa
 def test_a_loader_that_does_not_know_the_format_stops(tmp_path):
     folder = save_compressed(ragged("llama"), tmp_path / "base", tokenizer=byte_tokenizer()).directory
     code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = STRANGER.run([sys.executable, "-c", code], capture_output=True, timeout=300)
     assert done.returncode != 0
     assert "size mismatch" in done.stderr or "mismatched" in done.stderr
