@@ -45,7 +45,7 @@ def save(folder, family="llama"):
 
 
 def opened(base, dtype="float32"):
-    return open_shared(Base(base, dtype), Constraints(), torch.device("cpu"))
+    return open_shared(Base(base, dtype=dtype), Constraints(), torch.device("cpu"))
 
 
 def subject_of(shared, count=5):
