@@ -25,7 +25,7 @@ demo: $(VENV)/.demo ## Compress SmolLM2-135M, reload it, print a table; results 
 	$(BIN)/lowrank fit -c configs/demo.yaml
 
 test: $(VENV)/.dev ## Run the tests; ARGS="-k plan" chooses some
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check

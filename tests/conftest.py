@@ -24,9 +24,16 @@ def pytest_configure(config):
     config.add_cleanup(servers.close)
 
 
+LONG = (
+    "test_distributed.py", "test_notebooks.py", "test_fit.py", "test_export.py", "test_resume.py", "test_prune.py",
+    "test_registration.py", "test_import_rule.py", "test_documentation.py", "test_module.py", "test_killed.py",
+)  # fmt: skip
+"""Files that take ten seconds and more, the longest first: one that begins last leaves the other workers idle."""
+
+
 def pytest_collection_modifyitems(items):
-    # A file that takes long and begins last leaves the other workers idle.
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)

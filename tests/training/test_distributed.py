@@ -22,7 +22,7 @@ from tests.helpers.fork_server import OURS
 from tests.helpers.two_processes import ended, in_two_processes, torchrun_environments
 
 # The writer of TensorBoard is closed by the garbage collector.
-pytestmark = [pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"), pytest.mark.long]
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 SETTINGS = """
     --trainer.devices 2 --trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.gradient_clip_val 1.0
     --trainer.accumulate_grad_batches 2 --model.data_terms.kl 0.5 --model.data_terms.divergence 0.1
