@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import sys
 
 import pytest
 import yaml
 
 import lowrank_pl
-from lowrank_pl.cli.app import COMMANDS
+from lowrank_pl.cli.app import COMMANDS, command_line
+from lowrank_pl.cli.parameters import Given, split_words
 from tests.helpers import ROOT
 
 DOCS = ROOT / "docs"
@@ -105,6 +107,35 @@ def test_the_commands_page_is_what_help_says():
     assert "<dt><code>PLAN, --plan PLAN</code></dt>" in sections["refit"]
     assert "<summary><code>--model</code> Learns how many components" in sections["fit"]
     assert "<code>--model.keep KEEP</code></dt>\n<dd>Fraction of the targeted parameters to keep." in sections["fit"]
+
+
+def documented_commands():
+    """The commands of the pages and of the comments in configurations, but for those of pages that have own tests."""
+    pages = [path for path in TEXTS if path.name not in ("adding-a-method.md", "scaling.md")]
+    blocks = [
+        block for path in pages for block in re.findall(r"^```bash\n(.*?)^```", path.read_text("utf-8"), re.M | re.S)
+    ]
+    blocks += [path.read_text("utf-8") for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+    for block in blocks:
+        for line in re.findall(r"^(?:#\s+)?(lowrank .*?)(?:\s+#.*)?$", block.replace("\\\n", " "), re.MULTILINE):
+            if "runs/mine/config.yaml" not in line and not line.endswith("--help"):
+                yield " ".join(line.split())
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(documented_commands()))
+def test_commands_of_the_documentation_are_understood(command, monkeypatch):
+    from lowrank_pl.cli import fit
+
+    name, *words = shlex.split(command)[1:]
+    if name == "fit":
+        monkeypatch.setattr(fit.RankCLI, "instantiate_classes", lambda _: None)
+        monkeypatch.setattr(fit.RankCLI, "runs", lambda _: False)
+        fit.fit(words)
+    else:
+        words, sources = split_words([name, *words])
+        app = command_line(name)
+        app.config = [Given(sources)]
+        app.parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_help_without_options_is_an_error():
