@@ -237,7 +237,7 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path, run):
 
 
 def test_other_mistakes_of_users(capsys, tmp_path):
-    assert "casts the masks too" in failing_fit(capsys, tmp_path, "--trainer.precision", "bf16-true")
+    assert "--model.base.dtype bfloat16" in failing_fit(capsys, tmp_path, "--trainer.precision", "bf16-true")
     said = failing_fit(capsys, tmp_path, "--finish.baselines", "uniform", "fisher")
     assert said == (
         "the baseline fisher can't be drawn beside what is learned: the allocator fisher was given factors of the kind "

@@ -298,14 +298,14 @@ def test_mistakes_surface_before_learning(tmp_path):
     learner = make_learner()
     with pytest.raises(ValueError, match="the prompt '' has no token: expected a text to continue"):
         fit(learner, max_steps=1, logger=board(tmp_path), callbacks=[TextSamples([""])])
-    message = r"the prompt 'A list' has 6 tokens and 4096 are to come, but the model has 2048 positions: expected a sho"
+    message = r"'A list' .* 4096, .* 2048 positions: give a shorter prompt or fewer max_new_tokens"
     with pytest.raises(ValueError, match=message):
         fit(learner, max_steps=1, logger=board(tmp_path), callbacks=[TextSamples(["A list"], max_new_tokens=4096)])
 
 
 def test_a_long_record_is_thinned_and_no_record_can_not_be_drawn():
     history = RankHistory()
-    with pytest.raises(ValueError, match="the record has no point: expected at least one to draw"):
+    with pytest.raises(ValueError, match="no point: expected at least one"):
         history.figure()
     for step in range(3 * MOST):
         history.add(step, kept_by_group({"h.0.up": 1, "lm_head": 1}, [step / 3 / MOST, 1.0]))

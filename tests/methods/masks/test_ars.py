@@ -122,7 +122,7 @@ def test_the_network_follows_from_its_seed():
 
 def test_starts_are_exact():
     method = ARS()
-    assert method.keep_start(0.3) == 1.0
+    assert method.start_keep(0.3) == 1.0
     for shape in SHAPES:
         m, n = shape
         mask = method.create(shape, spectrum(shape), 1.0, storage=FACTORED)
