@@ -1,4 +1,4 @@
-"""A Jupyter kernel that is forked from a process which has done its imports: ``python fork_kernel.py CONNECTION_FILE``."""
+"""A Jupyter kernel, forked from a process that has done its imports: ``python fork_kernel.py CONNECTION_FILE``."""
 
 from __future__ import annotations
 
