@@ -1,4 +1,4 @@
-"""From a base model and calibration sequences to a factor store; nothing that a matching store holds is made again."""
+"""From a base model and calibration sequences to a factor store. Factors that are on disk are not made again."""
 
 from __future__ import annotations
 
@@ -81,20 +81,20 @@ def factor_store(
     *,
     batch_size: int = 1,
 ) -> FactorStore:
-    """Return the store of the factors that ``settings`` give of a model and a text, whatever it holds so far.
+    """Return the store for the factors that ``settings`` give of a model and a text, filled or not.
 
     Args:
-        targets: The maps to decompose.
+        targets: The linear layers to decompose.
         source: Fingerprint of model, tokenizer and sequences.
         settings: How to decompose.
         directory: Its folder; by default one named by the fingerprint in the cache.
-        batch_size: Sequences in a pass: gradients are squared, and labels drawn, batch by batch.
+        batch_size: Sequences per pass. Gradients are squared, and labels are sampled, batch by batch.
     """
     used = {key: source[key] for key in source if settings.needs_text or key in ("model", "config")}
     if batch_size != 1 and settings.needs_gradients:
         used["batch_size"] = batch_size
     if settings.at_keep is not None:
-        # Which modules are compressed decides on what is measured in each.
+        # The statistics of each module depend on which other modules are compressed.
         used["at_modules"] = sha256_of(*(target.name for target in targets.modules))
     return FactorStore({**used, **settings.identity()}, directory)
 
@@ -182,10 +182,10 @@ def statistics_of(
 
 
 def check_finite(model: PreTrainedModel, todo: Sequence[Target]) -> None:
-    """Refuse weights that hold NaN or infinity; the statistics would blame the modules that come after them.
+    """Refuse weights that hold NaN or infinity; the statistics would name the modules after them instead.
 
     Raises:
-        ValueError: One does.
+        ValueError: A weight holds NaN or infinity.
     """
     for target in todo:
         if not torch.isfinite(dense_weight(model.get_submodule(target.name))).all():
@@ -200,14 +200,14 @@ def decompose_all(
     *,
     loading: Callable[[Sequence[Target]], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Write the factors of ``todo``, maps of ``model``, to ``store``, weighted by ``roots``.
+    """Write the factors of ``todo``, linear layers of ``model``, to ``store``, weighted by ``roots``.
 
     Args:
-        model: Has the maps.
-        todo: Which; processes that work together take a share each.
-        store: Where factors go.
-        roots: What they are weighted by.
-        loading: Inside of what it returns, the maps that it is given have their weights, where ``model`` has none.
+        model: The model.
+        todo: The layers. Processes that work together take a share each.
+        store: Where the factors are written.
+        roots: The square roots that weight inputs and outputs.
+        loading: Loads the weights of some layers for a while, where ``model`` has no weights.
     """
     kinds: Counter[str] = Counter()
     # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
@@ -230,7 +230,7 @@ def decompose_all(
 def _decompose_group(
     model: PreTrainedModel, members: Sequence[Target], store: FactorStore, roots: Roots, bar: Any
 ) -> Counter[str]:
-    """Write the factors of maps that share an input; return how often each kind of square root was taken."""
+    """Write the factors of layers that share an input; return how often each kind of square root was taken."""
     kinds: Counter[str] = Counter()
     began = time.perf_counter()
     for inputs, sharing in roots.by_inputs(members):
@@ -242,7 +242,7 @@ def _decompose_group(
             if outputs is not None:
                 kinds[outputs.kind] += 1
             factors = decompose(weight, inputs=inputs, outputs=outputs)
-            # The first of those that share a square root has made it.
+            # The time of a shared square root counts for the first layer that uses it.
             spent, began = time.perf_counter() - began, time.perf_counter()
             notes = {"weight": weight_digest(weight), "seconds": f"{spent:.4f}"}
             store.add(target.name, factors, notes={**notes, **roots.notes(target, inputs, outputs)})
@@ -251,6 +251,6 @@ def _decompose_group(
 
 
 def _svd_cost(target: Target) -> int:
-    """Return what the number of operations of its decomposition grows with."""
+    """Return a number that the operations of the decomposition are proportional to."""
     m, n = target.shape
     return m * n * min(m, n)

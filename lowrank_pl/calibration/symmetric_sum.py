@@ -10,7 +10,7 @@ from lowrank_pl.utils.distributed import sum_across_processes
 __all__ = ["SymmetricSum", "compact", "product", "rows_of"]
 
 _NARROWEST = 192
-"""Rows of a band at least. On two CPU cores 128 to 256 were fastest; below, matrix products lose their speed."""
+"""Rows of a band at least. On two CPU cores 96 to 192 rows were equally fast within 5 %, 64 and 256 no faster."""
 
 _BANDS = 8
 """Bands at most. Eight compute 9/16 of the full product; more gain little, and are slower on a GPU."""
@@ -59,8 +59,11 @@ class SymmetricSum:
     The triangle is cut into bands of consecutive rows. A band holds all columns up to its last row, so each is one
     matrix product, which CPUs and GPUs compute at full speed.
 
-    Every batch is multiplied in float32 and added in float64. Sums in float32 over several batches would save 4 % of a
-    statistics pass (SmolLM2-135M, two cores), but two processes would no longer get the sums of one.
+    Every batch is multiplied in float32 and added in float64. Measured against float64 throughout (four layers of the
+    first block of SmolLM2-135M, 16 sequences of 512 tokens): moments are off by at most 1e-7, singular values by at
+    most 1.4e-5, of which storing moments in float32 alone makes 7e-6. Sums in float32 over eight batches are as
+    accurate and save 3 % of a statistics pass on two cores, but two processes would no longer get the sums of one
+    within 1e-6.
 
     Args:
         size: Length of a row.

@@ -5,6 +5,10 @@ gradients of a token are independent. They are not where the loss depends on few
 attention sinks have gradients a hundred times as large as elsewhere, all for one input. Splitting the size of each
 token's gradient evenly between both sides keeps such tokens from dominating. The result is an estimate too. It lies
 below the curvature where sizes vary much.
+
+All tokens are summed. An unbiased sample of them, with probabilities proportional to their weight, would be cheaper but
+not as good: with 8 sequences of SmolLM2-135M at keep 0.8, half of the tokens raise the excess of ``fisher`` from 0.148
+to 0.178 nats, and a quarter of them for the outputs alone to 0.211.
 """
 
 from __future__ import annotations
