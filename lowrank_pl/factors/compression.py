@@ -46,16 +46,11 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
         ValueError: The plan names modules or shapes that the model lacks, or it was made for other factors.
 
     Example:
-        >>> from lowrank_pl import Budget, RankPlan, build_factors, find_targets
+        >>> from lowrank_pl import Subject, allocate_ranks
         >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
-        >>> model, tokenizer = tiny_model("llama"), byte_tokenizer()
-        >>> targets = find_targets(model)
-        >>> sequences = torch.arange(256).view(4, 64)
-        >>> store = build_factors(model, targets, sequences, tokenizer)
-        >>> shapes = {target.name: target.shape for target in targets.modules}
-        >>> budget = Budget(keep=0.5, shapes=shapes, model_parameters=model.num_parameters())
-        >>> plan = budget.fit({name: 1.0 for name in shapes}, method="hand")
-        >>> compress(model, plan, store).get_submodule("model.layers.0.mlp.up_proj")
+        >>> subject = Subject(tiny_model("llama"), byte_tokenizer(), torch.arange(256).view(4, 64))
+        >>> plan, factors = allocate_ranks(subject, keep=0.5, allocator="uniform")
+        >>> compress(subject.model, plan, factors).get_submodule("model.layers.0.mlp.up_proj")
         PivotedLinear(in_features=..., out_features=..., rank=..., side=in, bias=False)
     """
     _check(model, plan, store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -239,10 +240,7 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path, run):
 def test_other_mistakes_of_users(capsys, tmp_path):
     assert "--model.base.dtype bfloat16" in failing_fit(capsys, tmp_path, "--trainer.precision", "bf16-true")
     said = failing_fit(capsys, tmp_path, "--finish.baselines", "uniform", "fisher")
-    assert said == (
-        "the baseline fisher can't be drawn beside what is learned: the allocator fisher was given factors of the kind "
-        "'whitened': expected two_sided (decomposition.kind)"
-    )
+    assert re.search("baseline fisher .* 'whitened': expected two_sided", said)
     assert "no allocator is called 'best'" in failing_fit(capsys, tmp_path, "--finish.baselines", "[best]")
     assert "no allocator is called 'best'" in failing_fit(capsys, tmp_path, "--finish.baselines", "best")
     assert "no plan at" in failing_fit(capsys, tmp_path, "--model.start.plan", tmp_path / "none.json")
