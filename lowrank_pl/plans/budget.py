@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lowrank_pl.models.identity import Origin
-from lowrank_pl.models.targets import Targets, model_parameters
 from lowrank_pl.plans.component_order import ComponentOrder, requested_rank_scores
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.storage import Storage, StorageChoice
 
-__all__ = ["Budget", "budget_for", "check_keep"]
+__all__ = ["Budget", "check_keep"]
 
 _log = logging.getLogger(__name__)
 
@@ -374,30 +371,3 @@ def check_keep(keep: float) -> None:
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}: expected the fraction of parameters to keep, above 0 and at most 1")
-
-
-def budget_for(
-    model: PreTrainedModel,
-    targets: Targets,
-    keep: float,
-    *,
-    multiple_of: int = 1,
-    floors: dict[str, float] | None = None,
-    storage: StorageChoice = "auto",
-) -> Budget:
-    """Return the budget of ``keep`` of the targeted parameters of a dense ``model``; other arguments as in ``Budget``.
-
-    For a pruned base, ``keep`` counts the parameters that the base had before pruning.
-    """
-    before = Origin.of(model)
-    left_out = 0 if before is None else before.left_out(targets)
-    return Budget(
-        keep=keep,
-        shapes={target.name: target.shape for target in targets.modules},
-        model_parameters=model_parameters(model) + left_out,
-        bytes_per_parameter=model.dtype.itemsize,
-        multiple_of=multiple_of,
-        floors=floors or {},
-        storage=storage,
-        left_out=left_out,
-    )
