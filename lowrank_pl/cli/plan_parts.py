@@ -99,7 +99,7 @@ def plan_line(plan: RankPlan) -> str:
 
 
 def plan_figures(plan: RankPlan) -> dict[str, Any]:
-    """Return the same for JSON."""
+    """Return the figures of ``plan`` as JSON values."""
     return {
         "method": plan.method,
         "keep": plan.keep,

@@ -8,6 +8,7 @@ counted in :attr:`Targets.skipped`.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -389,11 +390,11 @@ def targeted_parameters(targets: Targets) -> int:
     return sum(rows * columns for rows, columns in (target.shape for target in targets.modules))
 
 
-class StandIn:
+class StandIn(ABC):
     """A layer that takes the place of a dense one while ranks are learned or measured."""
 
     weight: Tensor
 
+    @abstractmethod
     def original(self) -> nn.Module:
         """Return the dense layer whose place this one takes."""
-        raise NotImplementedError
