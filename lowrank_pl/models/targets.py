@@ -8,7 +8,6 @@ counted in :attr:`Targets.skipped`.
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -390,11 +389,15 @@ def targeted_parameters(targets: Targets) -> int:
     return sum(rows * columns for rows, columns in (target.shape for target in targets.modules))
 
 
-class StandIn(ABC):
-    """A layer that takes the place of a dense one while ranks are learned or measured."""
+class StandIn:
+    """A layer that takes the place of a dense one while ranks are learned or measured.
+
+    It is no abstract base class: FSDP2 assigns a layer's ``__class__``, which Python allows only
+    where the memory layout of both classes is the same.
+    """
 
     weight: Tensor
 
-    @abstractmethod
     def original(self) -> nn.Module:
         """Return the dense layer whose place this one takes."""
+        raise NotImplementedError
