@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,9 +89,16 @@ def _check_loss(loss: Tensor, batch: Batch) -> None:
 
 
 class Recorder:
-    """Inputs and outputs of linear layers in one forward pass, for the gradients by these outputs."""
+    """Hands the inputs and output gradients of linear layers to their measures during backward passes.
 
-    def __init__(self) -> None:
+    Every gradient is used as soon as it is known, so that those of all layers are never in memory together.
+
+    Args:
+        starts: The input of the first block that gradients reach, from ``differentiable``.
+    """
+
+    def __init__(self, starts: Sequence[Tensor]) -> None:
+        self._starts = starts
         self._calls: list[tuple[str, Tensor, Tensor]] = []
 
     @contextmanager
@@ -109,14 +118,8 @@ class Recorder:
             yield
 
     def measure(
-        self,
-        measures: Mapping[str, GradientMeasure],
-        batch: Batch,
-        end: Tensor,
-        gradient: Tensor | None,
-        *,
-        start: Tensor | None = None,
-    ) -> Tensor | None:
+        self, measures: Mapping[str, GradientMeasure], batch: Batch, end: Tensor, gradient: Tensor | None
+    ) -> Tensor:
         """Run the backward pass, add the calls of each linear layer to its measure, and forget all calls.
 
         Args:
@@ -124,50 +127,56 @@ class Recorder:
             batch: The batch that was run.
             end: Where the backward pass begins: the loss, or a tensor before it.
             gradient: The gradient of the loss by ``end``; None where ``end`` is the loss.
-            start: A tensor whose gradient is wanted too.
 
         Returns:
-            The gradient by ``start``.
+            The gradient by the input of the first block.
 
         Raises:
-            ValueError: An input or a gradient is not finite. The message names the linear layer and the batch.
+            ValueError: An input or a gradient is not finite, or the loss does not depend on a linear layer. The message
+                names the linear layer.
         """
-        calls, self._calls = self._calls, []
-        wanted = [output for _, _, output in calls] + ([] if start is None else [start])
-        gradients = torch.autograd.grad(end, wanted, gradient)
-        by_name: dict[str, list[Call]] = {}
-        for (name, inputs, _), found in zip(calls, gradients, strict=False):
-            by_name.setdefault(name, []).append(Call(inputs, found))
-        for name, found_calls in by_name.items():
-            with located(name, batch):
-                measures[name].add(found_calls, batch)
-        return None if start is None else gradients[-1]
+        waiting = Counter(name for name, _, _ in self._calls)
+        found: dict[str, list[Call]] = {}
+
+        def take(name: str, inputs: Tensor, by_output: Tensor) -> None:
+            found.setdefault(name, []).append(Call(inputs, by_output))
+            waiting[name] -= 1
+            if not waiting[name]:
+                with located(name, batch):
+                    measures[name].add(found.pop(name), batch)
+
+        while self._calls:
+            name, inputs, output = self._calls.pop()
+            output.register_hook(partial(take, name, inputs))
+            del output
+        by_start: Tensor = torch.autograd.grad(end, self._starts, gradient)[0]
+        unused = [name for name, left in waiting.items() if left]
+        if unused:
+            raise ValueError(f"the loss does not depend on module {unused[0]}: exclude it")
+        return by_start
 
 
 @contextmanager
-def differentiable(model: PreTrainedModel, first: int) -> Iterator[None]:
-    """Let gradients reach the input of block ``first`` while all parameters are frozen, in evaluation mode."""
+def differentiable(model: PreTrainedModel, first: int) -> Iterator[list[Tensor]]:
+    """Let gradients reach the input of block ``first`` while all parameters are frozen, in evaluation mode.
+
+    Yields:
+        A list that holds the input of that block during and after each forward pass.
+    """
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)
-    try:
-        with evaluating(model), torch.enable_grad(), _inputs_with_gradient(model, first):
-            yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _inputs_with_gradient(model: PreTrainedModel, first: int) -> Iterator[None]:
-    """Let the input of block ``first`` require a gradient while the block runs."""
     before = model.get_input_embeddings() if first == 0 else decoder_blocks(model)[1][first - 1]
+    starts: list[Tensor] = []
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        (output if isinstance(output, Tensor) else output[0]).requires_grad_()
+        starts[:] = [(output if isinstance(output, Tensor) else output[0]).requires_grad_()]
 
     handle = before.register_forward_hook(hook)
     try:
-        yield
+        with evaluating(model), torch.enable_grad():
+            yield starts
     finally:
         handle.remove()
+        for parameter in asking:
+            parameter.requires_grad_(True)

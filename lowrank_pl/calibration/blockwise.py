@@ -315,9 +315,10 @@ class BlockwiseBackward:
         """
         assert not self._done, "the gradients of this block have been overwritten by those of the block before"
         self._done = True
-        model, block, recorder = self.forward.model.model, self._block, Recorder()
+        model, block = self.forward.model.model, self._block
         alone = decoder_blocks(model)[1][block]
-        with differentiable(model, block):
+        with differentiable(model, block) as starts:
+            recorder = Recorder(starts)
             for batch, first, start in self._batches(f"gradients, block {block + 1}"):
                 ends: list[Any] = []
                 with (
@@ -328,10 +329,8 @@ class BlockwiseBackward:
                     model(input_ids=batch.tokens, use_cache=False)
                 end = _hidden(ends[0])
                 gradient = self._gradients.read(first, len(batch.tokens)).to(end.device)
-                onward = recorder.measure(measures, batch, end, gradient, start=_hidden(start) if block else None)
-                if onward is not None:
-                    # Written last: the gradient of a layer at the end of the block may be a view of the same memory.
-                    self._gradients.write(first, onward)
+                # Written last: the gradient of a layer at the end of the block may be a view of the same memory.
+                self._gradients.write(first, recorder.measure(measures, batch, end, gradient))
         for found in measures.values():
             found.merge_processes()
 

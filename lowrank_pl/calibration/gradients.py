@@ -186,23 +186,29 @@ def collect_gradients(
     first = min(target.block for target in targets)
     labels = kind.labels(labels)
     with (
-        differentiable(model, first),
+        differentiable(model, first) as starts,
         activation_checkpointing(model) if passes.gradient_checkpointing else nullcontext(),
     ):
         for batch in tqdm(passes.batches(), desc=progress, unit="batch", disable=not is_first()):
-            measure_batch(model, batch.to(device), measures, labels, passes.seed)
+            measure_batch(model, starts, batch.to(device), measures, labels, passes.seed)
     for measure in measures.values():
         measure.merge_processes()
     return measures
 
 
 def measure_batch(
-    model: PreTrainedModel, batch: Batch, measures: Mapping[str, GradientMeasure], labels: Labels, seed: int
+    model: PreTrainedModel,
+    starts: Sequence[Tensor],
+    batch: Batch,
+    measures: Mapping[str, GradientMeasure],
+    labels: Labels,
+    seed: int,
 ) -> None:
     """Add the gradients of one batch to ``measures``, by linear layer; inside of ``differentiable``.
 
     Args:
         model: The model to differentiate.
+        starts: The input of the first block that gradients reach, from ``differentiable``.
         batch: The token ids, on the model's device.
         measures: The statistics, by linear layer.
         labels: Whose next tokens the loss asks for.
@@ -211,7 +217,7 @@ def measure_batch(
     Raises:
         ValueError: A loss or a gradient is not finite.
     """
-    recorder = Recorder()
+    recorder = Recorder(starts)
     # Hooks are removed before the backward pass, in which checkpointing runs blocks again.
     with recorder.watching(model, measures):
         logits = model(input_ids=batch.tokens, use_cache=False).logits

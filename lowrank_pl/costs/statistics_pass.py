@@ -41,9 +41,9 @@ def measure_statistics(
     }
 
     def statistics() -> None:
-        with differentiable(model, 0):
+        with differentiable(model, 0) as starts:
             for batch in passes.batches():
-                measure_batch(model, batch.to(model.device), moments, "sampled", passes.seed)
+                measure_batch(model, starts, batch.to(model.device), moments, "sampled", passes.seed)
 
     def frozen() -> None:
         with differentiable(model, 0):
