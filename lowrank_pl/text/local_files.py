@@ -83,7 +83,7 @@ def local_files(text: str, name: str, split: str | None) -> tuple[Path, ...]:
     if taken:
         splits = ", ".join(sorted({readable[file] for file in taken}))
         _log_once(f"text {text!r}: {len(taken)} of {len(files)} files are read, of {splits}{_listed(left)}")
-    return tuple(file.parent.resolve() / file.name for file in taken)
+    return tuple(dict.fromkeys(file.parent.resolve() / file.name for file in taken))
 
 
 def is_saved_dataset(folder: Path) -> bool:
