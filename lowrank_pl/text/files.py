@@ -233,10 +233,12 @@ def _unreadable_named(path: Path) -> Iterator[None]:
 def _opened(path: Path) -> Iterator[IO[str]]:
     """Open a text file, compressed or not; errors while it is read become a ``ValueError`` that names the file."""
     try:
-        with io.TextIOWrapper(_binary(path), encoding="utf-8-sig") as file:
-            yield file
-    except UnicodeDecodeError:
-        raise _undecodable(path) from None
+        try:
+            with io.TextIOWrapper(_binary(path), encoding="utf-8-sig") as file:
+                yield file
+        except UnicodeDecodeError:
+            # To find the byte, the file is read again, and may fail at another place.
+            raise _undecodable(path) from None
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from error
 
@@ -272,5 +274,7 @@ def _undecodable(path: Path) -> ValueError:
                     f"{path} is not UTF-8 text: byte {place - held + error.start}, in line {line}, is "
                     f"0x{error.object[error.start]:02x}; convert the file, for example with iconv"
                 )
+            if not block:
+                return ValueError(f"{path} is not UTF-8 text, or it changes while it is read")
             place += len(block)
             line += block.count(b"\n")
