@@ -5,6 +5,7 @@
 PYTHON ?= python3
 ARGS ?=
 NAMES ?=
+FUZZ_SECONDS ?= 600
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ SOURCES := pyproject.toml constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format versions docs notebooks clean
+.PHONY: help demo test fuzz lint format versions docs notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -26,6 +27,9 @@ demo: $(VENV)/.demo ## Compress SmolLM2-135M, reload it, print a table; results 
 
 test: $(VENV)/.dev ## Run the tests; ARGS="-k plan" chooses some
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+fuzz: $(VENV)/.dev ## Repeat the tests on generated input for ten minutes; FUZZ_SECONDS=60 for one
+	HYPOTHESIS_PROFILE=fuzz FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -m fuzz $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check

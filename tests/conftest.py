@@ -9,13 +9,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # There are as many workers as cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import time
 from contextlib import ExitStack
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.helpers.fork_server import fork_fresh_processes, serving
+from tests.helpers.fuzzing import OUTCOMES
 from tests.helpers.novel import LINES
+
+# A machine that does other work as well is no failure of a test.
+settings.register_profile("tests", deadline=None)
+settings.register_profile("fuzz", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 
 
 def pytest_configure(config):
@@ -34,6 +42,26 @@ LONG = (
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Repeat every test marked ``fuzz`` for an equal share of ``$FUZZ_SECONDS``, where that is set."""
+    seconds = float(os.environ.get("FUZZ_SECONDS", 0))
+    if not seconds or not pyfuncitem.get_closest_marker("fuzz"):
+        return None
+    count = sum(item.get_closest_marker("fuzz") is not None for item in pyfuncitem.session.items)
+    given = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    end = time.monotonic() + seconds / count
+    while time.monotonic() < end:
+        pyfuncitem.obj(**given)
+    return True
+
+
+def pytest_terminal_summary(terminalreporter):
+    if "FUZZ_SECONDS" in os.environ:
+        for (what, outcome), count in sorted(OUTCOMES.items()):
+            terminalreporter.write_line(f"{what}: {count:,} {outcome}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,16 +18,7 @@ from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.targets import decoder_blocks, first_argument
 
-__all__ = ["Recorder", "check_length", "differentiable", "loss_gradient"]
-
-
-def check_length(sequences: Tensor) -> None:
-    """Raise ``ValueError`` where ``sequences`` ``[sequences, length]`` are too short for a token to follow another."""
-    if sequences.shape[1] < 2:
-        raise ValueError(
-            f"sequences of {sequences.shape[1]} tokens were given: gradients need at least two, since the loss "
-            "predicts each token from those before it; raise the length"
-        )
+__all__ = ["Recorder", "differentiable", "loss_gradient"]
 
 
 def loss_gradient(logits: Tensor, batch: Batch, labels: Labels, seed: int) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lowrank_pl.calibration.backward import Recorder, check_length, differentiable, loss_gradient
+from lowrank_pl.calibration.backward import Recorder, differentiable, loss_gradient
 from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.calibration.measures import Batch, GradientMeasure, Passes
 from lowrank_pl.factors.settings import Labels
@@ -87,8 +87,6 @@ def pass_through_blocks(
     if not extent.forward:
         return
     began = time.perf_counter()
-    if extent.backward is not None:
-        check_length(passes.sequences)
     keep_from = None if extent.backward is None else extent.backward - 1
     forward = BlockwiseForward(model, passes, cache=cache, keep_from=keep_from)
     for block in range(extent.forward):

@@ -11,11 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.calibration.backward import Recorder, check_length, differentiable, loss_gradient
+from lowrank_pl.calibration.backward import Recorder, differentiable, loss_gradient
 from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, Passes
 from lowrank_pl.calibration.symmetric_sum import SymmetricSum, compact, rows_of
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.forward import activation_checkpointing
+from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import Target
 from lowrank_pl.utils.distributed import is_first, sum_across_processes, total_across_processes
 
@@ -176,9 +177,9 @@ def collect_gradients(
         progress: Label of the progress bar.
 
     Raises:
-        ValueError: A sequence has less than two tokens, or a loss or a gradient is not finite.
+        ValueError: The model can't be run on the sequences, or a loss or a gradient is not finite.
     """
-    check_length(passes.sequences)
+    check_sequences(model, passes.sequences)
     if not targets:
         return {}
     device = next(model.parameters()).device

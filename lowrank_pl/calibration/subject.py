@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.models.base import Base
+from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import Targets
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.constraints import Constraints
@@ -31,6 +32,9 @@ class Subject:
         calibration: What the sequences were cut from. Plans remember it, so that lost factors can be made again.
         known_targets: The targets, where a probe of ``model`` cannot find them, as in a model without weights.
 
+    Raises:
+        ValueError: The model can't be run on the sequences, for a reason that ``check_sequences`` names.
+
     Example:
         >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
         >>> subject = Subject(tiny_model("llama"), byte_tokenizer(), torch.arange(256).view(4, 64))
@@ -46,6 +50,9 @@ class Subject:
     calibration: Calibration | None = None
     known_targets: Targets | None = None
 
+    def __post_init__(self) -> None:
+        check_sequences(self.model, self.sequences)
+
     @classmethod
     def load(
         cls,
@@ -58,7 +65,7 @@ class Subject:
         """Return the subject with the model loaded on ``device`` and the text cut into sequences.
 
         Raises:
-            ValueError: The base or the text can't be found or read.
+            ValueError: The base or the text can't be found or read, or they do not fit each other.
         """
         tokenizer = base.tokenizer()
         # The text is cheap to read: a mistake in its name is found before the weights are loaded.

@@ -12,8 +12,8 @@ from lowrank_pl.costs.speed import SpeedTest, Variant, measure_speed, random_tok
 from lowrank_pl.costs.statistics_pass import measure_statistics
 from lowrank_pl.costs.step import StepTest, measure_step
 from lowrank_pl.costs.svd import measure_drivers
-from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.models.base import load_base
+from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.settings import DType
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.utils.environment import describe_machine

@@ -89,8 +89,8 @@ def compare(
     from lowrank_pl.cli.workloads import compare_workload
     from lowrank_pl.costs.forecast import print_forecast
     from lowrank_pl.costs.machine import machine_of
-    from lowrank_pl.evaluate.likelihood import check_sequences
     from lowrank_pl.methods.recipes import recipe
+    from lowrank_pl.models.sequences import check_sequences
     from lowrank_pl.report.comparison import comparison_table
     from lowrank_pl.text.sequences import token_windows
     from lowrank_pl.text.sources import named_texts

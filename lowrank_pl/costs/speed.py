@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, Side
+from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import Targets, dense_weight, find_targets, replaced
 from lowrank_pl.plans.budget import check_keep
 from lowrank_pl.plans.storage import Form, Storage

@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.evaluate.likelihood import Divergence, check_sequences, compared, perplexity
+from lowrank_pl.evaluate.likelihood import Divergence, compared, perplexity
 from lowrank_pl.models.eval_mode import evaluating
+from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import decoder_blocks
 from lowrank_pl.utils.formatting import percent, table
 

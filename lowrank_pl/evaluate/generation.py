@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
+from lowrank_pl.models.sequences import check_sequences
 
 __all__ = ["Continuation", "check_prompts", "continuations", "generate_samples", "repetition_rate"]
 
@@ -74,7 +75,8 @@ def continuations(
         progress: Label of a progress bar; ``None`` shows none.
 
     Raises:
-        ValueError: A prompt has no token, or the tokenizer has no chat template for ``chat``.
+        ValueError: A prompt has no token, or one that the model has no embedding for, or more than the model has
+            positions; or the tokenizer has no chat template for ``chat``.
     """
     if chat and not tokenizer.chat_template:
         raise ValueError("chat was given, but the tokenizer has no chat template: use plain prompts instead")
@@ -142,6 +144,7 @@ def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
     length = encoded["input_ids"].shape[1]
     if length == 0:
         raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
+    check_sequences(model, encoded["input_ids"], least=1)
     output = model.generate(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])[0]
     whole = str(tokenizer.decode(output, skip_special_tokens=True))
     start = str(tokenizer.decode(output[:length], skip_special_tokens=True))

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
+from lowrank_pl.models.sequences import check_sequences
 
 __all__ = [
     "Divergence",
     "LogitsError",
     "Score",
-    "check_sequences",
     "compared",
     "divergence",
     "excess_nats",
@@ -197,40 +197,6 @@ def excess_nats(score: Score, dense: Score) -> float:
     0.5
     """
     return score.nats - dense.nats
-
-
-def check_sequences(model: PreTrainedModel, sequences: Tensor, batch_size: int = 1) -> None:
-    """Check that ``model`` can score ``sequences``, without a forward pass.
-
-    Args:
-        model: A causal language model.
-        sequences: Token ids ``[sequences, length]``.
-        batch_size: Sequences per forward pass.
-
-    Raises:
-        ValueError: The shape or type is wrong, ids are outside the vocabulary, sequences are longer than the model's
-            positions, or the batch size is below 1.
-    """
-    if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2 or sequences.is_floating_point():
-        raise ValueError(
-            f"sequences of shape {tuple(sequences.shape)} and type {sequences.dtype} were given: "
-            "expected integer token ids [sequences, length], at least one sequence of two tokens"
-        )
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: expected a whole number of at least 1")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    low, high = int(sequences.min()), int(sequences.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(
-            f"the sequences have token ids from {low} to {high}, but the model's vocabulary is 0 to {vocabulary - 1}: "
-            "use the model's own tokenizer"
-        )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and sequences.shape[1] > positions:
-        raise ValueError(
-            f"sequences of {sequences.shape[1]} tokens were given, but the model has {positions} positions: "
-            "use shorter sequences"
-        )
 
 
 def _negative_log_likelihoods(model: PreTrainedModel, batch: Tensor, *, first: int) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.evaluate.likelihood import Score, check_sequences, excess_nats, perplexity
+from lowrank_pl.evaluate.likelihood import Score, excess_nats, perplexity
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.formatting import table
 

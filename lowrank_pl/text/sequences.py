@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank_pl.text.settings import Calibration
 from lowrank_pl.text.sources import parse_text, read_stream, source_identity
 from lowrank_pl.utils.files import atomic_write, cache_root, sha256_of
+from lowrank_pl.utils.tensor_store import CHECKSUM_KEY, CHECKSUM_UNKNOWN, DamagedError, verify_checksum, with_checksum
 
 __all__ = [
     "Calibration",
@@ -30,7 +31,7 @@ __all__ = [
 
 SEGMENT = 1 << 16  # Characters tokenised at a time.
 CONTEXT = 1 << 11  # Characters on either side that are tokenised with them; their tokens are dropped.
-CACHE_FORMAT = "1"
+CACHE_FORMAT = "2"
 PROBE = "The quick brown fox"
 PASSAGE = 32  # This many equal tokens in a row are the same passage, not just the same phrase.
 
@@ -111,12 +112,13 @@ def sequences_fingerprint(sequences: Tensor) -> str:
 
 
 def _read_cache(path: Path, length: int) -> Tensor | None:
-    """Return the sequences cached at ``path``; None if there are none or the file is damaged."""
+    """Return the sequences cached at ``path``; None if there are none or the file is not as it was written."""
     if not path.is_file():
         return None
     try:
+        verify_checksum(path)
         found = load(path.read_bytes())["windows"]
-    except (SafetensorError, KeyError, OSError, ValueError) as error:
+    except (DamagedError, SafetensorError, KeyError, OSError, ValueError) as error:
         _log.warning("token cache %s is damaged and is built again: %s", path, error)
         return None
     if found.dtype != torch.int32 or found.dim() != 2 or found.shape[1] != length or not len(found):
@@ -128,7 +130,7 @@ def _read_cache(path: Path, length: int) -> Tensor | None:
 def _write_cache(path: Path, sequences: Tensor) -> None:
     """Write the sequences to the cache; one that is not writable is no reason to stop."""
     try:
-        atomic_write(path, save({"windows": sequences}))
+        atomic_write(path, with_checksum(save({"windows": sequences}, {CHECKSUM_KEY: CHECKSUM_UNKNOWN})))
     except OSError as error:
         _log.warning("the tokens can't be cached: %s", error)
 

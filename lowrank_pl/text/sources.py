@@ -7,12 +7,18 @@ source                  what it is                                              
 ======================  ==============================================================  =============================
 ``python-docs``         the English documentation that ships with Python                ``part``, ``limit``,
                                                                                         ``every``
-file, folder or glob    ``.txt .md .json .jsonl .parquet``, also gzipped (``.gz``)      ``field``, ``part``, ``limit``,
-                                                                                        ``every``
+file, folder or glob    ``.txt .md .json .jsonl``, also with ``.gz`` or ``.zst``        ``field``, ``split``, ``part``,
+                        behind it; ``.parquet .arrow``                                  ``limit``, ``every``
 ``OWNER/NAME``          dataset of the hub, streamed; ``hub:NAME`` says so explicitly   ``field``, ``config``,
                                                                                         ``split``, ``revision``,
                                                                                         ``limit``, ``every``
 ======================  ==============================================================  =============================
+
+Of a folder, one split is taken: the files whose name, or whose folder's name, says ``train`` where there are any, such
+as ``data/train-00000-of-00002.parquet``; else the files that name no split; else ``validation`` or ``test``. ``split``
+names another one. Dotfiles, cards, licences and metadata are left out. A glob takes every file that it matches, or
+those of ``split``. The log says what was taken and what was left out. A folder that ``datasets`` wrote with
+``save_to_disk`` is a folder of ``.arrow`` files, with or without ``hub:`` before it.
 
 ``limit=N`` takes the first N documents.
 
@@ -28,6 +34,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,15 +48,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.text.files import (
-    SUFFIXES,
     AsText,
     Document,
+    content_digest,
     count_documents,
     file_documents,
     kind_of,
     lines_in_part,
     row_document,
 )
+from lowrank_pl.text.local_files import is_saved_dataset, local_files
 from lowrank_pl.text.records import record_text
 from lowrank_pl.utils.files import sha256_of
 
@@ -62,9 +70,11 @@ PART = re.compile(r"\s*(\d+(?:\.\d+)?)%\s*-\s*(\d+(?:\.\d+)?)%\s*")
 
 OPTIONS = {
     "docs": ("part", "limit", "every"),
-    "files": ("field", "part", "limit", "every"),
+    "files": ("field", "split", "part", "limit", "every"),
     "hub": ("field", "config", "split", "revision", "limit", "every"),
 }
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 REPEATED = 60  # A paragraph of at least this many characters that two topics have in common is a copy.
 
@@ -82,7 +92,7 @@ class TextSource:
         paths: The files of a local source, sorted.
         field: Name of the field that holds the text; by default the first that is known and not empty.
         config: Configuration of a hub dataset.
-        split: Split of a hub dataset.
+        split: Split of a hub dataset; the one that was asked for of a folder or glob.
         revision: Revision of a hub dataset.
         part: Beginning and end of the part to take, as fractions.
         limit: Number of documents to take.
@@ -95,7 +105,7 @@ class TextSource:
     paths: tuple[Path, ...] = ()
     field: str | None = None
     config: str | None = None
-    split: str = "train"
+    split: str | None = None
     revision: str | None = None
     part: tuple[Fraction, Fraction] | None = None
     limit: int | None = None
@@ -116,10 +126,10 @@ def parse_text(text: str) -> TextSource:
     paths: tuple[Path, ...] = ()
     if name == PYTHON_DOCS:
         kind = "docs"
-    elif name.startswith(HUB):
+    elif name.startswith(HUB) and not is_saved_dataset(Path(name.removeprefix(HUB))):
         kind, name = "hub", name.removeprefix(HUB)
-    elif paths := _local_files(text, name):
-        kind, name = "files", str(Path(name).expanduser().resolve())
+    elif paths := local_files(text, name := name.removeprefix(HUB), given.get("split")):
+        kind, name = "files", os.path.realpath(os.path.expanduser(name))  # noqa: PTH111
     elif HUB_ID.fullmatch(name) and kind_of(Path(name)) is None:
         kind = "hub"
     else:
@@ -128,7 +138,7 @@ def parse_text(text: str) -> TextSource:
             f"id OWNER/NAME of a hub dataset: give a path, the id of a dataset, or {PYTHON_DOCS}"
         )
     _check_options(text, kind, given)
-    values: dict[str, Any] = dict(given)
+    values: dict[str, Any] = {"split": "train", **given} if kind == "hub" else dict(given)
     for option, what in (("limit", "a number of documents"), ("every", "a number of sequences")):
         if option in given:
             values[option] = _count(text, option, given[option], what)
@@ -157,17 +167,18 @@ def read_stream(text: str, *, tokenizer: PreTrainedTokenizerBase | None = None) 
 
 
 def source_identity(source: TextSource) -> str:
-    """Return a fingerprint that changes with the text: with its content, size and time of its files, or revision."""
-    parts = [f"{entry.name}={getattr(source, entry.name)}" for entry in fields(source) if entry.name != "text"]
+    """Return a fingerprint that changes with the text: with the content of its files, or its name and revision.
+
+    Of more than 256 MiB of files, size and time, head, tail and a sample count; a dataset that is replaced on the hub
+    under the same name and revision is not noticed.
+    """
+    parts = [f"{entry.name}={getattr(source, entry.name)!r}" for entry in fields(source) if entry.name != "text"]
     if source.kind == "docs":
         parts += [sys.version, *(key + topic for key, topic in sorted(_topics().items()))]
     paths = source.paths
     if source.kind == "hub" and Path(source.name).is_dir():
         paths = tuple(sorted(path for path in Path(source.name).rglob("*") if path.is_file()))
-    for path in paths:
-        state = path.stat()
-        parts.append(f"{path} {state.st_size} {state.st_mtime_ns}")
-    return sha256_of(*parts)
+    return sha256_of(*parts, content_digest(paths))
 
 
 def _options(text: str, tail: str) -> dict[str, str]:
@@ -210,48 +221,25 @@ def _part(text: str, value: str) -> tuple[Fraction, Fraction]:
     return begin, end
 
 
-def _local_files(text: str, name: str) -> tuple[Path, ...]:
-    """Return the absolute paths of the files that ``name`` names, sorted; none if there are none."""
-    path = Path(name).expanduser()
-    try:
-        is_file, is_dir = path.is_file(), bool(name) and path.is_dir()
-    except OSError:  # The name is too long for a path.
-        return ()
-    if is_file:
-        if kind_of(path) is None:
-            raise ValueError(
-                f"text {text!r}: files with the suffix {path.suffix!r} can't be read: expected {', '.join(SUFFIXES)}"
-            )
-        return (path.resolve(),)
-    if is_dir:
-        found = [file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts)]
-    else:
-        found = _matches(path)
-    files = sorted(file.resolve() for file in found if file.is_file())
-    known = tuple(file for file in files if kind_of(file) is not None)
-    if len(known) < len(files):
-        skipped = len(files) - len(known)
-        _log.warning("text %r: %d of %d files are left out, their suffixes are unknown", text, skipped, len(files))
-    if not known and (files or is_dir):
-        raise ValueError(f"text {text!r}: it has no file with a known suffix: expected {', '.join(SUFFIXES)}")
-    return known
-
-
-def _matches(pattern: Path) -> list[Path]:
-    """Return the paths that match a glob; a pattern without a wildcard matches nothing."""
-    if not any(letter in str(pattern) for letter in "*?["):
-        return []
-    root = Path(pattern.anchor)
-    return list(root.glob(str(pattern.relative_to(root))))
-
-
 def _pieces(source: TextSource, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[bool, str]]:
-    """Yield each piece of text and whether it begins a document."""
-    for document in islice(_documents(source, tokenizer), source.limit):
-        first = True
-        for piece in document():
-            yield first, piece
-            first = False
+    """Yield each piece of text and whether it begins a document; log how many have no text, and what was replaced."""
+    count = empty = replaced = 0
+    try:
+        for document in islice(_documents(source, tokenizer), source.limit):
+            count += 1
+            letters, first = 0, True
+            for piece in document():
+                # JSON can hold half a pair of surrogates, which is no text that a tokenizer takes.
+                piece, found = SURROGATE.subn("\ufffd", piece)
+                letters, replaced = letters + len(piece), replaced + found
+                yield first, piece
+                first = False
+            empty += not letters
+    finally:
+        if empty:
+            _log.info("text %r: %d of %d documents that were read have no text", source.text, empty, count)
+        if replaced:
+            _log.warning("text %r: %d lone surrogates are replaced by U+FFFD", source.text, replaced)
 
 
 def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.evaluate.generation import check_prompts
-from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.export.export import check_destination
 from lowrank_pl.factors.compression import restore_dense
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.offload import exceeds_memory
+from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.report.finish import Ending, Finished, Learned, Protocol, finish_run
 from lowrank_pl.report.model_card import sample_table
 from lowrank_pl.text.sequences import token_windows, warn_of_overlap

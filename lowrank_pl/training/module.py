@@ -37,6 +37,7 @@ from lowrank_pl.methods.masks.start import read_start, start_of
 from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.forward import enable_activation_checkpointing, refuse_dropout
+from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import Targets, decoder_blocks
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.constraints import Constraints
@@ -231,6 +232,9 @@ class RankLearner(LightningModule):
         self.seconds["narrowing"] = spent or 0.0
 
     def _subject(self, model: PreTrainedModel, data: CalibrationData, targets: Targets | None = None) -> Subject:
+        for sequences in (data.train_sequences, data.validation_sequences):
+            if len(sequences):  # There may be none to validate on.
+                check_sequences(model, sequences)
         return Subject(
             model, data.tokenizer, data.statistics_sequences, self.constraints, self.base, data.statistics, targets
         )

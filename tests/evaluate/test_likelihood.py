@@ -115,8 +115,8 @@ def test_non_finite_logits_name_the_sequence(llama, sequences, bad):
     ("sequences", "message"),
     [
         (torch.zeros(4, dtype=torch.long), r"shape \(4,\) and type torch.int64 .*: expected .* \[sequences, length\]"),
-        (torch.zeros(0, 8, dtype=torch.long), r"shape \(0, 8\).*at least one sequence of two tokens"),
-        (torch.zeros(4, 1, dtype=torch.long), r"shape \(4, 1\).*at least one sequence of two tokens"),
+        (torch.zeros(0, 8, dtype=torch.long), r"shape \(0, 8\).*at least one sequence of 2 tokens"),
+        (torch.zeros(4, 1, dtype=torch.long), r"shape \(4, 1\).*at least one sequence of 2 tokens"),
         (torch.zeros(4, 8), r"type torch.float32 .*: expected integer"),
         (torch.full((1, 4), 261), r"261 to 261, .* 0 to 260: use the model's own tokenizer"),
         (torch.full((1, 4), -1), r"-1 to -1, .*: use the model's own tokenizer"),
@@ -193,6 +193,9 @@ def test_samples_ignore_the_models_own_sampling_and_warn_of_nothing(llama, token
 def test_sample_of_nothing_is_refused(llama, tokenizer):
     with pytest.raises(ValueError, match="'' has no token: expected a text"):
         generate_samples(llama, tokenizer, [""])
+    tokenizer.add_tokens(["<added>"])
+    with pytest.raises(ValueError, match=r"token ids from 261 to 261, .*resize_token_embeddings"):
+        generate_samples(llama, tokenizer, ["<added>"])
 
 
 def test_samples_through_the_chat_template(llama):

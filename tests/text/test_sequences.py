@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 
 import pytest
@@ -147,6 +148,13 @@ def test_bad_sizes(length, count):
 # -- cache --------------------------------------------------------------------------------------------------------
 
 
+def test_cache_of_a_changed_file_of_the_same_size_and_time_is_not_used(novel, private_cache):
+    first, state = token_windows(str(novel), byte_tokenizer(), length=32, sequences=4), novel.stat()
+    novel.write_bytes(novel.read_bytes().swapcase())
+    os.utime(novel, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert not torch.equal(token_windows(str(novel), byte_tokenizer(), length=32, sequences=4), first)
+
+
 def test_cache_is_used_until_the_file_changes(novel, private_cache, monkeypatch):
     first = token_windows(str(novel), byte_tokenizer(), length=32, sequences=4)
     with monkeypatch.context() as patch:
@@ -175,13 +183,15 @@ def test_fingerprint_does_not_depend_on_earlier_calls():
     assert tokenizer_fingerprint(padded) == tokenizer_fingerprint(byte_tokenizer())
 
 
-@pytest.mark.parametrize("damage", [b"", b"nonsense", "cut", "shape"])
+@pytest.mark.parametrize("damage", [b"", b"nonsense", "cut", "shape", "bit"])
 def test_a_damaged_cache_is_built_again(novel, private_cache, caplog, damage):
     first = token_windows(str(novel), byte_tokenizer(), length=32, sequences=4)
     (path,) = private_cache.glob("*.safetensors")
     whole = path.read_bytes()
     if damage == "cut":
         damage = whole[:-10]
+    if damage == "bit":
+        damage = whole[:-1] + bytes([whole[-1] ^ 1])
     if damage == "shape":
         damage = sequences.save({"windows": torch.zeros(2, 5, dtype=torch.int32)})
     path.write_bytes(damage)

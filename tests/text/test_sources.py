@@ -59,8 +59,11 @@ def test_endings_that_are_not_read_are_named(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"expected .txt, .md"):
         parse_text(str(tmp_path))
     (tmp_path / "b.txt").write_text("b")
-    assert documents(str(tmp_path)) == ["b"]
-    assert "1 of 2 files are left out" in caplog.text
+    caplog.set_level("INFO")
+    assert documents(str(tmp_path)) == documents(str(tmp_path)) == ["b"]
+    assert [line.partition(": ")[2] for line in caplog.messages] == [
+        "1 of 2 files are read, of no named split; left out: 1 with another suffix"
+    ]
 
 
 def test_names_of_the_same_file_are_equal(novel, monkeypatch):
@@ -187,6 +190,7 @@ def test_a_chat_message_needs_role_and_content(chats):
         ("a.jsonl", b'{"text": "\xff"}', "byte 10, in line 1, is 0xff"),
         ("a.txt.gz", b"this is not gzip", "a.txt.gz can't be read: BadGzipFile"),
         ("a.txt.gz", gzip.compress(LINES.encode())[:-40], "a.txt.gz can't be read: EOFError"),
+        ("a.txt.gz", gzip.compress(b"\xff")[:-8] + bytes(8), "a.txt.gz can't be read: BadGzipFile: CRC"),
         ("a.parquet", b"this is not parquet", "a.parquet can't be read: ArrowInvalid"),
     ],
 )
@@ -212,6 +216,24 @@ def test_the_first_field_that_holds_something_is_taken(tmp_path):
     assert found == ["<|im_start|>user\nHi<|im_end|>\n", "x", ""]
 
 
+def test_documents_without_text_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"messages": []}\n{"text": "x"}\n')
+    assert documents(str(tmp_path / "a.jsonl")) == ["", "", "x"]
+    assert "2 of 3 documents that were read have no text" in caplog.text
+
+
+def test_lone_surrogates_are_replaced_and_counted(tmp_path, caplog):
+    chat = [{"role": "user", "content": "\ud83d!"}]
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "a\ud83db\udc00 \U0001f600"}) + json.dumps({"messages": chat})
+    )
+    first, second = documents(str(tmp_path / "a.jsonl"), byte_tokenizer())
+    assert first == "a\ufffdb\ufffd \U0001f600"
+    assert "\ufffd!" in second
+    assert "3 lone surrogates are replaced" in caplog.text
+
+
 def test_missing_field_lists_the_fields(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "title": "y"}')
     with pytest.raises(ValueError, match=r"a.jsonl:1: .*'body', but text, title: .*::field=NAME"):
@@ -234,6 +256,22 @@ def test_hub_datasets_are_streamed(dataset):
     assert documents(f"hub:{dataset}") == ["one", "two", "three"]
     assert documents(f"hub:{dataset}::split=test,field=text") == ["four"]
     assert documents(f"hub:{dataset}::limit=2") == ["one", "two"]
+
+
+@pytest.mark.parametrize("prefix", ["", "hub:"])
+def test_saved_datasets_are_read(tmp_path, prefix):
+    import datasets
+
+    datasets.disable_progress_bars()
+    parts = {"test": ["te"], "train": ["tr", "other"]}
+    made = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": rows}) for name, rows in parts.items()})
+    made.save_to_disk(tmp_path / "all")
+    made["train"].save_to_disk(tmp_path / "one")
+    datasets.load_from_disk(tmp_path / "one").map(lambda row: {"text": row["text"] * 2})  # leaves a cache there
+    assert len(list((tmp_path / "one").glob("*.arrow"))) == 2
+    for name in ("one", "all"):
+        assert documents(f"{prefix}{tmp_path / name}") == ["tr", "other"]
+    assert documents(f"{prefix}{tmp_path / 'all'}::split=test") == ["te"]
 
 
 def test_hub_options_reach_datasets(monkeypatch):

@@ -86,6 +86,15 @@ def learned(tmp_path_factory):
     return learner, trainer, folder / "last.ckpt"
 
 
+@pytest.mark.parametrize("used", ["train", "statistics", "validation"])
+def test_sequences_that_do_not_fit_the_model_are_refused(used):
+    data = make_data()
+    data.setup()
+    getattr(data, f"{used}_sequences")[0, 0] = 261
+    with pytest.raises(ValueError, match="to 261, but the model's vocabulary is 0 to 260"):
+        built(data=data)
+
+
 def test_only_masks_are_in_the_optimizer(learned):
     learner, trainer, _ = learned
     (group,) = trainer.optimizers[0].param_groups

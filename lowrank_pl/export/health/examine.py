@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.evaluate.likelihood import check_sequences
 from lowrank_pl.export.export import is_compressed, load_compressed
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding, Sample
 from lowrank_pl.export.health.quality import Prompts, check_generation, check_text
@@ -23,6 +22,7 @@ from lowrank_pl.export.reload import ReloadError, compare_reload
 from lowrank_pl.export.reload_probe import probe
 from lowrank_pl.models.base import DTYPES, load_base, load_tokenizer
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig, align
+from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.text.sequences import Calibration
 from lowrank_pl.utils.environment import pick_device

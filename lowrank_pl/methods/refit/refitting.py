@@ -27,6 +27,7 @@ from lowrank_pl.methods.refit.pair import ModelPair, Pair, Wiring, find_wiring
 from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, check_belongs, refitted_plan
 from lowrank_pl.methods.refit.settings import Refit
 from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted
+from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import Target, dense_weight
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.text.sequences import count_overlapping, sequences_fingerprint
@@ -79,8 +80,8 @@ def refit(
         batch_size: Sequences per pass; by default enough to keep the device busy.
 
     Raises:
-        ValueError: Plan, factors and model do not belong together, there are too few sequences, or an activation is not
-            finite.
+        ValueError: Plan, factors, model and sequences do not belong together, there are too few sequences, or an
+            activation is not finite.
     """
     work = _Work(plan, factors, subject, sequences, settings or Refit(), batch_size)
     work.run()
@@ -101,6 +102,7 @@ class _Work:
     ) -> None:
         model, calibration = subject.model, subject.sequences
         check_belongs(plan, base, model, subject.targets)
+        check_sequences(model, sequences)
         self.plan, self.base, self.model, self.settings = plan, base, model, settings
         self.calibration = calibration
         busy = _BUSY.get(model.device.type, _BUSY["cpu"])

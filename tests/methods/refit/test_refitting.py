@@ -516,6 +516,8 @@ def test_what_does_not_belong_together_is_refused(llama, sequences, tokenizer, t
         run(llama, plan, store, some, sequences)
     with pytest.raises(ValueError, match="1 sequences of text were given: a refit needs two or more, one is held back"):
         run(llama, plan, store, targets, sequences[:1])
+    with pytest.raises(ValueError, match="vocabulary is 0 to 260"):
+        run(llama, plan, store, targets, sequences + 200, calibration=sequences)
 
 
 @pytest.mark.parametrize(
