@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding
+from lowrank_pl.export.health.files import check_digests
 from lowrank_pl.export.health.weights import check_plan, check_weights, tensors_in
 from lowrank_pl.models import hf_format
 from lowrank_pl.plans.plan import RankPlan
@@ -253,6 +254,9 @@ def _quick_check(record: RunRecord, model: Path, entries: dict[str, Any], *, che
         return HealthCheck(Diagnosis(str(model), findings), "the export") if findings else None
     by = "the export, lowrank report" if findings else "lowrank report"
     _log.info("checking the weights in %s", model)
+    digests = check_digests(model, expected=True)
+    assert digests is not None
+    findings.append(digests)
     try:
         tensors = tensors_in(model)
     except SafetensorError as error:

@@ -69,10 +69,11 @@ def test_a_healthy_export(exports, capsys):
     words = ["--text", TEXT, "--length", "32", "--sequences", "4", "--prompts", "A list", "--max_new_tokens", "8"]
     main(["doctor", str(folder), *words, "--json", str(figures)])
     shown = capsys.readouterr().out
-    assert shown.splitlines()[-1].startswith(f"{folder} is healthy: 11 checks passed")
+    assert shown.splitlines()[-1].startswith(f"{folder} is healthy: 13 checks passed")
     assert "prompt    'A list'\n  before  " in shown
     read = json.loads(figures.read_text())
-    names = ["loads", "weights", "factors", "types", "plan", "counts", "token ids", "BOS", "tokenizer", "quality"]
+    names = ["code", "digests", "loads", "weights", "factors", "types", "plan", "counts"]
+    names += ["token ids", "BOS", "tokenizer", "quality"]
     assert list(read["findings"]) == [*names, "generation"]
     assert {read["findings"][name]["health"] for name in names} == {"healthy"}
     plan = RankPlan.load(folder / "plan.json")
@@ -258,6 +259,32 @@ def test_a_difference_that_may_be_intended_is_a_warning(copied, damage, name, te
     assert diagnosis.health == "warning"
     assert f"{copied} is healthy: " in diagnosis.sentence()
     assert name in diagnosis.sentence()
+
+
+def test_code_in_the_folder_is_named_and_not_run(exports, tmp_path):
+    folder, marks = shutil.copytree(exports / "small", tmp_path / "small"), tmp_path / "marks"
+    marks.mkdir()
+    for name in ("hf_format.py", "hf_layers.py", "hashlib.py"):
+        file = folder / name
+        old = file.read_text() if file.exists() else ""
+        mark = f"open({str(marks / name)!r}, 'w')\n"
+        # A __future__ import has to be first.
+        file.write_text(old.replace("\n\nimport", f"\n\n{mark}import", 1) if old else mark)
+    says = found(diagnose(folder, **QUICK))
+    assert says["code"][0] == "warning"
+    assert "hashlib.py, hf_format.py, hf_layers.py; nothing here has run them" in says["code"][1]
+    assert says["loads"][0] == "healthy"
+    assert not list(marks.iterdir())
+
+
+def test_a_flipped_bit_is_found_where_no_other_check_sees_it(copied):
+    file = copied / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    diagnosis = diagnose(copied, **QUICK)
+    assert [finding.name for finding in diagnosis.named("broken")] == ["digests"]
+    assert "model.safetensors; copy the folder again" in found(diagnosis)["digests"][1]
 
 
 def test_a_merged_weight_of_another_rank_is_found(exports, tmp_path, monkeypatch):
