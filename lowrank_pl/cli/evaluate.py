@@ -12,7 +12,7 @@ from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts
 from lowrank_pl.evaluate.settings import TaskSettings
 from lowrank_pl.models.settings import Base, DType
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import sealed, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,7 +111,7 @@ def evaluate(
     for prompt, sample in figures["samples"].items():
         print(f"{prompt!r} -> {sample!r}")
     if json is not None:
-        write_json(json, figures)
+        write_json(json, sealed(figures))
     return figures
 
 
@@ -192,7 +192,7 @@ def evaluate_plan(
         save_figure(curve_plot(curve), picture)
         print(f"\npicture  {picture}")
     if json is not None:
-        write_json(json, figures)
+        write_json(json, sealed(figures))
     return figures
 
 

@@ -84,7 +84,7 @@ def check_contents(
         tokenizer: The exported tokenizer.
     """
     tensors = tensors_of(model)
-    findings = check_weights(tensors, entries)
+    findings = check_weights(tensors, entries, () if plan is None else plan.zero_modules)
     if plan is not None:
         findings += check_plan(plan, tensors, entries)
     known = None if plan is None else plan.fingerprint.get("tokenizer")

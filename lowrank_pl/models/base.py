@@ -386,7 +386,8 @@ def _explain_errors(problem: str, advice: str) -> Iterator[None]:
         yield
     except Exception as error:  # safetensors and tokenizers raise classes of their own, or Exception itself.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        cause = lines[0].strip().rstrip(".:")
+        # A first line that ends with a colon is only the beginning of a sentence.
+        cause = (" ".join(str(error).split()) if lines[0].rstrip().endswith(":") else lines[0].strip()).rstrip(".:")
         if "trust_remote_code" in str(error):
             cause, advice = "it comes with its own Python code", "set trust_remote_code to true if you trust this code"
         raise ValueError(f"{problem}: {cause}; {advice}") from error

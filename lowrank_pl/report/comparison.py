@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.report.page import render
 from lowrank_pl.utils.figures import save_figure
-from lowrank_pl.utils.files import atomic_write, write_json
-from lowrank_pl.utils.formatting import percent, table
+from lowrank_pl.utils.files import atomic_write, sealed, unsealed, write_json
+from lowrank_pl.utils.formatting import code, percent, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -225,8 +225,8 @@ def write_comparison(
         command: The command that makes them.
         plotted: Methods in the plots, as far as they have results; all by default.
     """
-    write_json(folder / "results.json", list(results))
-    atomic_write(folder / "results.md", f"{comparison_table(results)}\n\nMade by `{command}`.\n")
+    write_json(folder / "results.json", [sealed(row) for row in results])
+    atomic_write(folder / "results.md", f"{comparison_table(results)}\n\nMade by {code(command)}.\n")
     drawn = [row for row in results if row["method"] != DENSE]
     there = {row["method"] for row in drawn}
     for corpus in drawn[0]["perplexity"] if drawn else ():
@@ -244,7 +244,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        found: list[dict[str, Any]] = [unsealed(row) for row in json.loads(path.read_text(encoding="utf-8"))]
         if not all({"method", "keep", "excess", "seconds"} <= row.keys() for row in found):
             raise ValueError("a row lacks the method, keep, excess or seconds")
     except (ValueError, AttributeError) as error:

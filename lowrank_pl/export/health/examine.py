@@ -196,7 +196,8 @@ def _check_contents(contents: _Contents, original: PreTrainedTokenizerBase | Non
     """Return the findings on tensors, plan and tokenizer, which need no text."""
     findings: list[Finding] = []
     if contents.tensors:
-        findings += check_weights(contents.tensors, contents.entries)
+        zero = () if contents.plan is None else contents.plan.zero_modules
+        findings += check_weights(contents.tensors, contents.entries, zero)
     if contents.tensors and contents.plan is not None:
         findings += check_plan(contents.plan, contents.tensors, contents.entries)
         if not contents.entries and findings[-1].health != "broken":

@@ -28,6 +28,7 @@ from lowrank_pl.export.reload import ExportError
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.plans.plan import ZERO
 from lowrank_pl.text.sequences import Calibration, tokenizer_fingerprint
 
 TEXT = "python-docs::part=0%-10%"
@@ -280,7 +281,7 @@ def test_code_in_the_folder_is_named_and_not_run(exports, tmp_path):
 def test_a_flipped_bit_is_found_where_no_other_check_sees_it(copied):
     file = copied / "model.safetensors"
     data = bytearray(file.read_bytes())
-    data[-5] ^= 1
+    data[len(data) // 2] ^= 1
     file.write_bytes(data)
     diagnosis = diagnose(copied, **QUICK)
     assert [finding.name for finding in diagnosis.named("broken")] == ["digests"]
@@ -362,6 +363,16 @@ def hand_made(rank=8):
     parameters = tiny_model("llama").num_parameters()
     plan = RankPlan(method="hand", keep=0.5, modules=modules, model_parameters=parameters)
     return model, plan, {UP: rank, other: {"rank": rank, "storage": "pivoted", "side": "out"}}
+
+
+def test_zero_factors_are_healthy_where_the_base_is_zero_too():
+    model, plan, entries = hand_made()
+    model.get_submodule(UP).weight.data.zero_()
+    tensors, noted = tensors_of(model), replace(plan, notes=(f"{UP}: {ZERO}",))
+    assert [check_weights(tensors, entries, one.zero_modules)[1].health for one in (plan, noted)] == [
+        "broken",
+        "healthy",
+    ]
 
 
 def test_ranks_and_counts_of_both_kinds_of_layers():
