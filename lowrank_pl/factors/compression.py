@@ -120,7 +120,8 @@ def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
     itself.
     """
     zero = [name for name in plan.modules if _is_zero(model.get_submodule(name))]
-    plan = replace(plan, notes=tuple(dict.fromkeys([*plan.notes, *(f"{name}: {ZERO}" for name in zero)])))
+    if zero:
+        plan = replace(plan, notes=tuple(dict.fromkeys([*plan.notes, *(f"{name}: {ZERO}" for name in zero)])))
     layers = {name: model.get_submodule(name) for name in plan.pivoted_modules}
     fallen = {name: layer for name, layer in layers.items() if not isinstance(layer, PivotedLinear)}
     if not fallen:

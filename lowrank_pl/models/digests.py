@@ -46,11 +46,11 @@ def changed_files(folder: Path) -> list[str] | None:
     if not place.is_file():
         return None
     try:
-        lines = place.read_text(encoding="utf-8").splitlines()
+        text = place.read_bytes().decode()
     except UnicodeDecodeError:
         return [DIGESTS]
-    parsed = [re.fullmatch(r"([0-9a-f]{64})  ([^/\\\0]+)", line) for line in lines]
-    if not parsed or None in parsed:
+    parsed = [re.fullmatch(r"([0-9a-f]{64})  ([^/\\\0]+)", line) for line in text.split("\n")[:-1]]
+    if not text.endswith("\n") or None in parsed:
         return [DIGESTS]
     stored = {found[2]: found[1] for found in parsed if found}
     known = [name for name in stored if (folder / name).is_file()]

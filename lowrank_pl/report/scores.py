@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lowrank_pl.utils.files import SEAL, json_digest, write_json
+from lowrank_pl.utils.files import SEAL, break_seal, json_digest, write_json
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity, table
 
 __all__ = ["SUMMARY", "Row", "Summary", "read_summary", "row_table", "write_summary"]
@@ -124,9 +124,7 @@ def read_summary(run_dir: str | Path) -> Summary:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         facts = data.get(FACTS, {})
-        seal = facts.pop(SEAL, None)
-        if seal not in (None, json_digest(data)):
-            raise ValueError(f"it was changed or damaged after it was written, by its digest under {SEAL!r}")
+        break_seal(facts, data)
         data.pop(FACTS, None)
         return Summary(tuple(Row(name, **figures) for name, figures in data.items()), facts)
     except (ValueError, TypeError, AttributeError) as error:

@@ -70,7 +70,7 @@ def _check_whole(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint of `lowrank fit` ({error}): {_CURE}") from None
     if bad is not None:
         raise ValueError(f"{path} is damaged (the checksum of {bad} is wrong): {_CURE}")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ __all__ = [
     "SEAL",
     "atomic_directory",
     "atomic_write",
+    "break_seal",
     "cache_root",
     "canonical_json",
     "json_digest",
@@ -107,10 +109,27 @@ def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: The object is not as it was written.
     """
-    rest = {key: entry for key, entry in value.items() if key != SEAL}
-    if value.get(SEAL) not in (None, json_digest(rest)):
-        raise ValueError(f"it was changed or damaged after it was written, by its digest under {SEAL!r}")
+    rest = dict(value)
+    break_seal(rest, rest)
     return rest
+
+
+def break_seal(holder: dict[str, Any], whole: Any) -> None:
+    """Check the digest of the JSON value ``whole``, and remove it from ``holder``, the object in it that has it.
+
+    Raises:
+        ValueError: The value is not as it was written.
+    """
+    last = next(reversed(holder), SEAL)
+    seal = holder.pop(SEAL, None)
+    intact = seal in (None, json_digest(whole))
+    if seal is None and re.fullmatch("[0-9a-f]{64}", str(holder.get(last))):
+        # The digest's own name may be damaged.
+        other = holder.pop(last)
+        intact = other != json_digest(whole)
+        holder[last] = other
+    if not intact:
+        raise ValueError(f"it was changed or damaged after it was written, by its digest under {SEAL!r}")
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> Path:

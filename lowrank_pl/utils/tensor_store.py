@@ -162,7 +162,13 @@ class TensorStore:
             )
 
     def path(self, name: str) -> Path:
-        """Return the path of ``name``'s file, whether it exists or not."""
+        """Return the path of ``name``'s file, whether it exists or not.
+
+        Raises:
+            ValueError: The name, which may come from a plan, would lead out of the folder.
+        """
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} can't be the name of a file in {self.directory}: expected a module's name")
         return self.directory / f"{name}.safetensors"
 
     def __contains__(self, name: object) -> bool:

@@ -192,6 +192,12 @@ def test_a_changed_fingerprint_is_found(store):
         FactorStore.existing(store.directory)
 
 
+@pytest.mark.parametrize("name", ["../block.0.q", "/tmp/x", "a/b"])
+def test_names_that_lead_out_of_the_folder_are_refused(store, name):
+    with pytest.raises(ValueError, match="expected a module's name"):
+        store.factors(name)
+
+
 CLAIM = """
 import sys, time
 from pathlib import Path

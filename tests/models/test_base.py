@@ -321,7 +321,7 @@ def test_a_cause_of_several_lines_is_not_cut(folder, monkeypatch):
 
     monkeypatch.setattr("lowrank_pl.models.base.AutoTokenizer.from_pretrained", fail)
     with pytest.raises(ValueError, match=r"from one of: \(1\) a file, \(2\) sentencepiece; give a folder"):
-        load_tokenizer(folder)
+        load_tokenizer(str(folder))
 
 
 def test_damaged_weights(folder):

@@ -15,6 +15,7 @@ from lowrank_pl.report.model_card import model_card
 from lowrank_pl.report.rank_map import rank_map, rank_table
 from lowrank_pl.report.run_record import Exported, RunRecord
 from lowrank_pl.report.scores import Row, Summary, read_summary, row_table, write_summary
+from lowrank_pl.utils.figures import save_figure
 from lowrank_pl.utils.formatting import block_and_kind
 
 DENSE = Row("dense", 20.7, 0.0, 1.0, 1.0, 538_060_672, 0.0)
@@ -195,6 +196,12 @@ def test_rank_map_shows_what_is_not_targeted():
     assert labels(axes.get_xticklabels()) == ["0", "1", "none"]
     assert texts(axes) == ["0.50", "0.50", "1.00"], "a factored module at break-even is not dense"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["not targeted"]
+
+
+def test_rank_map_shows_names_letter_by_letter(tmp_path):
+    hostile = r"$\frac{$"
+    plan = replace(plan_of(1), method=hostile, modules={f"h.0.{hostile}": ModulePlan((8, 8), 2)})
+    assert save_figure(rank_map(plan), tmp_path / "map.png").stat().st_size
 
 
 def test_rank_map_of_nothing_is_refused():
