@@ -27,7 +27,9 @@ from lowrank_pl.models import digests, hf_format, hf_layers
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.digests import DIGESTS
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.report import finish
 from lowrank_pl.report.finish import Protocol, score_in_fresh_process
 from tests.helpers import fork_server as forked
 
@@ -542,8 +544,10 @@ def test_a_flipped_bit_in_the_weights_is_refused(flipped):
 
 
 def test_a_flipped_bit_in_a_merged_export_is_refused(flipped):
-    with pytest.raises(ValueError, match=r"model.safetensors in .*copy the folder again"):
-        load_base(str(flipped("merged/llama", "model.safetensors")))
+    folder = flipped("merged/llama", "model.safetensors")
+    for load in (load_base, open_skeleton):
+        with pytest.raises(ValueError, match=r"model.safetensors in .*copy the folder again"):
+            load(str(folder))
 
 
 def test_the_check_of_the_files_can_be_left_out(flipped, monkeypatch):
@@ -570,6 +574,20 @@ def test_the_fresh_process_starts_in_an_empty_folder(exports, monkeypatch):
     with pytest.raises(reload.ReloadError):
         reload.compare_reload(model, exports[0] / "llama", torch.ones(1), tokenizer, merged=False)
     assert seen == [[]]
+
+
+def test_the_process_that_scores_starts_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    seen = []
+
+    def run(words, cwd):
+        seen.append((words[1], [file.suffix for file in Path(cwd).iterdir()]))
+        return subprocess.CompletedProcess([], 1)
+
+    monkeypatch.setattr(finish.subprocess, "run", run)
+    with pytest.raises(ExportError):
+        score_in_fresh_process(tmp_path, Protocol("text", torch.ones(1, 2)))
+    [(flag, suffixes)] = seen
+    assert (flag, set(suffixes)) == ("-c", {".json", ".safetensors"})
 
 
 def test_a_folder_without_a_compressed_model_is_an_error(exports, tmp_path):

@@ -115,8 +115,8 @@ def _load(folder: Path, device: torch.device, findings: list[Finding], *, trust:
     if config is None or entries is None:
         return None
     exported = bool(entries) or (folder / "plan.json").is_file()
-    files = check_code(folder, trusted=trust), check_digests(folder, expected=exported)
-    findings += [finding for finding in files if finding is not None]
+    about_files = check_code(folder, trusted=trust), check_digests(folder, expected=exported)
+    findings += [finding for finding in about_files if finding is not None]
     with unchecked():
         model = _attempt("loads", lambda: _load_model(folder, config, trust=trust), findings)
     tokenizer = _attempt("tokenizer", lambda: load_tokenizer(str(folder), trust_remote_code=trust), findings)
