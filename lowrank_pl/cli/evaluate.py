@@ -192,7 +192,7 @@ def evaluate_plan(
         save_figure(curve_plot(curve), picture)
         print(f"\npicture  {picture}")
     if json is not None:
-        write_json(json, sealed(figures))
+        write_json(json, figures)
     return figures
 
 
