@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, located
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
+from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import decoder_blocks, first_argument
 
 __all__ = ["Recorder", "differentiable", "loss_gradient"]
@@ -73,10 +74,7 @@ def _sample(probabilities: Tensor, generator: torch.Generator) -> tuple[Tensor, 
 
 def _check_loss(loss: Tensor, batch: Batch) -> None:
     if not torch.isfinite(loss):
-        raise ValueError(
-            f"the loss of calibration batch {batch.number} is {loss.item()}: "
-            "check the checkpoint, or load it in a wider dtype"
-        )
+        raise ValueError(f"the loss of calibration batch {batch.number} is {loss.item()}: {NOT_FINITE}")
 
 
 class Recorder:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.factors.settings import Labels
+from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import Target
 from lowrank_pl.utils.distributed import my_share
 
@@ -82,10 +83,7 @@ def located(name: str, batch: Batch) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(
-            f"{error}: at module {name} in calibration batch {batch.number}; "
-            "check the checkpoint, or load it in a wider dtype"
-        ) from None
+        raise ValueError(f"{error}: at module {name} in calibration batch {batch.number}; {NOT_FINITE}") from None
 
 
 class Measure(ABC):

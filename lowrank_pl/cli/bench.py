@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lowrank_pl.models.settings import DType
 from lowrank_pl.plans.constraints import Form
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import sealed, write_json
 
 if TYPE_CHECKING:
     from lowrank_pl.costs.speed import Mode
@@ -143,7 +143,8 @@ def bench(
         dtypes: list[DType] = _several("dtype", dtype, ["float32", "bfloat16"])
         figures = bench_cases.speed(base or bench_cases.SMALL_BASE, variants, speeds, dtypes=dtypes, place=place)
     if json is not None:
-        write_json(json, figures)
+        # Only rows are read again, by `lowrank report`.
+        write_json(json, sealed(figures) if "rows" in figures else figures)
     return figures
 
 

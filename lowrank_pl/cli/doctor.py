@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import sealed, write_json
 
 if TYPE_CHECKING:
     from lowrank_pl.export.health.diagnosis import Diagnosis
@@ -70,7 +70,7 @@ def doctor(
         trust_remote_code=trust_remote_code,
     )
     if json is not None:
-        write_json(json, found.to_dict())
+        write_json(json, sealed(found.to_dict()))
     print(found.text())
     if found.health == "broken":
         raise BrokenModelError(found.sentence())

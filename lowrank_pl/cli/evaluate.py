@@ -12,7 +12,7 @@ from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts
 from lowrank_pl.evaluate.settings import TaskSettings
 from lowrank_pl.models.settings import Base, DType
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import sealed, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ def evaluate(
         max_new_tokens: How many tokens each prompt is continued by.
         dtype: Type to load in; the folder's own by default, float32 for a GGUF file.
         device: cpu, cuda, ...; auto takes cuda where there is one.
-        trust_remote_code: Run Python code that comes with a base model.
+        trust_remote_code: Run Python code that comes with a base model or a YAML task.
         json: Write the figures there.
 
     Returns:
@@ -81,7 +81,7 @@ def evaluate(
         raise ValueError("there is nothing to score: give --text, --tasks or --prompts")
     named = named_texts([text] if isinstance(text, str) else list(text))
     # Names that are no task and files that can't be read are refused before anything large is loaded.
-    suite = ZeroShot(tasks, task_settings) if tasks else None
+    suite = ZeroShot(tasks, task_settings, trust_remote_code=trust_remote_code) if tasks else None
     place = pick_device(device)
     network, tokenizer = _load(model, dtype, trust_remote_code=trust_remote_code)
     network.to(place)
@@ -111,7 +111,7 @@ def evaluate(
     for prompt, sample in figures["samples"].items():
         print(f"{prompt!r} -> {sample!r}")
     if json is not None:
-        write_json(json, figures)
+        write_json(json, sealed(figures))
     return figures
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LocalTask", "named_tasks"]
+__all__ = ["YAML", "LocalTask", "named_tasks"]
 
 YAML = (".yaml", ".yml")
 NAMED = re.compile(r"([\w.-]+)=(.+)", flags=re.DOTALL)

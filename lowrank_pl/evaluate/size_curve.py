@@ -15,6 +15,7 @@ from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.utils.figures import plain
 from lowrank_pl.utils.formatting import table
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def curve_plot(curve: Curve, *, title: str | None = None) -> Figure:
     axes.set_ylabel("excess over the dense model, nats per token", fontsize=12)
     axes.tick_params(labelsize=11)
     heading = f"{curve.method} by size, labelled with perplexities (dense: {_perplexity(curve.dense)})"
-    axes.set_title(title or heading, fontsize=12)
+    axes.set_title(plain(title or heading), fontsize=12)
     if own:
         axes.legend(frameon=False, fontsize=11)
     return figure

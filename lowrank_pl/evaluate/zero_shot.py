@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.evaluate.local_tasks import LocalTask, named_tasks
+from lowrank_pl.evaluate.local_tasks import YAML, LocalTask, named_tasks
 from lowrank_pl.evaluate.paired import differences
 from lowrank_pl.evaluate.settings import TaskSettings
 
@@ -23,13 +23,23 @@ class ZeroShot:
     Args:
         tasks: Tasks, as ``lowrank_pl.evaluate.local_tasks`` reads them.
         settings: Settings of the tasks.
+        trust_remote_code: Whether to read YAML task files: they name Python functions, and their templates are code.
 
     Raises:
-        ValueError: lm-eval is not installed, or a task can't be loaded.
+        ValueError: lm-eval is not installed, a task can't be loaded, or a task file is not trusted.
     """
 
-    def __init__(self, tasks: Sequence[str], settings: TaskSettings = TaskSettings()) -> None:
+    def __init__(
+        self, tasks: Sequence[str], settings: TaskSettings = TaskSettings(), *, trust_remote_code: bool = False
+    ) -> None:
         named: list[str | LocalTask] = named_tasks(tasks)
+        programs = [task for task in named if isinstance(task, str) and task.endswith(YAML)]
+        programs += map(str, settings.include_path)
+        if programs and not trust_remote_code:
+            raise ValueError(
+                f"{programs[0]}: a YAML task of lm-eval can run Python code; give --trust_remote_code if you trust it, "
+                "or a .jsonl file of questions"
+            )
         require_lm_eval()
         from lowrank_pl.evaluate.lm_eval_adapter import load_tasks
 

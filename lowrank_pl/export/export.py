@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.export.reload import ExportError, check_contents, check_merged, check_reload, logits_of
-from lowrank_pl.models import hf_format, hf_layers
+from lowrank_pl.models import digests, hf_format, hf_layers
+from lowrank_pl.models.digests import unchecked, write_digests
 from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.identity import ORIGIN_KEY, base_class
@@ -82,9 +83,10 @@ def save_compressed(
     """Write ``model`` to a folder that reloads as exactly this model, and return a report.
 
     The folder holds safetensors weights, ``config.json``, the generation configuration, the tokenizer with its chat
-    template, ``plan.json``, ``README.md``, and the code in ``hf_format.py`` and ``hf_layers.py``. It loads with
-    :func:`load_compressed`, with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``, or anywhere with
-    ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
+    template, ``plan.json``, ``README.md``, and the code in ``hf_format.py``, ``hf_layers.py`` and ``digests.py``.
+    ``lowrank.sha256`` has the SHA-256 of all these files but the card. It loads with :func:`load_compressed`, with
+    ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``, or anywhere with ``trust_remote_code=True``.
+    Otherwise transformers stops at a size mismatch.
 
     The check runs the same probes here and in a fresh process on the same device, with the same number of threads and
     the same attention, and compares the bytes of the logits. It needs the memory of a second copy of the exported
@@ -141,27 +143,34 @@ def save_compressed(
                 checkable = plan if isinstance(plan, RankPlan) else None
                 check_contents(model, {} if merge else entries, checkable, tokenizer)
                 check_reload(model, folder, reference, tokenizer, merged=merge)
+        write_digests(folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     logger.info("exported %d low-rank modules to %s, %d bytes of weights", len(entries), directory, size)
     return ExportReport(directory=directory, bytes=size, merged=merge, modules=len(entries), verified=verify)
 
 
-def load_compressed(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+def load_compressed(directory: str | Path, *, verify: bool = True, **from_pretrained_kwargs: Any) -> PreTrainedModel:
     """Return a model that :func:`save_compressed` wrote, in eval mode.
 
     Args:
         directory: The folder.
+        verify: Whether to compare the files with their SHA-256 in ``lowrank.sha256``; folders of earlier versions have
+            none. A changed file of weights is an error, any other changed file a warning in the log.
         **from_pretrained_kwargs: Arguments of ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``device_map``, ...
 
     Raises:
-        ValueError: There is no such folder, it holds no compressed model, or weights are missing or damaged.
+        ValueError: There is no such folder, it holds no compressed model, weights are missing or damaged, or code of
+            its own is needed and ``trust_remote_code=True`` was not given.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"no folder {str(directory)!r}: expected one written by save_compressed")
     _check_is_compressed(directory)
+    # Without a value, transformers asks on the terminal whether to run the folder's code.
+    options = {"trust_remote_code": False, **from_pretrained_kwargs}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(directory), **from_pretrained_kwargs)
+        with nullcontext() if verify else unchecked():
+            model = AutoModelForCausalLM.from_pretrained(str(directory), **options)
     except (OSError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0]
         raise ValueError(f"can't read the weights in {str(directory)!r}: {cause}; copy or export it again") from error
@@ -321,7 +330,7 @@ def _write(
             classes = {"AutoModelForCausalLM": base.__name__, "AutoModel": type(model.base_model).__name__}
             classes["AutoConfig"] = LowRankAutoConfig.__name__
             config.auto_map = {auto: f"{Path(CODE).stem}.{name}" for auto, name in classes.items()}
-        for code in (hf_format.__file__, hf_layers.__file__):
+        for code in (hf_format.__file__, hf_layers.__file__, digests.__file__):
             shutil.copyfile(code, folder / Path(code).name)
     shell.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lowrank_pl.export import reload_probe
 from lowrank_pl.export.health.tokenizer import check_tokenizer
 from lowrank_pl.export.health.weights import check_plan, check_weights, tensors_of
+from lowrank_pl.models import hf_format
+from lowrank_pl.models.digests import unchecked
 from lowrank_pl.models.identity import base_class
 from lowrank_pl.plans.plan import RankPlan
 
@@ -82,7 +84,7 @@ def check_contents(
         tokenizer: The exported tokenizer.
     """
     tensors = tensors_of(model)
-    findings = check_weights(tensors, entries)
+    findings = check_weights(tensors, entries, () if plan is None else plan.zero_modules)
     if plan is not None:
         findings += check_plan(plan, tensors, entries)
     known = None if plan is None else plan.fingerprint.get("tokenizer")
@@ -134,7 +136,7 @@ def compare_reload(
     with TemporaryDirectory() as aside:
         file = Path(aside) / "logits.pt"
         answer = _ask_fresh_process(model, folder, file, compressed=not merged)
-        found = torch.load(file) if file.exists() else None
+        found = torch.load(file, weights_only=True) if file.exists() else None
     for kind in ("missing", "unexpected"):
         if answer[kind]:
             raise ReloadError(f"reloading it finds {kind} weights: {', '.join(answer[kind])}")
@@ -171,7 +173,8 @@ def _ask_fresh_process(model: PreTrainedModel, folder: Path, logits: Path, *, co
     request = {
         "directory": str(folder.resolve()),
         "logits": str(logits),
-        "compressed": compressed,
+        # The package's own files, never the copies in the folder, which may come from anybody.
+        "code": str(Path(hf_format.__file__).parent) if compressed else None,
         "trust": base_class(model) is None,
         "attention": model.config._attn_implementation,
         "device_map": getattr(model, "hf_device_map", None) or (None if device == "cpu" else {"": device}),
@@ -181,9 +184,11 @@ def _ask_fresh_process(model: PreTrainedModel, folder: Path, logits: Path, *, co
     # The source, not the module: `-m` would import lowrank_pl. -B: no __pycache__ in the export.
     source = Path(reload_probe.__file__).read_text(encoding="utf-8")
     command = [sys.executable, "-B", "-c", source, json.dumps(request)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    # The export is the current folder, so that no file of the caller's folder shadows a package in the child.
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    # What the folder computes is to be known even if its digests are wrong.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "LOWRANK_VERIFY": "0"}
+    # With -c, Python looks for modules in the current folder first: the child's is private and empty. -I would also
+    # hide packages that are installed per user or found by PYTHONPATH.
+    done = subprocess.run(command, capture_output=True, text=True, cwd=logits.parent, env=environment, check=False)
     if done.returncode:
         raise ReloadError(
             f"a fresh process can't load it (exit status {done.returncode}):\n{done.stderr.strip()[-2000:]}"
@@ -196,7 +201,8 @@ def _first_difference(model: PreTrainedModel, folder: Path) -> str | None:
     """Return in words the first tensor that differs between the model in memory and the reloaded one, or None."""
     attention = model.config._attn_implementation
     trust = base_class(model) is None
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, trust_remote_code=trust)
+    with unchecked():
+        reloaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, trust_remote_code=trust)
     there = dict(reloaded.named_parameters()) | dict(reloaded.named_buffers())
     for name, here in [*model.named_parameters(), *model.named_buffers()]:
         other = there[name].to(here.device)

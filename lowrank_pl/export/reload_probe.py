@@ -46,14 +46,14 @@ def digest(tensor: Tensor) -> str:
 
 
 def _main(request: dict[str, Any]) -> None:
-    """Load the folder without lowrank_pl, and print the results as one line of JSON."""
+    """Load the folder with no more of lowrank_pl than its format, and print the results as one line of JSON."""
     disable_progress_bar()
     torch.set_num_threads(request["threads"])
     torch.set_float32_matmul_precision(request["precision"])
-    if request["compressed"]:
-        # Import the folder as a package, because its hf_format.py imports hf_layers.py.
+    if request["code"] is not None:
+        # A package of its own, because hf_format.py imports hf_layers.py and lowrank_pl is not to be imported.
         package = ModuleType("compressed")
-        package.__path__ = [request["directory"]]
+        package.__path__ = [request["code"]]
         sys.modules["compressed"] = package
         importlib.import_module("compressed.hf_format")
     options = {"attn_implementation": request["attention"], "device_map": request["device_map"]}

@@ -17,7 +17,7 @@ from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.targets import StandIn, dense_weight, replace_module
-from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.plans.plan import ZERO, ModulePlan, RankPlan
 from lowrank_pl.utils.tensor_store import weight_digest
 
 __all__ = ["compress", "compressed", "deployed_plan", "factored_layer", "restore_dense"]
@@ -43,7 +43,8 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
             CUDA, and main memory otherwise.
 
     Raises:
-        ValueError: The plan names modules or shapes that the model lacks, or it was made for other factors.
+        ValueError: The plan names modules or shapes that the model lacks, or it was made for other factors, or a layer
+            would be zero whose weight is not.
 
     Example:
         >>> from lowrank_pl import Subject, allocate_ranks
@@ -56,7 +57,14 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
     _check(model, plan, store)
     for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
         old = _unmasked(model.get_submodule(name))
-        replace_module(model, name, old if entry.rank is None else _low_rank(old, entry, store, name, device))
+        new = old if entry.rank is None else _low_rank(old, entry, store, name, device)
+        if _is_zero(new) and dense_weight(old).any():
+            kind = _type_name(dense_weight(old).dtype)
+            raise ValueError(
+                f"the factors of {name} are zero in {kind}, but its weight is not: leave it dense (--exclude {name}), "
+                "or load a base in half precision in float32"
+            )
+        replace_module(model, name, new)
     _log.info("compressed %d of %d modules", len(plan.modules) - len(plan.dense_modules), len(plan.modules))
     return model
 
@@ -86,6 +94,14 @@ def _low_rank(
     return factored_layer(old, factors)
 
 
+def _is_zero(layer: nn.Module) -> bool:
+    """Tell whether a low-rank layer outputs only its bias; False for other layers."""
+    if isinstance(layer, PivotedLinear):
+        # The other part holds coefficients.
+        return not (layer.right if layer.side == "out" else layer.weight).any()
+    return isinstance(layer, LowRankLinear) and not (layer.weight.any() and layer.right.any())
+
+
 def factored_layer(old: nn.Module, factors: Factors) -> LowRankLinear:
     """Return a layer with ``factors`` to replace ``old``, in the type of its weight and with its bias."""
     weight = dense_weight(old)
@@ -100,8 +116,12 @@ def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
     """Return ``plan`` with the storage that the layers of ``model`` really have, which ``plan`` compressed.
 
     Some modules that the plan stores pivoted may be stored as two factors or stay dense. The returned plan says so, and
-    its notes count them. Without such modules it is ``plan`` itself.
+    its notes count them. They also name layers that are zero, as in the base. Without such modules it is ``plan``
+    itself.
     """
+    zero = [name for name in plan.modules if _is_zero(model.get_submodule(name))]
+    if zero:
+        plan = replace(plan, notes=tuple(dict.fromkeys([*plan.notes, *(f"{name}: {ZERO}" for name in zero)])))
     layers = {name: model.get_submodule(name) for name in plan.pivoted_modules}
     fallen = {name: layer for name, layer in layers.items() if not isinstance(layer, PivotedLinear)}
     if not fallen:

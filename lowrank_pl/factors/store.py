@@ -12,9 +12,11 @@ from torch import Tensor
 from lowrank_pl.factors.decomposition import Factors, truncate
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.utils.files import canonical_json, sha256_of
-from lowrank_pl.utils.tensor_store import TensorStore, as_slice, read_manifest
+from lowrank_pl.utils.tensor_store import DamagedError, TensorStore, as_slice, read_manifest, tensor_digest
 
 __all__ = ["FactorStore"]
+
+_SIGMA = "sha256_of_sigma"
 
 
 class FactorStore(TensorStore):
@@ -50,20 +52,27 @@ class FactorStore(TensorStore):
     def add(self, name: str, factors: Factors, *, notes: Mapping[str, str] | None = None) -> None:
         """Write the factors of module ``name`` in float32, sigma in float64."""
         tensors = {"left": factors.left.float(), "right": factors.right.float(), "sigma": factors.sigma.double()}
-        self.write(name, tensors, notes=notes)
+        self.write(name, tensors, notes={**(notes or {}), _SIGMA: tensor_digest([("", tensors["sigma"])])})
+
+    def notes(self, name: str) -> dict[str, str]:
+        """Return the notes that ``add`` stored with ``name``; raise the errors of ``factors``."""
+        return {key: value for key, value in super().notes(name).items() if key != _SIGMA}
 
     def sigma(self, name: str) -> Tensor:
         """Return all singular values of module ``name``, float64, descending."""
         return self.read(name, "sigma")
 
     def spectrum(self, name: str) -> Tensor:
-        """Return the singular values of module ``name`` without comparing the checksum of the file, which takes longer.
+        """Return the singular values of module ``name``; only they are read and compared with their digest.
 
         Raises:
             ValueError: The file is absent or damaged.
         """
         with self._open(name, check=False) as file:
             values: Tensor = file.get_tensor("sigma")
+            # Files of earlier versions have none.
+            if file.metadata().get(_SIGMA, known := tensor_digest([("", values)])) != known:
+                raise DamagedError("the digest of its singular values is wrong")
             return values
 
     def factors(self, name: str, components: int | slice | Tensor | None = None) -> Factors:

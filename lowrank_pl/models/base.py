@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lowrank_pl.models.digests import check_files
 from lowrank_pl.models.hf_format import METHOD
 from lowrank_pl.models.identity import base_class
 from lowrank_pl.models.settings import Base
@@ -273,6 +274,8 @@ def read_config(spec: BaseSpec, *, trust_remote_code: bool = False) -> Pretraine
 
 def _load_checkpoint(spec: BaseSpec, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     config = read_config(spec, trust_remote_code=trust_remote_code)
+    # Only merged exports and pruned bases have digests.
+    check_files(Path(spec.path))
     with _explain_errors(f"can't load the weights of {spec.path!r}", "check that the checkpoint is complete"):
         model, report = AutoModelForCausalLM.from_pretrained(
             spec.path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -383,7 +386,8 @@ def _explain_errors(problem: str, advice: str) -> Iterator[None]:
         yield
     except Exception as error:  # safetensors and tokenizers raise classes of their own, or Exception itself.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        cause = lines[0].strip().rstrip(".:")
+        # A first line that ends with a colon is only the beginning of a sentence.
+        cause = (" ".join(str(error).split()) if lines[0].rstrip().endswith(":") else lines[0].strip()).rstrip(".:")
         if "trust_remote_code" in str(error):
             cause, advice = "it comes with its own Python code", "set trust_remote_code to true if you trust this code"
         raise ValueError(f"{problem}: {cause}; {advice}") from error

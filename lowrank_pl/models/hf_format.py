@@ -1,7 +1,7 @@
 """The format of a compressed model on disk, as transformers reads and writes it.
 
-This file and hf_layers.py need only torch and transformers. Every exported folder holds copies of both, which
-``trust_remote_code=True`` runs on machines without lowrank_pl. Importing the file, or a copy of it, registers the
+This file, hf_layers.py and digests.py need only torch and transformers. Every exported folder holds copies of them,
+which ``trust_remote_code=True`` runs on machines without lowrank_pl. Importing the file, or a copy of it, registers the
 quantization method ``"lowrank"`` with transformers. Plain ``from_pretrained`` then builds the model with
 :class:`LowRankLinear` or :class:`PivotedLinear` where ``config.json`` says so.
 
@@ -12,7 +12,8 @@ shape, so that transformers stops at the size mismatch.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-# Relative, so that transformers copies hf_layers.py along with this file.
+# Relative, so that transformers copies both files along with this one.
+from .digests import check_files
 from .hf_layers import LowRankLinear, PivotedLinear
 
 if TYPE_CHECKING:
@@ -143,8 +145,12 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         """True: the layers are two matrix products and at most two gathers."""
         return True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """Replace the named modules; the model is still on the meta device."""
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        """Check the files, and replace the named modules; the model is still on the meta device."""
+        if checkpoint_files:
+            check_files(Path(checkpoint_files[0]).parent)
         known = dict(model.named_modules())
         reshape(model, getattr(self.quantization_config, "shapes", {}))
         for name, entry in self.quantization_config.modules.items():

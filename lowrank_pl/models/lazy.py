@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from lowrank_pl.models.base import pop_shapes, read_config, resolve_base
+from lowrank_pl.models.digests import check_files
 from lowrank_pl.models.forward import forward_until
 from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.targets import Targets, decoder_blocks, find_targets
@@ -286,6 +288,7 @@ def open_skeleton(
     if spec.gguf_file is not None:
         raise NotBlockwiseError("its weights lie in a .gguf file, not in safetensors files")
     config = read_config(spec, trust_remote_code=trust_remote_code)
+    check_files(Path(spec.path))
     try:
         shapes = pop_shapes(config)
         model = _on_meta(config, shapes, dtype, trust_remote_code)

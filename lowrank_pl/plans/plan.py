@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,17 @@ from torch import Tensor
 
 from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.storage import Form, Storage, StorageChoice
-from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
+from lowrank_pl.utils.files import SEAL, atomic_write, canonical_json, json_digest, sha256_of
 
-__all__ = ["SCHEMA", "ModulePlan", "RankPlan"]
+__all__ = ["SCHEMA", "ZERO", "ModulePlan", "RankPlan"]
+
+_log = logging.getLogger(__name__)
 
 SCHEMA = 2
 """Version of the JSON format. Since 2, a module may be stored pivoted; plans of version 1 are still read."""
+
+ZERO = "all zeros in the base too"
+"""Note on a module whose factors may be zero."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,11 @@ class RankPlan:
         return [name for name, module in self.modules.items() if not module.is_prefix]
 
     @property
+    def zero_modules(self) -> list[str]:
+        """Names of the modules that the notes call zero in the base, so that their factors are zero rightly."""
+        return [note.removesuffix(f": {ZERO}") for note in self.notes if note.endswith(f": {ZERO}")]
+
+    @property
     def named_base(self) -> str:
         """Name of the model that was compressed, before any width pruning; empty if it is not known."""
         pruned = self.origin.get("narrowed")
@@ -230,7 +241,8 @@ class RankPlan:
         """Return the plan as JSON: one line a module, in a stable order, the component order last.
 
         The counts are for people and scripts; they are computed from the ranks again when a plan is read. The component
-        order is a line of base64 a module: leave it as it is when you edit ranks.
+        order is a line of base64 a module: leave it as it is when you edit ranks. A plan whose content differs from its
+        digest is read with a warning.
         """
         head = {
             "schema": SCHEMA,
@@ -255,16 +267,21 @@ class RankPlan:
         }
         lines = [f"    {json.dumps(name)}: {json.dumps(_module_json(plan))}" for name, plan in self.modules.items()]
         body = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
-        whole = body + ',\n  "modules": {\n' + ",\n".join(lines) + "\n  }"
+        tables = ',\n  "modules": {\n' + ",\n".join(lines) + "\n  }"
         if self.order is not None:
             # Last, because people do not read it.
             scores = [f"    {json.dumps(name)}: {json.dumps(text)}" for name, text in self.order.to_json().items()]
-            whole += ',\n  "order": {\n' + ",\n".join(scores) + "\n  }"
-        return whole + "\n}\n"
+            tables += ',\n  "order": {\n' + ",\n".join(scores) + "\n  }"
+        tables += "\n}\n"
+        return f'{body},\n  "{SEAL}": "{json_digest(json.loads(body + tables))}"{tables}'
 
     @classmethod
-    def from_json(cls, text: str) -> RankPlan:
+    def from_json(cls, text: str, *, place: str | Path = "the plan") -> RankPlan:
         """Return the plan that ``to_json`` wrote, or that a person edited.
+
+        Args:
+            text: The JSON.
+            place: Its file, for the warning that it was edited.
 
         Raises:
             ValueError: The text is not JSON, has another schema, or lacks a key, or a rank is impossible.
@@ -276,6 +293,14 @@ class RankPlan:
         if not isinstance(data, dict) or data.get("schema") not in range(1, SCHEMA + 1):
             given = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"the plan has schema {given!r}: this version of lowrank_pl reads schemas 1 to {SCHEMA}")
+        seal = data.pop(SEAL, None)
+        if seal not in (None, json_digest(data)):
+            _log.warning(
+                "%s was edited or damaged after it was written, by its digest under %r: delete that line if you edited "
+                "it, or else make the plan again",
+                place,
+                SEAL,
+            )
         try:
             return cls._from_dict(data)
         except (KeyError, TypeError, AttributeError) as error:
@@ -325,7 +350,7 @@ class RankPlan:
         if not path.is_file():
             raise ValueError(f"no plan at {path}: expected a JSON file of `lowrank allocate` or `lowrank fit`")
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(path.read_text(encoding="utf-8"), place=path)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.report.page import render
-from lowrank_pl.utils.figures import save_figure
-from lowrank_pl.utils.files import atomic_write, write_json
-from lowrank_pl.utils.formatting import percent, table
+from lowrank_pl.utils.figures import plain, save_figure
+from lowrank_pl.utils.files import atomic_write, sealed, unsealed, write_json
+from lowrank_pl.utils.formatting import code, percent, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,7 +171,7 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
         axes.set_xticks(sizes, [percent(size) for size in sizes])
     axes.set_xlabel("kept fraction of the targeted parameters")
     axes.set_ylabel("excess over the dense model in nats per token")
-    axes.set_title(f"{corpus}: lower is better")
+    axes.set_title(f"{plain(corpus)}: lower is better")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=7)
@@ -195,9 +195,9 @@ def _name_lines(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Ma
         look: dict[str, Any] = {"color": colours[name], "fontsize": 8, "verticalalignment": "center"}
         if name in places:
             beside: dict[str, Any] = {"xytext": (1.08, places[name]), "textcoords": "axes fraction"}
-            axes.annotate(name, end, **beside, **look, arrowprops={**line, "color": colours[name]})
+            axes.annotate(plain(name), end, **beside, **look, arrowprops={**line, "color": colours[name]})
         else:
-            axes.annotate(name, end, xytext=(7, 0), textcoords="offset points", **look)
+            axes.annotate(plain(name), end, xytext=(7, 0), textcoords="offset points", **look)
 
 
 def _spread(wanted: Mapping[str, float], *, gap: float) -> dict[str, float]:
@@ -225,8 +225,8 @@ def write_comparison(
         command: The command that makes them.
         plotted: Methods in the plots, as far as they have results; all by default.
     """
-    write_json(folder / "results.json", list(results))
-    atomic_write(folder / "results.md", f"{comparison_table(results)}\n\nMade by `{command}`.\n")
+    write_json(folder / "results.json", [sealed(row) for row in results])
+    atomic_write(folder / "results.md", f"{comparison_table(results)}\n\nMade by {code(command)}.\n")
     drawn = [row for row in results if row["method"] != DENSE]
     there = {row["method"] for row in drawn}
     for corpus in drawn[0]["perplexity"] if drawn else ():
@@ -244,7 +244,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        found: list[dict[str, Any]] = [unsealed(row) for row in json.loads(path.read_text(encoding="utf-8"))]
         if not all({"method", "keep", "excess", "seconds"} <= row.keys() for row in found):
             raise ValueError("a row lacks the method, keep, excess or seconds")
     except (ValueError, AttributeError) as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 from lowrank_pl.evaluate.paired import members
 from lowrank_pl.export.health.diagnosis import Diagnosis
+from lowrank_pl.utils.files import unsealed
 
 __all__ = [
     "Agreement",
@@ -249,7 +250,10 @@ def _read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}): {EXPECTED}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no scores: {EXPECTED}")
-    return values
+    try:
+        return unsealed(values)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): measure again") from None
 
 
 def _add_file(evidence: Evidence, path: Path, values: dict[str, Any], written: float) -> Evidence:

@@ -315,6 +315,18 @@ def _versions() -> dict[str, str]:
     return {"lowrank_pl": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+# The package's own place comes last on the path, for a package that is run from its source without being installed.
+_SCORE = """
+import sys
+sys.path.append(sys.argv[1])
+try:
+    from lowrank_pl.report.finish import score_job
+    score_job(*sys.argv[2:])
+except KeyboardInterrupt:
+    sys.exit(130)  # the waiting process reports the interrupt
+"""
+
+
 def score_in_fresh_process(
     directory: Path,
     protocol: Protocol,
@@ -340,18 +352,21 @@ def score_in_fresh_process(
         save_file({"windows": protocol.sequences.contiguous()}, sequences)
         settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens}
         settings |= {"stream": stream, "trust": trust}
-        write_json(job, {"directory": str(directory), "device": str(device), "windows": str(sequences), **settings})
-        # The process keeps the terminal's stderr, for its progress bar.
-        code = subprocess.run([sys.executable, "-m", "lowrank_pl.report.finish", str(job), str(result)]).returncode
+        settings |= {"directory": str(directory.resolve()), "device": str(device), "windows": str(sequences)}
+        write_json(job, settings)
+        # The process keeps the terminal's stderr, for its progress bar. Its current folder is private, so that no file
+        # of the user's folder shadows a module.
+        words = [sys.executable, "-c", _SCORE, str(Path(__file__).parents[2]), str(job), str(result)]
+        code = subprocess.run(words, cwd=folder).returncode
         if code != 0 or not result.exists():
             raise ExportError(f"scoring {directory} in a fresh process failed with exit code {code}; see above")
         data = json.loads(result.read_text())
     return Score(**data["score"]), data["continuations"]
 
 
-def _score_job(job: Path, result: Path) -> None:
+def score_job(job: str, result: str) -> None:
     """Do the job of ``score_in_fresh_process`` in this process."""
-    settings = json.loads(job.read_text())
+    settings = json.loads(Path(job).read_text())
     assert hf_format.METHOD == "lowrank"  # the import has registered the format
     where, trust = settings["directory"], settings["trust"]
     model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=trust).eval()
@@ -364,10 +379,3 @@ def _score_job(job: Path, result: Path) -> None:
     continuations = generate_samples(model, tokenizer, settings["prompts"], max_new_tokens=settings["max_new_tokens"])
     figures = {"perplexity": score.perplexity, "nats": score.nats, "tokens": score.tokens, "seconds": score.seconds}
     write_json(result, {"score": figures, "continuations": continuations})
-
-
-if __name__ == "__main__":
-    try:
-        _score_job(Path(sys.argv[1]), Path(sys.argv[2]))
-    except KeyboardInterrupt:
-        sys.exit(130)  # the waiting process reports the interrupt

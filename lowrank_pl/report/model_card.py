@@ -7,7 +7,6 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lowrank_pl.report.rank_map import rank_table
 from lowrank_pl.report.run_record import RunRecord
 from lowrank_pl.report.scores import Summary, row_table
 from lowrank_pl.utils.files import atomic_write
-from lowrank_pl.utils.formatting import percent, rounded_perplexity, table
+from lowrank_pl.utils.formatting import code, escaped, longest_run, percent, rounded_perplexity, table
 
 __all__ = [
     "grouped_notes",
@@ -100,8 +99,8 @@ def _what(plan: RankPlan, base: str, *, merged: bool) -> str:
         stored = f"{some}stored as independent rows or columns and the coefficients of the rest"
     name = base.rstrip("/").rsplit("/", 1)[-1]
     return (
-        f"# {_escaped(name)} with {percent(plan.keep_targeted)} of its linear layers' parameters\n\n"
-        f"{_code(base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} linear layers are replaced by "
+        f"# {escaped(name)} with {percent(plan.keep_targeted)} of its linear layers' parameters\n\n"
+        f"{code(base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} linear layers are replaced by "
         f"low-rank factors, {stored}; the other layers are unchanged.{_pruned(plan)}{_resized(plan)}"
     )
 
@@ -113,15 +112,15 @@ def _pruned(plan: RankPlan) -> str:
     if pruned is None:
         return ""
     return (
-        f" Before that, the MLPs were pruned: {pruned['left']} of {pruned['width']:,} hidden neurons remain in each, "
-        "and the down-projections were updated to compensate."
+        f" Before that, the MLPs were pruned: {escaped(str(pruned['left']))} of {int(pruned['width']):,} hidden "
+        "neurons remain in each, and the down-projections were updated to compensate."
     )
 
 
 def _resized(plan: RankPlan) -> str:
     """Return a sentence on the plan that this size was resized from, empty if it was allocated directly."""
     note = next((note for note in plan.notes if note.startswith(RESIZED)), None)
-    return "" if note is None else f" This size was {_escaped(note)}, and contains the smaller sizes made with it."
+    return "" if note is None else f" This size was {escaped(note)}, and contains the smaller sizes made with it."
 
 
 def load_code(place: str, *, merged: bool, own_code: bool = False) -> str:
@@ -155,10 +154,9 @@ def _scores(summary: Summary, evidence: Evidence) -> str:
     if summary.rows:
         text = describe_protocol(summary.facts.get("protocol", {}))
         note = (
-            f"\n\nScored on {_code(text)}; excess is ln(perplexity / dense perplexity), 0 is lossless." if text else ""
+            f"\n\nScored on {code(text)}; excess is ln(perplexity / dense perplexity), 0 is lossless." if text else ""
         )
-        rows = [replace(row, name=_escaped(row.name)) for row in summary.rows]
-        parts.append(f"{row_table(rows, fmt='github')}{note}")
+        parts.append(f"{row_table(summary.rows, fmt='github')}{note}")
     elif evidence.texts:
         head = ("model", "text", "sequences", "tokens", "perplexity")
         body = [
@@ -171,11 +169,11 @@ def _scores(summary: Summary, evidence: Evidence) -> str:
             )
             for one in evidence.texts
         ]
-        parts.append(table(head, [tuple(map(_escaped, row)) for row in body], "github"))
+        parts.append(table(head, body, "github"))
     found = evidence.agreement
     if found is not None:
         parts.append(
-            f"Compared with the dense model on {_code(found.text)}: KL divergence {found.kl:.4f} nats per token, the "
+            f"Compared with the dense model on {code(found.text)}: KL divergence {found.kl:.4f} nats per token, the "
             f"same most likely token for {percent(found.agreement)} of {found.tokens:,} tokens."
         )
     if evidence.tasks:
@@ -184,9 +182,9 @@ def _scores(summary: Summary, evidence: Evidence) -> str:
 
 
 def _tasks(tasks: Sequence[TaskScores]) -> str:
-    head = ("task", "metric", *(_escaped(one.source) for one in tasks))
+    head = ("task", "metric", *(one.source for one in tasks))
     body = [
-        (*map(_escaped, key), *("-" if score is None else score_with_error(*score) for score in scores))
+        (*key, *("-" if score is None else score_with_error(*score) for score in scores))
         for key, scores in task_rows(tasks).items()
     ]
     return table(head, body, "github")
@@ -196,20 +194,18 @@ def _health(health: HealthCheck | None) -> str:
     if health is None:
         return ""
     lines = [
-        f"* {_escaped(finding.name)}, {finding.health}: {_escaped(finding.sentence)}"
+        f"* {escaped(finding.name)}, {finding.health}: {escaped(finding.sentence)}"
         for finding in health.diagnosis.findings
     ]
     verdict = health.diagnosis.health
     stale = " The weights were written after that." if health.stale else ""
-    return "\n".join(["## Health", "", f"Checked by {_escaped(health.checked_by)}: {verdict}.{stale}", "", *lines])
+    return "\n".join(["## Health", "", f"Checked by {escaped(health.checked_by)}: {verdict}.{stale}", "", *lines])
 
 
 def _speeds(speeds: Sequence[Speed]) -> str:
     if not speeds:
         return ""
-    body = [
-        (_escaped(one.model), f"{one.tokens_per_second:,.1f}", speedup(one.ratio), _escaped(one.how)) for one in speeds
-    ]
+    body = [(one.model, f"{one.tokens_per_second:,.1f}", speedup(one.ratio), one.how) for one in speeds]
     align = ("left", "right", "right", "left")
     return f"## Speed\n\n{table(('model', 'tokens/s', 'vs dense', 'measured by'), body, 'github', align=align)}"
 
@@ -235,12 +231,12 @@ def _size(plan: RankPlan, *, merged: bool) -> str:
 def _made(plan: RankPlan, command: str, noted: dict[str, Any]) -> str:
     # The folder of the factor store means nothing on another machine.
     origin = {**{key: value for key, value in plan.origin.items() if key != "store"}, **noted}
-    lines = [f"Method {_code(plan.method)}, with {percent(plan.keep)} of the targeted parameters requested."]
+    lines = [f"Method {code(plan.method)}, with {percent(plan.keep)} of the targeted parameters requested."]
     lines += ["", _code_block(command, "bash")] if command else []
-    lines += ["", *(f"* {_escaped(key)}: {_code(_brief(value))}" for key, value in origin.items())] if origin else []
+    lines += ["", *(f"* {escaped(key)}: {code(_brief(value))}" for key, value in origin.items())] if origin else []
     if plan.fingerprint:
         lines += ["", "Made from (SHA-256 or version):", ""]
-        lines += [f"* {_escaped(key)}: {_code(_brief(value))}" for key, value in plan.fingerprint.items()]
+        lines += [f"* {escaped(key)}: {code(_brief(value))}" for key, value in plan.fingerprint.items()]
     return "\n".join(["## How it was made", "", *lines])
 
 
@@ -262,42 +258,20 @@ def sample_table(samples: Sequence[tuple[str, str, str]], *, name: str = "compre
         samples: Triples of prompt, dense continuation and compressed continuation.
         name: Heading of the last column.
     """
-    body = [tuple(map(_escaped, sample)) for sample in samples]
-    return table(("prompt", "dense", name), body, "github", align=("left",) * 3)
-
-
-def _escaped(text: str) -> str:
-    """Return ``text`` on one line, without any meaning in Markdown or HTML; line breaks become ``<br>``."""
-    # An underscore between letters means nothing, and names of layers are easier to read with it.
-    special = r"[\\`*\[\]<>|~$&#]|(?<![^\W_])_|_(?![^\W_])"
-    escaped = re.sub(special, lambda found: f"&#{ord(found.group())};", text.strip())
-    return re.sub(r"\s*\n\s*", "<br>", escaped)
-
-
-def _code(text: str) -> str:
-    """Return ``text`` as a code span on one line, whatever backticks it holds."""
-    line = " ".join(text.split())
-    fence = "`" * (1 + _longest_run(line))
-    padding = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{fence}{padding}{line}{padding}{fence}"
+    return table(("prompt", "dense", name), samples, "github", align=("left",) * 3)
 
 
 def _code_block(text: str, language: str) -> str:
     """Return ``text`` as a fenced block of code, whatever backticks it holds."""
-    fence = "`" * max(3, 1 + _longest_run(text))
+    fence = "`" * max(3, 1 + longest_run(text, "`"))
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _longest_run(text: str) -> int:
-    """Return the number of backticks in the longest run of them."""
-    return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
 def _notes(plan: RankPlan) -> str:
     lines = []
     for text, names in grouped_notes(plan).items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(f"* {_code(names[0])}{more}: {_escaped(text)}" if names else f"* {_escaped(text)}")
+        lines.append(f"* {code(names[0])}{more}: {escaped(text)}" if names else f"* {escaped(text)}")
     if len(lines) > MOST_NOTES:
         lines = [*lines[:MOST_NOTES], f"* and {len(lines) - MOST_NOTES} more notes in `plan.json`"]
     return "\n".join(["## Notes", "", *lines]) if lines else ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowrank_pl.utils.figures import plain
 from lowrank_pl.utils.formatting import block_and_kind
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class RankHistory:
             )
             labels = [group.lstrip("0") or "0" if group.isdecimal() else group for group in rows]
             every = math.ceil(len(rows) * 0.2 / height)
-            axis.set_yticks(np.arange(len(rows))[::every] + 0.5, labels[::every], fontsize=9)
+            axis.set_yticks(np.arange(len(rows))[::every] + 0.5, list(map(plain, labels[::every])), fontsize=9)
             axis.set_ylabel(name)
             axis.tick_params(axis="y", length=0)
             axis.spines[:].set_visible(False)

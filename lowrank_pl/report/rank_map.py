@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.utils.figures import plain
 from lowrank_pl.utils.formatting import block_and_kind, percent, table
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
     elif dense:
         rows, columns = np.array(dense).T + 0.5
         axes.scatter(columns, rows, s=10, color="black", label="left dense")
-    axes.set_title(title or f"{plan.method}: {percent(plan.keep_targeted)} of the targeted parameters kept", pad=8)
+    heading = title or f"{plan.method}: {percent(plan.keep_targeted)} of the targeted parameters kept"
+    axes.set_title(plain(heading), pad=8)
     figure.colorbar(mesh, ax=axes, label="kept fraction", pad=0.02, ticks=np.linspace(0, 1, 6))
     _add_legend(figure, axes, missing=bool(np.isnan(grid).any()))
     return figure
@@ -115,7 +117,7 @@ def _label_axes(axes: Any, blocks: Sequence[int | None], kinds: Sequence[str]) -
     every = max(1, -(-len(blocks) // WIDE))
     labels = ["none" if block is None else str(block) for block in blocks]
     axes.set_xticks([place + 0.5 for place in range(0, len(blocks), every)], labels[::every], fontsize=8)
-    axes.set_yticks([place + 0.5 for place in range(len(kinds))], kinds, fontsize=9)
+    axes.set_yticks([place + 0.5 for place in range(len(kinds))], list(map(plain, kinds)), fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.invert_yaxis()

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding
+from lowrank_pl.export.health.files import check_digests
 from lowrank_pl.export.health.weights import check_plan, check_weights, tensors_in
 from lowrank_pl.models import hf_format
 from lowrank_pl.plans.plan import RankPlan
@@ -253,13 +254,16 @@ def _quick_check(record: RunRecord, model: Path, entries: dict[str, Any], *, che
         return HealthCheck(Diagnosis(str(model), findings), "the export") if findings else None
     by = "the export, lowrank report" if findings else "lowrank report"
     _log.info("checking the weights in %s", model)
+    # Exports of earlier versions have none.
+    digests = check_digests(model, expected=False)
+    findings += [] if digests is None else [digests]
     try:
         tensors = tensors_in(model)
     except SafetensorError as error:
         said = f"the weight files can't be read: {error}"
         findings.append(Finding("weights", "broken", said, advice="export it again"))
         return HealthCheck(Diagnosis(str(model), findings), by)
-    findings += check_weights(tensors, entries)
+    findings += check_weights(tensors, entries, record.plan.zero_modules)
     if all(f"{name}.weight" in tensors for name in record.plan.modules):
         # The second finding counts parameters. Files may hold tied tensors once or twice, so only a loaded model tells.
         findings.append(check_plan(record.plan, tensors, entries)[0])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import SEAL, break_seal, json_digest, write_json
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity, table
 
 __all__ = ["SUMMARY", "Row", "Summary", "read_summary", "row_table", "write_summary"]
@@ -89,7 +89,8 @@ def write_summary(run_dir: str | Path, rows: Iterable[Row], **facts: Any) -> Pat
     """Write ``summary.json`` of a run and return its path: rows keyed by name, and ``facts`` under one key.
 
     ``{"dense": {"perplexity": …, "excess_nats": …, "kept_targeted": …, "kept_model": …, "bytes": …, "seconds": …},
-    …, "facts": {…}}``. Rows and facts are merged into an existing summary; entries of the same name are replaced.
+    …, "facts": {…, "sha256": …}}``. Rows and facts are merged into an existing summary; entries of the same name are
+    replaced.
 
     Args:
         run_dir: The run's folder, created if absent.
@@ -105,8 +106,10 @@ def write_summary(run_dir: str | Path, rows: Iterable[Row], **facts: Any) -> Pat
     if FACTS in merged:
         raise ValueError(f"a row is named {FACTS!r}, which {SUMMARY} uses for everything else: give it another name")
     summary: dict[str, Any] = {name: _figures(row) for name, row in merged.items()}
-    all_facts = {**old.facts, **facts}
-    return write_json(path, {**summary, FACTS: all_facts} if all_facts else summary)
+    summary[FACTS] = {**old.facts, **facts}
+    # Beside the facts, since every other key is the name of a row.
+    summary[FACTS] |= {SEAL: json_digest(summary)}
+    return write_json(path, summary)
 
 
 def read_summary(run_dir: str | Path) -> Summary:
@@ -120,7 +123,9 @@ def read_summary(run_dir: str | Path) -> Summary:
         raise ValueError(f"no {SUMMARY} in {run_dir}: expected the folder of a finished run")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        facts = dict(data.pop(FACTS, {}))
+        facts = data.get(FACTS, {})
+        break_seal(facts, data)
+        data.pop(FACTS, None)
         return Summary(tuple(Row(name, **figures) for name, figures in data.items()), facts)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a run's summary ({error}): delete it or run again") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -70,7 +71,7 @@ def _check_whole(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint of `lowrank fit` ({error}): {_CURE}") from None
     if bad is not None:
         raise ValueError(f"{path} is damaged (the checksum of {bad} is wrong): {_CURE}")

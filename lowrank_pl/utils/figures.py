@@ -11,7 +11,16 @@ from lowrank_pl.utils.files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["save_figure"]
+__all__ = ["plain", "save_figure"]
+
+
+def plain(text: str) -> str:
+    r"""Return ``text`` for a figure, with dollar signs that do not begin a formula.
+
+    >>> print(plain("$x"))
+    \$x
+    """
+    return text.replace("$", r"\$")
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

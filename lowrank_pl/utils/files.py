@@ -6,16 +6,30 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["atomic_directory", "atomic_write", "cache_root", "canonical_json", "locked", "sha256_of", "write_json"]
+__all__ = [
+    "SEAL",
+    "atomic_directory",
+    "atomic_write",
+    "break_seal",
+    "cache_root",
+    "canonical_json",
+    "json_digest",
+    "locked",
+    "sealed",
+    "sha256_of",
+    "unsealed",
+    "write_json",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +83,53 @@ def sha256_of(*parts: str | bytes | memoryview) -> str:
         digest.update(data.nbytes.to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+SEAL = "sha256"
+"""Key of a JSON object's digest."""
+
+
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, which is the same after it was written and read again."""
+    return sha256_of(canonical_json(json.loads(json.dumps(value))))
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with its digest as its last entry.
+
+    >>> unsealed(sealed({"a": 1}))
+    {'a': 1}
+    """
+    return {**value, SEAL: json_digest(value)}
+
+
+def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object without the digest that ``sealed`` added; files of earlier versions have none.
+
+    Raises:
+        ValueError: The object is not as it was written.
+    """
+    rest = dict(value)
+    break_seal(rest, rest)
+    return rest
+
+
+def break_seal(holder: dict[str, Any], whole: Any) -> None:
+    """Check the digest of the JSON value ``whole``, and remove it from ``holder``, the object in it that has it.
+
+    Raises:
+        ValueError: The value is not as it was written.
+    """
+    last = next(reversed(holder), SEAL)
+    seal = holder.pop(SEAL, None)
+    intact = seal in (None, json_digest(whole))
+    if seal is None and re.fullmatch("[0-9a-f]{64}", str(holder.get(last))):
+        # The digest's own name may be damaged.
+        other = holder.pop(last)
+        intact = other != json_digest(whole)
+        holder[last] = other
+    if not intact:
+        raise ValueError(f"it was changed or damaged after it was written, by its digest under {SEAL!r}")
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> Path:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from tabulate import tabulate
 
-__all__ = ["block_and_kind", "duration", "gigabytes", "megabytes", "percent", "rounded_perplexity", "table"]
+__all__ = [
+    "block_and_kind",
+    "code",
+    "duration",
+    "escaped",
+    "gigabytes",
+    "longest_run",
+    "megabytes",
+    "percent",
+    "rounded_perplexity",
+    "table",
+]
 
 
 def block_and_kind(name: str) -> tuple[int | None, str]:
@@ -21,7 +33,7 @@ def block_and_kind(name: str) -> tuple[int | None, str]:
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], fmt: str, *, align: Sequence[str] | None = None) -> str:
-    """Return text cells as a table in ``tabulate``'s format ``fmt``.
+    """Return text cells as a table in ``tabulate``'s format ``fmt``; in Markdown, the cells' own text means nothing.
 
     Args:
         head: Column headers.
@@ -30,7 +42,43 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], fmt: str, *, align
         align: Alignment of each column; by default the first is ``left`` and the others are ``right``.
     """
     align = align or ("left", *["right"] * (len(head) - 1))
+    if fmt == "github":
+        head, body = [escaped(name) for name in head], [[escaped(cell) for cell in row] for row in body]
     return tabulate(body, headers=head, tablefmt=fmt, colalign=align, disable_numparse=True)
+
+
+def escaped(text: str) -> str:
+    """Return ``text`` on one line, without any meaning in Markdown or HTML; line breaks become ``<br>``.
+
+    >>> escaped("<b> of a_b, *c*")
+    '&#60;b&#62; of a_b, &#42;c&#42;'
+    """
+    # An underscore between letters means nothing, and names of layers are easier to read with it. Addresses, and names
+    # behind an @, would become links.
+    special = r"[\\`*\[\]<>|~$&#@]|:(?=//)|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])"
+    found = re.sub(special, lambda one: f"&#{ord(one.group())};", text.strip())
+    return re.sub(r"\s*\n\s*", "<br>", found)
+
+
+def code(text: str) -> str:
+    """Return ``text`` as Markdown's code on one line, whatever backticks it holds.
+
+    >>> code("a `b` c")
+    '``a `b` c``'
+    """
+    line = " ".join(text.split())
+    fence = "`" * (1 + longest_run(line, "`"))
+    padding = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def longest_run(text: str, mark: str) -> int:
+    """Return how often ``mark``, one character, is repeated at most in a row.
+
+    >>> longest_run("a `b` ```", "`")
+    3
+    """
+    return max((len(run) for run in re.findall(f"{re.escape(mark)}+", text)), default=0)
 
 
 def percent(share: float) -> str:

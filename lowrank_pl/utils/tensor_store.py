@@ -33,8 +33,11 @@ __all__ = [
     "with_checksum",
 ]
 
-CHECKSUM_KEY = "crc32"
+CHECKSUM_KEY = "crc32_of_file"
 """Name of the checksum in the metadata of a file."""
+
+# The checksum of earlier versions, which covers the tensors but not the header.
+_OLD_KEY = "crc32"
 
 CHECKSUM_UNKNOWN = "00000000"
 """Placeholder for a checksum that is not computed yet."""
@@ -45,16 +48,15 @@ class DamagedError(Exception):
 
 
 def with_checksum(data: bytes) -> bytes:
-    """Return the bytes of a safetensors file with the checksum of its tensors in place of ``CHECKSUM_UNKNOWN``."""
+    """Return the bytes of a safetensors file with the checksum of the whole file in place of ``CHECKSUM_UNKNOWN``."""
     header = _header_bytes(data)
-    known = f"{zlib.crc32(memoryview(data)[header:]):08x}"
-    old, new = (f'"{CHECKSUM_KEY}":"{value}"'.encode() for value in (CHECKSUM_UNKNOWN, known))
+    old, new = (f'"{CHECKSUM_KEY}":"{value}"'.encode() for value in (CHECKSUM_UNKNOWN, f"{zlib.crc32(data):08x}"))
     assert data[:header].count(old) == 1
     return data[:header].replace(old, new) + data[header:]
 
 
 def verify_checksum(path: Path) -> None:
-    """Compare the tensors of a file with the checksum in its header: safetensors itself does not notice flipped bits.
+    """Compare a file with the checksum in its header: safetensors itself does not notice flipped bits.
 
     Files of versions that wrote no checksum pass.
 
@@ -65,11 +67,17 @@ def verify_checksum(path: Path) -> None:
     if not path.stat().st_size:
         raise DamagedError("it is empty")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        header = _header_bytes(data)
-        found = re.search(rb'"%b":"([0-9a-f]{8})"' % CHECKSUM_KEY.encode(), data[:header])
+        header = data[: _header_bytes(data)]
+        found = re.search(rb'"(%b|%b)":"([0-9a-f]{8})"' % (CHECKSUM_KEY.encode(), _OLD_KEY.encode()), header)
+        if found is None:
+            return
+        # It was computed with a placeholder in its own place.
+        start, end = found.span(2)
+        before = zlib.crc32(header[:start] + CHECKSUM_UNKNOWN.encode() + header[end:])
         with memoryview(data) as view:
-            if found and int(found[1], 16) != zlib.crc32(view[header:]):
-                raise DamagedError("the checksum of its tensors is wrong")
+            known = zlib.crc32(view[len(header) :], before if found[1] == CHECKSUM_KEY.encode() else 0)
+        if int(found[2], 16) != known:
+            raise DamagedError("its checksum is wrong")
 
 
 def _header_bytes(data: bytes | mmap.mmap) -> int:
@@ -113,6 +121,7 @@ class TensorStore:
         self.fingerprint = json.loads(canonical_json(fingerprint))
         self.digest = sha256_of(kind, canonical_json(fingerprint))
         self.directory = Path(directory) if directory else cache_root() / kind / self.digest[:20]
+        self._digests = {self.digest}
         self._whole: set[str] = set()
         with one_process_at_a_time():
             if (self.directory / _MANIFEST).exists():
@@ -138,6 +147,8 @@ class TensorStore:
         manifest = read_manifest(self.directory)
         if manifest["kind"] != self.kind:
             raise ValueError(f"{self.directory} holds a {manifest['kind']} store: expected a {self.kind} store")
+        # Of the same fingerprint without keys that are None here, as an earlier version may have written it.
+        self._digests.add(manifest["digest"])
         stored = manifest["fingerprint"]
         keys = sorted({*stored, *self.fingerprint})
         differing = [key for key in keys if stored.get(key) != self.fingerprint.get(key)]
@@ -151,7 +162,13 @@ class TensorStore:
             )
 
     def path(self, name: str) -> Path:
-        """Return the path of ``name``'s file, whether it exists or not."""
+        """Return the path of ``name``'s file, whether it exists or not.
+
+        Raises:
+            ValueError: The name, which may come from a plan, would lead out of the folder.
+        """
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} can't be the name of a file in {self.directory}: expected a module's name")
         return self.directory / f"{name}.safetensors"
 
     def __contains__(self, name: object) -> bool:
@@ -238,8 +255,12 @@ class TensorStore:
         try:
             if check and name not in self._whole:
                 verify_checksum(self.path(name))
-                self._whole.add(name)
             with safe_open(self.path(name), framework="pt") as file:
+                written_for = (file.metadata() or {}).get("digest")
+                if written_for not in self._digests:
+                    raise DamagedError(f"it was written for the store {written_for}, this one is {self.digest}")
+                if check:
+                    self._whole.add(name)
                 yield file
         except FileNotFoundError:
             raise ValueError(
@@ -253,7 +274,8 @@ class TensorStore:
     def notes(self, name: str) -> dict[str, str]:
         """Return the notes that ``write`` stored with ``name``; raise the errors of ``read``."""
         with self._open(name) as file:
-            return {key: value for key, value in (file.metadata() or {}).items() if key not in ("digest", CHECKSUM_KEY)}
+            written = (file.metadata() or {}).items()
+            return {key: value for key, value in written if key not in ("digest", CHECKSUM_KEY, _OLD_KEY)}
 
     def seconds(self, names: Iterable[str]) -> float | None:
         """Return how many seconds it took to make ``names``; ``None`` where one of them has no such note."""
@@ -291,6 +313,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["schema"] != _SCHEMA:
             raise ValueError(f"{path} has schema {manifest['schema']!r}: this version of lowrank_pl reads {_SCHEMA}")
+        if manifest["digest"] != sha256_of(manifest["kind"], canonical_json(manifest["fingerprint"])):
+            raise TypeError("the digest is not that of the fingerprint")
         return {key: manifest[key] for key in ("kind", "digest", "fingerprint")}
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no store at {directory}: expected a folder with {_MANIFEST}") from None

@@ -125,7 +125,7 @@ def test_inputs_that_are_not_finite_name_module_and_batch(llama, sequences):
     first = next(i for i, row in enumerate(sequences) if (row == sequences[2, 5]).any())
     message = (
         rf"the inputs hold NaN or infinity: at module model.layers.0.self_attn.q_proj in calibration batch {first}; "
-        "check the checkpoint, or load it in a wider dtype"
+        "check the checkpoint, and if it was loaded in half precision, load it in float32"
     )
     with pytest.raises(ValueError, match=message):
         collect_input_moments(llama, targets, Passes(sequences))

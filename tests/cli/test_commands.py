@@ -28,6 +28,7 @@ from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.report import finish
 from lowrank_pl.text.sequences import Calibration
 from lowrank_pl.utils.environment import pick_device
+from lowrank_pl.utils.files import unsealed
 
 TEXT = "python-docs::part=0%-10%"
 
@@ -52,7 +53,7 @@ def test_evaluate_gives_the_perplexity_and_its_figures(tmp_path, capsys):
     )  # fmt: skip
     expected = perplexity(tiny_model("llama"), token_windows(TEXT, byte_tokenizer(), length=32, sequences=4))
     assert figures["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
-    assert json.loads((tmp_path / "scores.json").read_text()) == figures
+    assert unsealed(json.loads((tmp_path / "scores.json").read_text())) == figures
     assert (figures["windows"], figures["length"], figures["tokens"], figures["dtype"]) == (4, 32, 124, "float32")
     assert figures["parameters"] == tiny_model("llama").num_parameters()
     assert figures["tokens_per_second"] > 0

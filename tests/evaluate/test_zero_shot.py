@@ -154,8 +154,11 @@ def test_yaml_tasks_by_file_by_folder_and_by_name(yaml_file, llama):
         (["tiny_questions"], TaskSettings([yaml_file.parent], limit=3)),
     ]
     with pytest.raises(ValueError, match=r"'tiny_questions' .* by tiny_questions: give it once"):
-        ZeroShot([str(yaml_file), "tiny_questions"], TaskSettings([yaml_file.parent]))
-    scores = [ZeroShot(*one).results(llama, byte_tokenizer())["samples"]["tiny_questions"] for one in given]
+        ZeroShot([str(yaml_file), "tiny_questions"], TaskSettings([yaml_file.parent]), trust_remote_code=True)
+    scores = [
+        ZeroShot(*one, trust_remote_code=True).results(llama, byte_tokenizer())["samples"]["tiny_questions"]
+        for one in given
+    ]
     assert scores[0] == scores[1] == scores[2]
     assert [sample["arguments"][0][0] for sample in scores[0]] == [row["query"] for row in ROWS[:3]]
 
@@ -207,10 +210,16 @@ def test_names_that_are_no_tasks_are_refused(questions, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"lm-eval [\d.]+ has no task 'piqqa': `lm_eval ls tasks` lists them"):
         ZeroShot(["piqqa"])
     with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
-        ZeroShot([str(questions), "piqa"], TaskSettings([tmp_path / "nowhere"]))
+        ZeroShot([str(questions), "piqa"], TaskSettings([tmp_path / "nowhere"]), trust_remote_code=True)
     (tmp_path / "hub.yaml").write_text((YAML % "x").replace("dataset_path: json", "dataset_path: no/such"))
     with pytest.raises(ValueError, match=r"could not be loaded: .*come from the hub: check the connection"):
-        ZeroShot([f"{tmp_path}/hub.yaml"])
+        ZeroShot([f"{tmp_path}/hub.yaml"], trust_remote_code=True)
+
+
+def test_a_task_file_is_read_only_if_it_is_trusted(yaml_file):
+    for given in ([[str(yaml_file)]], [["piqa"], TaskSettings([yaml_file.parent])]):
+        with pytest.raises(ValueError, match=r"can run Python code; give --trust_remote_code"):
+            ZeroShot(*given)
 
 
 def test_settings_that_can_not_be_are_refused():
@@ -306,7 +315,7 @@ def test_the_plain_lm_eval_command_reads_an_export(questions, yaml_file, tmp_pat
     assert done.returncode == 0, done.stderr
     (results,) = (tmp_path / "out").rglob("results_*.json")
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    expected = ZeroShot([str(yaml_file)]).results(model, tokenizer)
+    expected = ZeroShot([str(yaml_file)], trust_remote_code=True).results(model, tokenizer)
     found = json.loads(results.read_text())
     assert found["results"]["tiny_questions"]["acc,none"] == expected["results"]["tiny_questions"]["acc,none"]
     for line, sample in zip(samples.read_text().splitlines(), expected["samples"]["tiny_questions"], strict=True):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -22,9 +23,13 @@ from lowrank_pl.export import reload, reload_probe
 from lowrank_pl.export.export import ExportReport, load_compressed, save_compressed
 from lowrank_pl.export.reload import ExportError
 from lowrank_pl.factors.pivoting import pivot
-from lowrank_pl.models import hf_format, hf_layers
+from lowrank_pl.models import digests, hf_format, hf_layers
+from lowrank_pl.models.base import load_base
+from lowrank_pl.models.digests import DIGESTS
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.report import finish
 from lowrank_pl.report.finish import Protocol, score_in_fresh_process
 from tests.helpers import fork_server as forked
 
@@ -217,7 +222,7 @@ def test_contents_of_the_folders(exports, family):
     merged = load_file(home / "merged" / family / "model.safetensors")
     assert {key: value.shape for key, value in merged.items()} == {key: value.shape for key, value in dense.items()}
     assert not [file.name for file in (home / "merged" / family).glob("*.py")]
-    assert sorted(file.name for file in (home / family).glob("*.py")) == ["hf_format.py", "hf_layers.py"]
+    assert sorted(file.name for file in (home / family).glob("*.py")) == ["digests.py", "hf_format.py", "hf_layers.py"]
 
 
 def test_the_model_in_memory_is_left_unchanged(tmp_path):
@@ -253,6 +258,7 @@ def test_the_check_passes_and_the_report_counts(tmp_path):
     assert (out / "README.md").read_text() == "# A card\n"
     names = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "hf_format.py"}
     names |= {"hf_layers.py", "model.safetensors", "plan.json", "tokenizer.json", "tokenizer_config.json"}
+    names |= {"digests.py", "lowrank.sha256"}
     assert {file.name for file in out.iterdir()} == names
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     loaded = load_compressed(out)
@@ -469,10 +475,10 @@ def test_layers_that_cannot_be_stored_are_refused(tmp_path):
 
 
 def damaged(source, target, change):
-    """Copy an export and change the copy."""
+    """Copy an export and change the copy; without its digests, as an earlier version would have written it."""
     target.mkdir()
     for file in source.iterdir():
-        if file.is_file():
+        if file.is_file() and file.name != DIGESTS:
             (target / file.name).write_bytes(file.read_bytes())
     change(target)
     return target
@@ -514,6 +520,74 @@ def test_a_damaged_folder_is_an_error(exports, tmp_path, change, text):
     folder = damaged(exports[0] / "llama", tmp_path / "copy", change)
     with pytest.raises(ValueError, match=text):
         load_compressed(folder)
+
+
+@pytest.fixture
+def flipped(exports, tmp_path):
+    """A function that returns a copy of an export of which one bit in one file differs."""
+
+    def copy_with_a_flip(family, name, place=0):
+        folder = shutil.copytree(exports[0] / family, tmp_path / "flipped")
+        data = bytearray((folder / name).read_bytes())
+        data[place if place < 0 else len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+        return folder
+
+    return copy_with_a_flip
+
+
+def test_a_flipped_bit_in_the_weights_is_refused(flipped):
+    folder = flipped("llama", "model.safetensors")
+    for load in (load_compressed, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=r"model.safetensors in .* SHA-256 .*: copy the folder again or export it"):
+            load(folder)
+
+
+def test_a_flipped_bit_in_a_merged_export_is_refused(flipped):
+    folder = flipped("merged/llama", "model.safetensors")
+    for load in (load_base, open_skeleton):
+        with pytest.raises(ValueError, match=r"model.safetensors in .*copy the folder again"):
+            load(str(folder))
+
+
+def test_the_check_of_the_files_can_be_left_out(flipped, monkeypatch):
+    folder = flipped("llama", "model.safetensors")
+    one = load_compressed(folder, verify=False)
+    monkeypatch.setenv("LOWRANK_VERIFY", "0")
+    assert torch.equal(logits(one), logits(AutoModelForCausalLM.from_pretrained(folder)))
+
+
+def test_a_changed_config_is_logged(flipped, caplog):
+    load_compressed(flipped("llama", "generation_config.json", -3))
+    assert "generation_config.json in" in caplog.text
+
+
+def test_the_fresh_process_starts_in_an_empty_folder(exports, monkeypatch):
+    seen = []
+
+    def run(*_, cwd, **__):
+        seen.append(list(Path(cwd).iterdir()))
+        return subprocess.CompletedProcess([], 1, "", "")
+
+    monkeypatch.setattr(reload.subprocess, "run", run)
+    model, tokenizer = exports[1]["llama"], byte_tokenizer()
+    with pytest.raises(reload.ReloadError):
+        reload.compare_reload(model, exports[0] / "llama", torch.ones(1), tokenizer, merged=False)
+    assert seen == [[]]
+
+
+def test_the_process_that_scores_starts_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    seen = []
+
+    def run(words, cwd):
+        seen.append((words[1], [file.suffix for file in Path(cwd).iterdir()]))
+        return subprocess.CompletedProcess([], 1)
+
+    monkeypatch.setattr(finish.subprocess, "run", run)
+    with pytest.raises(ExportError):
+        score_in_fresh_process(tmp_path, Protocol("text", torch.ones(1, 2)))
+    [(flag, suffixes)] = seen
+    assert (flag, set(suffixes)) == ("-c", {".json", ".safetensors"})
 
 
 def test_a_folder_without_a_compressed_model_is_an_error(exports, tmp_path):
@@ -583,6 +657,6 @@ def test_the_digest_sees_every_bit():
 
 
 def test_files_of_the_package_are_self_contained():
-    for module in (hf_format, hf_layers, reload_probe):
+    for module in (digests, hf_format, hf_layers, reload_probe):
         assert "import lowrank_pl" not in Path(module.__file__).read_text().replace("``import lowrank_pl", "")
         assert "from lowrank_pl" not in Path(module.__file__).read_text()

@@ -333,3 +333,28 @@ def found_shape(found):
     """Shape of the weight in a pivoted form."""
     layer = PivotedLinear.from_parts(found.weight, found.right, found.pivots, side=found.side)
     return layer.out_features, layer.in_features
+
+
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+def test_a_layer_of_zeros_is_compressed_and_noted(sequences, storage):
+    name = "model.layers.0.mlp.up_proj"
+    model = tiny_model("llama")
+    model.get_submodule(name).weight.data.zero_()
+    targets = find_targets(model)
+    store = build_factors(Subject(model, byte_tokenizer(), sequences[:4], known_targets=targets))
+    plan = drawn(targets, store, lambda target: ModulePlan(target.shape, 4, storage=storage))
+    before = logits(model, sequences)
+    model.eval()
+    assert torch.isfinite(before).all()
+    compress(model, plan, store)
+    assert not model.get_submodule(name).dense().any()
+    assert deployed_plan(model, plan).zero_modules == [name]
+
+
+def test_factors_that_are_zero_while_the_weight_is_not_are_refused(sequences):
+    model, targets, store = factored("llama", sequences)
+    name = targets.modules[0].name
+    notes, factors = store.notes(name), store.factors(name)
+    store.add(name, replace(factors, left=factors.left * 0), notes=notes)
+    with pytest.raises(ValueError, match=rf"factors of {name} are zero .*leave it dense \(--exclude"):
+        compress(model, drawn(targets, store, half), store)

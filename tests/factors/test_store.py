@@ -85,7 +85,7 @@ def test_folders_of_other_things_are_refused(tmp_path):
     [
         (b"{", r"manifest\.json.* delete the folder .*"),
         (b"[]", r"manifest\.json.* delete the folder"),
-        (b'{"schema": 1}', r"manifest\.json.*'kind'.* delete the folder"),
+        (b'{"schema": 1}', r"manifest\.json.*'digest'.* delete the folder"),
         (b"\xff\xff", r"manifest\.json.* delete the folder"),
         (b'{"schema": 9}', r"manifest\.json has schema 9: .* 1"),
     ],
@@ -154,6 +154,48 @@ def test_a_flipped_bit_is_found(store, where, read):
     message = r"block\.0\.q\.safetensors is damaged .*checksum.* delete it and run again"
     with pytest.raises(ValueError, match=message):
         read(FactorStore.existing(store.directory), "block.0.q")
+
+
+@pytest.mark.parametrize("read", [FactorStore.sigma, FactorStore.spectrum, FactorStore.factors, FactorStore.notes])
+def test_a_file_of_another_store_is_refused(store, factors, tmp_path, read):
+    other = FactorStore({"model": "b", "damping": 1e-6}, tmp_path / "other")
+    other.add("block.0.q", factors)
+    store.path("block.0.q").write_bytes(other.path("block.0.q").read_bytes())
+    with pytest.raises(ValueError, match=r"block\.0\.q\.safetensors is damaged .*for the store .* delete it and run"):
+        read(store, "block.0.q")
+
+
+def test_a_flipped_bit_in_the_header_is_found(store):
+    path = store.path("block.0.q")
+    data = path.read_bytes()
+    assert data.count(b"eigen") == 1
+    path.write_bytes(data.replace(b"eigen", b"digen"))
+    with pytest.raises(ValueError, match=r"damaged .*checksum.* delete it"):
+        FactorStore.existing(store.directory).notes("block.0.q")
+
+
+def test_a_flipped_bit_in_a_spectrum_is_found(store):
+    path = store.path("block.0.q")
+    data = bytearray(path.read_bytes())
+    with safe_open(path, framework="pt") as file:
+        place = data.index(file.get_tensor("sigma").numpy().tobytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"damaged .*singular values.* delete it"):
+        store.spectrum("block.0.q")
+
+
+def test_a_changed_fingerprint_is_found(store):
+    place = store.directory / "manifest.json"
+    place.write_text(place.read_text().replace('"a"', '"b"'))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged .*digest.* delete the folder"):
+        FactorStore.existing(store.directory)
+
+
+@pytest.mark.parametrize("name", ["../block.0.q", "/tmp/x", "a/b"])
+def test_names_that_lead_out_of_the_folder_are_refused(store, name):
+    with pytest.raises(ValueError, match="expected a module's name"):
+        store.factors(name)
 
 
 CLAIM = """

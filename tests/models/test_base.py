@@ -315,6 +315,15 @@ def test_damaged_tokenizer(folder):
         load_tokenizer(str(folder))
 
 
+def test_a_cause_of_several_lines_is_not_cut(folder, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("Couldn't instantiate the backend tokenizer from one of: \n(1) a file, \n(2) sentencepiece.")
+
+    monkeypatch.setattr("lowrank_pl.models.base.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(ValueError, match=r"from one of: \(1\) a file, \(2\) sentencepiece; give a folder"):
+        load_tokenizer(str(folder))
+
+
 def test_damaged_weights(folder):
     (folder / "model.safetensors").write_bytes(b"garbage, not tensors")
     with pytest.raises(ValueError, match=r"weights of .*llama.*check that the checkpoint is complete"):

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from lowrank_pl.models import hf_format, hf_layers
+from lowrank_pl.models import digests, hf_format, hf_layers
 from lowrank_pl.models.hf_format import LowRankConfig, align
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import tiny_model
@@ -205,7 +205,7 @@ def test_saving_and_loading_twice_keeps_every_bit(small, tmp_path):
     assert torch.equal(logits(loaded), logits(small))
     assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
     loaded.save_pretrained(tmp_path / "two")
-    for code in (hf_format.__file__, hf_layers.__file__):
+    for code in (hf_format.__file__, hf_layers.__file__, digests.__file__):
         assert (tmp_path / "two" / Path(code).name).read_bytes() == Path(code).read_bytes()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert torch.equal(logits(again), logits(small))

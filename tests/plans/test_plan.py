@@ -65,13 +65,22 @@ def test_json_schema(plan):
     data = json.loads(plan.to_json())
     assert list(data) == [
         *("schema", "method", "keep", "parameters", "bytes", "counts"),
-        *("constraints", "notes", "origin", "fingerprint", "modules"),
+        *("constraints", "notes", "origin", "fingerprint", "sha256", "modules"),
     ]
     assert data["schema"] == SCHEMA == 2
     assert data["keep"] == {"asked": 0.6, "targeted": plan.keep_targeted, "model": plan.keep_model}
     assert data["parameters"] == {"targeted": {"dense": 464, "kept": 322}, "model": {"dense": 1000, "kept": 858}}
     assert data["bytes"] == {"dense": 2000, "kept": 1716, "per_parameter": 2}
     assert data["counts"] == {"modules": 3, "dense": 1, "any_k": 1, "pivoted": 0}
+
+
+def test_an_edited_plan_is_read_with_a_warning(plan, tmp_path, caplog):
+    path = plan.save(tmp_path / "plan.json")
+    assert RankPlan.load(path) == plan
+    assert not caplog.text
+    path.write_text(path.read_text().replace('"rank": 3', '"rank": 2'))
+    assert RankPlan.load(path).modules["z.last"].rank == 2
+    assert f"{path} was edited or damaged" in caplog.text
 
 
 def test_the_order_comes_last_one_line_a_module(plan):

@@ -15,6 +15,7 @@ from lowrank_pl.report.model_card import model_card
 from lowrank_pl.report.rank_map import rank_map, rank_table
 from lowrank_pl.report.run_record import Exported, RunRecord
 from lowrank_pl.report.scores import Row, Summary, read_summary, row_table, write_summary
+from lowrank_pl.utils.figures import save_figure
 from lowrank_pl.utils.formatting import block_and_kind
 
 DENSE = Row("dense", 20.7, 0.0, 1.0, 1.0, 538_060_672, 0.0)
@@ -62,14 +63,20 @@ def test_summary_is_rows_keyed_by_name(tmp_path):
         "bytes": 451_000_000,
         "seconds": 83.21,
     }
-    assert data["facts"] == {"base": "x", "wall": 12.5}
+    assert list(data["facts"]) == ["base", "wall", "sha256"]
     assert read_summary(tmp_path / "run") == Summary((DENSE, LEARNED), {"base": "x", "wall": 12.5})
 
 
-def test_summary_without_facts_holds_rows_only(tmp_path):
+def test_summary_without_facts(tmp_path):
     write_summary(tmp_path, [Row("dense")])
-    assert list(json.loads((tmp_path / "summary.json").read_text())) == ["dense"]
     assert read_summary(tmp_path) == Summary((Row("dense"),))
+
+
+def test_a_changed_figure_in_a_summary_is_found(tmp_path):
+    path = write_summary(tmp_path, [LEARNED])
+    path.write_text(path.read_text().replace("23.456", "23.457"))
+    with pytest.raises(ValueError, match=r"summary\.json .*digest.*: delete it or run again"):
+        read_summary(tmp_path)
 
 
 def test_later_rows_replace_those_of_the_same_name(tmp_path):
@@ -191,6 +198,12 @@ def test_rank_map_shows_what_is_not_targeted():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["not targeted"]
 
 
+def test_rank_map_shows_names_letter_by_letter(tmp_path):
+    hostile = r"$\frac{$"
+    plan = replace(plan_of(1), method=hostile, modules={f"h.0.{hostile}": ModulePlan((8, 8), 2)})
+    assert save_figure(rank_map(plan), tmp_path / "map.png").stat().st_size
+
+
 def test_rank_map_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no module: expected at least one"):
         rank_map(RankPlan(method="hand", keep=0.5, modules={}, model_parameters=1))
@@ -306,6 +319,16 @@ def test_card_shows_text_of_a_plan_letter_by_letter():
     assert f"| {escaped} |" in text
     outside_of_code = re.sub(r"``.*?``(?!`)", "", text)
     assert hostile not in outside_of_code
+
+
+def test_card_shows_names_of_layers_letter_by_letter():
+    hostile = "<img src=x onerror=alert(1)>|*b* https://x.y @all"
+    modules = {f"model.layers.0.{hostile}": ModulePlan((8, 8), 2)}
+    pruned = {"narrowed": {"base": hostile, "left": hostile, "width": 8}}
+    text = model_card(RunRecord(FOLDER, replace(plan_of(1, origin=pruned), modules=modules)))
+    outside_of_code = re.sub(r"`.*?`", "", text)
+    for raw in ("<img", "|*b*", "https://x", "@all"):
+        assert raw not in outside_of_code
 
 
 def test_card_shows_samples_side_by_side_letter_by_letter():

@@ -15,12 +15,14 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from lowrank_pl.export.export import is_compressed, load_compressed
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding, Sample
+from lowrank_pl.export.health.files import check_code, check_digests
 from lowrank_pl.export.health.quality import Prompts, check_generation, check_text
 from lowrank_pl.export.health.tokenizer import check_tokenizer
 from lowrank_pl.export.health.weights import check_merged_ranks, check_plan, check_weights, tensors_in, tensors_of
 from lowrank_pl.export.reload import ReloadError, compare_reload
 from lowrank_pl.export.reload_probe import probe
 from lowrank_pl.models.base import DTYPES, load_base, load_tokenizer
+from lowrank_pl.models.digests import unchecked
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig, align
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.plans.plan import RankPlan
@@ -112,7 +114,11 @@ def _load(folder: Path, device: torch.device, findings: list[Finding], *, trust:
     entries = None if config is None else _attempt("loads", lambda: _entries(config), findings)
     if config is None or entries is None:
         return None
-    model = _attempt("loads", lambda: _load_model(folder, config, trust=trust), findings)
+    exported = bool(entries) or (folder / "plan.json").is_file()
+    about_files = check_code(folder, trusted=trust), check_digests(folder, expected=exported)
+    findings += [finding for finding in about_files if finding is not None]
+    with unchecked():
+        model = _attempt("loads", lambda: _load_model(folder, config, trust=trust), findings)
     tokenizer = _attempt("tokenizer", lambda: load_tokenizer(str(folder), trust_remote_code=trust), findings)
     if model is not None:
         # Outside of _attempt: a full device is not a defect of the model.
@@ -190,7 +196,8 @@ def _check_contents(contents: _Contents, original: PreTrainedTokenizerBase | Non
     """Return the findings on tensors, plan and tokenizer, which need no text."""
     findings: list[Finding] = []
     if contents.tensors:
-        findings += check_weights(contents.tensors, contents.entries)
+        zero = () if contents.plan is None else contents.plan.zero_modules
+        findings += check_weights(contents.tensors, contents.entries, zero)
     if contents.tensors and contents.plan is not None:
         findings += check_plan(contents.plan, contents.tensors, contents.entries)
         if not contents.entries and findings[-1].health != "broken":

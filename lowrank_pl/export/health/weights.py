@@ -7,7 +7,7 @@ is named in both cases. Each tensor is read once, and none is copied.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,19 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def check_weights(tensors: Tensors, entries: Entries) -> list[Finding]:
+def check_weights(tensors: Tensors, entries: Entries, zero: Collection[str] = ()) -> list[Finding]:
     """Return the findings on values and types: NaN or infinity, layers that are zero, mixed types.
 
     Args:
         tensors: Tensors by name, as ``tensors_of`` returns them.
         entries: The config's entry of each low-rank module: its rank, or rank, storage and side.
+        zero: Names of the modules that are zero in the base too.
     """
     # Tensors that a device_map keeps on disk are not checked.
     here = {name: tensor.detach() for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel()}
     bar = tqdm(here.items(), desc="weights", unit="tensor", leave=False, delay=2)
     ranges = {name: _range(tensor) for name, tensor in bar if tensor.is_floating_point()}
-    return [_finite(ranges, len(tensors) - len(here)), _alive(ranges, entries), _one_type(tensors, entries)]
+    return [_finite(ranges, len(tensors) - len(here)), _alive(ranges, entries, zero), _one_type(tensors, entries)]
 
 
 def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Finding]:
@@ -127,12 +128,13 @@ def _finite(ranges: Mapping[str, tuple[float, float]], away: int) -> Finding:
     return Finding("weights", "healthy", f"all {len(ranges)} tensors are finite", figures)
 
 
-def _alive(ranges: Mapping[str, tuple[float, float]], entries: Entries) -> Finding:
+def _alive(ranges: Mapping[str, tuple[float, float]], entries: Entries, rightly: Collection[str]) -> Finding:
     zero = {name for name, values in ranges.items() if values == (0.0, 0.0)}
-    parts = {part: _decides_the_layer(part, entry) for name, entry in entries.items() for part in _parts(name)}
+    judged = {name: entry for name, entry in entries.items() if name not in rightly}
+    parts = {part: _decides_the_layer(part, entry) for name, entry in judged.items() for part in _parts(name)}
     dead = [part for part, whole in parts.items() if whole and part in zero]
     suspect = [part for part, whole in parts.items() if not whole and part in zero]
-    figures = {"modules": len(entries), "zero": dead, "zero_coefficients": suspect}
+    figures = {"modules": len(entries), "zero": dead, "zero_coefficients": suspect, "zero_in_base": [*rightly]}
     if dead:
         message = f"{first_few(dead)} holds only zeros, so that the layer outputs only its bias"
         return Finding("factors", "broken", message, figures, DAMAGED)
@@ -140,6 +142,9 @@ def _alive(ranges: Mapping[str, tuple[float, float]], entries: Entries) -> Findi
         # A healthy model has zero coefficients if all rows but the pivots are zero.
         message = f"the coefficients {first_few(suspect)} are all zero"
         return Finding("factors", "warning", message, figures, "check whether the base has as many dead channels")
+    if rightly:
+        message = f"{first_few([*rightly])} is zero, as in the base; none of {len(judged)} other low-rank modules is"
+        return Finding("factors", "healthy", message, figures)
     return Finding("factors", "healthy", f"none of {len(entries)} low-rank modules is zero", figures)
 
 

@@ -27,7 +27,7 @@ from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.models.forward import block_outputs, forward_from, forward_from_is_exact
 from lowrank_pl.models.targets import Target, decoder_blocks, replaced
 from lowrank_pl.text.sequences import sequences_fingerprint
-from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
+from lowrank_pl.utils.files import atomic_write, canonical_json, sealed, sha256_of, unsealed
 
 __all__ = ["DENSE", "STRS", "Losses", "grid_scores", "measure", "truncated"]
 
@@ -158,15 +158,15 @@ class _Record:
         if whole != text:
             atomic_write(self.path, whole)
         try:
-            entries: list[Mapping[str, Any]] = [json.loads(line) for line in whole.splitlines()[1:]]
+            entries: list[Mapping[str, Any]] = [unsealed(json.loads(line)) for line in whole.splitlines()[1:]]
             self.known = {(entry["module"], entry["rank"]): entry["nats"] for entry in entries}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path} is damaged ({error}): delete it and run again") from None
 
     def add(self, key: tuple[str, int], nats: float) -> None:
         """Record the loss, on disk first."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(canonical_json({"module": key[0], "rank": key[1], "nats": nats}) + "\n")
+            file.write(canonical_json(sealed({"module": key[0], "rank": key[1], "nats": nats})) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.known[key] = nats

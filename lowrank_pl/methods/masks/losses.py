@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.methods.masks.masked_linear import Computation, MaskedLinear, computing_with, planned_computation
 from lowrank_pl.methods.masks.objectives import DataTerms, next_token_loss
 from lowrank_pl.models.forward import forward_with_activations
+from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import decoder_blocks
 from lowrank_pl.plans.plan import RankPlan
 
@@ -96,7 +97,6 @@ class PlanScore(nn.Module):
         if not torch.isfinite(loss):
             which = "dense model" if computations == "dense" else "hard plan"
             raise ValueError(
-                f"validation of the {which} gave {loss.item()} nats a token: its logits are not finite; "
-                "load the base in a wider type or check the weights"
+                f"validation of the {which} gave {loss.item()} nats a token: its logits are not finite; {NOT_FINITE}"
             )
         nats.update(loss, weight=tokens[:, 1:].numel())

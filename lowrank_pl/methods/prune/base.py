@@ -25,10 +25,12 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.prune.mlp import HiddenNeurons, find_hidden_neurons, prune_model, pruned_config
 from lowrank_pl.methods.prune.settings import WidthPruning
 from lowrank_pl.methods.prune.widths import measure_widths
+from lowrank_pl.models.digests import changed_files
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import Target, Targets, find_targets, model_parameters, targeted_parameters
 from lowrank_pl.utils.distributed import broadcast_from_first
-from lowrank_pl.utils.files import cache_root, canonical_json, locked, sha256_of, write_json
+from lowrank_pl.utils.files import cache_root, canonical_json, locked, sealed, sha256_of, unsealed, write_json
+from lowrank_pl.utils.formatting import code, escaped
 from lowrank_pl.utils.tensor_store import total_seconds
 
 __all__ = ["ChosenWidths", "WidthPruning", "apply_pruning", "pruned_base", "pruned_card"]
@@ -180,7 +182,7 @@ def pruned_base(subject: Subject, settings: WidthPruning, *, keep: float) -> tup
                 if noted is None:
                     noted = _make(subject, statistics, settings, keep, folder)
                     noted["seconds"] = total_seconds([spent, noted["seconds"]])
-                    write_json(record, noted)
+                    write_json(record, sealed(noted))
             return noted
 
         done = broadcast_from_first(make)
@@ -197,11 +199,26 @@ def pruned_base(subject: Subject, settings: WidthPruning, *, keep: float) -> tup
 
 
 def _read(record: Path, folder: Path) -> dict[str, Any] | None:
-    """Return the record of an earlier pruning; None if the record or the model is absent."""
+    """Return the record of an earlier pruning; None if the record or the model is absent.
+
+    Raises:
+        ValueError: The record or a file of the model is damaged.
+    """
     if not record.exists():
         return None
-    noted: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    return noted if not noted["narrower"] or (folder / "config.json").exists() else None
+    try:
+        noted: dict[str, Any] = unsealed(json.loads(record.read_text(encoding="utf-8")))
+        narrower = noted["narrower"]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{record} is damaged ({error}): delete it and run again") from None
+    if not narrower:
+        return noted
+    if not (folder / "config.json").exists():
+        return None
+    changed = changed_files(folder)
+    if changed:
+        raise ValueError(f"{folder} is damaged ({', '.join(changed)} changed): delete the folder and run again")
+    return noted
 
 
 def _make(
@@ -239,7 +256,8 @@ def pruned_card(origin: Origin) -> str:
     )
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
-        f"# {origin.base.rstrip('/').rsplit('/', 1)[-1]} with pruned MLPs\n\n"
-        f"`{origin.base}` pruned by lowrank_pl: {origin.widths} of {origin.width:,} hidden neurons are left in every "
-        f"MLP, and its down-projection was updated in closed form to compensate. Nothing was fine-tuned. {loads}\n"
+        f"# {escaped(origin.base.rstrip('/').rsplit('/', 1)[-1])} with pruned MLPs\n\n"
+        f"{code(origin.base)} pruned by lowrank_pl: {origin.widths} of {origin.width:,} hidden neurons are left in "
+        "every MLP, and its down-projection was updated in closed form to compensate. Nothing was fine-tuned. "
+        f"{loads}\n"
     )

@@ -28,6 +28,7 @@ from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED,
 from lowrank_pl.methods.refit.settings import Refit
 from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted
 from lowrank_pl.models.sequences import check_sequences
+from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import Target, dense_weight
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.text.sequences import count_overlapping, sequences_fingerprint
@@ -243,8 +244,7 @@ class _Work:
                     (fit if number < first_held else held).update(*inputs, streams, weights=part)
             except ValueError as error:
                 raise ValueError(
-                    f"{error}: before module {leader.name} in batch {number} of the refit's sequences; check the "
-                    "checkpoint, or load it in a wider dtype"
+                    f"{error}: before module {leader.name} in batch {number} of the refit's sequences; {NOT_FINITE}"
                 ) from None
 
         models.compare(leader.name, receive)
@@ -260,7 +260,7 @@ class _Work:
         )
         errors = problem.errors([present, plain, other], text.held)
         if not all(map(math.isfinite, errors)):
-            raise ValueError(f"the errors of {target.name} are {errors}: load the base in a wider dtype")
+            raise ValueError(f"the errors of {target.name} are {errors}: {NOT_FINITE}")
         # Present factors that were also made from the held-back text have too low an error there. The larger of their
         # error and that of ``plain``, which has not seen the text, is the one to beat.
         before, after = max(errors[:2]) if self.overlapping else errors[0], errors[2]
@@ -281,7 +281,7 @@ class _Work:
 
     def _store(self, name: str, factors: Factors, how: str, numbers: Mapping[str, float]) -> None:
         if not all(torch.isfinite(part.float()).all() for part in (factors.left, factors.right)):
-            raise ValueError(f"the refitted factors of {name} hold NaN or infinity: load the base in a wider dtype")
+            raise ValueError(f"the refitted factors of {name} hold NaN or infinity: {NOT_FINITE}")
         # The time of the passes counts for the first module of a group.
         spent, self._began = time.perf_counter() - self._began, time.perf_counter()
         notes = {"refit": how, "seconds": f"{spent:.4f}", **{key: f"{value:.6g}" for key, value in numbers.items()}}

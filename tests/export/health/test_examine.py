@@ -28,6 +28,7 @@ from lowrank_pl.export.reload import ExportError
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.plans.plan import ZERO
 from lowrank_pl.text.sequences import Calibration, tokenizer_fingerprint
 
 TEXT = "python-docs::part=0%-10%"
@@ -69,10 +70,11 @@ def test_a_healthy_export(exports, capsys):
     words = ["--text", TEXT, "--length", "32", "--sequences", "4", "--prompts", "A list", "--max_new_tokens", "8"]
     main(["doctor", str(folder), *words, "--json", str(figures)])
     shown = capsys.readouterr().out
-    assert shown.splitlines()[-1].startswith(f"{folder} is healthy: 11 checks passed")
+    assert shown.splitlines()[-1].startswith(f"{folder} is healthy: 13 checks passed")
     assert "prompt    'A list'\n  before  " in shown
     read = json.loads(figures.read_text())
-    names = ["loads", "weights", "factors", "types", "plan", "counts", "token ids", "BOS", "tokenizer", "quality"]
+    names = ["code", "digests", "loads", "weights", "factors", "types", "plan", "counts"]
+    names += ["token ids", "BOS", "tokenizer", "quality"]
     assert list(read["findings"]) == [*names, "generation"]
     assert {read["findings"][name]["health"] for name in names} == {"healthy"}
     plan = RankPlan.load(folder / "plan.json")
@@ -260,6 +262,32 @@ def test_a_difference_that_may_be_intended_is_a_warning(copied, damage, name, te
     assert name in diagnosis.sentence()
 
 
+def test_code_in_the_folder_is_named_and_not_run(exports, tmp_path):
+    folder, marks = shutil.copytree(exports / "small", tmp_path / "small"), tmp_path / "marks"
+    marks.mkdir()
+    for name in ("hf_format.py", "hf_layers.py", "hashlib.py"):
+        file = folder / name
+        old = file.read_text() if file.exists() else ""
+        mark = f"open({str(marks / name)!r}, 'w')\n"
+        # A __future__ import has to be first.
+        file.write_text(old.replace("\n\nimport", f"\n\n{mark}import", 1) if old else mark)
+    says = found(diagnose(folder, **QUICK))
+    assert says["code"][0] == "warning"
+    assert "hashlib.py, hf_format.py, hf_layers.py; nothing here has run them" in says["code"][1]
+    assert says["loads"][0] == "healthy"
+    assert not list(marks.iterdir())
+
+
+def test_a_flipped_bit_is_found_where_no_other_check_sees_it(copied):
+    file = copied / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    diagnosis = diagnose(copied, **QUICK)
+    assert [finding.name for finding in diagnosis.named("broken")] == ["digests"]
+    assert "model.safetensors; copy the folder again" in found(diagnosis)["digests"][1]
+
+
 def test_a_merged_weight_of_another_rank_is_found(exports, tmp_path, monkeypatch):
     monkeypatch.setattr("lowrank_pl.export.health.examine.compare_reload", lambda *_, **__: None)
     folder = shutil.copytree(exports / "merged", tmp_path / "merged")
@@ -335,6 +363,16 @@ def hand_made(rank=8):
     parameters = tiny_model("llama").num_parameters()
     plan = RankPlan(method="hand", keep=0.5, modules=modules, model_parameters=parameters)
     return model, plan, {UP: rank, other: {"rank": rank, "storage": "pivoted", "side": "out"}}
+
+
+def test_zero_factors_are_healthy_where_the_base_is_zero_too():
+    model, plan, entries = hand_made()
+    model.get_submodule(UP).weight.data.zero_()
+    tensors, noted = tensors_of(model), replace(plan, notes=(f"{UP}: {ZERO}",))
+    assert [check_weights(tensors, entries, one.zero_modules)[1].health for one in (plan, noted)] == [
+        "broken",
+        "healthy",
+    ]
 
 
 def test_ranks_and_counts_of_both_kinds_of_layers():

@@ -1,0 +1,114 @@
+"""Digests of the files of an exported folder, in a file that ``sha256sum -c lowrank.sha256`` reads too.
+
+A damaged file of weights loads without an error and computes something else. The digests find this, but they prove
+nothing about who wrote the folder.
+
+This file needs only the standard library. Every export with low-rank factors holds a copy, as part of the remote code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = ["DIGESTS", "changed_files", "check_files", "unchecked", "write_digests"]
+
+_log = logging.getLogger(__name__)
+
+DIGESTS = "lowrank.sha256"
+"""Name of the file with the digests."""
+
+_CARD = "README.md"  # its owner edits it
+_CHECKING: ContextVar[bool] = ContextVar("lowrank_checking", default=True)
+
+
+def write_digests(folder: Path) -> None:
+    """Write the SHA-256 of every file in ``folder`` except for the model card."""
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.name not in (_CARD, DIGESTS))
+    lines = [f"{digest}  {name}\n" for name, digest in zip(names, _digests(folder, names), strict=True)]
+    (folder / DIGESTS).write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def changed_files(folder: Path) -> list[str] | None:
+    """Return the names of files that are missing or not as ``write_digests`` found them; None without digests.
+
+    Weight files without a digest are among them, and the file with the digests if it can't be read.
+    """
+    place = folder / DIGESTS
+    if not place.is_file():
+        return None
+    try:
+        text = place.read_bytes().decode()
+    except UnicodeDecodeError:
+        return [DIGESTS]
+    parsed = [re.fullmatch(r"([0-9a-f]{64})  ([^/\\\0]+)", line) for line in text.split("\n")[:-1]]
+    if not text.endswith("\n") or None in parsed:
+        return [DIGESTS]
+    stored = {found[2]: found[1] for found in parsed if found}
+    known = [name for name in stored if (folder / name).is_file()]
+    digests = dict(zip(known, _digests(folder, known), strict=True))
+    unlisted = [file.name for file in folder.glob("*.safetensors") if file.name not in stored]
+    return [*unlisted, *(name for name, digest in stored.items() if digests.get(name) != digest)]
+
+
+def check_files(folder: Path) -> None:
+    """Compare the files of ``folder`` with their digests, if it has any, and log changes of all but the weights.
+
+    A file is read once per process. ``LOWRANK_VERIFY=0`` in the environment switches the check off.
+
+    Raises:
+        ValueError: A weight file differs, or the digests can't be read.
+    """
+    if not _CHECKING.get() or os.environ.get("LOWRANK_VERIFY") == "0":
+        return
+    changed = changed_files(folder) or []
+    weights = [name for name in changed if name.endswith(".safetensors") or name == DIGESTS]
+    if weights:
+        raise ValueError(
+            f"{', '.join(weights)} in {str(folder)!r} is not as it was exported, by the SHA-256 in {DIGESTS}: copy the "
+            f"folder again or export it again. If you changed it yourself, delete {DIGESTS}; LOWRANK_VERIFY=0 loads it "
+            "unchecked"
+        )
+    if changed:
+        _log.warning(
+            "%s in %s: changed or lost since the export, by the SHA-256 in %s", ", ".join(changed), folder, DIGESTS
+        )
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Let ``check_files`` do nothing inside the block."""
+    token = _CHECKING.set(False)
+    try:
+        yield
+    finally:
+        _CHECKING.reset(token)
+
+
+def _digests(folder: Path, names: list[str]) -> list[str]:
+    files = [(folder / name).resolve() for name in names]
+    stats = [file.stat() for file in files]
+    size = sum(stat.st_size for stat in stats)
+    if size > 1e9:
+        _log.info("computing the SHA-256 of %.1f GB in %s", size / 1e9, folder)
+    # hashlib releases the interpreter's lock.
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda file, stat: _digest(file, stat.st_size, stat.st_mtime_ns), files, stats))
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, size: int, written: int) -> str:
+    """Return the SHA-256 of a file; its size and its time of writing are only part of what is remembered."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

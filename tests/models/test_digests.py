@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from lowrank_pl.models.digests import DIGESTS, changed_files, check_files, write_digests
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.safetensors", "config.json", "README.md"):
+        (tmp_path / name).write_text(name)
+    write_digests(tmp_path)
+    return tmp_path
+
+
+def test_the_file_is_what_sha256sum_writes(folder):
+    names = ("a.safetensors", "config.json")
+    lines = [f"{hashlib.sha256(name.encode()).hexdigest()}  {name}" for name in names]
+    assert (folder / DIGESTS).read_text().splitlines() == lines
+    assert changed_files(folder) == []
+
+
+def test_changed_lost_and_new_files(folder):
+    (folder / "README.md").write_text("its owner's")
+    (folder / "config.json").unlink()
+    (folder / "b.safetensors").write_text("new")
+    assert changed_files(folder) == ["b.safetensors", "config.json"]
+
+
+@pytest.mark.parametrize("place", range(0, 90, 3))
+def test_a_flipped_bit_in_the_digests_is_found(folder, place):
+    data = bytearray((folder / DIGESTS).read_bytes())
+    data[place] ^= 1 << place % 8
+    (folder / DIGESTS).write_bytes(data)
+    assert changed_files(folder)
+
+
+def test_without_digests_nothing_is_known(tmp_path):
+    assert changed_files(tmp_path) is None
+    check_files(tmp_path)
