@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.helpers import ROOT
-from tests.helpers.browsing import NARROW, WIDE, visit
+from tests.helpers.browsing import PageClaims, visit
 
 SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 
@@ -38,11 +38,6 @@ def site(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def visits(browser, site):
-    return {name: visit(browser, site / name) for name in PAGES}
-
-
 def test_site_has_every_page_of_the_navigation(site):
     assert [name for name in PAGES if not (site / name).is_file()] == []
 
@@ -59,27 +54,10 @@ def test_every_formula_is_mathml(site):
     assert [page.name for page in site.glob("*.html") if "arithmatex" in page.read_text(encoding="utf-8")] == []
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_console_is_silent(visits, name):
-    assert visits[name].console == []
+@pytest.fixture(scope="module", params=PAGES)
+def visited(browser, site, request):
+    return visit(browser, site / request.param)
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_no_request_fails(visits, name):
-    assert visits[name].requests == []
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(visits, name):
-    assert visits[name].links == []
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_folds_open_and_close(visits, name):
-    assert visits[name].folds == []
-
-
-@pytest.mark.parametrize("width", [WIDE, NARROW])
-@pytest.mark.parametrize("name", PAGES)
-def test_nothing_overflows(visits, name, width):
-    assert visits[name].overflows[width] == []
+class TestPagesOfTheDocumentation(PageClaims):
+    """Every page of the navigation."""

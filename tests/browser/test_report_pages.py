@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowrank_pl.cli.report import report
-from tests.helpers.browsing import NARROW, WIDE, Visit, open_page, visit
+from tests.helpers.browsing import PageClaims, Visit, open_page, visit
 from tests.helpers.run_folder import plan_of, write_run, write_wide_comparison, write_wide_run
 
 PAGES = ("wide run", "deep run", "tiny run", "plan", "comparison")
@@ -27,35 +27,13 @@ def pages(tmp_path_factory):
     return {name: report(folder) for name, folder in folders.items()}
 
 
-@pytest.fixture(scope="module")
-def visits(browser, pages):
-    return {name: visit(browser, path) for name, path in pages.items()}
+@pytest.fixture(scope="module", params=PAGES)
+def visited(browser, pages, request):
+    return visit(browser, pages[request.param])
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_console_is_silent(visits, name):
-    assert visits[name].console == []
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_nothing_is_requested(visits, name):
-    assert visits[name].requests == []
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(visits, name):
-    assert visits[name].links == []
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_folds_open_and_close(visits, name):
-    assert visits[name].folds == []
-
-
-@pytest.mark.parametrize("width", [WIDE, NARROW])
-@pytest.mark.parametrize("name", PAGES)
-def test_nothing_overflows(visits, name, width):
-    assert visits[name].overflows[width] == []
+class TestReportPages(PageClaims):
+    """A page of each kind."""
 
 
 @pytest.fixture

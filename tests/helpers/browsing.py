@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 WIDE, NARROW = 1280, 390
 """Pixels of a laptop and of a phone."""
 
@@ -113,3 +115,23 @@ def leads_somewhere(link):
 def anchors(path):
     """The anchors of an HTML file."""
     return set(re.findall(r'\bid="([^"]+)"', path.read_text(encoding="utf-8")))
+
+
+class PageClaims:
+    """Tests of every page of one kind: the fixture ``visited`` of its module is the visit of each page in turn."""
+
+    def test_console_is_silent(self, visited):
+        assert visited.console == []
+
+    def test_nothing_else_is_requested(self, visited):
+        assert visited.requests == []
+
+    def test_links_lead_somewhere(self, visited):
+        assert visited.links == []
+
+    def test_folds_open_and_close(self, visited):
+        assert visited.folds == []
+
+    @pytest.mark.parametrize("width", [WIDE, NARROW])
+    def test_nothing_overflows(self, visited, width):
+        assert visited.overflows[width] == []

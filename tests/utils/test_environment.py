@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_pl.utils.environment import describe_machine, peak_memory, reset_peak_memory
+from lowrank_pl.utils.environment import describe_machine, peak_memory, pick_device, reset_peak_memory
 
 
 def test_the_description_says_what_this_is():
@@ -40,3 +40,13 @@ def test_without_a_mark_to_reset_the_peak_is_the_process_one(monkeypatch, tmp_pa
     monkeypatch.setattr("lowrank_pl.utils.environment._STATUS", tmp_path / "absent")
     assert not reset_peak_memory()
     assert peak_memory() > 50e6
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_a_device_that_is_there_is_taken(asked):
+    assert pick_device(asked).type in {"auto": ("cpu", "cuda"), "cpu": ("cpu",)}[asked]
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="tpu9"):
+        pick_device("tpu9")

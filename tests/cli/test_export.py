@@ -1,9 +1,8 @@
-"""evaluate, allocate and export as Python functions: from a text to a smaller model without training."""
+"""The command ``export``: from a plan to one model or several, with factors that are there or made again."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -17,74 +16,15 @@ from lowrank_pl.cli.app import main
 from lowrank_pl.cli.evaluate import evaluate, evaluate_plan
 from lowrank_pl.cli.export import export
 from lowrank_pl.cli.plan_parts import PlanParts
-from lowrank_pl.cli.refit import refit
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.models import base
 from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
-from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.report import finish
 from lowrank_pl.text.sequences import Calibration
-from lowrank_pl.utils.environment import pick_device
-from lowrank_pl.utils.files import unsealed
 
 TEXT = "python-docs::part=0%-10%"
-
-
-@pytest.fixture
-def plan_file(tmp_path, capsys):
-    allocate(
-        Base("random:llama"),
-        keep=0.5,
-        output=tmp_path / "plan.json",
-        store=tmp_path / "store",
-        calibration=Calibration(TEXT, 32, 8),
-    )
-    (tmp_path / "shown.txt").write_text(capsys.readouterr().out)
-    return tmp_path / "plan.json"
-
-
-def test_evaluate_gives_the_perplexity_and_its_figures(tmp_path, capsys):
-    figures = evaluate(
-        "random:llama", text=TEXT, length=32, sequences=4, batch_size=2, prompts=["A list"], max_new_tokens=3,
-        json=tmp_path / "scores.json",
-    )  # fmt: skip
-    expected = perplexity(tiny_model("llama"), token_windows(TEXT, byte_tokenizer(), length=32, sequences=4))
-    assert figures["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
-    assert unsealed(json.loads((tmp_path / "scores.json").read_text())) == figures
-    assert (figures["windows"], figures["length"], figures["tokens"], figures["dtype"]) == (4, 32, 124, "float32")
-    assert figures["parameters"] == tiny_model("llama").num_parameters()
-    assert figures["tokens_per_second"] > 0
-    assert list(figures["samples"]) == ["A list"]
-    shown = capsys.readouterr().out
-    assert f" {expected.perplexity:.4f} " in shown
-    assert "'A list' -> " in shown
-
-
-def test_evaluate_loads_in_the_type_asked_for():
-    assert evaluate("random:llama", text=TEXT, length=32, sequences=1, dtype="bfloat16")["dtype"] == "bfloat16"
-
-
-def test_evaluate_loads_a_folder_in_its_own_type(tmp_path):
-    for part in (tiny_model("llama").bfloat16(), byte_tokenizer()):
-        part.save_pretrained(tmp_path / "base")
-    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1)["dtype"] == "bfloat16"
-    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1, dtype="float32")["dtype"] == "float32"
-
-
-def test_allocate_writes_a_plan_with_its_origin(plan_file, tmp_path):
-    plan = RankPlan.load(plan_file)
-    assert plan.method == "uniform"
-    assert 0.49 < plan.keep_targeted <= 0.5
-    assert plan.order is not None
-    assert plan.origin["store"] == str(tmp_path / "store")
-    assert plan.origin["calibration"] == {"text": TEXT, "length": 32, "windows": 8}
-    shown = (tmp_path / "shown.txt").read_text()
-    assert f"uniform: kept {plan.keep_targeted:.4%} of the targeted parameters (asked 50.0000%)" in shown
-    assert "uniform: kept 49." in shown
-    assert "module type" in shown
 
 
 def test_allocate_export_evaluate_is_one_road(plan_file, tmp_path, capsys):
@@ -129,29 +69,6 @@ def test_two_sided_factors_that_are_gone_are_made_again_with_the_weights_that_th
     shutil.rmtree(tmp_path / "store")
     again = export(plan, output=tmp_path / "again")
     assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
-
-
-def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):
-    output = tmp_path / "refitted.json"
-    settings = Refit(sequences=10, margin=0.0)
-    made = refit(plan_file, output=output, settings=settings, json=tmp_path / "refit.json")
-    drawn = RankPlan.load(plan_file)
-    assert RankPlan.load(output) == made
-    assert made.keep_targeted == drawn.keep_targeted
-    assert {n: m.rank for n, m in made.modules.items()} == {n: m.rank for n, m in drawn.modules.items()}
-    (note,) = [note for note in made.notes if note.startswith("refitted ")]
-    assert re.search(r"^refitted \d+ of 14 modules to 10 sequences, chosen on 2 of them", note)
-    assert note in capsys.readouterr().out
-    assert json.loads((tmp_path / "refit.json").read_text())["plan"] == str(output)
-    folder = export(output, output=tmp_path / "model")
-    assert RankPlan.load(folder / "plan.json").fingerprint["refit"]["windows"] != drawn.fingerprint.get("refit")
-    with pytest.raises(ValueError, match=r"keep is 0.7, .* keep 0.5"):
-        export(output, output=tmp_path / "larger", keep=[0.7])
-    with pytest.raises(ValueError, match=r"are refitted already: give those they were made from"):
-        refit(output, output=tmp_path / "twice.json", settings=settings)
-    shutil.rmtree(tmp_path / "store" / "refit")
-    with pytest.raises(ValueError, match=r"the refitted factors at .* are gone: refit the plan that they came from"):
-        export(output, output=tmp_path / "gone")
 
 
 def test_export_refuses_what_does_not_belong_together(plan_file, tmp_path):
@@ -314,30 +231,3 @@ def test_the_command_line_of_several_sizes(plan_file, tmp_path, capsys):
     main(["export", str(plan_file), "--keep=0.45", "--output", str(tmp_path / "sizes")])
     assert {path.name for path in (tmp_path / "sizes").iterdir()} == {"keep-0.60", "keep-0.40", "keep-0.45"}
     capsys.readouterr()
-
-
-def test_allocate_passes_its_settings_on(tmp_path):
-    plan = allocate(
-        Base("random:gpt2", dtype="bfloat16"),
-        keep=0.6,
-        decomposition=Decomposition(kind="svd"),
-        output=tmp_path / "plan.json",
-        json=tmp_path / "figures.json",
-        calibration=Calibration(TEXT, 32, 4),
-        constraints=Constraints(exclude=("*.c_proj",), multiple_of=2, floors={"*.c_attn": 0.7}),
-    )
-    assert not any("c_proj" in name for name in plan.modules)
-    assert {entry.rank % 2 for entry in plan.modules.values() if entry.rank} == {0}
-    assert plan.origin["decomposition"]["kind"] == "svd"
-    assert plan.bytes_per_parameter == 2
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["kept_targeted"] == plan.keep_targeted <= 0.6
-    with pytest.raises(ValueError, match="no allocator is called 'best'"):
-        allocate(Base("random:gpt2"), method="best")
-
-
-def test_devices():
-    assert pick_device("auto").type in ("cpu", "cuda")
-    assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="device 'tpu9' can't be used here"):
-        pick_device("tpu9")

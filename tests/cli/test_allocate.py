@@ -1,0 +1,49 @@
+"""The command ``allocate`` as a Python function: the plan that it writes, and the settings that it passes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lowrank_pl import RankPlan
+from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.models.base import Base
+from lowrank_pl.plans.constraints import Constraints
+from lowrank_pl.text.sequences import Calibration
+
+TEXT = "python-docs::part=0%-10%"
+
+
+def test_allocate_writes_a_plan_with_its_origin(plan_file, tmp_path):
+    plan = RankPlan.load(plan_file)
+    assert plan.method == "uniform"
+    assert 0.49 < plan.keep_targeted <= 0.5
+    assert plan.order is not None
+    assert plan.origin["store"] == str(tmp_path / "store")
+    assert plan.origin["calibration"] == {"text": TEXT, "length": 32, "windows": 8}
+    shown = (tmp_path / "shown.txt").read_text()
+    assert f"uniform: kept {plan.keep_targeted:.4%} of the targeted parameters (asked 50.0000%)" in shown
+    assert "uniform: kept 49." in shown
+    assert "module type" in shown
+
+
+def test_allocate_passes_its_settings_on(tmp_path):
+    plan = allocate(
+        Base("random:gpt2", dtype="bfloat16"),
+        keep=0.6,
+        decomposition=Decomposition(kind="svd"),
+        output=tmp_path / "plan.json",
+        json=tmp_path / "figures.json",
+        calibration=Calibration(TEXT, 32, 4),
+        constraints=Constraints(exclude=("*.c_proj",), multiple_of=2, floors={"*.c_attn": 0.7}),
+    )
+    assert not any("c_proj" in name for name in plan.modules)
+    assert {entry.rank % 2 for entry in plan.modules.values() if entry.rank} == {0}
+    assert plan.origin["decomposition"]["kind"] == "svd"
+    assert plan.bytes_per_parameter == 2
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["kept_targeted"] == plan.keep_targeted <= 0.6
+    with pytest.raises(ValueError, match="no allocator is called 'best'"):
+        allocate(Base("random:gpt2"), method="best")

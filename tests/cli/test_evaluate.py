@@ -1,0 +1,42 @@
+"""The command ``evaluate`` as a Python function: its figures, and the type it loads in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lowrank_pl import perplexity, token_windows
+from lowrank_pl.cli.evaluate import evaluate
+from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.utils.files import unsealed
+
+TEXT = "python-docs::part=0%-10%"
+
+
+def test_evaluate_gives_the_perplexity_and_its_figures(tmp_path, capsys):
+    figures = evaluate(
+        "random:llama", text=TEXT, length=32, sequences=4, batch_size=2, prompts=["A list"], max_new_tokens=3,
+        json=tmp_path / "scores.json",
+    )  # fmt: skip
+    expected = perplexity(tiny_model("llama"), token_windows(TEXT, byte_tokenizer(), length=32, sequences=4))
+    assert figures["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert unsealed(json.loads((tmp_path / "scores.json").read_text())) == figures
+    assert (figures["windows"], figures["length"], figures["tokens"], figures["dtype"]) == (4, 32, 124, "float32")
+    assert figures["parameters"] == tiny_model("llama").num_parameters()
+    assert figures["tokens_per_second"] > 0
+    assert list(figures["samples"]) == ["A list"]
+    shown = capsys.readouterr().out
+    assert f" {expected.perplexity:.4f} " in shown
+    assert "'A list' -> " in shown
+
+
+def test_evaluate_loads_in_the_type_asked_for():
+    assert evaluate("random:llama", text=TEXT, length=32, sequences=1, dtype="bfloat16")["dtype"] == "bfloat16"
+
+
+def test_evaluate_loads_a_folder_in_its_own_type(tmp_path):
+    for part in (tiny_model("llama").bfloat16(), byte_tokenizer()):
+        part.save_pretrained(tmp_path / "base")
+    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1)["dtype"] == "bfloat16"
+    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1, dtype="float32")["dtype"] == "float32"

@@ -1,0 +1,39 @@
+"""The command ``refit`` between ``allocate`` and ``export``."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+from lowrank_pl import RankPlan
+from lowrank_pl.cli.export import export
+from lowrank_pl.cli.refit import refit
+from lowrank_pl.methods.refit.refitting import Refit
+
+TEXT = "python-docs::part=0%-10%"
+
+
+def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):
+    output = tmp_path / "refitted.json"
+    settings = Refit(sequences=10, margin=0.0)
+    made = refit(plan_file, output=output, settings=settings, json=tmp_path / "refit.json")
+    drawn = RankPlan.load(plan_file)
+    assert RankPlan.load(output) == made
+    assert made.keep_targeted == drawn.keep_targeted
+    assert {n: m.rank for n, m in made.modules.items()} == {n: m.rank for n, m in drawn.modules.items()}
+    (note,) = [note for note in made.notes if note.startswith("refitted ")]
+    assert re.search(r"^refitted \d+ of 14 modules to 10 sequences, chosen on 2 of them", note)
+    assert note in capsys.readouterr().out
+    assert json.loads((tmp_path / "refit.json").read_text())["plan"] == str(output)
+    folder = export(output, output=tmp_path / "model")
+    assert RankPlan.load(folder / "plan.json").fingerprint["refit"]["windows"] != drawn.fingerprint.get("refit")
+    with pytest.raises(ValueError, match=r"keep is 0.7, .* keep 0.5"):
+        export(output, output=tmp_path / "larger", keep=[0.7])
+    with pytest.raises(ValueError, match=r"are refitted already: give those they were made from"):
+        refit(output, output=tmp_path / "twice.json", settings=settings)
+    shutil.rmtree(tmp_path / "store" / "refit")
+    with pytest.raises(ValueError, match=r"the refitted factors at .* are gone: refit the plan that they came from"):
+        export(output, output=tmp_path / "gone")
