@@ -6,10 +6,12 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["attached_trainer", "batches_done", "extend_timeout"]
+__all__ = ["attached_trainer", "batches_done", "extend_timeout", "leaves_gradients_to_us"]
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
@@ -41,3 +43,20 @@ def extend_timeout(strategy: Strategy, timeout: timedelta) -> None:
     """
     if getattr(strategy, "_timeout", None) == default_pg_timeout:
         strategy._timeout = timeout  # type: ignore[attr-defined]
+
+
+def leaves_gradients_to_us(strategy: Strategy) -> bool:
+    """Tell whether this package has to average the gradients of ``strategy``, and let DDP average none then.
+
+    FSDP2 shards the frozen model only and ignores the masks. DDP would average them in another order
+    (``lowrank_pl.training.sharding.average_gradients``); a hook of the user for DDP's messages stays.
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy.world_size > 1
+    model = strategy.model
+    if not isinstance(strategy, DDPStrategy) or not isinstance(model, DistributedDataParallel):
+        return False
+    if strategy._ddp_comm_hook is not None:
+        return False
+    model.register_comm_hook(None, noop_hook)
+    return strategy.world_size > 1

@@ -43,7 +43,7 @@ from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.training.checkpointing import check_fit, mark
 from lowrank_pl.training.data import CalibrationData, calibration_data
-from lowrank_pl.training.lightning_internals import attached_trainer
+from lowrank_pl.training.lightning_internals import attached_trainer, leaves_gradients_to_us
 from lowrank_pl.training.sharding import average_gradients, shard_frozen
 from lowrank_pl.utils.distributed import cooperating
 
@@ -176,6 +176,7 @@ class RankLearner(LightningModule):
         self.shared: nn.Module | None = None
         self.lifetimes: ACIP | None = None
         self.score = PlanScore()
+        self._averages = False
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -315,6 +316,7 @@ class RankLearner(LightningModule):
     def on_fit_start(self) -> None:
         """Set the base to eval mode; to train mode with gradient checkpointing, which does nothing in eval mode."""
         self._base().train(self.compute.gradient_checkpointing)
+        self._averages = leaves_gradients_to_us(self.trainer.strategy)
         most, planned = self.trainer.max_steps, self.trainer.estimated_stepping_batches
         if planned < most:
             _log.warning(
@@ -365,8 +367,8 @@ class RankLearner(LightningModule):
             self.trainer.should_stop = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Average gradients over processes under FSDP2, which ignores masks; pass them to the mask method; log them."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
+        """Average gradients over the processes; pass them to the mask method; log their norm."""
+        if self._averages:
             average_gradients(self.mask_parameters())
         # Lightning divides each loss by accumulate_grad_batches, also in the last, incomplete step of an epoch, and
         # clips gradients after this hook.
