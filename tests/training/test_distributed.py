@@ -171,6 +171,13 @@ def test_a_run_whose_process_was_killed_goes_on_to_the_same_bits(ddp, killed):
     assert_equal(masks(folder), masks(ddp))
 
 
+def test_processes_with_different_settings_are_refused(tmp_path):
+    commands = [["-m", "lowrank_pl", *words(tmp_path, "ddp", f"--trainer.max_steps {steps}")] for steps in (4, 5)]
+    for code, printed in ended(commands, tmp_path / "printed", environments=torchrun_environments()):
+        assert code == 1
+        assert "trainer.max_steps is 4 in process 0 and 5 in process 1: start all processes" in printed
+
+
 def sharded(rank, folder):
     """Write what this process holds of a sharded model, and whether it computes what the whole one does."""
     tokens = torch.arange(64).view(1, 64)
