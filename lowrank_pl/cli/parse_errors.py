@@ -73,6 +73,7 @@ def _class_names(flag: str, message: str) -> list[str]:
 
 def _derived(kind: type) -> Iterator[type]:
     """Yield all classes below ``kind`` that can be made."""
+    derived: type
     for derived in kind.__subclasses__():
         if not inspect.isabstract(derived):
             yield derived

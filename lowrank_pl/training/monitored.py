@@ -63,6 +63,9 @@ def check_validation(trainer: Trainer) -> None:
             f"{name} watches {monitor!r}, but nothing is validated: set --data.validation.sequences and "
             "--trainer.limit_val_batches above 0, or leave it out"
         )
+    if trainer.val_check_batch is None:
+        # Validations come by the clock.
+        return
     accumulated = trainer.accumulate_grad_batches
     epochs = 1 if trainer.check_val_every_n_epoch is None else trainer.check_val_every_n_epoch
     steps = (epochs - 1) * math.ceil(trainer.num_training_batches / accumulated)
