@@ -11,7 +11,7 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.settings import Base
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import check_output_files, write_json
 
 if TYPE_CHECKING:
     from lowrank_pl.plans.plan import RankPlan
@@ -61,7 +61,8 @@ def allocate(
     from lowrank_pl.report.rank_map import rank_table
     from lowrank_pl.utils.environment import pick_device
 
-    # A name or a setting that does not exist is refused before anything is loaded.
+    # A wrong path, and a name or a setting that does not exist, is refused before anything is loaded.
+    check_output_files(output, json)
     allocator = make_allocator(method, **(settings or {}))
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))
     plan, factors = allocate_ranks(subject, keep=keep, allocator=allocator, decomposition=decomposition, store=store)

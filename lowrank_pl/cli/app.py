@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -19,6 +20,7 @@ from jsonargparse import ArgumentError
 from lowrank_pl.cli.config_files import ConfigFileError
 from lowrank_pl.cli.help_page import HelpFormatter
 from lowrank_pl.cli.parameters import FLAGS, Given, split_words
+from lowrank_pl.cli.parse_errors import explain_parse_error
 from lowrank_pl.cli.renamed import COMMAND_NAMES, explain_old_names
 from lowrank_pl.version import __version__
 
@@ -168,7 +170,8 @@ def _unknown_command(word: str) -> str:
 
 def _usage_mistake(words: list[str], error: Exception) -> str:
     """Return what is wrong with the words, and which of them are old names."""
-    sentence = " ".join(str(error).split()).rstrip(".")
+    said = explain_parse_error(str(error)) if isinstance(error, ArgumentError) else str(error)
+    sentence = " ".join(said.split()).rstrip(".")
     if words[0] not in COMMANDS:
         return f"{sentence}; `lowrank --help` lists the commands"
     renamed = explain_old_names(words[0], words[1:])
@@ -189,7 +192,14 @@ def _mistake(error: Exception) -> str | None:
     for module, name in known.items():
         if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):
             return str(error) if name == "BrokenModelError" else f"error: {error}"
-    return None
+    # Lightning refuses some settings with a plain RuntimeError.
+    return f"error: {error}" if isinstance(error, RuntimeError) and _raised_in(error) == "lightning" else None
+
+
+def _raised_in(error: Exception) -> str:
+    """Return the package whose code raised ``error``."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _complain(message: str, status: int) -> int:

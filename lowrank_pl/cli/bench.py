@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lowrank_pl.models.settings import DType
 from lowrank_pl.plans.constraints import Form
-from lowrank_pl.utils.files import sealed, write_json
+from lowrank_pl.utils.files import check_output_files, sealed, write_json
 
 if TYPE_CHECKING:
     from lowrank_pl.costs.speed import Mode
@@ -104,6 +104,7 @@ def bench(
     from lowrank_pl.plans.storage import Storage
     from lowrank_pl.utils.environment import pick_device
 
+    check_output_files(json)
     one_value = case in ("step", "statistics")
     sizes = _several("batch_size", batch_size, [1] if one_value else [1, 16])
     _check_counts({

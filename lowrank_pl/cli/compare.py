@@ -11,7 +11,7 @@ from lowrank_pl.cli.parameters import Flat, Settings
 from lowrank_pl.models.settings import Base
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import check_output_files, check_output_folder, write_json
 
 if TYPE_CHECKING:
     from lowrank_pl.methods.recipes import Recipe
@@ -96,6 +96,8 @@ def compare(
     from lowrank_pl.text.sources import named_texts
     from lowrank_pl.utils.environment import pick_device
 
+    check_output_folder(run)
+    check_output_files(json)
     own = _read_recipes(recipes or {})
     chosen = {name: recipe(name, own) for name in methods}
     for name in plotted or ():

@@ -35,7 +35,7 @@ from lowrank_pl.utils.environment import (
     peak_memory,
     reset_peak_memory,
 )
-from lowrank_pl.utils.files import canonical_json, sha256_of, write_json
+from lowrank_pl.utils.files import LOCK, canonical_json, locked, sha256_of, write_json
 from lowrank_pl.utils.tensor_store import total_seconds
 from lowrank_pl.version import __version__
 
@@ -93,7 +93,8 @@ class Comparison:
                 _log.info("%d of %d: %s at keep %s is already done", number, len(todo), name, keep)
                 continue
             _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
-            results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
+            with locked(self._folder(name, keep) / LOCK, f"making {name} at keep {keep:g} in {self.run}"):
+                results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
             self._write(results)
             made = True
         if not made:

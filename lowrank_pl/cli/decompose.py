@@ -14,7 +14,7 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.settings import Base
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import check_output_files, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,7 @@ def decompose(
     from lowrank_pl.models.lazy import NotBlockwiseError
     from lowrank_pl.utils.environment import peak_memory, pick_device
 
+    check_output_files(json)
     began = time.perf_counter()
     budget, constraints = None if memory is None else memory_size(memory), Constraints(include, exclude)
     if dry_run:

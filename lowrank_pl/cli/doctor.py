@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import sealed, write_json
+from lowrank_pl.utils.files import check_output_files, sealed, write_json
 
 if TYPE_CHECKING:
     from lowrank_pl.export.health.diagnosis import Diagnosis
@@ -61,6 +61,7 @@ def doctor(
     from lowrank_pl.export.health.examine import diagnose
     from lowrank_pl.export.health.quality import PROMPTS, Prompts
 
+    check_output_files(json)
     found = diagnose(
         directory,
         base=base,

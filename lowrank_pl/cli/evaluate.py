@@ -12,7 +12,7 @@ from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts
 from lowrank_pl.evaluate.settings import TaskSettings
 from lowrank_pl.models.settings import Base, DType
-from lowrank_pl.utils.files import sealed, write_json
+from lowrank_pl.utils.files import check_output_files, sealed, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,6 +77,7 @@ def evaluate(
     from lowrank_pl.text.sources import named_texts
     from lowrank_pl.utils.environment import pick_device
 
+    check_output_files(json)
     if not (text or tasks or prompts):
         raise ValueError("there is nothing to score: give --text, --tasks or --prompts")
     named = named_texts([text] if isinstance(text, str) else list(text))
@@ -155,6 +156,8 @@ def evaluate_plan(
     from lowrank_pl.utils.environment import pick_device
     from lowrank_pl.utils.figures import save_figure
 
+    picture = None if keep_curve is None else output or (json and json.with_suffix(".png"))
+    check_output_files(picture, json)
     given = RankPlan.load(plan)
     # Impossible sizes are refused before anything is loaded.
     sizes = [] if keep_curve is None else _sizes(given, keep_curve)
@@ -187,8 +190,7 @@ def evaluate_plan(
         "dense": curve.dense.to_dict(),
         "sizes": [point.to_dict() for point in curve.points],
     }
-    picture = output or (json and json.with_suffix(".png"))
-    if keep_curve is not None and picture is not None:
+    if picture is not None:
         save_figure(curve_plot(curve), picture)
         print(f"\npicture  {picture}")
     if json is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts, plan_figures
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import check_output_files, write_json
 
 if TYPE_CHECKING:
     from lowrank_pl.plans.plan import RankPlan
@@ -51,6 +51,7 @@ def export(
     from lowrank_pl.report.scores import Row, row_table
     from lowrank_pl.utils.environment import pick_device
 
+    check_output_files(json)
     given = RankPlan.load(plan)
     # Impossible sizes and folders are refused before anything is loaded.
     todo = {output: given} if keep is None else _folders(output, nested(given, keep))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_c
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.finish_run import FinishRun
 from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
-from lowrank_pl.training.lightning_internals import extend_timeout
+from lowrank_pl.training.lightning_internals import RunCheckpoint, extend_timeout
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.progress import LearningBar
 from lowrank_pl.training.rank_monitor import RankMonitor
 from lowrank_pl.training.text_samples import TextSamples
-from lowrank_pl.utils.distributed import explain_lost_process
-from lowrank_pl.utils.files import atomic_write
+from lowrank_pl.utils.distributed import cooperating, explain_lost_process, gather_from_all
+from lowrank_pl.utils.files import LOCK, atomic_write, check_output_files, check_output_folder, locked
 from lowrank_pl.version import __version__
 
 __all__ = ["RankCLI", "fit"]
@@ -102,8 +103,13 @@ class RankCLI(HookedCLI):
         if path and path not in ("last", "best", "hpc") and not Path(path).is_dir():
             mark_of(read_checkpoint(path))
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse places that can't be written to."""
+        check_output_folder(self.setting("run"))
+        check_output_files(self.setting("json"))
+
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Run the Trainer; after Ctrl-C, or the end of another process, say how to go on."""
+        """Run the Trainer in a folder of its own; after Ctrl-C, or the end of another process, say how to go on."""
 
         def advice() -> str:
             # Not whatever lies in the folder: that may be another run's.
@@ -111,7 +117,7 @@ class RankCLI(HookedCLI):
             last = next(filter(None, [*written, kwargs.get("ckpt_path")]), None)
             return f"go on with --ckpt_path {last}" if last else "there is no checkpoint of this run yet"
 
-        with explain_interruption(self.trainer, advice), explain_lost_process(advice):
+        with _own_folder(self.trainer), explain_interruption(self.trainer, advice), explain_lost_process(advice):
             self.trainer.fit(model, weights_only=True, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -123,7 +129,7 @@ class RankCLI(HookedCLI):
         )
         parser.add_lightning_class_args(RankMonitor, "monitor")
         parser.add_lightning_class_args(TextSamples, "samples")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(FinishRun, "finish")
         parser.set_defaults({
             "model.mask": {"class_path": "lowrank_pl.methods.masks.ARA"},
@@ -182,12 +188,39 @@ class RankCLI(HookedCLI):
         return trainer
 
 
+def _own_folder(trainer: Trainer) -> AbstractContextManager[None]:
+    """Keep other runs out of the run's folder; the first process does so for all."""
+    run = Path(trainer.default_root_dir)
+    if not trainer.is_global_zero:
+        return nullcontext()
+    return locked(run / LOCK, f"writing to {run}", otherwise="give this one another folder with --run")
+
+
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, Sequence) else [value]
 
 
 class SaveConfig(SaveConfigCallback):
     """Writes the whole configuration to ``config.yaml`` in the run's folder, from which the run can be repeated."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that all processes have the same configuration, and write it.
+
+        Raises:
+            ValueError: A setting differs; the processes would wait for each other once only some of them have ended.
+        """
+        ours = {"the version of lowrank_pl": __version__, **vars(self.config.as_flat())}
+        with cooperating():
+            of_all = gather_from_all({name: str(value) for name, value in ours.items()})
+        for rank, theirs in enumerate(of_all):
+            for name in sorted({*theirs, *of_all[0]}):
+                first, other = of_all[0].get(name), theirs.get(name)
+                if first != other:
+                    raise ValueError(
+                        f"{name} is {first} in process 0 and {other} in process {rank}: start all processes of a run "
+                        "with the same settings"
+                    )
+        super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it, on the first process."""

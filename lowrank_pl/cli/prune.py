@@ -8,7 +8,7 @@ from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.methods.prune.settings import WidthPruning
 from lowrank_pl.models.settings import Base
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import check_output_files, write_json
 
 __all__ = ["prune"]
 
@@ -56,6 +56,7 @@ def prune(
     if keep is not None and not 0 < keep < 1:
         raise ValueError(f"keep is {keep}: expected a fraction above 0 and below 1")
     check_destination(output)
+    check_output_files(json)
     subject = Subject.load(base, calibration, device=pick_device(device))
     model, tokenizer = subject.model, subject.tokenizer
     found = apply_pruning(model, subject.targets, statistics_of(subject), pruning, base=base.name, keep=keep)

@@ -11,7 +11,7 @@ from lowrank_pl.cli.plan_parts import PlanParts, plan_figures, plan_line
 from lowrank_pl.methods.refit.settings import Refit
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import check_output_files, write_json
 
 if TYPE_CHECKING:
     from lowrank_pl.plans.plan import RankPlan
@@ -51,6 +51,7 @@ def refit(
     from lowrank_pl.plans.plan import RankPlan
     from lowrank_pl.utils.environment import pick_device
 
+    check_output_files(output, json)
     given = RankPlan.load(plan)
     origin = given.origin.get("calibration")
     if origin is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowrank_pl.utils.files import check_output_files
+
 __all__ = ["report"]
 
 PAGE = "report.html"
@@ -36,6 +38,7 @@ def report(run: Path, *, output: Path | None = None, scores: Sequence[Path] = ()
     from lowrank_pl.report.run_record import read_run
 
     path = run / PAGE if output is None else output
+    check_output_files(output)
     if (run / "results.json").is_file() and not (run / "plan.json").exists():
         if scores:
             raise ValueError("--scores was given with a comparison, which has its own scores: leave it out")

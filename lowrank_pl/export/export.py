@@ -11,6 +11,7 @@ import copy
 import errno
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,7 +33,7 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.identity import ORIGIN_KEY, base_class
 from lowrank_pl.models.targets import replaced
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.utils.files import atomic_directory, atomic_write
+from lowrank_pl.utils.files import atomic_directory, atomic_write, check_output_folder
 
 __all__ = ["ExportReport", "check_destination", "is_compressed", "load_compressed", "save_compressed"]
 
@@ -207,12 +208,14 @@ def check_destination(directory: Path) -> None:
     """Refuse to replace a folder that is not an export: a typing error must not delete anyone's files.
 
     Raises:
-        ValueError: ``directory`` is a file, a folder with other contents, or the current folder.
+        ValueError: ``directory`` is a file, a folder with other contents, the current folder or a mount point, or it
+            can't be made.
     """
+    check_output_folder(directory)
     if directory.resolve() == Path.cwd():
         raise ValueError(f"{str(directory)!r} is the current folder, which can't be replaced: name another one")
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{str(directory)!r} is a file: name a folder to export to")
+    if os.path.ismount(directory.resolve()):
+        raise ValueError(f"{str(directory)!r} is a mount point, which can't be replaced: name a folder in it")
     if not directory.exists() or not any(directory.iterdir()):
         return
     config = directory / "config.json"

@@ -40,7 +40,7 @@ from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.model_card import model_card, refresh_card
 from lowrank_pl.report.page import write_page
 from lowrank_pl.report.rank_map import rank_map
-from lowrank_pl.report.run_record import Exported, RunRecord, read_run
+from lowrank_pl.report.run_record import Exported, RunRecord, digests_of, read_run
 from lowrank_pl.report.scores import Row, row_table, write_summary
 from lowrank_pl.utils.environment import command_line, describe_machine
 from lowrank_pl.utils.figures import save_figure
@@ -240,6 +240,7 @@ def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
         seconds=dict(seconds), samples=[list(sample) for sample in samples], notes=list(plan.notes),
         date=datetime.now().astimezone().isoformat(timespec="seconds"), versions=_versions(),
         machine=describe_machine(device), tokens_per_second=table.rates, verified=report.verified,
+        digests=digests_of(run),
     )  # fmt: skip
     # The export has just been checked, so its weights need not be read again.
     record = read_run(run, check=False)

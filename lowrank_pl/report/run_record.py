@@ -20,10 +20,15 @@ from lowrank_pl.models import hf_format
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.evidence import Evidence, HealthCheck, Speed, read_evidence
 from lowrank_pl.report.scores import SUMMARY, Row, Summary, read_summary
+from lowrank_pl.utils.files import sha256_of
 
-__all__ = ["Exported", "RunRecord", "read_run"]
+__all__ = ["Exported", "RunRecord", "digests_of", "read_run"]
 
 _log = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+OF_ONE_RUN = ("plan.json", "model/plan.json", CONFIG)
+"""Files that belong to a run's scores. ``summary.json`` holds their digests, since another run may reuse the folder."""
 
 _OUR_FILES = {"plan.json", SUMMARY, "results.json", "protocol.json"}
 _TRANSFORMERS_FILES = re.compile(r"(config|.*_config|tokenizer|vocab|.*tokens(_map)?|.*\.index)\.json")
@@ -157,13 +162,20 @@ def read_run(folder: str | Path, *, scores: Iterable[Path] = (), check: bool = T
     plan = RankPlan.load(folder / "plan.json")
     is_export = (folder / "config.json").is_file()
     model = folder if is_export else folder / "model" if (folder / "model" / "config.json").is_file() else None
+    summary = read_summary(folder) if (folder / SUMMARY).exists() else Summary()
+    changed = _changed(folder, summary)
+    if set(changed) - {CONFIG}:
+        raise ValueError(
+            f"{folder / changed[0]} is not the file that {folder / SUMMARY} was written for: another run has begun in "
+            "this folder and has not finished, or the file was edited; resume that run with --ckpt_path or run it again"
+        )
     by_age = sorted(_candidates(folder), key=lambda path: (path.stat().st_mtime, path))
     record = RunRecord(
         folder=folder,
         plan=plan,
-        summary=read_summary(folder) if (folder / SUMMARY).exists() else Summary(),
+        summary=summary,
         evidence=read_evidence(scores, by_age, model=model, written=0.0 if model is None else _last_written(model)),
-        config=_text(folder / "config.yaml"),
+        config="" if CONFIG in changed else _text(folder / CONFIG),
     )
     command = str(record.summary.facts.get("command") or _command_in_card(model))
     record = replace(record, command=command)
@@ -174,7 +186,21 @@ def read_run(folder: str | Path, *, scores: Iterable[Path] = (), check: bool = T
         if record.evidence.health is None:
             health = _quick_check(record, model, entries, check=check)
             record = replace(record, evidence=replace(record.evidence, health=health))
-    return replace(record, missing=tuple(_missing(record, is_export=is_export)))
+    missing = _missing(record, is_export=is_export)
+    if CONFIG in changed:
+        missing.append(f"{CONFIG} is left out: another run has begun in this folder and has not finished")
+    return replace(record, missing=tuple(missing))
+
+
+def digests_of(run: Path) -> dict[str, str]:
+    """Return the SHA-256 digests of the files that a run's scores belong to, by their paths in its folder."""
+    return {name: sha256_of((run / name).read_bytes()) for name in OF_ONE_RUN if (run / name).is_file()}
+
+
+def _changed(folder: Path, summary: Summary) -> list[str]:
+    """Return the files that are no longer those of the run whose scores ``summary`` holds."""
+    before, now = summary.facts.get("digests", {}), digests_of(folder)
+    return [name for name in before if name in now and now[name] != before[name]]
 
 
 def _require_plan(folder: Path) -> None:

@@ -89,27 +89,23 @@ def write_summary(run_dir: str | Path, rows: Iterable[Row], **facts: Any) -> Pat
     """Write ``summary.json`` of a run and return its path: rows keyed by name, and ``facts`` under one key.
 
     ``{"dense": {"perplexity": …, "excess_nats": …, "kept_targeted": …, "kept_model": …, "bytes": …, "seconds": …},
-    …, "facts": {…, "sha256": …}}``. Rows and facts are merged into an existing summary; entries of the same name are
-    replaced.
+    …, "facts": {…, "sha256": …}}``. It replaces the summary of an earlier run in the folder.
 
     Args:
         run_dir: The run's folder, created if absent.
-        rows: The rows to add.
+        rows: The rows.
         facts: Any other JSON values.
 
     Raises:
-        ValueError: A row is named ``facts``, or the summary in the folder is damaged.
+        ValueError: A row is named ``facts``.
     """
-    path = Path(run_dir) / SUMMARY
-    old = read_summary(run_dir) if path.exists() else Summary()
-    merged = {row.name: row for row in [*old.rows, *rows]}
-    if FACTS in merged:
+    summary: dict[str, Any] = {row.name: _figures(row) for row in rows}
+    if FACTS in summary:
         raise ValueError(f"a row is named {FACTS!r}, which {SUMMARY} uses for everything else: give it another name")
-    summary: dict[str, Any] = {name: _figures(row) for name, row in merged.items()}
-    summary[FACTS] = {**old.facts, **facts}
+    summary[FACTS] = dict(facts)
     # Beside the facts, since every other key is the name of a row.
     summary[FACTS] |= {SEAL: json_digest(summary)}
-    return write_json(path, summary)
+    return write_json(Path(run_dir) / SUMMARY, summary)
 
 
 def read_summary(run_dir: str | Path) -> Summary:

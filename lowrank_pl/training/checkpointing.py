@@ -105,7 +105,7 @@ def check_fit(
         former: Values of earlier versions that mean the same as this run's, by key of ``identity``.
 
     Raises:
-        ValueError: Mask method, size, factors or masks differ; the message says which.
+        ValueError: A value of ``identity`` is another one in the checkpoint; the message says which.
     """
     theirs = mark_of(checkpoint)
     # An older version may not have recorded every key.

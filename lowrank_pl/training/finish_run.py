@@ -28,6 +28,7 @@ from lowrank_pl.report.finish import Ending, Finished, Learned, Protocol, finish
 from lowrank_pl.report.model_card import sample_table
 from lowrank_pl.text.sequences import token_windows, warn_of_overlap
 from lowrank_pl.training.data import CalibrationData, calibration_data
+from lowrank_pl.training.lightning_internals import is_last_step
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.tensorboard import boards, log_everywhere
 from lowrank_pl.utils.files import write_json
@@ -157,6 +158,12 @@ class FinishRun(Stopwatch):
                 f"{pl_module.weight_bytes / 1e9:,.1f} GB is scored one layer at a time: leave the refit out with "
                 "--finish.refit null"
             )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Write the plan with the last step, so that no later failure loses it."""
+        assert isinstance(pl_module, RankLearner)
+        if trainer.is_global_zero and is_last_step(trainer):
+            pl_module.plan().save(Path(trainer.default_root_dir) / "plan.json")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the run on the first process, while the others wait."""

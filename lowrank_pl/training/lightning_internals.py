@@ -6,10 +6,20 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["attached_trainer", "batches_done", "extend_timeout"]
+__all__ = [
+    "RunCheckpoint",
+    "attached_trainer",
+    "batches_done",
+    "extend_timeout",
+    "is_last_step",
+    "leaves_gradients_to_us",
+]
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
@@ -41,3 +51,53 @@ def extend_timeout(strategy: Strategy, timeout: timedelta) -> None:
     """
     if getattr(strategy, "_timeout", None) == default_pg_timeout:
         strategy._timeout = timeout  # type: ignore[attr-defined]
+
+
+def leaves_gradients_to_us(strategy: Strategy) -> bool:
+    """Tell whether this package has to average the gradients of ``strategy``, and let DDP average none then.
+
+    FSDP2 shards the frozen model only and ignores the masks. DDP would average them in another order
+    (``lowrank_pl.training.sharding.average_gradients``); a hook of the user for DDP's messages stays.
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy.world_size > 1
+    model = strategy.model
+    if not isinstance(strategy, DDPStrategy) or not isinstance(model, DistributedDataParallel):
+        return False
+    if strategy._ddp_comm_hook is not None:
+        return False
+    model.register_comm_hook(None, noop_hook)
+    return strategy.world_size > 1
+
+
+def is_last_step(trainer: Trainer) -> bool:
+    """Tell, at the end of a batch, whether learning ends with it."""
+    last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.should_stop or trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint`` that also saves the last step, unless ``save_last`` is off.
+
+    The checkpoint is written before the last validation and before callbacks at the end of an epoch, any of which may
+    fail. Lightning's own first one may come later than the end of a short run.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """Lightning's own key, so that checkpoints of earlier versions go on."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save at the steps that the settings name, and at the last one."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        if is_last_step(trainer):
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step, if a callback ended the run only after it."""
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -44,7 +44,8 @@ from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.training.checkpointing import check_fit, mark
 from lowrank_pl.training.data import CalibrationData, calibration_data
-from lowrank_pl.training.lightning_internals import attached_trainer
+from lowrank_pl.training.lightning_internals import attached_trainer, leaves_gradients_to_us
+from lowrank_pl.training.monitored import check_callbacks, check_monitored, check_validation
 from lowrank_pl.training.sharding import average_gradients, shard_frozen
 from lowrank_pl.utils.distributed import cooperating
 
@@ -177,16 +178,23 @@ class RankLearner(LightningModule):
         self.shared: nn.Module | None = None
         self.lifetimes: ACIP | None = None
         self.score = PlanScore()
+        self._averages = False
 
     # -- building ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the Trainer's precision, which must not cast the masks, and that its device can build factors."""
+        """Check the Trainer's precision, which must not cast the masks, its callbacks, and its device."""
         if self.trainer.strategy.root_device.type == "mps":
             raise ValueError(
                 "Apple's GPUs lack float64, which statistics and factors need: use --trainer.accelerator cpu"
             )
+        check_callbacks(self.trainer)
         precision = str(self.trainer.precision)
+        if precision == "64-true":
+            raise ValueError(
+                "the Trainer's precision is '64-true', which also casts the base: the export would be in float64, "
+                "twice as large as planned; use precision '32-true': whatever needs float64 is computed in it anyway"
+            )
         if precision.endswith("-true") and precision != "32-true":
             raise ValueError(
                 f"the Trainer's precision is {precision!r}, which also casts the masks; updates of 1e-3 vanish in "
@@ -319,6 +327,7 @@ class RankLearner(LightningModule):
     def on_fit_start(self) -> None:
         """Set the base to eval mode; to train mode with gradient checkpointing, which does nothing in eval mode."""
         self._base().train(self.compute.gradient_checkpointing)
+        self._averages = leaves_gradients_to_us(self.trainer.strategy)
         most, planned = self.trainer.max_steps, self.trainer.estimated_stepping_batches
         if planned < most:
             _log.warning(
@@ -338,7 +347,9 @@ class RankLearner(LightningModule):
         terms = data_losses(self._base(), self.layers, self.data_terms, tokens)
         terms |= self.mask_method.penalties(self.masks, ratios, budget.share, self.global_step)
         loss = torch.stack(list(terms.values())).sum()
-        self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()})
+        losses = {f"loss/{name}": term.detach() for name, term in terms.items()}
+        check_monitored(self.trainer, [*losses, "loss/total"], below="loss/")
+        self.log_dict(losses)
         self.log("loss/total", loss.detach(), prog_bar=True)
         kept = kept_share(ratios.detach().clamp(max=1), dense_sizes(self.masks, ratios)) * budget.present / budget.total
         self.log("keep/expected", kept, prog_bar=True)
@@ -348,7 +359,8 @@ class RankLearner(LightningModule):
         return loss
 
     def on_train_start(self) -> None:
-        """Advance the masks; a resumed checkpoint may be of a run that was finished."""
+        """Check what callbacks watch, and advance the masks; a resumed checkpoint may be of a finished run."""
+        check_validation(self.trainer)
         self._update_masks(self.global_step)
 
     def optimizer_step(
@@ -369,8 +381,8 @@ class RankLearner(LightningModule):
             self.trainer.should_stop = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Average gradients over processes under FSDP2, which ignores masks; pass them to the mask method; log them."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
+        """Average gradients over the processes; pass them to the mask method; log their norm."""
+        if self._averages:
             average_gradients(self.mask_parameters())
         # Lightning divides each loss by accumulate_grad_batches, also in the last, incomplete step of an epoch, and
         # clips gradients after this hook.
@@ -449,13 +461,26 @@ class RankLearner(LightningModule):
         """Check that the checkpoint's masks belong to this run.
 
         Raises:
-            ValueError: Mask method, size, factors or masks differ; the message says which.
+            ValueError: Mask method, size, factors, masks, optimizer or schedule differ; the message says which.
         """
         check_fit(checkpoint, self._identity(), former={"mask": self.mask_method.former_names})
 
     def _identity(self) -> dict[str, Any]:
         masks = {name: list(value.shape) for name, value in self.state_dict().items()}
-        return {"mask": self.mask_method.name, "keep": self.keep, "factors": self.store.digest, "masks": masks}
+        run = {"mask": self.mask_method.name, "keep": self.keep, "factors": self.store.digest, "masks": masks}
+        return {**run, **self._step_settings()}
+
+    def _step_settings(self) -> dict[str, Any]:
+        """Return the settings of optimizer and schedule; a resumed run gets those of its checkpoint from Lightning."""
+        optimizer = self.optimizer(self.mask_parameters())
+        found = {"optimizer": type(optimizer).__name__, "lr_scheduler": self.lr_scheduler}
+        found |= {f"optimizer {name}": value for name, value in optimizer.defaults.items()}
+        if callable(self.lr_scheduler):
+            schedule = self.lr_scheduler(optimizer)
+            found["lr_scheduler"] = type(schedule).__name__
+            found |= {f"lr_scheduler {name}": value for name, value in schedule.state_dict().items()}
+        # What is no plain value, such as a function, can't be stored.
+        return {name: value for name, value in found.items() if isinstance(value, (int, float, str, tuple, type(None)))}
 
     def _base(self) -> PreTrainedModel:
         assert self.model is not None, "configure_model has not run"

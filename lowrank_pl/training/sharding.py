@@ -127,14 +127,20 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace the gradients of ``parameters`` by their mean over all processes.
 
     A missing gradient counts as 0, so that all processes send tensors of the same size.
+
+    Each gradient is added up in the order of the processes. ``all_reduce`` adds in an order that depends on where a
+    gradient lies in the message, and DDP divides before it adds. From three processes on, DDP and FSDP2 would then
+    learn masks that differ in their last bits.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # One message for all masks saves latency.
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    # gloo has no average, so sum and divide; one message for all masks saves latency.
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+    of_all = [torch.empty_like(flat) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(of_all, flat)
+    mean = sum(part.double() for part in of_all) / len(of_all)
+    assert isinstance(mean, Tensor)
+    for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

@@ -17,6 +17,7 @@ __all__ = [
     "broadcast_from_first",
     "cooperating",
     "explain_lost_process",
+    "gather_from_all",
     "is_first",
     "my_balanced_share",
     "my_share",
@@ -115,6 +116,15 @@ def broadcast_from_first(make: Callable[[], Item]) -> Item:
     made: list[Item | None] = [_alone(make) if is_first() else None]
     torch.distributed.broadcast_object_list(made)
     return made[0]  # type: ignore[return-value]
+
+
+def gather_from_all(item: Item) -> list[Item]:
+    """Return the ``item`` of every process, in the order of the processes."""
+    if world_size() == 1:
+        return [item]
+    found: list[Item | None] = [None] * world_size()
+    torch.distributed.all_gather_object(found, item)
+    return found  # type: ignore[return-value]
 
 
 def _alone(make: Callable[[], Item]) -> Item:

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: atomic writes, locks, hashes and the cache folder."""
+"""Files that are either complete or absent: atomic writes, destinations, locks, hashes and the cache folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 __all__ = [
+    "LOCK",
     "SEAL",
     "atomic_directory",
     "atomic_write",
     "break_seal",
     "cache_root",
     "canonical_json",
+    "check_output_files",
+    "check_output_folder",
     "json_digest",
     "locked",
     "sealed",
@@ -32,6 +36,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+"""File in a folder that belongs to one process at a time: that process holds a lock on it (``locked``)."""
 
 
 def cache_root() -> Path:
@@ -49,7 +56,7 @@ def canonical_json(value: Any) -> str:
 
 
 @contextmanager
-def locked(lock: Path, what: str) -> Iterator[None]:
+def locked(lock: Path, what: str, *, otherwise: str | None = None) -> Iterator[None]:
     """Hold the file lock ``lock`` while the block runs; wait for a process that holds it.
 
     The operating system releases the lock of a killed process.
@@ -57,12 +64,18 @@ def locked(lock: Path, what: str) -> Iterator[None]:
     Args:
         lock: The lock file, created if absent.
         what: What a run that holds the lock is doing, for the log.
+        otherwise: What to do instead of waiting, for the error; by default the block waits.
+
+    Raises:
+        ValueError: Another process holds the lock, and the block does not wait.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     file_lock = FileLock(lock)
     try:
         file_lock.acquire(timeout=0)
     except Timeout:
+        if otherwise is not None:
+            raise ValueError(f"another run is {what}: {otherwise}") from None
         _log.warning("another run is %s: waiting for it to end", what)
         file_lock.acquire()
     try:
@@ -132,26 +145,95 @@ def break_seal(holder: dict[str, Any], whole: Any) -> None:
         raise ValueError(f"it was changed or damaged after it was written, by its digest under {SEAL!r}")
 
 
+def check_output_files(*paths: str | Path | None) -> None:
+    """Raise unless a file can be written to each of ``paths``, so that a mistake fails now, not after the work.
+
+    Args:
+        *paths: Where files will be written; None stands for no file.
+
+    Raises:
+        ValueError: A path is a folder or given twice, or its folder does not exist and can't be made.
+    """
+    given = [Path(path) for path in paths if path is not None]
+    for path in given:
+        _check_parents(path)
+        if path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder: name a file, such as {str(path / 'name.json')!r}")
+        if not _is_special(path) and [os.path.realpath(one) for one in given].count(os.path.realpath(path)) > 1:
+            raise ValueError(f"{str(path)!r} is given for two files: name another one for one of them")
+
+
+def check_output_folder(path: str | Path) -> None:
+    """Raise unless ``path`` is a folder, or one can be made there.
+
+    Raises:
+        ValueError: It is a file, or its own folder does not exist and can't be made.
+    """
+    path = Path(path)
+    _check_parents(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(path)!r} is a file: name a folder")
+
+
+def _check_parents(path: Path) -> None:
+    """Raise unless what is missing on the way to ``path`` can be made."""
+    target = Path(os.path.realpath(path))
+    try:
+        above = next(parent for parent in target.parents if parent.exists())
+        target.exists()
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} can't be written ({error.strerror}): give a shorter name") from None
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists() and not target.parent.is_dir():
+            raise ValueError(f"{str(link)!r} links to {str(link.readlink())!r}, which does not exist: make it first")
+    if not above.is_dir():
+        raise ValueError(f"{str(path)!r} can't be written, because {str(above)!r} is a file: name another folder")
+    # A file that is there is replaced, which its folder has to allow; a device or a FIFO is written to.
+    if not os.access(path if _is_special(path) else above, os.W_OK):
+        raise ValueError(f"{str(path)!r} can't be written: you may not write to {str(above)!r}; name another place")
+
+
 def atomic_write(path: str | Path, data: str | bytes) -> Path:
     """Write ``data`` to ``path`` so that a reader sees the old file or the complete new one, never a part.
+
+    A link stays, and the file that it leads to is written. A device or a FIFO, such as ``/dev/stdout``, is written to.
 
     Raises:
         OSError: The disk is full or the folder is not writable; ``path`` is then unchanged.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    path, data = Path(path), data.encode() if isinstance(data, str) else data
+    if _is_special(path):
+        with path.open("ab") as special:
+            special.write(data)
+        return path
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=_hidden(target), suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         _apply_umask(Path(name), 0o666)
-        os.replace(name, path)
+        os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
     return path
+
+
+def _is_special(path: Path) -> bool:
+    """Tell whether ``path`` is a device, a FIFO, or a file that this process has open, as ``/dev/stdout`` may be."""
+    if not path.exists():
+        return False
+    mode = path.stat().st_mode
+    is_open = str(path.absolute()).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    return is_open or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _hidden(path: Path) -> str:
+    """Return how the names of temporary files beside ``path`` begin; file systems allow 255 bytes for a whole name."""
+    return f".{path.name[:60]}."
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -164,14 +246,14 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block succeeds and is removed when it fails.
 
     Its files get the permissions that a plain ``open`` gives. An older folder at ``path`` is replaced only at the end,
-    so a failure or Ctrl-C loses nothing.
+    so a failure or Ctrl-C loses nothing. A link stays, and the folder that it leads to is replaced.
 
     Args:
         path: The folder to create.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    building = Path(tempfile.mkdtemp(dir=path.parent, prefix=_hidden(path), suffix=".tmp"))
     try:
         _apply_umask(building, 0o777)
         yield building
@@ -190,7 +272,7 @@ def _swap(building: Path, path: Path) -> None:
     if not path.exists():
         os.replace(building, path)
         return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=_hidden(path), suffix=".old"))
     try:
         os.replace(path, old / "old")
         os.replace(building, path)

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lowrank_pl.utils.distributed import barrier, broadcast_from_first, is_first, one_process_at_a_time, world_size
-from lowrank_pl.utils.files import atomic_write, cache_root, canonical_json, locked, sha256_of, write_json
+from lowrank_pl.utils.files import LOCK, atomic_write, cache_root, canonical_json, locked, sha256_of, write_json
 
 __all__ = [
     "CHECKSUM_KEY",
@@ -196,7 +196,7 @@ class TensorStore:
 
         After the wait, names that were missing may be present. The lock of a killed process is released.
         """
-        with locked(self.directory / ".lock", f"filling the {self.kind} store at {self.directory}"):
+        with locked(self.directory / LOCK, f"filling the {self.kind} store at {self.directory}"):
             yield
 
     @contextmanager

@@ -16,6 +16,7 @@ import pytest
 
 from lowrank_pl.cli.app import COMMANDS, flags_of, main
 from tests.helpers.commands import failing
+from tests.helpers.run_folder import plan_of
 
 HEAVY = {"torch", "transformers", "lightning", "matplotlib", "scipy", "datasets"}
 TEXT = ["--text", "python-docs::part=0%-10%", "--length", "32", "--sequences", "4"]
@@ -196,6 +197,44 @@ def test_a_text_that_can_not_be_read(capsys, tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"\xff\xfe\xfa" * 100)
     assert str(text) in failing(capsys, "evaluate", "random:llama", "--text", text)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "allocate no/model --output",
+        "allocate no/model --json",
+        "bench decode --base no/model --json",
+        "compare no/model --json",
+        "decompose no/model --json",
+        "doctor no/model --json",
+        "evaluate no/model --text python-docs --json",
+        "evaluate-plan no.json --text python-docs --json",
+        "evaluate-plan no.json --text python-docs --keep_curve 0.5 --output",
+        "export no.json --json",
+        "fit -c smoke --model.base no/model --json",
+        "prune no/model --keep 0.5 --json",
+        "refit no.json --output",
+        "refit no.json --json",
+        "report no/run --output",
+    ],
+)
+def test_a_folder_where_a_file_is_meant_is_refused_before_anything_is_loaded(capsys, tmp_path, words):
+    assert "is a folder: name a file" in failing(capsys, *words.split(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "compare no/model --run",
+        "export {plan} --output",
+        "fit -c smoke --run",
+        "prune no/model --keep 0.5 --output",
+    ],
+)
+def test_a_file_where_a_folder_is_meant_is_refused_before_anything_is_loaded(capsys, tmp_path, words):
+    path = plan_of().save(tmp_path / "plan.json")
+    assert "is a file: name a folder" in failing(capsys, *words.format(plan=path).split(), path)
 
 
 def test_a_full_disk(capsys, tmp_path, monkeypatch):

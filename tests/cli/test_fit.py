@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lowrank_pl import RankPlan
 from lowrank_pl.cli.app import UNWANTED_LINES, main
 from lowrank_pl.cli.fit import RankCLI
+from lowrank_pl.utils.files import LOCK, locked
 from tests.helpers import ROOT, SMOKE
 from tests.helpers.commands import failing
 
@@ -44,7 +45,9 @@ def failing_fit(capsys, tmp_path, *words, status=1):
     message = failing(capsys, "fit", "-c", SMOKE, "--run", tmp_path / "run", *words, status=status)
     left = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
     # What was asked for is written whole before the work begins.
-    assert {name for name in left if not name.startswith("events.out.tfevents")} <= {"config.yaml", "hparams.yaml"}
+    assert {name for name in left if not name.startswith("events.out.tfevents")} <= {
+        *("config.yaml", "hparams.yaml", LOCK)
+    }
     return message
 
 
@@ -92,7 +95,7 @@ def test_a_runs_folder_and_figures(run):
     assert json.loads((folder / "figures.json").read_text()) == summary
     names = {path.name for path in folder.iterdir()}
     expected = {"plan.json", "model", "summary.json", "rank_map.png", "config.yaml", "checkpoints", "tensorboard"}
-    assert names == expected | {"figures.json", "report.html"}
+    assert names == expected | {"figures.json", "report.html", LOCK}
     assert (folder / "checkpoints" / "last.ckpt").is_file()
     assert RankPlan.load(folder / "plan.json").keep_targeted <= 0.5
 
@@ -228,6 +231,10 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path, run):
     assert "14 of 14 masks differ" in said
     said = failing_fit(capsys, tmp_path, "--ckpt_path", last, "--model.keep", "0.7")
     assert "the checkpoint does not fit this run: keep is 0.5 there and 0.7 here" in said
+    said = failing_fit(capsys, tmp_path, "--ckpt_path", last, "--model.optimizer.init_args.lr", "0.5")
+    assert "the checkpoint does not fit this run: optimizer lr is 0.05 there and 0.5 here" in said
+    said = failing_fit(capsys, tmp_path, "--ckpt_path", last, "--model.lr_scheduler", "cosine")
+    assert "lr_scheduler is None there and 'cosine' here" in said
     assert "learning from other data" in failing_fit(capsys, tmp_path, "--ckpt_path", last, "--data.seed", "9")
     assert "no checkpoint at" in failing_fit(capsys, tmp_path, "--ckpt_path", tmp_path / "none.ckpt")
     assert "README.md is damaged or no checkpoint" in failing_fit(capsys, tmp_path, "--ckpt_path", ROOT / "README.md")
@@ -245,8 +252,38 @@ def test_other_mistakes_of_users(capsys, tmp_path):
     assert "no allocator is called 'best'" in failing_fit(capsys, tmp_path, "--finish.baselines", "best")
     assert "no plan at" in failing_fit(capsys, tmp_path, "--model.start.plan", tmp_path / "none.json")
     assert "the weights of the data terms" in failing_fit(capsys, tmp_path, "--model.data_terms.cross_entropy", "0")
+    assert "use precision '32-true'" in failing_fit(capsys, tmp_path, "--trainer.precision", "64")
     if not torch.cuda.is_available():
         assert "gpu" in failing_fit(capsys, tmp_path, "--trainer.accelerator", "gpu").lower()
+
+
+WATCHED = "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor"
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        ("--trainer.callbacks LearningRateFinder", "--model.optimizer.init_args.lr"),
+        (f"{WATCHED} nope", "name one of keep/expected, .*, val/excess$"),
+        (f"{WATCHED} loss/nope", "name one of loss/cross_entropy, .*, loss/total$"),
+        (f"{WATCHED} val/excess --trainer.max_steps 4", "ends with step 4: lower --trainer.val_check_interval"),
+        (f"{WATCHED} val/excess --trainer.limit_val_batches 0", "set --data.validation.sequences"),
+    ],
+)
+def test_callbacks_that_can_not_work_are_refused_before_the_first_step(capsys, tmp_path, words, cure):
+    assert re.search(cure, failing_fit(capsys, tmp_path, *words.split()))
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_what_lightning_refuses_with_a_runtime_error_is_one_sentence(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert "--ntasks-per-node" in failing_fit(capsys, tmp_path)
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(capsys, tmp_path):
+    with locked(tmp_path / "run" / LOCK, "writing"):
+        assert "another folder with --run" in failing(capsys, "fit", "-c", SMOKE, "--run", tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
 
 
 @pytest.fixture
@@ -265,6 +302,10 @@ def test_one_epoch_is_the_end_where_there_is_no_other(tmp_path, monkeypatch, wor
     given = ["--model.base.name", "random:llama", "--data.learning.text", "python-docs", "--model.keep", "0.5"]
     trainer = RankCLI(["fit", "--run", str(tmp_path), "--trainer.accelerator", "cpu", *given, *words]).trainer
     assert (trainer.max_epochs, trainer.max_steps) == limits
+
+
+def test_checkpoints_can_be_switched_off(built):
+    assert built("--trainer.enable_checkpointing", "false").trainer.checkpoint_callbacks == []
 
 
 def test_processes_wait_for_the_first_one_whatever_the_strategy_is(built):
@@ -307,7 +348,11 @@ def test_an_interrupted_run_names_its_own_checkpoint(tmp_path, written, given, a
         raise SystemExit
 
     trainer = SimpleNamespace(
-        interrupted=True, fit=interrupted, checkpoint_callbacks=[saving], default_root_dir=tmp_path
+        interrupted=True,
+        fit=interrupted,
+        checkpoint_callbacks=[saving],
+        default_root_dir=tmp_path,
+        is_global_zero=True,
     )
     with pytest.raises(KeyboardInterrupt, match=f"^{advice}$"):
         RankCLI.fit(SimpleNamespace(trainer=trainer), None, ckpt_path=given)

@@ -451,6 +451,12 @@ def test_a_folder_that_is_no_export_is_not_replaced(tmp_path):
         save_compressed(compressed("llama"), target, tokenizer=byte_tokenizer(), merge=merge, verify=False)
 
 
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    with pytest.raises(ValueError, match="name a folder in it"):
+        save_compressed(compressed("llama"), tmp_path, tokenizer=byte_tokenizer())
+
+
 def test_layers_that_cannot_be_stored_are_refused(tmp_path):
     def export(name, module):
         model = compressed("llama")

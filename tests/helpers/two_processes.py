@@ -18,21 +18,22 @@ import torch.distributed
 from tests.helpers.fork_server import OURS
 
 
-def in_two_processes(function, folder, *args):
-    """Run ``function(rank, folder, *args)`` in two processes of one group; an error in either fails the test."""
+def in_two_processes(function, folder, *args, count=2):
+    """Run ``function(rank, folder, *args)`` in the processes of one group; an error in any of them fails the test."""
     call = base64.b64encode(pickle.dumps((function, folder, *args))).decode()
-    code = f"from tests.helpers.two_processes import join; join({{}}, {call!r})"
+    code = f"from tests.helpers.two_processes import join; join({{}}, {count}, {call!r})"
     with TemporaryDirectory() as output:
-        for code, printed in ended([["-c", code.format(rank)] for rank in range(2)], Path(output)):
+        for code, printed in ended([["-c", code.format(rank)] for rank in range(count)], Path(output)):
             assert code == 0, printed[-3000:]
 
 
-def ended(commands, output, *, environments=({}, {}), timeout=300):
+def ended(commands, output, *, environments=None, timeout=300):
     """Return exit status and stderr of every command, all of which run at the same time.
 
     Where one fails, the others get ten seconds to notice.
     """
     processes = []
+    environments = environments or [{}] * len(commands)
     for number, (command, environment) in enumerate(zip(commands, environments, strict=True)):
         folder = output / f"process {number}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,24 +57,24 @@ def torchrun_environments():
 
 
 @contextmanager
-def as_torchrun_says(rank):
-    """Let Lightning take this process for number ``rank`` of two that ``torchrun`` has started."""
+def as_torchrun_says(rank, count=2):
+    """Let Lightning take this process for number ``rank`` of ``count`` that ``torchrun`` has started."""
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in _said_by_torchrun(rank).items():
+        for key, value in _said_by_torchrun(rank, count).items():
             patch.setenv(key, value)
         yield
 
 
-def _said_by_torchrun(rank):
-    said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "here"}
+def _said_by_torchrun(rank, count=2):
+    said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "here"}
     return {key: str(value) for key, value in said.items()}
 
 
-def join(rank, call):
+def join(rank, count, call):
     """Join the group as process number ``rank`` and do what ``in_two_processes`` asks for."""
     function, folder, *args = pickle.loads(base64.b64decode(call))
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     try:
         function(rank, folder, *args)
     finally:

@@ -24,12 +24,13 @@ from lowrank_pl.report.evidence import read_evidence
 from lowrank_pl.report.model_card import model_card
 from lowrank_pl.report.page import run_page
 from lowrank_pl.report.page_cells import HEIGHT, WIDTH, cells, grid, read_spectra, spectrum_groups
-from lowrank_pl.report.run_record import read_run
+from lowrank_pl.report.run_record import digests_of, read_run
 from lowrank_pl.report.scores import Row, write_summary
 from tests.helpers.run_folder import (
     DOCTOR,
     HOSTILE,
     MODULES,
+    ROWS,
     TASKS,
     comparison_results,
     plan_of,
@@ -459,6 +460,24 @@ def test_report_writes_page_and_card(run, capsys):
         assert said in " ".join(text.split())
     assert "<script" not in text
     assert str(report(run, output=run / "sub" / "page.html", card=False)).endswith("page.html")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "model/plan.json"])
+def test_a_run_whose_plan_is_of_another_run_is_refused(run, name):
+    plan_of().save(run / "model" / "plan.json")
+    write_summary(run, ROWS, digests=digests_of(run))
+    read_run(run)
+    plan_of(keep=0.5).save(run / name)
+    with pytest.raises(ValueError, match="run it again"):
+        read_run(run)
+
+
+def test_a_configuration_of_another_run_is_left_out(run):
+    write_summary(run, ROWS, digests=digests_of(run))
+    (run / "config.yaml").write_text("of the next run")
+    record = read_run(run)
+    assert record.config == ""
+    assert any("config.yaml is left out" in said for said in record.missing)
 
 
 def test_cards_of_others_stay(run, caplog):

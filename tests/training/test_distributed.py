@@ -7,19 +7,22 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lowrank_pl import Decomposition, RankPlan, build_factors, find_targets, load_compressed
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli.app import main
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.masked_linear import insert_masks, masked_layers
+from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.storage import Storage
 from lowrank_pl.training.checkpointing import read_checkpoint
 from lowrank_pl.training.sharding import shard_frozen
 from tests.helpers import ROOT, SMOKE
 from tests.helpers.fork_server import OURS
-from tests.helpers.two_processes import ended, in_two_processes, torchrun_environments
+from tests.helpers.tiny_training import fit, make_data, make_learner
+from tests.helpers.two_processes import as_torchrun_says, ended, in_two_processes, torchrun_environments
 
 # The writer of TensorBoard is closed by the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -73,6 +76,23 @@ def fsdp(tmp_path_factory):
     end = launched(folder, "fsdp", launcher=TORCHRUN)
     assert_good_end(end.returncode, end.stderr)
     return folder
+
+
+def learned_by_both(rank, folder, count):
+    """Learn with DDP and with FSDP2 in the same processes, and compare the masks."""
+    found = []
+    for strategy in (DDPStrategy(), ModelParallelStrategy(save_distributed_checkpoint=False)):
+        learner = make_learner(lr_scheduler="cosine", data_terms=DataTerms(kl=0.5, divergence=0.1))
+        with as_torchrun_says(rank, count):
+            settings = {"max_steps": 3, "accumulate_grad_batches": 2, "limit_val_batches": 0, "gradient_clip_val": 1.0}
+            fit(learner, make_data(sequences=24, length=16), strategy=strategy, devices=count, **settings)
+        found.append(learner.state_dict())
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_fsdp2_learns_the_masks_of_ddp_bit_for_bit_with_any_number_of_processes(count, tmp_path):
+    in_two_processes(learned_by_both, tmp_path, count, count=count)
 
 
 def masks(folder, name="last.ckpt"):
@@ -149,6 +169,13 @@ def test_a_run_whose_process_was_killed_goes_on_to_the_same_bits(ddp, killed):
     folder, _ = killed
     run(folder, "ddp", f"--ckpt_path {folder / 'checkpoints' / 'last.ckpt'}")
     assert_equal(masks(folder), masks(ddp))
+
+
+def test_processes_with_different_settings_are_refused(tmp_path):
+    commands = [["-m", "lowrank_pl", *words(tmp_path, "ddp", f"--trainer.max_steps {steps}")] for steps in (4, 5)]
+    for code, printed in ended(commands, tmp_path / "printed", environments=torchrun_environments()):
+        assert code == 1
+        assert "trainer.max_steps is 4 in process 0 and 5 in process 1: start all processes" in printed
 
 
 def sharded(rank, folder):

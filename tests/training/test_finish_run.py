@@ -20,8 +20,10 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.run import allocate_on
 from lowrank_pl.models.tiny import tiny_model
+from lowrank_pl.training.checkpointing import read_checkpoint
 from lowrank_pl.training.finish_run import ScoreText
 from lowrank_pl.training.interrupt import StopBetweenBatches
+from lowrank_pl.training.lightning_internals import RunCheckpoint
 from lowrank_pl.training.progress import LearningBar
 from tests.helpers.tiny_training import fit, make_data, make_learner
 
@@ -52,6 +54,29 @@ def run(tmp_path_factory):
 def events(run):
     accumulator = EventAccumulator(str(run[0] / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
     return accumulator.Reload()
+
+
+class Failing(Callback):
+    """Fails once an epoch is over, as early stopping without its metric does."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        raise RuntimeError("no such metric")
+
+
+def test_what_fails_after_the_last_step_leaves_a_checkpoint_and_a_plan(tmp_path):
+    saving = RunCheckpoint(tmp_path / "checkpoints", every_n_train_steps=50, save_last=True)
+    learner = make_learner()
+    with pytest.raises(RuntimeError, match="no such metric"):
+        fit(
+            learner, max_steps=3, default_root_dir=tmp_path, enable_checkpointing=True,
+            callbacks=[FinishRun(), saving, Failing()],
+        )  # fmt: skip
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
+    assert RankPlan.load(tmp_path / "plan.json") == learner.plan()
+
+
+def test_checkpoints_of_lightnings_own_callback_go_on():
+    assert RunCheckpoint(every_n_train_steps=2).state_key == ModelCheckpoint(every_n_train_steps=2).state_key
 
 
 def test_ranks_by_type_and_block_are_logged_once_a_step(events):

@@ -282,6 +282,7 @@ def test_prompts_are_those_of_the_end_or_else_the_beginnings_of_windows(tmp_path
         data,
         max_steps=1,
         limit_val_batches=sequences,
+        default_root_dir=tmp_path,
         logger=board(tmp_path),
         callbacks=[samples, *ending],
     )

@@ -6,12 +6,23 @@ import errno
 import hashlib
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lowrank_pl.utils import files
-from lowrank_pl.utils.files import atomic_directory, atomic_write, cache_root, canonical_json, sha256_of, write_json
+from lowrank_pl.utils.files import (
+    atomic_directory,
+    atomic_write,
+    cache_root,
+    canonical_json,
+    check_output_files,
+    check_output_folder,
+    locked,
+    sha256_of,
+    write_json,
+)
 
 
 def full_disk(*_args, **_kwargs):
@@ -160,3 +171,91 @@ def test_a_finished_folder_and_its_files_are_as_open_as_plain_ones(tmp_path):
         secret.chmod(0o600)
     (tmp_path / "plain").write_bytes(b"")
     assert (tmp_path / "made" / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# -- destinations --------------------------------------------------------------------------------------------------
+
+
+def test_a_fifo_is_written_to_and_stays_one(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    check_output_files(fifo, fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    atomic_write(fifo, "figures")
+    assert os.read(reader, 99) == b"figures"
+    os.close(reader)
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+
+
+def test_a_link_to_a_file_stays_and_its_file_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "file")
+    check_output_files(link)
+    atomic_write(link, "new")
+    assert link.is_symlink()
+    assert (tmp_path / "disk" / "file").read_text() == "new"
+
+
+def test_a_link_to_a_folder_stays_and_its_folder_is_replaced(tmp_path):
+    (tmp_path / "disk" / "old").mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk")
+    with atomic_directory(link) as building:
+        (building / "new").touch()
+    assert link.is_symlink()
+    assert everything_in(tmp_path / "disk") == ["new"]
+
+
+def test_a_name_of_255_bytes_is_written(tmp_path):
+    path = tmp_path / ("ü" * 127 + "x")
+    check_output_files(path)
+    assert atomic_write(path, "x").read_text() == "x"
+    with atomic_directory(tmp_path / ("f" * 255)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("folder", "is a folder: name a file"),
+        ("file/below", "is a file: name another folder"),
+        ("x" * 256, "give a shorter name"),
+        ("dangling/file", "which does not exist: make it first"),
+        ("nowhere", "which does not exist: make it first"),
+    ],
+)
+def test_a_file_that_can_not_be_written_is_refused_before_the_work(tmp_path, name, cure):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "unmounted")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "unmounted" / "file")
+    with pytest.raises(ValueError, match=cure):
+        check_output_files(None, tmp_path / name)
+    assert not (tmp_path / "unmounted").exists()
+
+
+def test_one_file_for_two_outputs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="for two files: name another one"):
+        check_output_files(tmp_path / "a", tmp_path / "." / "a")
+
+
+def test_a_file_where_a_folder_is_meant_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file: name a folder"):
+        check_output_folder(tmp_path / "file")
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="name another place"):
+        check_output_files(tmp_path / "file")
+
+
+def test_a_lock_that_is_held_is_refused_and_free_once_released(tmp_path):
+    lock = tmp_path / ".lock"
+    here = partial(locked, lock, "learning", otherwise="name another folder")
+    with here(), pytest.raises(ValueError, match="another run is learning: name another folder"), here():
+        pass
+    with here():
+        pass
