@@ -18,7 +18,6 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lowrank_pl.cli.arguments import fit_words
-from lowrank_pl.cli.lightning_adapter import HookedCLI
 from lowrank_pl.cli.workloads import fit_workload
 from lowrank_pl.costs.forecast import print_forecast
 from lowrank_pl.costs.machine import machine_of
@@ -26,7 +25,7 @@ from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_c
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.finish_run import FinishRun
 from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
-from lowrank_pl.training.lightning_internals import RunCheckpoint, extend_timeout
+from lowrank_pl.training.lightning_internals import HookedCLI, RunCheckpoint, extend_timeout
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.progress import LearningBar
 from lowrank_pl.training.rank_monitor import RankMonitor
