@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity, table
+from lowrank_pl.utils.json_files import read_json
 
 __all__ = ["SUMMARY", "Row", "Summary", "read_summary", "row_table", "write_summary"]
 
@@ -113,17 +113,16 @@ def read_summary(run_dir: str | Path) -> Summary:
     """Return what :func:`write_summary` wrote to the run's folder.
 
     Raises:
-        ValueError: There is no ``summary.json``, or its content is no summary; the message names the file.
+        ValueError: There is no ``summary.json``, or it is no summary; the message names the file and the field.
     """
     path = Path(run_dir) / SUMMARY
     if not path.is_file():
         raise ValueError(f"no {SUMMARY} in {run_dir}: expected the folder of a finished run")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        facts = dict(data.pop(FACTS, {}))
-        return Summary(tuple(Row(name, **figures) for name, figures in data.items()), facts)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a run's summary ({error}): delete it or run again") from None
+    from lowrank_pl.report.file_schemas import SummaryFile
+
+    data = read_json(path, SummaryFile, what="a run's summary", advice="delete it or run again")
+    facts = data.pop(FACTS, {})
+    return Summary(tuple(Row(name, **figures) for name, figures in data.items()), facts)
 
 
 def _figures(row: Row) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 import time
@@ -29,6 +28,7 @@ from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import Target, Targets, find_targets, model_parameters, targeted_parameters
 from lowrank_pl.utils.distributed import broadcast_from_first
 from lowrank_pl.utils.files import cache_root, canonical_json, locked, sha256_of, write_json
+from lowrank_pl.utils.json_files import read_json
 from lowrank_pl.utils.tensor_store import total_seconds
 
 __all__ = ["ChosenWidths", "WidthPruning", "apply_pruning", "pruned_base", "pruned_card"]
@@ -196,11 +196,23 @@ def pruned_base(subject: Subject, settings: WidthPruning, *, keep: float) -> tup
     return str(folder), done["seconds"]
 
 
+@dataclass(frozen=True)
+class PrunedRecord:
+    """What is read again of the record of a pruned base."""
+
+    base: str
+    narrower: bool
+    seconds: float | None
+    left: float = 1.0
+    width: tuple[str, int] = ("", 0)
+
+
 def _read(record: Path, folder: Path) -> dict[str, Any] | None:
     """Return the record of an earlier pruning; None if the record or the model is absent."""
     if not record.exists():
         return None
-    noted: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    what, advice = "the record of a pruned base", "delete it, so that the base is pruned again"
+    noted: dict[str, Any] = read_json(record, PrunedRecord, what=what, advice=advice)
     return noted if not noted["narrower"] or (folder / "config.json").exists() else None
 
 
