@@ -121,6 +121,10 @@ class LowRankLinear(nn.Linear):
         """
         return _product(self.weight, self.right)
 
+    # Names by which PEFT asks quantised layers for the weight that they stand for. DoRA needs its norms.
+    W_q = property(lambda self: self.weight)
+    dequantize = dense
+
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(model)``."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -306,6 +310,9 @@ class PivotedLinear(nn.Linear):
         if self.side == "out":
             return torch.cat([self.right, others]).index_select(0, *self._indices())
         return torch.cat([self.weight, others], 1).index_select(1, torch.cat(self._indices()).argsort())
+
+    W_q = property(lambda self: self.weight)  # as in LowRankLinear
+    dequantize = dense
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
