@@ -190,6 +190,21 @@ def test_adapters_of_dense_layers_are_not_refused(small):
     assert adapted.merge_and_unload() is small
 
 
+@pytest.mark.parametrize("storage", ["pivoted"])
+def test_a_whole_model_exports_to_torch_export_and_onnx(small, tmp_path):
+    import onnxruntime
+
+    small.eval()
+    tokens, expected = torch.arange(24)[None], logits(small)
+    program = torch.export.export(small, (tokens,), {"use_cache": False})
+    with torch.no_grad():
+        assert torch.equal(program.module()(tokens, use_cache=False).logits, expected)
+    torch.onnx.export(program, f=tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_aligning_moves_memory_and_no_value():
     layer = nn.Linear(4, 5)
     layer.weight.data = torch.randn(21)[1:].view(5, 4)
