@@ -169,6 +169,7 @@ def _ask_fresh_process(model: PreTrainedModel, folder: Path, logits: Path, *, co
     """Return the answer of reload_probe.py on ``folder``; the logits themselves go into the file ``logits``."""
     device = str(model.device)
     request = {
+        "parent": os.getpid(),
         "directory": str(folder.resolve()),
         "logits": str(logits),
         "compressed": compressed,

@@ -159,6 +159,7 @@ class PlanFile(_Part):
     notes: list[str]
     origin: _Origin
     fingerprint: _Fingerprint
+    sha256: str = ""
     modules: Annotated[dict[str, ModuleEntry], Field(min_length=1)]
     order: Annotated[dict[str, str], Field(min_length=1)] = ABSENT
 

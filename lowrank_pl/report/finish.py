@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from lowrank_pl.evaluate.generation import generate_samples
 from lowrank_pl.evaluate.likelihood import Score, excess_nats, perplexity
 from lowrank_pl.export.export import ExportReport, save_compressed
 from lowrank_pl.export.reload import ExportError
+from lowrank_pl.export.reload_probe import end_with_parent
 from lowrank_pl.factors.compression import compress, compressed, deployed_plan
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import make_allocator
@@ -339,7 +341,7 @@ def score_in_fresh_process(
         job, sequences, result = (Path(folder) / name for name in ("job.json", "windows.safetensors", "result.json"))
         save_file({"windows": protocol.sequences.contiguous()}, sequences)
         settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens}
-        settings |= {"stream": stream, "trust": trust}
+        settings |= {"stream": stream, "trust": trust, "parent": os.getpid()}
         write_json(job, {"directory": str(directory), "device": str(device), "windows": str(sequences), **settings})
         # The process keeps the terminal's stderr, for its progress bar.
         code = subprocess.run([sys.executable, "-m", "lowrank_pl.report.finish", str(job), str(result)]).returncode
@@ -352,6 +354,7 @@ def score_in_fresh_process(
 def _score_job(job: Path, result: Path) -> None:
     """Do the job of ``score_in_fresh_process`` in this process."""
     settings = json.loads(job.read_text())
+    end_with_parent(settings["parent"])
     assert hf_format.METHOD == "lowrank"  # the import has registered the format
     where, trust = settings["directory"], settings["trust"]
     model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=trust).eval()

@@ -6,10 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from filelock import FileLock, Timeout
 __all__ = ["atomic_directory", "atomic_write", "cache_root", "canonical_json", "locked", "sha256_of", "write_json"]
 
 _log = logging.getLogger(__name__)
+
+_DAY = 86_400  # seconds
 
 
 def cache_root() -> Path:
@@ -103,15 +107,15 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block succeeds and is removed when it fails.
 
     Its files get the permissions that a plain ``open`` gives. An older folder at ``path`` is replaced only at the end,
-    so a failure or Ctrl-C loses nothing.
+    so a failure or Ctrl-C loses nothing. What killed processes have left beside it is removed first, and logged.
 
     Args:
         path: The folder to create.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
+    _sweep(path)
+    with _temporary_folder(path, ".tmp") as building:
         _apply_umask(building, 0o777)
         yield building
         for file in building.rglob("*"):
@@ -119,9 +123,43 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 _apply_umask(file, 0o666)
         _swap(building, path)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _temporary_folder(path: Path, suffix: str) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, under a lock that ends with this process; remove what is left of it."""
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=suffix))
+    lock = FileLock(f"{folder}.lock")
+    # Some network file systems know no locks. What is left there is swept by its age.
+    with suppress(OSError, NotImplementedError):
+        lock.acquire(timeout=0)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes have left of ``path``; put an older folder back if it was about to be replaced."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.\w{{8}}\.(tmp|old)")
+    for left in [folder for folder in path.parent.iterdir() if ours.fullmatch(folder.name) and folder.is_dir()]:
+        lock = FileLock(f"{left}.lock")
+        # Folders without a lock are of earlier versions, or of a process that is just making it.
+        if not Path(lock.lock_file).exists() and time.time() - left.stat().st_mtime < _DAY:
+            continue
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError, NotImplementedError):
+            continue
+        if (left / "old").exists() and not path.exists():
+            os.replace(left / "old", path)
+            _log.warning("put %s back, which a killed run was about to replace", path)
+        shutil.rmtree(left, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        _log.warning("removed %s, which a killed run had left", left)
 
 
 def _swap(building: Path, path: Path) -> None:
@@ -129,16 +167,14 @@ def _swap(building: Path, path: Path) -> None:
     if not path.exists():
         os.replace(building, path)
         return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-    try:
-        os.replace(path, old / "old")
-        os.replace(building, path)
-    except BaseException:
-        if not path.exists():
-            os.replace(old / "old", path)
-        old.rmdir()
-        raise
-    shutil.rmtree(old)
+    with _temporary_folder(path, ".old") as old:
+        try:
+            os.replace(path, old / "old")
+            os.replace(building, path)
+        except BaseException:
+            if not path.exists():
+                os.replace(old / "old", path)
+            raise
 
 
 def _apply_umask(path: Path, mode: int) -> None:
