@@ -171,7 +171,8 @@ def _ask_fresh_process(model: PreTrainedModel, folder: Path, logits: Path, *, co
     request = {
         "parent": os.getpid(),
         "directory": str(folder.resolve()),
-        "logits": str(logits),
+        # They are needed where they may differ in rounding; elsewhere $TMPDIR may be full.
+        "logits": None if device == "cpu" else str(logits),
         "compressed": compressed,
         "trust": base_class(model) is None,
         "attention": model.config._attn_implementation,
@@ -186,9 +187,10 @@ def _ask_fresh_process(model: PreTrainedModel, folder: Path, logits: Path, *, co
     # The export is the current folder, so that no file of the caller's folder shadows a package in the child.
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     if done.returncode:
-        raise ReloadError(
-            f"a fresh process can't load it (exit status {done.returncode}):\n{done.stderr.strip()[-2000:]}"
-        )
+        said = done.stderr.strip()[-2000:]
+        if done.returncode < 0:
+            said += f"\nsignal {-done.returncode} ended it, as when memory runs out: a check takes as much as the model"
+        raise ReloadError(f"a fresh process can't load it (exit status {done.returncode}):\n{said.strip()}")
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 

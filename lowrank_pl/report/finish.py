@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,7 +46,7 @@ from lowrank_pl.report.run_record import Exported, RunRecord, read_run
 from lowrank_pl.report.scores import Row, row_table, write_summary
 from lowrank_pl.utils.environment import command_line, describe_machine
 from lowrank_pl.utils.figures import save_figure
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import atomic_write, write_json
 from lowrank_pl.version import __version__
 
 __all__ = ["Ending", "Finished", "Learned", "Protocol", "export_plan", "finish_run", "score_in_fresh_process"]
@@ -339,7 +339,7 @@ def score_in_fresh_process(
     """
     with tempfile.TemporaryDirectory() as folder:
         job, sequences, result = (Path(folder) / name for name in ("job.json", "windows.safetensors", "result.json"))
-        save_file({"windows": protocol.sequences.contiguous()}, sequences)
+        atomic_write(sequences, save({"windows": protocol.sequences.contiguous()}))
         settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens}
         settings |= {"stream": stream, "trust": trust, "parent": os.getpid()}
         write_json(job, {"directory": str(directory), "device": str(device), "windows": str(sequences), **settings})

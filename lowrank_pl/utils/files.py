@@ -91,8 +91,10 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
             os.fsync(file.fileno())
         _apply_umask(Path(name), 0o666)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk names no file
         raise
     return path
 

@@ -63,7 +63,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, s
         monkeypatch.setattr(files.os, "fdopen", Full)
     else:
         monkeypatch.setattr(files.os, step, full_disk)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'kept'}'"):
         atomic_write(tmp_path / "kept", "new")
     with pytest.raises(OSError, match="No space left on device"):
         atomic_write(tmp_path / "fresh", "new")
