@@ -24,7 +24,8 @@ from lowrank_pl.report.comparison import read_results, write_comparison
 from lowrank_pl.report.evidence import read_evidence
 from lowrank_pl.report.scores import Row, read_summary, write_summary
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, read_checkpoint
-from lowrank_pl.utils.files import sealed, write_json
+from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.json_files import sealed
 from lowrank_pl.utils.tensor_store import TensorStore
 
 FLIPS = 60

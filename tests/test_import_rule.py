@@ -46,6 +46,8 @@ ONLY_IN = {
     "pytorch_lightning": "",
     "tensorboard": "training cli",
     "torch.utils.tensorboard": "training cli",
+    # Slow to import, so it comes in only where a file is read.
+    "pydantic": "utils.json_files plans.plan_schema report.file_schemas",
     "matplotlib": "utils.figures evaluate.size_curve report.comparison report.rank_history report.rank_map",
 }
 
@@ -259,6 +261,16 @@ def test_importing_all_but_the_outer_ring_leaves_lightning_out(loaded):
 
 def test_importing_the_package_leaves_lightning_out(loaded):
     assert not {*LIGHTNING, *map(full, OUTER)} & set(loaded["root"])
+
+
+SCHEMAS = ("plans.plan_schema", "report.file_schemas")
+
+
+@pytest.mark.parametrize("module", sorted({*MODULES} - {*SCHEMAS}))
+def test_schemas_and_pydantic_are_imported_inside_functions(module):
+    above = [node for node in tree_of(module).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    named = {getattr(node, "module", None) or node.names[0].name for node in above}
+    assert not named & {"pydantic", *map(full, SCHEMAS)}
 
 
 @pytest.mark.parametrize("name", lowrank_pl.__all__)

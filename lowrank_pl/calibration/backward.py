@@ -136,7 +136,7 @@ class Recorder:
 
         while self._calls:
             name, inputs, output = self._calls.pop()
-            output.register_hook(partial(take, name, inputs))
+            output.register_hook(partial(take, name, inputs))  # type: ignore[no-untyped-call]
             del output
         by_start: Tensor = torch.autograd.grad(end, self._starts, gradient)[0]
         unused = [name for name, left in waiting.items() if left]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from lowrank_pl.cli.help_page import HelpFormatter
 from lowrank_pl.cli.parameters import FLAGS, Given, split_words
 from lowrank_pl.cli.parse_errors import explain_parse_error
 from lowrank_pl.cli.renamed import COMMAND_NAMES, explain_old_names
+from lowrank_pl.utils.machine_limits import explain_limit
 from lowrank_pl.version import __version__
 
 __all__ = ["COMMANDS", "UNWANTED_LINES", "command_line", "flags_of", "main"]
@@ -179,9 +181,7 @@ def _usage_mistake(words: list[str], error: Exception) -> str:
 
 
 def _mistake(error: Exception) -> str | None:
-    """Return the sentence for a user's mistake; None for a mistake of ours."""
-    if isinstance(error, (ValueError, OSError)):
-        return f"error: {error}"
+    """Return the sentence for a user's mistake or the machine's limits; None for a mistake of ours."""
     # What was never imported can't have been raised.
     known = {
         "lowrank_pl.cli.doctor": "BrokenModelError",
@@ -192,8 +192,12 @@ def _mistake(error: Exception) -> str | None:
     for module, name in known.items():
         if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):
             return str(error) if name == "BrokenModelError" else f"error: {error}"
+    limit = explain_limit(error)
+    if limit is not None:
+        return f"error: {limit}"
     # Lightning refuses some settings with a plain RuntimeError.
-    return f"error: {error}" if isinstance(error, RuntimeError) and _raised_in(error) == "lightning" else None
+    lightnings = isinstance(error, RuntimeError) and _raised_in(error) == "lightning"
+    return f"error: {error}" if lightnings or isinstance(error, ValueError | OSError) else None
 
 
 def _raised_in(error: Exception) -> str:
@@ -242,8 +246,18 @@ def _set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_wanted)
+    threading.excepthook = _failed_thread
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def _failed_thread(failed: threading.ExceptHookArgs) -> None:
+    """Say in one line what keeps TensorBoard's thread from writing; it passes the error on to who writes next."""
+    limit = None if failed.exc_value is None else explain_limit(failed.exc_value)
+    if limit is None or not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
+    else:
+        logging.getLogger(__name__).error("TensorBoard's events can't be written: %s", limit)
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:

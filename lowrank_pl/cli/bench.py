@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lowrank_pl.models.settings import DType
 from lowrank_pl.plans.constraints import Form
-from lowrank_pl.utils.files import check_output_files, sealed, write_json
+from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.json_files import sealed
 
 if TYPE_CHECKING:
     from lowrank_pl.costs.speed import Mode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ from lowrank_pl.utils.environment import (
     reset_peak_memory,
 )
 from lowrank_pl.utils.files import LOCK, canonical_json, locked, sha256_of, write_json
+from lowrank_pl.utils.json_files import read_json
 from lowrank_pl.utils.tensor_store import total_seconds
 from lowrank_pl.version import __version__
 
@@ -124,7 +124,7 @@ class Comparison:
         path = self.run / "protocol.json"
         if not path.exists():
             write_json(path, protocol)
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = read_json(path, dict[str, Any], what="the settings of a comparison", advice="name another folder")
         differ = [key for key in protocol if theirs.get(key) != protocol[key]]
         if differ:
             raise ValueError(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import check_output_files, sealed, write_json
+from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.json_files import sealed
 
 if TYPE_CHECKING:
     from lowrank_pl.export.health.diagnosis import Diagnosis

@@ -12,7 +12,8 @@ from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts
 from lowrank_pl.evaluate.settings import TaskSettings
 from lowrank_pl.models.settings import Base, DType
-from lowrank_pl.utils.files import check_output_files, sealed, write_json
+from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.json_files import sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,7 +8,6 @@ behind and do not affect an older export.
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from lowrank_pl.models.identity import ORIGIN_KEY, base_class
 from lowrank_pl.models.targets import replaced
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.files import atomic_directory, atomic_write, check_output_folder
+from lowrank_pl.utils.machine_limits import explain_limit
 
 __all__ = ["ExportReport", "check_destination", "is_compressed", "load_compressed", "save_compressed"]
 
@@ -131,7 +131,7 @@ def save_compressed(
             f"e.g. {next(iter(shapes))}: export the factors, or prune all MLPs to one width"
         )
     align(model)
-    with _full_disk_explained(directory), atomic_directory(directory) as folder:
+    with _limits_explained(directory), atomic_directory(directory) as folder:
         dense = _dense_layers(model, originals, merge=merge)
         before = logits_of(model) if verify and dense else None
         with replaced(model, dense):
@@ -347,14 +347,12 @@ def _write_texts(folder: Path, plan: Plan | None, card: str | None) -> None:
 
 
 @contextmanager
-def _full_disk_explained(directory: Path) -> Iterator[None]:
-    """Raise one clear error if the disk is full; safetensors reports it with an exception of its own."""
+def _limits_explained(directory: Path) -> Iterator[None]:
+    """Raise one clear error if disk, memory or the allowed size of files ends; libraries have errors of their own."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        codes = (errno.ENOSPC, errno.EDQUOT)
-        if getattr(error, "errno", None) not in codes and not any(f"os error {code}" in str(error) for code in codes):
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        limit = explain_limit(error)
+        if limit is None or isinstance(error, ExportError):
             raise
-        raise ExportError(
-            f"the disk is full: nothing was exported to {str(directory)!r}; free some space and try again"
-        ) from error
+        raise ExportError(f"nothing was exported to {str(directory)!r}: {limit}") from error

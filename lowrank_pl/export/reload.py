@@ -171,8 +171,10 @@ def _ask_fresh_process(model: PreTrainedModel, folder: Path, logits: Path, *, co
     """Return the answer of reload_probe.py on ``folder``; the logits themselves go into the file ``logits``."""
     device = str(model.device)
     request = {
+        "parent": os.getpid(),
         "directory": str(folder.resolve()),
-        "logits": str(logits),
+        # They are needed where they may differ in rounding; elsewhere $TMPDIR may be full.
+        "logits": None if device == "cpu" else str(logits),
         # The package's own files, never the copies in the folder, which may come from anybody.
         "code": str(Path(hf_format.__file__).parent) if compressed else None,
         "trust": base_class(model) is None,
@@ -190,9 +192,10 @@ def _ask_fresh_process(model: PreTrainedModel, folder: Path, logits: Path, *, co
     # hide packages that are installed per user or found by PYTHONPATH.
     done = subprocess.run(command, capture_output=True, text=True, cwd=logits.parent, env=environment, check=False)
     if done.returncode:
-        raise ReloadError(
-            f"a fresh process can't load it (exit status {done.returncode}):\n{done.stderr.strip()[-2000:]}"
-        )
+        said = done.stderr.strip()[-2000:]
+        if done.returncode < 0:
+            said += f"\nsignal {-done.returncode} ended it, as when memory runs out: a check takes as much as the model"
+        raise ReloadError(f"a fresh process can't load it (exit status {done.returncode}):\n{said.strip()}")
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import sys
+import threading
+import time
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-__all__ = ["PROBE_TEXT", "digest", "probe"]
+__all__ = ["PROBE_TEXT", "digest", "end_with_parent", "probe"]
 
 PROBE_TEXT = "Energy is conserved; 12 + 30 = 42.\n\tÀ bientôt!"
 
@@ -45,8 +48,23 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(label + tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def end_with_parent(parent: int) -> None:
+    """End this process once ``parent``, the process that started it, is gone: nobody would take its answer.
+
+    A killed parent can't end it. Where processes keep the number of a dead parent (Windows), this one goes on.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _main(request: dict[str, Any]) -> None:
     """Load the folder with no more of lowrank_pl than its format, and print the results as one line of JSON."""
+    end_with_parent(request["parent"])
     disable_progress_bar()
     torch.set_num_threads(request["threads"])
     torch.set_float32_matmul_precision(request["precision"])
@@ -66,7 +84,8 @@ def _main(request: dict[str, Any]) -> None:
             tensor.data = tensor.data.clone()
     tokenizer = AutoTokenizer.from_pretrained(request["directory"], trust_remote_code=request["trust"])
     logits = probe(model)
-    torch.save(logits, request["logits"])
+    if request["logits"] is not None:
+        torch.save(logits, request["logits"])
     answer = {
         "logits": digest(logits),
         "missing": sorted(info["missing_keys"]),

@@ -121,6 +121,10 @@ class LowRankLinear(nn.Linear):
         """
         return _product(self.weight, self.right)
 
+    # Names by which PEFT asks quantised layers for the weight that they stand for. DoRA needs its norms.
+    W_q = property(lambda self: self.weight)
+    dequantize = dense
+
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(model)``."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -280,9 +284,13 @@ class PivotedLinear(nn.Linear):
         # Tensors made in inference mode can't be used in training later.
         with torch.inference_mode(False):
             size = self.out_features if self.side == "out" else self.in_features
-            is_pivot = torch.isin(torch.arange(size, device=self.pivots.device), self.pivots).int()
-            order = is_pivot.argsort(descending=True, stable=True)
-            indices = (order.argsort(),) if self.side == "out" else (order[: self.rank], order[self.rank :])
+            every = torch.arange(size, device=self.pivots.device)
+            is_pivot = torch.isin(every, self.pivots)
+            before = is_pivot.cumsum(0)
+            # Where each index lies when all pivots come first. ONNX has no stable sort, which would say it more simply.
+            place = torch.where(is_pivot, before - 1, self.rank + every - before)
+            order = torch.zeros_like(place).scatter(0, place, every)
+            indices = (place,) if self.side == "out" else (order[: self.rank], order[self.rank :])
         # The next run of a recorded CUDA graph overwrites what this run computes.
         if not torch.compiler.is_compiling():
             self._derived = (self.pivots, *indices)
@@ -306,6 +314,9 @@ class PivotedLinear(nn.Linear):
         if self.side == "out":
             return torch.cat([self.right, others]).index_select(0, *self._indices())
         return torch.cat([self.weight, others], 1).index_select(1, torch.cat(self._indices()).argsort())
+
+    W_q = property(lambda self: self.weight)  # as in LowRankLinear
+    dequantize = dense
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]

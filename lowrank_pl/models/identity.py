@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.models.targets import Target, Targets
 from lowrank_pl.utils.files import sha256_of
 from lowrank_pl.utils.formatting import percent
+from lowrank_pl.utils.json_files import checked_json
 from lowrank_pl.utils.tensor_store import tensor_digest
 
 __all__ = ["ORIGIN_KEY", "Origin", "base_class", "model_fingerprint", "parent_name"]
@@ -59,10 +60,14 @@ class Origin:
         if stored is None:
             return None
         try:
-            return cls(**{**stored, "left": dict(stored["left"]), "maps": tuple(stored["maps"])})
-        except (TypeError, KeyError, ValueError):
+            checked_json(json.dumps(stored), cls)
+            origin = cls(**{**stored, "maps": tuple(stored["maps"])})
+            if not origin.left or not all(0 < left <= origin.width for left in origin.left.values()):
+                raise ValueError(f"left is {origin.left} of {origin.width} hidden neurons")
+            return origin
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"config.json has {stored} under {ORIGIN_KEY}: expected an entry of `lowrank prune` of this version; "
+                f"config.json under {ORIGIN_KEY}: expected an entry of `lowrank prune` of this version, but {error}; "
                 "prune the base again"
             ) from None
 

@@ -1,4 +1,4 @@
-"""Registers the format of exports with transformers once transformers itself is imported.
+"""Registers the format of exports with transformers, and checks with PEFT, once these are imported.
 
 ``import lowrank_pl`` must make ``from_pretrained`` load exports, whatever is imported first. The format's code needs
 torch and most of transformers, which take seconds to import. Hence the format is registered at once only where
@@ -21,9 +21,13 @@ TABLE = "transformers.quantizers.auto"
 """The module with the tables that the format is entered in."""
 
 
+ADAPTERS = "peft.tuners.tuners_utils"
+"""The module of PEFT that all its adapters come from."""
+
+
 # Every model's code imports the second one after the table. It is watched too for the case that one thread already
 # looks for the table while another thread imports this package.
-WATCHED = (TABLE, "transformers.modeling_utils")
+WATCHED = (TABLE, "transformers.modeling_utils", ADAPTERS)
 
 
 def register_format() -> None:
@@ -41,6 +45,9 @@ def _register() -> None:
         # The module registers the format as it is imported. In the middle of its own import it gets here too, and the
         # line below does nothing then.
         import_module("lowrank_pl.models.hf_format")
+    # In the middle of its own import, the module does not have its classes yet.
+    if hasattr(sys.modules.get(ADAPTERS), "BaseTunerLayer"):
+        import_module("lowrank_pl.models.peft_checks")
 
 
 class _Finder(MetaPathFinder):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.storage import Form, Storage, StorageChoice
-from lowrank_pl.utils.files import SEAL, atomic_write, canonical_json, json_digest, sha256_of
+from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
+from lowrank_pl.utils.json_files import SEAL, checked_json, json_digest
 
 __all__ = ["SCHEMA", "ZERO", "ModulePlan", "RankPlan"]
 
@@ -284,15 +285,12 @@ class RankPlan:
             place: Its file, for the warning that it was edited.
 
         Raises:
-            ValueError: The text is not JSON, has another schema, or lacks a key, or a rank is impossible.
+            ValueError: The text is not JSON, has another schema, or a field is absent, unknown or impossible; the
+                message names the field.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the plan is not JSON ({error}): expected a file of `lowrank allocate`") from None
-        if not isinstance(data, dict) or data.get("schema") not in range(1, SCHEMA + 1):
-            given = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"the plan has schema {given!r}: this version of lowrank_pl reads schemas 1 to {SCHEMA}")
+        from lowrank_pl.plans.plan_schema import ModuleEntry, PlanFile
+
+        data = checked_json(text, PlanFile)
         seal = data.pop(SEAL, None)
         if seal not in (None, json_digest(data)):
             _log.warning(
@@ -301,28 +299,12 @@ class RankPlan:
                 place,
                 SEAL,
             )
-        try:
-            return cls._from_dict(data)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the plan lacks or misspells {error}: make it again with `lowrank allocate`") from None
-
-    @classmethod
-    def _from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
-        modules = {}
-        for name, entry in data["modules"].items():
-            try:
-                modules[name] = _module_from_json(entry)
-            except ValueError as error:
-                raise ValueError(f"module {name} of the plan: {error}") from None
-        if not modules:
-            raise ValueError("the plan names no module: make it again with `lowrank allocate`")
-        # Plans of schema 1 have factored storage only, and the first ones have no constraints.
-        constraints = {"storage": "factored", **data.get("constraints", {"multiple_of": 1, "floors": {}})}
-        _check_constraints(constraints)
+        # The first plans have no constraints, and those of schema 1 have factored storage only.
+        constraints = {"multiple_of": 1, "floors": {}, "storage": "factored", **data.get("constraints", {})}
         return cls(
             method=data["method"],
             keep=data["keep"]["asked"],
-            modules=modules,
+            modules={name: ModuleEntry(**entry).plan() for name, entry in data["modules"].items()},
             model_parameters=data["parameters"]["model"]["dense"],
             bytes_per_parameter=data["bytes"]["per_parameter"],
             origin=data["origin"],
@@ -352,18 +334,7 @@ class RankPlan:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"), place=path)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-
-def _check_constraints(constraints: Mapping[str, Any]) -> None:
-    multiple, floors, storage = constraints["multiple_of"], constraints["floors"], constraints["storage"]
-    if storage not in get_args(StorageChoice):
-        raise ValueError(f"storage is {storage!r} in the plan: expected one of {', '.join(get_args(StorageChoice))}")
-    if type(multiple) is not int or multiple < 1:
-        raise ValueError(f"multiple_of is {multiple!r} in the plan: expected a whole number of at least 1")
-    for pattern, floor in floors.items():
-        if type(floor) not in (int, float) or not 0 <= floor <= 1:
-            raise ValueError(f"the floor of {pattern!r} is {floor!r} in the plan: expected a fraction in [0, 1]")
+            raise ValueError(f"{path}: {error}; correct it, or make the plan again with `lowrank allocate`") from None
 
 
 def _module_json(plan: ModulePlan) -> dict[str, Any]:
@@ -373,12 +344,3 @@ def _module_json(plan: ModulePlan) -> dict[str, Any]:
     if plan.rank is not None and plan.storage != "factored":
         entry["storage"] = plan.storage
     return entry
-
-
-def _module_from_json(entry: Mapping[str, Any]) -> ModulePlan:
-    rank = entry["rank"]
-    if rank != "dense" and (not isinstance(rank, int) or isinstance(rank, bool)):
-        raise ValueError(f'the rank is {rank!r}: expected a whole number or "dense"')
-    indices = tuple(entry["indices"]) if "indices" in entry else None
-    form = entry.get("storage", "factored")
-    return ModulePlan(tuple(entry["shape"]), None if rank == "dense" else rank, indices, form)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.report.page import render
 from lowrank_pl.utils.figures import plain, save_figure
-from lowrank_pl.utils.files import atomic_write, sealed, unsealed, write_json
+from lowrank_pl.utils.files import atomic_write, write_json
 from lowrank_pl.utils.formatting import code, percent, table
+from lowrank_pl.utils.json_files import read_json, sealed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -238,17 +238,15 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """Return the list in ``results.json`` of ``folder``; empty if there is no such file.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The file is damaged; the message names it and the field.
     """
     path = folder / "results.json"
     if not path.exists():
         return []
-    try:
-        found: list[dict[str, Any]] = [unsealed(row) for row in json.loads(path.read_text(encoding="utf-8"))]
-        if not all({"method", "keep", "excess", "seconds"} <= row.keys() for row in found):
-            raise ValueError("a row lacks the method, keep, excess or seconds")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} holds no comparison ({error}): delete it or name another folder") from None
+    from lowrank_pl.report.file_schemas import ComparisonFile
+
+    advice = "delete it or name another folder"
+    found: list[dict[str, Any]] = read_json(path, ComparisonFile, what="a list of results", advice=advice)
     return found
 
 

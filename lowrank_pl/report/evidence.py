@@ -17,7 +17,7 @@ from typing import Any
 
 from lowrank_pl.evaluate.paired import members
 from lowrank_pl.export.health.diagnosis import Diagnosis
-from lowrank_pl.utils.files import unsealed
+from lowrank_pl.utils.json_files import unsealed
 
 __all__ = [
     "Agreement",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ from lowrank_pl.evaluate.generation import generate_samples
 from lowrank_pl.evaluate.likelihood import Score, excess_nats, perplexity
 from lowrank_pl.export.export import ExportReport, save_compressed
 from lowrank_pl.export.reload import ExportError
+from lowrank_pl.export.reload_probe import end_with_parent
 from lowrank_pl.factors.compression import compress, compressed, deployed_plan
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import make_allocator
@@ -44,7 +46,7 @@ from lowrank_pl.report.run_record import Exported, RunRecord, digests_of, read_r
 from lowrank_pl.report.scores import Row, row_table, write_summary
 from lowrank_pl.utils.environment import command_line, describe_machine
 from lowrank_pl.utils.figures import save_figure
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.files import atomic_write, write_json
 from lowrank_pl.version import __version__
 
 __all__ = ["Ending", "Finished", "Learned", "Protocol", "export_plan", "finish_run", "score_in_fresh_process"]
@@ -350,9 +352,9 @@ def score_in_fresh_process(
     """
     with tempfile.TemporaryDirectory() as folder:
         job, sequences, result = (Path(folder) / name for name in ("job.json", "windows.safetensors", "result.json"))
-        save_file({"windows": protocol.sequences.contiguous()}, sequences)
+        atomic_write(sequences, save({"windows": protocol.sequences.contiguous()}))
         settings = {"prompts": list(protocol.prompts), "max_new_tokens": protocol.max_new_tokens}
-        settings |= {"stream": stream, "trust": trust}
+        settings |= {"stream": stream, "trust": trust, "parent": os.getpid()}
         settings |= {"directory": str(directory.resolve()), "device": str(device), "windows": str(sequences)}
         write_json(job, settings)
         # The process keeps the terminal's stderr, for its progress bar. Its current folder is private, so that no file
@@ -368,6 +370,7 @@ def score_in_fresh_process(
 def score_job(job: str, result: str) -> None:
     """Do the job of ``score_in_fresh_process`` in this process."""
     settings = json.loads(Path(job).read_text())
+    end_with_parent(settings["parent"])
     assert hf_format.METHOD == "lowrank"  # the import has registered the format
     where, trust = settings["directory"], settings["trust"]
     model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=trust).eval()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lowrank_pl.utils.files import SEAL, break_seal, json_digest, write_json
+from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity, table
+from lowrank_pl.utils.json_files import read_json, sealed
 
 __all__ = ["SUMMARY", "Row", "Summary", "read_summary", "row_table", "write_summary"]
 
@@ -89,7 +89,7 @@ def write_summary(run_dir: str | Path, rows: Iterable[Row], **facts: Any) -> Pat
     """Write ``summary.json`` of a run and return its path: rows keyed by name, and ``facts`` under one key.
 
     ``{"dense": {"perplexity": …, "excess_nats": …, "kept_targeted": …, "kept_model": …, "bytes": …, "seconds": …},
-    …, "facts": {…, "sha256": …}}``. It replaces the summary of an earlier run in the folder.
+    …, "facts": {…}, "sha256": …}``. It replaces the summary of an earlier run in the folder.
 
     Args:
         run_dir: The run's folder, created if absent.
@@ -102,29 +102,23 @@ def write_summary(run_dir: str | Path, rows: Iterable[Row], **facts: Any) -> Pat
     summary: dict[str, Any] = {row.name: _figures(row) for row in rows}
     if FACTS in summary:
         raise ValueError(f"a row is named {FACTS!r}, which {SUMMARY} uses for everything else: give it another name")
-    summary[FACTS] = dict(facts)
-    # Beside the facts, since every other key is the name of a row.
-    summary[FACTS] |= {SEAL: json_digest(summary)}
-    return write_json(Path(run_dir) / SUMMARY, summary)
+    return write_json(Path(run_dir) / SUMMARY, sealed({**summary, FACTS: facts} if facts else summary))
 
 
 def read_summary(run_dir: str | Path) -> Summary:
     """Return what :func:`write_summary` wrote to the run's folder.
 
     Raises:
-        ValueError: There is no ``summary.json``, or its content is no summary; the message names the file.
+        ValueError: There is no ``summary.json``, or it is no summary; the message names the file and the field.
     """
     path = Path(run_dir) / SUMMARY
     if not path.is_file():
         raise ValueError(f"no {SUMMARY} in {run_dir}: expected the folder of a finished run")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        facts = data.get(FACTS, {})
-        break_seal(facts, data)
-        data.pop(FACTS, None)
-        return Summary(tuple(Row(name, **figures) for name, figures in data.items()), facts)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a run's summary ({error}): delete it or run again") from None
+    from lowrank_pl.report.file_schemas import SummaryFile
+
+    data = read_json(path, SummaryFile, what="a run's summary", advice="delete it or run again")
+    facts = data.pop(FACTS, {})
+    return Summary(tuple(Row(name, **figures) for name, figures in data.items()), facts)
 
 
 def _figures(row: Row) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,14 @@ from filelock import FileLock, Timeout
 
 __all__ = [
     "LOCK",
-    "SEAL",
     "atomic_directory",
     "atomic_write",
-    "break_seal",
     "cache_root",
     "canonical_json",
     "check_output_files",
     "check_output_folder",
-    "json_digest",
     "locked",
-    "sealed",
     "sha256_of",
-    "unsealed",
     "write_json",
 ]
 
@@ -39,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 """File in a folder that belongs to one process at a time: that process holds a lock on it (``locked``)."""
+
+_DAY = 86_400  # seconds
 
 
 def cache_root() -> Path:
@@ -96,53 +94,6 @@ def sha256_of(*parts: str | bytes | memoryview) -> str:
         digest.update(data.nbytes.to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
-
-
-SEAL = "sha256"
-"""Key of a JSON object's digest."""
-
-
-def json_digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, which is the same after it was written and read again."""
-    return sha256_of(canonical_json(json.loads(json.dumps(value))))
-
-
-def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON object with its digest as its last entry.
-
-    >>> unsealed(sealed({"a": 1}))
-    {'a': 1}
-    """
-    return {**value, SEAL: json_digest(value)}
-
-
-def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON object without the digest that ``sealed`` added; files of earlier versions have none.
-
-    Raises:
-        ValueError: The object is not as it was written.
-    """
-    rest = dict(value)
-    break_seal(rest, rest)
-    return rest
-
-
-def break_seal(holder: dict[str, Any], whole: Any) -> None:
-    """Check the digest of the JSON value ``whole``, and remove it from ``holder``, the object in it that has it.
-
-    Raises:
-        ValueError: The value is not as it was written.
-    """
-    last = next(reversed(holder), SEAL)
-    seal = holder.pop(SEAL, None)
-    intact = seal in (None, json_digest(whole))
-    if seal is None and re.fullmatch("[0-9a-f]{64}", str(holder.get(last))):
-        # The digest's own name may be damaged.
-        other = holder.pop(last)
-        intact = other != json_digest(whole)
-        holder[last] = other
-    if not intact:
-        raise ValueError(f"it was changed or damaged after it was written, by its digest under {SEAL!r}")
 
 
 def check_output_files(*paths: str | Path | None) -> None:
@@ -216,8 +167,10 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
             os.fsync(file.fileno())
         _apply_umask(Path(name), 0o666)
         os.replace(name, target)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk names no file
         raise
     return path
 
@@ -233,7 +186,8 @@ def _is_special(path: Path) -> bool:
 
 def _hidden(path: Path) -> str:
     """Return how the names of temporary files beside ``path`` begin; file systems allow 255 bytes for a whole name."""
-    return f".{path.name[:60]}."
+    name = path.name if len(path.name) <= 60 else f"{path.name[:40]}-{sha256_of(path.name)[:12]}"
+    return f".{name}."
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -246,15 +200,16 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block succeeds and is removed when it fails.
 
     Its files get the permissions that a plain ``open`` gives. An older folder at ``path`` is replaced only at the end,
-    so a failure or Ctrl-C loses nothing. A link stays, and the folder that it leads to is replaced.
+    so a failure or Ctrl-C loses nothing. A link stays, and the folder that it leads to is replaced. What killed
+    processes have left beside it is removed first, and logged.
 
     Args:
         path: The folder to create.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=path.parent, prefix=_hidden(path), suffix=".tmp"))
-    try:
+    _sweep(path)
+    with _temporary_folder(path, ".tmp") as building:
         _apply_umask(building, 0o777)
         yield building
         for file in building.rglob("*"):
@@ -262,9 +217,43 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 _apply_umask(file, 0o666)
         _swap(building, path)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _temporary_folder(path: Path, suffix: str) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, under a lock that ends with this process; remove what is left of it."""
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=_hidden(path), suffix=suffix))
+    lock = FileLock(f"{folder}.lock")
+    # Some network file systems know no locks. What is left there is swept by its age.
+    with suppress(OSError, NotImplementedError):
+        lock.acquire(timeout=0)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes have left of ``path``; put an older folder back if it was about to be replaced."""
+    ours = re.compile(rf"{re.escape(_hidden(path))}\w{{8}}\.(tmp|old)")
+    for left in [folder for folder in path.parent.iterdir() if ours.fullmatch(folder.name) and folder.is_dir()]:
+        lock = FileLock(f"{left}.lock")
+        # Folders without a lock are of earlier versions, or of a process that is just making it.
+        if not Path(lock.lock_file).exists() and time.time() - left.stat().st_mtime < _DAY:
+            continue
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError, NotImplementedError):
+            continue
+        if (left / "old").exists() and not path.exists():
+            os.replace(left / "old", path)
+            _log.warning("put %s back, which a killed run was about to replace", path)
+        shutil.rmtree(left, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        _log.warning("removed %s, which a killed run had left", left)
 
 
 def _swap(building: Path, path: Path) -> None:
@@ -272,16 +261,14 @@ def _swap(building: Path, path: Path) -> None:
     if not path.exists():
         os.replace(building, path)
         return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=_hidden(path), suffix=".old"))
-    try:
-        os.replace(path, old / "old")
-        os.replace(building, path)
-    except BaseException:
-        if not path.exists():
-            os.replace(old / "old", path)
-        old.rmdir()
-        raise
-    shutil.rmtree(old)
+    with _temporary_folder(path, ".old") as old:
+        try:
+            os.replace(path, old / "old")
+            os.replace(building, path)
+        except BaseException:
+            if not path.exists():
+                os.replace(old / "old", path)
+            raise
 
 
 def _apply_umask(path: Path, mode: int) -> None:

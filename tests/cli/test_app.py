@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from importlib import import_module
 
@@ -245,8 +246,33 @@ def test_a_full_disk(capsys, tmp_path, monkeypatch):
     main(words)
     capsys.readouterr()
     monkeypatch.setattr("os.fsync", full)
-    assert "No space left on device" in failing(capsys, *words, "--json", tmp_path / "scores.json")
+    said = failing(capsys, *words, "--json", tmp_path / "scores.json")
+    assert f"the disk is full at '{tmp_path / 'scores.json'}' (No space left on device): free some space" in said
     assert [*tmp_path.iterdir()] == []
+
+
+def test_no_memory_is_one_sentence(capsys, monkeypatch):
+    def fail(_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr("lowrank_pl.plans.plan.RankPlan.load", fail)
+    assert "memory ran out (" in failing(capsys, "export", "none.json")
+
+
+def test_a_full_disk_in_the_thread_of_tensorboard_is_one_line(caplog, tmp_path):
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    before = threading.excepthook
+    try:
+        main(["--version"])
+        writer = EventFileWriter(str(tmp_path))
+        writer._async_writer._writer.write = lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        writer._async_writer._byte_queue.put(b"event")
+        writer._async_writer._worker.join()
+    finally:
+        threading.excepthook = before
+    (said,) = caplog.messages
+    assert said.startswith("TensorBoard's events can't be written: the disk is full (No space left on device)")
 
 
 def test_debug_shows_the_traceback(monkeypatch):

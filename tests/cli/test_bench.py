@@ -9,7 +9,7 @@ import torch
 
 from lowrank_pl.cli.app import main
 from lowrank_pl.cli.bench import bench
-from lowrank_pl.utils.files import unsealed
+from lowrank_pl.utils.json_files import unsealed
 from tests.helpers.commands import failing
 
 

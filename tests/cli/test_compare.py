@@ -19,6 +19,7 @@ from lowrank_pl.models.base import Base
 from lowrank_pl.report.comparison import _spread, comparison_plot, comparison_table, read_results
 from lowrank_pl.training import short_run
 from tests.helpers import ROOT
+from tests.helpers.run_folder import comparison_results
 
 QUICK = Recipe(Decomposition("two_sided"), learning=Learning(ARA(), steps=3, sequences=4, start="fisher"))
 SETTINGS = {
@@ -186,7 +187,25 @@ def test_mistakes_are_told_before_any_work(tmp_path, changes, message):
 
 def test_damaged_results_are_not_overwritten(tmp_path):
     (tmp_path / "results.json").write_text('[{"method": "x"}]')
-    with pytest.raises(ValueError, match=r"holds no comparison \(a row lacks .*: delete it or name another"):
+    with pytest.raises(ValueError, match=r"results.json .*\[0\].keep is missing.*: delete it or name another"):
+        compare(Base("random:llama"), methods=["uniform"], keep=[0.5], run=tmp_path, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"bytes": "3"}, r"\[1\].bytes"), ({"seconds": None}, r"\[1\].seconds"), ({"excess": {}}, "a at keep 0.8 is not")],
+)
+def test_a_wrong_row_of_results_is_named(tmp_path, change, field):
+    rows = comparison_results()
+    rows[1] |= change
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=f"results.json .*{field}"):
+        read_results(tmp_path)
+
+
+def test_a_damaged_protocol_is_named(tmp_path):
+    (tmp_path / "protocol.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"protocol.json .* name another folder"):
         compare(Base("random:llama"), methods=["uniform"], keep=[0.5], run=tmp_path, **SETTINGS)
 
 

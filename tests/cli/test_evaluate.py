@@ -9,7 +9,7 @@ import pytest
 from lowrank_pl import perplexity, token_windows
 from lowrank_pl.cli.evaluate import evaluate
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
-from lowrank_pl.utils.files import unsealed
+from lowrank_pl.utils.json_files import unsealed
 
 TEXT = "python-docs::part=0%-10%"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lowrank_pl.cli.evaluate import evaluate
 from lowrank_pl.evaluate.likelihood import perplexity
 from lowrank_pl.export import reload, reload_probe
 from lowrank_pl.export.export import ExportReport, load_compressed, save_compressed
-from lowrank_pl.export.reload import ExportError
+from lowrank_pl.export.reload import ExportError, ReloadError
 from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.models import digests, hf_format, hf_layers
 from lowrank_pl.models.base import load_base
@@ -392,6 +393,22 @@ def test_on_a_gpu_rounding_is_no_difference_and_more_is(exports, monkeypatch):
         check()
 
 
+@pytest.mark.parametrize(("device", "written"), [("cpu", False), ("cuda", True)])
+def test_only_logits_of_a_gpu_take_space_in_the_temporary_folder(exports, monkeypatch, device, written):
+    home, models = exports
+    asked = []
+
+    def run(command, **_):
+        asked.append(json.loads(command[-1]))
+        return subprocess.CompletedProcess(command, -9, "", "")
+
+    monkeypatch.setattr(reload, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(type(models["llama"]), "device", torch.device(device))
+    with pytest.raises(ReloadError, match="signal 9 ended it, as when memory runs out"):
+        reload.compare_reload(models["llama"], home / "llama", None, byte_tokenizer(), merged=False)
+    assert (asked[0]["logits"] is not None) == written
+
+
 def test_merged_weights_that_overflow_are_refused():
     with pytest.raises(ExportError, match=r"by nan .* 0.03[0-9]* allowed in torch.float16.* export in float32"):
         reload.check_merged(torch.ones(2).half(), torch.tensor([1.0, float("inf")]).half() * 0)
@@ -407,23 +424,23 @@ def test_logits_that_are_nan_are_never_exported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "text"),
     [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        KeyboardInterrupt(),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full .*free some space"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full .*free some space"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "a file may not become so large .*ulimit -f"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out .*smaller batches"),
+        (KeyboardInterrupt(), None),
     ],
-    ids=["disk", "safetensors", "ctrl-c"],
+    ids=["disk", "safetensors", "file size", "memory", "ctrl-c"],
 )
-def test_nothing_is_left_of_an_interrupted_export(tmp_path, monkeypatch, error):
+def test_nothing_is_left_of_an_interrupted_export(tmp_path, monkeypatch, error, text):
     def fail(*_, **__):
         raise error
 
     model = compressed("llama")
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
-    ctrl_c = isinstance(error, KeyboardInterrupt)
-    expected, text = (KeyboardInterrupt, None) if ctrl_c else (ExportError, "the disk is full: .*free some space")
-    with pytest.raises(expected, match=text):
+    with pytest.raises(KeyboardInterrupt if text is None else ExportError, match=text):
         save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), merge=True)
     assert not list(tmp_path.iterdir())
     assert isinstance(model.model.layers[0].mlp.up_proj, PivotedLinear)

@@ -56,6 +56,8 @@ def _run(asked: dict) -> int:
     code: object = 1
     try:
         os.chdir(asked["cwd"])
+        # Its parent is who asked for it, as it would be without this server.
+        os.getppid = lambda: asked["parent"]
         os.environ.clear()
         os.environ.update(asked["environment"] | CACHES)
         for place, number in (("out", 1), ("err", 2)):

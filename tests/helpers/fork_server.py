@@ -57,6 +57,7 @@ class Forked:
         self._answers = self._connection.makefile("rw")
         words = [word for word in command[1:] if word != "-B"]
         asked = {"words": words, "cwd": str(Path(cwd or "").resolve()), "environment": {**environment}}
+        asked["parent"] = os.getpid()
         print(json.dumps({**asked, "out": out, "err": err}), file=self._answers, flush=True)
         self.pid = int(self._answers.readline())
 

@@ -143,8 +143,66 @@ def test_peft_adapters_learn_and_merging_them_is_an_error(small):
         optimizer.zero_grad()
     assert losses[2] < losses[0]
     assert not torch.equal(logits(adapted), before)
-    with pytest.raises(RuntimeError, match="size of tensor"):
+    with pytest.raises(ValueError, match=r"q_proj can't be merged .* save_pretrained, or adapt a merged export"):
         adapted.merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_dora_takes_the_norms_of_the_merged_weight(small):
+    import peft
+
+    before, norms = logits(small), small.model.layers[0].mlp.down_proj.dense().norm(dim=1)
+    adapted = peft.get_peft_model(small, peft.LoraConfig(r=2, use_dora=True, target_modules=["down_proj"]))
+    magnitude = adapted.base_model.model.model.layers[0].mlp.down_proj.lora_magnitude_vector["default"].weight
+    torch.testing.assert_close(magnitude.data, norms)
+    torch.testing.assert_close(logits(adapted), before)
+    adapted(torch.arange(24)[None], labels=torch.arange(24)[None]).loss.backward()
+    assert magnitude.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        ("LoraConfig", {"init_lora_weights": "pissa_niter_4"}, "PiSSA"),
+        ("LoraConfig", {"init_lora_weights": "olora"}, "OLoRA"),
+        ("LoKrConfig", {}, "LoKr"),
+        ("LoHaConfig", {}, "LoHa"),
+    ],
+)
+@pytest.mark.parametrize("targets", ["all-linear", ["down_proj"]])
+def test_adapters_that_need_the_dense_weight_are_refused_by_name(small, kind, settings, name, targets):
+    import peft
+
+    before = logits(small)
+    with pytest.raises(ValueError, match=rf"{name} needs the dense weight of .*proj.*: use LoRA, DoRA"):
+        peft.get_peft_model(small, getattr(peft, kind)(r=2, target_modules=targets, **settings))
+    assert torch.equal(logits(small), before)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_adapters_of_dense_layers_are_not_refused(small):
+    import peft
+
+    config = peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=["lm_head"])
+    before = logits(small)
+    adapted = peft.get_peft_model(small, config)
+    torch.testing.assert_close(logits(adapted), before)
+    assert adapted.merge_and_unload() is small
+
+
+@pytest.mark.parametrize("storage", ["pivoted"])
+def test_a_whole_model_exports_to_torch_export_and_onnx(small, tmp_path):
+    import onnxruntime
+
+    small.eval()
+    tokens, expected = torch.arange(24)[None], logits(small)
+    program = torch.export.export(small, (tokens,), {"use_cache": False})
+    with torch.no_grad():
+        assert torch.equal(program.module()(tokens, use_cache=False).logits, expected)
+    torch.onnx.export(program, f=tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_aligning_moves_memory_and_no_value():

@@ -41,6 +41,17 @@ def test_the_layer_computes_what_its_merged_weight_does(side, bias, shape):
 
 
 @SIDES
+def test_indices_put_the_pivots_first_and_both_groups_in_order(side):
+    layer = made(side)
+    others = [index for index in range(8) if index not in layer.pivots]
+    order = [*layer.pivots.tolist(), *others]
+    if side == "in":
+        assert [index for part in layer._indices() for index in part.tolist()] == order
+    else:
+        assert layer._indices()[0].tolist() == [order.index(index) for index in range(8)]
+
+
+@SIDES
 def test_the_merged_weight_is_that_of_the_factors(side):
     m, n = (8, 12) if side == "out" else (12, 8)
     left, right = torch.randn(m, 5), torch.randn(5, n)

@@ -91,10 +91,24 @@ def test_a_row_may_not_be_called_facts(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"dense": {"ppl": 3}}', '{"dense": 3}', '{"dense": {}, "facts": 3}'])
-def test_damaged_summary_is_named(tmp_path, text):
-    (tmp_path / "summary.json").write_text(text)
-    with pytest.raises(ValueError, match=r"summary\.json .*: delete it or run again"):
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("{", "Invalid JSON"),
+        ("[]", "object"),
+        ('{"dense": {"ppl": 3}}', "dense.ppl"),
+        ('{"dense": {"bytes": "3"}}', "dense.bytes"),
+        ('{"dense": 3}', "dense: "),
+        ('{"dense": {}, "facts": 3}', "facts: "),
+        ('{"facts": {"samples": [["a", "b"]]}}', r"facts.samples\[0\]"),
+        ('{"facts": {"date": "today"}}', "facts.date"),
+        ('{"facts": {"tokens_per_second": {"dense": null}}}', "facts.tokens_per_second.dense"),
+    ],
+)
+def test_damaged_summary_is_named_and_kept(tmp_path, text, field):
+    path = tmp_path / "summary.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"summary\.json .*{field}.*: delete it or run again"):
         read_summary(tmp_path)
 
 

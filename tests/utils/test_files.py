@@ -6,10 +6,12 @@ import errno
 import hashlib
 import os
 import stat
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lowrank_pl.utils import files
 from lowrank_pl.utils.files import (
@@ -72,7 +74,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, s
         monkeypatch.setattr(files.os, "fdopen", Full)
     else:
         monkeypatch.setattr(files.os, step, full_disk)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'kept'}'"):
         atomic_write(tmp_path / "kept", "new")
     with pytest.raises(OSError, match="No space left on device"):
         atomic_write(tmp_path / "fresh", "new")
@@ -143,6 +145,45 @@ def test_directory_that_cannot_be_swapped_in_leaves_the_old_one(tmp_path, monkey
     with pytest.raises(OSError, match="No space left"), atomic_directory(tmp_path / "made") as building:
         (building / "new").write_text("2")
     assert everything_in(tmp_path) == ["made", "made/old"]
+
+
+def leave(path, suffix, *, age=0.0, lock=True):
+    """A temporary folder of ``path`` as a killed process leaves it."""
+    folder = path.parent / f".{path.name}.abcd_123{suffix}"
+    (folder / "old").mkdir(parents=True)
+    (folder / "old" / "weights").write_text("1")
+    if lock:
+        Path(f"{folder}.lock").touch()
+    os.utime(folder, (time.time() - age,) * 2)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".tmp", ".old"])
+@pytest.mark.parametrize(("age", "lock"), [(0, True), (90_000, False)])
+def test_what_a_killed_process_left_is_removed_and_named(tmp_path, caplog, suffix, age, lock):
+    (tmp_path / "made").mkdir()
+    left = leave(tmp_path / "made", suffix, age=age, lock=lock)
+    with atomic_directory(tmp_path / "made"):
+        pass
+    assert everything_in(tmp_path) == ["made"]
+    assert caplog.messages == [f"removed {left}, which a killed run had left"]
+
+
+def test_folders_that_are_in_use_stay(tmp_path, caplog):
+    used, new = leave(tmp_path / "made", ".tmp"), leave(tmp_path / "made", ".old", lock=False)
+    other = leave(tmp_path / "made.v2", ".tmp")
+    with FileLock(f"{used}.lock"), atomic_directory(tmp_path / "made"):
+        pass
+    assert {used, new, other} <= {*tmp_path.iterdir()}
+    assert caplog.messages == []
+
+
+def test_a_folder_that_was_about_to_be_replaced_is_put_back(tmp_path, caplog):
+    leave(tmp_path / "made", ".old")
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "made"):
+        raise KeyError
+    assert everything_in(tmp_path) == ["made", "made/weights"]
+    assert caplog.messages[0] == f"put {tmp_path / 'made'} back, which a killed run was about to replace"
 
 
 def test_canonical_json_is_the_same_for_equal_values():

@@ -27,7 +27,8 @@ from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.models.forward import block_outputs, forward_from, forward_from_is_exact
 from lowrank_pl.models.targets import Target, decoder_blocks, replaced
 from lowrank_pl.text.sequences import sequences_fingerprint
-from lowrank_pl.utils.files import atomic_write, canonical_json, sealed, sha256_of, unsealed
+from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
+from lowrank_pl.utils.json_files import sealed, unsealed
 
 __all__ = ["DENSE", "STRS", "Losses", "grid_scores", "measure", "truncated"]
 

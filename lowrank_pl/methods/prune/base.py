@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 import time
@@ -29,8 +28,9 @@ from lowrank_pl.models.digests import changed_files
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import Target, Targets, find_targets, model_parameters, targeted_parameters
 from lowrank_pl.utils.distributed import broadcast_from_first
-from lowrank_pl.utils.files import cache_root, canonical_json, locked, sealed, sha256_of, unsealed, write_json
+from lowrank_pl.utils.files import cache_root, canonical_json, locked, sha256_of, write_json
 from lowrank_pl.utils.formatting import code, escaped
+from lowrank_pl.utils.json_files import read_json, sealed
 from lowrank_pl.utils.tensor_store import total_seconds
 
 __all__ = ["ChosenWidths", "WidthPruning", "apply_pruning", "pruned_base", "pruned_card"]
@@ -198,6 +198,17 @@ def pruned_base(subject: Subject, settings: WidthPruning, *, keep: float) -> tup
     return str(folder), done["seconds"]
 
 
+@dataclass(frozen=True)
+class PrunedRecord:
+    """What is read again of the record of a pruned base."""
+
+    base: str
+    narrower: bool
+    seconds: float | None
+    left: float = 1.0
+    width: tuple[str, int] = ("", 0)
+
+
 def _read(record: Path, folder: Path) -> dict[str, Any] | None:
     """Return the record of an earlier pruning; None if the record or the model is absent.
 
@@ -206,12 +217,9 @@ def _read(record: Path, folder: Path) -> dict[str, Any] | None:
     """
     if not record.exists():
         return None
-    try:
-        noted: dict[str, Any] = unsealed(json.loads(record.read_text(encoding="utf-8")))
-        narrower = noted["narrower"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{record} is damaged ({error}): delete it and run again") from None
-    if not narrower:
+    what, advice = "the record of a pruned base", "delete it, so that the base is pruned again"
+    noted: dict[str, Any] = read_json(record, PrunedRecord, what=what, advice=advice)
+    if not noted["narrower"]:
         return noted
     if not (folder / "config.json").exists():
         return None

@@ -190,7 +190,7 @@ def larger_vocabulary():
             "counts",
             "it is for another model",
         ),
-        (lambda folder: (folder / "plan.json").write_text("{"), "plan", "the plan is not JSON"),
+        (lambda folder: (folder / "plan.json").write_text("{"), "plan", "Invalid JSON"),
         (
             edited("config.json", lambda config: config["quantization_config"]["modules"].update({UP: 3})),
             "loads",

@@ -129,10 +129,30 @@ def test_notes_say_what_is_left_of_the_targeted_layers(llama, which, share):
     assert f": {share} of the targeted parameters of random:llama" in note
 
 
-def test_a_config_that_says_something_else_is_refused(llama):
-    llama.config.lowrank_narrowed = {"base": "x", "width": 96}
-    with pytest.raises(ValueError, match=r"lowrank_narrowed: expected .*`lowrank prune`"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targeted": None}, "targeted: .*None"),
+        ({"width": "96"}, "width: .*'96'"),
+        ({"left": {"mlp": 0}}, "left is {'mlp': 0} of 96"),
+        ({"maps": "up_proj"}, "maps: .*'up_proj'"),
+        ({"added": 1}, "added"),
+    ],
+)
+def test_a_config_that_says_something_else_is_refused(llama, changes, message):
+    Origin("x", 1, 2, 96, {"mlp": 8}, ()).write(llama)
+    assert Origin.of(llama) == Origin("x", 1, 2, 96, {"mlp": 8}, ())
+    llama.config.lowrank_narrowed |= changes
+    with pytest.raises(ValueError, match=f"lowrank_narrowed: expected .*`lowrank prune` .*{message}"):
         Origin.of(llama)
+
+
+def test_a_damaged_record_is_named(llama):
+    folder, _ = pruned(llama)
+    record = Path(folder).with_suffix(".json")
+    record.write_text(record.read_text().replace('"narrower": true', '"narrower": "yes"'))
+    with pytest.raises(ValueError, match=rf"{record} .*narrower: .*'yes'.* delete it"):
+        pruned(llama)
 
 
 # -- MLPs of several widths ----------------------------------------------------------------------------------------
