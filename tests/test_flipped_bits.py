@@ -28,7 +28,7 @@ from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.json_files import sealed
 from lowrank_pl.utils.tensor_store import TensorStore
 
-FLIPS = 60
+FLIPS = 24
 PLAN = RankPlan(
     method="hand",
     keep=0.5,
@@ -108,7 +108,9 @@ def pruned(folder):
     for part in (tiny_model("llama"), byte_tokenizer()):
         part.save_pretrained(base)
     write_digests(base)
-    write_json(record, sealed({"narrower": True, "width": ["8", 16], "left": 0.5, "seconds": 1.5}))
+    write_json(
+        record, sealed({"base": "random:llama", "narrower": True, "width": ["8", 16], "left": 0.5, "seconds": 1.5})
+    )
     return lambda: _read(record, base)
 
 

@@ -158,8 +158,12 @@ def differentiable(model: PreTrainedModel, first: int) -> Iterator[list[Tensor]]
     before = model.get_input_embeddings() if first == 0 else decoder_blocks(model)[1][first - 1]
     starts: list[Tensor] = []
 
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        starts[:] = [(output if isinstance(output, Tensor) else output[0]).requires_grad_()]
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        whole: Tensor = output if isinstance(output, Tensor) else output[0]
+        # A view is no leaf. Tools that watch modules, such as torch's FlopCounterMode, refuse to wait for a leaf.
+        start = whole.requires_grad_().view_as(whole)
+        starts[:] = [start]
+        return start if isinstance(output, Tensor) else (start, *output[1:])
 
     handle = before.register_forward_hook(hook)
     try:

@@ -69,7 +69,6 @@ class SummaryFile(BaseModel):
     __pydantic_extra__: dict[str, _Figures]
 
     facts: _Facts = ABSENT
-    sha256: str = ABSENT
 
 
 class _Keep(_Open):

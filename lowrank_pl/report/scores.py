@@ -9,7 +9,7 @@ from typing import Any
 
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity, table
-from lowrank_pl.utils.json_files import read_json, sealed
+from lowrank_pl.utils.json_files import SEAL, break_seal, json_digest, read_json
 
 __all__ = ["SUMMARY", "Row", "Summary", "read_summary", "row_table", "write_summary"]
 
@@ -89,7 +89,7 @@ def write_summary(run_dir: str | Path, rows: Iterable[Row], **facts: Any) -> Pat
     """Write ``summary.json`` of a run and return its path: rows keyed by name, and ``facts`` under one key.
 
     ``{"dense": {"perplexity": …, "excess_nats": …, "kept_targeted": …, "kept_model": …, "bytes": …, "seconds": …},
-    …, "facts": {…}, "sha256": …}``. It replaces the summary of an earlier run in the folder.
+    …, "facts": {…, "sha256": …}}``. It replaces the summary of an earlier run in the folder.
 
     Args:
         run_dir: The run's folder, created if absent.
@@ -102,7 +102,9 @@ def write_summary(run_dir: str | Path, rows: Iterable[Row], **facts: Any) -> Pat
     summary: dict[str, Any] = {row.name: _figures(row) for row in rows}
     if FACTS in summary:
         raise ValueError(f"a row is named {FACTS!r}, which {SUMMARY} uses for everything else: give it another name")
-    return write_json(Path(run_dir) / SUMMARY, sealed({**summary, FACTS: facts} if facts else summary))
+    # The digest lies among the facts, since every other key is the name of a row.
+    seal = {SEAL: json_digest({**summary, FACTS: facts})}
+    return write_json(Path(run_dir) / SUMMARY, {**summary, FACTS: {**facts, **seal}})
 
 
 def read_summary(run_dir: str | Path) -> Summary:
@@ -116,8 +118,14 @@ def read_summary(run_dir: str | Path) -> Summary:
         raise ValueError(f"no {SUMMARY} in {run_dir}: expected the folder of a finished run")
     from lowrank_pl.report.file_schemas import SummaryFile
 
-    data = read_json(path, SummaryFile, what="a run's summary", advice="delete it or run again")
-    facts = data.pop(FACTS, {})
+    what, advice = "a run's summary", "delete it or run again"
+    data = read_json(path, SummaryFile, what=what, advice=advice)
+    facts = data.setdefault(FACTS, {})
+    try:
+        break_seal(facts, data)
+    except ValueError as error:
+        raise ValueError(f"{path} is not {what} ({error}): {advice}") from None
+    del data[FACTS]
     return Summary(tuple(Row(name, **figures) for name, figures in data.items()), facts)
 
 

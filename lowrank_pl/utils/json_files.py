@@ -13,7 +13,7 @@ from lowrank_pl.utils.files import canonical_json, sha256_of
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-__all__ = ["SEAL", "checked_json", "json_digest", "read_json", "sealed", "unsealed"]
+__all__ = ["SEAL", "break_seal", "checked_json", "json_digest", "read_json", "sealed", "unsealed"]
 
 SEAL = "sha256"
 """Key of a JSON object's digest."""
@@ -95,10 +95,25 @@ def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: The object is not as it was written.
     """
     rest = dict(value)
-    seal = rest.pop(SEAL, None)
-    if seal not in (None, json_digest(rest)):
-        raise ValueError(f"it was changed or damaged after it was written, by its digest under {SEAL!r}")
+    break_seal(rest, rest)
     return rest
+
+
+def break_seal(holder: dict[str, Any], whole: Any) -> None:
+    """Check the digest of the JSON value ``whole``, and remove it from ``holder``, the object in it that holds it.
+
+    Raises:
+        ValueError: The value is not as it was written.
+    """
+    seal = holder.pop(SEAL, None)
+    intact = seal in (None, json_digest(whole))
+    if seal is None and holder:
+        # Of the digest itself, the name may be what is damaged.
+        name, last = holder.popitem()
+        intact = last != json_digest(whole)
+        holder[name] = last
+    if not intact:
+        raise ValueError(f"it was changed or damaged after it was written, by its digest under {SEAL!r}")
 
 
 def _sentence(error: ErrorDetails) -> str:
