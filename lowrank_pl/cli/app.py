@@ -197,7 +197,10 @@ def _mistake(error: Exception) -> str | None:
         return f"error: {limit}"
     # Lightning refuses some settings with a plain RuntimeError.
     lightnings = isinstance(error, RuntimeError) and _raised_in(error) == "lightning"
-    return f"error: {error}" if lightnings or isinstance(error, ValueError | OSError) else None
+    hint = (
+        "; for one process inside of an allocation, unset SLURM_NTASKS" if lightnings and "SLURM" in str(error) else ""
+    )
+    return f"error: {error}{hint}" if lightnings or isinstance(error, ValueError | OSError) else None
 
 
 def _raised_in(error: Exception) -> str:

@@ -68,7 +68,11 @@ def _class_names(flag: str, message: str) -> list[str]:
     union = re.search(r"Subtypes: \[(.*)\]", message)
     paths = re.findall(r"(?:lightning|lowrank_pl|torch\.optim\.lr_scheduler)\.[\w.]+", union[1] if union else "")
     bases = {_class_at(path) for path in [*paths, BASE_CLASSES.get(flag)] if path}
-    return sorted({kind.__name__ for base in bases for kind in _derived(base) if kind.__module__.startswith(_HOMES)})
+    return sorted({kind.__name__ for base in bases for kind in _derived(base) if _is_named(kind)})
+
+
+def _is_named(kind: type) -> bool:
+    return kind.__module__.startswith(_HOMES) and not kind.__name__.startswith("_")
 
 
 def _derived(kind: type) -> Iterator[type]:

@@ -27,6 +27,7 @@ DIGESTS = "lowrank.sha256"
 """Name of the file with the digests."""
 
 _CARD = "README.md"  # its owner edits it
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _CHECKING: ContextVar[bool] = ContextVar("lowrank_checking", default=True)
 
 
@@ -49,13 +50,17 @@ def changed_files(folder: Path) -> list[str] | None:
         text = place.read_bytes().decode()
     except UnicodeDecodeError:
         return [DIGESTS]
-    parsed = [re.fullmatch(r"([0-9a-f]{64})  ([^/\\\0]+)", line) for line in text.split("\n")[:-1]]
-    if not text.endswith("\n") or None in parsed:
+    # As `sha256sum` writes it too, with * or ./ before a name, and as git leaves it on Windows.
+    lines = re.split(r"\r?\n", text)
+    parsed = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?([^/\\\0]+)", line) for line in lines if line]
+    if None in parsed:
         return [DIGESTS]
     stored = {found[2]: found[1] for found in parsed if found}
     known = [name for name in stored if (folder / name).is_file()]
     digests = dict(zip(known, _digests(folder, known), strict=True))
-    unlisted = [file.name for file in folder.glob("*.safetensors") if file.name not in stored]
+    # Not those that from_pretrained leaves alone, such as the weights of an adapter.
+    weights = [file.name for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name)]
+    unlisted = [name for name in weights if name not in stored]
     return [*unlisted, *(name for name, digest in stored.items() if digests.get(name) != digest)]
 
 
@@ -70,12 +75,14 @@ def check_files(folder: Path) -> None:
     if not _CHECKING.get() or os.environ.get("LOWRANK_VERIFY") == "0":
         return
     changed = changed_files(folder) or []
-    weights = [name for name in changed if name.endswith(".safetensors") or name == DIGESTS]
+    if changed == [DIGESTS]:
+        raise ValueError(f"{folder / DIGESTS} holds no digests as `sha256sum` writes them: restore or delete it")
+    weights = [name for name in changed if name.endswith(".safetensors")]
     if weights:
         raise ValueError(
-            f"{', '.join(weights)} in {str(folder)!r} is not as it was exported, by the SHA-256 in {DIGESTS}: copy the "
-            f"folder again or export it again. If you changed it yourself, delete {DIGESTS}; LOWRANK_VERIFY=0 loads it "
-            "unchecked"
+            f"{', '.join(weights)} in {str(folder)!r} is not as it was exported, by the SHA-256 in {DIGESTS}: if a "
+            f"model was saved here again, by save_pretrained or push_to_hub, delete {DIGESTS}; otherwise the files are "
+            "damaged, so copy the folder again. LOWRANK_VERIFY=0 loads it unchecked"
         )
     if changed:
         _log.warning(

@@ -21,6 +21,7 @@ from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.evidence import Evidence, HealthCheck, Speed, read_evidence
 from lowrank_pl.report.scores import SUMMARY, Row, Summary, read_summary
 from lowrank_pl.utils.files import sha256_of
+from lowrank_pl.utils.json_files import json_digest
 
 __all__ = ["Exported", "RunRecord", "digests_of", "read_run"]
 
@@ -167,7 +168,8 @@ def read_run(folder: str | Path, *, scores: Iterable[Path] = (), check: bool = T
     if set(changed) - {CONFIG}:
         raise ValueError(
             f"{folder / changed[0]} is not the file that {folder / SUMMARY} was written for: another run has begun in "
-            "this folder and has not finished, or the file was edited; resume that run with --ckpt_path or run it again"
+            "this folder and has not finished, or the file was edited. Finish that run with --ckpt_path, or put the "
+            "plan of the scores back; `lowrank export` makes a model of an edited one"
         )
     by_age = sorted(_candidates(folder), key=lambda path: (path.stat().st_mtime, path))
     record = RunRecord(
@@ -194,7 +196,12 @@ def read_run(folder: str | Path, *, scores: Iterable[Path] = (), check: bool = T
 
 def digests_of(run: Path) -> dict[str, str]:
     """Return the SHA-256 digests of the files that a run's scores belong to, by their paths in its folder."""
-    return {name: sha256_of((run / name).read_bytes()) for name in OF_ONE_RUN if (run / name).is_file()}
+    found = {name: run / name for name in OF_ONE_RUN if (run / name).is_file()}
+    return {
+        # Of JSON the content, since editors write it in other lines.
+        name: json_digest(json.loads(path.read_bytes())) if path.suffix == ".json" else sha256_of(path.read_bytes())
+        for name, path in found.items()
+    }
 
 
 def _changed(folder: Path, summary: Summary) -> list[str]:

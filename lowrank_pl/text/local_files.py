@@ -31,9 +31,12 @@ ORDER = ("train", UNNAMED, "validation", "test")
 """The first of these that a folder has is read: files without a name for their split come before held-out ones."""
 
 LETTER = r"[^\W\d_]"
+SHARD = re.compile(r"(train|validation|valid|val|dev|test|eval)([-_.]?\d[\w.-]*)?", re.IGNORECASE)
+"""Stems of files that name nothing but a split and a number."""
 
 CARD = re.compile(
-    rf"(readme|dataset_?card|licen[cs]e)(?!{LETTER})|(copying|notice|citation|changelog|contributing|authors)(\.|$)",
+    rf"readme([-_.][a-z]{{2}}([-_][a-z]{{2}})?)?(\.|$)|(dataset_?card|licen[cs]e)(?!{LETTER})|"
+    r"(copying|notice|citation|changelog|contributing)(\.|$)",
     re.IGNORECASE,
 )
 METADATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
@@ -82,7 +85,8 @@ def local_files(text: str, name: str, split: str | None) -> tuple[Path, ...]:
         raise ValueError(f"text {text!r}: it has no file of split {split!r}{_listed(left)}")
     if taken:
         splits = ", ".join(sorted({readable[file] for file in taken}))
-        _log_once(f"text {text!r}: {len(taken)} of {len(files)} files are read, of {splits}{_listed(left)}")
+        level = logging.WARNING if left[f"of {UNNAMED}"] else logging.INFO
+        _log_once(f"text {text!r}: {len(taken)} of {len(files)} files are read, of {splits}{_listed(left)}", level)
     return tuple(dict.fromkeys(file.parent.resolve() / file.name for file in taken))
 
 
@@ -116,7 +120,7 @@ def _readable(files: Iterable[Path], root: Path, pattern: Path) -> tuple[dict[Pa
         place = file.relative_to(root)
         if _is_hidden(place) and not _is_hidden(pattern):
             left["hidden"] += 1
-        elif _is_card(file.name) and not _is_card(pattern.name):
+        elif _is_card(file.name) and not _is_card(WILDCARD.split(pattern.name)[0]):
             left["cards, licences or metadata"] += 1
         elif kind_of(file) is None:
             left["with another suffix"] += 1
@@ -124,7 +128,16 @@ def _readable(files: Iterable[Path], root: Path, pattern: Path) -> tuple[dict[Pa
             left["not listed in state.json"] += 1
         else:
             readable[file] = _split_of(place)
+    if UNNAMED in readable.values():
+        # Among files without a split, a word is no more than a part of a title, such as "test_driven_development.txt".
+        readable = {file: split if _is_plain(file.relative_to(root)) else UNNAMED for file, split in readable.items()}
     return readable, left
+
+
+def _is_plain(place: Path) -> bool:
+    """Return whether a path names its split beyond doubt: by a folder, or by a name that says nothing else."""
+    stem = place.name.partition(".")[0]
+    return _split_of(place.parent) != UNNAMED or SHARD.fullmatch(stem) is not None
 
 
 def _is_hidden(place: Path) -> bool:
@@ -169,6 +182,6 @@ def _listed(counts: Counter[str]) -> str:
 
 
 @cache
-def _log_once(message: str) -> None:
+def _log_once(message: str, level: int) -> None:
     """Log ``message``: a text is parsed several times in a run."""
-    _log.info("%s", message)
+    _log.log(level, "%s", message)

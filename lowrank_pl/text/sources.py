@@ -16,9 +16,10 @@ file, folder or glob    ``.txt .md .json .jsonl``, also with ``.gz`` or ``.zst``
 
 Of a folder, one split is taken: the files whose name, or whose folder's name, says ``train`` where there are any, such
 as ``data/train-00000-of-00002.parquet``; else the files that name no split; else ``validation`` or ``test``. ``split``
-names another one. Dotfiles, cards, licences and metadata are left out. A glob takes every file that it matches, or
-those of ``split``. The log says what was taken and what was left out. A folder that ``datasets`` wrote with
-``save_to_disk`` is a folder of ``.arrow`` files, with or without ``hub:`` before it.
+names another one. Among files that name no split, a title such as ``test_driven.txt`` says none either. Dotfiles,
+cards, licences and metadata are left out. A glob takes the files of all splits that it matches, or those of ``split``,
+and cards only if it names them. The log says what was taken and what was left out. A folder that ``datasets`` wrote
+with ``save_to_disk`` is a folder of ``.arrow`` files, with or without ``hub:`` before it.
 
 ``limit=N`` takes the first N documents.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ def checked_json(text: str | bytes, schema: Any) -> Any:
         ...
         ValueError: ["layer.0"].a: Input should be a valid integer, but '1' was given
     """
+    # Some editors begin a file with a byte order mark.
+    text = text.removeprefix("\ufeff") if isinstance(text, str) else text.removeprefix(codecs.BOM_UTF8)
     # Slow to import, and needed only where a file is read.
     from pydantic import TypeAdapter, ValidationError
 

@@ -25,8 +25,8 @@ def test_the_file_is_what_sha256sum_writes(folder):
 def test_changed_lost_and_new_files(folder):
     (folder / "README.md").write_text("its owner's")
     (folder / "config.json").unlink()
-    (folder / "b.safetensors").write_text("new")
-    assert changed_files(folder) == ["b.safetensors", "config.json"]
+    (folder / "model.safetensors").write_text("new")
+    assert changed_files(folder) == ["model.safetensors", "config.json"]
 
 
 @pytest.mark.parametrize("place", range(0, 90, 3))
@@ -40,3 +40,29 @@ def test_a_flipped_bit_in_the_digests_is_found(folder, place):
 def test_without_digests_nothing_is_known(tmp_path):
     assert changed_files(tmp_path) is None
     check_files(tmp_path)
+
+
+def test_weights_of_an_adapter_in_the_folder_are_no_change(folder):
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    assert changed_files(folder) == []
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.rstrip("\n"),
+        lambda text: text.replace("  ", " *"),
+        lambda text: text.replace("  ", "  ./"),
+    ],
+)
+def test_digests_are_read_as_other_tools_write_them(folder, rewrite):
+    place = folder / "lowrank.sha256"
+    place.write_bytes(rewrite(place.read_text()).encode())
+    assert changed_files(folder) == []
+
+
+def test_digests_that_are_none_are_named(folder):
+    (folder / "lowrank.sha256").write_text("nothing")
+    with pytest.raises(ValueError, match=r"lowrank\.sha256 .*restore or delete"):
+        check_files(folder)

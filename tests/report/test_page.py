@@ -468,7 +468,7 @@ def test_a_run_whose_plan_is_of_another_run_is_refused(run, name):
     write_summary(run, ROWS, digests=digests_of(run))
     read_run(run)
     plan_of(keep=0.5).save(run / name)
-    with pytest.raises(ValueError, match="run it again"):
+    with pytest.raises(ValueError, match="--ckpt_path"):
         read_run(run)
 
 

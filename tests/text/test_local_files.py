@@ -48,6 +48,10 @@ def test_a_split_may_have_any_name(clone):
         ("a.txt test.txt contest.txt", "a.txt contest.txt"),
         ("test.txt dev.txt", "dev.txt"),
         ("training_data/test.txt b.txt", "test.txt"),
+        ("index.md testing.md training.md", "index.md testing.md training.md"),
+        ("moby_dick.txt dev_notes.txt train_journeys.txt", "dev_notes.txt moby_dick.txt train_journeys.txt"),
+        ("wiki.train.txt wiki.test.txt", "wiki.train.txt"),
+        ("readme_for_children.txt authors.txt README_zh.md", "authors.txt readme_for_children.txt"),
         ("README_zh.md readmes.md NOTICE notice.txt x.md", "readmes.md x.md"),
     ],
 )
