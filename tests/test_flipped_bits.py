@@ -108,7 +108,9 @@ def pruned(folder):
     for part in (tiny_model("llama"), byte_tokenizer()):
         part.save_pretrained(base)
     write_digests(base)
-    write_json(record, sealed({"narrower": True, "width": ["8", 16], "left": 0.5, "seconds": 1.5}))
+    write_json(
+        record, sealed({"base": "random:llama", "narrower": True, "width": ["8", 16], "left": 0.5, "seconds": 1.5})
+    )
     return lambda: _read(record, base)
 
 

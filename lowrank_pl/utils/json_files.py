@@ -95,7 +95,11 @@ def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: The object is not as it was written.
     """
     rest = dict(value)
+    # The digest comes last; where only its name is damaged, it is not taken for an absent one.
+    last = next(reversed(rest), SEAL)
     seal = rest.pop(SEAL, None)
+    if last != SEAL and seal is None and rest[last] == json_digest({key: rest[key] for key in rest if key != last}):
+        seal = f"{last}={rest[last]}"
     if seal not in (None, json_digest(rest)):
         raise ValueError(f"it was changed or damaged after it was written, by its digest under {SEAL!r}")
     return rest
