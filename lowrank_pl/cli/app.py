@@ -197,7 +197,8 @@ def _mistake(error: Exception) -> str | None:
         return f"error: {limit}"
     # Lightning refuses some settings with a plain RuntimeError.
     lightnings = isinstance(error, RuntimeError) and _raised_in(error) == "lightning"
-    return f"error: {error}" if lightnings or isinstance(error, ValueError | OSError) else None
+    said = " ".join(str(error).splitlines())
+    return f"error: {said}" if lightnings or isinstance(error, ValueError | OSError) else None
 
 
 def _raised_in(error: Exception) -> str:
@@ -207,7 +208,9 @@ def _raised_in(error: Exception) -> str:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"lowrank: {message}", file=sys.stderr)
+    # Words of the user may hold what changes a terminal.
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
+    print(f"lowrank: {shown}", file=sys.stderr)
     return status
 
 
