@@ -1,6 +1,6 @@
 """Commands that are killed while they change files, and given again: their results are those that nobody disturbed.
 
-    python -m tests.faults.kill_points [--points 20] [--only fit ...]
+    python -m tests.faults.kill_points [--points 14] [--only fit ...]
 
 Every stage runs once as it is. It is then killed at points spread evenly over all changes that it makes to files
 (``tests.faults.dying``), each time from the same start, and the same command is given again, with ``--ckpt_path last``
@@ -228,7 +228,7 @@ def main() -> None:
         SystemExit: With status 1 if any point gave other bits, an error, or was not reached.
     """
     parser = argparse.ArgumentParser(description="Kill commands at many points, and compare what they leave.")
-    parser.add_argument("--points", type=int, default=20, help="points of a stage")
+    parser.add_argument("--points", type=int, default=14, help="points of a stage")
     parser.add_argument("--only", nargs="*", choices=[*STAGES], help="stages; all by default")
     asked = parser.parse_args()
     counts: Counter[tuple[str, str]] = Counter()
