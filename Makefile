@@ -16,11 +16,11 @@ SOURCES := pyproject.toml constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint format versions docs notebooks clean
+.PHONY: help demo test fuzz kill-points lint format versions docs notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Compress SmolLM2-135M, reload it, print a table; results in runs/demo
 	$(BIN)/lowrank fit -c configs/demo.yaml
@@ -30,6 +30,9 @@ test: $(VENV)/.dev ## Run the tests; ARGS="-k plan" chooses some
 
 fuzz: $(VENV)/.dev ## Repeat the tests on generated input for ten minutes; FUZZ_SECONDS=60 for one
 	HYPOTHESIS_PROFILE=fuzz FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -m fuzz $(ARGS)
+
+kill-points: $(VENV)/.dev ## Kill commands at many points and give them again; ARGS="--only fit --points 50" chooses some
+	$(BIN)/python -m tests.faults.kill_points $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check

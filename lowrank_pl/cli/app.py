@@ -197,10 +197,10 @@ def _mistake(error: Exception) -> str | None:
         return f"error: {limit}"
     # Lightning refuses some settings with a plain RuntimeError.
     lightnings = isinstance(error, RuntimeError) and _raised_in(error) == "lightning"
-    hint = (
-        "; for one process inside of an allocation, unset SLURM_NTASKS" if lightnings and "SLURM" in str(error) else ""
-    )
-    return f"error: {error}{hint}" if lightnings or isinstance(error, ValueError | OSError) else None
+    said = " ".join(str(error).splitlines())
+    if lightnings and "SLURM" in said:
+        said += "; for one process inside of an allocation, unset SLURM_NTASKS"
+    return f"error: {said}" if lightnings or isinstance(error, ValueError | OSError) else None
 
 
 def _raised_in(error: Exception) -> str:
@@ -210,7 +210,9 @@ def _raised_in(error: Exception) -> str:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"lowrank: {message}", file=sys.stderr)
+    # Words of the user may hold what changes a terminal.
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
+    print(f"lowrank: {shown}", file=sys.stderr)
     return status
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -41,26 +42,37 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         settings = parse_value(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigFileError(f"{path} holds no YAML: {error}") from None
     if settings is None:
         return {}
-    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+    if not isinstance(settings, dict):
         raise ConfigFileError(f"{path} holds no settings: expected YAML with lines like `keep: 0.8`")
     return settings
 
 
 def parse_value(text: str) -> Any:
-    """Return the value that YAML 1.2 gives ``text``, of which JSON is a part.
+    """Return the value that YAML 1.2 gives ``text``, of which JSON is a part. All names in it are texts.
 
-    >>> parse_value("1e-6"), parse_value("[a, 2]"), parse_value("null")
-    (1e-06, ['a', 2], None)
+    Raises:
+        ValueError: It is no YAML, or a value that JSON does not have.
+
+    >>> parse_value("1e-6"), parse_value("[a, 2]"), parse_value("null"), parse_value("1: 2020-01-01")
+    (1e-06, ['a', 2], None, {'1': '2020-01-01'})
     """
-    return yaml.load(text, _Loader)
+    try:
+        return json.loads(json.dumps(yaml.load(text, _Loader)))
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """PyYAML reads YAML 1.1, to which 1e-6 is a text."""
+    """PyYAML reads YAML 1.1, to which 1e-6 is a text and 2020-01-01 a date."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+        for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver(

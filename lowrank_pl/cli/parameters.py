@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import cyclopts
-import yaml
 from cyclopts import Parameter
 from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict
@@ -93,7 +92,7 @@ def _mapping(word: str) -> dict[str, Any] | None:
     """Return the mapping that ``word`` is in YAML, if it is one."""
     try:
         found = parse_value(word) if word.startswith("{") else None
-    except yaml.YAMLError:
+    except ValueError:
         return None
     return found if isinstance(found, dict) and None not in found.values() else None
 
@@ -118,6 +117,11 @@ class Given:
             for name, value in settings.items():
                 argument = arguments.get(f"--{name}", None)
                 if isinstance(value, dict) and argument is not None and not argument.children:
+                    kinds = (argument.hint, *get_args(argument.hint))
+                    if not any((get_origin(kind) or kind) is dict for kind in kinds):
+                        raise cyclopts.CycloptsError(
+                            msg=f"{argument.name} is {value} in {source}: expected a value, without names"
+                        )
                     _merge(argument, plain.pop(name), source)
             Dict(plain, source=source, use_commands_as_keys=False)(app, commands, arguments)
 

@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -148,6 +148,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
     """Write ``data`` to ``path`` so that a reader sees the old file or the complete new one, never a part.
 
     A link stays, and the file that it leads to is written. A device or a FIFO, such as ``/dev/stdout``, is written to.
+    What killed processes have left of ``path`` is removed first, and logged.
 
     Raises:
         OSError: The disk is full or the folder is not writable; ``path`` is then unchanged.
@@ -159,17 +160,17 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
         return path
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=_hidden(target), suffix=".tmp")
+    _sweep(target)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        _apply_umask(Path(name), 0o666)
-        os.replace(name, target)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        with _temporary(target, ".tmp") as temporary:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            _apply_umask(temporary, 0o666)
+            os.replace(temporary, target)
+    except OSError as error:
+        if error.filename is None:
             error.filename = str(path)  # a full disk names no file
         raise
     return path
@@ -209,7 +210,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    with _temporary_folder(path, ".tmp") as building:
+    with _temporary(path, ".tmp", folder=True) as building:
         _apply_umask(building, 0o777)
         yield building
         for file in building.rglob("*"):
@@ -220,40 +221,70 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _temporary_folder(path: Path, suffix: str) -> Iterator[Path]:
-    """Yield a new folder beside ``path``, under a lock that ends with this process; remove what is left of it."""
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=_hidden(path), suffix=suffix))
-    lock = FileLock(f"{folder}.lock")
-    # Some network file systems know no locks. What is left there is swept by its age.
-    with suppress(OSError, NotImplementedError):
-        lock.acquire(timeout=0)
+def _temporary(path: Path, suffix: str, *, folder: bool = False) -> Iterator[Path]:
+    """Yield a new file or folder beside ``path``, under a lock that ends with this process; remove what is left of it.
+
+    Args:
+        path: Its name begins like that of ``path``.
+        suffix: How its name ends.
+        folder: Whether it is a folder.
+    """
+    # Another process may just be sweeping the lock's file, and would sweep what is made here as well.
+    for _ in range(3):
+        made = path.with_name(f"{_hidden(path)}{secrets.token_hex(4)}{suffix}")
+        lock = FileLock(f"{made}.lock")
+        try:
+            # Before the file is made: what a killed process leaves then always has a lock that can be taken.
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        except (OSError, NotImplementedError):
+            # Some network file systems know no locks. What is left there is swept by its age.
+            _remove(Path(lock.lock_file))
+        break
     try:
-        yield folder
+        if folder:
+            made.mkdir(0o700)
+        else:
+            made.touch(0o600, exist_ok=False)
+        yield made
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
+        _remove(made)
+        _remove(Path(lock.lock_file))
         lock.release()
 
 
 def _sweep(path: Path) -> None:
     """Remove what killed processes have left of ``path``; put an older folder back if it was about to be replaced."""
-    ours = re.compile(rf"{re.escape(_hidden(path))}\w{{8}}\.(tmp|old)")
-    for left in [folder for folder in path.parent.iterdir() if ours.fullmatch(folder.name) and folder.is_dir()]:
+    ours = re.compile(rf"({re.escape(_hidden(path))}\w{{8}}\.(tmp|old))(\.lock)?")
+    names = {found[1] for one in path.parent.iterdir() if (found := ours.fullmatch(one.name))}
+    for left in map(path.with_name, sorted(names)):
         lock = FileLock(f"{left}.lock")
-        # Folders without a lock are of earlier versions, or of a process that is just making it.
-        if not Path(lock.lock_file).exists() and time.time() - left.stat().st_mtime < _DAY:
-            continue
         try:
+            # What has no lock is of an earlier version, or on a file system without locks.
+            if not Path(lock.lock_file).exists() and time.time() - left.stat().st_mtime < _DAY:
+                continue
             lock.acquire(timeout=0)
         except (Timeout, OSError, NotImplementedError):
             continue
         if (left / "old").exists() and not path.exists():
             os.replace(left / "old", path)
             _log.warning("put %s back, which a killed run was about to replace", path)
-        shutil.rmtree(left, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
+        there = left.exists()
+        _remove(left)
+        _remove(Path(lock.lock_file))
         lock.release()
-        _log.warning("removed %s, which a killed run had left", left)
+        if there and not left.exists():
+            _log.warning("removed %s, which a killed run had left", left)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, as far as this process may."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _swap(building: Path, path: Path) -> None:
@@ -261,7 +292,7 @@ def _swap(building: Path, path: Path) -> None:
     if not path.exists():
         os.replace(building, path)
         return
-    with _temporary_folder(path, ".old") as old:
+    with _temporary(path, ".old", folder=True) as old:
         try:
             os.replace(path, old / "old")
             os.replace(building, path)

@@ -141,7 +141,7 @@ class TensorStore:
 
     def _holds_other_files(self) -> bool:
         """Tell whether the folder holds more than the temporary file of a run killed while it wrote the manifest."""
-        return any(not path.name.endswith(".tmp") for path in self.directory.iterdir())
+        return any(not path.name.endswith((".tmp", ".tmp.lock")) for path in self.directory.iterdir())
 
     def _check_manifest(self) -> None:
         manifest = read_manifest(self.directory)

@@ -183,6 +183,11 @@ def test_words_that_mean_nothing(capsys):
     assert "more" in failing(capsys, "export", "plan.json", "more", status=2)
 
 
+def test_words_that_would_change_the_terminal_are_escaped(capsys):
+    assert "'no\\x1b[31m'" in failing(capsys, "no\x1b[31m", status=2)
+    assert "no\\x1b plan" in failing(capsys, "export", "no\x1b\nplan")
+
+
 @pytest.mark.parametrize("keep", ["0", "1.5", "-0.1"])
 def test_an_impossible_keep(capsys, tmp_path, keep):
     message = failing(capsys, "allocate", "random:llama", "--keep", keep, "--output", tmp_path / "plan.json")

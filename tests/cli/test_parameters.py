@@ -155,10 +155,25 @@ def test_an_unknown_key_names_itself_and_the_file(yaml_file, text):
     assert "x.yaml" in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["- a", "a: [", "5", "1: 2"])
+@pytest.mark.parametrize("text", ["- a", "a: [", "5"])
 def test_a_file_without_settings_names_itself(yaml_file, text):
     with pytest.raises(ConfigFileError, match=r"x\.yaml"):
         read("-c", yaml_file(text))
+
+
+@pytest.mark.parametrize("text", ["keep: {a: 1}", "dtype: {'': null}", "1: 2"])
+def test_names_where_none_are_taken(yaml_file, text):
+    with pytest.raises(cyclopts.CycloptsError, match=r"(--keep|--dtype|\[1\]).* (in|from) .*x\.yaml"):
+        read("-c", yaml_file(text))
+
+
+def test_names_in_a_mapping_are_texts():
+    assert read("--settings", "{1: 2020-01-01}")["settings"] == {"1": "2020-01-01"}
+
+
+def test_a_value_that_is_no_yaml():
+    with pytest.raises(cyclopts.CycloptsError, match=r"--settings\.a"):
+        read("--settings.a", "[1")
 
 
 def test_a_file_must_follow_its_flag():

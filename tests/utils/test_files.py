@@ -7,7 +7,9 @@ import hashlib
 import os
 import stat
 import time
+from contextlib import nullcontext
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -54,24 +56,17 @@ def test_written_files_have_the_mode_of_plain_ones(tmp_path):
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace", "fdopen"])
+class Full(BytesIO):
+    """A file on a full disk."""
+
+    write = full_disk
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "write"])
 def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
     atomic_write(tmp_path / "kept", "old")
-    if step == "fdopen":
-
-        class Full:
-            def __init__(self, handle, _mode):
-                self.handle = handle
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                os.close(self.handle)
-
-            write = staticmethod(full_disk)
-
-        monkeypatch.setattr(files.os, "fdopen", Full)
+    if step == "write":
+        monkeypatch.setattr(files.Path, "open", lambda *_: Full())
     else:
         monkeypatch.setattr(files.os, step, full_disk)
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'kept'}'"):
@@ -167,6 +162,16 @@ def test_what_a_killed_process_left_is_removed_and_named(tmp_path, caplog, suffi
         pass
     assert everything_in(tmp_path) == ["made"]
     assert caplog.messages == [f"removed {left}, which a killed run had left"]
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_what_a_killed_process_left_of_a_file_is_removed_unless_in_use(tmp_path, caplog, in_use):
+    left, lock = tmp_path / ".plan.json.abcd_123.tmp", tmp_path / ".plan.json.abcd_123.tmp.lock"
+    left.write_text("half")
+    with FileLock(lock) if in_use else nullcontext(lock.touch()):
+        atomic_write(tmp_path / "plan.json", "whole")
+        assert left.exists() == in_use
+    assert caplog.messages == ([] if in_use else [f"removed {left}, which a killed run had left"])
 
 
 def test_folders_that_are_in_use_stay(tmp_path, caplog):
