@@ -78,17 +78,6 @@ class Member:
             return sum(length for _, length in self.rows) < self.outputs
         return self.side == "in" and self.columns[1] < self.inputs
 
-    @property
-    def unpivoted_numbers(self) -> int:
-        """How many more numbers this process holds because the layer is :attr:`unpivoted`."""
-        if not self.unpivoted:
-            return 0
-        rows, columns, rank = sum(length for _, length in self.rows), self.columns[1], self.shapes["right"][0]
-        # If pivots could be split, this would be an equal share of the coefficients.
-        kept = rows * (self.outputs - rank) // self.outputs if self.side == "out" else rows
-        width = columns * (self.inputs - rank) // self.inputs if self.side == "in" else columns
-        return rank * (rows + columns - kept - width)
-
     def load(self, part: str, tensor: Tensor, dtype: torch.dtype) -> None:
         """Keep a copy of what this process needs of a tensor of the checkpoint.
 

@@ -108,16 +108,18 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
             return LowRankLinearMethod(self, names)
         return UnquantizedLinearMethod()
 
-    def report_unpivoted(self) -> None:
-        """Log once how many pivoted layers became factors, because tensor parallelism splits them, and at what cost."""
-        unpivoted = [member for member in self.members if member.unpivoted]
+    def report_unpivoted(self, processes: int, dtype: torch.dtype) -> None:
+        """Log once how many pivoted layers tensor parallelism turns into factors, and the memory that this takes."""
+        ranks = [member.shapes["right"][0] for member in self.members if member.unpivoted]
         self.members = []
-        if unpivoted:
+        if ranks:
+            more = sum(rank * rank for rank in ranks) / processes * dtype.itemsize
             logger.warning(
-                "%d pivoted layers, e.g. %s, are split along their pivots by tensor parallelism: each process holds "
-                "them as two factors, in %.1f million more numbers",
-                len(unpivoted), unpivoted[0].name, sum(member.unpivoted_numbers for member in unpivoted) / 1e6,
-            )  # fmt: skip
+                "%d pivoted layers are split along their pivots by tensor parallelism and become two factors, which "
+                "take %.1f MB more in each process",
+                len(ranks),
+                more / 1e6,
+            )
 
 
 class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -217,7 +219,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             ValueError: Tensors are missing or damaged.
         """
-        self.config.report_unpivoted()
+        self.config.report_unpivoted(layer.tp_size, layer.params_dtype)
         make: Callable[[Tensor], nn.Module] = partial(_Product, self.dense)
         layer.lowrank = FusedLinear(self.members, device=layer.weight.device, make_product=make)
 
