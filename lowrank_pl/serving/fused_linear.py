@@ -114,8 +114,8 @@ class Member:
         size = self.outputs if self.side == "out" else self.inputs
         if pivots is not None and (pivots[0] < 0 or pivots[-1] >= size or not (pivots.diff() > 0).all()):
             raise ValueError(
-                f"{self.name}: the pivots {pivots[:4].tolist()}... are not {len(pivots)} ascending indices below {size}; "
-                "the folder is damaged, copy or export it again"
+                f"{self.name}: the pivots {pivots[:4].tolist()}... are not {len(pivots)} ascending indices below "
+                f"{size}; the folder is damaged, copy or export it again"
             )
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -207,7 +207,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Hand ``tensor`` to the member that vLLM calls ``shard``."""
         place = QKV.get(shard, shard) if isinstance(shard, str) else shard or 0
         if not isinstance(place, int) or place >= len(self.members):
-            raise ValueError(f"{self.names}: vLLM loads the part {shard!r}, expected one of {len(self.members)} members")
+            raise ValueError(
+                f"{self.names}: vLLM loads the part {shard!r}, expected one of {len(self.members)} members"
+            )
         member = self.members[place]
         if part == "weight" and self.config.transposed and member.entry is not None:
             tensor = tensor.t()

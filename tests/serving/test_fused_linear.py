@@ -58,8 +58,8 @@ def test_members_of_unequal_rank_and_storage_compute_their_outputs_below_each_ot
 
 
 def test_what_reads_the_whole_input_is_one_product():
-    members = [member(layer(storage, outputs), storage) for storage, outputs in zip(STORAGES, (*OUTPUTS, 8), strict=True)]
-    assert fused(*members).shared.weight.shape == (5 + 5 + 8, INPUTS)
+    layers = [(layer(storage, 8 + 4 * place), storage) for place, storage in enumerate(STORAGES)]
+    assert fused(*(member(*one) for one in layers)).shared.weight.shape == (5 + 5 + 20, INPUTS)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

