@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "factors": "utils models plans",
     "evaluate": "utils models plans factors",
     "export": "utils text models plans evaluate",
+    "serving": "models",
     "calibration": "utils text models plans factors",
     "methods.allocate": "utils text models plans factors evaluate calibration",
     "methods.masks": "models plans factors methods.allocate",
@@ -42,6 +44,7 @@ MAY_IMPORT = {
 
 # Libraries that only some may import: sub-packages or single modules.
 ONLY_IN = {
+    "vllm": "serving.vllm_method",
     "lightning": "training cli",
     "pytorch_lightning": "",
     "tensorboard": "training cli",
@@ -53,6 +56,9 @@ ONLY_IN = {
 
 # Libraries that some may not import, and the modules of theirs that may all the same.
 NOT_IN = {("utils", "transformers"): "", ("plans", "transformers"): "plans.budget plans.constraints"}
+
+# Modules that need a library which the package does not depend on.
+NEEDS = {"serving.vllm_method": "vllm"}
 
 PACKAGE = Path(lowrank_pl.__file__).parent
 LIGHTNING = ("lightning", "pytorch_lightning", "tensorboard", "torch.utils.tensorboard")
@@ -76,7 +82,7 @@ def find_modules() -> dict[str, Path]:
 
 MODULES = find_modules()
 OUTER = {name for name in MODULES if name.split(".")[0] in ("training", "cli", "__main__")}
-INNER = [name for name in MODULES if name not in OUTER]
+INNER = [name for name in MODULES if name not in OUTER and (name not in NEEDS or find_spec(NEEDS[name]))]
 
 
 def full(name: str) -> str:

@@ -1,0 +1,1 @@
+"""Compressed models in inference servers: a plugin of vLLM."""
