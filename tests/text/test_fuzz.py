@@ -83,7 +83,7 @@ def sample_files():
     packed = pyarrow.compress(lines, "zstd", asbytes=True)
     return {
         ".txt": "\ufeffone \u00e9\r\ntwo".encode(), ".jsonl": lines, ".json": json.dumps(rows, indent=1).encode(),
-        ".jsonl.gz": gzip.compress(lines), ".jsonl.zst": packed, ".arrow": sink.getvalue().to_pybytes(),
+        ".jsonl.gz": gzip.compress(lines, mtime=0), ".jsonl.zst": packed, ".arrow": sink.getvalue().to_pybytes(),
         ".parquet": columns.getvalue().to_pybytes(),
     }  # fmt: skip
 

@@ -189,8 +189,8 @@ def test_a_chat_message_needs_role_and_content(chats):
         ("a.txt", "fine\nhé".encode()[:-1], r"a.txt is not UTF-8 text: byte 6, in line 2, is 0xc3"),
         ("a.jsonl", b'{"text": "\xff"}', "byte 10, in line 1, is 0xff"),
         ("a.txt.gz", b"this is not gzip", "a.txt.gz can't be read: BadGzipFile"),
-        ("a.txt.gz", gzip.compress(LINES.encode())[:-40], "a.txt.gz can't be read: EOFError"),
-        ("a.txt.gz", gzip.compress(b"\xff")[:-8] + bytes(8), "a.txt.gz can't be read: BadGzipFile: CRC"),
+        ("a.txt.gz", gzip.compress(LINES.encode(), mtime=0)[:-40], "a.txt.gz can't be read: EOFError"),
+        ("a.txt.gz", gzip.compress(b"\xff", mtime=0)[:-8] + bytes(8), "a.txt.gz can't be read: BadGzipFile: CRC"),
         ("a.parquet", b"this is not parquet", "a.parquet can't be read: ArrowInvalid"),
     ],
 )
