@@ -278,12 +278,12 @@ class BlockwiseBackward:
         forward.check_head()
         self._gradients = HiddenStates(forward.sequences, cache=forward.cache)
         self._block, self._done = len(forward.model.blocks), False
-        with forward.only(self._block), differentiable(forward.model.model, self._block):
+        with forward.only(self._block), differentiable(forward.model.model, self._block) as starts:
             for batch, first, start in self._batches("loss"):
                 with forward_from(forward.model.model, self._block, [start]):
                     logits = forward.model.model(input_ids=batch.tokens, use_cache=False).logits
                 end, gradient = loss_gradient(logits, batch, labels, forward.passes.seed)
-                self._gradients.write(first, torch.autograd.grad(end, _hidden(start), gradient)[0])
+                self._gradients.write(first, torch.autograd.grad(end, starts, gradient)[0])
         self.seconds_per_entry = (time.perf_counter() - began) / max(1, entries)
 
     @contextmanager
@@ -327,8 +327,10 @@ class BlockwiseBackward:
                     model(input_ids=batch.tokens, use_cache=False)
                 end = _hidden(ends[0])
                 gradient = self._gradients.read(first, len(batch.tokens)).to(end.device)
-                # Written last: the gradient of a layer at the end of the block may be a view of the same memory.
-                self._gradients.write(first, recorder.measure(measures, batch, end, gradient))
+                onward = recorder.measure(measures, batch, end, gradient)
+                if block:
+                    # Written last: the gradient of a layer at the end of the block may be a view of the same memory.
+                    self._gradients.write(first, onward)
         for found in measures.values():
             found.merge_processes()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank_pl.text.settings import Calibration
 from lowrank_pl.text.sources import parse_text, read_stream, source_identity
 from lowrank_pl.utils.files import atomic_write, cache_root, sha256_of
-from lowrank_pl.utils.tensor_store import CHECKSUM_KEY, CHECKSUM_UNKNOWN, DamagedError, verify_checksum, with_checksum
+from lowrank_pl.utils.tensor_store import DamagedError, verify_checksum, with_checksum
 
 __all__ = [
     "Calibration",
@@ -130,7 +130,7 @@ def _read_cache(path: Path, length: int) -> Tensor | None:
 def _write_cache(path: Path, sequences: Tensor) -> None:
     """Write the sequences to the cache; one that is not writable is no reason to stop."""
     try:
-        atomic_write(path, with_checksum(save({"windows": sequences}, {CHECKSUM_KEY: CHECKSUM_UNKNOWN})))
+        atomic_write(path, with_checksum({"windows": sequences}))
     except OSError as error:
         _log.warning("the tokens can't be cached: %s", error)
 

@@ -21,7 +21,6 @@ from lowrank_pl.utils.files import LOCK, atomic_write, cache_root, canonical_jso
 
 __all__ = [
     "CHECKSUM_KEY",
-    "CHECKSUM_UNKNOWN",
     "DamagedError",
     "TensorStore",
     "as_slice",
@@ -39,18 +38,24 @@ CHECKSUM_KEY = "crc32_of_file"
 # The checksum of earlier versions, which covers the tensors but not the header.
 _OLD_KEY = "crc32"
 
-CHECKSUM_UNKNOWN = "00000000"
-"""Placeholder for a checksum that is not computed yet."""
+# Stands in the place of a checksum while it is computed.
+_CHECKSUM_UNKNOWN = "00000000"
 
 
 class DamagedError(Exception):
     """The bytes of a file are not those that were written."""
 
 
-def with_checksum(data: bytes) -> bytes:
-    """Return the bytes of a safetensors file with the checksum of the whole file in place of ``CHECKSUM_UNKNOWN``."""
+def with_checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes of a safetensors file that holds its own checksum.
+
+    Args:
+        tensors: On the CPU, contiguous.
+        notes: Other metadata of the file.
+    """
+    data = save(dict(tensors), {**(notes or {}), CHECKSUM_KEY: _CHECKSUM_UNKNOWN})
     header = _header_bytes(data)
-    old, new = (f'"{CHECKSUM_KEY}":"{value}"'.encode() for value in (CHECKSUM_UNKNOWN, f"{zlib.crc32(data):08x}"))
+    old, new = (f'"{CHECKSUM_KEY}":"{value}"'.encode() for value in (_CHECKSUM_UNKNOWN, f"{zlib.crc32(data):08x}"))
     assert data[:header].count(old) == 1
     return data[:header].replace(old, new) + data[header:]
 
@@ -73,7 +78,7 @@ def verify_checksum(path: Path) -> None:
             return
         # It was computed with a placeholder in its own place.
         start, end = found.span(2)
-        before = zlib.crc32(header[:start] + CHECKSUM_UNKNOWN.encode() + header[end:])
+        before = zlib.crc32(header[:start] + _CHECKSUM_UNKNOWN.encode() + header[end:])
         with memoryview(data) as view:
             known = zlib.crc32(view[len(header) :], before if found[1] == CHECKSUM_KEY.encode() else 0)
         if int(found[2], 16) != known:
@@ -186,8 +191,7 @@ class TensorStore:
             OSError: The disk is full or not writable; no part of the file is left then.
         """
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        notes = {"digest": self.digest, **(notes or {}), CHECKSUM_KEY: CHECKSUM_UNKNOWN}
-        atomic_write(self.path(name), with_checksum(save(ready, metadata=notes)))
+        atomic_write(self.path(name), with_checksum(ready, {"digest": self.digest, **(notes or {})}))
         self._whole.discard(name)
 
     @contextmanager

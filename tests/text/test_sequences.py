@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
@@ -193,7 +194,7 @@ def test_a_damaged_cache_is_built_again(novel, private_cache, caplog, damage):
     if damage == "bit":
         damage = whole[:-1] + bytes([whole[-1] ^ 1])
     if damage == "shape":
-        damage = sequences.save({"windows": torch.zeros(2, 5, dtype=torch.int32)})
+        damage = save({"windows": torch.zeros(2, 5, dtype=torch.int32)})
     path.write_bytes(damage)
     assert torch.equal(token_windows(str(novel), byte_tokenizer(), length=32, sequences=4), first)
     assert "is built again" in caplog.text
