@@ -14,6 +14,11 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+
+# Without a GPU, kernels run in Triton's interpreter. Triton asks when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 
 from tests.helpers.fork_server import fork_fresh_processes, serving

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "methods.prune": "utils models plans factors export calibration",
     "methods": "plans factors methods.allocate methods.masks methods.refit methods.prune",
     "report": "utils models plans factors evaluate export calibration methods.allocate methods.masks methods.refit",
-    "costs": "utils text models plans factors evaluate calibration methods.masks methods.prune",
+    "costs": "utils text models plans factors evaluate serving calibration methods.masks methods.prune",
     "training": "utils text models plans factors evaluate export calibration methods.allocate methods.masks "
     "methods.refit methods.prune methods report",
     "cli": "utils text models plans factors evaluate export calibration methods.allocate methods.refit "
@@ -44,6 +44,7 @@ MAY_IMPORT = {
 
 # Libraries that only some may import: sub-packages or single modules.
 ONLY_IN = {
+    "triton": "serving.triton_rows",
     "vllm": "serving.vllm_method",
     "lightning": "training cli",
     "pytorch_lightning": "",

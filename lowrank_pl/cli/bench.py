@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lowrank_pl.models.settings import DType
 from lowrank_pl.plans.constraints import Form
 from lowrank_pl.utils.files import check_output_files, write_json
 from lowrank_pl.utils.json_files import sealed
 
-if TYPE_CHECKING:
-    from lowrank_pl.costs.speed import Mode
-
 __all__ = ["bench"]
 
 T = TypeVar("T")
 
-_SPEED_OPTIONS = ("keep", "storage", "length", "batch_size", "dtype", "multiple_of", "compile", "record")
+_SPEED_OPTIONS = ("keep", "storage", "length", "batch_size", "dtype", "multiple_of", "kernels", "compile", "record")
 
 _OPTIONS = {
     "svd": (),
@@ -44,6 +41,7 @@ def bench(
     multiple_of: int | None = None,
     inactive_gate_stride: int | None = None,
     gradient_checkpointing: bool = False,
+    kernels: bool = False,
     compile: bool = False,
     record: bool | None = None,
     device: str = "auto",
@@ -84,9 +82,11 @@ def bench(
         inactive_gate_stride: Every N-th token gives the gradients of inactive gates; by default 8. For step only.
         gradient_checkpointing: Learning steps compute the activations of each block again instead of keeping them. For
             step only.
+        kernels: Measure compressed models also with kernels in place of torch's products, where these are faster, as
+            load_compressed(..., optimize=True) loads them; on a GPU. For decode and prefill.
         compile: Run what torch.compile makes of the models. For decode and prefill.
         record: Record a step as a CUDA graph and time its replays, as servers decode; by default on a GPU, where the
-            launching of kernels would hide what they take, unless compile is given. For decode and prefill.
+            launching of kernels would hide what they take. For decode and prefill.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         json: Write the figures there.
 
@@ -115,7 +115,8 @@ def bench(
     _refuse(case, {
         "keep": keep, "storage": storage, "length": length, "batch_size": batch_size, "sequences": sequences,
         "dtype": dtype, "multiple_of": multiple_of, "inactive_gate_stride": inactive_gate_stride,
-        "gradient_checkpointing": gradient_checkpointing or None, "compile": compile or None, "record": record,
+        "gradient_checkpointing": gradient_checkpointing or None, "kernels": kernels or None,
+        "compile": compile or None, "record": record,
     })  # fmt: skip
     place = pick_device(device)
     if case == "svd":
@@ -137,11 +138,16 @@ def bench(
             place=place,
         )  # fmt: skip
     else:
-        recorded = place.type == "cuda" and not compile if record is None else record
-        mode: Mode = "compiled" if compile else "recorded" if recorded else "eager"
-        speeds = [SpeedTest(case, size, length or 512, repeats, multiple_of or 1, mode) for size in sizes]
+        recorded = place.type == "cuda" if record is None else record
+        if kernels and place.type != "cuda":
+            raise ValueError(
+                f"kernels are for a GPU, and the device is {place}: give device cuda, or leave kernels out"
+            )
+        speeds = [SpeedTest(case, size, length or 512, repeats, multiple_of or 1, compile, recorded) for size in sizes]
         keeps = _several("keep", keep, [0.8, 0.6, 0.5])
-        variants = [DENSE, *(Variant(form, fraction) for form in _forms(storage) for fraction in keeps)]
+        ways = (False, True) if kernels else (False,)
+        forms = [(form, fraction) for form in _forms(storage) for fraction in keeps]
+        variants = [DENSE, *(Variant(*form, kernels=way) for form in forms for way in ways)]
         dtypes: list[DType] = _several("dtype", dtype, ["float32", "bfloat16"])
         figures = bench_cases.speed(base or bench_cases.SMALL_BASE, variants, speeds, dtypes=dtypes, place=place)
     if json is not None:

@@ -76,8 +76,8 @@ def speed(
             del model
     print(speed_table(rows))
     settings = {
-        "repeats": first.repeats, "multiple_of": first.multiple_of, "compile": first.mode == "compiled",
-        "record": first.mode == "recorded",
+        "repeats": first.repeats, "multiple_of": first.multiple_of, "compile": first.compile,
+        "record": first.record,
     }  # fmt: skip
     return {"machine": describe_machine(place), "settings": settings, "rows": rows}
 

@@ -22,12 +22,12 @@ from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import Targets, dense_weight, find_targets, replaced
 from lowrank_pl.plans.budget import check_keep
 from lowrank_pl.plans.storage import Form, Storage
+from lowrank_pl.serving.optimize import optimize_for_inference
 from lowrank_pl.utils.environment import timed
 from lowrank_pl.utils.formatting import percent, table
 
 __all__ = [
     "DENSE",
-    "Mode",
     "RepeatableLayer",
     "Speed",
     "SpeedCase",
@@ -46,9 +46,6 @@ __all__ = [
 SpeedCase = Literal["decode", "prefill"]
 """One new token for every sequence, after tokens that are in the cache; or all tokens of every prompt at once."""
 
-Mode = Literal["eager", "compiled", "recorded"]
-"""How a step runs: as it is, compiled by torch, or as a CUDA graph whose replays are timed, as servers decode."""
-
 # A turn ends after so many steps or seconds, whichever comes first; its fastest step counts.
 _STEPS, _SECONDS = 5, 1.0
 
@@ -63,7 +60,8 @@ class SpeedTest:
         length: Tokens in the cache before a step of decoding; tokens of a prompt.
         repeats: Turns of each variant that count, after one to warm up.
         multiple_of: Every rank is a multiple of this.
-        mode: How a step runs.
+        compile: Whether ``torch.compile`` makes the step.
+        record: Whether the step is recorded as a CUDA graph, whose replays are timed, as servers decode.
     """
 
     case: SpeedCase
@@ -71,7 +69,8 @@ class SpeedTest:
     length: int = 512
     repeats: int = 5
     multiple_of: int = 1
-    mode: Mode = "eager"
+    compile: bool = False
+    record: bool = False
 
     @property
     def tokens(self) -> int:
@@ -86,6 +85,7 @@ class Variant:
     Args:
         storage: ``factored``, ``pivoted``, or ``dense`` for the model as it is.
         keep: Fraction of each targeted layer's parameters to keep.
+        kernels: Whether kernels compute compressed layers where they are faster; see ``optimize_for_inference``.
 
     Raises:
         ValueError: ``keep`` lies outside (0, 1].
@@ -93,6 +93,7 @@ class Variant:
 
     storage: Form | Literal["dense"]
     keep: float = 1.0
+    kernels: bool = False
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -146,17 +147,18 @@ def measure_speed(
     found: dict[Variant, Speed] = {}
     with evaluating(model), torch.inference_mode():
         inputs = _step_inputs(model, tokens, test.case)
-        for number, (variant, turns) in enumerate(_turns(variants, test.repeats, in_a_row=test.mode != "eager")):
+        in_a_row = test.compile or test.record
+        for number, (variant, turns) in enumerate(_turns(variants, test.repeats, in_a_row=in_a_row)):
             modules = {} if variant == DENSE else uniform_modules(model, targets, variant, test.multiple_of)
             with replaced(model, modules):
+                if variant.kernels:
+                    optimize_for_inference(model)
                 if variant not in found:
                     counted = multiply_adds(model, tokens[:1, :-1]) if test.case == "prefill" else 0
                     found[variant] = Speed(float("inf"), read_bytes(model), counted)
-                forward: Callable[..., Any] = model
-                if test.mode == "compiled":
-                    forward = _compiled(model, inputs)
-                elif test.mode == "recorded":
-                    forward = _recorded(model, inputs)
+                forward: Callable[..., Any] = _compiled(model) if test.compile else model
+                if test.record:
+                    forward = _recorded(forward, inputs, model.device)
                 for turn in range(turns):
                     seconds = _fastest(forward, inputs, model.device)
                     if turn or number >= len(variants):
@@ -277,6 +279,7 @@ def speed_rows(measured: Mapping[Variant, Speed], test: SpeedTest) -> list[dict[
         rows.append({
             "storage": variant.storage,
             "keep": variant.keep,
+            "kernels": variant.kernels,
             "seconds": one.seconds,
             "tokens_per_second": test.tokens / one.seconds,
             "ratio_to_dense": ratio,
@@ -300,7 +303,7 @@ def speed_table(rows: Sequence[Mapping[str, Any]], *, fmt: str = "simple") -> st
         body.append((
             row["dtype"] if first else "",
             str(row["batch"]) if first else "",
-            row["storage"],
+            f"{row['storage']}, kernels" if row["kernels"] else row["storage"],
             percent(row["keep"]),
             f"{1000 * row['seconds']:,.2f}",
             f"{row['tokens_per_second']:,.1f}",
@@ -325,30 +328,25 @@ def _step_inputs(model: PreTrainedModel, tokens: Tensor, case: SpeedCase) -> dic
     return {"input_ids": tokens[:, -1:], "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
 
 
-def _compiled(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[..., Any]:
+def _compiled(model: PreTrainedModel) -> Callable[..., Any]:
     # Code that was compiled before is for layers that are gone, and only so much is kept.
     torch.compiler.reset()
-    # On a GPU most of a step of decoding is the launching of kernels, unless they are recorded.
-    mode = "reduce-overhead" if model.device.type == "cuda" else None
-    forward: Callable[..., Any] = torch.compile(model, dynamic=False, mode=mode)
-    for _ in range(3):  # compiles, warms up, records
-        forward(**inputs)
-    return forward
+    return torch.compile(model, dynamic=False)  # type: ignore[no-any-return]
 
 
-def _recorded(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Callable[..., object]:
-    """Return a function that replays a step of the model on these very inputs."""
-    if model.device.type != "cuda":
-        raise ValueError(f"the model is on {model.device}: only a CUDA device can record a step; give device cuda")
-    aside = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream(model.device))
+def _recorded(forward: Callable[..., Any], inputs: Mapping[str, Any], device: torch.device) -> Callable[..., object]:
+    """Return a function that replays a step on these very inputs."""
+    if device.type != "cuda":
+        raise ValueError(f"the model is on {device}: only a CUDA device can record a step; give device cuda")
+    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):  # a library must have been used before it is recorded
         for _ in range(3):
-            model(**inputs)
-    torch.cuda.current_stream(model.device).wait_stream(aside)
+            forward(**inputs)
+    torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits: Tensor = model(**inputs).logits
+        logits: Tensor = forward(**inputs).logits
 
     def replay(**_: Any) -> Tensor:
         graph.replay()

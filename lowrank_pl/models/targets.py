@@ -34,6 +34,7 @@ __all__ = [
     "model_parameters",
     "replace_module",
     "replaced",
+    "shared_inputs",
     "targeted_parameters",
 ]
 
@@ -306,7 +307,7 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     return shared
 
 
-def _probe(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Calls:
+def _probe(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Calls:
     """Return the inputs of all calls of ``modules`` in a pass of two tokens, by name in the order of first calls."""
     calls: Calls = defaultdict(list)
 
@@ -325,22 +326,45 @@ def _probe(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Calls:
     return dict(calls)
 
 
+def shared_inputs(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return for each module the first one that has the same input, itself included, in the order of the first calls.
+
+    One forward pass of two tokens finds out. Modules that it doesn't call are left out.
+
+    Args:
+        model: A causal language model of transformers.
+        modules: Submodules of it, by name.
+
+    >>> from lowrank_pl.models.tiny import tiny_model
+    >>> model = tiny_model("llama")
+    >>> found = shared_inputs(model, {name: model.get_submodule(f"model.layers.0.{name}") for name in
+    ...     ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")})
+    >>> found
+    {'mlp.gate_proj': 'mlp.gate_proj', 'mlp.up_proj': 'mlp.gate_proj', 'mlp.down_proj': 'mlp.down_proj'}
+    """
+    return _groups(_probe(model, modules))
+
+
+def _groups(calls: Calls) -> dict[str, str]:
+    groups: dict[tuple[tuple[int, int], ...], str] = {}
+    return {
+        name: groups.setdefault(tuple((id(value), version) for value, version in given), name)
+        for name, given in calls.items()
+    }
+
+
 def _targets(taken: dict[str, _Matrix], calls: Calls) -> Iterator[Target]:
     """Yield the targets in the order of the probe's calls; targets with the same inputs form a group."""
-    groups: dict[tuple[tuple[int, int], ...], str] = {}
-    for name in calls:
-        if name not in taken:
-            continue
+    for name, group in _groups({name: given for name, given in calls.items() if name in taken}).items():
         matrix = taken[name]
         assert matrix.module is not None
-        inputs = tuple((id(value), version) for value, version in calls[name])
         rows, columns = dense_weight(matrix.module).shape
         yield Target(
             name=name,
             block=matrix.block,
             kind=matrix.kind,
             shape=(rows, columns),
-            group=groups.setdefault(inputs, name),
+            group=group,
             transposed=isinstance(matrix.module, Conv1D),
         )
 

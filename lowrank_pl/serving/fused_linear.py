@@ -2,17 +2,22 @@
 
 Servers fuse linear layers that read the same input, such as query, key and value, and split them across processes
 (tensor parallelism). A :class:`Member` is one layer of the checkpoint and knows which part of it this process needs.
-:class:`FusedLinear` computes all members. This file needs only torch, so that it is tested without a server.
+:class:`FusedLinear` computes all members. This file needs no server, so that it is tested without one.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lowrank_pl.models.hf_layers import Side
+from lowrank_pl.serving.kernels import FusedGroup, Part, fused, padded
 
 __all__ = ["FusedLinear", "Member", "Span"]
 
@@ -67,7 +72,7 @@ class Member:
             self.shapes["pivots"] = (rank,)
 
     @property
-    def side(self) -> str | None:
+    def side(self) -> Side | None:
         """Whether pivots are outputs (``"out"``) or inputs (``"in"``); None without pivots."""
         return self.entry["side"] if isinstance(self.entry, dict) else None
 
@@ -118,6 +123,12 @@ class Member:
                 f"{size}; the folder is damaged, copy or export it again"
             )
 
+    def matrices(self) -> tuple[Tensor, Tensor | None, Side | None]:
+        """Return what this process computes: left and right matrix, or the dense one and None, and the pivots' side."""
+        if self.unpivoted:
+            return *self.factors(), None
+        return self.loaded["weight"], self.loaded.get("right"), self.side
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the left and the right factor of this process's part of an :attr:`unpivoted` layer."""
         weight, right, pivots = (self.loaded[part] for part in ("weight", "right", "pivots"))
@@ -149,12 +160,16 @@ class FusedLinear(nn.Module):
     """Several linear layers that read the same input, without bias: ``y = cat([member(x) for member in members])``.
 
     The matrices that are multiplied with the whole input lie below each other in one buffer, so that they are one
-    product. All shapes and indices are fixed here: ``forward`` makes none, as CUDA graphs require.
+    product. All shapes and indices are fixed here: ``forward`` makes none, as CUDA graphs require. On a GPU, kernels
+    compute few tokens where they are faster (see :class:`~lowrank_pl.serving.kernels.FusedGroup`).
 
     Args:
         members: The layers, all of whose tensors are loaded; their tensors are released.
         device: Device of the weights.
         make_product: Returns a module that multiplies with the given matrix ``[out, in]``.
+
+    Attributes:
+        kernels: The same layers for kernels, on a GPU with Triton, unless the environment has ``LOWRANK_KERNELS=0``.
 
     Raises:
         ValueError: Tensors of a member are missing or its pivots are damaged.
@@ -166,21 +181,30 @@ class FusedLinear(nn.Module):
         self, members: Sequence[Member], *, device: torch.device, make_product: Callable[[Tensor], nn.Module]
     ) -> None:
         super().__init__()
+        for member in members:
+            member.check()
+        self.kernels = _kernels(members, device) if _has_kernels(device) else None
+        if self.kernels is None:
+            self._make_branches(members, device, make_product)
+        for member in members:
+            member.loaded.clear()
+
+    def _make_branches(
+        self, members: Sequence[Member], device: torch.device, make_product: Callable[[Tensor], nn.Module]
+    ) -> None:
         shared: list[Tensor] = []
         places: list[Tensor] = []
         self.branches = nn.ModuleList()
         for member in members:
-            member.check()
             branch = _Branch()
-            loaded, side = member.loaded, None if member.unpivoted else member.side
-            left, right = member.factors() if member.unpivoted else (loaded["weight"], loaded.get("right"))
+            left, right, side = member.matrices()
             if right is None:  # dense
                 shared.append(left)
             else:
                 branch.left = make_product(left.to(device))
                 if side == "in":
                     branch.right = make_product(right.to(device))
-                    branch.register_buffer("pivots", loaded["pivots"].to(device), persistent=False)
+                    branch.register_buffer("pivots", member.loaded["pivots"].to(device), persistent=False)
                     branch.register_buffer("others", member.others().to(device), persistent=False)
                 else:
                     shared.append(right)
@@ -188,9 +212,8 @@ class FusedLinear(nn.Module):
             branch.keeps_first = side == "out"
             order = torch.arange(sum(length for _, length in member.rows))
             if side == "out":
-                order = torch.cat([loaded["pivots"], member.others()]).argsort()
+                order = torch.cat([member.loaded["pivots"], member.others()]).argsort()
             places.append(begin + order)
-            loaded.clear()
             self.branches.append(branch)
         self.sizes = [len(matrix) for matrix in shared]
         self.shared = make_product(torch.cat(shared).to(device)) if shared else None
@@ -199,12 +222,32 @@ class FusedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``[..., out]`` for an input ``[..., in]``."""
+        if self.kernels is not None:
+            outputs = sum(self.kernels.sizes)
+            return fused(input.reshape(-1, input.shape[-1]), outputs, self.kernels.handle).view(
+                *input.shape[:-1], outputs
+            )
         firsts = list(self.shared(input).split(self.sizes, -1)) if self.shared is not None else []
         pieces: list[Tensor] = []
         for branch in self.branches:
             pieces += branch(input) if branch.right is not None else branch(firsts.pop(0))
         output = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
         return output if self.places is None else output.index_select(-1, self.places)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and os.environ.get("LOWRANK_KERNELS") != "0" and find_spec("triton") is not None
+
+
+def _kernels(members: Sequence[Member], device: torch.device) -> FusedGroup:
+    parts = []
+    for member in members:
+        left, right, side = member.matrices()
+        pivots = None if side is None else member.loaded["pivots"].to(device)
+        parts.append(Part(padded(left.to(device)), None if right is None else padded(right.to(device)), side, pivots))
+    group = FusedGroup(parts)
+    group.choose(members[0].columns[1])
+    return group
 
 
 class _Branch(nn.Module):

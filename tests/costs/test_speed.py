@@ -161,14 +161,14 @@ def test_the_model_is_put_back_after_an_error(llama):
 def test_compiled_variants_have_their_turns_in_a_row(llama, monkeypatch):
     compiled = []
 
-    def compiling(model, *, dynamic, mode):
+    def compiling(model, *, dynamic):
         compiled.append(type(model.get_submodule("model.layers.0.mlp.up_proj")).__name__)
-        assert (dynamic, mode) == (False, None)
+        assert not dynamic
         return model
 
     monkeypatch.setattr(torch, "compile", compiling)
     turns = []
-    measure_speed(llama, VARIANTS, SpeedTest("decode", length=4, repeats=2, mode="compiled"), tick=turns.append)
+    measure_speed(llama, VARIANTS, SpeedTest("decode", length=4, repeats=2, compile=True), tick=turns.append)
     assert compiled == ["Linear", "LowRankLinear", "PivotedLinear"]
     assert turns == [variant for variant in VARIANTS for _ in range(3)]
 

@@ -36,17 +36,31 @@ from lowrank_pl.models.base import load_base
 from lowrank_pl.models.eval_mode import input_device
 from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.offload import streamed
-from lowrank_pl.models.targets import find_targets, replaced
+from lowrank_pl.models.targets import find_targets, replace_module, replaced
 from lowrank_pl.models.tiny import byte_tokenizer
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.convex_hull import predicted_scores
+from lowrank_pl.serving.fused_linear import FusedLinear
+from lowrank_pl.serving.kernels import TILES, FusedGroup
+from lowrank_pl.serving.optimize import _Members, optimize_for_inference
 from tests.helpers import SMOKE
+from tests.helpers.low_rank_models import STORAGES
 from tests.helpers.tiny_training import fit, logits_of, make_learner, validated
+from tests.serving.test_fused_linear import INPUTS
+from tests.serving.test_fused_linear import layer as server_layer
+from tests.serving.test_fused_linear import member as server_member
+from tests.serving.test_fused_linear import product as server_product
+from tests.serving.test_kernels import align
+from tests.serving.test_kernels import layers as kernel_layers
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    # What only machines with a GPU warn of: that one isn't used, or that products could be less exact.
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
 ]
 SIDES = ("inputs", "outputs")
 METHODS = {
@@ -276,9 +290,76 @@ def test_a_recorded_step_computes_what_the_model_does(case, storage):
     with torch.inference_mode(), replaced(model, uniform_modules(model, targets, Variant(storage, 0.5))):
         inputs = speed._step_inputs(model, tokens, case)
         expected = model(**inputs).logits.clone()
-        replay = speed._recorded(model, inputs)
+        replay = speed._recorded(model, inputs, model.device)
         for _ in range(2):
             torch.testing.assert_close(replay(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Kernels are timed, and taken where they are slower as well: tiny layers say nothing of speed."""
+    choose = FusedGroup.choose
+
+    def taken(self, *given):
+        choose(self, *given)
+        for count, tiles in TILES.items():
+            self.tiles[count] = self.tiles[count] or tiles[: len(self.stages)]
+
+    monkeypatch.setattr(FusedGroup, "choose", taken)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_kernels_compute_what_the_layers_compute(always, dtype, tokens):
+    for members in (kernel_layers(bias=True), kernel_layers(bias=False)):
+        members = align([layer.to("cuda", dtype) for layer in members])
+        kernels = _Members(members).kernels
+        x = torch.randn(tokens, 21, device="cuda", dtype=dtype)
+        found, expected = kernels(x), torch.cat([layer(x) for layer in members], 1)
+        close = 1e-5 if dtype == torch.float32 else 0.03
+        torch.testing.assert_close(found, expected, rtol=close, atol=close)
+        for count in TILES:
+            for tile in TILES[count] if (count == "one") == (tokens == 1) else []:
+                launched = kernels.launch(x, [tile] * len(kernels.stages))
+                torch.testing.assert_close(launched, found, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_optimised_model_generates_the_same_and_compiles(always, storage):
+    model = load_base("random:llama", dtype=torch.float32).cuda().eval()
+    for name, layer in uniform_modules(model, find_targets(model), Variant(storage, 0.5)).items():
+        replace_module(model, name, layer)
+    tokens = random_tokens(model, 9).cuda()
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    with torch.no_grad():
+        expected, made = model(tokens, use_cache=False).logits, model.generate(tokens, **greedy)
+        chosen = optimize_for_inference(model)
+        assert chosen.groups == 4 * len(model.model.layers)
+        assert torch.equal(model.generate(tokens, **greedy), made)
+        torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
+        replay = speed._recorded(compiled, {"input_ids": tokens, "use_cache": False}, model.device)
+        torch.testing.assert_close(replay(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+@torch.no_grad()
+def test_layers_of_a_server_are_those_of_the_cpu(always, tokens):
+    gpu = torch.device("cuda", 0)
+    members = [
+        [server_member(server_layer(storage, 12 + 4 * place), storage) for place, storage in enumerate(STORAGES)]
+        for _ in range(2)
+    ]
+    here = FusedLinear(members[0], device=torch.device("cpu"), make_product=server_product)
+    for member in members[1]:
+        member.loaded = {k: v if k == "pivots" else v.float() for k, v in member.loaded.items()}
+    there = FusedLinear(members[1], device=gpu, make_product=server_product)
+    x = torch.randn(tokens, INPUTS, dtype=torch.float64)
+    assert there.kernels is not None
+    for run in (there, torch.compile(there, fullgraph=True)):
+        torch.testing.assert_close(run(x.float().cuda()).cpu().double(), here(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

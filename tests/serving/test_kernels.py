@@ -1,0 +1,133 @@
+"""Kernels of compressed layers, run by Triton's interpreter on a CPU; tests/cuda runs them on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.serving import kernels
+from lowrank_pl.serving.kernels import MAX_MATRICES, FusedGroup, Part, Product, Stage, Tile, padded
+from lowrank_pl.serving.optimize import _bias, _matrices, _Members, _part, optimize_for_inference
+
+TILES = [Tile(8, 32, 1), Tile(4, 16, 1)]
+
+
+def layers(bias):
+    """Layers of 21 inputs: factored, pivoted both ways and dense, of ranks that are multiples of nothing."""
+    torch.manual_seed(0)
+    made = [
+        LowRankLinear(21, 19, 5, bias=bias),
+        PivotedLinear(21, 14, 7, side="out", bias=bias),
+        PivotedLinear(21, 30, 9, side="in", bias=False),
+        torch.nn.Linear(21, 11, bias=bias),
+    ]
+    made[1].pivots = torch.tensor([0, 1, 4, 6, 9, 12, 13], dtype=torch.int32)
+    made[2].pivots = torch.tensor([0, 2, 3, 7, 8, 11, 16, 17, 20], dtype=torch.int32)
+    for layer in made:
+        if layer.bias is not None:
+            torch.nn.init.normal_(layer.bias)
+    return align(made)
+
+
+def align(members):
+    for layer in members:
+        for matrix in _matrices(layer):
+            matrix.data = padded(matrix.data)
+    return members
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "bias"])
+def group(request):
+    members = layers(request.param)
+    return members, FusedGroup([_part(layer) for layer in members], _bias(members))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+@torch.no_grad()
+def test_kernels_compute_what_the_layers_compute(group, tokens):
+    members, kernels = group
+    x = torch.randn(tokens, 21)
+    expected = torch.cat([layer(x) for layer in members], 1)
+    torch.testing.assert_close(kernels.launch(x, TILES), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kernels.compute(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_half_precision_is_summed_in_float32():
+    members = align([layer.bfloat16() for layer in layers(bias=True)])
+    x = torch.randn(1, 21).bfloat16()
+    found = FusedGroup([_part(layer) for layer in members], _bias(members)).launch(x, TILES)
+    exact = torch.cat([layer.float()(x.float()) for layer in members], 1)
+    torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@torch.no_grad()
+def test_an_infinite_value_of_one_layer_does_not_reach_another():
+    members = [LowRankLinear(8, 8, 3, bias=False), LowRankLinear(8, 8, 3, bias=False)]
+    members[1].right.fill_(float("inf"))
+    found = FusedGroup([_part(layer) for layer in align(members)]).launch(torch.ones(1, 8), TILES)
+    assert found[:, :8].isfinite().all()
+
+
+def test_rows_of_odd_length_are_moved_and_keep_their_values():
+    weight = torch.randn(3, 5)
+    moved = padded(weight)
+    assert torch.equal(moved, weight)
+    assert moved.stride(0) % 8 == 0
+    assert padded(moved) is moved
+
+
+def test_a_stage_refuses_what_it_can_not_hold():
+    weight = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match=f"5 matrices.*1 to {MAX_MATRICES}"):
+        Stage([Product(weight)] * (MAX_MATRICES + 1))
+    with pytest.raises(ValueError, match="padded"):
+        Stage([Product(torch.zeros(4, 5))])
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Kernels that are always taken: there is no GPU to time them on."""
+    monkeypatch.setattr(FusedGroup, "choose", lambda self, *_: self.tiles.update(one=TILES, few=TILES))
+
+
+@torch.no_grad()
+def test_layers_of_a_group_are_computed_once_for_an_input(chosen, monkeypatch):
+    members = layers(bias=True)
+    shared, x, y = _Members(members), torch.randn(1, 3, 21), torch.randn(1, 3, 21)
+    launched = []
+    launch = FusedGroup.launch
+    monkeypatch.setattr(FusedGroup, "launch", lambda *given: launched.append(1) or launch(*given))
+    for input in (x, y):
+        for number, layer in enumerate(members):
+            torch.testing.assert_close(shared.output(number, input), layer(input), rtol=1e-5, atol=1e-5)
+    assert len(launched) == 2
+
+
+@torch.no_grad()
+def test_what_torch_has_to_compute_is_left_to_it(chosen):
+    shared = _Members(layers(bias=False))
+    assert shared.output(0, torch.randn(1, kernels.MAX_TOKENS + 1, 21)) is None
+    with torch.enable_grad():
+        assert shared.output(0, torch.randn(1, 21)) is None
+
+
+@torch.no_grad()
+def test_layers_that_were_converted_are_left_to_torch(chosen, caplog):
+    members = layers(bias=False)
+    shared = _Members(members)
+    members[0].double()
+    assert shared.output(1, torch.randn(1, 21)) is None
+    assert "optimize_for_inference" in caplog.text
+
+
+def test_a_model_without_a_gpu_is_refused(llama):
+    with pytest.raises(ValueError, match="device_map='cuda'"):
+        optimize_for_inference(llama)
+
+
+def test_parts_know_their_outputs():
+    assert [_part(layer).outputs for layer in layers(bias=False)] == [19, 14, 30, 11]
+    assert Part(torch.zeros(3, 4)).outputs == 3
