@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.models.hf_layers import Side
-from lowrank_pl.serving.kernels import FusedGroup, Part, fused, padded
+from lowrank_pl.serving.kernels import FusedGroup, Part, padded
 
 __all__ = ["FusedLinear", "Member", "Span"]
 
@@ -223,16 +223,14 @@ class FusedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``[..., out]`` for an input ``[..., in]``."""
         if self.kernels is not None:
-            outputs = sum(self.kernels.sizes)
-            return fused(input.reshape(-1, input.shape[-1]), outputs, self.kernels.handle).view(
-                *input.shape[:-1], outputs
-            )
+            output = self.kernels.operation(input.flatten(0, -2))
+            return output.reshape(*input.shape[:-1], output.shape[-1])
         firsts = list(self.shared(input).split(self.sizes, -1)) if self.shared is not None else []
         pieces: list[Tensor] = []
         for branch in self.branches:
             pieces += branch(input) if branch.right is not None else branch(firsts.pop(0))
-        output = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
-        return output if self.places is None else output.index_select(-1, self.places)
+        together = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
+        return together if self.places is None else together.index_select(-1, self.places)
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowrank_pl.models.hf_layers import Side
 
-__all__ = ["MAX_MATRICES", "MAX_TOKENS", "FusedGroup", "Part", "Product", "Stage", "Tile", "fused", "padded"]
+__all__ = ["MAX_MATRICES", "MAX_TOKENS", "FusedGroup", "Part", "Product", "Stage", "Tile", "padded"]
 
 Count = Literal["one", "few"]
 """One token, or 2 to ``MAX_TOKENS`` of them: kernels are chosen for both."""
@@ -308,13 +308,18 @@ class FusedGroup:
         self.bias = bias
         self.tiles: dict[Count, list[Tile]] = {}
         self._kept = kept
-        self.handle = len(_GROUPS)
-        _GROUPS[self.handle] = self
+        self._handle = len(_GROUPS)
+        _GROUPS[self._handle] = self
 
     def __call__(self, input: Tensor) -> Tensor:
         """Return the outputs of all layers beside each other, ``[tokens, outputs]``, for ``[tokens, inputs]``."""
         tiles = self.tiles_for(len(input))
         return self.launch(input, tiles) if tiles else self.compute(input)
+
+    def operation(self, input: Tensor) -> Tensor:
+        """Return what calling returns, as one operation for ``torch.compile``."""
+        found: Tensor = _fused(input, sum(self.sizes), self._handle)
+        return found
 
     def tiles_for(self, tokens: int) -> list[Tile]:
         """Return how the stages are divided for so many tokens; nothing if a library computes them."""
@@ -375,18 +380,11 @@ _GROUPS: WeakValueDictionary[int, FusedGroup] = WeakValueDictionary()
 
 
 @torch.library.custom_op("lowrank_pl::fused", mutates_args=())
-def fused(input: Tensor, outputs: int, handle: int) -> Tensor:
-    """Return what the group ``handle`` computes, as one operation for ``torch.compile``.
-
-    Args:
-        input: ``[tokens, inputs]``.
-        outputs: Number of outputs.
-        handle: The group's number.
-    """
+def _fused(input: Tensor, outputs: int, handle: int) -> Tensor:
     return _GROUPS[handle](input)
 
 
-@fused.register_fake
+@_fused.register_fake
 def _(input: Tensor, outputs: int, handle: int) -> Tensor:
     return input.new_empty(len(input), outputs)
 

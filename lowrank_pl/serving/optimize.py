@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.targets import shared_inputs
-from lowrank_pl.serving.kernels import MAX_MATRICES, FusedGroup, Part, fused, padded
+from lowrank_pl.serving.kernels import MAX_MATRICES, FusedGroup, Part, padded
 
 __all__ = ["Optimized", "optimize_for_inference"]
 
@@ -120,13 +120,13 @@ class _Members:
         if self._input is not input or self._waiting[number] is None:
             flat = input.reshape(tokens, -1)
             if torch.compiler.is_compiling():
-                output = fused(flat, sum(self.kernels.sizes), self.kernels.handle)
+                output = self.kernels.operation(flat)
             elif self._places != self._now():
                 self.forget()
                 return None
             else:
                 output = self.kernels(flat)
-            parts = output.split(self.kernels.sizes, 1)
+            parts = output.split(self.kernels.sizes, 1)  # type: ignore[no-untyped-call]
             self._input, self._waiting = input, [part.view(*input.shape[:-1], -1) for part in parts]
         found, self._waiting[number] = self._waiting[number], None
         if all(other is None for other in self._waiting):

@@ -59,6 +59,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
     # What only machines with a GPU warn of: that one isn't used, or that products could be less exact.
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
 ]
@@ -345,6 +346,7 @@ def test_an_optimised_model_generates_the_same_and_compiles(always, storage):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 40])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @torch.no_grad()
 def test_layers_of_a_server_are_those_of_the_cpu(always, tokens):
     gpu = torch.device("cuda", 0)
