@@ -8,20 +8,23 @@ size and smaller ones only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
-from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.budget import Budget, check_keep
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 
-__all__ = ["RESIZED", "largest_keep", "nested"]
+__all__ = ["HELD", "RESIZED", "cut_plan", "largest_keep", "nested"]
 
 RESIZED = "resized from"
 """The beginning of the note that marks a resized plan."""
 
-_NOTES_ON_ONE_SIZE = (RESIZED, "wished ranks scaled by")
+HELD = "no factors to cut in the export"
+"""The beginning of the note that counts layers which stay dense in a size cut from an export."""
+
+_NOTES_ON_ONE_SIZE = (RESIZED, "wished ranks scaled by", HELD)
 
 
 def nested(plan: RankPlan, keeps: Iterable[float]) -> dict[float, RankPlan]:
@@ -60,14 +63,77 @@ def nested(plan: RankPlan, keeps: Iterable[float]) -> dict[float, RankPlan]:
     return {keep: plans[keep] for keep in reversed(ascending)}
 
 
+def cut_plan(plan: RankPlan, keep: float) -> RankPlan:
+    """Return the plan of a smaller size that can be cut from the weights of an export of ``plan``.
+
+    It is the plan of :func:`nested`, unless that cuts layers which ``plan`` leaves dense. An export holds no factors of
+    such layers. They stay dense then, the other layers are cut further, and a note counts them.
+
+    Args:
+        plan: The plan of the export.
+        keep: Fraction of the targeted parameters to keep, at most the plan's own.
+
+    Raises:
+        ValueError: ``keep`` is impossible, above the plan's own, or too small for the dense layers; or no size follows
+            from the plan: it has no component order, or its weights were corrected or refitted for its size.
+
+    Example:
+        >>> import torch
+        >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
+        >>> plan = budget.select({"a": torch.arange(8, 0, -1.0), "b": torch.arange(4, 0, -0.5)}, method="hand")
+        >>> [module.rank for module in cut_plan(plan, 0.25).modules.values()]
+        [1, 1]
+    """
+    check_keep(keep)
+    if keep > plan.keep:
+        raise ValueError(
+            f"keep is {keep:g}, but the export has keep {plan.keep:g}: its weights hold smaller sizes only; make this "
+            f"one from the plan with `lowrank export PLAN --keep {keep:g}`"
+        )
+    changes = _changes(plan)
+    if changes and keep < plan.keep:
+        raise ValueError(
+            f"the factors have a {' and a '.join(changes)} for keep {plan.keep:g}, so their first components are no "
+            f"model of their own: make a plan for keep {keep:g} with `lowrank allocate` and export that"
+        )
+    sized = nested(plan, [keep])[keep]
+    held = [name for name in plan.dense_modules if sized.modules[name].rank is not None]
+    if not held:
+        return sized
+    budget = _budget(plan, keep)
+    needed = sum(budget.cost(name, _least_rank(budget, name, entry)) for name, entry in plan.modules.items())
+    if needed > budget.limit:
+        raise ValueError(
+            f"keep {keep:g} can't be cut from this export: it holds no factors of {len(plan.dense_modules)} dense "
+            f"layers, and keeps at least {needed / budget.total:.4f} with them; make this size from the plan with "
+            f"`lowrank export PLAN --keep {keep:g}`"
+        )
+    # A dense module is within dense, so it may shrink, and beyond dense, so it may not.
+    sized = budget.select(_scores(plan), method=plan.method, within=plan.modules, beyond=plan.modules)
+    some = "1 layer stays" if len(held) == 1 else f"{len(held)} layers stay"
+    note = f"{HELD}: {some} dense, e.g. {held[0]}, and the others are cut further"
+    sized = _described(sized, plan)
+    return replace(sized, notes=(*sized.notes, note))
+
+
+def _least_rank(budget: Budget, name: str, entry: ModulePlan) -> int | None:
+    least = budget.least_rank(name)
+    return entry.rank if entry.rank is None or least is None else min(least, entry.rank)
+
+
 def largest_keep(plan: RankPlan) -> float:
     """Return the largest ``keep`` of a plan's sizes: 1, or the one that its weights were corrected or refitted for.
 
     A correction moves the truncated weights away from the base's to compensate for the loss at its size. A larger size
     loses less, so the same correction would make it worse.
     """
-    changes = [plan.fingerprint[change] for change in ("correction", "refit") if change in plan.fingerprint]
-    return min([1.0, *(float(change["keep"]) for change in changes)])
+    return min([1.0, *_changes(plan).values()])
+
+
+def _changes(plan: RankPlan) -> dict[str, float]:
+    """Return the steps that changed the factors for one size, such as a refit, each with the ``keep`` of that size."""
+    changed = {step: made for step, made in plan.fingerprint.items() if isinstance(made, Mapping) and "keep" in made}
+    return {step: float(made["keep"]) for step, made in changed.items()}
 
 
 def _is_larger(plan: RankPlan, keep: float) -> bool:
