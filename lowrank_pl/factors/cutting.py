@@ -97,7 +97,7 @@ def _cut_layer(model: nn.Module, name: str, own: ModulePlan, entry: ModulePlan) 
     replace_module(model, name, _stored(layer, left, right, entry))
 
 
-def _like(tensor: Tensor, old: nn.Parameter) -> nn.Parameter:
+def _like(tensor: Tensor, old: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=old.requires_grad)
 
 

@@ -46,7 +46,9 @@ def front_matter(record: RunRecord, license: str | None = None) -> str:
             machine.
     """
     base = record.plan.named_base
-    named = {"base_model": base, "base_model_relation": RELATION} if _is_hub_id(base) else {}
+    known: dict[str, Any] = _license(base) if license is None else {"license": license}
+    if _is_hub_id(base):
+        known |= {"base_model": base, "base_model_relation": RELATION}
     results = _results(record)
     data = ModelCardData(
         library_name="transformers",
@@ -54,8 +56,7 @@ def front_matter(record: RunRecord, license: str | None = None) -> str:
         tags=["low-rank", "compression", "lowrank_pl"],
         eval_results=results or None,
         model_name=title(record) if results else None,
-        **(_license(base) if license is None else {"license": license}),
-        **named,
+        **known,
     )
     return f"{_FENCE}{data.to_yaml()}\n{_FENCE}"
 

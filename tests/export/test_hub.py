@@ -14,7 +14,7 @@ from lowrank_pl.export.export import save_compressed
 from lowrank_pl.export.hub import UploadError, upload
 from lowrank_pl.models.hf_layers import LowRankLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
-from tests.helpers.hub_server import TOKEN, hub_server
+from tests.helpers.hub_server import logged_in
 
 # Of huggingface_hub's own uploads.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -22,13 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in that huggingface_hub takes for the hub, and a login."""
-    with hub_server() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        # The storage behind Xet is not part of the hub's API.
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with logged_in(monkeypatch) as server:
         yield server
 
 

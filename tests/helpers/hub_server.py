@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub import constants
+
 TOKEN = "hf_of_the_test"
 
 
@@ -91,6 +93,18 @@ class Hub:
             files[value["path"]] = self.blobs[value["oid"]]
         elif key == "deletedFile":
             del files[value["path"]]
+
+
+@contextmanager
+def logged_in(monkeypatch):
+    """Yield a stand-in that huggingface_hub takes for the hub, with a login."""
+    with hub_server() as hub, monkeypatch.context() as inside:
+        inside.setattr(constants, "ENDPOINT", hub.url)
+        inside.setattr(constants, "HF_HUB_OFFLINE", False)
+        # The storage behind Xet is not part of the hub's API.
+        inside.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        inside.setenv("HF_TOKEN", TOKEN)
+        yield hub
 
 
 @contextmanager
