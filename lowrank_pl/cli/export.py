@@ -38,7 +38,7 @@ def export(
 
     Args:
         plan: A plan written by ``lowrank allocate`` or ``lowrank fit``, or edited by hand. With keep, also the folder
-            of an export: smaller sizes are cut from its weights, without its base and its factors.
+            of an export: smaller sizes are cut from its two factors a layer, without its base and its store.
         output: Folder of the model; with keep, of the models.
         keep: Other sizes, each with a folder of its own, keep-0.90 and so on: --keep 0.9 0.8. They follow from the
             plan's component order, and each is contained in the larger ones.
@@ -138,8 +138,8 @@ def _repository(
         return None
     if sizes is not None and len(set(sizes)) != 1:
         raise ValueError(
-            f"{len(set(sizes))} sizes can't go to one repository: give one --keep; `load_compressed(..., keep=)` cuts "
-            "smaller sizes from it"
+            f"{len(set(sizes))} sizes can't go to one repository: give one --keep, or several "
+            "commands with a --revision each"
         )
     return HubRepo(name, private, revision)
 

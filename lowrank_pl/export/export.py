@@ -34,7 +34,7 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.identity import ORIGIN_KEY, base_class
 from lowrank_pl.models.targets import replaced
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.plans.resize import HELD, cut_plan
+from lowrank_pl.plans.resize import cut_plan
 from lowrank_pl.utils.files import atomic_directory, atomic_write, check_output_folder
 from lowrank_pl.utils.machine_limits import explain_limit
 
@@ -180,8 +180,9 @@ def load_compressed(
     Args:
         directory: The folder.
         keep: Fraction of the targeted parameters to keep, as ``lowrank export --keep`` counts it, at most the folder's
-            own. The component order in the folder's ``plan.json`` says what to cut; each layer is cut in place once the
-            model is loaded (:func:`lowrank_pl.factors.cutting.cut`). By default nothing is cut.
+            own. The component order in the folder's ``plan.json`` says what to cut, and the result has the bits of the
+            same plan exported at this size. Each layer is cut in place once the model is loaded. Only layers stored as
+            two factors can be cut. By default nothing is cut.
         verify: Whether to compare the files with their SHA-256 in ``lowrank.sha256``; folders of earlier versions have
             none. A changed file of weights is an error, any other changed file a warning in the log.
         **from_pretrained_kwargs: Arguments of ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``device_map``, ...
@@ -228,9 +229,6 @@ def load_cut(
         smaller = cut_plan(plan, keep)
     except ValueError as error:
         raise ValueError(f"{str(directory)!r}: {error}") from None
-    for note in smaller.notes:
-        if note.startswith(HELD):
-            logger.warning("%s at keep %g: %s", directory, keep, note)
     model = load_compressed(directory, verify=verify, **from_pretrained_kwargs)
     smaller = cut(model, plan, smaller)
     # So that save_pretrained writes a folder that reloads.

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from lowrank_pl import load_compressed, perplexity, token_windows
+from lowrank_pl import Base, Calibration, Constraints, load_compressed, perplexity, token_windows
+from lowrank_pl.cli.allocate import allocate
 from lowrank_pl.cli.evaluate import evaluate
 from lowrank_pl.cli.export import export
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -43,8 +44,12 @@ def test_evaluate_loads_a_folder_in_its_own_type(tmp_path):
     assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1, dtype="float32")["dtype"] == "float32"
 
 
-def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(plan_file, tmp_path):
-    folder = export(plan_file, output=tmp_path / "model")
+def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp_path):
+    allocate(
+        Base("random:llama"), keep=0.5, method="uniform", output=tmp_path / "plan.json", store=tmp_path / "store",
+        calibration=Calibration(TEXT, 32, 8), constraints=Constraints(storage="factored"),
+    )  # fmt: skip
+    folder = export(tmp_path / "plan.json", output=tmp_path / "model")
     found = evaluate(str(folder), text=TEXT, keep=0.3, length=32, sequences=2)
     tokens = token_windows(TEXT, byte_tokenizer(), length=32, sequences=2)
     assert found["perplexity"] == pytest.approx(perplexity(load_compressed(folder, keep=0.3), tokens).perplexity)

@@ -16,7 +16,7 @@ from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.uniform import Uniform
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
-from lowrank_pl.plans.resize import HELD, cut_plan, largest_keep, nested
+from lowrank_pl.plans.resize import cut_plan, largest_keep, nested
 from lowrank_pl.plans.storage import Storage
 
 extents = st.integers(1, 40)
@@ -283,18 +283,15 @@ def test_weights_that_were_corrected_for_a_size_serve_smaller_ones_only():
 
 
 @given(plan=plans_of_any_kind(), keep=keeps)
-def test_a_size_cut_from_an_export_is_the_resized_plan_unless_dense_modules_would_shrink(plan, keep):
+def test_a_size_cut_from_an_export_is_the_resized_plan_or_refused(plan, keep):
     assume(keep <= plan.keep)
     try:
         sized = resize(plan, keep)
-        cut = cut_plan(plan, keep)
     except ValueError:
-        return  # too small for the floors, or for what stays dense
-    shrunk = [name for name in plan.dense_modules if sized.modules[name].rank is not None]
-    assert (cut == sized) == (not shrunk)
-    assert {name for name in plan.dense_modules if cut.modules[name].rank is not None} == set()
-    assert any(note.startswith(HELD) for note in cut.notes) == bool(shrunk)
-    for name, entry in cut.modules.items():
-        large = plan.modules[name]
-        assert entry == large or set(entry.indices or range(entry.rank)) < set(large.indices or range(large.rank))
-    assert cut.kept_parameters <= keep * plan.targeted_parameters + 1 or cut.modules == plan.modules
+        return  # too small for the floors
+    cut = {name for name, entry in sized.modules.items() if entry.rank != plan.modules[name].rank}
+    if cut & {*plan.dense_modules, *plan.pivoted_modules}:
+        with pytest.raises(ValueError, match=r"the export holds no components of these: make this size from the plan"):
+            cut_plan(plan, keep)
+    else:
+        assert cut_plan(plan, keep) == sized
