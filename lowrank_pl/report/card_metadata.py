@@ -62,20 +62,21 @@ def front_matter(record: RunRecord, license: str | None = None) -> str:
 
 
 def _is_hub_id(base: str) -> bool:
-    shape = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", base, flags=re.ASCII)
+    shape = re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", base, flags=re.ASCII)
     return shape is not None and not base.endswith(".gguf") and not Path(base).exists()
 
 
 def _license(base: str) -> dict[str, str]:
     """Return what the card of ``base`` says of its licence; nothing if this machine has no such card."""
     on_hub = _is_hub_id(base)
-    found = try_to_load_from_cache(base, "README.md") if on_hub else Path(base).expanduser() / "README.md"
-    if not base or not isinstance(found, str | Path) or not Path(found).is_file():
-        return {}
     try:
+        found = try_to_load_from_cache(base, "README.md") if on_hub else Path(base).expanduser() / "README.md"
+        if not base or not isinstance(found, str | Path) or not Path(found).is_file():
+            return {}
         data = metadata_load(found) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        _log.warning("the licence of %s is left out of the card: %s can't be read (%s)", base, found, error)
+    # A plan may name anything as its base: what is no path on this machine has no card.
+    except (OSError, RuntimeError, ValueError, yaml.YAMLError) as error:
+        _log.warning("the licence of %s is left out of the card, since the base's card can't be read (%s)", base, error)
         return {}
     said = {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
     link = said.get("license_link", "")
@@ -117,7 +118,7 @@ def _perplexities(text: ScoredText, own: float | None, dense: float | None) -> l
     words, _, part = text.name.partition("::")
     source = words.rsplit(" ", 1)[-1]
     # The name of a file says enough; its folder is of this machine.
-    name = Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
+    name = Path(source).name if source.startswith(("/", "~")) else source
     shown = ScoredText(text.name.replace(source, name, 1), text.sequences, text.length)
     counts = f"{text.sequences} sequences of {text.length} tokens"
     # The hub groups results by dataset and configuration.

@@ -140,3 +140,8 @@ def test_an_index_in_an_unusual_layout_is_written_anew():
     old = front_matter(record_of()).replace("  results:", "# a remark\n  results:")
     data = card_metadata._read(refreshed_front_matter(old, front_matter(record_of(rows=(Row("learned", 22.0),)))))
     assert sorted(results(data).values()) == [20.7, 22.0]
+
+
+@pytest.mark.parametrize("base", ["~no-such-user/x", "x/" * 3000, "a" * 5000, HOSTILE, "/", ""], ids=range(6))
+def test_a_plan_may_name_anything_as_its_base(base, tmp_path):
+    assert "license" not in metadata(record_of(base=base), tmp_path)
