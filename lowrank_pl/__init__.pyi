@@ -8,6 +8,7 @@ from .evaluate.likelihood import excess_nats as excess_nats
 from .evaluate.likelihood import perplexity as perplexity
 from .export.export import load_compressed as load_compressed
 from .export.export import save_compressed as save_compressed
+from .export.hub import HubRepo as HubRepo
 from .factors.compression import compress as compress
 from .factors.compression import compressed as compressed
 from .factors.compression import restore_dense as restore_dense

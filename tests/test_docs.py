@@ -143,7 +143,11 @@ def test_help_without_options_is_an_error():
         part_of_docs("hooks").read_help("usage: x")
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "learning.md", DOCS / "methods.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("learning", "loading", "methods"))],
+    ids=lambda p: p.name,
+)
 def test_python_examples_save_a_model_that_loads(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = examples(path)

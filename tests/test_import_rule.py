@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "plans": "utils models",
     "factors": "utils models plans",
     "evaluate": "utils models plans factors",
-    "export": "utils text models plans evaluate",
+    "export": "utils text models plans factors evaluate",
     "serving": "models",
     "calibration": "utils text models plans factors",
     "methods.allocate": "utils text models plans factors evaluate calibration",

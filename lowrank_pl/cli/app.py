@@ -185,6 +185,7 @@ def _mistake(error: Exception) -> str | None:
     # What was never imported can't have been raised.
     known = {
         "lowrank_pl.cli.doctor": "BrokenModelError",
+        "lowrank_pl.export.hub": "UploadError",
         "lowrank_pl.export.reload": "ExportError",
         "lowrank_pl.utils.distributed": "LostProcessError",
         "lightning.fabric.utilities.exceptions": "MisconfigurationException",

@@ -31,6 +31,7 @@ def evaluate(
     text: Sequence[str] = (),
     tasks: Sequence[str] = (),
     reference: str | None = None,
+    keep: float | None = None,
     length: int = 1024,
     sequences: int | None = None,
     batch_size: int = 1,
@@ -55,6 +56,7 @@ def evaluate(
         tasks: Zero-shot tasks, run by lm-eval: its names (piqa,arc_easy), .yaml files, folders, or .jsonl files with a
             query, choices and gold in each line, as FILE or NAME=FILE, with ::cue=none to leave the query as it is.
         reference: The dense model, named like a model, to compare with on texts and tasks.
+        keep: Score a smaller size of an export, cut from its factors while it is loaded.
         length: Tokens of a sequence.
         sequences: How many sequences of each text; all of it by default.
         batch_size: Sequences per forward; one where there is a reference.
@@ -85,12 +87,13 @@ def evaluate(
     # Names that are no task and files that can't be read are refused before anything large is loaded.
     suite = ZeroShot(tasks, task_settings, trust_remote_code=trust_remote_code) if tasks else None
     place = pick_device(device)
-    network, tokenizer = _load(model, dtype, trust_remote_code=trust_remote_code)
+    network, tokenizer = _load(model, dtype, keep=keep, trust_remote_code=trust_remote_code)
     network.to(place)
     tokens = {name: token_windows(one, tokenizer, length=length, sequences=sequences) for name, one in named.items()}
     dense = None if reference is None else _reference(reference, network, dtype, trust_remote_code=trust_remote_code)
     figures: dict[str, Any] = {
-        "model": model,
+        # Another size is another model: its scores must not become those of the folder.
+        "model": model if keep is None else f"{model} at keep {keep:g}",
         "dtype": str(network.dtype).removeprefix("torch."),
         "parameters": network.num_parameters(),
     }
@@ -228,9 +231,9 @@ def _sizes(plan: RankPlan, keeps: Sequence[float]) -> list[RankPlan]:
 
 
 def _load(
-    model: str, dtype: DType | None, *, trust_remote_code: bool
+    model: str, dtype: DType | None, *, keep: float | None = None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return an export or a base with its tokenizer."""
+    """Return an export, cut to ``keep`` if that is given, or a base with its tokenizer."""
     import torch
     from transformers import AutoTokenizer
 
@@ -239,8 +242,10 @@ def _load(
 
     if is_compressed(model):
         settings = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-        loaded = load_compressed(model, trust_remote_code=trust_remote_code, **settings)
+        loaded = load_compressed(model, keep=keep, trust_remote_code=trust_remote_code, **settings)
         return loaded, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if keep is not None:
+        raise ValueError(f"{model!r} is no export of factors, so --keep can't cut it: leave --keep out")
     kind = stored_dtype(model, trust_remote_code=trust_remote_code) if dtype is None else getattr(torch, dtype)
     base = Base(model, trust_remote_code=trust_remote_code)
     return load_base(model, dtype=kind, trust_remote_code=trust_remote_code), base.tokenizer()

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts, plan_figures
+from lowrank_pl.models.settings import Base
 from lowrank_pl.utils.files import check_output_files, write_json
 
 if TYPE_CHECKING:
+    from lowrank_pl.export.hub import HubRepo
     from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["export"]
@@ -26,18 +28,26 @@ def export(
     keep: Sequence[float] | None = None,
     parts: Flat[PlanParts] = PlanParts(),
     merge: bool = False,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
     device: str = "auto",
     json: Path | None = None,
 ) -> Path:
     """Turn any plan into a model that transformers loads, checked by a reload in a fresh process.
 
     Args:
-        plan: A plan written by ``lowrank allocate`` or ``lowrank fit``, or edited by hand.
+        plan: A plan written by ``lowrank allocate`` or ``lowrank fit``, or edited by hand. With keep, also the folder
+            of an export: smaller sizes are cut from its two factors a layer, without its base and its store.
         output: Folder of the model; with keep, of the models.
         keep: Other sizes, each with a folder of its own, keep-0.90 and so on: --keep 0.9 0.8. They follow from the
             plan's component order, and each is contained in the larger ones.
         parts: Where base and factors are, if they are not where the plan says.
         merge: Write dense weights instead of factors, for runtimes that know no factors.
+        push_to_hub: Repository of the Hugging Face hub to upload the finished folder to: me/model. The token is that of
+            hf auth login, or HF_TOKEN in the environment.
+        private: Make a new repository private; by default as its owner has set.
+        revision: Branch of the repository, made if it does not exist; main by default.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         json: Write the figures there.
 
@@ -45,31 +55,46 @@ def export(
         The folder.
     """
     from lowrank_pl.export.export import check_destination
+    from lowrank_pl.export.hub import announce_upload, upload
     from lowrank_pl.plans.plan import RankPlan
-    from lowrank_pl.plans.resize import nested
-    from lowrank_pl.report.finish import export_plan
+    from lowrank_pl.plans.resize import cut_plan, nested
+    from lowrank_pl.report.finish import export_cut, export_plan
     from lowrank_pl.report.scores import Row, row_table
     from lowrank_pl.utils.environment import pick_device
 
     check_output_files(json)
-    given = RankPlan.load(plan)
+    repo = _repository(push_to_hub, private=private, revision=revision, sizes=keep)
+    source = plan if plan.is_dir() else None
+    given = RankPlan.load(plan) if source is None else _exported_plan(source, keep, parts)
     # Impossible sizes and folders are refused before anything is loaded.
-    todo = {output: given} if keep is None else _folders(output, nested(given, keep))
-    base = parts.base_of(given, plan)
+    if keep is None:
+        todo = {output: given}
+    elif source is None:
+        todo = _folders(output, nested(given, keep))
+    else:
+        todo = _folders(output, {size: cut_plan(given, size) for size in sorted(set(keep), reverse=True)})
+    base = parts.base_of(given, plan) if source is None else Base(str(source))
     for folder in todo:
         check_destination(folder)
         if folder.exists() and folder.resolve() == Path(base.name).resolve():
             raise ValueError(f"{str(folder)!r} is the plan's base, which the export would replace: name another folder")
-    model, tokenizer = base.load().to(pick_device(device)), base.tokenizer()
-    factors = parts.factors_of(given, model, tokenizer)
+    if repo is not None:
+        announce_upload(repo)
+    place = pick_device(device)
+    if source is None:
+        model, tokenizer = base.load().to(place), base.tokenizer()
+        factors = parts.factors_of(given, model, tokenizer)
     rows: list[Row] = []
     figures: list[dict[str, Any]] = []
     try:
         for folder, size in todo.items():
             _log.info("exporting %s, %d of %d", folder, len(rows) + 1, len(todo))
-            report, size = export_plan(
-                model, tokenizer, size, factors, folder, merge=merge, put_back=len(rows) + 1 < len(todo)
-            )
+            if source is None:
+                more = len(rows) + 1 < len(todo)
+                report, size = export_plan(model, tokenizer, size, factors, folder, merge=merge, put_back=more)
+            else:
+                trust = parts.trust_remote_code
+                report, size = export_cut(source, size.keep, folder, merge=merge, device=place, trust_remote_code=trust)
             name = "export" if keep is None else folder.name
             rows.append(Row(name, kept_targeted=size.keep_targeted, kept_model=size.keep_model, bytes=report.bytes))
             made = {"model": str(folder), "bytes": report.bytes, "merged": report.merged, "verified": report.verified}
@@ -81,7 +106,42 @@ def export(
     print(f"{row_table(rows)}\n\n{'model ' if keep is None else 'models'} {output}")
     if json is not None:
         write_json(json, figures[0] if keep is None else figures)
+    if repo is not None:
+        (folder,) = todo
+        print(f"hub    {upload(folder, repo)}")
     return output
+
+
+def _exported_plan(source: Path, keep: Sequence[float] | None, parts: PlanParts) -> RankPlan:
+    """Return the plan of the export in the folder ``source``, from which sizes are cut."""
+    from lowrank_pl.export.export import plan_of_export
+
+    if not keep:
+        raise ValueError(f"{str(source)!r} is a folder: give a plan, or the sizes to cut from this export with --keep")
+    if parts.base is not None or parts.store is not None:
+        raise ValueError(
+            f"sizes of the export {str(source)!r} are cut from its own weights: leave out --base and --store, or give "
+            f"the plan, {source / 'plan.json'}"
+        )
+    return plan_of_export(source)
+
+
+def _repository(
+    name: str | None, *, private: bool | None, revision: str | None, sizes: Sequence[float] | None
+) -> HubRepo | None:
+    """Return the repository to upload to; None if there is none."""
+    from lowrank_pl.export.hub import HubRepo
+
+    if name is None:
+        if private is not None or revision is not None:
+            raise ValueError("--private and --revision say how to upload: name the repository with --push_to_hub")
+        return None
+    if sizes is not None and len(set(sizes)) != 1:
+        raise ValueError(
+            f"{len(set(sizes))} sizes can't go to one repository: give one --keep, or several "
+            "commands with a --revision each"
+        )
+    return HubRepo(name, private, revision)
 
 
 def _folders(output: Path, sizes: Mapping[float, RankPlan]) -> dict[Path, RankPlan]:

@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "export": ["load_compressed", "save_compressed"],
+        "hub": ["HubRepo"],
     },
 )

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_pl.export.hub import HubRepo, announce_upload, upload
 from lowrank_pl.export.reload import ExportError, check_contents, check_merged, check_reload, logits_of
+from lowrank_pl.factors.cutting import cut
 from lowrank_pl.models import digests, hf_format, hf_layers
 from lowrank_pl.models.digests import unchecked, write_digests
 from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align
@@ -32,10 +34,19 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.identity import ORIGIN_KEY, base_class
 from lowrank_pl.models.targets import replaced
 from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.plans.resize import cut_plan
 from lowrank_pl.utils.files import atomic_directory, atomic_write, check_output_folder
 from lowrank_pl.utils.machine_limits import explain_limit
 
-__all__ = ["ExportReport", "check_destination", "is_compressed", "load_compressed", "save_compressed"]
+__all__ = [
+    "ExportReport",
+    "check_destination",
+    "is_compressed",
+    "load_compressed",
+    "load_cut",
+    "plan_of_export",
+    "save_compressed",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +73,7 @@ class ExportReport:
         merged: Whether the factors were merged into dense weights.
         modules: Number of low-rank modules of the model.
         verified: Whether a fresh process has reloaded the folder and computed the same logits.
+        url: Address of the commit on the hub; None if nothing was uploaded.
     """
 
     directory: Path
@@ -69,6 +81,7 @@ class ExportReport:
     merged: bool
     modules: int
     verified: bool
+    url: str | None = None
 
 
 def save_compressed(
@@ -80,6 +93,7 @@ def save_compressed(
     card: str | None = None,
     merge: bool = False,
     verify: bool = True,
+    push_to_hub: str | HubRepo | None = None,
 ) -> ExportReport:
     """Write ``model`` to a folder that reloads as exactly this model, and return a report.
 
@@ -106,10 +120,14 @@ def save_compressed(
         card: Text of the model card.
         merge: Write dense weights with the plain config of the base, for runtimes that do not know factors.
         verify: Whether to check the folder, also in a fresh process.
+        push_to_hub: Repository of the Hugging Face hub to upload the finished folder to: ``user/model``, or a
+            ``HubRepo`` that also says whether it is private, and the branch.
 
     Raises:
-        ValueError: A layer of the model can't be stored, or ``directory`` holds something else than an export.
+        ValueError: A layer of the model can't be stored, ``directory`` holds something else than an export, or
+            ``push_to_hub`` can't be a repository.
         ExportError: The folder does not reload as the model in memory, the model is broken, or the disk is full.
+        UploadError: The folder is finished, but its upload failed.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -122,7 +140,10 @@ def save_compressed(
     (1, True)
     """
     directory = Path(directory)
+    repo = HubRepo(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     check_destination(directory)
+    if repo is not None:
+        announce_upload(repo)
     originals = _originals(model)
     entries, shapes = _entries(model, originals), _shapes(model, originals)
     if merge and shapes:
@@ -147,26 +168,36 @@ def save_compressed(
         write_digests(folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     logger.info("exported %d low-rank modules to %s, %d bytes of weights", len(entries), directory, size)
-    return ExportReport(directory=directory, bytes=size, merged=merge, modules=len(entries), verified=verify)
+    url = None if repo is None else upload(directory, repo)
+    return ExportReport(directory, size, merge, len(entries), verify, url)
 
 
-def load_compressed(directory: str | Path, *, verify: bool = True, **from_pretrained_kwargs: Any) -> PreTrainedModel:
-    """Return a model that :func:`save_compressed` wrote, in eval mode.
+def load_compressed(
+    directory: str | Path, *, keep: float | None = None, verify: bool = True, **from_pretrained_kwargs: Any
+) -> PreTrainedModel:
+    """Return a model that :func:`save_compressed` wrote, in eval mode, in its own size or a smaller one.
 
     Args:
         directory: The folder.
+        keep: Fraction of the targeted parameters to keep, as ``lowrank export --keep`` counts it, at most the folder's
+            own. The component order in the folder's ``plan.json`` says what to cut, and the result has the bits of the
+            same plan exported at this size. Each layer is cut in place once the model is loaded. Only layers stored as
+            two factors can be cut. By default nothing is cut.
         verify: Whether to compare the files with their SHA-256 in ``lowrank.sha256``; folders of earlier versions have
             none. A changed file of weights is an error, any other changed file a warning in the log.
         **from_pretrained_kwargs: Arguments of ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``device_map``, ...
 
     Raises:
         ValueError: There is no such folder, it holds no compressed model, weights are missing or damaged, or code of
-            its own is needed and ``trust_remote_code=True`` was not given.
+            its own is needed and ``trust_remote_code=True`` was not given. Or ``keep`` is impossible, or no smaller
+            size follows from the folder (:func:`lowrank_pl.plans.resize.cut_plan`).
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"no folder {str(directory)!r}: expected one written by save_compressed")
     _check_is_compressed(directory)
+    if keep is not None:
+        return load_cut(directory, keep, verify=verify, **from_pretrained_kwargs)[0]
     # Without a value, transformers asks on the terminal whether to run the folder's code.
     options = {"trust_remote_code": False, **from_pretrained_kwargs}
     try:
@@ -177,6 +208,53 @@ def load_compressed(directory: str | Path, *, verify: bool = True, **from_pretra
         raise ValueError(f"can't read the weights in {str(directory)!r}: {cause}; copy or export it again") from error
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def load_cut(
+    directory: str | Path, keep: float, *, verify: bool = True, **from_pretrained_kwargs: Any
+) -> tuple[PreTrainedModel, RankPlan]:
+    """Return the model in ``directory`` at a smaller size, and the plan of that size.
+
+    Args:
+        directory: The folder.
+        keep: As for :func:`load_compressed`.
+        verify: As for :func:`load_compressed`.
+        **from_pretrained_kwargs: As for :func:`load_compressed`.
+
+    Raises:
+        ValueError: As :func:`load_compressed`.
+    """
+    plan = plan_of_export(directory)
+    try:
+        smaller = cut_plan(plan, keep)
+    except ValueError as error:
+        raise ValueError(f"{str(directory)!r}: {error}") from None
+    model = load_compressed(directory, verify=verify, **from_pretrained_kwargs)
+    smaller = cut(model, plan, smaller)
+    # So that save_pretrained writes a folder that reloads.
+    stored = LowRankConfig(
+        {name: _entry(module) for name, module in model.named_modules() if _is_low_rank(module)},
+        getattr(model.config.quantization_config, "shapes", None),
+    )
+    model.config.quantization_config = stored
+    model.hf_quantizer.quantization_config = stored
+    return model, smaller
+
+
+def plan_of_export(directory: str | Path) -> RankPlan:
+    """Return the plan that lies in the folder of an export.
+
+    Raises:
+        ValueError: The folder holds no compressed model or no plan.
+    """
+    directory = Path(directory)
+    _check_is_compressed(directory)
+    if not (directory / "plan.json").is_file():
+        raise ValueError(
+            f"{str(directory)!r} holds no plan.json, which says what to cut first: copy the plan of this export there, "
+            "or make the size from its plan with `lowrank export PLAN --keep`"
+        )
+    return RankPlan.load(directory / "plan.json")
 
 
 def is_compressed(directory: str | Path) -> bool:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.evaluate.generation import generate_samples
 from lowrank_pl.evaluate.likelihood import Score, excess_nats, perplexity
-from lowrank_pl.export.export import ExportReport, save_compressed
+from lowrank_pl.export.export import ExportReport, load_cut, save_compressed
 from lowrank_pl.export.reload import ExportError
 from lowrank_pl.export.reload_probe import end_with_parent
 from lowrank_pl.factors.compression import compress, compressed, deployed_plan
@@ -49,7 +49,16 @@ from lowrank_pl.utils.figures import save_figure
 from lowrank_pl.utils.files import atomic_write, write_json
 from lowrank_pl.version import __version__
 
-__all__ = ["Ending", "Finished", "Learned", "Protocol", "export_plan", "finish_run", "score_in_fresh_process"]
+__all__ = [
+    "Ending",
+    "Finished",
+    "Learned",
+    "Protocol",
+    "export_cut",
+    "export_plan",
+    "finish_run",
+    "score_in_fresh_process",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -190,9 +199,46 @@ def export_plan(
         compressed(model, plan, factors, **where) if put_back else nullcontext(compress(model, plan, factors, **where))
     ):
         plan = deployed_plan(model, plan)
-        exported = Exported(Path(directory), merged=merge, own_code=base_class(model) is None)
-        card = model_card(RunRecord(exported.folder, plan, exported, command=command_line()))
-        return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge), plan
+        return _save(model, tokenizer, plan, directory, merge=merge), plan
+
+
+def export_cut(
+    source: Path,
+    keep: float,
+    directory: str | Path,
+    *,
+    merge: bool = False,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[ExportReport, RankPlan]:
+    """Cut a smaller size from the export in ``source``, write it to ``directory``, and check it by a reload.
+
+    Returns the report of the export and its plan, as :func:`export_plan` does.
+
+    Args:
+        source: The folder of the export.
+        keep: Fraction of the targeted parameters to keep.
+        directory: Folder of the smaller export.
+        merge: Write dense weights that any runtime loads, instead of factors.
+        device: Device of the model.
+        trust_remote_code: Whether to run code that came with the base.
+
+    Raises:
+        ValueError: No such size can be cut from the export.
+        ExportError: The reloaded model differs; nothing is left at ``directory`` then.
+    """
+    model, plan = load_cut(source, keep, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return _save(model.to(device), tokenizer, plan, directory, merge=merge), plan
+
+
+def _save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: RankPlan, directory: str | Path, *, merge: bool
+) -> ExportReport:
+    """Export a compressed model with its card."""
+    exported = Exported(Path(directory), merged=merge, own_code=base_class(model) is None)
+    card = model_card(RunRecord(exported.folder, plan, exported, command=command_line()))
+    return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge)
 
 
 def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:

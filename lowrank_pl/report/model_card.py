@@ -7,11 +7,11 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import RESIZED
+from lowrank_pl.report.card_metadata import front_matter, refreshed_front_matter, split_front_matter, title
 from lowrank_pl.report.evidence import Evidence, HealthCheck, Speed, TaskScores, describe_protocol
 from lowrank_pl.report.rank_map import rank_table
 from lowrank_pl.report.run_record import RunRecord
@@ -40,12 +40,13 @@ def model_card(record: RunRecord, *, license: str | None = None) -> str:
 
     Args:
         record: The run, or an export with its plan.
-        license: The base model's licence, as the hub names it; ``None`` names none.
+        license: The base model's licence, as the hub names it; by default what the base's card says, if it lies on this
+            machine.
     """
     plan, facts, evidence = record.plan, record.summary.facts, record.evidence
     sections = (
-        _front_matter(plan.named_base, license),
-        _what(plan, record.base, merged=record.merged),
+        front_matter(record, license).rstrip("\n"),
+        _what(record),
         _load(merged=record.merged, own_code=record.own_code),
         _scores(record.summary, evidence),
         _health(evidence.health),
@@ -75,33 +76,19 @@ The base came with modelling code of its own, which `trust_remote_code=True` run
 loading fails with a size mismatch."""
 
 
-def _front_matter(base: str, license: str | None) -> str:
-    # Any JSON string is a YAML string.
-    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
-    lines += [f"license: {json.dumps(license)}"] if license else []
-    lines += [f"base_model: {json.dumps(base)}"] if _is_hub_id(base) else []
-    lines += ["tags:", "- low-rank", "- compression", "- lowrank_pl"]
-    return "\n".join(["---", *lines, "---"])
-
-
-def _is_hub_id(base: str) -> bool:
-    shape = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", base, flags=re.ASCII)
-    return shape is not None and not base.endswith(".gguf") and not Path(base).exists()
-
-
-def _what(plan: RankPlan, base: str, *, merged: bool) -> str:
+def _what(record: RunRecord) -> str:
+    plan = record.plan
     low_rank, pivoted = len(plan.modules) - len(plan.dense_modules), len(plan.pivoted_modules)
     stored = "stored as two thin matrices each"
-    if merged:
+    if record.merged:
         stored = "multiplied out to dense weights again"
     elif pivoted:
         some = "" if pivoted == low_rank else f"{pivoted} of them "
         stored = f"{some}stored as independent rows or columns and the coefficients of the rest"
-    name = base.rstrip("/").rsplit("/", 1)[-1]
     return (
-        f"# {escaped(name)} with {percent(plan.keep_targeted)} of its linear layers' parameters\n\n"
-        f"{code(base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} linear layers are replaced by "
-        f"low-rank factors, {stored}; the other layers are unchanged.{_pruned(plan)}{_resized(plan)}"
+        f"# {escaped(title(record))}\n\n"
+        f"{code(record.base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} linear layers are "
+        f"replaced by low-rank factors, {stored}; the other layers are unchanged.{_pruned(plan)}{_resized(plan)}"
     )
 
 
@@ -325,8 +312,8 @@ def speedup(ratio: float | None) -> str:
 def refresh_card(record: RunRecord) -> bool:
     """Write the model card of a run's exported model again, and return whether it was written.
 
-    The front matter is kept, since it holds the owner's licence and tags. A card that this package did not write stays
-    as it is, with a warning.
+    The front matter is kept, since it holds the owner's licence and tags; only measured results are added to it. A card
+    that this package did not write stays as it is, with a warning.
     """
     if record.exported is None:
         return False
@@ -337,8 +324,8 @@ def refresh_card(record: RunRecord) -> bool:
         if "`lowrank_pl`" not in old:
             _log.warning("%s was not written by lowrank_pl and is left as it is", path)
             return False
-        front = re.match(r"---\n.*?\n---\n", old, re.S)
-        if front is not None:
-            card = re.sub(r"\A---\n.*?\n---\n", lambda _: front[0], card, flags=re.S)
+        (front, _), (fresh, text) = split_front_matter(old), split_front_matter(card)
+        if front:
+            card = refreshed_front_matter(front, fresh) + text
     atomic_write(path, card)
     return True

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.evaluate.generation import check_prompts
 from lowrank_pl.export.export import check_destination
+from lowrank_pl.export.hub import HubRepo, announce_upload, upload
 from lowrank_pl.factors.compression import restore_dense
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.refit.refitting import Refit
@@ -96,9 +97,11 @@ class FinishRun(Stopwatch):
             main memory. This is the default if FSDP2 shards a base that does not fit on one device. A streamed run has
             no refit and no continuations.
         json: A file for the table's figures.
+        push_to_hub: Repository of the Hugging Face hub to upload the finished model to, with the scores in its card:
+            me/model, or name, private and revision. The token is that of ``hf auth login``, or ``HF_TOKEN``.
 
     Raises:
-        ValueError: A baseline is not the name of an allocator.
+        ValueError: A baseline is not the name of an allocator, or ``push_to_hub`` can't be a repository.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class FinishRun(Stopwatch):
         refit: Refit | None = None,
         streamed: bool | None = None,
         json: Path | None = None,
+        push_to_hub: str | HubRepo | None = None,
     ) -> None:
         super().__init__()
         self.score = score
@@ -118,12 +122,15 @@ class FinishRun(Stopwatch):
         self.merge, self.refit, self.streamed, self.json = merge, refit, streamed, json
         for name in baselines:
             make_allocator(name)
+        self.repo = HubRepo(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
         self.finished: Finished | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the baselines, the folder and the text for scores, so that a mistake fails now, not after hours."""
         if stage == "fit":
             check_destination(Path(trainer.default_root_dir) / "model")
+            if self.repo is not None and trainer.is_global_zero:
+                announce_upload(self.repo)
             self._check_baselines(pl_module)
             data = calibration_data(trainer)
             self.protocol = self._protocol(data)
@@ -176,6 +183,8 @@ class FinishRun(Stopwatch):
             if self.json:
                 write_json(self.json, json.loads((run / "summary.json").read_text()))
             print(f"\n{self.finished.text(run)}")
+            if self.repo is not None:
+                print(f"hub          {upload(self.finished.report.directory, self.repo)}")
         trainer.strategy.barrier("finish")
 
     def _finish(self, trainer: Trainer, learner: RankLearner) -> Finished:

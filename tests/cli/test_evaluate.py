@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from lowrank_pl import perplexity, token_windows
+from lowrank_pl import Base, Calibration, Constraints, load_compressed, perplexity, token_windows
+from lowrank_pl.cli.allocate import allocate
 from lowrank_pl.cli.evaluate import evaluate
+from lowrank_pl.cli.export import export
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.utils.json_files import unsealed
 
@@ -40,3 +42,17 @@ def test_evaluate_loads_a_folder_in_its_own_type(tmp_path):
         part.save_pretrained(tmp_path / "base")
     assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1)["dtype"] == "bfloat16"
     assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1, dtype="float32")["dtype"] == "float32"
+
+
+def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp_path):
+    allocate(
+        Base("random:llama"), keep=0.5, method="uniform", output=tmp_path / "plan.json", store=tmp_path / "store",
+        calibration=Calibration(TEXT, 32, 8), constraints=Constraints(storage="factored"),
+    )  # fmt: skip
+    folder = export(tmp_path / "plan.json", output=tmp_path / "model")
+    found = evaluate(str(folder), text=TEXT, keep=0.3, length=32, sequences=2)
+    tokens = token_windows(TEXT, byte_tokenizer(), length=32, sequences=2)
+    assert found["perplexity"] == pytest.approx(perplexity(load_compressed(folder, keep=0.3), tokens).perplexity)
+    assert found["model"] == f"{folder} at keep 0.3"
+    with pytest.raises(ValueError, match="'random:llama' is no export of factors, so --keep can't cut it"):
+        evaluate("random:llama", text=TEXT, keep=0.3)

@@ -23,6 +23,8 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.report import finish
 from lowrank_pl.text.sequences import Calibration
+from tests.helpers.commands import failing
+from tests.helpers.hub_server import logged_in
 
 TEXT = "python-docs::part=0%-10%"
 
@@ -231,3 +233,18 @@ def test_the_command_line_of_several_sizes(plan_file, tmp_path, capsys):
     main(["export", str(plan_file), "--keep=0.45", "--output", str(tmp_path / "sizes")])
     assert {path.name for path in (tmp_path / "sizes").iterdir()} == {"keep-0.60", "keep-0.40", "keep-0.45"}
     capsys.readouterr()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_an_export_goes_to_the_hub_or_its_one_sentence_says_how_it_would(plan_file, tmp_path, monkeypatch, capsys):
+    with logged_in(monkeypatch) as hub:
+        words = ["export", str(plan_file), "--output", str(tmp_path / "model"), "--push_to_hub", "me/small"]
+        main([*words, "--private", "--revision", "half"])
+        assert hub.private == {"me/small": True}
+        arrived = hub.branches["me/small", "half"]
+        assert arrived == {".gitattributes": b""} | {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+        assert f"hub    {hub.url}/me/small/commit/" in capsys.readouterr().out
+        hub.refuse = (403, "create")
+        said = failing(capsys, *words)
+    assert said.endswith(f"This uploads it: hf upload me/small {tmp_path / 'model'} .")
+    assert load_compressed(tmp_path / "model").num_parameters() > 0

@@ -16,7 +16,7 @@ from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.uniform import Uniform
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
-from lowrank_pl.plans.resize import largest_keep, nested
+from lowrank_pl.plans.resize import cut_plan, largest_keep, nested
 from lowrank_pl.plans.storage import Storage
 
 extents = st.integers(1, 40)
@@ -280,3 +280,18 @@ def test_weights_that_were_corrected_for_a_size_serve_smaller_ones_only():
     read = RankPlan.from_json(plan.to_json())
     with pytest.raises(ValueError, match=message):
         resize(read, 0.6)
+
+
+@given(plan=plans_of_any_kind(), keep=keeps)
+def test_a_size_cut_from_an_export_is_the_resized_plan_or_refused(plan, keep):
+    assume(keep <= plan.keep)
+    try:
+        sized = resize(plan, keep)
+    except ValueError:
+        return  # too small for the floors
+    cut = {name for name, entry in sized.modules.items() if entry.rank != plan.modules[name].rank}
+    if cut & {*plan.dense_modules, *plan.pivoted_modules}:
+        with pytest.raises(ValueError, match=r"the export holds no components of these: make this size from the plan"):
+            cut_plan(plan, keep)
+    else:
+        assert cut_plan(plan, keep) == sized

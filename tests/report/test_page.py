@@ -445,7 +445,8 @@ def test_report_writes_page_and_card(run, capsys):
     shown = capsys.readouterr().out
     assert f"page     {path}, " in shown
     text = card.read_text()
-    assert text.startswith("---\nlicense: mit\n---\n\n# model with ")
+    assert text.startswith("---\nlicense: mit\nmodel-index:\n- name: model with ")
+    assert "\n---\n\n# model with " in text
     assert "# old" not in text
     for said in (
         "Scored on `wiki.txt, 20 sequences of 1024 tokens`",

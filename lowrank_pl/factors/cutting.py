@@ -1,0 +1,74 @@
+"""A compressed model made smaller from its own weights: components that a smaller plan drops are cut off."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.factors.compression import deployed_plan
+from lowrank_pl.models.hf_layers import LowRankLinear
+from lowrank_pl.plans.plan import RankPlan
+
+__all__ = ["cut"]
+
+_log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def cut(model: nn.Module, plan: RankPlan, smaller: RankPlan) -> RankPlan:
+    """Cut the factors of ``model`` to the ranks of ``smaller``, in place, one layer at a time.
+
+    A layer loses the components that ``smaller`` drops. The others keep their bits, and no tensor keeps the memory of
+    what was cut off.
+
+    Args:
+        model: A compressed model.
+        plan: The plan that the model was exported with.
+        smaller: A plan that ``lowrank_pl.plans.resize.cut_plan`` made from ``plan``.
+
+    Returns:
+        ``smaller`` with the storage that each layer really has.
+
+    Raises:
+        ValueError: The model has other layers than ``plan`` says, or layers that are not in memory.
+    """
+    _check_ranks(model, plan)
+    todo = {name: entry for name, entry in smaller.modules.items() if entry.rank != plan.modules[name].rank}
+    layers: dict[str, LowRankLinear] = {}
+    for name in todo:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, LowRankLinear) or layer.weight.is_meta:
+            raise ValueError(
+                f"{name} can't be cut: it is a {type(layer).__name__}, or device_map keeps it on disk; load the model "
+                "into memory, or make this size from the plan with `lowrank export PLAN --keep`"
+            )
+        layers[name] = layer
+    for name, layer in layers.items():
+        own, entry = plan.modules[name], todo[name]
+        assert own.rank is not None
+        assert entry.rank is not None
+        places = {component: place for place, component in enumerate(own.indices or range(own.rank))}
+        kept = torch.tensor([places[one] for one in entry.indices or range(entry.rank)], device=layer.weight.device)
+        # The layer itself stays, and with it what others have attached to it.
+        layer.weight = _part(layer.weight, 1, kept)
+        layer.right = _part(layer.right, 0, kept)
+        layer.rank = entry.rank
+    _log.info("cut %d of %d low-rank layers", len(todo), len(plan.modules) - len(plan.dense_modules))
+    return deployed_plan(model, smaller)
+
+
+def _part(old: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
+    return nn.Parameter(old.index_select(dim, kept), requires_grad=old.requires_grad)
+
+
+def _check_ranks(model: nn.Module, plan: RankPlan) -> None:
+    """Raise ``ValueError`` unless the layers of ``model`` have the ranks of ``plan``."""
+    modules = dict(model.named_modules())
+    for name, entry in plan.modules.items():
+        found = getattr(modules.get(name), "rank", None)
+        if name not in modules or found != entry.rank:
+            said = "dense" if entry.rank is None else f"of rank {entry.rank}"
+            here = "absent" if name not in modules else "dense" if found is None else f"of rank {found}"
+            raise ValueError(f"{name} is {said} in the plan and {here} in the weights: put the export's own plan back")
