@@ -91,7 +91,7 @@ def bench(
         json: Write the figures there.
 
     Returns:
-        For step a row for each case, the base's name, with _pivoted behind it where masks have pivoted prices; else the
+        For step a row for each case, the base's name, with _pivoted behind it where masks count pivoted costs; else the
         machine, the settings and the rows.
 
     Raises:

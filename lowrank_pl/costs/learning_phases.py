@@ -138,9 +138,9 @@ def refit_phase(run: Run) -> Phase:
         # Three weighings a decomposition: without text held back, with it, and as the plan has it.
         "svd": refits.count * 3.0 * sum(m * n * min(m, n) for m, n in (target.shape for target in model.modules)),
     }
-    prices = Storage("auto", model.itemsize)
+    storage = Storage("auto", model.itemsize)
     kept = max(
-        sum(int(prices.rank_at(target.shape, keep)) * sum(target.shape) for target in model.modules)
+        sum(int(storage.rank_at(target.shape, keep)) * sum(target.shape) for target in model.modules)
         for keep in run.work.keeps
     )
     return Phase(

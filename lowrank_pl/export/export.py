@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from lowrank_pl.models.identity import ORIGIN_KEY, base_class
 from lowrank_pl.models.targets import replaced
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import cut_plan
+from lowrank_pl.serving.optimize import check_kernels, optimize_for_inference
 from lowrank_pl.utils.files import atomic_directory, atomic_write, check_output_folder
 from lowrank_pl.utils.machine_limits import explain_limit
 
@@ -173,7 +174,12 @@ def save_compressed(
 
 
 def load_compressed(
-    directory: str | Path, *, keep: float | None = None, verify: bool = True, **from_pretrained_kwargs: Any
+    directory: str | Path,
+    *,
+    keep: float | None = None,
+    optimize: bool = False,
+    verify: bool = True,
+    **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """Return a model that :func:`save_compressed` wrote, in eval mode, in its own size or a smaller one.
 
@@ -183,6 +189,8 @@ def load_compressed(
             own. The component order in the folder's ``plan.json`` says what to cut, and the result has the bits of the
             same plan exported at this size. Each layer is cut in place once the model is loaded. Only layers stored as
             two factors can be cut. By default nothing is cut.
+        optimize: Let kernels compute what they compute faster; on a GPU, so give ``device_map`` too. See
+            :func:`lowrank_pl.serving.optimize.optimize_for_inference`.
         verify: Whether to compare the files with their SHA-256 in ``lowrank.sha256``; folders of earlier versions have
             none. A changed file of weights is an error, any other changed file a warning in the log.
         **from_pretrained_kwargs: Arguments of ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``device_map``, ...
@@ -192,12 +200,21 @@ def load_compressed(
             its own is needed and ``trust_remote_code=True`` was not given. Or ``keep`` is impossible, or no smaller
             size follows from the folder (:func:`lowrank_pl.plans.resize.cut_plan`).
     """
-    directory = Path(directory)
+    if optimize:
+        check_kernels()
+    if keep is None:
+        model = _load(Path(directory), verify, from_pretrained_kwargs)
+    else:
+        model, _ = load_cut(directory, keep, verify=verify, **from_pretrained_kwargs)
+    if optimize:
+        optimize_for_inference(model)
+    return model
+
+
+def _load(directory: Path, verify: bool, from_pretrained_kwargs: Mapping[str, Any]) -> PreTrainedModel:
     if not directory.is_dir():
         raise ValueError(f"no folder {str(directory)!r}: expected one written by save_compressed")
     _check_is_compressed(directory)
-    if keep is not None:
-        return load_cut(directory, keep, verify=verify, **from_pretrained_kwargs)[0]
     # Without a value, transformers asks on the terminal whether to run the folder's code.
     options = {"trust_remote_code": False, **from_pretrained_kwargs}
     try:
@@ -229,7 +246,7 @@ def load_cut(
         smaller = cut_plan(plan, keep)
     except ValueError as error:
         raise ValueError(f"{str(directory)!r}: {error}") from None
-    model = load_compressed(directory, verify=verify, **from_pretrained_kwargs)
+    model = _load(Path(directory), verify, from_pretrained_kwargs)
     smaller = cut(model, plan, smaller)
     # So that save_pretrained writes a folder that reloads.
     stored = LowRankConfig(

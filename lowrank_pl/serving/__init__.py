@@ -1,1 +1,1 @@
-"""Compressed models in inference servers: a plugin of vLLM."""
+"""Compressed models where they run: kernels for a GPU, and a plugin of vLLM."""

@@ -17,7 +17,7 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.targets import shared_inputs
 from lowrank_pl.serving.kernels import MAX_MATRICES, FusedGroup, Part, padded
 
-__all__ = ["Optimized", "optimize_for_inference"]
+__all__ = ["Optimized", "check_kernels", "optimize_for_inference"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,7 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
     Raises:
         ValueError: No compressed layer lies on a GPU, or Triton isn't installed.
     """
-    if find_spec("triton") is None:
-        raise ValueError("Triton isn't installed, in whose language the kernels are written: pip install triton")
+    check_kernels()
     plain: dict[type[nn.Linear], type[nn.Linear]] = {kind: own for own, kind in _KINDS.items()}
     layers: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
@@ -84,6 +83,14 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
         "of %d groups of layers, kernels compute %d for one token and %d for a few", len(groups), *counts.values()
     )
     return Optimized(len(groups), counts["one"], counts["few"])
+
+
+def check_kernels() -> None:
+    """Raise ``ValueError`` where kernels can't run: without a GPU, or without Triton."""
+    if not torch.cuda.is_available():
+        raise ValueError("kernels need a GPU and torch finds none: leave out optimize, torch computes the same")
+    if find_spec("triton") is None:
+        raise ValueError("Triton isn't installed, in whose language the kernels are written: pip install triton")
 
 
 def _groups(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> list[list[nn.Linear]]:

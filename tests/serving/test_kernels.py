@@ -123,8 +123,10 @@ def test_layers_that_were_converted_are_left_to_torch(chosen, caplog):
     assert "optimize_for_inference" in caplog.text
 
 
-def test_a_model_without_a_gpu_is_refused(llama):
-    with pytest.raises(ValueError, match="device_map='cuda'"):
+@pytest.mark.parametrize(("has_gpu", "cure"), [(False, "leave out optimize"), (True, "device_map='cuda'")])
+def test_a_model_without_a_gpu_is_refused(llama, monkeypatch, has_gpu, cure):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    with pytest.raises(ValueError, match=cure):
         optimize_for_inference(llama)
 
 
