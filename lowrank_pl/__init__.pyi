@@ -9,6 +9,7 @@ from .evaluate.likelihood import perplexity as perplexity
 from .export.export import load_compressed as load_compressed
 from .export.export import save_compressed as save_compressed
 from .export.hub import HubRepo as HubRepo
+from .factors.components import AnySize as AnySize
 from .factors.compression import compress as compress
 from .factors.compression import compressed as compressed
 from .factors.compression import restore_dense as restore_dense

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
+from lowrank_pl.factors.components import NestedComponents
 from lowrank_pl.factors.decomposition import decompose
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate.strs import _Record
@@ -123,6 +124,22 @@ def sensitivity(folder):
     return lambda: {key: nats for key, nats in _Record(factors, tokens).known.items() if nats != 0.25 * key[1]}
 
 
+def components(folder):
+    made = RankPlan(
+        method="hand",
+        keep=1.0,
+        modules={"a.0.q": ModulePlan((8, 8))},
+        model_parameters=64,
+        storage="factored",
+        fingerprint={"model": "a"},
+        order=ComponentOrder({"a.0.q": torch.arange(8.0)}),
+    )
+    store(folder / "store")
+    nested = NestedComponents.of_export(folder, made)
+    nested.write(FactorStore.existing(folder / "store"), torch.float32)
+    return lambda: nested.kept("a.0.q", ModulePlan((8, 8), 2, (6, 7))).left.tolist()
+
+
 KINDS = {
     "factors": (store, "a.0.q.safetensors"),
     "spectrum": (lambda folder: store(folder, spectrum=True), "a.0.q.safetensors"),
@@ -137,6 +154,7 @@ KINDS = {
     "pruned base": (pruned, "narrowed/model.safetensors"),
     "config of a pruned base": (pruned, "narrowed/config.json"),
     "record of a pruned base": (pruned, "narrowed.json"),
+    "components of an export": (components, "nested/a.0.q.safetensors"),
     "losses of STRS": (sensitivity, "sensitivity/*.jsonl"),
 }
 EXPORTED = ["model.safetensors", "config.json", "generation_config.json", "plan.json", "tokenizer.json"]

@@ -28,6 +28,7 @@ def export(
     keep: Sequence[float] | None = None,
     parts: Flat[PlanParts] = PlanParts(),
     merge: bool = False,
+    any_size: bool = False,
     push_to_hub: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -38,12 +39,14 @@ def export(
 
     Args:
         plan: A plan written by ``lowrank allocate`` or ``lowrank fit``, or edited by hand. With keep, also the folder
-            of an export: smaller sizes are cut from its two factors a layer, without its base and its store.
+            of an export: smaller sizes are cut from it, without its base and its store.
         output: Folder of the model; with keep, of the models.
         keep: Other sizes, each with a folder of its own, keep-0.90 and so on: --keep 0.9 0.8. They follow from the
             plan's component order, and each is contained in the larger ones.
         parts: Where base and factors are, if they are not where the plan says.
         merge: Write dense weights instead of factors, for runtimes that know no factors.
+        any_size: Write components beside the weights, so that load_compressed and --keep serve every size down from the
+            folder's own. Otherwise a folder serves sizes that cut no layer it stores dense or pivoted.
         push_to_hub: Repository of the Hugging Face hub to upload the finished folder to: me/model. The token is that of
             hf auth login, or HF_TOKEN in the environment.
         private: Make a new repository private; by default as its owner has set.
@@ -54,15 +57,16 @@ def export(
     Returns:
         The folder.
     """
-    from lowrank_pl.export.export import check_destination
+    from lowrank_pl.export.export import check_destination, smaller_plan
     from lowrank_pl.export.hub import announce_upload, upload
     from lowrank_pl.plans.plan import RankPlan
-    from lowrank_pl.plans.resize import cut_plan, nested
-    from lowrank_pl.report.finish import export_cut, export_plan
+    from lowrank_pl.plans.resize import components_below, nested
+    from lowrank_pl.report.finish import ExportForm, export_cut, export_plan
     from lowrank_pl.report.scores import Row, row_table
     from lowrank_pl.utils.environment import pick_device
 
     check_output_files(json)
+    form = ExportForm(merge=merge, any_size=any_size)
     repo = _repository(push_to_hub, private=private, revision=revision, sizes=keep)
     source = plan if plan.is_dir() else None
     given = RankPlan.load(plan) if source is None else _exported_plan(source, keep, parts)
@@ -72,7 +76,15 @@ def export(
     elif source is None:
         todo = _folders(output, nested(given, keep))
     else:
-        todo = _folders(output, {size: cut_plan(given, size) for size in sorted(set(keep), reverse=True)})
+        sizes = sorted(set(keep), reverse=True)
+        todo = _folders(output, {size: smaller_plan(source, given, size) for size in sizes})
+    if any_size:
+        if source is not None:
+            raise ValueError(
+                f"--any_size needs the factors: give the plan, {source / 'plan.json'}, instead of the folder"
+            )
+        for size in todo.values():
+            components_below(size)
     base = parts.base_of(given, plan) if source is None else Base(str(source))
     for folder in todo:
         check_destination(folder)
@@ -91,19 +103,22 @@ def export(
             _log.info("exporting %s, %d of %d", folder, len(rows) + 1, len(todo))
             if source is None:
                 more = len(rows) + 1 < len(todo)
-                report, size = export_plan(model, tokenizer, size, factors, folder, merge=merge, put_back=more)
+                report, size = export_plan(model, tokenizer, size, factors, folder, form=form, put_back=more)
             else:
                 trust = parts.trust_remote_code
                 report, size = export_cut(source, size.keep, folder, merge=merge, device=place, trust_remote_code=trust)
             name = "export" if keep is None else folder.name
             rows.append(Row(name, kept_targeted=size.keep_targeted, kept_model=size.keep_model, bytes=report.bytes))
             made = {"model": str(folder), "bytes": report.bytes, "merged": report.merged, "verified": report.verified}
-            figures.append({**plan_figures(size), **made})
+            figures.append({**plan_figures(size), **made, "nested_bytes": report.nested_bytes})
     except BaseException:
         if rows:
             _log.warning("whole and checked are: %s", ", ".join(str(folder) for folder in [*todo][: len(rows)]))
         raise
     print(f"{row_table(rows)}\n\n{'model ' if keep is None else 'models'} {output}")
+    if any_size:
+        more = ", ".join(f"{made['nested_bytes'] / 1e6:,.1f} MB" for made in figures)
+        print(f"nested {more} of components for smaller sizes, beside the weights")
     if json is not None:
         write_json(json, figures[0] if keep is None else figures)
     if repo is not None:

@@ -26,9 +26,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.export.hub import HubRepo, announce_upload, upload
 from lowrank_pl.export.reload import ExportError, check_contents, check_merged, check_reload, logits_of
+from lowrank_pl.factors.components import AnySize, NestedComponents
 from lowrank_pl.factors.cutting import cut
 from lowrank_pl.models import digests, hf_format, hf_layers
-from lowrank_pl.models.digests import unchecked, write_digests
+from lowrank_pl.models.digests import check_files, unchecked, write_digests
 from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.identity import ORIGIN_KEY, base_class
@@ -47,6 +48,7 @@ __all__ = [
     "load_cut",
     "plan_of_export",
     "save_compressed",
+    "smaller_plan",
 ]
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class ExportReport:
         modules: Number of low-rank modules of the model.
         verified: Whether a fresh process has reloaded the folder and computed the same logits.
         url: Address of the commit on the hub; None if nothing was uploaded.
+        nested_bytes: Size of the components for smaller sizes, in its subfolder ``nested``; 0 if there are none.
     """
 
     directory: Path
@@ -83,6 +86,7 @@ class ExportReport:
     modules: int
     verified: bool
     url: str | None = None
+    nested_bytes: int = 0
 
 
 def save_compressed(
@@ -90,7 +94,7 @@ def save_compressed(
     directory: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Plan | None = None,
+    plan: Plan | AnySize | None = None,
     card: str | None = None,
     merge: bool = False,
     verify: bool = True,
@@ -117,7 +121,9 @@ def save_compressed(
         model: A causal language model, some of whose linear layers are ``LowRankLinear`` or ``PivotedLinear``.
         directory: The folder to write; an older export there is replaced once the new one has passed the check.
         tokenizer: Tokenizer of the model.
-        plan: The plan that the ranks come from.
+        plan: The plan that the ranks come from. An ``AnySize`` holds its factors too: components of the layers that are
+            stored dense or pivoted are then written to the subfolder ``nested``, so that ``load_compressed`` serves
+            every smaller size.
         card: Text of the model card.
         merge: Write dense weights with the plain config of the base, for runtimes that do not know factors.
         verify: Whether to check the folder, also in a fresh process.
@@ -125,8 +131,8 @@ def save_compressed(
             ``HubRepo`` that also says whether it is private, and the branch.
 
     Raises:
-        ValueError: A layer of the model can't be stored, ``directory`` holds something else than an export, or
-            ``push_to_hub`` can't be a repository.
+        ValueError: A layer of the model can't be stored, ``directory`` holds something else than an export,
+            ``push_to_hub`` can't be a repository, or ``merge`` is given with an ``AnySize``.
         ExportError: The folder does not reload as the model in memory, the model is broken, or the disk is full.
         UploadError: The folder is finished, but its upload failed.
 
@@ -143,6 +149,8 @@ def save_compressed(
     directory = Path(directory)
     repo = HubRepo(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     check_destination(directory)
+    if merge and isinstance(plan, AnySize):
+        raise ValueError("smaller sizes are not cut from merged weights: leave out merge, or give the plan alone")
     if repo is not None:
         announce_upload(repo)
     originals = _originals(model)
@@ -163,14 +171,15 @@ def save_compressed(
                 reference = logits_of(model)
                 if before is not None:
                     check_merged(before, reference)
-                checkable = plan if isinstance(plan, RankPlan) else None
+                checkable = plan.plan if isinstance(plan, AnySize) else plan if isinstance(plan, RankPlan) else None
                 check_contents(model, {} if merge else entries, checkable, tokenizer)
                 check_reload(model, folder, reference, tokenizer, merged=merge)
+        nested = _write_components(folder, plan, model.dtype) if isinstance(plan, AnySize) else 0
         write_digests(folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     logger.info("exported %d low-rank modules to %s, %d bytes of weights", len(entries), directory, size)
     url = None if repo is None else upload(directory, repo)
-    return ExportReport(directory, size, merge, len(entries), verify, url)
+    return ExportReport(directory, size, merge, len(entries), verify, url, nested)
 
 
 def load_compressed(
@@ -187,8 +196,8 @@ def load_compressed(
         directory: The folder.
         keep: Fraction of the targeted parameters to keep, as ``lowrank export --keep`` counts it, at most the folder's
             own. The component order in the folder's ``plan.json`` says what to cut, and the result has the bits of the
-            same plan exported at this size. Each layer is cut in place once the model is loaded. Only layers stored as
-            two factors can be cut. By default nothing is cut.
+            same plan exported at this size. Each layer is cut in place once the model is loaded. Layers stored dense or
+            pivoted are cut if the folder holds their components (``AnySize``). By default nothing is cut.
         optimize: Let kernels compute what they compute faster; on a GPU, so give ``device_map`` too. See
             :func:`lowrank_pl.serving.optimize.optimize_for_inference`.
         verify: Whether to compare the files with their SHA-256 in ``lowrank.sha256``; folders of earlier versions have
@@ -242,12 +251,11 @@ def load_cut(
         ValueError: As :func:`load_compressed`.
     """
     plan = plan_of_export(directory)
-    try:
-        smaller = cut_plan(plan, keep)
-    except ValueError as error:
-        raise ValueError(f"{str(directory)!r}: {error}") from None
+    smaller = smaller_plan(directory, plan, keep)
+    if verify:
+        check_files(Path(directory), nested=True)
     model = _load(Path(directory), verify, from_pretrained_kwargs)
-    smaller = cut(model, plan, smaller)
+    smaller = cut(model, plan, smaller, NestedComponents.of_export(directory, plan))
     # So that save_pretrained writes a folder that reloads.
     stored = LowRankConfig(
         {name: _entry(module) for name, module in model.named_modules() if _is_low_rank(module)},
@@ -272,6 +280,23 @@ def plan_of_export(directory: str | Path) -> RankPlan:
             "or make the size from its plan with `lowrank export PLAN --keep`"
         )
     return RankPlan.load(directory / "plan.json")
+
+
+def smaller_plan(directory: str | Path, plan: RankPlan, keep: float) -> RankPlan:
+    """Return the plan of a smaller size that can be cut from the export in ``directory``.
+
+    Args:
+        directory: The folder.
+        plan: Its plan (:func:`plan_of_export`).
+        keep: As for :func:`load_compressed`.
+
+    Raises:
+        ValueError: ``keep`` is impossible, or the folder does not hold the components of this size.
+    """
+    try:
+        return cut_plan(plan, keep, NestedComponents.of_export(directory, plan).names)
+    except ValueError as error:
+        raise ValueError(f"{str(directory)!r}: {error}") from None
 
 
 def is_compressed(directory: str | Path) -> bool:
@@ -439,6 +464,17 @@ def _write_texts(folder: Path, plan: Plan | None, card: str | None) -> None:
         atomic_write(folder / "plan.json", plan.to_json())
     if card is not None:
         atomic_write(folder / "README.md", card)
+
+
+def _write_components(folder: Path, plan: AnySize, dtype: torch.dtype) -> int:
+    """Write the components for smaller sizes to a subfolder, read them again, and return their bytes."""
+    nested = NestedComponents.of_export(folder, plan.plan)
+    nested.write(plan.factors, dtype)
+    wrong = nested.check()
+    if wrong:
+        raise ExportError(f"the export was removed: {wrong[0]}")
+    logger.info("wrote %s", nested.describe())
+    return nested.bytes
 
 
 @contextmanager

@@ -18,7 +18,7 @@ __all__ = ["HubRepo", "UploadError", "announce_upload", "upload"]
 _log = logging.getLogger(__name__)
 
 _STALE = ["*.safetensors", "*.safetensors.index.json"]
-"""Weights of an earlier export, which go unless the new one has a file of the same name.
+"""Weights and components of an earlier export, which go unless the new one has a file of the same name.
 
 transformers prefers ``model.safetensors`` to an index, so an old one would be loaded in place of new, sharded weights.
 """
@@ -77,8 +77,9 @@ def announce_upload(repo: HubRepo) -> None:
 def upload(directory: str | Path, repo: HubRepo) -> str:
     """Upload a finished export, and return the address of the commit.
 
-    The repository and its branch are made if they do not exist. All files of the folder are uploaded. Weight files
-    of an earlier export go, and other files in the repository stay.
+    The repository and its branch are made if they do not exist. All files of the folder are uploaded, with those
+    of its subfolder ``nested``. Weight files and components of an earlier export go, and other files in the repository
+    stay.
 
     Args:
         directory: The folder.

@@ -20,7 +20,7 @@ from lowrank_pl.models.targets import StandIn, dense_weight, replace_module
 from lowrank_pl.plans.plan import ZERO, ModulePlan, RankPlan
 from lowrank_pl.utils.tensor_store import weight_digest
 
-__all__ = ["compress", "compressed", "deployed_plan", "factored_layer", "restore_dense"]
+__all__ = ["compress", "compressed", "deployed_plan", "factored_layer", "low_rank_layer", "restore_dense"]
 
 _log = logging.getLogger(__name__)
 
@@ -57,23 +57,43 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
     _check(model, plan, store)
     for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
         old = _unmasked(model.get_submodule(name))
-        new = old if entry.rank is None else _low_rank(old, entry, store, name, device)
-        if _is_zero(new) and dense_weight(old).any():
-            kind = _type_name(dense_weight(old).dtype)
-            raise ValueError(
-                f"the factors of {name} are zero in {kind}, but its weight is not: leave it dense (--exclude {name}), "
-                "or load a base in half precision in float32"
-            )
+        new = old if entry.rank is None else low_rank_layer(name, old, entry, store.kept(name, entry), device=device)
         replace_module(model, name, new)
     _log.info("compressed %d of %d modules", len(plan.modules) - len(plan.dense_modules), len(plan.modules))
     return model
 
 
-def _low_rank(
-    old: nn.Module, entry: ModulePlan, store: FactorStore, name: str, device: torch.device | None
+def low_rank_layer(
+    name: str, old: nn.Module, entry: ModulePlan, factors: Factors, *, device: torch.device | None = None
 ) -> nn.Module:
+    """Return a layer with ``factors`` to replace ``old``, in the storage of ``entry`` and the type of ``old``.
+
+    A layer that can't be stored pivoted accurately is stored as two factors, or stays ``old`` where two factors would
+    be no smaller than the dense weight.
+
+    Args:
+        name: The layer's name, for messages.
+        old: The dense layer, or a low-rank one of a larger size.
+        entry: Rank and storage of the new layer.
+        factors: The components that ``entry`` keeps.
+        device: As for ``compress``.
+
+    Raises:
+        ValueError: The factors are zero and the weight of ``old`` is not, or ``old`` would have to stay and is not
+            dense.
+    """
+    new = _stored(name, old, entry, factors, device)
+    if _is_zero(new) and not _is_zero(old) and (_is_low_rank(old) or dense_weight(old).any()):
+        raise ValueError(
+            f"the factors of {name} are zero in {_type_name(_like(old).dtype)}, but its weight is not: leave it dense "
+            f"(--exclude {name}), or load a base in half precision in float32"
+        )
+    return new
+
+
+def _stored(name: str, old: nn.Module, entry: ModulePlan, factors: Factors, device: torch.device | None) -> nn.Module:
     assert entry.rank is not None
-    factors, weight = store.kept(name, entry), dense_weight(old)
+    weight = _like(old)
     if entry.storage == "pivoted":
         # Double precision: on the weight's device where that is fast.
         place = device or (weight.device if weight.device.type == "cuda" else factors.left.device)
@@ -89,9 +109,23 @@ def _low_rank(
             *(name, "is stored as two factors" if smaller else "stays dense, since two factors would be no smaller"),
             *(found.error, _type_name(weight.dtype), found.plain, found.growth),
         )
+        if not smaller and _is_low_rank(old):
+            raise ValueError(
+                f"{name} can't be stored pivoted at rank {entry.rank}, and there is no dense weight for it here: make "
+                "this size from the plan with `lowrank export PLAN --keep`"
+            )
         if not smaller:
             return old
     return factored_layer(old, factors)
+
+
+def _is_low_rank(layer: nn.Module) -> bool:
+    return isinstance(layer, (LowRankLinear, PivotedLinear))
+
+
+def _like(layer: nn.Module) -> Tensor:
+    """Return a tensor with the type and the device of a dense or low-rank layer."""
+    return layer.get_parameter("weight") if _is_low_rank(layer) else dense_weight(layer)
 
 
 def _is_zero(layer: nn.Module) -> bool:
@@ -104,7 +138,7 @@ def _is_zero(layer: nn.Module) -> bool:
 
 def factored_layer(old: nn.Module, factors: Factors) -> LowRankLinear:
     """Return a layer with ``factors`` to replace ``old``, in the type of its weight and with its bias."""
-    weight = dense_weight(old)
+    weight = _like(old)
     return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), getattr(old, "bias", None))
 
 

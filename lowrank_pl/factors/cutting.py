@@ -6,10 +6,13 @@ import logging
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from lowrank_pl.factors.compression import deployed_plan
+from lowrank_pl.factors.components import NestedComponents
+from lowrank_pl.factors.compression import deployed_plan, low_rank_layer
 from lowrank_pl.models.hf_layers import LowRankLinear
-from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.models.targets import replace_module
+from lowrank_pl.plans.plan import ModulePlan, RankPlan
 
 __all__ = ["cut"]
 
@@ -17,46 +20,61 @@ _log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def cut(model: nn.Module, plan: RankPlan, smaller: RankPlan) -> RankPlan:
-    """Cut the factors of ``model`` to the ranks of ``smaller``, in place, one layer at a time.
+def cut(model: nn.Module, plan: RankPlan, smaller: RankPlan, components: NestedComponents | None = None) -> RankPlan:
+    """Cut the layers of ``model`` to the ranks of ``smaller``, in place, one layer at a time.
 
     A layer loses the components that ``smaller`` drops. The others keep their bits, and no tensor keeps the memory of
-    what was cut off.
+    what was cut off. Layers with ``components`` are made from these, as ``lowrank_pl.factors.compression.compress``
+    makes them from a store.
 
     Args:
         model: A compressed model.
         plan: The plan that the model was exported with.
         smaller: A plan that ``lowrank_pl.plans.resize.cut_plan`` made from ``plan``.
+        components: Those that lie beside the weights; needed where dense or pivoted layers are cut.
 
     Returns:
         ``smaller`` with the storage that each layer really has.
 
     Raises:
-        ValueError: The model has other layers than ``plan`` says, or layers that are not in memory.
+        ValueError: The model has other layers than ``plan`` says, or layers that are not in memory, or components are
+            missing or damaged.
     """
     _check_ranks(model, plan)
     todo = {name: entry for name, entry in smaller.modules.items() if entry.rank != plan.modules[name].rank}
-    layers: dict[str, LowRankLinear] = {}
+    held = frozenset() if components is None else components.names
     for name in todo:
         layer = model.get_submodule(name)
-        if not isinstance(layer, LowRankLinear) or layer.weight.is_meta:
+        # The hooks of accelerate would be lost with a layer that is replaced.
+        can_be = not hasattr(layer, "_hf_hook") if name in held else isinstance(layer, LowRankLinear)
+        if not can_be or layer.get_parameter("weight").is_meta:
             raise ValueError(
                 f"{name} can't be cut: it is a {type(layer).__name__}, or device_map keeps it on disk; load the model "
                 "into memory, or make this size from the plan with `lowrank export PLAN --keep`"
             )
-        layers[name] = layer
-    for name, layer in layers.items():
-        own, entry = plan.modules[name], todo[name]
-        assert own.rank is not None
-        assert entry.rank is not None
-        places = {component: place for place, component in enumerate(own.indices or range(own.rank))}
-        kept = torch.tensor([places[one] for one in entry.indices or range(entry.rank)], device=layer.weight.device)
-        # The layer itself stays, and with it what others have attached to it.
-        layer.weight = _part(layer.weight, 1, kept)
-        layer.right = _part(layer.right, 0, kept)
-        layer.rank = entry.rank
-    _log.info("cut %d of %d low-rank layers", len(todo), len(plan.modules) - len(plan.dense_modules))
+    for name, entry in tqdm(todo.items(), desc="cut", unit="module", leave=False, delay=2):
+        layer = model.get_submodule(name)
+        if components is not None and name in held:
+            new = low_rank_layer(name, layer, entry, components.kept(name, entry)).train(layer.training)
+            replace_module(model, name, new.requires_grad_(layer.get_parameter("weight").requires_grad))
+        else:
+            assert isinstance(layer, LowRankLinear)
+            _cut_factors(layer, plan.modules[name], entry)
+    beside = sum(name in held for name in todo)
+    _log.info("cut %d of %d layers, %d of them to components beside the weights", len(todo), len(plan.modules), beside)
     return deployed_plan(model, smaller)
+
+
+def _cut_factors(layer: LowRankLinear, own: ModulePlan, entry: ModulePlan) -> None:
+    """Cut a layer with the components of ``own`` to those of ``entry``."""
+    assert own.rank is not None
+    assert entry.rank is not None
+    places = {component: place for place, component in enumerate(own.indices or range(own.rank))}
+    kept = torch.tensor([places[one] for one in entry.indices or range(entry.rank)], device=layer.weight.device)
+    # The layer itself stays, and with it what others have attached to it.
+    layer.weight = _part(layer.weight, 1, kept)
+    layer.right = _part(layer.right, 0, kept)
+    layer.rank = entry.rank
 
 
 def _part(old: Tensor, dim: int, kept: Tensor) -> nn.Parameter:

@@ -19,29 +19,38 @@ from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["DIGESTS", "changed_files", "check_files", "unchecked", "write_digests"]
+__all__ = ["DIGESTS", "NESTED", "changed_files", "check_files", "unchecked", "write_digests"]
 
 _log = logging.getLogger(__name__)
 
 DIGESTS = "lowrank.sha256"
 """Name of the file with the digests."""
 
+NESTED = "nested"
+"""Name of the subfolder with components that only smaller sizes read (``lowrank_pl.factors.components``)."""
+
 _CARD = "README.md"  # its owner edits it
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_LINE = rf"([0-9a-f]{{64}}) [ *](?:\./)?((?:{NESTED}/)?[^/\\\0]+)"
 _CHECKING: ContextVar[bool] = ContextVar("lowrank_checking", default=True)
 
 
 def write_digests(folder: Path) -> None:
-    """Write the SHA-256 of every file in ``folder`` except for the model card."""
-    names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.name not in (_CARD, DIGESTS))
+    """Write the SHA-256 of every file in ``folder``, and in its subfolder ``nested``, except for the model card."""
+    names = sorted(name for name in _files(folder) if name not in (_CARD, DIGESTS))
     lines = [f"{digest}  {name}\n" for name, digest in zip(names, _digests(folder, names), strict=True)]
     (folder / DIGESTS).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
-def changed_files(folder: Path) -> list[str] | None:
+def changed_files(folder: Path, *, nested: bool = True) -> list[str] | None:
     """Return the names of files that are missing or not as ``write_digests`` found them; None without digests.
 
-    Weight files without a digest are among them, and the file with the digests if it can't be read.
+    Weight files without a digest are among them, and the file with the digests if it can't be read. The subfolder
+    ``nested`` may be left out of a copy as a whole: the model in its own size does not need it.
+
+    Args:
+        folder: The folder.
+        nested: Whether to read the files in the subfolder too.
     """
     place = folder / DIGESTS
     if not place.is_file():
@@ -52,29 +61,34 @@ def changed_files(folder: Path) -> list[str] | None:
         return [DIGESTS]
     # As `sha256sum` writes it too, with * or ./ before a name, and as git leaves it on Windows.
     lines = re.split(r"\r?\n", text)
-    parsed = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?([^/\\\0]+)", line) for line in lines if line]
+    parsed = [re.fullmatch(_LINE, line) for line in lines if line]
     if None in parsed:
         return [DIGESTS]
-    stored = {found[2]: found[1] for found in parsed if found}
+    nested = nested and (folder / NESTED).is_dir()
+    stored = {found[2]: found[1] for found in parsed if found and (nested or not _is_nested(found[2]))}
     known = [name for name in stored if (folder / name).is_file()]
     digests = dict(zip(known, _digests(folder, known), strict=True))
     # Not those that from_pretrained leaves alone, such as the weights of an adapter.
-    weights = [file.name for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name)]
+    weights = [name for name in _files(folder) if _WEIGHTS.fullmatch(name) or (nested and _is_nested(name))]
     unlisted = [name for name in weights if name not in stored]
     return [*unlisted, *(name for name, digest in stored.items() if digests.get(name) != digest)]
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, *, nested: bool = False) -> None:
     """Compare the files of ``folder`` with their digests, if it has any, and log changes of all but the weights.
 
     A file is read once per process. ``LOWRANK_VERIFY=0`` in the environment switches the check off.
+
+    Args:
+        folder: The folder.
+        nested: Whether to read the files in the subfolder ``nested`` too, which are as large as the weights or larger.
 
     Raises:
         ValueError: A weight file differs, or the digests can't be read.
     """
     if not _CHECKING.get() or os.environ.get("LOWRANK_VERIFY") == "0":
         return
-    changed = changed_files(folder) or []
+    changed = changed_files(folder, nested=nested) or []
     if changed == [DIGESTS]:
         raise ValueError(f"{folder / DIGESTS} holds no digests as `sha256sum` writes them: restore or delete it")
     weights = [name for name in changed if name.endswith(".safetensors")]
@@ -98,6 +112,16 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         _CHECKING.reset(token)
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the files in ``folder`` and in its subfolder ``nested``, as they are called in the file of digests."""
+    inside = [file for file in (folder / NESTED).glob("*") if file.is_file()]
+    return [file.name for file in folder.iterdir() if file.is_file()] + [f"{NESTED}/{file.name}" for file in inside]
+
+
+def _is_nested(name: str) -> bool:
+    return name.startswith(f"{NESTED}/")
 
 
 def _digests(folder: Path, names: list[str]) -> list[str]:

@@ -8,7 +8,9 @@ size and smaller ones only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from lowrank_pl.plans.budget import Budget, check_keep
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 
-__all__ = ["RESIZED", "cut_plan", "largest_keep", "nested"]
+__all__ = ["RESIZED", "component_bytes", "components_below", "cut_plan", "largest_keep", "nested"]
 
 RESIZED = "resized from"
 """The beginning of the note that marks a resized plan."""
@@ -60,21 +62,24 @@ def nested(plan: RankPlan, keeps: Iterable[float]) -> dict[float, RankPlan]:
     return {keep: plans[keep] for keep in reversed(ascending)}
 
 
-def cut_plan(plan: RankPlan, keep: float) -> RankPlan:
+def cut_plan(plan: RankPlan, keep: float, held: Container[str] = ()) -> RankPlan:
     """Return the plan of :func:`nested` at a smaller size, if an export of ``plan`` holds all components that it keeps.
 
-    Only layers that are stored as two factors can be cut. A dense or pivoted layer stores its weight, not its
-    components. The singular values of that weight are no substitute for the calibrated order: cutting SmolLM2-135M,
-    stored pivoted, from keep 0.8 to 0.7 by them gave a perplexity of 22,800 instead of 22.4. Cutting other layers
-    further in place of dense ones gave 86 instead of 33 at keep 0.6.
+    Weights hold components only of layers that are stored as two factors. A dense or pivoted layer stores its weight,
+    so its components have to lie beside the weights (:func:`components_below`). The singular values of that weight are
+    no substitute for the calibrated order: cutting SmolLM2-135M, stored pivoted, from keep 0.8 to 0.7 by them gave a
+    perplexity of 22,800 instead of 22.4. Cutting other layers further in place of dense ones gave 86 instead of 33 at
+    keep 0.6.
 
     Args:
         plan: The plan of the export.
         keep: Fraction of the targeted parameters to keep, at most the plan's own.
+        held: Names of the layers whose components lie beside the weights.
 
     Raises:
-        ValueError: ``keep`` is impossible or above the plan's own, or dense or pivoted layers would be cut; or no size
-            follows from the plan: it has no component order, or its weights were corrected or refitted for its size.
+        ValueError: ``keep`` is impossible or above the plan's own, or dense or pivoted layers without components would
+            be cut; or no size follows from the plan: it has no component order, or its weights were corrected or
+            refitted for its size.
 
     Example:
         >>> import torch
@@ -89,24 +94,67 @@ def cut_plan(plan: RankPlan, keep: float) -> RankPlan:
         raise ValueError(
             f"keep is {keep:g}, but the export has keep {plan.keep:g}: its weights hold smaller sizes only; {instead}"
         )
-    changes = _changes(plan)
-    if changes and keep < plan.keep:
-        raise ValueError(
-            f"the factors have a {' and a '.join(changes)} for keep {plan.keep:g}, so their first components are no "
-            f"model of their own: make a plan for keep {keep:g} with `lowrank allocate` and export that"
-        )
+    if keep < plan.keep:
+        _check_unchanged(plan, f"make a plan for keep {keep:g} with `lowrank allocate` and export that")
     sized = nested(plan, [keep])[keep]
-    cut = [name for name, entry in sized.modules.items() if entry.rank != plan.modules[name].rank]
-    dense = [name for name in cut if plan.modules[name].rank is None]
-    pivoted = [name for name in cut if name in set(plan.pivoted_modules)]
-    if dense or pivoted:
-        counts = [f"{len(names)} {form}" for form, names in (("dense", dense), ("pivoted", pivoted)) if names]
-        other = "; exports with --storage factored have no pivoted layers" if pivoted else ""
+    lacking = _without_components(plan, sized, held)
+    if lacking:
+        cut = [name for name, entry in sized.modules.items() if entry.rank != plan.modules[name].rank]
+        dense = sum(plan.modules[name].rank is None for name in lacking)
+        counts = [f"{n} {form}" for n, form in ((dense, "dense"), (len(lacking) - dense, "pivoted")) if n]
+        other = "; exports with --storage factored have no pivoted layers" if dense < len(lacking) else ""
         raise ValueError(
-            f"keep {keep:g} cuts {len(cut)} layers, of which {' and '.join(counts)}, e.g. {(dense or pivoted)[0]}, and "
-            f"the export holds no components of these: {instead}{other}"
+            f"keep {keep:g} cuts {len(cut)} layers, of which {' and '.join(counts)}, e.g. {lacking[0]}, and the export "
+            f"holds no components of these: {instead}, or export the plan with `--any_size true` for a folder that "
+            f"serves every smaller size{other}. {_served(plan, held)}"
         )
     return sized
+
+
+def components_below(plan: RankPlan) -> dict[str, ModulePlan]:
+    """Return the components that smaller sizes may keep of layers whose weights do not hold them, by layer.
+
+    These are the dense and pivoted layers of ``plan`` that some smaller size cuts. Of a dense layer, the components up
+    to break-even are enough: a size that would keep more leaves the layer dense. Layers that ``plan`` stores as two
+    factors are among them only if a smaller size stores them pivoted.
+
+    Args:
+        plan: The plan of an export.
+
+    Raises:
+        ValueError: No smaller size follows from the plan: it has no component order, keeps components that its order
+            does not put first, or its weights were corrected or refitted for its size.
+
+    Example:
+        >>> import torch
+        >>> budget = Budget(keep=0.8, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
+        >>> plan = budget.select({"a": torch.arange(8, 0, -1.0), "b": torch.arange(4, 0, -0.5)}, method="hand")
+        >>> {name: module.rank for name, module in plan.modules.items()}
+        {'a': None, 'b': 2}
+        >>> {name: module.rank for name, module in components_below(plan).items()}
+        {'a': 3}
+    """
+    _check_unchanged(plan, "make the smaller sizes with `lowrank allocate`")
+    budget, scores = _budget(plan, 1.0), _scores(plan)
+    found = {}
+    for name, entry in plan.modules.items():
+        least = budget.least_rank(name)
+        if least is None or (entry.rank is not None and entry.rank <= least):
+            continue
+        if entry.rank is None:
+            found[name] = ModulePlan.of_highest(entry.shape, budget.top_rank(name), scores[name])
+        elif "pivoted" in (entry.storage, budget.rank_costs.form(entry.shape, entry.rank - 1)):
+            found[name] = entry
+    return found
+
+
+def component_bytes(plan: RankPlan) -> int:
+    """Return the bytes of the components of :func:`components_below` as they lie beside an export.
+
+    They are stored in the type of the weights; those that pivots are computed from, in float32.
+    """
+    size = plan.bytes_per_parameter if plan.storage == "factored" else 4
+    return size * sum((entry.rank or 0) * sum(entry.shape) for entry in components_below(plan).values())
 
 
 def largest_keep(plan: RankPlan) -> float:
@@ -116,6 +164,46 @@ def largest_keep(plan: RankPlan) -> float:
     loses less, so the same correction would make it worse.
     """
     return min([1.0, *_changes(plan).values()])
+
+
+def _without_components(plan: RankPlan, smaller: RankPlan, held: Container[str]) -> list[str]:
+    """Return the layers that ``smaller`` cuts and whose components an export of ``plan`` does not hold."""
+    pivoted = set(plan.pivoted_modules)
+    return [
+        name
+        for name, entry in smaller.modules.items()
+        if entry.rank != plan.modules[name].rank
+        and (plan.modules[name].rank is None or name in pivoted)
+        and name not in held
+    ]
+
+
+def _served(plan: RankPlan, held: Container[str]) -> str:
+    """Return in a sentence which sizes an export of ``plan`` serves, to a hundredth."""
+
+    def is_served(hundredths: int) -> bool:
+        keep = hundredths / 100
+        try:
+            return not _without_components(plan, nested(plan, [keep])[keep], held)
+        except ValueError:
+            # Below the floors.
+            return False
+
+    most = math.floor(plan.keep * 100)
+    least = 1 + bisect_left(range(1, most + 1), True, key=is_served)
+    if least > most or least / 100 == plan.keep:
+        return f"This export serves its own size only, keep {plan.keep:g}"
+    return f"This export serves sizes down to keep {least / 100:g}"
+
+
+def _check_unchanged(plan: RankPlan, advice: str) -> None:
+    """Raise ``ValueError`` if the weights were corrected or refitted for one size."""
+    changes = _changes(plan)
+    if changes:
+        raise ValueError(
+            f"the factors have a {' and a '.join(changes)} for keep {plan.keep:g}, so their first components are no "
+            f"model of their own: {advice}"
+        )
 
 
 def _changes(plan: RankPlan) -> dict[str, float]:

@@ -28,6 +28,7 @@ from lowrank_pl.evaluate.likelihood import Score, excess_nats, perplexity
 from lowrank_pl.export.export import ExportReport, load_cut, save_compressed
 from lowrank_pl.export.reload import ExportError
 from lowrank_pl.export.reload_probe import end_with_parent
+from lowrank_pl.factors.components import AnySize
 from lowrank_pl.factors.compression import compress, compressed, deployed_plan
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import make_allocator
@@ -39,6 +40,7 @@ from lowrank_pl.models.identity import base_class
 from lowrank_pl.models.offload import STREAMED_BATCH_SIZE, streamed
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.plans.resize import component_bytes
 from lowrank_pl.report.model_card import model_card, refresh_card
 from lowrank_pl.report.page import write_page
 from lowrank_pl.report.rank_map import rank_map
@@ -51,6 +53,7 @@ from lowrank_pl.version import __version__
 
 __all__ = [
     "Ending",
+    "ExportForm",
     "Finished",
     "Learned",
     "Protocol",
@@ -141,13 +144,33 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class ExportForm:
+    """What an export holds.
+
+    Args:
+        merge: Dense weights, for runtimes that do not know factors.
+        any_size: Beside the weights, components from which every smaller size is cut.
+
+    Raises:
+        ValueError: Both are given.
+    """
+
+    merge: bool = False
+    any_size: bool = False
+
+    def __post_init__(self) -> None:
+        if self.merge and self.any_size:
+            raise ValueError("merge writes dense weights, which smaller sizes are not cut from: leave out any_size")
+
+
+@dataclass(frozen=True)
 class Ending:
     """Settings of the end of a run.
 
     Args:
         protocol: Text and prompts that models are scored on.
         baselines: Names of the allocators to compare with.
-        merge: Export dense weights, for runtimes that do not know factors.
+        form: What the export holds.
         refit: How to refit the factors to the compressed model's own inputs; the table then also has a row without the
             refit. None does not refit.
         refit_sequences: Token ids ``[sequences, length]`` for the refit.
@@ -158,7 +181,7 @@ class Ending:
 
     protocol: Protocol
     baselines: Sequence[str] = ("uniform",)
-    merge: bool = False
+    form: ExportForm = ExportForm()
     refit: Refit | None = None
     refit_sequences: Tensor | None = None
     streamed_on: torch.device | None = None
@@ -171,7 +194,7 @@ def export_plan(
     factors: FactorStore,
     directory: str | Path,
     *,
-    merge: bool = False,
+    form: ExportForm = ExportForm(),
     put_back: bool = False,
     device: torch.device | None = None,
 ) -> tuple[ExportReport, RankPlan]:
@@ -186,12 +209,12 @@ def export_plan(
         plan: The plan.
         factors: The factors that the plan is for.
         directory: Folder of the export.
-        merge: Write dense weights that any runtime loads, instead of factors.
+        form: What it holds.
         put_back: Restore the modules of ``model`` afterwards, for the next size; this takes memory for both.
         device: Device on which pivots are chosen.
 
     Raises:
-        ValueError: The plan does not fit the model or the factors.
+        ValueError: The plan does not fit the model or the factors, or no smaller size follows from it.
         ExportError: The reloaded model differs; nothing is left at ``directory`` then.
     """
     where = {"device": device}
@@ -199,7 +222,8 @@ def export_plan(
         compressed(model, plan, factors, **where) if put_back else nullcontext(compress(model, plan, factors, **where))
     ):
         plan = deployed_plan(model, plan)
-        return _save(model, tokenizer, plan, directory, merge=merge), plan
+        held = AnySize(plan, factors) if form.any_size else plan
+        return _save(model, tokenizer, held, directory, merge=form.merge), plan
 
 
 def export_cut(
@@ -233,11 +257,17 @@ def export_cut(
 
 
 def _save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: RankPlan, directory: str | Path, *, merge: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: RankPlan | AnySize,
+    directory: str | Path,
+    *,
+    merge: bool,
 ) -> ExportReport:
     """Export a compressed model with its card."""
-    exported = Exported(Path(directory), merged=merge, own_code=base_class(model) is None)
-    card = model_card(RunRecord(exported.folder, plan, exported, command=command_line()))
+    ranks, more = (plan.plan, component_bytes(plan.plan)) if isinstance(plan, AnySize) else (plan, 0)
+    exported = Exported(Path(directory), merged=merge, own_code=base_class(model) is None, nested_bytes=more)
+    card = model_card(RunRecord(exported.folder, ranks, exported, command=command_line()))
     return save_compressed(model, directory, tokenizer=tokenizer, plan=plan, card=card, merge=merge)
 
 
@@ -272,7 +302,7 @@ def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
         spent += time.perf_counter() - began
     began = time.perf_counter()
     report, plan = export_plan(
-        subject.model, subject.tokenizer, plan, factors, run / "model", merge=ending.merge, device=ending.streamed_on
+        subject.model, subject.tokenizer, plan, factors, run / "model", form=ending.form, device=ending.streamed_on
     )
     plan.save(run / "plan.json")
     spent += time.perf_counter() - began

@@ -9,12 +9,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lowrank_pl.models.digests import NESTED
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import RESIZED
 from lowrank_pl.report.card_metadata import front_matter, refreshed_front_matter, split_front_matter, title
 from lowrank_pl.report.evidence import Evidence, HealthCheck, Speed, TaskScores, describe_protocol
 from lowrank_pl.report.rank_map import rank_table
-from lowrank_pl.report.run_record import RunRecord
+from lowrank_pl.report.run_record import Exported, RunRecord
 from lowrank_pl.report.scores import Summary, row_table
 from lowrank_pl.utils.files import atomic_write
 from lowrank_pl.utils.formatting import code, escaped, longest_run, percent, rounded_perplexity, table
@@ -51,7 +52,7 @@ def model_card(record: RunRecord, *, license: str | None = None) -> str:
         _scores(record.summary, evidence),
         _health(evidence.health),
         _speeds(record.speeds),
-        _size(plan, merged=record.merged),
+        _size(plan, record.exported),
         _made(plan, record.command, {key: facts[key] for key in ("date", "versions") if key in facts}),
         _samples(record.samples),
         _notes(plan),
@@ -197,7 +198,7 @@ def _speeds(speeds: Sequence[Speed]) -> str:
     return f"## Speed\n\n{table(('model', 'tokens/s', 'vs dense', 'measured by'), body, 'github', align=align)}"
 
 
-def _size(plan: RankPlan, *, merged: bool) -> str:
+def _size(plan: RankPlan, exported: Exported | None) -> str:
     head = ("", "dense", "compressed", "kept")
     body = [
         ("parameters of the targeted layers", plan.targeted_parameters, plan.kept_parameters, plan.keep_targeted),
@@ -205,14 +206,28 @@ def _size(plan: RankPlan, *, merged: bool) -> str:
         ("bytes of the parameters", plan.dense_bytes, plan.bytes, plan.bytes / plan.dense_bytes),
     ]
     shown = [(what, f"{dense:,}", f"{kept:,}", percent(fraction)) for what, dense, kept, fraction in body]
+    merged = exported is not None and exported.merged
     merged_note = "These are the sizes of the factors, not of the dense weights in this folder.\n\n" if merged else ""
+    nested_note = "" if exported is None else _nested(exported.nested_bytes)
+    ranks = rank_table(plan, fmt="github")
     any_k = (
         f"\n\nIn {len(plan.any_k_modules)} layers (any-k) the kept components are not those of the largest singular "
         "values but a selection, which `plan.json` lists."
         if plan.any_k_modules
         else ""
     )
-    return f"## Size\n\n{merged_note}{table(head, shown, 'github')}\n\n{rank_table(plan, fmt='github')}{any_k}"
+    return f"## Size\n\n{merged_note}{table(head, shown, 'github')}\n\n{nested_note}{ranks}{any_k}"
+
+
+def _nested(size: int) -> str:
+    """Return a paragraph on the components for smaller sizes, empty if there are none."""
+    if not size:
+        return ""
+    return (
+        f"The subfolder `{NESTED}` holds {size / 1e6:,.1f} MB more: components from which "
+        "`lowrank_pl.load_compressed(FOLDER, keep=...)` makes every smaller size. The model in its own size does not "
+        "need them, and loads without the subfolder.\n\n"
+    )
 
 
 def _made(plan: RankPlan, command: str, noted: dict[str, Any]) -> str:

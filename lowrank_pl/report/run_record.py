@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding
 from lowrank_pl.export.health.files import check_digests
 from lowrank_pl.export.health.weights import check_plan, check_weights, tensors_in
+from lowrank_pl.factors.components import NestedComponents
 from lowrank_pl.models import hf_format
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.evidence import Evidence, HealthCheck, Speed, read_evidence
@@ -43,11 +44,13 @@ class Exported:
         folder: Its folder.
         merged: Whether its weights are dense again: the factors are multiplied out.
         own_code: Whether the base came with modelling code of its own.
+        nested_bytes: Bytes of the components for smaller sizes beside the weights; 0 if there are none.
     """
 
     folder: Path
     merged: bool = False
     own_code: bool = False
+    nested_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ def read_run(folder: str | Path, *, scores: Iterable[Path] = (), check: bool = T
     if model is not None:
         entries = _entries(model)
         merged = not entries and len(plan.dense_modules) < len(plan.modules)
-        record = replace(record, exported=Exported(model, merged, _has_own_code(model)))
+        nested = NestedComponents.of_export(model, plan).bytes
+        record = replace(record, exported=Exported(model, merged, _has_own_code(model), nested))
         if record.evidence.health is None:
             health = _quick_check(record, model, entries, check=check)
             record = replace(record, evidence=replace(record.evidence, health=health))

@@ -25,7 +25,7 @@ from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.offload import exceeds_memory
 from lowrank_pl.models.sequences import check_sequences
-from lowrank_pl.report.finish import Ending, Finished, Learned, Protocol, finish_run
+from lowrank_pl.report.finish import Ending, ExportForm, Finished, Learned, Protocol, finish_run
 from lowrank_pl.report.model_card import sample_table
 from lowrank_pl.text.sequences import token_windows, warn_of_overlap
 from lowrank_pl.training.data import CalibrationData, calibration_data
@@ -91,6 +91,7 @@ class FinishRun(Stopwatch):
         prompts: Prompts that the dense and the compressed model continue.
         max_new_tokens: Maximum length of a continuation.
         merge: Export dense weights for any runtime instead of factors.
+        any_size: Write components beside the weights, so that the folder serves every size down from its own.
         refit: How to refit the learned plan's factors to the compressed model's own inputs, on the learning sequences;
             by default they are not refitted.
         streamed: Whether to keep models in main memory, score them one layer at a time on the device, and export from
@@ -101,7 +102,8 @@ class FinishRun(Stopwatch):
             me/model, or name, private and revision. The token is that of ``hf auth login``, or ``HF_TOKEN``.
 
     Raises:
-        ValueError: A baseline is not the name of an allocator, or ``push_to_hub`` can't be a repository.
+        ValueError: A baseline is not the name of an allocator, ``push_to_hub`` can't be a repository, or ``any_size``
+            is given with ``merge`` or ``refit``.
     """
 
     def __init__(
@@ -115,11 +117,15 @@ class FinishRun(Stopwatch):
         streamed: bool | None = None,
         json: Path | None = None,
         push_to_hub: str | HubRepo | None = None,
+        any_size: bool = False,
     ) -> None:
         super().__init__()
         self.score = score
         self.baselines, self.prompts, self.max_new_tokens = tuple(baselines), tuple(prompts), max_new_tokens
-        self.merge, self.refit, self.streamed, self.json = merge, refit, streamed, json
+        self.form = ExportForm(merge=merge, any_size=any_size)
+        self.refit, self.streamed, self.json = refit, streamed, json
+        if any_size and refit is not None:
+            raise ValueError("a refit fits the factors to one size: leave out any_size, or the refit with refit null")
         for name in baselines:
             make_allocator(name)
         self.repo = HubRepo(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
@@ -154,7 +160,7 @@ class FinishRun(Stopwatch):
         assert pl_module.model is not None
         check_sequences(pl_module.model, self.protocol.sequences)
         origin = Origin.of(pl_module.model)
-        if self.merge and origin is not None and not origin.one_width:
+        if self.form.merge and origin is not None and not origin.one_width:
             raise ValueError(
                 f"the base has MLPs of {origin.widths} hidden neurons, which no plain config of dense weights can "
                 "describe: leave out --finish.merge, or prune all MLPs to one width with --model.prune.by_block false"
@@ -208,7 +214,7 @@ class FinishRun(Stopwatch):
             unpruned=self._unpruned(learner, place),
         )  # fmt: skip
         ending = Ending(
-            self.protocol, self.baselines, self.merge, self.refit, refit_sequences=data.train_sequences,
+            self.protocol, self.baselines, self.form, self.refit, refit_sequences=data.train_sequences,
             streamed_on=device if streams else None,
         )  # fmt: skip
         return finish_run(run, learned, ending)

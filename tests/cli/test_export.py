@@ -235,6 +235,30 @@ def test_the_command_line_of_several_sizes(plan_file, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_an_export_of_any_size_serves_sizes_to_every_command(plan_file, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    main(["export", str(plan_file), "--any_size", "true", "--output", str(tmp_path / "any"), "--json", str(figures)])
+    size = sum(file.stat().st_size for file in (tmp_path / "any" / "nested").iterdir())
+    assert json.loads(figures.read_text())["nested_bytes"] == size
+    assert "of components for smaller sizes, beside the weights" in capsys.readouterr().out
+    assert "`lowrank_pl.load_compressed(FOLDER, keep=...)`" in (tmp_path / "any" / "README.md").read_text()
+    cut = export(tmp_path / "any", keep=[0.3], output=tmp_path / "cut") / "keep-0.30"
+    made = export(plan_file, keep=[0.3], output=tmp_path / "made") / "keep-0.30"
+    assert (cut / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+    text = {"text": TEXT, "length": 32, "sequences": 2}
+    assert evaluate(str(tmp_path / "any"), keep=0.3, **text)["nats"] == evaluate(str(made), **text)["nats"]
+
+
+def test_any_size_says_what_it_needs_before_anything_is_loaded(plan_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "load_base", None)
+    with pytest.raises(ValueError, match="which smaller sizes are not cut from: leave out any_size"):
+        export(plan_file, any_size=True, merge=True, output=tmp_path / "model")
+    data = json.loads(plan_file.read_text())
+    plan_file.write_text(json.dumps({**data, "fingerprint": {**data["fingerprint"], "refit": {"keep": 0.5}}}))
+    with pytest.raises(ValueError, match=r"the factors have a refit for keep 0\.5"):
+        export(plan_file, any_size=True, output=tmp_path / "model")
+
+
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 def test_an_export_goes_to_the_hub_or_its_one_sentence_says_how_it_would(plan_file, tmp_path, monkeypatch, capsys):
     with logged_in(monkeypatch) as hub:

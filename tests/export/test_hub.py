@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -75,6 +76,18 @@ def test_old_weights_go_and_files_of_others_stay(hub, model, tmp_path):
     files |= {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "logo.png": b"mine"}
     save(model, tmp_path / "small", push_to_hub="me/small")
     assert files == {".gitattributes": b"", "logo.png": b"mine", **files_in(tmp_path / "small")}
+
+
+def test_components_are_uploaded_and_those_of_an_earlier_export_go(hub, model, tmp_path):
+    save(model, tmp_path / "small")
+    (tmp_path / "small" / "nested").mkdir()
+    (tmp_path / "small" / "nested" / "b.safetensors").write_bytes(b"components")
+    upload(tmp_path / "small", HubRepo("me/small"))
+    files = hub.branches["me/small", "main"]
+    assert files["nested/b.safetensors"] == b"components"
+    shutil.rmtree(tmp_path / "small" / "nested")
+    upload(tmp_path / "small", HubRepo("me/small"))
+    assert not [name for name in files if name.startswith("nested")]
 
 
 def command_in(error):

@@ -29,6 +29,35 @@ def test_changed_lost_and_new_files(folder):
     assert changed_files(folder) == ["model.safetensors", "config.json"]
 
 
+def test_components_for_smaller_sizes_are_covered_and_read_only_for_these(folder):
+    (folder / "nested").mkdir()
+    (folder / "nested" / "a.safetensors").write_text("components")
+    write_digests(folder)
+    assert f"{hashlib.sha256(b'components').hexdigest()}  nested/a.safetensors" in (folder / DIGESTS).read_text()
+    assert changed_files(folder) == []
+    (folder / "nested" / "a.safetensors").write_text("others")
+    (folder / "nested" / "b.safetensors").write_text("new")
+    assert changed_files(folder) == ["nested/b.safetensors", "nested/a.safetensors"]
+    check_files(folder)
+    with pytest.raises(ValueError, match=r"nested/b.safetensors, nested/a.safetensors in .* is not as it was exported"):
+        check_files(folder, nested=True)
+
+
+def test_a_copy_without_the_components_is_whole(folder):
+    (folder / "nested").mkdir()
+    (folder / "nested" / "a.safetensors").write_text("components")
+    write_digests(folder)
+    (folder / "nested" / "a.safetensors").unlink()
+    assert changed_files(folder) == ["nested/a.safetensors"]
+    (folder / "nested").rmdir()
+    assert changed_files(folder) == []
+
+
+def test_a_path_out_of_the_folder_is_no_line_of_digests(folder):
+    (folder / DIGESTS).write_text(f"{'0' * 64}  nested/../../secret\n")
+    assert changed_files(folder) == [DIGESTS]
+
+
 @pytest.mark.parametrize("place", range(0, 90, 3))
 def test_a_flipped_bit_in_the_digests_is_found(folder, place):
     data = bytearray((folder / DIGESTS).read_bytes())

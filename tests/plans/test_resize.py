@@ -16,7 +16,7 @@ from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.uniform import Uniform
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
-from lowrank_pl.plans.resize import cut_plan, largest_keep, nested
+from lowrank_pl.plans.resize import components_below, cut_plan, largest_keep, nested
 from lowrank_pl.plans.storage import Storage
 
 extents = st.integers(1, 40)
@@ -157,6 +157,19 @@ def test_plans_with_orders_survive_json(plan):
     assert again.to_json() == plan.to_json()
     assert resize(again, plan.keep) is again
     assert list(json.loads(plan.to_json()))[-1] == "order"
+
+
+@settings(max_examples=300, deadline=None)
+@given(plans_of_any_kind(), keeps)
+def test_components_below_are_all_that_smaller_sizes_keep_of_layers_without_components(plan, keep):
+    assume(keep < plan.keep and possible(plan, keep))
+    smaller, below = resize(plan, keep), components_below(plan)
+    for name, entry in smaller.modules.items():
+        own = plan.modules[name]
+        if entry.rank != own.rank and (own.rank is None or "pivoted" in (own.storage, entry.storage)):
+            held = below[name].indices or range(below[name].rank)
+            assert set(entry.indices or range(entry.rank)) <= set(held)
+    assert cut_plan(plan, keep, below) == smaller
 
 
 def test_everything_is_dense_at_keep_one():

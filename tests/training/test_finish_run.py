@@ -19,6 +19,7 @@ from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.run import allocate_on
+from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.training.checkpointing import read_checkpoint
 from lowrank_pl.training.finish_run import ScoreText
@@ -320,12 +321,23 @@ def test_ctrl_c_in_the_last_step_still_stops_and_the_handler_is_put_back():
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 def test_a_finished_model_goes_to_the_hub_with_its_scores(tmp_path, monkeypatch, capsys):
     with logged_in(monkeypatch) as hub:
-        finish = FinishRun(push_to_hub="me/small", baselines=())
+        finish = FinishRun(push_to_hub="me/small", baselines=(), any_size=True)
         fit(make_learner(), max_steps=1, default_root_dir=tmp_path, callbacks=[finish])
     arrived = hub.branches["me/small", "main"]
     assert arrived["README.md"] == (tmp_path / "model" / "README.md").read_bytes()
     assert b"model-index:" in arrived["README.md"]
     assert f"hub          {hub.url}/me/small/commit/" in capsys.readouterr().out
+    nested = {f"nested/{file.name}" for file in (tmp_path / "model" / "nested").iterdir()}
+    assert nested
+    assert nested <= arrived.keys()
+    assert b"The subfolder `nested` holds" in arrived["README.md"]
+    assert load_compressed(tmp_path / "model", keep=0.3).num_parameters() > 0
+
+
+@pytest.mark.parametrize("other", [{"merge": True}, {"refit": Refit()}], ids=["merge", "refit"])
+def test_what_does_not_go_with_any_size_is_refused_before_the_run(other):
+    with pytest.raises(ValueError, match="leave out any_size"):
+        FinishRun(any_size=True, **other)
 
 
 def test_a_name_that_is_no_repository_is_refused_before_the_run():

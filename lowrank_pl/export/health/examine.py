@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from lowrank_pl.export.export import is_compressed, load_compressed
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding, Sample
-from lowrank_pl.export.health.files import check_code, check_digests
+from lowrank_pl.export.health.files import check_code, check_components, check_digests
 from lowrank_pl.export.health.quality import Prompts, check_generation, check_text
 from lowrank_pl.export.health.tokenizer import check_tokenizer
 from lowrank_pl.export.health.weights import check_merged_ranks, check_plan, check_weights, tensors_in, tensors_of
@@ -84,6 +84,8 @@ def diagnose(
     options = {"required": base is not None, "trust_remote_code": trust_remote_code}
     original = _load_base(load_tokenizer, name, **options)
     findings += _check_contents(contents, original)
+    components = None if contents.plan is None else check_components(folder, contents.plan)
+    findings += [] if components is None else [components]
     model, tokenizer = contents.model, contents.tokenizer
     if model is None or tokenizer is None or any(finding.health == "broken" for finding in findings):
         _log.info("text and prompts are left out, because the model is already known to be broken")

@@ -1,14 +1,16 @@
-"""Checks of a folder's files: Python code that comes with it, and digests."""
+"""Checks of a folder's files: Python code that comes with it, digests, and components for smaller sizes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lowrank_pl.export.health.diagnosis import Finding, first_few
+from lowrank_pl.factors.components import NestedComponents
 from lowrank_pl.models import digests, hf_format, hf_layers
 from lowrank_pl.models.digests import DIGESTS, changed_files
+from lowrank_pl.plans.plan import RankPlan
 
-__all__ = ["check_code", "check_digests"]
+__all__ = ["check_code", "check_components", "check_digests"]
 
 OURS = {path.name: path for path in (Path(module.__file__ or "") for module in (digests, hf_format, hf_layers))}
 """The files of the package that exports hold copies of."""
@@ -62,3 +64,26 @@ def check_digests(folder: Path, *, expected: bool) -> Finding | None:
         return Finding("digests", "broken", message, {"changed": changed}, "copy the folder again or export it again")
     advice = f"copy the folder again, unless you changed them; then delete {DIGESTS}"
     return Finding("digests", "warning", message, {"changed": changed}, advice)
+
+
+def check_components(folder: Path, plan: RankPlan) -> Finding | None:
+    """Return whether the components for smaller sizes are whole; None if the folder has none.
+
+    Each has to be there, of the plan's factors and shapes, and finite.
+
+    Args:
+        folder: The folder.
+        plan: Its plan.
+    """
+    nested = NestedComponents.of_export(folder, plan)
+    if not nested.folder.is_dir():
+        return None
+    try:
+        wrong = nested.check()
+    except ValueError as error:
+        wrong = [str(error)]
+    figures = {"layers": len(nested.names), "bytes": nested.bytes, "wrong": wrong}
+    if wrong:
+        advice = "the model in its own size does not need them; export it again for smaller ones"
+        return Finding("components", "broken", f"smaller sizes can't be cut: {first_few(wrong)}", figures, advice)
+    return Finding("components", "healthy", f"there are {nested.describe()}, all finite", figures)

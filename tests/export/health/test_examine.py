@@ -288,6 +288,18 @@ def test_a_flipped_bit_is_found_where_no_other_check_sees_it(copied):
     assert "model.safetensors; copy the folder again" in found(diagnosis)["digests"][1]
 
 
+def test_components_for_smaller_sizes_are_examined(exports, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank_pl.export.export.check_reload", lambda *_, **__: None)
+    monkeypatch.setattr("lowrank_pl.export.health.examine.compare_reload", lambda *_, **__: None)
+    folder = export(exports / "plan.json", output=tmp_path / "any", any_size=True)
+    health, said = found(diagnose(folder, **QUICK))["components"]
+    assert (health, said.split(",")[0]) == ("healthy", "there are components of 14 layers for smaller sizes")
+    (folder / "nested" / f"{UP}.safetensors").unlink()
+    says = found(diagnose(folder, **QUICK))
+    assert f"smaller sizes can't be cut: {UP}: " in says["components"][1]
+    assert says["digests"][0] == says["components"][0] == "broken"
+
+
 def test_a_merged_weight_of_another_rank_is_found(exports, tmp_path, monkeypatch):
     monkeypatch.setattr("lowrank_pl.export.health.examine.compare_reload", lambda *_, **__: None)
     folder = shutil.copytree(exports / "merged", tmp_path / "merged")
