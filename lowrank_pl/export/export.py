@@ -473,7 +473,6 @@ def _write_components(folder: Path, plan: AnySize, dtype: torch.dtype) -> int:
     wrong = nested.check()
     if wrong:
         raise ExportError(f"the export was removed: {wrong[0]}")
-    logger.info("wrote %s", nested.describe())
     return nested.bytes
 
 

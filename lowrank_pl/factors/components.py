@@ -6,6 +6,7 @@ safetensors file a layer, with a checksum. Loaders that look for weights do not 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import DamagedError, verify_checksum, with_checksum
 
 __all__ = ["AnySize", "NestedComponents"]
+
+_log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 _KEY = "factors"
@@ -94,9 +97,12 @@ class NestedComponents:
             store: The factors that the plan is for.
             dtype: Type of the model's weights.
         """
+        wanted = components_below(self.plan)
+        if not wanted:
+            _log.info("the weights hold the components of all layers, so none are written beside them")
+            return
         self.folder.mkdir()
         kind = dtype if self.plan.storage == "factored" else torch.float32
-        wanted = components_below(self.plan)
         for name, entry in tqdm(wanted.items(), desc="components", unit="module", leave=False):
             factors = store.kept(name, entry)
             tensors = {
@@ -107,6 +113,7 @@ class NestedComponents:
             }
             ready = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
             atomic_write(self._path(name), with_checksum(ready, {_KEY: self._factors_digest()}))
+        _log.info("wrote %s", self.describe())
 
     def kept(self, name: str, entry: ModulePlan) -> Factors:
         """Return the components of the layer ``name`` that ``entry`` keeps.

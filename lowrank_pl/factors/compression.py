@@ -103,17 +103,17 @@ def _stored(name: str, old: nn.Module, entry: ModulePlan, factors: Factors, devi
             return PivotedLinear.from_parts(*parts, side=found.side, bias=getattr(old, "bias", None))
         rows, columns = entry.shape
         smaller = entry.rank * (rows + columns) < rows * columns
+        if not smaller and _is_low_rank(old):
+            raise ValueError(
+                f"{name} can't be stored pivoted at rank {entry.rank}, and there is no dense weight for it here: make "
+                "this size from the plan with `lowrank export PLAN --keep`"
+            )
         _log.warning(
             "%s %s: its relative error would be %.2g stored pivoted in %s, and is %.2g as two factors (largest "
             "coefficient %.3g)",
             *(name, "is stored as two factors" if smaller else "stays dense, since two factors would be no smaller"),
             *(found.error, _type_name(weight.dtype), found.plain, found.growth),
         )
-        if not smaller and _is_low_rank(old):
-            raise ValueError(
-                f"{name} can't be stored pivoted at rank {entry.rank}, and there is no dense weight for it here: make "
-                "this size from the plan with `lowrank export PLAN --keep`"
-            )
         if not smaller:
             return old
     return factored_layer(old, factors)

@@ -242,6 +242,8 @@ def test_an_export_of_any_size_serves_sizes_to_every_command(plan_file, tmp_path
     assert json.loads(figures.read_text())["nested_bytes"] == size
     assert "of components for smaller sizes, beside the weights" in capsys.readouterr().out
     assert "`lowrank_pl.load_compressed(FOLDER, keep=...)`" in (tmp_path / "any" / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"--any_size needs .*: give the plan, .*any/plan.json"):
+        export(tmp_path / "any", keep=[0.3], any_size=True, output=tmp_path / "cut")
     cut = export(tmp_path / "any", keep=[0.3], output=tmp_path / "cut") / "keep-0.30"
     made = export(plan_file, keep=[0.3], output=tmp_path / "made") / "keep-0.30"
     assert (cut / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from lowrank_pl import AnySize, Constraints, RankPlan, Subject, allocate_ranks, compress, load_compressed
 from lowrank_pl import save_compressed as save
+from lowrank_pl.factors import compression
 from lowrank_pl.factors.components import NestedComponents
 from lowrank_pl.factors.compression import deployed_plan
+from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.digests import changed_files
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
@@ -149,6 +151,20 @@ def test_no_tensor_keeps_the_memory_of_the_components(llama):
             assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
 
+def test_nothing_is_written_where_the_weights_hold_all_components(llama, tmp_path):
+    base = llama["factored"][3]
+    subject = Subject(
+        copy.deepcopy(base),
+        byte_tokenizer(),
+        torch.arange(256).view(4, 64),
+        constraints=Constraints(storage="factored"),
+    )
+    plan, store = allocate_ranks(subject, keep=0.5, allocator="uniform")
+    folder, plan = exported(base, plan, store, tmp_path / "model")
+    assert not (folder / "nested").exists()
+    assert_same(load_compressed(folder, keep=0.3), compress(copy.deepcopy(base), nested(plan, [0.3])[0.3], store))
+
+
 @pytest.mark.parametrize("step", ["refit", "correction"])
 def test_factors_that_were_changed_for_one_size_are_refused(llama, step):
     _, plan, store, _ = llama["auto"]
@@ -228,3 +244,20 @@ def test_a_name_with_a_path_in_it_is_refused(llama):
 def test_the_plan_in_the_folder_is_the_plan_itself(llama):
     folder, plan, *_ = llama["auto"]
     assert RankPlan.load(folder / "plan.json") == plan
+
+
+@pytest.fixture
+def inaccurate(monkeypatch):
+    """No layer can be stored pivoted."""
+    monkeypatch.setattr(compression, "pivot", lambda *args, **kwargs: replace(pivot(*args, **kwargs), error=1.0))
+
+
+def test_a_layer_that_can_not_be_pivoted_is_stored_as_two_factors_where_these_are_smaller(llama, inaccurate):
+    folder, plan, store, base = llama["auto"]
+    sized = nested(plan, [0.15])[0.15]
+    assert_same(load_compressed(folder, keep=0.15), compress(copy.deepcopy(base), sized, store))
+
+
+def test_a_layer_that_would_have_to_be_dense_again_is_an_error(llama, inaccurate):
+    with pytest.raises(ValueError, match=r"can't be stored pivoted at rank .* make this size from the plan with"):
+        load_compressed(llama["auto"][0], keep=0.75)
