@@ -117,7 +117,7 @@ def export(
         raise
     print(f"{row_table(rows)}\n\n{'model ' if keep is None else 'models'} {output}")
     if any_size:
-        more = ", ".join(f"{made['nested_bytes'] / 1e6:,.1f} MB" for made in figures)
+        more = ", ".join(f"{one['nested_bytes'] / 1e6:,.1f} MB" for one in figures)
         print(f"nested {more} of components for smaller sizes, beside the weights")
     if json is not None:
         write_json(json, figures[0] if keep is None else figures)
