@@ -133,12 +133,15 @@ def _llrc(*, any_k: bool) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     "svd": Recipe(Decomposition("svd")),
     "fwsvd": Recipe(Decomposition("fwsvd")),
+    "fwsvd_outputs": Recipe(Decomposition("fwsvd", fisher_side="outputs")),
     "asvd": Recipe(_ASVD),
     "strs": Recipe(_ASVD, "strs"),
     "uniform": Recipe(),
     "svdllm_v2": Recipe(allocator="svdllm_v2"),
     "energy": Recipe(allocator="energy"),
-    "drank": Recipe(allocator="drank"),
+    # Scopes by name, so that results of the time when `model` was the default are not taken for those of `type`.
+    "drank": Recipe(allocator="drank", settings={"scope": "type"}),
+    "drank_model": Recipe(allocator="drank", settings={"scope": "model"}),
     "zs_svd": Recipe(allocator="zs_svd"),
     "zs_svd_corrected": Recipe(allocator="zs_svd", settings={"rounds": 1}),
     "two_sided": Recipe(_TWO_SIDED),
