@@ -144,6 +144,9 @@ RECIPES: dict[str, Recipe] = {
     "drank_model": Recipe(allocator="drank", settings={"scope": "model"}),
     "zs_svd": Recipe(allocator="zs_svd"),
     "zs_svd_corrected": Recipe(allocator="zs_svd", settings={"rounds": 1}),
+    "zs_svd_released": Recipe(
+        allocator="zs_svd", settings={"rounds": 5, "batch": 1, "reprofile": True, "random_batch": True}
+    ),
     "two_sided": Recipe(_TWO_SIDED),
     "fisher": Recipe(_TWO_SIDED, "fisher"),
     "ara": Recipe(learning=Learning(ARA())),
