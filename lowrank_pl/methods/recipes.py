@@ -106,12 +106,20 @@ class Recipe:
         if self.learning is None:
             return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
         learning = self.learning
-        mask = {key: value for key, value in vars(learning.mask).items() if not key.startswith("_")}
+        mask = {
+            key: value
+            for key, value in vars(learning.mask).items()
+            if not key.startswith("_") and (key, value) not in _FIRST_VALUES
+        }
         described = {f: getattr(learning, f) for f in ("steps", "lr", "sequences", "batch_size", "start", "cosine")}
         if learning.inactive_gate_stride > 1:
             described["inactive_gate_stride"] = learning.inactive_gate_stride
         terms = _jsonable(asdict(learning.data_terms))
         return {**base, "learning": {**described, "mask": {"name": learning.mask.name, **mask}, "data_terms": terms}}
+
+
+_FIRST_VALUES = (("alignment", "share"),)
+"""Settings of masks at their first value. They are left out, so that results from before they existed are found."""
 
 
 def _jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,13 +222,39 @@ def test_svdllm_v2_removes_less_where_more_is_lost():
     assert ranks[1] > max(ranks[0], ranks[2])
 
 
+def test_svdllm_v2_on_more_tokens_is_nearer_to_uniform():
+    problem = problem_of(keep=0.5)[0]
+    apart = []
+    for tokens in (10**6, 10**9):
+        problem.factors.notes = lambda name, tokens=tokens: {"tokens": str(tokens)}
+        scores = make_allocator("svdllm_v2").scores(problem)
+        kept = [scores[f"layers.{block}.mlp.up_proj"][0].item() for block in range(LAYERS)]
+        apart.append(max(kept) - min(kept))
+    assert apart[1] < apart[0]
+
+
+def test_svdllm_v2_of_losses_below_one_by_hand():
+    # Two of three layers lose nothing and one loses 1, where the paper's 1 / log(loss) would be infinite.
+    problem, sigmas, _ = problem_of(keep=0.5, kinds={"mlp.up_proj": (24, 24)})
+    problem.factors.notes = lambda name: {"tokens": "1"}
+    for block in range(LAYERS):
+        sigmas[f"layers.{block}.mlp.up_proj"] = torch.tensor([9.0] * 6 + [1.0 * (block == 2)] + [0.0] * 17)
+    weights = [1.0, 1.0, 1 / math.log(math.e + 1)]
+    scores = make_allocator("svdllm_v2").scores(problem)
+    for block, weight in enumerate(weights):
+        kept = 1 - 0.5 * weight / (sum(weights) / 3)
+        assert scores[f"layers.{block}.mlp.up_proj"][0].item() == pytest.approx(12 * kept)
+
+
 def test_svdllm_v2_notes_modules_of_which_it_would_remove_more_than_there_is():
     problem, sigmas, _ = problem_of(keep=0.3)
-    assert make_allocator("svdllm_v2").plan(problem).notes == ()
+    assert make_allocator("svdllm_v2").plan(problem).notes == ("truncation losses over 500 tokens",)
     for block, scale in enumerate((0.0, 1e6, 1e6)):
         sigmas[f"layers.{block}.mlp.up_proj"].mul_(scale)
     plan = make_allocator("svdllm_v2").plan(problem)
-    assert plan.notes == ("the rule removes all of 1 modules, which keep the least rank, e.g. layers.0.mlp.up_proj",)
+    assert plan.notes[1:] == (
+        "the rule removes all of 1 modules, which keep the least rank, e.g. layers.0.mlp.up_proj",
+    )
     assert plan.modules["layers.0.mlp.up_proj"].rank == 1
 
 
