@@ -55,7 +55,7 @@ class Decomposition:
     FWSVD multiplies inputs from the left, ``Z = X W``, and gives each row of ``W`` one weight: the sum of the Fisher
     information along that row. A row of ``W`` is an input, so a column of the ``[out, in]`` weight here. Published
     re-implementations weight the same side. ``fisher_side="outputs"`` sums along the rows of the ``[out, in]`` weight
-    instead. This was the only choice up to version 0.1 and is worse on all models measured.
+    instead. This was the only choice at first, and loses more on every model measured.
 
     Args:
         kind: A kind of the table.

@@ -46,7 +46,7 @@ class DRank(Allocator):
     Args:
         shift: Fraction that moves to the values; the paper advises 0.1 to 0.2.
         scope: ``type``, as above, or ``model``: one budget for all layers, dynamic ranks for all of them, and what
-            queries and keys give stays in their block. This was the only rule up to version 0.1.
+            queries and keys give stays in their block. This was the only rule at first.
 
     Raises:
         ValueError: ``shift`` lies outside [0, 1), or an unknown scope.
