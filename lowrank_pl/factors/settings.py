@@ -55,7 +55,8 @@ class Decomposition:
     FWSVD multiplies inputs from the left, ``Z = X W``, and gives each row of ``W`` one weight: the sum of the Fisher
     information along that row. A row of ``W`` is an input, so a column of the ``[out, in]`` weight here. Published
     re-implementations weight the same side. ``fisher_side="outputs"`` sums along the rows of the ``[out, in]`` weight
-    instead. This was the only choice at first, and loses more on every model measured.
+    instead. This was the only choice at first, and it loses more: 9.2 nats where inputs lose 5.3 (SmolLM2-135M at keep
+    0.8).
 
     Args:
         kind: A kind of the table.
