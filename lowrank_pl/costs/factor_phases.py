@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 
-from lowrank_pl.calibration.gradients import GradientMoments, WeightGradients
+from lowrank_pl.calibration.gradients import GradientMoments, WeightFisher, WeightGradients
 from lowrank_pl.calibration.input_moments import InputMoments
 from lowrank_pl.calibration.measures import Measure, Passes
 from lowrank_pl.calibration.statistics import SHARE
@@ -156,15 +156,18 @@ def statistics_phases(run: Run) -> list[Phase]:
         phases.append(_gradients(run, sums))
     if preparation.weighs_tokens:
         phases.append(_gradients(run, _second_moments("weighted moments", WeightedMoments, run, lambda shape: shape)))
-    if "weight_gradients" in needs or preparation.weight_gradients:
-        phases.append(_gradients(run, _weight_gradients(run)))
+    if preparation.weight_gradients:
+        phases.append(_gradients(run, _weight_gradients("weight gradients", WeightGradients, run)))
+    if "weight_fisher" in needs:
+        phases.append(_gradients(run, _weight_gradients("weight fisher", WeightFisher, run)))
     return phases
 
 
-def _weight_gradients(run: Run) -> _Sums:
-    found = _Sums.of("weight gradients", WeightGradients, run)
+def _weight_gradients(name: str, kind: type[Measure], run: Run) -> _Sums:
+    """Return sums for which the gradient of every weight is computed."""
     # The gradient of a batch in float32, then in float64, and its squares.
-    return replace(found, multiply_adds=float(run.model.targeted), product=5 * max(found.sizes.values()))
+    product = 20.0 * max(m * n for m, n in (target.shape for target in run.model.modules))
+    return replace(_Sums.of(name, kind, run), multiply_adds=float(run.model.targeted), product=product)
 
 
 def pruning_phases(run: Run) -> list[Phase]:

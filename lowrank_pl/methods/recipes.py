@@ -106,12 +106,20 @@ class Recipe:
         if self.learning is None:
             return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
         learning = self.learning
-        mask = {key: value for key, value in vars(learning.mask).items() if not key.startswith("_")}
+        mask = {
+            key: value
+            for key, value in vars(learning.mask).items()
+            if not key.startswith("_") and (key, value) not in _FIRST_VALUES
+        }
         described = {f: getattr(learning, f) for f in ("steps", "lr", "sequences", "batch_size", "start", "cosine")}
         if learning.inactive_gate_stride > 1:
             described["inactive_gate_stride"] = learning.inactive_gate_stride
         terms = _jsonable(asdict(learning.data_terms))
         return {**base, "learning": {**described, "mask": {"name": learning.mask.name, **mask}, "data_terms": terms}}
+
+
+_FIRST_VALUES = (("alignment", "share"),)
+"""Settings of masks at their first value. They are left out, so that results from before they existed are found."""
 
 
 def _jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,14 +141,20 @@ def _llrc(*, any_k: bool) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     "svd": Recipe(Decomposition("svd")),
     "fwsvd": Recipe(Decomposition("fwsvd")),
+    "fwsvd_outputs": Recipe(Decomposition("fwsvd", fisher_side="outputs")),
     "asvd": Recipe(_ASVD),
     "strs": Recipe(_ASVD, "strs"),
     "uniform": Recipe(),
     "svdllm_v2": Recipe(allocator="svdllm_v2"),
     "energy": Recipe(allocator="energy"),
-    "drank": Recipe(allocator="drank"),
+    # Scopes by name, so that results of the time when `model` was the default are not taken for those of `type`.
+    "drank": Recipe(allocator="drank", settings={"scope": "type"}),
+    "drank_model": Recipe(allocator="drank", settings={"scope": "model"}),
     "zs_svd": Recipe(allocator="zs_svd"),
     "zs_svd_corrected": Recipe(allocator="zs_svd", settings={"rounds": 1}),
+    "zs_svd_released": Recipe(
+        allocator="zs_svd", settings={"rounds": 5, "batch": 1, "reprofile": True, "random_batch": True}
+    ),
     "two_sided": Recipe(_TWO_SIDED),
     "fisher": Recipe(_TWO_SIDED, "fisher"),
     "ara": Recipe(learning=Learning(ARA())),

@@ -120,6 +120,7 @@ class _Decomposition(_Open):
     damping: float = 0
     output_damping: float = 0
     alpha: float = 0
+    fisher_side: str = ""
     labels: str = ""
     token_weights: bool = False
     at_keep: float | None = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lowrank_pl.methods.allocate import ALLOCATORS
-from lowrank_pl.methods.masks import ARA, MASK_METHODS
-from lowrank_pl.methods.recipes import RECIPES, Learning, recipe
+from lowrank_pl.methods.masks import ARA, ARS, MASK_METHODS
+from lowrank_pl.methods.recipes import RECIPES, Learning, Recipe, recipe
 
 
 def test_every_method_has_a_recipe_of_its_name():
@@ -56,3 +56,9 @@ def test_names_that_were_never_other_ones_are_not_said_to_be():
 def test_impossible_learning(settings, message):
     with pytest.raises(ValueError, match=message):
         Learning(ARA(), **settings)
+
+
+def test_settings_at_their_first_value_do_not_change_what_results_are_found_by():
+    assert "alignment" not in RECIPES["ars"].describe()["learning"]["mask"]
+    changed = Recipe(learning=Learning(ARS(alignment="mse")))
+    assert changed.describe()["learning"]["mask"]["alignment"] == "mse"
