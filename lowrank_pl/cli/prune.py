@@ -33,8 +33,8 @@ def prune(
     folder without any code of ours.
 
     ``--method llm_pruner`` (arXiv 2305.11627): key/value heads and hidden neurons with the least first-order Taylor
-    importance are removed from the middle blocks until ``--keep`` is left. No plain config describes the result, so it
-    loads as exports of factors do.
+    importance are removed from the middle blocks until ``--keep`` is left. No plain config describes blocks of unequal
+    size, so the result loads as exports of factors do.
 
     The result is a base like any other: ranks can be learned or allocated on it, and ``--keep`` then counts the
     parameters that the first base had. ``lowrank fit --model.prune`` and ``lowrank compare`` do both in one.

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.build import check_finite
 from lowrank_pl.calibration.statistics import Statistics
-from lowrank_pl.methods.prune.mlp import find_hidden_neurons, find_mlps
+from lowrank_pl.methods.prune.mlp import HiddenNeurons, find_hidden_neurons, find_mlps, pruned_config
 from lowrank_pl.methods.prune.settings import LLMPruner
 from lowrank_pl.methods.prune.structures import Structures, find_heads, neurons_of, without
 from lowrank_pl.models.identity import Origin
@@ -158,6 +158,12 @@ def apply_llm_pruner(
     found = find_prunable(model, targets, settings)
     origin = Origin.of(model) or Origin(base, targeted_parameters(targets), model_parameters(model), 0, {}, ())
     left = _left(found, targeted_parameters(targets), origin.left_out(targets), settings, keep)
+    now = {one.parent: count for one, count in zip(found.chosen, left, strict=True)}
+    origin = _recorded(origin, found, now)
+    config = model.config
+    if origin.one_width:
+        hidden = [HiddenNeurons(one.reader, one.writers) for one in found.neurons]
+        config = pruned_config(model, hidden, left[0])
     check_finite(model, found.layers)
     gradients = statistics.collect("weight_gradients", found.layers)
     for one, count in zip(tqdm(found.chosen, desc="prune", unit="module"), left, strict=True):
@@ -170,8 +176,7 @@ def apply_llm_pruner(
         kept = importance.argsort(descending=True, stable=True)[:count].sort().values
         for name, module in without(model, one, kept).items():
             replace_module(model, name, module)
-    now = {one.parent: count for one, count in zip(found.chosen, left, strict=True)}
-    origin = _recorded(origin, found, now)
+    model.config = config
     origin.write(model)
     _log.info("pruned blocks %d to %d to %s", found.blocks.start, found.blocks.stop - 1, origin.described)
     return origin

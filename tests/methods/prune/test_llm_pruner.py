@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -170,6 +172,17 @@ def test_a_cache_with_fewer_heads_in_some_blocks_generates_the_same(saved, seque
 def test_dense_weights_cannot_be_exported(saved, tmp_path):
     with pytest.raises(ValueError, match="linear layers have shapes that the plain config"):
         save_compressed(saved.model, tmp_path / "merged", tokenizer=byte_tokenizer(), merge=True)
+
+
+@torch.no_grad()
+def test_mlps_of_all_blocks_pruned_alike_need_no_code_of_ours(llama, sequences, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_HOME", str(tmp_path))
+    settings = LLMPruner(attention=False, skip_first=0, skip_last=0)
+    folder, _ = pruned_base(subject_of(llama), settings, keep=0.7)
+    assert "quantization_config" not in json.loads((Path(folder) / "config.json").read_text())
+    origin = pruned(llama, settings)
+    assert llama.config.intermediate_size == min(origin.left.values()) == 57
+    assert torch.equal(load_base(folder)(sequences[:2]).logits, llama(sequences[:2]).logits)
 
 
 # -- one after the other -------------------------------------------------------------------------------------------
