@@ -15,7 +15,7 @@ from lowrank_pl.calibration.statistics import SHARE
 from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.workload import Run
-from lowrank_pl.methods.prune.settings import STEPS
+from lowrank_pl.methods.prune.settings import STEPS, LLMPruner, WidthPruning
 
 __all__ = [
     "decomposition_phase",
@@ -171,16 +171,46 @@ def _weight_gradients(name: str, kind: type[Measure], run: Run) -> _Sums:
 
 
 def pruning_phases(run: Run) -> list[Phase]:
-    """Return what making bases with pruned MLPs needs, at most.
-
-    The first process multiplies out every weighted linear layer of an MLP at every width that is tried.
-    """
-    model, prunings = run.model, run.work.preparation.prunings
+    """Return what making pruned bases needs, at most."""
+    prunings = run.work.preparation.prunings
     # The dense base is measured for it, whatever is measured on the pruned base.
     whole = replace(
         run, work=replace(run.work, preparation=replace(run.work.preparation, decompositions=(), by_block=False))
     )
-    times = sum(len(run.work.keeps) if settings.share is None else 1 for settings in prunings)
+    phases = []
+    if by_structure := [settings for settings in prunings if isinstance(settings, LLMPruner)]:
+        phases += _llm_pruner(whole, by_structure)
+    if in_width := [settings for settings in prunings if isinstance(settings, WidthPruning)]:
+        phases += _width_pruning(whole, in_width)
+    return phases
+
+
+def _llm_pruner(run: Run, prunings: Sequence[LLMPruner]) -> list[Phase]:
+    """Return what LLM-Pruner needs, of which the first process prunes."""
+    times = sum(len(run.work.keeps) if settings.keep is None else 1 for settings in prunings)
+    size = float(run.model.bytes)
+    # A product of weights and gradients in float64, with both of its factors.
+    widest = max(target.shape[0] * target.shape[1] for target in run.model.modules)
+    device, host = _placed(run, {**_weights(run), "a product of weights and gradients": 24.0 * widest})
+    pruned = Phase(
+        "heads and neurons",
+        device,
+        {**host, "a file being written": size},
+        {"reload of what was written": size},
+        {"bases pruned by llm_pruner": times * size},
+        {"float64": float(times * run.model.targeted)},
+        waiting=run.program,
+    )
+    return [_gradients(run, replace(_weight_gradients(run), name="weight gradients before pruning")), pruned]
+
+
+def _width_pruning(whole: Run, prunings: Sequence[WidthPruning]) -> list[Phase]:
+    """Return what pruning MLPs in width needs.
+
+    The first process multiplies out every weighted linear layer of an MLP at every width that is tried.
+    """
+    model = whole.model
+    times = sum(len(whole.work.keeps) if settings.share is None else 1 for settings in prunings)
     shares = (1.0, *STEPS) if any(settings.share is None for settings in prunings) else (1.0,)
     products, spectra, most = 0.0, 0.0, 0.0
     for target in model.modules:
@@ -200,7 +230,7 @@ def pruning_phases(run: Run) -> list[Phase]:
         {"reload of what was written": size},
         {"pruned bases": times * size},
         {"float64": times * products, "svd": times * _EIGENVALUES * spectra},
-        waiting=run.program,
+        waiting=whole.program,
     )
     moments = _second_moments("weighted moments before pruning", WeightedMoments, whole, lambda shape: shape)
     return [_gradients(whole, moments), widths]

@@ -18,7 +18,7 @@ from lowrank_pl.methods.masks.fermi import Fermi
 from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
-from lowrank_pl.methods.prune.base import WidthPruning
+from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.plans.storage import StorageChoice
 
@@ -77,10 +77,12 @@ class Recipe:
         learning: How a mask learns the plan instead.
         storage: How low-rank modules are stored: factored in all papers but those about pivoting.
         refit: How the plan's factors are refitted to the compressed model's own inputs; None for no refit.
-        prune: How the MLPs are pruned in width first; None for no pruning.
+        prune: How the base is pruned first; None for no pruning. LLM-Pruner alone reaches the final size, unless its
+            ``keep`` leaves something to ranks.
 
     Raises:
-        ValueError: An allocator or a setting that does not exist.
+        ValueError: An allocator or a setting that does not exist, or learning or a refit where pruning leaves no ranks
+            to choose.
     """
 
     decomposition: Decomposition = Decomposition()
@@ -89,10 +91,20 @@ class Recipe:
     learning: Learning | None = None
     storage: StorageChoice = "factored"
     refit: Refit | None = None
-    prune: WidthPruning | None = None
+    prune: WidthPruning | LLMPruner | None = None
 
     def __post_init__(self) -> None:
         make_allocator(self.allocator, **self.settings)
+        if self.only_prunes and not (self.learning is None and self.refit is None and self.storage == "factored"):
+            raise ValueError(
+                "llm_pruner prunes to the final size, which leaves no ranks to learn and no factors to refit or to "
+                "store: give prune.keep, larger than the final one, or leave out learning, refit and storage"
+            )
+
+    @property
+    def only_prunes(self) -> bool:
+        """Whether pruning alone makes the model as small as it is to be, so that there are no factors."""
+        return isinstance(self.prune, LLMPruner) and self.prune.keep is None
 
     def describe(self) -> dict[str, Any]:
         """Return all settings that the result depends on, as JSON values."""
@@ -102,7 +114,9 @@ class Recipe:
         if self.refit is not None:
             base["refit"] = _jsonable(asdict(self.refit))
         if self.prune is not None:
-            base["prune"] = asdict(self.prune)
+            base["prune"] = self.prune.describe()
+            if self.only_prunes:
+                return {"prune": base["prune"]}
         if self.learning is None:
             return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
         learning = self.learning
@@ -165,14 +179,23 @@ RECIPES: dict[str, Recipe] = {
     "fermi": Recipe(learning=Learning(Fermi(anneal_steps=120), lr=1e-2)),
     "fisher_ara": Recipe(_TWO_SIDED, learning=Learning(ARA(), start="fisher")),
     "rescaled": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True)),
+    "llm_pruner": Recipe(prune=LLMPruner()),
+    "llm_pruner_mlp": Recipe(prune=LLMPruner(attention=False)),
     "best": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True), storage="auto", refit=Refit()),
 }
 """The recipes of ``lowrank compare``, whose learning is short. ``configs/*.yaml`` have the papers' lengths."""
 
+
+def _pruned_in_width(plain: Recipe) -> Recipe:
+    if plain.prune is not None:
+        raise ValueError(f"+prune stands behind a recipe that prunes already ({plain.prune}): leave it out")
+    return replace(plain, prune=WidthPruning())
+
+
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
     "refit": lambda plain: replace(plain, refit=Refit()),
-    "prune": lambda plain: replace(plain, prune=WidthPruning()),
+    "prune": _pruned_in_width,
 }
 """What ``+WORD`` after a recipe's name changes in it."""
 

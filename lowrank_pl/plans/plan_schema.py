@@ -105,7 +105,8 @@ class _Constraints(_Part):
 
 class _Pruned(_Open):
     base: str
-    width: Annotated[int, Field(gt=0)]
+    # 0 if only attention heads were pruned.
+    width: Annotated[int, Field(ge=0)]
     left: str
 
 
