@@ -129,7 +129,7 @@ def _llrc(decomposition: Decomposition, *, any_k: bool = True, start: str | None
     high, low = (3.2, 0.2) if start is None else (1.2, 0.2)
     mask = LLRC(
         any_k=any_k, start_high=high, start_low=low, pressure="layers", pressure_low=1.0, pressure_high=3.0,
-        pressure_growth=1.5, period=50, patience=None,
+        pressure_growth=1.25, period=50, patience=None,
     )  # fmt: skip
     # The mean squared error at the middle block is that of one token, the attention sink (docs/laboratory.md).
     terms = DataTerms(cross_entropy=0.0, divergence=0.5, divergence_kind="token_normalised_mse")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal, get_args
 
@@ -39,10 +40,13 @@ _log = logging.getLogger(__name__)
 Cycle = Literal["cosine", "triangular"]
 
 Pressure = Literal["layers", "log_ratio", "logits"]
-"""What the pressure lowers: the mean over layers of their mean logits, log(size / target), or the mean of all logits."""
+"""What the pressure lowers: the mean over layers of their mean logits, log(size / target), or all logits' mean."""
 
 REACH = 10
 """Temperatures from 0 to the furthest logit with a slope: a sigmoid's is below 5e-5 of its argument's beyond that."""
+
+MOST_GROWTH = 1e6
+"""The pressure grows no further than by this factor, so that no weight becomes infinite."""
 
 NOISE_REACH = 1.5
 """How far noise brings a logit towards 0 often enough to learn from: 1 % of Gumbel draws lie below -1.5."""
@@ -124,7 +128,8 @@ class LLRC(GumbelMethod):
         pressure_low: Least weight of the pressure.
         pressure_high: Greatest weight of the pressure.
         pressure_growth: Factor of both weights from one cycle to the next until the size is first met; the paper has
-            none. Where noise in the gradients holds the logits up against the pressure, it grows until they fall.
+            none. Where noise in the gradients holds the logits up against the pressure, it grows until they fall, to a
+            million times at most.
         period: Steps of one cycle of this weight, which starts at the least.
         cycle: ``cosine`` or ``triangular``.
         tolerance: Distance above the target fraction at which the pressure ends.
@@ -221,7 +226,7 @@ class LLRC(GumbelMethod):
             step, low=self.pressure_low, high=self.pressure_high, period=self.period, cycle=self.cycle
         )
         cycles = (step if reached < 0 else min(step, reached)) // self.period
-        return weight * self.pressure_growth**cycles
+        return weight * math.exp(min(cycles * math.log(self.pressure_growth), math.log(MOST_GROWTH)))
 
     def penalties(self, masks: ModelMasks, ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``pressure`` and ``variation``, and ``budget`` where it has a weight, each weighted."""

@@ -297,8 +297,9 @@ def test_one_weight_oscillates():
 
 def test_the_weight_grows_from_cycle_to_cycle_until_the_size_is_met():
     method = LLRC(pressure_low=1.0, pressure_high=1.0, pressure_growth=2.0, period=4, patience=None)
-    assert [method.pressure_weight(step) for step in (0, 3, 4, 8)] == [1, 1, 2, 4]
-    assert [method.pressure_weight(step, 5) for step in (3, 4, 8, 100)] == [1, 2, 2, 2]
+    assert [method.pressure_weight(step) for step in (0, 3, 4, 8)] == pytest.approx([1, 1, 2, 4])
+    assert [method.pressure_weight(step, 5) for step in (3, 4, 8, 100)] == pytest.approx([1, 2, 2, 2])
+    assert method.pressure_weight(10**6) == pytest.approx(1e6)
     masks = two_masks(method)
     ratios = torch.full((2,), 0.6)
     mean = 1.5 + 3
