@@ -43,7 +43,7 @@ Pressure = Literal["layers", "log_ratio", "logits"]
 """What the pressure lowers: the mean over layers of their mean logits, log(size / target), or all logits' mean."""
 
 REACH = 10
-"""Temperatures from 0 to the furthest logit with a slope: a sigmoid's is below 5e-5 of its argument's beyond that."""
+"""How many temperatures from 0 a logit may lie for its gate to have a slope; a sigmoid's is below 5e-5 beyond 10."""
 
 MOST_GROWTH = 1e6
 """The pressure grows no further than by this factor, so that no weight becomes infinite."""
@@ -109,8 +109,8 @@ class LLRC(GumbelMethod):
     while it learns. The paper gives neither the bounds and period of this weight nor the weight of the total variation.
 
     The authors' code counts the components that are on under the noise of the step, and exports a prefix of as many
-    components. Ours counts without noise, because no noise is left in the plan, and exports the components themselves,
-    because they are what was learned. ``noisy_count`` and ``export_prefix`` are the authors' choices.
+    components (``noisy_count``, ``export_prefix``). By default this class counts without noise, because no noise is
+    left in the plan, and exports the components themselves, because they are what was learned.
 
     Args:
         temperature: Temperature of the sigmoids.

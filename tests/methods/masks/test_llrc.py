@@ -522,13 +522,17 @@ def test_the_penalties_are_logged():
     assert logged == {"loss/divergence", "loss/pressure", "loss/variation", "loss/budget", "loss/total"}
 
 
+def growing():
+    return quick(patience=4, pressure="layers", pressure_growth=1.5)
+
+
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits_and_the_same_end(tmp_path):
     # The first run counts on the last, the checkpoint lies between reaching the budget and the end.
-    whole = llrc_learner(mask=quick(patience=4))
+    whole = llrc_learner(mask=growing())
     end = fit(whole, max_epochs=10, enable_checkpointing=True, callbacks=[saving(tmp_path)]).global_step
     for step in (end - 6, end - 2):
         torch.manual_seed(99)
-        rest = llrc_learner(mask=quick(patience=4))
+        rest = llrc_learner(mask=growing())
         trainer = resume(rest, tmp_path, step)
         assert trainer.global_step == end
         assert rest.shared.reached == whole.shared.reached
@@ -537,7 +541,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits_and_the_same_end(tmp_p
     saved = read_checkpoint(tmp_path / f"step={end}.ckpt")["state_dict"]
     assert set(saved) == {"shared.reached", *(f"model.{name}.mask.logits" for name in whole.masks)}
     # a run that had ended has no more steps to go
-    ended = llrc_learner(mask=quick(patience=4))
+    ended = llrc_learner(mask=growing())
     assert resume(ended, tmp_path, end).global_step == end
 
 
