@@ -144,12 +144,18 @@ _ASVD = Decomposition("asvd")
 _TWO_SIDED = Decomposition("two_sided")
 
 
-def _llrc(*, any_k: bool) -> Recipe:
+def _llrc(decomposition: Decomposition, *, any_k: bool = True, start: str | None = None) -> Recipe:
     # Many temperatures above 0, a logit gets no gradient from the loss, and all logits just fall by one step size a
-    # step. From the paper's start, 6 to 3, a short run would end like that, so this one starts lower.
-    mask = LLRC(any_k=any_k, start_high=3.2, start_low=0.2, period=50, patience=None)
-    terms = DataTerms(cross_entropy=0.0, divergence=0.5)
-    return Recipe(_ASVD, learning=Learning(mask, steps=200, lr=0.02, data_terms=terms))
+    # step. From the paper's start, 6 to 3, a short run would end like that, so this one starts lower, and from a plan
+    # so low that noise turns the last kept components off and the first dropped ones on.
+    high, low = (3.2, 0.2) if start is None else (1.2, 0.2)
+    mask = LLRC(
+        any_k=any_k, start_high=high, start_low=low, pressure="layers", pressure_low=1.0, pressure_high=3.0,
+        pressure_growth=1.25, period=50, patience=None,
+    )  # fmt: skip
+    # The mean squared error at the middle block is that of one token, the attention sink (docs/laboratory.md).
+    terms = DataTerms(cross_entropy=0.0, divergence=0.5, divergence_kind="token_normalised_mse")
+    return Recipe(decomposition, learning=Learning(mask, steps=300, lr=0.02, data_terms=terms, start=start))
 
 
 RECIPES: dict[str, Recipe] = {
@@ -172,8 +178,11 @@ RECIPES: dict[str, Recipe] = {
     "two_sided": Recipe(_TWO_SIDED),
     "fisher": Recipe(_TWO_SIDED, "fisher"),
     "ara": Recipe(learning=Learning(ARA())),
-    "llrc": _llrc(any_k=True),
-    "llrc_prefix": _llrc(any_k=False),
+    "llrc": _llrc(_ASVD),
+    "llrc_prefix": _llrc(_ASVD, any_k=False),
+    "llrc_whitened": _llrc(Decomposition()),
+    "llrc_two_sided": _llrc(_TWO_SIDED),
+    "fisher_llrc": _llrc(_TWO_SIDED, start="fisher"),
     "ars": Recipe(learning=Learning(ARS(), lr=5e-3)),
     "dobi_svd": Recipe(learning=Learning(DobiSVD(), lr=5e-3)),
     "fermi": Recipe(learning=Learning(Fermi(anneal_steps=120), lr=1e-2)),
