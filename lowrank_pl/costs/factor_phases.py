@@ -201,7 +201,7 @@ def _llm_pruner(run: Run, prunings: Sequence[LLMPruner]) -> list[Phase]:
         {"float64": float(times * run.model.targeted)},
         waiting=run.program,
     )
-    return [_gradients(run, replace(_weight_gradients(run), name="weight gradients before pruning")), pruned]
+    return [_gradients(run, _weight_gradients("weight gradients before pruning", WeightGradients, run)), pruned]
 
 
 def _width_pruning(whole: Run, prunings: Sequence[WidthPruning]) -> list[Phase]:
