@@ -30,6 +30,7 @@ from .report.rank_map import rank_map as rank_map
 from .report.rank_map import rank_table as rank_table
 from .report.scores import Row as Row
 from .report.scores import row_table as row_table
+from .serving.optimize import Optimized as Optimized
 from .serving.optimize import optimize_for_inference as optimize_for_inference
 from .text.sequences import Calibration as Calibration
 from .text.sequences import token_windows as token_windows

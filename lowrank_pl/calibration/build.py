@@ -145,8 +145,6 @@ def _statistics_compressed(
 def build_gradients(subject: Subject, *, directory: str | Path | None = None, batch_size: int = 1) -> TensorStore:
     """Return a store of every target's mean weight gradient ``mean`` ``[out, in]``, making those that are missing.
 
-    Beside it stand ``mean_squares`` ``[out]``: each row's summed squared gradient, averaged over batches.
-
     Args:
         subject: The dense model, its targets, its tokenizer and the calibration sequences.
         directory: Folder of a factor store whose statistics lie inside it; by default they are in the cache.

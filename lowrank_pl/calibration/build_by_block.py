@@ -108,7 +108,7 @@ class _Builder:
         return Extent.of(len(self.skeleton.blocks), inputs, gradients)
 
     def _labels(self) -> Labels:
-        return "text" if "weight_gradients" in self.settings.needs else self.settings.labels
+        return "text" if "weight_fisher" in self.settings.needs else self.settings.labels
 
     def _targets(self, block: int) -> list[Target]:
         return [target for target in self.todo if target.block == block]

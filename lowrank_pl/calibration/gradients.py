@@ -1,4 +1,4 @@
-"""Second moments of output gradients and mean weight gradients, from backward passes over calibration text."""
+"""Second moments of output gradients, mean and mean squared weight gradients, from backward passes over text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import Target
 from lowrank_pl.utils.distributed import is_first, sum_across_processes, total_across_processes
 
-__all__ = ["GradientMoments", "WeightGradients", "collect_gradients", "measure_batch"]
+__all__ = ["GradientMoments", "WeightFisher", "WeightGradients", "collect_gradients", "measure_batch"]
 
 AnyGradientMeasure = TypeVar("AnyGradientMeasure", bound=GradientMeasure)
 
@@ -95,12 +95,11 @@ class WeightGradients(GradientMeasure):
 
     def __init__(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> None:
         self._total = torch.zeros(shape, device=device)
-        self._squares = torch.zeros(shape[0], dtype=torch.float64, device=device)
         self.batches = 0
 
     @classmethod
     def identity(cls, labels: Labels, batch_size: int) -> dict[str, str]:
-        """Return the batch size: gradients are squared batch by batch."""
+        """Return the batch size: the mean is over batches, and the last one may be smaller."""
         return {"batch_size": str(batch_size)}
 
     @classmethod
@@ -120,19 +119,12 @@ class WeightGradients(GradientMeasure):
 
     def add(self, calls: Sequence[Call], batch: Batch) -> None:
         """Add the gradient of one batch, to which every call of the layer contributes."""
-        parts = [rows_of(call.gradient).mT @ rows_of(call.inputs) for call in calls]
-        # The loss is summed. A training step would see the gradient of its mean over tokens.
-        gradient = torch.stack(parts).sum(0) / batch.labels
-        if not torch.isfinite(gradient).all():
-            raise ValueError("the gradient of the weight holds NaN or infinity")
-        self._total += gradient
-        self._squares += gradient.double().square().sum(1)
+        self._total += _weight_gradient(calls, batch)
         self.batches += 1
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
         sum_across_processes(self._total)
-        sum_across_processes(self._squares)
         self.batches = total_across_processes(self.batches)
 
     @property
@@ -140,18 +132,90 @@ class WeightGradients(GradientMeasure):
         """``[out, in]`` mean gradient, float32."""
         return self._total / max(1, self.batches)
 
-    @property
-    def mean_squares(self) -> Tensor:
-        """``[out]`` squared gradients, summed along each row and averaged over batches, float64."""
-        return self._squares / max(1, self.batches)
-
     def tensors(self) -> dict[str, Tensor]:
-        """Return ``mean`` ``[out, in]`` and ``mean_squares`` ``[out]``, the row weights of FWSVD (arXiv 2207.00112)."""
-        return {"mean": self.mean, "mean_squares": self.mean_squares}
+        """Return ``mean`` ``[out, in]``."""
+        return {"mean": self.mean}
 
     def notes(self) -> dict[str, str]:
         """Return how many batches were summed."""
         return {"batches": str(self.batches)}
+
+
+class WeightFisher(GradientMeasure):
+    """The empirical Fisher information of a weight, summed over its outputs and over its inputs (arXiv 2207.00112).
+
+    The Fisher information of an entry is the mean over batches of its squared gradient of the mean cross-entropy, for
+    the text's own next tokens.
+
+    Args:
+        shape: ``(out, in)`` of the weight.
+        device: Where the sums are.
+
+    Attributes:
+        batches: How many batches were summed.
+    """
+
+    folder = "weight_fisher"
+
+    def __init__(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> None:
+        self._outputs, self._inputs = (torch.zeros(size, dtype=torch.float64, device=device) for size in shape)
+        self.batches = 0
+
+    @classmethod
+    def identity(cls, labels: Labels, batch_size: int) -> dict[str, str]:
+        """Return the batch size: gradients are squared batch by batch."""
+        return {"batch_size": str(batch_size)}
+
+    @classmethod
+    def labels(cls, asked: Labels) -> Labels:
+        """Return ``text``, as in the paper."""
+        return "text"
+
+    @classmethod
+    def bytes_of(cls, target: Target, passes: Passes) -> int:
+        """Return the bytes that the sums of ``target`` take."""
+        return 8 * sum(target.shape)
+
+    @classmethod
+    def empty(cls, target: Target, passes: Passes, device: torch.device) -> WeightFisher:
+        """Return the Fisher information of the weight of ``target`` before the first batch."""
+        return cls(target.shape, device=device)
+
+    def add(self, calls: Sequence[Call], batch: Batch) -> None:
+        """Add the squared gradient of one batch, to which every call of the layer contributes."""
+        squares = _weight_gradient(calls, batch).double().square()
+        self._outputs += squares.sum(1)
+        self._inputs += squares.sum(0)
+        self.batches += 1
+
+    def merge_processes(self) -> None:
+        """Add the sums of all processes that work together."""
+        sum_across_processes(self._outputs)
+        sum_across_processes(self._inputs)
+        self.batches = total_across_processes(self.batches)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``outputs`` ``[out]`` and ``inputs`` ``[in]``: the sums along each row and each column, float64."""
+        batches = max(1, self.batches)
+        return {"outputs": self._outputs / batches, "inputs": self._inputs / batches}
+
+    def notes(self) -> dict[str, str]:
+        """Return how many batches were summed."""
+        return {"batches": str(self.batches)}
+
+
+def _weight_gradient(calls: Sequence[Call], batch: Batch) -> Tensor:
+    """Return the gradient ``[out, in]`` of the mean cross-entropy of one batch by the weight of a layer.
+
+    Raises:
+        ValueError: It holds NaN or infinity.
+    """
+    parts = [rows_of(call.gradient).mT @ rows_of(call.inputs) for call in calls]
+    # The loss is summed. A training step would see the gradient of its mean over tokens.
+    gradient = torch.stack(parts).sum(0) / batch.labels
+    if not torch.isfinite(gradient).all():
+        raise ValueError("the gradient of the weight holds NaN or infinity")
+    return gradient
 
 
 def collect_gradients(

@@ -29,6 +29,8 @@ def describe_origin(subject: Subject, settings: Decomposition, store: FactorStor
         origin["base"] = base.name
     if pruned is not None:
         origin["narrowed"] = {"base": pruned.base, "width": pruned.width, "left": pruned.widths}
+        if pruned.method:
+            origin["narrowed"] |= {"method": pruned.method, "described": pruned.described}
     origin["dtype"] = base.dtype if base is not None else str(subject.model.dtype).removeprefix("torch.")
     if calibration is not None:
         # Plans from before the word "sequences" call their number "windows".
@@ -44,6 +46,11 @@ def base_notes(subject: Subject) -> list[str]:
     if before is None:
         return []
     remaining = before.remaining(subject.targets, model_parameters(subject.model))
+    if before.method:
+        return [
+            f"the base was pruned by {before.method} to {before.described}: {remaining} are left, and keep counts "
+            "those that were pruned"
+        ]
     return [
         f"the MLPs of the base were pruned from {before.width:,} to {before.widths} hidden neurons: {remaining} are "
         "left, and keep counts those that were pruned"

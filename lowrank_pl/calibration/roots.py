@@ -68,8 +68,7 @@ class Roots:
 
     def by_inputs(self, targets: Iterable[Target]) -> Iterator[tuple[SquareRoot | None, list[Target]]]:
         """Yield neighbours among ``targets`` that share the root of their inputs, with that root."""
-        # Token weights differ between the layers that share an input.
-        shared = "weighted_moments" not in self._dense
+        shared = self.settings.shares_input_weights
         for _, members in groupby(targets, key=lambda target: target.group if shared else target.name):
             neighbours = list(members)
             yield self._of_inputs(neighbours[0]), neighbours
@@ -79,6 +78,9 @@ class Roots:
         if self.settings.kind == "asvd":
             mean = self._dense["inputs"].read(target.group, "mean_absolute").to(self.device)
             return _located(lambda: diagonal_root(mean**self.settings.alpha, damping=damping), "input", target.group)
+        if self.settings.kind == "fwsvd" and self.settings.fisher_side == "inputs":
+            squares = self._dense["weight_fisher"].read(target.name, "inputs").to(self.device)
+            return _located(lambda: diagonal_root(squares.sqrt(), damping=damping), "input", target.name)
         moment = self.moment_of_inputs(target)
         return None if moment is None else _located(lambda: square_root(moment, damping=damping), "input", target.group)
 
@@ -97,8 +99,8 @@ class Roots:
             moment = self._moment("weighted_moments", name, "outputs")
         elif "output_gradients" in self._dense:
             moment = self._moment("output_gradients", name, "second_moment")
-        elif "weight_gradients" in self._dense:
-            squares = self._dense["weight_gradients"].read(name, "mean_squares").to(self.device)
+        elif "weight_fisher" in self._dense and self.settings.fisher_side == "outputs":
+            squares = self._dense["weight_fisher"].read(name, "outputs").to(self.device)
             return _located(lambda: diagonal_root(squares.sqrt(), damping=damping), "output", name)
         else:
             return None

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.blockwise import BlockwiseBackward, Extent, pass_through_blocks
-from lowrank_pl.calibration.gradients import GradientMoments, WeightGradients, collect_gradients
+from lowrank_pl.calibration.gradients import GradientMoments, WeightFisher, WeightGradients, collect_gradients
 from lowrank_pl.calibration.input_moments import InputMoments, collect_input_moments
 from lowrank_pl.calibration.measures import GradientMeasure, Measure, Passes
 from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
@@ -49,6 +49,7 @@ _MEASURES: dict[Statistic, type[Measure]] = {
     "weighted_moments": WeightedMoments,
     "gradient_norms": TokenNorms,
     "weight_gradients": WeightGradients,
+    "weight_fisher": WeightFisher,
 }
 
 

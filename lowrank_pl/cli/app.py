@@ -52,7 +52,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "prune": (
         "lowrank_pl.cli.prune:prune",
-        "Prune redundant hidden neurons from every MLP; the result is an ordinary checkpoint.",
+        "Prune redundant hidden neurons from every MLP, or heads and neurons as LLM-Pruner does.",
     ),
     "export": (
         "lowrank_pl.cli.export:export",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.calibration.build import build_factors, statistics_of
+from lowrank_pl.calibration.provenance import base_notes
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.evaluate.likelihood import perplexity
 from lowrank_pl.factors.compression import compressed, deployed_plan
@@ -20,7 +22,7 @@ from lowrank_pl.factors.settings import Statistic
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.run import allocate_ranks
-from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
+from lowrank_pl.methods.prune.base import LLMPruner, WidthPruning, pruned_base
 from lowrank_pl.methods.recipes import Recipe
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.models.identity import model_fingerprint
@@ -181,17 +183,22 @@ class Comparison:
         dense: Mapping[str, Any],
         spent: Mapping[str, float | None],
     ) -> dict[str, Any]:
-        costs = {**spent, **self._prepare(method)}
-        reset_peak_memory(self.subject.model.device)
-        plan, store, made = self._plan(name, method, keep)
-        if method.refit is not None:
-            plan, store = self._refit(plan, store, method.refit)
-            # The stored time, because an earlier or killed comparison may have done the refit.
-            costs["refit"] = store.seconds(plan.modules)
-        plan.save(self._folder(name, keep) / "plan.json")
-        with compressed(self.subject.model, plan, store):
-            plan = deployed_plan(self.subject.model, plan)
+        if method.only_prunes:
+            reset_peak_memory(self.subject.model.device)
+            plan, costs, made = self._without_ranks(name, keep), dict(spent), 0.0
             nats, seconds = self._score(f"{name} at {keep:g}")
+        else:
+            costs = {**spent, **self._prepare(method)}
+            reset_peak_memory(self.subject.model.device)
+            plan, store, made = self._plan(name, method, keep)
+            if method.refit is not None:
+                plan, store = self._refit(plan, store, method.refit)
+                # The stored time, because an earlier or killed comparison may have done the refit.
+                costs["refit"] = store.seconds(plan.modules)
+            plan.save(self._folder(name, keep) / "plan.json")
+            with compressed(self.subject.model, plan, store):
+                plan = deployed_plan(self.subject.model, plan)
+                nats, seconds = self._score(f"{name} at {keep:g}")
         return {
             "method": name,
             "settings": method.describe(),
@@ -209,7 +216,14 @@ class Comparison:
             "machine": describe_machine(self.subject.model.device),
         }
 
-    def _pruned(self, settings: WidthPruning, keep: float) -> tuple[Comparison, float | None]:
+    def _without_ranks(self, name: str, keep: float) -> RankPlan:
+        """Return the plan that counts what pruning has left, with every linear layer dense."""
+        budget = self.subject.budget(keep)
+        plan = budget.fit(dict.fromkeys(budget.shapes, math.inf), method=name)
+        fingerprint = model_fingerprint(self.subject.model)
+        return plan.with_origin(plan.origin, fingerprint, base_notes(self.subject))
+
+    def _pruned(self, settings: WidthPruning | LLMPruner, keep: float) -> tuple[Comparison, float | None]:
         """Return this comparison on the pruned base, and the seconds of pruning, possibly in an earlier run."""
         subject = self.subject
         assert subject.base is not None

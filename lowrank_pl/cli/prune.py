@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 from lowrank_pl.cli.parameters import Flat
-from lowrank_pl.methods.prune.settings import WidthPruning
+from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.models.settings import Base
 from lowrank_pl.text.settings import Calibration
 from lowrank_pl.utils.files import check_output_files, write_json
@@ -16,25 +17,36 @@ __all__ = ["prune"]
 def prune(
     base: Flat[Base],
     *,
+    method: Literal["width", "llm_pruner"] = "width",
     keep: float | None = None,
     pruning: Flat[WidthPruning] = WidthPruning(),
+    llm_pruner: LLMPruner = LLMPruner(),
     output: Path = Path("prune"),
     calibration: Flat[Calibration] = Calibration(),
     device: str = "auto",
     json: Path | None = None,
 ) -> Path:
-    """Prune redundant hidden neurons from every MLP; the result is an ordinary checkpoint.
+    """Prune redundant hidden neurons from every MLP, or heads and neurons as LLM-Pruner does.
 
-    Which neurons go, and how the MLP's down-projection compensates, follows in closed form from one forward and one
-    backward pass over some text. All MLPs get the same width, so that plain transformers loads the folder without any
-    code of ours. The result is a base like any other: ranks can be learned or allocated on it, and ``--keep`` then
-    counts the parameters that the first base had. ``lowrank fit --model.prune`` and ``lowrank compare`` do both in one.
+    ``--method width``: which neurons go, and how the MLP's down-projection compensates, follows in closed form from one
+    forward and one backward pass over some text. All MLPs get the same width, so that plain transformers loads the
+    folder without any code of ours.
+
+    ``--method llm_pruner`` (arXiv 2305.11627): key/value heads and hidden neurons with the least first-order Taylor
+    importance are removed from the middle blocks until ``--keep`` is left. No plain config describes blocks of unequal
+    size, so the result loads as exports of factors do.
+
+    The result is a base like any other: ranks can be learned or allocated on it, and ``--keep`` then counts the
+    parameters that the first base had. ``lowrank fit --model.prune`` and ``lowrank compare`` do both in one.
 
     Args:
         base: The model; the result has its type too.
-        keep: Fraction of the targeted parameters that later ranks on the result are to leave of the base; the width is
-            the one that is predicted to lose least then. The result itself keeps more.
+        method: width prunes MLPs before ranks are allocated; llm_pruner prunes to a size.
+        keep: Fraction of the targeted parameters. With width, what later ranks on the result are to leave of the base:
+            the width is the one that is predicted to lose least then, and the result itself keeps more. With
+            llm_pruner, what the result keeps.
         pruning: How the width is chosen; give keep or share.
+        llm_pruner: What llm_pruner prunes.
         output: Folder of the pruned model, checked by a reload in a fresh process.
         calibration: Text that the statistics are measured on.
         device: cpu, cuda, ...; auto takes cuda where there is one.
@@ -47,47 +59,76 @@ def prune(
     from lowrank_pl.calibration.subject import Subject
     from lowrank_pl.export.export import check_destination, save_compressed
     from lowrank_pl.methods.prune.base import apply_pruning, pruned_card
+    from lowrank_pl.methods.prune.llm_pruner import apply_llm_pruner
     from lowrank_pl.models.identity import Origin
     from lowrank_pl.models.targets import find_targets, model_parameters, targeted_parameters
     from lowrank_pl.utils.environment import pick_device
 
-    if (keep is None) == (pruning.share is None):
-        raise ValueError("give one of keep, the size that is wanted in the end, and share, of the hidden neurons")
-    if keep is not None and not 0 < keep < 1:
-        raise ValueError(f"keep is {keep}: expected a fraction above 0 and below 1")
+    _check(method, keep, pruning, llm_pruner)
     check_destination(output)
     check_output_files(json)
     subject = Subject.load(base, calibration, device=pick_device(device))
     model, tokenizer = subject.model, subject.tokenizer
-    found = apply_pruning(model, subject.targets, statistics_of(subject), pruning, base=base.name, keep=keep)
-    for width, loss in sorted(found.tried.items()):
-        print(f"{width} hidden neurons, ranks to keep {keep}: predicted loss {loss:.4f} nats a token")
-    origin = Origin.of(model)
-    if found.by_block is not None:
-        print(f"widths by block, ranks to keep {keep}: predicted loss {found.by_block:.4f} nats a token")
-    if origin is None or not found.any_pruned:
-        raise ValueError(
-            f"at keep {keep} no narrower MLPs are predicted to lose less: allocate ranks on {base.name!r} itself"
-        )
-    report = save_compressed(model, output, tokenizer=tokenizer, merge=found.one_width, card=pruned_card(origin))
+    figures: dict[str, Any] = {"base": base.name}
+    if method == "llm_pruner":
+        assert keep is not None
+        origin = apply_llm_pruner(model, subject.targets, statistics_of(subject), llm_pruner, base=base.name, keep=keep)
+        figures |= {
+            "method": method,
+            "width": {"before": origin.width, "after": list(origin.left.values())},
+            "heads": {"before": origin.heads, "after": list(origin.heads_left.values())},
+        }
+        said = f"pruned by llm_pruner to {origin.described}"
+    else:
+        found = apply_pruning(model, subject.targets, statistics_of(subject), pruning, base=base.name, keep=keep)
+        for width, loss in sorted(found.tried.items()):
+            print(f"{width} hidden neurons, ranks to keep {keep}: predicted loss {loss:.4f} nats a token")
+        if found.by_block is not None:
+            print(f"widths by block, ranks to keep {keep}: predicted loss {found.by_block:.4f} nats a token")
+        written = Origin.of(model)
+        if written is None or not found.any_pruned:
+            raise ValueError(
+                f"at keep {keep} no narrower MLPs are predicted to lose less: allocate ranks on {base.name!r} itself"
+            )
+        origin = written
+        figures |= {
+            "width": {"before": found.before, "after": found.widths[0] if found.one_width else list(found.widths)},
+            "predicted_nats": found.nats,
+            "predicted_nats_with_ranks": {str(width): loss for width, loss in sorted(found.tried.items())},
+            "predicted_nats_by_block": found.by_block,
+        }
+        said = f"pruned MLPs from {found.before:,} to {origin.widths} hidden neurons"
+    report = save_compressed(model, output, tokenizer=tokenizer, merge=origin.one_width, card=pruned_card(origin))
     targets, parameters = find_targets(model), model_parameters(model)
-    figures = {
-        "base": base.name,
-        "width": {"before": found.before, "after": found.widths[0] if found.one_width else list(found.widths)},
-        "predicted_nats": found.nats,
-        "predicted_nats_with_ranks": {str(width): loss for width, loss in sorted(found.tried.items())},
-        "predicted_nats_by_block": found.by_block,
+    figures |= {
         "parameters": {
             "targeted": {"dense": origin.targeted, "kept": targeted_parameters(targets)},
             "model": {"dense": origin.parameters, "kept": parameters},
         },
         "bytes": report.bytes,
     }
-    print(
-        f"pruned MLPs from {found.before:,} to {origin.widths} hidden neurons: "
-        f"{origin.remaining(targets, parameters)} are left\npredicted loss {found.nats:.4f} nats a token\n"
-        f"keep of plans on it counts what {origin.base} had\nmodel  {report.directory}"
-    )
+    print(f"{said}: {origin.remaining(targets, parameters)} are left")
+    if method == "width":
+        print(f"predicted loss {figures['predicted_nats']:.4f} nats a token")
+    print(f"keep of plans on it counts what {origin.base} had\nmodel  {report.directory}")
     if json is not None:
         write_json(json, figures)
     return report.directory
+
+
+def _check(method: str, keep: float | None, pruning: WidthPruning, llm_pruner: LLMPruner) -> None:
+    if keep is not None and not 0 < keep < 1:
+        raise ValueError(f"keep is {keep}: expected a fraction above 0 and below 1")
+    if method == "llm_pruner":
+        if keep is None or llm_pruner.keep is not None:
+            raise ValueError("llm_pruner prunes to the size that keep says: give --keep, and no --llm_pruner.keep")
+        if pruning != WidthPruning():
+            raise ValueError(
+                "share, by_block, multiple_of and damping are settings of --method width: leave them out, or give "
+                "those of --llm_pruner"
+            )
+        return
+    if llm_pruner != LLMPruner():
+        raise ValueError("settings of llm_pruner were given for --method width: add --method llm_pruner")
+    if (keep is None) == (pruning.share is None):
+        raise ValueError("give one of keep, the size that is wanted in the end, and share, of the hidden neurons")

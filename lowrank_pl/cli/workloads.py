@@ -103,13 +103,14 @@ def compare_workload(
     """
     known = all(name in score_sequences for name in texts)
     refits = [recipe.refit for recipe in recipes.values() if recipe.refit is not None]
+    ranked = [recipe for recipe in recipes.values() if not recipe.only_prunes]
     return Workload(
         keeps=keeps,
         preparation=Preparation(
             calibration=calibration,
-            decompositions=tuple(dict.fromkeys(recipe.decomposition for recipe in recipes.values())),
+            decompositions=tuple(dict.fromkeys(recipe.decomposition for recipe in ranked)),
             weight_gradients=any(
-                make_allocator(recipe.allocator, **recipe.settings).needs_gradients for recipe in recipes.values()
+                make_allocator(recipe.allocator, **recipe.settings).needs_gradients for recipe in ranked
             ),
             prunings=tuple(dict.fromkeys(recipe.prune for recipe in recipes.values() if recipe.prune is not None)),
         ),

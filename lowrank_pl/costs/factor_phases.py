@@ -8,14 +8,14 @@ from itertools import groupby
 
 import torch
 
-from lowrank_pl.calibration.gradients import GradientMoments, WeightGradients
+from lowrank_pl.calibration.gradients import GradientMoments, WeightFisher, WeightGradients
 from lowrank_pl.calibration.input_moments import InputMoments
 from lowrank_pl.calibration.measures import Measure, Passes
 from lowrank_pl.calibration.statistics import SHARE
 from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.workload import Run
-from lowrank_pl.methods.prune.settings import STEPS
+from lowrank_pl.methods.prune.settings import STEPS, LLMPruner, WidthPruning
 
 __all__ = [
     "decomposition_phase",
@@ -156,28 +156,61 @@ def statistics_phases(run: Run) -> list[Phase]:
         phases.append(_gradients(run, sums))
     if preparation.weighs_tokens:
         phases.append(_gradients(run, _second_moments("weighted moments", WeightedMoments, run, lambda shape: shape)))
-    if "weight_gradients" in needs or preparation.weight_gradients:
-        phases.append(_gradients(run, _weight_gradients(run)))
+    if preparation.weight_gradients:
+        phases.append(_gradients(run, _weight_gradients("weight gradients", WeightGradients, run)))
+    if "weight_fisher" in needs:
+        phases.append(_gradients(run, _weight_gradients("weight fisher", WeightFisher, run)))
     return phases
 
 
-def _weight_gradients(run: Run) -> _Sums:
-    found = _Sums.of("weight gradients", WeightGradients, run)
+def _weight_gradients(name: str, kind: type[Measure], run: Run) -> _Sums:
+    """Return sums for which the gradient of every weight is computed."""
     # The gradient of a batch in float32, then in float64, and its squares.
-    return replace(found, multiply_adds=float(run.model.targeted), product=5 * max(found.sizes.values()))
+    product = 20.0 * max(m * n for m, n in (target.shape for target in run.model.modules))
+    return replace(_Sums.of(name, kind, run), multiply_adds=float(run.model.targeted), product=product)
 
 
 def pruning_phases(run: Run) -> list[Phase]:
-    """Return what making bases with pruned MLPs needs, at most.
-
-    The first process multiplies out every weighted linear layer of an MLP at every width that is tried.
-    """
-    model, prunings = run.model, run.work.preparation.prunings
+    """Return what making pruned bases needs, at most."""
+    prunings = run.work.preparation.prunings
     # The dense base is measured for it, whatever is measured on the pruned base.
     whole = replace(
         run, work=replace(run.work, preparation=replace(run.work.preparation, decompositions=(), by_block=False))
     )
-    times = sum(len(run.work.keeps) if settings.share is None else 1 for settings in prunings)
+    phases = []
+    if by_structure := [settings for settings in prunings if isinstance(settings, LLMPruner)]:
+        phases += _llm_pruner(whole, by_structure)
+    if in_width := [settings for settings in prunings if isinstance(settings, WidthPruning)]:
+        phases += _width_pruning(whole, in_width)
+    return phases
+
+
+def _llm_pruner(run: Run, prunings: Sequence[LLMPruner]) -> list[Phase]:
+    """Return what LLM-Pruner needs, of which the first process prunes."""
+    times = sum(len(run.work.keeps) if settings.keep is None else 1 for settings in prunings)
+    size = float(run.model.bytes)
+    # A product of weights and gradients in float64, with both of its factors.
+    widest = max(target.shape[0] * target.shape[1] for target in run.model.modules)
+    device, host = _placed(run, {**_weights(run), "a product of weights and gradients": 24.0 * widest})
+    pruned = Phase(
+        "heads and neurons",
+        device,
+        {**host, "a file being written": size},
+        {"reload of what was written": size},
+        {"bases pruned by llm_pruner": times * size},
+        {"float64": float(times * run.model.targeted)},
+        waiting=run.program,
+    )
+    return [_gradients(run, _weight_gradients("weight gradients before pruning", WeightGradients, run)), pruned]
+
+
+def _width_pruning(whole: Run, prunings: Sequence[WidthPruning]) -> list[Phase]:
+    """Return what pruning MLPs in width needs.
+
+    The first process multiplies out every weighted linear layer of an MLP at every width that is tried.
+    """
+    model = whole.model
+    times = sum(len(whole.work.keeps) if settings.share is None else 1 for settings in prunings)
     shares = (1.0, *STEPS) if any(settings.share is None for settings in prunings) else (1.0,)
     products, spectra, most = 0.0, 0.0, 0.0
     for target in model.modules:
@@ -197,7 +230,7 @@ def pruning_phases(run: Run) -> list[Phase]:
         {"reload of what was written": size},
         {"pruned bases": times * size},
         {"float64": times * products, "svd": times * _EIGENVALUES * spectra},
-        waiting=run.program,
+        waiting=whole.program,
     )
     moments = _second_moments("weighted moments before pruning", WeightedMoments, whole, lambda shape: shape)
     return [_gradients(whole, moments), widths]

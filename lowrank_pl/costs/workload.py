@@ -9,7 +9,7 @@ from lowrank_pl.costs.machine import Machine
 from lowrank_pl.costs.model_sizes import ModelSizes
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.masks.base import MaskMethod
-from lowrank_pl.methods.prune.base import WidthPruning
+from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.plans.budget import check_keep
 from lowrank_pl.plans.storage import Storage, StorageChoice
 from lowrank_pl.text.sequences import Calibration
@@ -30,7 +30,7 @@ class Preparation:
         calibration: The sequences that statistics are measured on.
         decompositions: How weights are decomposed; each is done once.
         weight_gradients: Whether mean weight gradients are measured.
-        prunings: How MLPs are pruned, each for every fraction to keep.
+        prunings: How bases are pruned, each for every fraction to keep.
         memory: Bytes that the sums of statistics may take at a time; statistics that take more are measured block by
             block. None is most of the device's memory.
         gradient_checkpointing: Whether passes for gradients compute the activations of blocks again.
@@ -43,7 +43,7 @@ class Preparation:
     calibration: Calibration = Calibration()
     decompositions: Sequence[Decomposition] = (Decomposition(),)
     weight_gradients: bool = False
-    prunings: Sequence[WidthPruning] = ()
+    prunings: Sequence[WidthPruning | LLMPruner] = ()
     memory: int | None = None
     gradient_checkpointing: bool = False
     by_block: bool = False

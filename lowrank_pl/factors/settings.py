@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-__all__ = ["Decomposition", "Kind", "Labels", "Statistic"]
+__all__ = ["Decomposition", "Kind", "Labels", "Side", "Statistic"]
 
 Labels = Literal["sampled", "text"]
 """Next tokens of the loss: sampled from the model (for the Fisher matrix) or those of the text (the empirical one)."""
 
-Statistic = Literal["inputs", "output_gradients", "weighted_moments", "gradient_norms", "weight_gradients"]
+Side = Literal["inputs", "outputs"]
+"""The inputs of a linear layer (columns of its ``[out, in]`` weight), or its outputs (rows)."""
+
+Statistic = Literal[
+    "inputs", "output_gradients", "weighted_moments", "gradient_norms", "weight_gradients", "weight_fisher"
+]
 """What is measured on calibration text."""
 
 Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
@@ -20,7 +25,7 @@ Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
 _NEEDS: dict[str, tuple[Statistic, ...]] = {
     "svd": (),
     "asvd": ("inputs",),
-    "fwsvd": ("weight_gradients",),
+    "fwsvd": ("weight_fisher",),
     "whitened": ("inputs",),
     "two_sided": ("inputs", "output_gradients"),
 }
@@ -35,7 +40,7 @@ class Decomposition:
     ================  ================================================  ==================================
     ``svd``           nothing                                           nothing
     ``asvd``          mean absolute value to the power ``alpha``        nothing
-    ``fwsvd``         nothing                                           root of summed squared weight gradients
+    ``fwsvd``         root of summed squared weight gradients           nothing
     ``whitened``      second moment                                     nothing
     ``two_sided``     second moment, tokens weighted by the size of     second moment of output gradients, tokens
                       their output gradient                             weighted by its inverse
@@ -47,11 +52,18 @@ class Decomposition:
     evenly between both sides. This is an estimate too. It is lower where sizes vary much, as if few tokens with large
     gradients counted for less, and it measures best.
 
+    FWSVD multiplies inputs from the left, ``Z = X W``, and gives each row of ``W`` one weight: the sum of the Fisher
+    information along that row. A row of ``W`` is an input, so a column of the ``[out, in]`` weight here. Published
+    re-implementations weight the same side. ``fisher_side="outputs"`` sums along the rows of the ``[out, in]`` weight
+    instead. This was the only choice at first, and it loses more: 9.2 nats where inputs lose 5.3 (SmolLM2-135M at keep
+    0.8).
+
     Args:
         kind: A kind of the table.
         damping: Added to what weights the inputs, relative to its mean.
         output_damping: Added to what weights the outputs, relative to its mean.
         alpha: Power of ``asvd``.
+        fisher_side: ``fwsvd``: weight the ``inputs``, as its paper does, or the ``outputs``.
         labels: ``two_sided``: the loss asks for labels ``sampled`` from the model, or for the next tokens of the
             ``text``.
         token_weights: ``two_sided``: weight tokens as in the table. This keeps the few tokens that the loss depends on,
@@ -71,15 +83,19 @@ class Decomposition:
     damping: float = 1e-6
     output_damping: float = 1e-2
     alpha: float = 0.5
+    fisher_side: Side = "inputs"
     labels: Labels = "sampled"
     token_weights: bool = True
     at_keep: float | None = None
     at_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, value, choices in (("kind", self.kind, Kind), ("labels", self.labels, Labels)):
+        for what, value, choices in (
+            ("kind of decomposition is", self.kind, Kind),
+            ("labels of the decomposition are", self.labels, Labels),
+            ("fisher_side of the decomposition is", self.fisher_side, Side),
+        ):
             if value not in get_args(choices):
-                what = "kind of decomposition is" if name == "kind" else "labels of the decomposition are"
                 raise ValueError(f"the {what} {value!r}: expected one of {', '.join(get_args(choices))}")
         for name in ("damping", "output_damping"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -100,8 +116,10 @@ class Decomposition:
     @classmethod
     def of_fingerprint(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
         """Return the decomposition that factors with this ``fingerprint`` were made by; other keys are ignored."""
-        # Fingerprints of two_sided factors without token weights do not name them.
-        known = {"token_weights": fingerprint.get("kind") != "two_sided", **fingerprint}
+        kind = fingerprint.get("kind")
+        # What factors of the earliest versions were made with is not named in their fingerprints.
+        first = {"token_weights": kind != "two_sided", "fisher_side": "outputs" if kind == "fwsvd" else "inputs"}
+        known = {**first, **fingerprint}
         return cls(**{part.name: known[part.name] for part in fields(cls) if part.name in known})
 
     @property
@@ -127,6 +145,11 @@ class Decomposition:
         return self.kind == "two_sided" and self.token_weights
 
     @property
+    def shares_input_weights(self) -> bool:
+        """Whether layers with the same input share what weights it."""
+        return not self.weighs_tokens and not (self.kind == "fwsvd" and self.fisher_side == "inputs")
+
+    @property
     def block_by_block(self) -> bool:
         """Whether factors can be made with one block in memory: statistics of a compressed model need all blocks."""
         return self.at_keep is None
@@ -136,7 +159,7 @@ class Decomposition:
         uses = {
             "svd": (),
             "asvd": ("damping", "alpha"),
-            "fwsvd": ("output_damping",),
+            "fwsvd": ("damping", "fisher_side") if self.fisher_side == "inputs" else ("output_damping",),
             "whitened": ("damping",),
             "two_sided": ("damping", "output_damping", "labels"),
         }

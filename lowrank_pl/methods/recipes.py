@@ -18,7 +18,7 @@ from lowrank_pl.methods.masks.fermi import Fermi
 from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
-from lowrank_pl.methods.prune.base import WidthPruning
+from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.plans.storage import StorageChoice
 
@@ -77,10 +77,12 @@ class Recipe:
         learning: How a mask learns the plan instead.
         storage: How low-rank modules are stored: factored in all papers but those about pivoting.
         refit: How the plan's factors are refitted to the compressed model's own inputs; None for no refit.
-        prune: How the MLPs are pruned in width first; None for no pruning.
+        prune: How the base is pruned first; None for no pruning. LLM-Pruner alone reaches the final size, unless its
+            ``keep`` leaves something to ranks.
 
     Raises:
-        ValueError: An allocator or a setting that does not exist.
+        ValueError: An allocator or a setting that does not exist, or learning or a refit where pruning leaves no ranks
+            to choose.
     """
 
     decomposition: Decomposition = Decomposition()
@@ -89,10 +91,20 @@ class Recipe:
     learning: Learning | None = None
     storage: StorageChoice = "factored"
     refit: Refit | None = None
-    prune: WidthPruning | None = None
+    prune: WidthPruning | LLMPruner | None = None
 
     def __post_init__(self) -> None:
         make_allocator(self.allocator, **self.settings)
+        if self.only_prunes and not (self.learning is None and self.refit is None and self.storage == "factored"):
+            raise ValueError(
+                "llm_pruner prunes to the final size, which leaves no ranks to learn and no factors to refit or to "
+                "store: give prune.keep, larger than the final one, or leave out learning, refit and storage"
+            )
+
+    @property
+    def only_prunes(self) -> bool:
+        """Whether pruning alone makes the model as small as it is to be, so that there are no factors."""
+        return isinstance(self.prune, LLMPruner) and self.prune.keep is None
 
     def describe(self) -> dict[str, Any]:
         """Return all settings that the result depends on, as JSON values."""
@@ -102,16 +114,26 @@ class Recipe:
         if self.refit is not None:
             base["refit"] = _jsonable(asdict(self.refit))
         if self.prune is not None:
-            base["prune"] = asdict(self.prune)
+            base["prune"] = self.prune.describe()
+            if self.only_prunes:
+                return {"prune": base["prune"]}
         if self.learning is None:
             return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
         learning = self.learning
-        mask = {key: value for key, value in vars(learning.mask).items() if not key.startswith("_")}
+        mask = {
+            key: value
+            for key, value in vars(learning.mask).items()
+            if not key.startswith("_") and (key, value) not in _FIRST_VALUES
+        }
         described = {f: getattr(learning, f) for f in ("steps", "lr", "sequences", "batch_size", "start", "cosine")}
         if learning.inactive_gate_stride > 1:
             described["inactive_gate_stride"] = learning.inactive_gate_stride
         terms = _jsonable(asdict(learning.data_terms))
         return {**base, "learning": {**described, "mask": {"name": learning.mask.name, **mask}, "data_terms": terms}}
+
+
+_FIRST_VALUES = (("alignment", "share"),)
+"""Settings of masks at their first value. They are left out, so that results from before they existed are found."""
 
 
 def _jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,43 +144,67 @@ _ASVD = Decomposition("asvd")
 _TWO_SIDED = Decomposition("two_sided")
 
 
-def _llrc(*, any_k: bool) -> Recipe:
+def _llrc(decomposition: Decomposition, *, any_k: bool = True, start: str | None = None) -> Recipe:
     # Many temperatures above 0, a logit gets no gradient from the loss, and all logits just fall by one step size a
-    # step. From the paper's start, 6 to 3, a short run would end like that, so this one starts lower.
-    mask = LLRC(any_k=any_k, start_high=3.2, start_low=0.2, period=50, patience=None)
-    terms = DataTerms(cross_entropy=0.0, divergence=0.5)
-    return Recipe(_ASVD, learning=Learning(mask, steps=200, lr=0.02, data_terms=terms))
+    # step. From the paper's start, 6 to 3, a short run would end like that, so this one starts lower, and from a plan
+    # so low that noise turns the last kept components off and the first dropped ones on.
+    high, low = (3.2, 0.2) if start is None else (1.2, 0.2)
+    mask = LLRC(
+        any_k=any_k, start_high=high, start_low=low, pressure="layers", pressure_low=1.0, pressure_high=3.0,
+        pressure_growth=1.25, period=50, patience=None,
+    )  # fmt: skip
+    # The mean squared error at the middle block is that of one token, the attention sink (docs/laboratory.md).
+    terms = DataTerms(cross_entropy=0.0, divergence=0.5, divergence_kind="token_normalised_mse")
+    return Recipe(decomposition, learning=Learning(mask, steps=300, lr=0.02, data_terms=terms, start=start))
 
 
 RECIPES: dict[str, Recipe] = {
     "svd": Recipe(Decomposition("svd")),
     "fwsvd": Recipe(Decomposition("fwsvd")),
+    "fwsvd_outputs": Recipe(Decomposition("fwsvd", fisher_side="outputs")),
     "asvd": Recipe(_ASVD),
     "strs": Recipe(_ASVD, "strs"),
     "uniform": Recipe(),
     "svdllm_v2": Recipe(allocator="svdllm_v2"),
     "energy": Recipe(allocator="energy"),
-    "drank": Recipe(allocator="drank"),
+    # Scopes by name, so that results of the time when `model` was the default are not taken for those of `type`.
+    "drank": Recipe(allocator="drank", settings={"scope": "type"}),
+    "drank_model": Recipe(allocator="drank", settings={"scope": "model"}),
     "zs_svd": Recipe(allocator="zs_svd"),
     "zs_svd_corrected": Recipe(allocator="zs_svd", settings={"rounds": 1}),
+    "zs_svd_released": Recipe(
+        allocator="zs_svd", settings={"rounds": 5, "batch": 1, "reprofile": True, "random_batch": True}
+    ),
     "two_sided": Recipe(_TWO_SIDED),
     "fisher": Recipe(_TWO_SIDED, "fisher"),
     "ara": Recipe(learning=Learning(ARA())),
-    "llrc": _llrc(any_k=True),
-    "llrc_prefix": _llrc(any_k=False),
+    "llrc": _llrc(_ASVD),
+    "llrc_prefix": _llrc(_ASVD, any_k=False),
+    "llrc_whitened": _llrc(Decomposition()),
+    "llrc_two_sided": _llrc(_TWO_SIDED),
+    "fisher_llrc": _llrc(_TWO_SIDED, start="fisher"),
     "ars": Recipe(learning=Learning(ARS(), lr=5e-3)),
     "dobi_svd": Recipe(learning=Learning(DobiSVD(), lr=5e-3)),
     "fermi": Recipe(learning=Learning(Fermi(anneal_steps=120), lr=1e-2)),
     "fisher_ara": Recipe(_TWO_SIDED, learning=Learning(ARA(), start="fisher")),
     "rescaled": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True)),
+    "llm_pruner": Recipe(prune=LLMPruner()),
+    "llm_pruner_mlp": Recipe(prune=LLMPruner(attention=False)),
     "best": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True), storage="auto", refit=Refit()),
 }
 """The recipes of ``lowrank compare``, whose learning is short. ``configs/*.yaml`` have the papers' lengths."""
 
+
+def _pruned_in_width(plain: Recipe) -> Recipe:
+    if plain.prune is not None:
+        raise ValueError(f"+prune stands behind a recipe that prunes already ({plain.prune}): leave it out")
+    return replace(plain, prune=WidthPruning())
+
+
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
     "refit": lambda plain: replace(plain, refit=Refit()),
-    "prune": lambda plain: replace(plain, prune=WidthPruning()),
+    "prune": _pruned_in_width,
 }
 """What ``+WORD`` after a recipe's name changes in it."""
 

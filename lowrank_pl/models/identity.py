@@ -1,10 +1,10 @@
-"""What a model is: its class, a fingerprint of all that it computes with, and what it was before width pruning."""
+"""What a model is: its class, a fingerprint of all that it computes with, and what it was before pruning."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import transformers
 from torch import Tensor
@@ -31,15 +31,19 @@ ORIGIN_KEY = "lowrank_narrowed"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a pruned model was before its MLPs were pruned in width.
+    """What a pruned model was before its MLPs or its attention heads were pruned.
 
     Args:
         base: Name of the base.
         targeted: Parameters of the linear layers in the decoder blocks of the base.
         parameters: Parameters of the whole base.
-        width: Hidden neurons of each MLP of the base.
+        width: Hidden neurons of each MLP of the base; 0 if MLPs were not pruned.
         left: Hidden neurons that each MLP still has, by name of the MLP.
         maps: Names of an MLP's linear layers inside a block.
+        heads: Key/value heads of each attention module of the base; 0 if heads were not pruned.
+        heads_left: Key/value heads that each attention module still has, by name of the module.
+        head_maps: Names of an attention module's linear layers inside a block.
+        method: How it was pruned, where that is not the width pruning of this package: ``llm_pruner``.
     """
 
     base: str
@@ -48,6 +52,10 @@ class Origin:
     width: int
     left: Mapping[str, int]
     maps: tuple[str, ...]
+    heads: int = 0
+    heads_left: Mapping[str, int] = field(default_factory=dict)
+    head_maps: tuple[str, ...] = ()
+    method: str = ""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Origin | None:
@@ -61,9 +69,13 @@ class Origin:
             return None
         try:
             checked_json(json.dumps(stored), cls)
-            origin = cls(**{**stored, "maps": tuple(stored["maps"])})
-            if not origin.left or not all(0 < left <= origin.width for left in origin.left.values()):
+            tuples = {key: tuple(stored[key]) for key in ("maps", "head_maps") if key in stored}
+            origin = cls(**{**stored, **tuples})
+            heads = origin.heads_left
+            if not (origin.left or heads) or not all(0 < left <= origin.width for left in origin.left.values()):
                 raise ValueError(f"left is {origin.left} of {origin.width} hidden neurons")
+            if not all(0 < left <= origin.heads for left in heads.values()):
+                raise ValueError(f"heads_left is {heads} of {origin.heads} key/value heads")
             return origin
         except (TypeError, ValueError) as error:
             raise ValueError(
@@ -73,33 +85,51 @@ class Origin:
 
     def write(self, model: PreTrainedModel) -> None:
         """Store the origin in the config of ``model``."""
-        setattr(model.config, ORIGIN_KEY, {**vars(self), "left": dict(self.left), "maps": list(self.maps)})
+        entry = {**vars(self), "left": dict(self.left), "maps": list(self.maps)}
+        entry |= {"heads_left": dict(self.heads_left), "head_maps": list(self.head_maps)}
+        # Only if there is something to say: older versions refuse unknown keys.
+        later = ("heads", "heads_left", "head_maps", "method")
+        setattr(model.config, ORIGIN_KEY, {key: value for key, value in entry.items() if value or key not in later})
 
     def left_out(self, targets: Targets) -> int:
         """Return how many parameters pruning has removed from ``targets`` of the pruned model."""
         removed = 0
+        kinds = ((self.maps, self.left, self.width), (self.head_maps, self.heads_left, self.heads))
         for target in targets.modules:
-            if target.kind in self.maps and parent_name(target) in self.left:
-                left = self.left[parent_name(target)]
-                removed += target.shape[0] * target.shape[1] // left * (self.width - left)
+            for names, remaining, before in kinds:
+                if target.kind in names and parent_name(target) in remaining:
+                    left = remaining[parent_name(target)]
+                    removed += target.shape[0] * target.shape[1] // left * (before - left)
         return removed
 
     @property
     def widths(self) -> str:
         """The remaining hidden neurons of the MLPs, in words: one number or a range."""
-        least, most = min(self.left.values()), max(self.left.values())
-        return f"{most:,}" if least == most else f"{least:,} to {most:,}"
+        return _range(self.left)
+
+    @property
+    def described(self) -> str:
+        """What remains of the MLPs and of the heads, in words, such as ``40 of 96 hidden neurons in each MLP``."""
+        parts = [f"{self.widths} of {self.width:,} hidden neurons in each MLP"] if self.left else []
+        if self.heads_left:
+            parts.append(f"{_range(self.heads_left)} of {self.heads:,} key/value heads in each attention module")
+        return " and ".join(parts)
 
     @property
     def one_width(self) -> bool:
-        """Whether all MLPs have the same width, so that a plain config can describe the model."""
-        return len(set(self.left.values())) == 1
+        """Whether a plain config can describe the model: all MLPs have the same width, and no heads were pruned."""
+        return len(set(self.left.values())) == 1 and not self.heads_left
 
     def remaining(self, targets: Targets, parameters: int) -> str:
         """Return in words the fractions of the base that remain in ``targets`` and in all ``parameters``."""
         now = sum(target.shape[0] * target.shape[1] for target in targets.modules)
         shares = percent(now / (now + self.left_out(targets))), percent(parameters / self.parameters)
         return f"{shares[0]} of the targeted parameters of {self.base} and {shares[1]} of all"
+
+
+def _range(left: Mapping[str, int]) -> str:
+    least, most = min(left.values(), default=0), max(left.values(), default=0)
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def parent_name(target: Target) -> str:

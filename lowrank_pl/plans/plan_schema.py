@@ -105,7 +105,8 @@ class _Constraints(_Part):
 
 class _Pruned(_Open):
     base: str
-    width: Annotated[int, Field(gt=0)]
+    # 0 if only attention heads were pruned.
+    width: Annotated[int, Field(ge=0)]
     left: str
 
 
@@ -120,6 +121,7 @@ class _Decomposition(_Open):
     damping: float = 0
     output_damping: float = 0
     alpha: float = 0
+    fisher_side: str = ""
     labels: str = ""
     token_weights: bool = False
     at_keep: float | None = None

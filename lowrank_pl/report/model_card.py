@@ -94,11 +94,16 @@ def _what(record: RunRecord) -> str:
 
 
 def _pruned(plan: RankPlan) -> str:
-    """Return a sentence on the pruning of the base's MLPs, empty if there was none."""
+    """Return a sentence on the pruning of the base, empty if there was none."""
     # Plans store pruning under this name since it was called so.
     pruned = plan.origin.get("narrowed")
     if pruned is None:
         return ""
+    if pruned.get("method"):
+        return (
+            f" Before that, the base was pruned by {code(str(pruned['method']))} to "
+            f"{escaped(str(pruned.get('described')))}, without any compensation."
+        )
     return (
         f" Before that, the MLPs were pruned: {escaped(str(pruned['left']))} of {int(pruned['width']):,} hidden "
         "neurons remain in each, and the down-projections were updated to compensate."

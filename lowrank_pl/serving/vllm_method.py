@@ -26,6 +26,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig
+from lowrank_pl.models.identity import ORIGIN_KEY
 from lowrank_pl.serving.fused_linear import FusedLinear, Member
 
 if TYPE_CHECKING:
@@ -90,7 +91,17 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         return cls(LowRankConfig(**config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Note from the model's config how vLLM reads its weights."""
+        """Note from the model's config how vLLM reads its weights.
+
+        Raises:
+            ValueError: Heads were pruned: vLLM takes the number of heads of every block from the config.
+        """
+        if (getattr(hf_config, ORIGIN_KEY, None) or {}).get("heads_left"):
+            raise ValueError(
+                f"some blocks of {model_name} have fewer key/value heads than config.json says, and vLLM takes the "
+                "number of every block from there: run it in transformers, or prune without heads "
+                "(lowrank prune --llm_pruner.attention false)"
+            )
         self.transposed = getattr(hf_config, "model_type", None) == "gpt2"
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:

@@ -161,8 +161,9 @@ class FinishRun(Stopwatch):
         check_sequences(pl_module.model, self.protocol.sequences)
         origin = Origin.of(pl_module.model)
         if self.form.merge and origin is not None and not origin.one_width:
+            has = f"has {origin.described}" if origin.heads_left else f"has MLPs of {origin.widths} hidden neurons"
             raise ValueError(
-                f"the base has MLPs of {origin.widths} hidden neurons, which no plain config of dense weights can "
+                f"the base {has}, which no plain config of dense weights can "
                 "describe: leave out --finish.merge, or prune all MLPs to one width with --model.prune.by_block false"
             )
         if self.refit is not None and self._streams(trainer, pl_module, ever=True):

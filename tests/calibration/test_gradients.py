@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from lowrank_pl.calibration import backward
 from lowrank_pl.calibration.build import build_factors, build_gradients
-from lowrank_pl.calibration.gradients import GradientMoments, WeightGradients, collect_gradients
+from lowrank_pl.calibration.gradients import GradientMoments, WeightFisher, WeightGradients, collect_gradients
 from lowrank_pl.calibration.measures import Batch, Passes
 from lowrank_pl.calibration.statistics import statistics_of_factors
 from lowrank_pl.calibration.subject import Subject
@@ -65,14 +65,16 @@ def per_token(model, targets, sequence, labels):
 def test_weight_gradients_are_those_of_autograd(family, batch_size, sequences):
     model = tiny_model(family)
     targets = find_targets(model).modules
-    found = collect_gradients(WeightGradients, model, targets, Passes(sequences[:4], batch_size))
+    passes = Passes(sequences[:4], batch_size)
+    found, fisher = (collect_gradients(kind, model, targets, passes) for kind in (WeightGradients, WeightFisher))
     expected = by_autograd(model, targets, torch.split(sequences[:4], batch_size))
     for target in targets:
         grads = [grad[target.name] for grad in expected]
-        mean, squares = sum(grads) / len(grads), sum(g.double().square().sum(1) for g in grads) / len(grads)
-        torch.testing.assert_close(found[target.name].mean, mean, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found[target.name].mean_squares, squares, rtol=1e-4, atol=1e-9)
-        assert found[target.name].batches == len(grads)
+        torch.testing.assert_close(found[target.name].mean, sum(grads) / len(grads), rtol=1e-4, atol=1e-6)
+        squares = sum(grad.double().square() for grad in grads) / len(grads)
+        for side, dim in (("outputs", 1), ("inputs", 0)):
+            torch.testing.assert_close(fisher[target.name].tensors()[side], squares.sum(dim), rtol=1e-4, atol=1e-9)
+        assert found[target.name].batches == fisher[target.name].batches == len(grads)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -264,20 +266,28 @@ def test_asvd_factors_are_those_of_its_formula(llama, sequences, tokenizer):
         torch.testing.assert_close((part.left @ part.right).double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_fwsvd_factors_are_those_of_its_formula(llama, sequences, tokenizer):
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_fwsvd_factors_are_those_of_its_formula(llama, sequences, tokenizer, side):
     targets = find_targets(llama)
-    settings = Decomposition(kind="fwsvd", output_damping=0.0)
+    settings = Decomposition(kind="fwsvd", fisher_side=side, damping=0.0, output_damping=0.0)
     store = build_factors(Subject(llama, tokenizer, sequences[:3], known_targets=targets), settings=settings)
     batches = by_autograd(llama, targets.modules, torch.split(sequences[:3], 1))
     for target in targets.modules:
         squares = sum(grads[target.name].double().square() for grads in batches) / 3
-        rows = squares.sum(1).sqrt()
+        scale = squares.sum(0).sqrt() if side == "inputs" else squares.sum(1).sqrt()[:, None]
         weight = dense_weight(llama.get_submodule(target.name)).detach().double()
-        left, sigma, right = torch.linalg.svd(rows[:, None] * weight, full_matrices=False)
+        left, sigma, right = torch.linalg.svd(scale * weight, full_matrices=False)
         torch.testing.assert_close(store.sigma(target.name), sigma, rtol=1e-4, atol=1e-9)
         part = store.factors(target.name, 5)
-        expected = (left[:, :5] * sigma[:5] @ right[:5]) / rows[:, None]
+        expected = (left[:, :5] * sigma[:5] @ right[:5]) / scale
         torch.testing.assert_close((part.left @ part.right).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_fwsvd_factors_from_before_there_was_a_side_are_known_to_weight_outputs():
+    before = {"kind": "fwsvd", "output_damping": 1e-2}
+    assert Decomposition.of_fingerprint(before) == Decomposition("fwsvd", fisher_side="outputs")
+    assert Decomposition.of_fingerprint(before).identity() == before
+    assert Decomposition.of_fingerprint(Decomposition("fwsvd").identity()) == Decomposition("fwsvd")
 
 
 def test_features_that_are_always_zero_can_be_divided_by():

@@ -21,7 +21,7 @@ from tests.helpers.unchanged import assert_untouched, state
 
 NEEDS = ("inputs", "output_gradients", "weight_gradients")
 KEYS = {"gradient_norms": ("norms",), "weighted_moments": ("inputs", "outputs")}
-KEYS |= {"weight_gradients": ("mean", "mean_squares")}
+KEYS |= {"weight_gradients": ("mean",), "weight_fisher": ("outputs", "inputs")}
 
 
 def maps(*blocks):
@@ -103,9 +103,9 @@ def test_blocks_and_groups_of_them_give_the_same_numbers(measure, family, way, c
 
 
 def test_weighted_moments_and_norms_are_the_same_too(measure, llama):
-    needs = ("weighted_moments",)
+    needs = ("weighted_moments", "weight_fisher")
     whole, parts = measure(llama, "whole", needs), measure(llama, "parts", needs, memory=1)
-    assert [*whole] == ["weighted_moments", "gradient_norms"]
+    assert [*whole] == ["weighted_moments", "weight_fisher", "gradient_norms"]
     assert_equal_stores(whole, parts, find_targets(llama).modules)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from lowrank_pl.cli.doctor import doctor
 from lowrank_pl.cli.export import export
 from lowrank_pl.cli.prune import prune
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.methods.prune.base import WidthPruning
+from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.recipes import Recipe
 from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.identity import Origin
@@ -463,3 +465,87 @@ def test_evaluate_scores_the_plan_of_a_run_beside_the_base_that_was_named(fitted
     scores, dense = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plan", "dense"))
     assert scores["base"] == doubled
     assert scores["dense"]["perplexity"] == dense["perplexity"]
+
+
+# -- LLM-Pruner ----------------------------------------------------------------------------------------------------
+
+WORDS = "--method llm_pruner --keep 0.7 --llm_pruner.skip_first 1 --llm_pruner.skip_last 0"
+TEXT_WORDS = "--text python-docs::part=0%-5% --length 32 --sequences 8"
+PRUNED = LLMPruner(skip_first=1, skip_last=0)
+
+
+@pytest.fixture(scope="module")
+def structured(tmp_path_factory):
+    """The folder of a model pruned by LLM-Pruner, its figures, and what was printed."""
+    folder, printed = tmp_path_factory.mktemp("structured"), StringIO()
+    with redirect_stdout(printed):
+        words = ["--output", str(folder / "pruned"), "--json", str(folder / "f.json"), *TEXT_WORDS.split()]
+        main(["prune", "random:llama", *WORDS.split(), *words])
+    return folder / "pruned", json.loads((folder / "f.json").read_text()), printed.getvalue()
+
+
+def test_llm_pruner_reports_what_the_reloaded_model_has(structured):
+    folder, figures, printed = structured
+    model, dense = load_base(str(folder)), load_base("random:llama")
+    targeted = {"dense": targeted_parameters(find_targets(dense)), "kept": targeted_parameters(find_targets(model))}
+    assert figures["parameters"] == {
+        "targeted": targeted,
+        "model": {"dense": dense.num_parameters(), "kept": model.num_parameters()},
+    }
+    assert 0.695 < targeted["kept"] / targeted["dense"] <= 0.7
+    assert (figures["heads"], figures["width"]["after"][0]) == ({"before": 2, "after": [2, 1]}, 96)
+    assert model.model.layers[1].mlp.up_proj.out_features == figures["width"]["after"][1]
+    assert "1 to 2 of 2 key/value heads in each attention module: 69." in printed
+
+
+def test_the_card_of_llm_pruner_says_that_nothing_compensates(structured):
+    card = (structured[0] / "README.md").read_text()
+    assert "1 to 2 of 2 key/value heads" in card
+    assert "nothing was fine-tuned. It loads with `import lowrank_pl`" in card
+    assert healthy(structured[0])
+
+
+def test_ranks_are_allocated_on_top_of_llm_pruner(structured, tmp_path):
+    plan = allocate(Base(str(structured[0])), keep=0.6, output=tmp_path / "plan.json", calibration=TEXT)
+    assert plan.targeted_parameters == structured[1]["parameters"]["targeted"]["dense"]
+    assert 0.58 < plan.keep_targeted <= 0.6
+    assert any("pruned by llm_pruner to" in note and "69.9 % of the targeted" in note for note in plan.notes)
+    small = export(tmp_path / "plan.json", output=tmp_path / "small")
+    assert load_compressed(small).num_parameters() == plan.kept_model_parameters - indices_of_pivots(plan)
+    assert "pruned by `llm_pruner` to" in (small / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--method llm_pruner", "prunes to the size that keep says: give --keep"),
+        ("--method llm_pruner --keep 1.2", r"keep is 1\.2: expected a fraction"),
+        ("--method llm_pruner --keep 0.8 --llm_pruner.keep 0.9", r"no --llm_pruner\.keep"),
+        ("--method llm_pruner --keep 0.8 --share 0.5", "settings of --method width"),
+        ("--keep 0.8 --llm_pruner.mlp false", "add --method llm_pruner"),
+        ("--method llm_pruner --keep 0.8", "leave none of the 2 blocks"),
+    ],
+)
+def test_words_that_do_not_go_together(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "random:llama", *words.split(), *TEXT_WORDS.split(), "--output", str(tmp_path / "pruned")])
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_comparison_scores_what_llm_pruner_leaves_beside_ranks(tmp_path):
+    recipes = {
+        "pruned": Recipe(prune=PRUNED),
+        "ranks": Recipe(Decomposition("two_sided"), "fisher", prune=replace(PRUNED, keep=0.9)),
+    }
+    names = ["uniform", *recipes]
+    rows = compare(Base("random:llama"), methods=names, keep=[0.7], recipes=recipes, run=tmp_path / "run", **COMPARED)
+    by_name = {row["method"]: row for row in rows}
+    for name in names:
+        assert 0.68 < by_name[name]["keep"]["targeted"] <= 0.7
+    row = by_name["pruned"]
+    assert row["settings"] == {"prune": PRUNED.describe()}
+    assert set(row["ranks"].values()) == {None}
+    assert row["parameters"] < by_name["dense"]["parameters"]
+    assert row["bytes"] == 4 * row["parameters"]
+    assert row["excess"]["docs"] == row["nats"]["docs"] - by_name["dense"]["nats"]["docs"]

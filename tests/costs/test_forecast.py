@@ -22,7 +22,7 @@ from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.masked_linear import insert_masks, masked_layers
 from lowrank_pl.methods.masks.rescaled import Rescaled
-from lowrank_pl.methods.prune.base import WidthPruning
+from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.storage import Storage
@@ -226,6 +226,13 @@ def test_pruning_is_counted_for_every_fraction(llama):
     assert list(one)[:3] == ["load", "weighted moments before pruning", "widths of MLPs"]
     assert two["widths of MLPs"].work["float64"] == 2 * one["widths of MLPs"].work["float64"] > 0
     assert two["widths of MLPs"].disk["pruned bases"] == 2 * llama.bytes
+
+
+def test_llm_pruner_measures_gradients_and_writes_a_base_for_every_fraction(llama):
+    found = phases(llama, Workload(keeps=(0.5, 0.6), preparation=preparing(WHITENED, prunings=(LLMPruner(),))))
+    assert list(found)[:3] == ["load", "weight gradients before pruning", "heads and neurons"]
+    assert found["heads and neurons"].disk["bases pruned by llm_pruner"] == 2 * llama.bytes
+    assert "widths of MLPs" not in found
 
 
 def test_what_measures_in_the_compressed_model_measures_everything_twice(llama):

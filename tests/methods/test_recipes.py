@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lowrank_pl.methods.allocate import ALLOCATORS
-from lowrank_pl.methods.masks import ARA, MASK_METHODS
-from lowrank_pl.methods.recipes import RECIPES, Learning, recipe
+from lowrank_pl.methods.masks import ARA, ARS, MASK_METHODS
+from lowrank_pl.methods.prune.settings import LLMPruner
+from lowrank_pl.methods.recipes import RECIPES, Learning, Recipe, recipe
 
 
 def test_every_method_has_a_recipe_of_its_name():
@@ -56,3 +57,24 @@ def test_names_that_were_never_other_ones_are_not_said_to_be():
 def test_impossible_learning(settings, message):
     with pytest.raises(ValueError, match=message):
         Learning(ARA(), **settings)
+
+
+def test_settings_at_their_first_value_do_not_change_what_results_are_found_by():
+    assert "alignment" not in RECIPES["ars"].describe()["learning"]["mask"]
+    changed = Recipe(learning=Learning(ARS(alignment="mse")))
+    assert changed.describe()["learning"]["mask"]["alignment"] == "mse"
+
+
+@pytest.mark.parametrize("name", ["llm_pruner+refit", "llm_pruner+pivoted"])
+def test_where_pruning_reaches_the_size_there_are_no_factors(name):
+    with pytest.raises(ValueError, match=r"prunes to the final size.*give prune\.keep"):
+        recipe(name)
+
+
+def test_ranks_on_top_of_llm_pruner_may_be_learned():
+    assert not Recipe(prune=LLMPruner(keep=0.9), learning=Learning(ARA())).only_prunes
+
+
+def test_what_prunes_already_is_not_pruned_in_width():
+    with pytest.raises(ValueError, match=r"\+prune stands behind a recipe that prunes already"):
+        recipe("llm_pruner+prune")

@@ -19,12 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowrank_pl.cli.prune import prune
 from lowrank_pl.export.export import load_compressed, save_compressed
-from lowrank_pl.models.base import load_base, load_tokenizer
+from lowrank_pl.methods.prune.settings import LLMPruner
+from lowrank_pl.models.base import Base, load_base, load_tokenizer
 from lowrank_pl.models.hf_layers import LowRankLinear
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from tests.helpers.low_rank_models import compress_at_random, cut_hidden_neurons
+from tests.helpers.pruned_models import TEXT
 
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: `make test-vllm` runs these", allow_module_level=True)
@@ -235,6 +238,14 @@ KEY = "model.layers.0.self_attn.k_proj"  # pivoted
 )
 def test_a_damaged_folder_is_refused_by_a_sentence(changes, message, cases, tmp_path):
     with pytest.raises(ValueError, match=message), engine(damaged(cases["llama"], tmp_path, **changes)):
+        pass
+    cleanup_dist_env_and_memory()
+
+
+def test_blocks_with_fewer_heads_are_refused_by_a_sentence(tmp_path):
+    settings = {"method": "llm_pruner", "llm_pruner": LLMPruner(mlp=False, skip_first=1, skip_last=0)}
+    folder = prune(Base("random:llama"), keep=0.94, output=tmp_path / "base", calibration=TEXT, **settings)
+    with pytest.raises(ValueError, match=r"fewer key/value heads than config\.json says"), engine(folder):
         pass
     cleanup_dist_env_and_memory()
 

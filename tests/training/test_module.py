@@ -542,15 +542,18 @@ SMALL = """
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-@pytest.mark.parametrize("name", ["llrc", "ars", "dobi_svd", "fermi", "rescaled", "best"])
+@pytest.mark.parametrize(
+    "name", ["llrc", "llrc_whitened", "llrc_two_sided", "fisher_llrc", "ars", "dobi_svd", "fermi", "rescaled", "best"]
+)
 def test_the_shipped_configuration_of_every_mask_runs(tmp_path, name):
     main(["fit", "-c", str(CONFIGS / f"{name}.yaml"), "--run", str(tmp_path), *SMALL.split()])
     plan = RankPlan.load(tmp_path / "plan.json")
-    assert plan.method == ("rescaled" if name == "best" else name)
+    method = "rescaled" if name == "best" else "llrc" if "llrc" in name else name
+    assert plan.method == method
     assert plan.storage == ("auto" if name in ("rescaled", "best") else "factored")
     assert any(note.startswith("refitted ") for note in plan.notes) == (name == "best")
     text = (CONFIGS / f"{name}.yaml").read_text()
-    kind = {"llrc": LLRC, "ars": ARS, "dobi_svd": DobiSVD, "fermi": Fermi}.get(name, Rescaled)
+    kind = {"llrc": LLRC, "ars": ARS, "dobi_svd": DobiSVD, "fermi": Fermi}.get(method, Rescaled)
     # Every setting is written out, so that a reader need not look anywhere else.
     for setting in inspect.signature(kind).parameters:
         assert f"      {setting}: " in text

@@ -67,7 +67,8 @@ def measure(
     """
     record = _Record(factors, sequences)
     if DENSE not in record.known:
-        record.add(DENSE, perplexity(model, sequences, batch_size=batch_size).nats)
+        dense = perplexity(model, sequences, batch_size=batch_size, progress="sensitivity: the dense model")
+        record.add(DENSE, dense.nats)
     missing = [(target, [r for r in ranks if (target.name, r) not in record.known]) for target, ranks in todo]
     missing = [(target, ranks) for target, ranks in missing if ranks]
     _log.info("sensitivity: %d of %d losses to measure, in %s", *_counts(missing, todo), record.path)
@@ -182,9 +183,13 @@ class STRS(Allocator):
     component leaves the module at the next smaller ratio of the grid, so its score is the least loss that was measured
     at this ratio or a smaller one. Components below the grid are kept before all others and shrink at one rate.
 
+    ASVD scores every model on all the sequences that its factors were made from, 32 of 2,048 tokens by default. This is
+    the convention here too. It takes one pass over them for each module and ratio, which is most of the method's cost.
+    Fewer or shorter sequences take less time in proportion, and the losses of ratios near 1 then hold more noise.
+
     Args:
         ratios: The grid, as fractions of the module's parameters.
-        sequences: How many calibration sequences are scored; the first ones.
+        sequences: How many calibration sequences are scored, the first ones; all by default.
         length: Tokens of a sequence that are used; all by default.
         batch_size: Sequences in a forward pass.
 
@@ -193,7 +198,7 @@ class STRS(Allocator):
     """
 
     ratios: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    sequences: int = 4
+    sequences: int | None = None
     length: int | None = None
     batch_size: int = 4
     name: ClassVar[str] = "strs"
@@ -205,16 +210,23 @@ class STRS(Allocator):
         rising = sorted(set(self.ratios))
         if not rising or rising[0] <= 0 or rising[-1] >= 1:
             raise ValueError(f"ratios are {list(self.ratios)}: expected one or more fractions between 0 and 1")
-        if self.sequences < 1 or self.batch_size < 1 or (self.length is not None and self.length < 2):
+        few = self.sequences is not None and self.sequences < 1
+        if few or self.batch_size < 1 or (self.length is not None and self.length < 2):
             raise ValueError(
                 f"sequences is {self.sequences}, batch_size {self.batch_size}, length {self.length}: expected at least "
-                "1 sequence, 1 sequence a batch and 2 tokens"
+                "1 sequence, 1 sequence a batch and 2 tokens, or None for all sequences or tokens"
             )
         object.__setattr__(self, "ratios", tuple(rising))
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return the excess loss in nats a token at the ratio of the grid that is left when a component is dropped."""
-        model, sequences = self.need_model(problem)
+        model, _ = self.need_model(problem)
+        sequences = self._scored(problem)
+        for asked, there, what in zip(
+            (self.sequences, self.length), sequences.shape, ("sequences", "tokens a sequence"), strict=True
+        ):
+            if asked is not None and asked > there:
+                _log.warning("sensitivity: %d %s were asked for, and the calibration text has %d", asked, what, there)
         shapes = problem.budget.shapes
         costs = problem.budget.rank_costs
         ranks = {
@@ -226,7 +238,7 @@ class STRS(Allocator):
         known = measure(
             model,
             problem.factors,
-            sequences[: self.sequences, : self.length],
+            sequences,
             [(target, list(dict.fromkeys(ranks[target.name]))) for target in truncatable],
             batch_size=self.batch_size,
         )
@@ -241,9 +253,13 @@ class STRS(Allocator):
 
     def notes(self, problem: Problem) -> Sequence[str]:
         """Return how many sequences sensitivity was measured on."""
-        _, sequences = self.need_model(problem)
-        used = sequences[: self.sequences, : self.length]
+        used = self._scored(problem)
         return (f"sensitivity measured on {used.shape[0]} sequences of {used.shape[1]} tokens",)
+
+    def _scored(self, problem: Problem) -> Tensor:
+        """Return the token ids that the losses are measured on."""
+        _, sequences = self.need_model(problem)
+        return sequences[: self.sequences, : self.length]
 
 
 def grid_scores(own: Tensor, ratios: Sequence[float], rises: Sequence[float], ceiling: float) -> Tensor:

@@ -23,9 +23,18 @@ class SVDLLMv2(Allocator):
     With ``loss`` the truncation loss at the uniform rank, the removed fraction of a module is the type's fraction times
     ``1 / log(loss)`` over the type's mean of ``1 / log(loss)``. On whitened factors, as in the paper, the loss is the
     Frobenius norm of the output error over all calibration tokens; ``asvd`` and ``two_sided`` factors weigh this error
-    in their own way. The logarithm is taken of ``e + loss``, so that a small loss does not change its sign; the paper's
-    losses are in the thousands, where this makes no difference. A module that would lose everything keeps the least
-    rank, and a note counts such modules.
+    in their own way.
+
+    The plan depends on how many tokens are calibrated on. On ``t`` times the tokens every loss is larger by the root of
+    ``t``. That adds the same ``log(t) / 2`` to the logarithm of every large loss, and so draws the modules of a type
+    nearer to the uniform ratio. The paper calibrates on 256 sequences of 2,048 tokens. A note says how many tokens the
+    losses of a plan count.
+
+    The logarithm is taken of ``e + loss``. The paper takes it of the loss, which has no meaning where the loss is 1 or
+    less: ``1 / log(loss)`` is infinite at 1, and below 1 it would remove parameters where a module loses most. With
+    ``e``, a module that loses nothing has the weight 1, the most there is. The paper's losses are in the thousands,
+    where this makes no difference. A module that would lose everything keeps the least rank, and a note counts such
+    modules.
     """
 
     name: ClassVar[str] = "svdllm_v2"
@@ -43,11 +52,17 @@ class SVDLLMv2(Allocator):
         return scores
 
     def notes(self, problem: Problem) -> Sequence[str]:
-        """Return how many modules would lose everything, which the paper's rule does not exclude."""
+        """Return how many tokens the losses count, and how many modules would lose everything.
+
+        The paper's rule does not exclude that.
+        """
+        notes = [f"truncation losses over {max(_tokens(problem, name) for name in problem.budget.shapes):,} tokens"]
         emptied = [name for name, share in _kept_shares(problem).items() if share <= 0]
-        if not emptied:
-            return ()
-        return (f"the rule removes all of {len(emptied)} modules, which keep the least rank, e.g. {emptied[0]}",)
+        if emptied:
+            notes.append(
+                f"the rule removes all of {len(emptied)} modules, which keep the least rank, e.g. {emptied[0]}"
+            )
+        return notes
 
 
 def _kept_shares(problem: Problem) -> dict[str, float]:
@@ -69,4 +84,9 @@ def _loss(problem: Problem, name: str) -> float:
     """Return the root of the weighted squared error over all calibration tokens at the uniform rank."""
     rank = int(problem.budget.rank_costs.rank_at(problem.budget.shapes[name], problem.budget.share))
     tail = problem.factors.sigma(name)[rank:]
-    return math.sqrt(int(problem.factors.notes(name)["tokens"]) * tail.double().square().sum().item())
+    return math.sqrt(_tokens(problem, name) * tail.double().square().sum().item())
+
+
+def _tokens(problem: Problem, name: str) -> int:
+    """Return how many calibration tokens went through a module; experts see a part of the text."""
+    return int(problem.factors.notes(name)["tokens"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.methods.allocate.base import Allocator, Problem
-from lowrank_pl.methods.allocate.zs_svd_correction import correct
+from lowrank_pl.methods.allocate.zs_svd_correction import Rounds, correct
 from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["ZSSVD", "drop_order", "first_order_changes"]
@@ -30,17 +30,22 @@ class ZSSVD(Allocator):
         keep_rank_ratio: Fraction of its break-even rank below which a module offers nothing. The paper uses 0, and 0.3
             where it removes 60 %.
         rounds: How often the truncated weights are corrected and truncated again, as in ``zs_svd_correction``. The
-            paper describes 1 round and ran 5. The plan is then for the corrected factors, which its fingerprint and its
-            ``origin["store"]`` name.
+            paper describes 1 round; the released code runs 5, with ``batch=1``, ``reprofile`` and ``random_batch``. The
+            plan is then for the corrected factors, which its fingerprint and its ``origin["store"]`` name.
         batch: How many calibration sequences give the correction's gradients; the first ones.
+        reprofile: Measure the statistics of the factors again in every round, in the model with the corrected weights
+            and on all calibration sequences. By default all rounds use those of the dense model.
+        random_batch: Draw the sequences for the step of each round at random.
 
     Raises:
-        ValueError: A setting out of its range.
+        ValueError: A setting out of its range, or a setting of the correction without rounds.
     """
 
     keep_rank_ratio: float = 0.0
     rounds: int = 0
     batch: int = 8
+    reprofile: bool = False
+    random_batch: bool = False
     name: ClassVar[str] = "zs_svd"
     paper: ClassVar[str | None] = "2602.02848"
     former_names: ClassVar[tuple[str, ...]] = ("zero_sum",)
@@ -52,6 +57,11 @@ class ZSSVD(Allocator):
             raise ValueError(f"keep_rank_ratio is {self.keep_rank_ratio}: expected a fraction in [0, 1]")
         if self.rounds < 0 or self.batch < 1:
             raise ValueError(f"rounds is {self.rounds}, batch {self.batch}: expected at least 0 rounds and 1 sequence")
+        if self.rounds == 0 and (self.reprofile or self.random_batch):
+            raise ValueError(
+                f"reprofile is {self.reprofile}, random_batch {self.random_batch} and rounds 0: expected at least 1 "
+                "round with them, since only the correction uses them"
+            )
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return every component's place in the order of drops; components below a module's floor come last."""
@@ -66,12 +76,12 @@ class ZSSVD(Allocator):
             self._plan(problem),
             problem.factors,
             problem,
-            rounds=self.rounds,
-            sequences=self.batch,
+            rounds=Rounds(self.rounds, self.batch, self.reprofile, self.random_batch),
             settings={"keep_rank_ratio": self.keep_rank_ratio},
             reallocate=lambda factors, gradients: self._plan(replace(problem, factors=factors, gradients=gradients)),
         )
         note = f"weights corrected in {self.rounds} rounds on {len(sequences[: self.batch])} windows"
+        note += " drawn at random" * self.random_batch + ", statistics measured again in each" * self.reprofile
         origin = {"store": str(factors.directory.resolve())}
         return replace(plan, origin=origin, fingerprint=factors.fingerprint, notes=(*plan.notes, note))
 

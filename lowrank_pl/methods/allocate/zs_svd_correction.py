@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from tqdm.auto import tqdm
 from lowrank_pl.calibration.gradients import WeightGradients, collect_gradients
 from lowrank_pl.calibration.measures import Passes
 from lowrank_pl.calibration.roots import Roots
+from lowrank_pl.calibration.statistics import Statistics, statistics_of_factors
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.decomposition import decompose
+from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.models.targets import dense_weight, replaced
@@ -26,12 +29,46 @@ from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import atomic_directory
 from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
 
-__all__ = ["correct", "projected_step"]
+__all__ = ["Rounds", "correct", "projected_step"]
 
 _log = logging.getLogger(__name__)
 
+_MEASURED = "measured"
+"""Folder of what a round measures again, inside the folder of its factors until they are made."""
+
 
 Reallocate = Callable[[FactorStore, TensorStore], RankPlan]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often weights are corrected, and on what.
+
+    Args:
+        count: Number of rounds, at least 1.
+        batch: Number of calibration sequences that gradients are computed on.
+        reprofile: Measure the statistics that weight the factors again in every round, in the model with the moved
+            weights and on all calibration sequences.
+        random_batch: Draw the sequences for the step of each round at random; otherwise they are the first ones. The
+            gradients that score components are those of the first ones in both cases.
+    """
+
+    count: int
+    batch: int
+    reprofile: bool = False
+    random_batch: bool = False
+
+    def sequences(self, calibration: Tensor, number: int) -> Tensor:
+        """Return the sequences of ``calibration`` ``[sequences, length]`` that the step of a round is taken on.
+
+        Args:
+            calibration: All calibration token ids.
+            number: Which round, from 1; the same round draws the same sequences.
+        """
+        if not self.random_batch:
+            return calibration[: self.batch]
+        drawn = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(number))
+        return calibration[drawn[: self.batch]]
 
 
 def correct(
@@ -39,17 +76,19 @@ def correct(
     factors: FactorStore,
     problem: Problem,
     *,
-    rounds: int,
-    sequences: int,
+    rounds: Rounds,
     settings: Mapping[str, Any],
     reallocate: Reallocate,
 ) -> tuple[RankPlan, FactorStore]:
-    """Return the plan after ``rounds`` of correction and the corrected factors that it is for (arXiv 2602.02848).
+    """Return the plan after all ``rounds`` of correction and the corrected factors that it is for (arXiv 2602.02848).
 
     A round moves every truncated weight from ``W_r`` to ``W_r + <g, D> / <g, g> g``. This restores the component of the
     truncation error ``D = W - W_r`` along the gradient ``g`` of the loss at ``W_r``. All modules move at once. They are
     decomposed with the same statistics, scored by the gradients at the new weights and truncated to the same budget. A
     module that the plan leaves dense keeps its weight.
+
+    The authors' released code measures the inputs again in every round, in the model with the moved weights, and takes
+    the step on one random sequence (``Rounds``). All modules are then decomposed again, also those that stay dense.
 
     The corrected factors go into a folder inside that of ``factors``. The folder appears when a round is finished, and
     the folder of the round before is then removed. A killed run continues after the last finished round. Memory holds
@@ -59,22 +98,22 @@ def correct(
         plan: The plan to correct.
         factors: The factors that the plan is for.
         problem: The dense model, which stays unchanged, its targets, and the sequences that the factors were made from.
-        rounds: Number of rounds, at least 1.
-        sequences: Number of the problem's first sequences that gradients are computed on.
+        rounds: How many rounds, and what each measures.
         settings: All other settings that affect the plans of later rounds, as JSON values.
         reallocate: Returns the plan for corrected factors and the weight gradients at the corrected weights.
 
     Raises:
-        ValueError: A loss or a gradient is not finite.
+        ValueError: A loss or a gradient is not finite, or no statistics weight the factors that could be measured
+            again.
     """
-    work = _Correction(plan, factors, problem, rounds, sequences, dict(settings))
-    done = max((number for number in range(1, rounds + 1) if work.finished(number)), default=0)
+    work = _Correction(plan, factors, problem, rounds, dict(settings))
+    done = max((number for number in range(1, rounds.count + 1) if work.finished(number)), default=0)
     current, gradients = (factors, None) if done == 0 else work.open(done)
     if gradients is not None:
-        _log.info("correction: %d of %d rounds are done, in %s", done, rounds, current.directory)
+        _log.info("correction: %d of %d rounds are done, in %s", done, rounds.count, current.directory)
         plan = reallocate(current, gradients)
-    for number in range(done + 1, rounds + 1):
-        _log.info("correction: round %d of %d", number, rounds)
+    for number in range(done + 1, rounds.count + 1):
+        _log.info("correction: round %d of %d", number, rounds.count)
         current, gradients = work.make(number, plan, current)
         plan = reallocate(current, gradients)
         work.remove(number - 1)
@@ -102,14 +141,21 @@ class _Correction:
         plan: RankPlan,
         base: FactorStore,
         problem: Problem,
-        rounds: int,
-        sequences: int,
+        rounds: Rounds,
         settings: dict[str, Any],
     ) -> None:
         assert problem.model is not None
         assert problem.sequences is not None
         self.base, self.model, self.calibration = base, problem.model, problem.sequences
-        self.sequences = problem.sequences[:sequences]
+        self.rounds = rounds
+        self.sequences = problem.sequences[: rounds.batch]
+        self.made_by = Decomposition.of_fingerprint(base.fingerprint)
+        if rounds.reprofile and (not self.made_by.needs or self.made_by.at_keep is not None):
+            what = "with at_keep" if self.made_by.needs else f"of the kind {self.made_by.kind!r}, which needs none"
+            raise ValueError(
+                f"reprofile measures the statistics of factors again in the corrected model, and was given factors "
+                f"{what}: leave it out, or take another decomposition"
+            )
         self.modules = problem.targets.among(plan.modules)
         self.identity = {
             **settings,
@@ -120,8 +166,12 @@ class _Correction:
             "plan": plan.ranks_digest(),
             "windows": sequences_fingerprint(self.sequences),
             # Runs of different length do not share folders, so none removes the last round of another.
-            "rounds": rounds,
+            "rounds": rounds.count,
         }
+        if rounds.reprofile:
+            self.identity["reprofile"] = True
+        if rounds.random_batch:
+            self.identity["random_batch"] = [rounds.batch, sequences_fingerprint(self.calibration)]
 
     def finished(self, number: int) -> bool:
         """Tell whether round ``number`` is on disk; its folder appears only when it is complete."""
@@ -140,7 +190,7 @@ class _Correction:
         """Make round ``number`` from the plan on the factors before it; return its factors and weight gradients."""
         with atomic_directory(self._folder(number)) as building:
             made, gradients = self._stores(number, building)
-            self._decompose(plan, factors, made)
+            self._decompose(number, plan, factors, made)
             self._differentiate(plan, made, gradients)
         return self.open(number)
 
@@ -155,36 +205,61 @@ class _Correction:
         fingerprint, _ = self._derived(number)
         return FactorStore(fingerprint, folder), TensorStore("weight_gradients", fingerprint, folder / "gradients")
 
-    def _decompose(self, plan: RankPlan, factors: FactorStore, made: FactorStore) -> None:
+    def _decompose(self, number: int, plan: RankPlan, factors: FactorStore, made: FactorStore) -> None:
         moving = [target for target in self.modules if plan.modules[target.name].rank is not None]
+        passes = Passes(self.rounds.sequences(self.calibration, number))
         with compressed(self.model, plan, factors):
-            weights = collect_gradients(
-                WeightGradients, self.model, moving, Passes(self.sequences), progress="gradients of the truncated model"
+            gradients = collect_gradients(
+                WeightGradients, self.model, moving, passes, progress="gradients of the truncated model"
             )
-        roots = Roots.of_factors(self.base, self.model, self.calibration, self.modules)
+
+        def moved(name: str) -> Tensor:
+            weight = self._weight(name)
+            return projected_step(weight, _truncated(plan, factors, name, weight.device), gradients.pop(name).mean)
+
+        if not self.rounds.reprofile:
+            roots = Roots.of_factors(self.base, self.model, self.calibration, self.modules)
+            self._write(made, roots, lambda name: moved(name) if name in gradients else None)
+            return
+        # All weights have to be in place at once; float32, so that they take no more than the gradients that they
+        # replace.
+        weights = {name: moved(name).float() for name in list(gradients)}
+        with _reweighted(self.model, weights.items()):
+            roots = self._roots_again(made)
+        self._write(made, roots, lambda name: weights.pop(name) if name in weights else self._weight(name))
+        shutil.rmtree(made.directory / _MEASURED)
+
+    def _weight(self, name: str) -> Tensor:
+        return dense_weight(self.model.get_submodule(name)).detach()
+
+    def _roots_again(self, made: FactorStore) -> Roots:
+        """Return the roots of the model as it is now; what they are made from lies inside the folder of ``made``."""
+        base = statistics_of_factors(self.base, self.model, self.calibration)
+        statistics = Statistics(
+            self.model, base.passes, {**base.source, "correction": made.fingerprint["correction"]},
+            directory=made.directory / _MEASURED,
+        )  # fmt: skip
+        return Roots(self.made_by, statistics, self.modules, self.model.device)
+
+    def _write(self, made: FactorStore, roots: Roots, weight_of: Callable[[str], Tensor | None]) -> None:
+        """Write the factors of all modules: of the weight ``weight_of`` each, or the base's where there is none."""
         bar = tqdm(total=len(self.modules), desc="correct", unit="module")
         for inputs, members in roots.by_inputs(self.modules):
             for target in members:
                 notes = self.base.notes(target.name)
-                if target.name not in weights:
+                weight = weight_of(target.name)
+                if weight is None:
                     made.add(target.name, self.base.factors(target.name), notes=notes)
                 else:
-                    weight = dense_weight(self.model.get_submodule(target.name)).detach()
-                    moved = projected_step(
-                        weight, _truncated(plan, factors, target.name, weight.device), weights.pop(target.name).mean
-                    )
-                    outputs = roots.of_outputs(target.name)
-                    made.add(
-                        target.name,
-                        decompose(moved, inputs=inputs, outputs=outputs),
-                        notes={**notes, "weight": weight_digest(weight)},
-                    )
+                    found = decompose(weight, inputs=inputs, outputs=roots.of_outputs(target.name))
+                    made.add(target.name, found, notes={**notes, "weight": weight_digest(self._weight(target.name))})
                 bar.update()
         bar.close()
 
     def _differentiate(self, plan: RankPlan, made: FactorStore, gradients: TensorStore) -> None:
         moved = [name for name, module in plan.modules.items() if module.rank is not None]
-        with _reweighted(self.model, moved, made):
+        products = ((name, _product(made, name, self._weight(name))) for name in moved)
+        with _reweighted(self.model, products):
             weights = collect_gradients(
                 WeightGradients, self.model, self.modules, Passes(self.sequences),
                 progress="gradients of the corrected model",
@@ -199,17 +274,20 @@ def _truncated(plan: RankPlan, factors: FactorStore, name: str, device: torch.de
     return part.left.to(device).double() @ part.right.to(device).double()
 
 
+def _product(factors: FactorStore, name: str, like: Tensor) -> Tensor:
+    """Return the whole product of the factors of a module, with the type and the device of ``like``."""
+    parts = factors.factors(name)
+    return (parts.left.to(like.device) @ parts.right.to(like.device)).to(like.dtype)
+
+
 @contextmanager
-def _reweighted(model: nn.Module, names: Sequence[str], factors: FactorStore) -> Iterator[None]:
-    """Replace the weights of the modules ``names`` by the full products of their factors inside the block."""
+def _reweighted(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """Replace the weights of modules by ``weights`` ``[out, in]``, by name, inside the block."""
     whole = {}
-    for name in names:
+    for name, weight in weights:
         old = model.get_submodule(name)
-        weight = dense_weight(old)
-        parts = factors.factors(name)
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        product = parts.left.to(weight.device) @ parts.right.to(weight.device)
-        new.weight = nn.Parameter(product.to(weight.dtype), requires_grad=False)
+        new.weight = nn.Parameter(weight.to(dense_weight(old).dtype), requires_grad=False)
         new.register_parameter("bias", getattr(old, "bias", None))
         whole[name] = new
     with replaced(model, whole):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,10 @@ from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["ARS", "ARSMask", "HyperNetwork"]
+__all__ = ["ARS", "ARSMask", "Alignment", "HyperNetwork"]
+
+Alignment = Literal["share", "mse"]
+"""How gates that are no prefix are penalised: by their share of the layer's energy, or by the squared error itself."""
 
 
 class HyperNetwork(nn.Module):
@@ -105,10 +108,14 @@ class ARS(GumbelMethod):
 
     Args:
         temperature: Temperature of the sigmoids.
-        noise: ``logistic``, the difference of two Gumbel draws, as in a Gumbel-sigmoid; ``gumbel`` or ``none``.
+        noise: ``logistic``, the difference of two Gumbel draws; ``gumbel``, a single draw as in the paper, whose mean
+            of 0.58 favours components that are on; or ``none``.
         start: Logit that components start with, negated for those that a plan to start from drops.
         budget_weight: Called lambda in the paper.
-        alignment_weight: Called gamma in the paper: weight of the share of energy on which gates differ from prefixes.
+        alignment_weight: Called gamma in the paper: weight of the alignment of gates with prefixes.
+        alignment: ``mse``, the mean squared error of ``gate * sigma`` from ``prefix * sigma`` as in the paper, which
+            depends on the scale of a layer's singular values; or ``share`` (ours), the same divided by the mean of
+            ``sigma ** 2``, so that all layers count alike whatever their scale.
         width: Size of the network's state in each direction.
         inputs: Size of the network's input vectors.
         any_k: Let the plan keep any subset of the components. While they learn, gates are any subset in both cases.
@@ -130,6 +137,7 @@ class ARS(GumbelMethod):
         start: float = 3.0,
         budget_weight: float = 16.0,
         alignment_weight: float = 1.0,
+        alignment: Alignment = "share",
         width: int = 64,
         inputs: int = 32,
         any_k: bool = False,
@@ -141,8 +149,10 @@ class ARS(GumbelMethod):
             "inputs": (inputs, 1),
         })  # fmt: skip
         check_noise(noise)
+        if alignment not in get_args(Alignment):
+            raise ValueError(f"alignment is {alignment!r}: expected one of {', '.join(get_args(Alignment))}")
         self.temperature, self.noise, self.start = temperature, noise, start
-        self.budget_weight, self.alignment_weight = budget_weight, alignment_weight
+        self.budget_weight, self.alignment_weight, self.alignment = budget_weight, alignment_weight, alignment
         self.width, self.inputs, self.any_k, self.seed = width, inputs, any_k, seed
 
     def create(
@@ -172,11 +182,16 @@ class ARS(GumbelMethod):
         drawn = torch.stack(
             [mask.storage.ratio(mask.shape, gate.sum()) for mask, gate in zip(every, gates, strict=True)]
         )
-        apart = torch.stack([alignment_penalty(gate, mask.sigma) for mask, gate in zip(every, gates, strict=True)])
+        apart = torch.stack([self._apart(mask, gate) for mask, gate in zip(every, gates, strict=True)])
         return {
             "budget": self.budget_weight * log_budget_penalty(kept_fractions(drawn), dense_sizes(masks, ratios), keep),
             "alignment": self.alignment_weight * apart.mean(),
         }
+
+    def _apart(self, mask: ARSMask, gate: Tensor) -> Tensor:
+        """Return how far ``gate`` is from the prefix of the same count, a scalar."""
+        share = alignment_penalty(gate, mask.sigma)
+        return share if self.alignment == "share" else share * mask.sigma.square().mean()
 
     def finalise(self, masks: ModelMasks, budget: Budget) -> RankPlan:
         """Return the plan of the highest probabilities without noise, at the exact budget."""

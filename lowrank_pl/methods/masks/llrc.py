@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal, get_args
 
@@ -24,6 +26,7 @@ from lowrank_pl.methods.masks.objectives import (
     cyclical_weight,
     kept_fractions,
     kept_share,
+    log_budget_penalty,
     total_variation,
 )
 from lowrank_pl.plans.budget import Budget
@@ -32,7 +35,21 @@ from lowrank_pl.plans.storage import Storage
 
 __all__ = ["LLRC", "LLRCMask"]
 
+_log = logging.getLogger(__name__)
+
 Cycle = Literal["cosine", "triangular"]
+
+Pressure = Literal["layers", "log_ratio", "logits"]
+"""What the pressure lowers: the mean over layers of their mean logits, log(size / target), or all logits' mean."""
+
+REACH = 10
+"""How many temperatures from 0 a logit may lie for its gate to have a slope; a sigmoid's is below 5e-5 beyond 10."""
+
+MOST_GROWTH = 1e6
+"""The pressure grows no further than by this factor, so that no weight becomes infinite."""
+
+NOISE_REACH = 1.5
+"""How far noise brings a logit towards 0 often enough to learn from: 1 % of Gumbel draws lie below -1.5."""
 
 
 class LLRCMask(GumbelMask):
@@ -44,17 +61,34 @@ class LLRCMask(GumbelMask):
         storage: As in ``GumbelMask``.
         temperature: Temperature of the sigmoid.
         any_k: As in ``GumbelMask``.
+        noisy_count: Whether ``ratio`` counts the components that are on under the noise of the step.
     """
 
     def __init__(
-        self, shape: tuple[int, int], logits: Tensor, *, storage: Storage, temperature: float, any_k: bool
+        self,
+        shape: tuple[int, int],
+        logits: Tensor,
+        *,
+        storage: Storage,
+        temperature: float,
+        any_k: bool,
+        noisy_count: bool = False,
     ) -> None:
         super().__init__(shape, len(logits), storage=storage, temperature=temperature, any_k=any_k)
+        self.noisy_count = noisy_count
         self.logits = nn.Parameter(logits.float())
 
     def gate_logits(self) -> Tensor:
         """Return the learnable logits ``[rank]``."""
         return self.logits
+
+    def ratio(self) -> Tensor:
+        """Return the parameters of the components that are on over the dense weight's, a scalar.
+
+        The value is that of the hard count, without noise or, with ``noisy_count``, under the noise of the step. The
+        gradient is that of the soft count.
+        """
+        return self.storage.ratio(self.shape, self().sum()) if self.noisy_count else super().ratio()
 
 
 class Progress(nn.Module):
@@ -70,10 +104,13 @@ class Progress(nn.Module):
 class LLRC(GumbelMethod):
     """Learning to Low-Rank Compress (LLRC, arXiv 2512.13733): a binary gate with noise for every singular value.
 
-    Masks gate full-rank factors and start with every component on. The mean of all logits is a pressure that turns
-    components off. Its weight oscillates; it is 0 once the hard count exceeds the target by ``tolerance`` at most. A
-    module never computes densely while it learns. The paper gives neither the bounds and period of this weight nor the
-    weight of the total variation.
+    Masks gate full-rank factors and start with every component on. A pressure turns components off. Its weight
+    oscillates; it is 0 once the hard count exceeds the target by ``tolerance`` at most. A module never computes densely
+    while it learns. The paper gives neither the bounds and period of this weight nor the weight of the total variation.
+
+    The authors' code counts the components that are on under the noise of the step, and exports a prefix of as many
+    components (``noisy_count``, ``export_prefix``). By default this class counts without noise, because no noise is
+    left in the plan, and exports the components themselves, because they are what was learned.
 
     Args:
         temperature: Temperature of the sigmoids.
@@ -81,9 +118,18 @@ class LLRC(GumbelMethod):
         start_high: Logit of the largest singular value at the start.
         start_low: Logit of the smallest one; all others lie on a line between both. Components that a plan to start
             from drops get the same logits, negated and in reverse.
-        any_k: Keep any subset of the components, or else as many of the first ones.
-        pressure_low: Least weight of the mean of the logits.
-        pressure_high: Greatest weight of the mean of the logits.
+        any_k: Keep any subset of the components, or else as many of the first ones, also while learning.
+        export_prefix: Learn any subset, but let the plan keep as many of the first components.
+        noisy_count: Count the size under the noise of the step.
+        pressure: ``layers``, the mean over all layers of their mean logits: a layer has the same weight whatever its
+            width; ``log_ratio``, the logarithm of the size over the target, which acts through the slope of the gates
+            and so on logits near 0 alone; or ``logits``, the mean of all logits, where narrow layers (keys and values
+            of grouped-query attention) weigh less. The authors' code has the first two.
+        pressure_low: Least weight of the pressure.
+        pressure_high: Greatest weight of the pressure.
+        pressure_growth: Factor of both weights from one cycle to the next until the size is first met; the paper has
+            none. Where noise in the gradients holds the logits up against the pressure, it grows until they fall, to a
+            million times at most.
         period: Steps of one cycle of this weight, which starts at the least.
         cycle: ``cosine`` or ``triangular``.
         tolerance: Distance above the target fraction at which the pressure ends.
@@ -94,7 +140,8 @@ class LLRC(GumbelMethod):
         seed: Seed of the noise.
 
     Raises:
-        ValueError: A setting outside its range.
+        ValueError: A setting outside its range; or a pressure of ``log_ratio`` on logits that start so far above 0 that
+            it has no gradient.
     """
 
     name: ClassVar[str] = "llrc"
@@ -108,8 +155,12 @@ class LLRC(GumbelMethod):
         start_high: float = 6.0,
         start_low: float = 3.0,
         any_k: bool = True,
+        export_prefix: bool = False,
+        noisy_count: bool = False,
+        pressure: Pressure = "logits",
         pressure_low: float = 0.5,
         pressure_high: float = 1.5,
+        pressure_growth: float = 1.0,
         period: int = 200,
         cycle: Cycle = "cosine",
         tolerance: float = 0.002,
@@ -121,16 +172,26 @@ class LLRC(GumbelMethod):
         check_numbers({"temperature": (temperature, 0), "start_low": (start_low, 0)}, above=True)
         check_numbers({
             "start_high": (start_high, start_low), "pressure_low": (pressure_low, 0),
-            "pressure_high": (pressure_high, pressure_low), "period": (period, 1), "tolerance": (tolerance, 0),
-            "variation_weight": (variation_weight, 0), "budget_weight": (budget_weight, 0),
-            "patience": (patience or 0, 0),
+            "pressure_high": (pressure_high, pressure_low), "pressure_growth": (pressure_growth, 1),
+            "period": (period, 1), "tolerance": (tolerance, 0), "variation_weight": (variation_weight, 0),
+            "budget_weight": (budget_weight, 0), "patience": (patience or 0, 0),
         })  # fmt: skip
         check_noise(noise)
         if cycle not in get_args(Cycle):
             raise ValueError(f"cycle is {cycle!r}: expected one of {', '.join(get_args(Cycle))}")
+        if pressure not in get_args(Pressure):
+            raise ValueError(f"pressure is {pressure!r}: expected one of {', '.join(get_args(Pressure))}")
+        reach = REACH * temperature + (NOISE_REACH if noisy_count and noise != "none" else 0)
+        if pressure == "log_ratio" and start_low > reach:
+            raise ValueError(
+                f"pressure log_ratio acts through the slope of the gates, which ends at logits of {reach:g} here, but "
+                f"start_low is {start_low:g}: lower it, or choose the pressure layers"
+            )
         self.temperature, self.noise = temperature, noise
         self.start_high, self.start_low, self.any_k = start_high, start_low, any_k
+        self.export_prefix, self.noisy_count, self.pressure = export_prefix, noisy_count, pressure
         self.pressure_low, self.pressure_high, self.period, self.cycle = pressure_low, pressure_high, period, cycle
+        self.pressure_growth = pressure_growth
         self.tolerance, self.variation_weight, self.budget_weight = tolerance, variation_weight, budget_weight
         self.patience, self.seed = patience, seed
 
@@ -142,7 +203,9 @@ class LLRC(GumbelMethod):
         on = chosen_at_start(shape, rank, keep, kept, storage=storage)
         slope = torch.linspace(self.start_high, self.start_low, rank)
         logits = torch.where(on, slope, -slope.flip(0))
-        return LLRCMask(shape, logits, storage=storage, temperature=self.temperature, any_k=self.any_k)
+        return LLRCMask(
+            shape, logits, storage=storage, temperature=self.temperature, any_k=self.any_k, noisy_count=self.noisy_count
+        )
 
     def shared_module(self, masks: Mapping[str, Mask]) -> Progress:
         """Return the record of when the budget was met."""
@@ -152,19 +215,32 @@ class LLRC(GumbelMethod):
         """Draw the noise of ``step``."""
         draw_noise(masks, kind=self.noise, seed=self.seed, step=step)
 
-    def pressure_weight(self, step: int) -> float:
-        """Return the weight of the pressure at ``step`` while the target is not reached."""
-        return cyclical_weight(
+    def pressure_weight(self, step: int, reached: int = -1) -> float:
+        """Return the weight of the pressure at ``step`` while the size is above the target.
+
+        Args:
+            step: Optimizer steps done.
+            reached: The step at which the size was first met; -1 before that.
+        """
+        weight = cyclical_weight(
             step, low=self.pressure_low, high=self.pressure_high, period=self.period, cycle=self.cycle
         )
+        cycles = (step if reached < 0 else min(step, reached)) // self.period
+        return weight * math.exp(min(cycles * math.log(self.pressure_growth), math.log(MOST_GROWTH)))
 
     def penalties(self, masks: ModelMasks, ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``pressure`` and ``variation``, and ``budget`` where it has a weight, each weighted."""
         sizes = dense_sizes(masks, ratios)
         kept = kept_fractions(ratios)
         short = (kept_share(kept.detach(), sizes) > keep + self.tolerance).to(ratios.dtype)
-        logits = torch.cat([mask.gate_logits() for mask in gumbel_masks(masks)])
-        terms = {"pressure": self.pressure_weight(step) * short * logits.mean()}
+        if self.pressure == "log_ratio":
+            pressure = log_budget_penalty(kept, sizes, keep)
+        else:
+            logits = [mask.gate_logits() for mask in gumbel_masks(masks)]
+            each = torch.stack([layer.mean() for layer in logits]) if self.pressure == "layers" else torch.cat(logits)
+            pressure = each.mean()
+        reached = -1 if self.pressure_growth == 1 else int(_progress(masks).reached)
+        terms = {"pressure": self.pressure_weight(step, reached) * short * pressure}
         if self.variation_weight:
             terms["variation"] = self.variation_weight * total_variation([mask() for mask in masks.values()])
         if self.budget_weight:
@@ -173,10 +249,7 @@ class LLRC(GumbelMethod):
 
     def finished(self, masks: ModelMasks, budget: Budget, step: int) -> bool:
         """Tell whether ``patience`` steps have passed since the budget was met for the first time."""
-        if self.patience is None:
-            return False
-        progress = masks.shared
-        assert isinstance(progress, Progress)
+        progress = _progress(masks)
         reached = int(progress.reached)
         if reached < 0:
             ratios = torch.stack([mask.ratio().detach() for mask in masks.values()])
@@ -184,8 +257,15 @@ class LLRC(GumbelMethod):
                 return False
             progress.reached.fill_(step)
             reached = step
-        return step - reached >= self.patience
+            _log.info("%s: the masks meet their size for the first time after %d steps", self.name, step)
+        return self.patience is not None and step - reached >= self.patience
 
     def finalise(self, masks: ModelMasks, budget: Budget) -> RankPlan:
         """Return the plan of the highest logits; noise has no part in it."""
-        return select_by_logits(masks, budget, any_k=self.any_k, method=self.name)
+        any_k = self.any_k and not self.export_prefix
+        return select_by_logits(masks, budget, any_k=any_k, method=self.name)
+
+
+def _progress(masks: ModelMasks) -> Progress:
+    assert isinstance(masks.shared, Progress)
+    return masks.shared

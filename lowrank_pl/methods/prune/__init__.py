@@ -1,4 +1,4 @@
-"""MLPs pruned in width: redundant hidden neurons are removed, and the down-projection compensates."""
+"""Bases that are pruned: hidden neurons of MLPs in width, or heads and neurons as in LLM-Pruner."""
 
 from __future__ import annotations
 
@@ -8,5 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "base": ["WidthPruning", "pruned_base"],
+        "llm_pruner": ["apply_llm_pruner"],
+        "settings": ["LLMPruner"],
     },
 )

@@ -1,4 +1,4 @@
-"""Width pruning of a base: the pruned model is made once and kept in the cache."""
+"""Pruning of a base: the pruned model is made once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.export.export import save_compressed
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.prune.llm_pruner import apply_llm_pruner, find_prunable
 from lowrank_pl.methods.prune.mlp import HiddenNeurons, find_hidden_neurons, prune_model, pruned_config
-from lowrank_pl.methods.prune.settings import WidthPruning
+from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.prune.widths import measure_widths
 from lowrank_pl.models.digests import changed_files
 from lowrank_pl.models.identity import Origin
@@ -33,7 +34,7 @@ from lowrank_pl.utils.formatting import code, escaped
 from lowrank_pl.utils.json_files import read_json, sealed
 from lowrank_pl.utils.tensor_store import total_seconds
 
-__all__ = ["ChosenWidths", "WidthPruning", "apply_pruning", "pruned_base", "pruned_card"]
+__all__ = ["ChosenWidths", "LLMPruner", "WidthPruning", "apply_pruning", "pruned_base", "pruned_card"]
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def apply_pruning(
     """
     hidden = find_hidden_neurons(model, targets)
     present = hidden[0].width
-    origin = Origin.of(model) or _origin(model, targets, hidden, base)
+    origin = _origin(model, targets, hidden, base)
     widths = settings.widths(present)
     if not settings.by_block:
         pruned_config(model, hidden, widths[0])
@@ -142,12 +143,15 @@ def _targets_to_measure(
 
 
 def _origin(model: PreTrainedModel, targets: Targets, hidden: Sequence[HiddenNeurons], base: str) -> Origin:
-    kinds = dict.fromkeys(target.kind for mlp in hidden for target in (*mlp.writers, mlp.reader))
-    width = hidden[0].width
-    return Origin(base, targeted_parameters(targets), model_parameters(model), width, {}, tuple(kinds))
+    kinds = tuple(dict.fromkeys(target.kind for mlp in hidden for target in (*mlp.writers, mlp.reader)))
+    found = Origin.of(model)
+    if found is None:
+        return Origin(base, targeted_parameters(targets), model_parameters(model), hidden[0].width, {}, kinds)
+    # Heads alone may have been pruned before.
+    return found if found.width else replace(found, width=hidden[0].width, maps=kinds)
 
 
-def pruned_base(subject: Subject, settings: WidthPruning, *, keep: float) -> tuple[str, float | None]:
+def pruned_base(subject: Subject, settings: WidthPruning | LLMPruner, *, keep: float) -> tuple[str, float | None]:
     """Return the cached folder of the pruned base, made if it is absent, and the seconds that pruning took.
 
     If no smaller width is predicted to lose less, the name of the base itself is returned. Cooperating processes
@@ -156,31 +160,44 @@ def pruned_base(subject: Subject, settings: WidthPruning, *, keep: float) -> tup
     Args:
         subject: The base, which stays unchanged, and the calibration sequences.
         settings: How to prune.
-        keep: Fraction of the targeted parameters that remains after rank allocation.
+        keep: Fraction of the targeted parameters that remains after rank allocation, if ranks are allocated.
 
     Raises:
-        ValueError: As in ``apply_pruning``, or ``settings.share`` leaves fewer parameters than ``keep``.
+        ValueError: As in ``apply_pruning`` and ``apply_llm_pruner``, or the settings leave fewer parameters than
+            ``keep``.
         ExportError: The reloaded folder differs from the pruned model.
     """
     assert subject.base is not None
     base, targets, globs = subject.base.name, subject.targets, subject.constraints
     statistics = statistics_of(subject)
-    asked = {**asdict(settings), "keep": keep if settings.share is None else None, "include": list(globs.include)}
-    key = sha256_of(canonical_json({**asked, "exclude": list(globs.exclude), **statistics.source}))[:20]
+    asked = settings.describe()
+    by_pruning = keep
+    if isinstance(settings, LLMPruner):
+        by_pruning = asked["keep"] = keep if settings.keep is None else settings.keep
+        if by_pruning < keep:
+            raise ValueError(f"keep of llm_pruner is {by_pruning}, less than keep {keep}: raise it, or lower keep")
+    else:
+        asked["keep"] = keep if settings.share is None else None
+    targeted = {"include": list(globs.include), "exclude": list(globs.exclude)}
+    key = sha256_of(canonical_json({**asked, **targeted, **statistics.source}))[:20]
     folder = cache_root() / "narrowed" / key
     record = folder.with_suffix(".json")
     done = broadcast_from_first(lambda: _read(record, folder))
     if done is None:
-        to_measure = _targets_to_measure(targets, find_hidden_neurons(subject.model, targets), settings)
         # All processes collect the statistics; the first one then finds them on disk.
-        spent = statistics.seconds(_TWO_SIDED.needs, to_measure, _TWO_SIDED.labels)
+        if isinstance(settings, LLMPruner):
+            layers = find_prunable(subject.model, targets, settings).layers
+            spent = statistics.seconds(["weight_gradients"], layers, "text")
+        else:
+            to_measure = _targets_to_measure(targets, find_hidden_neurons(subject.model, targets), settings)
+            spent = statistics.seconds(_TWO_SIDED.needs, to_measure, _TWO_SIDED.labels)
 
         def make() -> dict[str, Any]:
             with locked(folder.with_suffix(".lock"), f"pruning {base}"):
                 # Another run that held the lock may have finished the folder in the meantime.
                 noted = _read(record, folder)
                 if noted is None:
-                    noted = _make(subject, statistics, settings, keep, folder)
+                    noted = _make(subject, statistics, settings, by_pruning, folder)
                     noted["seconds"] = total_seconds([spent, noted["seconds"]])
                     write_json(record, sealed(noted))
             return noted
@@ -189,6 +206,9 @@ def pruned_base(subject: Subject, settings: WidthPruning, *, keep: float) -> tup
     if not done["narrower"]:
         _log.info("at keep %g no smaller MLP width is predicted to lose less than that of %s", keep, base)
         return base, done["seconds"]
+    if isinstance(settings, LLMPruner):
+        _log.info("the base is %s, pruned by llm_pruner to %s: %s", base, done["described"], folder)
+        return str(folder), done["seconds"]
     if settings.share is not None and done["left"] < keep:
         raise ValueError(
             f"MLPs pruned to a share of {settings.share} leave {done['left']:.4f} of the targeted parameters, less "
@@ -207,6 +227,7 @@ class PrunedRecord:
     seconds: float | None
     left: float = 1.0
     width: tuple[str, int] = ("", 0)
+    described: str = ""
 
 
 def _read(record: Path, folder: Path) -> dict[str, Any] | None:
@@ -230,7 +251,7 @@ def _read(record: Path, folder: Path) -> dict[str, Any] | None:
 
 
 def _make(
-    subject: Subject, statistics: Statistics, settings: WidthPruning, keep: float, folder: Path
+    subject: Subject, statistics: Statistics, settings: WidthPruning | LLMPruner, keep: float, folder: Path
 ) -> dict[str, Any]:
     """Write the pruned base to ``folder`` and return its record."""
     began = time.perf_counter()
@@ -238,22 +259,28 @@ def _make(
     assert subject.base is not None
     base, targets, model = subject.base.name, subject.targets, subject.model
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    found = apply_pruning(model, targets, statistics, settings, base=base, keep=keep)
-    noted: dict[str, Any] = {"base": base, "narrower": found.any_pruned}
+    noted: dict[str, Any] = {"base": base, "narrower": True}
+    if isinstance(settings, LLMPruner):
+        apply_llm_pruner(model, targets, statistics, settings, base=base, keep=keep)
+    else:
+        found = apply_pruning(model, targets, statistics, settings, base=base, keep=keep)
+        noted["narrower"] = found.any_pruned
+        if found.any_pruned:
+            noted |= {"widths": found.widths}
+        noted |= {"predicted_nats": found.nats, "predicted_nats_with_ranks": found.tried, "by_block": found.by_block}
     if noted["narrower"]:
         origin = Origin.of(model)
         assert origin is not None
         # A killed run may have left part of the folder.
         shutil.rmtree(folder, ignore_errors=True)
-        save_compressed(model, folder, tokenizer=subject.tokenizer, merge=found.one_width, card=pruned_card(origin))
+        save_compressed(model, folder, tokenizer=subject.tokenizer, merge=origin.one_width, card=pruned_card(origin))
         after = find_targets(model, include=[target.name for target in targets.modules])
         now = targeted_parameters(after)
         noted |= {
-            "width": [origin.widths, found.before],
-            "widths": found.widths,
+            "width": [origin.widths, origin.width],
+            "described": origin.described,
             "left": now / (now + origin.left_out(after)),
         }
-    noted |= {"predicted_nats": found.nats, "predicted_nats_with_ranks": found.tried, "by_block": found.by_block}
     return {**noted, "seconds": time.perf_counter() - began}
 
 
@@ -262,9 +289,16 @@ def pruned_card(origin: Origin) -> str:
     loads = (
         "It loads like its base." if origin.one_width else "It loads with `import lowrank_pl` or `trust_remote_code`."
     )
+    name = escaped(origin.base.rstrip("/").rsplit("/", 1)[-1])
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
+    if origin.method:
+        return (
+            f"{head}# {name}, pruned by {origin.method}\n\n"
+            f"{code(origin.base)} pruned by lowrank_pl as in LLM-Pruner (arXiv 2305.11627), to {origin.described}. The "
+            f"weights that are left are those of the base, and nothing was fine-tuned. {loads}\n"
+        )
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
-        f"# {escaped(origin.base.rstrip('/').rsplit('/', 1)[-1])} with pruned MLPs\n\n"
+        f"{head}# {name} with pruned MLPs\n\n"
         f"{code(origin.base)} pruned by lowrank_pl: {origin.widths} of {origin.width:,} hidden neurons are left in "
         "every MLP, and its down-projection was updated in closed form to compensate. Nothing was fine-tuned. "
         f"{loads}\n"

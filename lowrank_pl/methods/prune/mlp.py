@@ -22,10 +22,18 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.methods.prune.eliminate import prune_inputs
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.identity import parent_name
+from lowrank_pl.models.identity import Origin, parent_name
 from lowrank_pl.models.targets import Target, Targets, dense_weight, replace_module, replaced
 
-__all__ = ["HiddenNeurons", "find_hidden_neurons", "prune_model", "pruned_config", "rows_of"]
+__all__ = [
+    "HiddenNeurons",
+    "find_hidden_neurons",
+    "find_mlps",
+    "prune_model",
+    "pruned_config",
+    "resized_layer",
+    "rows_of",
+]
 
 Weights = Callable[[Target], tuple[Tensor, SquareRoot]]
 
@@ -64,9 +72,7 @@ def find_hidden_neurons(model: PreTrainedModel, targets: Targets) -> list[Hidden
     Raises:
         ValueError: The model has no MLP, or MLPs of several widths, which one setting can't describe.
     """
-    found = []
-    for _, inside in groupby(targets.modules, key=lambda target: target.block):
-        found += [hidden for hidden in _candidates(list(inside)) if _is_mlp(model, hidden)]
+    found = find_mlps(model, targets)
     if not found:
         raise ValueError(
             f"no MLP that can be pruned was found in {type(model).__name__}: expected a module with linear layers "
@@ -75,6 +81,17 @@ def find_hidden_neurons(model: PreTrainedModel, targets: Targets) -> list[Hidden
     widths = sorted({hidden.width for hidden in found})
     if len(widths) > 1:
         raise ValueError(f"the MLPs of {type(model).__name__} are {widths} wide: expected one width")
+    return found
+
+
+def find_mlps(model: PreTrainedModel, targets: Targets) -> list[HiddenNeurons]:
+    """Return the hidden neurons of every MLP, whatever their widths, in the order of the blocks; there may be none.
+
+    Arguments are those of ``find_hidden_neurons``.
+    """
+    found = []
+    for _, inside in groupby(targets.modules, key=lambda target: target.block):
+        found += [hidden for hidden in _candidates(list(inside)) if _is_mlp(model, hidden)]
     return found
 
 
@@ -89,7 +106,13 @@ def pruned_config(model: PreTrainedModel, hidden: Sequence[HiddenNeurons], width
     Raises:
         ValueError: No setting gives these shapes, for example because MLPs of another kind depend on the same setting.
     """
-    wanted = _shapes(model)
+    origin = Origin.of(model)
+    if origin is None or not origin.heads_left:
+        wanted = _shapes(model)
+    else:
+        # Attention has fewer heads than any config says: only the MLPs are compared.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            wanted = _shapes(type(model)(copy.deepcopy(model.config)))
     for target, reads in ((target, target is mlp.reader) for mlp in hidden for target in (mlp.reader, *mlp.writers)):
         rows = target.shape[0] if reads else target.shape[0] // hidden[0].width * width
         columns = width if reads else target.shape[1]
@@ -182,7 +205,7 @@ def _is_mlp(model: PreTrainedModel, hidden: HiddenNeurons) -> bool:
             return module(tried)
 
     try:
-        all_read, whole = computed({}), computed({hidden.reader.name: _like(reader, unread)})
+        all_read, whole = computed({}), computed({hidden.reader.name: resized_layer(reader, unread)})
         part = computed(_pruned_layers(model, hidden, kept, weight[:, kept]))
     except (TypeError, RuntimeError, ValueError):
         # The module has several inputs, or needs its width elsewhere, as attention does for its heads.
@@ -197,15 +220,15 @@ def _pruned_layers(
     model: PreTrainedModel, hidden: HiddenNeurons, features: Tensor, weight: Tensor
 ) -> dict[str, nn.Module]:
     """Return the layers of an MLP with ``features`` only, by name; ``weight`` ``[out, kept]`` is the reader's."""
-    modules = {hidden.reader.name: _like(model.get_submodule(hidden.reader.name), weight)}
+    modules = {hidden.reader.name: resized_layer(model.get_submodule(hidden.reader.name), weight)}
     for writer in hidden.writers:
         old = model.get_submodule(writer.name)
         rows = rows_of(writer, hidden.width, features)
-        modules[writer.name] = _like(old, dense_weight(old).detach()[rows], rows)
+        modules[writer.name] = resized_layer(old, dense_weight(old).detach()[rows], rows)
     return modules
 
 
-def _like(module: nn.Module, weight: Tensor, outputs: Tensor | None = None) -> nn.Module:
+def resized_layer(module: nn.Module, weight: Tensor, outputs: Tensor | None = None) -> nn.Module:
     """Return a layer like ``module`` with ``weight`` ``[out, in]``, and with the bias of ``outputs`` or of all."""
     rows, columns = weight.shape
     bias: Any = module.bias

@@ -1,11 +1,12 @@
-"""Settings of width pruning, importable without torch."""
+"""Settings of pruning, importable without torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
-__all__ = ["STEPS", "WidthPruning"]
+__all__ = ["STEPS", "LLMPruner", "WidthPruning"]
 
 STEPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
 """Fractions of the hidden neurons that are tried."""
@@ -62,3 +63,59 @@ class WidthPruning:
                 f"{self.multiple_of}): lower share or multiple_of"
             )
         return smaller
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class LLMPruner:
+    """LLM-Pruner (arXiv 2305.11627): whole heads and MLP neurons are removed by first-order Taylor importance.
+
+    Every block between the first and the last ones loses the same fraction of its structures, those with the least
+    importance. A structure is a key/value head with its query heads and their columns of the output projection, or a
+    hidden neuron of an MLP. Weights that stay are not changed: the paper recovers by fine-tuning, which is left to the
+    user. The defaults are those of the paper's code for blocks (``param_first``, ``sum``, blocks 4 to 29 of 32).
+
+    Args:
+        keep: Fraction of the targeted parameters that pruning leaves, for ranks to be allocated on what is left. By
+            default pruning alone brings the model to its final size.
+        attention: Prune key/value heads.
+        mlp: Prune hidden neurons of MLPs.
+        skip_first: Blocks at the beginning that are not pruned.
+        skip_last: Blocks at the end that are not pruned.
+        importance: ``element`` sums ``|w * dL/dw|`` over the weights of a channel (the paper's Element, first order);
+            ``vector`` takes the absolute value of the sum (the paper's Vector).
+        aggregation: How the layers of a structure are combined: ``sum``, ``prod``, ``max``, or ``last``, the importance
+            in the layer that reads the structure.
+        multiple_of: MLP widths of pruned blocks are multiples of this.
+
+    Raises:
+        ValueError: Nothing is to be pruned, or a setting is out of range.
+    """
+
+    keep: float | None = None
+    attention: bool = True
+    mlp: bool = True
+    skip_first: int = 4
+    skip_last: int = 2
+    importance: Literal["element", "vector"] = "element"
+    aggregation: Literal["sum", "prod", "max", "last"] = "sum"
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.attention or self.mlp):
+            raise ValueError("attention and mlp are both false: expected at least one of them to prune")
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise ValueError(f"keep of llm_pruner is {self.keep}: expected a fraction above 0 and below 1")
+        for name, least in (("skip_first", 0), ("skip_last", 0), ("multiple_of", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a whole number of at least {least}")
+        for name, known in (("importance", ("element", "vector")), ("aggregation", ("sum", "prod", "max", "last"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+
+    def describe(self) -> dict[str, Any]:
+        """Return the name of the method and its settings as JSON values."""
+        return {"method": "llm_pruner", **vars(self)}

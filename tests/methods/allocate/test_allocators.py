@@ -93,7 +93,7 @@ def entropy_rank(sigma):
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.15])
-def test_drank_by_its_formula(shift):
+def test_drank_over_the_model_by_its_formula(shift):
     problem, sigmas, shapes = problem_of(keep=0.4)
     requested = {n: math.sqrt(entropy_rank(sigma) / (shapes[n][0] + shapes[n][1])) for n, sigma in sigmas.items()}
     for block in range(LAYERS):
@@ -104,20 +104,83 @@ def test_drank_by_its_formula(shift):
             (1 - shift) * requested[k],
             requested[v] + freed / 36,
         )
-    scores = make_allocator("drank", shift=shift).scores(problem)
-    for name, score in scores.items():
+    drank = make_allocator("drank", shift=shift, scope="model")
+    for name, score in drank.scores(problem).items():
         assert score.tolist() == pytest.approx([requested[name] / j for j in range(1, min(shapes[name]) + 1)])
-    plan = make_allocator("drank", shift=shift).plan(problem)
+    plan = drank.plan(problem)
     ranks_near(plan, requested)
     assert plan.notes == (("15% of q and k was moved to v in 3 blocks",) if shift else ())
 
 
 def test_drank_moves_ranks_as_they_are_where_shapes_are_equal():
     kinds = {f"attn.{part}_proj": (16, 16) for part in "qkv"}
-    before = make_allocator("drank", shift=0.0).scores(problem_of(kinds=kinds)[0])
-    after = make_allocator("drank", shift=0.2).scores(problem_of(kinds=kinds)[0])
+    before, after = (
+        make_allocator("drank", shift=shift, scope="model").scores(problem_of(kinds=kinds)[0]) for shift in (0.0, 0.2)
+    )
     q, k, v = (f"layers.1.attn.{part}_proj" for part in "qkv")
     assert after[v][0].item() == pytest.approx((before[v] + 0.2 * (before[q] + before[k]))[0].item())
+
+
+def two_blocks(keep, **spectra):
+    """A problem of two blocks whose layers are 16 x 16: a rank costs 32, and 8 ranks as much as dense."""
+    problem, sigmas, _ = problem_of(keep=keep, kinds=dict.fromkeys(spectra, (16, 16)))
+    problem = replace(
+        problem,
+        budget=replace(problem.budget, shapes={n: s for n, s in problem.budget.shapes.items() if ".2." not in n}),
+    )
+    for kind, pair in spectra.items():
+        for block, sigma in enumerate(pair):
+            sigmas[f"layers.{block}.{kind}"] = torch.tensor(sigma + [0.0] * (16 - len(sigma)))
+    return problem
+
+
+def requested_by(allocator, problem):
+    return {name.removeprefix("layers."): scores[0].item() for name, scores in allocator.scores(problem).items()}
+
+
+def test_drank_adopts_dynamic_ranks_type_by_type_where_they_lose_less():
+    # Effective ranks of 4 and 1 share 6 ranks as 4 and 2, which loses nothing; uniform ranks 3 and 3 lose one value.
+    better = ([1.0] * 4, [9.0])
+    # 3.9 and 2.1 lose a value of the second layer that 3 and 3 keep, and the first hardly counts.
+    worse = ([0.01] * 4, [10.0, 1.0, 1.0])
+    problem = two_blocks(0.375, up_proj=better, gate_proj=better, down_proj=worse, q_proj=worse)
+    drank = make_allocator("drank", shift=0.0)
+    found = requested_by(drank, problem)
+    assert [found["0.up_proj"], found["1.up_proj"]] == pytest.approx([4.0, 2.0])
+    for kind in ("gate_proj", "down_proj"):
+        assert [found[f"0.{kind}"], found[f"1.{kind}"]] == pytest.approx([3.0, 3.0]), kind
+    # Queries, keys and values take them whatever they lose.
+    assert found["0.q_proj"] + found["1.q_proj"] == pytest.approx(6.0)
+    assert found["0.q_proj"] > 3.8
+    assert drank.plan(problem).notes == ("uniform ranks in gate_proj, down_proj, dynamic ranks in the other types",)
+
+
+@pytest.mark.parametrize(
+    ("keep", "shift", "queries", "values"),
+    [
+        (0.25, 0.5, 1.0, 4.0),
+        # 4 ranks each, of which q and k give 3: values of 10 would cost more than dense, so that 2 a block come back.
+        (0.5, 0.75, 2.0, 8.0),
+    ],
+)
+def test_drank_moves_parameters_to_all_values_in_equal_parts(keep, shift, queries, values):
+    flat = ([1.0] * 16, [1.0] * 16)
+    found = requested_by(make_allocator("drank", shift=shift), two_blocks(keep, q_proj=flat, k_proj=flat, v_proj=flat))
+    for block in (0, 1):
+        assert [found[f"{block}.{part}_proj"] for part in "qkv"] == pytest.approx([queries, queries, values])
+
+
+@pytest.mark.parametrize("storage", ["factored", "auto"])
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
+def test_drank_spends_the_budget_of_each_type_within_it(storage, keep):
+    problem = problem_of(keep=keep)[0]
+    problem = replace(problem, budget=replace(problem.budget, storage=storage))
+    plan = make_allocator("drank", shift=0.0).plan(problem)
+    for kind in KINDS:
+        modules = [module for name, module in plan.modules.items() if name.endswith(kind)]
+        spent = sum(module.parameters for module in modules) / sum(math.prod(module.shape) for module in modules)
+        # Rounding gives each layer at most one rank more or less.
+        assert abs(spent - keep) <= sum(KINDS[kind]) / math.prod(KINDS[kind]), kind
 
 
 def test_drank_says_where_nothing_can_be_moved():
@@ -159,13 +222,39 @@ def test_svdllm_v2_removes_less_where_more_is_lost():
     assert ranks[1] > max(ranks[0], ranks[2])
 
 
+def test_svdllm_v2_on_more_tokens_is_nearer_to_uniform():
+    problem = problem_of(keep=0.5)[0]
+    apart = []
+    for tokens in (10**6, 10**9):
+        problem.factors.notes = lambda name, tokens=tokens: {"tokens": str(tokens)}
+        scores = make_allocator("svdllm_v2").scores(problem)
+        kept = [scores[f"layers.{block}.mlp.up_proj"][0].item() for block in range(LAYERS)]
+        apart.append(max(kept) - min(kept))
+    assert apart[1] < apart[0]
+
+
+def test_svdllm_v2_of_losses_below_one_by_hand():
+    # Two of three layers lose nothing and one loses 1, where the paper's 1 / log(loss) would be infinite.
+    problem, sigmas, _ = problem_of(keep=0.5, kinds={"mlp.up_proj": (24, 24)})
+    problem.factors.notes = lambda name: {"tokens": "1"}
+    for block in range(LAYERS):
+        sigmas[f"layers.{block}.mlp.up_proj"] = torch.tensor([9.0] * 6 + [1.0 * (block == 2)] + [0.0] * 17)
+    weights = [1.0, 1.0, 1 / math.log(math.e + 1)]
+    scores = make_allocator("svdllm_v2").scores(problem)
+    for block, weight in enumerate(weights):
+        kept = 1 - 0.5 * weight / (sum(weights) / 3)
+        assert scores[f"layers.{block}.mlp.up_proj"][0].item() == pytest.approx(12 * kept)
+
+
 def test_svdllm_v2_notes_modules_of_which_it_would_remove_more_than_there_is():
     problem, sigmas, _ = problem_of(keep=0.3)
-    assert make_allocator("svdllm_v2").plan(problem).notes == ()
+    assert make_allocator("svdllm_v2").plan(problem).notes == ("truncation losses over 500 tokens",)
     for block, scale in enumerate((0.0, 1e6, 1e6)):
         sigmas[f"layers.{block}.mlp.up_proj"].mul_(scale)
     plan = make_allocator("svdllm_v2").plan(problem)
-    assert plan.notes == ("the rule removes all of 1 modules, which keep the least rank, e.g. layers.0.mlp.up_proj",)
+    assert plan.notes[1:] == (
+        "the rule removes all of 1 modules, which keep the least rank, e.g. layers.0.mlp.up_proj",
+    )
     assert plan.modules["layers.0.mlp.up_proj"].rank == 1
 
 
@@ -207,6 +296,7 @@ def test_names_are_those_of_the_papers():
         ("zero_sum", {}, r"'zero_sum'.*called zs_svd now"),
         ("energy", {"x": 1}, r"'x'.*expected none, it has no settings"),
         ("drank", {"shifts": 1}, r"'shifts'.*expected one of shift"),
+        ("drank", {"scope": "block"}, r"scope is 'block'.*type, model"),
         ("drank", {"shift": 1.0}, r"shift is 1\.0.*in \[0, 1\)"),
         ("no_such_module:Mine", {}, r"'no_such_module:Mine'.*MODULE:CLASS of a module that Python finds"),
         ("tests.methods.allocate.test_allocators:NoSuchClass", {}, r"NoSuchClass.*expected MODULE:CLASS"),

@@ -242,6 +242,22 @@ def test_record_is_json_lines_under_what_it_was_made_from(llama, sequences, toke
     assert all(math.isfinite(entry["nats"]) for entry in rest)
 
 
+def test_all_sequences_are_scored_unless_fewer_are_asked_for(llama, sequences, tokenizer, caplog):
+    problem = problem_of(llama, sequences, tokenizer)
+    known = []
+    for settings, used in (({}, sequences[:3]), ({"sequences": 2, "length": 40}, sequences[:2, :40])):
+        strs = make_allocator("strs", ratios=[0.5], **settings)
+        scores = strs.scores(problem)
+        assert strs.notes(problem) == (f"sensitivity measured on {len(used)} sequences of {used.shape[1]} tokens",)
+        known.append(scores)
+        record = max((problem.factors.directory / "sensitivity").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        dense = json.loads(record.read_text().splitlines()[1])
+        assert dense["nats"] == pytest.approx(mean_loss(llama, used), rel=1e-6)
+    assert not caplog.messages
+    assert make_allocator("strs", ratios=[0.5], sequences=9).scores(problem).keys() == known[0].keys()
+    assert caplog.messages == ["sensitivity: 9 sequences were asked for, and the calibration text has 3"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

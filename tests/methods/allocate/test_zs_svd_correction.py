@@ -20,7 +20,7 @@ from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate import zs_svd_correction as correction
 from lowrank_pl.methods.allocate.base import Problem, factors_of_plan
 from lowrank_pl.methods.allocate.zs_svd import drop_order
-from lowrank_pl.methods.allocate.zs_svd_correction import projected_step
+from lowrank_pl.methods.allocate.zs_svd_correction import Rounds, projected_step
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.targets import dense_weight, find_targets
 from lowrank_pl.models.tiny import tiny_model
@@ -137,6 +137,60 @@ def test_one_round_by_hand(family, sequences, tokenizer):
     # Rounding turns a comparison in the greedy order now and then.
     assert sum(differ) <= 4
     assert plan.kept_parameters == pytest.approx(first.kept_parameters, rel=0.01)
+
+
+def test_a_round_that_measures_again_by_hand(llama, sequences, tokenizer):
+    problem = problem_of(llama, sequences, tokenizer, keep=0.8)
+    first = make_allocator("zs_svd").plan(problem)
+    moving = [name for name, module in first.modules.items() if module.rank is not None]
+    assert first.dense_modules
+    before = state(llama)
+    plan = make_allocator("zs_svd", rounds=1, batch=2, reprofile=True, random_batch=True).plan(problem)
+    assert_untouched(llama, before)
+    assert plan.notes[-1] == (
+        "weights corrected in 1 rounds on 2 windows drawn at random, statistics measured again in each"
+    )
+    made = factors_of_plan(plan, problem.factors)
+    assert not (made.directory / "measured").exists()
+
+    hand, cut = copy.deepcopy(llama), {}
+    for name in moving:
+        part = problem.factors.factors(name, first.modules[name].rank)
+        cut[name] = part.left.double() @ part.right.double()
+        with torch.no_grad():
+            hand.get_submodule(name).weight.copy_(cut[name])
+    drawn = Rounds(1, 2, random_batch=True).sequences(sequences[:4], 1)
+    gradients = weight_gradients(hand, moving, drawn)
+    for name in moving:
+        g, weight = gradients[name].double(), llama.get_submodule(name).weight.detach().double()
+        with torch.no_grad():
+            hand.get_submodule(name).weight.copy_(cut[name] + (g * (weight - cut[name])).sum() / (g * g).sum() * g)
+    # The moments are those of the model with the moved weights, for the modules that stay dense too.
+    for name, moment in input_moments(hand, list(first.modules), sequences[:4]).items():
+        root = torch.linalg.cholesky(moment + 1e-6 * moment.diagonal().mean() * torch.eye(len(moment)).double())
+        sigma = torch.linalg.svdvals(hand.get_submodule(name).weight.detach().double() @ root)
+        torch.testing.assert_close(made.sigma(name), sigma, rtol=1e-3, atol=1e-4 * sigma[0].item())
+
+
+def test_each_round_draws_its_own_sequences_and_the_same_again():
+    calibration = torch.arange(20)[:, None]
+    rounds = Rounds(5, 3, random_batch=True)
+    drawn = [tuple(rounds.sequences(calibration, number)[:, 0].tolist()) for number in range(1, 6)]
+    assert len(set(drawn)) == 5
+    assert all(len(set(batch)) == 3 for batch in drawn)
+    assert rounds.sequences(calibration, 2)[:, 0].tolist() == list(drawn[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "decomposition", "message"),
+    [
+        ({"reprofile": True}, None, r"reprofile is True.*rounds 0: expected at least 1 round"),
+        ({"rounds": 1, "reprofile": True}, Decomposition("svd"), r"of the kind 'svd', which needs none: leave it out"),
+    ],
+)
+def test_measuring_again_needs_rounds_and_statistics(llama, sequences, tokenizer, settings, decomposition, message):
+    with pytest.raises(ValueError, match=message):
+        make_allocator("zs_svd", **settings).plan(problem_of(llama, sequences, tokenizer, settings=decomposition))
 
 
 def test_plan_names_the_factors_that_it_is_for(llama, sequences, tokenizer):

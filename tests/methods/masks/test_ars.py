@@ -176,6 +176,27 @@ def test_the_alignment_does_not_depend_on_the_scale_of_the_spectrum():
     assert method.penalties(masks, ratios, 0.5, 5)["alignment"].item() == 0
 
 
+def test_the_unnormalised_alignment_by_hand():
+    method = ARS(any_k=True, alignment="mse", noise="none", alignment_weight=3.0)
+    masks = with_network(method, {"a": method.create((4, 4), torch.tensor([4.0, 3, 2, 1]), 1.0, storage=FACTORED)})
+    method.advance(masks, 0, None)
+    masks["a"].learned = torch.tensor([0.0, -9.0, 0.0, -9.0])
+    # On are components 1 and 3, the prefix is 1 and 2: (3^2 + 2^2) / 4.
+    terms = method.penalties(masks, torch.stack([masks["a"].ratio()]), 1.0, 0)
+    assert terms["alignment"].item() == pytest.approx(3 * 13 / 4)
+
+
+@pytest.mark.parametrize(("noise", "mean"), [("gumbel", 0.5772), ("logistic", 0.0)])
+def test_noise_is_one_gumbel_draw_or_the_difference_of_two(noise, mean):
+    method = ARS(noise=noise)
+    masks = with_network(method, {"a": method.create((4000, 4000), torch.ones(4000), 1.0, storage=FACTORED)})
+    method.advance(masks, 0, None)
+    drawn = masks["a"].noise
+    assert drawn.mean().item() == pytest.approx(mean, abs=0.1)
+    # The variance of a Gumbel variable is pi^2 / 6.
+    assert drawn.var().item() == pytest.approx(math.pi**2 / (6 if noise == "gumbel" else 3), rel=0.1)
+
+
 def test_the_budget_reaches_modules_that_cost_more_than_dense():
     method = ARS()
     masks = with_network(method, {"a": method.create((12, 12), spectrum((12, 12)), 1.0, storage=FACTORED)})
@@ -220,6 +241,7 @@ def test_the_plan_has_no_noise_and_the_present_network(any_k):
         ({"width": 0}, r"width is 0\b.*at least 1"),
         ({"inputs": 0}, r"inputs is 0\b.*at least 1"),
         ({"noise": "normal"}, r"'normal'.*gumbel, logistic, none"),
+        ({"alignment": "sum"}, r"alignment is 'sum': expected one of share, mse"),
     ],
 )
 def test_impossible_settings(settings, message):

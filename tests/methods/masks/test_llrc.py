@@ -15,6 +15,7 @@ from lowrank_pl.methods.masks.base import ModelMasks
 from lowrank_pl.methods.masks.gumbel import draw_noise, seeded
 from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.objectives import DataTerms
+from lowrank_pl.methods.recipes import recipe
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.budget import Budget
@@ -240,6 +241,42 @@ def test_terms_without_a_weight_are_left_out():
     assert list(LLRC(variation_weight=0.0).penalties(masks, ratios, 0.2, 0)) == ["pressure"]
 
 
+def test_the_pressure_on_layers_weighs_each_layer_alike_whatever_its_width():
+    masks, ratios = some_masks()
+    terms = LLRC(pressure="layers", pressure_low=2.0, pressure_high=2.0).penalties(masks, ratios, 0.2, 0)
+    means = [mask.logits.mean().item() for mask in masks.values()]
+    assert terms["pressure"].item() == pytest.approx(2 * sum(means) / 4, rel=1e-5)
+    terms["pressure"].backward()
+    for mask in masks.values():
+        torch.testing.assert_close(mask.logits.grad, torch.full((mask.rank,), 2 / 4 / mask.rank))
+
+
+def test_the_pressure_on_the_size_is_its_logarithm_over_the_target():
+    method = LLRC(pressure="log_ratio", pressure_low=2.0, pressure_high=2.0, start_low=0.5)
+    masks, ratios = some_masks()
+    share = slow_share(masks)
+    pressure = method.penalties(masks, ratios, 0.2, 0)["pressure"]
+    assert pressure.item() == pytest.approx(2 * math.log(share / 0.2), rel=1e-5)
+    pressure.backward()
+    total = sum(math.prod(mask.shape) for mask in masks.values())
+    for mask in masks.values():
+        soft = [1 / (1 + math.exp(-logit / 0.1)) for logit in mask.logits.tolist()]
+        slope = [2 / (share * total) * sum(mask.shape) * s * (1 - s) / 0.1 for s in soft]
+        torch.testing.assert_close(mask.logits.grad, torch.tensor(slope), rtol=1e-3, atol=1e-6)
+    masks, ratios = some_masks()
+    assert method.penalties(masks, ratios, share + 0.1, 0)["pressure"].item() == 0
+
+
+def test_the_size_under_noise_is_the_noisy_count():
+    mask = shuffled(made((12, 12), noisy_count=True))
+    gate, slopes = slow_gate(mask, any_k=True)
+    assert sum(gate) != mask.kept().sum()
+    ratio = mask.ratio()
+    assert ratio.item() == pytest.approx(sum(gate) * 24 / 144)
+    ratio.backward()
+    torch.testing.assert_close(mask.logits.grad, torch.tensor(slopes) * 24 / 144, rtol=1e-4, atol=1e-5)
+
+
 def test_the_pressure_ends_near_the_target():
     masks, ratios = some_masks()
     share = slow_share(masks)
@@ -256,6 +293,21 @@ def test_one_weight_oscillates():
     saw = LLRC(pressure_low=1.0, pressure_high=3.0, period=4, cycle="triangular")
     assert [saw.pressure_weight(step) for step in range(6)] == [1, 2, 3, 2, 1, 2]
     assert LLRC(pressure_low=1.0, pressure_high=1.0).pressure_weight(77) == 1.0
+
+
+def test_the_weight_grows_from_cycle_to_cycle_until_the_size_is_met():
+    method = LLRC(pressure_low=1.0, pressure_high=1.0, pressure_growth=2.0, period=4, patience=None)
+    assert [method.pressure_weight(step) for step in (0, 3, 4, 8)] == pytest.approx([1, 1, 2, 4])
+    assert [method.pressure_weight(step, 5) for step in (3, 4, 8, 100)] == pytest.approx([1, 2, 2, 2])
+    assert method.pressure_weight(10**6) == pytest.approx(1e6)
+    masks = two_masks(method)
+    ratios = torch.full((2,), 0.6)
+    mean = 1.5 + 3
+    assert method.penalties(masks, ratios, 0.5, 9)["pressure"].item() == pytest.approx(4 * mean)
+    set_on(masks, 5)
+    assert not method.finished(masks, HALF, 4)
+    mean = (5 - 15) / 20
+    assert method.penalties(masks, ratios, 0.5, 9)["pressure"].item() == pytest.approx(2 * mean)
 
 
 def test_the_budget_penalty_reaches_components_by_their_soft_count():
@@ -322,8 +374,8 @@ def test_no_patience_at_all_ends_learning_at_once():
 # -- the plan ------------------------------------------------------------------------------------------------------
 
 
-def planned(logits, keep, *, any_k=True, shape=(20, 20)):
-    method = LLRC(any_k=any_k)
+def planned(logits, keep, *, shape=(20, 20), **settings):
+    method = LLRC(**settings)
     masks = {name: method.create(shape, spectrum(shape), 1.0, storage=FACTORED) for name in logits}
     with torch.no_grad():
         for name, values in logits.items():
@@ -346,6 +398,15 @@ def test_the_plan_is_the_threshold_where_that_meets_the_budget():
     assert any("the bare threshold at 0 would have kept 0.5000 of the targeted" in note for note in plan.notes)
     prefix = planned({"a": a, "b": b}, 0.5, any_k=False)
     assert [(entry.rank, entry.indices) for entry in prefix.modules.values()] == [(3, None), (7, None)]
+
+
+def test_a_prefix_of_the_learned_count_can_be_exported():
+    logits = {"a": [-1.0] * 7 + [1.0] * 3 + [-1.0] * 10, "b": [0.5] * 6 + [-2.0] * 13 + [0.5]}
+    plan = planned(logits, 0.5, export_prefix=True)
+    assert [(entry.rank, entry.indices) for entry in plan.modules.values()] == [(3, None), (7, None)]
+    # Only the export: what learns are still subsets.
+    mask = shuffled(made(export_prefix=True))
+    assert mask().tolist() == slow_gate(mask, any_k=True)[0]
 
 
 def test_the_plan_moves_the_threshold_to_the_budget_and_says_so():
@@ -378,6 +439,7 @@ def test_a_module_whose_components_cost_as_much_as_its_weight_becomes_dense():
         ({"start_high": math.inf}, "start_high is inf: expected a finite number"),
         ({"pressure_low": -1.0}, r"pressure_low is -1\.0\b.*at least 0"),
         ({"pressure_low": 2.0}, r"pressure_high is 1\.5\b.*at least 2"),
+        ({"pressure_growth": 0.9}, r"pressure_growth is 0\.9\b.*at least 1"),
         ({"period": 0}, r"period is 0\b.*at least 1"),
         ({"tolerance": -0.1}, "tolerance is -0.1"),
         ({"variation_weight": -0.1}, "variation_weight is -0.1"),
@@ -385,6 +447,9 @@ def test_a_module_whose_components_cost_as_much_as_its_weight_becomes_dense():
         ({"patience": -1}, r"patience is -1\b.*at least 0"),
         ({"noise": "normal"}, r"'normal'.*gumbel, logistic, none"),
         ({"cycle": "square"}, r"'square'.*cosine, triangular"),
+        ({"pressure": "width"}, r"'width'.*layers, log_ratio, logits"),
+        ({"pressure": "log_ratio"}, r"logits of 1 here, but start_low is 3: lower it, or choose the pressure layers"),
+        ({"pressure": "log_ratio", "noisy_count": True}, r"logits of 2\.5 here, but start_low is 3"),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -436,19 +501,38 @@ def test_a_run_reaches_its_budget_ends_and_exports_any_subset(tmp_path):
         assert torch.equal(load_compressed(tmp_path / "model")(tokens).logits, logits)
 
 
+@pytest.mark.parametrize("name", ["llrc", "llrc_whitened", "llrc_two_sided"])
+def test_the_recipe_reaches_its_size_by_its_own_threshold(name):
+    found = recipe(name)
+    learning = found.learning
+    # A fifth of the steps, each five times as long.
+    mask = LLRC(**{**vars(learning.mask), "period": learning.mask.period // 5})
+    steps, lr = learning.steps // 5, 5 * learning.lr
+    learner = make_learner(
+        mask=mask, keep=0.8, storage=found.storage, decomposition=found.decomposition, data_terms=learning.data_terms,
+        optimizer=lambda p: torch.optim.Adam(p, lr=lr),
+    )  # fmt: skip
+    fit(learner, max_epochs=-1, max_steps=steps)
+    assert 0 < learner.shared.reached < steps
+
+
 def test_the_penalties_are_logged():
     trainer = fit(llrc_learner(mask=quick(budget_weight=1.0)), max_steps=1)
     logged = {name for name in trainer.callback_metrics if name.startswith("loss/")}
     assert logged == {"loss/divergence", "loss/pressure", "loss/variation", "loss/budget", "loss/total"}
 
 
+def growing():
+    return quick(patience=4, pressure="layers", pressure_growth=1.5)
+
+
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits_and_the_same_end(tmp_path):
     # The first run counts on the last, the checkpoint lies between reaching the budget and the end.
-    whole = llrc_learner(mask=quick(patience=4))
+    whole = llrc_learner(mask=growing())
     end = fit(whole, max_epochs=10, enable_checkpointing=True, callbacks=[saving(tmp_path)]).global_step
     for step in (end - 6, end - 2):
         torch.manual_seed(99)
-        rest = llrc_learner(mask=quick(patience=4))
+        rest = llrc_learner(mask=growing())
         trainer = resume(rest, tmp_path, step)
         assert trainer.global_step == end
         assert rest.shared.reached == whole.shared.reached
@@ -457,7 +541,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits_and_the_same_end(tmp_p
     saved = read_checkpoint(tmp_path / f"step={end}.ckpt")["state_dict"]
     assert set(saved) == {"shared.reached", *(f"model.{name}.mask.logits" for name in whole.masks)}
     # a run that had ended has no more steps to go
-    ended = llrc_learner(mask=quick(patience=4))
+    ended = llrc_learner(mask=growing())
     assert resume(ended, tmp_path, end).global_step == end
 
 

@@ -62,6 +62,9 @@ def slow_divergence(student, teacher, kind):
             sum(a * b for a, b in zip(s, t, strict=True)) / math.hypot(*s) / math.hypot(*t) for s, t in rows
         ]
         return 1 - sum(similarities) / len(rows)
+    if kind == "token_normalised_mse":
+        errors = [sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / sum(b**2 for b in t) for s, t in rows]
+        return sum(errors) / len(rows)
     count = len(rows) * FEATURES
     error = sum((a - b) ** 2 for s, t in rows for a, b in zip(s, t, strict=True)) / count
     return error / (sum(b**2 for _, t in rows for b in t) / count) if kind == "normalised_mse" else error
@@ -80,7 +83,7 @@ def test_kl(logits):
     assert logit_kl(other.bfloat16(), logits.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["mse", "cosine", "normalised_mse"])
+@pytest.mark.parametrize("kind", ["mse", "cosine", "normalised_mse", "token_normalised_mse"])
 def test_divergence(kind):
     teacher = normal(BATCH, LENGTH, FEATURES)
     student = teacher + 0.3 * normal(BATCH, LENGTH, FEATURES, seed=3)
@@ -91,6 +94,20 @@ def test_divergence(kind):
     if kind != "mse":
         scaled = activation_divergence(7 * student, 7 * teacher, kind)
         assert scaled.item() == pytest.approx(measured.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "token_normalised_mse"])
+def test_a_token_of_a_large_norm_weighs_as_much_as_any_other(kind):
+    teacher = normal(BATCH, LENGTH, FEATURES)
+    student = teacher + 0.3 * normal(BATCH, LENGTH, FEATURES, seed=3)
+    sink = torch.ones(BATCH, LENGTH, 1)
+    sink[:, 0] = 1000.0
+    measured = activation_divergence(sink * student, sink * teacher, kind)
+    assert measured.item() == pytest.approx(activation_divergence(student, teacher, kind).item(), rel=1e-5)
+
+
+def test_a_token_of_norm_0_gives_a_finite_divergence():
+    assert torch.isfinite(activation_divergence(torch.ones(1, 2, 3), torch.zeros(1, 2, 3), "token_normalised_mse"))
 
 
 def test_budget_penalty():
@@ -156,7 +173,7 @@ def test_places():
         ({"cross_entropy": 0.0}, r"'cross_entropy': 0\.0.*at least one above 0"),
         ({"kl": -0.1}, r"-0\.1.*none below 0"),
         ({"divergence": 1.0, "divergence_at": ()}, r"divergence is 1\.0.*give middle, last"),
-        ({"divergence_kind": "l2"}, r"'l2'.*mse, cosine, normalised_mse"),
+        ({"divergence_kind": "l2"}, r"'l2'.*mse, cosine, normalised_mse, token_normalised_mse"),
     ],
 )
 def test_impossible_terms(arguments, message):

@@ -137,6 +137,7 @@ def test_notes_say_what_is_left_of_the_targeted_layers(llama, which, share):
         ({"left": {"mlp": 0}}, "left is {'mlp': 0} of 96"),
         ({"maps": "up_proj"}, "maps: .*'up_proj'"),
         ({"added": 1}, "added"),
+        ({"heads": 2, "heads_left": {"a": 3}}, "heads_left is {'a': 3} of 2 key/value heads"),
     ],
 )
 def test_a_config_that_says_something_else_is_refused(llama, changes, message):
