@@ -117,8 +117,8 @@ def export(
         raise
     print(f"{row_table(rows)}\n\n{'model ' if keep is None else 'models'} {output}")
     if any_size:
-        more = ", ".join(f"{one['nested_bytes'] / 1e6:,.1f} MB" for one in figures)
-        print(f"nested {more} of components for smaller sizes, beside the weights")
+        sizes_beside = ", ".join(f"{one['nested_bytes'] / 1e6:,.1f} MB" for one in figures)
+        print(f"nested {sizes_beside} of components for smaller sizes, beside the weights")
     if json is not None:
         write_json(json, figures[0] if keep is None else figures)
     if repo is not None:

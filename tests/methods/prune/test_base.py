@@ -24,7 +24,7 @@ from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
-from lowrank_pl.report.finish import Protocol
+from lowrank_pl.report.finish import ExportForm, Protocol
 from lowrank_pl.utils.distributed import cooperating
 from tests.helpers.pruned_models import ragged
 from tests.helpers.two_processes import in_two_processes
@@ -166,7 +166,7 @@ def test_dense_weights_of_several_widths_are_refused_before_learning(llama):
     learner.model, finish.protocol = llama, Protocol("text", torch.arange(64).view(2, 32))
     with pytest.raises(ValueError, match=r"8 to 16 hidden .* leave out --finish\.merge, or .*by_block false"):
         finish.on_fit_start(None, learner)
-    finish.merge = False
+    finish.form = ExportForm()
     finish.on_fit_start(None, learner)
 
 
