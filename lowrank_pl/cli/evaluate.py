@@ -53,8 +53,9 @@ def evaluate(
     Args:
         model: An export, or a base: hub id, folder, .gguf file, package:NAME or random:FAMILY.
         text: Texts to score: file, glob, hub dataset or python-docs; several as NAME=TEXT.
-        tasks: Zero-shot tasks, run by lm-eval: its names (piqa,arc_easy), .yaml files, folders, or .jsonl files with a
-            query, choices and gold in each line, as FILE or NAME=FILE, with ::cue=none to leave the query as it is.
+        tasks: Zero-shot tasks, run by lm-eval: its names (piqa,arc_easy), its tasks on local files of their public
+            releases (piqa.jsonl or piqa=FILE), .yaml files, folders, or .jsonl files with a query, choices and gold in
+            each line, as FILE or NAME=FILE, with ::cue=none to leave the query as it is.
         reference: The dense model, named like a model, to compare with on texts and tasks.
         keep: Score a smaller size of an export, cut from its factors while it is loaded.
         length: Tokens of a sequence.

@@ -23,13 +23,15 @@ import torch
 import transformers
 from datasets import Dataset
 from lm_eval import evaluator
+from lm_eval import tasks as lm_eval_tasks
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.evaluate.local_tasks import LocalTask
+from lowrank_pl.evaluate.local_tasks import LocalTask, Task
+from lowrank_pl.evaluate.public_tasks import PublicTask
 
 __all__ = ["MemoryLM", "load_tasks", "run_tasks"]
 
@@ -39,11 +41,18 @@ CPU_TOKENS = 1024
 CPU_SEQUENCES = 8
 """Sequences per batch on a CPU for generation, whose lengths are not known in advance."""
 
+MMLU = "mmlu/default"
+"""lm-eval's folder of MMLU, whose subjects are tasks that share one file."""
+
+_log = logging.getLogger(__name__)
+
 CHATTER = (
     "`pretrained` model kwarg is not of type",  # on purpose
     "Passed an already-initialized model",
     "Overwriting default num_fewshot",  # as asked
     "[Task: ",  # few-shot examples from the split that is scored, as documented
+    "Combined length of context",  # counted by task instead of one message per choice
+    "Left truncation applied",
 )
 """Beginnings of lm-eval's warnings about settings that are intended here."""
 
@@ -57,6 +66,50 @@ class MemoryLM(HFLM):  # type: ignore[misc]
 
     _begin = 0
     _size = 1
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        self.truncated: set[Any] = set()
+        """Pairs of context and continuation, and contexts to generate from, that were cut to the model's length."""
+        super().__init__(*args, **settings)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **settings: Any) -> list[Any]:
+        for pair, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"a choice has {len(continuation)} tokens, more than the model's {self.max_length}: the task can't "
+                    f"be scored on this model; it begins {str(pair[1])[:60]!r}"
+                )
+            if len(context) + len(continuation) > self.max_length + 1:
+                self.truncated.add(pair)
+        found: list[Any] = super()._loglikelihood_tokens(requests, *args, **settings)
+        return found
+
+    def generate_until(self, requests: Sequence[Any], *args: Any, **settings: Any) -> list[str]:
+        """Return generated texts as lm-eval does.
+
+        Raises:
+            ValueError: The model's length leaves no room for a prompt.
+        """
+        for request in requests:
+            tokens = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            if tokens >= self.max_length:
+                raise ValueError(
+                    f"task {request.task_name!r} generates up to {tokens} tokens, which leaves no room for a prompt in "
+                    f"the model's length of {self.max_length}: leave the task out, or take a model of longer context"
+                )
+        found: list[str] = super().generate_until(requests, *args, **settings)
+        return found
+
+    def tok_batch_encode(
+        self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **settings: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens and mask as lm-eval does, and note which contexts were cut."""
+        if left_truncate_len:
+            self.truncated.update(text for text in strings if len(self.tok_encode(text)) > left_truncate_len)
+        found: tuple[torch.Tensor, torch.Tensor] = super().tok_batch_encode(
+            strings, *args, left_truncate_len=left_truncate_len, **settings
+        )
+        return found
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
         if self.device.type != "cpu":
@@ -77,7 +130,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]
 
 
 def load_tasks(
-    tasks: Sequence[str | LocalTask], *, include_path: Sequence[Path] = (), fewshot: int | None = None, seed: int = 1234
+    tasks: Sequence[Task], *, include_path: Sequence[Path] = (), fewshot: int | None = None, seed: int = 1234
 ) -> dict[str, Any]:
     """Return the tasks and their groups as lm-eval's ``TaskManager`` loads them; lm-eval's own data come from the hub.
 
@@ -97,10 +150,17 @@ def load_tasks(
     managers = _Managers(include_path)
     with _quiet():
         for task in tasks:
-            found = {"tasks": {task.name: _local(task)}} if isinstance(task, LocalTask) else managers.load(task)
+            if isinstance(task, LocalTask):
+                found = {"tasks": {task.name: _local(task)}}
+            elif isinstance(task, PublicTask):
+                if fewshot:
+                    task.require_examples(fewshot)
+                found = _public(task)
+            else:
+                found = managers.load(task)
             twice = sorted(loaded["tasks"].keys() & found["tasks"].keys())
             if twice:
-                raise ValueError(f"task {twice[0]!r} was given twice, the second time by {task}: give it once")
+                raise ValueError(f"task {twice[0]!r} was given twice, the second time by {_shown(task)}: give it once")
             for kind, entries in found.items():
                 loaded[kind].update(entries)
     for task in loaded["tasks"].values():
@@ -138,8 +198,12 @@ def run_tasks(
         if getattr(task, "source", None) is not None:
             config = results["configs"][name]
             config.pop("custom_dataset", None)
-            # The equivalent setting in a task file of lm-eval.
-            config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(task.source)}}}
+            if isinstance(task.source, PublicTask):
+                config["local_file"] = str(task.source.path)
+            else:
+                # The equivalent setting in a task file of lm-eval.
+                config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(task.source)}}}
+    cut = _count_truncated(results["samples"], lm)
     results["config"] = {
         "model_num_parameters": model.num_parameters(),
         "model_dtype": str(model.dtype),
@@ -151,6 +215,7 @@ def run_tasks(
         "lm_eval_version": lm_eval.__version__,
         "transformers_version": transformers.__version__,
         "max_length": lm.max_length,
+        "n-truncated": cut,
         "total_evaluation_time_seconds": str(time.time() - started),
     }
     plain: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
@@ -198,6 +263,62 @@ def _unreadable(task: str, error: Exception) -> str:
         f"task {task!r} could not be loaded: {type(error).__name__}: {reason}. The data of lm-eval's own tasks come "
         "from the hub: check the connection, or give a .jsonl file of the questions"
     )
+
+
+def _shown(task: Task) -> str:
+    return task if isinstance(task, str) else str(task.path)
+
+
+def _count_truncated(samples: dict[str, Any], lm: MemoryLM) -> dict[str, int]:
+    """Return how many rows of each task were cut to the model's length, and warn about them."""
+    counts = {}
+    for name, rows in samples.items():
+        cut = {
+            row["doc_id"]
+            for row in rows
+            for words in row["arguments"]
+            # The second argument of a generation is its settings.
+            if (words[0] if isinstance(words[-1], dict) else tuple(words)) in lm.truncated
+        }
+        counts[name] = len(cut)
+        if cut:
+            _log.warning(
+                "task %s: %d of %d rows are longer than the model's %d tokens; the beginning of their prompts was cut "
+                "off, and scores of a model with a longer context are not comparable",
+                name, len(cut), len({row["doc_id"] for row in rows}), lm.max_length,
+            )  # fmt: skip
+    return counts
+
+
+def _public(task: PublicTask) -> dict[str, Any]:
+    """Return lm-eval's own task, or the group and its tasks, on the rows of a local file."""
+    release = task.release
+    folder = Path(lm_eval_tasks.__file__).parent / release.folder
+    manager = TaskManager(include_path=[str(folder)], include_defaults=False) if folder.is_dir() else TaskManager()
+    if task.name not in manager.all_tasks:
+        raise ValueError(f"lm-eval {lm_eval.__version__} has no task {task.name!r}, whose local file is {task.path}")
+    rows, examples = task.rows(), task.example_rows()
+
+    def splits(config_source: str = "", **_: Any) -> dict[str, Dataset]:
+        subject = Path(config_source).stem.removeprefix("mmlu_")
+        kept, shown = (
+            [row for row in given if row.get("subject", subject) == subject] if release.folder == MMLU else given
+            for given in (rows, examples)
+        )
+        if not kept:
+            raise ValueError(f"{task.path} has no row of subject {subject!r}, which task {task.name!r} needs")
+        made = Dataset.from_list(kept)
+        # Without examples the split is empty, because lm-eval looks at it even if it shows none.
+        return {release.split: made, release.examples: Dataset.from_list(shown) if shown else made.select([])}
+
+    # TaskManager.load can't put settings on top of those of a group's tasks.
+    built = manager._factory.build(
+        manager.task_index[task.name], overrides={"custom_dataset": splits}, registry=manager.task_index
+    )
+    found: dict[str, Any] = manager.load([built])
+    for one in found["tasks"].values():
+        one.source = task
+    return found
 
 
 def _local(task: LocalTask) -> ConfigurableTask:

@@ -1,4 +1,4 @@
-"""Zero-shot tasks by name: lm-eval's own tasks, its YAML files, and plain files of multiple-choice questions.
+"""Zero-shot tasks by name: lm-eval's own tasks, its YAML files, and local files of questions.
 
 A task is written as ``[NAME=]SOURCE[::cue=TEXT]``, similar to a text in :mod:`lowrank_pl.text`.
 
@@ -7,9 +7,12 @@ source          meaning
 ==============  =====================================================================================================
 ``piqa``        a task, group or tag of lm-eval; its data come from the hub
 ``x.yaml``      a task file of lm-eval
+``piqa.jsonl``  rows of a public release, named after the task: see :mod:`lowrank_pl.evaluate.public_tasks`
 ``x.jsonl``     one question per line: ``{"query": text, "choices": [text, ...], "gold": index of the answer}``
-a folder        all of its ``.jsonl`` files and YAML tasks
+a folder        all of its ``.jsonl`` files, files of public releases and YAML tasks
 ==============  =====================================================================================================
+
+A file named after a public task holds plain questions where its first row has a ``query``.
 
 The likelihood of each choice is measured after the question and a space. ``acc`` is the fraction of questions whose
 answer is the most likely choice; ``acc_norm`` divides log-likelihoods by the number of characters of the choice first.
@@ -23,11 +26,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["YAML", "LocalTask", "named_tasks"]
+from lowrank_pl.evaluate.public_tasks import FILES, RELEASES, PublicTask, first_row, release_of
+
+__all__ = ["YAML", "LocalTask", "Task", "named_tasks"]
 
 YAML = (".yaml", ".yml")
 NAMED = re.compile(r"([\w.-]+)=(.+)", flags=re.DOTALL)
@@ -91,8 +96,12 @@ class LocalTask:
         return "{{query.rstrip()}}{% if " + asks + " %}\nAnswer:{% endif %}"
 
 
-def named_tasks(entries: Sequence[str]) -> list[str | LocalTask]:
-    r"""Return the tasks of ``entries``: files of questions, and names and YAML paths for lm-eval.
+Task = str | LocalTask | PublicTask
+"""A name or YAML path for lm-eval, a file of questions, or a task of lm-eval on a local file."""
+
+
+def named_tasks(entries: Sequence[str]) -> list[Task]:
+    r"""Return the tasks of ``entries``: local files, and names and YAML paths for lm-eval.
 
     Args:
         entries: Tasks as in the docstring of this module; an entry may hold several, separated by commas.
@@ -105,23 +114,28 @@ def named_tasks(entries: Sequence[str]) -> list[str | LocalTask]:
     """
     words = [word.strip() for entry in entries for word in entry.split(",")]
     tasks = [task for word in words for task in _tasks(word)]
-    names = [task.name if isinstance(task, LocalTask) else task for task in tasks]
+    names = [task if isinstance(task, str) else task.name for task in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"two tasks have the name {twice!r}: name files of questions, as NAME=FILE")
     return tasks
 
 
-def _tasks(word: str) -> list[str | LocalTask]:
+def _tasks(word: str) -> list[Task]:
     """Return the tasks of one word."""
     source, marker, options = word.partition("::")
     named = NAMED.fullmatch(source)
     name, place = (named[1], named[2]) if named else (None, source)
     path = Path(place).expanduser()
-    if path.suffix == ".jsonl":
+    if path.suffix in FILES:
         if not path.is_file():
             raise ValueError(f"task {word!r}: there is no file {path.absolute()}")
-        return [LocalTask(name or path.stem, path.resolve(), _cue(word, options) if marker else "auto")]
+        found = _file(name or path.stem, path.resolve())
+        if not marker:
+            return [found]
+        if isinstance(found, PublicTask):
+            raise ValueError(f"task {word!r}: the prompt of {found.name!r} is lm-eval's own and takes no options")
+        return [replace(found, cue=_cue(word, options))]
     if marker or named:
         raise ValueError(f"task {word!r}: only a .jsonl file of questions takes a name or options")
     if path.suffix in YAML:
@@ -138,17 +152,39 @@ def _tasks(word: str) -> list[str | LocalTask]:
     return [place]
 
 
-def _in_folder(folder: Path) -> list[str | LocalTask]:
-    """Return the tasks in the files of a folder, without YAML files that are only included by others."""
-    found: list[str | LocalTask] = []
+def _file(name: str, path: Path) -> LocalTask | PublicTask:
+    """Return the task of a file of rows."""
+    row = first_row(path)
+    questions = isinstance(row, dict) and "query" in row
+    if release_of(name) is not None and not questions:
+        return PublicTask(name, path)
+    if path.suffix != ".jsonl":
+        raise ValueError(
+            f"task {name!r}: {path} holds no public release that is known by this name, and plain questions are read "
+            f"from .jsonl: name it after its task ({', '.join(RELEASES)}), or give NAME={path.name}"
+        )
+    return LocalTask(name, path)
+
+
+def _in_folder(folder: Path) -> list[Task]:
+    """Return the tasks in the files of a folder, without files that belong to another task.
+
+    Those are YAML files that are only included, and few-shot examples of a public release.
+    """
+    found: list[Task] = []
     for path in sorted(folder.resolve().iterdir()):
-        if path.suffix == ".jsonl":
-            found.append(LocalTask(path.stem, path))
+        task, dot, split = path.stem.rpartition(".")
+        release = release_of(task) if dot else None
+        if path.suffix in FILES and release is not None and split == release.examples:
+            continue
+        if path.suffix == ".jsonl" or (path.suffix in FILES and release_of(path.stem) is not None):
+            found.append(_file(path.stem, path))
         elif path.suffix in YAML and re.search(r"^(task|group):", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
             found.append(str(path))
     if not found:
         raise ValueError(
-            f"the folder {folder.absolute()} has no task: expected .jsonl files of questions or .yaml task files"
+            f"the folder {folder.absolute()} has no task: expected .jsonl files of questions, files of public releases "
+            "or .yaml task files"
         )
     return found
 
@@ -163,7 +199,7 @@ def _cue(word: str, options: str) -> str:
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error}): {EXPECTED}") from None
     query, choices, gold = (
         (row.get(key) for key in ("query", "choices", "gold")) if isinstance(row, dict) else [None] * 3
@@ -178,5 +214,8 @@ def _row(line: str, where: str) -> dict[str, Any]:
         and 0 <= gold < len(choices)
     ):
         shown = line if len(line) <= 120 else line[:117] + "..."
-        raise ValueError(f"{where} is not a multiple-choice question: {EXPECTED}, got {shown}")
+        raise ValueError(
+            f"{where} is not a multiple-choice question: {EXPECTED}, got {shown}; a file of a public release is named "
+            f"after its task, as piqa=FILE ({', '.join(RELEASES)})"
+        )
     return {"query": query, "choices": choices, "gold": gold}

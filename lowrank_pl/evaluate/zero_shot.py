@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.evaluate.local_tasks import YAML, LocalTask, named_tasks
+from lowrank_pl.evaluate.local_tasks import YAML, Task, named_tasks
 from lowrank_pl.evaluate.paired import differences
 from lowrank_pl.evaluate.settings import TaskSettings
 
@@ -32,7 +32,7 @@ class ZeroShot:
     def __init__(
         self, tasks: Sequence[str], settings: TaskSettings = TaskSettings(), *, trust_remote_code: bool = False
     ) -> None:
-        named: list[str | LocalTask] = named_tasks(tasks)
+        named: list[Task] = named_tasks(tasks)
         programs = [task for task in named if isinstance(task, str) and task.endswith(YAML)]
         programs += map(str, settings.include_path)
         if programs and not trust_remote_code:
