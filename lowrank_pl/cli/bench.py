@@ -15,7 +15,7 @@ __all__ = ["bench"]
 
 T = TypeVar("T")
 
-_SPEED_OPTIONS = ("keep", "storage", "length", "batch_size", "dtype", "multiple_of", "kernels", "compile", "record")
+_SPEED_OPTIONS = ("keep", "storage", "length", "batch_size", "dtype", "multiple_of", "optimize", "compile", "record")
 
 _OPTIONS = {
     "svd": (),
@@ -41,7 +41,7 @@ def bench(
     multiple_of: int | None = None,
     inactive_gate_stride: int | None = None,
     gradient_checkpointing: bool = False,
-    kernels: bool = False,
+    optimize: bool = False,
     compile: bool = False,
     record: bool | None = None,
     device: str = "auto",
@@ -82,8 +82,8 @@ def bench(
         inactive_gate_stride: Every N-th token gives the gradients of inactive gates; by default 8. For step only.
         gradient_checkpointing: Learning steps compute the activations of each block again instead of keeping them. For
             step only.
-        kernels: Measure compressed models also with kernels in place of torch's products, where these are faster, as
-            load_compressed(..., optimize=True) loads them; on a GPU. For decode and prefill.
+        optimize: Measure each model also as load_compressed(..., optimize=True) loads it, computed by what is fastest
+            on this machine. For decode and prefill.
         compile: Run what torch.compile makes of the models. For decode and prefill.
         record: Record a step as a CUDA graph and time its replays, as servers decode; by default on a GPU, where the
             launching of kernels would hide what they take. For decode and prefill.
@@ -100,7 +100,7 @@ def bench(
     import torch
 
     from lowrank_pl.cli import bench_cases
-    from lowrank_pl.costs.speed import DENSE, SpeedTest, Variant
+    from lowrank_pl.costs.speed import SpeedTest, Variant
     from lowrank_pl.costs.step import StepTest
     from lowrank_pl.plans.storage import Storage
     from lowrank_pl.utils.environment import pick_device
@@ -115,7 +115,7 @@ def bench(
     _refuse(case, {
         "keep": keep, "storage": storage, "length": length, "batch_size": batch_size, "sequences": sequences,
         "dtype": dtype, "multiple_of": multiple_of, "inactive_gate_stride": inactive_gate_stride,
-        "gradient_checkpointing": gradient_checkpointing or None, "kernels": kernels or None,
+        "gradient_checkpointing": gradient_checkpointing or None, "optimize": optimize or None,
         "compile": compile or None, "record": record,
     })  # fmt: skip
     place = pick_device(device)
@@ -139,15 +139,14 @@ def bench(
         )  # fmt: skip
     else:
         recorded = place.type == "cuda" if record is None else record
-        if kernels and place.type != "cuda":
-            raise ValueError(
-                f"kernels are for a GPU, and the device is {place}: give device cuda, or leave kernels out"
-            )
         speeds = [SpeedTest(case, size, length or 512, repeats, multiple_of or 1, compile, recorded) for size in sizes]
         keeps = _several("keep", keep, [0.8, 0.6, 0.5])
-        ways = (False, True) if kernels else (False,)
+        ways = (False, True) if optimize else (False,)
         forms = [(form, fraction) for form in _forms(storage) for fraction in keeps]
-        variants = [DENSE, *(Variant(*form, kernels=way) for form in forms for way in ways)]
+        # On a GPU nothing else computes dense layers.
+        dense = ways if place.type == "cpu" else (False,)
+        variants = [Variant("dense", optimized=way) for way in dense]
+        variants += [Variant(*form, optimized=way) for form in forms for way in ways]
         dtypes: list[DType] = _several("dtype", dtype, ["float32", "bfloat16"])
         figures = bench_cases.speed(base or bench_cases.SMALL_BASE, variants, speeds, dtypes=dtypes, place=place)
     if json is not None:

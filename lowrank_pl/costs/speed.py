@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import Targets, dense_weight, find_targets, replaced
 from lowrank_pl.plans.budget import check_keep
 from lowrank_pl.plans.storage import Form, Storage
-from lowrank_pl.serving.optimize import optimize_for_inference
+from lowrank_pl.serving.optimize import optimized
 from lowrank_pl.utils.environment import timed
 from lowrank_pl.utils.formatting import percent, table
 
@@ -87,7 +88,7 @@ class Variant:
     Args:
         storage: ``factored``, ``pivoted``, or ``dense`` for the model as it is.
         keep: Fraction of each targeted layer's parameters to keep.
-        kernels: Whether kernels compute compressed layers where they are faster; see ``optimize_for_inference``.
+        optimized: Whether what is fastest computes the layers; see ``optimize_for_inference``.
 
     Raises:
         ValueError: ``keep`` lies outside (0, 1].
@@ -95,7 +96,7 @@ class Variant:
 
     storage: Form | Literal["dense"]
     keep: float = 1.0
-    kernels: bool = False
+    optimized: bool = False
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -151,10 +152,9 @@ def measure_speed(
         inputs = _step_inputs(model, tokens, test.case)
         in_a_row = test.compile or test.record
         for number, (variant, turns) in enumerate(_turns(variants, test.repeats, in_a_row=in_a_row)):
-            modules = {} if variant == DENSE else uniform_modules(model, targets, variant, test.multiple_of)
-            with replaced(model, modules):
-                if variant.kernels:
-                    optimize_for_inference(model)
+            dense = variant.storage == "dense"
+            modules = {} if dense else uniform_modules(model, targets, variant, test.multiple_of)
+            with replaced(model, modules), optimized(model) if variant.optimized else nullcontext():
                 if variant not in found:
                     counted = multiply_adds(model, tokens[:1, :-1]) if test.case == "prefill" else 0
                     found[variant] = Speed(float("inf"), read_bytes(model), counted)
@@ -281,7 +281,7 @@ def speed_rows(measured: Mapping[Variant, Speed], test: SpeedTest) -> list[dict[
         rows.append({
             "storage": variant.storage,
             "keep": variant.keep,
-            "kernels": variant.kernels,
+            "optimized": variant.optimized,
             "seconds": one.seconds,
             "tokens_per_second": test.tokens / one.seconds,
             "ratio_to_dense": ratio,
@@ -305,7 +305,7 @@ def speed_table(rows: Sequence[Mapping[str, Any]], *, fmt: str = "simple") -> st
         body.append((
             row["dtype"] if first else "",
             str(row["batch"]) if first else "",
-            f"{row['storage']}, kernels" if row["kernels"] else row["storage"],
+            f"{row['storage']}, optimized" if row["optimized"] else row["storage"],
             percent(row["keep"]),
             f"{1000 * row['seconds']:,.2f}",
             f"{row['tokens_per_second']:,.1f}",

@@ -36,7 +36,7 @@ from lowrank_pl.models.identity import ORIGIN_KEY, base_class
 from lowrank_pl.models.targets import replaced
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import cut_plan
-from lowrank_pl.serving.optimize import check_kernels, optimize_for_inference
+from lowrank_pl.serving.optimize import optimize_for_inference
 from lowrank_pl.utils.files import atomic_directory, atomic_write, check_output_folder
 from lowrank_pl.utils.machine_limits import explain_limit
 
@@ -198,8 +198,8 @@ def load_compressed(
             own. The component order in the folder's ``plan.json`` says what to cut, and the result has the bits of the
             same plan exported at this size. Each layer is cut in place once the model is loaded. Layers stored dense or
             pivoted are cut if the folder holds their components (``AnySize``). By default nothing is cut.
-        optimize: Let kernels compute what they compute faster; on a GPU, so give ``device_map`` too. See
-            :func:`lowrank_pl.serving.optimize.optimize_for_inference`.
+        optimize: Let what is fastest on this machine compute the layers
+            (:func:`lowrank_pl.serving.optimize.optimize_for_inference`).
         verify: Whether to compare the files with their SHA-256 in ``lowrank.sha256``; folders of earlier versions have
             none. A changed file of weights is an error, any other changed file a warning in the log.
         **from_pretrained_kwargs: Arguments of ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``device_map``, ...
@@ -209,8 +209,6 @@ def load_compressed(
             its own is needed and ``trust_remote_code=True`` was not given. Or ``keep`` is impossible, or no smaller
             size follows from the folder (:func:`lowrank_pl.plans.resize.cut_plan`).
     """
-    if optimize:
-        check_kernels()
     if keep is None:
         model = _load(Path(directory), verify, from_pretrained_kwargs)
     else:

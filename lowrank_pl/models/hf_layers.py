@@ -22,7 +22,17 @@ Side = Literal["out", "in"]
 """Whether pivots are rows of the matrix (outputs) or columns (inputs)."""
 
 
-class LowRankLinear(nn.Linear):
+class _TwoMatrices(nn.Linear):
+    """A linear layer that is stored as two matrices."""
+
+    right: nn.Parameter
+
+    def product(self, input: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``matrix @ input + bias``; derived classes compute it in other ways."""
+        return F.linear(input, matrix, bias)
+
+
+class LowRankLinear(_TwoMatrices):
     """A linear layer stored as two factors: ``y = weight @ (right @ x) + bias``.
 
     It derives from ``nn.Linear`` so that PEFT attaches adapters to it. ``weight`` is the left factor, not the merged
@@ -47,8 +57,6 @@ class LowRankLinear(nn.Linear):
     >>> layer.dense().shape
     torch.Size([6, 8])
     """
-
-    right: nn.Parameter
 
     def __init__(
         self,
@@ -111,7 +119,7 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``[..., out]`` for an input ``[..., in]``."""
-        return F.linear(F.linear(input, self.right), self.weight, self.bias)
+        return self.product(self.product(input, self.right), self.weight, self.bias)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
@@ -131,7 +139,7 @@ class LowRankLinear(nn.Linear):
         return f"{sizes}, bias={self.bias is not None}"
 
 
-class PivotedLinear(nn.Linear):
+class PivotedLinear(_TwoMatrices):
     """A linear layer of low rank stored as pivots and coefficients, in ``rank * (in + out - rank)`` numbers.
 
     A matrix of rank ``k`` has ``k`` rows whose combinations are all other rows, and ``k`` such columns (PIFA, arXiv
@@ -169,7 +177,6 @@ class PivotedLinear(nn.Linear):
     [[4, 2], [2, 8], [6, 8]]
     """
 
-    right: nn.Parameter
     pivots: Tensor
 
     def __init__(
@@ -267,10 +274,10 @@ class PivotedLinear(nn.Linear):
         """Return ``[..., out]`` for an input ``[..., in]``."""
         if self.side == "in":
             pivots, others = self._indices()
-            kept = _gather(input, pivots) + F.linear(_gather(input, others), self.right)
-            return F.linear(kept, self.weight, self.bias)
-        kept = F.linear(input, self.right)
-        output = _gather(torch.cat([kept, F.linear(kept, self.weight)], -1), *self._indices())
+            kept = _gather(input, pivots) + self.product(_gather(input, others), self.right)
+            return self.product(kept, self.weight, self.bias)
+        kept = self.product(input, self.right)
+        output = _gather(torch.cat([kept, self.product(kept, self.weight)], -1), *self._indices())
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _indices(self) -> tuple[Tensor, ...]:

@@ -339,7 +339,7 @@ def _speeds(values: Mapping[str, Any]) -> list[Speed]:
     speeds = []
     for row in values["rows"]:
         what = row["storage"] if row["storage"] == "dense" else f"{row['storage']}, keep {row['keep']:g}"
-        what += ", kernels" if row.get("kernels") else ""
+        what += ", optimized" if row.get("optimized") else ""
         how = (
             f"lowrank bench {row['case']} on {place}: {row['dtype']}, batch {row['batch']}, {row['length']} tokens, "
             "random weights, the same keep in every layer"

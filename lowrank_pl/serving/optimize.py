@@ -1,27 +1,23 @@
-"""A transformers model whose compressed layers are computed by kernels where they are faster than torch's products."""
+"""A transformers model made faster to run: what computes its layers is chosen by time, once."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
-from lowrank_pl.models.targets import shared_inputs
-from lowrank_pl.serving.kernels import MAX_MATRICES, FusedGroup, Part, padded
+from lowrank_pl.serving.fused_layers import FUSED, TYPES, fuse
+from lowrank_pl.serving.onednn_layers import ONEDNN, use_onednn
 
-__all__ = ["Optimized", "check_kernels", "optimize_for_inference"]
+__all__ = ["Optimized", "optimize_for_inference", "optimized"]
 
 logger = logging.getLogger(__name__)
-
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -29,177 +25,75 @@ class Optimized:
     """What :func:`optimize_for_inference` has chosen.
 
     Attributes:
-        groups: Groups of layers with the same input, at least one of them compressed.
-        one_token: Groups that kernels compute faster for one token.
-        few_tokens: Groups that kernels compute faster for 2 to 16 tokens.
+        timed: What was timed: on a GPU each group of layers with the same input of which some are compressed, on a CPU
+            each matrix.
+        one_token: How many of them no longer torch's usual product computes for one token.
+        few_tokens: The same for 2 to 16 tokens.
+        many_tokens: The same for more; none on a GPU.
     """
 
-    groups: int
+    timed: int
     one_token: int
     few_tokens: int
+    many_tokens: int
 
 
 def optimize_for_inference(model: PreTrainedModel) -> Optimized:
-    """Let kernels compute the compressed layers of a model on a GPU where they are faster, and return how many do.
+    """Let what is fastest on this machine compute the linear layers of a model, and return how much has changed.
 
-    Layers that read the same input, such as query, key and value, are computed together. Some kernels are timed for
-    each such group beside torch's own products, which takes seconds for a large model. They compute up to 16 tokens,
-    as in decoding; torch computes prompts, and everything while gradients are enabled. Sums are rounded differently
-    than by torch's products, as these differ from one size to another.
+    On a GPU, kernels compute compressed layers for up to 16 tokens, as in decoding: two launches for all layers that
+    read the same input, such as query, key and value. On a CPU, oneDNN computes all layers in float32, dense ones and
+    the head too. Both are timed beside torch's own products, and taken only where they are faster; this takes seconds.
+    Torch computes the rest, and everything while gradients are enabled. Sums are rounded differently than by torch's
+    products, as these differ from one size to another.
 
-    Names and values of the parameters stay. Their rows are moved to multiples of 16 bytes, which takes up to 7 numbers
-    a row. A layer that is moved or converted afterwards is computed by torch again.
+    Names and values of the parameters stay, so that adapters still fit. On a GPU rows of weights are moved to multiples
+    of 16 bytes, which takes up to 7 numbers a row. A layer that is moved or converted afterwards is computed by torch
+    again. Such a model can't be exported: load the folder again for that.
 
     Args:
-        model: A model with compressed layers; those that aren't on a GPU stay as they are.
+        model: A model, compressed or not.
 
     Raises:
-        ValueError: No compressed layer lies on a GPU, or Triton isn't installed.
+        ValueError: The model is on a GPU and Triton isn't installed.
     """
-    check_kernels()
-    plain: dict[type[nn.Linear], type[nn.Linear]] = {kind: own for own, kind in _KINDS.items()}
-    layers: dict[str, nn.Linear] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = plain.get(type(module), type(module))
-            if type(module) in _KINDS and module.weight.is_cuda and module.weight.dtype in _TYPES:
-                layers[name] = module
-    groups = [group for group in _groups(model, layers) if any(type(layer) is not nn.Linear for layer in group)]
-    if not groups:
-        raise ValueError(
-            f"{type(model).__name__} has no compressed layer of float32, bfloat16 or float16 on a GPU (the model is on "
-            f"{model.device}): load an export with device_map='cuda'"
+    restore(model)
+    linear = {name: module for name, module in model.named_modules() if type(module) in FUSED}
+    on_gpu = {name: m for name, m in linear.items() if m.weight.is_cuda and m.weight.dtype in TYPES}
+    on_cpu = [m for m in linear.values() if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
+    faster = fuse(model, on_gpu) if any(type(layer) is not nn.Linear for layer in on_gpu.values()) else []
+    if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        faster += use_onednn(on_cpu)
+    counts = Counter(count for choice in faster for count, chosen in choice.items() if chosen)
+    found = Optimized(len(faster), counts["one"], counts["few"], counts["many"])
+    if faster:
+        logger.info(
+            "of %d products, others than torch's are faster: %d for one token, %d for a few, %d for many",
+            *vars(found).values(),
         )
-    counts = {"one": 0, "few": 0}
-    for members in tqdm(groups, desc="choosing kernels", unit="group", leave=False):
-        group = _Members(members)
-        for count, tiles in group.kernels.tiles.items():
-            counts[count] += bool(tiles)
-        if any(group.kernels.tiles.values()):
-            for number, layer in enumerate(members):
-                layer.__class__ = _KINDS[type(layer)]
-                vars(layer).update(members=group, number=number)
-    logger.info(
-        "of %d groups of layers, kernels compute %d for one token and %d for a few", len(groups), *counts.values()
-    )
-    return Optimized(len(groups), counts["one"], counts["few"])
+    else:
+        logger.warning(
+            "nothing to optimise in %s: neither a compressed layer on a GPU nor a layer of float32 on a CPU",
+            type(model).__name__,
+        )
+    return found
 
 
-def check_kernels() -> None:
-    """Raise ``ValueError`` where kernels can't run: without a GPU, or without Triton."""
-    if not torch.cuda.is_available():
-        raise ValueError("kernels need a GPU and torch finds none: leave out optimize, torch computes the same")
-    if find_spec("triton") is None:
-        raise ValueError("Triton isn't installed, in whose language the kernels are written: pip install triton")
+def restore(model: nn.Module) -> None:
+    """Undo :func:`optimize_for_inference`: torch computes all layers."""
+    plain = {kind: own for kinds in (FUSED, ONEDNN) for own, kind in kinds.items()}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module) in plain:
+            module.__class__ = plain[type(module)]
+            for name in ("group", "number", "faster"):
+                vars(module).pop(name, None)
 
 
-def _groups(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> list[list[nn.Linear]]:
-    """Return the layers that have the same input, on one device and of one type."""
-    found: dict[tuple[object, ...], list[nn.Linear]] = {}
-    with torch.inference_mode(False):  # it keeps no count of changes in place
-        shared = shared_inputs(model, layers)
-    for name, first in shared.items():
-        layer = layers[name]
-        found.setdefault((first, layer.weight.device, layer.weight.dtype), []).append(layer)
-    size = MAX_MATRICES
-    return [group[start : start + size] for group in found.values() for start in range(0, len(group), size)]
-
-
-class _Members:
-    """The layers of a group, which ask it one after the other for what it has computed at once."""
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        for layer in layers:
-            for matrix in _matrices(layer):
-                matrix.data = padded(matrix.data)
-        self.kernels = FusedGroup([_part(layer) for layer in layers], _bias(layers))
-        self.kernels.choose(layers[0].in_features, lambda input: [layer(input) for layer in layers])
-        self._layers = list(layers)
-        self._places = self._now()
-        self._input: Tensor | None = None
-        self._waiting: list[Tensor | None] = []
-
-    def output(self, number: int, input: Tensor) -> Tensor | None:
-        """Return the output of layer ``number``; None if torch has to compute it."""
-        tokens = input.numel() // input.shape[-1]
-        if torch.is_grad_enabled() or not self.kernels.tiles_for(tokens):
-            return None
-        if self._input is not input or self._waiting[number] is None:
-            flat = input.reshape(tokens, -1)
-            if torch.compiler.is_compiling():
-                output = self.kernels.operation(flat)
-            elif self._places != self._now():
-                self.forget()
-                return None
-            else:
-                output = self.kernels(flat)
-            parts = output.split(self.kernels.sizes, 1)  # type: ignore[no-untyped-call]
-            self._input, self._waiting = input, [part.view(*input.shape[:-1], -1) for part in parts]
-        found, self._waiting[number] = self._waiting[number], None
-        if all(other is None for other in self._waiting):
-            self._input = None
-        return found
-
-    def forget(self) -> None:
-        """Leave everything to torch, since the layers are no longer what the kernels were made for."""
-        logger.warning("layers were changed after optimize_for_inference: torch computes them until it is called again")
-        self.kernels.tiles.clear()
-
-    def _now(self) -> list[int]:
-        """Return where the matrices lie in memory."""
-        return [matrix.data_ptr() for layer in self._layers for matrix in _matrices(layer)]
-
-
-def _matrices(layer: nn.Linear) -> list[Tensor]:
-    return [layer.weight, layer.right] if isinstance(layer, LowRankLinear | PivotedLinear) else [layer.weight]
-
-
-def _part(layer: nn.Linear) -> Part:
-    right = layer.right.detach() if isinstance(layer, LowRankLinear | PivotedLinear) else None
-    if isinstance(layer, PivotedLinear):
-        return Part(layer.weight.detach(), right, layer.side, layer.pivots)
-    return Part(layer.weight.detach(), right)
-
-
-def _bias(layers: Sequence[nn.Linear]) -> Tensor | None:
-    if all(layer.bias is None for layer in layers):
-        return None
-    return torch.cat([
-        layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers
-    ])  # fmt: skip
-
-
-class _Fused:
-    """The forward pass of a layer in a group."""
-
-    members: _Members
-    number: int
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return ``[..., out]`` for an input ``[..., in]``."""
-        found = self.members.output(self.number, input)
-        return super().forward(input) if found is None else found  # type: ignore[misc]
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Load parameters in place; pivots and biases are known to the kernels in another form."""
-        super()._load_from_state_dict(*args)  # type: ignore[misc]
-        self.members.forget()
-
-
-class FusedLowRankLinear(_Fused, LowRankLinear):
-    """A ``LowRankLinear`` in a group."""
-
-
-class FusedPivotedLinear(_Fused, PivotedLinear):
-    """A ``PivotedLinear`` in a group."""
-
-
-class FusedDense(_Fused, nn.Linear):
-    """A dense layer that reads the same input as compressed ones."""
-
-
-_KINDS: dict[type[nn.Linear], type[nn.Linear]] = {
-    LowRankLinear: FusedLowRankLinear,
-    PivotedLinear: FusedPivotedLinear,
-    nn.Linear: FusedDense,
-}
+@contextmanager
+def optimized(model: PreTrainedModel) -> Iterator[None]:
+    """Optimise ``model`` while the block runs."""
+    optimize_for_inference(model)
+    try:
+        yield
+    finally:
+        restore(model)

@@ -40,9 +40,10 @@ from lowrank_pl.models.targets import find_targets, replace_module, replaced
 from lowrank_pl.models.tiny import byte_tokenizer
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.convex_hull import predicted_scores
+from lowrank_pl.serving.fused_layers import SharedGroup
 from lowrank_pl.serving.fused_linear import FusedLinear
 from lowrank_pl.serving.kernels import TILES, FusedGroup
-from lowrank_pl.serving.optimize import _Members, optimize_for_inference
+from lowrank_pl.serving.optimize import optimize_for_inference
 from tests.helpers import SMOKE
 from tests.helpers.low_rank_models import STORAGES
 from tests.helpers.tiny_training import fit, logits_of, make_learner, validated
@@ -315,7 +316,7 @@ def always(monkeypatch):
 def test_kernels_compute_what_the_layers_compute(always, dtype, tokens):
     for members in (kernel_layers(bias=True), kernel_layers(bias=False)):
         members = align([layer.to("cuda", dtype) for layer in members])
-        kernels = _Members(members).kernels
+        kernels = SharedGroup(members).kernels
         x = torch.randn(tokens, 21, device="cuda", dtype=dtype)
         found, expected = kernels(x), torch.cat([layer(x) for layer in members], 1)
         close = 1e-5 if dtype == torch.float32 else 0.03
@@ -337,7 +338,7 @@ def test_an_optimised_model_generates_the_same_and_compiles(always, storage):
     with torch.no_grad():
         expected, made = model(tokens, use_cache=False).logits, model.generate(tokens, **greedy)
         chosen = optimize_for_inference(model)
-        assert chosen.groups == 4 * len(model.model.layers)
+        assert chosen.timed == 4 * len(model.model.layers)
         assert torch.equal(model.generate(tokens, **greedy), made)
         torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
         compiled = torch.compile(model, fullgraph=True, dynamic=False)

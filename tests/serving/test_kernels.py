@@ -7,8 +7,8 @@ import torch
 
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.serving import kernels
+from lowrank_pl.serving.fused_layers import SharedGroup, _bias, _matrices, _part
 from lowrank_pl.serving.kernels import MAX_MATRICES, FusedGroup, Part, Product, Stage, Tile, padded
-from lowrank_pl.serving.optimize import _bias, _matrices, _Members, _part, optimize_for_inference
 
 TILES = [Tile(8, 32, 1), Tile(4, 16, 1)]
 
@@ -96,7 +96,7 @@ def chosen(monkeypatch):
 @torch.no_grad()
 def test_layers_of_a_group_are_computed_once_for_an_input(chosen, monkeypatch):
     members = layers(bias=True)
-    shared, x, y = _Members(members), torch.randn(1, 3, 21), torch.randn(1, 3, 21)
+    shared, x, y = SharedGroup(members), torch.randn(1, 3, 21), torch.randn(1, 3, 21)
     launched = []
     launch = FusedGroup.launch
     monkeypatch.setattr(FusedGroup, "launch", lambda *given: launched.append(1) or launch(*given))
@@ -108,7 +108,7 @@ def test_layers_of_a_group_are_computed_once_for_an_input(chosen, monkeypatch):
 
 @torch.no_grad()
 def test_what_torch_has_to_compute_is_left_to_it(chosen):
-    shared = _Members(layers(bias=False))
+    shared = SharedGroup(layers(bias=False))
     assert shared.output(0, torch.randn(1, kernels.MAX_TOKENS + 1, 21)) is None
     with torch.enable_grad():
         assert shared.output(0, torch.randn(1, 21)) is None
@@ -117,17 +117,10 @@ def test_what_torch_has_to_compute_is_left_to_it(chosen):
 @torch.no_grad()
 def test_layers_that_were_converted_are_left_to_torch(chosen, caplog):
     members = layers(bias=False)
-    shared = _Members(members)
+    shared = SharedGroup(members)
     members[0].double()
     assert shared.output(1, torch.randn(1, 21)) is None
     assert "optimize_for_inference" in caplog.text
-
-
-@pytest.mark.parametrize(("has_gpu", "cure"), [(False, "leave out optimize"), (True, "device_map='cuda'")])
-def test_a_model_without_a_gpu_is_refused(llama, monkeypatch, has_gpu, cure):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    with pytest.raises(ValueError, match=cure):
-        optimize_for_inference(llama)
 
 
 def test_parts_know_their_outputs():

@@ -1,0 +1,160 @@
+"""The layers of a transformers model that kernels compute on a GPU: those that read the same input, at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.targets import shared_inputs
+from lowrank_pl.serving.kernels import MAX_MATRICES, FusedGroup, Part, padded
+
+__all__ = ["FUSED", "TYPES", "SharedGroup", "fuse"]
+
+logger = logging.getLogger(__name__)
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of weights that kernels compute with."""
+
+
+def fuse(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> list[dict[str, bool]]:
+    """Let kernels compute layers on a GPU where they are faster; return for each group whether they are.
+
+    Args:
+        model: The model.
+        layers: Layers of it by name, all on a GPU, of the types in ``FUSED`` and with weights of the ``TYPES``.
+
+    Raises:
+        ValueError: Triton isn't installed.
+    """
+    if find_spec("triton") is None:
+        raise ValueError("Triton isn't installed, in whose language the kernels are written: pip install triton")
+    groups = [group for group in _groups(model, layers) if any(type(layer) is not nn.Linear for layer in group)]
+    faster: list[dict[str, bool]] = []
+    for members in tqdm(groups, desc="choosing kernels", unit="group", leave=False):
+        group = SharedGroup(members)
+        faster.append({count: bool(tiles) for count, tiles in group.kernels.tiles.items()})
+        if any(group.kernels.tiles.values()):
+            for number, layer in enumerate(members):
+                layer.__class__ = FUSED[type(layer)]
+                vars(layer).update(group=group, number=number)
+    return faster
+
+
+def _groups(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> list[list[nn.Linear]]:
+    """Return the layers that have the same input, on one device and of one type."""
+    found: dict[tuple[object, ...], list[nn.Linear]] = {}
+    with torch.inference_mode(False):  # it keeps no count of changes in place
+        shared = shared_inputs(model, layers)
+    for name, first in shared.items():
+        layer = layers[name]
+        found.setdefault((first, layer.weight.device, layer.weight.dtype), []).append(layer)
+    size = MAX_MATRICES
+    return [group[start : start + size] for group in found.values() for start in range(0, len(group), size)]
+
+
+class SharedGroup:
+    """The layers of a group, which ask it one after the other for what it has computed at once."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        for layer in layers:
+            for matrix in _matrices(layer):
+                matrix.data = padded(matrix.data)
+        self.kernels = FusedGroup([_part(layer) for layer in layers], _bias(layers))
+        self.kernels.choose(layers[0].in_features, lambda input: [layer(input) for layer in layers])
+        self._layers = list(layers)
+        self._places = self._now()
+        self._input: Tensor | None = None
+        self._waiting: list[Tensor | None] = []
+
+    def output(self, number: int, input: Tensor) -> Tensor | None:
+        """Return the output of layer ``number``; None if torch has to compute it."""
+        tokens = input.numel() // input.shape[-1]
+        if torch.is_grad_enabled() or not self.kernels.tiles_for(tokens):
+            return None
+        if self._input is not input or self._waiting[number] is None:
+            flat = input.reshape(tokens, -1)
+            if torch.compiler.is_compiling():
+                output = self.kernels.operation(flat)
+            elif self._places != self._now():
+                self.forget()
+                return None
+            else:
+                output = self.kernels(flat)
+            parts = output.split(self.kernels.sizes, 1)  # type: ignore[no-untyped-call]
+            self._input, self._waiting = input, [part.view(*input.shape[:-1], -1) for part in parts]
+        found, self._waiting[number] = self._waiting[number], None
+        if all(other is None for other in self._waiting):
+            self._input = None
+        return found
+
+    def forget(self) -> None:
+        """Leave everything to torch, since the layers are no longer what the kernels were made for."""
+        logger.warning("layers were changed after optimize_for_inference: torch computes them until it is called again")
+        self.kernels.tiles.clear()
+
+    def _now(self) -> list[int]:
+        """Return where the matrices lie in memory."""
+        return [matrix.data_ptr() for layer in self._layers for matrix in _matrices(layer)]
+
+
+def _matrices(layer: nn.Linear) -> list[Tensor]:
+    return [layer.weight, layer.right] if isinstance(layer, LowRankLinear | PivotedLinear) else [layer.weight]
+
+
+def _part(layer: nn.Linear) -> Part:
+    right = layer.right.detach() if isinstance(layer, LowRankLinear | PivotedLinear) else None
+    if isinstance(layer, PivotedLinear):
+        return Part(layer.weight.detach(), right, layer.side, layer.pivots)
+    return Part(layer.weight.detach(), right)
+
+
+def _bias(layers: Sequence[nn.Linear]) -> Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat([
+        layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers
+    ])  # fmt: skip
+
+
+class _Fused:
+    """The forward pass of a layer in a group."""
+
+    group: SharedGroup
+    number: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``[..., out]`` for an input ``[..., in]``."""
+        found = self.group.output(self.number, input)
+        return super().forward(input) if found is None else found  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load parameters in place; pivots and biases are known to the kernels in another form."""
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        self.group.forget()
+
+
+class FusedLowRankLinear(_Fused, LowRankLinear):
+    """A ``LowRankLinear`` in a group."""
+
+
+class FusedPivotedLinear(_Fused, PivotedLinear):
+    """A ``PivotedLinear`` in a group."""
+
+
+class FusedDense(_Fused, nn.Linear):
+    """A dense layer that reads the same input as compressed ones."""
+
+
+FUSED: dict[type[nn.Linear], type[nn.Linear]] = {
+    LowRankLinear: FusedLowRankLinear,
+    PivotedLinear: FusedPivotedLinear,
+    nn.Linear: FusedDense,
+}
