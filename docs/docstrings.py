@@ -9,6 +9,7 @@ from typing import Any
 from griffe import Extension, Object
 
 _EXAMPLE = re.compile(r"(?<=\n\n)>>> (?:.+\n?)+")
+_SECTION = re.compile(r"^Example:$", re.M)
 _ROLE = re.compile(r":[a-z]+:(`+[^`]+`+)")
 
 
@@ -23,5 +24,7 @@ class Docstrings(Extension):
 
 def readable(docstring: str) -> str:
     """Return ``docstring`` with fenced doctests outside of sections, and without roles."""
-    fenced = _EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", f"{cleandoc(docstring)}\n")
+    # The section of one example is read as Markdown, that of several as doctests.
+    docstring = _SECTION.sub("Examples:", cleandoc(docstring))
+    fenced = _EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", f"{docstring}\n")
     return _ROLE.sub(lambda found: "`" + found[1].strip("`") + "`", fenced).rstrip()
