@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import count
 from typing import Literal
 from weakref import WeakValueDictionary
 
@@ -308,7 +309,7 @@ class FusedGroup:
         self.bias = bias
         self.tiles: dict[Count, list[Tile]] = {}
         self._kept = kept
-        self._handle = len(_GROUPS)
+        self._handle = next(_HANDLES)
         _GROUPS[self._handle] = self
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -355,8 +356,8 @@ class FusedGroup:
         with torch.inference_mode():
             # From zeros a GPU may compute faster.
             flush = torch.randn(_FLUSHED // 4, device=weight.device)
-            for count, candidates in TILES.items():
-                tokens = 1 if count == "one" else MAX_TOKENS
+            for number, candidates in TILES.items():
+                tokens = 1 if number == "one" else MAX_TOKENS
                 input = torch.randn(tokens, inputs, device=weight.device, dtype=weight.dtype)
                 output, kept = self._room(input)
                 kept.normal_()
@@ -368,7 +369,7 @@ class FusedGroup:
                     ]
                     best.append(candidates[times.index(min(times))])
                 ours, others = partial(self.launch, input, best), partial(other, input)
-                self.tiles[count] = best if _seconds(ours, flush) < _seconds(others, flush) else []
+                self.tiles[number] = best if _seconds(ours, flush) < _seconds(others, flush) else []
 
     def _room(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return empty tensors for the outputs and for the values that are kept."""
@@ -376,7 +377,9 @@ class FusedGroup:
 
 
 _GROUPS: WeakValueDictionary[int, FusedGroup] = WeakValueDictionary()
-"""All groups by the number under which compiled code knows them."""
+"""All groups by the number under which compiled code knows them; code that is kept on disk finds equal numbers."""
+
+_HANDLES = count()
 
 
 @torch.library.custom_op("lowrank_pl::fused", mutates_args=())

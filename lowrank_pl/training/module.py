@@ -153,7 +153,7 @@ class RankLearner(LightningModule):
         data_terms: DataTerms = DataTerms(),
         decomposition: Decomposition = Decomposition(),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
-        lr_scheduler: LRSchedulerCallable | Literal["cosine"] | None = None,
+        lr_scheduler: Literal["cosine"] | LRSchedulerCallable | None = None,
         constraints: Constraints = Constraints(),
         start: Start = Start(),
         prune: WidthPruning | None = None,

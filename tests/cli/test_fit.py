@@ -36,6 +36,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "smoke"
     words = ["fit", "-c", "smoke", "--run", str(folder), "--json", str(folder / "figures.json")]
     words += ["--trainer.max_steps", "8", "--trainer.val_check_interval", "4", "--checkpoint.every_n_train_steps", "4"]
+    words += ["--model.lr_scheduler", "cosine"]
     ended = subprocess.run([sys.executable, "-m", "lowrank_pl", *words], capture_output=True, text=True, check=True)
     return folder, ended
 
@@ -49,6 +50,11 @@ def failing_fit(capsys, tmp_path, *words, status=1):
         *("config.yaml", "hparams.yaml", LOCK)
     }
     return message
+
+
+def test_a_run_that_goes_well_warns_of_nothing(run):
+    _, ended = run
+    assert [line for line in ended.stderr.splitlines() if "Warning" in line] == []
 
 
 # -- help ----------------------------------------------------------------------------------------------------------
