@@ -154,10 +154,11 @@ def measure_speed(
         for number, (variant, turns) in enumerate(_turns(variants, test.repeats, in_a_row=in_a_row)):
             dense = variant.storage == "dense"
             modules = {} if dense else uniform_modules(model, targets, variant, test.multiple_of)
-            with replaced(model, modules), optimized(model) if variant.optimized else nullcontext():
-                if variant not in found:
+            with replaced(model, modules):
+                if variant not in found:  # before other products compute it, which are not counted
                     counted = multiply_adds(model, tokens[:1, :-1]) if test.case == "prefill" else 0
                     found[variant] = Speed(float("inf"), read_bytes(model), counted)
+            with replaced(model, modules), optimized(model) if variant.optimized else nullcontext():
                 forward: Callable[..., Any] = _compiled(model) if test.compile else model
                 if test.record:
                     forward = _recorded(forward, inputs, model.device)

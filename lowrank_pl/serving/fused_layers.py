@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ def fuse(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> list[dict[str,
     faster: list[dict[str, bool]] = []
     for members in tqdm(groups, desc="choosing kernels", unit="group", leave=False):
         group = SharedGroup(members)
+        assert group.kernels is not None
         faster.append({count: bool(tiles) for count, tiles in group.kernels.tiles.items()})
         if any(group.kernels.tiles.values()):
             for number, layer in enumerate(members):
@@ -60,49 +62,96 @@ def _groups(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> list[list[n
     return [group[start : start + size] for group in found.values() for start in range(0, len(group), size)]
 
 
-class SharedGroup:
-    """The layers of a group, which ask it one after the other for what it has computed at once."""
+_TENSORS = ("weight", "right", "bias", "pivots")
+"""What the layers consist of."""
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        for layer in layers:
-            for matrix in _matrices(layer):
-                matrix.data = padded(matrix.data)
-        self.kernels = FusedGroup([_part(layer) for layer in layers], _bias(layers))
-        self.kernels.choose(layers[0].in_features, lambda input: [layer(input) for layer in layers])
-        self._layers = list(layers)
-        self._places = self._now()
+
+class SharedGroup:
+    """The layers of a group, which ask it one after the other for what it has computed at once.
+
+    A copy of it, as ``deepcopy`` and ``pickle`` make them, leaves everything to torch.
+
+    Args:
+        layers: Layers that read the same input; none for a group that computes nothing.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear] = ()) -> None:
+        self.kernels: FusedGroup | None = None
+        self._layers = [ref(layer) for layer in layers]
         self._input: Tensor | None = None
+        self._version: int | None = None
         self._waiting: list[Tensor | None] = []
+        if not layers:
+            return
+        # Tensors that are made in inference mode can't be trained later.
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in layers:
+                for matrix in _matrices(layer):
+                    matrix.data = padded(matrix.data)
+            self.kernels = FusedGroup([_part(layer) for layer in layers], _shared_bias(layers))
+        self.kernels.choose(layers[0].in_features, lambda input: [layer(input) for layer in layers])
+        self._places = self._now()
+        mine = ref(self)
+        self.kernels.otherwise = lambda input: None if (group := mine()) is None else group._by_torch(input)
+
+    def __reduce__(self) -> tuple[type[SharedGroup], tuple[()]]:
+        """Return how a copy is made: without layers."""
+        return SharedGroup, ()
 
     def output(self, number: int, input: Tensor) -> Tensor | None:
         """Return the output of layer ``number``; None if torch has to compute it."""
-        tokens = input.numel() // input.shape[-1]
-        if torch.is_grad_enabled() or not self.kernels.tiles_for(tokens):
+        kernels = self.kernels
+        if kernels is None or torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type):
             return None
-        if self._input is not input or self._waiting[number] is None:
+        weight, tokens = kernels.stages[0].products[0].weight, input.numel() // input.shape[-1]
+        unlike = input.dtype != weight.dtype or input.device != weight.device
+        if unlike or tokens == 0 or not kernels.tiles_for(tokens):
+            return None
+        compiling = torch.compiler.is_compiling()
+        version = None if compiling or input.is_inference() else input._version
+        if self._input is not input or self._version != version or self._waiting[number] is None:
             flat = input.reshape(tokens, -1)
-            if torch.compiler.is_compiling():
-                output = self.kernels.operation(flat)
+            if compiling:
+                output = kernels.operation(flat)
             elif self._places != self._now():
                 self.forget()
                 return None
             else:
-                output = self.kernels(flat)
-            parts = output.split(self.kernels.sizes, 1)  # type: ignore[no-untyped-call]
-            self._input, self._waiting = input, [part.view(*input.shape[:-1], -1) for part in parts]
+                output = kernels(flat)
+            parts = output.split(kernels.sizes, 1)  # type: ignore[no-untyped-call]
+            self._input, self._version = input, version
+            self._waiting = [part.view(*input.shape[:-1], -1) for part in parts]
         found, self._waiting[number] = self._waiting[number], None
         if all(other is None for other in self._waiting):
             self._input = None
         return found
 
+    def check(self) -> None:
+        """Leave everything to torch if the layers are no longer where they were."""
+        if self.kernels is not None and self._places != self._now():
+            self.forget()
+
     def forget(self) -> None:
         """Leave everything to torch, since the layers are no longer what the kernels were made for."""
-        logger.warning("layers were changed after optimize_for_inference: torch computes them until it is called again")
-        self.kernels.tiles.clear()
+        if self.kernels is not None:
+            logger.warning(
+                "layers were changed after optimize_for_inference: torch computes them until it is called again"
+            )
+        self.kernels, self._input, self._waiting = None, None, []
+
+    def _members(self) -> list[nn.Linear]:
+        return [layer for found in self._layers if (layer := found()) is not None]
 
     def _now(self) -> list[int]:
-        """Return where the matrices lie in memory."""
-        return [matrix.data_ptr() for layer in self._layers for matrix in _matrices(layer)]
+        """Return where matrices, biases and pivots lie in memory."""
+        tensors = (getattr(layer, name, None) for layer in self._members() for name in _TENSORS)
+        return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+    def _by_torch(self, input: Tensor) -> Tensor | None:
+        """Return the outputs by torch's products if the layers have changed; compiled code asks for it."""
+        if self._places == self._now():
+            return None
+        return torch.cat([_KINDS[type(layer)].forward(layer, input) for layer in self._members()], -1)
 
 
 def _matrices(layer: nn.Linear) -> list[Tensor]:
@@ -116,12 +165,18 @@ def _part(layer: nn.Linear) -> Part:
     return Part(layer.weight.detach(), right)
 
 
-def _bias(layers: Sequence[nn.Linear]) -> Tensor | None:
+def _shared_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
+    """Return the biases of all outputs, of which those of the layers become parts, so that both change together."""
     if all(layer.bias is None for layer in layers):
         return None
-    return torch.cat([
+    biases = torch.cat([
         layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers
     ])  # fmt: skip
+    parts = biases.split([layer.out_features for layer in layers])  # type: ignore[no-untyped-call]
+    for layer, part in zip(layers, parts, strict=True):
+        if layer.bias is not None:
+            layer.bias.data = part
+    return biases
 
 
 class _Fused:
@@ -140,12 +195,18 @@ class _Fused:
         super()._load_from_state_dict(*args)  # type: ignore[misc]
         self.group.forget()
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        """Convert or move the layer; memory of the old weights is released."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.group.check()
+        return self  # type: ignore[return-value]
+
 
 class FusedLowRankLinear(_Fused, LowRankLinear):
     """A ``LowRankLinear`` in a group."""
 
 
-class FusedPivotedLinear(_Fused, PivotedLinear):
+class FusedPivotedLinear(_Fused, PivotedLinear):  # type: ignore[misc]
     """A ``PivotedLinear`` in a group."""
 
 
@@ -158,3 +219,6 @@ FUSED: dict[type[nn.Linear], type[nn.Linear]] = {
     PivotedLinear: FusedPivotedLinear,
     nn.Linear: FusedDense,
 }
+
+_KINDS = {kind: own for own, kind in FUSED.items()} | {own: own for own in FUSED}
+"""The class whose forward pass torch computes, by that of a layer in a group."""

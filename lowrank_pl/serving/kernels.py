@@ -85,14 +85,16 @@ class Product:
 
 
 def padded(weight: Tensor) -> Tensor:
-    """Return ``weight`` in memory whose rows begin at multiples of 16 bytes or more; itself where they do.
+    """Return ``weight`` in memory whose rows begin at multiples of 16 bytes or more, zeros behind them.
+
+    It is returned itself where its rows need nothing behind them.
 
     >>> weight = padded(torch.ones(3, 5))
     >>> weight.shape, weight.stride()
     (torch.Size([3, 5]), (8, 1))
     """
     rows, columns = weight.shape
-    if weight.stride(1) == 1 and weight.stride(0) % _ALIGNED == 0:
+    if weight.is_contiguous() and columns % _ALIGNED == 0:
         return weight
     room = weight.new_zeros(rows, columns + -columns % _ALIGNED)
     room[:, :columns] = weight
@@ -279,6 +281,7 @@ class FusedGroup:
     Attributes:
         sizes: Number of outputs of each layer.
         tiles: How both stages are divided, for one token and for a few; nothing where a library is faster.
+        otherwise: Asked first by calls: returns the outputs where the layers are no longer what they were, else None.
     """
 
     def __init__(self, parts: Sequence[Part], bias: Tensor | None = None) -> None:
@@ -308,12 +311,16 @@ class FusedGroup:
         self.stages = [Stage(products) for products in (first, second) if products]
         self.bias = bias
         self.tiles: dict[Count, list[Tile]] = {}
+        self.otherwise: Callable[[Tensor], Tensor | None] = lambda _: None
         self._kept = kept
         self._handle = next(_HANDLES)
         _GROUPS[self._handle] = self
 
     def __call__(self, input: Tensor) -> Tensor:
         """Return the outputs of all layers beside each other, ``[tokens, outputs]``, for ``[tokens, inputs]``."""
+        found = self.otherwise(input)
+        if found is not None:
+            return found
         tiles = self.tiles_for(len(input))
         return self.launch(input, tiles) if tiles else self.compute(input)
 
@@ -328,8 +335,8 @@ class FusedGroup:
 
     def launch(self, input: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """Return what calling returns, by kernels; for up to ``MAX_TOKENS`` tokens."""
-        # Rows must be contiguous.
-        input = input if input.stride(1) == 1 else input.contiguous()
+        # Places in the input are 32-bit numbers.
+        input = input.contiguous()
         output, kept = self._room(input)
         for stage, tile in zip(self.stages, tiles, strict=True):
             stage.launch(input, output, kept, self.bias, tile)

@@ -74,8 +74,9 @@ class _OneDNN(nn.Linear):
     def product(self, input: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``matrix @ input + bias``."""
         # It knows no gradients; the code that torch.compile makes calls what it has chosen itself.
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if plain or matrix.dtype != torch.float32 or matrix.device.type != "cpu":
+        plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        other = {tensor.dtype for tensor in (input, matrix)} != {torch.float32} or matrix.device.type != "cpu"
+        if plain or other or input.device != matrix.device:
             return F.linear(input, matrix, bias)
         tokens = input.numel() // input.shape[-1]
         count = next((count for count, most in _TOKENS.items() if tokens <= most), "many")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -59,6 +59,17 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
     """
     restore(model)
     linear = {name: module for name, module in model.named_modules() if type(module) in FUSED}
+    _report_others(model, linear)
+    # Hooks of accelerate call the forward pass that the layer had before.
+    linear = {name: module for name, module in linear.items() if "forward" not in vars(module)}
+    try:
+        return _optimize(model, linear)
+    except BaseException:
+        restore(model)
+        raise
+
+
+def _optimize(model: PreTrainedModel, linear: Mapping[str, nn.Linear]) -> Optimized:
     on_gpu = {name: m for name, m in linear.items() if m.weight.is_cuda and m.weight.dtype in TYPES}
     on_cpu = [m for m in linear.values() if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
     faster = fuse(model, on_gpu) if any(type(layer) is not nn.Linear for layer in on_gpu.values()) else []
@@ -79,6 +90,21 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
     return found
 
 
+def _report_others(model: PreTrainedModel, linear: Mapping[str, nn.Module]) -> None:
+    """Warn of the compressed layers that stay as they are."""
+    hooked = sum("forward" in vars(module) for module in linear.values())
+    ours = {kind.__name__ for kind in FUSED} - {nn.Linear.__name__}
+    foreign = sum(type(m).__name__ in ours for name, m in model.named_modules() if name not in linear)
+    if hooked:
+        logger.warning("%d layers have hooks of accelerate and are not optimised: load to one device", hooked)
+    if foreign:
+        logger.warning(
+            "%d compressed layers are of the folder's own code and are not optimised: import lowrank_pl before "
+            "loading, or call load_compressed",
+            foreign,
+        )
+
+
 def restore(model: nn.Module) -> None:
     """Undo :func:`optimize_for_inference`: torch computes all layers."""
     plain = {kind: own for kinds in (FUSED, ONEDNN) for own, kind in kinds.items()}
@@ -92,8 +118,8 @@ def restore(model: nn.Module) -> None:
 @contextmanager
 def optimized(model: PreTrainedModel) -> Iterator[None]:
     """Optimise ``model`` while the block runs."""
-    optimize_for_inference(model)
     try:
+        optimize_for_inference(model)
         yield
     finally:
         restore(model)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from lowrank_pl.costs.speed import Variant, uniform_modules
@@ -51,6 +52,24 @@ def test_gradients_are_those_of_the_model_before(model, always):
     optimize_for_inference(model)
     model(tokens, labels=tokens).loss.backward()
     assert torch.equal(model.model.layers[0].mlp.up_proj.right.grad, before)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_autocast_computes_as_before(model, always):
+    tokens = torch.arange(12)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(tokens).logits
+        optimize_for_inference(model)
+        assert torch.equal(model(tokens).logits, before)
+
+
+@needs_onednn
+def test_layers_with_hooks_are_left_alone_and_counted(model, always, caplog):
+    add_hook_to_module(model.lm_head, ModelHook())
+    optimize_for_inference(model)
+    assert type(model.lm_head) is nn.Linear
+    assert "1 layers have hooks of accelerate" in caplog.text
 
 
 @needs_onednn
