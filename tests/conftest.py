@@ -19,15 +19,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.helpers.fork_server import fork_fresh_processes, serving
 from tests.helpers.fuzzing import OUTCOMES
 from tests.helpers.novel import LINES
 
-# A machine that does other work as well is no failure of a test.
-settings.register_profile("tests", deadline=None)
-settings.register_profile("fuzz", deadline=None, max_examples=1000)
+# A machine that does other work as well is no failure of a test, nor are examples that had to be thrown away by chance.
+calm = {"deadline": None, "suppress_health_check": [HealthCheck.filter_too_much]}
+settings.register_profile("tests", **calm)
+settings.register_profile("fuzz", **calm, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 
 
