@@ -239,7 +239,8 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path, run):
     assert "the checkpoint does not fit this run: keep is 0.5 there and 0.7 here" in said
     said = failing_fit(capsys, tmp_path, "--ckpt_path", last, "--model.optimizer.init_args.lr", "0.5")
     assert "lr_scheduler is 'cosine' there and None here; optimizer lr is 0.05 there and 0.5 here" in said
-    assert "learning from other data" in failing_fit(capsys, tmp_path, "--ckpt_path", last, "--data.seed", "9")
+    words = ["--ckpt_path", last, "--model.lr_scheduler", "cosine", "--data.seed", "9"]
+    assert "learning from other data" in failing_fit(capsys, tmp_path, *words)
     assert "no checkpoint at" in failing_fit(capsys, tmp_path, "--ckpt_path", tmp_path / "none.ckpt")
     assert "README.md is damaged or no checkpoint" in failing_fit(capsys, tmp_path, "--ckpt_path", ROOT / "README.md")
     foreign = tmp_path / "foreign.ckpt"
