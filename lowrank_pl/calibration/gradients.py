@@ -80,7 +80,31 @@ class GradientMoments(GradientMeasure):
         return {"tokens": str(self.tokens)}
 
 
-class WeightGradients(GradientMeasure):
+class _ByBatch(GradientMeasure):
+    """Something of the gradient of the mean cross-entropy by a weight, for the text's own next tokens, batch by batch.
+
+    Attributes:
+        batches: How many batches were summed.
+    """
+
+    batches: int
+
+    @classmethod
+    def identity(cls, labels: Labels, batch_size: int) -> dict[str, str]:
+        """Return the batch size: the mean is over batches, and the last one may be smaller."""
+        return {"batch_size": str(batch_size)}
+
+    @classmethod
+    def labels(cls, asked: Labels) -> Labels:
+        """Return ``text``: sampled labels would give a mean gradient of zero, but for noise."""
+        return "text"
+
+    def notes(self) -> dict[str, str]:
+        """Return how many batches were summed."""
+        return {"batches": str(self.batches)}
+
+
+class WeightGradients(_ByBatch):
     """Mean over batches of the gradient of the mean cross-entropy by a weight, for the text's own next tokens.
 
     Args:
@@ -96,16 +120,6 @@ class WeightGradients(GradientMeasure):
     def __init__(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> None:
         self._total = torch.zeros(shape, device=device)
         self.batches = 0
-
-    @classmethod
-    def identity(cls, labels: Labels, batch_size: int) -> dict[str, str]:
-        """Return the batch size: the mean is over batches, and the last one may be smaller."""
-        return {"batch_size": str(batch_size)}
-
-    @classmethod
-    def labels(cls, asked: Labels) -> Labels:
-        """Return ``text``: sampled labels would give a mean gradient of zero, but for noise."""
-        return "text"
 
     @classmethod
     def bytes_of(cls, target: Target, passes: Passes) -> int:
@@ -136,12 +150,8 @@ class WeightGradients(GradientMeasure):
         """Return ``mean`` ``[out, in]``."""
         return {"mean": self.mean}
 
-    def notes(self) -> dict[str, str]:
-        """Return how many batches were summed."""
-        return {"batches": str(self.batches)}
 
-
-class WeightFisher(GradientMeasure):
+class WeightFisher(_ByBatch):
     """The empirical Fisher information of a weight, summed over its outputs and over its inputs (arXiv 2207.00112).
 
     The Fisher information of an entry is the mean over batches of its squared gradient of the mean cross-entropy, for
@@ -160,16 +170,6 @@ class WeightFisher(GradientMeasure):
     def __init__(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> None:
         self._outputs, self._inputs = (torch.zeros(size, dtype=torch.float64, device=device) for size in shape)
         self.batches = 0
-
-    @classmethod
-    def identity(cls, labels: Labels, batch_size: int) -> dict[str, str]:
-        """Return the batch size: gradients are squared batch by batch."""
-        return {"batch_size": str(batch_size)}
-
-    @classmethod
-    def labels(cls, asked: Labels) -> Labels:
-        """Return ``text``, as in the paper."""
-        return "text"
 
     @classmethod
     def bytes_of(cls, target: Target, passes: Passes) -> int:
@@ -198,10 +198,6 @@ class WeightFisher(GradientMeasure):
         """Return ``outputs`` ``[out]`` and ``inputs`` ``[in]``: the sums along each row and each column, float64."""
         batches = max(1, self.batches)
         return {"outputs": self._outputs / batches, "inputs": self._inputs / batches}
-
-    def notes(self) -> dict[str, str]:
-        """Return how many batches were summed."""
-        return {"batches": str(self.batches)}
 
 
 def _weight_gradient(calls: Sequence[Call], batch: Batch) -> Tensor:

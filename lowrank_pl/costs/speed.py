@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -154,11 +154,13 @@ def measure_speed(
         for number, (variant, turns) in enumerate(_turns(variants, test.repeats, in_a_row=in_a_row)):
             dense = variant.storage == "dense"
             modules = {} if dense else uniform_modules(model, targets, variant, test.multiple_of)
-            with replaced(model, modules):
+            with ExitStack() as changes:
+                changes.enter_context(replaced(model, modules))
                 if variant not in found:  # before other products compute it, which are not counted
                     counted = multiply_adds(model, tokens[:1, :-1]) if test.case == "prefill" else 0
                     found[variant] = Speed(float("inf"), read_bytes(model), counted)
-            with replaced(model, modules), optimized(model) if variant.optimized else nullcontext():
+                if variant.optimized:
+                    changes.enter_context(optimized(model))
                 forward: Callable[..., Any] = _compiled(model) if test.compile else model
                 if test.record:
                     forward = _recorded(forward, inputs, model.device)

@@ -105,7 +105,8 @@ class SharedGroup:
             return None
         weight, tokens = kernels.stages[0].products[0].weight, input.numel() // input.shape[-1]
         unlike = input.dtype != weight.dtype or input.device != weight.device
-        if unlike or tokens == 0 or not kernels.tiles_for(tokens):
+        tiles = kernels.tiles_for(tokens)
+        if unlike or tokens == 0 or not tiles:
             return None
         compiling = torch.compiler.is_compiling()
         version = None if compiling or input.is_inference() else input._version
@@ -117,7 +118,7 @@ class SharedGroup:
                 self.forget()
                 return None
             else:
-                output = kernels(flat)
+                output = kernels.launch(flat, tiles)
             parts = output.split(kernels.sizes, 1)  # type: ignore[no-untyped-call]
             self._input, self._version = input, version
             self._waiting = [part.view(*input.shape[:-1], -1) for part in parts]

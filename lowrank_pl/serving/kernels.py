@@ -126,6 +126,9 @@ class Stage:
         self._reads = torch.cat(stored or [torch.zeros(1)]).to(device, torch.int32)
         self._adds = _by_row(products, [product.adds for product in products])
         self._outputs = _by_row(products, [product.outputs for product in products])
+        weights = [product.weight for product in products]
+        self._weights = weights + weights[:1] * (MAX_MATRICES - len(weights))
+        self._kinds = {"GATHERS": bool(stored), "ADDS": any(product.adds is not None for product in products)}
         self._tables: dict[int, Tensor] = {}
 
     @property
@@ -194,8 +197,6 @@ class Stage:
         from lowrank_pl.serving.triton_rows import rows_kernel
 
         table = self.table(tile.rows)
-        weights = [product.weight for product in self.products]
-        weights += weights[:1] * (MAX_MATRICES - len(weights))
         tokens = len(input)
         overlaps = _can_overlap(input.device)
         # Triton launches on the current device.
@@ -205,7 +206,7 @@ class Stage:
                 output,
                 kept,
                 output if bias is None else bias,
-                *weights,
+                *self._weights,
                 table,
                 self._reads,
                 self._adds,
@@ -215,12 +216,11 @@ class Stage:
                 output.stride(0),
                 kept.stride(0),
                 HAS_BIAS=bias is not None,
-                GATHERS=any(isinstance(product.reads, Tensor) for product in self.products),
-                ADDS=any(product.adds is not None for product in self.products),
                 TOKENS=1 if tokens == 1 else MAX_TOKENS,
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 OVERLAPS=overlaps,
+                **self._kinds,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
                 **({"launch_pdl": True} if overlaps else {}),
