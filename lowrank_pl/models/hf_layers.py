@@ -27,9 +27,20 @@ class _TwoMatrices(nn.Linear):
 
     right: nn.Parameter
 
-    def product(self, input: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``matrix @ input + bias``; derived classes compute it in other ways."""
-        return F.linear(input, matrix, bias)
+    def _add_matrix(
+        self, name: str, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        """Register an empty matrix; derived classes store it in other ways."""
+        self.register_parameter(name, nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype)))
+
+    def matrix(self, name: str) -> Tensor:
+        """Return the matrix ``weight`` or ``right``; derived classes compute it from what they store."""
+        matrix: Tensor = getattr(self, name)
+        return matrix
+
+    def product(self, input: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
+        """Return the product of the matrix called ``name`` with ``input``, plus ``bias``."""
+        return F.linear(input, self.matrix(name), bias)
 
 
 class LowRankLinear(_TwoMatrices):
@@ -73,8 +84,8 @@ class LowRankLinear(_TwoMatrices):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.weight = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.right = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self._add_matrix("weight", out_features, rank, device, dtype)
+        self._add_matrix("right", rank, in_features, device, dtype)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -119,7 +130,7 @@ class LowRankLinear(_TwoMatrices):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``[..., out]`` for an input ``[..., in]``."""
-        return self.product(self.product(input, self.right), self.weight, self.bias)
+        return self.product(self.product(input, "right"), "weight", self.bias)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
@@ -127,7 +138,7 @@ class LowRankLinear(_TwoMatrices):
 
         fp32 factors are multiplied in fp64, half-precision factors in fp32, so that only the result is rounded.
         """
-        return _product(self.weight, self.right)
+        return _product(self.matrix("weight"), self.matrix("right"))
 
     # Names by which PEFT asks quantised layers for the weight that they stand for. DoRA needs its norms.
     W_q = property(lambda self: self.weight)
@@ -203,8 +214,8 @@ class PivotedLinear(_TwoMatrices):
         self.rank = rank
         self.side: Side = side
         rows, columns = (out_features - rank, in_features) if side == "out" else (out_features, in_features - rank)
-        self.weight = nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype))
-        self.right = nn.Parameter(torch.empty(rank, columns, device=device, dtype=dtype))
+        self._add_matrix("weight", rows, rank, device, dtype)
+        self._add_matrix("right", rank, columns, device, dtype)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -274,10 +285,10 @@ class PivotedLinear(_TwoMatrices):
         """Return ``[..., out]`` for an input ``[..., in]``."""
         if self.side == "in":
             pivots, others = self._indices()
-            kept = _gather(input, pivots) + self.product(_gather(input, others), self.right)
-            return self.product(kept, self.weight, self.bias)
-        kept = self.product(input, self.right)
-        output = _gather(torch.cat([kept, self.product(kept, self.weight)], -1), *self._indices())
+            kept = _gather(input, pivots) + self.product(_gather(input, others), "right")
+            return self.product(kept, "weight", self.bias)
+        kept = self.product(input, "right")
+        output = _gather(torch.cat([kept, self.product(kept, "weight")], -1), *self._indices())
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _indices(self) -> tuple[Tensor, ...]:
@@ -317,10 +328,11 @@ class PivotedLinear(_TwoMatrices):
 
         fp32 parts are multiplied in fp64, half-precision parts in fp32, so that only the result is rounded.
         """
-        others = _product(self.weight, self.right)
+        weight, right = self.matrix("weight"), self.matrix("right")
+        others = _product(weight, right)
         if self.side == "out":
-            return torch.cat([self.right, others]).index_select(0, *self._indices())
-        return torch.cat([self.weight, others], 1).index_select(1, torch.cat(self._indices()).argsort())
+            return torch.cat([right, others]).index_select(0, *self._indices())
+        return torch.cat([weight, others], 1).index_select(1, torch.cat(self._indices()).argsort())
 
     W_q = property(lambda self: self.weight)  # as in LowRankLinear
     dequantize = dense

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -14,8 +15,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from lowrank_pl.models.hf_quantized import Grid
 from lowrank_pl.plans.component_order import ComponentOrder
-from lowrank_pl.plans.storage import Form, Storage, StorageChoice
+from lowrank_pl.plans.storage import INDEX_BYTES, Form, Storage, StorageChoice
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
 from lowrank_pl.utils.json_files import SEAL, break_seal, checked_json, json_digest
 
@@ -23,8 +25,9 @@ __all__ = ["SCHEMA", "ZERO", "ModulePlan", "RankPlan"]
 
 _log = logging.getLogger(__name__)
 
-SCHEMA = 2
-"""Version of the JSON format. Since 2, a module may be stored pivoted; plans of version 1 are still read."""
+SCHEMA = 3
+"""Version of the JSON format. Since 2, a module may be stored pivoted, and since 3 it may be rounded to a few bits.
+Plans without bits are written in version 2; plans of version 1 are still read."""
 
 ZERO = "all zeros in the base too"
 """Note on a module whose factors may be zero."""
@@ -39,12 +42,14 @@ class ModulePlan:
         rank: Number of kept components; ``None`` leaves the layer dense.
         indices: Indices of the kept components, ascending; ``None`` stands for the first ``rank`` ones.
         storage: Form in which a low-rank layer is stored; without meaning if the layer is dense.
+        grid: The numbers that the stored matrices are rounded to; None leaves them as they are.
     """
 
     shape: tuple[int, int]
     rank: int | None = None
     indices: tuple[int, ...] | None = None
     storage: Form = "factored"
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or not all(type(size) is int and size > 0 for size in self.shape):
@@ -98,11 +103,36 @@ class ModulePlan:
             return self.dense_parameters
         return self.rank * (sum(self.shape) - (self.rank if self.storage == "pivoted" else 0))
 
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """``(rows, columns)`` of each stored matrix; pivots are counted as rows."""
+        outputs, inputs = self.shape
+        if self.rank is None:
+            return [self.shape]
+        return [(outputs - (self.rank if self.storage == "pivoted" else 0), self.rank), (self.rank, inputs)]
+
+    def bytes(self, bytes_per_parameter: int) -> int:
+        """Return the bytes of the stored matrices on disk, with the indices of pivots.
+
+        Args:
+            bytes_per_parameter: Bytes of a number that is not rounded.
+        """
+        if self.grid is None:
+            return self.numbers(bytes_per_parameter) * bytes_per_parameter
+        pivots = self.rank if self.rank is not None and self.storage == "pivoted" else 0
+        return sum(self.grid.bytes(*sizes) for sizes in self.matrices) + pivots * INDEX_BYTES
+
     def numbers(self, bytes_per_parameter: int) -> int:
         """Return the stored parameters, where each pivot's index counts as the numbers that take as many bytes."""
         if self.rank is None:
             return self.dense_parameters
         return Storage(self.storage, bytes_per_parameter).cost(self.shape, self.rank)
+
+
+def _kind_of_numbers(grid: Grid | None) -> str:
+    if grid is None:
+        return "as they are"
+    return f"{grid.bits} bits" + ("" if grid.group is None else f" in groups of {grid.group}")
 
 
 def _check_indices(indices: tuple[int, ...], rank: int | None, shape: tuple[int, int]) -> None:
@@ -134,6 +164,7 @@ class RankPlan:
         floors: Least kept fraction by glob on module names, at other sizes too.
         storage: Choice of the form in which modules are stored, at other sizes too.
         left_out: Parameters that width pruning has removed from the modules; all fractions count them as removed.
+        embeddings: Embeddings and heads that are rounded to a few bits, by name, as dense modules; tied ones once.
 
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
@@ -157,6 +188,7 @@ class RankPlan:
     floors: Mapping[str, float] = field(default_factory=dict)
     storage: StorageChoice = "factored"
     left_out: int = 0
+    embeddings: Mapping[str, ModulePlan] = field(default_factory=dict)
 
     @property
     def targeted_parameters(self) -> int:
@@ -185,8 +217,29 @@ class RankPlan:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the whole compressed model's parameters."""
-        return self.kept_model_parameters * self.bytes_per_parameter
+        """Bytes of the whole compressed model's parameters on disk."""
+        stored = [*self.modules.values(), *self.embeddings.values()]
+        others = self.model_parameters - self.targeted_parameters
+        others -= sum(module.dense_parameters for module in self.embeddings.values())
+        return sum(module.bytes(self.bytes_per_parameter) for module in stored) + others * self.bytes_per_parameter
+
+    @property
+    def keep_bytes(self) -> float:
+        """Kept fraction of the whole model's bytes."""
+        return self.bytes / self.dense_bytes
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether any matrix is rounded to a few bits."""
+        return any(module.grid is not None for module in (*self.modules.values(), *self.embeddings.values()))
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """How many targeted modules have each kind of numbers: ``8 bits``, ``4 bits in groups of 32``, ``as they are``.
+
+        Kinds with the most modules come first.
+        """
+        return dict(Counter(_kind_of_numbers(module.grid) for module in self.modules.values()).most_common())
 
     @property
     def dense_bytes(self) -> int:
@@ -230,7 +283,7 @@ class RankPlan:
     def dense(self) -> RankPlan:
         """Return the plan that leaves every module dense."""
         modules = {name: ModulePlan(module.shape) for name, module in self.modules.items()}
-        return replace(self, keep=1.0, modules=modules, order=None)
+        return replace(self, keep=1.0, modules=modules, order=None, embeddings={})
 
     def with_origin(
         self, origin: Mapping[str, Any], fingerprint: Mapping[str, Any], notes: Iterable[str] = ()
@@ -246,7 +299,8 @@ class RankPlan:
         digest is read with a warning.
         """
         head = {
-            "schema": SCHEMA,
+            # Earlier versions read what they can.
+            "schema": SCHEMA if self.is_rounded else 2,
             "method": self.method,
             "keep": {"asked": self.keep, "targeted": self.keep_targeted, "model": self.keep_model},
             "parameters": {
@@ -266,9 +320,10 @@ class RankPlan:
             "origin": dict(self.origin),
             "fingerprint": dict(self.fingerprint),
         }
-        lines = [f"    {json.dumps(name)}: {json.dumps(_module_json(plan))}" for name, plan in self.modules.items()]
         body = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
-        tables = ',\n  "modules": {\n' + ",\n".join(lines) + "\n  }"
+        tables = _table("modules", self.modules)
+        if self.embeddings:
+            tables += _table("embeddings", self.embeddings)
         if self.order is not None:
             # Last, because people do not read it.
             scores = [f"    {json.dumps(name)}: {json.dumps(text)}" for name, text in self.order.to_json().items()]
@@ -317,6 +372,7 @@ class RankPlan:
             floors=constraints["floors"],
             storage=constraints["storage"],
             left_out=data["parameters"].get("left_out", 0),
+            embeddings={name: ModuleEntry(**entry).plan() for name, entry in data.get("embeddings", {}).items()},
         )
 
     def save(self, path: str | Path) -> Path:
@@ -345,4 +401,12 @@ def _module_json(plan: ModulePlan) -> dict[str, Any]:
         entry["indices"] = list(plan.indices)
     if plan.rank is not None and plan.storage != "factored":
         entry["storage"] = plan.storage
+    if plan.grid is not None:
+        entry.update(plan.grid.to_json())
     return entry
+
+
+def _table(name: str, modules: Mapping[str, ModulePlan]) -> str:
+    """Return the entry ``name`` of a plan's JSON, with one line a module."""
+    lines = [f"    {json.dumps(module)}: {json.dumps(_module_json(plan))}" for module, plan in modules.items()]
+    return f',\n  "{name}": {{\n' + ",\n".join(lines) + "\n  }"

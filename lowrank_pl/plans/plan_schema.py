@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from lowrank_pl.models.hf_quantized import Grid
 from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.constraints import Form, StorageChoice
 from lowrank_pl.plans.plan import SCHEMA, ModulePlan
@@ -45,6 +46,8 @@ class ModuleEntry(_Part):
     rank: Annotated[int | None, BeforeValidator(_rank)]
     indices: list[int] = ABSENT
     storage: Form = "factored"
+    bits: int | None = Field(default=None)
+    group: int | None = Field(default=None)
 
     @model_validator(mode="after")
     def _fits(self) -> ModuleEntry:
@@ -55,10 +58,13 @@ class ModuleEntry(_Part):
         """Return the plan of the layer.
 
         Raises:
-            ValueError: Rank, indices and storage do not fit the shape.
+            ValueError: Rank, indices and storage do not fit the shape, or the bits are impossible.
         """
+        if self.bits is None and self.group is not None:
+            raise ValueError(f"a group of {self.group} was given without bits: add bits, or leave out group")
         indices = None if self.indices is None else tuple(self.indices)
-        return ModulePlan((self.shape[0], self.shape[1]), self.rank, indices, self.storage)
+        grid = None if self.bits is None else Grid(self.bits, self.group)
+        return ModulePlan((self.shape[0], self.shape[1]), self.rank, indices, self.storage, grid)
 
 
 class _Keep(_Part):
@@ -163,6 +169,7 @@ class PlanFile(_Part):
     fingerprint: _Fingerprint
     sha256: str = ""
     modules: Annotated[dict[str, ModuleEntry], Field(min_length=1)]
+    embeddings: dict[str, ModuleEntry] = Field(default_factory=dict)
     order: Annotated[dict[str, str], Field(min_length=1)] = ABSENT
 
     @model_validator(mode="before")
@@ -182,11 +189,12 @@ class PlanFile(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanFile:
-        targeted = sum(entry.shape[0] * entry.shape[1] for entry in self.modules.values()) + self.parameters.left_out
+        counted = [*self.modules.values(), *self.embeddings.values()]
+        targeted = sum(entry.shape[0] * entry.shape[1] for entry in counted) + self.parameters.left_out
         if self.parameters.model.dense < targeted:
             raise ValueError(
                 f"parameters.model.dense is {self.parameters.model.dense}: expected at least {targeted}, the "
-                "parameters of the plan's modules"
+                "parameters of the plan's modules and embeddings"
             )
         for name, scores in ComponentOrder.from_json(self.order or {}).scores.items():
             if name in self.modules and len(scores) > min(self.modules[name].shape):

@@ -71,8 +71,9 @@ class _OneDNN(nn.Linear):
 
     faster: dict[str, dict[str, bool]]
 
-    def product(self, input: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``matrix @ input + bias``."""
+    def product(self, input: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
+        """Return the product of the matrix called ``name`` with ``input``, plus ``bias``."""
+        matrix: Tensor = getattr(self, name)
         # It knows no gradients; the code that torch.compile makes calls what it has chosen itself.
         plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
         other = {tensor.dtype for tensor in (input, matrix)} != {torch.float32} or matrix.device.type != "cpu"
@@ -80,7 +81,7 @@ class _OneDNN(nn.Linear):
             return F.linear(input, matrix, bias)
         tokens = input.numel() // input.shape[-1]
         count = next((count for count, most in _TOKENS.items() if tokens <= most), "many")
-        chosen = self.faster.get("weight" if matrix is self.weight else "right", {})
+        chosen = self.faster.get(name, {})
         return _onednn(input, matrix, bias) if chosen.get(count) else F.linear(input, matrix, bias)
 
 
@@ -97,7 +98,7 @@ class OneDNNLinear(_OneDNN, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``[..., out]`` for an input ``[..., in]``."""
-        return self.product(input, self.weight, self.bias)
+        return self.product(input, "weight", self.bias)
 
 
 ONEDNN: dict[type[nn.Linear], type[nn.Linear]] = {

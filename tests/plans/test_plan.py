@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowrank_pl.plans.component_order import ComponentOrder
-from lowrank_pl.plans.plan import SCHEMA, ModulePlan, RankPlan
+from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.resize import largest_keep
 
 
@@ -70,7 +70,7 @@ def test_json_schema(plan):
         *("schema", "method", "keep", "parameters", "bytes", "counts"),
         *("constraints", "notes", "origin", "fingerprint", "sha256", "modules"),
     ]
-    assert data["schema"] == SCHEMA == 2
+    assert data["schema"] == 2
     assert data["keep"] == {"asked": 0.6, "targeted": plan.keep_targeted, "model": plan.keep_model}
     assert data["parameters"] == {"targeted": {"dense": 464, "kept": 322}, "model": {"dense": 1000, "kept": 858}}
     assert data["bytes"] == {"dense": 2000, "kept": 1716, "per_parameter": 2}
@@ -155,7 +155,7 @@ def test_origin_puts_notes_first(plan):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=99), r"schema 99: .* 1 to 2"),
+        (lambda d: d.update(schema=99), r"schema 99: .* 1 to 3"),
         (lambda d: d.pop("schema"), r"schema None"),
         (lambda d: d.pop("method"), "method is missing"),
         (lambda d: d["parameters"].pop("model"), "parameters.model is missing"),
@@ -245,8 +245,8 @@ def test_no_json_and_no_file(plan, tmp_path):
         RankPlan.load(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="no plan at"):
         RankPlan.load(tmp_path)
-    (tmp_path / "bad.json").write_text(edited(plan, lambda d: d.update(schema=3)))
-    with pytest.raises(ValueError, match=r"bad.json: .*schema 3.*`lowrank allocate`"):
+    (tmp_path / "bad.json").write_text(edited(plan, lambda d: d.update(schema=4)))
+    with pytest.raises(ValueError, match=r"bad.json: .*schema 4.*`lowrank allocate`"):
         RankPlan.load(tmp_path / "bad.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"binary.json: "):
