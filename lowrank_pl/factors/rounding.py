@@ -1,0 +1,319 @@
+"""Matrices rounded to a few bits, with scales and codes chosen by what the errors cost. Pure functions.
+
+The cost of an error ``E`` of a weight is that of a decomposition: ``|R' E L|^2 / 2`` with the square roots of the
+second moments of outputs and inputs (:mod:`lowrank_pl.factors.decomposition`). With two-sided moments it is K-FAC's
+estimate of the rise of the loss in nats, so that the costs of truncating and of rounding compare, and compare across
+modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid, Rounded, pack
+
+__all__ = [
+    "Metric",
+    "compensated",
+    "component_costs",
+    "nearest",
+    "round_dense",
+    "round_factors",
+    "round_pivoted",
+]
+
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
+"""The parts of a group's range that are tried as the range of its codes."""
+
+_BLOCK = 64
+"""Columns whose errors are passed on to all later columns at once."""
+
+_DAMPING = 1e-4
+"""Added to the diagonal of moments before they are inverted, relative to its mean."""
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """What errors of a linear layer's weight cost.
+
+    Args:
+        inputs: Second moment of the inputs, ``[in, in]``; None for the identity.
+        outputs: Second moment of the outputs' gradients, ``[out, out]``; None for the identity.
+    """
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+    def cost(self, error: Tensor) -> float:
+        """Return the cost of an ``error`` ``[out, in]`` of the weight, in nats with two-sided moments."""
+        seen = error if self.inputs is None else error @ self.inputs.to(error)
+        felt = error if self.outputs is None else self.outputs.to(error) @ error
+        return (seen * felt).sum(dtype=torch.float64).item() / 2
+
+
+def nearest(matrix: Tensor, grid: Grid, *, weights: Tensor | None = None) -> Rounded:
+    """Return ``matrix`` with every number rounded to the nearest one that its group has.
+
+    The range of each group is the one with the least weighted squared error among a few parts of its whole range.
+
+    Args:
+        matrix: ``[rows, columns]``, finite.
+        grid: The numbers to round to.
+        weights: Weights ``[columns]`` of squared errors; all alike by default.
+
+    Example:
+        >>> nearest(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), Grid(2)).dense().tolist()
+        [[0.0, 1.0, 2.0, 3.0]]
+    """
+    values = matrix.float()
+    table = _Table.of(values, grid, weights)
+    return table.rounded(table.codes(values))
+
+
+def compensated(
+    matrix: Tensor, grid: Grid, moment: Tensor | None, *, between_rows: bool = False, weights: Tensor | None = None
+) -> Rounded:
+    """Return ``matrix`` rounded column by column, where later columns make up for the errors of earlier ones.
+
+    It minimises ``tr(E moment E')``, in the order and by the recursion of GPTQ (arXiv 2210.17323): columns with large
+    moments come first. The ranges of groups are chosen beforehand, and errors weigh there as much as later columns
+    can't make up for.
+
+    Args:
+        matrix: ``[rows, columns]``, finite.
+        grid: The numbers to round to.
+        moment: ``[columns, columns]``, or ``[rows, rows]`` between rows; None rounds to nearest.
+        between_rows: Make up for errors between rows instead, minimising ``tr(E' moment E)``. Groups are those of
+            columns all the same.
+        weights: Between rows, what the squared errors of each column weigh, ``[columns]``.
+
+    Example:
+        >>> weight, inputs = torch.randn(8, 64), torch.randn(256, 64) @ torch.randn(64, 64)
+        >>> moment = inputs.T @ inputs
+        >>> costs = [Metric(moment).cost(weight - one.dense()) for one in
+        ...          (nearest(weight, Grid(4, 32)), compensated(weight, Grid(4, 32), moment))]
+        >>> costs[1] < costs[0]
+        True
+    """
+    values = matrix.float()
+    if moment is None:
+        return nearest(values, grid, weights=weights)
+    order, upper = _inverse_root(moment)
+    if between_rows:
+        table = _Table.of(values, grid, weights)
+        scale, zero = (part[order].mT for part in table.spread())
+        codes = _compensate(values[order].mT.contiguous(), scale, zero, upper, grid)
+        return table.rounded(torch.empty_like(codes.mT).index_copy_(0, order, codes.mT))
+    # What remains of a column's error after later columns have made up for it.
+    remains = torch.empty_like(upper.diagonal()).index_copy_(0, order, upper.diagonal() ** -2)
+    table = _Table.of(values, grid, remains)
+    scale, zero = (part[:, order] for part in table.spread())
+    codes = _compensate(values[:, order], scale, zero, upper, grid)
+    return table.rounded(torch.empty_like(codes).index_copy_(1, order, codes))
+
+
+def round_dense(weight: Tensor, grid: Grid, metric: Metric) -> Rounded:
+    """Return a dense weight ``[out, in]`` rounded with error compensation between its columns."""
+    return compensated(weight, grid, metric.inputs)
+
+
+def round_factors(left: Tensor, right: Tensor, grid: Grid, metric: Metric) -> dict[str, Rounded]:
+    """Return the rounded factors ``weight`` ``[out, rank]`` and ``right`` ``[rank, in]``.
+
+    The scale of a component can move between its two factors at no cost. It is chosen so that the columns of the left
+    factor, which share groups, have the same size. The right factor is rounded in the metric of the inputs. Then the
+    left factor is fitted to the rounded right one, which takes a part of its error back, and is rounded between its
+    rows in the metric of the outputs.
+
+    Args:
+        left: ``[out, rank]``.
+        right: ``[rank, in]``.
+        grid: The numbers to round to.
+        metric: What errors cost.
+    """
+    left, right = left.float(), right.float()
+    size = left.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    left, right = left / size, right * size[:, None]
+    rounded = compensated(right, grid, metric.inputs)
+    kept = rounded.dense()
+    moment = kept @ kept.mT if metric.inputs is None else kept @ metric.inputs.float() @ kept.mT
+    cross = right @ kept.mT if metric.inputs is None else right @ metric.inputs.float() @ kept.mT
+    left = left @ _solve(moment, cross)
+    if metric.outputs is None:
+        return {"weight": compensated(left, grid, moment), "right": rounded}
+    found = compensated(left, grid, metric.outputs, between_rows=True, weights=moment.diagonal())
+    return {"weight": found, "right": rounded}
+
+
+def round_pivoted(
+    weight: Tensor, right: Tensor, order: tuple[Tensor, Tensor], grid: Grid, metric: Metric
+) -> dict[str, Rounded]:
+    """Return the rounded parts ``weight`` and ``right`` of a pivoted layer.
+
+    Args:
+        weight: ``[out - rank, rank]`` coefficients, or the ``[out, rank]`` columns of a layer whose pivots are inputs.
+        right: ``[rank, in]`` rows, or the ``[rank, in - rank]`` coefficients of a layer whose pivots are inputs.
+        order: The indices of pivots and of all others, among outputs or inputs.
+        grid: The numbers to round to.
+        metric: What errors cost.
+    """
+    pivots, others = order
+    if right.shape[1] + len(pivots) == len(pivots) + len(others):
+        # Pivots are inputs: the layer is ``weight @ (x[pivots] + right @ x[others])``.
+        moment = None if metric.inputs is None else metric.inputs[others][:, others]
+        rounded = compensated(right, grid, moment)
+        if metric.outputs is not None:
+            return {"weight": compensated(weight, grid, metric.outputs, between_rows=True), "right": rounded}
+        return {"weight": nearest(weight, grid), "right": rounded}
+    rounded = compensated(right, grid, metric.inputs)
+    kept = rounded.dense()
+    moment = kept @ kept.mT if metric.inputs is None else kept @ metric.inputs.float() @ kept.mT
+    return {"weight": compensated(weight, grid, moment), "right": rounded}
+
+
+def component_costs(left: Tensor, right: Tensor, grid: Grid, metric: Metric) -> Tensor:
+    """Return what rounding adds to the cost of keeping each component, float64 ``[rank]``.
+
+    The components of a decomposition in this metric are orthogonal, so the cost of rounding the first ``k`` of them is
+    the sum of the first ``k`` numbers, and truncating adds to it without a cross term. What the left factor takes back
+    of the right one's error is not counted.
+
+    Args:
+        left: ``[out, rank]``, of a decomposition in the same metric.
+        right: ``[rank, in]``.
+        grid: The numbers to round to.
+        metric: What errors cost.
+    """
+    left, right = left.float(), right.float()
+    size = left.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    left, right = left / size, right * size[:, None]
+    seen = right if metric.inputs is None else right @ metric.inputs.float()
+    felt = left if metric.outputs is None else metric.outputs.float() @ left
+    weights = (seen * right).sum(1)
+    of_right = right - compensated(right, grid, metric.inputs).dense()
+    if metric.outputs is None:
+        of_left = left - nearest(left, grid, weights=weights).dense()
+    else:
+        of_left = left - compensated(left, grid, metric.outputs, between_rows=True, weights=weights).dense()
+    seen = of_right if metric.inputs is None else of_right @ metric.inputs.float()
+    back = of_left if metric.outputs is None else metric.outputs.float() @ of_left
+    costs = (felt * left).sum(0) * (seen * of_right).sum(1) + weights * (back * of_left).sum(0)
+    return costs.double() / 2
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Scales and zero points of a matrix, ``[rows, groups]``."""
+
+    grid: Grid
+    columns: int
+    scales: Tensor
+    zeros: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, grid: Grid, weights: Tensor | None) -> _Table:
+        """Return for each group the scale and zero point with the least weighted squared error."""
+        rows, columns = values.shape
+        size, groups = grid.group or columns, grid.groups(columns)
+        pad = groups * size - columns
+        # Copies of a group's last number, which has no weight, do not change its range.
+        filled = torch.nn.functional.pad(values[None], (0, pad), mode="replicate")[0] if pad else values
+        cells = filled.view(rows, groups, size)
+        weight = values.new_ones(columns) if weights is None else weights.to(values)
+        weight = torch.nn.functional.pad(weight, (0, pad)).view(groups, size)
+        levels = 2**grid.bits - 1
+        low, high = cells.amin(-1).clamp_max(0), cells.amax(-1).clamp_min(0)
+        if not grid.has_zeros:
+            high = torch.maximum(high, -low)
+            low = -high
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for part in _SHRINK:
+            scale = _exact((high - low) * (part / (levels if grid.has_zeros else levels - 1)))
+            zero = (-low * part / scale).round().clamp(0, levels) if grid.has_zeros else torch.full_like(scale, 128.0)
+            codes = (cells / scale[..., None] + zero[..., None]).round().clamp(0 if grid.has_zeros else 1, levels)
+            lost = (((codes - zero[..., None]) * scale[..., None] - cells).square() * weight).sum(-1)
+            if best is None:
+                best = lost, scale, zero
+            else:
+                better = lost < best[0]
+                best = (
+                    torch.where(better, lost, best[0]),
+                    torch.where(better, scale, best[1]),
+                    torch.where(better, zero, best[2]),
+                )
+        assert best is not None
+        return cls(grid, columns, best[1], best[2])
+
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of every number, ``[rows, columns]``."""
+        size = self.grid.group or self.columns
+        scale, zero = (part.repeat_interleave(size, 1)[:, : self.columns] for part in (self.scales, self.zeros))
+        return scale, zero
+
+    def codes(self, values: Tensor) -> Tensor:
+        """Return the code of the nearest number for each of ``values``."""
+        scale, zero = self.spread()
+        return _codes(values, scale, zero, self.grid)
+
+    def rounded(self, codes: Tensor) -> Rounded:
+        """Return the matrix with the given ``codes``."""
+        grid = self.grid
+        zeros = pack(self.zeros.to(torch.uint8), grid.bits) if grid.has_zeros else None
+        return Rounded(grid, self.columns, pack(codes.to(torch.uint8), grid.bits), self.scales, zeros)
+
+
+def _exact(scale: Tensor) -> Tensor:
+    """Return scales that files hold exactly, above 0."""
+    stored = scale.to(SCALE_TYPE).float()
+    return torch.where(stored > 0, stored, torch.ones_like(stored))
+
+
+def _codes(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    return (values / scale + zero).round_().clamp_(0 if grid.has_zeros else 1, 2**grid.bits - 1)
+
+
+def _inverse_root(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of columns, largest moments first, and ``U``, float32, where ``U' U`` is the inverse moment."""
+    wide = moment.double()
+    order = wide.diagonal().argsort(descending=True, stable=True)
+    wide = ((wide + wide.mT) / 2)[order][:, order]
+    mean = wide.diagonal().mean().item() or 1.0
+    damping = _DAMPING * mean
+    wide.diagonal().add_(damping)
+    root, info = torch.linalg.cholesky_ex(wide)
+    while info.item():
+        damping *= 10
+        wide.diagonal().add_(damping)
+        root, info = torch.linalg.cholesky_ex(wide)
+    inverse = torch.cholesky_inverse(root)
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return order, upper.float()
+
+
+def _compensate(values: Tensor, scale: Tensor, zero: Tensor, upper: Tensor, grid: Grid) -> Tensor:
+    """Return codes ``[rows, columns]`` of ``values``, whose columns are in the order of ``upper``."""
+    # Columns are contiguous in transposed matrices, so that a step touches memory in one piece.
+    rest, scale, zero = values.mT.contiguous().clone(), scale.mT.contiguous(), zero.mT.contiguous()
+    codes = torch.empty_like(rest)
+    count = len(rest)
+    for start in range(0, count, _BLOCK):
+        stop = min(start + _BLOCK, count)
+        errors = torch.empty_like(rest[start:stop])
+        for place in range(start, stop):
+            codes[place] = _codes(rest[place], scale[place], zero[place], grid)
+            back = (codes[place] - zero[place]) * scale[place]
+            errors[place - start] = (rest[place] - back) / upper[place, place]
+            rest[place + 1 : stop].addr_(upper[place, place + 1 : stop], errors[place - start], alpha=-1)
+        rest[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
+    return codes.mT
+
+
+def _solve(moment: Tensor, cross: Tensor) -> Tensor:
+    """Return ``cross @ inverse(moment)``, with a little damping."""
+    wide = moment.double()
+    wide.diagonal().add_(1e-9 * (wide.diagonal().mean().item() or 1.0))
+    solved: Tensor = torch.linalg.solve(wide, cross.double(), left=False)
+    return solved.to(cross)
