@@ -119,9 +119,10 @@ def logit_difference(one: PreTrainedModel, other: PreTrainedModel, tokens: Tenso
     """
     with evaluating(one), evaluating(other):
         first, second = (
-            model(tokens.to(input_device(model)), use_cache=False).logits.double() for model in (one, other)
+            model(tokens.to(input_device(model)), use_cache=False).logits.double().cpu() for model in (one, other)
         )
-    return ((second.to(first.device) - first).norm() / first.norm()).item()
+    difference: float = ((second - first).norm() / first.norm()).item()
+    return difference
 
 
 def _random_rotation(width: int, seed: int, device: torch.device) -> Tensor:
