@@ -54,6 +54,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lowrank_pl.cli.prune:prune",
         "Prune redundant hidden neurons from every MLP, or heads and neurons as LLM-Pruner does.",
     ),
+    "rotate": (
+        "lowrank_pl.cli.rotate:rotate",
+        "Write a dense model with the same outputs and other weights: its residual stream is turned at random.",
+    ),
     "export": (
         "lowrank_pl.cli.export:export",
         "Turn any plan into a model that transformers loads, checked by a reload in a fresh process.",
