@@ -15,6 +15,7 @@ def rotate(
     base: Flat[Base],
     *,
     seed: int = 0,
+    stream: bool = True,
     output: Path = Path("rotated"),
     device: str = "auto",
     json: Path | None = None,
@@ -32,6 +33,8 @@ def rotate(
     Args:
         base: The model; the result has its type too.
         seed: Seed of the rotation.
+        stream: Turn the residual stream. --stream false turns the values of each attention head instead and permutes
+            the hidden features of MLPs, which keeps a tied head tied.
         output: Folder of the rotated model, checked by a reload in a fresh process.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         json: Write the figures there.
@@ -50,15 +53,16 @@ def rotate(
     check_destination(output)
     check_output_files(json)
     model = base.load().to(pick_device(device))
-    turned = rotated(model, seed)
+    turned = rotated(model, seed, stream=stream)
     before, after = logits_of(model).double(), logits_of(turned).double()
     origin = Origin.of(turned)
-    setattr(turned.config, ROTATION_KEY, {"base": base.name, "seed": seed})
+    setattr(turned.config, ROTATION_KEY, {"base": base.name, "seed": seed, "stream": stream})
     name = escaped(base.name.rstrip("/").rsplit("/", 1)[-1])
+    what = "its residual stream" if stream else "the values of its attention heads"
     card = (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
         f"# {name}, rotated\n\n"
-        f"{code(base.name)} with its residual stream turned by a random orthogonal matrix (seed {seed}) and the gains "
+        f"{code(base.name)} with {what} turned by random orthogonal matrices (seed {seed}) and the gains "
         "of its norms folded into its linear layers, by `lowrank rotate`. It computes the same outputs with other "
         "weights, up to rounding.\n"
     )

@@ -57,7 +57,7 @@ class _Stream:
     writers: tuple[Target, ...]
 
 
-def rotated(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def rotated(model: PreTrainedModel, seed: int = 0, *, stream: bool = True) -> PreTrainedModel:
     """Return a model that computes the same logits as ``model`` with other weights.
 
     The gain of every RMSNorm ``g`` is folded into the linear layers that read it, and the residual stream ``x`` is
@@ -73,6 +73,9 @@ def rotated(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         model: A dense causal language model whose norms are RMSNorms; it stays unchanged and shares no changed tensor
             with the result.
         seed: Seed of the rotation; the caller's random state is unchanged.
+        stream: Turn the residual stream. Without it, gains are folded all the same, except for that of the final norm,
+            the values of each attention head are turned by a random rotation of their own, and the hidden features of
+            MLPs are permuted. A tied head stays tied then, and the embeddings stay as they are.
 
     Raises:
         RotationError: The model has LayerNorms, norms between a block's output and the residual stream, or parameters
@@ -86,12 +89,16 @@ def rotated(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     >>> torch.allclose(turned.lm_head.weight, model.lm_head.weight, atol=0.1)
     False
     """
-    stream = _find_stream(model)
+    found = _find_stream(model)
     # Parameters are replaced, never written to, so the copy can share the tensors that stay.
     result = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     width = model.get_input_embeddings().weight.shape[1]
     with torch.no_grad():
-        _rotate(result, stream, _random_rotation(width, seed, input_device(model)))
+        if stream:
+            _rotate(result, found, _random_rotation(width, seed, input_device(model)))
+        else:
+            _fold(result, found)
+            _turn_inside_blocks(result, seed)
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(seed))
     difference = logit_difference(model, result, tokens)
@@ -148,18 +155,86 @@ def _rotate(model: PreTrainedModel, stream: _Stream, rotation: Tensor) -> None:
         head.weight = _parameter(old.double() * gain @ rotation, old)
     if tied and not keep_tie:
         _untie(model, old.numel())
-    for norm in tqdm(stream.norms, desc="rotate", unit="norm"):
-        gain, module = _gain(model, norm), model.get_submodule(norm.name)
-        for reader in norm.readers:
-            layer = model.get_submodule(reader.name)
-            _set_weight(layer, reader, dense_weight(layer).double() * gain @ rotation)
-        if not (norm.head and keep_tie):
-            module.weight = _parameter(torch.full_like(module.get_parameter("weight"), norm.unit), module.weight)
+    _fold(model, stream, rotation, final=not keep_tie)
     for writer in stream.writers:
         layer = model.get_submodule(writer.name)
         _set_weight(layer, writer, rotation.mT @ dense_weight(layer).double())
         if layer.bias is not None:
             layer.bias = _parameter(layer.get_parameter("bias").double() @ rotation, layer.bias)
+
+
+def _fold(model: PreTrainedModel, stream: _Stream, rotation: Tensor | None = None, *, final: bool = False) -> None:
+    """Fold the gains of norms into the layers that read them, which read the stream after ``rotation``.
+
+    Args:
+        model: The model to change.
+        stream: Its norms.
+        rotation: ``[width, width]``; none by default.
+        final: Set the gain of the final norm to 1 too; its head has it already.
+    """
+    for norm in tqdm(stream.norms, desc="rotate", unit="norm"):
+        gain, module = _gain(model, norm), model.get_submodule(norm.name)
+        for reader in norm.readers:
+            layer = model.get_submodule(reader.name)
+            weight = dense_weight(layer).double() * gain
+            _set_weight(layer, reader, weight if rotation is None else weight @ rotation)
+        if final or not norm.head:
+            module.weight = _parameter(torch.full_like(module.get_parameter("weight"), norm.unit), module.weight)
+
+
+def _turn_inside_blocks(model: PreTrainedModel, seed: int) -> None:
+    """Turn the values of each attention head, and permute the hidden features of each MLP.
+
+    Layers are known by the names that most families share; the comparison of logits finds every mistake.
+
+    Raises:
+        RotationError: A block has other layers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for target in (one for one in find_targets(model).modules if one.kind.endswith(("v_proj", "down_proj"))):
+        parent = target.name.rpartition(".")[0]
+        try:
+            if target.kind.endswith("v_proj"):
+                values, output = (model.get_submodule(f"{parent}.{name}") for name in ("v_proj", "o_proj"))
+                _turn_values(values, output, model.get_submodule(parent).head_dim, generator)
+            else:
+                names = ("gate_proj", "up_proj", "down_proj")
+                gate, up, down = (model.get_submodule(f"{parent}.{name}") for name in names)
+                _permute_hidden(gate, up, down, generator)
+        except AttributeError as error:
+            raise RotationError(
+                f"{type(model).__name__} can't be turned inside its blocks: expected v_proj, o_proj and head_dim in "
+                f"attention, and gate_proj, up_proj and down_proj in MLPs ({error}); turn its stream instead"
+            ) from None
+
+
+def _turn_values(values: nn.Module, output: nn.Module, size: Any, generator: torch.Generator) -> None:
+    """Turn the values of each key/value head of ``size`` dimensions, and turn them back in the output projection."""
+    into, out_of = dense_weight(values).double(), dense_weight(output).double()
+    heads, repeats = len(into) // size, out_of.shape[1] // len(into)
+    turned = into.new_empty(heads, size, into.shape[1])
+    back = out_of.view(len(out_of), heads, repeats, size).clone()
+    for head in range(heads):
+        turn = _random_rotation(size, int(torch.randint(2**62, (), generator=generator)), into.device)
+        turned[head] = turn.mT @ into.view(heads, size, -1)[head]
+        back[:, head] = back[:, head] @ turn
+        if values.bias is not None:
+            rows = slice(head * size, (head + 1) * size)
+            bias = values.get_parameter("bias").double()
+            bias[rows] = bias[rows] @ turn
+            values.bias = _parameter(bias, values.bias)
+    values.weight = _parameter(turned.view_as(into), values.weight)
+    output.weight = _parameter(back.view_as(out_of), output.weight)
+
+
+def _permute_hidden(gate: nn.Module, up: nn.Module, down: nn.Module, generator: torch.Generator) -> None:
+    """Permute the hidden features of an MLP."""
+    order = torch.randperm(dense_weight(down).shape[1], generator=generator).to(dense_weight(down).device)
+    for layer in (gate, up):
+        layer.weight = _parameter(dense_weight(layer)[order], layer.weight)
+        if layer.bias is not None:
+            layer.bias = _parameter(layer.get_parameter("bias")[order], layer.bias)
+    down.weight = _parameter(dense_weight(down)[:, order], down.weight)
 
 
 def _gain(model: PreTrainedModel, norm: _Norm) -> Tensor:
