@@ -197,8 +197,6 @@ class _Stored(nn.Module):
     def _add_matrix(
         self, name: str, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
-        if columns < 2:
-            raise ValueError(f"a matrix with {columns} column was given to round: leave it as it is")
         grid, groups = self.grid, self.grid.groups(columns)
         self.register_parameter(name, nn.Parameter(torch.zeros(rows, groups, device=device, dtype=dtype)))
         widths = {"packed": packed_width(columns, grid.bits)}
@@ -273,6 +271,9 @@ class QuantizedLinear(_Stored, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if in_features < 2:
+            # Its scales would have the dense shape: loaders that do not know the format would not stop.
+            raise ValueError(f"a layer with {in_features} input was given to round: leave it as it is")
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
         self._add_matrix("weight", out_features, in_features, device, dtype)
