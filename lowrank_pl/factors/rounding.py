@@ -116,8 +116,28 @@ def compensated(
 
 
 def round_dense(weight: Tensor, grid: Grid, metric: Metric) -> Rounded:
-    """Return a dense weight ``[out, in]`` rounded with error compensation between its columns."""
-    return compensated(weight, grid, metric.inputs)
+    """Return a dense weight ``[out, in]`` rounded with error compensation between columns, and between rows as well.
+
+    With a metric of the inputs alone this is GPTQ. With one of the outputs too, every number also makes up for the
+    errors of those above and to the left of it, in the order of large moments: the recursion of GPTQ for
+    ``tr(outputs E inputs E')`` (as in YAQA, arXiv 2505.22988).
+
+    Args:
+        weight: The weight.
+        grid: The numbers to round to.
+        metric: What errors cost.
+    """
+    if metric.inputs is None or metric.outputs is None:
+        return compensated(weight, grid, metric.inputs)
+    values = weight.float()
+    (columns, right), (rows, left) = _triangular_root(metric.inputs), _triangular_root(metric.outputs)
+    kept = right.diagonal().square()
+    table = _Table.of(values, grid, torch.empty_like(kept).index_copy_(0, columns, kept))
+    scale, zero = (part[rows][:, columns] for part in table.spread())
+    unit = left / left.diagonal(), right / right.diagonal()
+    codes = _compensate_both(values[rows][:, columns], scale, zero, unit, grid)
+    codes = torch.empty_like(codes).index_copy_(1, columns, codes)
+    return table.rounded(torch.empty_like(codes).index_copy_(0, rows, codes))
 
 
 def round_factors(left: Tensor, right: Tensor, grid: Grid, metric: Metric) -> dict[str, Rounded]:
@@ -277,20 +297,28 @@ def _codes(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
 
 def _inverse_root(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Return the order of columns, largest moments first, and ``U``, float32, where ``U' U`` is the inverse moment."""
+    order, wide = _ordered(moment)
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(_cholesky(wide)), upper=True)
+    return order, upper.float()
+
+
+def _ordered(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of columns, largest moments first, and the symmetric moment in it, float64."""
     wide = moment.double()
     order = wide.diagonal().argsort(descending=True, stable=True)
-    wide = ((wide + wide.mT) / 2)[order][:, order]
-    mean = wide.diagonal().mean().item() or 1.0
-    damping = _DAMPING * mean
-    wide.diagonal().add_(damping)
-    root, info = torch.linalg.cholesky_ex(wide)
-    while info.item():
+    return order, ((wide + wide.mT) / 2)[order][:, order]
+
+
+def _cholesky(moment: Tensor) -> Tensor:
+    """Return the Cholesky root of a moment, which is damped as much as it needs."""
+    damping = _DAMPING * (moment.diagonal().mean().item() or 1.0)
+    while True:
+        damped = moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        root: Tensor
+        root, info = torch.linalg.cholesky_ex(damped)
+        if not info.item():
+            return root
         damping *= 10
-        wide.diagonal().add_(damping)
-        root, info = torch.linalg.cholesky_ex(wide)
-    inverse = torch.cholesky_inverse(root)
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return order, upper.float()
 
 
 def _compensate(values: Tensor, scale: Tensor, zero: Tensor, upper: Tensor, grid: Grid) -> Tensor:
@@ -309,6 +337,76 @@ def _compensate(values: Tensor, scale: Tensor, zero: Tensor, upper: Tensor, grid
             rest[place + 1 : stop].addr_(upper[place, place + 1 : stop], errors[place - start], alpha=-1)
         rest[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
     return codes.mT
+
+
+def _triangular_root(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of columns, largest moments first, and upper triangular ``V``, where ``V V'`` is the moment."""
+    order, wide = _ordered(moment)
+    root = _cholesky(wide.flip(0, 1))
+    return order, root.flip(0, 1).float()
+
+
+_TILE = 32
+"""Rows and columns of a tile; all tiles on an anti-diagonal are rounded at a time."""
+
+
+def _compensate_both(values: Tensor, scale: Tensor, zero: Tensor, roots: tuple[Tensor, Tensor], grid: Grid) -> Tensor:
+    """Return codes ``[rows, columns]`` of ``values``, whose rows and columns are in the order of ``roots``.
+
+    With errors ``E`` and unit upper triangular roots ``P`` of the outputs' and ``R`` of the inputs' moment, the cost is
+    the weighted sum of the squares of ``P' E R``, whose entry ``i, j`` holds errors from above and from the left only.
+    Each number is rounded after what these contribute was subtracted. Numbers on an anti-diagonal don't depend on each
+    other, nor do tiles.
+
+    Args:
+        values: ``[rows, columns]``.
+        scale: Scale of each number.
+        zero: Zero point of each number.
+        roots: ``P`` and ``R``.
+        grid: The numbers to round to.
+    """
+    rows, columns = values.shape
+    pads = -rows % _TILE, -columns % _TILE
+
+    def tiled(matrix: Tensor, fill: float) -> Tensor:
+        return torch.nn.functional.pad(matrix, (0, pads[1], 0, pads[0]), value=fill)
+
+    # Numbers beyond the edge are 0 and round to 0.
+    values, scale, zero = tiled(values, 0.0), tiled(scale, 1.0), tiled(zero, 128.0 if not grid.has_zeros else 0.0)
+    above, before = (torch.nn.functional.pad(root, (0, pad, 0, pad)) for root, pad in zip(roots, pads, strict=True))
+    down, across = values.shape[0] // _TILE, values.shape[1] // _TILE
+    errors, codes = torch.zeros_like(values), torch.zeros_like(values)
+    # Row tiles of E R, with everything to the left of a tile and the tile itself.
+    seen = torch.zeros_like(values)
+    span = [slice(place * _TILE, (place + 1) * _TILE) for place in range(max(down, across))]
+    steps = torch.arange(_TILE, device=values.device)
+    for diagonal in range(down + across - 1):
+        tiles = [(i, diagonal - i) for i in range(max(0, diagonal - across + 1), min(down, diagonal + 1))]
+        known = []
+        for i, j in tiles:
+            left_of = errors[span[i], : j * _TILE] @ before[: j * _TILE, span[j]]
+            seen[span[i], span[j]] = left_of
+            known.append(above[: (i + 1) * _TILE, span[i]].mT @ seen[: (i + 1) * _TILE, span[j]])
+        given, size, offset = (
+            torch.stack([part[span[i], span[j]] for i, j in tiles]) for part in (values, scale, zero)
+        )
+        given = given - torch.stack(known)
+        own_above = torch.stack([above[span[i], span[i]] for i, _ in tiles]).mT
+        own_before = torch.stack([before[span[j], span[j]] for _, j in tiles])
+        error, code = torch.zeros_like(given), torch.zeros_like(given)
+        plain = torch.stack([values[span[i], span[j]] for i, j in tiles])
+        for step in range(2 * _TILE - 1):
+            row = steps[max(0, step - _TILE + 1) : step + 1]
+            column = step - row
+            # Only what is rounded already is not 0 in ``error``.
+            passed = ((own_above[:, row] @ error) * own_before[:, :, column].mT).sum(-1)
+            at = (slice(None), row, column)
+            code[at] = _codes(given[at] - passed, size[at], offset[at], grid)
+            error[at] = (code[at] - offset[at]) * size[at] - plain[at]
+        for place, (i, j) in enumerate(tiles):
+            errors[span[i], span[j]], codes[span[i], span[j]] = error[place], code[place]
+            seen[span[i], span[j]] += error[place] @ before[span[j], span[j]]
+    return codes[:rows, :columns]
 
 
 def _solve(moment: Tensor, cross: Tensor) -> Tensor:
