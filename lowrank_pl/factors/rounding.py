@@ -8,10 +8,13 @@ modules.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid, Rounded, pack
 
@@ -19,6 +22,7 @@ __all__ = [
     "Metric",
     "compensated",
     "component_costs",
+    "dense_costs",
     "nearest",
     "round_dense",
     "round_factors",
@@ -70,7 +74,7 @@ def nearest(matrix: Tensor, grid: Grid, *, weights: Tensor | None = None) -> Rou
     """
     values = matrix.float()
     table = _Table.of(values, grid, weights)
-    return table.rounded(table.codes(values))
+    return table.rounded(_codes(values, *table.spread(), *table.limits))
 
 
 def compensated(
@@ -98,21 +102,36 @@ def compensated(
         >>> costs[1] < costs[0]
         True
     """
+    return _compensated(matrix, [grid], moment, between_rows=between_rows, weights=weights)[0]
+
+
+def _compensated(
+    matrix: Tensor,
+    grids: Sequence[Grid],
+    moment: Tensor | None,
+    *,
+    between_rows: bool = False,
+    weights: Tensor | None = None,
+) -> list[Rounded]:
+    """Return what ``compensated`` does for each of ``grids``, all of them in one pass over the columns."""
     values = matrix.float()
     if moment is None:
-        return nearest(values, grid, weights=weights)
+        return [nearest(values, grid, weights=weights) for grid in grids]
     order, upper = _inverse_root(moment)
-    if between_rows:
-        table = _Table.of(values, grid, weights)
-        scale, zero = (part[order].mT for part in table.spread())
-        codes = _compensate(values[order].mT.contiguous(), scale, zero, upper, grid)
-        return table.rounded(torch.empty_like(codes.mT).index_copy_(0, order, codes.mT))
-    # What remains of a column's error after later columns have made up for it.
-    remains = torch.empty_like(upper.diagonal()).index_copy_(0, order, upper.diagonal() ** -2)
-    table = _Table.of(values, grid, remains)
-    scale, zero = (part[:, order] for part in table.spread())
-    codes = _compensate(values[:, order], scale, zero, upper, grid)
-    return table.rounded(torch.empty_like(codes).index_copy_(1, order, codes))
+    if not between_rows:
+        # What remains of a column's error after later columns have made up for it.
+        weights = torch.empty_like(upper.diagonal()).index_copy_(0, order, upper.diagonal() ** -2)
+    tables = [_Table.of(values, grid, weights) for grid in grids]
+    # In the order of columns, one below the other: [columns, grids * rows], so that a step reads one piece of memory.
+    lines = [[part[order] if between_rows else part.mT[order] for part in table.spread()] for table in tables]
+    scale, zero = (torch.cat(parts, 1) for parts in zip(*lines, strict=True))
+    line = values[order] if between_rows else values.mT[order]
+    limits = [values.new_tensor([table.limits[side] for table in tables]) for side in (0, 1)]
+    low, high = (limit.repeat_interleave(line.shape[1]) for limit in limits)
+    codes = _compensate(line.repeat(1, len(grids)), upper, scale, zero, low, high)
+    codes = torch.empty_like(codes).index_copy_(0, order, codes)
+    each = codes.chunk(len(grids), 1)
+    return [table.rounded(one if between_rows else one.mT) for table, one in zip(tables, each, strict=True)]
 
 
 def round_dense(weight: Tensor, grid: Grid, metric: Metric) -> Rounded:
@@ -127,17 +146,35 @@ def round_dense(weight: Tensor, grid: Grid, metric: Metric) -> Rounded:
         grid: The numbers to round to.
         metric: What errors cost.
     """
+    return _round_dense(weight, [grid], metric)[0]
+
+
+def dense_costs(weight: Tensor, grids: Sequence[Grid], metric: Metric) -> list[float]:
+    """Return what rounding a dense weight by ``round_dense`` costs on each of ``grids``."""
+    return [metric.cost(rounded.dense() - weight.float()) for rounded in _round_dense(weight, grids, metric)]
+
+
+def _round_dense(weight: Tensor, grids: Sequence[Grid], metric: Metric) -> list[Rounded]:
     if metric.inputs is None or metric.outputs is None:
-        return compensated(weight, grid, metric.inputs)
+        return _compensated(weight, grids, metric.inputs)
     values = weight.float()
     (columns, right), (rows, left) = _triangular_root(metric.inputs), _triangular_root(metric.outputs)
     kept = right.diagonal().square()
-    table = _Table.of(values, grid, torch.empty_like(kept).index_copy_(0, columns, kept))
-    scale, zero = (part[rows][:, columns] for part in table.spread())
+    kept = torch.empty_like(kept).index_copy_(0, columns, kept)
     unit = left / left.diagonal(), right / right.diagonal()
-    codes = _compensate_both(values[rows][:, columns], scale, zero, unit, grid)
-    codes = torch.empty_like(codes).index_copy_(1, columns, codes)
-    return table.rounded(torch.empty_like(codes).index_copy_(0, rows, codes))
+    found = []
+    # As many grids at a time as fit a few hundred megabytes.
+    count = max(1, _NUMBERS // values.numel())
+    for some in (grids[start : start + count] for start in range(0, len(grids), count)):
+        tables = [_Table.of(values, grid, kept) for grid in some]
+        ordered = [[part[rows][:, columns] for part in table.spread()] for table in tables]
+        scale, zero = (torch.stack(parts) for parts in zip(*ordered, strict=True))
+        limits = [values.new_tensor([table.limits[side] for table in tables])[:, None, None] for side in (0, 1)]
+        codes = _compensate_both(values[rows][:, columns], unit, scale, zero, *limits)
+        codes = torch.empty_like(codes).index_copy_(2, columns, codes)
+        codes = torch.empty_like(codes).index_copy_(1, rows, codes)
+        found += [table.rounded(one) for table, one in zip(tables, codes, strict=True)]
+    return found
 
 
 def round_factors(left: Tensor, right: Tensor, grid: Grid, metric: Metric) -> dict[str, Rounded]:
@@ -194,8 +231,8 @@ def round_pivoted(
     return {"weight": compensated(weight, grid, moment), "right": rounded}
 
 
-def component_costs(left: Tensor, right: Tensor, grid: Grid, metric: Metric) -> Tensor:
-    """Return what rounding adds to the cost of keeping each component, float64 ``[rank]``.
+def component_costs(left: Tensor, right: Tensor, grids: Sequence[Grid], metric: Metric) -> list[Tensor]:
+    """Return, for each of ``grids``, what rounding adds to the cost of keeping each component, float64 ``[rank]``.
 
     The components of a decomposition in this metric are orthogonal, so the cost of rounding the first ``k`` of them is
     the sum of the first ``k`` numbers, and truncating adds to it without a cross term. What the left factor takes back
@@ -204,24 +241,24 @@ def component_costs(left: Tensor, right: Tensor, grid: Grid, metric: Metric) -> 
     Args:
         left: ``[out, rank]``, of a decomposition in the same metric.
         right: ``[rank, in]``.
-        grid: The numbers to round to.
+        grids: The numbers to round to.
         metric: What errors cost.
     """
     left, right = left.float(), right.float()
     size = left.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     left, right = left / size, right * size[:, None]
-    seen = right if metric.inputs is None else right @ metric.inputs.float()
-    felt = left if metric.outputs is None else metric.outputs.float() @ left
-    weights = (seen * right).sum(1)
-    of_right = right - compensated(right, grid, metric.inputs).dense()
-    if metric.outputs is None:
-        of_left = left - nearest(left, grid, weights=weights).dense()
-    else:
-        of_left = left - compensated(left, grid, metric.outputs, between_rows=True, weights=weights).dense()
-    seen = of_right if metric.inputs is None else of_right @ metric.inputs.float()
-    back = of_left if metric.outputs is None else metric.outputs.float() @ of_left
-    costs = (felt * left).sum(0) * (seen * of_right).sum(1) + weights * (back * of_left).sum(0)
-    return costs.double() / 2
+    inputs, outputs = (None if moment is None else moment.float() for moment in (metric.inputs, metric.outputs))
+
+    def of_rows(rows: Tensor, moment: Tensor | None) -> Tensor:
+        return ((rows if moment is None else rows @ moment) * rows).sum(1)
+
+    seen, felt = of_rows(right, inputs), of_rows(left.mT, outputs)
+    rights = _compensated(right, grids, metric.inputs)
+    lefts = _compensated(left, grids, metric.outputs, between_rows=True, weights=seen)
+    return [
+        (felt * of_rows(one.dense() - right, inputs) + seen * of_rows((other.dense() - left).mT, outputs)).double() / 2
+        for one, other in zip(rights, lefts, strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,12 +275,12 @@ class _Table:
         """Return for each group the scale and zero point with the least weighted squared error."""
         rows, columns = values.shape
         size, groups = grid.group or columns, grid.groups(columns)
-        pad = groups * size - columns
+        more = groups * size - columns
         # Copies of a group's last number, which has no weight, do not change its range.
-        filled = torch.nn.functional.pad(values[None], (0, pad), mode="replicate")[0] if pad else values
+        filled = pad(values[None], (0, more), mode="replicate")[0] if more else values
         cells = filled.view(rows, groups, size)
         weight = values.new_ones(columns) if weights is None else weights.to(values)
-        weight = torch.nn.functional.pad(weight, (0, pad)).view(groups, size)
+        weight = pad(weight, (0, more)).view(groups, size)
         levels = 2**grid.bits - 1
         low, high = cells.amin(-1).clamp_max(0), cells.amax(-1).clamp_min(0)
         if not grid.has_zeros:
@@ -273,10 +310,10 @@ class _Table:
         scale, zero = (part.repeat_interleave(size, 1)[:, : self.columns] for part in (self.scales, self.zeros))
         return scale, zero
 
-    def codes(self, values: Tensor) -> Tensor:
-        """Return the code of the nearest number for each of ``values``."""
-        scale, zero = self.spread()
-        return _codes(values, scale, zero, self.grid)
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The lowest and the highest code; at 8 bits codes are symmetric."""
+        return 0 if self.grid.has_zeros else 1, 2**self.grid.bits - 1
 
     def rounded(self, codes: Tensor) -> Rounded:
         """Return the matrix with the given ``codes``."""
@@ -291,8 +328,8 @@ def _exact(scale: Tensor) -> Tensor:
     return torch.where(stored > 0, stored, torch.ones_like(stored))
 
 
-def _codes(values: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    return (values / scale + zero).round_().clamp_(0 if grid.has_zeros else 1, 2**grid.bits - 1)
+def _codes(values: Tensor, scale: Tensor, zero: Tensor, low: Any, high: Any) -> Tensor:
+    return (values / scale + zero).round().clamp(low, high)
 
 
 def _inverse_root(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,22 +358,28 @@ def _cholesky(moment: Tensor) -> Tensor:
         damping *= 10
 
 
-def _compensate(values: Tensor, scale: Tensor, zero: Tensor, upper: Tensor, grid: Grid) -> Tensor:
-    """Return codes ``[rows, columns]`` of ``values``, whose columns are in the order of ``upper``."""
-    # Columns are contiguous in transposed matrices, so that a step touches memory in one piece.
-    rest, scale, zero = values.mT.contiguous().clone(), scale.mT.contiguous(), zero.mT.contiguous()
+def _compensate(rest: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return codes ``[columns, rows]`` of a transposed matrix, whose columns are in the order of ``upper``.
+
+    Args:
+        rest: The numbers, ``[columns, rows]``; they are overwritten.
+        upper: ``[columns, columns]``.
+        scale: Scale of each number.
+        zero: Zero point of each number.
+        low: Lowest code of each row.
+        high: Highest code of each row.
+    """
     codes = torch.empty_like(rest)
-    count = len(rest)
-    for start in range(0, count, _BLOCK):
-        stop = min(start + _BLOCK, count)
+    for start in range(0, len(rest), _BLOCK):
+        stop = min(start + _BLOCK, len(rest))
         errors = torch.empty_like(rest[start:stop])
         for place in range(start, stop):
-            codes[place] = _codes(rest[place], scale[place], zero[place], grid)
+            codes[place] = _codes(rest[place], scale[place], zero[place], low, high)
             back = (codes[place] - zero[place]) * scale[place]
             errors[place - start] = (rest[place] - back) / upper[place, place]
             rest[place + 1 : stop].addr_(upper[place, place + 1 : stop], errors[place - start], alpha=-1)
         rest[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
-    return codes.mT
+    return codes
 
 
 def _triangular_root(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -349,9 +392,14 @@ def _triangular_root(moment: Tensor) -> tuple[Tensor, Tensor]:
 _TILE = 32
 """Rows and columns of a tile; all tiles on an anti-diagonal are rounded at a time."""
 
+_NUMBERS = 2**23
+"""How many numbers are rounded at a time."""
 
-def _compensate_both(values: Tensor, scale: Tensor, zero: Tensor, roots: tuple[Tensor, Tensor], grid: Grid) -> Tensor:
-    """Return codes ``[rows, columns]`` of ``values``, whose rows and columns are in the order of ``roots``.
+
+def _compensate_both(
+    values: Tensor, roots: tuple[Tensor, Tensor], scale: Tensor, zero: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """Return codes ``[grids, rows, columns]`` of ``values``, whose rows and columns are in the order of ``roots``.
 
     With errors ``E`` and unit upper triangular roots ``P`` of the outputs' and ``R`` of the inputs' moment, the cost is
     the weighted sum of the squares of ``P' E R``, whose entry ``i, j`` holds errors from above and from the left only.
@@ -360,53 +408,49 @@ def _compensate_both(values: Tensor, scale: Tensor, zero: Tensor, roots: tuple[T
 
     Args:
         values: ``[rows, columns]``.
-        scale: Scale of each number.
-        zero: Zero point of each number.
         roots: ``P`` and ``R``.
-        grid: The numbers to round to.
+        scale: Scale of each number, ``[grids, rows, columns]``.
+        zero: Zero point of each number, ``[grids, rows, columns]``.
+        low: Lowest code, ``[grids, 1, 1]``.
+        high: Highest code, ``[grids, 1, 1]``.
     """
     rows, columns = values.shape
     pads = -rows % _TILE, -columns % _TILE
-
-    def tiled(matrix: Tensor, fill: float) -> Tensor:
-        return torch.nn.functional.pad(matrix, (0, pads[1], 0, pads[0]), value=fill)
-
-    # Numbers beyond the edge are 0 and round to 0.
-    values, scale, zero = tiled(values, 0.0), tiled(scale, 1.0), tiled(zero, 128.0 if not grid.has_zeros else 0.0)
-    above, before = (torch.nn.functional.pad(root, (0, pad, 0, pad)) for root, pad in zip(roots, pads, strict=True))
+    # Numbers beyond the edge are 0 and contribute nothing, however they are rounded: their roots are 0.
+    edges = (0, pads[1], 0, pads[0])
+    values, zero = pad(values, edges), pad(zero, edges)
+    scale = pad(scale, edges, value=1.0)
+    above, before = (pad(root, (0, more, 0, more)) for root, more in zip(roots, pads, strict=True))
     down, across = values.shape[0] // _TILE, values.shape[1] // _TILE
-    errors, codes = torch.zeros_like(values), torch.zeros_like(values)
-    # Row tiles of E R, with everything to the left of a tile and the tile itself.
-    seen = torch.zeros_like(values)
     span = [slice(place * _TILE, (place + 1) * _TILE) for place in range(max(down, across))]
+    errors, codes = torch.zeros_like(scale), torch.zeros_like(scale)
+    # E R, row tile by row tile, with everything to the left of a tile and the tile itself.
+    seen = torch.zeros_like(scale)
     steps = torch.arange(_TILE, device=values.device)
     for diagonal in range(down + across - 1):
         tiles = [(i, diagonal - i) for i in range(max(0, diagonal - across + 1), min(down, diagonal + 1))]
         known = []
         for i, j in tiles:
-            left_of = errors[span[i], : j * _TILE] @ before[: j * _TILE, span[j]]
-            seen[span[i], span[j]] = left_of
-            known.append(above[: (i + 1) * _TILE, span[i]].mT @ seen[: (i + 1) * _TILE, span[j]])
-        given, size, offset = (
-            torch.stack([part[span[i], span[j]] for i, j in tiles]) for part in (values, scale, zero)
-        )
-        given = given - torch.stack(known)
-        own_above = torch.stack([above[span[i], span[i]] for i, _ in tiles]).mT
-        own_before = torch.stack([before[span[j], span[j]] for _, j in tiles])
-        error, code = torch.zeros_like(given), torch.zeros_like(given)
+            seen[:, span[i], span[j]] = errors[:, span[i], : j * _TILE] @ before[: j * _TILE, span[j]]
+            known.append(above[: (i + 1) * _TILE, span[i]].mT @ seen[:, : (i + 1) * _TILE, span[j]])
         plain = torch.stack([values[span[i], span[j]] for i, j in tiles])
+        given = plain - torch.stack(known, 1)
+        size, offset = (torch.stack([part[:, span[i], span[j]] for i, j in tiles], 1) for part in (scale, zero))
+        own_above = torch.stack([above[span[i], span[i]] for i, _ in tiles]).mT
+        own_before = torch.stack([before[span[j], span[j]] for _, j in tiles]).mT
+        error, code = torch.zeros_like(given), torch.zeros_like(given)
         for step in range(2 * _TILE - 1):
             row = steps[max(0, step - _TILE + 1) : step + 1]
             column = step - row
+            at = (..., row, column)
             # Only what is rounded already is not 0 in ``error``.
-            passed = ((own_above[:, row] @ error) * own_before[:, :, column].mT).sum(-1)
-            at = (slice(None), row, column)
-            code[at] = _codes(given[at] - passed, size[at], offset[at], grid)
+            passed = ((own_above[:, row] @ error) * own_before[:, column]).sum(-1)
+            code[at] = _codes(given[at] - passed, size[at], offset[at], low, high)
             error[at] = (code[at] - offset[at]) * size[at] - plain[at]
         for place, (i, j) in enumerate(tiles):
-            errors[span[i], span[j]], codes[span[i], span[j]] = error[place], code[place]
-            seen[span[i], span[j]] += error[place] @ before[span[j], span[j]]
-    return codes[:rows, :columns]
+            errors[:, span[i], span[j]], codes[:, span[i], span[j]] = error[:, place], code[:, place]
+            seen[:, span[i], span[j]] += error[:, place] @ before[span[j], span[j]]
+    return codes[:, :rows, :columns]
 
 
 def _solve(moment: Tensor, cross: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.evaluate.likelihood import divergence
 from lowrank_pl.factors.compression import rounded_embedding
-from lowrank_pl.factors.rounding import component_costs, round_dense
+from lowrank_pl.factors.rounding import component_costs, dense_costs
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.quantize.quantizing import embedding_names, head_moment, quantize, round_embedding
@@ -217,11 +217,11 @@ def _module_costs(subject: Subject, factors: FactorStore, settings: ByteBudget, 
                 top = max(1, budget.top_rank(target.name))
                 kept = factors.factors(target.name, top)
                 left, right = kept.left.to(weight), kept.right.to(weight)
-                found: dict[str, Tensor] = {}
-                for grid in settings.grids:
-                    error = round_dense(weight, grid, metric).dense() - weight
-                    found[f"dense.{_key(grid)}"] = torch.tensor([metric.cost(error)], dtype=torch.float64)
-                    found[f"components.{_key(grid)}"] = component_costs(left, right, grid, metric).cpu()
+                keys = [_key(grid) for grid in settings.grids]
+                whole = dense_costs(weight, settings.grids, metric)
+                each = component_costs(left, right, settings.grids, metric)
+                found = {f"components.{key}": costs.cpu() for key, costs in zip(keys, each, strict=True)}
+                found |= {f"dense.{key}": torch.tensor([cost]).double() for key, cost in zip(keys, whole, strict=True)}
                 store.write(target.name, found)
     return store
 
