@@ -392,8 +392,8 @@ def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[st
     tied = tied_weights(model)
     for name, module in model.named_modules():
         original = originals.get(name)
-        embedding = isinstance(module, nn.Embedding)
-        if _is_compressed_layer(module) and isinstance(original, nn.Embedding if embedding else (nn.Linear, Conv1D)):
+        place = nn.Embedding if isinstance(module, nn.Embedding) else (nn.Linear, Conv1D)
+        if _is_compressed_layer(module) and isinstance(original, place):
             entries[name] = _entry(module)
             _check_layer(name, module, original, type(model).__name__)
             if f"{name}.weight" in tied:
@@ -411,8 +411,6 @@ def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[st
                 f"{name} is a {type(module).__name__}, but {type(model).__name__} has {expected} there: only low-rank, "
                 "rounded and dense layers can be stored; compress the model, or merge adapters first"
             )
-        elif embedding and any(_is_rounded(model.get_submodule(one)) for one in _tied_to(name, tied)):
-            raise ValueError(f"the head is rounded and {name}, which it is tied to, is not")
     return entries
 
 
@@ -425,10 +423,6 @@ def _check_layer(name: str, module: nn.Module, original: nn.Module, model: str) 
     if (getattr(module, "bias", None) is None) != (getattr(original, "bias", None) is None):
         has = "no bias" if module.bias is None else "a bias"
         raise ValueError(f"{name} has {has}, unlike the {model} that its config describes")
-
-
-def _tied_to(embedding: str, tied: dict[str, str]) -> list[str]:
-    return [name.removesuffix(".weight") for name, source in tied.items() if source == f"{embedding}.weight"]
 
 
 def _shapes(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, list[int]]:
