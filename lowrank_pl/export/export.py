@@ -121,9 +121,9 @@ def save_compressed(
 
     The folder holds safetensors weights, ``config.json``, the generation configuration, the tokenizer with its chat
     template, ``plan.json``, ``README.md``, and the code in ``hf_format.py``, ``hf_layers.py``, ``hf_quantized.py`` and
-    ``digests.py``. ``lowrank.sha256`` has the SHA-256 of all these files but the card. It loads with :func:`load_compressed`, with
-    ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``, or anywhere with ``trust_remote_code=True``.
-    Otherwise transformers stops at a size mismatch.
+    ``digests.py``. ``lowrank.sha256`` has the SHA-256 of all these files but the card. It loads with
+    :func:`load_compressed`, with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``, or anywhere with
+    ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
 
     The check runs the same probes here and in a fresh process on the same device, with the same number of threads and
     the same attention, and compares the bytes of the logits. It needs the memory of a second copy of the exported
@@ -494,13 +494,14 @@ def _dense_layers(model: PreTrainedModel, originals: dict[str, nn.Module], *, me
 
 def _as_dense(module: nn.Module, original: nn.Module) -> nn.Module:
     """Return ``original`` with the merged weight of ``module``, in its own layout, and with the bias of ``module``."""
-    weight: Tensor = module.dense() if _is_compressed_layer(module) else module.weight.detach()  # type: ignore[operator, union-attr]
+    old: Any = module
     dense: Any = original
+    weight: Tensor = old.dense() if _is_compressed_layer(module) else old.weight.detach()
     dense.weight = nn.Parameter((weight.T if isinstance(original, Conv1D) else weight).contiguous())
     if isinstance(original, Conv1D):
         dense.nf, dense.nx = weight.shape
     if getattr(module, "bias", None) is not None:
-        dense.bias = module.bias
+        dense.bias = old.bias
     # Gemma's embeddings have their factor in a buffer, which is on the meta device here.
     for name, _ in original.named_buffers(recurse=False):
         dense._buffers[name] = module.get_buffer(name)

@@ -46,7 +46,16 @@ if TYPE_CHECKING:
     # transformers' own models import the tables above: importing this name here would be circular.
     from transformers import PreTrainedModel
 
-__all__ = ["METHOD", "SCHEMA", "LowRankAutoConfig", "LowRankConfig", "LowRankQuantizer", "align", "reshape", "tied_weights"]
+__all__ = [
+    "METHOD",
+    "SCHEMA",
+    "LowRankAutoConfig",
+    "LowRankConfig",
+    "LowRankQuantizer",
+    "align",
+    "reshape",
+    "tied_weights",
+]
 
 METHOD = "lowrank"
 SCHEMA = 4
@@ -264,7 +273,7 @@ def _fewer_in(files: Sequence[str], wanted: Sequence[str]) -> list[str]:
         return []
     held: Counter[str] = Counter()
     for file in files:
-        with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as opened:
             held.update(name.rpartition(".")[2] for name in opened.keys())  # noqa: SIM118
     counts = Counter(wanted)
     return [f"{kind} for {count - held[kind]} layers" for kind, count in counts.items() if held[kind] < count]

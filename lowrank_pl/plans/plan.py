@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.models.hf_layers import Side
-from lowrank_pl.models.hf_quantized import Grid
+from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid
 from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.storage import INDEX_BYTES, Form, Storage, StorageChoice
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
@@ -123,6 +123,18 @@ class ModulePlan:
             return self.numbers(bytes_per_parameter) * bytes_per_parameter
         pivots = self.rank if self.rank is not None and self.storage == "pivoted" else 0
         return sum(self.grid.bytes(*sizes) for sizes in self.matrices) + pivots * INDEX_BYTES
+
+    def memory(self, bytes_per_parameter: int) -> int:
+        """Return the bytes of the stored matrices in memory, where scales have the type of the model.
+
+        Args:
+            bytes_per_parameter: Bytes of a number that is not rounded.
+        """
+        size = self.bytes(bytes_per_parameter)
+        if self.grid is None:
+            return size
+        scales = sum(rows * self.grid.groups(columns) for rows, columns in self.matrices)
+        return size + scales * (bytes_per_parameter - SCALE_TYPE.itemsize)
 
     def numbers(self, bytes_per_parameter: int) -> int:
         """Return the stored parameters, where each pivot's index counts as the numbers that take as many bytes."""
@@ -237,10 +249,18 @@ class RankPlan:
     @property
     def bytes(self) -> int:
         """Bytes of the whole compressed model's parameters on disk."""
+        return self._sum(ModulePlan.bytes)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the whole compressed model's parameters in memory: scales have the type of the model there."""
+        return self._sum(ModulePlan.memory)
+
+    def _sum(self, size: Callable[[ModulePlan, int], int]) -> int:
         stored = [*self.modules.values(), *self.embeddings.values()]
         others = self.model_parameters - self.targeted_parameters
         others -= sum(module.dense_parameters for module in self.embeddings.values())
-        return sum(module.bytes(self.bytes_per_parameter) for module in stored) + others * self.bytes_per_parameter
+        return sum(size(module, self.bytes_per_parameter) for module in stored) + others * self.bytes_per_parameter
 
     @property
     def keep_bytes(self) -> float:
@@ -259,6 +279,12 @@ class RankPlan:
         Kinds with the most modules come first.
         """
         return count_kinds(module.grid for module in self.modules.values())
+
+    @property
+    def widths(self) -> list[int]:
+        """The bits that any matrix is rounded to, ascending; empty if none is."""
+        grids = [module.grid for module in (*self.modules.values(), *self.embeddings.values())]
+        return sorted({grid.bits for grid in grids if grid is not None})
 
     @property
     def dense_bytes(self) -> int:

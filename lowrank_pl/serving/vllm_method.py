@@ -59,8 +59,8 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         rounded = [name for name, entry in stored.modules.items() if isinstance(entry, dict) and "bits" in entry]
         if rounded:
             raise ValueError(
-                f"{len(rounded)} modules are rounded to a few bits, e.g. {rounded[0]}, which this version does not serve "
-                "in vLLM: run the model in transformers, or export it merged"
+                f"{len(rounded)} modules are rounded to a few bits, e.g. {rounded[0]}, which this version does not "
+                "serve in vLLM: run the model in transformers, or export it merged"
             )
         self.modules = stored.modules
         self.shapes: dict[str, list[int]] = getattr(stored, "shapes", {})

@@ -51,7 +51,9 @@ def rounded_layer(layer, grid):
 
 def round_model(model, names=None, grids=GRIDS):
     """Round the modules ``names`` of a model, by default all linear layers and the embedding, to ``grids`` in turn."""
-    tied = {name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in tied_weights(model).items()}
+    tied = {
+        name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in tied_weights(model).items()
+    }
     every = [name for name, m in model.named_modules() if hasattr(m, "weight") and m.weight.dim() == 2]
     chosen = [name for name in (every if names is None else names) if name not in tied]
     for name, grid in zip([name for name in chosen if "wpe" not in name], cycle(grids)):

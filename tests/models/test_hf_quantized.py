@@ -192,7 +192,7 @@ def test_other_bits_than_those_of_the_files_are_an_error(tmp_path, given):
     assert entry(model.get_submodule(name)) != given
     model.config.quantization_config.modules[name] = given
     model.save_pretrained(tmp_path)
-    with pytest.raises((RuntimeError, ValueError), match="ignore_mismatched_sizes|hold no"):
+    with pytest.raises((RuntimeError, ValueError), match=r"ignore_mismatched_sizes|hold no"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -295,4 +295,3 @@ def test_adapters_of_dense_layers_beside_a_rounded_embedding_are_not_refused():
     before = logits(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules="all-linear"))
     torch.testing.assert_close(logits(adapted), before, rtol=1e-4, atol=1e-4)
-
