@@ -94,7 +94,7 @@ def row_table(rows: Iterable[Row], *, fmt: str = "simple") -> str:
         for row in rows
     ]
     if any(row.bits for row in rows):
-        more = [(_shown(row.bits, _listed), _shown(row.memory, megabytes)) for row in rows]
+        more = [(_shown(row.bits, _listed), _shown(row.memory or row.bytes, megabytes)) for row in rows]
         body = [(*line[:5], bits, line[5], memory, line[6]) for line, (bits, memory) in zip(body, more, strict=True)]
         head = (*head[:5], "bits", "on disk", "in memory", "seconds")
     return table(head, body, fmt)

@@ -20,6 +20,7 @@ from lowrank_pl.factors.components import AnySize
 from lowrank_pl.factors.cutting import cut
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.hf_quantized import Grid, QuantizedEmbedding, QuantizedLinear, TiedHead
+from lowrank_pl.models.targets import model_parameters
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.text.sequences import Calibration
@@ -82,6 +83,11 @@ def test_the_files_take_the_bytes_of_the_plan_and_reload_bit_for_bit(family, tok
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["schema"] == 4
     assert config["modules"] == {name: as_entry(module) for name, module in model.named_modules() if name in names}
+
+
+def test_all_rounded_numbers_count_as_parameters():
+    for family in FAMILIES:
+        assert model_parameters(round_model(tiny_model(family))) == model_parameters(tiny_model(family))
 
 
 def test_the_plan_of_a_half_precision_model_counts_its_bytes(tmp_path):
