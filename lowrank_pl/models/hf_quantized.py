@@ -34,6 +34,7 @@ __all__ = [
     "dequantize",
     "is_quantized",
     "pack",
+    "packed_width",
     "quantized_embedding",
     "quantized_layer",
     "stored_state",
