@@ -32,14 +32,16 @@ MAY_IMPORT = {
     "methods.allocate": "utils text models plans factors evaluate calibration",
     "methods.masks": "models plans factors methods.allocate",
     "methods.refit": "utils text models plans factors calibration",
+    "methods.quantize": "utils models plans factors evaluate calibration",
     "methods.prune": "utils models plans factors export calibration",
-    "methods": "plans factors methods.allocate methods.masks methods.refit methods.prune",
-    "report": "utils models plans factors evaluate export calibration methods.allocate methods.masks methods.refit",
+    "methods": "plans factors methods.allocate methods.masks methods.refit methods.prune methods.quantize",
+    "report": "utils models plans factors evaluate export calibration methods.allocate methods.masks methods.refit "
+    "methods.quantize",
     "costs": "utils text models plans factors evaluate serving calibration methods.masks methods.prune",
     "training": "utils text models plans factors evaluate export calibration methods.allocate methods.masks "
-    "methods.refit methods.prune methods report",
+    "methods.refit methods.prune methods.quantize methods report",
     "cli": "utils text models plans factors evaluate export calibration methods.allocate methods.refit "
-    "methods.prune methods report costs training",
+    "methods.prune methods.quantize methods report costs training",
 }
 
 # Libraries that only some may import: sub-packages or single modules.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.statistics import Statistics, statistics_of_factors
 from lowrank_pl.factors.decomposition import SquareRoot, diagonal_root, square_root
+from lowrank_pl.factors.rounding import Metric
 from lowrank_pl.factors.settings import Decomposition, Statistic
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.targets import Target
@@ -83,6 +84,14 @@ class Roots:
             return _located(lambda: diagonal_root(squares.sqrt(), damping=damping), "input", target.name)
         moment = self.moment_of_inputs(target)
         return None if moment is None else _located(lambda: square_root(moment, damping=damping), "input", target.group)
+
+    def metrics(self, targets: Iterable[Target]) -> Iterator[tuple[Target, Metric]]:
+        """Yield each of ``targets`` with what errors of its weight cost."""
+        for inputs, members in self.by_inputs(targets):
+            moment = None if inputs is None else inputs.moment()
+            for target in members:
+                outputs = self.of_outputs(target.name)
+                yield target, Metric(moment, None if outputs is None else outputs.moment())
 
     def moment_of_inputs(self, target: Target) -> Tensor | None:
         """Return the second moment ``[in, in]`` that weights the inputs of ``target``; None where none does."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -31,17 +30,18 @@ from lowrank_pl.utils.environment import free_memory
 from lowrank_pl.utils.files import cache_root
 from lowrank_pl.utils.tensor_store import TensorStore, read_manifest, total_seconds
 
-__all__ = ["SHARE", "Statistics", "block_groups", "memory_size", "packed", "statistics_of_factors"]
+__all__ = ["SHARE", "Statistics", "block_groups", "packed", "statistics_of_factors"]
 
 _log = logging.getLogger(__name__)
 
 SHARE = 0.75
 """Fraction of the free memory that sums may take; activations need the rest."""
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
 _SOURCE = ("model", "config", "tokenizer", "text")
 """What of a fingerprint of factors their statistics depend on."""
+
+_DERIVED = ("correction", "refit")
+"""The steps, by their names in fingerprints, that make factors of other factors."""
 
 _MEASURES: dict[Statistic, type[Measure]] = {
     "inputs": InputMoments,
@@ -84,24 +84,6 @@ def packed(sizes: Sequence[float], memory: float | None) -> list[list[int]]:
         groups[-1].append(place)
         taken += size
     return groups
-
-
-def memory_size(text: str) -> int:
-    """Return the bytes that ``text`` names: a number with or without a unit, KB, MB, GB, TB or KiB, MiB, GiB.
-
-    Raises:
-        ValueError: It names no amount of memory.
-
-    >>> memory_size("8GB"), memory_size("1.5 GiB"), memory_size("4096")
-    (8000000000, 1610612736, 4096)
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Z]*)\s*", text.upper())
-    size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
-    if not size:
-        raise ValueError(
-            f"{text!r} is no amount of memory: expected a positive number and a unit, such as 8GB or 512MiB"
-        )
-    return size
 
 
 class Statistics:
@@ -330,8 +312,8 @@ def statistics_of_factors(factors: FactorStore, model: PreTrainedModel, sequence
     """
     source = {key: factors.fingerprint[key] for key in _SOURCE if key in factors.fingerprint}
     directory = factors.directory.resolve()
-    if "correction" in factors.fingerprint:
-        # Corrected factors lie in a folder inside that of the factors that they were made from.
+    for _ in set(factors.fingerprint) & set(_DERIVED):
+        # Such factors lie in a folder inside that of the factors that they were made from.
         directory = directory.parents[1]
     digest = read_manifest(directory)["digest"]
     in_cache = directory == (cache_root() / factors.kind / digest[:20]).resolve()

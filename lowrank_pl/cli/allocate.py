@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_pl.cli.parameters import Flat, Settings
 from lowrank_pl.cli.plan_parts import plan_figures, plan_line
 from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.models.settings import Base
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
@@ -22,9 +24,11 @@ __all__ = ["allocate"]
 def allocate(
     base: Flat[Base],
     *,
-    method: str = "uniform",
+    method: str | None = None,
     settings: Settings | None = None,
-    keep: float = 0.8,
+    keep: float | None = None,
+    keep_bytes: float | None = None,
+    bytes: str | None = None,
     calibration: Flat[Calibration] = Calibration(),
     constraints: Flat[Constraints] = Constraints(),
     decomposition: Decomposition | None = None,
@@ -38,12 +42,18 @@ def allocate(
     Weights are decomposed as the allocator's paper does, unless --decomposition says otherwise: two_sided for fisher,
     asvd for strs, whitened for all others.
 
+    With --keep_bytes or --bytes, every module gets a rank and bits in one budget, its matrices and the embeddings are
+    rounded, and the plan is for the rounded matrices.
+
     Args:
         base: The model; an export has its type too.
-        method: The allocator: uniform, energy, drank, svdllm_v2, strs, zs_svd, or fisher.
-        settings: Settings of the allocator, such as --settings.rounds 5 for zs_svd; an unknown one is an error that
-            lists those that exist.
-        keep: Fraction of the targeted parameters to keep.
+        method: The allocator: uniform, energy, drank, svdllm_v2, strs, zs_svd, or fisher; bytes for a budget in
+            bytes. By default uniform, and bytes with such a budget.
+        settings: Settings of the allocator, such as --settings.rounds 5 for zs_svd or --settings.group 64 for bytes; an
+            unknown one is an error that lists those that exist.
+        keep: Fraction of the targeted parameters to keep; 0.8 by default.
+        keep_bytes: Fraction of the dense model's bytes to keep instead, of all its weights.
+        bytes: Bytes of all weights on disk instead, such as 60MB.
         calibration: Text that the factors are made from.
         constraints: Which linear layers are compressed, and what their ranks and storage must respect.
         decomposition: How weights are decomposed; by default as the allocator's paper does.
@@ -55,19 +65,54 @@ def allocate(
     Returns:
         The plan.
     """
+    from lowrank_pl.calibration.build import build_factors
     from lowrank_pl.calibration.subject import Subject
     from lowrank_pl.methods.allocate import make_allocator
     from lowrank_pl.methods.allocate.run import allocate_ranks
+    from lowrank_pl.methods.quantize import byte_budget
     from lowrank_pl.report.rank_map import rank_table
     from lowrank_pl.utils.environment import pick_device
 
     # A wrong path, and a name or a setting that does not exist, is refused before anything is loaded.
     check_output_files(output, json)
-    allocator = make_allocator(method, **(settings or {}))
+    budget = _byte_budget(method, keep, keep_bytes, bytes, settings or {})
+    allocator = make_allocator(method or "uniform", **(settings or {})) if budget is None else None
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))
-    plan, factors = allocate_ranks(subject, keep=keep, allocator=allocator, decomposition=decomposition, store=store)
+    if budget is not None:
+        made_by = decomposition or Decomposition("two_sided")
+        made = build_factors(subject, settings=made_by, directory=store)
+        plan, factors = byte_budget.allocate_bytes(subject, budget, decomposition=made_by, store=made)
+    else:
+        assert allocator is not None
+        plan, factors = allocate_ranks(
+            subject, keep=0.8 if keep is None else keep, allocator=allocator, decomposition=decomposition, store=store
+        )
     plan.save(output)
     print(f"{plan_line(plan)}\n{rank_table(plan)}\nplan   {output}\nstore  {factors.directory}")
     if json is not None:
         write_json(json, {"plan": str(output), **plan_figures(plan)})
     return plan
+
+
+def _byte_budget(
+    method: str | None, keep: float | None, keep_bytes: float | None, size: str | None, settings: Settings
+) -> ByteBudget | None:
+    """Return the budget in bytes that was given; None if ranks alone are asked for.
+
+    Raises:
+        ValueError: The arguments contradict each other, or a setting does not exist.
+    """
+    if keep_bytes is None and size is None:
+        if method == "bytes":
+            raise ValueError("the method bytes was given no budget: add --keep_bytes 0.3 or --bytes 60MB")
+        return None
+    if keep is not None or method not in (None, "bytes"):
+        given = f"--keep {keep}" if keep is not None else f"--method {method}"
+        raise ValueError(
+            f"{given} was given with a budget in bytes, which chooses ranks and bits together: leave it out, or round "
+            "its plan with `lowrank quantize`"
+        )
+    known = {part.name for part in fields(ByteBudget)} - {"keep", "size"}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"bytes has no setting {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
+    return ByteBudget(keep=keep_bytes, size=size, **settings)

@@ -50,9 +50,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lowrank_pl.cli.refit:refit",
         "Refit a plan's factors in closed form, block by block, to the compressed model's own inputs.",
     ),
+    "quantize": (
+        "lowrank_pl.cli.quantize:quantize",
+        "Round the matrices of a plan to a few bits, by what errors cost in the metric of its factors.",
+    ),
     "prune": (
         "lowrank_pl.cli.prune:prune",
         "Prune redundant hidden neurons from every MLP, or heads and neurons as LLM-Pruner does.",
+    ),
+    "rotate": (
+        "lowrank_pl.cli.rotate:rotate",
+        "Write a dense model with the same outputs and other weights: its residual stream is turned at random.",
     ),
     "export": (
         "lowrank_pl.cli.export:export",

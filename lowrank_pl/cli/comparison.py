@@ -23,6 +23,9 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.run import allocate_ranks
 from lowrank_pl.methods.prune.base import LLMPruner, WidthPruning, pruned_base
+from lowrank_pl.methods.quantize.byte_budget import allocate_bytes
+from lowrank_pl.methods.quantize.quantizing import quantize
+from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.methods.recipes import Recipe
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.models.identity import model_fingerprint
@@ -87,7 +90,9 @@ class Comparison:
             results[DENSE, 1.0] = self._dense()
             self._write(results)
         dense = results[DENSE, 1.0]
-        todo = [(name, keep) for name in recipes for keep in sorted(keeps, reverse=True)]
+        # Dense modules with fewer bits have one size.
+        sizes = {name: [1.0] if recipe.dense else sorted(keeps, reverse=True) for name, recipe in recipes.items()}
+        todo = [(name, keep) for name in recipes for keep in sizes[name]]
         made = False
         for number, (name, keep) in enumerate(todo, 1):
             identity = self._identity(recipes[name], keep)
@@ -195,6 +200,9 @@ class Comparison:
                 plan, store = self._refit(plan, store, method.refit)
                 # The stored time, because an earlier or killed comparison may have done the refit.
                 costs["refit"] = store.seconds(plan.modules)
+            if method.rounding is not None:
+                plan, store = quantize(plan, store, self.subject, settings=method.rounding)
+                costs["rounding"] = store.seconds(plan.modules)
             plan.save(self._folder(name, keep) / "plan.json")
             with compressed(self.subject.model, plan, store):
                 plan = deployed_plan(self.subject.model, plan)
@@ -209,6 +217,7 @@ class Comparison:
             "bytes": plan.bytes,
             **_figures(nats, dense["nats"]),
             "ranks": {module: entry.rank for module, entry in plan.modules.items()},
+            **({"bits": plan.bits} if plan.is_rounded else {}),
             "dense_modules": len(plan.dense_modules),
             "notes": list(plan.notes),
             "seconds": {**costs, "plan": made, "scores": seconds},
@@ -237,11 +246,10 @@ class Comparison:
     def _prepare(self, method: Recipe) -> dict[str, float | None]:
         """Make the statistics and factors of a method; return their seconds, possibly in an earlier run."""
         settings = method.decomposition
-        allocator = make_allocator(method.allocator, **method.settings)
         factors = build_factors(self.subject, settings=settings)
         statistics = statistics_of(self.subject)
         needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
-        if allocator.needs_gradients:
+        if not method.in_bytes and make_allocator(method.allocator, **method.settings).needs_gradients:
             needs["weight_gradients"] = None
         spent = [statistics.seconds(needs, self.subject.targets.modules, settings.labels)]
         if settings.at_keep is not None:
@@ -276,8 +284,17 @@ class Comparison:
                 method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}"
             )
         constraints = replace(self.subject.constraints, storage=method.storage)
+        subject = replace(self.subject, constraints=constraints)
+        if method.in_bytes:
+            budget = ByteBudget(keep=keep, **method.settings)
+            plan, store = allocate_bytes(subject, budget, decomposition=method.decomposition)
+            return plan, store, time.perf_counter() - began
+        if method.dense:
+            store = build_factors(subject, settings=method.decomposition)
+            plan = self._without_ranks(name, keep).with_origin({}, store.fingerprint)
+            return plan, store, time.perf_counter() - began
         plan, store = allocate_ranks(
-            replace(self.subject, constraints=constraints),
+            subject,
             keep=keep,
             allocator=make_allocator(method.allocator, **method.settings),
             decomposition=method.decomposition,

@@ -70,13 +70,13 @@ def decompose(
     """
     from lowrank_pl.calibration.build import build_factors
     from lowrank_pl.calibration.provenance import preparation_notes
-    from lowrank_pl.calibration.statistics import memory_size
     from lowrank_pl.calibration.subject import Subject
     from lowrank_pl.cli.workloads import decompose_workload
     from lowrank_pl.costs.forecast import print_forecast
     from lowrank_pl.costs.machine import machine_of
     from lowrank_pl.models.lazy import NotBlockwiseError
     from lowrank_pl.utils.environment import peak_memory, pick_device
+    from lowrank_pl.utils.formatting import memory_size
 
     check_output_files(json)
     began = time.perf_counter()

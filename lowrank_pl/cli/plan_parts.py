@@ -12,6 +12,7 @@ from lowrank_pl.models.settings import Base
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lowrank_pl.calibration.subject import Subject
     from lowrank_pl.factors.store import FactorStore
     from lowrank_pl.plans.plan import RankPlan
 
@@ -50,6 +51,31 @@ class PlanParts:
         dtype = plan.origin.get("dtype", "float32")
         return Base(str(name), dtype=dtype, trust_remote_code=self.trust_remote_code)
 
+    def subject_of(self, plan: RankPlan, path: Path, device: str) -> Subject:
+        """Return the dense base of ``plan`` with the text and the targets that the plan was made from.
+
+        Args:
+            plan: The plan.
+            path: Its file, for errors.
+            device: Where the model goes: cpu, cuda, ..., or auto.
+
+        Raises:
+            ValueError: Nobody names a base, or the plan does not say what text it was made from.
+        """
+        from lowrank_pl.calibration.subject import Subject
+        from lowrank_pl.plans.constraints import Constraints
+        from lowrank_pl.text.settings import Calibration
+        from lowrank_pl.utils.environment import pick_device
+
+        origin = plan.origin.get("calibration")
+        if origin is None:
+            raise ValueError(f"{path} does not say what text it was made from: allocate anew with `lowrank allocate`")
+        base = self.base_of(plan, path)
+        model, tokenizer = base.load().to(pick_device(device)), base.tokenizer()
+        own = Calibration(origin["text"], origin["length"], origin["windows"])
+        constraints = Constraints(include=list(plan.modules))
+        return Subject(model, tokenizer, own.tokens(tokenizer), constraints, base=base, calibration=own)
+
     def factors_of(self, plan: RankPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FactorStore:
         """Return the factors that ``plan`` was made for: those on disk, or built again in the cache.
 
@@ -71,6 +97,11 @@ class PlanParts:
         directory = self.store or Path(plan.origin.get("store", ""))
         if self.store is not None or (plan.origin.get("store") and (directory / "manifest.json").exists()):
             return FactorStore.existing(directory)
+        if "rounding" in plan.fingerprint:
+            raise ValueError(
+                f"the rounded matrices at {directory} are gone: round the plan that they came from again with `lowrank "
+                "quantize` or `lowrank allocate --keep_bytes`, or name their folder with --store"
+            )
         if "refit" in plan.fingerprint:
             raise ValueError(
                 f"the refitted factors at {directory} are gone: refit the plan that they came from again with `lowrank "
@@ -92,9 +123,10 @@ class PlanParts:
 
 def plan_line(plan: RankPlan) -> str:
     """Return how much ``plan`` keeps, in one line."""
+    rounded = f", {plan.keep_bytes:.2%} of its bytes" if plan.is_rounded else ""
     return (
         f"{plan.method}: kept {plan.keep_targeted:.4%} of the targeted parameters (asked {plan.keep:.4%}), "
-        f"{plan.keep_model:.2%} of the model, {plan.bytes / 1e6:,.1f} MB"
+        f"{plan.keep_model:.2%} of the model, {plan.bytes / 1e6:,.1f} MB{rounded}"
     )
 
 
@@ -106,6 +138,7 @@ def plan_figures(plan: RankPlan) -> dict[str, Any]:
         "kept_targeted": plan.keep_targeted,
         "kept_model": plan.keep_model,
         "bytes": plan.bytes,
+        **({"kept_bytes": plan.keep_bytes, "bits": plan.bits} if plan.is_rounded else {}),
         "dense_modules": len(plan.dense_modules),
         "modules": len(plan.modules),
         "notes": list(plan.notes),

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts, plan_figures, plan_line
 from lowrank_pl.methods.refit.settings import Refit
-from lowrank_pl.plans.constraints import Constraints
-from lowrank_pl.text.settings import Calibration
 from lowrank_pl.utils.files import check_output_files, write_json
 
 if TYPE_CHECKING:
@@ -46,24 +44,19 @@ def refit(
     Returns:
         The plan for the refitted factors.
     """
-    from lowrank_pl.calibration.subject import Subject
     from lowrank_pl.methods.refit import refitting
     from lowrank_pl.plans.plan import RankPlan
-    from lowrank_pl.utils.environment import pick_device
 
     check_output_files(output, json)
     given = RankPlan.load(plan)
-    origin = given.origin.get("calibration")
-    if origin is None:
-        raise ValueError(f"{plan} does not say what text it was made from: allocate anew with `lowrank allocate`")
-    base = parts.base_of(given, plan)
-    model, tokenizer = base.load().to(pick_device(device)), base.tokenizer()
-    own = Calibration(origin["text"], origin["length"], origin["windows"])
+    subject = parts.subject_of(given, plan, device)
+    own = subject.calibration
+    assert own is not None
     refitted, factors = refitting.refit(
         given,
-        parts.factors_of(given, model, tokenizer),
-        Subject(model, tokenizer, own.tokens(tokenizer), Constraints(include=list(given.modules))),
-        sequences=replace(own, text=text or own.text, sequences=settings.sequences).tokens(tokenizer),
+        parts.factors_of(given, subject.model, subject.tokenizer),
+        subject,
+        sequences=replace(own, text=text or own.text, sequences=settings.sequences).tokens(subject.tokenizer),
         settings=settings,
     )
     refitted.save(output)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,21 @@ from tqdm.auto import tqdm
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
-from lowrank_pl.models.hf_quantized import QuantizedLinear
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, Side
+from lowrank_pl.models.hf_quantized import QuantizedLinear, Rounded, quantized_embedding, quantized_layer, tie_head
 from lowrank_pl.models.targets import StandIn, dense_weight, replace_module
 from lowrank_pl.plans.plan import ZERO, ModulePlan, RankPlan
 from lowrank_pl.utils.tensor_store import weight_digest
 
-__all__ = ["compress", "compressed", "deployed_plan", "factored_layer", "low_rank_layer", "restore_dense"]
+__all__ = [
+    "compress",
+    "compressed",
+    "deployed_plan",
+    "factored_layer",
+    "low_rank_layer",
+    "restore_dense",
+    "rounded_embedding",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -58,10 +66,62 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
     _check(model, plan, store)
     for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
         old = _unmasked(model.get_submodule(name))
-        new = old if entry.rank is None else low_rank_layer(name, old, entry, store.kept(name, entry), device=device)
+        if entry.grid is not None:
+            new = _rounded_layer(old, entry, store.rounded(name))
+        elif entry.rank is not None:
+            new = low_rank_layer(name, old, entry, store.kept(name, entry), device=device)
+        else:
+            new = old
         replace_module(model, name, new)
+    for name in plan.embeddings:
+        parts, _ = store.rounded(name)
+        for place, module in rounded_embedding(model, name, parts["weight"]).items():
+            replace_module(model, place, module)
     _log.info("compressed %d of %d modules", len(plan.modules) - len(plan.dense_modules), len(plan.modules))
     return model
+
+
+def rounded_embedding(model: nn.Module, name: str, rounded: Rounded) -> dict[str, nn.Module]:
+    """Return the modules, by name, that take the place of an embedding or a head, and of what is tied to it.
+
+    Args:
+        model: The model.
+        name: The embedding, or the head.
+        rounded: Its rounded weight.
+    """
+    old = model.get_submodule(name)
+    if isinstance(old, nn.Linear):
+        return {name: quantized_layer(old, {"weight": rounded})}
+    assert isinstance(old, nn.Embedding)
+    new = quantized_embedding(old, rounded.grid)
+    new.put("weight", rounded)
+    tied = {
+        place: tie_head(head, new)
+        for place, head in model.named_modules()
+        if isinstance(head, nn.Linear) and head.weight is old.weight
+    }
+    return {name: new, **tied}
+
+
+def _rounded_layer(
+    old: nn.Module, entry: ModulePlan, stored: tuple[Mapping[str, Rounded], tuple[Tensor, Side] | None]
+) -> nn.Module:
+    """Return the layer with the rounded matrices that are ``stored``, to replace ``old``."""
+    parts, pivots = stored
+    weight = _like(old)
+    outputs, inputs = entry.shape
+    like: dict[str, Any] = {"bias": False, "device": "meta", "dtype": weight.dtype}
+    plain: nn.Linear
+    if entry.rank is None:
+        plain = nn.Linear(inputs, outputs, **like)
+    elif pivots is None:
+        plain = LowRankLinear(inputs, outputs, entry.rank, **like)
+    else:
+        plain = PivotedLinear(inputs, outputs, entry.rank, side=pivots[1], **like)
+        plain.pivots = pivots[0].to(weight.device)
+    bias: Any = getattr(old, "bias", None)
+    plain.bias = bias
+    return quantized_layer(plain, {name: part.to(weight.device) for name, part in parts.items()})
 
 
 def low_rank_layer(
@@ -221,7 +281,9 @@ def compressed(
     """
     modules = dict(model.named_modules())
     # If the plan is for another model, `compress` says so.
-    before = {name: modules[name] for name in plan.modules if name in modules}
+    before = {name: modules[name] for name in (*plan.modules, *plan.embeddings) if name in modules}
+    embedded = [modules[name].weight for name in plan.embeddings if name in modules]
+    before.update({n: m for n, m in modules.items() if any(getattr(m, "weight", None) is one for one in embedded)})
     try:
         yield compress(model, plan, store, device=device)
     finally:
@@ -237,6 +299,9 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
             "Allocate again on this store, or name the store that the plan was made on"
         )
     modules = dict(model.named_modules())
+    for name in plan.embeddings:
+        if name not in modules:
+            raise ValueError(f"the plan names {name}, which the model lacks: load the model that the plan was made for")
     for name, entry in plan.modules.items():
         if name not in modules:
             raise ValueError(f"the plan names {name}, which the model lacks: load the model that the plan was made for")
@@ -248,7 +313,8 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
             )
     for name, entry in plan.modules.items():
         weight = _weight(modules[name]).detach()
-        if entry.rank is not None and not _made_from(weight, store.notes(name).get("weight", "")):
+        is_made = entry.rank is not None or entry.grid is not None
+        if is_made and not _made_from(weight, store.notes(name).get("weight", "")):
             raise ValueError(
                 f"the factors of {name} in {store.directory} were made from another weight than the model has: load "
                 "the base that the store was made from"

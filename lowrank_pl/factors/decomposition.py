@@ -142,6 +142,10 @@ class SquareRoot:
     kind: Literal["cholesky", "eigen", "diagonal"]
     damping: float
 
+    def moment(self) -> Tensor:
+        """Return the damped second moment ``[n, n]``, float64."""
+        return self.root.square().diag() if self.kind == "diagonal" else self.root @ self.root.mT
+
     def multiply_right(self, rows: Tensor) -> Tensor:
         """Return ``rows @ root`` for ``rows`` ``[k, n]``."""
         return rows * self.root if self.kind == "diagonal" else rows @ self.root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.factors.decomposition import Factors, truncate
+from lowrank_pl.models.hf_layers import Side
+from lowrank_pl.models.hf_quantized import Grid, Rounded
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.utils.files import canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import DamagedError, TensorStore, as_slice, read_manifest, tensor_digest
@@ -17,6 +20,7 @@ from lowrank_pl.utils.tensor_store import DamagedError, TensorStore, as_slice, r
 __all__ = ["FactorStore"]
 
 _SIGMA = "sha256_of_sigma"
+_ROUNDED = "rounded"
 
 
 class FactorStore(TensorStore):
@@ -54,9 +58,58 @@ class FactorStore(TensorStore):
         tensors = {"left": factors.left.float(), "right": factors.right.float(), "sigma": factors.sigma.double()}
         self.write(name, tensors, notes={**(notes or {}), _SIGMA: tensor_digest([("", tensors["sigma"])])})
 
+    def add_rounded(
+        self,
+        name: str,
+        parts: Mapping[str, Rounded],
+        *,
+        pivots: tuple[Tensor, Side] | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the rounded matrices of module ``name``.
+
+        Args:
+            name: The module, or an embedding.
+            parts: The matrices by their names in the layer, ``weight`` and perhaps ``right``.
+            pivots: The pivots of a pivoted layer, and whether they are outputs or inputs.
+            notes: What to note beside them.
+        """
+        tensors: dict[str, Tensor] = {}
+        columns = {}
+        for part, rounded in parts.items():
+            tensors[f"{part}.packed"], tensors[f"{part}.scales"] = rounded.packed, rounded.scales
+            if rounded.zeros is not None:
+                tensors[f"{part}.zeros"] = rounded.zeros
+            columns[part] = rounded.columns
+        stored = {"columns": columns, **next(iter(parts.values())).grid.to_json()}
+        if pivots is not None:
+            tensors["pivots"], stored["side"] = pivots
+        self.write(name, tensors, notes={**(notes or {}), _ROUNDED: json.dumps(stored)})
+
+    def rounded(self, name: str) -> tuple[dict[str, Rounded], tuple[Tensor, Side] | None]:
+        """Return what ``add_rounded`` wrote: the rounded matrices of module ``name``, and its pivots if it has any.
+
+        Raises:
+            ValueError: The module is absent, damaged, or not rounded.
+        """
+        found = super().notes(name).get(_ROUNDED)
+        if found is None:
+            raise ValueError(
+                f"{name} is not rounded in {self.directory}, but the plan gives it bits: round the plan with `lowrank "
+                "quantize`, or leave its bits out"
+            )
+        stored = json.loads(found)
+        grid = Grid(stored["bits"], stored.get("group"))
+        parts = {}
+        for part, columns in stored["columns"].items():
+            zeros = self.read(name, f"{part}.zeros") if grid.has_zeros else None
+            packed, scales = self.read(name, f"{part}.packed"), self.read(name, f"{part}.scales")
+            parts[part] = Rounded(grid, columns, packed, scales, zeros)
+        return parts, (self.read(name, "pivots"), stored["side"]) if "side" in stored else None
+
     def notes(self, name: str) -> dict[str, str]:
         """Return the notes that ``add`` stored with ``name``; raise the errors of ``factors``."""
-        return {key: value for key, value in super().notes(name).items() if key != _SIGMA}
+        return {key: value for key, value in super().notes(name).items() if key not in (_SIGMA, _ROUNDED)}
 
     def sigma(self, name: str) -> Tensor:
         """Return all singular values of module ``name``, float64, descending."""

@@ -19,6 +19,7 @@ from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
+from lowrank_pl.methods.quantize.settings import ByteBudget, Rounding
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.plans.storage import StorageChoice
 
@@ -72,11 +73,15 @@ class Recipe:
 
     Args:
         decomposition: How weights are decomposed.
-        allocator: The allocator that makes the plan without training; unused when ``learning`` is given.
-        settings: The allocator's settings.
+        allocator: The allocator that makes the plan without training; unused when ``learning`` is given. With
+            ``bytes`` sizes are fractions of the model's bytes, and every module gets a rank and bits.
+        settings: The allocator's settings; for ``bytes``, those of ``ByteBudget``.
         learning: How a mask learns the plan instead.
         storage: How low-rank modules are stored: factored in all papers but those about pivoting.
         refit: How the plan's factors are refitted to the compressed model's own inputs; None for no refit.
+        rounding: How the plan's matrices are rounded at the end; None leaves them as they are.
+        dense: Leave every module dense, so that rounding alone makes the model smaller. The one size is that of its
+            bits, whatever size is asked for.
         prune: How the base is pruned first; None for no pruning. LLM-Pruner alone reaches the final size, unless its
             ``keep`` leaves something to ranks.
 
@@ -92,14 +97,33 @@ class Recipe:
     storage: StorageChoice = "factored"
     refit: Refit | None = None
     prune: WidthPruning | LLMPruner | None = None
+    rounding: Rounding | None = None
+    dense: bool = False
 
     def __post_init__(self) -> None:
-        make_allocator(self.allocator, **self.settings)
+        if self.in_bytes:
+            ByteBudget(keep=1.0, **self.settings)
+            if self.decomposition.kind != "two_sided" or self.learning or self.refit or self.rounding or self.dense:
+                raise ValueError(
+                    "bytes chooses ranks and bits on two-sided factors and rounds them: give it that decomposition, "
+                    "and leave out learning, refit, rounding and dense"
+                )
+        else:
+            make_allocator(self.allocator, **self.settings)
+        if self.dense and (self.rounding is None or self.learning or self.refit):
+            raise ValueError(
+                "dense leaves every module as it is but for its bits: give rounding, and leave out learning and refit"
+            )
         if self.only_prunes and not (self.learning is None and self.refit is None and self.storage == "factored"):
             raise ValueError(
                 "llm_pruner prunes to the final size, which leaves no ranks to learn and no factors to refit or to "
                 "store: give prune.keep, larger than the final one, or leave out learning, refit and storage"
             )
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether sizes are fractions of the model's bytes."""
+        return self.allocator == "bytes"
 
     @property
     def only_prunes(self) -> bool:
@@ -113,6 +137,10 @@ class Recipe:
             base["storage"] = self.storage
         if self.refit is not None:
             base["refit"] = _jsonable(asdict(self.refit))
+        if self.rounding is not None:
+            base["rounding"] = asdict(self.rounding)
+        if self.dense:
+            return {**base, "dense": True}
         if self.prune is not None:
             base["prune"] = self.prune.describe()
             if self.only_prunes:
@@ -190,6 +218,14 @@ RECIPES: dict[str, Recipe] = {
     "rescaled": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True)),
     "llm_pruner": Recipe(prune=LLMPruner()),
     "llm_pruner_mlp": Recipe(prune=LLMPruner(attention=False)),
+    "int8": Recipe(_TWO_SIDED, rounding=Rounding(8), dense=True),
+    "int4": Recipe(_TWO_SIDED, rounding=Rounding(4), dense=True),
+    "int4_128": Recipe(_TWO_SIDED, rounding=Rounding(4, group=128), dense=True),
+    "int4_gptq": Recipe(rounding=Rounding(4), dense=True),
+    "int4_gptq_128": Recipe(rounding=Rounding(4, group=128), dense=True),
+    "int4_nearest": Recipe(rounding=Rounding(4, compensate=False), dense=True),
+    "int4_nearest_128": Recipe(rounding=Rounding(4, group=128, compensate=False), dense=True),
+    "bytes": Recipe(_TWO_SIDED, "bytes"),
     "best": Recipe(_TWO_SIDED, learning=Learning(Rescaled(), cosine=True), storage="auto", refit=Refit()),
 }
 """The recipes of ``lowrank compare``, whose learning is short. ``configs/*.yaml`` have the papers' lengths."""
@@ -205,6 +241,8 @@ VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
     "refit": lambda plain: replace(plain, refit=Refit()),
     "prune": _pruned_in_width,
+    "int8": lambda plain: replace(plain, rounding=Rounding(8)),
+    "int4": lambda plain: replace(plain, rounding=Rounding(4)),
 }
 """What ``+WORD`` after a recipe's name changes in it."""
 
@@ -218,7 +256,8 @@ def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     """Return the recipe called ``name``: one of ``own``, or one that ships with the package, or a variant of one.
 
     ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted,
-    ``NAME+prune`` on a base with pruned MLPs, and ``NAME+prune+pivoted+refit`` all three.
+    ``NAME+prune`` on a base with pruned MLPs, and ``NAME+prune+pivoted+refit`` all three. ``+int8`` or ``+int4`` rounds
+    the matrices at the end.
 
     Args:
         name: The recipe's name; results go to a folder of this name.

@@ -291,6 +291,13 @@ class PivotedLinear(_TwoMatrices):
         output = _gather(torch.cat([kept, self.product(kept, "weight")], -1), *self._indices())
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
+    def order(self) -> tuple[Tensor, Tensor]:
+        """Return the indices of the pivots and of all others, among outputs or inputs."""
+        size = self.out_features if self.side == "out" else self.in_features
+        every = torch.arange(size, device=self.pivots.device)
+        is_pivot = torch.isin(every, self.pivots)
+        return every[is_pivot], every[~is_pivot]
+
     def _indices(self) -> tuple[Tensor, ...]:
         """Return the indices for the forward pass: pivots and other inputs, or the place of each output.
 

@@ -177,6 +177,11 @@ class Rounded:
         """The number of rows."""
         return self.packed.shape[0]
 
+    def to(self, device: torch.device) -> Rounded:
+        """Return the matrix on another device."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return Rounded(self.grid, self.columns, self.packed.to(device), self.scales.to(device), zeros)
+
     def dense(self) -> Tensor:
         """Return the matrix ``[rows, columns]`` in float32."""
         return dequantize(self.packed, self.scales, self.zeros, self.grid, self.columns)
@@ -194,8 +199,6 @@ class _Stored(nn.Module):
     def _add_matrix(
         self, name: str, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
-        if columns < 2:
-            raise ValueError(f"a matrix with {columns} column was given to round: leave it as it is")
         grid, groups = self.grid, self.grid.groups(columns)
         self.register_parameter(name, nn.Parameter(torch.zeros(rows, groups, device=device, dtype=dtype)))
         widths = {"packed": packed_width(columns, grid.bits)}
@@ -212,11 +215,13 @@ class _Stored(nn.Module):
                 f"{name}: a matrix of {part.rows} rows with {part.grid} was given, expected {list(like.shape)} scales "
                 f"with {self.grid}"
             )
+        # A layer on the meta device takes the place of the part.
+        device = part.packed.device if like.is_meta else like.device
         with torch.no_grad():
-            setattr(self, name, nn.Parameter(part.scales.to(like)))
-        self._buffers[f"{name}_packed"] = part.packed.to(like.device).contiguous()
+            setattr(self, name, nn.Parameter(part.scales.to(device, like.dtype)))
+        self._buffers[f"{name}_packed"] = part.packed.to(device).contiguous()
         if part.zeros is not None:
-            self._buffers[f"{name}_zeros"] = part.zeros.to(like.device).contiguous()
+            self._buffers[f"{name}_zeros"] = part.zeros.to(device).contiguous()
 
     def rounded(self, name: str) -> Rounded:
         """Return the matrix ``name`` as it is stored."""
@@ -268,6 +273,9 @@ class QuantizedLinear(_Stored, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if in_features < 2:
+            # Its scales would have the dense shape: loaders that do not know the format would not stop.
+            raise ValueError(f"a layer with {in_features} input was given to round: leave it as it is")
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
         self._add_matrix("weight", out_features, in_features, device, dtype)

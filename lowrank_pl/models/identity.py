@@ -16,7 +16,7 @@ from lowrank_pl.utils.formatting import percent
 from lowrank_pl.utils.json_files import checked_json
 from lowrank_pl.utils.tensor_store import tensor_digest
 
-__all__ = ["ORIGIN_KEY", "Origin", "base_class", "model_fingerprint", "parent_name"]
+__all__ = ["ORIGIN_KEY", "ROTATION_KEY", "Origin", "base_class", "model_fingerprint", "parent_name"]
 
 
 def base_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
@@ -27,6 +27,9 @@ def base_class(model: PreTrainedModel) -> type[PreTrainedModel] | None:
 
 ORIGIN_KEY = "lowrank_narrowed"
 """Key of ``config.json`` under which a pruned model says what it was before."""
+
+ROTATION_KEY = "lowrank_rotated"
+"""Key of ``config.json`` under which a rotated model names its base and the seed of its rotation."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,10 @@ def parent_name(target: Target) -> str:
 
 
 # Entries of a config that do not change what a model computes.
-_DESCRIPTIVE = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "auto_map", ORIGIN_KEY}
+_DESCRIPTIVE = {
+    "_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "auto_map",
+    ORIGIN_KEY, ROTATION_KEY,
+}  # fmt: skip
 
 
 def model_fingerprint(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]] | None = None) -> dict[str, str]:

@@ -89,13 +89,16 @@ def comparison_table(results: Sequence[Mapping[str, Any]], *, fmt: str = "github
 def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return head and body of the table of ``results``, best method first within each size."""
     corpora = list(results[0]["perplexity"]) if results else []
-    head = ["method", "keep", "kept model", "MB", *(f"ppl {c}" for c in corpora), *(f"excess {c}" for c in corpora)]
+    whole = _dense_bytes(results)
+    head = ["method", "keep", "kept model", *(["kept bytes"] if whole else []), "MB"]
+    head += [*(f"ppl {corpus}" for corpus in corpora), *(f"excess {corpus}" for corpus in corpora)]
     head += ["seconds", "peak GB"]
     body = [
         [
             row["method"],
             percent(row["keep"]["targeted"]),
             percent(row["keep"]["model"]),
+            *([percent(row["bytes"] / whole)] if whole else []),
             f"{row['bytes'] / 1e6:,.1f}",
             *(f"{row['perplexity'][corpus]:.2f}" for corpus in corpora),
             *(f"{row['excess'][corpus]:.3f}" for corpus in corpora),
@@ -105,6 +108,18 @@ def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], l
         for row in sorted(results, key=lambda row: (-row["keep"]["asked"], _mean_excess(row)))
     ]
     return head, body
+
+
+def _dense_bytes(results: Sequence[Mapping[str, Any]]) -> int:
+    """Return the bytes of the dense model if any of ``results`` has rounded matrices, so that bytes compare; else 0."""
+    if not any("bits" in row for row in results):
+        return 0
+    return next((int(row["bytes"]) for row in results if row["method"] == DENSE), 0)
+
+
+def _kept(row: Mapping[str, Any], whole: int) -> float:
+    """Return the kept fraction of bytes, or of the targeted parameters where the dense model's bytes are not needed."""
+    return float(row["bytes"] / whole if whole else row["keep"]["targeted"])
 
 
 def lines_by_mean_excess(
@@ -122,7 +137,8 @@ def lines_by_mean_excess(
         ValueError: A method has no result.
     """
     lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(results, key=lambda row: row["keep"]["targeted"]):
+    whole = _dense_bytes(results)
+    for row in sorted(results, key=lambda row: _kept(row, whole)):
         if row["method"] != DENSE:
             lines.setdefault(row["method"], []).append(row)
     for name in methods:
@@ -148,11 +164,12 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
     from matplotlib.figure import Figure
 
     lines = lines_by_mean_excess(results, methods)
+    whole = _dense_bytes(results)
     figure = Figure(figsize=(7.2, max(4.2, 1.2 + 0.19 * len(lines))), layout="constrained")
     axes = figure.add_subplot()
     ends = {}
     for place, (name, rows) in enumerate(lines.items()):
-        points = [(row["keep"]["targeted"], row["excess"][corpus]) for row in rows]
+        points = [(_kept(row, whole), row["excess"][corpus]) for row in rows]
         ends[name] = points[-1]
         axes.plot(
             *zip(*points, strict=True),
@@ -167,9 +184,11 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter("{x:g}")
     sizes = sorted({row["keep"]["asked"] for rows in lines.values() for row in rows})
-    if len(sizes) <= 8:
+    if whole:
+        axes.xaxis.set_major_formatter(lambda size, _: percent(size))
+    elif len(sizes) <= 8:
         axes.set_xticks(sizes, [percent(size) for size in sizes])
-    axes.set_xlabel("kept fraction of the targeted parameters")
+    axes.set_xlabel("kept fraction of the model's bytes" if whole else "kept fraction of the targeted parameters")
     axes.set_ylabel("excess over the dense model in nats per token")
     axes.set_title(f"{plain(corpus)}: lower is better")
     axes.grid(visible=True, which="both", alpha=0.25)
@@ -284,21 +303,21 @@ def comparison_page(results: Sequence[Mapping[str, Any]], *, title: str) -> str:
     if not results:
         raise ValueError("the comparison has no results yet: run `lowrank compare` again, it resumes")
     head, body = comparison_cells(results)
-    lines = lines_by_mean_excess(results)
+    lines, whole = lines_by_mean_excess(results), _dense_bytes(results)
     corpora = results[0]["excess"] if lines else ()
     machines = {
         str(row.get("machine", {}).get("accelerator") or row.get("machine", {}).get("processor")) for row in results
     }
     return render(
         "comparison.html", title=title, head=head, body=body, names=list(lines), machines=sorted(machines - {"None"}),
-        plots=[_plot(lines, corpus) for corpus in corpora], results=results,
+        plots=[_plot(lines, corpus, whole) for corpus in corpora], results=results, in_bytes=bool(whole),
         WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, BOTTOM=BOTTOM,
     )  # fmt: skip
 
 
-def _plot(results: Mapping[str, Sequence[Mapping[str, Any]]], corpus: str) -> Plot:
+def _plot(results: Mapping[str, Sequence[Mapping[str, Any]]], corpus: str, whole: int) -> Plot:
     rows = [row for of_method in results.values() for row in of_method]
-    sizes = [row["keep"]["targeted"] for row in rows]
+    sizes = [_kept(row, whole) for row in rows]
     values = [row["excess"][corpus] for row in rows]
     ticks = _ticks(min(values), max(values))
     # A tiny random model may come out better than dense by chance.
@@ -316,11 +335,11 @@ def _plot(results: Mapping[str, Sequence[Mapping[str, Any]]], corpus: str) -> Pl
     lines = []
     for place, (name, of_method) in enumerate(results.items()):
         lines.append(Line(name, place, [
-            (x(row["keep"]["targeted"]), y(row["excess"][corpus]),
-             f"{name}, {percent(row['keep']['targeted'])} kept: {row['excess'][corpus]:.3f} nats")
+            (x(_kept(row, whole)), y(row["excess"][corpus]),
+             f"{name}, {percent(_kept(row, whole))} kept: {row['excess'][corpus]:.3f} nats")
             for row in of_method
         ]))  # fmt: skip
-    asked = sorted({row["keep"]["asked"] for row in rows})
+    asked = sorted({round(size, 1) for size in sizes} if whole else {row["keep"]["asked"] for row in rows})
     return Plot(corpus, lines, [(x(size), percent(size)) for size in asked], [(y(tick), f"{tick:g}") for tick in ticks])
 
 

@@ -34,6 +34,8 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import factors_of_plan
 from lowrank_pl.methods.allocate.run import allocate_on
+from lowrank_pl.methods.quantize.quantizing import quantize
+from lowrank_pl.methods.quantize.settings import Rounding
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.models import hf_format
 from lowrank_pl.models.identity import base_class
@@ -174,6 +176,8 @@ class Ending:
         refit: How to refit the factors to the compressed model's own inputs; the table then also has a row without the
             refit. None does not refit.
         refit_sequences: Token ids ``[sequences, length]`` for the refit.
+        rounding: How to round the matrices to a few bits; the table then also has a row before rounding. None does not
+            round.
         streamed_on: A device that the models do not fit on. They stay in main memory and are scored on it one layer at
             a time (``lowrank_pl.models.offload``). Prompts are not continued, because every token would read all
             weights.
@@ -184,6 +188,7 @@ class Ending:
     form: ExportForm = ExportForm()
     refit: Refit | None = None
     refit_sequences: Tensor | None = None
+    rounding: Rounding | None = None
     streamed_on: torch.device | None = None
 
 
@@ -299,6 +304,12 @@ def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
         table.add("learned, no refit", score, plan, plan.bytes, spent)
         began = time.perf_counter()
         plan, factors = refit(plan, factors, subject, sequences=ending.refit_sequences, settings=ending.refit)
+        spent += time.perf_counter() - began
+    if ending.rounding is not None:
+        score = _score_compressed(learned, ending, plan, factors, "before rounding")
+        table.add("learned, not rounded", score, plan, plan.bytes, spent)
+        began = time.perf_counter()
+        plan, factors = quantize(plan, factors, subject, settings=ending.rounding)
         spent += time.perf_counter() - began
     began = time.perf_counter()
     report, plan = export_plan(

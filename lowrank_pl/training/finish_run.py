@@ -21,6 +21,7 @@ from lowrank_pl.export.export import check_destination
 from lowrank_pl.export.hub import HubRepo, announce_upload, upload
 from lowrank_pl.factors.compression import restore_dense
 from lowrank_pl.methods.allocate import make_allocator
+from lowrank_pl.methods.quantize.settings import Rounding
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.offload import exceeds_memory
@@ -94,16 +95,18 @@ class FinishRun(Stopwatch):
         any_size: Write components beside the weights, so that the folder serves every size down from its own.
         refit: How to refit the learned plan's factors to the compressed model's own inputs, on the learning sequences;
             by default they are not refitted.
+        rounding: How to round the learned plan's matrices, and the embeddings, to a few bits; by default they stay as
+            they are.
         streamed: Whether to keep models in main memory, score them one layer at a time on the device, and export from
             main memory. This is the default if FSDP2 shards a base that does not fit on one device. A streamed run has
-            no refit and no continuations.
+            no refit, no rounding and no continuations.
         json: A file for the table's figures.
         push_to_hub: Repository of the Hugging Face hub to upload the finished model to, with the scores in its card:
             me/model, or name, private and revision. The token is that of ``hf auth login``, or ``HF_TOKEN``.
 
     Raises:
         ValueError: A baseline is not the name of an allocator, ``push_to_hub`` can't be a repository, or ``any_size``
-            is given with ``merge`` or ``refit``.
+            is given with ``merge``, ``refit`` or ``rounding``.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class FinishRun(Stopwatch):
         json: Path | None = None,
         push_to_hub: str | HubRepo | None = None,
         any_size: bool = False,
+        rounding: Rounding | None = None,
     ) -> None:
         super().__init__()
         self.score = score
@@ -126,6 +130,9 @@ class FinishRun(Stopwatch):
         self.refit, self.streamed, self.json = refit, streamed, json
         if any_size and refit is not None:
             raise ValueError("a refit fits the factors to one size: leave out any_size, or the refit with refit null")
+        self.rounding = rounding
+        if any_size and rounding is not None:
+            raise ValueError("rounded matrices have one size: leave out any_size, or the rounding with rounding null")
         for name in baselines:
             make_allocator(name)
         self.repo = HubRepo(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
@@ -166,12 +173,13 @@ class FinishRun(Stopwatch):
                 f"the base {has}, which no plain config of dense weights can "
                 "describe: leave out --finish.merge, or prune all MLPs to one width with --model.prune.by_block false"
             )
-        if self.refit is not None and self._streams(trainer, pl_module, ever=True):
-            raise ValueError(
-                f"a refit needs the dense and the compressed model on one device, and this base of "
-                f"{pl_module.weight_bytes / 1e9:,.1f} GB is scored one layer at a time: leave the refit out with "
-                "--finish.refit null"
-            )
+        for what, wanted in (("refit", self.refit), ("rounding", self.rounding)):
+            if wanted is not None and self._streams(trainer, pl_module, ever=True):
+                raise ValueError(
+                    f"a {what} needs the dense and the compressed model on one device, and this base of "
+                    f"{pl_module.weight_bytes / 1e9:,.1f} GB is scored one layer at a time: leave the {what} out with "
+                    f"--finish.{what} null"
+                )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write the plan with the last step, so that no later failure loses it."""
@@ -216,7 +224,7 @@ class FinishRun(Stopwatch):
         )  # fmt: skip
         ending = Ending(
             self.protocol, self.baselines, self.form, self.refit, refit_sequences=data.train_sequences,
-            streamed_on=device if streams else None,
+            rounding=self.rounding, streamed_on=device if streams else None,
         )  # fmt: skip
         return finish_run(run, learned, ending)
 

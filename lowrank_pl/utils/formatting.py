@@ -15,6 +15,7 @@ __all__ = [
     "gigabytes",
     "longest_run",
     "megabytes",
+    "memory_size",
     "percent",
     "rounded_perplexity",
     "table",
@@ -129,3 +130,24 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def memory_size(text: str) -> int:
+    """Return the bytes that ``text`` names: a number with or without a unit, KB, MB, GB, TB or KiB, MiB, GiB.
+
+    Raises:
+        ValueError: It names no amount of memory.
+
+    >>> memory_size("8GB"), memory_size("1.5 GiB"), memory_size("4096")
+    (8000000000, 1610612736, 4096)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Z]*)\s*", text.upper())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    if not size:
+        raise ValueError(
+            f"{text!r} is no amount of memory: expected a positive number and a unit, such as 8GB or 512MiB"
+        )
+    return size

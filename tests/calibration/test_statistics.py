@@ -12,11 +12,12 @@ from lowrank_pl.calibration import statistics as collected
 from lowrank_pl.calibration.build import statistics_of
 from lowrank_pl.calibration.gradients import GradientMoments, collect_gradients
 from lowrank_pl.calibration.measures import Passes
-from lowrank_pl.calibration.statistics import block_groups, memory_size
+from lowrank_pl.calibration.statistics import block_groups
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.models.lazy import NotBlockwiseError
 from lowrank_pl.models.targets import Target, decoder_blocks, find_targets
 from lowrank_pl.models.tiny import tiny_model
+from lowrank_pl.utils.formatting import memory_size
 from tests.helpers.unchanged import assert_untouched, state
 
 NEEDS = ("inputs", "output_gradients", "weight_gradients")

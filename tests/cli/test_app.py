@@ -98,6 +98,7 @@ def test_the_list_has_the_first_sentence_of_each_docstring(command):
         ("report", ["RUN --run", "Folder of lowrank fit, export or compare", "--output", "--scores"]),
         ("refit", ["PLAN --plan", "--settings.sequences"]),
         ("prune", ["BASE --base", "--keep", "--share", "--by_block"]),
+        ("rotate", ["BASE --base", "--seed", "--output"]),
         ("compare", ["BASE --base", "--score_sequences", "--recipes"]),
         ("bench", ["What to measure", "--storage", "--repeats"]),
     ],
@@ -220,6 +221,7 @@ def test_a_text_that_can_not_be_read(capsys, tmp_path):
         "export no.json --json",
         "fit -c smoke --model.base no/model --json",
         "prune no/model --keep 0.5 --json",
+        "rotate no/model --json",
         "refit no.json --output",
         "refit no.json --json",
         "report no/run --output",
@@ -236,6 +238,7 @@ def test_a_folder_where_a_file_is_meant_is_refused_before_anything_is_loaded(cap
         "export {plan} --output",
         "fit -c smoke --run",
         "prune no/model --keep 0.5 --output",
+        "rotate no/model --output",
     ],
 )
 def test_a_file_where_a_folder_is_meant_is_refused_before_anything_is_loaded(capsys, tmp_path, words):

@@ -91,6 +91,7 @@ GIVEN = {
     "evaluate-plan": "plan.json --text text.txt --length 16", "export": "plan.json",
     "fit": f"-c {SMOKE} --data.learning.text text.txt --data.learning.length 16 --data.learning.sequences 4",
     "prune": "random:llama --keep 0.5 --length 16 --sequences 2", "refit": "plan.json", "report": "run",
+    "rotate": "random:llama",
 }  # fmt: skip
 """Words of each command that get it to its work."""
 

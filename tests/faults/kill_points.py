@@ -66,6 +66,7 @@ STAGES = {
         "export refitted.json --output model --keep 0.5 0.4 --merge", ("allocate", "refit", "export again")
     ),
     "prune": Stage(f"prune random:llama --keep 0.5 {TEXT} --output pruned --json out.json"),
+    "rotate": Stage("rotate random:llama --output turned --json out.json"),
     "fit": Stage(f"{FIT} --run run --json out.json", resume="--ckpt_path last"),
     "fit anew": Stage(f"{FIT} --run run", ("fit anew",)),
     "fit all": Stage(

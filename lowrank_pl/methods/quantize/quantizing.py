@@ -1,0 +1,286 @@
+"""The matrices of a plan rounded to the bits that the plan gives them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.calibration.roots import Roots
+from lowrank_pl.calibration.subject import Subject
+from lowrank_pl.factors.compression import compressed
+from lowrank_pl.factors.rounding import Metric, compensated, nearest, round_dense, round_factors, round_pivoted
+from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.methods.quantize.settings import Rounding, grid_of
+from lowrank_pl.models.eval_mode import evaluating, input_device
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.hf_quantized import Grid, Rounded
+from lowrank_pl.models.targets import Target, dense_weight
+from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.utils.files import canonical_json, sha256_of
+from lowrank_pl.utils.tensor_store import weight_digest
+
+__all__ = ["embedding_names", "head_moment", "quantize", "round_embedding", "with_bits"]
+
+_log = logging.getLogger(__name__)
+
+_STEP = "rounding"
+
+_HEAD_SEQUENCES = 16
+"""Sequences on which the inputs of the head are measured."""
+
+
+def quantize(
+    plan: RankPlan, factors: FactorStore, subject: Subject, *, settings: Rounding | None = None
+) -> tuple[RankPlan, FactorStore]:
+    """Return the plan for rounded matrices, and the store that holds them.
+
+    The metric of the errors is the one that the factors were made with: the second moments of inputs and outputs, with
+    their damping. Factors of the kind ``svd`` have none, and are rounded to nearest. Pivots are chosen first, so
+    coefficients are rounded like all other matrices.
+
+    The rounded matrices are written module by module to a folder inside that of ``factors``, so a killed run goes on
+    where it was. Other sizes don't follow from the plan: make them from the plan before rounding.
+
+    Args:
+        plan: The plan, with the bits of each module (``ModulePlan.grid``, ``RankPlan.embeddings``), or without.
+        factors: The factors that the plan is for, refitted ones included.
+        subject: The dense model, which stays unchanged, its targets, and the sequences that the factors were made from.
+        settings: Bits for all modules alike; None rounds to those that ``plan`` has.
+
+    Raises:
+        ValueError: The plan has no bits, is rounded already, or does not belong to factors and model.
+
+    Example:
+        >>> from lowrank_pl import allocate_ranks
+        >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+        >>> subject = Subject(tiny_model("llama"), byte_tokenizer(), torch.arange(256).view(4, 64))
+        >>> plan, made = quantize(*allocate_ranks(subject, keep=0.5), subject, settings=Rounding(bits=4))
+        >>> plan.bits, plan.keep_bytes < 0.2
+        ({'4 bits in groups of 32': 14}, True)
+    """
+    if _STEP in factors.fingerprint:
+        raise ValueError(f"the matrices in {factors.directory} are rounded already: give the plan before rounding")
+    given = plan if settings is None else with_bits(plan, settings, subject.model)
+    if not given.is_rounded:
+        raise ValueError("the plan gives no module any bits: say how to round it, such as with bits 4")
+    work = _Work(given, factors, subject, compensate=settings is None or settings.compensate)
+    return work.run(), work.made
+
+
+def with_bits(plan: RankPlan, settings: Rounding, model: PreTrainedModel) -> RankPlan:
+    """Return ``plan`` with the same bits for every module, and with bits for the embeddings of ``model``."""
+    modules = {name: replace(module, grid=settings.grid) for name, module in plan.modules.items()}
+    if settings.embeddings is None:
+        return replace(plan, modules=modules)
+    grid = grid_of(settings.embeddings)
+    embeddings = {name: ModulePlan(shape, grid=grid) for name, shape in embedding_names(model).items()}
+    return replace(plan, modules=modules, embeddings=embeddings)
+
+
+def embedding_names(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Return the names and shapes of the embeddings and the head; of tied ones only the embeddings.
+
+    Embeddings of a kind of their own are left out, with a warning.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    seen: list[Tensor] = []
+    for name, module in model.named_modules():
+        if not any(module is end for end in ends):
+            continue
+        if not isinstance(module, (nn.Embedding, nn.Linear)):
+            _log.warning("%s is a %s: its numbers stay as they are", name, type(module).__name__)
+            continue
+        if not any(module.weight is other for other in seen):
+            seen.append(module.weight)
+            rows, columns = module.weight.shape
+            found[name] = (rows, columns)
+    return found
+
+
+def head_moment(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """Return the mean second moment ``[width, width]`` of what the head reads, float64.
+
+    Args:
+        model: The dense model.
+        sequences: ``[sequences, length]`` token ids; the first ones are used.
+    """
+    head: nn.Module = model.get_output_embeddings()
+    sums: list[Tensor] = []
+
+    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].detach().flatten(0, -2).float()
+        sums.append((rows.mT @ rows).double() / len(rows))
+
+    some = sequences[:_HEAD_SEQUENCES]
+    with evaluating(model), head.register_forward_pre_hook(add):
+        for sequence in tqdm(some, desc="inputs of the head", unit="sequence", leave=False):
+            model(input_ids=sequence[None].to(input_device(model)), use_cache=False)
+    return torch.stack(sums).mean(0)
+
+
+def round_embedding(weight: Tensor, grid: Grid, moment: Tensor | None) -> Rounded:
+    """Return the weight ``[tokens, width]`` of embeddings or a head, rounded.
+
+    Args:
+        weight: The weight.
+        grid: The numbers to round to.
+        moment: What the head reads, for error compensation; None rounds to nearest, as for embeddings alone.
+    """
+    return compensated(weight.detach(), grid, None if moment is None else moment.to(weight.device))
+
+
+class _Work:
+    """One rounding: its plan with bits, and its store."""
+
+    def __init__(self, plan: RankPlan, base: FactorStore, subject: Subject, *, compensate: bool) -> None:
+        self.plan, self.base, self.subject, self.compensate = plan, base, subject, compensate
+        self.model = subject.model
+        grids = {
+            name: None if module.grid is None else module.grid.to_json()
+            for name, module in (*plan.modules.items(), *plan.embeddings.items())
+        }
+        identity = {
+            "plan": plan.ranks_digest(),
+            "forms": sha256_of(canonical_json({name: module.storage for name, module in plan.modules.items()})),
+            "bits": sha256_of(canonical_json(grids)),
+            "compensate": compensate,
+        }
+        self.made = FactorStore(*base.derived(_STEP, identity))
+
+    def run(self) -> RankPlan:
+        """Round what is missing, and return the plan."""
+        plain = replace(
+            self.plan,
+            modules={name: replace(module, grid=None) for name, module in self.plan.modules.items()},
+            embeddings={},
+        )
+        names = [
+            *self.plan.embeddings,
+            *(name for name, module in self.plan.modules.items() if module.grid is not None or module.rank is not None),
+        ]
+        with self.made.filling(names) as missing:
+            if missing:
+                before = {name: dense_weight(self.model.get_submodule(name)).detach() for name in self.plan.modules}
+                self._round_embeddings([name for name in missing if name in self.plan.embeddings])
+                with compressed(self.model, plain, self.base):
+                    self._round_modules([name for name in missing if name in self.plan.modules], before)
+        return self._planned()
+
+    def _round_modules(self, names: Sequence[str], before: Mapping[str, Tensor]) -> None:
+        bare = [name for name in names if self.plan.modules[name].grid is None]
+        for name in bare:
+            notes = {**self.base.notes(name), "seconds": "0"}
+            self.made.add(name, self.base.kept(name, self.plan.modules[name]), notes=notes)
+        todo = self.subject.targets.among(set(names) - set(bare))
+        if not todo:
+            return
+        roots = Roots.of_factors(self.base, self.model, self.subject.sequences, todo)
+        for target, metric in tqdm(roots.metrics(todo), desc="round", unit="module", total=len(todo)):
+            self._round(target, metric, before[target.name])
+
+    def _round(self, target: Target, metric: Metric, weight: Tensor) -> None:
+        began = time.perf_counter()
+        layer = self.model.get_submodule(target.name)
+        grid = self.plan.modules[target.name].grid
+        assert grid is not None
+        parts = _rounded(layer, grid, metric if self.compensate else None)
+        pivots = (layer.pivots, layer.side) if isinstance(layer, PivotedLinear) else None
+        before = _matrix(layer) - weight.double()
+        after = _merged(layer, parts) - weight.double()
+        notes = {
+            "weight": weight_digest(weight),
+            "form": "pivoted" if pivots else "factored" if "right" in parts else "dense",
+            "cost_before": f"{metric.cost(before):.6g}",
+            "cost": f"{metric.cost(after):.6g}",
+            "seconds": f"{time.perf_counter() - began:.4f}",
+        }
+        self.made.add_rounded(target.name, parts, pivots=pivots, notes=notes)
+
+    def _round_embeddings(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        head = self.model.get_output_embeddings()
+        reads = {name: self.model.get_submodule(name).get_parameter("weight") is head.weight for name in names}
+        wanted = any(reads[name] and _fine(self.plan.embeddings[name].grid) for name in names)
+        moment = head_moment(self.model, self.subject.sequences) if self.compensate and wanted else None
+        for name in tqdm(names, desc="round embeddings", unit="matrix", leave=False):
+            weight, grid = self.model.get_submodule(name).get_parameter("weight"), self.plan.embeddings[name].grid
+            assert grid is not None
+            rounded = round_embedding(weight, grid, moment if reads[name] else None)
+            notes = {"weight": weight_digest(weight.detach()), "form": "dense", "seconds": "0"}
+            self.made.add_rounded(name, {"weight": rounded}, notes=notes)
+
+    def _planned(self) -> RankPlan:
+        """Return the plan with the forms that the layers have, and with notes on what rounding costs."""
+        modules, costs = dict(self.plan.modules), [0.0, 0.0]
+        for name, module in self.plan.modules.items():
+            if module.grid is None:
+                modules[name] = replace(module, indices=None)
+                continue
+            noted = self.made.notes(name)
+            form = noted["form"]
+            costs[0] += float(noted["cost_before"])
+            costs[1] += float(noted["cost"])
+            if form == "dense":
+                modules[name] = ModulePlan(module.shape, grid=module.grid)
+            else:
+                modules[name] = replace(module, indices=None, storage="pivoted" if form == "pivoted" else "factored")
+        how = "with error compensation" if self.compensate else "to nearest"
+        counts = ", ".join(f"{count} modules {kind}" for kind, count in self.plan.bits.items())
+        notes = [f"rounded {how}: {counts}"]
+        if self.base.fingerprint.get("kind") == "two_sided":
+            notes.append(f"predicted loss in nats: {costs[0]:.4g} by truncation, {costs[1]:.4g} with rounding")
+        for note in notes:
+            _log.info("quantize: %s", note)
+        return replace(
+            self.plan,
+            modules=modules,
+            origin={**self.plan.origin, "store": str(self.made.directory.resolve())},
+            fingerprint=self.made.fingerprint,
+            notes=(*self.plan.notes, *notes),
+            order=None,
+        )
+
+
+def _fine(grid: Grid | None) -> bool:
+    """Tell whether errors are so large that compensation pays for a pass over text."""
+    return grid is not None and grid.bits < 8
+
+
+def _rounded(layer: nn.Module, grid: Grid, metric: Metric | None) -> dict[str, Rounded]:
+    """Return the rounded matrices of a layer; without a metric they are rounded to nearest."""
+    if not isinstance(layer, (LowRankLinear, PivotedLinear)):
+        weight = dense_weight(layer).detach()
+        return {"weight": nearest(weight, grid) if metric is None else round_dense(weight, grid, metric)}
+    matrices = {name: layer.matrix(name).detach() for name in ("weight", "right")}
+    if metric is None:
+        return {name: nearest(matrix, grid) for name, matrix in matrices.items()}
+    if isinstance(layer, PivotedLinear):
+        return round_pivoted(**matrices, order=layer.order(), grid=grid, metric=metric)
+    return round_factors(matrices["weight"], matrices["right"], grid, metric)
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """Return the merged matrix ``[out, in]`` of a layer, float64."""
+    if isinstance(layer, (LowRankLinear, PivotedLinear)):
+        return layer.dense().double()
+    return dense_weight(layer).detach().double()
+
+
+def _merged(layer: nn.Module, parts: Mapping[str, Rounded]) -> Tensor:
+    """Return the merged matrix ``[out, in]`` of the rounded ``parts`` of a layer, float64."""
+    matrices = {name: part.dense() for name, part in parts.items()}
+    if isinstance(layer, PivotedLinear):
+        made = PivotedLinear.from_parts(matrices["weight"], matrices["right"], layer.pivots, side=layer.side)
+        return made.dense().double()
+    if isinstance(layer, LowRankLinear):
+        return matrices["weight"].double() @ matrices["right"].double()
+    return matrices["weight"].double()
