@@ -119,3 +119,20 @@ def test_a_model_that_uses_the_stream_otherwise_is_refused():
     model.model.layers[1].register_forward_hook(lambda _module, _args, output: output.abs())
     with pytest.raises(RotationError, match="its logits change by"):
         rotated(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma"])
+def test_blocks_are_turned_inside_and_a_tied_head_stays_tied(family):
+    model = made(family)
+    turned = rotated(model, stream=False)
+    torch.testing.assert_close(turned(TOKENS).logits, model(TOKENS).logits, atol=3e-5, rtol=1e-4)
+    assert (turned.lm_head.weight is turned.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    before = dict(model.named_parameters())
+    for name, parameter in turned.model.layers.named_parameters(prefix="model.layers"):
+        if parameter.dim() == 2:
+            assert not torch.equal(parameter, before[name]), name
+
+
+def test_fused_layers_are_not_turned_inside():
+    with pytest.raises(RotationError, match="turn its stream instead"):
+        rotated(made("phi3"), stream=False)

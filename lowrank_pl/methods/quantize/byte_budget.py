@@ -62,6 +62,8 @@ def allocate_bytes(
 ) -> tuple[RankPlan, FactorStore]:
     """Return the plan with the least predicted loss in so many bytes, and the store with its rounded matrices.
 
+    If the budget has room for the dense model, nothing is rounded, and the store is that of the factors.
+
     For each module, every rank as it is and at every number of bits, and the dense weight with as many bits, are priced
     by the two-sided metric: ``sum(sigma[k:] ** 2) / 2`` nats for truncating, plus the same form of the rounding error.
     Both add up exactly (:func:`lowrank_pl.factors.rounding.component_costs`). The exact Lagrangian allocation over all
@@ -89,6 +91,8 @@ def allocate_bytes(
     plan = byte_plan(subject, settings, prices)
     notes = [*base_notes(subject), *preparation_notes(subject.targets, factors)]
     plan = plan.with_origin(describe_origin(subject, made_by, factors), factors.fingerprint, notes)
+    if not plan.is_rounded:
+        return plan, factors
     return quantize(plan, factors, subject)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -170,21 +170,21 @@ class _Work:
             if missing:
                 before = {name: dense_weight(self.model.get_submodule(name)).detach() for name in self.plan.modules}
                 self._round_embeddings([name for name in missing if name in self.plan.embeddings])
+                todo = self._copy_bare([name for name in missing if name in self.plan.modules])
+                # Statistics that are gone are collected again, in the dense model.
+                roots = Roots.of_factors(self.base, self.model, self.subject.sequences, todo) if todo else None
                 with compressed(self.model, plain, self.base):
-                    self._round_modules([name for name in missing if name in self.plan.modules], before)
+                    for target, metric in () if roots is None else _with_bar(roots.metrics(todo), len(todo)):
+                        self._round(target, metric, before[target.name])
         return self._planned()
 
-    def _round_modules(self, names: Sequence[str], before: Mapping[str, Tensor]) -> None:
+    def _copy_bare(self, names: Sequence[str]) -> list[Target]:
+        """Copy the factors of modules that get no bits, and return the others."""
         bare = [name for name in names if self.plan.modules[name].grid is None]
         for name in bare:
             notes = {**self.base.notes(name), "seconds": "0"}
             self.made.add(name, self.base.kept(name, self.plan.modules[name]), notes=notes)
-        todo = self.subject.targets.among(set(names) - set(bare))
-        if not todo:
-            return
-        roots = Roots.of_factors(self.base, self.model, self.subject.sequences, todo)
-        for target, metric in tqdm(roots.metrics(todo), desc="round", unit="module", total=len(todo)):
-            self._round(target, metric, before[target.name])
+        return self.subject.targets.among(set(names) - set(bare))
 
     def _round(self, target: Target, metric: Metric, weight: Tensor) -> None:
         began = time.perf_counter()
@@ -248,6 +248,10 @@ class _Work:
             notes=(*self.plan.notes, *notes),
             order=None,
         )
+
+
+def _with_bar(metrics: Iterator[tuple[Target, Metric]], count: int) -> Iterator[tuple[Target, Metric]]:
+    yield from tqdm(metrics, desc="round", unit="module", total=count)
 
 
 def _fine(grid: Grid | None) -> bool:

@@ -1,0 +1,75 @@
+"""One budget in bytes for ranks and bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowrank_pl import allocate_ranks
+from lowrank_pl.calibration.build import build_factors
+from lowrank_pl.calibration.subject import Subject
+from lowrank_pl.evaluate.likelihood import divergence
+from lowrank_pl.factors.compression import compressed
+from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.quantize import ByteBudget, Rounding, allocate_bytes, quantize
+from lowrank_pl.methods.quantize.byte_budget import price
+from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+
+
+@pytest.fixture
+def subject(sequences):
+    return Subject(tiny_model("llama"), byte_tokenizer(), sequences[:4])
+
+
+def kl(subject, plan, factors):
+    with compressed(subject.model, plan, factors):
+        return divergence(subject.model, tiny_model("llama"), subject.sequences).kl
+
+
+@pytest.mark.parametrize("keep", [0.18, 0.3, 0.6])
+def test_the_budget_is_met_and_nearly_used(subject, keep):
+    plan, _ = allocate_bytes(subject, ByteBudget(keep=keep, sequences=1))
+    assert keep * 0.93 < plan.keep_bytes <= keep
+
+
+def test_a_budget_for_the_dense_model_leaves_it_alone(subject):
+    plan, _ = allocate_bytes(subject, ByteBudget(keep=1.0, bits=[8], sequences=1))
+    assert plan.keep_bytes > 0.5
+    assert all(module.rank is None for module in plan.modules.values())
+
+
+def test_one_budget_loses_no_more_than_the_same_bits_everywhere(subject):
+    plan, factors = allocate_ranks(subject, keep=1.0, decomposition=Decomposition("two_sided"))
+    alike, made = quantize(plan, factors, subject, settings=Rounding(bits=4, embeddings=4))
+    budget = ByteBudget(size=str(alike.bytes), sequences=1)
+    assert kl(subject, *allocate_bytes(subject, budget)) < kl(subject, alike, made)
+
+
+def test_a_size_may_be_named_in_bytes(subject):
+    plan, _ = allocate_bytes(subject, ByteBudget(size="40KB", sequences=1))
+    assert plan.bytes <= 40_000
+
+
+def test_too_small_a_budget_says_what_is_possible(subject):
+    with pytest.raises(ValueError, match=r"a budget of 1,000 bytes was given: the smallest size takes [\d,]+ "):
+        allocate_bytes(subject, ByteBudget(size="1KB", sequences=1))
+
+
+def test_only_two_sided_factors_have_losses_that_compare(subject):
+    factors = build_factors(subject, settings=Decomposition("whitened"))
+    with pytest.raises(ValueError, match="factors of the kind 'whitened': expected two_sided"):
+        price(subject, factors, ByteBudget(keep=0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "expected one of them"),
+        ({"keep": 0.5, "size": "1MB"}, "expected one of them"),
+        ({"keep": 1.5}, "keep is 1.5"),
+        ({"size": "much"}, "'much' is no amount of memory"),
+        ({"keep": 0.5, "bits": [9]}, "9 bits were given"),
+    ],
+)
+def test_impossible_budgets_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ByteBudget(**settings)
