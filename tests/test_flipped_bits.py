@@ -158,7 +158,14 @@ KINDS = {
     "losses of STRS": (sensitivity, "sensitivity/*.jsonl"),
 }
 EXPORTED = ["model.safetensors", "config.json", "generation_config.json", "plan.json", "tokenizer.json"]
-EXPORTED += ["tokenizer_config.json", "chat_template.jinja", "hf_format.py", "hf_layers.py", "digests.py"]
+EXPORTED += [
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "hf_format.py",
+    "hf_layers.py",
+    "hf_quantized.py",
+    "digests.py",
+]
 
 
 def count_flips(file, read, caplog):

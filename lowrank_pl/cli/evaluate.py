@@ -77,6 +77,7 @@ def evaluate(
     from lowrank_pl.evaluate.generation import generate_samples
     from lowrank_pl.evaluate.paired import task_table
     from lowrank_pl.evaluate.zero_shot import ZeroShot, figures_of
+    from lowrank_pl.models.targets import model_parameters
     from lowrank_pl.text.sequences import token_windows
     from lowrank_pl.text.sources import named_texts
     from lowrank_pl.utils.environment import pick_device
@@ -96,7 +97,7 @@ def evaluate(
         # Another size is another model: its scores must not become those of the folder.
         "model": model if keep is None else f"{model} at keep {keep:g}",
         "dtype": str(network.dtype).removeprefix("torch."),
-        "parameters": network.num_parameters(),
+        "parameters": model_parameters(network),
     }
     if dense is not None:
         figures |= {"reference": reference, "reference_parameters": dense.num_parameters()}

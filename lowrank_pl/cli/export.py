@@ -62,7 +62,7 @@ def export(
     from lowrank_pl.plans.plan import RankPlan
     from lowrank_pl.plans.resize import components_below, nested
     from lowrank_pl.report.finish import ExportForm, export_cut, export_plan
-    from lowrank_pl.report.scores import Row, row_table
+    from lowrank_pl.report.scores import Row, bits_and_memory, row_table
     from lowrank_pl.utils.environment import pick_device
 
     check_output_files(json)
@@ -84,6 +84,10 @@ def export(
                 f"--any_size needs the factors: give the plan, {source / 'plan.json'}, instead of the folder"
             )
         for size in todo.values():
+            if size.is_rounded:
+                raise ValueError(
+                    "the plan rounds numbers to a few bits, so that no smaller size is cut: leave out --any_size"
+                )
             components_below(size)
     base = parts.base_of(given, plan) if source is None else Base(str(source))
     for folder in todo:
@@ -108,7 +112,9 @@ def export(
                 trust = parts.trust_remote_code
                 report, size = export_cut(source, size.keep, folder, merge=merge, device=place, trust_remote_code=trust)
             name = "export" if keep is None else folder.name
-            rows.append(Row(name, kept_targeted=size.keep_targeted, kept_model=size.keep_model, bytes=report.bytes))
+            kept = {"kept_targeted": size.keep_targeted, "kept_model": size.keep_model}
+            bits, memory = (None, None) if merge else bits_and_memory(size)
+            rows.append(Row(name, **kept, bytes=report.bytes, bits=bits, memory=memory))
             made = {"model": str(folder), "bytes": report.bytes, "merged": report.merged, "verified": report.verified}
             figures.append({**plan_figures(size), **made, "nested_bytes": report.nested_bytes})
     except BaseException:

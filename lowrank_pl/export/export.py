@@ -28,10 +28,18 @@ from lowrank_pl.export.hub import HubRepo, announce_upload, upload
 from lowrank_pl.export.reload import ExportError, check_contents, check_merged, check_reload, logits_of
 from lowrank_pl.factors.components import AnySize, NestedComponents
 from lowrank_pl.factors.cutting import cut
-from lowrank_pl.models import digests, hf_format, hf_layers
+from lowrank_pl.models import digests, hf_format, hf_layers, hf_quantized
 from lowrank_pl.models.digests import check_files, unchecked, write_digests
-from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align
+from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align, tied_weights
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.hf_quantized import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedLowRankLinear,
+    QuantizedPivotedLinear,
+    TiedHead,
+    stored_state,
+)
 from lowrank_pl.models.identity import ORIGIN_KEY, base_class
 from lowrank_pl.models.targets import replaced
 from lowrank_pl.plans.plan import RankPlan
@@ -41,6 +49,7 @@ from lowrank_pl.utils.files import atomic_directory, atomic_write, check_output_
 from lowrank_pl.utils.machine_limits import explain_limit
 
 __all__ = [
+    "CODE_FILES",
     "ExportReport",
     "check_destination",
     "is_compressed",
@@ -55,8 +64,16 @@ logger = logging.getLogger(__name__)
 
 CODE = Path(hf_format.__file__).name
 
+CODE_FILES = tuple(Path(module.__file__ or "") for module in (hf_format, hf_layers, hf_quantized, digests))
+"""The files of the package that exports hold copies of."""
+
 Entry = int | dict[str, Any]
-"""The config's entry of one module: its rank, or rank, storage and side."""
+"""The config's entry of one module: its rank, or rank, storage and side, or these with bits and group."""
+
+_KINDS = {
+    kind.__name__
+    for kind in (LowRankLinear, PivotedLinear, QuantizedLinear, QuantizedLowRankLinear, QuantizedPivotedLinear)
+}
 
 
 class Plan(Protocol):
@@ -74,7 +91,7 @@ class ExportReport:
         directory: The folder.
         bytes: Size of its weight files.
         merged: Whether the factors were merged into dense weights.
-        modules: Number of low-rank modules of the model.
+        modules: Number of modules of the model that are low-rank or rounded to a few bits.
         verified: Whether a fresh process has reloaded the folder and computed the same logits.
         url: Address of the commit on the hub; None if nothing was uploaded.
         nested_bytes: Size of the components for smaller sizes, in its subfolder ``nested``; 0 if there are none.
@@ -103,10 +120,10 @@ def save_compressed(
     """Write ``model`` to a folder that reloads as exactly this model, and return a report.
 
     The folder holds safetensors weights, ``config.json``, the generation configuration, the tokenizer with its chat
-    template, ``plan.json``, ``README.md``, and the code in ``hf_format.py``, ``hf_layers.py`` and ``digests.py``.
-    ``lowrank.sha256`` has the SHA-256 of all these files but the card. It loads with :func:`load_compressed`, with
-    ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``, or anywhere with ``trust_remote_code=True``.
-    Otherwise transformers stops at a size mismatch.
+    template, ``plan.json``, ``README.md``, and the code in ``hf_format.py``, ``hf_layers.py``, ``hf_quantized.py`` and
+    ``digests.py``. ``lowrank.sha256`` has the SHA-256 of all these files but the card. It loads with
+    :func:`load_compressed`, with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``, or anywhere with
+    ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
 
     The check runs the same probes here and in a fresh process on the same device, with the same number of threads and
     the same attention, and compares the bytes of the logits. It needs the memory of a second copy of the exported
@@ -118,21 +135,23 @@ def save_compressed(
     ``model`` keeps its modules, values, config and mode; tensors in main memory may move (see ``hf_format.align``).
 
     Args:
-        model: A causal language model, some of whose linear layers are ``LowRankLinear`` or ``PivotedLinear``.
+        model: A causal language model, some of whose linear layers are ``LowRankLinear`` or ``PivotedLinear``, or some
+            of whose layers are rounded to a few bits (``lowrank_pl.models.hf_quantized``).
         directory: The folder to write; an older export there is replaced once the new one has passed the check.
         tokenizer: Tokenizer of the model.
         plan: The plan that the ranks come from. An ``AnySize`` holds its factors too: components of the layers that are
             stored dense or pivoted are then written to the subfolder ``nested``, so that ``load_compressed`` serves
             every smaller size.
         card: Text of the model card.
-        merge: Write dense weights with the plain config of the base, for runtimes that do not know factors.
+        merge: Write dense weights with the plain config of the base, for runtimes that do not know factors. Rounded
+            layers are written in the type of the model, with the values that they stand for.
         verify: Whether to check the folder, also in a fresh process.
         push_to_hub: Repository of the Hugging Face hub to upload the finished folder to: ``user/model``, or a
             ``HubRepo`` that also says whether it is private, and the branch.
 
     Raises:
         ValueError: A layer of the model can't be stored, ``directory`` holds something else than an export,
-            ``push_to_hub`` can't be a repository, or ``merge`` is given with an ``AnySize``.
+            ``push_to_hub`` can't be a repository, or ``merge`` or a rounded model is given with an ``AnySize``.
         ExportError: The folder does not reload as the model in memory, the model is broken, or the disk is full.
         UploadError: The folder is finished, but its upload failed.
 
@@ -151,6 +170,8 @@ def save_compressed(
     check_destination(directory)
     if merge and isinstance(plan, AnySize):
         raise ValueError("smaller sizes are not cut from merged weights: leave out merge, or give the plan alone")
+    if isinstance(plan, AnySize) and (plan.plan.is_rounded or any(map(_is_rounded, model.modules()))):
+        raise ValueError(f"{_ROUNDED}, and no components of smaller sizes are written for it: give the plan alone")
     if repo is not None:
         announce_upload(repo)
     originals = _originals(model)
@@ -177,7 +198,7 @@ def save_compressed(
         nested = _write_components(folder, plan, model.dtype) if isinstance(plan, AnySize) else 0
         write_digests(folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    logger.info("exported %d low-rank modules to %s, %d bytes of weights", len(entries), directory, size)
+    logger.info("exported %d compressed modules to %s, %d bytes of weights", len(entries), directory, size)
     url = None if repo is None else upload(directory, repo)
     return ExportReport(directory, size, merge, len(entries), verify, url, nested)
 
@@ -256,7 +277,7 @@ def load_cut(
     smaller = cut(model, plan, smaller, NestedComponents.of_export(directory, plan))
     # So that save_pretrained writes a folder that reloads.
     stored = LowRankConfig(
-        {name: _entry(module) for name, module in model.named_modules() if _is_low_rank(module)},
+        {name: _entry(module) for name, module in model.named_modules() if _is_compressed_layer(module)},
         getattr(model.config.quantization_config, "shapes", None),
     )
     model.config.quantization_config = stored
@@ -291,10 +312,25 @@ def smaller_plan(directory: str | Path, plan: RankPlan, keep: float) -> RankPlan
     Raises:
         ValueError: ``keep`` is impossible, or the folder does not hold the components of this size.
     """
+    _check_not_rounded(Path(directory), plan)
     try:
         return cut_plan(plan, keep, NestedComponents.of_export(directory, plan).names)
     except ValueError as error:
         raise ValueError(f"{str(directory)!r}: {error}") from None
+
+
+_ROUNDED = "the model's numbers are rounded to a few bits"
+
+
+def _check_not_rounded(directory: Path, plan: RankPlan) -> None:
+    """Refuse to cut a rounded model: its components have no numbers of their own any more."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    entries = (config.get("quantization_config") or {}).get("modules") or {}
+    if plan.is_rounded or any(isinstance(entry, dict) and "bits" in entry for entry in entries.values()):
+        raise ValueError(
+            f"{str(directory)!r}: {_ROUNDED}, so that no smaller size can be cut from it: make this size from the plan "
+            "with `lowrank export PLAN --keep` before rounding, and round the result"
+        )
 
 
 def is_compressed(directory: str | Path) -> bool:
@@ -351,25 +387,42 @@ def _originals(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, Entry]:
-    """Return the config's entry of each low-rank module, after a check that every module can be stored."""
+    """Return the config's entry of each compressed module, after a check that every module can be stored."""
     entries: dict[str, Entry] = {}
+    tied = tied_weights(model)
     for name, module in model.named_modules():
         original = originals.get(name)
-        if _is_low_rank(module) and isinstance(original, (nn.Linear, Conv1D)):
+        place = nn.Embedding if isinstance(module, nn.Embedding) else (nn.Linear, Conv1D)
+        if _is_compressed_layer(module) and isinstance(original, place):
             entries[name] = _entry(module)
-            if module.weight.shape[1] == module.in_features:
-                # Its left factor would have the dense shape: loaders that do not know the format would not stop.
-                raise ValueError(f"{name} has rank {module.rank}, the number of its inputs: leave it dense")
-            if (module.bias is None) != (original.bias is None):
-                has = "no bias" if module.bias is None else "a bias"
-                raise ValueError(f"{name} has {has}, unlike the {type(model).__name__} that its config describes")
+            _check_layer(name, module, original, type(model).__name__)
+            if f"{name}.weight" in tied:
+                raise ValueError(
+                    f"{name} is rounded, but the config ties it to {tied[f'{name}.weight']}: round that embedding, and "
+                    "tie the head with lowrank_pl.models.hf_quantized.tie_head"
+                )
+        elif type(module).__name__ == TiedHead.__name__ and isinstance(original, nn.Linear):
+            source: Any = module.source
+            if model.get_submodule(tied.get(f"{name}.weight", "").removesuffix(".weight")) is not source[0]:
+                raise ValueError(f"{name} reads the rows of an embedding that the config does not tie it to")
         elif name and type(module) is not type(original) and _layout(module, original) is None:
             expected = "none" if original is None else f"a {type(original).__name__}"
             raise ValueError(
-                f"{name} is a {type(module).__name__}, but {type(model).__name__} has {expected} there: "
-                "only low-rank and dense layers can be stored; compress the model, or merge adapters first"
+                f"{name} is a {type(module).__name__}, but {type(model).__name__} has {expected} there: only low-rank, "
+                "rounded and dense layers can be stored; compress the model, or merge adapters first"
             )
     return entries
+
+
+def _check_layer(name: str, module: nn.Module, original: nn.Module, model: str) -> None:
+    """Raise ``ValueError`` if a compressed layer can't take the place of ``original``."""
+    rank: int | None = getattr(module, "rank", None)
+    if rank is not None and rank == module.in_features:
+        # Its left factor would have the dense shape: loaders that do not know the format would not stop.
+        raise ValueError(f"{name} has rank {rank}, the number of its inputs: leave it dense")
+    if (getattr(module, "bias", None) is None) != (getattr(original, "bias", None) is None):
+        has = "no bias" if module.bias is None else "a bias"
+        raise ValueError(f"{name} has {has}, unlike the {model} that its config describes")
 
 
 def _shapes(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, list[int]]:
@@ -391,16 +444,28 @@ def _out_and_in(module: nn.Module) -> list[int]:
     return [module.out_features, module.in_features]
 
 
-def _is_low_rank(module: nn.Module) -> bool:
-    """Tell a low-rank layer of this package or of a folder's copy of its code."""
-    return isinstance(module, nn.Linear) and type(module).__name__ in (LowRankLinear.__name__, PivotedLinear.__name__)
+def _is_compressed_layer(module: nn.Module) -> bool:
+    """Tell a low-rank or rounded layer of this package or of a folder's copy of its code."""
+    if isinstance(module, nn.Embedding):
+        return any(kind.__name__ == QuantizedEmbedding.__name__ for kind in type(module).__mro__)
+    return isinstance(module, nn.Linear) and type(module).__name__ in _KINDS
+
+
+def _is_rounded(module: nn.Module) -> bool:
+    """Tell a rounded layer of this package or of a folder's copy of its code."""
+    return _is_compressed_layer(module) and hasattr(module, "grid")
 
 
 def _entry(module: nn.Module) -> Entry:
-    """Return the config's entry of a low-rank layer."""
-    rank: Any = module.rank
-    side = getattr(module, "side", None)
-    return rank if side is None else {"rank": rank, "storage": "pivoted", "side": side}
+    """Return the config's entry of a compressed layer."""
+    rank: Any = getattr(module, "rank", None)
+    side, grid = getattr(module, "side", None), getattr(module, "grid", None)
+    if side is None and grid is None:
+        return rank  # type: ignore[no-any-return]
+    entry: dict[str, Any] = {} if rank is None else {"rank": rank}
+    if side is not None:
+        entry |= {"storage": "pivoted", "side": side}
+    return entry if grid is None else entry | grid.to_json()
 
 
 def _layout(module: nn.Module, original: nn.Module | None) -> type[nn.Module] | None:
@@ -410,24 +475,37 @@ def _layout(module: nn.Module, original: nn.Module | None) -> type[nn.Module] | 
 
 def _dense_layers(model: PreTrainedModel, originals: dict[str, nn.Module], *, merge: bool) -> dict[str, nn.Module]:
     """Return the dense layers, in the base's layout, that take the place of others while the model is written."""
-    layers = {}
+    layers: dict[str, nn.Module] = {}
+    heads: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if (merge and _is_low_rank(module)) or _layout(module, originals.get(name)):
+        if merge and type(module).__name__ == TiedHead.__name__:
+            heads[name] = module
+        elif (merge and _is_compressed_layer(module)) or _layout(module, originals.get(name)):
             layers[name] = _as_dense(module, originals[name])
+    tied = tied_weights(model)
+    for name, module in heads.items():
+        head: Any = originals[name]
+        # The very parameter of the embedding, so that it is written once.
+        head.weight = layers[tied[f"{name}.weight"].removesuffix(".weight")].weight
+        head.bias = module.bias
+        layers[name] = head
     return layers
 
 
 def _as_dense(module: nn.Module, original: nn.Module) -> nn.Module:
     """Return ``original`` with the merged weight of ``module``, in its own layout, and with the bias of ``module``."""
-    assert isinstance(module, nn.Linear)
-    weight: Tensor = module.dense() if _is_low_rank(module) else module.weight.detach()  # type: ignore[operator]
+    old: Any = module
     dense: Any = original
+    weight: Tensor = old.dense() if _is_compressed_layer(module) else old.weight.detach()
     dense.weight = nn.Parameter((weight.T if isinstance(original, Conv1D) else weight).contiguous())
     if isinstance(original, Conv1D):
         dense.nf, dense.nx = weight.shape
-    if module.bias is not None:
-        dense.bias = module.bias
-    return original
+    if getattr(module, "bias", None) is not None:
+        dense.bias = old.bias
+    # Gemma's embeddings have their factor in a buffer, which is on the meta device here.
+    for name, _ in original.named_buffers(recurse=False):
+        dense._buffers[name] = module.get_buffer(name)
+    return original.train(module.training)
 
 
 def _write(
@@ -451,9 +529,9 @@ def _write(
             classes = {"AutoModelForCausalLM": base.__name__, "AutoModel": type(model.base_model).__name__}
             classes["AutoConfig"] = LowRankAutoConfig.__name__
             config.auto_map = {auto: f"{Path(CODE).stem}.{name}" for auto, name in classes.items()}
-        for code in (hf_format.__file__, hf_layers.__file__, digests.__file__):
-            shutil.copyfile(code, folder / Path(code).name)
-    shell.save_pretrained(folder)
+        for code in CODE_FILES:
+            shutil.copyfile(code, folder / code.name)
+    shell.save_pretrained(folder, state_dict=stored_state(model.state_dict()))
     tokenizer.save_pretrained(folder)
 
 

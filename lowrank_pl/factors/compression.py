@@ -16,7 +16,7 @@ from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, Side
-from lowrank_pl.models.hf_quantized import Rounded, quantized_embedding, quantized_layer, tie_head
+from lowrank_pl.models.hf_quantized import QuantizedLinear, Rounded, quantized_embedding, quantized_layer, tie_head
 from lowrank_pl.models.targets import StandIn, dense_weight, replace_module
 from lowrank_pl.plans.plan import ZERO, ModulePlan, RankPlan
 from lowrank_pl.utils.tensor_store import weight_digest
@@ -190,11 +190,13 @@ def _like(layer: nn.Module) -> Tensor:
 
 
 def _is_zero(layer: nn.Module) -> bool:
-    """Tell whether a low-rank layer outputs only its bias; False for other layers."""
+    """Tell whether a low-rank or rounded layer outputs only its bias; False for other layers."""
     if isinstance(layer, PivotedLinear):
         # The other part holds coefficients.
-        return not (layer.right if layer.side == "out" else layer.weight).any()
-    return isinstance(layer, LowRankLinear) and not (layer.weight.any() and layer.right.any())
+        return not layer.matrix("right" if layer.side == "out" else "weight").any()
+    if isinstance(layer, QuantizedLinear):
+        return not layer.matrix("weight").any()
+    return isinstance(layer, LowRankLinear) and not (layer.matrix("weight").any() and layer.matrix("right").any())
 
 
 def factored_layer(old: nn.Module, factors: Factors) -> LowRankLinear:
@@ -232,7 +234,9 @@ def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
             notes.append(f"{some} could not be stored pivoted in {kind}: {form}, e.g. {names[0]}")
         for name in names:
             entry = plan.modules[name]
-            changed[name] = ModulePlan(entry.shape) if form == "dense" else replace(entry, storage="factored")
+            grid = entry.grid if isinstance(layers[name], QuantizedLinear) else None
+            dense = ModulePlan(entry.shape, grid=grid)
+            changed[name] = dense if form == "dense" else replace(entry, storage="factored")
     return replace(plan, modules=changed, notes=tuple(notes))
 
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from lowrank_pl.factors.components import NestedComponents
 from lowrank_pl.factors.compression import deployed_plan, low_rank_layer
 from lowrank_pl.models.hf_layers import LowRankLinear
+from lowrank_pl.models.hf_quantized import is_quantized
 from lowrank_pl.models.targets import replace_module
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 
@@ -37,9 +38,15 @@ def cut(model: nn.Module, plan: RankPlan, smaller: RankPlan, components: NestedC
         ``smaller`` with the storage that each layer really has.
 
     Raises:
-        ValueError: The model has other layers than ``plan`` says, or layers that are not in memory, or components are
-            missing or damaged.
+        ValueError: The model has other layers than ``plan`` says, or layers that are rounded or not in memory, or
+            components are missing or damaged.
     """
+    rounded = next((name for name, module in model.named_modules() if is_quantized(module)), None)
+    if rounded is not None:
+        raise ValueError(
+            f"{rounded} is rounded to a few bits and can't be cut: make this size from the plan with `lowrank export "
+            "PLAN --keep` before rounding, and round the result"
+        )
     _check_ranks(model, plan)
     todo = {name: entry for name, entry in smaller.modules.items() if entry.rank != plan.modules[name].rank}
     held = frozenset() if components is None else components.names

@@ -1,9 +1,10 @@
 """The format of a compressed model on disk, as transformers reads and writes it.
 
-This file, hf_layers.py and digests.py need only torch and transformers. Every exported folder holds copies of them,
-which ``trust_remote_code=True`` runs on machines without lowrank_pl. Importing the file, or a copy of it, registers the
-quantization method ``"lowrank"`` with transformers. Plain ``from_pretrained`` then builds the model with
-:class:`LowRankLinear` or :class:`PivotedLinear` where ``config.json`` says so.
+This file, hf_layers.py, hf_quantized.py and digests.py need only torch and transformers. Every exported folder holds
+copies of them, which ``trust_remote_code=True`` runs on machines without lowrank_pl. Importing the file, or a copy of
+it, registers the quantization method ``"lowrank"`` with transformers. Plain ``from_pretrained`` then builds the model
+with :class:`LowRankLinear` or :class:`PivotedLinear` where ``config.json`` says so, and with the layers of
+hf_quantized.py where it names bits.
 
 A loader that does not know the method must fail: transformers only warns about an unknown quantization method, and
 would continue with random weights. Therefore one parameter of each layer is called ``weight`` but never has the dense
@@ -12,31 +13,52 @@ shape, so that transformers stops at the size mismatch.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-# Relative, so that transformers copies both files along with this one.
+# Relative, so that transformers copies these files along with this one.
 from .digests import check_files
 from .hf_layers import LowRankLinear, PivotedLinear
+from .hf_quantized import (
+    Grid,
+    QuantizedLinear,
+    QuantizedLowRankLinear,
+    QuantizedPivotedLinear,
+    is_quantized,
+    quantized_embedding,
+    stored_state,
+    tie_head,
+)
 
 if TYPE_CHECKING:
     # transformers' own models import the tables above: importing this name here would be circular.
     from transformers import PreTrainedModel
 
-__all__ = ["METHOD", "SCHEMA", "LowRankAutoConfig", "LowRankConfig", "LowRankQuantizer", "align", "reshape"]
+__all__ = [
+    "METHOD",
+    "SCHEMA",
+    "LowRankAutoConfig",
+    "LowRankConfig",
+    "LowRankQuantizer",
+    "align",
+    "reshape",
+    "tied_weights",
+]
 
 METHOD = "lowrank"
-SCHEMA = 3
+SCHEMA = 4
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -44,7 +66,9 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         modules: How each compressed module is stored, by its name in the saved model: the rank of two factors, or
-            ``{"rank": 3, "storage": "pivoted", "side": "out"}``.
+            ``{"rank": 3, "storage": "pivoted", "side": "out"}``. If its numbers are rounded, ``"bits": 4`` is added,
+            and ``"group": 32`` if groups are smaller than rows: ``{"rank": 3, "bits": 4, "group": 32}``. A dense layer
+            or an embedding that is rounded has no rank: ``{"bits": 8}``.
         shapes: ``[out, in]`` of the linear layers, compressed or not, whose shape differs from what the rest of the
             config says, for example after MLPs were pruned to several widths.
         schema: Version of the format that the folder was written in.
@@ -52,12 +76,12 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **unknown: Other keys, which are refused. A newer schema may have them: its error comes first.
 
     Raises:
-        ValueError: The folder has a newer schema than this file knows, or a rank or a shape is invalid.
+        ValueError: The folder has a newer schema than this file knows, or a rank, a shape or bits are invalid.
 
     Attributes:
         newest: The highest schema that this copy of the file reads.
         schema: The lowest schema that can express the entries, so that older versions read the folder if they can: 2
-            with pivots, 3 with shapes.
+            with pivots, 3 with shapes, 4 with bits.
     """
 
     newest = SCHEMA
@@ -81,25 +105,53 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.modules = dict(modules or {})
         for name, entry in self.modules.items():
-            rank: Any = entry
-            if isinstance(entry, dict):
-                if set(entry) != {"rank", "storage", "side"} or entry["storage"] != "pivoted":
-                    raise ValueError(
-                        f"quantization_config gives {name!r} the entry {entry}: expected a rank, or rank, storage "
-                        '"pivoted" and side'
-                    )
-                rank = entry["rank"]
-            if not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"quantization_config gives {name!r} the rank {rank!r}: expected a positive integer")
-        self.schema = 2 if any(isinstance(entry, dict) for entry in self.modules.values()) else 1
+            try:
+                _check_entry(entry)
+            except ValueError as error:
+                raise ValueError(f"quantization_config gives {name!r} {error}") from None
+        self.schema = max(map(_schema, self.modules.values()), default=1)
         if shapes:
             for name, shape in shapes.items():
                 if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
                     raise ValueError(f"quantization_config gives {name!r} the shape {shape}: expected [out, in]")
             # Only if there are any: older versions refuse unknown keys.
             self.shapes = {name: list(shape) for name, shape in shapes.items()}
-            self.schema = 3
+            self.schema = max(self.schema, 3)
         self.quant_method = quant_method
+
+
+def _check_entry(entry: Any) -> None:
+    """Raise ``ValueError`` unless ``entry`` says how a module is stored; the message continues the module's name."""
+    given = {"rank": entry} if not isinstance(entry, dict) else entry
+    rounding = {"bits", "group"} & set(given)
+    kind = set(given) - rounding
+    pivoted = kind == {"rank", "storage", "side"} and given["storage"] == "pivoted"
+    alone = isinstance(entry, dict) and not rounding
+    if not pivoted and (kind not in ({"rank"}, set()) or alone or rounding == {"group"}):
+        raise ValueError(
+            f'the entry {entry}: expected a rank, or rank, storage "pivoted" and side; bits, and group, may be added '
+            "or stand alone"
+        )
+    rank = given.get("rank", 1)
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"the rank {rank!r}: expected a positive integer")
+    if rounding:
+        try:
+            _grid(given)
+        except ValueError as error:
+            raise ValueError(f"the entry {entry}: {error}") from None
+
+
+def _grid(entry: dict[str, Any]) -> Grid | None:
+    """Return the numbers that an ``entry`` of the configuration rounds to; None if it has no bits."""
+    return Grid(entry["bits"], entry.get("group")) if "bits" in entry else None
+
+
+def _schema(entry: int | dict[str, Any]) -> int:
+    """Return the lowest schema that has such entries."""
+    if isinstance(entry, int):
+        return 1
+    return 4 if "bits" in entry else 2
 
 
 class LowRankAutoConfig:
@@ -127,8 +179,13 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def is_serializable(self) -> bool:
-        """Return True: ``save_pretrained`` writes the parameters unchanged."""
+        """Return True: ``save_pretrained`` writes the parameters with the same values."""
         return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any) -> tuple[dict[str, Any] | None, Any]:
+        """Return the tensors for ``save_pretrained``, with the scales of rounded layers in half precision."""
+        rounded = any(is_quantized(module) for module in model.modules())
+        return stored_state(model.state_dict()) if rounded else None, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -142,25 +199,27 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_compileable(self) -> bool:
-        """True: the layers are two matrix products and at most two gathers."""
+        """True: the layers are at most two matrix products and two gathers."""
         return True
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         """Check the files, and replace the named modules; the model is still on the meta device."""
+        self._files = list(checkpoint_files or ())
         if checkpoint_files:
             check_files(Path(checkpoint_files[0]).parent)
         known = dict(model.named_modules())
         reshape(model, getattr(self.quantization_config, "shapes", {}))
         for name, entry in self.quantization_config.modules.items():
-            _swap(model, _name_here(model, name, known), entry)
+            if not _is_absent_head(model, name, entry, known):
+                _swap(model, _name_here(model, name, known), entry)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Refuse a model with missing weights, and let ``save_pretrained`` copy this file beside it."""
         name = type(model).__name__
-        missing = _missing(model, own_head=_auto_class(name) is None)
+        missing = _missing(model, self._files, own_head=_auto_class(name) is None)
         if missing:
             raise ValueError(
                 f"the weight files hold no {missing[0]}"
@@ -176,8 +235,14 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-def _missing(model: PreTrainedModel, *, own_head: bool) -> list[str]:
-    """Return the parameters and pivots that no file had, except for those of a new head, as for classification."""
+def _missing(model: PreTrainedModel, files: Sequence[str], *, own_head: bool) -> list[str]:
+    """Return the parameters, pivots and codes that no file had, except for those of a new head.
+
+    Args:
+        model: The model.
+        files: Its weight files.
+        own_head: Whether the model may have a new head, as for classification.
+    """
     body = {id(parameter) for parameter in model.base_model.parameters()}
     parameters = [
         name
@@ -186,12 +251,41 @@ def _missing(model: PreTrainedModel, *, own_head: bool) -> list[str]:
         if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False))
         and not (own_head and id(parameter) not in body)
     ]
-    return parameters + [
-        f"{name}.pivots"
-        for name, layer in _pivoted(model)
-        # If a hook of accelerate has moved the pivots, the mark is lost; their values are checked all the same.
-        if not (getattr(layer.pivots, "_is_hf_initialized", False) or hasattr(layer, "_hf_hook"))
-    ]
+    buffers = list(_stored_buffers(model))
+    return (
+        parameters
+        + [
+            f"{name}.{key}"
+            for name, layer, key, tensor in buffers
+            # If a hook of accelerate has moved a buffer, the mark is lost.
+            if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False) or hasattr(layer, "_hf_hook"))
+        ]
+        + _fewer_in(files, [key for _, layer, key, _ in buffers if hasattr(layer, "_hf_hook")])
+    )
+
+
+def _fewer_in(files: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Return which of the last parts of names are in weight files less often than ``wanted``.
+
+    Names are only counted, because transformers renames what it reads.
+    """
+    if not wanted or not all(str(file).endswith(".safetensors") for file in files):
+        return []
+    held: Counter[str] = Counter()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            held.update(name.rpartition(".")[2] for name in opened.keys())  # noqa: SIM118
+    counts = Counter(wanted)
+    return [f"{kind} for {count - held[kind]} layers" for kind, count in counts.items() if held[kind] < count]
+
+
+def _stored_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Yield the pivots, codes and zero points of all layers: name, layer, name in the layer, tensor."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, PivotedLinear) or is_quantized(layer):
+            for key, tensor in layer.named_buffers(recurse=False):
+                if key not in layer._non_persistent_buffers_set:
+                    yield name, layer, key, tensor
 
 
 def _pivoted(model: nn.Module) -> list[tuple[str, PivotedLinear]]:
@@ -255,7 +349,10 @@ def _linear(model: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]]:
     """Return the linear layer ``name``, and the arguments with which a layer in its place is made."""
     old = model.get_submodule(name)
     if not isinstance(old, (nn.Linear, Conv1D)):
-        raise ValueError(f"{name!r} is a {type(old).__name__}: only nn.Linear and Conv1D can be stored as factors")
+        raise ValueError(
+            f"{name!r} is a {type(old).__name__}: only nn.Linear and Conv1D can be stored as factors, and "
+            "they and embeddings rounded"
+        )
     return old, {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
 
 
@@ -264,20 +361,59 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def _swap(model: nn.Module, name: str, entry: int | dict[str, Any]) -> None:
-    """Replace the linear layer ``name`` by an empty low-rank layer, as ``entry`` of the configuration says."""
+def _is_absent_head(model: PreTrainedModel, name: str, entry: int | dict[str, Any], known: Container[str]) -> bool:
+    """Tell whether an entry is of a rounded head that ``model`` does not have, such as one that ``AutoModel`` made."""
+    of_head = isinstance(entry, dict) and "rank" not in entry and not name.startswith(f"{model.base_model_prefix}.")
+    return of_head and name not in known and model.get_output_embeddings() is None
+
+
+def _swap(model: PreTrainedModel, name: str, entry: int | dict[str, Any]) -> None:
+    """Replace the module ``name`` by an empty one that is stored as ``entry`` of the configuration says."""
+    given: dict[str, Any] = {"rank": entry} if isinstance(entry, int) else dict(entry)
+    grid, rank = _grid(given), given.get("rank")
+    if grid is not None and rank is None and isinstance(model.get_submodule(name), nn.Embedding):
+        _swap_embedding(model, name, grid)
+        return
+    if f"{name}.weight" in tied_weights(model):
+        raise ValueError(
+            f"quantization_config names {name!r}, which is tied to {tied_weights(model)[f'{name}.weight']}: the "
+            "folder is of another architecture or was edited; export it again"
+        )
     old, like = _linear(model, name)
     weight: Any = old.weight
     outputs, inputs = weight.shape[::-1] if isinstance(old, Conv1D) else weight.shape
-    new: nn.Module
-    if isinstance(entry, int):
-        new = LowRankLinear(inputs, outputs, entry, **like)
-    else:
-        try:
-            new = PivotedLinear(inputs, outputs, entry["rank"], side=entry["side"], **like)
-        except ValueError as error:
-            raise ValueError(f"quantization_config, {name}: {error}") from None
+    if grid is not None:
+        like["grid"] = grid
+    if "side" in given:
+        like["side"] = given["side"]
+    kinds: dict[tuple[bool, bool], Any] = {
+        (True, False): LowRankLinear if grid is None else QuantizedLowRankLinear,
+        (True, True): PivotedLinear if grid is None else QuantizedPivotedLinear,
+        (False, False): QuantizedLinear,
+    }
+    try:
+        new = kinds[rank is not None, "side" in given](inputs, outputs, *([] if rank is None else [rank]), **like)
+    except ValueError as error:
+        raise ValueError(f"quantization_config, {name}: {error}") from None
     _put(model, name, new)
+
+
+def _swap_embedding(model: PreTrainedModel, name: str, grid: Grid) -> None:
+    """Replace an embedding by an empty rounded one, and heads that are tied to it by those that read its rows."""
+    new = quantized_embedding(model.get_submodule(name), grid)
+    tied = tied_weights(model)
+    _put(model, name, new)
+    for other, source in tied.items():
+        if source == f"{name}.weight":
+            head = model.get_submodule(other.removesuffix(".weight"))
+            if not isinstance(head, nn.Linear):
+                raise ValueError(f"{name!r} is tied to {other}, which is no linear layer: it can't be rounded")
+            _put(model, other.removesuffix(".weight"), tie_head(head, new))
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Return for each parameter that is tied to another one its name, and that of the other."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _portable_class(name: str) -> type[PreTrainedModel]:

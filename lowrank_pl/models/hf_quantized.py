@@ -34,8 +34,10 @@ __all__ = [
     "dequantize",
     "is_quantized",
     "pack",
+    "packed_width",
     "quantized_embedding",
     "quantized_layer",
+    "stored_state",
     "tie_head",
     "unpack",
 ]
@@ -371,6 +373,8 @@ class QuantizedEmbedding(_Stored, nn.Embedding):
         weight_zeros: Zero points, uint8, below 8 bits.
     """
 
+    _kind: type[nn.Embedding] = nn.Embedding
+
     def columns(self, name: str) -> int:
         """Return the size of an embedding."""
         return self.embedding_dim
@@ -396,6 +400,10 @@ class QuantizedEmbedding(_Stored, nn.Embedding):
         """Return the sizes, for ``print(model)``."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {_shown(self.grid)}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make a copy: pickle does not find classes that were made at run time."""
+        return _blank_embedding, (self._kind,), vars(self)
+
 
 class TiedHead(nn.Linear):
     """A head that multiplies by the rounded rows of the embedding it is tied to, and stores nothing of its own.
@@ -408,17 +416,55 @@ class TiedHead(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return logits ``[..., embeddings]`` for hidden states ``[..., size]``."""
-        return F.linear(input, self.source[0].matrix("weight"), self.bias)
+        return F.linear(input, self._rows().to(input.device), self.bias)
+
+    def _rows(self) -> Tensor:
+        embedding = self.source[0]
+        # accelerate keeps parts of large models elsewhere, and loads those of a module while that runs.
+        hook: Any = getattr(embedding, "_hf_hook", None)
+        if hook is None:
+            return embedding.matrix("weight")
+        hook.pre_forward(embedding)
+        try:
+            return embedding.matrix("weight")
+        finally:
+            hook.post_forward(embedding, None)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
         """Return the weight ``[embeddings, size]``."""
-        return self.source[0].dense()
+        return self._rows()
+
+    W_q = property(lambda self: self.weight)  # as in LowRankLinear
+    dequantize = dense
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Tell whether a module stores rounded numbers of its own."""
     return isinstance(module, _Stored)
+
+
+def stored_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a model as files hold them: scales are in :data:`SCALE_TYPE`, all others as they are.
+
+    Scales that it does not hold exactly, as after training them, stay in their own type. Tensors that share memory
+    still do so.
+
+    Args:
+        state: The ``state_dict`` of the model.
+    """
+    stored: dict[tuple[int, torch.dtype, torch.Size], Tensor] = {}
+    for name, scales in state.items():
+        if f"{name}_packed" in state and not scales.is_meta:
+            short = scales.to(SCALE_TYPE)
+            if torch.equal(short.to(scales.dtype), scales):
+                stored[_place(scales)] = short
+    # A tied head has the scales of its embedding.
+    return {name: tensor if tensor.is_meta else stored.get(_place(tensor), tensor) for name, tensor in state.items()}
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape
 
 
 def quantized_layer(layer: nn.Linear, parts: Mapping[str, Rounded]) -> nn.Linear:
@@ -457,11 +503,7 @@ def quantized_embedding(embedding: nn.Embedding, grid: Grid) -> QuantizedEmbeddi
 
     The embedding itself is not changed.
     """
-    kind = type(embedding)
-    made: type[QuantizedEmbedding] = QuantizedEmbedding
-    if kind is not nn.Embedding:
-        made = type(f"Quantized{kind.__name__}", (kind, QuantizedEmbedding), {})
-    new = made.__new__(made)
+    new = _blank_embedding(type(embedding))
     nn.Module.__init__(new)
     known = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
     vars(new).update({key: value for key, value in vars(embedding).items() if key not in known})
@@ -471,6 +513,14 @@ def quantized_embedding(embedding: nn.Embedding, grid: Grid) -> QuantizedEmbeddi
     weight = embedding.weight
     new._add_matrix("weight", embedding.num_embeddings, embedding.embedding_dim, weight.device, weight.dtype)
     return new
+
+
+def _blank_embedding(kind: type[nn.Embedding]) -> QuantizedEmbedding:
+    """Return a rounded embedding without any attribute, in place of embeddings of the class ``kind``."""
+    made: type[QuantizedEmbedding] = QuantizedEmbedding
+    if kind is not nn.Embedding:
+        made = type(f"Quantized{kind.__name__}", (kind, QuantizedEmbedding), {"_kind": kind})
+    return made.__new__(made)
 
 
 def tie_head(head: nn.Linear, embedding: QuantizedEmbedding) -> TiedHead:

@@ -1,4 +1,4 @@
-"""Adapters of PEFT that need a dense weight are refused by name on low-rank layers.
+"""Adapters of PEFT that need a dense weight are refused by name on low-rank and rounded layers.
 
 PEFT reads and writes the attribute ``weight`` of a layer and asks no layer whether that makes sense, so such adapters
 would end in a size error, some of them after they have changed weights. The checks therefore wrap the two methods of
@@ -14,14 +14,20 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.hf_quantized import QuantizedEmbedding, QuantizedLinear, TiedHead
 
 __all__ = ["dense_need"]
 
 _LOW_RANK = (LowRankLinear, PivotedLinear)
+_LINEAR = (*_LOW_RANK, QuantizedLinear, TiedHead)
+_COMPRESSED = (*_LINEAR, QuantizedEmbedding)
 _KINDS = {"LOKR": "LoKr", "LOHA": "LoHa", "HRA": "HRA", "SHIRA": "SHiRA"}
 _INITIALISATIONS = {
     "pissa": "PiSSA", "olora": "OLoRA", "loftq": "LoftQ", "corda": "CorDA", "mica": "MiCA", "lora_ga": "LoRA-GA",
 }  # fmt: skip
+
+
+_TOKENS = "training of single tokens"
 
 
 def dense_need(config: Any) -> str:
@@ -32,16 +38,34 @@ def dense_need(config: Any) -> str:
     return _INITIALISATIONS.get(start.split("_niter_")[0], "") if isinstance(start, str) else ""
 
 
+def _need_of_embedding(config: Any) -> str:
+    """Return what needs the dense weight of an embedding: more than needs that of a linear layer."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None):
+        return _TOKENS
+    return "DoRA" if getattr(config, "use_dora", False) else dense_need(config)
+
+
+def _stored(module: Any) -> str:
+    return "low-rank parts" if isinstance(module, _LOW_RANK) else "rounded numbers"
+
+
 def _checked_injection(inject: Any) -> Any:
     @functools.wraps(inject)
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         config = self.peft_config[adapter_name]
         name, named = dense_need(config), config.target_modules
-        for key, module in model.named_modules() if name else ():
-            everywhere = named is None or named == "all-linear"
-            if isinstance(module, _LOW_RANK) and (everywhere or self._check_target_module_exists(config, key)):
+        # Not among all linear layers.
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        for key, module in model.named_modules():
+            everywhere = isinstance(module, _LINEAR) and (named is None or named == "all-linear") and module is not head
+            needed = _need_of_embedding(config) if isinstance(module, QuantizedEmbedding) else name
+            if not needed or not isinstance(module, _COMPRESSED):
+                continue
+            if everywhere or needed == _TOKENS or self._check_target_module_exists(config, key):
+                instead = "LoRA" if isinstance(module, QuantizedEmbedding) else "LoRA, DoRA"
                 raise ValueError(
-                    f"{name} needs the dense weight of {key}, which is stored as low-rank parts: use LoRA, DoRA or "
+                    f"{needed} needs the dense weight of {key}, which is stored as {_stored(module)}: use {instead} or "
                     "another adapter, leave the layer out of target_modules, or adapt a merged export"
                 )
         return inject(self, model, adapter_name, *args, **kwargs)
@@ -54,10 +78,10 @@ def _checked_merge(check: Any) -> Any:
     def _check_merge_allowed(self: Any) -> None:
         check(self)
         for key, module in self.model.named_modules():
-            if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), _LOW_RANK):
+            if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), _COMPRESSED):
                 raise ValueError(
-                    f"the adapter of {key} can't be merged into its low-rank parts: save it on its own with "
-                    "save_pretrained, or adapt a merged export"
+                    f"the adapter of {key} can't be merged into its {_stored(module.get_base_layer())}: save it on its "
+                    "own with save_pretrained, or adapt a merged export"
                 )
 
     return _check_merge_allowed

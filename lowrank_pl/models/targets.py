@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
+from lowrank_pl.models.hf_quantized import is_quantized
 
 __all__ = [
     "Skipped",
@@ -404,8 +405,14 @@ def _is_packed(module: nn.Module) -> bool:
 
 
 def model_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of parameters, tied ones counted once; of rounded matrices all numbers, and not the scales."""
+    rounded = 0
+    for module in filter(is_quantized, model.modules()):
+        layer: Any = module
+        for name, scales in module.named_parameters(recurse=False):
+            if hasattr(module, f"{name}_packed"):
+                rounded += len(scales) * layer.columns(name) - scales.numel()
+    return sum(parameter.numel() for parameter in model.parameters()) + rounded
 
 
 def targeted_parameters(targets: Targets) -> int:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lowrank_pl.models.hf_quantized import Grid
+from lowrank_pl.models.hf_layers import Side
+from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid
 from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.storage import INDEX_BYTES, Form, Storage, StorageChoice
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
 from lowrank_pl.utils.json_files import SEAL, break_seal, checked_json, json_digest
 
-__all__ = ["SCHEMA", "ZERO", "ModulePlan", "RankPlan"]
+__all__ = ["SCHEMA", "ZERO", "ModulePlan", "RankPlan", "count_kinds", "pivoted_matrices"]
 
 _log = logging.getLogger(__name__)
 
@@ -105,11 +106,12 @@ class ModulePlan:
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """``(rows, columns)`` of each stored matrix; pivots are counted as rows."""
-        outputs, inputs = self.shape
+        """``(rows, columns)`` of each stored matrix; pivots are on the shorter side, or else rows."""
         if self.rank is None:
             return [self.shape]
-        return [(outputs - (self.rank if self.storage == "pivoted" else 0), self.rank), (self.rank, inputs)]
+        if self.storage == "factored":
+            return [(self.shape[0], self.rank), (self.rank, self.shape[1])]
+        return pivoted_matrices(self.shape, self.rank, "out" if self.shape[0] <= self.shape[1] else "in")
 
     def bytes(self, bytes_per_parameter: int) -> int:
         """Return the bytes of the stored matrices on disk, with the indices of pivots.
@@ -122,11 +124,40 @@ class ModulePlan:
         pivots = self.rank if self.rank is not None and self.storage == "pivoted" else 0
         return sum(self.grid.bytes(*sizes) for sizes in self.matrices) + pivots * INDEX_BYTES
 
+    def memory(self, bytes_per_parameter: int) -> int:
+        """Return the bytes of the stored matrices in memory, where scales have the type of the model.
+
+        Args:
+            bytes_per_parameter: Bytes of a number that is not rounded.
+        """
+        size = self.bytes(bytes_per_parameter)
+        if self.grid is None:
+            return size
+        scales = sum(rows * self.grid.groups(columns) for rows, columns in self.matrices)
+        return size + scales * (bytes_per_parameter - SCALE_TYPE.itemsize)
+
     def numbers(self, bytes_per_parameter: int) -> int:
         """Return the stored parameters, where each pivot's index counts as the numbers that take as many bytes."""
         if self.rank is None:
             return self.dense_parameters
         return Storage(self.storage, bytes_per_parameter).cost(self.shape, self.rank)
+
+
+def pivoted_matrices(shape: tuple[int, int], rank: int, side: Side) -> list[tuple[int, int]]:
+    """Return ``(rows, columns)`` of both matrices of a pivoted layer whose pivots are on ``side``."""
+    outputs, inputs = shape
+    if side == "out":
+        return [(outputs - rank, rank), (rank, inputs)]
+    return [(outputs, rank), (rank, inputs - rank)]
+
+
+def count_kinds(grids: Iterable[Grid | None]) -> dict[str, int]:
+    """Return how often each kind of numbers occurs, as in ``RankPlan.bits``.
+
+    >>> count_kinds([Grid(8), Grid(4, 32), Grid(4, 32)])
+    {'4 bits in groups of 32': 2, '8 bits': 1}
+    """
+    return dict(Counter(_kind_of_numbers(grid) for grid in grids).most_common())
 
 
 def _kind_of_numbers(grid: Grid | None) -> str:
@@ -218,10 +249,18 @@ class RankPlan:
     @property
     def bytes(self) -> int:
         """Bytes of the whole compressed model's parameters on disk."""
+        return self._sum(ModulePlan.bytes)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the whole compressed model's parameters in memory: scales have the type of the model there."""
+        return self._sum(ModulePlan.memory)
+
+    def _sum(self, size: Callable[[ModulePlan, int], int]) -> int:
         stored = [*self.modules.values(), *self.embeddings.values()]
         others = self.model_parameters - self.targeted_parameters
         others -= sum(module.dense_parameters for module in self.embeddings.values())
-        return sum(module.bytes(self.bytes_per_parameter) for module in stored) + others * self.bytes_per_parameter
+        return sum(size(module, self.bytes_per_parameter) for module in stored) + others * self.bytes_per_parameter
 
     @property
     def keep_bytes(self) -> float:
@@ -239,7 +278,13 @@ class RankPlan:
 
         Kinds with the most modules come first.
         """
-        return dict(Counter(_kind_of_numbers(module.grid) for module in self.modules.values()).most_common())
+        return count_kinds(module.grid for module in self.modules.values())
+
+    @property
+    def widths(self) -> list[int]:
+        """The bits that any matrix is rounded to, ascending; empty if none is."""
+        grids = [module.grid for module in (*self.modules.values(), *self.embeddings.values())]
+        return sorted({grid.bits for grid in grids if grid is not None})
 
     @property
     def dense_bytes(self) -> int:

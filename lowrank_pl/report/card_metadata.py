@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load, try_to_loa
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from lowrank_pl.report.evidence import ScoredText
+from lowrank_pl.report.rank_map import bits_in_words
 from lowrank_pl.report.run_record import RunRecord
 from lowrank_pl.utils.formatting import percent
 
@@ -34,7 +35,8 @@ _FENCE = "---\n"
 def title(record: RunRecord) -> str:
     """Return the name of a model in words, for the head of its card and for its results."""
     name = record.base.rstrip("/").rsplit("/", 1)[-1]
-    return f"{name} with {percent(record.plan.keep_targeted)} of its linear layers' parameters"
+    bits = f" in {bits_in_words(record.plan)}" if record.plan.is_rounded else ""
+    return f"{name} with {percent(record.plan.keep_targeted)} of its linear layers' parameters{bits}"
 
 
 def front_matter(record: RunRecord, license: str | None = None) -> str:
@@ -53,7 +55,7 @@ def front_matter(record: RunRecord, license: str | None = None) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=TASK,
-        tags=["low-rank", "compression", "lowrank_pl"],
+        tags=["low-rank", "compression", "lowrank_pl", *(f"{width}-bit" for width in record.plan.widths)],
         eval_results=results or None,
         model_name=title(record) if results else None,
         **known,

@@ -60,6 +60,8 @@ class _Figures(BaseModel):
     kept_model: Figure = None
     bytes: int | None = None
     seconds: Figure = None
+    bits: list[int] | None = None
+    memory: int | None = None
 
 
 class SummaryFile(BaseModel):

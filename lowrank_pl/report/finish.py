@@ -47,7 +47,7 @@ from lowrank_pl.report.model_card import model_card, refresh_card
 from lowrank_pl.report.page import write_page
 from lowrank_pl.report.rank_map import rank_map
 from lowrank_pl.report.run_record import Exported, RunRecord, digests_of, read_run
-from lowrank_pl.report.scores import Row, row_table, write_summary
+from lowrank_pl.report.scores import Row, bits_and_memory, row_table, write_summary
 from lowrank_pl.utils.environment import command_line, describe_machine
 from lowrank_pl.utils.figures import save_figure
 from lowrank_pl.utils.files import atomic_write, write_json
@@ -349,7 +349,8 @@ class _Table:
     def add(self, name: str, score: Score, plan: RankPlan, size: int, seconds: float) -> None:
         """Add the row of a model with ``plan`` and of ``size`` bytes."""
         excess = excess_nats(score, self.dense)
-        self.add_row(Row(name, score.perplexity, excess, plan.keep_targeted, plan.keep_model, size, seconds), score)
+        kept = plan.keep_targeted, plan.keep_model
+        self.add_row(Row(name, score.perplexity, excess, *kept, size, seconds, *bits_and_memory(plan)), score)
 
     def add_row(self, row: Row, score: Score) -> None:
         """Add a row."""

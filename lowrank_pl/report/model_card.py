@@ -14,7 +14,7 @@ from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import RESIZED
 from lowrank_pl.report.card_metadata import front_matter, refreshed_front_matter, split_front_matter, title
 from lowrank_pl.report.evidence import Evidence, HealthCheck, Speed, TaskScores, describe_protocol
-from lowrank_pl.report.rank_map import rank_table
+from lowrank_pl.report.rank_map import count_bits, rank_table
 from lowrank_pl.report.run_record import Exported, RunRecord
 from lowrank_pl.report.scores import Summary, row_table
 from lowrank_pl.utils.files import atomic_write
@@ -48,7 +48,7 @@ def model_card(record: RunRecord, *, license: str | None = None) -> str:
     sections = (
         front_matter(record, license).rstrip("\n"),
         _what(record),
-        _load(merged=record.merged, own_code=record.own_code),
+        _load(merged=record.merged, own_code=record.own_code, rounded=plan.is_rounded),
         _scores(record.summary, evidence),
         _health(evidence.health),
         _speeds(record.speeds),
@@ -89,8 +89,21 @@ def _what(record: RunRecord) -> str:
     return (
         f"# {escaped(title(record))}\n\n"
         f"{code(record.base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} linear layers are "
-        f"replaced by low-rank factors, {stored}; the other layers are unchanged.{_pruned(plan)}{_resized(plan)}"
+        f"replaced by low-rank factors, {stored}; the other layers {_others(plan)}.{_rounded(record)}{_pruned(plan)}"
+        f"{_resized(plan)}"
     )
+
+
+def _others(plan: RankPlan) -> str:
+    return "keep their rank" if plan.is_rounded else "are unchanged"
+
+
+def _rounded(record: RunRecord) -> str:
+    """Return a sentence on the rounding of the numbers, empty if there is none."""
+    if not record.plan.is_rounded:
+        return ""
+    merged = " This folder holds the rounded values as ordinary numbers." if record.merged else ""
+    return f" Numbers are rounded to a few bits: {escaped(count_bits(record.plan))}.{merged}"
 
 
 def _pruned(plan: RankPlan) -> str:
@@ -133,9 +146,15 @@ model = AutoModelForCausalLM.from_pretrained({json.dumps(place)}{trust})
 tokenizer = AutoTokenizer.from_pretrained({json.dumps(place)}{trust})"""
 
 
-def _load(*, merged: bool, own_code: bool) -> str:
+_ROUNDED = """\
+Rounded numbers stay packed in memory. A layer turns its own into numbers of the model's type while it runs."""
+
+
+def _load(*, merged: bool, own_code: bool, rounded: bool) -> str:
     code = f"## How to load it\n\n```python\n{load_code('PATH_OR_ID', merged=merged, own_code=own_code)}\n```"
-    return code if merged else f"{code}\n\n{_WITH_OWN_CODE if own_code else _WITHOUT_PACKAGE}"
+    if merged:
+        return code
+    return "\n\n".join([code, _WITH_OWN_CODE if own_code else _WITHOUT_PACKAGE, *([_ROUNDED] if rounded else [])])
 
 
 def _limits(*, tasks: bool) -> str:
@@ -210,6 +229,9 @@ def _size(plan: RankPlan, exported: Exported | None) -> str:
         ("parameters of the whole model", plan.model_parameters, plan.kept_model_parameters, plan.keep_model),
         ("bytes of the parameters", plan.dense_bytes, plan.bytes, plan.bytes / plan.dense_bytes),
     ]
+    if plan.is_rounded:
+        in_memory = ("bytes of the parameters in memory", plan.dense_bytes, plan.memory, plan.memory / plan.dense_bytes)
+        body[-1:] = [("bytes of the parameters on disk", *body[-1][1:]), in_memory]
     shown = [(what, f"{dense:,}", f"{kept:,}", percent(fraction)) for what, dense, kept, fraction in body]
     merged = exported is not None and exported.merged
     merged_note = "These are the sizes of the factors, not of the dense weights in this folder.\n\n" if merged else ""

@@ -19,9 +19,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lowrank_pl.methods.masks.registry import paper_of
+from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.evidence import Speed, describe_protocol
 from lowrank_pl.report.model_card import grouped_notes, load_code, score_with_error, speedup, task_rows
 from lowrank_pl.report.page_cells import HEIGHT, WIDTH, Cell, cells, grid, read_spectra, spectrum_groups
+from lowrank_pl.report.rank_map import bits_in_words, count_bits
 from lowrank_pl.report.run_record import RunRecord
 from lowrank_pl.utils.files import atomic_write
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity
@@ -80,7 +82,7 @@ def run_page(record: RunRecord) -> str:
     place = "PATH_OR_ID" if record.exported is None else str(record.exported.folder)
     return render(
         "run.html",
-        title=f"{_short_name(record.base)}, {percent(plan.keep_targeted)} kept",
+        title=f"{_short_name(record.base)}, {percent(plan.keep_targeted)} kept{_in_bits(plan)}",
         record=record,
         plan=plan,
         summary=record.summary,
@@ -105,6 +107,10 @@ def run_page(record: RunRecord) -> str:
         WIDTH=WIDTH,
         HEIGHT=HEIGHT,
     )
+
+
+def _in_bits(plan: RankPlan) -> str:
+    return f", {bits_in_words(plan)}" if plan.is_rounded else ""
 
 
 def render(template: str, **values: Any) -> str:
@@ -204,6 +210,8 @@ def _size_tile(record: RunRecord) -> Tile:
     plan, on_disk = record.plan, record.bytes_on_disk
     size, where = (plan.bytes, "of parameters") if on_disk is None else (on_disk, "on disk")
     note = f"{megabytes(plan.dense_bytes)} before; {percent(plan.keep_model)} of the whole model's parameters"
+    if plan.is_rounded:
+        note += f"; {megabytes(plan.memory)} in memory"
     if record.merged:
         note += " as factors, which are merged into dense weights here"
     return Tile(f"Size {where}", megabytes(size), note)
@@ -269,6 +277,7 @@ def _about(record: RunRecord) -> dict[str, str]:
         "Calibrated on": describe_protocol(plan.origin.get("calibration", {})),
         "Scored on": describe_protocol(facts.get("protocol", {})),
         "Weights": f"{plan.origin.get('dtype', '')} {_storage_counts(record)}".strip(),
+        "Bits": count_bits(plan),
         "Date": f"{record.written:%Y-%m-%d %H:%M}",
         "Made with": ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items()),
     }

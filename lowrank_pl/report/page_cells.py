@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.plans.plan import ModulePlan, RankPlan, count_kinds
 from lowrank_pl.plans.storage import Storage
 from lowrank_pl.utils.formatting import block_and_kind, percent
 
@@ -95,12 +95,17 @@ class Cell:
     @property
     def bytes(self) -> int:
         """Bytes of the stored numbers."""
-        return self.parameters * self.bytes_per_parameter
+        return self.module.bytes(self.bytes_per_parameter)
 
     @property
     def storage(self) -> str:
         """``dense``, ``factored`` or ``pivoted``."""
         return "dense" if self.rank is None else self.module.storage
+
+    @property
+    def bits(self) -> str:
+        """The bits of its numbers, such as ``4 bits in groups of 32``; empty if they are not rounded."""
+        return "" if self.module.grid is None else next(iter(count_kinds([self.module.grid])))
 
     @property
     def any_k(self) -> bool:
@@ -117,6 +122,7 @@ class Cell:
         """All figures in one sentence."""
         place = "outside the blocks" if self.block is None else f"block {self.block}"
         size = f"{self.parameters:,} of {self.dense_parameters:,} parameters, {self.bytes / 1e6:,.2f} MB"
+        size += f", {self.bits}" if self.bits else ""
         if self.rank is None:
             return f"{self.kind}, {place}: left dense, full rank {self.full_rank}, {size}"
         form = "stored as two factors" if self.storage == "factored" else f"stored {self.storage}"

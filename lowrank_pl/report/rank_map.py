@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.plans.plan import ModulePlan, RankPlan, count_kinds
 from lowrank_pl.utils.figures import plain
 from lowrank_pl.utils.formatting import block_and_kind, percent, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["rank_map", "rank_table"]
+__all__ = ["bits_in_words", "count_bits", "rank_map", "rank_table"]
 
 WIDE = 40
 """Blocks beyond which there is no room for a number under every column."""
@@ -25,6 +25,7 @@ def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
     """Return a table of what a plan keeps of each module type: mean, least and most over the blocks.
 
     If a plan keeps a selection of components rather than the first ones, a column counts the modules with a selection.
+    If it rounds numbers, a column names the bits.
 
     Args:
         plan: The plan.
@@ -46,7 +47,37 @@ def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
         head.insert(3, "any-k")
         for line, modules in zip(body, kinds.values(), strict=True):
             line.insert(3, str(sum(not module.is_prefix for module in modules)))
+    if plan.is_rounded:
+        head.append("bits")
+        for line, modules in zip(body, kinds.values(), strict=True):
+            line.append(_bits(modules))
     return table(head, body, fmt)
+
+
+def _bits(modules: Sequence[ModulePlan]) -> str:
+    """Return the bits that modules are rounded to; ``as is`` stands for those that are not."""
+    widths = sorted({module.grid.bits for module in modules if module.grid is not None})
+    as_is = ["as is"] if any(module.grid is None for module in modules) else []
+    return ", ".join([*map(str, widths), *as_is])
+
+
+def bits_in_words(plan: RankPlan) -> str:
+    """Return the bits that a plan rounds to, such as ``4 and 8 bits``; empty if it rounds nothing."""
+    *first, last = [str(width) for width in plan.widths] or [""]
+    return f"{', '.join(first)}{' and ' if first else ''}{last} bits" if last else ""
+
+
+def count_bits(plan: RankPlan) -> str:
+    """Return how many layers have each kind of numbers, and which embeddings; empty if the plan rounds nothing."""
+    if not plan.is_rounded:
+        return ""
+    layers = [f"{count} linear layers {_with(kind)}" for kind, count in plan.bits.items()]
+    embeddings = [f"{name} {_with(next(iter(count_kinds([one.grid]))))}" for name, one in plan.embeddings.items()]
+    return ", ".join([*layers, *embeddings])
+
+
+def _with(kind: str) -> str:
+    return kind if kind == "as they are" else f"with {kind}"
 
 
 def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
@@ -82,7 +113,8 @@ def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
     elif dense:
         rows, columns = np.array(dense).T + 0.5
         axes.scatter(columns, rows, s=10, color="black", label="left dense")
-    heading = title or f"{plan.method}: {percent(plan.keep_targeted)} of the targeted parameters kept"
+    bits = f", {bits_in_words(plan)}" if plan.is_rounded else ""
+    heading = title or f"{plan.method}: {percent(plan.keep_targeted)} of the targeted parameters kept{bits}"
     axes.set_title(plain(heading), pad=8)
     figure.colorbar(mesh, ax=axes, label="kept fraction", pad=0.02, ticks=np.linspace(0, 1, 6))
     _add_legend(figure, axes, missing=bool(np.isnan(grid).any()))

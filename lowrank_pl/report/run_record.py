@@ -186,7 +186,7 @@ def read_run(folder: str | Path, *, scores: Iterable[Path] = (), check: bool = T
     record = replace(record, command=command)
     if model is not None:
         entries = _entries(model)
-        merged = not entries and len(plan.dense_modules) < len(plan.modules)
+        merged = not entries and (len(plan.dense_modules) < len(plan.modules) or plan.is_rounded)
         nested = NestedComponents.of_export(model, plan).bytes
         record = replace(record, exported=Exported(model, merged, _has_own_code(model), nested))
         if record.evidence.health is None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity, table
 from lowrank_pl.utils.json_files import SEAL, break_seal, json_digest, read_json
 
-__all__ = ["SUMMARY", "Row", "Summary", "read_summary", "row_table", "write_summary"]
+__all__ = ["SUMMARY", "Row", "Summary", "bits_and_memory", "read_summary", "row_table", "write_summary"]
 
 SUMMARY = "summary.json"
 FACTS = "facts"
@@ -29,6 +30,8 @@ class Row:
         kept_model: Kept fraction of the whole model's parameters.
         bytes: Bytes on disk.
         seconds: Seconds from the dense model to this one.
+        bits: The bits that its numbers are rounded to, ascending; None if they are not.
+        memory: Bytes in memory, of a model that takes others there than on disk.
 
     Example:
         >>> Row("dense", perplexity=20.7, excess_nats=0.0).kept_model is None
@@ -42,6 +45,13 @@ class Row:
     kept_model: float | None = None
     bytes: int | None = None
     seconds: float | None = None
+    bits: tuple[int, ...] | None = None
+    memory: int | None = None
+
+
+def bits_and_memory(plan: RankPlan) -> tuple[tuple[int, ...] | None, int | None]:
+    """Return ``bits`` and ``memory`` of the row of a model with ``plan``; None twice if it rounds nothing."""
+    return (tuple(plan.widths), plan.memory) if plan.is_rounded else (None, None)
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Summary:
 
 
 def row_table(rows: Iterable[Row], *, fmt: str = "simple") -> str:
-    """Return the rows as a table in units for people.
+    """Return the rows as a table in units for people; bits and memory are shown if any row has bits.
 
     Args:
         rows: The models, in the order of the table.
@@ -69,8 +79,9 @@ def row_table(rows: Iterable[Row], *, fmt: str = "simple") -> str:
         >>> print(row_table(rows, fmt="github").splitlines()[-1])
         | learned |        23.46 |         0.125 |          80.0 % |       84.0 % |         - |         - |
     """
-    head = ("model", "perplexity", "excess nats", "kept targeted", "kept model", "on disk", "seconds")
-    body = [
+    rows = list(rows)
+    head: tuple[str, ...] = ("model", "perplexity", "excess nats", "kept targeted", "kept model", "on disk", "seconds")
+    body: list[tuple[str, ...]] = [
         (
             row.name,
             _shown(row.perplexity, rounded_perplexity),
@@ -82,7 +93,15 @@ def row_table(rows: Iterable[Row], *, fmt: str = "simple") -> str:
         )
         for row in rows
     ]
+    if any(row.bits for row in rows):
+        more = [(_shown(row.bits, _listed), _shown(row.memory or row.bytes, megabytes)) for row in rows]
+        body = [(*line[:5], bits, line[5], memory, line[6]) for line, (bits, memory) in zip(body, more, strict=True)]
+        head = (*head[:5], "bits", "on disk", "in memory", "seconds")
     return table(head, body, fmt)
+
+
+def _listed(bits: Sequence[int]) -> str:
+    return ", ".join(map(str, bits))
 
 
 def write_summary(run_dir: str | Path, rows: Iterable[Row], **facts: Any) -> Path:
@@ -126,11 +145,17 @@ def read_summary(run_dir: str | Path) -> Summary:
     except ValueError as error:
         raise ValueError(f"{path} is not {what} ({error}): {advice}") from None
     del data[FACTS]
-    return Summary(tuple(Row(name, **figures) for name, figures in data.items()), facts)
+    return Summary(tuple(Row(name, **_listed_bits(figures)) for name, figures in data.items()), facts)
+
+
+def _listed_bits(figures: dict[str, Any]) -> dict[str, Any]:
+    return {**figures, "bits": tuple(figures["bits"])} if figures.get("bits") else figures
 
 
 def _figures(row: Row) -> dict[str, Any]:
-    return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "name"}
+    found = {field.name: getattr(row, field.name) for field in fields(row) if field.name != "name"}
+    # Only if there are any: older versions refuse unknown keys.
+    return {key: value for key, value in found.items() if value is not None or key not in ("bits", "memory")}
 
 
 def _shown(value: Any, to_text: Callable[[Any], str]) -> str:

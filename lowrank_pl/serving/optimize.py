@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowrank_pl.models.hf_quantized import is_quantized
 from lowrank_pl.serving.fused_layers import FUSED, TYPES, fuse
 from lowrank_pl.serving.onednn_layers import ONEDNN, use_onednn
 
@@ -49,7 +50,8 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
 
     Names and values of the parameters stay, so that adapters still fit. On a GPU rows of weights are moved to multiples
     of 16 bytes, which takes up to 7 numbers a row. A layer that is moved or converted afterwards is computed by torch
-    again. Such a model can't be exported: load the folder again for that.
+    again, and so are layers that are rounded to a few bits. Such a model can't be exported: load the folder again for
+    that.
 
     Args:
         model: A model, compressed or not.
@@ -93,10 +95,13 @@ def _optimize(model: PreTrainedModel, linear: Mapping[str, nn.Linear]) -> Optimi
 def _report_others(model: PreTrainedModel, linear: Mapping[str, nn.Module]) -> None:
     """Warn of the compressed layers that stay as they are."""
     hooked = sum("forward" in vars(module) for module in linear.values())
+    rounded = sum(map(is_quantized, model.modules()))
     ours = {kind.__name__ for kind in FUSED} - {nn.Linear.__name__}
     foreign = sum(type(m).__name__ in ours for name, m in model.named_modules() if name not in linear)
     if hooked:
         logger.warning("%d layers have hooks of accelerate and are not optimised: load to one device", hooked)
+    if rounded:
+        logger.warning("%d layers are rounded to a few bits and are not optimised", rounded)
     if foreign:
         logger.warning(
             "%d compressed layers are of the folder's own code and are not optimised: import lowrank_pl before "

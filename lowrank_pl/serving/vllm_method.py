@@ -56,6 +56,12 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
 
     def __init__(self, stored: LowRankConfig) -> None:
         super().__init__()
+        rounded = [name for name, entry in stored.modules.items() if isinstance(entry, dict) and "bits" in entry]
+        if rounded:
+            raise ValueError(
+                f"{len(rounded)} modules are rounded to a few bits, e.g. {rounded[0]}, which this version does not "
+                "serve in vLLM: run the model in transformers, or export it merged"
+            )
         self.modules = stored.modules
         self.shapes: dict[str, list[int]] = getattr(stored, "shapes", {})
         self.transposed = False

@@ -24,7 +24,7 @@ from lowrank_pl.export import reload, reload_probe
 from lowrank_pl.export.export import ExportReport, load_compressed, save_compressed
 from lowrank_pl.export.reload import ExportError, ReloadError
 from lowrank_pl.factors.pivoting import pivot
-from lowrank_pl.models import digests, hf_format, hf_layers
+from lowrank_pl.models import digests, hf_format, hf_layers, hf_quantized
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.digests import DIGESTS
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
@@ -33,6 +33,10 @@ from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from lowrank_pl.report import finish
 from lowrank_pl.report.finish import Protocol, score_in_fresh_process
 from tests.helpers import fork_server as forked
+from tests.helpers.rounded_models import round_model
+
+ROUNDED = {"rounded-llama": "llama", "rounded-qwen3": "qwen3", "rounded-gemma3": "gemma3", "rounded-gpt2": "gpt2"}
+"""Names of exports whose layers and embeddings are rounded too, with their families."""
 
 TOKENS = torch.arange(24)[None]
 
@@ -72,12 +76,13 @@ def generated(model):
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Every family, exported as factors and merged, unverified, with the models they came from."""
+    """Every family, and rounded ones, exported as factors and merged, unverified, with the models they came from."""
     home = tmp_path_factory.mktemp("exports")
     models = {}
-    for family in FAMILIES:
-        models[family] = model = compressed(family)
-        tokenizer = byte_tokenizer(bos=family.startswith("gemma"))
+    for family in (*FAMILIES, *ROUNDED):
+        model = round_model(compressed(ROUNDED[family])) if family in ROUNDED else compressed(family)
+        models[family] = model
+        tokenizer = byte_tokenizer(bos="gemma" in family)
         save_compressed(model, home / family, tokenizer=tokenizer, verify=False)
         save_compressed(model, home / "merged" / family, tokenizer=tokenizer, merge=True, verify=False)
         save_file({"logits": logits(model), "generated": generated(model)}, home / f"{family}.expected")
@@ -149,7 +154,7 @@ print(json.dumps(answer))
 
 def test_every_family_in_a_process_without_the_package(exports):
     home, models = exports
-    answer = run(STRANGER, home, ",".join(FAMILIES))
+    answer = run(STRANGER, home, ",".join((*FAMILIES, *ROUNDED)))
     for family, found in answer.items():
         assert found["merged"] < 1e-5, family
         for message in found["unaware"]:
@@ -185,8 +190,8 @@ print(json.dumps(answer))
 
 def test_every_family_in_a_process_that_imports_the_format(exports):
     home, _ = exports
-    answer = run(IMPORTER, home, ",".join(FAMILIES), start=forked.STRANGER.run)
-    assert answer == {family: [True, True, 0, 0, 0, 0] for family in FAMILIES}
+    answer = run(IMPORTER, home, ",".join((*FAMILIES, *ROUNDED)), start=forked.STRANGER.run)
+    assert answer == {family: [True, True, 0, 0, 0, 0] for family in (*FAMILIES, *ROUNDED)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -223,7 +228,8 @@ def test_contents_of_the_folders(exports, family):
     merged = load_file(home / "merged" / family / "model.safetensors")
     assert {key: value.shape for key, value in merged.items()} == {key: value.shape for key, value in dense.items()}
     assert not [file.name for file in (home / "merged" / family).glob("*.py")]
-    assert sorted(file.name for file in (home / family).glob("*.py")) == ["digests.py", "hf_format.py", "hf_layers.py"]
+    code = ["digests.py", "hf_format.py", "hf_layers.py", "hf_quantized.py"]
+    assert sorted(file.name for file in (home / family).glob("*.py")) == code
 
 
 def test_the_model_in_memory_is_left_unchanged(tmp_path):
@@ -259,7 +265,7 @@ def test_the_check_passes_and_the_report_counts(tmp_path):
     assert (out / "README.md").read_text() == "# A card\n"
     names = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "hf_format.py"}
     names |= {"hf_layers.py", "model.safetensors", "plan.json", "tokenizer.json", "tokenizer_config.json"}
-    names |= {"digests.py", "lowrank.sha256"}
+    names |= {"digests.py", "hf_quantized.py", "lowrank.sha256"}
     assert {file.name for file in out.iterdir()} == names
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     loaded = load_compressed(out)
@@ -626,11 +632,11 @@ def test_a_folder_without_a_compressed_model_is_an_error(exports, tmp_path):
 def test_a_newer_schema_is_an_error(exports, tmp_path):
     def newer(folder):
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] |= {"schema": 4, "pivots": {}}
+        config["quantization_config"] |= {"schema": 5, "pivots": {}}
         (folder / "config.json").write_text(json.dumps(config))
 
     folder = damaged(exports[0] / "llama", tmp_path / "copy", newer)
-    with pytest.raises(ValueError, match=r"schema 4, .* up to 3: upgrade lowrank_pl"):
+    with pytest.raises(ValueError, match=r"schema 5, .* up to 4: upgrade lowrank_pl"):
         load_compressed(folder)
 
 
@@ -680,6 +686,6 @@ def test_the_digest_sees_every_bit():
 
 
 def test_files_of_the_package_are_self_contained():
-    for module in (digests, hf_format, hf_layers, reload_probe):
+    for module in (digests, hf_format, hf_layers, hf_quantized, reload_probe):
         assert "import lowrank_pl" not in Path(module.__file__).read_text().replace("``import lowrank_pl", "")
         assert "from lowrank_pl" not in Path(module.__file__).read_text()

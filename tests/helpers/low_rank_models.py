@@ -12,7 +12,10 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.targets import find_targets
 
 STORAGES = ("factored", "out", "in", "dense")
-"""How layers are stored: as factors, pivoted with rows or columns, or not compressed."""
+"""How layers are stored: as factors, pivoted with rows or columns, or not compressed.
+
+With ``shorter`` they are pivoted with whichever are fewer, as ``lowrank_pl.factors.pivoting`` does.
+"""
 
 
 def low_rank_layer(outputs, inputs, rank, storage, *, bias=None):
@@ -32,6 +35,8 @@ def compress_at_random(model, storages=STORAGES):
         old = model.get_submodule(target.name)
         if storage != "dense":
             outputs, inputs = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
+            if storage == "shorter":
+                storage = "out" if outputs <= inputs else "in"
             new = low_rank_layer(outputs, inputs, 16 + number % 7, storage, bias=old.bias)
             model.set_submodule(target.name, new)
     return model

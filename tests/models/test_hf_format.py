@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from lowrank_pl.models import digests, hf_format, hf_layers
+from lowrank_pl.models import digests, hf_format, hf_layers, hf_quantized
 from lowrank_pl.models.hf_format import LowRankConfig, align
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import tiny_model
@@ -227,6 +227,9 @@ def test_the_config_survives_json():
     config = LowRankConfig(modules)
     assert config.to_dict() == {"modules": modules, "schema": 2, "quant_method": "lowrank"}
     assert LowRankConfig.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
+    modules = {"a": {"bits": 8}, "b": {"rank": 2, "storage": "pivoted", "side": "in", "bits": 4, "group": 32}}
+    config = LowRankConfig(modules, {"a": [5, 7]})
+    assert (config.schema, config.modules) == (4, modules)
     config = LowRankConfig({"a": 3}, {"a": [5, 7]})
     assert (config.schema, config.to_dict()["shapes"]) == (3, {"a": [5, 7]})
     assert LowRankConfig.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
@@ -236,8 +239,8 @@ def test_the_config_survives_json():
     ("given", "text"),
     [
         (
-            {"schema": 4, "pivots": {}},
-            "schema 4, .* up to 3: upgrade",
+            {"schema": 5, "pivots": {}},
+            "schema 5, .* up to 4: upgrade",
         ),
         ({"shapes": {"a": [3]}}, r"'a' the shape \[3\]: expected \[out, in\]"),
         ({"shapes": {"a": [3, 0]}}, r"'a' the shape \[3, 0\]: expected \[out, in\]"),
@@ -247,6 +250,12 @@ def test_the_config_survives_json():
         ({"modules": {"a": entry(0, "pivoted")}}, "'a' the rank 0: expected a positive integer"),
         ({"modules": {"a": entry(3, "sparse")}}, "'a' .*'sparse'.*: expected a rank, or rank, storage"),
         ({"modules": {"a": {"rank": 3}}}, "'a' .*{'rank': 3}: expected a rank, or rank, storage"),
+        ({"modules": {"a": {}}}, "'a' .*{}: expected a rank, or rank, storage"),
+        ({"modules": {"a": {"rank": 3, "group": 8}}}, "'a' .*'group': 8}: expected a rank, or rank, storage"),
+        ({"modules": {"a": {"rank": 3, "side": "in", "bits": 4}}}, "'a' .*: expected a rank, or rank, storage"),
+        ({"modules": {"a": {"rank": 0, "bits": 4}}}, "'a' the rank 0: expected a positive integer"),
+        ({"modules": {"a": {"bits": 9}}}, "'a' .*9 bits .*: expected a whole number from 2 to 8"),
+        ({"modules": {"a": {"bits": 4, "group": 12}}}, "'a' .*group 12 .*: expected a multiple of 8"),
     ],
 )
 def test_a_config_that_is_not_understood_is_refused(given, text):
@@ -263,7 +272,7 @@ def test_saving_and_loading_twice_keeps_every_bit(small, tmp_path):
     assert torch.equal(logits(loaded), logits(small))
     assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
     loaded.save_pretrained(tmp_path / "two")
-    for code in (hf_format.__file__, hf_layers.__file__, digests.__file__):
+    for code in (hf_format.__file__, hf_layers.__file__, hf_quantized.__file__, digests.__file__):
         assert (tmp_path / "two" / Path(code).name).read_bytes() == Path(code).read_bytes()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert torch.equal(logits(again), logits(small))
@@ -415,5 +424,5 @@ def test_a_copy_registers_only_if_it_reads_more(monkeypatch):
     )
     exec(source, same)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is LowRankConfig
-    exec(source.replace("SCHEMA = 3", "SCHEMA = 4"), newer)
+    exec(source.replace("SCHEMA = 4", "SCHEMA = 5"), newer)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is newer["LowRankConfig"]

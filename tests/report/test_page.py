@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,14 +19,16 @@ from lowrank_pl.cli.evaluate import evaluate
 from lowrank_pl.cli.report import report
 from lowrank_pl.export.health.diagnosis import Diagnosis
 from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.models.hf_quantized import Grid
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.report.comparison import comparison_page
 from lowrank_pl.report.evidence import read_evidence
 from lowrank_pl.report.model_card import model_card
 from lowrank_pl.report.page import run_page
 from lowrank_pl.report.page_cells import HEIGHT, WIDTH, cells, grid, read_spectra, spectrum_groups
-from lowrank_pl.report.run_record import digests_of, read_run
-from lowrank_pl.report.scores import Row, write_summary
+from lowrank_pl.report.run_record import RunRecord, digests_of, read_run
+from lowrank_pl.report.scores import Row, Summary, write_summary
+from lowrank_pl.utils.formatting import megabytes
 from tests.helpers.run_folder import (
     DOCTOR,
     HOSTILE,
@@ -110,6 +113,18 @@ def test_page_holds_the_figures_of_the_summary(run):
     assert "2 layers: damped model.layers.0.q, model.layers.1.q" in page.words
     assert "scaled by 0.9" in page.words
     assert "1,000 tokens/s while scoring; 1.25 x the dense model" in page.words
+
+
+def test_the_page_says_bits_and_both_sizes_of_a_rounded_plan():
+    modules = {name: replace(module, grid=Grid(4, 8)) for name, module in MODULES.items()}
+    plan = plan_of(modules=modules, embeddings={"embed": ModulePlan((10, 16), grid=Grid(8))})
+    summary = Summary((), {"date": "2026-11-26T12:00:00+00:00"})
+    page = Page(run_page(RunRecord(Path("run"), plan, None, summary)))
+    assert f"{len(modules)} linear layers with 4 bits in groups of 8, embed with 8 bits" in page.words
+    assert f"{megabytes(plan.memory)} in memory" in page.words
+    assert page.titles[3][0].endswith("128 of 128 parameters, 0.00 MB, 4 bits in groups of 8")
+    assert page.row("model.layers.0.up")[5].endswith(", 4 bits in groups of 8")
+    assert "bits" not in Page(run_page(RunRecord(Path("run"), plan_of(), None, summary))).words
 
 
 def test_rank_map_says_of_every_module_what_became_of_it(run):

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from matplotlib._pylab_helpers import Gcf
 
+from lowrank_pl.models.hf_quantized import Grid
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.report.model_card import model_card
 from lowrank_pl.report.rank_map import rank_map, rank_table
 from lowrank_pl.report.run_record import Exported, RunRecord
-from lowrank_pl.report.scores import Row, Summary, read_summary, row_table, write_summary
+from lowrank_pl.report.scores import Row, Summary, bits_and_memory, read_summary, row_table, write_summary
 from lowrank_pl.utils.figures import save_figure
 from lowrank_pl.utils.formatting import block_and_kind
 
@@ -329,3 +330,76 @@ def test_card_shows_samples_side_by_side_letter_by_letter():
     assert "is &#42;a&#42; &#124; b<br>c" in text
     assert "&#60;b&#62; &#96;x_y&#96; &#95;z&#95;" in text
     assert "## Samples" not in card()
+
+
+# numbers of a few bits
+
+
+def rounded_plan():
+    plan = plan_of(2)
+    grids = {"mlp.up_proj": Grid(8), "self_attn.q_proj": Grid(4, 8)}
+    modules = {name: replace(entry, grid=grids.get(block_and_kind(name)[1])) for name, entry in plan.modules.items()}
+    return replace(plan, modules=modules, embeddings={"model.embed_tokens": ModulePlan((20, 8), grid=Grid(3, 8))})
+
+
+def test_memory_counts_scales_in_the_models_type():
+    plan = rounded_plan()
+    scales = sum(
+        rows * entry.grid.groups(columns)
+        for entry in [*plan.modules.values(), *plan.embeddings.values()]
+        if entry.grid is not None
+        for rows, columns in entry.matrices
+    )
+    assert plan.memory == plan.bytes + 2 * scales
+    half = replace(plan, bytes_per_parameter=2)
+    assert half.memory == half.bytes
+
+
+def test_tables_show_bits_where_there_are_any():
+    plan = rounded_plan()
+    lines = rank_table(plan).splitlines()
+    assert [line.split("  ")[-1].strip() for line in lines[:1] + lines[2:]] == [
+        "bits",
+        "4",
+        "as is",
+        "8",
+        "4, 8, as is",
+    ]
+    bits, memory = bits_and_memory(plan)
+    row = Row("small", kept_targeted=0.5, bytes=2_000_000, bits=bits, memory=memory)
+    head, _, dense, small = row_table([DENSE, row]).splitlines()
+    assert re.split(r"\s{2,}", head)[5:8] == ["bits", "on disk", "in memory"]
+    assert "3, 4, 8" in small
+    assert dense.count("538.1 MB") == 2
+    assert "bits" not in row_table([DENSE]) + rank_table(plan_of(2))
+    assert bits_and_memory(plan_of(2)) == (None, None)
+
+
+def test_bits_survive_the_summary_and_old_summaries_have_none(tmp_path):
+    row = Row("small", bytes=2, bits=(4, 8), memory=3)
+    write_summary(tmp_path, [DENSE, row])
+    assert read_summary(tmp_path).rows == (DENSE, row)
+    assert not {"bits", "memory"} & set(json.loads((tmp_path / "summary.json").read_text())["dense"])
+
+
+def test_the_card_of_a_rounded_model_says_bits_and_both_sizes():
+    plan = rounded_plan()
+    text = model_card(RunRecord(FOLDER, plan))
+    assert (
+        "2 linear layers with 4 bits in groups of 8, 2 linear layers as they are, 2 linear layers with 8 bits" in text
+    )
+    assert "model.embed_tokens with 3 bits in groups of 8" in text
+    sizes = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in text.splitlines() if "bytes of" in line}
+    assert sizes["bytes of the parameters on disk"] == f"{plan.bytes:,}"
+    assert sizes["bytes of the parameters in memory"] == f"{plan.memory:,}"
+    assert "stay packed in memory" in text
+    assert "in 3, 4 and 8 bits" in text
+    plain = model_card(RunRecord(FOLDER, plan_of(2)))
+    assert not re.search(r"bits|in memory|packed", plain)
+    merged = model_card(RunRecord(FOLDER, plan, Exported(FOLDER, merged=True)))
+    assert "holds the rounded values as ordinary numbers" in merged
+
+
+def test_the_rank_map_of_a_rounded_plan_names_the_bits():
+    assert rank_map(rounded_plan()).axes[0].get_title().endswith("3, 4 and 8 bits")
+    assert "bits" not in rank_map(plan_of(2)).axes[0].get_title()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lowrank_pl.export.export import CODE_FILES
 from lowrank_pl.export.health.diagnosis import Finding, first_few
 from lowrank_pl.factors.components import NestedComponents
-from lowrank_pl.models import digests, hf_format, hf_layers
 from lowrank_pl.models.digests import DIGESTS, changed_files
 from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["check_code", "check_components", "check_digests"]
 
-OURS = {path.name: path for path in (Path(module.__file__ or "") for module in (digests, hf_format, hf_layers))}
+OURS = {path.name: path for path in CODE_FILES}
 """The files of the package that exports hold copies of."""
 
 
