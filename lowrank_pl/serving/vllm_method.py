@@ -121,8 +121,9 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         """Return the method for ``layer``; None for what is neither linear nor an embedding, and stays as it is."""
         if isinstance(layer, VocabParallelEmbedding):
-            entry = self.modules.get(prefix)
-            return None if entry is None else RoundedEmbeddingMethod(prefix, entry)
+            name = prefix or self._nameless_embedding()
+            entry = self.modules.get(name)
+            return None if entry is None else RoundedEmbeddingMethod(name, entry)
         if not isinstance(layer, LinearBase):
             return None
         parent, dot, last = prefix.rpartition(".")
@@ -130,6 +131,11 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         if any(name in self.modules or name in self.shapes for name in names):
             return LowRankLinearMethod(self, names)
         return UnquantizedLinearMethod()
+
+    def _nameless_embedding(self) -> str:
+        """Return the name of the rounded embedding: some models of vLLM, such as Llama, do not tell it."""
+        outside_blocks = [name for name in self.modules if not any(part.isdecimal() for part in name.split("."))]
+        return next((name for name in outside_blocks if not name.endswith("lm_head")), "")
 
     def report_unpivoted(self, processes: int, dtype: torch.dtype) -> None:
         """Log once how many pivoted layers tensor parallelism turns into factors, and the memory that this takes."""
