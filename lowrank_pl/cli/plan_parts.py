@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PlanParts", "plan_figures", "plan_line"]
 
+
 @dataclass(frozen=True)
 class PlanParts:
     """Where the parts of a plan are, if they are not where the plan says.

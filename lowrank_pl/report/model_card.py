@@ -90,7 +90,8 @@ def _what(record: RunRecord) -> str:
     return (
         f"# {escaped(title(record))}\n\n"
         f"{code(record.base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} linear layers are "
-        f"replaced by low-rank factors, {stored}; the other layers are unchanged.{_pruned(plan)}{_resized(plan)}{_healed(plan)}"
+        f"replaced by low-rank factors, {stored}; the other layers are unchanged."
+        f"{_pruned(plan)}{_resized(plan)}{_healed(plan)}"
     )
 
 

@@ -186,7 +186,8 @@ def _save_adapter(healer: Healer, base: Path, folder: Path, said: str) -> None:
     adapter = healer.adapter
     adapter.peft_config["default"].base_model_name_or_path = str(base)
     with atomic_directory(folder) as place:
-        adapter.save_pretrained(place)
+        # Embeddings are not trained, so PEFT need not compare them with those of a model on the hub.
+        adapter.save_pretrained(place, save_embedding_layers=False)
         atomic_write(place / "README.md", adapter_card(str(base), said))
     adapter.unload()
 

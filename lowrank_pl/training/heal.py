@@ -1,8 +1,9 @@
-"""The LightningModule that heals a compressed model: its factors, or an adapter on it, learn the dense model's logits."""
+"""The LightningModule that heals a compressed model: factors, or an adapter, learn the dense model's logits."""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -123,7 +124,8 @@ class Healer(LightningModule):
             )
         if not len(data.validation_sequences):
             raise ValueError(
-                "there are no validation sequences, which decide whether healing helped: set --data.validation.sequences"
+                "there are no validation sequences, which decide whether healing helped: set "
+                "--data.validation.sequences"
             )
         if trainer.max_steps not in (-1, self.steps):
             raise ValueError(
@@ -207,7 +209,9 @@ class Healer(LightningModule):
             task_type="CAUSAL_LM",
         )  # fmt: skip
         # The same adapter to start from in every run and process.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT itself asks for it.
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)
             torch.manual_seed(0)
             self._adapter = (get_peft_model(student, config),)
 

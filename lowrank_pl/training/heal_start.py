@@ -79,7 +79,9 @@ class HealStart:
         """
         is_folder = path.is_dir()
         if is_folder and store is not None:
-            raise ValueError(f"{str(path)!r} is a folder, whose own weights are healed: leave out store, or give a plan")
+            raise ValueError(
+                f"{str(path)!r} is a folder, whose own weights are healed: leave out store, or give a plan"
+            )
         file = path / "plan.json" if is_folder else path
         if is_folder and not (path / "config.json").is_file():
             advice = f"give {file}" if file.is_file() else "give a plan.json, or the folder of an export"
@@ -128,9 +130,7 @@ class HealStart:
         else:
             # Equal weights are those of the teacher on the device, so that pivots are chosen there.
             student = _sharing(self.base.load(), teacher).to(device)
-            store = stored_factors(
-                plan, student, self.base.tokenizer(), directory=self.store, flag="--model.store"
-            )
+            store = stored_factors(plan, student, self.base.tokenizer(), directory=self.store, flag="--model.store")
             compress(student, plan, store)
             plan = deployed_plan(student, plan)
             noted = {name: store.notes(name).get("weight") for name in low_rank_layers(student)}
