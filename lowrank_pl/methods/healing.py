@@ -63,7 +63,7 @@ class Healing:
 
     tokens: int
     train: Literal["factors", "lora"] = "factors"
-    lr: float = 1e-4
+    lr: float = 3e-5
     warmup: float = 0.05
     weight_decay: float = 0.0
     lora: Lora = Lora()

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
+from lowrank_pl.methods.healing import Healing
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
 from lowrank_pl.methods.masks.base import MaskMethod
@@ -79,10 +80,12 @@ class Recipe:
         refit: How the plan's factors are refitted to the compressed model's own inputs; None for no refit.
         prune: How the base is pruned first; None for no pruning. LLM-Pruner alone reaches the final size, unless its
             ``keep`` leaves something to ranks.
+        heal: How the factors are trained against the dense model's logits at the end; None for no training. Tables mark
+            such rows.
 
     Raises:
-        ValueError: An allocator or a setting that does not exist, or learning or a refit where pruning leaves no ranks
-            to choose.
+        ValueError: An allocator or a setting that does not exist; learning, a refit or healing where pruning leaves no
+            ranks to choose; or healing by an adapter, which is no compressed model.
     """
 
     decomposition: Decomposition = Decomposition()
@@ -92,6 +95,7 @@ class Recipe:
     storage: StorageChoice = "factored"
     refit: Refit | None = None
     prune: WidthPruning | LLMPruner | None = None
+    heal: Healing | None = None
 
     def __post_init__(self) -> None:
         make_allocator(self.allocator, **self.settings)
@@ -99,6 +103,11 @@ class Recipe:
             raise ValueError(
                 "llm_pruner prunes to the final size, which leaves no ranks to learn and no factors to refit or to "
                 "store: give prune.keep, larger than the final one, or leave out learning, refit and storage"
+            )
+        if self.heal is not None and (self.only_prunes or self.heal.train != "factors"):
+            raise ValueError(
+                "heal of a recipe trains factors: leave out heal.train, and leave out heal where pruning alone makes "
+                "the model; `lowrank heal` trains an adapter on any model"
             )
 
     @property
@@ -113,6 +122,8 @@ class Recipe:
             base["storage"] = self.storage
         if self.refit is not None:
             base["refit"] = _jsonable(asdict(self.refit))
+        if self.heal is not None:
+            base["heal"] = {name: value for name, value in asdict(self.heal).items() if name != "lora"}
         if self.prune is not None:
             base["prune"] = self.prune.describe()
             if self.only_prunes:

@@ -337,8 +337,8 @@ def finish_healing(
     protocol: Protocol,
     *,
     facts: Mapping[str, Any],
-) -> RankPlan:
-    """Write plan, export, scores, rank map and page of a healed model to the folder of its run, and return the plan.
+) -> None:
+    """Write plan, export, scores, rank map and page of a healed model to the folder of its run.
 
     Args:
         run: The run's folder.
@@ -365,7 +365,6 @@ def finish_healing(
     record = read_run(run, check=False)
     refresh_card(record)
     write_page(record, run / "report.html")
-    return plan
 
 
 class _Table:

@@ -25,7 +25,7 @@ from lowrank_pl.training.lightning_internals import is_last_step
 from lowrank_pl.training.tensorboard import log_everywhere
 from lowrank_pl.utils.files import atomic_directory, atomic_write, check_output_folder, write_json
 
-__all__ = ["FinishHealing", "Healed"]
+__all__ = ["FinishHealing", "Healed", "ScoreHealing"]
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,64 @@ class Healed:
         return {"train": self.train, "tokens": self.tokens, "minutes": self.minutes, **scores, "kept": self.kept}
 
 
-class FinishHealing(Stopwatch):
+class ScoreHealing(Stopwatch):
+    """Scores the healed model on held-back sequences, and stores its factors if it is better.
+
+    Args:
+        folder: Folder for the store of the healed factors; by default ``factors`` in the run's folder.
+
+    Attributes:
+        healed: The result, once the run has ended.
+        plan: The plan of the healed factors, if they were kept.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__()
+        self.folder = folder
+        self.healed: Healed | None = None
+        self.plan: RankPlan | None = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the result on the first process, while the others wait."""
+        assert isinstance(pl_module, Healer)
+        if trainer.is_global_zero:
+            self._finish(trainer, pl_module)
+        trainer.strategy.barrier("finish")
+
+    def _finish(self, trainer: Trainer, healer: Healer) -> None:
+        assert healer.before is not None, "training has not started"
+        self.healed = healed = Healed(
+            healer.settings.train, healer.tokens_done, self.learning_seconds() / 60, healer.before,
+            healer.score("validate after healing"),
+        )  # fmt: skip
+        _log.info("%s", healed)
+        if not healed.kept:
+            _log.warning(
+                "the result is dropped: KL divergence on held-back text did not fall (%.4f -> %.4f). Lower "
+                "--model.settings.lr, or give more tokens and more text",
+                *(healed.before.kl, healed.after.kl),
+            )
+        elif healer.adapter is None:
+            self.plan = self._store_factors(healer, self.folder or Path(trainer.default_root_dir) / "factors", healed)
+
+    def _store_factors(self, healer: Healer, folder: Path, healed: Healed) -> RankPlan:
+        """Store the trained factors in the type of the base, and return their plan."""
+        plan = healer.pair.plan
+        assert plan is not None, "a pruned base has no factors"
+        for one in healer.trained().values():
+            one.data = one.data.to(healer.start.base.torch_dtype)
+        data, settings = calibration_data(healer.trainer), asdict(healer.settings)
+        return healed_plan(
+            healer.pair.student, plan, folder, note=str(healed), weights=healer.pair.weights,
+            settings={
+                "tokens": healed.tokens,
+                **{name: settings[name] for name in ("lr", "warmup", "weight_decay")},
+                "windows": sequences_fingerprint(data.train_sequences),
+            },
+        )  # fmt: skip
+
+
+class FinishHealing(ScoreHealing):
     """Scores the healed model on held-back sequences, and writes it if its divergence from the dense model fell.
 
     The run's folder (``trainer.default_root_dir``) then holds ``heal.json``. With trained factors it also holds
@@ -85,7 +142,6 @@ class FinishHealing(Stopwatch):
     def __init__(self, json: Path | None = None) -> None:
         super().__init__()
         self.json = json
-        self.healed: Healed | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the folders, so that a mistake fails now, not after hours."""
@@ -101,73 +157,39 @@ class FinishHealing(Stopwatch):
         if is_last_step(trainer):
             _log.info("the token budget is spent; validating the result")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score the result, and write it if it is better, on the first process, while the others wait."""
-        assert isinstance(pl_module, Healer)
-        if trainer.is_global_zero:
-            self.healed = self._finish(trainer, pl_module)
-        trainer.strategy.barrier("finish")
-
-    def _finish(self, trainer: Trainer, healer: Healer) -> Healed:
-        run, data = Path(trainer.default_root_dir), calibration_data(trainer)
-        assert healer.before is not None, "training has not started"
-        healed = Healed(
-            healer.settings.train, healer.tokens_done, self.learning_seconds() / 60, healer.before,
-            healer.score("validate after healing"),
-        )  # fmt: skip
+    def _finish(self, trainer: Trainer, healer: Healer) -> None:
+        super()._finish(trainer, healer)
+        run, healed = Path(trainer.default_root_dir), self.healed
+        assert healed is not None
         for path in (run / "heal.json", self.json):
             if path is not None:
                 write_json(path, healed.to_dict())
         figures = {"kl": healed.after.kl, "excess_nats": healed.after.excess_nats}
         log_everywhere(trainer, {f"final/{name}": value for name, value in figures.items()}, trainer.global_step)
-        _log.info("%s", healed)
-        if not healed.kept:
-            _log.warning(
-                "nothing is written: KL divergence on held-back text did not fall (%.4f -> %.4f). Lower "
-                "--model.settings.lr, or give more tokens and more text",
-                *(healed.before.kl, healed.after.kl),
-            )
-            return healed
-        places = {"figures": run / "heal.json"}
+        if healed.kept:
+            self._write(run, healer, healed)
+
+    def _write(self, run: Path, healer: Healer, healed: Healed) -> None:
+        """Write the healed model or the adapter, and say where all is."""
+        data, plan, exports = calibration_data(healer.trainer), self.plan, _exports(healer)
+        rows, places = _rows(healed, healer.pair.plan), {"figures": run / "heal.json"}
         if healer.adapter is not None:
+            _save_adapter(healer, run / "model" if exports else healer.start.path, run / "adapter", str(healed))
             places["adapter"] = run / "adapter"
-        plan = self._plan(healer, run, str(healed))
-        if healer.adapter is not None:
-            base = run / "model" if _exports(healer) else healer.start.path
-            _save_adapter(healer, base, run / "adapter", str(healed))
-        rows = _rows(healed, healer.pair.plan)
+            # The exported model itself is not changed by the adapter beside it.
+            plan = healer.pair.plan if exports else None
+            beside = f"{HEALED}{healed} (in the folder adapter beside this model)"
+            plan = None if plan is None else replace(plan, notes=(*plan.notes, beside))
         if plan is not None:
-            text = f"validation sequences of {data.validation_text}"
-            plan = finish_healing(
+            finish_healing(
                 run, healer.pair.student, data.tokenizer, plan, rows,
-                Protocol(text, data.validation_sequences),
-                facts={"healed": healed.to_dict(), "seconds": {"healing": self.learning_seconds()},
+                Protocol(f"validation sequences of {data.validation_text}", data.validation_sequences),
+                facts={"healed": healed.to_dict(), "seconds": {"healing": healed.minutes * 60},
                        "date": datetime.now().astimezone().isoformat(timespec="seconds")},
             )  # fmt: skip
             places |= {"model": run / "model", "plan": run / "plan.json", "report": run / "report.html"}
         print(f"\n{row_table(rows)}\n\n{healed}\n")
         print("\n".join(f"{name:8} {place}" for name, place in places.items()))
-        return healed
-
-    def _plan(self, healer: Healer, run: Path, said: str) -> RankPlan | None:
-        """Return the plan of the model that is to be exported; None if none is."""
-        plan = healer.pair.plan
-        if plan is None or not _exports(healer):
-            return None
-        if healer.adapter is not None:
-            # The exported model itself is not changed by the adapter beside it.
-            return replace(plan, notes=(*plan.notes, f"{HEALED}{said} (in the folder adapter beside this model)"))
-        for one in healer.trained().values():
-            one.data = one.data.to(healer.start.base.torch_dtype)
-        data, settings = calibration_data(healer.trainer), asdict(healer.settings)
-        return healed_plan(
-            healer.pair.student, plan, run / "factors", note=said, weights=healer.pair.weights,
-            settings={
-                "tokens": healer.tokens_done,
-                **{name: settings[name] for name in ("lr", "warmup", "weight_decay")},
-                "windows": sequences_fingerprint(data.train_sequences),
-            },
-        )  # fmt: skip
 
 
 def _exports(healer: Healer) -> bool:

@@ -111,13 +111,17 @@ class HealStart:
         """Whether the compressed model lies in a folder."""
         return self.path.is_dir()
 
-    def load(self, device: torch.device) -> HealPair:
+    def load(self, device: torch.device, *, teacher: PreTrainedModel | None = None) -> HealPair:
         """Return both models on ``device``.
+
+        Args:
+            device: The device.
+            teacher: The dense model, if it is already loaded there.
 
         Raises:
             ValueError: A model or the factors can't be found, or do not belong together.
         """
-        teacher = self.teacher.load().to(device)
+        teacher = self.teacher.load().to(device) if teacher is None else teacher
         plan, weights = self.plan, {}
         if plan is None:
             student = self.base.load()
