@@ -89,7 +89,8 @@ STAGES = {
 """By name. A stage that comes after itself replaces its own older results."""
 
 UNLIKE = {
-    "seconds", "minutes", "date", "tokens_per_second", "peak_memory", "machine", "command", "digest", "digests", "sha256",
+    "seconds", "minutes", "date",
+    "tokens_per_second", "peak_memory", "machine", "command", "digest", "digests", "sha256",
 }  # fmt: skip
 """Keys of JSON files whose values depend on the moment."""
 
