@@ -165,7 +165,7 @@ def _load(*, merged: bool, own_code: bool) -> str:
 NOT_TRAINED = "The weights were not fine-tuned after the compression."
 
 
-TRAINED = "The model was trained after the compression; see the notes on healing."
+TRAINED = "The weights were trained after the compression, as said above."
 
 
 def _limits(plan: RankPlan, *, tasks: bool) -> str:
