@@ -10,6 +10,7 @@ from typing import Any
 
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
+from lowrank_pl.methods.healing import Healing
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
 from lowrank_pl.methods.masks.base import MaskMethod
@@ -84,10 +85,12 @@ class Recipe:
             bits, whatever size is asked for.
         prune: How the base is pruned first; None for no pruning. LLM-Pruner alone reaches the final size, unless its
             ``keep`` leaves something to ranks.
+        heal: How the factors are trained against the dense model's logits at the end; None for no training. Tables mark
+            such rows.
 
     Raises:
-        ValueError: An allocator or a setting that does not exist, or learning or a refit where pruning leaves no ranks
-            to choose.
+        ValueError: An allocator or a setting that does not exist; learning, a refit or healing where pruning leaves no
+            ranks to choose; or healing by an adapter, which is no compressed model.
     """
 
     decomposition: Decomposition = Decomposition()
@@ -99,6 +102,7 @@ class Recipe:
     prune: WidthPruning | LLMPruner | None = None
     rounding: Rounding | None = None
     dense: bool = False
+    heal: Healing | None = None
 
     def __post_init__(self) -> None:
         if self.in_bytes:
@@ -119,6 +123,11 @@ class Recipe:
                 "llm_pruner prunes to the final size, which leaves no ranks to learn and no factors to refit or to "
                 "store: give prune.keep, larger than the final one, or leave out learning, refit and storage"
             )
+        if self.heal is not None and (self.only_prunes or self.heal.train != "factors"):
+            raise ValueError(
+                "heal of a recipe trains factors: leave out heal.train, and leave out heal where pruning alone makes "
+                "the model; `lowrank heal` trains an adapter on any model"
+            )
 
     @property
     def in_bytes(self) -> bool:
@@ -137,6 +146,8 @@ class Recipe:
             base["storage"] = self.storage
         if self.refit is not None:
             base["refit"] = _jsonable(asdict(self.refit))
+        if self.heal is not None:
+            base["heal"] = {name: value for name, value in asdict(self.heal).items() if name != "lora"}
         if self.rounding is not None:
             base["rounding"] = asdict(self.rounding)
         if self.dense:

@@ -22,7 +22,7 @@ from lowrank_pl.plans.storage import INDEX_BYTES, Form, Storage, StorageChoice
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
 from lowrank_pl.utils.json_files import SEAL, break_seal, checked_json, json_digest
 
-__all__ = ["SCHEMA", "ZERO", "ModulePlan", "RankPlan", "count_kinds", "pivoted_matrices"]
+__all__ = ["HEALED", "SCHEMA", "ZERO", "ModulePlan", "RankPlan", "count_kinds", "pivoted_matrices"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ Plans without bits are written in version 2; plans of version 1 are still read."
 
 ZERO = "all zeros in the base too"
 """Note on a module whose factors may be zero."""
+
+HEALED = "healed: "
+"""How the note of a plan begins whose model was trained after the compression."""
 
 
 @dataclass(frozen=True)
@@ -311,6 +314,11 @@ class RankPlan:
     def zero_modules(self) -> list[str]:
         """Names of the modules that the notes call zero in the base, so that their factors are zero rightly."""
         return [note.removesuffix(f": {ZERO}") for note in self.notes if note.endswith(f": {ZERO}")]
+
+    @property
+    def healed(self) -> str:
+        """What was trained after the compression, and what that gained; empty if nothing was trained."""
+        return "; ".join(note.removeprefix(HEALED) for note in self.notes if note.startswith(HEALED))
 
     @property
     def named_base(self) -> str:

@@ -50,6 +50,14 @@ def check_belongs(plan: RankPlan, factors: FactorStore, model: PreTrainedModel, 
         )
     if "refit" in factors.fingerprint:
         raise ValueError(f"the factors in {factors.directory} are refitted already: give those they were made from")
+    if "rounding" in factors.fingerprint:
+        raise ValueError(
+            f"the matrices in {factors.directory} are rounded to a few bits: refit the plan before rounding, then round"
+        )
+    if "heal" in factors.fingerprint:
+        raise ValueError(
+            f"the factors in {factors.directory} were healed, which a refit would undo: refit first, then heal"
+        )
     ours = model_fingerprint(model)
     differ = [key for key, value in ours.items() if factors.fingerprint.get(key, value) != value]
     if differ:
