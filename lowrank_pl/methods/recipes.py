@@ -20,6 +20,7 @@ from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.refit.refitting import Refit
+from lowrank_pl.methods.refit.settings import Joint
 from lowrank_pl.plans.storage import StorageChoice
 
 __all__ = ["RECIPES", "VARIANTS", "Learning", "Recipe", "recipe"]
@@ -112,7 +113,7 @@ class Recipe:
         if self.storage != "factored":
             base["storage"] = self.storage
         if self.refit is not None:
-            base["refit"] = _jsonable(asdict(self.refit))
+            base["refit"] = self.refit.identity()
         if self.prune is not None:
             base["prune"] = self.prune.describe()
             if self.only_prunes:
@@ -204,6 +205,7 @@ def _pruned_in_width(plain: Recipe) -> Recipe:
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
     "refit": lambda plain: replace(plain, refit=Refit()),
+    "joint": lambda plain: replace(plain, refit=replace(plain.refit or Refit(), joint=Joint())),
     "prune": _pruned_in_width,
 }
 """What ``+WORD`` after a recipe's name changes in it."""
@@ -217,8 +219,9 @@ _RENAMED = {
 def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     """Return the recipe called ``name``: one of ``own``, or one that ships with the package, or a variant of one.
 
-    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted,
-    ``NAME+prune`` on a base with pruned MLPs, and ``NAME+prune+pivoted+refit`` all three.
+    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted layer by
+    layer, ``NAME+joint`` with a joint refit of each block after that, ``NAME+prune`` on a base with pruned MLPs, and
+    ``NAME+prune+pivoted+refit`` three of these.
 
     Args:
         name: The recipe's name; results go to a folder of this name.

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lowrank_pl.methods.refit.settings import TRAINED
 from lowrank_pl.report.page import render
 from lowrank_pl.utils.figures import plain, save_figure
 from lowrank_pl.utils.files import atomic_write, write_json
@@ -93,7 +94,7 @@ def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], l
     head += ["seconds", "peak GB"]
     body = [
         [
-            row["method"],
+            row["method"] + (f" ({TRAINED})" if _is_trained(row) else ""),
             percent(row["keep"]["targeted"]),
             percent(row["keep"]["model"]),
             f"{row['bytes'] / 1e6:,.1f}",
@@ -105,6 +106,11 @@ def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], l
         for row in sorted(results, key=lambda row: (-row["keep"]["asked"], _mean_excess(row)))
     ]
     return head, body
+
+
+def _is_trained(row: Mapping[str, Any]) -> bool:
+    """Tell whether gradient descent changed the weights of a result, and not its ranks alone."""
+    return any(note.startswith(TRAINED) for note in row.get("notes", ()))
 
 
 def lines_by_mean_excess(
