@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lowrank_pl.factors.compression import factored_layer
 from lowrank_pl.factors.decomposition import Factors, SquareRoot
 from lowrank_pl.methods.refit.pair import ModelPair
-from lowrank_pl.models.hf_layers import LowRankLinear
 from lowrank_pl.models.targets import decoder_blocks, first_argument, replace_module
 
 __all__ = ["BlockError", "BlockWeights", "Curvature"]
@@ -136,7 +135,7 @@ class BlockError:
                 forward_ad.make_dual(leaf, part)  # type: ignore[no-untyped-call]
                 for leaf, part in zip(leaves, direction, strict=True)
             ]
-            errors, change = forward_ad.unpack_dual(self.errors(duals, batch))
+            errors, change = forward_ad.unpack_dual(self.errors(duals, batch))  # type: ignore[no-untyped-call]
         # Outside of the level, where saved tensors have no tangents, whose backward functions would need derivatives.
         return list(torch.autograd.grad(errors, leaves, change.detach()))
 
