@@ -20,7 +20,7 @@ from lowrank_pl.factors.decomposition import Factors, SquareRoot
 from lowrank_pl.methods.refit.pair import ModelPair
 from lowrank_pl.models.targets import decoder_blocks, first_argument, replace_module
 
-__all__ = ["BlockError", "BlockWeights", "Curvature"]
+__all__ = ["BlockError", "BlockWeights", "Curvature", "Parts"]
 
 Parts = list[Tensor]
 """One tensor per factor: left and right of the first layer, of the second layer, and so on."""
