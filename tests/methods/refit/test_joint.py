@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from torch import nn
 
 from lowrank_pl.factors.compression import compressed, factored_layer
 from lowrank_pl.factors.decomposition import SquareRoot
-from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.refit.block import BlockError, BlockWeights
 from lowrank_pl.methods.refit.pair import ModelPair
 from lowrank_pl.methods.refit.plan import APPLIED, NO_DERIVATIVE, NO_GAIN
@@ -19,6 +18,7 @@ from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.methods.refit.settings import TRAINED, Joint
 from lowrank_pl.models.tiny import FAMILIES, tiny_model
 from lowrank_pl.report.comparison import comparison_cells
+from lowrank_pl.utils.files import canonical_json, sha256_of
 from tests.helpers.unchanged import assert_untouched, state
 from tests.methods.refit.test_refitting import (
     KilledError,
@@ -166,12 +166,9 @@ def test_a_run_killed_while_it_stores_a_block_makes_the_block_anew(llama, sequen
     assert_same_factors(all_tensors(resumed, plan.modules), whole)
 
 
-def test_stores_without_a_joint_refit_keep_their_fingerprint(llama, sequences, tokenizer):
-    plan, store, targets = drawn(llama, sequences, tokenizer)
-    _, made = run(llama, plan, store, targets, sequences, settings=Refit())
-    earlier = {key: value for key, value in asdict(Refit()).items() if key != "joint"}
-    assert made.fingerprint["refit"].items() >= FactorStore(earlier, made.directory.parent / "x").fingerprint.items()
-    assert "joint" not in made.fingerprint["refit"]
+def test_stores_without_a_joint_refit_keep_their_fingerprint():
+    # The digest of the settings when there was no joint refit.
+    assert sha256_of(canonical_json(Refit().identity()))[:12] == "584e6e7711f3"
     assert Refit(joint=Joint(sweeps=3)).identity()["joint"]["sweeps"] == 3
 
 
