@@ -75,7 +75,7 @@ def fit_jointly(
     with tqdm(total=total, desc=label, unit="batch", leave=False) as bar:
         alone = make(error, settings, fit, seed, bar)
         best, taken = Fitted(error.values, before, before, 0), []
-        for sweep in range(1, settings.sweeps + 1):
+        for sweep in range(1, settings.most_sweeps + 1):
             trials = alone.sweep()
             errors = [error.mean(trial, held) for trial in trials]
             _log.debug("%s: sweep %d: held-back error %.4g, then %s", label, sweep, best.after, errors)
@@ -247,7 +247,7 @@ class _AdamW(_Fitter):
         sizes = [settings.learning_rate * value.square().mean().sqrt().item() for value in self.values]
         groups = [{"params": [value], "lr": size} for value, size in zip(self._parameters, sizes, strict=True)]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        steps = settings.sweeps * len(batches)
+        steps = settings.most_sweeps * len(batches)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2
         )

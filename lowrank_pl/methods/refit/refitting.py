@@ -165,23 +165,26 @@ class _Work:
 
     def _run(self, low_rank: Sequence[Target], bar: tqdm[Any]) -> None:
         batches = self._batches(self.sequences)
+        joint = self.settings.joint is not None
         # The last layer of a block that writes to the stream may be one that stays dense.
-        wired = low_rank if self.settings.joint is None else self.modules
-        wiring = find_wiring(self.model, wired, self.fitting[:1, :32])
+        wiring = find_wiring(self.model, self.modules if joint else low_rank, self.fitting[:1, :32])
         models = ModelPair(self.model, batches)
-        if self.settings.joint is not None and not models.runs_blocks_alone:
+        if joint and not models.runs_blocks_alone:
             raise ValueError(
                 f"a joint refit runs blocks alone, and the blocks of {type(self.model).__name__} share more than the "
                 "hidden state: leave the joint refit out"
             )
         roots = self._output_roots()
-        norms = self._gradient_norms([target for target in wired if wiring[target.name].every_token])
+        named = {target.name for target in low_rank if wiring[target.name].every_token}
+        if joint:
+            named.update(filter(None, (self._writer(target.block, wiring) for target in low_rank)))
+        norms = self._gradient_norms([target for target in self.modules if target.name in named])
         self._began = time.perf_counter()
         for block, inside in groupby(low_rank, key=lambda target: target.block):
             # Modules that share an input but are not called in sequence form two groups.
             groups = [list(members) for _, members in groupby(inside, key=lambda target: target.group)]
             todo = [[target for target in members if target.name not in self.made] for members in groups]
-            jointly = self.settings.joint is not None and any(todo)
+            jointly = joint and any(todo)
             if jointly:
                 # Modules that a killed run has stored are those of a finished joint refit: the block begins anew.
                 todo = groups
@@ -205,15 +208,18 @@ class _Work:
         factors = self._pending[name].factors if name in self._pending else self.made.factors(name)
         models.layers[name] = factored_layer(self.model.get_submodule(name), factors)
 
+    def _writer(self, block: int, wiring: Mapping[str, Wiring]) -> str | None:
+        """Return the block's last layer that writes to the stream; None if there is none."""
+        inside = [target.name for target in self.modules if target.block == block]
+        return next((name for name in reversed(inside) if wiring[name].stream is not None), None)
+
     def _block_weights(
         self, block: int, wiring: Mapping[str, Wiring], roots: Roots | None, norms: TensorStore | None
     ) -> BlockWeights:
         """Return the weights of a block's outputs: those of the block's last layer that writes to the stream."""
-        inside = [target.name for target in self.modules if target.block == block]
-        writers = [name for name in inside if wiring[name].stream is not None]
-        if roots is None or not writers:
+        name = self._writer(block, wiring)
+        if roots is None or name is None:
             return BlockWeights()
-        name = writers[-1]
         tokens = None if norms is None else _weights(norms.read(name, "norms"))
         return BlockWeights(roots.of_outputs(name), tokens, name)
 

@@ -30,7 +30,7 @@ class Joint:
     Args:
         method: ``gauss_newton`` or ``adamw``.
         sweeps: At most so many Gauss-Newton steps, or passes of AdamW. Those after which the error on held-back text
-            would rise are left out.
+            would rise are left out. By default 2 steps, or 8 passes.
         iterations: Conjugate-gradient iterations of a Gauss-Newton step; each costs a pass forward and back.
         damping: Of a Gauss-Newton step, relative to the curvature of each layer alone. More stays closer to the factors
             of the layer-by-layer refit.
@@ -41,14 +41,16 @@ class Joint:
     """
 
     method: JointMethod = "gauss_newton"
-    sweeps: int = 2
-    iterations: int = 4
+    sweeps: int | None = None
+    iterations: int = 8
     damping: float = 1.0
     learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
         if self.method not in get_args(JointMethod):
             raise ValueError(f"method is {self.method!r}: expected one of {', '.join(get_args(JointMethod))}")
+        if self.sweeps is None:
+            object.__setattr__(self, "sweeps", 2 if self.method == "gauss_newton" else 8)
         for name in ("sweeps", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
@@ -57,9 +59,15 @@ class Joint:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number above 0")
 
     @property
+    def most_sweeps(self) -> int:
+        """``sweeps``, or what it is by default."""
+        assert self.sweeps is not None
+        return self.sweeps
+
+    @property
     def passes_of_fit(self) -> int:
         """Passes forward and back over the text that one fit takes at most."""
-        return self.sweeps * (1 + self.iterations if self.method == "gauss_newton" else 1)
+        return self.most_sweeps * (1 + self.iterations if self.method == "gauss_newton" else 1)
 
     @property
     def passes(self) -> int:

@@ -32,7 +32,7 @@ from tests.methods.refit.test_refitting import (
 )
 
 JOINT = Refit(margin=0.0, joint=Joint())
-ADAMW = Refit(margin=0.0, joint=Joint("adamw", sweeps=6, learning_rate=0.02))
+ADAMW = Refit(margin=0.0, joint=Joint("adamw", learning_rate=0.02))
 
 
 @pytest.fixture(autouse=True)
