@@ -45,8 +45,8 @@ def stored_factors(
         return FactorStore.existing(place)
     if "rounding" in plan.fingerprint:
         raise ValueError(
-            f"the rounded matrices at {place} are gone: round the plan that they came from again with `lowrank quantize` "
-            f"or `lowrank allocate --keep_bytes`, or name their folder with {flag}"
+            f"the rounded matrices at {place} are gone: round the plan that they came from again with `lowrank "
+            f"quantize` or `lowrank allocate --keep_bytes`, or name their folder with {flag}"
         )
     if "heal" in plan.fingerprint:
         raise ValueError(

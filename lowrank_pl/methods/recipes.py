@@ -22,6 +22,7 @@ from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.quantize.settings import ByteBudget, Rounding
 from lowrank_pl.methods.refit.refitting import Refit
+from lowrank_pl.methods.refit.settings import Joint
 from lowrank_pl.plans.storage import StorageChoice
 
 __all__ = ["RECIPES", "VARIANTS", "Learning", "Recipe", "recipe"]
@@ -145,7 +146,7 @@ class Recipe:
         if self.storage != "factored":
             base["storage"] = self.storage
         if self.refit is not None:
-            base["refit"] = _jsonable(asdict(self.refit))
+            base["refit"] = self.refit.identity()
         if self.heal is not None:
             base["heal"] = {name: value for name, value in asdict(self.heal).items() if name != "lora"}
         if self.rounding is not None:
@@ -251,6 +252,7 @@ def _pruned_in_width(plain: Recipe) -> Recipe:
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
     "refit": lambda plain: replace(plain, refit=Refit()),
+    "joint": lambda plain: replace(plain, refit=replace(plain.refit or Refit(), joint=Joint())),
     "prune": _pruned_in_width,
     "int8": lambda plain: replace(plain, rounding=Rounding(8)),
     "int4": lambda plain: replace(plain, rounding=Rounding(4)),
@@ -266,9 +268,9 @@ _RENAMED = {
 def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     """Return the recipe called ``name``: one of ``own``, or one that ships with the package, or a variant of one.
 
-    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted,
-    ``NAME+prune`` on a base with pruned MLPs, and ``NAME+prune+pivoted+refit`` all three. ``+int8`` or ``+int4`` rounds
-    the matrices at the end.
+    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted layer by
+    layer, ``NAME+joint`` with a joint refit of each block after that, ``NAME+prune`` on a base with pruned MLPs, and
+    ``NAME+prune+pivoted+refit`` three of these. ``+int8`` or ``+int4`` rounds the matrices at the end.
 
     Args:
         name: The recipe's name; results go to a folder of this name.

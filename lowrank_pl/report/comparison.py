@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lowrank_pl.plans.plan import HEALED
+from lowrank_pl.plans.plan import training_of
 from lowrank_pl.report.page import render
 from lowrank_pl.utils.figures import plain, save_figure
 from lowrank_pl.utils.files import atomic_write, write_json
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 DENSE = "dense"
-TRAINED = " (trained)"
+MARK = " (trained)"
 """Mark behind the name of a method whose weights were trained after the compression."""
 
 MARKERS = "osD^vP*Xhd<>"
@@ -126,21 +126,16 @@ def _kept(row: Mapping[str, Any], whole: int) -> float:
     return float(row["bytes"] / whole if whole else row["keep"]["targeted"])
 
 
-def _healing_of(row: Mapping[str, Any]) -> str:
-    """Return what was trained after the compression, and what it gained; empty if nothing was trained."""
-    return "; ".join(note.removeprefix(HEALED) for note in row.get("notes", ()) if note.startswith(HEALED))
-
-
 def _shown_name(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    return f"{name}{TRAINED}" if any(map(_healing_of, rows)) else name
+    return f"{name}{MARK}" if any(training_of(row.get("notes", ())) for row in rows) else name
 
 
-def _healed_rows(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _trained_rows(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a sentence for each result whose weights were trained."""
     return [
-        f"{row['method']} at keep {row['keep']['asked']:g} was trained after the compression: {found}"
+        f"{row['method']} at keep {row['keep']['asked']:g} was trained: {found}"
         for row in results
-        if (found := _healing_of(row))
+        if (found := training_of(row.get("notes", ())))
     ]
 
 
@@ -267,7 +262,7 @@ def write_comparison(
         plotted: Methods in the plots, as far as they have results; all by default.
     """
     write_json(folder / "results.json", [sealed(row) for row in results])
-    trained = "".join(f"* {escaped(sentence)}\n" for sentence in _healed_rows(results))
+    trained = "".join(f"* {escaped(sentence)}\n" for sentence in _trained_rows(results))
     said = f"{trained}\n" if trained else ""
     atomic_write(folder / "results.md", f"{comparison_table(results)}\n\n{said}Made by {code(command)}.\n")
     drawn = [row for row in results if row["method"] != DENSE]
@@ -335,7 +330,7 @@ def comparison_page(results: Sequence[Mapping[str, Any]], *, title: str) -> str:
     return render(
         "comparison.html", title=title, head=head, body=body, machines=sorted(machines - {"None"}),
         names=[_shown_name(name, rows) for name, rows in lines.items()], in_bytes=bool(whole),
-        plots=[_plot(lines, corpus, whole) for corpus in corpora], results=results, trained=_healed_rows(results),
+        plots=[_plot(lines, corpus, whole) for corpus in corpora], results=results, trained=_trained_rows(results),
         WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, BOTTOM=BOTTOM,
     )  # fmt: skip
 
