@@ -40,7 +40,7 @@ from lowrank_pl.models.hf_quantized import (
     TiedHead,
     stored_state,
 )
-from lowrank_pl.models.identity import ORIGIN_KEY, base_class
+from lowrank_pl.models.identity import ORIGIN_KEY, ROTATION_KEY, base_class
 from lowrank_pl.models.targets import replaced
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import cut_plan
@@ -374,8 +374,10 @@ def check_destination(directory: Path) -> None:
         return
     config = directory / "config.json"
     ours = (directory / CODE).exists() or (directory / "plan.json").exists()
-    # A pruned base has neither a plan nor code.
-    if not config.exists() or not (ours or f'"{ORIGIN_KEY}"' in config.read_text(encoding="utf-8")):
+    # A pruned or rotated base has neither a plan nor code.
+    written = config.read_text(encoding="utf-8") if config.exists() else ""
+    ours = ours or any(f'"{key}"' in written for key in (ORIGIN_KEY, ROTATION_KEY))
+    if not config.exists() or not ours:
         raise ValueError(f"{str(directory)!r} holds other files than an export: name a new folder or empty this one")
 
 

@@ -46,3 +46,9 @@ def test_nothing_is_left_of_a_model_that_cannot_be_rotated(tmp_path, capsys):
         main(["rotate", "random:gpt2", "--output", str(tmp_path / "turned")])
     assert "can't be rotated" in capsys.readouterr().err
     assert not (tmp_path / "turned").exists()
+
+
+def test_an_earlier_rotated_folder_is_replaced(tmp_path):
+    for seed in (0, 1):
+        folder = rotate(Base("random:llama"), seed=seed, output=tmp_path / "turned")
+    assert AutoModelForCausalLM.from_pretrained(folder).config.lowrank_rotated["seed"] == 1
