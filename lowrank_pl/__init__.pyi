@@ -15,11 +15,16 @@ from .factors.compression import compressed as compressed
 from .factors.compression import restore_dense as restore_dense
 from .factors.settings import Decomposition as Decomposition
 from .methods.allocate.run import allocate_ranks as allocate_ranks
+from .methods.quantize.byte_budget import allocate_bytes as allocate_bytes
+from .methods.quantize.quantizing import quantize as quantize
+from .methods.quantize.settings import ByteBudget as ByteBudget
+from .methods.quantize.settings import Rounding as Rounding
 from .models.base import Base as Base
 from .models.base import load_base as load_base
 from .models.base import load_tokenizer as load_tokenizer
 from .models.hf_layers import LowRankLinear as LowRankLinear
 from .models.hf_layers import PivotedLinear as PivotedLinear
+from .models.hf_quantized import Grid as Grid
 from .models.targets import find_targets as find_targets
 from .plans.budget import Budget as Budget
 from .plans.constraints import Constraints as Constraints

@@ -8,7 +8,7 @@ Servers fuse linear layers that read the same input, such as query, key and valu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.models.hf_layers import Side
+from lowrank_pl.models.hf_quantized import Grid, dequantize, packed_width
 from lowrank_pl.serving.kernels import FusedGroup, Part, padded
 
-__all__ = ["FusedLinear", "Member", "Span"]
+__all__ = ["FusedLinear", "Member", "Span", "grid_of_entry", "rounded_shapes"]
 
 Span = tuple[int, int]
 """Start and length of a range of rows or columns."""
@@ -39,11 +40,14 @@ class Member:
         columns: The inputs that this process has.
 
     Attributes:
+        sizes: Rows and columns of each matrix of the layer, by its name in the layer.
+        grid: The numbers that the matrices are rounded to; None if they are as they are.
         shapes: Shape of each tensor that the checkpoint holds for the layer, by its name in the layer.
-        loaded: The tensors that were loaded, cut to what this process needs.
+        loaded: The matrices and pivots that were loaded, cut to what this process needs. Rounded matrices are
+            dequantised.
 
     Raises:
-        ValueError: The rank is impossible for the layer's size.
+        ValueError: The rank or the bits are impossible for the layer's size.
     """
 
     name: str
@@ -52,29 +56,39 @@ class Member:
     entry: int | dict[str, Any] | None
     rows: Sequence[Span]
     columns: Span
+    sizes: dict[str, tuple[int, int]] = field(init=False)
+    grid: Grid | None = field(init=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False)
     loaded: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _packed: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        outputs, inputs = self.outputs, self.inputs
-        if self.entry is None:
-            self.shapes = {"weight": (outputs, inputs)}
-            return
-        rank = self.entry["rank"] if isinstance(self.entry, dict) else self.entry
-        if self.side is not None and not rank < min(outputs, inputs):
-            raise ValueError(
-                f"{self.name}: rank {rank} of a layer of shape [{outputs}, {inputs}] can't be stored pivoted: expected "
-                f"1 to {min(outputs, inputs) - 1}"
-            )
-        rows, columns = outputs - rank * (self.side == "out"), inputs - rank * (self.side == "in")
-        self.shapes = {"weight": (rows, rank), "right": (rank, columns)}
-        if self.side is not None:
+        outputs, inputs, rank = self.outputs, self.inputs, self.rank
+        self.grid = grid_of_entry(self.entry)
+        if rank is None:
+            self.sizes = {"weight": (outputs, inputs)}
+        else:
+            if self.side is not None and not rank < min(outputs, inputs):
+                raise ValueError(
+                    f"{self.name}: rank {rank} of a layer of shape [{outputs}, {inputs}] can't be stored pivoted: "
+                    f"expected 1 to {min(outputs, inputs) - 1}"
+                )
+            rows, columns = outputs - rank * (self.side == "out"), inputs - rank * (self.side == "in")
+            self.sizes = {"weight": (rows, rank), "right": (rank, columns)}
+        self.shapes = dict(self.sizes) if self.grid is None else rounded_shapes(self.sizes, self.grid)
+        if rank is not None and self.side is not None:
             self.shapes["pivots"] = (rank,)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the layer; None if it is dense."""
+        rank: int | None = self.entry.get("rank") if isinstance(self.entry, dict) else self.entry
+        return rank
 
     @property
     def side(self) -> Side | None:
         """Whether pivots are outputs (``"out"``) or inputs (``"in"``); None without pivots."""
-        return self.entry["side"] if isinstance(self.entry, dict) else None
+        return self.entry.get("side") if isinstance(self.entry, dict) else None
 
     @property
     def unpivoted(self) -> bool:
@@ -87,7 +101,8 @@ class Member:
         """Keep a copy of what this process needs of a tensor of the checkpoint.
 
         Args:
-            part: Name of the tensor in the layer: ``weight``, ``right`` or ``pivots``.
+            part: Name of the tensor in the layer: ``weight``, ``right`` or ``pivots``, and for rounded matrices, whose
+                scales have these names, also ``weight_packed`` and the like.
             tensor: The tensor as the checkpoint holds it.
             dtype: Type that weights are kept in.
 
@@ -103,14 +118,26 @@ class Member:
             )
         if part == "pivots":
             self.loaded[part] = tensor.to("cpu", torch.int64, copy=True)
+        elif self.grid is None:
+            self._keep(part, tensor, dtype)
         else:
-            kept = tensor if self.unpivoted else self._cut(part, tensor)
-            # Some loaders use the memory of a tensor again for the next one.
-            self.loaded[part] = kept.to("cpu", dtype, copy=True)
+            self._packed[part] = tensor.to("cpu", copy=True)
+            matrix = part.removesuffix("_packed").removesuffix("_zeros")
+            parts = [name for name in self.shapes if name == matrix or name.startswith(f"{matrix}_")]
+            if all(name in self._packed for name in parts):
+                codes, scales, zeros = (self._packed.get(f"{matrix}{kind}") for kind in ("_packed", "", "_zeros"))
+                assert codes is not None
+                assert scales is not None
+                self._keep(matrix, dequantize(codes, scales.to(dtype), zeros, self.grid, self.sizes[matrix][1]), dtype)
+
+    def _keep(self, matrix: str, values: Tensor, dtype: torch.dtype) -> None:
+        kept = values if self.unpivoted else self._cut(matrix, values)
+        # Some loaders use the memory of a tensor again for the next one.
+        self.loaded[matrix] = kept.to("cpu", dtype, copy=True)
 
     def check(self) -> None:
         """Raise ``ValueError`` unless all tensors are loaded and pivots are ascending indices."""
-        missing = [part for part in self.shapes if part not in self.loaded]
+        missing = [part for part in self.shapes if part not in {**self.loaded, **self._packed}]
         if missing:
             raise ValueError(
                 f"the weight files hold no {self.name}.{missing[0]}: the folder is damaged, copy or export it again"
@@ -122,6 +149,11 @@ class Member:
                 f"{self.name}: the pivots {pivots[:4].tolist()}... are not {len(pivots)} ascending indices below "
                 f"{size}; the folder is damaged, copy or export it again"
             )
+
+    def release(self) -> None:
+        """Forget all tensors."""
+        self.loaded.clear()
+        self._packed.clear()
 
     def matrices(self) -> tuple[Tensor, Tensor | None, Side | None]:
         """Return what this process computes: left and right matrix, or the dense one and None, and the pivots' side."""
@@ -151,9 +183,26 @@ class Member:
         """Return the rows and columns of a matrix that this process needs."""
         if part == "weight" and (self.side != "out" or self.unpivoted):
             tensor = torch.cat([tensor.narrow(0, *span) for span in self.rows])
-        if (part == "right" or self.entry is None) and (self.side != "in" or self.unpivoted):
+        if (part == "right" or self.rank is None) and (self.side != "in" or self.unpivoted):
             tensor = tensor.narrow(1, *self.columns)
         return tensor
+
+
+def grid_of_entry(entry: int | dict[str, Any] | None) -> Grid | None:
+    """Return the numbers that a module is rounded to by its entry in ``quantization_config``; None if it is not."""
+    return Grid(entry["bits"], entry.get("group")) if isinstance(entry, dict) and "bits" in entry else None
+
+
+def rounded_shapes(sizes: Mapping[str, tuple[int, int]], grid: Grid) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor that stores rounded matrices of the given ``sizes`` (rows, columns), by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns) in sizes.items():
+        groups = grid.groups(columns)
+        shapes[name] = (rows, groups)
+        shapes[f"{name}_packed"] = (rows, packed_width(columns, grid.bits))
+        if grid.has_zeros:
+            shapes[f"{name}_zeros"] = (rows, packed_width(groups, grid.bits))
+    return shapes
 
 
 class FusedLinear(nn.Module):
@@ -187,7 +236,7 @@ class FusedLinear(nn.Module):
         if self.kernels is None:
             self._make_branches(members, device, make_product)
         for member in members:
-            member.loaded.clear()
+            member.release()
 
     def _make_branches(
         self, members: Sequence[Member], device: torch.device, make_product: Callable[[Tensor], nn.Module]

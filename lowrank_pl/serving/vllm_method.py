@@ -24,10 +24,11 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig
 from lowrank_pl.models.identity import ORIGIN_KEY
-from lowrank_pl.serving.fused_linear import FusedLinear, Member
+from lowrank_pl.serving.fused_linear import FusedLinear, Member, grid_of_entry
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -56,11 +57,13 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
 
     def __init__(self, stored: LowRankConfig) -> None:
         super().__init__()
-        rounded = [name for name, entry in stored.modules.items() if isinstance(entry, dict) and "bits" in entry]
+        rounded = [name for name, entry in stored.modules.items() if grid_of_entry(entry) is not None]
         if rounded:
-            raise ValueError(
-                f"{len(rounded)} modules are rounded to a few bits, e.g. {rounded[0]}, which this version does not "
-                "serve in vLLM: run the model in transformers, or export it merged"
+            logger.warning(
+                "%d modules are rounded to a few bits, e.g. %s: they are dequantised, and take as much memory here as "
+                "without bits",
+                len(rounded),
+                rounded[0],
             )
         self.modules = stored.modules
         self.shapes: dict[str, list[int]] = getattr(stored, "shapes", {})
@@ -116,7 +119,11 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         self.shapes = hf_to_vllm_mapper.apply_dict(self.shapes)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """Return the method for ``layer``; None for what is no linear layer, and stays as it is."""
+        """Return the method for ``layer``; None for what is neither linear nor an embedding, and stays as it is."""
+        if isinstance(layer, VocabParallelEmbedding):
+            name = prefix or self._nameless_embedding()
+            entry = self.modules.get(name)
+            return None if entry is None else RoundedEmbeddingMethod(name, entry)
         if not isinstance(layer, LinearBase):
             return None
         parent, dot, last = prefix.rpartition(".")
@@ -124,6 +131,11 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         if any(name in self.modules or name in self.shapes for name in names):
             return LowRankLinearMethod(self, names)
         return UnquantizedLinearMethod()
+
+    def _nameless_embedding(self) -> str:
+        """Return the name of the rounded embedding: some models of vLLM, such as Llama, do not tell it."""
+        outside_blocks = [name for name in self.modules if not any(part.isdecimal() for part in name.split("."))]
+        return next((name for name in outside_blocks if not name.endswith("lm_head")), "")
 
     def report_unpivoted(self, processes: int, dtype: torch.dtype) -> None:
         """Log once how many pivoted layers tensor parallelism turns into factors, and the memory that this takes."""
@@ -195,7 +207,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         ]
         self.config.members += self.members
         for part in sorted({part for member in self.members for part in member.shapes}):
-            dtype = torch.int32 if part == "pivots" else params_dtype
+            dtype = _type_of(part, params_dtype)
             parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = partial(self._load, part, params_dtype)  # type: ignore[attr-defined]
             layer.register_parameter(part, parameter)
@@ -246,6 +258,71 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Return the layer's output."""
         output: Tensor = layer.lowrank(x)
         return output if bias is None else output + bias
+
+
+class RoundedEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """Embeddings, or an untied head, that are rounded in the checkpoint and dequantised here.
+
+    Args:
+        name: The module of the checkpoint.
+        entry: How it is stored.
+    """
+
+    def __init__(self, name: str, entry: Any) -> None:
+        super().__init__()
+        self.name, self.entry = name, entry
+        self.member: Member | None = None
+
+    def create_weights(
+        self,
+        layer: VocabParallelEmbedding,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **options: Any,
+    ) -> None:
+        """Give ``layer`` its dense weight, and parameters that receive what the checkpoint holds."""
+        super().create_weights(
+            layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, **options
+        )
+        rows, columns = layer.org_vocab_size, layer.embedding_dim
+        self.member = Member(self.name, rows, columns, self.entry, [(0, rows)], (0, columns))
+        self._put = layer.weight.weight_loader
+        for part in self.member.shapes:
+            if part == "weight":
+                parameter = layer.weight
+            else:
+                parameter = nn.Parameter(torch.empty(0, dtype=_type_of(part, params_dtype)), requires_grad=False)
+                layer.register_parameter(part, parameter)
+            parameter.weight_loader = partial(self._load, part, params_dtype)
+
+    def _load(self, part: str, dtype: torch.dtype, _: nn.Parameter, tensor: Tensor, *__: Any) -> None:
+        assert self.member is not None
+        self.member.load(part, tensor, dtype)
+
+    def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
+        """Fill the dense weight, or this process's part of it.
+
+        Raises:
+            ValueError: Tensors are missing.
+        """
+        # A tied head has the embeddings' method, which may be asked twice.
+        if self.member is not None:
+            self.member.check()
+            self._put(layer.weight, self.member.loaded["weight"].to(layer.weight.device))
+            self.member = None
+            for name in [name for name, _ in layer.named_parameters(recurse=False) if name != "weight"]:
+                delattr(layer, name)
+        super().process_weights_after_loading(layer)
+
+
+def _type_of(part: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the type of a tensor of the checkpoint, where weights and scales have ``dtype``."""
+    if part.endswith(("_packed", "_zeros")):
+        return torch.uint8
+    return torch.int32 if part == "pivots" else dtype
 
 
 class _Product(nn.Module):

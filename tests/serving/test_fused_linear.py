@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank_pl.models.hf_quantized import Grid
 from lowrank_pl.serving.fused_linear import FusedLinear, Member
 from tests.helpers.low_rank_models import STORAGES, low_rank_layer
+from tests.helpers.rounded_models import rounded_layer
 
 INPUTS = 24
 OUTPUTS = (20, 12, 16)
@@ -55,6 +57,29 @@ def test_members_of_unequal_rank_and_storage_compute_their_outputs_below_each_ot
         layers = [layer(storage, outputs, 3 + outputs // 8) for storage, outputs in zip(storages, OUTPUTS, strict=True)]
         output = fused(*map(member, layers, storages))(x)
         torch.testing.assert_close(output, torch.cat([x @ dense(one).T for one in layers], -1), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("grid", [Grid(4, 8), Grid(8)], ids=str)
+def test_rounded_matrices_are_dequantised(storage, grid, x):
+    plain = layer(storage)
+    rounded = rounded_layer(plain, grid).double()
+    entry = {"rank": plain.rank} if storage != "dense" else {}
+    if storage in ("out", "in"):
+        entry |= {"storage": "pivoted", "side": storage}
+    made = Member("layer", 20, INPUTS, {**entry, **grid.to_json()}, [(4, 12)], (0, INPUTS))
+    for name, tensor in rounded.state_dict().items():
+        made.load(name, tensor, torch.float64)
+    expected = x @ rounded.dense().T
+    torch.testing.assert_close(fused(made)(x), expected[..., 4:16], atol=1e-6, rtol=1e-6)
+
+
+def test_a_missing_scale_is_named():
+    rounded = rounded_layer(layer("dense"), Grid(4, 8))
+    made = Member("layer", 20, INPUTS, {"bits": 4, "group": 8}, [(0, 20)], (0, INPUTS))
+    made.load("weight_packed", rounded.weight_packed, torch.float32)
+    with pytest.raises(ValueError, match=r"hold no layer\.weight: .*copy or export it again"):
+        fused(made)
 
 
 def test_what_reads_the_whole_input_is_one_product():

