@@ -49,22 +49,22 @@ def on_page_content(html: str, **_: Any) -> str:
     return _FORMULA.sub(lambda m: convert(unescape(m[2]), display="block" if m[1] == "div" else "inline"), html)
 
 
-def fit_help() -> str:
-    """Return what ``lowrank fit --help`` prints, every option on a line of its own."""
+def lightning_help(command: str) -> str:
+    """Return what ``--help`` of a command that trains prints, every option on a line of its own."""
     from lowrank_pl.cli.app import main
 
     printed = io.StringIO()
     with patch.dict(os.environ, {"COLUMNS": "100000"}), redirect_stdout(printed):
         try:
-            main(["fit", "--help"])
+            main([command, "--help"])
         except SystemExit as done:
             if done.code:
-                raise RuntimeError(f"`lowrank fit --help` ended with {done.code}") from None
+                raise RuntimeError(f"`lowrank {command} --help` ended with {done.code}") from None
     return printed.getvalue()
 
 
 def read_help(text: str) -> list[Group]:
-    """Return the groups of options in the help of ``lowrank fit``.
+    """Return the groups of options in the help of a command that trains.
 
     Raises:
         ValueError: The text holds no options.
@@ -112,10 +112,11 @@ def _usage(flag: Any) -> str:
 def command_page(command: str) -> str:
     """Return the section of one command, Markdown with HTML."""
     from lowrank_pl.cli.app import COMMANDS as NAMES
+    from lowrank_pl.cli.app import TRAINING_COMMANDS
 
     path, sentence = NAMES[command]
-    if command == "fit":
-        groups, paragraphs = read_help(fit_help()), [sentence]
+    if command in TRAINING_COMMANDS:
+        groups, paragraphs = read_help(lightning_help(command)), [sentence]
     else:
         module, _, name = path.partition(":")
         description = inspect.getdoc(getattr(import_module(module), name)) or ""

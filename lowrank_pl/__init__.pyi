@@ -15,6 +15,8 @@ from .factors.compression import compressed as compressed
 from .factors.compression import restore_dense as restore_dense
 from .factors.settings import Decomposition as Decomposition
 from .methods.allocate.run import allocate_ranks as allocate_ranks
+from .methods.healing import Healing as Healing
+from .methods.healing import Lora as Lora
 from .methods.quantize.byte_budget import allocate_bytes as allocate_bytes
 from .methods.quantize.quantizing import quantize as quantize
 from .methods.quantize.settings import ByteBudget as ByteBudget
@@ -40,7 +42,9 @@ from .serving.optimize import optimize_for_inference as optimize_for_inference
 from .text.sequences import Calibration as Calibration
 from .text.sequences import token_windows as token_windows
 from .training.data import CalibrationData as CalibrationData
+from .training.finish_heal import FinishHealing as FinishHealing
 from .training.finish_run import FinishRun as FinishRun
+from .training.heal import Healer as Healer
 from .training.module import RankLearner as RankLearner
 from .training.rank_monitor import RankMonitor as RankMonitor
 from .training.text_samples import TextSamples as TextSamples

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import lowrank_pl
-from lowrank_pl.cli.app import COMMANDS, command_line
+from lowrank_pl.cli.app import COMMANDS, TRAINING_COMMANDS, command_line
 from lowrank_pl.cli.parameters import Given, split_words
 from tests.helpers import ROOT
 
@@ -124,13 +124,15 @@ def documented_commands():
 
 @pytest.mark.parametrize("command", dict.fromkeys(documented_commands()))
 def test_commands_of_the_documentation_are_understood(command, monkeypatch):
-    from lowrank_pl.cli import fit
+    from lowrank_pl.cli import fit, heal
 
     name, *words = shlex.split(command)[1:]
-    if name == "fit":
-        monkeypatch.setattr(fit.RankCLI, "instantiate_classes", lambda _: None)
-        monkeypatch.setattr(fit.RankCLI, "runs", lambda _: False)
-        fit.fit(words)
+    if name in TRAINING_COMMANDS:
+        for kind in (fit.RankCLI, heal.HealCLI):
+            monkeypatch.setattr(kind, "before_instantiate_classes", lambda _: None)
+            monkeypatch.setattr(kind, "instantiate_classes", lambda _: None)
+            monkeypatch.setattr(kind, "runs", lambda _: False)
+        {"fit": fit.fit, "heal": heal.heal}[name](words)
     else:
         words, sources = split_words([name, *words])
         app = command_line(name)

@@ -26,7 +26,7 @@ from lowrank_pl.cli.renamed import COMMAND_NAMES, explain_old_names
 from lowrank_pl.utils.machine_limits import explain_limit
 from lowrank_pl.version import __version__
 
-__all__ = ["COMMANDS", "UNWANTED_LINES", "command_line", "flags_of", "main"]
+__all__ = ["COMMANDS", "TRAINING_COMMANDS", "UNWANTED_LINES", "command_line", "flags_of", "main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("lowrank_pl.cli.fit:fit", "Learn ranks for a model, export it and score it beside the baselines."),
@@ -49,6 +49,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "refit": (
         "lowrank_pl.cli.refit:refit",
         "Refit a plan's factors in closed form, block by block, to the compressed model's own inputs.",
+    ),
+    "heal": (
+        "lowrank_pl.cli.heal:heal",
+        "Train a compressed model's factors, or a LoRA adapter on it, against the dense model's logits.",
     ),
     "quantize": (
         "lowrank_pl.cli.quantize:quantize",
@@ -85,6 +89,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """By name, the function of each command, and the first sentence of its docstring: listing imports none of them."""
 
+TRAINING_COMMANDS = ("fit", "heal")
+"""The commands whose options LightningCLI reads."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one sentence and a non-zero exit status.
@@ -117,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def command_line(command: str | None = None) -> cyclopts.App:
-    """Return the parser of all commands but ``fit``, whose options LightningCLI reads.
+    """Return the parser of all commands but ``TRAINING_COMMANDS``.
 
     Args:
         command: The command that will be run. Its help is its whole docstring; the others are only listed.
@@ -145,7 +152,7 @@ def command_line(command: str | None = None) -> cyclopts.App:
 
 
 def flags_of(command: str) -> ArgumentCollection:
-    """Return the flags of a command other than ``fit``, with what its help says about each."""
+    """Return the flags of a command other than ``TRAINING_COMMANDS``, with what its help says about each."""
     return command_line(command)[command].assemble_argument_collection(default_parameter=FLAGS, parse_docstring=True)
 
 
@@ -163,8 +170,9 @@ def _command(path: str) -> Callable[..., Any]:
 
 
 def _run(words: list[str]) -> Any:
-    if words[:1] == ["fit"]:
-        return import_module("lowrank_pl.cli.fit").fit(words[1:])
+    if words and words[0] in TRAINING_COMMANDS:
+        module, _, name = COMMANDS[words[0]][0].partition(":")
+        return getattr(import_module(module), name)(words[1:])
     words, sources = split_words(words)
     app = command_line(words[0] if words else None)
     app.config = [Given(sources)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ class ComparisonText(Calibration):
 
     text: str = "python-docs::part=0%-50%"
     sequences: int = 64
+
+
+_log = logging.getLogger(__name__)
 
 
 def compare(
@@ -104,6 +108,8 @@ def compare(
         recipe(name, own)
     texts, limits = named_texts(scores), score_sequences or {}
     if dry_run:
+        for name in (name for name, one in chosen.items() if one.heal is not None):
+            _log.warning("the forecast leaves out the training of %s", name)
         work = compare_workload(
             chosen, keeps=keep, calibration=calibration, texts=tuple(texts), score_length=score_length,
             score_sequences=limits,

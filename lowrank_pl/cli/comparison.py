@@ -58,8 +58,10 @@ def warn_of_known_text(scored: Mapping[str, Tensor], subject: Subject, recipes: 
         subject: The calibration text, its tokenizer, and the sequences for statistics.
         recipes: The methods, which say how much of the text masks learn from.
     """
-    counts = [method.learning.sequences for method in recipes.values() if method.learning is not None]
     assert subject.calibration is not None
+    length = subject.calibration.length
+    counts = [method.learning.sequences for method in recipes.values() if method.learning is not None]
+    counts += [method.heal.tokens // length for method in recipes.values() if method.heal is not None]
     seen = replace(subject.calibration, sequences=max([len(subject.sequences), *counts])).tokens(subject.tokenizer)
     for corpus, sequences in scored.items():
         known = count_overlapping(sequences, [seen], subject.tokenizer)
@@ -200,6 +202,11 @@ class Comparison:
                 plan, store = self._refit(plan, store, method.refit)
                 # The stored time, because an earlier or killed comparison may have done the refit.
                 costs["refit"] = store.seconds(plan.modules)
+            if method.heal is not None:
+                folder = self.run / "healing" / f"{identity[:12]}-keep-{keep:g}"
+                plan, store, costs["healing"] = ShortRuns(self.subject, self.seed).heal(
+                    plan, store, method.heal, folder
+                )
             if method.rounding is not None:
                 plan, store = quantize(plan, store, self.subject, settings=method.rounding)
                 costs["rounding"] = store.seconds(plan.modules)
@@ -278,8 +285,8 @@ class Comparison:
         """Return the plan of ``method`` with its origin, the factors that it is for, and the seconds of making it."""
         began = time.perf_counter()
         if method.learning is not None:
-            # A refit does not affect learning, so a method and its +refit share one learning run.
-            learned = self._identity(replace(method, refit=None), keep)
+            # What comes later does not affect learning, so a method and its +refit share one learning run.
+            learned = self._identity(replace(method, refit=None, heal=None), keep)
             return ShortRuns(self.subject, self.seed).learn(
                 method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["PlanParts", "plan_figures", "plan_line"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,38 +84,9 @@ class PlanParts:
         Raises:
             ValueError: The factors are gone, and the plan does not say how to build them.
         """
-        from lowrank_pl.calibration.build import build_factors
-        from lowrank_pl.calibration.subject import Subject
-        from lowrank_pl.factors.settings import Decomposition
-        from lowrank_pl.factors.store import FactorStore
-        from lowrank_pl.plans.constraints import Constraints
-        from lowrank_pl.text.settings import Calibration
+        from lowrank_pl.calibration.stored_factors import stored_factors
 
-        directory = self.store or Path(plan.origin.get("store", ""))
-        if self.store is not None or (plan.origin.get("store") and (directory / "manifest.json").exists()):
-            return FactorStore.existing(directory)
-        if "rounding" in plan.fingerprint:
-            raise ValueError(
-                f"the rounded matrices at {directory} are gone: round the plan that they came from again with `lowrank "
-                "quantize` or `lowrank allocate --keep_bytes`, or name their folder with --store"
-            )
-        if "refit" in plan.fingerprint:
-            raise ValueError(
-                f"the refitted factors at {directory} are gone: refit the plan that they came from again with `lowrank "
-                "refit`, or name their folder with --store"
-            )
-        if "correction" in plan.fingerprint:
-            raise ValueError(
-                f"the corrected factors at {directory} are gone, and only the whole correction makes them again: "
-                f"allocate anew with `lowrank allocate --method {plan.method}`, or name their folder with --store"
-            )
-        if "calibration" not in plan.origin:
-            raise ValueError("the plan does not say what its factors were made from: name their folder with --store")
-        _log.warning("the factors at %s are gone: building them again from the plan's origin", directory)
-        origin = plan.origin["calibration"]
-        calibration = Calibration(origin["text"], origin["length"], origin["windows"])
-        subject = Subject(model, tokenizer, calibration.tokens(tokenizer), Constraints(include=list(plan.modules)))
-        return build_factors(subject, settings=Decomposition.of_fingerprint(plan.origin["decomposition"]))
+        return stored_factors(plan, model, tokenizer, directory=self.store)
 
 
 def plan_line(plan: RankPlan) -> str:

@@ -11,6 +11,7 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Allocator
 from lowrank_pl.methods.recipes import Recipe
+from lowrank_pl.methods.refit.settings import Refit
 from lowrank_pl.models.base import loads_in_parts
 from lowrank_pl.text.sequences import Calibration
 
@@ -70,7 +71,7 @@ def fit_workload(
                 validated=validated * validations,
             )
         ],
-        refits=Refits(1, min(finish.refit.sequences, data.learning.sequences)) if finish.refit else Refits(),
+        refits=_refits([finish.refit] if finish.refit else [], most=data.learning.sequences),
         scoring=Scoring(
             models=1 + len(finish.baselines) + (finish.refit is not None),
             tokens=scored,
@@ -129,7 +130,7 @@ def compare_workload(
             for name, recipe in recipes.items()
             if (learning := recipe.learning) is not None
         ],
-        refits=Refits(len(refits) * len(keeps), max((refit.sequences for refit in refits), default=0)),
+        refits=_refits([refit for refit in refits for _ in keeps]),
         scoring=Scoring(
             models=1 + len(recipes) * len(keeps),
             tokens=sum(score_sequences[name] * score_length for name in texts) if known else 0,
@@ -162,6 +163,13 @@ def decompose_workload(
             by_block=by_block,
         )
     )  # fmt: skip
+
+
+def _refits(refits: Sequence[Refit], most: int | None = None) -> Refits:
+    """Return the work of ``refits``, on ``most`` sequences if so many are all."""
+    longest = max((refit.sequences for refit in refits), default=0)
+    joint = sum(refit.joint.passes for refit in refits if refit.joint is not None)
+    return Refits(len(refits), longest if most is None else min(longest, most), joint)
 
 
 def _batches_of_epoch(trainer: Mapping[str, Any], there: int) -> int:

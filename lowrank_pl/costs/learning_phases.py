@@ -23,6 +23,15 @@ _MASK = 16
 _REFIT_PASSES = 4
 """About how often a refit runs over all its sequences (``refit``)."""
 
+_JOINT_PASS = 4
+"""Forward passes that cost as much as one of a joint refit: forward with the change along a direction, and back."""
+
+_JOINT_BLOCKS = 8
+"""Numbers a parameter of a block in a joint refit: its weights, and factors, gradients and directions of its solver."""
+
+_JOINT_TOKENS = 4_096
+"""About how many tokens a pass of a joint refit has on a GPU."""
+
 _REFIT_MOMENTS = 14
 """Squares of an input's width in float64 at a time: sums of fitted and held-back sequences, both, and their means."""
 
@@ -124,6 +133,11 @@ def refit_phase(run: Run) -> Phase:
         "moments of a pair of inputs": 8.0 * (_REFIT_MOMENTS * widest**2 + 6 * widest * outputs + 4 * outputs**2),
         "activations": 4.0 * length * widest * model.itemsize,
     }
+    if refits.joint_passes:
+        # In float32, with what the backward pass needs; a forward derivative doubles it.
+        kept = 2 * 4 * model.activations.kept / model.itemsize / len(model.blocks)
+        device["a block in float32, and steps"] = float(_JOINT_BLOCKS * 4 * max(model.blocks))
+        device["a block's activations in float32"] = max(length, _JOINT_TOKENS) * kept
     host = {
         "Python and libraries": run.program,
         "hidden states": float(_HIDDEN * tokens * model.hidden * model.itemsize),
@@ -133,7 +147,8 @@ def refit_phase(run: Run) -> Phase:
     own = [target.shape[1] for target in model.modules]
     widths = own if run.work.preparation.weighs_tokens else model.input_widths.values()
     work: dict[WorkKind, float] = {
-        "model": float(refits.count * _REFIT_PASSES * tokens * model.multiply_adds),
+        "model": (refits.count * _REFIT_PASSES + refits.joint_passes * _JOINT_PASS)
+        * float(tokens * model.multiply_adds),
         "float32": refits.count * tokens * 3.0 * sum(width**2 for width in widths),
         # Three weighings a decomposition: without text held back, with it, and as the plan has it.
         "svd": refits.count * 3.0 * sum(m * n * min(m, n) for m, n in (target.shape for target in model.modules)),

@@ -129,10 +129,12 @@ class Refits:
     Args:
         count: How many.
         sequences: Sequences of each.
+        joint_passes: Passes of every block over all sequences, forward and back, in all joint refits together.
     """
 
     count: int = 0
     sequences: int = 0
+    joint_passes: int = 0
 
 
 @dataclass(frozen=True)

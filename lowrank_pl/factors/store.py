@@ -144,5 +144,16 @@ class FactorStore(TensorStore):
         return whole
 
     def kept(self, name: str, entry: ModulePlan) -> Factors:
-        """Return the components of module ``name`` that ``entry`` keeps; all of them where it stays dense."""
+        """Return the components of module ``name`` that ``entry`` keeps; all of them where it stays dense.
+
+        Raises:
+            ValueError: The factors were trained, and ``entry`` keeps other components than all of them.
+        """
+        if "heal" in self.fingerprint and entry.rank is not None:
+            trained = len(self.spectrum(name))
+            if entry.rank != trained or entry.indices is not None:
+                raise ValueError(
+                    f"the factors of {name} in {self.directory} were healed at rank {trained}, and training mixes "
+                    f"components: rank {entry.rank} can't be cut from them; heal a plan of that rank"
+                )
         return self.factors(name, entry.rank if entry.indices is None else torch.tensor(entry.indices))

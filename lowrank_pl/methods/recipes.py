@@ -10,6 +10,7 @@ from typing import Any
 
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
+from lowrank_pl.methods.healing import Healing
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
 from lowrank_pl.methods.masks.base import MaskMethod
@@ -21,6 +22,7 @@ from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.quantize.settings import ByteBudget, Rounding
 from lowrank_pl.methods.refit.refitting import Refit
+from lowrank_pl.methods.refit.settings import Joint
 from lowrank_pl.plans.storage import StorageChoice
 
 __all__ = ["RECIPES", "VARIANTS", "Learning", "Recipe", "recipe"]
@@ -84,10 +86,12 @@ class Recipe:
             bits, whatever size is asked for.
         prune: How the base is pruned first; None for no pruning. LLM-Pruner alone reaches the final size, unless its
             ``keep`` leaves something to ranks.
+        heal: How the factors are trained against the dense model's logits at the end; None for no training. Tables mark
+            such rows.
 
     Raises:
-        ValueError: An allocator or a setting that does not exist, or learning or a refit where pruning leaves no ranks
-            to choose.
+        ValueError: An allocator or a setting that does not exist; learning, a refit or healing where pruning leaves no
+            ranks to choose; or healing by an adapter, which is no compressed model.
     """
 
     decomposition: Decomposition = Decomposition()
@@ -99,6 +103,7 @@ class Recipe:
     prune: WidthPruning | LLMPruner | None = None
     rounding: Rounding | None = None
     dense: bool = False
+    heal: Healing | None = None
 
     def __post_init__(self) -> None:
         if self.in_bytes:
@@ -119,6 +124,11 @@ class Recipe:
                 "llm_pruner prunes to the final size, which leaves no ranks to learn and no factors to refit or to "
                 "store: give prune.keep, larger than the final one, or leave out learning, refit and storage"
             )
+        if self.heal is not None and (self.only_prunes or self.heal.train != "factors"):
+            raise ValueError(
+                "heal of a recipe trains factors: leave out heal.train, and leave out heal where pruning alone makes "
+                "the model; `lowrank heal` trains an adapter on any model"
+            )
 
     @property
     def in_bytes(self) -> bool:
@@ -136,7 +146,9 @@ class Recipe:
         if self.storage != "factored":
             base["storage"] = self.storage
         if self.refit is not None:
-            base["refit"] = _jsonable(asdict(self.refit))
+            base["refit"] = self.refit.identity()
+        if self.heal is not None:
+            base["heal"] = {name: value for name, value in asdict(self.heal).items() if name != "lora"}
         if self.rounding is not None:
             base["rounding"] = asdict(self.rounding)
         if self.dense:
@@ -240,6 +252,7 @@ def _pruned_in_width(plain: Recipe) -> Recipe:
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
     "refit": lambda plain: replace(plain, refit=Refit()),
+    "joint": lambda plain: replace(plain, refit=replace(plain.refit or Refit(), joint=Joint())),
     "prune": _pruned_in_width,
     "int8": lambda plain: replace(plain, rounding=Rounding(8)),
     "int4": lambda plain: replace(plain, rounding=Rounding(4)),
@@ -255,9 +268,9 @@ _RENAMED = {
 def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     """Return the recipe called ``name``: one of ``own``, or one that ships with the package, or a variant of one.
 
-    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted,
-    ``NAME+prune`` on a base with pruned MLPs, and ``NAME+prune+pivoted+refit`` all three. ``+int8`` or ``+int4`` rounds
-    the matrices at the end.
+    ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted layer by
+    layer, ``NAME+joint`` with a joint refit of each block after that, ``NAME+prune`` on a base with pruned MLPs, and
+    ``NAME+prune+pivoted+refit`` three of these. ``+int8`` or ``+int4`` rounds the matrices at the end.
 
     Args:
         name: The recipe's name; results go to a folder of this name.

@@ -22,7 +22,17 @@ from lowrank_pl.plans.storage import INDEX_BYTES, Form, Storage, StorageChoice
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
 from lowrank_pl.utils.json_files import SEAL, break_seal, checked_json, json_digest
 
-__all__ = ["SCHEMA", "ZERO", "ModulePlan", "RankPlan", "count_kinds", "pivoted_matrices"]
+__all__ = [
+    "HEALED",
+    "SCHEMA",
+    "TRAINED",
+    "ZERO",
+    "ModulePlan",
+    "RankPlan",
+    "count_kinds",
+    "pivoted_matrices",
+    "training_of",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +42,12 @@ Plans without bits are written in version 2; plans of version 1 are still read."
 
 ZERO = "all zeros in the base too"
 """Note on a module whose factors may be zero."""
+
+HEALED = "healed: "
+"""How the note of a plan begins whose model was trained after the compression."""
+
+TRAINED = "trained factors"
+"""How the note of a plan begins some of whose factors were trained by gradient descent in a refit."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +174,12 @@ def count_kinds(grids: Iterable[Grid | None]) -> dict[str, int]:
     {'4 bits in groups of 32': 2, '8 bits': 1}
     """
     return dict(Counter(_kind_of_numbers(grid) for grid in grids).most_common())
+
+
+def training_of(notes: Iterable[str]) -> str:
+    """Return what the ``notes`` of a plan say about training after the compression; empty if they say nothing."""
+    found = [note for note in notes if note.startswith((HEALED, TRAINED))]
+    return "; ".join(note.removeprefix(HEALED) for note in found)
 
 
 def _kind_of_numbers(grid: Grid | None) -> str:
@@ -311,6 +333,11 @@ class RankPlan:
     def zero_modules(self) -> list[str]:
         """Names of the modules that the notes call zero in the base, so that their factors are zero rightly."""
         return [note.removesuffix(f": {ZERO}") for note in self.notes if note.endswith(f": {ZERO}")]
+
+    @property
+    def healed(self) -> str:
+        """What was trained after the compression, and what that gained; empty if nothing was trained."""
+        return training_of(self.notes)
 
     @property
     def named_base(self) -> str:

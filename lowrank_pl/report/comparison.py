@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lowrank_pl.plans.plan import training_of
 from lowrank_pl.report.page import render
 from lowrank_pl.utils.figures import plain, save_figure
 from lowrank_pl.utils.files import atomic_write, write_json
-from lowrank_pl.utils.formatting import code, percent, table
+from lowrank_pl.utils.formatting import code, escaped, percent, table
 from lowrank_pl.utils.json_files import read_json, sealed
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 DENSE = "dense"
+MARK = " (trained)"
+"""Mark behind the name of a method whose weights were trained after the compression."""
+
 MARKERS = "osD^vP*Xhd<>"
 
 LABEL_HEIGHT = 0.16
@@ -95,7 +99,7 @@ def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], l
     head += ["seconds", "peak GB"]
     body = [
         [
-            row["method"],
+            _shown_name(row["method"], [row]),
             percent(row["keep"]["targeted"]),
             percent(row["keep"]["model"]),
             *([percent(row["bytes"] / whole)] if whole else []),
@@ -120,6 +124,19 @@ def _dense_bytes(results: Sequence[Mapping[str, Any]]) -> int:
 def _kept(row: Mapping[str, Any], whole: int) -> float:
     """Return the kept fraction of bytes, or of the targeted parameters where the dense model's bytes are not needed."""
     return float(row["bytes"] / whole if whole else row["keep"]["targeted"])
+
+
+def _shown_name(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    return f"{name}{MARK}" if any(training_of(row.get("notes", ())) for row in rows) else name
+
+
+def _trained_rows(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each result whose weights were trained."""
+    return [
+        f"{row['method']} at keep {row['keep']['asked']:g} was trained: {found}"
+        for row in results
+        if (found := training_of(row.get("notes", ())))
+    ]
 
 
 def lines_by_mean_excess(
@@ -170,7 +187,7 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
     ends = {}
     for place, (name, rows) in enumerate(lines.items()):
         points = [(_kept(row, whole), row["excess"][corpus]) for row in rows]
-        ends[name] = points[-1]
+        ends[_shown_name(name, rows)] = points[-1]
         axes.plot(
             *zip(*points, strict=True),
             marker=MARKERS[place % len(MARKERS)],
@@ -194,7 +211,7 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=7)
-    _name_lines(axes, ends, {name: f"C{place % 10}" for place, name in enumerate(lines)})
+    _name_lines(axes, ends, {name: f"C{place % 10}" for place, name in enumerate(ends)})
     return figure
 
 
@@ -245,7 +262,9 @@ def write_comparison(
         plotted: Methods in the plots, as far as they have results; all by default.
     """
     write_json(folder / "results.json", [sealed(row) for row in results])
-    atomic_write(folder / "results.md", f"{comparison_table(results)}\n\nMade by {code(command)}.\n")
+    trained = "".join(f"* {escaped(sentence)}\n" for sentence in _trained_rows(results))
+    said = f"{trained}\n" if trained else ""
+    atomic_write(folder / "results.md", f"{comparison_table(results)}\n\n{said}Made by {code(command)}.\n")
     drawn = [row for row in results if row["method"] != DENSE]
     there = {row["method"] for row in drawn}
     for corpus in drawn[0]["perplexity"] if drawn else ():
@@ -309,8 +328,9 @@ def comparison_page(results: Sequence[Mapping[str, Any]], *, title: str) -> str:
         str(row.get("machine", {}).get("accelerator") or row.get("machine", {}).get("processor")) for row in results
     }
     return render(
-        "comparison.html", title=title, head=head, body=body, names=list(lines), machines=sorted(machines - {"None"}),
-        plots=[_plot(lines, corpus, whole) for corpus in corpora], results=results, in_bytes=bool(whole),
+        "comparison.html", title=title, head=head, body=body, machines=sorted(machines - {"None"}),
+        names=[_shown_name(name, rows) for name, rows in lines.items()], in_bytes=bool(whole),
+        plots=[_plot(lines, corpus, whole) for corpus in corpora], results=results, trained=_trained_rows(results),
         WIDTH=WIDTH, HEIGHT=HEIGHT, LEFT=LEFT, RIGHT=RIGHT, BOTTOM=BOTTOM,
     )  # fmt: skip
 
@@ -334,7 +354,7 @@ def _plot(results: Mapping[str, Sequence[Mapping[str, Any]]], corpus: str, whole
 
     lines = []
     for place, (name, of_method) in enumerate(results.items()):
-        lines.append(Line(name, place, [
+        lines.append(Line(_shown_name(name, of_method), place, [
             (x(_kept(row, whole)), y(row["excess"][corpus]),
              f"{name}, {percent(_kept(row, whole))} kept: {row['excess'][corpus]:.3f} nats")
             for row in of_method

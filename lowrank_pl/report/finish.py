@@ -61,6 +61,7 @@ __all__ = [
     "Protocol",
     "export_cut",
     "export_plan",
+    "finish_healing",
     "finish_run",
     "score_in_fresh_process",
 ]
@@ -336,6 +337,45 @@ def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
     refresh_card(record)
     write_page(record, run / "report.html")
     return Finished(table.rows, samples, report)
+
+
+def finish_healing(
+    run: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: RankPlan,
+    rows: Sequence[Row],
+    protocol: Protocol,
+    *,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write plan, export, scores, rank map and page of a healed model to the folder of its run.
+
+    Args:
+        run: The run's folder.
+        model: The compressed model.
+        tokenizer: Saved with the weights.
+        plan: Its plan, whose notes say what was trained.
+        rows: Its scores, beside those of the dense model and of the model before healing.
+        protocol: What they were measured on.
+        facts: What else ``summary.json`` records, as JSON values.
+
+    Raises:
+        ExportError: The reloaded model differs; no model is left then.
+    """
+    # Before the export, whose failure then does not lose the factors.
+    plan.save(run / "plan.json")
+    report = _save(model, tokenizer, plan, run / "model", merge=False)
+    save_figure(rank_map(plan), run / "rank_map.png")
+    write_summary(
+        run, rows, method=plan.method, keep=plan.keep, command=command_line(), protocol=protocol.describe(),
+        notes=list(plan.notes), versions=_versions(), machine=describe_machine(model.device),
+        verified=report.verified, digests=digests_of(run), **facts,
+    )  # fmt: skip
+    # The export has just been checked, so its weights need not be read again.
+    record = read_run(run, check=False)
+    refresh_card(record)
+    write_page(record, run / "report.html")
 
 
 class _Table:

@@ -21,6 +21,7 @@ from lowrank_pl.utils.files import atomic_write
 from lowrank_pl.utils.formatting import code, escaped, longest_run, percent, rounded_perplexity, table
 
 __all__ = [
+    "adapter_card",
     "grouped_notes",
     "load_code",
     "model_card",
@@ -56,7 +57,7 @@ def model_card(record: RunRecord, *, license: str | None = None) -> str:
         _made(plan, record.command, {key: facts[key] for key in ("date", "versions") if key in facts}),
         _samples(record.samples),
         _notes(plan),
-        _limits(tasks=bool(evidence.tasks)),
+        _limits(plan, tasks=bool(evidence.tasks)),
     )
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -64,7 +65,7 @@ def model_card(record: RunRecord, *, license: str | None = None) -> str:
 _LIMITS = """\
 ## Limits
 
-The weights were not fine-tuned after the compression. The scores hold for the text and the sequence length above; text
+{} The scores hold for the text and the sequence length above; text
 similar to the calibration text scores better than other text. Nothing else was measured: {}no safety, no other
 language. The base model's own limits, biases and licence apply here too."""
 
@@ -90,7 +91,29 @@ def _what(record: RunRecord) -> str:
         f"# {escaped(title(record))}\n\n"
         f"{code(record.base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} linear layers are "
         f"replaced by low-rank factors, {stored}; the other layers {_others(plan)}.{_rounded(record)}{_pruned(plan)}"
-        f"{_resized(plan)}"
+        f"{_resized(plan)}{_healed(plan)}"
+    )
+
+
+def _healed(plan: RankPlan) -> str:
+    """Return a sentence on the training after the compression, empty if there was none."""
+    return f" **After the compression the model was healed**: {escaped(plan.healed)}." if plan.healed else ""
+
+
+def adapter_card(base: str, healed: str) -> str:
+    """Return the model card of an adapter that heals a compressed model.
+
+    Args:
+        base: The compressed model, as PEFT names it.
+        healed: What was trained, and what it gained.
+    """
+    head = "---\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n- lora\n---\n\n"
+    return (
+        f"{head}# LoRA adapter of a compressed model\n\nMade with `lowrank_pl` for {code(base)}. **The compressed "
+        f"model was healed**: {escaped(healed)}.\n\n```python\nimport lowrank_pl  # registers the storage format with "
+        "transformers\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})\n"
+        'model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")\n```\n'
     )
 
 
@@ -157,8 +180,14 @@ def _load(*, merged: bool, own_code: bool, rounded: bool) -> str:
     return "\n\n".join([code, _WITH_OWN_CODE if own_code else _WITHOUT_PACKAGE, *([_ROUNDED] if rounded else [])])
 
 
-def _limits(*, tasks: bool) -> str:
-    return _LIMITS.format("" if tasks else "no tasks, ")
+NOT_TRAINED = "The weights were not fine-tuned after the compression."
+
+
+TRAINED = "The weights were trained after the compression, as said above."
+
+
+def _limits(plan: RankPlan, *, tasks: bool) -> str:
+    return _LIMITS.format(TRAINED if plan.healed else NOT_TRAINED, "" if tasks else "no tasks, ")
 
 
 def _scores(summary: Summary, evidence: Evidence) -> str:

@@ -203,6 +203,8 @@ def _tiles(record: RunRecord) -> list[Tile]:
     if own is not None:
         note = f"while scoring; {speedup(own.ratio)} the dense model" if own.ratio else "while scoring"
         tiles.append(Tile("Speed", f"{own.tokens_per_second:,.0f} tokens/s", note))
+    if plan.healed:
+        tiles.append(Tile("Healed", "Trained after compression", plan.healed))
     return tiles + _task_tile(record)
 
 

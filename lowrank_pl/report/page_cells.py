@@ -227,6 +227,8 @@ def read_spectra(plan: RankPlan) -> tuple[dict[str, Tensor], str]:
     A store of refitted factors holds the kept components only, so the spectra come from the store before the refit.
     """
     named = plan.origin.get("store")
+    if "heal" in plan.fingerprint:
+        return {}, "The factors were trained after the compression, so the singular values would say nothing about it."
     if not named:
         return {}, "The plan names no factor store, so the singular values can't be shown."
     directory = Path(str(named))

@@ -32,7 +32,7 @@ CONFIG = "config.yaml"
 OF_ONE_RUN = ("plan.json", "model/plan.json", CONFIG)
 """Files that belong to a run's scores. ``summary.json`` holds their digests, since another run may reuse the folder."""
 
-_OUR_FILES = {"plan.json", SUMMARY, "results.json", "protocol.json"}
+_OUR_FILES = {"plan.json", SUMMARY, "results.json", "protocol.json", "heal.json"}
 _TRANSFORMERS_FILES = re.compile(r"(config|.*_config|tokenizer|vocab|.*tokens(_map)?|.*\.index)\.json")
 
 
@@ -95,7 +95,7 @@ class RunRecord:
     @property
     def learned(self) -> Row | None:
         """The scores of the model itself."""
-        return self._row("learned")
+        return self._row("learned") or self._row("healed")
 
     @property
     def dense(self) -> Row | None:

@@ -18,6 +18,7 @@ __all__ = [
     "RunCheckpoint",
     "attached_trainer",
     "batches_done",
+    "end_after",
     "extend_timeout",
     "is_last_step",
     "leaves_gradients_to_us",
@@ -70,6 +71,15 @@ def leaves_gradients_to_us(strategy: Strategy) -> bool:
         return False
     model.register_comm_hook(None, noop_hook)
     return strategy.world_size > 1
+
+
+def end_after(trainer: Trainer, steps: int) -> None:
+    """Let the run end after ``steps`` optimizer steps, however many epochs they take.
+
+    The Trainer takes its end only as an argument, which is given before text and processes are known.
+    """
+    trainer.fit_loop.epoch_loop.max_steps = steps
+    trainer.fit_loop.max_epochs = -1
 
 
 def is_last_step(trainer: Trainer) -> bool:

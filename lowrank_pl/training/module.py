@@ -46,6 +46,7 @@ from lowrank_pl.training.checkpointing import check_fit, mark
 from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.lightning_internals import attached_trainer, leaves_gradients_to_us
 from lowrank_pl.training.monitored import check_callbacks, check_monitored, check_validation
+from lowrank_pl.training.precision import check_precision
 from lowrank_pl.training.sharding import average_gradients, shard_frozen
 from lowrank_pl.utils.distributed import cooperating
 
@@ -189,17 +190,11 @@ class RankLearner(LightningModule):
                 "Apple's GPUs lack float64, which statistics and factors need: use --trainer.accelerator cpu"
             )
         check_callbacks(self.trainer)
-        precision = str(self.trainer.precision)
-        if precision == "64-true":
-            raise ValueError(
-                "the Trainer's precision is '64-true', which also casts the base: the export would be in float64, "
-                "twice as large as planned; use precision '32-true': whatever needs float64 is computed in it anyway"
-            )
-        if precision.endswith("-true") and precision != "32-true":
-            raise ValueError(
-                f"the Trainer's precision is {precision!r}, which also casts the masks; updates of 1e-3 vanish in "
-                "rounding: use precision '32-true' and load the base in bfloat16 with --model.base.dtype bfloat16"
-            )
+        check_precision(
+            self.trainer,
+            "the masks",
+            "use precision '32-true' and load the base in bfloat16 with --model.base.dtype bfloat16",
+        )
 
     def configure_model(self) -> None:
         """Load the base, load or build its factors, and insert the masked layers; later calls do nothing."""

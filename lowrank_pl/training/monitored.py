@@ -17,18 +17,22 @@ METRICS = ("keep/expected", "keep/target", "keep/overshoot", "learning/gradient 
 """The metrics of every run, besides the losses, whose names depend on the mask method."""
 
 
-def check_callbacks(trainer: Trainer) -> None:
+def check_callbacks(trainer: Trainer, names: Collection[str] = METRICS) -> None:
     """Refuse callbacks that can't work, before anything is built.
+
+    Args:
+        trainer: The Trainer.
+        names: The metrics that are measured, besides the losses.
 
     Raises:
         ValueError: A callback searches the learning rate, or watches a metric that is not measured.
     """
     if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError(
-            "LearningRateFinder changes the attribute lr of a module, which ranks are not learned with: leave it out, "
-            "and try some rates with --model.optimizer.init_args.lr"
+            "LearningRateFinder changes the attribute lr of a module, which is not trained with it: leave it out, "
+            "and try some rates with --model.optimizer.init_args.lr, or --model.settings.lr of `lowrank heal`"
         )
-    check_monitored(trainer, METRICS, but="loss/")
+    check_monitored(trainer, names, but="loss/")
 
 
 def check_monitored(trainer: Trainer, names: Collection[str], *, below: str = "", but: str | None = None) -> None:
@@ -48,13 +52,17 @@ def check_monitored(trainer: Trainer, names: Collection[str], *, below: str = ""
             raise ValueError(f"{name} watches {monitor!r}, which is not measured: name one of {', '.join(names)}")
 
 
-def check_validation(trainer: Trainer) -> None:
+def check_validation(trainer: Trainer, names: Collection[str] = VALIDATED) -> None:
     """Refuse callbacks that watch a score of a validation that never comes; called when learning begins.
+
+    Args:
+        trainer: The Trainer.
+        names: The metrics that validations measure.
 
     Raises:
         ValueError: A callback watches such a score.
     """
-    watched = [(name, monitor) for name, monitor in _monitored(trainer) if monitor in VALIDATED]
+    watched = [(name, monitor) for name, monitor in _monitored(trainer) if monitor in names]
     if not watched:
         return
     name, monitor = watched[0]

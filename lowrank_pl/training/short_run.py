@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.compression import restore_dense
 from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.methods.healing import Healing
 from lowrank_pl.methods.recipes import Learning, Recipe
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.training.checkpointing import AtomicCheckpoints
 from lowrank_pl.training.data import CalibrationData, StatisticsText, ValidationText
+from lowrank_pl.training.finish_heal import ScoreHealing
 from lowrank_pl.training.finish_run import Stopwatch
+from lowrank_pl.training.heal import Healer
 from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
 from lowrank_pl.training.module import Compute, RankLearner, Start
 from lowrank_pl.training.progress import LearningBar
 from lowrank_pl.training.rank_monitor import RankMonitor
 
 __all__ = ["ShortRuns"]
+
+_log = logging.getLogger(__name__)
+
+HELD_BACK = 8
+"""Sequences that decide whether healing helped; they come after those that are trained on."""
 
 
 @dataclass(frozen=True)
@@ -46,32 +57,67 @@ class ShortRuns:
         learning = method.learning
         assert learning is not None
         seed_everything(self.seed, verbose=False)
-        learner, data = self._learner(method, learning, keep), self._data(learning)
+        learner, data = self._learner(method, learning, keep), self._data(learning.sequences, learning.batch_size)
         watch = Stopwatch()
-        trainer = self._trainer(learning, folder, watch)
-        last = folder / "checkpoints" / "last.ckpt"
+        callbacks = [watch, RankMonitor(map_every_n_steps=learning.steps)]
+        trainer = self._trainer(folder, callbacks, max_steps=learning.steps, max_epochs=-1)
         model = self.subject.model
         device = model.device
         try:
             # Use the loaded model; configure_model would load a second one.
             learner.build(model, data)
-            with explain_interruption(trainer, lambda: "run the same command again to go on"):
-                trainer.fit(learner, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+            self._fit(trainer, learner, data, folder)
             return learner.plan(), learner.store, watch.learning_seconds()
         finally:
             restore_dense(model).to(device)
 
-    def _data(self, learning: Learning) -> CalibrationData:
+    def heal(
+        self, plan: RankPlan, store: FactorStore, settings: Healing, folder: Path
+    ) -> tuple[RankPlan, FactorStore, float]:
+        """Return the plan and the factors after training, and its seconds; what was given where it did not help.
+
+        Batches are single sequences of the calibration text. ``folder`` is as for ``learn``.
+        """
+        base, calibration = self.subject.base, self.subject.calibration
+        assert base is not None
+        assert calibration is not None
+        seed_everything(self.seed, verbose=False)
+        start = plan.save(folder / "plan.json")
+        healer = Healer(start, settings, store=store.directory, trust_remote_code=base.trust_remote_code)
+        data = self._data(max(1, settings.tokens // calibration.length), 1, held_back=HELD_BACK)
+        ending = ScoreHealing(folder / "factors")
+        trainer = self._trainer(folder, [ending], max_epochs=-1, gradient_clip_val=1.0)
+        model = self.subject.model
+        device = model.device
+        # A pruned base is not the dense model, which is loaded beside it.
+        teacher = model if healer.start.teacher.name == base.name else None
+        try:
+            healer.build(healer.start.load(device, teacher=teacher), data)
+            self._fit(trainer, healer, data, folder)
+        finally:
+            model.to(device)
+        if ending.plan is None:
+            _log.warning("healing did not help: the row is that of the factors before it")
+            note = f"healing was tried and dropped: {ending.healed}"
+            return replace(plan, notes=(*plan.notes, note)), store, ending.learning_seconds()
+        return ending.plan, FactorStore.existing(ending.plan.origin["store"]), ending.learning_seconds()
+
+    def _data(self, sequences: int, batch_size: int, *, held_back: int = 0) -> CalibrationData:
         calibration = self.subject.calibration
         assert calibration is not None
         return CalibrationData(
-            replace(calibration, sequences=learning.sequences),
+            replace(calibration, sequences=sequences),
             self.subject.tokenizer,
             statistics=StatisticsText(sequences=len(self.subject.sequences)),
-            validation=ValidationText(sequences=0),
-            batch_size=learning.batch_size,
+            validation=ValidationText(sequences=held_back),
+            batch_size=batch_size,
             seed=self.seed,
         )
+
+    def _fit(self, trainer: Trainer, module: LightningModule, data: CalibrationData, folder: Path) -> None:
+        last = folder / "checkpoints" / "last.ckpt"
+        with explain_interruption(trainer, lambda: "run the same command again to go on"):
+            trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
 
     def _learner(self, method: Recipe, learning: Learning, keep: float) -> RankLearner:
         assert self.subject.base is not None
@@ -88,21 +134,19 @@ class ShortRuns:
             compute=Compute(inactive_gate_stride=learning.inactive_gate_stride),
         )
 
-    def _trainer(self, learning: Learning, folder: Path, watch: Stopwatch) -> Trainer:
+    def _trainer(self, folder: Path, callbacks: Sequence[Callback], **settings: Any) -> Trainer:
         device = self.subject.model.device
         checkpoints = ModelCheckpoint(
             folder / "checkpoints", every_n_train_steps=25, save_last=True, save_top_k=1, enable_version_counter=False
         )
-        monitor = RankMonitor(map_every_n_steps=learning.steps)
         return Trainer(
-            max_steps=learning.steps,
-            max_epochs=-1,
+            **settings,
             accelerator="auto" if device.type != "cpu" else "cpu",
             devices=1 if device.type == "cpu" else [device.index or 0],
             default_root_dir=folder,
             limit_val_batches=0,
             logger=TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
-            callbacks=[checkpoints, watch, monitor, LearningBar(), StopBetweenBatches()],
+            callbacks=[checkpoints, *callbacks, LearningBar(), StopBetweenBatches()],
             plugins=[AtomicCheckpoints()],
             num_sanity_val_steps=0,
             log_every_n_steps=1,

@@ -15,7 +15,7 @@ from importlib import import_module
 
 import pytest
 
-from lowrank_pl.cli.app import COMMANDS, flags_of, main
+from lowrank_pl.cli.app import COMMANDS, TRAINING_COMMANDS, flags_of, main
 from tests.helpers.commands import failing
 from tests.helpers.run_folder import plan_of
 
@@ -42,7 +42,7 @@ def in_fresh_process(code, **environment):
 
 
 def test_help_version_and_mistyped_commands_import_nothing_heavy():
-    quick = [name for name in COMMANDS if name != "fit"]
+    quick = [name for name in COMMANDS if name not in TRAINING_COMMANDS]
     words = [[], ["--help"], ["--version"], ["fitt"], ["allocate", "--kep", "1"], *([name, "--help"] for name in quick)]
     code = f"""
 import sys
@@ -111,7 +111,7 @@ def test_every_argument_is_a_flag_with_its_docstring(capsys, monkeypatch, comman
         assert word in shown
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "fit"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in TRAINING_COMMANDS])
 def test_every_flag_is_explained(command):
     assert [flag.name for flag in flags_of(command) if flag.show and not flag.parameter.help] == []
 
@@ -140,7 +140,7 @@ def test_a_command_reads_its_settings_from_yaml(tmp_path, capsys, flag):
     assert " 45 " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "fit"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in TRAINING_COMMANDS])
 def test_an_unknown_key_of_a_file_is_an_error(command, tmp_path, capsys):
     (tmp_path / "none.yaml").write_text("none: 1\n")
     message = failing(capsys, command, "-c", tmp_path / "none.yaml", status=2)

@@ -13,7 +13,9 @@ from lowrank_pl.cli import comparison
 from lowrank_pl.cli.app import main
 from lowrank_pl.cli.compare import ComparisonText, compare
 from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.healing import Healing
 from lowrank_pl.methods.masks.ara import ARA
+from lowrank_pl.methods.prune.settings import LLMPruner
 from lowrank_pl.methods.recipes import RECIPES, Learning, Recipe, recipe
 from lowrank_pl.models.base import Base
 from lowrank_pl.report.comparison import _spread, comparison_plot, comparison_table, read_results
@@ -274,3 +276,41 @@ def test_names_of_lines_keep_apart_and_near_to_where_lines_end():
     assert [round(places[name], 3) for name in "cabde"] == [0.1, 0.407, 0.507, 0.607, 0.99]
     assert list(_spread(dict.fromkeys("abc", 1.0), gap=0.25).values()) == pytest.approx([0.5, 0.75, 1.0])
     assert list(_spread(dict.fromkeys("abc", 0.0), gap=0.5).values()) == pytest.approx([0.0, 0.5, 1.0])
+
+
+# -- healing -------------------------------------------------------------------------------------------------------
+
+
+def healed(lr):
+    return Recipe(Decomposition("two_sided"), "fisher", heal=Healing(tokens=40 * 32, lr=lr))
+
+
+def test_rows_whose_weights_were_trained_are_marked(tmp_path, caplog):
+    recipes = {"trained": healed(3e-3), "in_vain": healed(0.3)}
+    results = compare(
+        Base("random:llama"),
+        methods=["fisher", *recipes],
+        keep=[0.5],
+        recipes=recipes,
+        run=tmp_path / "run",
+        **SETTINGS,
+    )
+    rows = {row["method"]: row for row in results}
+    assert rows["trained"]["excess"]["docs"] < rows["fisher"]["excess"]["docs"]
+    assert rows["trained"]["ranks"] == rows["fisher"]["ranks"]
+    assert rows["in_vain"]["excess"] == rows["fisher"]["excess"]
+    assert "healing did not help" in caplog.text
+    table = (tmp_path / "run" / "results.md").read_text()
+    assert "| trained (trained) " in table
+    assert "| in_vain " in table
+    assert "trained at keep 0.5 was trained after the compression: the factors were trained on 1,280 tokens" in table
+    again = compare(
+        Base("random:llama"), methods=["trained"], keep=[0.5], recipes=recipes, run=tmp_path / "run", **SETTINGS
+    )
+    assert {row["method"]: row for row in again} == rows
+
+
+def test_a_recipe_heals_factors_only():
+    for settings in ({"prune": LLMPruner()}, {"heal": Healing(tokens=100, train="lora")}):
+        with pytest.raises(ValueError, match="`lowrank heal` trains an adapter on any model"):
+            Recipe(**{"heal": Healing(tokens=100), **settings})

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from lowrank_pl.cli.app import COMMANDS, flags_of, main
+from lowrank_pl.cli.app import COMMANDS, TRAINING_COMMANDS, flags_of, main
 from tests.helpers import SMOKE
 from tests.helpers.fuzzing import counted
 from tests.helpers.run_folder import write_run
@@ -72,12 +72,22 @@ FIT_FLAGS = (
 )  # fmt: skip
 
 
+HEAL_FLAGS = (
+    "run", "json", "ckpt_path", "seed_everything", "model.plan", "model.settings.tokens", "model.settings.train",
+    "model.settings.lr", "model.settings.warmup", "model.settings.lora", "model.settings.lora.rank",
+    "model.settings.lora.targets", "model.teacher", "model.store", "model.gradient_checkpointing",
+    "data.learning.text", "data.learning.length", "data.learning.sequences", "data.validation.sequences",
+    "data.batch_size", "data.seed", "finish.json", "trainer.max_steps", "trainer.precision", "trainer.callbacks",
+    "trainer.devices", "trainer.strategy", "trainer.accelerator", "checkpoint.every_n_train_steps",
+)  # fmt: skip
+
+
 MAPPINGS = ("settings", "floors", "score_sequences", "recipes", "decomposition")
 
 
 def names_of(command):
-    if command == "fit":
-        return FIT_FLAGS
+    if command in TRAINING_COMMANDS:
+        return {"fit": FIT_FLAGS, "heal": HEAL_FLAGS}[command]
     names = tuple(flag.name[2:] for flag in flags_of(command) if flag.name != "*")
     return (*names, *(f"{name}.x" for name in names if name in MAPPINGS))
 
@@ -90,6 +100,8 @@ GIVEN = {
     "decompose": "random:llama --length 16 --sequences 2", "evaluate": "random:llama --text text.txt --length 16",
     "evaluate-plan": "plan.json --text text.txt --length 16", "export": "plan.json",
     "fit": f"-c {SMOKE} --data.learning.text text.txt --data.learning.length 16 --data.learning.sequences 4",
+    "heal": "-c heal --model.plan plan.json --data.learning.text text.txt --data.learning.length 16 "
+    "--data.learning.sequences 4 --data.validation.sequences 1 --model.settings.tokens 64 --trainer.accelerator cpu",
     "prune": "random:llama --keep 0.5 --length 16 --sequences 2", "refit": "plan.json", "report": "run",
     "rotate": "random:llama",
 }  # fmt: skip
@@ -160,7 +172,7 @@ def words_of(flags):
 
 def tries(command, part):
     """Settings for a part of the usual number of tries; Lightning's parser is slow."""
-    count = settings.default.max_examples // (3 * part if command == "fit" else part)
+    count = settings.default.max_examples // (3 * part if command in TRAINING_COMMANDS else part)
     return settings(max_examples=count, suppress_health_check=[*HealthCheck])
 
 

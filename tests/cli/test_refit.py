@@ -9,11 +9,20 @@ import shutil
 import pytest
 
 from lowrank_pl import RankPlan
+from lowrank_pl.cli.app import main
 from lowrank_pl.cli.export import export
 from lowrank_pl.cli.refit import refit
 from lowrank_pl.methods.refit.refitting import Refit
 
 TEXT = "python-docs::part=0%-10%"
+
+
+def test_a_joint_refit_from_the_command_line(plan_file, tmp_path):
+    output = tmp_path / "joint.json"
+    words = ["--settings.sequences", "10", "--settings.joint.method", "adamw", "--settings.joint.sweeps", "1"]
+    main(["refit", str(plan_file), "--output", str(output), *words])
+    joint = RankPlan.load(output).fingerprint["refit"]["joint"]
+    assert (joint["method"], joint["sweeps"]) == ("adamw", 1)
 
 
 def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):

@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 
 from lowrank_pl.cli import fit
-from lowrank_pl.cli.app import COMMANDS, flags_of
+from lowrank_pl.cli.app import COMMANDS, TRAINING_COMMANDS, flags_of
 from lowrank_pl.cli.renamed import CLASSES, NAMES, explain_old_names, table
 
 
@@ -46,7 +46,7 @@ def fit_flags(above, function):
 
 
 def known_flags(command):
-    if command != "fit":
+    if command not in TRAINING_COMMANDS:
         return {name.removeprefix("--") for argument in flags_of(command) for name in argument.names}
     return {flag for group, made in fit.CLASSES.items() for flag in fit_flags(f"{group}.", made.__init__)} | {"dry_run"}
 

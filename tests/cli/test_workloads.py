@@ -14,6 +14,7 @@ from lowrank_pl.cli.workloads import compare_workload, decompose_workload, fit_w
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.recipes import recipe
+from lowrank_pl.methods.refit.settings import Joint
 from lowrank_pl.models.base import Base
 from lowrank_pl.text.sequences import Calibration
 from lowrank_pl.training.data import CalibrationData, ValidationText
@@ -94,6 +95,11 @@ def compared(names, **settings):
 def test_compared_methods_share_what_is_pruned_alike():
     assert len(compared(["best+prune", "fisher+prune"]).preparation.prunings) == 1
     assert compared(["best"]).preparation.prunings == ()
+
+
+def test_joint_refits_are_counted():
+    work = compared(["fisher+refit", "fisher+joint"], keeps=[0.5, 0.7])
+    assert (work.refits.count, work.refits.joint_passes) == (4, 2 * Joint().passes)
 
 
 @pytest.mark.parametrize(("limits", "tokens"), [({"t": 2}, 64), ({}, 0)])

@@ -23,6 +23,7 @@ from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.masked_linear import insert_masks, masked_layers
 from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
+from lowrank_pl.methods.refit.settings import Joint
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.storage import Storage
@@ -249,6 +250,15 @@ def test_the_first_process_refits_scores_and_exports_alone(llama):
     )
     found = phases(llama, work, Machine("cuda", 2, memory=1e9))
     assert [name for name, phase in found.items() if phase.waiting is not None] == ["refit", "scoring", "export"]
+
+
+def test_a_joint_refit_costs_passes_and_memory(llama):
+    alone, joint = (
+        phases(llama, Workload(preparation=preparing(WEIGHTED), refits=Refits(1, 4, passes)))["refit"]
+        for passes in (0, Joint().passes)
+    )
+    assert joint.work["model"] > 5 * alone.work["model"]
+    assert sum(joint.device.values()) > sum(alone.device.values())
 
 
 # -- what is printed -----------------------------------------------------------------------------------------------

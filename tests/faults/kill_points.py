@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -61,6 +62,13 @@ STAGES = {
     "allocate strs": Stage(f"allocate random:llama --method strs --keep 0.5 {TEXT}"),
     "allocate zs_svd": Stage(f"allocate random:llama --method zs_svd --settings.rounds 2 --keep 0.5 {TEXT}"),
     "refit": Stage("refit plan.json --settings.sequences 8 --output refitted.json --json out.json", ("allocate",)),
+    "heal": Stage(
+        "heal -c heal --model.plan plan.json --model.settings.tokens 256 --data.learning.text python-docs "
+        "--data.learning.length 32 --data.learning.sequences 8 --data.validation.sequences 2 "
+        "--trainer.accelerator cpu --checkpoint.every_n_train_steps 3 --run run --json out.json",
+        ("allocate",),
+        resume="--ckpt_path last",
+    ),
     "export": Stage("export refitted.json --output model --json out.json", ("allocate", "refit")),
     "export again": Stage(
         "export refitted.json --output model --keep 0.5 0.4 --merge", ("allocate", "refit", "export again")
@@ -82,7 +90,8 @@ STAGES = {
 """By name. A stage that comes after itself replaces its own older results."""
 
 UNLIKE = {
-    "seconds", "date", "tokens_per_second", "peak_memory", "machine", "command", "digest", "digests", "sha256",
+    "seconds", "minutes", "date",
+    "tokens_per_second", "peak_memory", "machine", "command", "digest", "digests", "sha256",
 }  # fmt: skip
 """Keys of JSON files whose values depend on the moment."""
 
@@ -208,6 +217,8 @@ def _leaves(value: Any) -> Iterator[str]:
 def _without_moments(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_moments(one) for key, one in value.items() if key not in UNLIKE}
+    if isinstance(value, str):
+        return re.sub(r"in [\d.]+ minutes", "", value)
     return [_without_moments(one) for one in value] if isinstance(value, list) else value
 
 

@@ -22,6 +22,8 @@ def test_the_recipe_of_a_mask_learns_with_it(name):
 def test_variants_add_up():
     found = recipe("fisher+prune+pivoted+refit")
     assert (found.storage, found.refit is None, found.prune is None) == ("auto", False, False)
+    assert "joint" not in found.describe()["refit"]
+    assert recipe("fisher+joint").describe()["refit"]["joint"]["method"] == "gauss_newton"
 
 
 @pytest.mark.parametrize(

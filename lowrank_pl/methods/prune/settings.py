@@ -75,8 +75,9 @@ class LLMPruner:
 
     Every block between the first and the last ones loses the same fraction of its structures, those with the least
     importance. A structure is a key/value head with its query heads and their columns of the output projection, or a
-    hidden neuron of an MLP. Weights that stay are not changed: the paper recovers by fine-tuning, which is left to the
-    user. The defaults are those of the paper's code for blocks (``param_first``, ``sum``, blocks 4 to 29 of 32).
+    hidden neuron of an MLP. Weights that stay are not changed: the paper recovers by fine-tuning, which is left to
+    ``lowrank heal``. The defaults are those of the paper's code for blocks (``param_first``, ``sum``, blocks 4 to 29 of
+    32).
 
     Args:
         keep: Fraction of the targeted parameters that pruning leaves, for ranks to be allocated on what is left. By

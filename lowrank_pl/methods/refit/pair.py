@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
@@ -232,6 +233,37 @@ class ModelPair:
             self._compressed, self.layers, watched, done, lambda _: forward_until(self.model, module, before=True)
         )
 
+    @property
+    def runs_blocks_alone(self) -> bool:
+        """Whether a block's output depends on earlier blocks through the hidden state only."""
+        return self._resuming
+
+    def sequences_of(self, number: int) -> tuple[int, int]:
+        """Return the number of the first sequence of a batch, and how many there are."""
+        return self._offsets[number], len(self.batches[number])
+
+    def call_of_block(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+        """Return the arguments of the started block in the compressed model, and its output in the dense model.
+
+        Floating-point tensors are float32. Only for models that run blocks alone.
+
+        Args:
+            number: The batch.
+        """
+        assert self._resuming
+        device, start = self.model.device, self._compressed.start
+        block = decoder_blocks(self.model)[1][start]
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        states = [move_output(self._compressed.states[number], device)] if start else []
+        with evaluating(self.model), forward_from(self.model, start, states), ExitStack() as stack:
+            hook = block.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.enter_context(forward_until(self.model, block, before=True))
+            self.model(input_ids=self.batches[number].to(device), use_cache=False)
+        dense = self._dense.states[number]
+        args, kwargs = tree_map(_in_float32, calls[0])
+        return args, kwargs, (dense if isinstance(dense, Tensor) else dense[0]).to(device, torch.float32)
+
     def _advance(
         self,
         progress: _Progress,
@@ -305,6 +337,10 @@ class _Progress:
 
     start: int
     states: list[Any]
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _keep(calls: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

@@ -6,9 +6,9 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +22,19 @@ from lowrank_pl.factors.compression import factored_layer
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.methods.refit.block import BlockError, BlockWeights
+from lowrank_pl.methods.refit.joint import fit_jointly
 from lowrank_pl.methods.refit.moments import PairMoments
 from lowrank_pl.methods.refit.pair import ModelPair, Pair, Wiring, find_wiring
-from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, check_belongs, refitted_plan
+from lowrank_pl.methods.refit.plan import (
+    APPLIED,
+    NO_DERIVATIVE,
+    NO_GAIN,
+    UNCHANGED,
+    UNPAIRED,
+    check_belongs,
+    refitted_plan,
+)
 from lowrank_pl.methods.refit.settings import Refit
 from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted
 from lowrank_pl.models.sequences import check_sequences
@@ -42,6 +52,9 @@ _log = logging.getLogger(__name__)
 _BUSY = {"cpu": 1_024, "cuda": 32_768}
 """Tokens per pass that keep the device busy. The fixed cost of a pass is smaller then: summing moments in float64 on a
 CPU, starting kernels on a GPU."""
+
+_BUSY_JOINT = 4_096
+"""At most so many tokens per pass of a joint refit, which keeps activations and their derivatives in float32."""
 
 
 def refit(
@@ -107,6 +120,8 @@ class _Work:
         self.plan, self.base, self.model, self.settings = plan, base, model, settings
         self.calibration = calibration
         busy = _BUSY.get(model.device.type, _BUSY["cpu"])
+        if settings.joint is not None:
+            busy = min(busy, _BUSY_JOINT)
         self.batch_size = batch_size or max(1, busy // sequences.shape[1])
         self.fitting, self.held = settings.split(sequences)
         self.sequences = sequences[: settings.sequences]
@@ -114,12 +129,13 @@ class _Work:
         self.modules = subject.targets.among(plan.modules)
         self.made = FactorStore(*base.derived("refit", self._identity()))
         self._began = 0.0
+        self._pending: dict[str, _Made] = {}
         self.made_by = Decomposition.of_fingerprint(base.fingerprint)
         self.two_sided = settings.two_sided and self.made_by.kind == "two_sided"
 
     def _identity(self) -> dict[str, Any]:
         return {
-            **asdict(self.settings),
+            **self.settings.identity(),
             "keep": self.plan.keep,
             "plan": self.plan.ranks_digest(),
             "windows": sequences_fingerprint(self.sequences),
@@ -138,6 +154,9 @@ class _Work:
             self.made.add(name, self.base.factors(name), notes={**self.base.notes(name), "seconds": "0"})
         low_rank = [target for target in self.modules if target.name not in dense]
         missing = self.made.missing(target.name for target in low_rank)
+        if self.settings.joint is not None:
+            blocks = {target.block for target in low_rank if target.name in missing}
+            missing = [target.name for target in low_rank if target.block in blocks]
         total, done = len(low_rank), len(low_rank) - len(missing)
         _log.info("refit: %d of %d modules are done, in %s", done, total, self.made.directory)
         if missing:
@@ -146,15 +165,29 @@ class _Work:
 
     def _run(self, low_rank: Sequence[Target], bar: tqdm[Any]) -> None:
         batches = self._batches(self.sequences)
-        wiring = find_wiring(self.model, low_rank, self.fitting[:1, :32])
+        joint = self.settings.joint is not None
+        # The last layer of a block that writes to the stream may be one that stays dense.
+        wiring = find_wiring(self.model, self.modules if joint else low_rank, self.fitting[:1, :32])
         models = ModelPair(self.model, batches)
+        if joint and not models.runs_blocks_alone:
+            raise ValueError(
+                f"a joint refit runs blocks alone, and the blocks of {type(self.model).__name__} share more than the "
+                "hidden state: leave the joint refit out"
+            )
         roots = self._output_roots()
-        norms = self._gradient_norms([target for target in low_rank if wiring[target.name].every_token])
+        named = {target.name for target in low_rank if wiring[target.name].every_token}
+        if joint:
+            named.update(filter(None, (self._writer(target.block, wiring) for target in low_rank)))
+        norms = self._gradient_norms([target for target in self.modules if target.name in named])
         self._began = time.perf_counter()
         for block, inside in groupby(low_rank, key=lambda target: target.block):
             # Modules that share an input but are not called in sequence form two groups.
             groups = [list(members) for _, members in groupby(inside, key=lambda target: target.group)]
             todo = [[target for target in members if target.name not in self.made] for members in groups]
+            jointly = joint and any(todo)
+            if jointly:
+                # Modules that a killed run has stored are those of a finished joint refit: the block begins anew.
+                todo = groups
             leaders = [missing[0].name for missing in todo if missing]
             if leaders:
                 paired = {name: self._stream(wiring[name]) for name in leaders if wiring[name].every_token}
@@ -164,8 +197,57 @@ class _Work:
                     self._solve(missing, wiring, models, roots, norms)
                     bar.update(len(missing))
                 for target in members:
-                    old = self.model.get_submodule(target.name)
-                    models.layers[target.name] = factored_layer(old, self.made.factors(target.name))
+                    self._put(target.name, models)
+            if jointly:
+                self._fit_jointly(block, models, self._block_weights(block, wiring, roots, norms))
+                for target in chain.from_iterable(groups):
+                    self._put(target.name, models)
+
+    def _put(self, name: str, models: ModelPair) -> None:
+        """Let the compressed model have the present factors of module ``name``."""
+        factors = self._pending[name].factors if name in self._pending else self.made.factors(name)
+        models.layers[name] = factored_layer(self.model.get_submodule(name), factors)
+
+    def _writer(self, block: int, wiring: Mapping[str, Wiring]) -> str | None:
+        """Return the block's last layer that writes to the stream; None if there is none."""
+        inside = [target.name for target in self.modules if target.block == block]
+        return next((name for name in reversed(inside) if wiring[name].stream is not None), None)
+
+    def _block_weights(
+        self, block: int, wiring: Mapping[str, Wiring], roots: Roots | None, norms: TensorStore | None
+    ) -> BlockWeights:
+        """Return the weights of a block's outputs: those of the block's last layer that writes to the stream."""
+        name = self._writer(block, wiring)
+        if roots is None or name is None:
+            return BlockWeights()
+        tokens = None if norms is None else _weights(norms.read(name, "norms"))
+        return BlockWeights(roots.of_outputs(name), tokens, name)
+
+    def _fit_jointly(self, block: int, models: ModelPair, weights: BlockWeights) -> None:
+        """Fit the pending factors of a block together, and store those that are best on held-back text."""
+        joint = self.settings.joint
+        assert joint is not None
+        pending, self._pending = self._pending, {}
+        held = range(-(-len(self.fitting) // self.batch_size), len(models.batches))
+        notes: dict[str, str] = {}
+        try:
+            found = fit_jointly(
+                BlockError(models, block, {name: made.factors for name, made in pending.items()}, weights),
+                joint, range(held.start), held, seed=block, label=f"refit of block {block}",
+            )  # fmt: skip
+        except NotImplementedError as error:
+            _log.warning("block %d is not refitted jointly: %s", block, error)
+            notes = {"joint": NO_DERIVATIVE}
+        else:
+            gain = 1 - found.after / found.before if found.before > 0 else 0.0
+            taken = gain > self.settings.margin
+            notes = {"joint": joint.method if taken else NO_GAIN, "joint_gain": f"{gain:.6g}"}
+            if taken:
+                pairs = zip(found.values[::2], found.values[1::2], strict=True)
+                for (name, made), (left, right) in zip([*pending.items()], pairs, strict=True):
+                    pending[name] = replace(made, factors=replace(made.factors, left=left, right=right))
+        for name, made in pending.items():
+            self._write(name, made.factors, {**made.notes, **notes, "block": str(block)})
 
     def _batches(self, sequences: Tensor) -> list[Tensor]:
         """Split ``[sequences, length]`` token ids, or values per token, into the batches of the passes."""
@@ -282,10 +364,18 @@ class _Work:
     def _store(self, name: str, factors: Factors, how: str, numbers: Mapping[str, float]) -> None:
         if not all(torch.isfinite(part.float()).all() for part in (factors.left, factors.right)):
             raise ValueError(f"the refitted factors of {name} hold NaN or infinity: {NOT_FINITE}")
-        # The time of the passes counts for the first module of a group.
+        notes = {"refit": how, **{key: f"{value:.6g}" for key, value in numbers.items()}}
+        if self.settings.joint is None:
+            self._write(name, factors, notes)
+        else:
+            # In the precision of the store, so that a run that goes on computes the same.
+            rounded = Factors(factors.left.float(), factors.right.float(), factors.sigma.double())
+            self._pending[name] = _Made(rounded, notes)
+
+    def _write(self, name: str, factors: Factors, notes: Mapping[str, str]) -> None:
+        # The time of the passes counts for the first module of a group, or of a block with a joint refit.
         spent, self._began = time.perf_counter() - self._began, time.perf_counter()
-        notes = {"refit": how, "seconds": f"{spent:.4f}", **{key: f"{value:.6g}" for key, value in numbers.items()}}
-        self.made.add(name, factors, notes={**self.base.notes(name), **notes})
+        self.made.add(name, factors, notes={**self.base.notes(name), **notes, "seconds": f"{spent:.4f}"})
 
     def _output_roots(self) -> Roots | None:
         """Return the roots that the factors' outputs were weighted by; None if errors are not weighted."""
@@ -304,6 +394,14 @@ class _Work:
 def _weights(norms: Tensor) -> Tensor:
     """Return token weights from the ``norms`` of their gradients, with a mean of 1."""
     return norms / (norms.double().mean().float() or 1.0)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Factors fitted layer by layer, which wait for the joint refit of their block, and what to note beside them."""
+
+    factors: Factors
+    notes: Mapping[str, str]
 
 
 class _Text(NamedTuple):

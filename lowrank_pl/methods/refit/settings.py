@@ -3,13 +3,72 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Refit"]
+__all__ = ["Joint", "JointMethod", "Refit"]
+
+
+JointMethod = Literal["gauss_newton", "adamw"]
+"""How the factors of a block are fitted together."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Settings of a joint refit: all factors of a block are fitted together to the block's output in the dense model.
+
+    It follows the layer-by-layer refit of each block. ``gauss_newton`` solves damped least-squares problems;
+    ``adamw`` trains the factors by gradient descent, and the notes of its plans say so.
+
+    Args:
+        method: ``gauss_newton`` or ``adamw``.
+        sweeps: At most so many Gauss-Newton steps, or passes of AdamW. Those after which the error on held-back text
+            would rise are left out. By default 2 steps, or 8 passes.
+        iterations: Conjugate-gradient iterations of a Gauss-Newton step; each costs a pass forward and back.
+        damping: Of a Gauss-Newton step, relative to the curvature of each layer alone. More stays closer to the factors
+            of the layer-by-layer refit.
+        learning_rate: Largest step of AdamW, relative to the root mean square of each factor.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    method: JointMethod = "gauss_newton"
+    sweeps: int | None = None
+    iterations: int = 8
+    damping: float = 1.0
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(JointMethod):
+            raise ValueError(f"method is {self.method!r}: expected one of {', '.join(get_args(JointMethod))}")
+        if self.sweeps is None:
+            object.__setattr__(self, "sweeps", 2 if self.method == "gauss_newton" else 8)
+        for name in ("sweeps", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        for name in ("damping", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number above 0")
+
+    @property
+    def most_sweeps(self) -> int:
+        """``sweeps``, or what it is by default."""
+        assert self.sweeps is not None
+        return self.sweeps
+
+    @property
+    def passes_of_fit(self) -> int:
+        """Passes forward and back over the text that one fit takes at most."""
+        return self.most_sweeps * (1 + self.iterations if self.method == "gauss_newton" else 1)
+
+    @property
+    def passes(self) -> int:
+        """Passes forward and back over the text that a joint refit takes at most: a fit to choose by, and another."""
+        return 2 * self.passes_of_fit
 
 
 @dataclass(frozen=True)
@@ -29,6 +88,8 @@ class Refit:
             closer to the dense weight.
         residual: Whether layers whose output is added to a residual stream also compensate the error of that stream.
         two_sided: Whether to weight errors by the outputs' gradients, and tokens, if the factors were made so.
+        joint: How all factors of a block are then fitted together to the block's output; None leaves them as fitted
+            layer by layer.
 
     Raises:
         ValueError: A setting is out of range.
@@ -41,6 +102,7 @@ class Refit:
     dampings: tuple[float, ...] = (0.03, 0.3, 3.0)
     residual: bool = True
     two_sided: bool = True
+    joint: Joint | None = None
 
     def __post_init__(self) -> None:
         if self.sequences < 2:
@@ -56,6 +118,13 @@ class Refit:
         # A smaller ridge would drown in the rounding of the moments.
         if not self.dampings or not all(1e-4 <= damping < math.inf for damping in self.dampings):
             raise ValueError(f"dampings are {self.dampings}: expected one or more finite numbers of at least 0.0001")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as JSON values, without ``joint`` where it is None, as earlier versions stored them."""
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.joint is None:
+            del settings["joint"]
+        return settings
 
     def split(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sequences to fit to and the held-back sequences, at least one of each.

@@ -1,0 +1,179 @@
+"""What the commands that train share: LightningCLI with a folder of its own for every run, and clear errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
+from lowrank_pl.training.data import CalibrationData
+from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
+from lowrank_pl.training.lightning_internals import HookedCLI, RunCheckpoint, extend_timeout
+from lowrank_pl.training.progress import LearningBar
+from lowrank_pl.utils.distributed import cooperating, explain_lost_process, gather_from_all
+from lowrank_pl.utils.files import LOCK, atomic_write, check_output_files, check_output_folder, locked
+from lowrank_pl.version import __version__
+
+__all__ = ["TrainerCLI"]
+
+TIMEOUT = timedelta(hours=12)
+"""How long processes wait for each other: the first one refits, exports and scores, which takes more than the half hour
+that strategies wait by default."""
+
+
+_log = logging.getLogger(__name__)
+
+
+class TrainerCLI(HookedCLI):
+    """LightningCLI whose ``--run`` names the folder that everything of a run goes to.
+
+    Attributes:
+        default_run: The folder, if none is named.
+        about_run: What ``--help`` says of it.
+
+    Args:
+        args: The command and the words after it.
+        model: The LightningModule.
+        trainer: The Trainer class, which has a method of the command's name.
+    """
+
+    default_run: str
+    about_run: str
+
+    def __init__(self, args: Sequence[str], model: type[LightningModule], trainer: type[Trainer] = Trainer) -> None:
+        super().__init__(
+            model,
+            CalibrationData,
+            trainer_class=trainer,
+            trainer_defaults={
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "enable_model_summary": False,
+            },
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            auto_configure_optimizers=False,
+            # Otherwise settings in a checkpoint silently win over YAML and flags.
+            load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "lowrank", "version": __version__, "exit_on_error": False},
+            args=list(args),
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words; LightningCLI's own would warn that they are the command line's."""
+        self.config = parser.parse_args(args)
+
+    def check_checkpoint(self, path: str | None) -> None:
+        """Refuse a checkpoint that no run of this version wrote, before anything is loaded."""
+        # A folder is what FSDP2 writes; the words are Lightning's own.
+        if path and path not in ("last", "best", "hpc") and not Path(path).is_dir():
+            mark_of(read_checkpoint(path))
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse places that can't be written to."""
+        check_output_folder(self.setting("run"))
+        check_output_files(self.setting("json"))
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Run the Trainer in a folder of its own; after Ctrl-C, or the end of another process, say how to go on."""
+
+        def advice() -> str:
+            # Not whatever lies in the folder: that may be another run's.
+            written = [c.last_model_path for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+            last = next(filter(None, [*written, kwargs.get("ckpt_path")]), None)
+            return f"go on with --ckpt_path {last}" if last else "there is no checkpoint of this run yet"
+
+        with _own_folder(self.trainer), explain_interruption(self.trainer, advice), explain_lost_process(advice):
+            self.trainer.fit(model, weights_only=True, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--run``, ``--json`` and checkpoints."""
+        parser.add_argument("--run", type=str, default=self.default_run, help=self.about_run)
+        parser.add_argument("--json", type=str | None, default=None, help="Write the table's figures there.")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.set_defaults({
+            "checkpoint.every_n_train_steps": 50,
+            "checkpoint.save_last": True,
+            "checkpoint.enable_version_counter": False,
+        })  # fmt: skip
+        parser.link_arguments("run", "trainer.default_root_dir")
+        parser.link_arguments("run", "checkpoint.dirpath", compute_fn=lambda run: str(Path(run) / "checkpoints"))
+        self.add_parts(parser)
+        parser.link_arguments("json", "finish.json")
+
+    def add_parts(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks of the command, of which ``finish`` takes ``json``, and what they need."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the Trainer with what the user has not chosen: TensorBoard, a progress bar, atomic checkpoints."""
+        config = self.setting("trainer", made=True)
+        if config.logger is None or config.logger is True:
+            run = Path(self.setting("run"))
+            kwargs["logger"] = TensorBoardLogger(run, name="", version="tensorboard", default_hp_metric=False)
+        callbacks, plugins = _listed(config.callbacks), _listed(config.plugins)
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(LearningBar())
+        callbacks.append(StopBetweenBatches())
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpoints())
+        if config.max_epochs is None:
+            # One epoch, unless there is another end.
+            kwargs["max_epochs"] = 1 if config.max_steps < 0 else -1
+        if config.accelerator == "auto" and MPSAccelerator.is_available():
+            _log.warning("running on the CPU: Apple's GPUs lack float64, which statistics and factors are made in")
+            kwargs["accelerator"] = "cpu"
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
+        # Only now is it known what strategy "auto" is.
+        extend_timeout(trainer.strategy, TIMEOUT)
+        return trainer
+
+
+def _own_folder(trainer: Trainer) -> AbstractContextManager[None]:
+    """Keep other runs out of the run's folder; the first process does so for all."""
+    run = Path(trainer.default_root_dir)
+    if not trainer.is_global_zero:
+        return nullcontext()
+    return locked(run / LOCK, f"writing to {run}", otherwise="give this one another folder with --run")
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, Sequence) else [value]
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole configuration to ``config.yaml`` in the run's folder, from which the run can be repeated."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that all processes have the same configuration, and write it.
+
+        Raises:
+            ValueError: A setting differs; the processes would wait for each other once only some of them have ended.
+        """
+        ours = {"the version of lowrank_pl": __version__, **vars(self.config.as_flat())}
+        with cooperating():
+            of_all = gather_from_all({name: str(value) for name, value in ours.items()})
+        for rank, theirs in enumerate(of_all):
+            for name in sorted({*theirs, *of_all[0]}):
+                first, other = of_all[0].get(name), theirs.get(name)
+                if first != other:
+                    raise ValueError(
+                        f"{name} is {first} in process 0 and {other} in process {rank}: start all processes of a run "
+                        "with the same settings"
+                    )
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, on the first process."""
+        text = self.parser.dump(self.config, skip_unset=False)
+        atomic_write(Path(trainer.default_root_dir) / "config.yaml", text)
