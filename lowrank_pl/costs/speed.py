@@ -231,10 +231,11 @@ def read_bytes(model: PreTrainedModel) -> int:
     A head that shares its weight with the embeddings is read whole.
     """
     head = model.get_output_embeddings().weight
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
-    # Pivoted layers keep the places of their pivots in a buffer.
-    read = [*(parameter for parameter in model.parameters() if id(parameter) not in tables), *model.buffers()]
-    return sum(tensor.nbytes for tensor in read)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
+    looked_up = {id(tensor) for table in tables for tensor in (*table.parameters(), *table.buffers())}
+    # Pivots and the codes of rounded layers are buffers.
+    every = (*model.parameters(), *model.buffers())
+    return sum(tensor.nbytes for tensor in every if id(tensor) not in looked_up)
 
 
 def multiply_adds(model: PreTrainedModel, prompt: Tensor) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import megabytes, percent, rounded_perplexity, table
 from lowrank_pl.utils.json_files import SEAL, break_seal, json_digest, read_json
+
+if TYPE_CHECKING:
+    from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["SUMMARY", "Row", "Summary", "bits_and_memory", "read_summary", "row_table", "write_summary"]
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_pl.cli.export import export
 from lowrank_pl.export.export import load_compressed, save_compressed
 from lowrank_pl.export.health.diagnosis import Finding
 from lowrank_pl.export.health.examine import diagnose
@@ -145,6 +146,8 @@ def test_no_smaller_size_is_cut_from_a_rounded_model(tmp_path):
     vars(held).update(plan=plan, factors=None)
     with pytest.raises(ValueError, match=r"rounded to a few bits, and no components .*: give the plan alone"):
         save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), plan=held)
+    with pytest.raises(ValueError, match=r"rounds numbers to a few bits, .*: leave out --any_size"):
+        export(plan.save(tmp_path / "plan.json"), output=tmp_path / "any", any_size=True)
     save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), plan=plan, verify=False)
     with pytest.raises(ValueError, match=r"rounded .*: make this size from the plan .* --keep` before rounding"):
         load_compressed(tmp_path / "out", keep=0.3)

@@ -358,3 +358,5 @@ def test_factors_that_are_zero_while_the_weight_is_not_are_refused(sequences):
     store.add(name, replace(factors, left=factors.left * 0), notes=notes)
     with pytest.raises(ValueError, match=rf"factors of {name} are zero .*leave it dense \(--exclude"):
         compress(model, drawn(targets, store, half), store)
+    # Tests of one session share the cache.
+    store.add(name, factors, notes=notes)

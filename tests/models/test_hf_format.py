@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from lowrank_pl.models import digests, hf_format, hf_layers, hf_quantized
-from lowrank_pl.models.hf_format import LowRankConfig, align
+from lowrank_pl.models.hf_format import LowRankConfig, LowRankQuantizer, align
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import tiny_model
 
@@ -418,6 +418,7 @@ def test_only_model_classes_of_transformers_are_made_up():
 
 def test_a_copy_registers_only_if_it_reads_more(monkeypatch):
     monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "lowrank", LowRankConfig)
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "lowrank", LowRankQuantizer)
     source = Path(hf_format.__file__).read_text(encoding="utf-8")
     same, newer = (
         {"__name__": name, "__package__": "lowrank_pl.models"} for name in ("copy_of_hf_format", "newer_hf_format")

@@ -21,7 +21,7 @@ from lowrank_pl.models.hf_quantized import (
 )
 from lowrank_pl.models.offload import streamed
 from lowrank_pl.models.targets import find_targets
-from lowrank_pl.models.tiny import tiny_model
+from lowrank_pl.models.tiny import PAD, tiny_model
 from tests.helpers.low_rank_models import compress_at_random
 from tests.helpers.rounded_models import round_model
 
@@ -258,7 +258,8 @@ def test_dora_takes_the_norms_of_the_rounded_weight():
     expected = {name: module.dense().norm(dim=1) for name, module in model.named_modules() if hasattr(module, "W_q")}
     before = logits(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, use_dora=True, target_modules=[*expected]))
-    torch.testing.assert_close(logits(adapted), before)
+    # The row of the padding token is zero, and has no direction.
+    torch.testing.assert_close(logits(adapted)[..., :PAD], before[..., :PAD])
     norms = {
         name.removeprefix("base_model.model."): module.lora_magnitude_vector["default"].weight
         for name, module in adapted.named_modules()
