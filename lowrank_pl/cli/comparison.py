@@ -256,7 +256,7 @@ class Comparison:
         factors = build_factors(self.subject, settings=settings)
         statistics = statistics_of(self.subject)
         needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
-        if not method.in_bytes and make_allocator(method.allocator, **method.settings).needs_gradients:
+        if method.needs_weight_gradients:
             needs["weight_gradients"] = None
         spent = [statistics.seconds(needs, self.subject.targets.modules, settings.labels)]
         if settings.at_keep is not None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.costs.machine import Machine
-from lowrank_pl.costs.workload import Learner, Preparation, Refits, Scoring, Step, Workload
+from lowrank_pl.costs.workload import Learner, Preparation, Refits, Roundings, Scoring, Step, Workload
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Allocator
+from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.methods.recipes import Recipe
 from lowrank_pl.methods.refit.settings import Refit
 from lowrank_pl.models.base import loads_in_parts
@@ -72,8 +72,9 @@ def fit_workload(
             )
         ],
         refits=_refits([finish.refit] if finish.refit else [], most=data.learning.sequences),
+        roundings=Roundings(int(finish.rounding is not None)),
         scoring=Scoring(
-            models=1 + len(finish.baselines) + (finish.refit is not None),
+            models=1 + len(finish.baselines) + (finish.refit is not None) + (finish.rounding is not None),
             tokens=scored,
             length=score_length,
             from_main_memory=finish.streamed,
@@ -110,9 +111,7 @@ def compare_workload(
         preparation=Preparation(
             calibration=calibration,
             decompositions=tuple(dict.fromkeys(recipe.decomposition for recipe in ranked)),
-            weight_gradients=any(
-                make_allocator(recipe.allocator, **recipe.settings).needs_gradients for recipe in ranked
-            ),
+            weight_gradients=any(recipe.needs_weight_gradients for recipe in ranked),
             prunings=tuple(dict.fromkeys(recipe.prune for recipe in recipes.values() if recipe.prune is not None)),
         ),
         learners=[
@@ -131,8 +130,9 @@ def compare_workload(
             if (learning := recipe.learning) is not None
         ],
         refits=_refits([refit for refit in refits for _ in keeps]),
+        roundings=_roundings(list(recipes.values()), len(keeps)),
         scoring=Scoring(
-            models=1 + len(recipes) * len(keeps),
+            models=1 + sum(1 if recipe.dense else len(keeps) for recipe in recipes.values()),
             tokens=sum(score_sequences[name] * score_length for name in texts) if known else 0,
             length=score_length,
         ),
@@ -170,6 +170,13 @@ def _refits(refits: Sequence[Refit], most: int | None = None) -> Refits:
     longest = max((refit.sequences for refit in refits), default=0)
     joint = sum(refit.joint.passes for refit in refits if refit.joint is not None)
     return Refits(len(refits), longest if most is None else min(longest, most), joint)
+
+
+def _roundings(recipes: Sequence[Recipe], sizes: int) -> Roundings:
+    """Return the work of rounding the plans of ``recipes`` at so many ``sizes``."""
+    count = sum(1 if recipe.dense else sizes for recipe in recipes if recipe.rounding is not None or recipe.in_bytes)
+    prices = max((len(ByteBudget(keep=1.0, **one.settings).grids) for one in recipes if one.in_bytes), default=0)
+    return Roundings(count, prices)
 
 
 def _batches_of_epoch(trainer: Mapping[str, Any], there: int) -> int:

@@ -17,7 +17,7 @@ from lowrank_pl.costs.factor_phases import (
     share_phase,
     statistics_phases,
 )
-from lowrank_pl.costs.learning_phases import export_phase, learning_phase, refit_phase, scoring_phase
+from lowrank_pl.costs.learning_phases import export_phase, learning_phase, refit_phase, rounding_phase, scoring_phase
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.costs.model_sizes import model_sizes
 from lowrank_pl.costs.probe import existing_folder, probe
@@ -66,6 +66,8 @@ def _phases(run: Run) -> Iterator[Phase]:
         yield norms_phase(run)
     if work.refits.count:
         yield refit_phase(run)
+    if work.roundings.count:
+        yield rounding_phase(run)
     if work.scoring.models:
         yield scoring_phase(run)
     if work.exports:

@@ -12,7 +12,7 @@ from lowrank_pl.costs.workload import Learner, Run
 from lowrank_pl.models.offload import STREAMED_BATCH_SIZE
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["export_phase", "learning_phase", "refit_phase", "scoring_phase"]
+__all__ = ["export_phase", "learning_phase", "refit_phase", "rounding_phase", "scoring_phase"]
 
 _LOGITS = 12
 """Bytes a logit in a step: its logarithm in float32, and the gradients by it and by the logit."""
@@ -122,6 +122,10 @@ def _multiply_adds(model: ModelSizes, learner: Learner, layers: _Layers) -> floa
     return (2 + step.gradient_checkpointing) * masked + inactive + dense * step.teacher
 
 
+_ROUNDED_COPIES = 8
+"""Copies of the largest matrix in float32 while it is rounded: numbers, scales, zero points, errors and codes."""
+
+
 def refit_phase(run: Run) -> Phase:
     """Return what refits need."""
     model, refits, length = run.model, run.work.refits, run.work.preparation.calibration.length
@@ -169,6 +173,29 @@ def _inputs_of_a_block(model: ModelSizes) -> int:
     for target in {target.group: target for target in model.modules}.values():
         widths[target.block] += target.shape[1]
     return max(widths.values())
+
+
+def rounding_phase(run: Run) -> Phase:
+    """Return what rounding to a few bits needs."""
+    model, roundings = run.model, run.work.roundings
+    shapes = [target.shape for target in model.modules]
+    largest = max((m * n for m, n in shapes), default=0)
+    widest = max((max(shape) for shape in shapes), default=0)
+    device = {
+        "dense weights": float(model.bytes),
+        "a matrix and its errors": 4.0 * _ROUNDED_COPIES * largest,
+        "roots of moments": 8.0 * 4 * widest**2,
+    }
+    times = roundings.count + roundings.prices
+    work: dict[WorkKind, float] = {
+        "float32": float(times * sum(2 * m * n * (m + n) for m, n in shapes)),
+        "float64": float((roundings.count + bool(roundings.prices)) * sum(m**3 + n**3 for m, n in shapes)),
+    }
+    stored = float(sum(m * n for m, n in shapes))
+    return Phase(
+        "rounding", device, {"Python and libraries": run.program},
+        disk={"rounded matrices": roundings.count * stored}, work=work, waiting=run.program,
+    )  # fmt: skip
 
 
 def scoring_phase(run: Run) -> Phase:

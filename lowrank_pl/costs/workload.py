@@ -14,7 +14,7 @@ from lowrank_pl.plans.budget import check_keep
 from lowrank_pl.plans.storage import Storage, StorageChoice
 from lowrank_pl.text.sequences import Calibration
 
-__all__ = ["Learner", "Preparation", "Refits", "Run", "Scoring", "Step", "Workload"]
+__all__ = ["Learner", "Preparation", "Refits", "Roundings", "Run", "Scoring", "Step", "Workload"]
 
 
 def _check(name: str, value: int, least: int) -> None:
@@ -138,6 +138,19 @@ class Refits:
 
 
 @dataclass(frozen=True)
+class Roundings:
+    """Plans whose matrices are rounded to a few bits.
+
+    Args:
+        count: How many.
+        prices: How many numbers of bits are tried on every module, for budgets in bytes.
+    """
+
+    count: int = 0
+    prices: int = 0
+
+
+@dataclass(frozen=True)
 class Scoring:
     """Scores of the dense and the compressed models.
 
@@ -170,6 +183,7 @@ class Workload:
         preparation: How statistics are measured and factors are made.
         learners: The learning runs.
         refits: The refits.
+        roundings: The plans that are rounded to a few bits.
         scoring: The scores.
         exports: Whether the learned model is exported, and scored in a fresh process.
         reads_shares: Whether each process reads only its own share of a sharded base.
@@ -182,6 +196,7 @@ class Workload:
     preparation: Preparation = Preparation()
     learners: Sequence[Learner] = ()
     refits: Refits = Refits()
+    roundings: Roundings = Roundings()
     scoring: Scoring = Scoring()
     exports: bool = False
     reads_shares: bool = False

@@ -136,6 +136,11 @@ class Recipe:
         return self.allocator == "bytes"
 
     @property
+    def needs_weight_gradients(self) -> bool:
+        """Whether ranks are allocated by mean weight gradients."""
+        return not self.in_bytes and make_allocator(self.allocator, **self.settings).needs_gradients
+
+    @property
     def only_prunes(self) -> bool:
         """Whether pruning alone makes the model as small as it is to be, so that there are no factors."""
         return isinstance(self.prune, LLMPruner) and self.prune.keep is None

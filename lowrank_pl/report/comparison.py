@@ -133,7 +133,7 @@ def _shown_name(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def _trained_rows(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a sentence for each result whose weights were trained."""
     return [
-        f"{row['method']} at keep {row['keep']['asked']:g} was trained: {found}"
+        f"{row['method']} at keep {row['keep']['asked']:g} was trained after the compression: {found}"
         for row in results
         if (found := training_of(row.get("notes", ())))
     ]
