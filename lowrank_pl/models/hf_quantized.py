@@ -287,9 +287,13 @@ class QuantizedLinear(_Stored, nn.Linear):
         """Return how many numbers a row of the weight has."""
         return self.in_features
 
+    def product(self, input: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
+        """Return the product of the matrix called ``name`` with ``input``, plus ``bias``."""
+        return F.linear(input, self.matrix(name), bias)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return ``[..., out]`` for an input ``[..., in]``."""
-        return F.linear(input, self.matrix("weight"), self.bias)
+        return self.product(input, "weight", self.bias)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
@@ -414,9 +418,13 @@ class TiedHead(nn.Linear):
 
     source: tuple[QuantizedEmbedding]
 
+    def product(self, input: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
+        """Return the product of the embeddings with ``input``, plus ``bias``; ``name`` is ``weight``."""
+        return F.linear(input, self._rows().to(input.device), bias)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return logits ``[..., embeddings]`` for hidden states ``[..., size]``."""
-        return F.linear(input, self._rows().to(input.device), self.bias)
+        return self.product(input, "weight", self.bias)
 
     def _rows(self) -> Tensor:
         embedding = self.source[0]

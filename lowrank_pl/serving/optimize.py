@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_pl.models.hf_quantized import is_quantized
 from lowrank_pl.serving.fused_layers import FUSED, TYPES, fuse
+from lowrank_pl.serving.integer_layers import INTEGER, use_integer_kernels
 from lowrank_pl.serving.onednn_layers import ONEDNN, use_onednn
 
 __all__ = ["Optimized", "optimize_for_inference", "optimized"]
@@ -44,14 +44,14 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
 
     On a GPU, kernels compute compressed layers for up to 16 tokens, as in decoding: two launches for all layers that
     read the same input, such as query, key and value. On a CPU, oneDNN computes all layers in float32, dense ones and
-    the head too. Both are timed beside torch's own products, and taken only where they are faster; this takes seconds.
+    the head too, and torch's kernels for packed integers compute rounded layers in bfloat16. All are timed beside
+    torch's own products, and taken only where they are faster; this takes seconds.
     Torch computes the rest, and everything while gradients are enabled. Sums are rounded differently than by torch's
     products, as these differ from one size to another.
 
     Names and values of the parameters stay, so that adapters still fit. On a GPU rows of weights are moved to multiples
     of 16 bytes, which takes up to 7 numbers a row. A layer that is moved or converted afterwards is computed by torch
-    again, and so are layers that are rounded to a few bits. Such a model can't be exported: load the folder again for
-    that.
+    again. Such a model can't be exported: load the folder again for that.
 
     Args:
         model: A model, compressed or not.
@@ -60,7 +60,7 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
         ValueError: The model is on a GPU and Triton isn't installed.
     """
     restore(model)
-    linear = {name: module for name, module in model.named_modules() if type(module) in FUSED}
+    linear = {name: module for name, module in model.named_modules() if type(module) in (*FUSED, *INTEGER)}
     _report_others(model, linear)
     # Hooks of accelerate call the forward pass that the layer had before.
     linear = {name: module for name, module in linear.items() if "forward" not in vars(module)}
@@ -72,11 +72,20 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
 
 
 def _optimize(model: PreTrainedModel, linear: Mapping[str, nn.Linear]) -> Optimized:
-    on_gpu = {name: m for name, m in linear.items() if m.weight.is_cuda and m.weight.dtype in TYPES}
-    on_cpu = [m for m in linear.values() if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
+    rounded = [m for m in linear.values() if type(m) in INTEGER]
+    floats = {name: m for name, m in linear.items() if type(m) not in INTEGER}
+    on_gpu = {name: m for name, m in floats.items() if m.weight.is_cuda and m.weight.dtype in TYPES}
+    on_cpu = [m for m in floats.values() if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
+    packed = [m for m in rounded if m.weight.device.type == "cpu" and m.weight.dtype == torch.bfloat16]
+    if len(packed) < len(rounded):
+        logger.warning(
+            "%d of %d rounded layers are not optimised: torch's kernels compute them in bfloat16 on a CPU",
+            *(len(rounded) - len(packed), len(rounded)),
+        )
     faster = fuse(model, on_gpu) if any(type(layer) is not nn.Linear for layer in on_gpu.values()) else []
     if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         faster += use_onednn(on_cpu)
+    faster += use_integer_kernels(packed)
     counts = Counter(count for choice in faster for count, chosen in choice.items() if chosen)
     found = Optimized(len(faster), counts["one"], counts["few"], counts["many"])
     if faster:
@@ -95,13 +104,10 @@ def _optimize(model: PreTrainedModel, linear: Mapping[str, nn.Linear]) -> Optimi
 def _report_others(model: PreTrainedModel, linear: Mapping[str, nn.Module]) -> None:
     """Warn of the compressed layers that stay as they are."""
     hooked = sum("forward" in vars(module) for module in linear.values())
-    rounded = sum(map(is_quantized, model.modules()))
-    ours = {kind.__name__ for kind in FUSED} - {nn.Linear.__name__}
+    ours = {kind.__name__ for kind in (*FUSED, *INTEGER)} - {nn.Linear.__name__}
     foreign = sum(type(m).__name__ in ours for name, m in model.named_modules() if name not in linear)
     if hooked:
         logger.warning("%d layers have hooks of accelerate and are not optimised: load to one device", hooked)
-    if rounded:
-        logger.warning("%d layers are rounded to a few bits and are not optimised", rounded)
     if foreign:
         logger.warning(
             "%d compressed layers are of the folder's own code and are not optimised: import lowrank_pl before "
@@ -112,11 +118,11 @@ def _report_others(model: PreTrainedModel, linear: Mapping[str, nn.Module]) -> N
 
 def restore(model: nn.Module) -> None:
     """Undo :func:`optimize_for_inference`: torch computes all layers."""
-    plain = {kind: own for kinds in (FUSED, ONEDNN) for own, kind in kinds.items()}
+    plain = {kind: own for kinds in (FUSED, ONEDNN, INTEGER) for own, kind in kinds.items()}
     for module in model.modules():
         if isinstance(module, nn.Linear) and type(module) in plain:
             module.__class__ = plain[type(module)]
-            for name in ("group", "number", "faster"):
+            for name in ("group", "number", "faster", "integers"):
                 vars(module).pop(name, None)
 
 
