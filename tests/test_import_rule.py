@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "methods.allocate": "utils text models plans factors evaluate calibration",
     "methods.masks": "models plans factors methods.allocate",
     "methods.refit": "utils text models plans factors calibration",
-    "methods.quantize": "utils models plans factors evaluate calibration",
+    "methods.quantize": "utils text models plans factors evaluate calibration",
     "methods.prune": "utils models plans factors export calibration",
     "methods": "plans factors methods.allocate methods.masks methods.refit methods.prune methods.quantize",
     "report": "utils models plans factors evaluate export calibration methods.allocate methods.masks methods.refit "

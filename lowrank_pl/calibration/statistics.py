@@ -311,11 +311,14 @@ def statistics_of_factors(factors: FactorStore, model: PreTrainedModel, sequence
         sequences: ``[sequences, length]`` calibration token ids that the factors were made from.
     """
     source = {key: factors.fingerprint[key] for key in _SOURCE if key in factors.fingerprint}
+    passes = Passes(sequences, batch_size=factors.fingerprint.get("batch_size", 1))
+    if "heal" in factors.fingerprint:
+        # Trained factors lie in the folder of their run.
+        return Statistics(model, passes, source)
     directory = factors.directory.resolve()
     for _ in set(factors.fingerprint) & set(_DERIVED):
         # Such factors lie in a folder inside that of the factors that they were made from.
         directory = directory.parents[1]
     digest = read_manifest(directory)["digest"]
     in_cache = directory == (cache_root() / factors.kind / digest[:20]).resolve()
-    passes = Passes(sequences, batch_size=factors.fingerprint.get("batch_size", 1))
     return Statistics(model, passes, source, directory=None if in_cache else directory)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.calibration.build import build_factors, statistics_of
-from lowrank_pl.calibration.provenance import base_notes
+from lowrank_pl.calibration.provenance import base_notes, describe_origin
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.evaluate.likelihood import perplexity
 from lowrank_pl.factors.compression import compressed, deployed_plan
@@ -203,7 +203,9 @@ class Comparison:
                 # The stored time, because an earlier or killed comparison may have done the refit.
                 costs["refit"] = store.seconds(plan.modules)
             if method.heal is not None:
-                folder = self.run / "healing" / f"{identity[:12]}-keep-{keep:g}"
+                # Rounding comes after it.
+                healed = self._identity(replace(method, rounding=None), keep)
+                folder = self.run / "healing" / f"{healed[:12]}-keep-{keep:g}"
                 plan, store, costs["healing"] = ShortRuns(self.subject, self.seed).heal(
                     plan, store, method.heal, folder
                 )
@@ -286,7 +288,7 @@ class Comparison:
         began = time.perf_counter()
         if method.learning is not None:
             # What comes later does not affect learning, so a method and its +refit share one learning run.
-            learned = self._identity(replace(method, refit=None, heal=None), keep)
+            learned = self._identity(replace(method, refit=None, heal=None, rounding=None), keep)
             return ShortRuns(self.subject, self.seed).learn(
                 method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}"
             )
@@ -298,7 +300,8 @@ class Comparison:
             return plan, store, time.perf_counter() - began
         if method.dense:
             store = build_factors(subject, settings=method.decomposition)
-            plan = self._without_ranks(name, keep).with_origin({}, store.fingerprint)
+            plan = self._without_ranks(name, keep)
+            plan = plan.with_origin(describe_origin(subject, method.decomposition, store), store.fingerprint)
             return plan, store, time.perf_counter() - began
         plan, store = allocate_ranks(
             subject,

@@ -299,31 +299,48 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
             "Allocate again on this store, or name the store that the plan was made on"
         )
     modules = dict(model.named_modules())
-    for name in plan.embeddings:
+    for name, entry in (*plan.modules.items(), *plan.embeddings.items()):
         if name not in modules:
             raise ValueError(f"the plan names {name}, which the model lacks: load the model that the plan was made for")
-    for name, entry in plan.modules.items():
-        if name not in modules:
-            raise ValueError(f"the plan names {name}, which the model lacks: load the model that the plan was made for")
-        shape = tuple(_weight(modules[name]).shape)
+        shape = tuple(_weight_of(modules[name]).shape)
         if shape != entry.shape:
             raise ValueError(
                 f"the plan gives {name} the shape {entry.shape}, the model has {shape}: load the model that the plan "
                 "was made for"
             )
-    for name, entry in plan.modules.items():
-        weight = _weight(modules[name]).detach()
+    for name, entry in (*plan.modules.items(), *plan.embeddings.items()):
+        weight = _weight_of(modules[name]).detach()
         is_made = entry.rank is not None or entry.grid is not None
         if is_made and not _made_from(weight, store.notes(name).get("weight", "")):
             raise ValueError(
                 f"the factors of {name} in {store.directory} were made from another weight than the model has: load "
                 "the base that the store was made from"
             )
+        if entry.grid is not None:
+            _check_stored(name, entry, store)
 
 
-def _weight(module: nn.Module) -> Tensor:
+def _weight_of(module: nn.Module) -> Tensor:
+    if isinstance(module, nn.Embedding):
+        return module.weight
     # A masked layer has its weight at hand, without making the dense layer.
     return module.weight if isinstance(module, StandIn) else dense_weight(module)
+
+
+def _check_stored(name: str, entry: ModulePlan, store: FactorStore) -> None:
+    """Check that ``store`` holds the matrices of a rounded module as the plan says."""
+    parts, pivots = store.rounded(name)
+    sizes = {part: (rounded.rows, rounded.columns) for part, rounded in parts.items()}
+    rank = parts["right"].rows if "right" in parts else None
+    grids = {rounded.grid for rounded in parts.values()}
+    form = "pivoted" if pivots else "factored"
+    wrong = rank != entry.rank or grids != {entry.grid} or (rank is not None and form != entry.storage)
+    if wrong:
+        raise ValueError(
+            f"the plan gives {name} rank {entry.rank}, {entry.grid} and storage {entry.storage}, but {store.directory} "
+            f"holds {sizes} with {grids}, {form}: bits can't be edited after rounding; round the plan before with "
+            "`lowrank quantize`, or allocate anew"
+        )
 
 
 def _made_from(weight: Tensor, noted: str) -> bool:

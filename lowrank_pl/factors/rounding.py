@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lowrank_pl.models.hf_layers import PivotedLinear
 from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid, Rounded, pack
 
 __all__ = [
@@ -205,38 +206,44 @@ def round_factors(left: Tensor, right: Tensor, grid: Grid, metric: Metric) -> di
     return {"weight": found, "right": rounded}
 
 
-def round_pivoted(
-    weight: Tensor, right: Tensor, order: tuple[Tensor, Tensor], grid: Grid, metric: Metric
-) -> dict[str, Rounded]:
+def round_pivoted(layer: PivotedLinear, grid: Grid, metric: Metric) -> dict[str, Rounded]:
     """Return the rounded parts ``weight`` and ``right`` of a pivoted layer.
 
+    The second matrix, ``right``, is rounded in the metric of its inputs. Then ``weight`` is fitted to it, which takes a
+    part of its error back, and is rounded in the metric of what it reads and, with pivots among inputs, of the outputs.
+
     Args:
-        weight: ``[out - rank, rank]`` coefficients, or the ``[out, rank]`` columns of a layer whose pivots are inputs.
-        right: ``[rank, in]`` rows, or the ``[rank, in - rank]`` coefficients of a layer whose pivots are inputs.
-        order: The indices of pivots and of all others, among outputs or inputs.
+        layer: The layer.
         grid: The numbers to round to.
         metric: What errors cost.
     """
-    pivots, others = order
-    if right.shape[1] + len(pivots) == len(pivots) + len(others):
-        # Pivots are inputs: the layer is ``weight @ (x[pivots] + right @ x[others])``.
-        moment = None if metric.inputs is None else metric.inputs[others][:, others]
-        rounded = compensated(right, grid, moment)
-        if metric.outputs is not None:
-            return {"weight": compensated(weight, grid, metric.outputs, between_rows=True), "right": rounded}
-        return {"weight": nearest(weight, grid), "right": rounded}
-    rounded = compensated(right, grid, metric.inputs)
-    kept = rounded.dense()
-    moment = kept @ kept.mT if metric.inputs is None else kept @ metric.inputs.float() @ kept.mT
-    return {"weight": compensated(weight, grid, moment), "right": rounded}
+    weight, right = (layer.matrix(name).detach().float() for name in ("weight", "right"))
+    pivots, others = layer.order()
+    inputs = torch.eye(layer.in_features).to(right) if metric.inputs is None else metric.inputs.to(right)
+    if layer.side == "out":
+        rounded = compensated(right, grid, metric.inputs)
+        read, exact = rounded.dense(), right
+        outputs = None
+    else:
+        rounded = compensated(right, grid, None if metric.inputs is None else metric.inputs[others][:, others])
+        # What ``weight`` reads is ``x[pivots] + right @ x[others]``.
+        read, exact = (inputs.new_zeros(layer.rank, layer.in_features) for _ in range(2))
+        for made, matrix in ((read, rounded.dense()), (exact, right)):
+            made[:, others] = matrix
+            made[:, pivots] = torch.eye(layer.rank).to(matrix)
+        outputs = metric.outputs
+    seen = read @ inputs
+    moment = seen @ read.mT
+    fitted = weight @ _solve(moment, exact @ seen.mT)
+    return {"weight": round_dense(fitted, grid, Metric(moment, outputs)), "right": rounded}
 
 
 def component_costs(left: Tensor, right: Tensor, grids: Sequence[Grid], metric: Metric) -> list[Tensor]:
     """Return, for each of ``grids``, what rounding adds to the cost of keeping each component, float64 ``[rank]``.
 
-    The components of a decomposition in this metric are orthogonal, so the cost of rounding the first ``k`` of them is
-    the sum of the first ``k`` numbers, and truncating adds to it without a cross term. What the left factor takes back
-    of the right one's error is not counted.
+    The components of a decomposition in this metric are orthogonal, so that truncating adds to the cost of rounding
+    without a cross term, and the sum of the first ``k`` numbers estimates the cost of rounding ``k`` components. It is
+    an upper estimate: what the left factor takes back of the right one's error is not counted.
 
     Args:
         left: ``[out, rank]``, of a decomposition in the same metric.
@@ -342,6 +349,8 @@ def _inverse_root(moment: Tensor) -> tuple[Tensor, Tensor]:
 def _ordered(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Return the order of columns, largest moments first, and the symmetric moment in it, float64."""
     wide = moment.double()
+    if not wide.isfinite().all():
+        raise ValueError("a second moment holds NaN or infinity: load the base in float32, or measure again")
     order = wide.diagonal().argsort(descending=True, stable=True)
     return order, ((wide + wide.mT) / 2)[order][:, order]
 
@@ -456,6 +465,6 @@ def _compensate_both(
 def _solve(moment: Tensor, cross: Tensor) -> Tensor:
     """Return ``cross @ inverse(moment)``, with a little damping."""
     wide = moment.double()
-    wide.diagonal().add_(1e-9 * (wide.diagonal().mean().item() or 1.0))
+    wide.diagonal().add_(1e-7 * (wide.diagonal().mean().item() or 1.0))
     solved: Tensor = torch.linalg.solve(wide, cross.double(), left=False)
     return solved.to(cross)

@@ -135,6 +135,11 @@ class FactorStore(TensorStore):
             name: The module.
             components: How many, from the first; or a slice; or an index tensor ``[rank]``.
         """
+        if _ROUNDED in super().notes(name):
+            raise ValueError(
+                f"{name} is rounded in {self.directory}, but the plan gives it no bits: use the plan as it was made, "
+                "or the one from before rounding"
+            )
         part = as_slice(None if isinstance(components, Tensor) else components)
         whole = Factors(
             self.read(name, "left", columns=part), self.read(name, "right", rows=part), self.sigma(name)[part]

@@ -108,21 +108,25 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.in_bytes:
             ByteBudget(keep=1.0, **self.settings)
-            if self.decomposition.kind != "two_sided" or self.learning or self.refit or self.rounding or self.dense:
+            others = self.learning, self.refit, self.heal, self.rounding, self.dense
+            if self.decomposition.kind != "two_sided" or any(others):
                 raise ValueError(
                     "bytes chooses ranks and bits on two-sided factors and rounds them: give it that decomposition, "
-                    "and leave out learning, refit, rounding and dense"
+                    "and leave out learning, refit, heal, rounding and dense"
                 )
         else:
             make_allocator(self.allocator, **self.settings)
-        if self.dense and (self.rounding is None or self.learning or self.refit):
+        factored = self.storage == "factored" and not (self.learning or self.refit)
+        if self.dense and (self.rounding is None or self.heal or self.prune or not factored):
             raise ValueError(
-                "dense leaves every module as it is but for its bits: give rounding, and leave out learning and refit"
+                "dense leaves every module as it is but for its bits: give rounding, and leave out learning, refit, "
+                "heal, prune and storage"
             )
-        if self.only_prunes and not (self.learning is None and self.refit is None and self.storage == "factored"):
+        if self.only_prunes and (self.rounding or not factored):
             raise ValueError(
-                "llm_pruner prunes to the final size, which leaves no ranks to learn and no factors to refit or to "
-                "store: give prune.keep, larger than the final one, or leave out learning, refit and storage"
+                "llm_pruner prunes to the final size, which leaves no ranks to learn and no factors to refit, to round "
+                "or to store: give prune.keep, larger than the final one, or leave out learning, refit, rounding and "
+                "storage"
             )
         if self.heal is not None and (self.only_prunes or self.heal.train != "factors"):
             raise ValueError(

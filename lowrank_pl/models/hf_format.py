@@ -36,6 +36,7 @@ from .hf_quantized import (
     QuantizedLinear,
     QuantizedLowRankLinear,
     QuantizedPivotedLinear,
+    grid_of_entry,
     is_quantized,
     quantized_embedding,
     stored_state,
@@ -137,14 +138,9 @@ def _check_entry(entry: Any) -> None:
         raise ValueError(f"the rank {rank!r}: expected a positive integer")
     if rounding:
         try:
-            _grid(given)
+            grid_of_entry(given)
         except ValueError as error:
             raise ValueError(f"the entry {entry}: {error}") from None
-
-
-def _grid(entry: dict[str, Any]) -> Grid | None:
-    """Return the numbers that an ``entry`` of the configuration rounds to; None if it has no bits."""
-    return Grid(entry["bits"], entry.get("group")) if "bits" in entry else None
 
 
 def _schema(entry: int | dict[str, Any]) -> int:
@@ -370,7 +366,7 @@ def _is_absent_head(model: PreTrainedModel, name: str, entry: int | dict[str, An
 def _swap(model: PreTrainedModel, name: str, entry: int | dict[str, Any]) -> None:
     """Replace the module ``name`` by an empty one that is stored as ``entry`` of the configuration says."""
     given: dict[str, Any] = {"rank": entry} if isinstance(entry, int) else dict(entry)
-    grid, rank = _grid(given), given.get("rank")
+    grid, rank = grid_of_entry(given), given.get("rank")
     if grid is not None and rank is None and isinstance(model.get_submodule(name), nn.Embedding):
         _swap_embedding(model, name, grid)
         return

@@ -32,11 +32,13 @@ __all__ = [
     "Rounded",
     "TiedHead",
     "dequantize",
+    "grid_of_entry",
     "is_quantized",
     "pack",
     "packed_width",
     "quantized_embedding",
     "quantized_layer",
+    "stored_shapes",
     "stored_state",
     "tie_head",
     "unpack",
@@ -92,6 +94,18 @@ class Grid:
     def to_json(self) -> dict[str, int]:
         """Return the fields as JSON values; a group of None is left out."""
         return {"bits": self.bits} if self.group is None else {"bits": self.bits, "group": self.group}
+
+
+def grid_of_entry(entry: Any) -> Grid | None:
+    """Return the numbers that a module is rounded to by its entry in ``quantization_config``; None if it is not."""
+    return Grid(entry["bits"], entry.get("group")) if isinstance(entry, dict) and "bits" in entry else None
+
+
+def stored_shapes(name: str, rows: int, columns: int, grid: Grid) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the tensors that store a rounded matrix called ``name``, by their names."""
+    groups = grid.groups(columns)
+    shapes = {name: (rows, groups), f"{name}_packed": (rows, packed_width(columns, grid.bits))}
+    return {**shapes, f"{name}_zeros": (rows, packed_width(groups, grid.bits))} if grid.has_zeros else shapes
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -199,21 +213,20 @@ class _Stored(nn.Module):
     def _add_matrix(
         self, name: str, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
-        grid, groups = self.grid, self.grid.groups(columns)
-        self.register_parameter(name, nn.Parameter(torch.zeros(rows, groups, device=device, dtype=dtype)))
-        widths = {"packed": packed_width(columns, grid.bits)}
-        if grid.has_zeros:
-            widths["zeros"] = packed_width(groups, grid.bits)
-        for kind, width in widths.items():
-            self.register_buffer(f"{name}_{kind}", torch.zeros(rows, width, device=device, dtype=torch.uint8))
+        for tensor, shape in stored_shapes(name, rows, columns, self.grid).items():
+            if tensor == name:
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)))
+            else:
+                self.register_buffer(tensor, torch.zeros(shape, device=device, dtype=torch.uint8))
 
     def put(self, name: str, part: Rounded) -> None:
         """Take the codes, scales and zero points of ``part`` for the matrix ``name``, in the type of the scales."""
         like = self.get_parameter(name)
-        if part.grid != self.grid or (part.rows, part.scales.shape[1]) != tuple(like.shape):
+        sizes = [part.rows, part.columns]
+        if part.grid != self.grid or sizes != [like.shape[0], self.columns(name)]:
             raise ValueError(
-                f"{name}: a matrix of {part.rows} rows with {part.grid} was given, expected {list(like.shape)} scales "
-                f"with {self.grid}"
+                f"{name}: a matrix of {sizes} with {part.grid} was given, expected "
+                f"{[like.shape[0], self.columns(name)]} with {self.grid}"
             )
         # A layer on the meta device takes the place of the part.
         device = part.packed.device if like.is_meta else like.device

@@ -235,6 +235,11 @@ def _smaller(plan: RankPlan, keep: float) -> RankPlan:
 
 def _budget(plan: RankPlan, keep: float) -> Budget:
     """Return the budget of ``keep`` for the modules of ``plan``, under the plan's own constraints."""
+    if plan.is_rounded:
+        raise ValueError(
+            "the plan's numbers are rounded to a few bits, so no other size follows from it: make this size from the "
+            "plan before rounding, with `lowrank export PLAN --keep`, or choose another budget with `lowrank allocate`"
+        )
     if plan.order is None:
         raise ValueError(
             f"the plan (method {plan.method}) has no component order, so no other size follows from it: "

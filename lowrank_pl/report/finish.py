@@ -322,7 +322,7 @@ def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
     score, small = score_in_fresh_process(
         report.directory, protocol, device=device, stream=ending.streamed_on is not None, trust=own_code
     )
-    table.add("learned", score, plan, report.bytes, spent)
+    table.add("learned", score, plan, report.bytes, spent, rounded=not report.merged)
     samples = list(zip(protocol.prompts, texts, small, strict=True))
     save_figure(rank_map(plan), run / "rank_map.png")
     write_summary(
@@ -386,11 +386,12 @@ class _Table:
         self.rows: list[Row] = []
         self.rates: dict[str, float] = {}
 
-    def add(self, name: str, score: Score, plan: RankPlan, size: int, seconds: float) -> None:
-        """Add the row of a model with ``plan`` and of ``size`` bytes."""
+    def add(self, name: str, score: Score, plan: RankPlan, size: int, seconds: float, *, rounded: bool = True) -> None:
+        """Add the row of a model with ``plan`` and of ``size`` bytes; a merged model has no bits of its plan."""
         excess = excess_nats(score, self.dense)
         kept = plan.keep_targeted, plan.keep_model
-        self.add_row(Row(name, score.perplexity, excess, *kept, size, seconds, *bits_and_memory(plan)), score)
+        bits = bits_and_memory(plan) if rounded else (None, None)
+        self.add_row(Row(name, score.perplexity, excess, *kept, size, seconds, *bits), score)
 
     def add_row(self, row: Row, score: Score) -> None:
         """Add a row."""

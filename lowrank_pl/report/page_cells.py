@@ -224,17 +224,22 @@ def grid(shown: Sequence[Cell]) -> tuple[list[int | None], dict[str, list[Cell |
 def read_spectra(plan: RankPlan) -> tuple[dict[str, Tensor], str]:
     """Return the singular values of the plan's layers from its factor store, and a sentence that explains them.
 
-    A store of refitted factors holds the kept components only, so the spectra come from the store before the refit.
+    A store of refitted or rounded factors holds the kept components only, so the spectra come from the store that these
+    were made from.
     """
     named = plan.origin.get("store")
     if "heal" in plan.fingerprint:
         return {}, "The factors were trained after the compression, so the singular values would say nothing about it."
     if not named:
         return {}, "The plan names no factor store, so the singular values can't be shown."
-    directory = Path(str(named))
-    of_refit = "refit" in plan.fingerprint and directory.parent.name == "refit"
+    directory = whole = Path(str(named))
+    steps = []
+    while whole.parent.name in ("rounding", "refit") and whole.parent.name in plan.fingerprint:
+        steps.append(whole.parent.name)
+        whole = whole.parent.parent
+    of_refit = "refit" in steps
     try:
-        store = FactorStore.existing(directory.parent.parent if of_refit else directory)
+        store = FactorStore.existing(whole)
         here = [name for name in plan.modules if name in store]
         found = {name: store.spectrum(name) for name in tqdm(here, desc="spectra", unit="layer", leave=False, delay=2)}
     except (ValueError, OSError) as error:

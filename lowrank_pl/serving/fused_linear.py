@@ -8,7 +8,7 @@ Servers fuse linear layers that read the same input, such as query, key and valu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.models.hf_layers import Side
-from lowrank_pl.models.hf_quantized import Grid, dequantize, packed_width
+from lowrank_pl.models.hf_quantized import Grid, dequantize, grid_of_entry, stored_shapes
 from lowrank_pl.serving.kernels import FusedGroup, Part, padded
 
-__all__ = ["FusedLinear", "Member", "Span", "grid_of_entry", "rounded_shapes"]
+__all__ = ["FusedLinear", "Member", "Span"]
 
 Span = tuple[int, int]
 """Start and length of a range of rows or columns."""
@@ -75,7 +75,10 @@ class Member:
                 )
             rows, columns = outputs - rank * (self.side == "out"), inputs - rank * (self.side == "in")
             self.sizes = {"weight": (rows, rank), "right": (rank, columns)}
-        self.shapes = dict(self.sizes) if self.grid is None else rounded_shapes(self.sizes, self.grid)
+        self.shapes = dict(self.sizes)
+        if self.grid is not None:
+            stored = [stored_shapes(name, *sizes, self.grid) for name, sizes in self.sizes.items()]
+            self.shapes = {tensor: shape for shapes in stored for tensor, shape in shapes.items()}
         if rank is not None and self.side is not None:
             self.shapes["pivots"] = (rank,)
 
@@ -186,23 +189,6 @@ class Member:
         if (part == "right" or self.rank is None) and (self.side != "in" or self.unpivoted):
             tensor = tensor.narrow(1, *self.columns)
         return tensor
-
-
-def grid_of_entry(entry: int | dict[str, Any] | None) -> Grid | None:
-    """Return the numbers that a module is rounded to by its entry in ``quantization_config``; None if it is not."""
-    return Grid(entry["bits"], entry.get("group")) if isinstance(entry, dict) and "bits" in entry else None
-
-
-def rounded_shapes(sizes: Mapping[str, tuple[int, int]], grid: Grid) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor that stores rounded matrices of the given ``sizes`` (rows, columns), by name."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, (rows, columns) in sizes.items():
-        groups = grid.groups(columns)
-        shapes[name] = (rows, groups)
-        shapes[f"{name}_packed"] = (rows, packed_width(columns, grid.bits))
-        if grid.has_zeros:
-            shapes[f"{name}_zeros"] = (rows, packed_width(groups, grid.bits))
-    return shapes
 
 
 class FusedLinear(nn.Module):

@@ -27,8 +27,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig
+from lowrank_pl.models.hf_quantized import grid_of_entry
 from lowrank_pl.models.identity import ORIGIN_KEY
-from lowrank_pl.serving.fused_linear import FusedLinear, Member, grid_of_entry
+from lowrank_pl.serving.fused_linear import FusedLinear, Member
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper

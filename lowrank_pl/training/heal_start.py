@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.stored_factors import stored_factors
@@ -142,7 +142,15 @@ class HealStart:
         student = _sharing(student, teacher).to(device)
         for model in (student, teacher):
             model.eval().requires_grad_(False)
-        return HealPair(student, teacher, tensor_digest(student.named_parameters()), plan, weights)
+        return HealPair(
+            student, teacher, tensor_digest((*student.named_parameters(), *_stored_codes(student))), plan, weights
+        )
+
+
+def _stored_codes(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """Return the codes, zero points and pivots of compressed layers, by name."""
+    kinds = ("_packed", "_zeros", ".pivots")
+    return [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(kinds)]
 
 
 def _sharing(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:

@@ -102,8 +102,8 @@ GIVEN = {
     "fit": f"-c {SMOKE} --data.learning.text text.txt --data.learning.length 16 --data.learning.sequences 4",
     "heal": "-c heal --model.plan plan.json --data.learning.text text.txt --data.learning.length 16 "
     "--data.learning.sequences 4 --data.validation.sequences 1 --model.settings.tokens 64 --trainer.accelerator cpu",
-    "prune": "random:llama --keep 0.5 --length 16 --sequences 2", "refit": "plan.json", "report": "run",
-    "rotate": "random:llama",
+    "prune": "random:llama --keep 0.5 --length 16 --sequences 2", "quantize": "plan.json",
+    "refit": "plan.json", "report": "run", "rotate": "random:llama",
 }  # fmt: skip
 """Words of each command that get it to its work."""
 

@@ -25,7 +25,7 @@ def test_plain_transformers_loads_the_rotated_model(tmp_path, capsys):
     model, base = AutoModelForCausalLM.from_pretrained(tmp_path / "turned"), load_base("random:qwen3")
     torch.testing.assert_close(model(TOKENS).logits, base(TOKENS).logits, atol=1e-4, rtol=1e-4)
     assert changed_files(tmp_path / "turned") == []
-    assert model.config.lowrank_rotated == {"base": "random:qwen3", "seed": 0}
+    assert model.config.lowrank_rotated == {"base": "random:qwen3", "seed": 0, "stream": True}
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["relative_logit_difference"] < figures["tolerance"]
     assert "logits differ by at most" in capsys.readouterr().out

@@ -175,7 +175,7 @@ def test_pivoted_parts_are_rounded_in_their_own_metric(problem, factors):
     costs = []
     for parts in (
         {name: nearest(layer.matrix(name).detach(), Grid(8)) for name in ("weight", "right")},
-        round_pivoted(found.weight, found.right, layer.order(), Grid(8), metric),
+        round_pivoted(layer, Grid(8), metric),
     ):
         made = PivotedLinear.from_parts(parts["weight"].dense(), parts["right"].dense(), found.pivots, side=found.side)
         costs.append(metric.cost(made.dense() - low_rank))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import ALLOCATORS
 from lowrank_pl.methods.masks import ARA, ARS, MASK_METHODS
-from lowrank_pl.methods.prune.settings import LLMPruner
+from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
+from lowrank_pl.methods.quantize.settings import Rounding
 from lowrank_pl.methods.recipes import RECIPES, Learning, Recipe, recipe
 
 
@@ -80,3 +82,19 @@ def test_ranks_on_top_of_llm_pruner_may_be_learned():
 def test_what_prunes_already_is_not_pruned_in_width():
     with pytest.raises(ValueError, match=r"\+prune stands behind a recipe that prunes already"):
         recipe("llm_pruner+prune")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dense": True},
+        {"dense": True, "rounding": Rounding(), "prune": WidthPruning()},
+        {"dense": True, "rounding": Rounding(), "storage": "auto"},
+        {"prune": LLMPruner(), "rounding": Rounding()},
+        {"allocator": "bytes"},
+        {"allocator": "bytes", "decomposition": Decomposition("two_sided"), "rounding": Rounding()},
+    ],
+)
+def test_bits_without_an_effect_are_refused(settings):
+    with pytest.raises(ValueError, match="leave out"):
+        Recipe(**settings)

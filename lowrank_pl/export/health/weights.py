@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank_pl.export.health.diagnosis import Finding, first_few
-from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid, packed_width, unpack
+from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid, grid_of_entry, packed_width, stored_shapes, unpack
 from lowrank_pl.plans.plan import ModulePlan, RankPlan, count_kinds, pivoted_matrices
 from lowrank_pl.plans.storage import INDEX_BYTES
 
@@ -74,7 +74,9 @@ def check_weights(tensors: Tensors, entries: Entries, zero: Collection[str] = ()
     ranges = {name: _range(tensor) for name, tensor in bar if tensor.is_floating_point()}
     empty = {name for name, values in ranges.items() if values == (0.0, 0.0)}
     for name, entry in entries.items():
-        empty |= {part for part in _parts(name, entry) if part in here and _only_zeros(here, part, _grid(entry))}
+        empty |= {
+            part for part in _parts(name, entry) if part in here and _only_zeros(here, part, grid_of_entry(entry))
+        }
     return [_finite(ranges, len(tensors) - len(here)), _alive(empty, entries, zero), _one_type(tensors, entries)]
 
 
@@ -115,7 +117,7 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
         return [shapes, _counts(per, (expected, expected * per), (0, 0), tensors)]
     stored = replace(plan, modules={name: found[name] for name in plan.modules})
     # Pivots may be on the other side than plans assume, which has other groups.
-    rounded = {name: entry for name, entry in entries.items() if _grid(entry) is not None}
+    rounded = {name: entry for name, entry in entries.items() if grid_of_entry(entry) is not None}
     more = sum(_bytes(found[name], entry) - found[name].bytes(per) for name, entry in rounded.items())
     outside = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in rounded}
     inside = {name: tensor for name, tensor in tensors.items() if name not in outside}
@@ -192,7 +194,7 @@ def _alive(zero: Collection[str], entries: Entries, rightly: Collection[str]) ->
     parts = {part: _decides_the_layer(part, entry) for name, entry in judged.items() for part in _parts(name, entry)}
     dead = [part for part, whole in parts.items() if whole and part in zero]
     suspect = [part for part, whole in parts.items() if not whole and part in zero]
-    bits = count_kinds(grid for grid in map(_grid, entries.values()) if grid is not None)
+    bits = count_kinds(grid for grid in map(grid_of_entry, entries.values()) if grid is not None)
     figures = {"modules": len(entries), "zero": dead, "zero_coefficients": suspect, "zero_in_base": [*rightly]}
     figures |= {"bits": bits} if bits else {}
     kind = "low-rank or rounded" if bits else "low-rank"
@@ -213,7 +215,9 @@ def _alive(zero: Collection[str], entries: Entries, rightly: Collection[str]) ->
 
 def _one_type(tensors: Tensors, entries: Entries) -> Finding:
     # Files have scales in a type of their own.
-    scales = {part for name, entry in entries.items() if _grid(entry) is not None for part in _parts(name, entry)}
+    scales = {
+        part for name, entry in entries.items() if grid_of_entry(entry) is not None for part in _parts(name, entry)
+    }
     scales = {name for name in scales if name in tensors and tensors[name].dtype == SCALE_TYPE}
     judged = {name: tensor for name, tensor in tensors.items() if name not in scales and tensor.is_floating_point()}
     kinds = Counter(_type(tensor) for tensor in judged.values())
@@ -294,7 +298,7 @@ def _stored_module(name: str, planned: ModulePlan, entries: Entries, tensors: Te
         shape = planned.shape if shapes[0] == planned.shape[::-1] else (rows, columns)
         return ModulePlan(shape) if entries else replace(planned, shape=shape)
     rank, side = _rank(entry), _side(entry)
-    if _grid(entry) is not None:
+    if grid_of_entry(entry) is not None:
         return _rounded_module(name, planned.shape, entry, tensors)
     (rows, inner), (outer, columns) = shapes
     if rank is None or not inner == outer == rank:
@@ -305,18 +309,15 @@ def _stored_module(name: str, planned: ModulePlan, entries: Entries, tensors: Te
 
 def _rounded_module(name: str, shape: tuple[int, int], entry: Entry, tensors: Tensors) -> ModulePlan:
     """Return a rounded module of ``shape``; its tensors alone do not tell the shape."""
-    grid = _grid(entry)
+    grid = grid_of_entry(entry)
     assert grid is not None
     made = ModulePlan(shape, _rank(entry), storage="factored" if _side(entry) is None else "pivoted", grid=grid)
     for part, (rows, columns) in zip(_parts(name, entry), _matrices(made, entry), strict=True):
-        groups = grid.groups(columns)
-        wanted = {part: groups, f"{part}_packed": packed_width(columns, grid.bits)}
-        wanted |= {f"{part}_zeros": packed_width(groups, grid.bits)} if grid.has_zeros else {}
-        for tensor, width in wanted.items():
+        for tensor, shape in stored_shapes(part, rows, columns, grid).items():
             found = list(tensors[tensor].shape) if tensor in tensors else "absent"
-            if found != [rows, width]:
+            if found != list(shape):
                 raise ValueError(
-                    f"has {tensor.rpartition('.')[2]} {found}, expected {[rows, width]} for {_described(made)}"
+                    f"has {tensor.rpartition('.')[2]} {found}, expected {list(shape)} for {_described(made)}"
                 )
     return made
 
@@ -350,10 +351,6 @@ def _rank(entry: Entry) -> int | None:
 
 def _side(entry: Entry) -> str | None:
     return None if isinstance(entry, int) else entry.get("side")
-
-
-def _grid(entry: Entry) -> Grid | None:
-    return None if isinstance(entry, int) or "bits" not in entry else Grid(entry["bits"], entry.get("group"))
 
 
 def _parts(name: str, entry: Entry) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import losses_by_rank
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.size_choices import Sizes, choose_sizes
+from lowrank_pl.plans.storage import Storage
 from lowrank_pl.utils.tensor_store import TensorStore
 
 __all__ = ["Prices", "allocate_bytes", "byte_plan", "price"]
@@ -66,8 +67,9 @@ def allocate_bytes(
 
     For each module, every rank as it is and at every number of bits, and the dense weight with as many bits, are priced
     by the two-sided metric: ``sum(sigma[k:] ** 2) / 2`` nats for truncating, plus the same form of the rounding error.
-    Both add up exactly (:func:`lowrank_pl.factors.rounding.component_costs`). The exact Lagrangian allocation over all
-    these sizes decides. Embeddings and head are priced by their measured divergence on calibration text.
+    For factors the second is an upper estimate (:func:`lowrank_pl.factors.rounding.component_costs`), for dense weights
+    it is what their rounding costs. The exact Lagrangian allocation over all these sizes decides. Embeddings and head
+    are priced by their measured divergence on calibration text. Modules with bits are never pivoted.
 
     Args:
         subject: The dense model, its tokenizer, the calibration sequences and the constraints on ranks.
@@ -167,7 +169,7 @@ def price(subject: Subject, factors: FactorStore, settings: ByteBudget) -> Price
             "losses of ranks and of bits compare"
         )
     budget = subject.budget(1.0)
-    costs = _module_costs(subject, factors, settings, budget)
+    costs = _module_costs(subject, factors, settings)
     choices: dict[str, list[ModulePlan]] = {}
     sizes: dict[str, Sizes] = {}
     for target in subject.targets.modules:
@@ -199,15 +201,22 @@ def _module_choices(
         key = _key(grid)
         found.append((ModulePlan(shape, grid=grid), costs.read(name, f"dense.{key}").item()))
         added = costs.read(name, f"components.{key}").cumsum(0)
-        found += [(ModulePlan(shape, rank, grid=grid), float(tail[rank] + added[rank - 1])) for rank in ranks]
+        # Rounded coefficients of pivots lose more than rounded factors.
+        some = [rank for rank in ranks if rank <= _top_rank(shape)]
+        found += [(ModulePlan(shape, rank, grid=grid), float(tail[rank] + added[rank - 1])) for rank in some]
     return found
+
+
+def _top_rank(shape: tuple[int, int]) -> int:
+    """Return the largest rank at which two factors are smaller than the dense weight in as many bits; at least 1."""
+    return max(1, Storage("factored").break_even(shape))
 
 
 def _key(grid: Grid) -> str:
     return "-".join(str(value) for value in grid.to_json().values())
 
 
-def _module_costs(subject: Subject, factors: FactorStore, settings: ByteBudget, budget: Budget) -> TensorStore:
+def _module_costs(subject: Subject, factors: FactorStore, settings: ByteBudget) -> TensorStore:
     """Return the store of what rounding costs: of the dense weight, and of every component."""
     grids = [grid.to_json() for grid in settings.grids]
     fingerprint, directory = factors.derived("rounding_costs", {"grids": grids})
@@ -218,8 +227,7 @@ def _module_costs(subject: Subject, factors: FactorStore, settings: ByteBudget, 
             roots = Roots.of_factors(factors, subject.model, subject.sequences, todo)
             for target, metric in tqdm(roots.metrics(todo), desc="price bits", unit="module", total=len(todo)):
                 weight = dense_weight(subject.model.get_submodule(target.name)).detach().float()
-                top = max(1, budget.top_rank(target.name))
-                kept = factors.factors(target.name, top)
+                kept = factors.factors(target.name, _top_rank(target.shape))
                 left, right = kept.left.to(weight), kept.right.to(weight)
                 keys = [_key(grid) for grid in settings.grids]
                 whole = dense_costs(weight, settings.grids, metric)

@@ -23,6 +23,7 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.hf_quantized import Grid, Rounded
 from lowrank_pl.models.targets import Target, dense_weight
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import weight_digest
 
@@ -42,8 +43,8 @@ def quantize(
     """Return the plan for rounded matrices, and the store that holds them.
 
     The metric of the errors is the one that the factors were made with: the second moments of inputs and outputs, with
-    their damping. Factors of the kind ``svd`` have none, and are rounded to nearest. Pivots are chosen first, so
-    coefficients are rounded like all other matrices.
+    their damping. Factors of the kind ``svd`` have none. Pivots are chosen first, and their coefficients are rounded
+    like all other matrices.
 
     The rounded matrices are written module by module to a folder inside that of ``factors``, so a killed run goes on
     where it was. Other sizes don't follow from the plan: make them from the plan before rounding.
@@ -153,6 +154,8 @@ class _Work:
             "bits": sha256_of(canonical_json(grids)),
             "compensate": compensate,
         }
+        if self._reads_head():
+            identity["text"] = sequences_fingerprint(subject.sequences)
         self.made = FactorStore(*base.derived(_STEP, identity))
 
     def run(self) -> RankPlan:
@@ -209,14 +212,18 @@ class _Work:
             return
         head = self.model.get_output_embeddings()
         reads = {name: self.model.get_submodule(name).get_parameter("weight") is head.weight for name in names}
-        wanted = any(reads[name] and _fine(self.plan.embeddings[name].grid) for name in names)
-        moment = head_moment(self.model, self.subject.sequences) if self.compensate and wanted else None
+        moment = head_moment(self.model, self.subject.sequences) if self._reads_head() else None
         for name in tqdm(names, desc="round embeddings", unit="matrix", leave=False):
             weight, grid = self.model.get_submodule(name).get_parameter("weight"), self.plan.embeddings[name].grid
             assert grid is not None
             rounded = round_embedding(weight, grid, moment if reads[name] else None)
             notes = {"weight": weight_digest(weight.detach()), "form": "dense", "seconds": "0"}
             self.made.add_rounded(name, {"weight": rounded}, notes=notes)
+
+    def _reads_head(self) -> bool:
+        """Tell whether what the head reads decides how an embedding is rounded."""
+        fine = (entry.grid is not None and entry.grid.bits < 8 for entry in self.plan.embeddings.values())
+        return self.compensate and any(fine)
 
     def _planned(self) -> RankPlan:
         """Return the plan with the forms that the layers have, and with notes on what rounding costs."""
@@ -254,11 +261,6 @@ def _with_bar(metrics: Iterator[tuple[Target, Metric]], count: int) -> Iterator[
     yield from tqdm(metrics, desc="round", unit="module", total=count)
 
 
-def _fine(grid: Grid | None) -> bool:
-    """Tell whether errors are so large that compensation pays for a pass over text."""
-    return grid is not None and grid.bits < 8
-
-
 def _rounded(layer: nn.Module, grid: Grid, metric: Metric | None) -> dict[str, Rounded]:
     """Return the rounded matrices of a layer; without a metric they are rounded to nearest."""
     if not isinstance(layer, (LowRankLinear, PivotedLinear)):
@@ -268,7 +270,7 @@ def _rounded(layer: nn.Module, grid: Grid, metric: Metric | None) -> dict[str, R
     if metric is None:
         return {name: nearest(matrix, grid) for name, matrix in matrices.items()}
     if isinstance(layer, PivotedLinear):
-        return round_pivoted(**matrices, order=layer.order(), grid=grid, metric=metric)
+        return round_pivoted(layer, grid, metric)
     return round_factors(matrices["weight"], matrices["right"], grid, metric)
 
 

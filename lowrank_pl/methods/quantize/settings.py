@@ -38,9 +38,10 @@ class Rounding:
     compensate: bool = True
 
     def __post_init__(self) -> None:
-        self.grid  # noqa: B018 - it checks
-        if self.embeddings is not None:
-            grid_of(self.embeddings)
+        for bits, group in ((self.bits, self.group), (8 if self.embeddings is None else self.embeddings, None)):
+            # What is surely possible is not checked: that would import torch for the default of a command.
+            if group is not None or bits not in range(2, 9):
+                grid_of(bits, group)
 
     @property
     def grid(self) -> Grid:
@@ -66,7 +67,7 @@ class ByteBudget:
 
     keep: float | None = None
     size: str | None = None
-    bits: Sequence[int] = (3, 4, 5, 6, 8)
+    bits: Sequence[int] | int = (3, 4, 5, 6, 8)
     group: int = _GROUP
     embeddings: bool = True
     sequences: int = 4
@@ -81,16 +82,19 @@ class ByteBudget:
             raise ValueError(f"keep is {self.keep}: expected the fraction of bytes to keep, above 0 and at most 1")
         if self.size is not None:
             memory_size(self.size)
-        if not self.bits:
-            raise ValueError("bits is empty: expected one or more numbers from 2 to 8")
-        if self.sequences < 1:
-            raise ValueError(f"sequences is {self.sequences}: expected at least 1")
+        if isinstance(self.bits, (str, float)) or not self.bits:
+            raise ValueError(f"bits is {self.bits!r}: expected one or more whole numbers from 2 to 8")
+        if isinstance(self.bits, int):
+            object.__setattr__(self, "bits", (self.bits,))
+        if type(self.sequences) is not int or self.sequences < 1:
+            raise ValueError(f"sequences is {self.sequences!r}: expected a whole number of at least 1")
         self.grids  # noqa: B018 - it checks
 
     @property
     def grids(self) -> tuple[Grid, ...]:
         """The numbers that a matrix may be rounded to."""
-        return tuple(grid_of(bits, None if bits == 8 else self.group) for bits in sorted(set(self.bits)))
+        every = {self.bits} if isinstance(self.bits, int) else set(self.bits)
+        return tuple(grid_of(bits, None if bits == 8 else self.group) for bits in sorted(every))
 
     def limit(self, dense_bytes: int) -> int:
         """Return the bytes that a model of ``dense_bytes`` may have."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lowrank_pl import allocate_ranks
@@ -13,6 +15,7 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.quantize import ByteBudget, Rounding, allocate_bytes, quantize
 from lowrank_pl.methods.quantize.byte_budget import price
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.plans.constraints import Constraints
 
 
 @pytest.fixture
@@ -54,6 +57,14 @@ def test_too_small_a_budget_says_what_is_possible(subject):
         allocate_bytes(subject, ByteBudget(size="1KB", sequences=1))
 
 
+def test_budgets_under_other_constraints_share_their_prices(subject):
+    found = [
+        allocate_bytes(replace(subject, constraints=constraints), ByteBudget(keep=0.2, sequences=1))[0]
+        for constraints in (Constraints(storage="factored", multiple_of=4), Constraints(storage="auto"))
+    ]
+    assert all(plan.keep_bytes <= 0.2 for plan in found)
+
+
 def test_only_two_sided_factors_have_losses_that_compare(subject):
     factors = build_factors(subject, settings=Decomposition("whitened"))
     with pytest.raises(ValueError, match="factors of the kind 'whitened': expected two_sided"):
@@ -68,6 +79,8 @@ def test_only_two_sided_factors_have_losses_that_compare(subject):
         ({"keep": 1.5}, "keep is 1.5"),
         ({"size": "much"}, "'much' is no amount of memory"),
         ({"keep": 0.5, "bits": [9]}, "9 bits were given"),
+        ({"keep": 0.5, "bits": 4.5}, "bits is 4.5"),
+        ({"keep": 0.5, "sequences": "abc"}, "sequences is 'abc'"),
     ],
 )
 def test_impossible_budgets_are_refused(settings, message):

@@ -15,10 +15,11 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.quantize import Rounding, quantize
 from lowrank_pl.methods.refit import Refit, refit
-from lowrank_pl.models.hf_quantized import is_quantized
+from lowrank_pl.models.hf_quantized import Grid, is_quantized
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.plans.resize import nested
 from tests.helpers.unchanged import assert_untouched, state
 
 
@@ -116,3 +117,45 @@ def test_impossible_bits_are_refused():
         Rounding(bits=1)
     with pytest.raises(ValueError, match="the group 12 was given: expected a multiple of 8"):
         Rounding(group=12)
+
+
+@pytest.fixture
+def rounded(subject):
+    plan, made = quantize(*allocate_ranks(subject, keep=0.5), subject, settings=Rounding(bits=4))
+    return plan, made, next(iter(plan.modules))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": Grid(8)}, "can't be edited after rounding"),
+        ({"grid": None}, "is rounded in .* but the plan gives it no bits"),
+        ({"rank": 1}, "can't be edited after rounding"),
+    ],
+)
+def test_an_edited_plan_does_not_get_the_old_codes(subject, rounded, change, message):
+    plan, made, name = rounded
+    edited = replace(plan, modules={**plan.modules, name: replace(plan.modules[name], **change)})
+    with pytest.raises(ValueError, match=message):
+        kl(subject, edited, made)
+
+
+def test_embeddings_of_another_base_are_refused(subject, rounded):
+    with torch.no_grad():
+        subject.model.get_input_embeddings().weight.mul_(2)
+    with pytest.raises(ValueError, match=r"embed_tokens .* were made from another weight than the model has"):
+        kl(subject, *rounded[:2])
+
+
+def test_embeddings_in_few_bits_follow_the_text(subject):
+    codes = []
+    for one in (subject, replace(subject, sequences=subject.sequences.flip(1))):
+        plan, factors = allocate_ranks(one, keep=0.5, decomposition=Decomposition("svd"), allocator="uniform")
+        _, made = quantize(plan, factors, one, settings=Rounding(embeddings=3))
+        codes.append(made.rounded("lm_head")[0]["weight"].packed)
+    assert not torch.equal(*codes)
+
+
+def test_no_other_size_follows_from_a_rounded_plan(rounded):
+    with pytest.raises(ValueError, match="rounded to a few bits, so no other size follows"):
+        nested(rounded[0], [0.3])
