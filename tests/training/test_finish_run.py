@@ -19,6 +19,7 @@ from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.run import allocate_on
+from lowrank_pl.methods.quantize import Rounding
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.training.checkpointing import read_checkpoint
@@ -334,7 +335,22 @@ def test_a_finished_model_goes_to_the_hub_with_its_scores(tmp_path, monkeypatch,
     assert load_compressed(tmp_path / "model", keep=0.3).num_parameters() > 0
 
 
-@pytest.mark.parametrize("other", [{"merge": True}, {"refit": Refit()}], ids=["merge", "refit"])
+def test_a_run_rounds_at_its_end(tmp_path, caplog):
+    finish = FinishRun(baselines=[], rounding=Rounding(bits=4))
+    fit(make_learner(), max_steps=1, default_root_dir=tmp_path, callbacks=[finish])
+    rows = {row.name: row for row in finish.finished.rows}
+    assert rows["learned"].bits == (4, 8)
+    assert rows["learned"].bytes < 0.4 * rows["learned, not rounded"].bytes
+    model = load_compressed(tmp_path / "model")
+    assert perplexity(model, finish.protocol.sequences).perplexity == pytest.approx(rows["learned"].perplexity)
+    # The page finds the singular values of the factors that were rounded.
+    assert "damaged" not in caplog.text
+
+
+OTHERS = {"merge": {"merge": True}, "refit": {"refit": Refit()}, "rounding": {"rounding": Rounding()}}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_what_does_not_go_with_any_size_is_refused_before_the_run(other):
     with pytest.raises(ValueError, match="leave out any_size"):
         FinishRun(any_size=True, **other)
