@@ -179,6 +179,7 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
         ValueError: A method has no result.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     lines = lines_by_mean_excess(results, methods)
     whole = _dense_bytes(results)
@@ -197,9 +198,13 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
             linestyle=("-", "--", ":")[place // 10 % 3],
         )
     # A tiny random model may come out better than dense by chance.
-    if all(row["excess"][corpus] > 0 for rows in lines.values() for row in rows):
+    values = [row["excess"][corpus] for rows in lines.values() for row in rows]
+    if min(values) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter("{x:g}")
+        if max(values) > 20 * min(values):
+            # Labels of all digits would overlap.
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     sizes = sorted({row["keep"]["asked"] for rows in lines.values() for row in rows})
     if whole:
         axes.xaxis.set_major_formatter(lambda size, _: percent(size))
