@@ -1,7 +1,7 @@
 """Rounded layers whose products torch's kernels for packed integers compute on a CPU, where they are faster.
 
-torch brings such kernels for 8 bits with one scale a row, and for 4 bits in groups of 32, 64, 128 or 256 columns. For
-bfloat16 they read the codes instead of a matrix of floating-point numbers, which a token of decoding waits for. For
+torch brings such kernels for 8 bits with one scale a row, and for 4 bits in groups of 32, 64, 128 or 256 columns,
+which compute 2 and 3 bits as well. For bfloat16 they read the codes instead of a matrix of floating-point numbers, which a token of decoding waits for. For
 float32 they are slower than dequantising, and for many tokens too.
 """
 
@@ -47,9 +47,9 @@ class IntegerMatrix:
     """A rounded matrix as torch's kernels read it.
 
     Args:
-        codes: int8 ``[rows, columns]``, or packed for 4 bits; padded to multiples of what the kernels read.
-        scales: ``[rows]``, or ``[groups, rows, 2]`` scales and zeros for 4 bits, in the type of the inputs.
-        group: Columns that share a scale at 4 bits; None at 8 bits.
+        codes: int8 ``[rows, columns]``, or packed in 4 bits; padded to multiples of what the kernels read.
+        scales: ``[rows]``, or ``[groups, rows, 2]`` scales and zeros up to 4 bits, in the type of the inputs.
+        group: Columns that share a scale up to 4 bits; None at 8 bits.
         rows: Rows of the matrix.
     """
 
@@ -63,7 +63,7 @@ class IntegerMatrix:
         """Return the matrix for inputs of ``dtype``; None where torch has no kernel for its numbers."""
         grid = rounded.grid
         whole = grid.bits == 8 and grid.group is None
-        if not whole and not (grid.bits == 4 and grid.group in _GROUPS):
+        if not whole and not (grid.bits <= 4 and grid.group in _GROUPS):
             return None
         # The kernels read past the edge of other sizes, and may crash.
         more = -rounded.rows % _MULTIPLE, -rounded.columns % (grid.group or _MULTIPLE)
@@ -74,7 +74,7 @@ class IntegerMatrix:
             scales = pad(rounded.scales[:, 0], (0, more[0])).to(dtype)
             return cls(codes.contiguous(), scales, None, rounded.rows)
         assert rounded.zeros is not None
-        zeros = unpack(rounded.zeros, 4, rounded.scales.shape[1]).float()
+        zeros = unpack(rounded.zeros, grid.bits, rounded.scales.shape[1]).float()
         # The kernel computes (code - 8) * scale + zero.
         pairs = pad(torch.stack([rounded.scales, (8 - zeros) * rounded.scales], -1), (0, 0, 0, 0, 0, more[0]))
         codes = pad(codes, (0, more[1], 0, more[0])).int().contiguous()
