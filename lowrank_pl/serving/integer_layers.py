@@ -1,8 +1,8 @@
 """Rounded layers whose products torch's kernels for packed integers compute on a CPU, where they are faster.
 
 torch brings such kernels for 8 bits with one scale a row, and for 4 bits in groups of 32, 64, 128 or 256 columns,
-which compute 2 and 3 bits as well. For bfloat16 they read the codes instead of a matrix of floating-point numbers, which a token of decoding waits for. For
-float32 they are slower than dequantising, and for many tokens too.
+which compute 2 and 3 bits as well. For bfloat16 they read the codes instead of a matrix of floating-point numbers,
+which a token of decoding waits for. For float32 they are slower than dequantising, and for many tokens too.
 """
 
 from __future__ import annotations
