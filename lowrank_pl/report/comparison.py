@@ -216,7 +216,11 @@ def comparison_plot(results: Sequence[Mapping[str, Any]], corpus: str, *, method
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=7)
-    _name_lines(axes, ends, {name: f"C{place % 10}" for place, name in enumerate(ends)})
+    if whole:
+        # Many of these lines are single points, whose names would lie on each other.
+        axes.legend(list(map(plain, ends)), loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
+    else:
+        _name_lines(axes, ends, {name: f"C{place % 10}" for place, name in enumerate(ends)})
     return figure
 
 
