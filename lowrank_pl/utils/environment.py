@@ -154,7 +154,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise NotImplementedError("its tensors have no values")
+        return device
     # The exception type depends on how torch was built.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(

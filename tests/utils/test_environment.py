@@ -47,6 +47,7 @@ def test_a_device_that_is_there_is_taken(asked):
     assert pick_device(asked).type in {"auto": ("cpu", "cuda"), "cpu": ("cpu",)}[asked]
 
 
-def test_a_device_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="tpu9"):
-        pick_device("tpu9")
+@pytest.mark.parametrize("name", ["tpu9", "meta"])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=name):
+        pick_device(name)
