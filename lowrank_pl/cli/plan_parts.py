@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.models.settings import Base
+from lowrank_pl.utils.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from lowrank_pl.factors.store import FactorStore
     from lowrank_pl.plans.plan import RankPlan
 
-__all__ = ["PlanParts", "plan_figures", "plan_line"]
+__all__ = ["PlanParts", "finish_plan", "plan_figures", "plan_line"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,21 @@ class PlanParts:
         from lowrank_pl.calibration.stored_factors import stored_factors
 
         return stored_factors(plan, model, tokenizer, directory=self.store)
+
+
+def finish_plan(plan: RankPlan, factors: FactorStore, output: Path, json: Path | None) -> None:
+    """Write a plan that was made from another one, show it with its notes, and write its figures.
+
+    Args:
+        plan: The plan.
+        factors: The factors that it is for.
+        output: File of the plan.
+        json: File of the figures; None writes none.
+    """
+    plan.save(output)
+    print("\n".join([plan_line(plan), *plan.notes, f"plan   {output}", f"store  {factors.directory}"]))
+    if json is not None:
+        write_json(json, {"plan": str(output), **plan_figures(plan)})
 
 
 def plan_line(plan: RankPlan) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_pl.cli.parameters import Flat
-from lowrank_pl.cli.plan_parts import PlanParts, plan_figures, plan_line
+from lowrank_pl.cli.plan_parts import PlanParts, finish_plan
 from lowrank_pl.methods.quantize.settings import Rounding
-from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.files import check_output_files
 
 if TYPE_CHECKING:
     from lowrank_pl.plans.plan import RankPlan
@@ -50,8 +50,5 @@ def quantize(
     rounded, factors = quantizing.quantize(
         given, parts.factors_of(given, subject.model, subject.tokenizer), subject, settings=settings
     )
-    rounded.save(output)
-    print("\n".join([plan_line(rounded), *rounded.notes, f"plan   {output}", f"store  {factors.directory}"]))
-    if json is not None:
-        write_json(json, {"plan": str(output), **plan_figures(rounded)})
+    finish_plan(rounded, factors, output, json)
     return rounded

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_pl.cli.parameters import Flat
-from lowrank_pl.cli.plan_parts import PlanParts, plan_figures, plan_line
+from lowrank_pl.cli.plan_parts import PlanParts, finish_plan
 from lowrank_pl.methods.refit.settings import Refit
-from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.files import check_output_files
 
 if TYPE_CHECKING:
     from lowrank_pl.plans.plan import RankPlan
@@ -59,8 +59,5 @@ def refit(
         sequences=replace(own, text=text or own.text, sequences=settings.sequences).tokens(subject.tokenizer),
         settings=settings,
     )
-    refitted.save(output)
-    print("\n".join([plan_line(refitted), *refitted.notes, f"plan   {output}", f"store  {factors.directory}"]))
-    if json is not None:
-        write_json(json, {"plan": str(output), **plan_figures(refitted)})
+    finish_plan(refitted, factors, output, json)
     return refitted

@@ -192,9 +192,7 @@ def round_factors(left: Tensor, right: Tensor, grid: Grid, metric: Metric) -> di
         grid: The numbers to round to.
         metric: What errors cost.
     """
-    left, right = left.float(), right.float()
-    size = left.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    left, right = left / size, right * size[:, None]
+    left, right = _equal_columns(left, right)
     rounded = compensated(right, grid, metric.inputs)
     kept = rounded.dense()
     moment = kept @ kept.mT if metric.inputs is None else kept @ metric.inputs.float() @ kept.mT
@@ -251,9 +249,7 @@ def component_costs(left: Tensor, right: Tensor, grids: Sequence[Grid], metric: 
         grids: The numbers to round to.
         metric: What errors cost.
     """
-    left, right = left.float(), right.float()
-    size = left.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    left, right = left / size, right * size[:, None]
+    left, right = _equal_columns(left, right)
     inputs, outputs = (None if moment is None else moment.float() for moment in (metric.inputs, metric.outputs))
 
     def of_rows(rows: Tensor, moment: Tensor | None) -> Tensor:
@@ -266,6 +262,13 @@ def component_costs(left: Tensor, right: Tensor, grids: Sequence[Grid], metric: 
         (felt * of_rows(one.dense() - right, inputs) + seen * of_rows((other.dense() - left).mT, outputs)).double() / 2
         for one, other in zip(rights, lefts, strict=True)
     ]
+
+
+def _equal_columns(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors with the same product, in float32, where the columns of the left one have the same size."""
+    left, right = left.float(), right.float()
+    size = left.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return left / size, right * size[:, None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -293,10 +293,14 @@ class PivotedLinear(_TwoMatrices):
 
     def order(self) -> tuple[Tensor, Tensor]:
         """Return the indices of the pivots and of all others, among outputs or inputs."""
+        every, is_pivot = self._every()
+        return every[is_pivot], every[~is_pivot]
+
+    def _every(self) -> tuple[Tensor, Tensor]:
+        """Return all indices of outputs or inputs, and whether each is a pivot."""
         size = self.out_features if self.side == "out" else self.in_features
         every = torch.arange(size, device=self.pivots.device)
-        is_pivot = torch.isin(every, self.pivots)
-        return every[is_pivot], every[~is_pivot]
+        return every, torch.isin(every, self.pivots)
 
     def _indices(self) -> tuple[Tensor, ...]:
         """Return the indices for the forward pass: pivots and other inputs, or the place of each output.
@@ -308,9 +312,7 @@ class PivotedLinear(_TwoMatrices):
             return self._derived[1:]
         # Tensors made in inference mode can't be used in training later.
         with torch.inference_mode(False):
-            size = self.out_features if self.side == "out" else self.in_features
-            every = torch.arange(size, device=self.pivots.device)
-            is_pivot = torch.isin(every, self.pivots)
+            every, is_pivot = self._every()
             before = is_pivot.cumsum(0)
             # Where each index lies when all pivots come first. ONNX has no stable sort, which would say it more simply.
             place = torch.where(is_pivot, before - 1, self.rank + every - before)
