@@ -28,8 +28,9 @@ from lowrank_pl.export.hub import HubRepo, announce_upload, upload
 from lowrank_pl.export.reload import ExportError, check_contents, check_merged, check_reload, logits_of
 from lowrank_pl.factors.components import AnySize, NestedComponents
 from lowrank_pl.factors.cutting import cut
-from lowrank_pl.models import digests, hf_format, hf_layers, hf_quantized
+from lowrank_pl.models import digests, hf_experts, hf_format, hf_layers, hf_quantized
 from lowrank_pl.models.digests import check_files, unchecked, write_digests
+from lowrank_pl.models.hf_experts import experts_fused, split_experts, split_modules
 from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align, tied_weights
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.hf_quantized import (
@@ -64,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 CODE = Path(hf_format.__file__).name
 
-CODE_FILES = tuple(Path(module.__file__ or "") for module in (hf_format, hf_layers, hf_quantized, digests))
+CODE_FILES = tuple(Path(module.__file__ or "") for module in (hf_format, hf_layers, hf_quantized, hf_experts, digests))
 """The files of the package that exports hold copies of."""
 
 Entry = int | dict[str, Any]
@@ -120,10 +121,10 @@ def save_compressed(
     """Write ``model`` to a folder that reloads as exactly this model, and return a report.
 
     The folder holds safetensors weights, ``config.json``, the generation configuration, the tokenizer with its chat
-    template, ``plan.json``, ``README.md``, and the code in ``hf_format.py``, ``hf_layers.py``, ``hf_quantized.py`` and
-    ``digests.py``. ``lowrank.sha256`` has the SHA-256 of all these files but the card. It loads with
-    :func:`load_compressed`, with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``, or anywhere with
-    ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
+    template, ``plan.json``, ``README.md``, and the code in ``hf_format.py``, ``hf_layers.py``, ``hf_quantized.py``,
+    ``hf_experts.py`` and ``digests.py``. ``lowrank.sha256`` has the SHA-256 of all these files but the card. It loads
+    with :func:`load_compressed`, with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``, or anywhere
+    with ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
 
     The check runs the same probes here and in a fresh process on the same device, with the same number of threads and
     the same attention, and compares the bytes of the logits. It needs the memory of a second copy of the exported
@@ -185,8 +186,8 @@ def save_compressed(
     with _limits_explained(directory), atomic_directory(directory) as folder:
         dense = _dense_layers(model, originals, merge=merge)
         before = logits_of(model) if verify and dense else None
-        with replaced(model, dense):
-            _write(model, folder, tokenizer, None if merge else LowRankConfig(entries, shapes))
+        with replaced(model, dense), experts_fused(model) if merge else nullcontext():
+            _write(model, folder, tokenizer, None if merge else _config(model, entries, shapes))
             _write_texts(folder, plan, card)
             if verify:
                 reference = logits_of(model)
@@ -276,10 +277,8 @@ def load_cut(
     model = _load(Path(directory), verify, from_pretrained_kwargs)
     smaller = cut(model, plan, smaller, NestedComponents.of_export(directory, plan))
     # So that save_pretrained writes a folder that reloads.
-    stored = LowRankConfig(
-        {name: _entry(module) for name, module in model.named_modules() if _is_compressed_layer(module)},
-        getattr(model.config.quantization_config, "shapes", None),
-    )
+    entries = {name: _entry(module) for name, module in model.named_modules() if _is_compressed_layer(module)}
+    stored = _config(model, entries, getattr(model.config.quantization_config, "shapes", None))
     model.config.quantization_config = stored
     model.hf_quantizer.quantization_config = stored
     return model, smaller
@@ -385,7 +384,10 @@ def _originals(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the modules that the config alone describes, by name, on the meta device."""
     config = copy.deepcopy(model.config)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return dict((base_class(model) or type(model))(config).named_modules())
+        original = (base_class(model) or type(model))(config)
+    if split_modules(model):
+        split_experts(original)
+    return dict(original.named_modules())
 
 
 def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, Entry]:
@@ -444,6 +446,10 @@ def _out_and_in(module: nn.Module) -> list[int]:
         return list(module.weight.shape[::-1])
     assert isinstance(module, nn.Linear)
     return [module.out_features, module.in_features]
+
+
+def _config(model: nn.Module, entries: dict[str, Entry], shapes: dict[str, list[int]] | None) -> LowRankConfig:
+    return LowRankConfig(entries, shapes, experts=bool(split_modules(model)))
 
 
 def _is_compressed_layer(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lowrank_pl.models.digests import check_files
+from lowrank_pl.models.hf_experts import split_experts
 from lowrank_pl.models.hf_format import METHOD
 from lowrank_pl.models.identity import base_class
 from lowrank_pl.models.settings import Base
 from lowrank_pl.models.shapes import SHAPES, random_blocks
-from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.models.tiny import FAMILIES, MIXTURES, byte_tokenizer, tiny_model
 
 __all__ = [
     "DTYPES",
@@ -48,6 +50,8 @@ FORMS = "a hub id, a local folder, a .gguf file, package:NAME, random:FAMILY or 
 
 # Families whose real tokenizers put a BOS before every text, and whose models go wrong without it.
 BOS_FAMILIES = ("gemma2", "gemma3")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,19 @@ def load_base(base: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
         model = _load_gguf(spec, dtype)
     else:
         model = _load_checkpoint(spec, dtype, trust_remote_code)
+    _split(model)
     return model.eval().requires_grad_(False)
+
+
+def _split(model: PreTrainedModel) -> None:
+    """Split fused experts into linear layers; experts of an unknown layout stay fused, and so dense, with a warning."""
+    try:
+        split = split_experts(model)
+    except ValueError as error:
+        _log.warning("experts stay fused: %s", error)
+    else:
+        if split:
+            _log.info("experts: %d modules split into linear layers (%s, ...)", len(split), split[0])
 
 
 def stored_dtype(base: str, *, trust_remote_code: bool = False) -> torch.dtype:
@@ -187,8 +203,9 @@ def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def _random(family: str) -> BaseSpec:
-    if family not in FAMILIES:
-        raise ValueError(f"base model 'random:{family}': unknown family; expected one of {', '.join(FAMILIES)}")
+    if family not in FAMILIES + MIXTURES:
+        known = ", ".join(FAMILIES + MIXTURES)
+        raise ValueError(f"base model 'random:{family}': unknown family; expected one of {known}")
     return BaseSpec(name=f"random-{family}", path="", family=family)
 
 

@@ -1,7 +1,7 @@
 """The format of a compressed model on disk, as transformers reads and writes it.
 
-This file, hf_layers.py, hf_quantized.py and digests.py need only torch and transformers. Every exported folder holds
-copies of them, which ``trust_remote_code=True`` runs on machines without lowrank_pl. Importing the file, or a copy of
+This file, hf_layers.py, hf_quantized.py, hf_experts.py and digests.py need only torch and transformers. Every exported
+folder holds copies of them, which ``trust_remote_code=True`` runs on machines without lowrank_pl. Importing the file, or a copy of
 it, registers the quantization method ``"lowrank"`` with transformers. Plain ``from_pretrained`` then builds the model
 with :class:`LowRankLinear` or :class:`PivotedLinear` where ``config.json`` says so, and with the layers of
 hf_quantized.py where it names bits.
@@ -13,6 +13,7 @@ shape, so that transformers stops at the size mismatch.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -30,6 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # Relative, so that transformers copies these files along with this one.
 from .digests import check_files
+from .hf_experts import split_experts
 from .hf_layers import LowRankLinear, PivotedLinear
 from .hf_quantized import (
     Grid,
@@ -59,7 +62,7 @@ __all__ = [
 ]
 
 METHOD = "lowrank"
-SCHEMA = 4
+SCHEMA = 5
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -72,6 +75,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             or an embedding that is rounded has no rank: ``{"bits": 8}``.
         shapes: ``[out, in]`` of the linear layers, compressed or not, whose shape differs from what the rest of the
             config says, for example after MLPs were pruned to several widths.
+        experts: Whether the experts of mixtures are stored as separate linear layers.
         schema: Version of the format that the folder was written in.
         quant_method: Always ``"lowrank"``.
         **unknown: Other keys, which are refused. A newer schema may have them: its error comes first.
@@ -82,7 +86,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Attributes:
         newest: The highest schema that this copy of the file reads.
         schema: The lowest schema that can express the entries, so that older versions read the folder if they can: 2
-            with pivots, 3 with shapes, 4 with bits.
+            with pivots, 3 with shapes, 4 with bits, 5 with experts.
     """
 
     newest = SCHEMA
@@ -91,6 +95,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         modules: dict[str, int | dict[str, Any]] | None = None,
         shapes: dict[str, list[int]] | None = None,
+        experts: bool = False,
         schema: int = SCHEMA,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -102,7 +107,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if unknown:
             raise ValueError(
-                f"quantization_config has the unknown keys {sorted(unknown)}: expected modules, shapes, schema"
+                f"quantization_config has the unknown keys {sorted(unknown)}: expected modules, shapes, experts, schema"
             )
         self.modules = dict(modules or {})
         for name, entry in self.modules.items():
@@ -118,6 +123,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             # Only if there are any: older versions refuse unknown keys.
             self.shapes = {name: list(shape) for name, shape in shapes.items()}
             self.schema = max(self.schema, 3)
+        if experts:
+            self.experts, self.schema = True, 5
         self.quant_method = quant_method
 
 
@@ -198,6 +205,19 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         """True: the layers are at most two matrix products and two gathers."""
         return True
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Return the conversions without those that would fuse the experts of files that hold them separately."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        if not getattr(self.quantization_config, "experts", False):
+            return conversions
+        names = "\n".join(model.state_dict())
+        return [
+            conversion
+            for conversion in conversions
+            if not isinstance(conversion, WeightConverter)
+            or any(re.search(target, names) for target in conversion.target_patterns)
+        ]
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
@@ -205,6 +225,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files = list(checkpoint_files or ())
         if checkpoint_files:
             check_files(Path(checkpoint_files[0]).parent)
+        if getattr(self.quantization_config, "experts", False):
+            split_experts(model)
         known = dict(model.named_modules())
         reshape(model, getattr(self.quantization_config, "shapes", {}))
         for name, entry in self.quantization_config.modules.items():

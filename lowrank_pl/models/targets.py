@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
+from lowrank_pl.models.hf_experts import all_experts_called, is_fused
 from lowrank_pl.models.hf_quantized import is_quantized
 
 __all__ = [
@@ -288,9 +289,8 @@ def _reason(
         return f"{BY_PATTERN}: in none of {list(include)}"
     kind = type(matrix.owner).__name__
     if matrix.module is None:
-        # torch's own classes with 3-D weights are convolutions, not experts.
-        if matrix.weight.dim() == 3 and not type(matrix.owner).__module__.startswith("torch.nn."):
-            return f"fused experts of {kind} (a 3-D parameter)"
+        if is_fused(matrix.owner):
+            return f"fused experts of {kind} (a 3-D parameter): split_experts makes linear layers of them"
         return f"{matrix.weight.dim()}-D parameter of {kind}, which is no known linear layer"
     if not matrix.weight.is_floating_point() or matrix.weight.element_size() < 2:
         return f"weights of type {matrix.weight.dtype}"
@@ -320,7 +320,7 @@ def _probe(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Calls:
         return hook
 
     tokens = torch.arange(2, device=input_device(model))[None]
-    with evaluating(model), ExitStack() as hooks:
+    with evaluating(model), all_experts_called(), ExitStack() as hooks:
         for name, module in modules.items():
             hooks.callback(module.register_forward_pre_hook(remember(name), with_kwargs=True).remove)
         model(input_ids=tokens, use_cache=False)

@@ -14,9 +14,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-__all__ = ["BOS", "EOS", "FAMILIES", "PAD", "VOCABULARY", "byte_tokenizer", "tiny_model"]
+__all__ = ["BOS", "EOS", "FAMILIES", "MIXTURES", "PAD", "VOCABULARY", "byte_tokenizer", "tiny_model"]
 
 HEADS = 4
+EXPERTS = 4
 POSITIONS = 2048
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 PAD, BOS, EOS = 256, 257, 258
@@ -40,7 +41,7 @@ def tiny_model(family: str, *, seed: int = 0, layers: int = 2, hidden: int = 32)
     equal weights, and the caller's random state is unchanged.
 
     Args:
-        family: One of :data:`FAMILIES`.
+        family: One of :data:`FAMILIES` or :data:`MIXTURES`.
         seed: Seed of the weights.
         layers: Number of decoder blocks.
         hidden: Width of the residual stream, a multiple of 16.
@@ -52,13 +53,15 @@ def tiny_model(family: str, *, seed: int = 0, layers: int = 2, hidden: int = 32)
     >>> model(torch.arange(8)[None]).logits.shape
     torch.Size([1, 8, 261])
     """
-    if family not in _CONFIGS:
-        raise ValueError(f"random model family {family!r} is not known: expected one of {', '.join(FAMILIES)}")
+    make = _CONFIGS.get(family) or _MIXTURES.get(family)
+    if make is None:
+        known = ", ".join(FAMILIES + MIXTURES)
+        raise ValueError(f"random model family {family!r} is not known: expected one of {known}")
     if layers < 1 or hidden < 16 or hidden % 16:
         raise ValueError(
             f"layers={layers}, hidden={hidden}: a random model needs layers >= 1 and hidden a positive multiple of 16"
         )
-    config = AutoConfig.for_model(_MODEL_TYPES.get(family, family), **_CONFIGS[family](layers, hidden))
+    config = AutoConfig.for_model(_MODEL_TYPES.get(family, family), **make(layers, hidden))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -174,6 +177,42 @@ def _gpt_neox(layers: int, hidden: int) -> Sizes:
     return {**_common(layers, hidden), "intermediate_size": hidden * 4, "rope_parameters": rope, **dropout}
 
 
+def _mixture(**extra: Any) -> Callable[[int, int], Sizes]:
+    """Return a function that makes configurations with experts, two of which serve each token."""
+    widths = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
+    make = _gated(**widths, **extra)
+    # Families without a width of their own for experts take that of MLPs.
+    own = {"num_local_experts": {"intermediate_size": 48}, "num_experts": {}, "n_routed_experts": {}}
+    narrow = next(sizes for key, sizes in own.items() if key in extra)
+    return lambda layers, hidden: {**make(layers, hidden), **narrow}
+
+
+def _deepseek(**extra: Any) -> Callable[[int, int], Sizes]:
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    shared = {"n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": HEADS}
+    return _mixture(n_routed_experts=EXPERTS, **latent, **shared, **extra)
+
+
+def _jetmoe(layers: int, hidden: int) -> Sizes:
+    heads = {"num_key_value_heads": HEADS // 2, "kv_channels": hidden // HEADS, "num_attention_heads": HEADS}
+    experts = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 48}
+    return {**_common(layers, hidden), **heads, **experts}
+
+
+def _qwen3_next(layers: int, hidden: int) -> Sizes:
+    linear = {
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"] * (layers // 2) + ["linear_attention"] * (layers % 2),
+    }  # fmt: skip
+    experts = _mixture(num_experts=EXPERTS, head_dim=8, shared_expert_intermediate_size=48, norm_topk_prob=True)
+    return {**experts(layers, hidden), **linear}
+
+
+def _llama4(layers: int, hidden: int) -> Sizes:
+    sizes = {"num_local_experts": EXPERTS, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2, "head_dim": 8}
+    return {**_mixture(**sizes)(layers, hidden), "num_experts_per_tok": 1}
+
+
 _CONFIGS: dict[str, Callable[[int, int], Sizes]] = {
     "llama": _gated(),
     "mistral": _gated_heads(),
@@ -187,7 +226,28 @@ _CONFIGS: dict[str, Callable[[int, int], Sizes]] = {
     "gpt_neox": _gpt_neox,
 }
 
-_MODEL_TYPES = {"gemma3": "gemma3_text"}
+_MIXTURES: dict[str, Callable[[int, int], Sizes]] = {
+    "mixtral": _mixture(num_local_experts=EXPERTS),
+    "qwen2_moe": _mixture(num_experts=EXPERTS, shared_expert_intermediate_size=48, decoder_sparse_step=1),
+    "qwen3_moe": _mixture(num_experts=EXPERTS, head_dim=8, norm_topk_prob=True),
+    "qwen3_next": _qwen3_next,
+    "olmoe": _mixture(num_experts=EXPERTS),
+    "phimoe": _mixture(num_local_experts=EXPERTS),
+    "granitemoe": _mixture(num_local_experts=EXPERTS),
+    "jetmoe": _jetmoe,
+    "deepseek_v2": _deepseek(topk_method="greedy", n_group=1, topk_group=1),
+    "deepseek_v3": _deepseek(n_group=2, topk_group=1),
+    "glm4_moe": _mixture(
+        n_routed_experts=EXPERTS, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1
+    ),
+    "gpt_oss": _mixture(num_local_experts=EXPERTS, head_dim=8, sliding_window=64),
+    "llama4": _llama4,
+}
+
+_MODEL_TYPES = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
 
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
-"""Families that :func:`tiny_model` knows, as in ``random:llama``."""
+"""Dense families that :func:`tiny_model` knows, as in ``random:llama``."""
+
+MIXTURES: tuple[str, ...] = tuple(_MIXTURES)
+"""Families of mixtures of experts that :func:`tiny_model` knows, as in ``random:mixtral``."""
