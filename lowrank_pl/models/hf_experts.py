@@ -327,9 +327,8 @@ def _kind(module: nn.Module) -> type[SplitExperts]:
 def split_modules(model: nn.Module) -> list[tuple[str, SplitExperts]]:
     """Return the modules of split experts of ``model`` by name, also those of a folder's copy of this file."""
     found: Any = model.named_modules()
-    return [
-        (name, one) for name, one in found if any(kind.__name__ == SplitExperts.__name__ for kind in type(one).__mro__)
-    ]
+    own = SplitExperts.__name__
+    return [(name, module) for name, module in found if any(kind.__name__ == own for kind in type(module).__mro__)]
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """The format of a compressed model on disk, as transformers reads and writes it.
 
 This file, hf_layers.py, hf_quantized.py, hf_experts.py and digests.py need only torch and transformers. Every exported
-folder holds copies of them, which ``trust_remote_code=True`` runs on machines without lowrank_pl. Importing the file, or a copy of
-it, registers the quantization method ``"lowrank"`` with transformers. Plain ``from_pretrained`` then builds the model
-with :class:`LowRankLinear` or :class:`PivotedLinear` where ``config.json`` says so, and with the layers of
-hf_quantized.py where it names bits.
+folder holds copies of them, which ``trust_remote_code=True`` runs on machines without lowrank_pl. Importing the file,
+or a copy of it, registers the quantization method ``"lowrank"`` with transformers. Plain ``from_pretrained`` then
+builds the model with :class:`LowRankLinear` or :class:`PivotedLinear` where ``config.json`` says so, with the layers of
+hf_quantized.py where it names bits, and with the separate experts of hf_experts.py.
 
 A loader that does not know the method must fail: transformers only warns about an unknown quantization method, and
 would continue with random weights. Therefore one parameter of each layer is called ``weight`` but never has the dense
