@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.text.sources import parse_text, read_stream, source_identity
+from lowrank_pl.text.sources import TextSource, parse_mixture, read_stream, source_identity
 from lowrank_pl.utils.files import atomic_write, cache_root, sha256_of
 from lowrank_pl.utils.tensor_store import DamagedError, verify_checksum, with_checksum
 
@@ -46,7 +46,8 @@ def token_windows(
     The sequences are consecutive and do not overlap; with ``every=N``, every N-th of them is returned. Documents are
     joined by a blank line and tokenised as one string without special tokens. If the tokenizer puts a BOS before every
     text (:func:`uses_bos`), each sequence is that BOS and ``length - 1`` tokens of text. Only as much of the text is
-    read as the sequences need. The result is cached under ``cache_root() / "tokens"``.
+    read as the sequences need. The result is cached under ``cache_root() / "tokens"``. The sequences of a mixture come
+    from its texts in turn, so that more of them begin with the fewer.
 
     Args:
         text: Name of the text; see :mod:`lowrank_pl.text.sources`.
@@ -65,9 +66,64 @@ def token_windows(
     """
     if length < 2 or (sequences is not None and sequences < 1):
         raise ValueError(f"length={length}, sequences={sequences} were given: expected length >= 2 and sequences >= 1")
-    source = parse_text(text)
-    identity = source_identity(source)
-    key = sha256_of(CACHE_FORMAT, tokenizer_fingerprint(tokenizer), identity, str(length), str(sequences))
+    sources = parse_mixture(text)
+    if len(sources) == 1:
+        return _windows(sources[0], tokenizer, length, sequences)
+    ends: list[int | None] = [None] * len(sources)
+    if sequences is None:
+        ends = [len(_windows(source, tokenizer, length, None)) for source in sources]
+    while True:
+        order = _mixing_order([source.share for source in sources], ends, sequences)
+        parts = [
+            _windows(source, tokenizer, length, count)
+            for place, source in enumerate(sources)
+            if (count := max(1, order.count(place)))
+        ]
+        # Only reading a text tells where it ends.
+        short = [place for place, part in enumerate(parts) if len(part) < order.count(place)]
+        if not short:
+            break
+        for place in short:
+            ends[place] = len(parts[place])
+    if sequences is not None and len(order) < sequences:
+        _log.warning("%d sequences were asked for, the texts of %r have %d together", sequences, text, len(order))
+    counts = [order.count(place) for place in range(len(sources))]
+    told = ", ".join(f"{count} of {source.text}" for count, source in zip(counts, sources, strict=True))
+    _log.info("%d sequences of a mixture: %s", len(order), told)
+    streams = [iter(part) for part in parts]
+    return torch.stack([next(streams[place]) for place in order])
+
+
+def _mixing_order(shares: Sequence[int], ends: Sequence[int | None], total: int | None) -> list[int]:
+    """Return which text each sequence of a mixture comes from.
+
+    Args:
+        shares: How many sequences each text gives when a text with a share of 1 gives one.
+        ends: How many sequences each text has; None where that is not known.
+        total: How many sequences are wanted; None for all.
+
+    >>> _mixing_order([2, 1], [None, None], 6)
+    [0, 0, 1, 0, 0, 1]
+    >>> _mixing_order([1, 1], [1, None], 4)
+    [0, 1, 1, 1]
+    """
+    taken, order = [0] * len(shares), list[int]()
+    while total is None or len(order) < total:
+        left = [place for place, end in enumerate(ends) if end is None or taken[place] < end]
+        if not left:
+            break
+        place = min(left, key=lambda place: (taken[place] + 1) / shares[place])
+        taken[place] += 1
+        order.append(place)
+    return order
+
+
+def _windows(source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, sequences: int | None) -> Tensor:
+    """Return the sequences of one text, from the cache if they are there; see ``token_windows``."""
+    text = source.text
+    key = sha256_of(
+        CACHE_FORMAT, tokenizer_fingerprint(tokenizer), source_identity(source), str(length), str(sequences)
+    )
     path = cache_root() / "tokens" / f"{key}.safetensors"
     found = _read_cache(path, length)
     if found is None:

@@ -19,7 +19,8 @@ class Calibration:
     ``lowrank_pl.text.sources`` says how texts are named.
 
     Args:
-        text: A file, folder, glob, hub dataset or ``python-docs``.
+        text: A file, folder, glob, hub dataset or ``python-docs``, or several of them joined by a plus sign between
+            spaces.
         length: Tokens of a sequence.
         sequences: How many sequences are taken.
     """

@@ -1,6 +1,6 @@
 """Text by name: Python's own documentation, local files, datasets of the hub.
 
-One string names a text everywhere: ``SOURCE[::key=value[,key=value...]]``.
+One string names a text everywhere: ``SOURCE[::key=value[,key=value...]]``, or several of them joined by `` + ``.
 
 ======================  ==============================================================  =============================
 source                  what it is                                                      options
@@ -29,6 +29,9 @@ Parts that do not overlap have no document and no line in common.
 
 ``every=N`` takes every N-th sequence of tokens. Of a text in a fixed order, such as an encyclopaedia, as many sequences
 then cover N times as many articles.
+
+``TEXT + TEXT`` is a mixture: its sequences come from all texts in turn, as many from each, or ``share=N`` times as many
+from one of them, such as ``wiki.txt::share=3 + chats.jsonl``. When a text ends, the others go on alone.
 """
 
 from __future__ import annotations
@@ -62,20 +65,24 @@ from lowrank_pl.text.local_files import is_saved_dataset, local_files
 from lowrank_pl.text.records import record_text
 from lowrank_pl.utils.files import sha256_of
 
-__all__ = ["TextSource", "named_texts", "parse_text", "read_stream", "source_identity"]
+__all__ = ["TextSource", "named_texts", "parse_mixture", "parse_text", "read_stream", "source_identity"]
 
 PYTHON_DOCS = "python-docs"
 HUB = "hub:"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MIXED = re.compile(r"\s\+\s")
 PART = re.compile(r"\s*(\d+(?:\.\d+)?)%\s*-\s*(\d+(?:\.\d+)?)%\s*")
 
 OPTIONS = {
-    "docs": ("part", "limit", "every"),
-    "files": ("field", "split", "part", "limit", "every"),
-    "hub": ("field", "config", "split", "revision", "limit", "every"),
+    "docs": ("part", "limit", "every", "share"),
+    "files": ("field", "split", "part", "limit", "every", "share"),
+    "hub": ("field", "config", "split", "revision", "limit", "every", "share"),
 }
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+
+_APART = ("text", "share")
+"""What does not change the sequences of a text."""
 
 REPEATED = 60  # A paragraph of at least this many characters that two topics have in common is a copy.
 
@@ -98,6 +105,7 @@ class TextSource:
         part: Beginning and end of the part to take, as fractions.
         limit: Number of documents to take.
         every: Take every N-th sequence of tokens.
+        share: How many sequences of a mixture it gives when each of the others gives one.
     """
 
     text: str = field(compare=False)
@@ -111,6 +119,30 @@ class TextSource:
     part: tuple[Fraction, Fraction] | None = None
     limit: int | None = None
     every: int = 1
+    share: int = 1
+
+
+def parse_mixture(text: str) -> tuple[TextSource, ...]:
+    """Return the parsed texts of the mixture ``text``; there is one if it is no mixture.
+
+    Raises:
+        ValueError: As ``parse_text``, for one of the texts, or one text alone has a share.
+
+    >>> [(source.kind, source.share) for source in parse_mixture("python-docs::share=3 + allenai/c4")]
+    [('docs', 3), ('hub', 1)]
+    """
+    names = [name.strip() for name in MIXED.split(text)]
+    head = text.partition("::")[0]
+    # The name of a file may contain a plus sign.
+    if len(names) == 1 or (MIXED.search(head) and Path(head).expanduser().exists()):
+        source = parse_text(text)
+        if source.share != 1:
+            raise ValueError(
+                f"text {text!r}: share={source.share} is a part of a mixture, but there is one text: join another one "
+                "by ' + ', or leave share out"
+            )
+        return (source,)
+    return tuple(map(parse_text, names))
 
 
 def parse_text(text: str) -> TextSource:
@@ -140,7 +172,8 @@ def parse_text(text: str) -> TextSource:
         )
     _check_options(text, kind, given)
     values: dict[str, Any] = {"split": "train", **given} if kind == "hub" else dict(given)
-    for option, what in (("limit", "a number of documents"), ("every", "a number of sequences")):
+    counts = (("limit", "a number of documents"), ("every", "a number of sequences"), ("share", "a share"))
+    for option, what in counts:
         if option in given:
             values[option] = _count(text, option, given[option], what)
     if "part" in given:
@@ -173,7 +206,7 @@ def source_identity(source: TextSource) -> str:
     Of more than 256 MiB of files, size and time, head, tail and a sample count; a dataset that is replaced on the hub
     under the same name and revision is not noticed.
     """
-    parts = [f"{entry.name}={getattr(source, entry.name)!r}" for entry in fields(source) if entry.name != "text"]
+    parts = [f"{entry.name}={getattr(source, entry.name)!r}" for entry in fields(source) if entry.name not in _APART]
     if source.kind == "docs":
         parts += [sys.version, *(key + topic for key, topic in sorted(_topics().items()))]
     paths = source.paths

@@ -22,7 +22,7 @@ from lowrank_pl.text.sequences import (
     uses_bos,
     warn_of_overlap,
 )
-from lowrank_pl.text.sources import parse_text
+from lowrank_pl.text.sources import parse_mixture
 from lowrank_pl.training.lightning_internals import batches_done
 from lowrank_pl.utils.files import sha256_of
 
@@ -371,7 +371,7 @@ class CalibrationData(pl.LightningDataModule):
     def _build(self) -> _Sequences:
         """Return all sequences; validation sequences of the learning text come after all others of that text."""
         texts = (self.learning.text, self.statistics.text, self.validation_text)
-        learning, statistics, validation = map(parse_text, texts)
+        learning, statistics, validation = map(parse_mixture, texts)
         held_out = self.validation.sequences if validation == learning else 0
         bos = int(uses_bos(self.tokenizer))
         room, statistics_room = self.learning.length - bos, self.statistics.length - bos

@@ -228,3 +228,41 @@ def test_cache_lies_in_the_cache_root(private_cache, caplog):
     assert private_cache == cache_root() / "tokens"
     assert len(list(private_cache.iterdir())) == 1
     assert not caplog.records
+
+
+def test_a_mixture_takes_its_texts_in_turn_by_their_shares(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("a" * 800)
+    (tmp_path / "b.txt").write_text("b" * 800)
+    found = token_windows(f"{tmp_path}/a.txt::share=2 + {tmp_path}/b.txt", tokenizer, length=8, sequences=6)
+    assert [chr(row[0]) for row in found.tolist()] == list("aabaab")
+
+
+def test_a_mixture_goes_on_with_the_others_when_a_text_ends(tmp_path, tokenizer, caplog):
+    (tmp_path / "a.txt").write_text("a" * 16)
+    (tmp_path / "b.txt").write_text("b" * 800)
+    text = f"{tmp_path}/a.txt + {tmp_path}/b.txt"
+    found = token_windows(text, tokenizer, length=8, sequences=6)
+    assert [chr(row[0]) for row in found.tolist()] == list("ababbb")
+    assert "3 sequences of 8 tokens were asked for" in caplog.text
+    assert len(token_windows(text, tokenizer, length=8)) == 102
+
+
+def test_fewer_sequences_of_a_mixture_are_the_first_of_more(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("".join(map(str, range(900))))
+    (tmp_path / "b.txt").write_text("".join(map(chr, range(65, 91))) * 40)
+    text = f"{tmp_path}/a.txt::share=3 + {tmp_path}/b.txt"
+    few, more = (token_windows(text, tokenizer, length=8, sequences=count) for count in (5, 50))
+    assert torch.equal(few, more[:5])
+
+
+def test_a_plus_sign_in_a_file_name_is_no_mixture(tmp_path, tokenizer):
+    (tmp_path / "a + b.txt").write_text("c" * 80)
+    assert len(token_windows(f"{tmp_path}/a + b.txt", tokenizer, length=8)) == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "given"), [("python-docs::share=2", "share=2"), ("python-docs::share=0 + a.txt", "share=0")]
+)
+def test_a_share_needs_a_mixture_and_a_number(text, given, tokenizer):
+    with pytest.raises(ValueError, match=given):
+        token_windows(text, tokenizer, length=8)

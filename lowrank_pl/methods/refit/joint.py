@@ -71,7 +71,7 @@ def fit_jointly(
         return Fitted(error.values, before, before, 0)
     make = _FITTERS[settings.method]
     everything = [*fit, *held]
-    total = settings.passes_of_fit * (len(fit) + len(everything))
+    total = math.ceil(settings.passes_of_fit * (len(fit) + len(everything)))
     with tqdm(total=total, desc=label, unit="batch", leave=False) as bar:
         alone = make(error, settings, fit, seed, bar)
         best, taken = Fitted(error.values, before, before, 0), []
@@ -131,31 +131,36 @@ class _GaussNewton(_Fitter):
     """Damped Gauss-Newton steps (Levenberg-Marquardt).
 
     ``(G + damping K) step = -gradient`` is solved by conjugate gradients from zero. ``G`` is the Gauss-Newton matrix of
-    all factors together. ``K`` is its Kronecker-factored block-diagonal approximation, which also preconditions. In the
-    metric of ``K`` both factors of a layer have the same scale, so that damping does not depend on how a weight is
-    divided between them.
+    all factors together, on a fraction of the batches that changes from step to step (as in Martens, ICML 2010): it is
+    nearly that of all batches, and its products are what a step costs. ``K`` is its Kronecker-factored block-diagonal
+    approximation, which also preconditions. In the metric of ``K`` both factors of a layer have the same scale, so that
+    damping does not depend on how a weight is divided between them.
     """
 
     def __init__(self, error: BlockError, settings: Joint, batches: Sequence[int], seed: int, bar: tqdm[Any]) -> None:
         super().__init__(error, settings, batches, seed, bar)
         tokens = sum(error.models.batches[batch].numel() for batch in batches)
         some = batches[:: max(1, tokens // _METRIC_TOKENS)]
+        self._next = 0
         self._metric = _Metric(self.values, error.curvature(self.values, some, seed=seed))
 
     def sweep(self) -> list[Parts]:
         """Return the factors after each fraction of the next step."""
         values, settings = self.values, self.settings
-        gradient = self._sum(lambda batch: self.error.gradient(values, batch))
+        gradient = self._sum(self.batches, lambda batch: self.error.gradient(values, batch))
+        count = max(1, round(settings.curvature * len(self.batches)))
+        some = [self.batches[(self._next + place) % len(self.batches)] for place in range(count)]
+        self._next += count
         step = _solve(
-            lambda direction: self._sum(lambda batch: self.error.gauss_newton_product(values, direction, batch)),
+            lambda direction: self._sum(some, lambda batch: self.error.gauss_newton_product(values, direction, batch)),
             gradient, self._metric, settings.damping, settings.iterations,
         )  # fmt: skip
         return [_added(values, step, fraction) for fraction in _FRACTIONS]
 
-    def _sum(self, part: Callable[[int], Parts]) -> Parts:
-        """Return the mean per token of what ``part`` returns for every batch."""
+    def _sum(self, batches: Sequence[int], part: Callable[[int], Parts]) -> Parts:
+        """Return the mean per token of what ``part`` returns for each of ``batches``."""
         total, tokens = [torch.zeros_like(value) for value in self.values], 0
-        for batch in self.batches:
+        for batch in batches:
             total = _added(total, part(batch), 1.0)
             tokens += self.error.models.batches[batch].numel()
             self.bar.update()

@@ -27,7 +27,9 @@ class Joint:
         method: ``gauss_newton`` or ``adamw``.
         sweeps: At most so many Gauss-Newton steps, or passes of AdamW. Those after which the error on held-back text
             would rise are left out. By default 2 steps, or 8 passes.
-        iterations: Conjugate-gradient iterations of a Gauss-Newton step; each costs a pass forward and back.
+        iterations: Conjugate-gradient iterations of a Gauss-Newton step.
+        curvature: Fraction of the text that the curvature of a Gauss-Newton step is taken from, other text in each
+            step; its gradient is that of all text. Every iteration costs a pass forward and back over that fraction.
         damping: Of a Gauss-Newton step, relative to the curvature of each layer alone. More stays closer to the factors
             of the layer-by-layer refit.
         learning_rate: Largest step of AdamW, relative to the root mean square of each factor.
@@ -39,6 +41,7 @@ class Joint:
     method: JointMethod = "gauss_newton"
     sweeps: int | None = None
     iterations: int = 8
+    curvature: float = 0.25
     damping: float = 1.0
     learning_rate: float = 0.01
 
@@ -50,6 +53,8 @@ class Joint:
         for name in ("sweeps", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if not 0 < self.curvature <= 1:
+            raise ValueError(f"curvature is {self.curvature}: expected a fraction of the text, above 0 and at most 1")
         for name in ("damping", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number above 0")
@@ -61,12 +66,12 @@ class Joint:
         return self.sweeps
 
     @property
-    def passes_of_fit(self) -> int:
+    def passes_of_fit(self) -> float:
         """Passes forward and back over the text that one fit takes at most."""
-        return self.most_sweeps * (1 + self.iterations if self.method == "gauss_newton" else 1)
+        return self.most_sweeps * (1 + self.iterations * self.curvature if self.method == "gauss_newton" else 1)
 
     @property
-    def passes(self) -> int:
+    def passes(self) -> float:
         """Passes forward and back over the text that a joint refit takes at most: a fit to choose by, and another."""
         return 2 * self.passes_of_fit
 
