@@ -425,5 +425,5 @@ def test_a_copy_registers_only_if_it_reads_more(monkeypatch):
     )
     exec(source, same)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is LowRankConfig
-    exec(source.replace("SCHEMA = 4", "SCHEMA = 5"), newer)
+    exec(source.replace("SCHEMA = 5", "SCHEMA = 6"), newer)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is newer["LowRankConfig"]
