@@ -16,7 +16,14 @@ Side = Literal["inputs", "outputs"]
 """The inputs of a linear layer (columns of its ``[out, in]`` weight), or its outputs (rows)."""
 
 Statistic = Literal[
-    "inputs", "output_gradients", "weighted_moments", "gradient_norms", "weight_gradients", "weight_fisher"
+    "inputs",
+    "output_gradients",
+    "weighted_moments",
+    "gradient_norms",
+    "weight_gradients",
+    "weight_fisher",
+    "embedding_moments",
+    "plain_embedding_moments",
 ]
 """What is measured on calibration text."""
 

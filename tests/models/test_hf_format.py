@@ -239,8 +239,8 @@ def test_the_config_survives_json():
     ("given", "text"),
     [
         (
-            {"schema": 5, "pivots": {}},
-            "schema 5, .* up to 4: upgrade",
+            {"schema": 6, "pivots": {}},
+            "schema 6, .* up to 5: upgrade",
         ),
         ({"shapes": {"a": [3]}}, r"'a' the shape \[3\]: expected \[out, in\]"),
         ({"shapes": {"a": [3, 0]}}, r"'a' the shape \[3, 0\]: expected \[out, in\]"),

@@ -276,7 +276,7 @@ def _divergence(subject: Subject, name: str, grid: Grid, moment: Tensor | None, 
     changed: PreTrainedModel = copy.deepcopy(
         model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     )
-    for place, module in rounded_embedding(changed, name, rounded).items():
+    for place, module in rounded_embedding(changed, name, {"weight": rounded}).items():
         replace_module(changed, place, module)
     some = subject.sequences[: settings.sequences]
     return divergence(changed, model, some, progress=f"{name} in {grid.bits} bits").kl
