@@ -22,7 +22,7 @@ from lowrank_pl.calibration.statistics import Statistics
 from lowrank_pl.factors.decomposition import SquareRoot, decompose_rows, square_root
 from lowrank_pl.factors.settings import Decomposition, Statistic
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.targets import EMBEDDINGS, EmbeddingTarget, weight_of
+from lowrank_pl.models.targets import EMBEDDINGS, HEAD, EmbeddingTarget, weight_of
 from lowrank_pl.utils.distributed import my_share
 from lowrank_pl.utils.tensor_store import weight_digest
 
@@ -131,13 +131,13 @@ def row_metric(
     """
     if settings.kind == "svd":
         return RowMetric()
+    _measure(settings, statistics, [target])
     parts, tokens = [], 0
     for place in target.places:
         looks_up = place.kind == EMBEDDINGS
         rows: Tensor | None
         if settings.kind == "two_sided":
-            statistic: Statistic = "embedding_moments" if settings.token_weights else "plain_embedding_moments"
-            store = statistics.collect(statistic, [place], settings.labels)
+            store = statistics.collect(_moments(settings), [place], settings.labels)
             rows, columns = (store.read(place.name, part).to(device).double() for part in ("rows", "columns"))
             tokens = int(store.notes(place.name)["tokens"])
         elif looks_up:
@@ -164,6 +164,19 @@ def row_metric(
     assert isinstance(moment, Tensor)
     # Both sides have the mean size of rows and columns, which their product must have only once.
     return RowMetric(weights, square_root(moment / (total or 1.0), damping=settings.damping), tokens)
+
+
+def _moments(settings: Decomposition) -> Statistic:
+    return "embedding_moments" if settings.token_weights else "plain_embedding_moments"
+
+
+def _measure(settings: Decomposition, statistics: Statistics, targets: Sequence[EmbeddingTarget]) -> None:
+    """Collect what is missing of the statistics of ``targets``, in one pass for all of them."""
+    places = [place for target in targets for place in target.places]
+    if settings.kind == "two_sided":
+        statistics.collect(_moments(settings), places, settings.labels)
+    elif settings.kind == "whitened" and (heads := [place for place in places if place.kind == HEAD]):
+        statistics.collect("inputs", heads)
 
 
 def _counts(statistics: Statistics, target: EmbeddingTarget) -> Tensor:
@@ -193,6 +206,7 @@ def decompose_embeddings(
         settings: How to decompose.
         statistics: The statistics of the model.
     """
+    _measure(settings, statistics, todo)
     metrics = {target.name: row_metric(settings, statistics, target, device=model.device) for target in todo}
     for target in my_share(list(todo)):
         began = time.perf_counter()

@@ -25,6 +25,7 @@ from lowrank_pl.models.hf_quantized import is_quantized
 
 __all__ = [
     "EMBEDDINGS",
+    "HEAD",
     "EmbeddingTarget",
     "Skipped",
     "StandIn",
