@@ -20,16 +20,13 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.statistics import Statistics
 from lowrank_pl.factors.decomposition import SquareRoot, decompose_rows, square_root
-from lowrank_pl.factors.settings import Decomposition, Statistic
+from lowrank_pl.factors.settings import EMBEDDING_KINDS, Decomposition, Statistic
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.targets import EMBEDDINGS, HEAD, EmbeddingTarget, weight_of
 from lowrank_pl.utils.distributed import my_share
 from lowrank_pl.utils.tensor_store import weight_digest
 
-__all__ = ["KINDS", "RowMetric", "check_embeddings", "decompose_embeddings", "row_metric", "smoothed"]
-
-KINDS = ("two_sided", "whitened", "svd")
-"""The kinds of decomposition that have a meaning for embeddings."""
+__all__ = ["RowMetric", "check_embeddings", "decompose_embeddings", "row_metric", "smoothed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +43,12 @@ class RowMetric:
     columns: SquareRoot | None = None
     tokens: int = 0
 
+    def cost(self, error: Tensor) -> float:
+        """Return half of the sum for an ``error`` ``[vocabulary, width]``: nats, if gradients weight it."""
+        seen = error if self.columns is None else self.columns.multiply_right(error.to(self.columns.root))
+        each = seen.square().sum(1, dtype=torch.float64)
+        return (each if self.rows is None else each * self.rows.to(each)).sum().item() / 2
+
 
 def check_embeddings(settings: Decomposition, targets: Sequence[EmbeddingTarget], model: PreTrainedModel) -> None:
     """Check that ``settings`` have a meaning for embeddings, before anything is measured.
@@ -56,10 +59,10 @@ def check_embeddings(settings: Decomposition, targets: Sequence[EmbeddingTarget]
     if not targets:
         return
     without = f"leave out --include {EMBEDDINGS}"
-    if settings.kind not in KINDS:
+    if settings.kind not in EMBEDDING_KINDS:
         raise ValueError(
             f"embeddings were asked for with factors of the kind {settings.kind!r}, which weights inputs of linear "
-            f"layers: expected {', '.join(KINDS)} (--decomposition.kind), or {without}"
+            f"layers: expected {', '.join(EMBEDDING_KINDS)} (--decomposition.kind), or {without}"
         )
     if settings.at_keep is not None:
         raise ValueError(

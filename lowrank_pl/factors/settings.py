@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-__all__ = ["Decomposition", "Kind", "Labels", "Side", "Statistic"]
+__all__ = ["EMBEDDING_KINDS", "Decomposition", "Kind", "Labels", "Side", "Statistic"]
 
 Labels = Literal["sampled", "text"]
 """Next tokens of the loss: sampled from the model (for the Fisher matrix) or those of the text (the empirical one)."""
@@ -26,6 +26,9 @@ Statistic = Literal[
     "plain_embedding_moments",
 ]
 """What is measured on calibration text."""
+
+EMBEDDING_KINDS = ("two_sided", "whitened", "svd")
+"""The kinds of decomposition that have a meaning for embeddings."""
 
 Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
 

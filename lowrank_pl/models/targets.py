@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
 from lowrank_pl.models.hf_quantized import is_quantized
+from lowrank_pl.models.settings import EMBEDDINGS
 
 __all__ = [
     "EMBEDDINGS",
@@ -49,9 +50,6 @@ logger = logging.getLogger(__name__)
 PACKED_WEIGHTS = ("qweight", "weight_packed", "W_q", "quant_state")
 OWN_METHOD = "lowrank"
 BY_PATTERN = "excluded by pattern"
-
-EMBEDDINGS = "embeddings"
-"""The pattern that stands for the token embeddings and the head, which no glob matches. Also the kind of the former."""
 
 HEAD = "head"
 """The kind of the head."""
