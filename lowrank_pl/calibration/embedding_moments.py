@@ -87,7 +87,7 @@ class EmbeddingMoments(GradientMeasure):
 
     def _norms(self, gradients: Tensor) -> Tensor:
         """Return the norm of each token's gradient, float64 ``[tokens]``."""
-        parts = [part.double().square().sum(-1).sqrt() for part in gradients.split(_TOKENS)]
+        parts = [part.double().square().sum(-1).sqrt() for part in torch.split(gradients, _TOKENS)]
         norms = torch.cat(parts)
         if not torch.isfinite(norms).all():
             raise ValueError("the gradients hold NaN or infinity")
@@ -105,7 +105,7 @@ class EmbeddingMoments(GradientMeasure):
     def _add_head(self, inputs: Tensor, gradients: Tensor, norms: Tensor) -> None:
         scales = norms.sqrt() if self.weighs_tokens else torch.ones_like(norms)
         self._columns.add(inputs * scales.float()[:, None], "the inputs hold")
-        for part in gradients.split(_TOKENS):
+        for part in torch.split(gradients, _TOKENS):
             self._rows += part.abs().sum(0, dtype=torch.float64)
         self._total += (norms if self.weighs_tokens else norms.square()).sum()
 

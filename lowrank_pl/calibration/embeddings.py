@@ -1,10 +1,11 @@
 """Factors of embeddings and heads: what an error of a token's row costs, and the decomposition weighted by it.
 
-A matrix ``E`` ``[vocabulary, width]`` that is looked up reads one-hot inputs. An error ``d_v`` of the row of token ``v``
+A matrix ``[vocabulary, width]`` that is looked up reads one-hot inputs. An error ``d_v`` of the row of token ``v``
 therefore costs ``f_v d_v' G d_v / 2``, where ``f_v`` is how often the token occurs and ``G`` the second moment of the
 gradients by the module's output. A head costs ``g_v d_v' C d_v / 2``, where ``C`` is the second moment of its inputs
 and ``g_v`` the mean squared gradient of the token's logit: the diagonal of a moment that would have as many rows and
-columns as there are tokens.
+columns as there are tokens. Both sides weigh tokens by their gradients as those of linear layers do
+(``embedding_moments``).
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _scale(model: PreTrainedModel, name: str) -> float:
     weight = module.weight
     ids = torch.linspace(0, len(weight) - 1, min(64, len(weight)), device=weight.device).long()
     rows, found = weight[ids].double(), module(ids).double()
-    scale = ((rows * found).sum() / rows.square().sum().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    scale: float = ((rows * found).sum() / rows.square().sum().clamp_min(torch.finfo(torch.float64).tiny)).item()
     if not torch.allclose(found, scale * rows, rtol=0.02, atol=1e-6 * found.abs().max().item()):
         raise ValueError(
             f"{name} is a {type(module).__name__} that computes something else than rows times a number: leave out "

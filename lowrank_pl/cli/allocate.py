@@ -39,6 +39,9 @@ def allocate(
 ) -> RankPlan:
     """Write a rank plan without training, by a closed-form allocator.
 
+    --include '*' embeddings gives the token embeddings and the head ranks too, with --method fisher, energy or uniform.
+    Tied ones are one matrix.
+
     Weights are decomposed as the allocator's paper does, unless --decomposition says otherwise: two_sided for fisher,
     asvd for strs, whitened for all others.
 

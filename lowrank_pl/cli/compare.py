@@ -110,8 +110,8 @@ def compare(
     refused = sorted(name for name, one in chosen.items() if EMBEDDINGS in include and not one.takes_embeddings)
     if refused:
         raise ValueError(
-            f"{refused[0]} can't give embeddings a rank: include has {EMBEDDINGS}, for methods that allocate by fisher, "
-            "energy or uniform on two_sided, whitened or svd factors, without pruning; compare it without"
+            f"{refused[0]} can't give embeddings a rank: include has {EMBEDDINGS}, for methods that allocate by "
+            "fisher, energy or uniform on two_sided, whitened or svd factors, without pruning; compare it without"
         )
     texts, limits = named_texts(scores), score_sequences or {}
     if dry_run:

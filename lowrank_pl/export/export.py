@@ -403,8 +403,8 @@ def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[st
             _check_layer(name, module, original, type(model).__name__)
             if f"{name}.weight" in tied:
                 raise ValueError(
-                    f"{name} is compressed, but the config ties it to {tied[f'{name}.weight']}: compress that embedding, "
-                    "and tie the head with lowrank_pl.models.hf_quantized.tie_head"
+                    f"{name} is compressed, but the config ties it to {tied[f'{name}.weight']}: compress that "
+                    "embedding, and tie the head with lowrank_pl.models.hf_quantized.tie_head"
                 )
         elif _is_tied_head(module) and isinstance(original, nn.Linear):
             source: Any = module.source

@@ -151,15 +151,11 @@ def tied_heads(model: nn.Module, embedding: nn.Embedding) -> dict[str, nn.Linear
     }
 
 
-def _tied_to(
-    model: nn.Module, old: nn.Embedding, new: QuantizedEmbedding | LowRankEmbedding
-) -> dict[str, nn.Module]:
+def _tied_to(model: nn.Module, old: nn.Embedding, new: QuantizedEmbedding | LowRankEmbedding) -> dict[str, nn.Module]:
     return {place: tie_head(head, new) for place, head in tied_heads(model, old).items()}
 
 
-def _compressed_embedding(
-    model: nn.Module, name: str, entry: ModulePlan, store: FactorStore
-) -> dict[str, nn.Module]:
+def _compressed_embedding(model: nn.Module, name: str, entry: ModulePlan, store: FactorStore) -> dict[str, nn.Module]:
     """Return what takes the place of an embedding among the targets; nothing where it stays as it is."""
     if entry.grid is not None:
         parts, _ = store.rounded(name)
@@ -264,7 +260,9 @@ def _is_zero(layer: nn.Module) -> bool:
         return not layer.matrix("right" if layer.side == "out" else "weight").any()
     if isinstance(layer, QuantizedLinear):
         return not layer.matrix("weight").any()
-    return isinstance(layer, (LowRankLinear, LowRankEmbedding)) and not (layer.matrix("weight").any() and layer.matrix("right").any())
+    return isinstance(layer, (LowRankLinear, LowRankEmbedding)) and not (
+        layer.matrix("weight").any() and layer.matrix("right").any()
+    )
 
 
 def factored_layer(old: nn.Module, factors: Factors) -> LowRankLinear:

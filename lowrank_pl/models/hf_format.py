@@ -134,8 +134,8 @@ def _check_entry(entry: Any) -> None:
     alone = isinstance(entry, dict) and not rounding
     if not (pivoted or embedding) and (kind not in ({"rank"}, set()) or alone or rounding == {"group"}):
         raise ValueError(
-            f'the entry {entry}: expected a rank, or rank, storage "pivoted" and side, or rank and storage "embedding"; '
-            "bits, and group, may be added or stand alone"
+            f'the entry {entry}: expected a rank, or rank, storage "pivoted" and side, or rank and storage "embedding"'
+            "; bits, and group, may be added or stand alone"
         )
     rank = given.get("rank", 1)
     if type(rank) is not int or rank < 1:

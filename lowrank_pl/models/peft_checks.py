@@ -48,7 +48,9 @@ def _need_of_embedding(config: Any) -> str:
 
 
 def _stored(module: Any) -> str:
-    return "low-rank parts" if isinstance(module, (*_LOW_RANK, LowRankEmbedding, LowRankTiedHead)) else "rounded numbers"
+    return (
+        "low-rank parts" if isinstance(module, (*_LOW_RANK, LowRankEmbedding, LowRankTiedHead)) else "rounded numbers"
+    )
 
 
 def _checked_injection(inject: Any) -> Any:

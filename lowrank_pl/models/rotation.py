@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
-from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.hf_layers import LowRankEmbedding
+from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import Target, dense_weight, find_targets, first_argument
 
 __all__ = ["RotationError", "logit_difference", "rotated", "tolerance"]

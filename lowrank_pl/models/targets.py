@@ -134,7 +134,8 @@ class Targets:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shape ``(out, in)`` of everything to compress, by name; embeddings come last."""
-        return {target.name: target.shape for target in (*self.modules, *self.embeddings)}
+        shapes = {target.name: target.shape for target in self.modules}
+        return shapes | {target.name: target.shape for target in self.embeddings}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,8 +189,8 @@ def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exc
     known = {pattern for pattern in exclude if any(fnmatchcase(name, pattern) for name in ends)}
     if not include:
         raise ValueError(
-            "only embeddings were asked for: name linear layers too, such as --include '*' embeddings, whose statistics "
-            "and budget they share"
+            "only embeddings were asked for: name linear layers too, such as --include '*' embeddings, whose "
+            "statistics and budget they share"
         )
     _check_patterns(matrices, [*include, *(pattern for pattern in exclude if pattern not in known)])
     calls = _probe(model, {matrix.name: matrix.module for matrix in matrices if matrix.module is not None})
@@ -223,8 +224,8 @@ def find_embeddings(model: PreTrainedModel) -> tuple[EmbeddingTarget, ...]:
     for module in (embedding, head):
         if module is None or id(module) not in names or not (_is_plain_embedding(module) or _is_linear(module)):
             raise ValueError(
-                f"the embeddings or the head of {type(model).__name__} are a {type(module).__name__}: only nn.Embedding "
-                f"and nn.Linear can be compressed; leave out --include {EMBEDDINGS}"
+                f"the embeddings or the head of {type(model).__name__} are a {type(module).__name__}: only "
+                f"nn.Embedding and nn.Linear can be compressed; leave out --include {EMBEDDINGS}"
             )
         _refuse_small_numbers(module)
     looked_up, multiplied = names[id(embedding)], names[id(head)]

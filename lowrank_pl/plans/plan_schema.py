@@ -200,7 +200,7 @@ class PlanFile(_Part):
         for name in self.constraints.embeddings:
             if name not in self.modules or self.modules[name].storage != "factored":
                 raise ValueError(
-                    f"constraints.embeddings names {name}: expected a module of the plan that is dense or stored factored"
+                    f"constraints.embeddings names {name}: expected a module of the plan, dense or stored factored"
                 )
         for name, scores in ComponentOrder.from_json(self.order or {}).scores.items():
             if name in self.modules and len(scores) > min(self.modules[name].shape):

@@ -69,7 +69,8 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         factored = [name for name, entry in stored.modules.items() if _is_embedding(entry)]
         if factored:
             logger.warning(
-                "%s is of low rank: it is multiplied out, and takes as much memory here as dense embeddings", factored[0]
+                "%s is of low rank: it is multiplied out, and takes as much memory here as dense embeddings",
+                factored[0],
             )
         self.modules = stored.modules
         self.shapes: dict[str, list[int]] = getattr(stored, "shapes", {})

@@ -137,7 +137,10 @@ class HealStart:
             store = stored_factors(plan, student, self.base.tokenizer(), directory=self.store, flag="--model.store")
             compress(student, plan, store)
             plan = deployed_plan(student, plan)
-            noted = {name: store.notes(name).get("weight") for name in (*low_rank_layers(student), *low_rank_embeddings(student))}
+            noted = {
+                name: store.notes(name).get("weight")
+                for name in (*low_rank_layers(student), *low_rank_embeddings(student))
+            }
             weights = {name: digest for name, digest in noted.items() if digest is not None}
         student = _sharing(student, teacher).to(device)
         for model in (student, teacher):

