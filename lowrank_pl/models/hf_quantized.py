@@ -258,7 +258,7 @@ class _Stored(nn.Module):
         return dequantize(getattr(self, f"{name}_packed"), getattr(self, name), zeros, self.grid, self.columns(name))
 
     def matrix_rows(self, name: str, ids: Tensor) -> Tensor:
-        """Return the rows ``[..., columns]`` of the matrix called ``name`` at the indices ``ids``; no other is computed.
+        """Return the rows ``[..., columns]`` of the matrix called ``name`` at ``ids``; no other is computed.
 
         Args:
             name: The matrix.

@@ -196,8 +196,8 @@ def check_targets(targets: Targets) -> None:
     if targets.embeddings:
         raise ValueError(
             f"a budget in bytes was given the embeddings {targets.embeddings[0].name} as a target, and gives "
-            f"embeddings bits but no rank: leave out --include {EMBEDDINGS}, or allocate by fisher and round its plan with "
-            "`lowrank quantize`"
+            f"embeddings bits but no rank: leave out --include {EMBEDDINGS}, or allocate by fisher and round its plan "
+            "with `lowrank quantize`"
         )
 
 
