@@ -117,15 +117,15 @@ class Allocator(ABC):
                 f"{' or '.join(self.kinds)} (decomposition.kind)"
             )
 
-    def check_targets(self, targets: Targets) -> None:
-        """Check that this method can give every target a rank, before any factors are built.
+    def check_budget(self, budget: Budget) -> None:
+        """Check that this method can give every module of ``budget`` a rank, before any factors are built.
 
         Raises:
-            ValueError: Embeddings are among the targets, and it knows linear layers of blocks only.
+            ValueError: Embeddings are among the modules, and it knows linear layers of blocks only.
         """
-        if targets.embeddings and not self.takes_embeddings:
+        if budget.embeddings and not self.takes_embeddings:
             raise ValueError(
-                f"the allocator {self.name} was given the embeddings {targets.embeddings[0].name}, and knows linear "
+                f"the allocator {self.name} was given the embeddings {budget.embeddings[0]}, and knows linear "
                 f"layers of blocks only: allocate by fisher, or leave out --include {EMBEDDINGS}"
             )
 
@@ -136,7 +136,7 @@ class Allocator(ABC):
             ValueError: The factors are of another kind, gradients are missing, or there are targets that it does not
                 know.
         """
-        self.check_targets(problem.targets)
+        self.check_budget(problem.budget)
         self.check_kind(problem.factors.fingerprint.get("kind"))
         if self.needs_gradients and problem.gradients is None:
             raise ValueError(
