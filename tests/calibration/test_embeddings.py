@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from lowrank_pl.calibration.build import statistics_of
 from lowrank_pl.calibration.embeddings import row_metric, smoothed
@@ -132,6 +132,8 @@ def test_an_export_reloads_bit_for_bit_and_merges(family, tmp_path):
     loaded = load_compressed(tmp_path / "out")
     assert torch.equal(logits(loaded), expected)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)), expected)
+    body = AutoModel.from_pretrained(tmp_path / "out")
+    assert torch.equal(body(TOKENS)[0], loaded.base_model(TOKENS)[0])
     entries = loaded.config.quantization_config.modules
     findings = [*check_weights(tensors_of(loaded), entries), *check_plan(plan, tensors_of(loaded), entries)]
     assert {found.health for found in findings} == {"healthy"}
