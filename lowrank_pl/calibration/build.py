@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_pl.calibration.embeddings import check_embeddings, decompose_embeddings
 from lowrank_pl.calibration.measures import Passes
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.calibration.statistics import Statistics
@@ -103,9 +104,10 @@ def _factors(
     subject: Subject, statistics: Statistics, settings: Decomposition, directory: str | Path | None
 ) -> FactorStore:
     targets = subject.targets
+    check_embeddings(settings, targets.embeddings, subject.model)
     store = factor_store(targets, statistics.source, settings, directory, batch_size=statistics.passes.batch_size)
-    with store.filling(target.name for target in targets.modules) as missing:
-        _log.info("factors: %d of %d modules to decompose, in %s", len(missing), len(targets.modules), store.directory)
+    with store.filling(targets.names) as missing:
+        _log.info("factors: %d of %d modules to decompose, in %s", len(missing), len(targets.names), store.directory)
         todo = [target for target in targets.modules if target.name in set(missing)]
         if todo:
             check_finite(subject.model, todo)
@@ -117,6 +119,9 @@ def _factors(
                 compressed = _statistics_compressed(subject, statistics, settings, factors, point)
             roots = Roots(settings, statistics, todo, subject.model.device, compressed)
             decompose_all(subject.model, todo, store, roots)
+        embeddings = [target for target in targets.embeddings if target.name in set(missing)]
+        if embeddings:
+            decompose_embeddings(subject.model, embeddings, store, settings, statistics)
     return store
 
 

@@ -59,6 +59,8 @@ def build_factors_by_block(
             the hidden state. Everything that was written before is correct and stays.
     """
     settings = settings or Decomposition()
+    if subject.targets.embeddings:
+        raise NotBlockwiseError("the statistics of embeddings need passes through the whole model")
     statistics = statistics_of(
         subject, parameters=skeleton.parameters(), directory=directory, batch_size=batch_size, memory=memory
     )

@@ -64,6 +64,11 @@ def preparation_notes(targets: Targets, store: FactorStore) -> list[str]:
         those = [skipped for skipped in targets.skipped if skipped.reason == reason]
         count = sum(skipped.parameters for skipped in those)
         notes.append(f"not targeted, {reason}: {len(those)} ({count:,} parameters), e.g. {those[0].name}")
+    for matrix in targets.embeddings:
+        what = "embeddings" if matrix.head is None else "the head" if matrix.embedding is None else "embeddings"
+        tied = f", tied to {matrix.head}" if matrix.embedding and matrix.head else ""
+        count = matrix.shape[0] * matrix.shape[1]
+        notes.append(f"targeted too, stored dense or as two factors: {what} {matrix.name}{tied} ({count:,} parameters)")
     made = {target: store.notes(target.name) for target in targets.modules}
     eigen = [t.name for t, how in made.items() if "eigen" in (how.get("square_root"), how.get("output_root"))]
     if eigen:

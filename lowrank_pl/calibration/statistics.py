@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.blockwise import BlockwiseBackward, Extent, pass_through_blocks
+from lowrank_pl.calibration.embedding_moments import EmbeddingMoments, PlainEmbeddingMoments
 from lowrank_pl.calibration.gradients import GradientMoments, WeightFisher, WeightGradients, collect_gradients
 from lowrank_pl.calibration.input_moments import InputMoments, collect_input_moments
 from lowrank_pl.calibration.measures import GradientMeasure, Measure, Passes
@@ -50,6 +51,8 @@ _MEASURES: dict[Statistic, type[Measure]] = {
     "gradient_norms": TokenNorms,
     "weight_gradients": WeightGradients,
     "weight_fisher": WeightFisher,
+    "embedding_moments": EmbeddingMoments,
+    "plain_embedding_moments": PlainEmbeddingMoments,
 }
 
 

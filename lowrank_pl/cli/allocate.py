@@ -39,6 +39,9 @@ def allocate(
 ) -> RankPlan:
     """Write a rank plan without training, by a closed-form allocator.
 
+    --include '*' embeddings gives the token embeddings and the head ranks too, with --method fisher, energy or uniform.
+    Tied ones are one matrix.
+
     Weights are decomposed as the allocator's paper does, unless --decomposition says otherwise: two_sided for fisher,
     asvd for strs, whitened for all others.
 
@@ -79,6 +82,7 @@ def allocate(
     allocator = make_allocator(method or "uniform", **(settings or {})) if budget is None else None
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))
     if budget is not None:
+        byte_budget.check_targets(subject.targets)
         made_by = decomposition or Decomposition("two_sided")
         made = build_factors(subject, settings=made_by, directory=store)
         plan, factors = byte_budget.allocate_bytes(subject, budget, decomposition=made_by, store=made)

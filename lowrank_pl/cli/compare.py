@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.cli.parameters import Flat, Settings
-from lowrank_pl.models.settings import Base
+from lowrank_pl.models.settings import EMBEDDINGS, Base
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
 from lowrank_pl.utils.files import check_output_files, check_output_folder, write_json
@@ -73,7 +73,8 @@ def compare(
             default.
         recipes: Your own recipes by name, from YAML; they win over shipped ones of the same name.
         run: Folder of the results: results.json, results.md, plots, and a folder for each method and size.
-        include: Globs of modules to target, on full names or names inside a block.
+        include: Globs of modules to target, on full names or names inside a block; the word embeddings beside them
+            targets embeddings and head too, for methods that allocate by fisher, energy or uniform.
         exclude: Globs of modules to leave alone; they are not counted in keep.
         multiple_of: Every rank is a multiple of this.
         seed: Seed of the order of sequences in learning.
@@ -106,6 +107,12 @@ def compare(
     chosen = {name: recipe(name, own) for name in methods}
     for name in plotted or ():
         recipe(name, own)
+    refused = sorted(name for name, one in chosen.items() if EMBEDDINGS in include and not one.takes_embeddings)
+    if refused:
+        raise ValueError(
+            f"{refused[0]} can't give embeddings a rank: include has {EMBEDDINGS}, for methods that allocate by "
+            "fisher, energy or uniform on two_sided, whitened or svd factors, without pruning; compare it without"
+        )
     texts, limits = named_texts(scores), score_sequences or {}
     if dry_run:
         for name in (name for name, one in chosen.items() if one.heal is not None):

@@ -266,7 +266,7 @@ class Comparison:
             spent.append(there.seconds(settings.needs, self.subject.targets.modules, settings.labels))
         return {
             "statistics": total_seconds(spent),
-            "factors": factors.seconds(target.name for target in self.subject.targets.modules),
+            "factors": factors.seconds(self.subject.targets.names),
         }
 
     def _refit(self, plan: RankPlan, store: FactorStore, settings: Refit) -> tuple[RankPlan, FactorStore]:

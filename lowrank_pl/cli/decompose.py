@@ -52,7 +52,8 @@ def decompose(
         base: The model.
         decomposition: How weights are decomposed, such as --decomposition.kind svd; by default whitened.
         calibration: Text that the statistics are measured on.
-        include: Globs of modules to target, on full names or names inside a block.
+        include: Globs of modules to target, on full names or names inside a block; the word embeddings beside them
+            targets embeddings and head too, and loads the model whole.
         exclude: Globs of modules to leave alone.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
         cache: Where the hidden states of all sequences wait between blocks, and before every block for gradients: ram,
@@ -101,11 +102,11 @@ def decompose(
         )  # fmt: skip
         targets = subject.targets
     seconds, memory_used, notes = time.perf_counter() - began, peak_memory(), preparation_notes(targets, made)
-    head = f"{decomposition.kind}: factors of {len(targets.modules)} modules, {how}, in {seconds:.0f} s"
+    head = f"{decomposition.kind}: factors of {len(targets.names)} modules, {how}, in {seconds:.0f} s"
     print("\n".join([f"{head} and {memory_used / 1e9:.2f} GB of memory", *notes, f"store  {made.directory}"]))
     if json is not None:
         write_json(json, {
-            "store": str(made.directory), "kind": decomposition.kind, "modules": len(targets.modules),
+            "store": str(made.directory), "kind": decomposition.kind, "modules": len(targets.names),
             "block_by_block": how == "block by block", "seconds": seconds, "peak_memory": memory_used, "notes": notes,
         })  # fmt: skip
     return made

@@ -8,6 +8,7 @@ from itertools import groupby
 
 import torch
 
+from lowrank_pl.calibration.embedding_moments import EmbeddingMoments
 from lowrank_pl.calibration.gradients import GradientMoments, WeightFisher, WeightGradients
 from lowrank_pl.calibration.input_moments import InputMoments
 from lowrank_pl.calibration.measures import Measure, Passes
@@ -16,6 +17,7 @@ from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.workload import Run
 from lowrank_pl.methods.prune.settings import STEPS, LLMPruner, WidthPruning
+from lowrank_pl.models.targets import HEAD
 
 __all__ = [
     "decomposition_phase",
@@ -46,6 +48,12 @@ _BAND = 1 / 8
 _READS = 3
 """How often weights that are never whole in memory are read: for their fingerprint, a trial, and the block-wise pass.
 Gradients read them once more, on the way back."""
+
+_TALL = 16384
+"""Rows of embeddings that are in float64 at a time (``decompose_rows``)."""
+
+_UNREAD = Passes(torch.empty(0, 2, device="meta"))
+"""Sequences for sums whose sizes do not depend on any."""
 
 _PACKED = 0.75
 """Bytes a number in a GGUF file of four to five bits, with the numbers that are not packed."""
@@ -160,6 +168,31 @@ def statistics_phases(run: Run) -> list[Phase]:
         phases.append(_gradients(run, _weight_gradients("weight gradients", WeightGradients, run)))
     if "weight_fisher" in needs:
         phases.append(_gradients(run, _weight_gradients("weight fisher", WeightFisher, run)))
+    if run.model.embeddings:
+        phases += _embedding_moments(run)
+    return phases
+
+
+def _embedding_moments(run: Run) -> list[Phase]:
+    """Return what a pass of its own needs that measures embeddings and head, for each kind that needs one."""
+    model, preparation = run.model, run.work.preparation
+    kinds = {settings.kind for settings in preparation.decompositions}
+    places = {place.name: place for target in model.embeddings for place in target.places}
+    phases = []
+    if "two_sided" in kinds:
+        sizes = {name: float(EmbeddingMoments.bytes_of(place, _UNREAD)) for name, place in places.items()}
+        stored = {name: 4.0 * place.shape[1] ** 2 + 8.0 * place.shape[0] for name, place in places.items()}
+        sums = _Sums("embedding moments", sizes, stored, dict.fromkeys(places, 0))
+        widest = max(place.shape[1] for place in places.values())
+        adds = sum(place.shape[1] ** 2 for place in places.values()) / 2
+        phases.append(_gradients(run, replace(sums, multiply_adds=adds, moment=2 * 8.0 * widest**2)))
+    heads = {name: place for name, place in places.items() if place.kind == HEAD}
+    if "whitened" in kinds and heads:
+        sizes = {name: 4.0 * place.shape[1] ** 2 for name, place in heads.items()}
+        sums = _Sums("moments of the head's inputs", sizes, sizes, dict.fromkeys(heads, 0), sum(sizes.values()) / 8)
+        logits = float(preparation.calibration.length * model.vocabulary * model.itemsize)
+        device, host = _placed(run, {**_weights(run), f"sums of {sums.name}": sums.total, "logits": logits})
+        phases.append(_measuring(run, sums, device, host, passes=1, read=0.0))
     return phases
 
 
@@ -379,16 +412,22 @@ def decomposition_phase(run: Run) -> Phase:
         roots += sum(width**3 / 3 for width in inputs)
     moments = 4.0 * some * sum(width**2 for width in inputs)
     moments += 4.0 * both * sum(target.shape[0] ** 2 for target in model.modules)
+    for matrix in model.embeddings:
+        rows, width = matrix.shape
+        # The left factor in float32, some rows in float64, and the small matrices of the eigenvectors.
+        most = max(most, 4.0 * rows * width + 24.0 * min(rows, _TALL) * width + 8.0 * _ROOTS * width**2)
+        products += 2 * rows * width**2
+        svd += width**3
     # Where processes share the layers out, each reads its own once more.
     again = model.targeted * model.itemsize if preparation.by_block and run.machine.processes > 1 else 0.0
     work: dict[WorkKind, float] = {
         "float64": times * (products + roots), "svd": times * svd, "disk": times * moments + again,
     }  # fmt: skip
     device, host = _placed(run, {**_weights(run), "roots and decomposition of a module": most})
-    host["a file being written"] = _SAVING * max(factor_bytes([target.shape]) for target in model.modules)
+    host["a file being written"] = _SAVING * max(factor_bytes([shape]) for shape in model.shapes)
     return Phase(
         "decomposition", device, host,
-        disk={"factors": times * factor_bytes(target.shape for target in model.modules)},
+        disk={"factors": times * factor_bytes(model.shapes)},
         work={kind: amount / run.machine.processes for kind, amount in work.items()},
     )  # fmt: skip
 

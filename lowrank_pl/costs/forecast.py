@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowrank_pl.costs.estimate import Estimate, Phase, Speeds, hold_freed_memory
@@ -134,10 +134,13 @@ def print_forecast(
     _log.info("reading the shapes of %s; no weight is loaded", base.name)
     length = work.preparation.calibration.length
     model = model_sizes(base, length=length, constraints=constraints)
+    if model.embeddings:
+        # Their statistics need passes through the whole model.
+        work = replace(work, preparation=replace(work.preparation, by_block=False))
     found = estimate(Run(model, work, machine, program=resident_memory()))
     speeds = probe(base, model, device=machine.device, length=length) if machine.here else None
     title = (
-        f"{base.name}: {model.parameters / 1e9:,.2f} billion parameters in {base.dtype}, {len(model.modules)} targets; "
+        f"{base.name}: {model.parameters / 1e9:,.2f} billion parameters in {base.dtype}, {len(model.shapes)} targets; "
         f"{machine.describe()}"
     )
     notes = [*([] if speeds is None else [f"time: {speeds.source}"]), *found.notes]

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from lowrank_pl.models.base import Base, pop_shapes, read_config, resolve_base
 from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.shapes import random_blocks, whole_config
-from lowrank_pl.models.targets import Target, decoder_blocks, first_argument
+from lowrank_pl.models.targets import EmbeddingTarget, Target, decoder_blocks, first_argument
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.plans.constraints import Constraints
 
@@ -58,6 +58,7 @@ class ModelSizes:
         vocabulary: Logits of a token.
         activations: Bytes a token of activations.
         packed: Whether the weights are in a GGUF file, which is unpacked to float32 while it is loaded.
+        embeddings: Embeddings and head, as far as they are targets.
     """
 
     itemsize: int
@@ -68,6 +69,7 @@ class ModelSizes:
     vocabulary: int
     activations: Activations
     packed: bool = False
+    embeddings: tuple[EmbeddingTarget, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -82,7 +84,12 @@ class ModelSizes:
     @property
     def targeted(self) -> int:
         """Parameters of the targets."""
-        return sum(target.shape[0] * target.shape[1] for target in self.modules)
+        return sum(rows * columns for rows, columns in self.shapes)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The shapes of the targets, embeddings last."""
+        return [target.shape for target in self.modules] + [target.shape for target in self.embeddings]
 
     @property
     def multiply_adds(self) -> int:
@@ -124,7 +131,8 @@ def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Con
         )
         reshape(made, shapes)
         model = made.eval().requires_grad_(False)
-        targets = constraints.targets(model).modules
+        found = constraints.targets(model)
+        targets = found.modules
         head: Any = model.get_output_embeddings().weight
         activations = _activations(model, targets, torch.zeros(1, length, dtype=torch.long))
     return ModelSizes(
@@ -136,6 +144,7 @@ def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Con
         vocabulary=head.shape[0],
         activations=activations,
         packed=not base.name.startswith(f"{SHAPES_FORM}:") and resolve_base(base.name).gguf_file is not None,
+        embeddings=found.embeddings,
     )
 
 

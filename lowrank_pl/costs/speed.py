@@ -232,7 +232,13 @@ def read_bytes(model: PreTrainedModel) -> int:
     """
     head = model.get_output_embeddings().weight
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
-    looked_up = {id(tensor) for table in tables for tensor in (*table.parameters(), *table.buffers())}
+    # The right factor of embeddings of low rank is multiplied by.
+    looked_up = {
+        id(tensor)
+        for table in tables
+        for name, tensor in (*table.named_parameters(), *table.named_buffers())
+        if not name.startswith("right")
+    }
     # Pivots and the codes of rounded layers are buffers.
     every = (*model.parameters(), *model.buffers())
     return sum(tensor.nbytes for tensor in every if id(tensor) not in looked_up)

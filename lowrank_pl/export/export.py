@@ -32,7 +32,7 @@ from lowrank_pl.models import digests, hf_experts, hf_format, hf_layers, hf_quan
 from lowrank_pl.models.digests import check_files, unchecked, write_digests
 from lowrank_pl.models.hf_experts import experts_fused, split_experts, split_modules
 from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align, tied_weights
-from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear
 from lowrank_pl.models.hf_quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -69,7 +69,10 @@ CODE_FILES = tuple(Path(module.__file__ or "") for module in (hf_format, hf_laye
 """The files of the package that exports hold copies of."""
 
 Entry = int | dict[str, Any]
-"""The config's entry of one module: its rank, or rank, storage and side, or these with bits and group."""
+"""The config's entry of one module: its rank, or rank, storage and side, or these with bits and group. The storage of
+an embedding of low rank is ``embedding``."""
+
+_EMBEDDINGS = {LowRankEmbedding.__name__, QuantizedEmbedding.__name__}
 
 _KINDS = {
     kind.__name__
@@ -402,10 +405,10 @@ def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[st
             _check_layer(name, module, original, type(model).__name__)
             if f"{name}.weight" in tied:
                 raise ValueError(
-                    f"{name} is rounded, but the config ties it to {tied[f'{name}.weight']}: round that embedding, and "
-                    "tie the head with lowrank_pl.models.hf_quantized.tie_head"
+                    f"{name} is compressed, but the config ties it to {tied[f'{name}.weight']}: compress that "
+                    "embedding, and tie the head with lowrank_pl.models.hf_quantized.tie_head"
                 )
-        elif type(module).__name__ == TiedHead.__name__ and isinstance(original, nn.Linear):
+        elif _is_tied_head(module) and isinstance(original, nn.Linear):
             source: Any = module.source
             if model.get_submodule(tied.get(f"{name}.weight", "").removesuffix(".weight")) is not source[0]:
                 raise ValueError(f"{name} reads the rows of an embedding that the config does not tie it to")
@@ -421,7 +424,8 @@ def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[st
 def _check_layer(name: str, module: nn.Module, original: nn.Module, model: str) -> None:
     """Raise ``ValueError`` if a compressed layer can't take the place of ``original``."""
     rank: int | None = getattr(module, "rank", None)
-    if rank is not None and rank == module.in_features:
+    inputs = module.embedding_dim if isinstance(module, nn.Embedding) else module.in_features
+    if rank is not None and rank == inputs:
         # Its left factor would have the dense shape: loaders that do not know the format would not stop.
         raise ValueError(f"{name} has rank {rank}, the number of its inputs: leave it dense")
     if (getattr(module, "bias", None) is None) != (getattr(original, "bias", None) is None):
@@ -455,8 +459,13 @@ def _config(model: nn.Module, entries: dict[str, Entry], shapes: dict[str, list[
 def _is_compressed_layer(module: nn.Module) -> bool:
     """Tell a low-rank or rounded layer of this package or of a folder's copy of its code."""
     if isinstance(module, nn.Embedding):
-        return any(kind.__name__ == QuantizedEmbedding.__name__ for kind in type(module).__mro__)
+        return any(kind.__name__ in _EMBEDDINGS for kind in type(module).__mro__)
     return isinstance(module, nn.Linear) and type(module).__name__ in _KINDS
+
+
+def _is_tied_head(module: nn.Module) -> bool:
+    """Tell a head tied to a compressed embedding, of this package or of a folder's copy of its code."""
+    return any(kind.__name__ == TiedHead.__name__ for kind in type(module).__mro__)
 
 
 def _is_rounded(module: nn.Module) -> bool:
@@ -468,9 +477,12 @@ def _entry(module: nn.Module) -> Entry:
     """Return the config's entry of a compressed layer."""
     rank: Any = getattr(module, "rank", None)
     side, grid = getattr(module, "side", None), getattr(module, "grid", None)
-    if side is None and grid is None:
+    of_embedding = isinstance(module, nn.Embedding) and rank is not None
+    if side is None and grid is None and not of_embedding:
         return rank  # type: ignore[no-any-return]
     entry: dict[str, Any] = {} if rank is None else {"rank": rank}
+    if of_embedding:
+        entry["storage"] = "embedding"
     if side is not None:
         entry |= {"storage": "pivoted", "side": side}
     return entry if grid is None else entry | grid.to_json()
@@ -486,7 +498,7 @@ def _dense_layers(model: PreTrainedModel, originals: dict[str, nn.Module], *, me
     layers: dict[str, nn.Module] = {}
     heads: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if merge and type(module).__name__ == TiedHead.__name__:
+        if merge and _is_tied_head(module):
             heads[name] = module
         elif (merge and _is_compressed_layer(module)) or _layout(module, originals.get(name)):
             layers[name] = _as_dense(module, originals[name])

@@ -15,9 +15,17 @@ from tqdm.auto import tqdm
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, Side
-from lowrank_pl.models.hf_quantized import QuantizedLinear, Rounded, quantized_embedding, quantized_layer, tie_head
-from lowrank_pl.models.targets import StandIn, dense_weight, replace_module
+from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, Side, low_rank_embedding
+from lowrank_pl.models.hf_quantized import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    Rounded,
+    quantized_embedding,
+    quantized_layer,
+    quantized_low_rank_embedding,
+    tie_head,
+)
+from lowrank_pl.models.targets import StandIn, dense_weight, replace_module, weight_of
 from lowrank_pl.plans.plan import ZERO, ModulePlan, RankPlan
 from lowrank_pl.utils.tensor_store import weight_digest
 
@@ -25,10 +33,12 @@ __all__ = [
     "compress",
     "compressed",
     "deployed_plan",
+    "factored_embedding",
     "factored_layer",
     "low_rank_layer",
     "restore_dense",
     "rounded_embedding",
+    "tied_heads",
 ]
 
 _log = logging.getLogger(__name__)
@@ -66,6 +76,10 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
     _check(model, plan, store)
     for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
         old = _unmasked(model.get_submodule(name))
+        if isinstance(old, nn.Embedding):
+            for place, module in _compressed_embedding(model, name, entry, store).items():
+                replace_module(model, place, module)
+            continue
         if entry.grid is not None:
             new = _rounded_layer(old, entry, store.rounded(name))
         elif entry.rank is not None:
@@ -75,32 +89,78 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
         replace_module(model, name, new)
     for name in plan.embeddings:
         parts, _ = store.rounded(name)
-        for place, module in rounded_embedding(model, name, parts["weight"]).items():
+        for place, module in rounded_embedding(model, name, parts).items():
             replace_module(model, place, module)
     _log.info("compressed %d of %d modules", len(plan.modules) - len(plan.dense_modules), len(plan.modules))
     return model
 
 
-def rounded_embedding(model: nn.Module, name: str, rounded: Rounded) -> dict[str, nn.Module]:
+def rounded_embedding(model: nn.Module, name: str, rounded: Mapping[str, Rounded]) -> dict[str, nn.Module]:
     """Return the modules, by name, that take the place of an embedding or a head, and of what is tied to it.
 
     Args:
         model: The model.
         name: The embedding, or the head.
-        rounded: Its rounded weight.
+        rounded: Its rounded ``weight``, or the rounded factors ``weight`` and ``right``.
     """
     old = model.get_submodule(name)
     if isinstance(old, nn.Linear):
-        return {name: quantized_layer(old, {"weight": rounded})}
+        return {name: quantized_layer(old, rounded)}
     assert isinstance(old, nn.Embedding)
-    new = quantized_embedding(old, rounded.grid)
-    new.put("weight", rounded)
-    tied = {
-        place: tie_head(head, new)
+    grid = rounded["weight"].grid
+    new: QuantizedEmbedding | LowRankEmbedding
+    if "right" in rounded:
+        factored = quantized_low_rank_embedding(old, rounded["right"].rows, grid)
+        for part, matrix in rounded.items():
+            factored.put(part, matrix)
+        new = factored
+    else:
+        new = quantized_embedding(old, grid)
+        new.put("weight", rounded["weight"])
+    return {name: new, **_tied_to(model, old, new)}
+
+
+def factored_embedding(model: nn.Module, name: str, factors: Factors) -> dict[str, nn.Module]:
+    """Return the modules, by name, that take the place of an embedding and of the heads that are tied to it.
+
+    Args:
+        model: The model.
+        name: The embedding.
+        factors: The components that it keeps; they are cast to the type of the embedding.
+
+    Raises:
+        ValueError: The factors are zero and the embeddings are not.
+    """
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Embedding)
+    weight = old.weight
+    left, right = factors.left.to(weight), factors.right.to(weight)
+    if not (left.any() and right.any()) and weight.any():
+        raise ValueError(_zero_factors(name, weight.dtype))
+    new = low_rank_embedding(old, right.shape[0])
+    new.weight, new.right = (nn.Parameter(part.detach().contiguous()) for part in (left, right))
+    return {name: new, **_tied_to(model, old, new)}
+
+
+def tied_heads(model: nn.Module, embedding: nn.Embedding) -> dict[str, nn.Linear]:
+    """Return the heads of ``model`` that are tied to ``embedding``, by name."""
+    return {
+        place: head
         for place, head in model.named_modules()
-        if isinstance(head, nn.Linear) and head.weight is old.weight
+        if isinstance(head, nn.Linear) and head.weight is embedding.weight
     }
-    return {name: new, **tied}
+
+
+def _tied_to(model: nn.Module, old: nn.Embedding, new: QuantizedEmbedding | LowRankEmbedding) -> dict[str, nn.Module]:
+    return {place: tie_head(head, new) for place, head in tied_heads(model, old).items()}
+
+
+def _compressed_embedding(model: nn.Module, name: str, entry: ModulePlan, store: FactorStore) -> dict[str, nn.Module]:
+    """Return what takes the place of an embedding among the targets; nothing where it stays as it is."""
+    if entry.grid is not None:
+        parts, _ = store.rounded(name)
+        return rounded_embedding(model, name, parts)
+    return {} if entry.rank is None else factored_embedding(model, name, store.kept(name, entry))
 
 
 def _rounded_layer(
@@ -145,11 +205,15 @@ def low_rank_layer(
     """
     new = _stored(name, old, entry, factors, device)
     if _is_zero(new) and not _is_zero(old) and (_is_low_rank(old) or dense_weight(old).any()):
-        raise ValueError(
-            f"the factors of {name} are zero in {_type_name(_like(old).dtype)}, but its weight is not: leave it dense "
-            f"(--exclude {name}), or load a base in half precision in float32"
-        )
+        raise ValueError(_zero_factors(name, _like(old).dtype))
     return new
+
+
+def _zero_factors(name: str, dtype: torch.dtype) -> str:
+    return (
+        f"the factors of {name} are zero in {_type_name(dtype)}, but its weight is not: leave it dense (--exclude "
+        f"{name}), or load a base in half precision in float32"
+    )
 
 
 def _stored(name: str, old: nn.Module, entry: ModulePlan, factors: Factors, device: torch.device | None) -> nn.Module:
@@ -196,7 +260,9 @@ def _is_zero(layer: nn.Module) -> bool:
         return not layer.matrix("right" if layer.side == "out" else "weight").any()
     if isinstance(layer, QuantizedLinear):
         return not layer.matrix("weight").any()
-    return isinstance(layer, LowRankLinear) and not (layer.matrix("weight").any() and layer.matrix("right").any())
+    return isinstance(layer, (LowRankLinear, LowRankEmbedding)) and not (
+        layer.matrix("weight").any() and layer.matrix("right").any()
+    )
 
 
 def factored_layer(old: nn.Module, factors: Factors) -> LowRankLinear:
@@ -282,7 +348,7 @@ def compressed(
     modules = dict(model.named_modules())
     # If the plan is for another model, `compress` says so.
     before = {name: modules[name] for name in (*plan.modules, *plan.embeddings) if name in modules}
-    embedded = [modules[name].weight for name in plan.embeddings if name in modules]
+    embedded = [modules[name].weight for name in (*plan.embeddings, *plan.embedded) if name in modules]
     before.update({n: m for n, m in modules.items() if any(getattr(m, "weight", None) is one for one in embedded)})
     try:
         yield compress(model, plan, store, device=device)
@@ -321,10 +387,8 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
 
 
 def _weight_of(module: nn.Module) -> Tensor:
-    if isinstance(module, nn.Embedding):
-        return module.weight
     # A masked layer has its weight at hand, without making the dense layer.
-    return module.weight if isinstance(module, StandIn) else dense_weight(module)
+    return module.weight if isinstance(module, StandIn) else weight_of(module)
 
 
 def _check_stored(name: str, entry: ModulePlan, store: FactorStore) -> None:

@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_pl.factors.components import NestedComponents
-from lowrank_pl.factors.compression import deployed_plan, low_rank_layer
-from lowrank_pl.models.hf_layers import LowRankLinear
-from lowrank_pl.models.hf_quantized import is_quantized
+from lowrank_pl.factors.compression import deployed_plan, factored_embedding, low_rank_layer
+from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear
+from lowrank_pl.models.hf_quantized import TiedHead, is_quantized
 from lowrank_pl.models.targets import replace_module
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 
 __all__ = ["cut"]
 
 _log = logging.getLogger(__name__)
+
+_FACTORED = (LowRankLinear, LowRankEmbedding)
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def cut(model: nn.Module, plan: RankPlan, smaller: RankPlan, components: NestedC
     for name in todo:
         layer = model.get_submodule(name)
         # The hooks of accelerate would be lost with a layer that is replaced.
-        can_be = not hasattr(layer, "_hf_hook") if name in held else isinstance(layer, LowRankLinear)
+        can_be = not hasattr(layer, "_hf_hook") if name in held else isinstance(layer, _FACTORED)
         if not can_be or layer.get_parameter("weight").is_meta:
             raise ValueError(
                 f"{name} can't be cut: it is a {type(layer).__name__}, or device_map keeps it on disk; load the model "
@@ -61,18 +63,25 @@ def cut(model: nn.Module, plan: RankPlan, smaller: RankPlan, components: NestedC
             )
     for name, entry in tqdm(todo.items(), desc="cut", unit="module", leave=False, delay=2):
         layer = model.get_submodule(name)
-        if components is not None and name in held:
+        if components is not None and name in held and isinstance(layer, nn.Embedding):
+            learns = layer.get_parameter("weight").requires_grad
+            for place, made in factored_embedding(model, name, components.kept(name, entry)).items():
+                replace_module(model, place, made.train(layer.training).requires_grad_(learns))
+        elif components is not None and name in held:
             new = low_rank_layer(name, layer, entry, components.kept(name, entry)).train(layer.training)
             replace_module(model, name, new.requires_grad_(layer.get_parameter("weight").requires_grad))
         else:
-            assert isinstance(layer, LowRankLinear)
+            assert isinstance(layer, _FACTORED)
             _cut_factors(layer, plan.modules[name], entry)
+            for head in model.modules():
+                if isinstance(head, TiedHead) and head.source[0] is layer:
+                    head.weight = layer.weight
     beside = sum(name in held for name in todo)
     _log.info("cut %d of %d layers, %d of them to components beside the weights", len(todo), len(plan.modules), beside)
     return deployed_plan(model, smaller)
 
 
-def _cut_factors(layer: LowRankLinear, own: ModulePlan, entry: ModulePlan) -> None:
+def _cut_factors(layer: LowRankLinear | LowRankEmbedding, own: ModulePlan, entry: ModulePlan) -> None:
     """Cut a layer with the components of ``own`` to those of ``entry``."""
     assert own.rank is not None
     assert entry.rank is not None

@@ -16,6 +16,7 @@ __all__ = [
     "SquareRoot",
     "damped_root",
     "decompose",
+    "decompose_rows",
     "diagonal_root",
     "polar_svd",
     "square_root",
@@ -149,6 +150,10 @@ class SquareRoot:
     def multiply_right(self, rows: Tensor) -> Tensor:
         """Return ``rows @ root`` for ``rows`` ``[k, n]``."""
         return rows * self.root if self.kind == "diagonal" else rows @ self.root
+
+    def multiply_left(self, columns: Tensor) -> Tensor:
+        """Return ``root @ columns`` for ``columns`` ``[n, k]``."""
+        return self.root[:, None] * columns if self.kind == "diagonal" else self.root @ columns
 
     def solve_right(self, rows: Tensor) -> Tensor:
         """Return ``rows @ inverse(root)`` for ``rows`` ``[k, n]``."""
@@ -295,6 +300,55 @@ def decompose(weight: Tensor, *, inputs: SquareRoot | None = None, outputs: Squa
     if inputs is not None:
         right = inputs.solve_right(right)
     return Factors(left * half, half[:, None] * right, sigma)
+
+
+_ROWS = 16384
+"""Rows of a tall matrix that are in float64 at a time."""
+
+
+def decompose_rows(weight: Tensor, *, rows: Tensor | None = None, columns: SquareRoot | None = None) -> Factors:
+    """Return the components of a tall ``weight``, such as embeddings, each of whose rows has a weight.
+
+    With ``w = rows`` and ``L = columns.root``, truncating at rank ``k`` gives the least ``sum_v w_v |(weight -
+    truncated)_v L|^2``, which is ``sum(sigma[k:] ** 2)``. It is ``decompose`` with the diagonal root ``w ** 0.5`` on
+    the side of the outputs, by the eigenvectors of the small matrix ``L' weight' diag(w) weight L``: neither the
+    weighted matrix nor its decomposition is ever in memory. Singular values below ``1e-8`` of the largest are noise.
+
+    Args:
+        weight: ``[rows, columns]``, with no fewer rows than columns.
+        rows: Weights ``[rows]`` of squared errors, at least 0; all 1 by default.
+        columns: Square root ``[columns, columns]`` of what weights the columns.
+
+    Returns:
+        Factors, ``columns`` components: ``left`` and ``right`` in float32, the singular values in float64.
+
+    Raises:
+        ValueError: ``weight`` holds NaN or infinity.
+
+    Example:
+        >>> decompose_rows(torch.diag(torch.tensor([1.0, 3.0])), rows=torch.tensor([16.0, 1.0])).sigma.tolist()
+        [4.0, 3.0]
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or infinity: the checkpoint is damaged")
+    size = weight.shape[1]
+    moment = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+    for start in range(0, len(weight), _ROWS):
+        part = weight[start : start + _ROWS].double()
+        moment += part.mT @ (part if rows is None else part * rows[start : start + _ROWS, None].to(part))
+    if columns is not None:
+        moment = columns.multiply_right(columns.multiply_right(moment).mT)
+    values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
+    sigma, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    # The half of a singular value that both factors get; noise must not be divided by.
+    half = sigma.clamp_min(max(sigma[0].item(), torch.finfo(torch.float64).tiny) * 1e-12).sqrt()
+    # The best matrix of rank k is ``weight L V V' inverse(L)``, in which the weights of rows cancel out.
+    turn = vectors if columns is None else columns.multiply_left(vectors)
+    right = vectors.mT if columns is None else columns.solve_right(vectors.mT.contiguous())
+    left = weight.new_empty(weight.shape, dtype=torch.float32)
+    for start in range(0, len(weight), _ROWS):
+        left[start : start + _ROWS] = (weight[start : start + _ROWS].double() @ (turn / half)).float()
+    return Factors(left, (half[:, None] * right).float(), sigma)
 
 
 def truncate(factors: Factors, components: int | Tensor) -> Factors:

@@ -13,17 +13,22 @@ from torch import Tensor, nn
 from lowrank_pl.factors.compression import deployed_plan
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear
 from lowrank_pl.plans.plan import HEALED, RankPlan
 from lowrank_pl.utils.files import canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import tensor_digest
 
-__all__ = ["healed_plan", "low_rank_layers"]
+__all__ = ["healed_plan", "low_rank_embeddings", "low_rank_layers"]
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear | PivotedLinear]:
     """Return the low-rank layers of ``model`` by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, (LowRankLinear, PivotedLinear))}
+
+
+def low_rank_embeddings(model: nn.Module) -> dict[str, LowRankEmbedding]:
+    """Return the embeddings of low rank of ``model`` by name; they are stored beside what was trained."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankEmbedding)}
 
 
 def healed_plan(
@@ -49,7 +54,8 @@ def healed_plan(
         weights: Digest of the dense weight of a layer, by its name, as far as it is known.
     """
     plan = deployed_plan(model, plan)
-    layers = {name: layer for name, layer in low_rank_layers(model).items() if name in plan.modules}
+    every = {**low_rank_layers(model), **low_rank_embeddings(model)}
+    layers = {name: layer for name, layer in every.items() if name in plan.modules}
     made = {name: _factors(layer) for name, layer in layers.items()}
     digest = tensor_digest(
         (f"{name}.{part}", getattr(factors, part)) for name, factors in made.items() for part in ("left", "right")
@@ -70,7 +76,7 @@ def healed_plan(
 
 
 @torch.no_grad()
-def _factors(layer: LowRankLinear | PivotedLinear) -> Factors:
+def _factors(layer: LowRankLinear | PivotedLinear | LowRankEmbedding) -> Factors:
     """Return the factors whose product is the weight of ``layer``, with the singular values of the product."""
     left, right = layer.weight.detach().float().cpu(), layer.right.detach().float().cpu()
     if isinstance(layer, PivotedLinear):

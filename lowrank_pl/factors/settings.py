@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-__all__ = ["Decomposition", "Kind", "Labels", "Side", "Statistic"]
+__all__ = ["EMBEDDING_KINDS", "Decomposition", "Kind", "Labels", "Side", "Statistic"]
 
 Labels = Literal["sampled", "text"]
 """Next tokens of the loss: sampled from the model (for the Fisher matrix) or those of the text (the empirical one)."""
@@ -16,9 +16,19 @@ Side = Literal["inputs", "outputs"]
 """The inputs of a linear layer (columns of its ``[out, in]`` weight), or its outputs (rows)."""
 
 Statistic = Literal[
-    "inputs", "output_gradients", "weighted_moments", "gradient_norms", "weight_gradients", "weight_fisher"
+    "inputs",
+    "output_gradients",
+    "weighted_moments",
+    "gradient_norms",
+    "weight_gradients",
+    "weight_fisher",
+    "embedding_moments",
+    "plain_embedding_moments",
 ]
 """What is measured on calibration text."""
+
+EMBEDDING_KINDS = ("two_sided", "whitened", "svd")
+"""The kinds of decomposition that have a meaning for embeddings."""
 
 Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
 

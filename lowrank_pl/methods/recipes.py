@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from typing import Any
 
-from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.factors.settings import EMBEDDING_KINDS, Decomposition
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.healing import Healing
 from lowrank_pl.methods.masks.ara import ARA
@@ -104,6 +104,15 @@ class Recipe:
     rounding: Rounding | None = None
     dense: bool = False
     heal: Healing | None = None
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """Whether embeddings and head may be among the targets."""
+        made_by = self.decomposition
+        if self.learning is not None or self.prune is not None or self.in_bytes or made_by.at_keep is not None:
+            return False
+        allocates = make_allocator(self.allocator, **self.settings).takes_embeddings
+        return made_by.kind in EMBEDDING_KINDS and (self.dense or allocates)
 
     def __post_init__(self) -> None:
         if self.in_bytes:

@@ -3,8 +3,8 @@
 This file, hf_layers.py, hf_quantized.py, hf_experts.py and digests.py need only torch and transformers. Every exported
 folder holds copies of them, which ``trust_remote_code=True`` runs on machines without lowrank_pl. Importing the file,
 or a copy of it, registers the quantization method ``"lowrank"`` with transformers. Plain ``from_pretrained`` then
-builds the model with :class:`LowRankLinear` or :class:`PivotedLinear` where ``config.json`` says so, with the layers of
-hf_quantized.py where it names bits, and with the separate experts of hf_experts.py.
+builds the model with :class:`LowRankLinear`, :class:`PivotedLinear` or :class:`LowRankEmbedding` where ``config.json``
+says so, with the layers of hf_quantized.py where it names bits, and with the separate experts of hf_experts.py.
 
 A loader that does not know the method must fail: transformers only warns about an unknown quantization method, and
 would continue with random weights. Therefore one parameter of each layer is called ``weight`` but never has the dense
@@ -33,15 +33,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 # Relative, so that transformers copies these files along with this one.
 from .digests import check_files
 from .hf_experts import split_experts
-from .hf_layers import LowRankLinear, PivotedLinear
+from .hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, low_rank_embedding
 from .hf_quantized import (
     Grid,
+    QuantizedEmbedding,
     QuantizedLinear,
     QuantizedLowRankLinear,
     QuantizedPivotedLinear,
     grid_of_entry,
     is_quantized,
     quantized_embedding,
+    quantized_low_rank_embedding,
     stored_state,
     tie_head,
 )
@@ -70,9 +72,10 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         modules: How each compressed module is stored, by its name in the saved model: the rank of two factors, or
-            ``{"rank": 3, "storage": "pivoted", "side": "out"}``. If its numbers are rounded, ``"bits": 4`` is added,
-            and ``"group": 32`` if groups are smaller than rows: ``{"rank": 3, "bits": 4, "group": 32}``. A dense layer
-            or an embedding that is rounded has no rank: ``{"bits": 8}``.
+            ``{"rank": 3, "storage": "pivoted", "side": "out"}``, or for an embedding ``{"rank": 3, "storage":
+            "embedding"}``. If its numbers are rounded, ``"bits": 4`` is added, and ``"group": 32`` if groups are
+            smaller than rows: ``{"rank": 3, "bits": 4, "group": 32}``. A dense layer or an embedding that is rounded
+            has no rank: ``{"bits": 8}``.
         shapes: ``[out, in]`` of the linear layers, compressed or not, whose shape differs from what the rest of the
             config says, for example after MLPs were pruned to several widths.
         experts: Whether the experts of mixtures are stored as separate linear layers.
@@ -86,7 +89,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Attributes:
         newest: The highest schema that this copy of the file reads.
         schema: The lowest schema that can express the entries, so that older versions read the folder if they can: 2
-            with pivots, 3 with shapes, 4 with bits, 5 with experts.
+            with pivots, 3 with shapes, 4 with bits, 5 with separate experts or embeddings of low rank.
     """
 
     newest = SCHEMA
@@ -134,11 +137,12 @@ def _check_entry(entry: Any) -> None:
     rounding = {"bits", "group"} & set(given)
     kind = set(given) - rounding
     pivoted = kind == {"rank", "storage", "side"} and given["storage"] == "pivoted"
+    embedding = kind == {"rank", "storage"} and given["storage"] == "embedding"
     alone = isinstance(entry, dict) and not rounding
-    if not pivoted and (kind not in ({"rank"}, set()) or alone or rounding == {"group"}):
+    if not (pivoted or embedding) and (kind not in ({"rank"}, set()) or alone or rounding == {"group"}):
         raise ValueError(
-            f'the entry {entry}: expected a rank, or rank, storage "pivoted" and side; bits, and group, may be added '
-            "or stand alone"
+            f'the entry {entry}: expected a rank, or rank, storage "pivoted" and side, or rank and storage "embedding"'
+            "; bits, and group, may be added or stand alone"
         )
     rank = given.get("rank", 1)
     if type(rank) is not int or rank < 1:
@@ -154,6 +158,8 @@ def _schema(entry: int | dict[str, Any]) -> int:
     """Return the lowest schema that has such entries."""
     if isinstance(entry, int):
         return 1
+    if entry.get("storage") == "embedding":
+        return 5
     return 4 if "bits" in entry else 2
 
 
@@ -380,8 +386,11 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _is_absent_head(model: PreTrainedModel, name: str, entry: int | dict[str, Any], known: Container[str]) -> bool:
-    """Tell whether an entry is of a rounded head that ``model`` does not have, such as one that ``AutoModel`` made."""
-    of_head = isinstance(entry, dict) and "rank" not in entry and not name.startswith(f"{model.base_model_prefix}.")
+    """Tell whether an entry is of a head that ``model`` does not have, such as one that ``AutoModel`` made."""
+    outside = not name.startswith(f"{model.base_model_prefix}.")
+    # A head is in no block.
+    factored = isinstance(entry, int) or "rank" in entry
+    of_head = outside and not (factored and any(part.isdecimal() for part in name.split(".")))
     return of_head and name not in known and model.get_output_embeddings() is None
 
 
@@ -389,9 +398,12 @@ def _swap(model: PreTrainedModel, name: str, entry: int | dict[str, Any]) -> Non
     """Replace the module ``name`` by an empty one that is stored as ``entry`` of the configuration says."""
     given: dict[str, Any] = {"rank": entry} if isinstance(entry, int) else dict(entry)
     grid, rank = grid_of_entry(given), given.get("rank")
-    if grid is not None and rank is None and isinstance(model.get_submodule(name), nn.Embedding):
-        _swap_embedding(model, name, grid)
+    of_embedding = isinstance(model.get_submodule(name), nn.Embedding)
+    if of_embedding and (given.get("storage") == "embedding" or rank is None):
+        _swap_embedding(model, name, rank, grid)
         return
+    if given.pop("storage", None) == "embedding":
+        raise ValueError(f"quantization_config stores {name!r} as an embedding, which it is not: export it again")
     if f"{name}.weight" in tied_weights(model):
         raise ValueError(
             f"quantization_config names {name!r}, which is tied to {tied_weights(model)[f'{name}.weight']}: the "
@@ -416,16 +428,22 @@ def _swap(model: PreTrainedModel, name: str, entry: int | dict[str, Any]) -> Non
     _put(model, name, new)
 
 
-def _swap_embedding(model: PreTrainedModel, name: str, grid: Grid) -> None:
-    """Replace an embedding by an empty rounded one, and heads that are tied to it by those that read its rows."""
-    new = quantized_embedding(model.get_submodule(name), grid)
+def _swap_embedding(model: PreTrainedModel, name: str, rank: int | None, grid: Grid | None) -> None:
+    """Replace an embedding by an empty compressed one, and heads that are tied to it by those that read its rows."""
+    old: Any = model.get_submodule(name)
+    new: QuantizedEmbedding | LowRankEmbedding
+    if rank is None:
+        assert grid is not None
+        new = quantized_embedding(old, grid)
+    else:
+        new = low_rank_embedding(old, rank) if grid is None else quantized_low_rank_embedding(old, rank, grid)
     tied = tied_weights(model)
     _put(model, name, new)
     for other, source in tied.items():
         if source == f"{name}.weight":
             head = model.get_submodule(other.removesuffix(".weight"))
             if not isinstance(head, nn.Linear):
-                raise ValueError(f"{name!r} is tied to {other}, which is no linear layer: it can't be rounded")
+                raise ValueError(f"{name!r} is tied to {other}, which is no linear layer: it can't be compressed")
             _put(model, other.removesuffix(".weight"), tie_head(head, new))
 
 

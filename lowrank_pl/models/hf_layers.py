@@ -1,4 +1,4 @@
-"""The layers of a compressed model: linear layers of low rank, stored as two factors or as pivots and coefficients.
+"""The layers of a compressed model: layers of low rank, stored as two factors or as pivots and coefficients.
 
 This file needs only torch. Every exported folder holds a copy beside hf_format.py, as part of the remote code.
 
@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LowRankLinear", "PivotedLinear", "Side"]
+__all__ = [
+    "LowRankEmbedding",
+    "LowRankLinear",
+    "PivotedLinear",
+    "Side",
+    "blank_embedding",
+    "copy_attributes",
+    "low_rank_embedding",
+]
 
 Side = Literal["out", "in"]
 """Whether pivots are rows of the matrix (outputs) or columns (inputs)."""
 
 
-class _TwoMatrices(nn.Linear):
-    """A linear layer that is stored as two matrices."""
-
-    right: nn.Parameter
+class _Matrices(nn.Module):
+    """A layer that is stored as matrices with names."""
 
     def _add_matrix(
         self, name: str, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None
@@ -37,6 +43,12 @@ class _TwoMatrices(nn.Linear):
         """Return the matrix ``weight`` or ``right``; derived classes compute it from what they store."""
         matrix: Tensor = getattr(self, name)
         return matrix
+
+
+class _TwoMatrices(_Matrices, nn.Linear):
+    """A linear layer that is stored as two matrices."""
+
+    right: nn.Parameter
 
     def product(self, input: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
         """Return the product of the matrix called ``name`` with ``input``, plus ``bias``."""
@@ -362,6 +374,106 @@ class PivotedLinear(_TwoMatrices):
         """Return the sizes, for ``print(model)``."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         return f"{sizes}, side={self.side}, bias={self.bias is not None}"
+
+
+class LowRankEmbedding(_Matrices, nn.Embedding):
+    """An embedding of low rank, stored as two factors: the row of a token is ``weight[token] @ right``.
+
+    It is made of the embedding that it replaces by :func:`low_rank_embedding`, so that subclasses keep what they add,
+    such as Gemma's factor. There is no pivoted form: with as many rows as a vocabulary has it would save next to
+    nothing, ``rank / (rows + columns)`` of the factors.
+
+    Attributes:
+        weight: Left factor, ``[embeddings, rank]``.
+        right: Right factor, ``[rank, size]``.
+        rank: Inner size of the factors.
+    """
+
+    _kind: type[nn.Embedding] = nn.Embedding
+    right: nn.Parameter
+    rank: int
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the rows ``[..., rank]`` of the left factor at token ``ids``."""
+        return F.embedding(ids, self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the embeddings ``[..., size]`` of token ids."""
+        return self.rows(input) @ self.matrix("right")
+
+    def multiply(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the products ``[..., embeddings]`` of all embeddings with ``input`` ``[..., size]``, plus ``bias``."""
+        right, left = (self.matrix(name).to(input.device) for name in ("right", "weight"))
+        return F.linear(F.linear(input, right), left, bias)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """Return all embeddings ``[embeddings, size]``, multiplied in a wider type as in ``LowRankLinear``."""
+        return _product(self.matrix("weight"), self.matrix("right"))
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for ``print(model)``."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make a copy: pickle does not find classes that were made at run time."""
+        return _blank_low_rank, (self._kind,), vars(self)
+
+
+def low_rank_embedding(
+    embedding: nn.Embedding, rank: int, *, stored: type[LowRankEmbedding] = LowRankEmbedding, **attributes: Any
+) -> LowRankEmbedding:
+    """Return an empty embedding of low rank with the sizes and the type of ``embedding``, of a subclass of its class.
+
+    The embedding itself is not changed.
+
+    Args:
+        embedding: The dense embedding.
+        rank: Inner size of the factors.
+        stored: How the factors are stored.
+        **attributes: Set before the factors are made.
+
+    >>> low_rank_embedding(nn.Embedding(8, 4), 2)
+    LowRankEmbedding(8, 4, rank=2)
+    """
+    new = blank_embedding(type(embedding), stored)
+    copy_attributes(embedding, new)
+    vars(new).update(attributes)
+    new.rank = rank
+    weight = embedding.weight
+    new._add_matrix("weight", embedding.num_embeddings, rank, weight.device, weight.dtype)
+    new._add_matrix("right", rank, embedding.embedding_dim, weight.device, weight.dtype)
+    return new
+
+
+AnyEmbedding = TypeVar("AnyEmbedding", bound=nn.Embedding)
+
+
+def blank_embedding(kind: type[nn.Embedding], stored: type[AnyEmbedding]) -> AnyEmbedding:
+    """Return an embedding without any attribute, in place of embeddings of the class ``kind``.
+
+    Args:
+        kind: The class of the dense embedding; its forward pass calls that of ``stored``.
+        stored: How the numbers are stored.
+    """
+    made = stored
+    if kind is not nn.Embedding:
+        prefix = stored.__name__.removesuffix("Embedding")
+        made = type(f"{prefix}{kind.__name__}", (kind, stored), {"_kind": kind})
+    return made.__new__(made)
+
+
+def copy_attributes(old: nn.Module, new: nn.Module) -> None:
+    """Give the blank module ``new`` the attributes and buffers of ``old``, and none of its parameters."""
+    nn.Module.__init__(new)
+    known = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+    vars(new).update({key: value for key, value in vars(old).items() if key not in known})
+    for name, buffer in old.named_buffers(recurse=False):
+        new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+
+
+def _blank_low_rank(kind: type[nn.Embedding]) -> LowRankEmbedding:
+    return blank_embedding(kind, LowRankEmbedding)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Layers call the scales ``weight``: they are floating-point numbers of the layer'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .hf_layers import LowRankLinear, PivotedLinear
+from .hf_layers import (
+    LowRankEmbedding,
+    LowRankLinear,
+    PivotedLinear,
+    blank_embedding,
+    copy_attributes,
+    low_rank_embedding,
+)
 
 __all__ = [
     "SCALE_TYPE",
     "Grid",
+    "LowRankTiedHead",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "QuantizedLowRankEmbedding",
     "QuantizedLowRankLinear",
     "QuantizedPivotedLinear",
     "Rounded",
@@ -38,6 +47,7 @@ __all__ = [
     "packed_width",
     "quantized_embedding",
     "quantized_layer",
+    "quantized_low_rank_embedding",
     "stored_shapes",
     "stored_state",
     "tie_head",
@@ -247,6 +257,23 @@ class _Stored(nn.Module):
         zeros = getattr(self, f"{name}_zeros", None)
         return dequantize(getattr(self, f"{name}_packed"), getattr(self, name), zeros, self.grid, self.columns(name))
 
+    def matrix_rows(self, name: str, ids: Tensor) -> Tensor:
+        """Return the rows ``[..., columns]`` of the matrix called ``name`` at ``ids``; no other is computed.
+
+        Args:
+            name: The matrix.
+            ids: ``[...]`` indices of rows.
+        """
+        flat, zeros, columns = ids.flatten(), getattr(self, f"{name}_zeros", None), self.columns(name)
+        rows = dequantize(
+            self.get_buffer(f"{name}_packed")[flat],
+            self.get_parameter(name)[flat],
+            None if zeros is None else zeros[flat],
+            self.grid,
+            columns,
+        )
+        return rows.view(*ids.shape, columns)
+
     def columns(self, name: str) -> int:
         """Return how many numbers a row of the matrix ``name`` has."""
         raise NotImplementedError
@@ -398,15 +425,11 @@ class QuantizedEmbedding(_Stored, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the embeddings ``[..., size]`` of token ids."""
-        ids, zeros = input.flatten(), getattr(self, "weight_zeros", None)
-        rows = dequantize(
-            self.get_buffer("weight_packed")[ids],
-            self.weight[ids],
-            None if zeros is None else zeros[ids],
-            self.grid,
-            self.embedding_dim,
-        )
-        return rows.view(*input.shape, self.embedding_dim)
+        return self.matrix_rows("weight", input)
+
+    def multiply(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the products ``[..., embeddings]`` of all embeddings with ``input`` ``[..., size]``, plus ``bias``."""
+        return F.linear(input, self.matrix("weight").to(input.device), bias)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
@@ -422,42 +445,69 @@ class QuantizedEmbedding(_Stored, nn.Embedding):
         return _blank_embedding, (self._kind,), vars(self)
 
 
-class TiedHead(nn.Linear):
-    """A head that multiplies by the rounded rows of the embedding it is tied to, and stores nothing of its own.
+class QuantizedLowRankEmbedding(_Stored, LowRankEmbedding):
+    """An embedding of low rank with rounded factors, of whose left one only the rows that are looked up are computed.
 
-    Attributes:
-        weight: The scales of the embedding: transformers ties what is called ``weight``.
+    It is made by :func:`quantized_low_rank_embedding`. Attributes are those of ``QuantizedLowRankLinear``.
     """
 
-    source: tuple[QuantizedEmbedding]
+    def columns(self, name: str) -> int:
+        """Return how many numbers a row of a factor has."""
+        return self.rank if name == "weight" else self.embedding_dim
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the rows ``[..., rank]`` of the left factor at token ``ids``."""
+        return self.matrix_rows("weight", ids)
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for ``print(model)``."""
+        return f"{super().extra_repr()}, {_shown(self.grid)}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make a copy: pickle does not find classes that were made at run time."""
+        return _blank_quantized_low_rank, (self._kind,), vars(self)
+
+
+class TiedHead(nn.Linear):
+    """A head that multiplies by the rows of the compressed embedding it is tied to, and stores nothing of its own.
+
+    Attributes:
+        weight: The parameter ``weight`` of the embedding, such as its scales: transformers ties what is called so.
+    """
+
+    source: tuple[QuantizedEmbedding | LowRankEmbedding]
 
     def product(self, input: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
         """Return the product of the embeddings with ``input``, plus ``bias``; ``name`` is ``weight``."""
-        return F.linear(input, self._rows().to(input.device), bias)
+        return self._of_source(lambda embedding: embedding.multiply(input, bias))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return logits ``[..., embeddings]`` for hidden states ``[..., size]``."""
         return self.product(input, "weight", self.bias)
 
-    def _rows(self) -> Tensor:
+    def _of_source(self, compute: Callable[[QuantizedEmbedding | LowRankEmbedding], Tensor]) -> Tensor:
         embedding = self.source[0]
         # accelerate keeps parts of large models elsewhere, and loads those of a module while that runs.
         hook: Any = getattr(embedding, "_hf_hook", None)
         if hook is None:
-            return embedding.matrix("weight")
+            return compute(embedding)
         hook.pre_forward(embedding)
         try:
-            return embedding.matrix("weight")
+            return compute(embedding)
         finally:
             hook.post_forward(embedding, None)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
         """Return the weight ``[embeddings, size]``."""
-        return self._rows()
+        return self._of_source(lambda embedding: embedding.dense())
 
     W_q = property(lambda self: self.weight)  # as in LowRankLinear
     dequantize = dense
+
+
+class LowRankTiedHead(TiedHead):
+    """A ``TiedHead`` of an embedding of low rank: it multiplies by one factor after the other."""
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -524,29 +574,40 @@ def quantized_embedding(embedding: nn.Embedding, grid: Grid) -> QuantizedEmbeddi
 
     The embedding itself is not changed.
     """
-    new = _blank_embedding(type(embedding))
-    nn.Module.__init__(new)
-    known = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
-    vars(new).update({key: value for key, value in vars(embedding).items() if key not in known})
-    for name, buffer in embedding.named_buffers(recurse=False):
-        new.register_buffer(name, buffer, persistent=name not in embedding._non_persistent_buffers_set)
+    new = blank_embedding(type(embedding), QuantizedEmbedding)
+    copy_attributes(embedding, new)
     new.grid = grid
     weight = embedding.weight
     new._add_matrix("weight", embedding.num_embeddings, embedding.embedding_dim, weight.device, weight.dtype)
     return new
 
 
+def quantized_low_rank_embedding(embedding: nn.Embedding, rank: int, grid: Grid) -> QuantizedLowRankEmbedding:
+    """Return an empty embedding of low rank with rounded factors, in the place of ``embedding``, which is not changed.
+
+    Args:
+        embedding: The dense embedding.
+        rank: Inner size of the factors.
+        grid: The numbers that both factors are rounded to.
+    """
+    new = low_rank_embedding(embedding, rank, stored=QuantizedLowRankEmbedding, grid=grid)
+    assert isinstance(new, QuantizedLowRankEmbedding)
+    return new
+
+
 def _blank_embedding(kind: type[nn.Embedding]) -> QuantizedEmbedding:
     """Return a rounded embedding without any attribute, in place of embeddings of the class ``kind``."""
-    made: type[QuantizedEmbedding] = QuantizedEmbedding
-    if kind is not nn.Embedding:
-        made = type(f"Quantized{kind.__name__}", (kind, QuantizedEmbedding), {"_kind": kind})
-    return made.__new__(made)
+    return blank_embedding(kind, QuantizedEmbedding)
 
 
-def tie_head(head: nn.Linear, embedding: QuantizedEmbedding) -> TiedHead:
-    """Return a head tied to a rounded ``embedding``, with the sizes and the bias of ``head``."""
-    new = TiedHead(head.in_features, head.out_features, bias=False, device="meta")
+def _blank_quantized_low_rank(kind: type[nn.Embedding]) -> QuantizedLowRankEmbedding:
+    return blank_embedding(kind, QuantizedLowRankEmbedding)
+
+
+def tie_head(head: nn.Linear, embedding: QuantizedEmbedding | LowRankEmbedding) -> TiedHead:
+    """Return a head tied to a compressed ``embedding``, with the sizes and the bias of ``head``."""
+    kind = LowRankTiedHead if isinstance(embedding, LowRankEmbedding) else TiedHead
+    new = kind(head.in_features, head.out_features, bias=False, device="meta")
     new.weight, new.bias = embedding.weight, head.bias
     # In a tuple, so that the embedding is not a submodule of the head as well.
     new.source = (embedding,)

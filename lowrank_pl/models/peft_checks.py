@@ -13,14 +13,15 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
-from lowrank_pl.models.hf_quantized import QuantizedEmbedding, QuantizedLinear, TiedHead
+from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear
+from lowrank_pl.models.hf_quantized import LowRankTiedHead, QuantizedEmbedding, QuantizedLinear, TiedHead
 
 __all__ = ["dense_need"]
 
 _LOW_RANK = (LowRankLinear, PivotedLinear)
 _LINEAR = (*_LOW_RANK, QuantizedLinear, TiedHead)
-_COMPRESSED = (*_LINEAR, QuantizedEmbedding)
+_EMBEDDINGS = (QuantizedEmbedding, LowRankEmbedding)
+_COMPRESSED = (*_LINEAR, *_EMBEDDINGS)
 _KINDS = {"LOKR": "LoKr", "LOHA": "LoHa", "HRA": "HRA", "SHIRA": "SHiRA"}
 _INITIALISATIONS = {
     "pissa": "PiSSA", "olora": "OLoRA", "loftq": "LoftQ", "corda": "CorDA", "mica": "MiCA", "lora_ga": "LoRA-GA",
@@ -47,7 +48,9 @@ def _need_of_embedding(config: Any) -> str:
 
 
 def _stored(module: Any) -> str:
-    return "low-rank parts" if isinstance(module, _LOW_RANK) else "rounded numbers"
+    return (
+        "low-rank parts" if isinstance(module, (*_LOW_RANK, LowRankEmbedding, LowRankTiedHead)) else "rounded numbers"
+    )
 
 
 def _checked_injection(inject: Any) -> Any:
@@ -59,11 +62,11 @@ def _checked_injection(inject: Any) -> Any:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         for key, module in model.named_modules():
             everywhere = isinstance(module, _LINEAR) and (named is None or named == "all-linear") and module is not head
-            needed = _need_of_embedding(config) if isinstance(module, QuantizedEmbedding) else name
+            needed = _need_of_embedding(config) if isinstance(module, _EMBEDDINGS) else name
             if not needed or not isinstance(module, _COMPRESSED):
                 continue
             if everywhere or needed == _TOKENS or self._check_target_module_exists(config, key):
-                instead = "LoRA" if isinstance(module, QuantizedEmbedding) else "LoRA, DoRA"
+                instead = "LoRA" if isinstance(module, _EMBEDDINGS) else "LoRA, DoRA"
                 raise ValueError(
                     f"{needed} needs the dense weight of {key}, which is stored as {_stored(module)}: use {instead} or "
                     "another adapter, leave the layer out of target_modules, or adapt a merged export"

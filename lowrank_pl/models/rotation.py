@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
+from lowrank_pl.models.hf_layers import LowRankEmbedding
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import Target, dense_weight, find_targets, first_argument
 
@@ -270,6 +271,8 @@ def _find_stream(model: PreTrainedModel) -> _Stream:
     """
     kind, width = type(model).__name__, model.get_input_embeddings().weight.shape[1]
     head = model.get_output_embeddings()
+    if isinstance(model.get_input_embeddings(), LowRankEmbedding):
+        raise RotationError(f"{kind} can't be rotated: its embeddings are of low rank; rotate the base instead")
     if not isinstance(head, nn.Linear) or head.weight.shape[1] != width:
         raise RotationError(f"{kind} can't be rotated: expected a head that is a linear layer on the residual stream")
     norms = _norm_units(model, width)

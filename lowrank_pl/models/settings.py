@@ -9,10 +9,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["NOT_FINITE", "Base", "DType"]
+__all__ = ["EMBEDDINGS", "NOT_FINITE", "Base", "DType"]
 
 DType = Literal["float32", "bfloat16", "float16"]
 """Types that weights are loaded in."""
+
+EMBEDDINGS = "embeddings"
+"""The pattern that stands for the token embeddings and the head, which no glob matches. Also the kind of the former."""
 
 NOT_FINITE = "check the checkpoint, and if it was loaded in half precision, load it in float32"
 """What to do about NaN or infinity where the numbers of a model are summed."""

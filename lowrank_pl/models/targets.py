@@ -1,8 +1,8 @@
-"""The linear layers to compress in any decoder: which they are, which share an input, and what stays dense.
+"""The layers to compress in any decoder: which they are, which share an input, and what stays dense.
 
 No family is known by name. Blocks are found by their number, linear layers by their class, and shared inputs by a
 forward pass of two tokens. What cannot be compressed (fused experts, tied weights, unknown modules) is logged and
-counted in :attr:`Targets.skipped`.
+counted in :attr:`Targets.skipped`. The embeddings and the head are targets only where they are asked for by name.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_pl.models.eval_mode import evaluating, input_device
 from lowrank_pl.models.hf_experts import all_experts_called, is_fused
 from lowrank_pl.models.hf_quantized import is_quantized
+from lowrank_pl.models.settings import EMBEDDINGS
 
 __all__ = [
+    "EMBEDDINGS",
+    "HEAD",
+    "EmbeddingTarget",
     "Skipped",
     "StandIn",
     "Target",
     "Targets",
     "decoder_blocks",
     "dense_weight",
+    "find_embeddings",
     "find_targets",
     "first_argument",
     "model_parameters",
@@ -38,6 +43,7 @@ __all__ = [
     "replaced",
     "shared_inputs",
     "targeted_parameters",
+    "weight_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -45,6 +51,9 @@ logger = logging.getLogger(__name__)
 PACKED_WEIGHTS = ("qweight", "weight_packed", "W_q", "quant_state")
 OWN_METHOD = "lowrank"
 BY_PATTERN = "excluded by pattern"
+
+HEAD = "head"
+"""The kind of the head."""
 
 Calls = dict[str, list[tuple[Tensor, int]]]
 """The input of each call of a module by the module's name, with its version: it may be overwritten in place later."""
@@ -72,6 +81,29 @@ class Target:
 
 
 @dataclass(frozen=True)
+class EmbeddingTarget:
+    """The token embeddings, the head, or both where they are tied: one matrix ``[vocabulary, width]`` to compress.
+
+    Attributes:
+        name: Full name of the module; of tied ones that of the embeddings.
+        shape: ``(vocabulary, width)``.
+        embedding: Name of the module that looks its rows up; None for a head of its own.
+        head: Name of the module that multiplies by it; None for embeddings of their own.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    embedding: str | None
+    head: str | None
+
+    @property
+    def places(self) -> tuple[Target, ...]:
+        """The modules that use the matrix, as layers that a pass can watch."""
+        places = ((self.embedding, EMBEDDINGS), (self.head, HEAD))
+        return tuple(Target(name, 0, kind, self.shape, name) for name, kind in places if name is not None)
+
+
+@dataclass(frozen=True)
 class Skipped:
     """One matrix of a decoder block that stays dense.
 
@@ -93,10 +125,23 @@ class Targets:
     Attributes:
         modules: The layers to compress, in the order in which the forward pass calls them.
         skipped: All other parameters of the decoder blocks with two or more dimensions.
+        embeddings: The embeddings and the head to compress; none unless they were asked for.
     """
 
     modules: tuple[Target, ...]
     skipped: tuple[Skipped, ...]
+    embeddings: tuple[EmbeddingTarget, ...] = ()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shape ``(out, in)`` of everything to compress, by name; embeddings come last."""
+        shapes = {target.name: target.shape for target in self.modules}
+        return shapes | {target.name: target.shape for target in self.embeddings}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of everything to compress; embeddings come last."""
+        return tuple(self.shapes)
 
     def among(self, names: Container[str]) -> list[Target]:
         """Return the layers to compress whose names are in ``names``, in their order."""
@@ -122,11 +167,13 @@ def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exc
 
     Args:
         model: A causal language model of transformers; it is left unchanged.
-        include: Globs; a layer is taken if one matches its full name or its name inside the block.
+        include: Globs; a layer is taken if one matches its full name or its name inside the block. The word
+            ``embeddings`` takes the token embeddings and the head, which no glob does; so does the full name of one.
         exclude: Globs of layers to leave dense all the same.
 
     Raises:
-        ValueError: The model is quantised, a pattern matches nothing, or no layer is left.
+        ValueError: The model is quantised, a pattern matches nothing, no layer is left, or the embeddings are of a kind
+            that can't be compressed.
 
     >>> from lowrank_pl.models.tiny import tiny_model
     >>> found = find_targets(tiny_model("llama"), include=["self_attn.*"])
@@ -135,7 +182,18 @@ def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exc
     """
     _refuse_quantised(model)
     matrices = list(_matrices(model))
-    _check_patterns(matrices, [*include, *exclude])
+    embeddings = _asked_embeddings(model, include, exclude)
+    outside = {EMBEDDINGS, *(target.name for target in embeddings)} if embeddings else set()
+    include = [pattern for pattern in include if pattern not in outside]
+    # Those that exclude the embeddings may match nothing else.
+    ends = _end_names(model) if embeddings else []
+    known = {pattern for pattern in exclude if any(fnmatchcase(name, pattern) for name in ends)}
+    if not include:
+        raise ValueError(
+            "only embeddings were asked for: name linear layers too, such as --include '*' embeddings, whose "
+            "statistics and budget they share"
+        )
+    _check_patterns(matrices, [*include, *(pattern for pattern in exclude if pattern not in known)])
     calls = _probe(model, {matrix.name: matrix.module for matrix in matrices if matrix.module is not None})
     shared = _shared_parameters(model)
     reasons = {matrix.name: _reason(matrix, include, exclude, shared, calls) for matrix in matrices}
@@ -149,7 +207,71 @@ def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exc
     if not taken:
         why = "; ".join(dict.fromkeys(entry.reason for entry in skipped)) or "there is no matrix in them"
         raise ValueError(f"no linear layer to compress is left in the decoder blocks of {type(model).__name__}: {why}")
-    return Targets(modules=tuple(_targets(taken, calls)), skipped=skipped)
+    return Targets(modules=tuple(_targets(taken, calls)), skipped=skipped, embeddings=embeddings)
+
+
+def find_embeddings(model: PreTrainedModel) -> tuple[EmbeddingTarget, ...]:
+    """Return the token embeddings and the head of ``model``; tied ones are one.
+
+    Raises:
+        ValueError: One of them is of a kind that can't be compressed.
+
+    >>> from lowrank_pl.models.tiny import tiny_model
+    >>> [(found.name, found.head) for found in find_embeddings(tiny_model("gpt2"))]
+    [('transformer.wte', 'lm_head')]
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in (embedding, head):
+        if module is None or id(module) not in names or not (_is_plain_embedding(module) or _is_linear(module)):
+            raise ValueError(
+                f"the embeddings or the head of {type(model).__name__} are a {type(module).__name__}: only "
+                f"nn.Embedding and nn.Linear can be compressed; leave out --include {EMBEDDINGS}"
+            )
+        _refuse_small_numbers(module)
+    looked_up, multiplied = names[id(embedding)], names[id(head)]
+    shape = tuple(embedding.weight.shape)
+    if head.weight is embedding.weight:
+        return (EmbeddingTarget(looked_up, shape, looked_up, multiplied),)
+    return (
+        EmbeddingTarget(looked_up, shape, looked_up, None),
+        EmbeddingTarget(multiplied, tuple(head.weight.shape), None, multiplied),
+    )
+
+
+def _is_plain_embedding(module: nn.Module) -> bool:
+    """Tell whether ``module`` looks up rows and at most multiplies them by a number."""
+    if not isinstance(module, nn.Embedding) or {name for name, _ in module.named_parameters()} != {"weight"}:
+        return False
+    return module.max_norm is None and not is_quantized(module)
+
+
+def _refuse_small_numbers(module: Any) -> None:
+    if not module.weight.is_floating_point() or module.weight.element_size() < 2:
+        raise ValueError(f"the embeddings have weights of type {module.weight.dtype}: load the unquantised checkpoint")
+
+
+def _end_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the embeddings and of the head."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if any(module is end for end in ends)]
+
+
+def _asked_embeddings(
+    model: PreTrainedModel, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[EmbeddingTarget, ...]:
+    """Return the embeddings and the head that ``include`` asks for and ``exclude`` leaves."""
+    if not {EMBEDDINGS, *_end_names(model)} & set(include):
+        return ()
+    found = [
+        target
+        for target in find_embeddings(model)
+        if {EMBEDDINGS, target.name} & set(include)
+        and not any(fnmatchcase(target.name, pattern) for pattern in exclude)
+    ]
+    if not found:
+        raise ValueError(f"no embeddings are left of those that were asked for: exclude is {list(exclude)}")
+    return tuple(found)
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -196,6 +318,15 @@ def dense_weight(module: nn.Module) -> Tensor:
         )
     weight = module.get_parameter("weight")
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as ``[out, in]``, or that of an embedding, without a copy.
+
+    Raises:
+        ValueError: The module is neither.
+    """
+    return module.weight if isinstance(module, nn.Embedding) else dense_weight(module)
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -416,8 +547,8 @@ def model_parameters(model: nn.Module) -> int:
 
 
 def targeted_parameters(targets: Targets) -> int:
-    """Return the number of parameters of all layers to compress, without biases."""
-    return sum(rows * columns for rows, columns in (target.shape for target in targets.modules))
+    """Return the number of parameters of everything to compress, without biases; tied embeddings count once."""
+    return sum(rows * columns for rows, columns in targets.shapes.values())
 
 
 class StandIn:

@@ -38,6 +38,7 @@ class Budget:
         floors: Least kept fraction by glob on the module's name; 1.0 keeps the matching modules dense.
         storage: How low-rank modules are stored, which determines the cost of a rank.
         left_out: Parameters that width pruning has removed from the modules; ``keep`` is a fraction of all, with these.
+        embeddings: Names of the modules that are embeddings or a head, which are stored as two factors in any case.
 
     Raises:
         ValueError: ``keep`` lies outside (0, 1], a floor lies outside [0, 1] or matches nothing, or the floors need
@@ -58,6 +59,7 @@ class Budget:
     floors: Mapping[str, float] = field(default_factory=dict)
     storage: StorageChoice = "auto"
     left_out: int = 0
+    embeddings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -99,22 +101,26 @@ class Budget:
     def cost(self, name: str, rank: int | None) -> int:
         """Return the parameters of module ``name`` at ``rank``, indices of pivots included; ``None`` is dense."""
         shape = self.shapes[name]
-        return shape[0] * shape[1] if rank is None else self.rank_costs.cost(shape, rank)
+        return shape[0] * shape[1] if rank is None else self.costs_of(name).cost(shape, rank)
 
     def costs(self, name: str, sizes: Sequence[int | None]) -> NDArray[np.int64]:
         """Return the cost of each of ``sizes`` of module ``name``."""
         m, n = self.shapes[name]
         ranks = np.array([0 if size is None else size for size in sizes], dtype=np.int64)
-        return np.where([size is None for size in sizes], m * n, self.rank_costs.costs((m, n), ranks))
+        return np.where([size is None for size in sizes], m * n, self.costs_of(name).costs((m, n), ranks))
 
     @cached_property
     def rank_costs(self) -> Storage:
-        """The cost of ranks."""
+        """The cost of ranks of linear layers of the blocks."""
         return Storage(self.storage, self.bytes_per_parameter)
+
+    def costs_of(self, name: str) -> Storage:
+        """Return the cost of ranks of module ``name``."""
+        return Storage("factored", self.bytes_per_parameter) if name in self.embeddings else self.rank_costs
 
     def break_even(self, name: str) -> int:
         """Return the largest rank of ``name`` that costs less than its dense weight; 0 if there is none."""
-        return self.rank_costs.break_even(self.shapes[name])
+        return self.costs_of(name).break_even(self.shapes[name])
 
     def top_rank(self, name: str) -> int:
         """Return the largest allowed rank of ``name`` below dense; 0 if only dense is allowed."""
@@ -123,7 +129,7 @@ class Budget:
     def least_rank(self, name: str) -> int | None:
         """Return the smallest allowed rank of ``name``; ``None`` if it must stay dense."""
         floor = max((f for pattern, f in self.floors.items() if fnmatchcase(name, pattern)), default=0.0)
-        wanted = max(1, math.ceil(self.rank_costs.rank_at(self.shapes[name], floor) - 1e-9))
+        wanted = max(1, math.ceil(self.costs_of(name).rank_at(self.shapes[name], floor) - 1e-9))
         rank = math.ceil(wanted / self.multiple_of) * self.multiple_of
         return rank if floor < 1 and rank <= self.top_rank(name) else None
 
@@ -151,7 +157,7 @@ class Budget:
         least = {name: self.least_rank(name) if math.isfinite(rank) else None for name, rank in requested.items()}
         if sum(self.cost(name, rank) for name, rank in least.items()) > self.limit:
             dropped = sum(math.isinf(rank) for rank in requested.values())
-            even = {name: self.rank_costs.rank_at(shape, 1.0) for name, shape in self.shapes.items()}
+            even = {name: self.costs_of(name).rank_at(shape, 1.0) for name, shape in self.shapes.items()}
             requested = {name: even[name] if math.isinf(rank) else rank for name, rank in requested.items()}
             notes.append(f"{dropped} modules were wished dense, which the budget does not allow: scaled like the rest")
         order = ComponentOrder(
@@ -307,7 +313,7 @@ class Budget:
         modules = {}
         for name, size in sizes.items():
             shape = self.shapes[name]
-            form = "factored" if size is None else self.rank_costs.form(shape, size)
+            form = "factored" if size is None else self.costs_of(name).form(shape, size)
             modules[name] = ModulePlan.of_highest(shape, size, order.scores[name], storage=form)
         return RankPlan(
             method=method,
@@ -321,6 +327,7 @@ class Budget:
             floors=dict(self.floors),
             storage=self.storage,
             left_out=self.left_out,
+            embedded=self.embeddings,
         )
 
     def _with_finite_requests(

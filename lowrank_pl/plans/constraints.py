@@ -26,11 +26,13 @@ class Constraints:
     """Which linear layers are compressed, and what their ranks and their storage must respect.
 
     Args:
-        include: Globs of modules to target, on full names or names inside a block.
+        include: Globs of modules to target, on full names or names inside a block. The word ``embeddings`` beside them
+            targets the token embeddings and the head too (tied ones count once), which no glob does.
         exclude: Globs of modules to leave alone; these modules are not counted in ``keep``.
         multiple_of: Every rank is a multiple of this.
         floors: Least kept fraction by glob on module names; 1.0 keeps a module dense.
         storage: How low-rank modules are stored: ``factored`` (two factors), ``pivoted``, or ``auto`` for the smaller.
+            Embeddings and head are always factored.
     """
 
     include: Sequence[str] = ("*",)
@@ -65,11 +67,12 @@ class Constraints:
         pruned = 0 if before is None else before.left_out(targets)
         return Budget(
             keep=keep,
-            shapes={target.name: target.shape for target in targets.modules},
+            shapes=targets.shapes,
             model_parameters=model_parameters(model) + pruned,
             bytes_per_parameter=model.dtype.itemsize,
             multiple_of=self.multiple_of,
             floors=dict(self.floors),
             storage=self.storage,
             left_out=pruned,
+            embeddings=tuple(target.name for target in targets.embeddings),
         )

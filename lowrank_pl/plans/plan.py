@@ -205,7 +205,8 @@ class RankPlan:
     Args:
         method: Name of the method that made the plan, as in ``lowrank allocate --method``, or of the mask.
         keep: Fraction of the targeted parameters that was requested.
-        modules: The plan of each targeted module by name, in the model's order.
+        modules: The plan of each targeted module by name, in the model's order. Embeddings and a head that are targets
+            come last; tied ones are one module.
         model_parameters: Parameters of the whole dense model, tied ones counted once, ``left_out`` included.
         bytes_per_parameter: Bytes of one stored number.
         origin: What is needed to build the factors again: base, text, settings, store.
@@ -217,7 +218,9 @@ class RankPlan:
         floors: Least kept fraction by glob on module names, at other sizes too.
         storage: Choice of the form in which modules are stored, at other sizes too.
         left_out: Parameters that width pruning has removed from the modules; all fractions count them as removed.
-        embeddings: Embeddings and heads that are rounded to a few bits, by name, as dense modules; tied ones once.
+        embeddings: Embeddings and heads that are no targets and are rounded to a few bits, by name, as dense modules;
+            tied ones once.
+        embedded: Names of those ``modules`` that are embeddings or a head: they are stored as two factors in any case.
 
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
@@ -242,6 +245,7 @@ class RankPlan:
     storage: StorageChoice = "factored"
     left_out: int = 0
     embeddings: Mapping[str, ModulePlan] = field(default_factory=dict)
+    embedded: tuple[str, ...] = ()
 
     @property
     def targeted_parameters(self) -> int:
@@ -387,7 +391,13 @@ class RankPlan:
                 "any_k": len(self.any_k_modules),
                 "pivoted": len(self.pivoted_modules),
             },
-            "constraints": {"multiple_of": self.multiple_of, "floors": dict(self.floors), "storage": self.storage},
+            "constraints": {
+                "multiple_of": self.multiple_of,
+                "floors": dict(self.floors),
+                "storage": self.storage,
+                # Only if there are any: earlier versions refuse unknown keys, and know no such plans.
+                **({"embeddings": list(self.embedded)} if self.embedded else {}),
+            },
             "notes": list(self.notes),
             "origin": dict(self.origin),
             "fingerprint": dict(self.fingerprint),
@@ -443,6 +453,7 @@ class RankPlan:
             multiple_of=constraints["multiple_of"],
             floors=constraints["floors"],
             storage=constraints["storage"],
+            embedded=tuple(constraints.get("embeddings", ())),
             left_out=data["parameters"].get("left_out", 0),
             embeddings={name: ModuleEntry(**entry).plan() for name, entry in data.get("embeddings", {}).items()},
         )

@@ -107,6 +107,7 @@ class _Constraints(_Part):
     floors: dict[str, Annotated[float, Field(ge=0, le=1)]]
     # Plans of schema 1 have factored storage only.
     storage: StorageChoice = "factored"
+    embeddings: list[str] = Field(default_factory=list)
 
 
 class _Pruned(_Open):
@@ -196,6 +197,11 @@ class PlanFile(_Part):
                 f"parameters.model.dense is {self.parameters.model.dense}: expected at least {targeted}, the "
                 "parameters of the plan's modules and embeddings"
             )
+        for name in self.constraints.embeddings:
+            if name not in self.modules or self.modules[name].storage != "factored":
+                raise ValueError(
+                    f"constraints.embeddings names {name}: expected a module of the plan, dense or stored factored"
+                )
         for name, scores in ComponentOrder.from_json(self.order or {}).scores.items():
             if name in self.modules and len(scores) > min(self.modules[name].shape):
                 raise ValueError(

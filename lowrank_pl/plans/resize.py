@@ -143,7 +143,7 @@ def components_below(plan: RankPlan) -> dict[str, ModulePlan]:
             continue
         if entry.rank is None:
             found[name] = ModulePlan.of_highest(entry.shape, budget.top_rank(name), scores[name])
-        elif "pivoted" in (entry.storage, budget.rank_costs.form(entry.shape, entry.rank - 1)):
+        elif "pivoted" in (entry.storage, budget.costs_of(name).form(entry.shape, entry.rank - 1)):
             found[name] = entry
     return found
 
@@ -254,6 +254,7 @@ def _budget(plan: RankPlan, keep: float) -> Budget:
         floors=plan.floors,
         storage=plan.storage,
         left_out=plan.left_out,
+        embeddings=plan.embedded,
     )
 
 

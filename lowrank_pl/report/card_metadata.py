@@ -36,7 +36,8 @@ def title(record: RunRecord) -> str:
     """Return the name of a model in words, for the head of its card and for its results."""
     name = record.base.rstrip("/").rsplit("/", 1)[-1]
     bits = f" in {bits_in_words(record.plan)}" if record.plan.is_rounded else ""
-    return f"{name} with {percent(record.plan.keep_targeted)} of its linear layers' parameters{bits}"
+    whose = "linear layers' and embeddings'" if record.plan.embedded else "linear layers'"
+    return f"{name} with {percent(record.plan.keep_targeted)} of its {whose} parameters{bits}"
 
 
 def front_matter(record: RunRecord, license: str | None = None) -> str:

@@ -89,10 +89,23 @@ def _what(record: RunRecord) -> str:
         stored = f"{some}stored as independent rows or columns and the coefficients of the rest"
     return (
         f"# {escaped(title(record))}\n\n"
-        f"{code(record.base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} linear layers are "
-        f"replaced by low-rank factors, {stored}; the other layers {_others(plan)}.{_rounded(record)}{_pruned(plan)}"
-        f"{_resized(plan)}{_healed(plan)}"
+        f"{code(record.base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} {_counted(plan)} are "
+        f"replaced by low-rank factors, {stored}; the other layers {_others(plan)}.{_embedded(plan)}"
+        f"{_rounded(record)}{_pruned(plan)}{_resized(plan)}{_healed(plan)}"
     )
+
+
+def _counted(plan: RankPlan) -> str:
+    return "linear layers and embeddings" if plan.embedded else "linear layers"
+
+
+def _embedded(plan: RankPlan) -> str:
+    """Return a sentence on embeddings and a head among the targets, empty if there are none."""
+    if not plan.embedded:
+        return ""
+    found = {name: plan.modules[name] for name in plan.embedded}
+    said = [f"{code(name)} {'dense' if one.rank is None else f'of rank {one.rank}'}" for name, one in found.items()]
+    return f" Embeddings and head were among them: {', '.join(said)}."
 
 
 def _healed(plan: RankPlan) -> str:

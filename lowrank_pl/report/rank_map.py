@@ -71,9 +71,13 @@ def count_bits(plan: RankPlan) -> str:
     """Return how many layers have each kind of numbers, and which embeddings; empty if the plan rounds nothing."""
     if not plan.is_rounded:
         return ""
-    layers = [f"{count} linear layers {_with(kind)}" for kind, count in plan.bits.items()]
+    layers = [f"{count} {_counted(plan)} {_with(kind)}" for kind, count in plan.bits.items()]
     embeddings = [f"{name} {_with(next(iter(count_kinds([one.grid]))))}" for name, one in plan.embeddings.items()]
     return ", ".join([*layers, *embeddings])
+
+
+def _counted(plan: RankPlan) -> str:
+    return "layers" if plan.embedded else "linear layers"
 
 
 def _with(kind: str) -> str:

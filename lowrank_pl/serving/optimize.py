@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowrank_pl.models.hf_layers import LowRankEmbedding
 from lowrank_pl.serving.fused_layers import FUSED, TYPES, fuse
 from lowrank_pl.serving.integer_layers import INTEGER, use_integer_kernels
 from lowrank_pl.serving.onednn_layers import ONEDNN, use_onednn
@@ -62,6 +63,9 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
     restore(model)
     linear = {name: module for name, module in model.named_modules() if type(module) in (*FUSED, *INTEGER)}
     _report_others(model, linear)
+    low_rank = next((name for name, module in model.named_modules() if isinstance(module, LowRankEmbedding)), None)
+    if low_rank is not None:
+        logger.info("%s is of low rank: torch looks its rows up, and computes a head that is tied to it", low_rank)
     # Hooks of accelerate call the forward pass that the layer had before.
     linear = {name: module for name, module in linear.items() if "forward" not in vars(module)}
     try:

@@ -66,6 +66,12 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
                 len(rounded),
                 rounded[0],
             )
+        factored = [name for name, entry in stored.modules.items() if _is_embedding(entry)]
+        if factored:
+            logger.warning(
+                "%s is of low rank: it is multiplied out, and takes as much memory here as dense embeddings",
+                factored[0],
+            )
         self.modules = stored.modules
         self.shapes: dict[str, list[int]] = getattr(stored, "shapes", {})
         self.transposed = False
@@ -124,7 +130,7 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, VocabParallelEmbedding):
             name = prefix or self._nameless_embedding()
             entry = self.modules.get(name)
-            return None if entry is None else RoundedEmbeddingMethod(name, entry)
+            return None if entry is None else CompressedEmbeddingMethod(name, entry)
         if not isinstance(layer, LinearBase):
             return None
         parent, dot, last = prefix.rpartition(".")
@@ -134,7 +140,7 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         return UnquantizedLinearMethod()
 
     def _nameless_embedding(self) -> str:
-        """Return the name of the rounded embedding: some models of vLLM, such as Llama, do not tell it."""
+        """Return the name of the compressed embedding: some models of vLLM, such as Llama, do not tell it."""
         outside_blocks = [name for name in self.modules if not any(part.isdecimal() for part in name.split("."))]
         return next((name for name in outside_blocks if not name.endswith("lm_head")), "")
 
@@ -261,8 +267,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return output if bias is None else output + bias
 
 
-class RoundedEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
-    """Embeddings, or an untied head, that are rounded in the checkpoint and dequantised here.
+class CompressedEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """Embeddings, or an untied head, that are rounded or of low rank in the checkpoint and dense here.
 
     Args:
         name: The module of the checkpoint.
@@ -312,7 +318,12 @@ class RoundedEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
         # A tied head has the embeddings' method, which may be asked twice.
         if self.member is not None:
             self.member.check()
-            self._put(layer.weight, self.member.loaded["weight"].to(layer.weight.device))
+            weight, right = self.member.loaded["weight"], self.member.loaded.get("right")
+            if right is not None:
+                if not _is_embedding(self.member.entry):
+                    logger.warning("the head %s is of low rank: it is multiplied out to a dense one", self.name)
+                weight = (weight.float() @ right.float()).to(weight.dtype)
+            self._put(layer.weight, weight.to(layer.weight.device))
             self.member = None
             for name in [name for name, _ in layer.named_parameters(recurse=False) if name != "weight"]:
                 delattr(layer, name)
@@ -337,3 +348,8 @@ class _Product(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.method.apply(self, input)  # type: ignore[no-any-return]
+
+
+def _is_embedding(entry: Any) -> bool:
+    """Tell the entry of an embedding of low rank."""
+    return isinstance(entry, dict) and entry.get("storage") == "embedding"

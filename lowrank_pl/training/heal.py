@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from lowrank_pl.evaluate.likelihood import Divergence, compared, divergence
-from lowrank_pl.factors.healed import low_rank_layers
+from lowrank_pl.factors.healed import low_rank_embeddings, low_rank_layers
 from lowrank_pl.methods.healing import Healing
 from lowrank_pl.models.forward import activation_checkpointing
 from lowrank_pl.models.sequences import check_sequences
@@ -201,6 +201,8 @@ class Healer(LightningModule):
                 for part in (layer.weight, layer.right):
                     part.data = part.data.float()
                     part.requires_grad_(True)
+            for name in low_rank_embeddings(pair.student):
+                _log.info("%s is of low rank and stays as it is, with a head that is tied to it", name)
         count = sum(parameter.numel() for parameter in self.trained().values())
         _log.info("%s parameters are trained (%s)", f"{count:,}", self.settings.train)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.stored_factors import stored_factors
 from lowrank_pl.export.export import is_compressed, load_compressed
 from lowrank_pl.factors.compression import compress, deployed_plan
-from lowrank_pl.factors.healed import low_rank_layers
+from lowrank_pl.factors.healed import low_rank_embeddings, low_rank_layers
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.identity import ORIGIN_KEY, Origin
 from lowrank_pl.plans.plan import RankPlan
@@ -137,7 +137,10 @@ class HealStart:
             store = stored_factors(plan, student, self.base.tokenizer(), directory=self.store, flag="--model.store")
             compress(student, plan, store)
             plan = deployed_plan(student, plan)
-            noted = {name: store.notes(name).get("weight") for name in low_rank_layers(student)}
+            noted = {
+                name: store.notes(name).get("weight")
+                for name in (*low_rank_layers(student), *low_rank_embeddings(student))
+            }
             weights = {name: digest for name, digest in noted.items() if digest is not None}
         student = _sharing(student, teacher).to(device)
         for model in (student, teacher):

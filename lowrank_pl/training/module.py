@@ -38,7 +38,7 @@ from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.forward import enable_activation_checkpointing, refuse_dropout
 from lowrank_pl.models.sequences import check_sequences
-from lowrank_pl.models.targets import Targets, decoder_blocks
+from lowrank_pl.models.targets import EMBEDDINGS, Targets, decoder_blocks
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import RankPlan
@@ -165,6 +165,8 @@ class RankLearner(LightningModule):
         self.schedule = KeepSchedule(keep, start.keep, start.steps, falling=start.record_order)
         # The base that the user named, and the one that is compressed: with pruning, a folder in the cache.
         self.named_base = self.base = base
+        if EMBEDDINGS in constraints.include:
+            _refuse_embeddings()
         self.keep, self.constraints, self.prune, self.compute = keep, constraints, prune, compute
         self.mask_method = mask or ARA()
         self.mask_method.check_base(decomposition.kind)
@@ -255,6 +257,8 @@ class RankLearner(LightningModule):
         """
         subject = self._subject(model, data, None if shared is None else shared.targets)
         self.targets, self.budget = subject.targets, subject.budget(self.keep)
+        if self.targets.embeddings:
+            _refuse_embeddings()
         self.data_terms.blocks(len(decoder_blocks(model)[1]))
         self.store = self._factors(subject, shared)
         self.notes = [*base_notes(subject), *preparation_notes(self.targets, self.store)]
@@ -480,3 +484,11 @@ class RankLearner(LightningModule):
     def _base(self) -> PreTrainedModel:
         assert self.model is not None, "configure_model has not run"
         return self.model
+
+
+def _refuse_embeddings() -> None:
+    raise ValueError(
+        f"masks were asked to learn ranks of embeddings, and gate linear layers only: leave out {EMBEDDINGS} "
+        "(model.constraints.include), or choose these ranks without learning, with `lowrank allocate --method fisher "
+        f"--include '*' {EMBEDDINGS}`"
+    )

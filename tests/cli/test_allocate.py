@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from lowrank_pl import RankPlan
 from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.cli.export import export
+from lowrank_pl.export.health.examine import diagnose
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.base import Base
 from lowrank_pl.plans.constraints import Constraints
@@ -47,3 +50,27 @@ def test_allocate_passes_its_settings_on(tmp_path):
     assert figures["kept_targeted"] == plan.keep_targeted <= 0.6
     with pytest.raises(ValueError, match="no allocator is called 'best'"):
         allocate(Base("random:gpt2"), method="best")
+
+
+def test_embeddings_go_all_the_way_from_the_command_to_the_export(tmp_path, capsys):
+    constraints = Constraints(include=("*", "embeddings"))
+    given = {"calibration": Calibration(TEXT, 32, 4), "constraints": constraints, "output": tmp_path / "plan.json"}
+    plan = allocate(Base("random:gpt2"), method="fisher", keep=0.5, store=tmp_path / "store", **given)
+    told = capsys.readouterr().out
+    assert "transformer.wte" in told
+    shutil.rmtree(tmp_path / "store")
+    folder = export(tmp_path / "plan.json", output=tmp_path / "model", json=tmp_path / "figures.json")
+    assert "`transformer.wte` of rank" in (folder / "README.md").read_text()
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) == pytest.approx(plan.bytes, rel=0.1)
+    assert not [found for found in diagnose(folder).findings if found.health == "broken"]
+
+
+def test_a_budget_in_bytes_refuses_embeddings_before_factors_are_made(tmp_path):
+    with pytest.raises(ValueError, match="gives embeddings bits but no rank: leave out --include embeddings"):
+        allocate(
+            Base("random:gpt2"),
+            keep_bytes=0.4,
+            calibration=Calibration(TEXT, 32, 4),
+            constraints=Constraints(include=("*", "embeddings")),
+            output=tmp_path / "plan.json",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import yaml
@@ -315,3 +316,9 @@ def test_a_recipe_heals_factors_only():
     for settings in ({"prune": LLMPruner()}, {"heal": Healing(tokens=100, train="lora")}):
         with pytest.raises(ValueError, match="`lowrank heal` trains an adapter on any model"):
             Recipe(**{"heal": Healing(tokens=100), **settings})
+
+
+@pytest.mark.parametrize("method", ["ara", "svdllm_v2", "bytes", "fisher+prune"])
+def test_methods_that_know_no_embeddings_refuse_them_before_anything_is_loaded(method, tmp_path):
+    with pytest.raises(ValueError, match=f"{re.escape(method)} can't give embeddings a rank"):
+        compare(Base("no/such/model"), methods=[method], include=["*", "embeddings"], run=tmp_path / "run")

@@ -26,6 +26,7 @@ from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.refit.settings import Joint
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.storage import Storage
 from lowrank_pl.text.sequences import Calibration
 
@@ -297,3 +298,12 @@ def test_too_little_gpu_memory_is_told_with_its_cure(monkeypatch, capsys):
     monkeypatch.setattr(forecast, "probe", lambda *_, **__: SPEEDS)
     print_forecast(Base("random:llama"), Workload(preparation=preparing(WEIGHTED)), Machine("cuda", memory=1000.0))
     assert re.search("TOO LITTLE GPU memory of a process: .*lowrank decompose", capsys.readouterr().out)
+
+
+def test_embeddings_among_the_targets_are_forecast(capsys):
+    constraints, machine = Constraints(include=("*", "embeddings")), Machine(here=False)
+    work = Workload(preparation=replace(preparing(WEIGHTED), by_block=True))
+    plain = print_forecast(Base("random:llama"), work, machine)
+    found = print_forecast(Base("random:llama"), work, machine, constraints=constraints)
+    assert "embedding moments" in capsys.readouterr().out
+    assert found.disk_bytes() > plain.disk_bytes()

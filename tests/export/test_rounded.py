@@ -131,7 +131,7 @@ def test_a_model_with_rounded_layers_of_a_folders_copy_of_the_code_is_exported(t
 def test_a_head_that_is_rounded_apart_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
     model = tiny_model("gemma3")
     model.lm_head = rounded_layer(model.lm_head, Grid(8))
-    with pytest.raises(ValueError, match=r"lm_head is rounded, but the config ties it to model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match=r"lm_head is compressed, but the config ties it to model.embed_tokens.weight"):
         save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(bos=True))
     model = round_model(tiny_model("gemma3"), ["model.embed_tokens"])
     model.lm_head.source = (round_model(tiny_model("gemma3"), ["model.embed_tokens"]).model.embed_tokens,)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from lowrank_pl.factors.pivoting import pivot
-from lowrank_pl.models.hf_layers import PivotedLinear
+from lowrank_pl.models.hf_layers import PivotedLinear, low_rank_embedding
+from lowrank_pl.models.tiny import tiny_model
 
 SIDES = pytest.mark.parametrize("side", ["out", "in"])
 
@@ -273,3 +274,17 @@ def test_the_indices_are_made_inside_a_graph_too(side):
     compiled = torch.compile(moved, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), expected)
     assert torch.equal(compiled(x), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_embeddings_of_low_rank_look_up_and_are_copied(family):
+    embedding = low_rank_embedding(tiny_model(family).get_input_embeddings(), 4)
+    with torch.no_grad():
+        for part in (embedding.weight, embedding.right):
+            part.normal_()
+    ids = torch.tensor([[3, 1], [2, 3]])
+    found = embedding(ids)
+    scale = getattr(embedding, "embed_scale", torch.tensor(1.0))
+    torch.testing.assert_close(found, embedding.dense()[ids] * scale)
+    for again in (copy.deepcopy(embedding), pickle.loads(pickle.dumps(embedding))):
+        assert torch.equal(again(ids), found)

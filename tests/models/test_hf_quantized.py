@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+from lowrank_pl.factors.compression import factored_embedding
+from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.hf_format import LowRankConfig
 from lowrank_pl.models.hf_quantized import (
@@ -20,7 +22,7 @@ from lowrank_pl.models.hf_quantized import (
     unpack,
 )
 from lowrank_pl.models.offload import streamed
-from lowrank_pl.models.targets import find_targets
+from lowrank_pl.models.targets import find_targets, replace_module
 from lowrank_pl.models.tiny import PAD, tiny_model
 from tests.helpers.low_rank_models import compress_at_random
 from tests.helpers.rounded_models import round_model
@@ -296,3 +298,22 @@ def test_adapters_of_dense_layers_beside_a_rounded_embedding_are_not_refused():
     before = logits(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules="all-linear"))
     torch.testing.assert_close(logits(adapted), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_adapters_of_other_layers_work_beside_an_embedding_of_low_rank():
+    import peft
+
+    def made():
+        model = tiny_model("gemma3")
+        factors = Factors(torch.ones(261, 4), torch.ones(4, 32), torch.ones(4))
+        for place, module in factored_embedding(model, "model.embed_tokens", factors).items():
+            replace_module(model, place, module)
+        return model
+
+    model = made()
+    before = logits(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert torch.equal(logits(adapted), before)
+    with pytest.raises(ValueError, match=r"PiSSA needs the dense weight of lm_head, which is stored as low-rank parts"):
+        peft.get_peft_model(made(), peft.LoraConfig(init_lora_weights="pissa", target_modules=["lm_head"]))

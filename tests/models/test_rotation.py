@@ -6,7 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lowrank_pl.factors.compression import factored_embedding
+from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.models.rotation import RotationError, logit_difference, rotated
+from lowrank_pl.models.targets import replace_module
 from lowrank_pl.models.tiny import VOCABULARY, tiny_model
 from tests.helpers.pruned_models import ragged
 
@@ -136,3 +139,13 @@ def test_blocks_are_turned_inside_and_a_tied_head_stays_tied(family):
 def test_fused_layers_are_not_turned_inside():
     with pytest.raises(RotationError, match="turn its stream instead"):
         rotated(made("phi3"), stream=False)
+
+
+def test_embeddings_of_low_rank_are_refused():
+    model = tiny_model("qwen3")
+    for place, module in factored_embedding(
+        model, "model.embed_tokens", Factors(torch.randn(261, 4), torch.randn(4, 32), torch.ones(4))
+    ).items():
+        replace_module(model, place, module)
+    with pytest.raises(RotationError, match="embeddings are of low rank; rotate the base"):
+        rotated(model)

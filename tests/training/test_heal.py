@@ -14,6 +14,9 @@ from lowrank_pl.calibration.build import statistics_of
 from lowrank_pl.cli.export import export
 from lowrank_pl.evaluate.likelihood import divergence
 from lowrank_pl.export.export import save_compressed
+from lowrank_pl.factors.compression import compress
+from lowrank_pl.factors.healed import healed_plan
+from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.healing import Healing, Lora
 from lowrank_pl.methods.prune.llm_pruner import apply_llm_pruner
@@ -270,3 +273,14 @@ def test_folders_that_hold_nothing_to_heal_are_refused(tmp_path):
     load_base("random:llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match=r"--model.teacher"):
         Healer(tmp_path / "dense", LORA)
+
+
+def test_embeddings_of_low_rank_stay_as_they_are_and_are_kept(tmp_path):
+    subject = Subject.load(Base("random:gemma3"), TEXT, Constraints(include=("*", "embeddings")))
+    plan, factors = allocate_ranks(subject, keep=0.4, allocator="uniform", decomposition=Decomposition("svd"))
+    student = compress(load_base("random:gemma3"), plan, factors)
+    healed = healed_plan(student, plan, tmp_path, settings={}, note="test", weights={})
+    again = compress(load_base("random:gemma3"), healed, FactorStore.existing(healed.origin["store"]))
+    tokens = torch.arange(8)[None]
+    torch.testing.assert_close(again(tokens).logits, student(tokens).logits)
+    assert healed.embedded == plan.embedded == ("model.embed_tokens",)

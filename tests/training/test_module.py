@@ -29,10 +29,12 @@ from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.masked_linear import MaskedLinear
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
-from lowrank_pl.models.base import load_base
+from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.forward import refuse_dropout
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, read_checkpoint
+from lowrank_pl.training.module import RankLearner
 from tests.helpers import ROOT
 from tests.helpers.tiny_training import fit, logits_of, make_data, make_learner, make_trainer
 
@@ -729,3 +731,10 @@ def test_the_model_is_built_once():
     trainer.validate(learner, make_data(), verbose=False)
     assert learner.model is model
     assert sum(isinstance(module, MaskedLinear) for module in model.modules()) == 14
+
+
+def test_masks_refuse_embeddings_before_anything_is_loaded():
+    with pytest.raises(
+        ValueError, match=r"gate linear layers only.*allocate --method fisher --include '\*' embeddings"
+    ):
+        RankLearner(Base("no/such/model"), constraints=Constraints(include=("*", "embeddings")))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.factors.settings import Decomposition, Kind
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.targets import Targets
+from lowrank_pl.models.targets import EMBEDDINGS, Targets
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.tensor_store import TensorStore
@@ -53,6 +53,7 @@ class Allocator(ABC):
         kinds: Kinds of decomposition whose singular values the scores can read; empty for any.
         needs_gradients: Whether it reads ``Problem.gradients``.
         needs_model: Whether it runs the model, whose weights must then be loaded.
+        takes_embeddings: Whether embeddings and head may be among the targets.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class Allocator(ABC):
     kinds: ClassVar[tuple[str, ...]] = ()
     needs_gradients: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    takes_embeddings: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, problem: Problem) -> dict[str, Tensor]:
@@ -115,12 +117,26 @@ class Allocator(ABC):
                 f"{' or '.join(self.kinds)} (decomposition.kind)"
             )
 
+    def check_budget(self, budget: Budget) -> None:
+        """Check that this method can give every module of ``budget`` a rank, before any factors are built.
+
+        Raises:
+            ValueError: Embeddings are among the modules, and it knows linear layers of blocks only.
+        """
+        if budget.embeddings and not self.takes_embeddings:
+            raise ValueError(
+                f"the allocator {self.name} was given the embeddings {budget.embeddings[0]}, and knows linear "
+                f"layers of blocks only: allocate by fisher, or leave out --include {EMBEDDINGS}"
+            )
+
     def check(self, problem: Problem) -> None:
         """Check that ``problem`` has everything that this method needs.
 
         Raises:
-            ValueError: The factors are of another kind, or gradients are missing.
+            ValueError: The factors are of another kind, gradients are missing, or there are targets that it does not
+                know.
         """
+        self.check_budget(problem.budget)
         self.check_kind(problem.factors.fingerprint.get("kind"))
         if self.needs_gradients and problem.gradients is None:
             raise ValueError(

@@ -28,6 +28,7 @@ class Fisher(Allocator):
     paper: ClassVar[str | None] = None
     default_kind: ClassVar[Kind] = "two_sided"
     kinds: ClassVar[tuple[str, ...]] = ("two_sided",)
+    takes_embeddings: ClassVar[bool] = True
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return for every component the predicted nats a parameter at which it is dropped."""

@@ -48,6 +48,7 @@ def allocate_ranks(
     """
     method = make_allocator(allocator) if isinstance(allocator, str) else allocator
     budget = subject.budget(keep)
+    method.check_budget(budget)
     settings = decomposition or method.default_decomposition()
     made = build_factors(subject, settings=settings, directory=store)
     plan = allocate_on(made, subject, budget, method, directory=store)

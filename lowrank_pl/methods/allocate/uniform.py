@@ -19,8 +19,9 @@ class Uniform(Allocator):
 
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str | None] = "2403.07378"
+    takes_embeddings: ClassVar[bool] = True
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks from break-even at the same rate."""
         budget = problem.budget
-        return {name: requested_keep_scores(budget.rank_costs, shape, 1.0) for name, shape in budget.shapes.items()}
+        return {name: requested_keep_scores(budget.costs_of(name), shape, 1.0) for name, shape in budget.shapes.items()}

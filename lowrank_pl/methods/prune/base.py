@@ -27,7 +27,7 @@ from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.prune.widths import measure_widths
 from lowrank_pl.models.digests import changed_files
 from lowrank_pl.models.identity import Origin
-from lowrank_pl.models.targets import Target, Targets, find_targets, model_parameters, targeted_parameters
+from lowrank_pl.models.targets import EMBEDDINGS, Target, Targets, find_targets, model_parameters, targeted_parameters
 from lowrank_pl.utils.distributed import broadcast_from_first
 from lowrank_pl.utils.files import cache_root, canonical_json, locked, sha256_of, write_json
 from lowrank_pl.utils.formatting import code, escaped
@@ -168,6 +168,11 @@ def pruned_base(subject: Subject, settings: WidthPruning | LLMPruner, *, keep: f
         ExportError: The reloaded folder differs from the pruned model.
     """
     assert subject.base is not None
+    if subject.targets.embeddings:
+        raise ValueError(
+            "a base was asked to be pruned for a plan with embeddings among its targets, whose ranks pruning does not "
+            f"foresee: prune it with `lowrank prune` first, or leave out --include {EMBEDDINGS}"
+        )
     base, targets, globs = subject.base.name, subject.targets, subject.constraints
     statistics = statistics_of(subject)
     asked = settings.describe()

@@ -25,7 +25,7 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.quantize.quantizing import embedding_names, head_moment, quantize, round_embedding
 from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.models.hf_quantized import Grid
-from lowrank_pl.models.targets import Target, dense_weight, replace_module
+from lowrank_pl.models.targets import EMBEDDINGS, Target, Targets, dense_weight, replace_module
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import losses_by_rank
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
@@ -87,6 +87,7 @@ def allocate_bytes(
         >>> plan.method, plan.keep_bytes <= 0.2
         ('bytes', True)
     """
+    check_targets(subject.targets)
     made_by = decomposition or Decomposition("two_sided")
     factors = store or build_factors(subject, settings=made_by)
     prices = price(subject, factors, settings)
@@ -160,7 +161,7 @@ def price(subject: Subject, factors: FactorStore, settings: ByteBudget) -> Price
         settings: Which bits there are.
 
     Raises:
-        ValueError: The factors are not two-sided.
+        ValueError: The factors are not two-sided, or embeddings are among the targets.
     """
     kind = factors.fingerprint.get("kind")
     if kind != "two_sided":
@@ -168,6 +169,7 @@ def price(subject: Subject, factors: FactorStore, settings: ByteBudget) -> Price
             f"a budget in bytes was given factors of the kind {kind!r}: expected two_sided (decomposition.kind), whose "
             "losses of ranks and of bits compare"
         )
+    check_targets(subject.targets)
     budget = subject.budget(1.0)
     costs = _module_costs(subject, factors, settings)
     choices: dict[str, list[ModulePlan]] = {}
@@ -183,6 +185,20 @@ def price(subject: Subject, factors: FactorStore, settings: ByteBudget) -> Price
             stored = [plan.bytes(budget.bytes_per_parameter) for plan in choices[name]]
             sizes[name] = Sizes(np.array(stored), np.array([loss for _, loss in options]))
     return Prices(choices, sizes)
+
+
+def check_targets(targets: Targets) -> None:
+    """Check that a budget in bytes can price every target, before any factors are built.
+
+    Raises:
+        ValueError: Embeddings are among the targets: such a budget gives them bits, and no rank.
+    """
+    if targets.embeddings:
+        raise ValueError(
+            f"a budget in bytes was given the embeddings {targets.embeddings[0].name} as a target, and gives "
+            f"embeddings bits but no rank: leave out --include {EMBEDDINGS}, or allocate by fisher and round its plan "
+            "with `lowrank quantize`"
+        )
 
 
 def _module_choices(
@@ -276,7 +292,7 @@ def _divergence(subject: Subject, name: str, grid: Grid, moment: Tensor | None, 
     changed: PreTrainedModel = copy.deepcopy(
         model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     )
-    for place, module in rounded_embedding(changed, name, rounded).items():
+    for place, module in rounded_embedding(changed, name, {"weight": rounded}).items():
         replace_module(changed, place, module)
     some = subject.sequences[: settings.sequences]
     return divergence(changed, model, some, progress=f"{name} in {grid.bits} bits").kl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_pl.calibration.embeddings import RowMetric, row_metric
 from lowrank_pl.calibration.roots import Roots
+from lowrank_pl.calibration.statistics import statistics_of_factors
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.rounding import Metric, compensated, nearest, round_dense, round_factors, round_pivoted
+from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.quantize.settings import Rounding, grid_of
 from lowrank_pl.models.eval_mode import evaluating, input_device
-from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear
 from lowrank_pl.models.hf_quantized import Grid, Rounded
-from lowrank_pl.models.targets import Target, dense_weight
+from lowrank_pl.models.targets import Target, dense_weight, weight_of
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import canonical_json, sha256_of
@@ -77,11 +80,15 @@ def quantize(
 
 def with_bits(plan: RankPlan, settings: Rounding, model: PreTrainedModel) -> RankPlan:
     """Return ``plan`` with the same bits for every module, and with bits for the embeddings of ``model``."""
-    modules = {name: replace(module, grid=settings.grid) for name, module in plan.modules.items()}
-    if settings.embeddings is None:
+    ends = None if settings.embeddings is None else grid_of(settings.embeddings)
+    modules = {
+        name: replace(module, grid=ends if name in plan.embedded else settings.grid)
+        for name, module in plan.modules.items()
+    }
+    if ends is None:
         return replace(plan, modules=modules)
-    grid = grid_of(settings.embeddings)
-    embeddings = {name: ModulePlan(shape, grid=grid) for name, shape in embedding_names(model).items()}
+    others = {name: shape for name, shape in embedding_names(model).items() if name not in modules}
+    embeddings = {name: ModulePlan(shape, grid=ends) for name, shape in others.items()}
     return replace(plan, modules=modules, embeddings=embeddings)
 
 
@@ -171,14 +178,17 @@ class _Work:
         ]
         with self.made.filling(names) as missing:
             if missing:
-                before = {name: dense_weight(self.model.get_submodule(name)).detach() for name in self.plan.modules}
+                before = {name: weight_of(self.model.get_submodule(name)).detach() for name in self.plan.modules}
                 self._round_embeddings([name for name in missing if name in self.plan.embeddings])
                 todo = self._copy_bare([name for name in missing if name in self.plan.modules])
                 # Statistics that are gone are collected again, in the dense model.
                 roots = Roots.of_factors(self.base, self.model, self.subject.sequences, todo) if todo else None
+                ends = self._ends({*missing} & {*self.plan.embedded})
                 with compressed(self.model, plain, self.base):
-                    for target, metric in () if roots is None else _with_bar(roots.metrics(todo), len(todo)):
-                        self._round(target, metric, before[target.name])
+                    for name, metric in ends.items():
+                        self._round_target(name, metric, before[name])
+                    for target, seen in () if roots is None else _with_bar(roots.metrics(todo), len(todo)):
+                        self._round(target, seen, before[target.name])
         return self._planned()
 
     def _copy_bare(self, names: Sequence[str]) -> list[Target]:
@@ -206,6 +216,43 @@ class _Work:
             "seconds": f"{time.perf_counter() - began:.4f}",
         }
         self.made.add_rounded(target.name, parts, pivots=pivots, notes=notes)
+
+    def _ends(self, names: Collection[str]) -> dict[str, RowMetric]:
+        """Return what errors cost of those embeddings and heads among the targets that are ``names`` and get bits."""
+        targets = [target for target in self.subject.targets.embeddings if target.name in names]
+        targets = [target for target in targets if self.plan.modules[target.name].grid is not None]
+        settings = Decomposition.of_fingerprint(self.base.fingerprint)
+        statistics = statistics_of_factors(self.base, self.model, self.subject.sequences)
+        return {one.name: row_metric(settings, statistics, one, device=self.model.device) for one in targets}
+
+    def _round_target(self, name: str, metric: RowMetric, weight: Tensor) -> None:
+        """Round embeddings or a head among the targets, dense or factored, in the metric of the hidden side."""
+        began = time.perf_counter()
+        layer, grid = self.model.get_submodule(name), self.plan.modules[name].grid
+        assert grid is not None
+        moment = metric.columns.moment() if metric.columns is not None and self.compensate else None
+        before: Tensor | None = None
+        if isinstance(layer, (LowRankEmbedding, LowRankLinear)):
+            left, right = (layer.matrix(part).detach() for part in ("weight", "right"))
+            exact = {"weight": left, "right": right}
+            parts = (
+                round_factors(left, right, grid, Metric(moment))
+                if self.compensate
+                else {part: nearest(matrix, grid) for part, matrix in exact.items()}
+            )
+            before = left.float() @ right.float() - weight.float()
+        else:
+            parts = {"weight": compensated(weight, grid, moment)}
+        made = parts["weight"].dense()
+        after = (made @ parts["right"].dense() if "right" in parts else made) - weight.float()
+        notes = {
+            "weight": weight_digest(weight),
+            "form": "factored" if "right" in parts else "dense",
+            "cost_before": f"{0.0 if before is None else metric.cost(before):.6g}",
+            "cost": f"{metric.cost(after):.6g}",
+            "seconds": f"{time.perf_counter() - began:.4f}",
+        }
+        self.made.add_rounded(name, parts, notes=notes)
 
     def _round_embeddings(self, names: Sequence[str]) -> None:
         if not names:

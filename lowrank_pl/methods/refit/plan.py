@@ -18,7 +18,7 @@ from lowrank_pl.models.targets import Targets
 from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.plan import TRAINED, ModulePlan, RankPlan
 
-__all__ = ["APPLIED", "NO_DERIVATIVE", "NO_GAIN", "UNCHANGED", "UNPAIRED", "check_belongs", "refitted_plan"]
+__all__ = ["APPLIED", "EMBEDDED", "NO_DERIVATIVE", "NO_GAIN", "UNCHANGED", "UNPAIRED", "check_belongs", "refitted_plan"]
 
 APPLIED = "applied"
 """Note on the factors of a refitted module; the other constants say why a module was not refitted."""
@@ -33,6 +33,7 @@ NO_DERIVATIVE = "an operation has no derivative"
 UNCHANGED = "inputs as in the dense model"
 
 
+EMBEDDED = "embeddings and heads stay as they are"
 UNPAIRED = "not called once for every token"
 
 
@@ -68,7 +69,7 @@ def check_belongs(plan: RankPlan, factors: FactorStore, model: PreTrainedModel, 
             f"the factors in {factors.directory} were made from another model ({' and '.join(differ)} differ): load "
             "the base that they were made from, in the same dtype"
         )
-    shapes = {target.name: target.shape for target in targets.modules}
+    shapes = targets.shapes
     for name, entry in plan.modules.items():
         if shapes.get(name) != entry.shape:
             raise ValueError(
@@ -137,7 +138,7 @@ def _report(noted: Mapping[str, Mapping[str, str]], fitted: int, held: int) -> l
             said.append(f"compensated fractions of the stream's error: {_counts(with_stream, 'stream')}")
         without = len(applied) - len(with_stream)
         said.append(f"not added to a stream, so that no stream error is compensated: {without} of the refitted modules")
-    for why in (NO_GAIN, UNCHANGED, UNPAIRED):
+    for why in (NO_GAIN, UNCHANGED, UNPAIRED, EMBEDDED):
         those = [name for name, found in noted.items() if found["refit"] == why]
         if those:
             said.append(f"not refitted, {why}: {len(those)}, e.g. {those[0]}")

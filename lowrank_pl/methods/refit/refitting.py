@@ -28,6 +28,7 @@ from lowrank_pl.methods.refit.moments import PairMoments
 from lowrank_pl.methods.refit.pair import ModelPair, Pair, Wiring, find_wiring
 from lowrank_pl.methods.refit.plan import (
     APPLIED,
+    EMBEDDED,
     NO_DERIVATIVE,
     NO_GAIN,
     UNCHANGED,
@@ -143,9 +144,17 @@ class _Work:
 
     def run(self) -> None:
         """Refit the modules that are missing; wait if another run is refitting them."""
-        with self.made.filling(target.name for target in self.modules) as missing:
+        with self.made.filling([*(target.name for target in self.modules), *self.plan.embedded]) as missing:
             if missing:
+                self._copy_embeddings()
                 self._make_missing()
+
+    def _copy_embeddings(self) -> None:
+        """Keep the factors of embeddings and heads among the targets: no linear layer of a block feeds them alone."""
+        for name in self.made.missing(self.plan.embedded):
+            _log.info("refit: %s keeps its factors", name)
+            notes = {**self.base.notes(name), "refit": EMBEDDED, "seconds": "0"}
+            self.made.add(name, self.base.kept(name, self.plan.modules[name]), notes=notes)
 
     def _make_missing(self) -> None:
         dense = [target.name for target in self.modules if self.plan.modules[target.name].rank is None]
