@@ -134,7 +134,7 @@ class Refits:
 
     count: int = 0
     sequences: int = 0
-    joint_passes: int = 0
+    joint_passes: float = 0
 
 
 @dataclass(frozen=True)
