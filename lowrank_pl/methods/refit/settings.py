@@ -41,7 +41,7 @@ class Joint:
     method: JointMethod = "gauss_newton"
     sweeps: int | None = None
     iterations: int = 8
-    curvature: float = 0.25
+    curvature: float = 0.1
     damping: float = 1.0
     learning_rate: float = 0.01
 
