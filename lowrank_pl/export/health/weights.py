@@ -22,6 +22,7 @@ from lowrank_pl.export.health.diagnosis import Finding, first_few
 from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid, grid_of_entry, packed_width, stored_shapes, unpack
 from lowrank_pl.plans.plan import ModulePlan, RankPlan, count_kinds, pivoted_matrices
 from lowrank_pl.plans.storage import INDEX_BYTES
+from lowrank_pl.utils.formatting import expert_number
 
 __all__ = ["check_merged_ranks", "check_plan", "check_weights", "tensors_in", "tensors_of"]
 
@@ -95,7 +96,11 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
         if name not in every
     ]
     found: dict[str, ModulePlan] = {}
+    # Merged experts are stored as their family stores them: fused, or under other names. Their numbers are counted.
+    fused = {name for name in every if not entries and expert_number(name) is not None} - _matrices_of(tensors)
     for name, planned in every.items():
+        if name in fused:
+            continue
         try:
             found[name] = _stored_module(name, planned, entries, tensors)
         except ValueError as error:
@@ -111,7 +116,8 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
     per = plan.bytes_per_parameter
     merged = not entries and (len(plan.dense_modules) < len(plan.modules) or plan.is_rounded)
     if merged:
-        message = f"all {len(plan.modules)} modules have the planned shapes; factors were merged into dense weights"
+        which = f"{len(found)} modules, without those of experts," if fused else f"all {len(plan.modules)} modules"
+        message = f"{which} have the planned shapes; factors were merged into dense weights"
         shapes = Finding("plan", "healthy", message, {**figures, "merged": True})
         expected = plan.model_parameters - plan.left_out
         return [shapes, _counts(per, (expected, expected * per), (0, 0), tensors)]
@@ -274,6 +280,11 @@ def _counts(per: int, expected: tuple[int, int], counted: tuple[int, int], tenso
         message = f"the tensors take {size:,} bytes, but the plan {planned_size:,}"
         return Finding("counts", "warning", message, figures, "check the type in which they were saved")
     return Finding("counts", "healthy", f"{numbers:,} parameters and {size:,} bytes, as planned", figures)
+
+
+def _matrices_of(tensors: Tensors) -> set[str]:
+    """Return the names of the modules that have a weight."""
+    return {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
 
 
 def _stored_bytes(name: str, tensor: Tensor, others: Tensors) -> int:
