@@ -221,8 +221,16 @@ class RoutedExperts(SplitExperts):
             *args: ``[tokens, chosen]`` numbers of the chosen experts, then their weights; families give them names of
                 their own.
             **kwargs: The same by name.
+
+        Raises:
+            ValueError: The router gives no numbers of chosen experts.
         """
         index, weights = (*args, *kwargs.values())
+        if index.is_floating_point():
+            raise ValueError(
+                f"the router of {type(self.fused.module).__name__} chooses no experts (top-k): expected their numbers "
+                f"first, and then their weights, not {index.dtype}; such a mixture can't be compressed"
+            )
         pairs = index.flatten()
         order = torch.argsort(pairs, stable=True)
         # An index of one more than there are experts marks pairs that another process computes: they come last.
