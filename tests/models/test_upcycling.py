@@ -27,7 +27,7 @@ def test_the_copy_computes_what_the_dense_model_computes(tied, sequences):
 
 @pytest.mark.parametrize(
     ("family", "message"),
-    [("gpt2", "a gated MLP expected"), ("qwen2", "q_proj.bias is not as in Mixtral"), ("qwen3", "norm.* is not as in")],
+    [("gpt2", "a gated MLP expected"), ("qwen2", "k_proj.bias is not as in Mixtral"), ("qwen3", "norm.* is not as in")],
 )
 def test_other_shapes_are_refused(family, message):
     with pytest.raises(UpcyclingError, match=message):
