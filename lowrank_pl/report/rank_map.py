@@ -134,8 +134,10 @@ def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
     columns, top, marks = np.arange(len(blocks) + 1), 0.0, []
     for band in bands:
         edges = top + band.height * np.linspace(0, 1, len(band.kept) + 1)
-        style = {"edgecolors": "white", "linewidth": line if len(band.kept) <= NUMBERED else 0.0}
-        mesh = axes.pcolormesh(columns, edges, band.kept, cmap="viridis", vmin=0.0, vmax=1.0, **style)
+        width = line if len(band.kept) <= NUMBERED else 0.0
+        mesh = axes.pcolormesh(
+            columns, edges, band.kept, cmap="viridis", vmin=0.0, vmax=1.0, edgecolors="white", linewidth=width
+        )
         axes.axhline(top, color="white", linewidth=2 * line)
         middles = (edges[1:] + edges[:-1]) / 2
         if len(blocks) <= 8 and len(band.kept) <= NUMBERED:
@@ -145,7 +147,8 @@ def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
         top += band.height
     _label_axes(axes, blocks, bands)
     if marks:
-        axes.scatter(*np.array(marks).T, s=10 if len(marks) <= 500 else 1, color="black", label="left dense")
+        across, down = zip(*marks, strict=True)
+        axes.scatter(across, down, s=10 if len(marks) <= 500 else 1, color="black", label="left dense")
     bits = f", {bits_in_words(plan)}" if plan.is_rounded else ""
     heading = title or f"{plan.method}: {percent(plan.keep_targeted)} of the targeted parameters kept{bits}"
     axes.set_title(plain(heading), pad=8)
