@@ -96,14 +96,16 @@ def test_a_merged_export(exports, monkeypatch):
     assert {health for health, _ in says.values()} == {"healthy"}
 
 
-def test_a_merged_mixture_is_counted_where_its_experts_are_fused(tmp_path, monkeypatch):
+def test_every_expert_of_a_merged_mixture_is_examined(tmp_path, monkeypatch):
     plan = tmp_path / "plan.json"
     mixture = Base("random:mixtral")
     allocate(mixture, keep=0.6, output=plan, store=tmp_path / "store", calibration=Calibration(TEXT, 32, 8))
     monkeypatch.setattr("lowrank_pl.export.export.check_reload", lambda *_, **__: None)
     export(plan, output=tmp_path / "merged", merge=True)
-    health, said = found(diagnose(tmp_path / "merged", **QUICK))["plan"]
-    assert (health, said[:48]) == ("healthy", "8 modules, without those of experts, have the pl")
+    says = found(diagnose(tmp_path / "merged", **QUICK))
+    assert says["reload"][0] == "healthy"
+    assert (says["plan"][0], says["plan"][1][:14]) == ("healthy", "all 32 modules")
+    assert says["merged ranks"] == ("healthy", "no merged weight has more than its planned rank")
 
 
 def test_a_plain_checkpoint(tmp_path, monkeypatch):
