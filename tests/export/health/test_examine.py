@@ -103,7 +103,7 @@ def test_every_expert_of_a_merged_mixture_is_examined(tmp_path, monkeypatch):
     monkeypatch.setattr("lowrank_pl.export.export.check_reload", lambda *_, **__: None)
     export(plan, output=tmp_path / "merged", merge=True)
     says = found(diagnose(tmp_path / "merged", **QUICK))
-    assert says["reload"][0] == "healthy"
+    assert says["loads"][0] == "healthy"
     assert (says["plan"][0], says["plan"][1][:14]) == ("healthy", "all 32 modules")
     assert says["merged ranks"] == ("healthy", "no merged weight has more than its planned rank")
 
