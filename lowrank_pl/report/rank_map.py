@@ -138,7 +138,8 @@ def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
         mesh = axes.pcolormesh(
             columns, edges, band.kept, cmap="viridis", vmin=0.0, vmax=1.0, edgecolors="white", linewidth=width
         )
-        axes.axhline(top, color="white", linewidth=5 * line)
+        if len(band.kept) > 1:
+            axes.axhline(top, color="white", linewidth=5 * line)
         middles = (edges[1:] + edges[:-1]) / 2
         if len(blocks) <= 8 and len(band.kept) <= NUMBERED:
             _write_cells(axes, band, middles)
