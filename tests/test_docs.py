@@ -124,15 +124,15 @@ def documented_commands():
 
 @pytest.mark.parametrize("command", dict.fromkeys(documented_commands()))
 def test_commands_of_the_documentation_are_understood(command, monkeypatch):
-    from lowrank_pl.cli import fit, heal
+    from lowrank_pl.cli import fit, heal, upcycle
 
     name, *words = shlex.split(command)[1:]
     if name in TRAINING_COMMANDS:
-        for kind in (fit.RankCLI, heal.HealCLI):
+        for kind in (fit.RankCLI, heal.HealCLI, upcycle.UpcycleCLI):
             monkeypatch.setattr(kind, "before_instantiate_classes", lambda _: None)
             monkeypatch.setattr(kind, "instantiate_classes", lambda _: None)
             monkeypatch.setattr(kind, "runs", lambda _: False)
-        {"fit": fit.fit, "heal": heal.heal}[name](words)
+        {"fit": fit.fit, "heal": heal.heal, "upcycle": upcycle.upcycle}[name](words)
     else:
         words, sources = split_words([name, *words])
         app = command_line(name)

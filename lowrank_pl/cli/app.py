@@ -66,6 +66,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lowrank_pl.cli.rotate:rotate",
         "Write a dense model with the same outputs and other weights: its residual stream is turned at random.",
     ),
+    "upcycle": (
+        "lowrank_pl.cli.upcycle:upcycle",
+        "Make a mixture of experts from a dense model: copy its MLPs, and train the copies apart.",
+    ),
     "export": (
         "lowrank_pl.cli.export:export",
         "Turn any plan into a model that transformers loads, checked by a reload in a fresh process.",
@@ -89,7 +93,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """By name, the function of each command, and the first sentence of its docstring: listing imports none of them."""
 
-TRAINING_COMMANDS = ("fit", "heal")
+TRAINING_COMMANDS = ("fit", "heal", "upcycle")
 """The commands whose options LightningCLI reads."""
 
 

@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "hf_layers": ["LowRankLinear", "PivotedLinear"],
         "lazy": ["Skeleton"],
         "targets": ["decoder_blocks", "find_targets"],
+        "upcycling": ["upcycled"],
     },
 )

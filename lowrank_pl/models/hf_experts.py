@@ -24,6 +24,7 @@ __all__ = [
     "experts_fused",
     "fuse_experts",
     "is_fused",
+    "routers",
     "split_experts",
     "split_modules",
 ]
@@ -220,8 +221,16 @@ class RoutedExperts(SplitExperts):
             *args: ``[tokens, chosen]`` numbers of the chosen experts, then their weights; families give them names of
                 their own.
             **kwargs: The same by name.
+
+        Raises:
+            ValueError: The router gives no numbers of chosen experts.
         """
         index, weights = (*args, *kwargs.values())
+        if index.is_floating_point():
+            raise ValueError(
+                f"the router of {type(self.fused.module).__name__} chooses no experts (top-k): expected their numbers "
+                f"first, and then their weights, not {index.dtype}; such a mixture can't be compressed"
+            )
         pairs = index.flatten()
         order = torch.argsort(pairs, stable=True)
         # An index of one more than there are experts marks pairs that another process computes: they come last.
@@ -329,6 +338,27 @@ def split_modules(model: nn.Module) -> list[tuple[str, SplitExperts]]:
     found: Any = model.named_modules()
     own = SplitExperts.__name__
     return [(name, module) for name, module in found if any(kind.__name__ == own for kind in type(module).__mro__)]
+
+
+def routers(model: nn.Module) -> dict[str, str]:
+    """Return the name of the router of each module of split experts, by the name of the experts.
+
+    A router lies beside its experts and holds one matrix, with a row for each of them. Experts without such a module
+    beside them are left out.
+
+    >>> from lowrank_pl.models.tiny import tiny_model
+    >>> model = tiny_model("qwen2_moe")
+    >>> split_experts(model)[0], routers(model)["model.layers.0.mlp.experts"]
+    ('model.layers.0.mlp.experts', 'model.layers.0.mlp.gate')
+    """
+    found = {}
+    for name, experts in split_modules(model):
+        parent, _, _ = name.rpartition(".")
+        for inner, module in model.get_submodule(parent).named_children():
+            matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+            if len(matrices) == 1 and len(matrices[0]) == len(experts):
+                found[name] = f"{parent}.{inner}"
+    return found
 
 
 @torch.no_grad()

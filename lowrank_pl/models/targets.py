@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
-from lowrank_pl.models.hf_experts import all_experts_called, is_fused
+from lowrank_pl.models.hf_experts import all_experts_called, is_fused, routers
 from lowrank_pl.models.hf_quantized import is_quantized
 from lowrank_pl.models.settings import EMBEDDINGS
 
@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 PACKED_WEIGHTS = ("qweight", "weight_packed", "W_q", "quant_state")
 OWN_METHOD = "lowrank"
 BY_PATTERN = "excluded by pattern"
+ROUTER = "router of a mixture, which is small and chooses the experts"
 
 HEAD = "head"
 """The kind of the head."""
@@ -196,7 +197,9 @@ def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exc
     _check_patterns(matrices, [*include, *(pattern for pattern in exclude if pattern not in known)])
     calls = _probe(model, {matrix.name: matrix.module for matrix in matrices if matrix.module is not None})
     shared = _shared_parameters(model)
+    chosen_by = tuple(f"{name}." for name in routers(model).values())
     reasons = {matrix.name: _reason(matrix, include, exclude, shared, calls) for matrix in matrices}
+    reasons |= {name: ROUTER for name in reasons if f"{name}.".startswith(chosen_by)}
     skipped = tuple(
         Skipped(matrix.name, reason, matrix.weight.numel())
         for matrix in matrices
@@ -507,7 +510,8 @@ def _report(skipped: Sequence[Skipped]) -> None:
     for entry in skipped:
         by_reason[entry.reason].append(entry)
     for reason, entries in by_reason.items():
-        level = logging.INFO if reason.startswith(BY_PATTERN) else logging.WARNING
+        expected = reason == ROUTER or reason.startswith(BY_PATTERN)
+        level = logging.INFO if expected else logging.WARNING
         text = "left dense: %d matrices, %d parameters (%s, ...): %s"
         logger.log(level, text, len(entries), sum(entry.parameters for entry in entries), entries[0].name, reason)
 

@@ -22,7 +22,17 @@ from lowrank_pl.methods.masks.registry import paper_of
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.evidence import Speed, describe_protocol
 from lowrank_pl.report.model_card import grouped_notes, load_code, score_with_error, speedup, task_rows
-from lowrank_pl.report.page_cells import HEIGHT, WIDTH, Cell, cells, grid, read_spectra, spectrum_groups
+from lowrank_pl.report.page_cells import (
+    HEIGHT,
+    WIDTH,
+    Cell,
+    Experts,
+    by_place,
+    cells,
+    grid,
+    read_spectra,
+    spectrum_groups,
+)
 from lowrank_pl.report.rank_map import bits_in_words, count_bits
 from lowrank_pl.report.run_record import RunRecord
 from lowrank_pl.utils.files import atomic_write
@@ -78,7 +88,8 @@ def run_page(record: RunRecord) -> str:
     plan = record.plan
     spectra, about_spectra = read_spectra(plan)
     shown = cells(plan, spectra)
-    blocks, rows = grid(shown)
+    lines = by_place(shown)
+    blocks, rows = grid(lines)
     place = "PATH_OR_ID" if record.exported is None else str(record.exported.folder)
     return render(
         "run.html",
@@ -93,6 +104,7 @@ def run_page(record: RunRecord) -> str:
         tasks=task_rows(record.evidence.tasks),
         speeds=_by_measurement(record.speeds),
         cells=shown,
+        lines=lines,
         blocks=blocks,
         grid=rows,
         compact=len(blocks) > WIDE,
@@ -301,7 +313,7 @@ def _by_block(shown: Sequence[Cell]) -> dict[str, list[Cell]]:
     return found
 
 
-def _bars(groups: Mapping[str, Sequence[Cell]]) -> list[Bar]:
+def _bars(groups: Mapping[str, Sequence[Cell | Experts]]) -> list[Bar]:
     sums = {
         label: (sum(cell.dense_parameters for cell in inside), sum(cell.parameters for cell in inside))
         for label, inside in groups.items()

@@ -1,4 +1,4 @@
-"""The linear layers on the page of a run: rank in words, cell of the rank map, drawn spectrum."""
+"""The linear layers on the page of a run: rank in words, cell of the rank map, drawn spectrum; experts by the block."""
 
 from __future__ import annotations
 
@@ -15,9 +15,21 @@ from tqdm import tqdm
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.plans.plan import ModulePlan, RankPlan, count_kinds
 from lowrank_pl.plans.storage import Storage
-from lowrank_pl.utils.formatting import block_and_kind, percent
+from lowrank_pl.utils.formatting import block_and_kind, expert_number, percent
 
-__all__ = ["HEIGHT", "WIDTH", "Cell", "Drawing", "SpectrumGroup", "cells", "grid", "read_spectra", "spectrum_groups"]
+__all__ = [
+    "HEIGHT",
+    "WIDTH",
+    "Cell",
+    "Drawing",
+    "Experts",
+    "SpectrumGroup",
+    "by_place",
+    "cells",
+    "grid",
+    "read_spectra",
+    "spectrum_groups",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +75,11 @@ class Cell:
         return block_and_kind(self.name)[1]
 
     @property
+    def expert(self) -> int | None:
+        """Number of its expert; None if it belongs to none."""
+        return expert_number(self.name)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
         return self.module.shape
@@ -71,6 +88,11 @@ class Cell:
     def rank(self) -> int | None:
         """Kept components; None if the layer is dense."""
         return self.module.rank
+
+    @property
+    def ranks(self) -> str:
+        """The rank in words."""
+        return "\u2013" if self.rank is None else str(self.rank)
 
     @property
     def full_rank(self) -> int:
@@ -133,6 +155,132 @@ class Cell:
         ]
         rank = f"rank {self.rank} of {self.full_rank}, {percent(self.kept)} kept ({size}), {form}"
         return "; ".join([f"{self.kind}, {place}: {rank}", *notes])
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The layers of one type of all experts of a block, which share a cell of the rank map and a line of the table.
+
+    Args:
+        cells: One cell for each expert, of at least one.
+    """
+
+    cells: Sequence[Cell]
+
+    @property
+    def number(self) -> int:
+        """Position of the first expert in the plan."""
+        return self.cells[0].number
+
+    @property
+    def name(self) -> str:
+        """Name of the layers, without the number of the expert."""
+        inside = 1 + len(str(self.cells[0].expert)) + len(self.kind)
+        return f"{self.cells[0].name[:-inside]}{self.kind}"
+
+    @property
+    def block(self) -> int | None:
+        """Index of their decoder block."""
+        return self.cells[0].block
+
+    @property
+    def kind(self) -> str:
+        """Their path within the block."""
+        return self.cells[0].kind
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of each."""
+        return self.cells[0].shape
+
+    @property
+    def rank(self) -> int | None:
+        """The least rank; None if all are dense."""
+        return min((cell.rank for cell in self.cells if cell.rank is not None), default=None)
+
+    @property
+    def ranks(self) -> str:
+        """The least and the greatest rank, and how many are dense."""
+        ranks = [cell.rank for cell in self.cells if cell.rank is not None]
+        dense = len(self.cells) - len(ranks)
+        said = [f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0])] if ranks else []
+        return ", ".join([*said, *([f"{dense} dense"] if dense else [])])
+
+    @property
+    def full_rank(self) -> int:
+        """Components of one dense weight."""
+        return min(self.shape)
+
+    @property
+    def parameters(self) -> int:
+        """Stored numbers of all."""
+        return sum(cell.parameters for cell in self.cells)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers of all dense weights."""
+        return sum(cell.dense_parameters for cell in self.cells)
+
+    @property
+    def kept(self) -> float:
+        """Kept fraction of the parameters of all."""
+        return self.parameters / self.dense_parameters
+
+    @property
+    def level(self) -> int:
+        """The kept fraction as one of ten colours."""
+        return min(9, max(0, int(10 * self.kept)))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the stored numbers."""
+        return sum(cell.bytes for cell in self.cells)
+
+    @property
+    def storage(self) -> str:
+        """The forms of storage that occur."""
+        return ", ".join(dict.fromkeys(cell.storage for cell in self.cells))
+
+    @property
+    def bits(self) -> str:
+        """The bits that occur; empty if no numbers are rounded."""
+        return ", ".join(dict.fromkeys(cell.bits for cell in self.cells if cell.bits))
+
+    @property
+    def any_k(self) -> bool:
+        """Whether an expert keeps a selection of components rather than the first ones."""
+        return any(cell.any_k for cell in self.cells)
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether a layer is stored as two factors because pivoted storage would be inaccurate."""
+        return any(cell.fell_back for cell in self.cells)
+
+    @property
+    def lost(self) -> float | None:
+        """Mean fraction of the spectral energy that was cut; None if a spectrum is not available."""
+        lost = [cell.lost for cell in self.cells if cell.lost is not None]
+        return sum(lost) / len(lost) if len(lost) == len(self.cells) else None
+
+    @property
+    def curve(self) -> str:
+        """The kept fractions of all experts, sorted, as an SVG path that is one high and as wide as there are experts.
+
+        Every expert is a step, so that few experts can be counted.
+        """
+        heights = sorted(1 - min(cell.kept, 1.0) for cell in self.cells)
+        return "M0 1" + "".join(f"V{height:.3f}H{place + 1}" for place, height in enumerate(heights)) + "V1Z"
+
+    @property
+    def description(self) -> str:
+        """The figures of all in one sentence."""
+        least, most = (pick(self.cells, key=lambda cell: cell.kept) for pick in (min, max))
+        size = f"{self.parameters:,} of {self.dense_parameters:,} parameters, {self.bytes / 1e6:,.2f} MB"
+        return (
+            f"{self.kind}, block {self.block}: rank {self.ranks} of {self.full_rank} in {len(self.cells)} experts, "
+            f"{percent(self.kept)} kept ({size}); most by expert {most.expert} ({percent(most.kept)}), least by expert "
+            f"{least.expert} ({percent(least.kept)})"
+        )
 
 
 @dataclass(frozen=True)
@@ -212,7 +360,22 @@ def _indices(module: ModulePlan) -> Tensor:
     return torch.arange(module.rank or 0) if module.indices is None else torch.tensor(module.indices)
 
 
-def grid(shown: Sequence[Cell]) -> tuple[list[int | None], dict[str, list[Cell | None]]]:
+def by_place(shown: Sequence[Cell]) -> list[Cell | Experts]:
+    """Return ``shown`` in its order, with the experts of a block together where the first of them is."""
+    experts: dict[tuple[int | None, str], list[Cell]] = {}
+    found: list[Cell | list[Cell]] = []
+    for cell in shown:
+        if cell.expert is None:
+            found.append(cell)
+        else:
+            together = experts.setdefault((cell.block, cell.kind), [])
+            if not together:
+                found.append(together)
+            together.append(cell)
+    return [one if isinstance(one, Cell) else Experts(one) for one in found]
+
+
+def grid(shown: Sequence[Cell | Experts]) -> tuple[list[int | None], dict[str, list[Cell | Experts | None]]]:
     """Return the blocks, and for each layer type its cell in every block; None where a block has none."""
     blocks: list[int | None] = [*sorted({cell.block for cell in shown if cell.block is not None})]
     blocks += [None] if any(cell.block is None for cell in shown) else []
@@ -258,9 +421,16 @@ def read_spectra(plan: RankPlan) -> tuple[dict[str, Tensor], str]:
 
 
 def spectrum_groups(shown: Sequence[Cell], spectra: Mapping[str, Tensor]) -> list[SpectrumGroup]:
-    """Return the drawn spectra, grouped by the type of layer."""
+    """Return the drawn spectra, grouped by the type of layer.
+
+    Of the experts of a block, those that keep least and most are drawn.
+    """
     groups: dict[str, list[Cell]] = {}
-    for cell in shown:
+    drawn: list[Cell] = []
+    for one in by_place(shown):
+        ends = [one] if isinstance(one, Cell) else sorted(one.cells, key=lambda cell: cell.kept)
+        drawn += dict.fromkeys([ends[0], ends[-1]])
+    for cell in drawn:
         if cell.name in spectra and len(spectra[cell.name]):
             groups.setdefault(cell.kind, []).append(cell)
     return [_group(kind, inside, spectra) for kind, inside in groups.items()]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lowrank_pl.utils.figures import plain
-from lowrank_pl.utils.formatting import block_and_kind
+from lowrank_pl.utils.formatting import block_and_kind, expert_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,11 +30,13 @@ class Kept:
         kinds: Kept fraction by module type.
         blocks: Kept fraction by block: ``000``, ``001``, ...; ``other`` for modules outside the blocks.
         shares: Each module type's share of all kept parameters.
+        experts: Of module types with experts, the least and the greatest kept fraction of one expert's module.
     """
 
     kinds: dict[str, float]
     blocks: dict[str, float]
     shares: dict[str, float]
+    experts: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def kept_by_group(sizes: Mapping[str, int], ratios: Sequence[float]) -> Kept:
@@ -51,15 +53,19 @@ def kept_by_group(sizes: Mapping[str, int], ratios: Sequence[float]) -> Kept:
     """
     kept: dict[str, dict[str, float]] = {"kinds": defaultdict(float), "blocks": defaultdict(float)}
     dense: dict[str, dict[str, int]] = {"kinds": defaultdict(int), "blocks": defaultdict(int)}
+    experts: dict[str, list[float]] = {}
     for (name, size), ratio in zip(sizes.items(), ratios, strict=True):
         block, kind = block_and_kind(name)
+        if expert_number(name) is not None:
+            experts.setdefault(kind, []).append(min(ratio, 1.0))
         for axis, group in (("kinds", kind), ("blocks", "other" if block is None else f"{block:03d}")):
             kept[axis][group] += size * min(ratio, 1.0)
             dense[axis][group] += size
     everything = sum(kept["kinds"].values())
     fractions = {axis: {group: kept[axis][group] / dense[axis][group] for group in dense[axis]} for axis in dense}
     shares = {kind: part / everything if everything else 0.0 for kind, part in kept["kinds"].items()}
-    return Kept(fractions["kinds"], dict(sorted(fractions["blocks"].items())), shares)
+    ends = {kind: (min(found), max(found)) for kind, found in experts.items()}
+    return Kept(fractions["kinds"], dict(sorted(fractions["blocks"].items())), shares, ends)
 
 
 class RankHistory:

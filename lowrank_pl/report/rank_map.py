@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from lowrank_pl.plans.plan import ModulePlan, RankPlan, count_kinds
 from lowrank_pl.utils.figures import plain
-from lowrank_pl.utils.formatting import block_and_kind, percent, table
+from lowrank_pl.utils.formatting import block_and_kind, expert_number, percent, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +20,28 @@ __all__ = ["bits_in_words", "count_bits", "rank_map", "rank_table"]
 
 WIDE = 40
 """Blocks beyond which there is no room for a number under every column."""
+
+NUMBERED = 8
+"""Experts of a block beyond which they are sorted, because nobody looks for one of them by its number."""
+
+
+@dataclass(frozen=True)
+class _Band:
+    """The rows of a rank map that show one module type: one row, or one for each expert of a block.
+
+    Args:
+        kind: The module type.
+        kept: Kept fractions ``[rows, blocks]``, NaN without a module.
+        dense: Whether a module is left dense, ``[rows, blocks]``.
+        height: Height in units of a module type without experts.
+        label: What the axis says.
+    """
+
+    kind: str
+    kept: NDArray[np.float64]
+    dense: NDArray[np.bool_]
+    height: float
+    label: str
 
 
 def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
@@ -87,6 +110,9 @@ def _with(kind: str) -> str:
 def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
     """Return a heat map of the kept fraction of every targeted module: blocks across, module types down.
 
+    Experts have a thin row each, in the order of their numbers or, if there are many, sorted in each block from the one
+    that keeps most to the one that keeps least.
+
     Colours range from 0 to 1 in every figure, so figures are comparable. Dense modules are marked, and cells without a
     targeted module are grey. Plans of few blocks show the fractions as numbers. The figure is not registered with
     ``pyplot``.
@@ -102,26 +128,37 @@ def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
 
     if not plan.modules:
         raise ValueError("the plan has no module: expected at least one")
-    grid, blocks, kinds = _kept_grid(plan)
-    dense = [(kinds.index(kind), blocks.index(block)) for block, kind in map(block_and_kind, plan.dense_modules)]
-    size = (min(18.0, max(5.5, 3.0 + 0.28 * len(blocks))), 1.8 + 0.32 * len(kinds))
+    blocks, bands = _bands(plan)
+    size = (min(18.0, max(5.5, 3.0 + 0.28 * len(blocks))), 1.8 + 0.32 * sum(band.height for band in bands))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("0.9")
     # Lines separate cells of equal colour. Viridis is uniform in lightness, so colour-blind readers can read it.
     line = 1.0 if len(blocks) <= WIDE else 0.3
-    mesh = axes.pcolormesh(grid, cmap="viridis", vmin=0.0, vmax=1.0, edgecolors="white", linewidth=line)
-    _label_axes(axes, blocks, kinds)
-    if len(blocks) <= 8:
-        _write_cells(axes, grid, dense)
-    elif dense:
-        rows, columns = np.array(dense).T + 0.5
-        axes.scatter(columns, rows, s=10, color="black", label="left dense")
+    columns, top, marks = np.arange(len(blocks) + 1), 0.0, []
+    for band in bands:
+        edges = top + band.height * np.linspace(0, 1, len(band.kept) + 1)
+        width = line if len(band.kept) <= NUMBERED else 0.0
+        mesh = axes.pcolormesh(
+            columns, edges, band.kept, cmap="viridis", vmin=0.0, vmax=1.0, edgecolors="white", linewidth=width
+        )
+        if len(band.kept) > 1:
+            axes.axhline(top, color="white", linewidth=5 * line)
+        middles = (edges[1:] + edges[:-1]) / 2
+        if len(blocks) <= 8 and len(band.kept) <= NUMBERED:
+            _write_cells(axes, band, middles)
+        else:
+            marks += [(column + 0.5, middles[row]) for row, column in zip(*band.dense.nonzero(), strict=True)]
+        top += band.height
+    _label_axes(axes, blocks, bands)
+    if marks:
+        across, down = zip(*marks, strict=True)
+        axes.scatter(across, down, s=10 if len(marks) <= 500 else 1, color="black", label="left dense")
     bits = f", {bits_in_words(plan)}" if plan.is_rounded else ""
     heading = title or f"{plan.method}: {percent(plan.keep_targeted)} of the targeted parameters kept{bits}"
     axes.set_title(plain(heading), pad=8)
     figure.colorbar(mesh, ax=axes, label="kept fraction", pad=0.02, ticks=np.linspace(0, 1, 6))
-    _add_legend(figure, axes, missing=bool(np.isnan(grid).any()))
+    _add_legend(figure, axes, missing=any(np.isnan(band.kept).any() for band in bands))
     return figure
 
 
@@ -137,36 +174,54 @@ def _kept_line(kind: str, modules: Sequence[ModulePlan]) -> list[str]:
     return [kind, str(len(modules)), str(dense), percent(mean), percent(min(kept)), percent(max(kept))]
 
 
-def _kept_grid(plan: RankPlan) -> tuple[NDArray[np.float64], list[int | None], list[str]]:
-    """Return the kept fractions ``[kinds, blocks]``, NaN without a module, and the labels of both axes."""
+def _bands(plan: RankPlan) -> tuple[list[int | None], list[_Band]]:
+    """Return the blocks, and the rows of every module type."""
     places = {name: block_and_kind(name) for name in plan.modules}
     numbered = sorted({block for block, _ in places.values() if block is not None})
-    blocks = [*numbered, *([None] if any(block is None for block, _ in places.values()) else [])]
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    grid = np.full((len(kinds), len(blocks)), np.nan)
-    for name, (block, kind) in places.items():
-        grid[kinds.index(kind), blocks.index(block)] = _kept(plan.modules[name])
-    return grid, blocks, kinds
+    blocks: list[int | None] = [*numbered, *([None] if any(block is None for block, _ in places.values()) else [])]
+    columns = {block: column for column, block in enumerate(blocks)}
+    kinds: dict[str, list[str]] = {}
+    for name, (_, kind) in places.items():
+        kinds.setdefault(kind, []).append(name)
+    return blocks, [_band(plan, kind, names, columns) for kind, names in kinds.items()]
 
 
-def _label_axes(axes: Any, blocks: Sequence[int | None], kinds: Sequence[str]) -> None:
+def _band(plan: RankPlan, kind: str, names: Sequence[str], columns: dict[int | None, int]) -> _Band:
+    experts = [expert_number(name) for name in names]
+    rows = 1 + max((number for number in experts if number is not None), default=0)
+    kept, dense = np.full((rows, len(columns)), np.nan), np.zeros((rows, len(columns)), dtype=bool)
+    for name, expert in zip(names, experts, strict=True):
+        place = expert or 0, columns[block_and_kind(name)[0]]
+        kept[place], dense[place] = _kept(plan.modules[name]), plan.modules[name].rank is None
+    if all(expert is None for expert in experts):
+        return _Band(kind, kept, dense, 1.0, kind)
+    if rows <= NUMBERED:
+        return _Band(kind, kept, dense, 0.62 * rows, f"{kind}\n{rows} experts from the top")
+    order = np.argsort(-np.nan_to_num(kept, nan=-1.0), axis=0, kind="stable")
+    kept, dense = (np.take_along_axis(values, order, axis=0) for values in (kept, dense))
+    return _Band(kind, kept, dense, min(8.0, 0.4 * rows), f"{kind}\n{rows} experts, sorted")
+
+
+def _label_axes(axes: Any, blocks: Sequence[int | None], bands: Sequence[_Band]) -> None:
     every = max(1, -(-len(blocks) // WIDE))
     labels = ["none" if block is None else str(block) for block in blocks]
     axes.set_xticks([place + 0.5 for place in range(0, len(blocks), every)], labels[::every], fontsize=8)
-    axes.set_yticks([place + 0.5 for place in range(len(kinds))], list(map(plain, kinds)), fontsize=9)
+    ends = np.cumsum([band.height for band in bands])
+    places = [end - band.height / 2 for end, band in zip(ends, bands, strict=True)]
+    axes.set_yticks(places, [plain(band.label) for band in bands], fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.invert_yaxis()
+    axes.set_ylim(ends[-1], 0)
     axes.set_xlabel("block")
     axes.set_ylabel("module type")
 
 
-def _write_cells(axes: Any, grid: NDArray[np.float64], dense: Sequence[tuple[int, int]]) -> None:
-    for (row, column), kept in np.ndenumerate(grid):
+def _write_cells(axes: Any, band: _Band, middles: NDArray[np.float64]) -> None:
+    for (row, column), kept in np.ndenumerate(band.kept):
         if not np.isnan(kept):
-            text = "dense" if (row, column) in dense else f"{kept:.2f}"
+            text = "dense" if band.dense[row, column] else f"{kept:.2f}"
             colour = "black" if kept > 0.6 else "white"
-            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=8)
+            axes.text(column + 0.5, middles[row], text, ha="center", va="center", color=colour, fontsize=8)
 
 
 def _add_legend(figure: Figure, axes: Any, *, missing: bool) -> None:

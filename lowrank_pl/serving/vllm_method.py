@@ -51,6 +51,7 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
 
     Attributes:
         modules: How each compressed module is stored, by its name in vLLM's model.
+        experts: Whether experts of a mixture are stored one by one.
         shapes: ``[out, in]`` of modules whose shape differs from what the rest of the config says.
         transposed: Whether vLLM transposes every ``weight`` of the checkpoint, as it does for GPT-2.
         members: All members of layers that were made so far.
@@ -74,6 +75,7 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
             )
         self.modules = stored.modules
         self.shapes: dict[str, list[int]] = getattr(stored, "shapes", {})
+        self.experts = bool(getattr(stored, "experts", False))
         self.transposed = False
         self.members: list[Member] = []
 
@@ -110,8 +112,14 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         """Note from the model's config how vLLM reads its weights.
 
         Raises:
-            ValueError: Heads were pruned: vLLM takes the number of heads of every block from the config.
+            ValueError: Heads were pruned: vLLM takes the number of heads of every block from the config. Or the model
+                has compressed experts, which vLLM computes fused.
         """
+        if self.experts:
+            raise ValueError(
+                f"{model_name} has compressed experts, which vLLM computes in fused parameters: run it in "
+                "transformers, or merge its factors into dense weights (lowrank export PLAN --merge), which vLLM serves"
+            )
         if (getattr(hf_config, ORIGIN_KEY, None) or {}).get("heads_left"):
             raise ValueError(
                 f"some blocks of {model_name} have fewer key/value heads than config.json says, and vLLM takes the "

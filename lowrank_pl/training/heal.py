@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lowrank_pl.evaluate.likelihood import Divergence, compared, divergence
 from lowrank_pl.factors.healed import low_rank_embeddings, low_rank_layers
 from lowrank_pl.methods.healing import Healing
 from lowrank_pl.models.forward import activation_checkpointing
+from lowrank_pl.models.hf_experts import all_experts_called
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.text.sequences import sequences_fingerprint
@@ -255,10 +256,8 @@ class Healer(LightningModule):
         """
         with torch.no_grad():
             wanted = self.pair.teacher(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
-        if self.gradient_checkpointing:
-            with activation_checkpointing(self.pair.student):
-                logits = self.pair.student(input_ids=tokens, use_cache=False).logits
-        else:
+        memory = activation_checkpointing(self.pair.student) if self.gradient_checkpointing else nullcontext()
+        with memory, all_experts_called():
             logits = self.pair.student(input_ids=tokens, use_cache=False).logits
         loss = F.kl_div(logits.float().log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1).mean()
         if not torch.isfinite(loss):
@@ -270,6 +269,11 @@ class Healer(LightningModule):
         self.log("step", float(self.global_step + 1))
         self.log("learning/rate", self.settings.learning_rate(self.global_step, self.steps))
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradients; experts without tokens get zeros, because DDP waits for all of them."""
+        with all_experts_called():
+            super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradients."""

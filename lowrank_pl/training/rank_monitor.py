@@ -47,10 +47,11 @@ METRICS = ("val/excess", "val/perplexity", "keep/plan", "keep/expected", "final/
 class RankMonitor(Callback):
     """Logs how ranks change: scalars to every logger, and charts and figures to TensorBoard.
 
-    The scalars are the kept fraction of each module type and block, each type's share of the budget, the learning rate
-    and the seconds per step. TensorBoard also gets a page of charts ("Custom Scalars"), rank maps of the hard plan with
-    the history of ranks so far, histograms of the soft masks, and the run's settings. The callback does not change the
-    learned result. Only the first process writes. After a resume, repeated steps replace their earlier values.
+    The scalars are the kept fraction of each module type and block, of experts also the least and the greatest one of a
+    module type, each type's share of the budget, the learning rate and the seconds per step. TensorBoard also gets a
+    page of charts ("Custom Scalars"), rank maps of the hard plan with the history of ranks so far, histograms of the
+    soft masks, and the run's settings. The callback does not change the learned result. Only the first process writes.
+    After a resume, repeated steps replace their earlier values.
 
     Args:
         every_n_steps: Steps between scalars.
@@ -208,6 +209,8 @@ def _scalars(kept: Kept) -> dict[str, float]:
     values = {f"kept by type/{kind}": value for kind, value in kept.kinds.items()}
     values |= {f"kept by block/{block}": value for block, value in kept.blocks.items()}
     values |= {f"share of budget/{kind}": value for kind, value in kept.shares.items()}
+    for kind, (least, most) in kept.experts.items():
+        values |= {f"kept by expert/{kind} least": least, f"kept by expert/{kind} most": most}
     if len(kept.blocks) > MANY:
         values |= {tag: float(np.percentile([*kept.blocks.values()], at)) for tag, at in BAND.items()}
     return values
@@ -216,7 +219,14 @@ def _scalars(kept: Kept) -> dict[str, float]:
 def _charts(trainer: Trainer, learner: RankLearner) -> Mapping[str, Mapping[str, Chart]]:
     """Return the page of charts of the tags that this run has, the most important first."""
     sizes = dict.fromkeys(learner.masks, 1)
-    tags = _scalars(kept_by_group(sizes, [1.0] * len(sizes)))
+    kept = kept_by_group(sizes, [1.0] * len(sizes))
+    tags = _scalars(kept)
+    experts: dict[str, Chart] = {
+        f"{kind}: all experts, least, most": (
+            "Margin", [f"kept by type/{kind}", f"kept by expert/{kind} least", f"kept by expert/{kind} most"]
+        )
+        for kind in kept.experts
+    }  # fmt: skip
     of = {group: [tag for tag in tags if tag.startswith(f"{group}/")] for group in ("kept by type", "kept by block")}
     shares = [tag for tag in tags if tag.startswith("share of budget/")]
     terms = [tag for tag in trainer.callback_metrics if tag.startswith("loss/")]
@@ -234,6 +244,7 @@ def _charts(trainer: Trainer, learner: RankLearner) -> Mapping[str, Mapping[str,
         },
         "Ranks by type": {"kept fraction of each type": ("Multiline", of["kept by type"])},
         "Ranks by block": {"kept fraction of each block": blocks},
+        **({"Ranks by expert": experts} if experts else {}),
         "Loss": {
             "total": ("Multiline", ["loss/total"]),
             "data terms": ("Multiline", data),

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.masks.masked_linear import MaskedLinear, component_rows
+from lowrank_pl.models.hf_experts import split_modules
 from lowrank_pl.models.lazy import Skeleton
 from lowrank_pl.models.targets import decoder_blocks
 
@@ -47,13 +48,23 @@ def shard_frozen(
     reader = _RowReader(model, store, device, skeleton)
     for block in tqdm(decoder_blocks(model)[1], desc="shard", unit="block", disable=mesh.get_rank() > 0):
         # Layers are sharded separately, so a pass gathers one layer and prefetches one, and not whole blocks.
-        for layer in [layer for layer in block.modules() if isinstance(layer, MaskedLinear)]:
-            fully_shard(layer, mesh=mesh, ignored_params=ignored)
-            reader.read(layer)
+        for part in _parts(block):
+            fully_shard(part, mesh=mesh, ignored_params=ignored)
+            reader.read(part)
         fully_shard(block, mesh=mesh, ignored_params=ignored)
         reader.read(block)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
     reader.read(model)
+
+
+def _parts(block: nn.Module) -> list[nn.Module]:
+    """Return the parts of a block that are gathered one at a time: masked layers, and the experts of a mixture at once.
+
+    All processes have to gather in the same order, but each calls only the experts that its tokens are routed to.
+    """
+    experts: list[nn.Module] = [module for _, module in split_modules(block)]
+    inside = {layer for module in experts for layer in module.modules()}
+    return [*experts, *(one for one in block.modules() if isinstance(one, MaskedLinear) and one not in inside)]
 
 
 class _RowReader:

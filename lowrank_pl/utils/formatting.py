@@ -12,6 +12,7 @@ __all__ = [
     "code",
     "duration",
     "escaped",
+    "expert_number",
     "gigabytes",
     "longest_run",
     "megabytes",
@@ -25,12 +26,28 @@ __all__ = [
 def block_and_kind(name: str) -> tuple[int | None, str]:
     """Return a module's block index and its name inside the block; the index is ``None`` outside any block.
 
+    The experts of a block are of one kind: their numbers are left out.
+
     >>> block_and_kind("model.layers.3.self_attn.q_proj"), block_and_kind("lm_head")
     ((3, 'self_attn.q_proj'), (None, 'lm_head'))
+    >>> block_and_kind("model.layers.3.mlp.experts.17.gate_proj")
+    (3, 'mlp.experts.gate_proj')
     """
     parts = name.split(".")
     place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    return (None, name) if place is None else (int(parts[place]), ".".join(parts[place + 1 :]))
+    if place is None:
+        return None, name
+    return int(parts[place]), ".".join(part for part in parts[place + 1 :] if not part.isdecimal())
+
+
+def expert_number(name: str) -> int | None:
+    """Return the number of the expert that a module of a block belongs to; None if it belongs to none.
+
+    >>> expert_number("model.layers.3.mlp.experts.17.gate_proj"), expert_number("model.layers.3.self_attn.q_proj")
+    (17, None)
+    """
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    return numbers[1] if len(numbers) > 1 else None
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], fmt: str, *, align: Sequence[str] | None = None) -> str:

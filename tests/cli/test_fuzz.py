@@ -82,12 +82,20 @@ HEAL_FLAGS = (
 )  # fmt: skip
 
 
+UPCYCLE_FLAGS = (
+    "run", "json", "ckpt_path", "seed_everything", "model.base", "model.base.dtype", "model.mixture",
+    "model.mixture.experts", "model.mixture.chosen", "model.mixture.lr", "model.mixture.balance", "data.learning.text",
+    "data.learning.length", "data.learning.sequences", "data.validation.sequences", "data.batch_size", "finish.json",
+    "trainer.max_steps", "trainer.precision", "trainer.callbacks", "trainer.devices", "trainer.strategy",
+)  # fmt: skip
+
+
 MAPPINGS = ("settings", "floors", "score_sequences", "recipes", "decomposition")
 
 
 def names_of(command):
     if command in TRAINING_COMMANDS:
-        return {"fit": FIT_FLAGS, "heal": HEAL_FLAGS}[command]
+        return {"fit": FIT_FLAGS, "heal": HEAL_FLAGS, "upcycle": UPCYCLE_FLAGS}[command]
     names = tuple(flag.name[2:] for flag in flags_of(command) if flag.name != "*")
     return (*names, *(f"{name}.x" for name in names if name in MAPPINGS))
 
@@ -104,6 +112,8 @@ GIVEN = {
     "--data.learning.sequences 4 --data.validation.sequences 1 --model.settings.tokens 64 --trainer.accelerator cpu",
     "prune": "random:llama --keep 0.5 --length 16 --sequences 2", "quantize": "plan.json",
     "refit": "plan.json", "report": "run", "rotate": "random:llama",
+    "upcycle": "-c upcycle --model.base random:llama --data.learning.text text.txt --data.learning.length 16 "
+    "--data.learning.sequences 4 --data.validation.sequences 1 --trainer.accelerator cpu",
 }  # fmt: skip
 """Words of each command that get it to its work."""
 

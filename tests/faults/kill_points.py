@@ -75,6 +75,13 @@ STAGES = {
     ),
     "prune": Stage(f"prune random:llama --keep 0.5 {TEXT} --output pruned --json out.json"),
     "rotate": Stage("rotate random:llama --output turned --json out.json"),
+    "upcycle": Stage(
+        "upcycle -c upcycle --model.base random:llama --trainer.max_steps 4 --trainer.val_check_interval 2 "
+        "--data.learning.text python-docs --data.learning.length 32 --data.learning.sequences 8 "
+        "--data.validation.sequences 2 --trainer.accelerator cpu --checkpoint.every_n_train_steps 2 --run run "
+        "--json out.json",
+        resume="--ckpt_path last",
+    ),
     "fit": Stage(f"{FIT} --run run --json out.json", resume="--ckpt_path last"),
     "fit anew": Stage(f"{FIT} --run run", ("fit anew",)),
     "fit all": Stage(

@@ -25,7 +25,7 @@ from lowrank_pl.report.comparison import comparison_page
 from lowrank_pl.report.evidence import read_evidence
 from lowrank_pl.report.model_card import model_card
 from lowrank_pl.report.page import run_page
-from lowrank_pl.report.page_cells import HEIGHT, WIDTH, cells, grid, read_spectra, spectrum_groups
+from lowrank_pl.report.page_cells import HEIGHT, WIDTH, Experts, by_place, cells, grid, read_spectra, spectrum_groups
 from lowrank_pl.report.run_record import RunRecord, digests_of, read_run
 from lowrank_pl.report.scores import Row, Summary, write_summary
 from lowrank_pl.utils.formatting import megabytes
@@ -156,6 +156,25 @@ def test_grid_has_a_place_for_every_block_and_type():
         "up": [1, 3, None],
         "head": [None, None, 4],
     }
+
+
+def test_experts_of_a_block_share_a_cell_and_a_line():
+    modules = {
+        f"h.{block}.experts.{expert}.up": ModulePlan((40, 40), 4 + expert) for block in (0, 1) for expert in range(3)
+    }
+    shown = cells(plan_of(modules=modules), {})
+    lines = by_place(shown)
+    assert [line.name for line in lines] == ["h.0.experts.up", "h.1.experts.up"]
+    blocks, rows = grid(lines)
+    assert (blocks, [*rows]) == ([0, 1], ["experts.up"])
+    first = lines[0]
+    assert isinstance(first, Experts)
+    assert (first.ranks, first.curve) == ("4 to 6", "M0 1V0.700H1V0.750H2V0.800H3V1Z")
+    assert "rank 4 to 6 of 40 in 3 experts, 25.0 % kept" in first.description
+    assert "most by expert 2 (30.0 %), least by expert 0 (20.0 %)" in first.description
+    spectra = {cell.name: torch.ones(40) for cell in shown}
+    [group] = spectrum_groups(shown, spectra)
+    assert [drawn.cell.expert for drawn in group.drawings] == [0, 2, 0, 2]
 
 
 def test_budget_sums_to_the_plan(run):

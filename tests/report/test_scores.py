@@ -122,7 +122,7 @@ def test_missing_summary_is_named(tmp_path):
     ("name", "expected"),
     [
         ("transformer.h.11.attn.c_attn", (11, "attn.c_attn")),
-        ("model.layers.2.mlp.experts.7.w1", (2, "mlp.experts.7.w1")),
+        ("model.layers.2.mlp.experts.7.w1", (2, "mlp.experts.w1")),
         ("lm_head", (None, "lm_head")),
     ],
 )
@@ -154,9 +154,15 @@ def test_rank_map_of_a_tiny_plan(tmp_path):
     assert labels(axes.get_yticklabels()) == list(SHAPES)
     assert bar.get_ylabel() == "kept fraction"
     assert texts(axes) == ["0.50", "0.50", "0.75", "0.75", "0.38", "dense"]
-    mesh = axes.collections[0]
-    assert mesh.get_clim() == (0.0, 1.0)
-    assert mesh.get_array().flatten().tolist() == [0.5, 0.5, 0.75, 0.75, 0.375, 1.0]
+    assert all(mesh.get_clim() == (0.0, 1.0) for mesh in axes.collections)
+    assert [kept for mesh in axes.collections for kept in mesh.get_array().flatten().tolist()] == [
+        0.5,
+        0.5,
+        0.75,
+        0.75,
+        0.375,
+        1.0,
+    ]
     figure.savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
@@ -188,12 +194,38 @@ def test_card_says_from_which_plan_a_size_was_resized():
     assert "resized" not in card()
 
 
+def mixture(blocks, experts):
+    """A plan whose expert ``e`` has the rank ``1 + e``, and of which the last one is dense in block 0."""
+    modules = {f"h.{block}.attn.q": ModulePlan((40, 40), 8) for block in range(blocks)}
+    for block in range(blocks):
+        for expert in range(experts):
+            rank = None if (block, expert) == (0, experts - 1) else 1 + expert % 16
+            modules[f"h.{block}.experts.{expert}.up"] = ModulePlan((40, 40), rank)
+    return RankPlan(method="hand", keep=0.5, model_parameters=10**6, modules=modules)
+
+
+def test_experts_of_a_block_share_a_type_in_the_table():
+    lines = rank_table(mixture(2, 3), fmt="github").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["attn.q", "experts.up", "all"]
+    assert [cell.strip() for cell in lines[3].split("|")[2:4]] == ["6", "1"]
+
+
+def test_rank_map_shows_every_expert_by_number_or_sorted():
+    few, many = (rank_map(mixture(2, experts)).axes[0] for experts in (3, 12))
+    assert labels(few.get_yticklabels()) == ["attn.q", "experts.up\n3 experts from the top"]
+    assert labels(many.get_yticklabels())[1] == "experts.up\n12 experts, sorted"
+    by_number, by_size = (axes.collections[1].get_array().reshape(-1, 2) for axes in (few, many))
+    assert by_number[:, 1].tolist() == pytest.approx([2 * rank / 40 for rank in (1, 2, 3)])
+    assert by_size[:, 1].tolist() == pytest.approx([2 * rank / 40 for rank in range(12, 0, -1)])
+    assert by_size[0, 0] == 1
+
+
 def test_rank_map_marks_dense_modules_of_a_deep_plan():
     figure = rank_map(plan_of(30))
     axes = figure.axes[0]
     assert "ara: " in axes.get_title()
     assert len(labels(axes.get_xticklabels())) == 30
-    assert axes.collections[1].get_offsets().tolist() == [[block + 0.5, 2.5] for block in range(1, 30, 2)]
+    assert axes.collections[-1].get_offsets().tolist() == [[block + 0.5, 2.5] for block in range(1, 30, 2)]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["left dense"]
     assert labels(rank_map(plan_of(100)).axes[0].get_xticklabels())[:3] == ["0", "3", "6"]
 

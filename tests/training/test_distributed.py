@@ -78,11 +78,11 @@ def fsdp(tmp_path_factory):
     return folder
 
 
-def learned_by_both(rank, folder, count):
+def learned_by_both(rank, folder, count, base="random:llama"):
     """Learn with DDP and with FSDP2 in the same processes, and compare the masks."""
     found = []
     for strategy in (DDPStrategy(), ModelParallelStrategy(save_distributed_checkpoint=False)):
-        learner = make_learner(lr_scheduler="cosine", data_terms=DataTerms(kl=0.5, divergence=0.1))
+        learner = make_learner(base, lr_scheduler="cosine", data_terms=DataTerms(kl=0.5, divergence=0.1))
         with as_torchrun_says(rank, count):
             settings = {"max_steps": 3, "accumulate_grad_batches": 2, "limit_val_batches": 0, "gradient_clip_val": 1.0}
             fit(learner, make_data(sequences=24, length=16), strategy=strategy, devices=count, **settings)
@@ -93,6 +93,10 @@ def learned_by_both(rank, folder, count):
 @pytest.mark.parametrize("count", [3, 4])
 def test_fsdp2_learns_the_masks_of_ddp_bit_for_bit_with_any_number_of_processes(count, tmp_path):
     in_two_processes(learned_by_both, tmp_path, count, count=count)
+
+
+def test_masks_of_experts_are_learned_by_both_though_a_process_may_have_no_token_for_one(tmp_path):
+    in_two_processes(learned_by_both, tmp_path, 2, "random:mixtral", count=2)
 
 
 def masks(folder, name="last.ckpt"):

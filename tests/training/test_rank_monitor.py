@@ -314,3 +314,13 @@ def test_a_long_record_is_thinned_and_no_record_can_not_be_drawn():
     assert MOST / 2 <= len(history.steps) <= MOST
     assert history.rows["kinds"]["up"] == [step / 3 / MOST for step in history.steps]
     assert [axis.get_ylabel() for axis in history.figure().axes[:2]] == ["module type", "block"]
+
+
+def test_experts_are_charted_by_type_with_the_ones_that_keep_least_and_most():
+    kept = kept_by_group({"h.0.experts.0.up": 10, "h.0.experts.1.up": 10, "h.1.q": 10}, [0.2, 2.0, 0.5])
+    found = {tag: value for tag, value in _scalars(kept).items() if "expert" in tag and "budget" not in tag}
+    assert found == {
+        "kept by type/experts.up": 0.6,
+        "kept by expert/experts.up least": 0.2,
+        "kept by expert/experts.up most": 1.0,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from lowrank_pl.export.reload import ReloadError, compare_reload
 from lowrank_pl.export.reload_probe import probe
 from lowrank_pl.models.base import DTYPES, load_base, load_tokenizer
 from lowrank_pl.models.digests import unchecked
+from lowrank_pl.models.hf_experts import experts_fused
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig, align
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.plans.plan import RankPlan
@@ -173,7 +175,10 @@ def _load_model(folder: Path, config: PretrainedConfig, *, trust: bool) -> PreTr
 def _check_reload(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Finding:
     """Return whether a fresh process, with transformers alone, loads the same model from the folder."""
     try:
-        compare_reload(model, folder, probe(model), tokenizer, merged=not is_compressed(folder))
+        merged = not is_compressed(folder)
+        # The fresh process has the experts of a dense mixture as transformers keeps them.
+        with experts_fused(model) if merged else nullcontext():
+            compare_reload(model, folder, probe(model), tokenizer, merged=merged)
     except ReloadError as error:
         # The last line of a fresh process's output is its error.
         lines = str(error).strip().splitlines()

@@ -22,6 +22,7 @@ from lowrank_pl.export.health.diagnosis import Finding, first_few
 from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid, grid_of_entry, packed_width, stored_shapes, unpack
 from lowrank_pl.plans.plan import ModulePlan, RankPlan, count_kinds, pivoted_matrices
 from lowrank_pl.plans.storage import INDEX_BYTES
+from lowrank_pl.utils.formatting import expert_number
 
 __all__ = ["check_merged_ranks", "check_plan", "check_weights", "tensors_in", "tensors_of"]
 
@@ -95,7 +96,11 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
         if name not in every
     ]
     found: dict[str, ModulePlan] = {}
+    # Merged experts are stored as their family stores them: fused, or under other names. Their numbers are counted.
+    fused = {name for name in every if not entries and expert_number(name) is not None} - _matrices_of(tensors)
     for name, planned in every.items():
+        if name in fused:
+            continue
         try:
             found[name] = _stored_module(name, planned, entries, tensors)
         except ValueError as error:
@@ -111,7 +116,8 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
     per = plan.bytes_per_parameter
     merged = not entries and (len(plan.dense_modules) < len(plan.modules) or plan.is_rounded)
     if merged:
-        message = f"all {len(plan.modules)} modules have the planned shapes; factors were merged into dense weights"
+        which = f"{len(found)} modules, without those of experts," if fused else f"all {len(plan.modules)} modules"
+        message = f"{which} have the planned shapes; factors were merged into dense weights"
         shapes = Finding("plan", "healthy", message, {**figures, "merged": True})
         expected = plan.model_parameters - plan.left_out
         return [shapes, _counts(per, (expected, expected * per), (0, 0), tensors)]
@@ -135,14 +141,17 @@ def check_merged_ranks(plan: RankPlan, tensors: Tensors) -> Finding:
     that exceed the plan by a few are not noticed.
     """
     wrong = []
-    for name, planned in tqdm(plan.modules.items(), desc="ranks", unit="module", leave=False, delay=2):
+    # Those of experts may be fused, or have other names.
+    found = {name: planned for name, planned in plan.modules.items() if f"{name}.weight" in tensors}
+    for name, planned in tqdm(found.items(), desc="ranks", unit="module", leave=False, delay=2):
         weight = tensors[f"{name}.weight"].detach()
         if planned.rank is not None and _residual(weight.float(), planned.rank) > torch.finfo(weight.dtype).eps ** 0.5:
             wrong.append(f"{name} (rank {planned.rank})")
     if wrong:
         message = f"merged weights have more than the planned rank: {first_few(wrong)}"
         return Finding("merged ranks", "broken", message, {"wrong": wrong}, DAMAGED)
-    return Finding("merged ranks", "healthy", "no merged weight has more than its planned rank")
+    which = "" if len(found) == len(plan.modules) else f", of the {len(found)} outside of experts"
+    return Finding("merged ranks", "healthy", f"no merged weight{which} has more than its planned rank")
 
 
 def _range(tensor: Tensor) -> tuple[float, float]:
@@ -274,6 +283,11 @@ def _counts(per: int, expected: tuple[int, int], counted: tuple[int, int], tenso
         message = f"the tensors take {size:,} bytes, but the plan {planned_size:,}"
         return Finding("counts", "warning", message, figures, "check the type in which they were saved")
     return Finding("counts", "healthy", f"{numbers:,} parameters and {size:,} bytes, as planned", figures)
+
+
+def _matrices_of(tensors: Tensors) -> set[str]:
+    """Return the names of the modules that have a weight."""
+    return {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
 
 
 def _stored_bytes(name: str, tensor: Tensor, others: Tensors) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.methods.masks.base import Mask, MaskMethod, ModelMasks, dense_sizes
+from lowrank_pl.methods.masks.base import Mask, MaskMethod, ModelMasks, Stacked, dense_sizes
 from lowrank_pl.methods.masks.objectives import budget_penalty, guidance_penalty
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
@@ -84,6 +84,23 @@ class ARAMask(Mask):
         expected = self.probabilities()
         return self.kept().to(expected.dtype) + (expected - expected.detach())
 
+    @property
+    def kin(self) -> Hashable:
+        """Masks of layers of one shape and storage have the same candidates."""
+        return ARAMask, self.shape, self.rank, self.longest, len(self.candidates), self.storage
+
+    @classmethod
+    def stacked(cls, masks: Sequence[ARAMask]) -> Stacked:
+        """Return ratios, gates and active components of masks with the same candidates; as in ``Mask.stacked``."""
+        first = masks[0]
+        weights = torch.stack([mask.logits for mask in masks]).softmax(1)
+        fractions = (weights * first.candidates).sum(1)
+        lengths = (first.span * fractions.detach()).round()
+        active = torch.arange(first.rank, device=lengths.device) < lengths[:, None]
+        expected = weights.cumsum(1)[:, first.rungs]
+        gates = active.to(expected.dtype) + (expected - expected.detach())
+        return Stacked(first.storage.ratio(first.shape, first.longest * fractions), gates, active)
+
     def soft(self) -> Tensor:
         """Return the expected gate ``[rank]``."""
         return self.probabilities()
@@ -99,7 +116,7 @@ class ARAMask(Mask):
 
     def error_at(self, ratio: Tensor) -> Tensor:
         """Return the share of the spectrum's norm that is lost at ``ratio``, from the table at whole percents."""
-        return self.error[(ratio.detach() * 100).round().long().clamp(1, 99) - 1]
+        return self.error[_percent(ratio)]
 
 
 class ARA(MaskMethod):
@@ -150,7 +167,8 @@ class ARA(MaskMethod):
     def penalties(self, masks: ModelMasks, ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget`` and ``guidance``, weighted; arguments as in ``MaskMethod.penalties``."""
         kept = ratios.clamp(max=1.0)
-        errors = torch.stack([mask.error_at(ratio) for mask, ratio in zip(_staircases(masks), kept, strict=True)])
+        tables = torch.stack([mask.error for mask in _staircases(masks)])
+        errors = tables.gather(1, _percent(kept)[:, None]).squeeze(1)
         return {
             "budget": self.budget_weight * budget_penalty(kept, dense_sizes(masks, ratios), keep),
             "guidance": self.guidance_weight * guidance_penalty(kept, errors),
@@ -164,6 +182,11 @@ class ARA(MaskMethod):
                 dense = mask.ratio().item() >= _DENSE_FROM
                 requested[name] = math.inf if dense else mask.fraction().item() * mask.span
         return budget.fit(requested, method=self.name)
+
+
+def _percent(ratios: Tensor) -> Tensor:
+    """Return the places of ``ratios`` in tables at whole percents."""
+    return (ratios.detach() * 100).round().long().clamp(1, 99) - 1
 
 
 def _span(longest: float) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["NEARLY_FULL", "Mask", "MaskMethod", "ModelMasks", "check_numbers", "dense_sizes", "gated_rank"]
+__all__ = ["NEARLY_FULL", "Mask", "MaskMethod", "ModelMasks", "Stacked", "check_numbers", "dense_sizes", "gated_rank"]
 
 NEARLY_FULL = 0.97
 """With pivoted storage, a mask gates at most the components that cost this fraction of the dense weight.
@@ -86,6 +87,35 @@ class Mask(nn.Module, ABC):
         By default these are the components that are more than half on.
         """
         return self.soft().detach() > 0.5
+
+    @property
+    def kin(self) -> Hashable:
+        """What masks have in common that ``stacked`` takes together; None for masks that are taken one by one."""
+        return None
+
+    @classmethod
+    def stacked(cls, masks: Sequence[Any]) -> Stacked:
+        """Return what ``ratio``, ``forward`` and ``active`` return for each of ``masks``, in few operations.
+
+        Args:
+            masks: Masks of one ``kin``.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The state of several masks in one training step.
+
+    Args:
+        ratios: ``[masks]``, differentiable.
+        gates: ``[masks, rank]``, differentiable.
+        active: Bool ``[masks, rank]``.
+    """
+
+    ratios: Tensor
+    gates: Tensor
+    active: Tensor
 
 
 class ModelMasks(dict[str, Mask]):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class MaskedLinear(StandIn, nn.Linear):
     Attributes:
         computation: What ``forward`` computes with.
         active: The active components while it computes with its mask; None multiplies by all components.
+        gate: The mask's gate in this step, if it was computed together with those of other masks.
     """
 
     def __init__(self, dense: nn.Module, factors: Factors, mask: Mask) -> None:
@@ -63,6 +65,7 @@ class MaskedLinear(StandIn, nn.Linear):
         self.mask = mask
         self.computation: Computation = "mask"
         self.active: ActiveComponents | None = None
+        self.gate: Tensor | None = None
         self.was_conv1d = isinstance(dense, Conv1D)
 
     @property
@@ -93,7 +96,7 @@ class MaskedLinear(StandIn, nn.Linear):
         return functional.linear(functional.linear(x, self.right[pick]), self.left[:, pick], self.bias)
 
     def _gated(self, x: Tensor) -> Tensor:
-        gate = self.mask()
+        gate = self.mask() if self.gate is None else self.gate
         # Mixed precision casts the inputs of its own list of operations, and the gated product is not on that list.
         if self.active is None or torch.is_autocast_enabled(x.device.type):
             return functional.linear(functional.linear(x, self.right) * gate.to(x.dtype), self.left, self.bias)
@@ -166,6 +169,8 @@ def choose_computation(
 ) -> Tensor:
     """Choose what each layer computes with in this step: its dense weight, or the active components of its mask.
 
+    The masks of experts are computed together, if their method can do so: there are many of them, and each is small.
+
     Args:
         layers: Masked layers by name, whose masks are of one method.
         dense_from: The ratio from which a layer computes densely; so does a layer whose mask gates too few components.
@@ -175,10 +180,14 @@ def choose_computation(
     Returns:
         All ratios ``[layers]``, differentiable.
     """
-    ratios = torch.stack([layer.mask.ratio() for layer in layers.values()])
+    stacked = _stacked(layers)
+    ratios = torch.stack([
+        layer.mask.ratio() if name not in stacked else stacked[name].ratio for name, layer in layers.items()
+    ])  # fmt: skip
     bounds = ratios.new_tensor([min(dense_from, layer.mask.dense_beyond) for layer in layers.values()])
     # The masks are of one method: either all of them say what is active or none does.
-    flags = [active for layer in layers.values() if (active := layer.mask.active()) is not None]
+    said = [layer.mask.active() if name not in stacked else stacked[name].active for name, layer in layers.items()]
+    flags = [active for active in said if active is not None]
     # One transfer for all layers: one for each would wait for the device once a layer.
     dense, *active_flags = torch.split(
         torch.cat([ratios.detach() >= bounds, *flags]).cpu(), [len(layers), *(len(active) for active in flags)]
@@ -186,12 +195,37 @@ def choose_computation(
     found: Sequence[Components | None] = [None] * len(layers)
     if flags:
         found = _components(active_flags, ratios.device)
-    for layer, is_dense, components in zip(layers.values(), dense.tolist(), found, strict=True):
+    for (name, layer), is_dense, components in zip(layers.items(), dense.tolist(), found, strict=True):
+        layer.gate = stacked[name].gate if name in stacked else None
         layer.computation = "dense" if is_dense else "mask"
         layer.active = None
         if components is not None:
             layer.active = ActiveComponents(components, layer.mask.inactive_learn, stride, offset)
     return ratios
+
+
+class _State(NamedTuple):
+    """What one mask says in a step."""
+
+    ratio: Tensor
+    gate: Tensor
+    active: Tensor
+
+
+def _stacked(layers: Mapping[str, MaskedLinear]) -> dict[str, _State]:
+    """Return the states of the masks of experts that are computed together, by name of the layer."""
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        # The names of experts hold two numbers: the block's and their own.
+        if layer.mask.kin is not None and sum(part.isdecimal() for part in name.split(".")) > 1:
+            groups[layer.mask.kin].append(name)
+    found: dict[str, _State] = {}
+    for names in groups.values():
+        masks = [layers[name].mask for name in names]
+        state = type(masks[0]).stacked(masks)
+        parts = zip(state.ratios.unbind(), state.gates.unbind(), state.active.unbind(), strict=True)
+        found |= {name: _State(*part) for name, part in zip(names, parts, strict=True)}
+    return found
 
 
 def _components(flags: Sequence[Tensor], device: torch.device) -> list[Components]:

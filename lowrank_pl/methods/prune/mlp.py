@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.methods.prune.eliminate import prune_inputs
 from lowrank_pl.models.eval_mode import evaluating
+from lowrank_pl.models.hf_experts import split_modules
 from lowrank_pl.models.identity import Origin, parent_name
 from lowrank_pl.models.targets import Target, Targets, dense_weight, replace_module, replaced
 
@@ -70,8 +71,13 @@ def find_hidden_neurons(model: PreTrainedModel, targets: Targets) -> list[Hidden
         targets: Its target layers.
 
     Raises:
-        ValueError: The model has no MLP, or MLPs of several widths, which one setting can't describe.
+        ValueError: The model has no MLP, MLPs of several widths, which one setting can't describe, or experts.
     """
+    if split_modules(model):
+        raise ValueError(
+            f"{type(model).__name__} is a mixture of experts, whose MLPs can't be pruned in width: compress its "
+            "experts by ranks alone"
+        )
     found = find_mlps(model, targets)
     if not found:
         raise ValueError(

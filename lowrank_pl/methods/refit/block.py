@@ -120,7 +120,9 @@ class BlockError:
     def gradient(self, values: Parts, batch: int) -> Parts:
         """Return the gradient of half the sum of squared errors of one batch."""
         leaves = [value.detach().requires_grad_() for value in values]
-        return list(torch.autograd.grad(self.errors(leaves, batch).square().sum() / 2, leaves))
+        error = self.errors(leaves, batch).square().sum() / 2
+        # No token of the batch may be routed to an expert.
+        return list(torch.autograd.grad(error, leaves, materialize_grads=True))
 
     def gauss_newton_product(self, values: Parts, direction: Parts, batch: int) -> Parts:
         """Return ``J' J direction`` for the errors of one batch, without forming ``J``.
@@ -137,7 +139,7 @@ class BlockError:
             ]
             errors, change = forward_ad.unpack_dual(self.errors(duals, batch))  # type: ignore[no-untyped-call]
         # Outside of the level, where saved tensors have no tangents, whose backward functions would need derivatives.
-        return list(torch.autograd.grad(errors, leaves, change.detach()))
+        return list(torch.autograd.grad(errors, leaves, change.detach(), materialize_grads=True))
 
     def curvature(self, values: Parts, batches: Sequence[int], *, seed: int) -> list[Curvature]:
         """Return the moments of every low-rank layer, as K-FAC (arXiv 1503.05671) takes them.

@@ -46,6 +46,11 @@ class PairMoments:
     stream_second: Tensor | None = None
     tokens: int = 0
 
+    @staticmethod
+    def bytes_of(features: int) -> int:
+        """Return the bytes that the sums for a fit and for its errors take together, without a stream."""
+        return 5 * 8 * features**2
+
     @classmethod
     def empty(
         cls, features: int, *, stream: int | None = None, errors: bool = True, device: torch.device | str = "cpu"

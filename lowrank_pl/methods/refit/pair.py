@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.forward import forward_from, forward_from_is_exact, forward_until, move_output
+from lowrank_pl.models.hf_experts import routers, split_modules
 from lowrank_pl.models.targets import Target, decoder_blocks, dense_weight, first_argument, replaced
 
 __all__ = ["ModelPair", "Pair", "Wiring", "find_wiring"]
@@ -33,7 +34,7 @@ Pair = tuple[Tensor, Tensor]
 """The same tensor in the dense and in the compressed model."""
 
 
-Receive = Callable[[int, Pair | None, Pair | None], None]
+Receive = Callable[[str, int, Pair | None, Pair | None], None]
 
 
 Seen = dict[str, list[Tensor]]
@@ -48,14 +49,21 @@ class Wiring:
     """How a linear layer is wired into its block.
 
     Args:
-        every_token: Whether a pass calls the layer exactly once, for every token. Only then can its inputs in two
-            models be compared.
+        every_token: Whether a pass calls the layer exactly once, for every token.
+        experts: Name of the module of experts that the layer belongs to; None if it belongs to none, or if no router of
+            the module is known.
         stream: Name of a module whose input is the residual stream that the layer's output is added to; None if the
             output is not simply added to a stream.
     """
 
     every_token: bool = False
+    experts: str | None = None
     stream: str | None = None
+
+    @property
+    def paired(self) -> bool:
+        """Whether the layer's inputs in two models can be compared: it sees all tokens, or those of its expert."""
+        return self.every_token or self.experts is not None
 
 
 def find_wiring(model: PreTrainedModel, targets: Sequence[Target], tokens: Tensor) -> dict[str, Wiring]:
@@ -67,7 +75,10 @@ def find_wiring(model: PreTrainedModel, targets: Sequence[Target], tokens: Tenso
     """
     prefix, blocks = decoder_blocks(model)
     names = {target.name for target in targets}
-    wiring: dict[str, Wiring] = dict.fromkeys(names, Wiring())
+    wiring = dict.fromkeys(names, Wiring())
+    for experts in routers(model):
+        routed = [name for name in names if name.startswith(f"{experts}.")]
+        wiring |= dict.fromkeys(routed, Wiring(experts=experts))
     with evaluating(model), ExitStack() as stack:
         for number, block in enumerate(blocks):
             log = _CallLog(tokens.numel())
@@ -109,9 +120,10 @@ class _CallLog:
             last = output if isinstance(output, Tensor) else output[0]
             calls = Counter(name for name, _, _ in self.returned)
             for name, position, written in self.returned:
-                if calls[name] == 1 and _tokens(written) == self.tokens:
+                if calls[name] == 1 and _tokens(written) == self.tokens and wiring[name].experts is None:
                     later = [value for _, value in self.inputs[position:]]
-                    wiring[name] = Wiring(True, _stream(written, self.inputs[:position], [*later, last]))
+                    stream = _stream(written, self.inputs[:position], [*later, last])
+                    wiring[name] = Wiring(True, stream=stream)
             # Tensors of finished blocks are released.
             self.inputs.clear()
             self.returned.clear()
@@ -150,7 +162,13 @@ class ModelPair:
 
     Both are one model: passes of the compressed model replace its dense layers by low-rank ones. The dense model runs
     each block once, and the inputs of its layers are buffered. The compressed model runs the block again for every
-    compared layer, because the layers before it have changed; such a pass ends at that layer.
+    compared layer, because the layers before it have changed; such a pass ends at that layer. Layers of several experts
+    share a pass.
+
+    A token may be routed to other experts in the compressed model, and has nothing to be compared with there. So while
+    the layers of a block are compared, its routers return what they returned in the dense model: each expert sees the
+    tokens that it sees there, as the compressed model computes them. Later blocks get what the compressed model
+    computes with its own routing.
 
     Args:
         model: The dense model; it stays unchanged.
@@ -180,6 +198,10 @@ class ModelPair:
         self._dense_inputs: dict[str, HiddenStates] = {}
         self._buffers: dict[int, list[HiddenStates]] = {}
         self._unpaired: set[str] = set()
+        self._routers, self._experts = routers(model), dict(split_modules(model))
+        # Of the started block: each router's outputs, and the inputs of experts with their weights, batch by batch.
+        self._routed: dict[str, list[Any]] = {}
+        self._rows: dict[str, dict[int, tuple[Tensor, Tensor | None]]] = {}
 
     def start_block(self, block: int, streams: Mapping[str, str | None]) -> None:
         """Run both models up to ``block``, and the dense one through it; later passes are about this block.
@@ -193,28 +215,66 @@ class ModelPair:
             self._advance(self._compressed, block, self.layers)
             # The hidden states now include the effect of these layers.
             self.layers.clear()
-        self._streams, self._dense_inputs, self._unpaired = streams, self._input_buffers(streams), set()
+        experts = {name for name in streams if self._experts_of(name) is not None}
+        buffered = {name: stream for name, stream in streams.items() if name not in experts}
+        self._streams, self._dense_inputs, self._unpaired = streams, self._input_buffers(buffered), set()
+        self._rows = {name: {} for name in experts}
+        prefix = f"{decoder_blocks(self.model)[0]}.{block}."
+        self._routed = {name: [] for name in self._routers.values() if experts and name.startswith(prefix)}
 
         def write(number: int, seen: Seen) -> None:
             batch = self.batches[number]
             for name, calls in seen.items():
-                if len(calls) != 1 or _tokens(calls[0]) != batch.numel():
+                if name in experts:
+                    if calls:
+                        self._rows[name][number] = calls[0].to(self._state_device), weights.pop(name)
+                elif len(calls) != 1 or _tokens(calls[0]) != batch.numel():
                     self._unpaired.add(name)
                 else:
                     self._dense_inputs[name].write(
                         self._offsets[number], calls[0].reshape(len(batch), -1, calls[0].shape[-1])
                     )
 
-        self._advance(self._dense, block + 1, {}, list(self._dense_inputs), write)
+        weights: dict[str, Tensor | None] = {}
 
-    def compare(self, name: str, receive: Receive) -> None:
-        """Pass the inputs of layer ``name`` in both models to ``receive``, batch by batch.
+        def keep_weights(name: str) -> Callable[[nn.Module, Any], None]:
+            expert: Any = self.model.get_submodule(name.rpartition(".")[0])
+
+            def hook(_: nn.Module, __: Any) -> None:
+                weights[name] = getattr(expert, "routing_weights", None)
+
+            return hook
+
+        with ExitStack() as stack:
+            for name in experts:
+                stack.callback(self.model.get_submodule(name).register_forward_pre_hook(keep_weights(name)).remove)
+            stack.enter_context(self._routing(self._remember))
+            self._advance(self._dense, block + 1, {}, [*self._dense_inputs, *sorted(experts)], write)
+
+    def routing_weights(self, name: str, number: int) -> Tensor | None:
+        """Return the weights ``[rows]`` that the dense router gives the outputs of an expert.
 
         Args:
-            name: A layer given to ``start_block`` that is not in ``layers`` yet.
-            receive: Called with the batch's number, the inputs and the streams. The inputs are None if the layer is not
-                called once for every token, as an expert's layers are not.
+            name: A layer of the expert.
+            number: The batch.
         """
+        return self._rows[name][number][1]
+
+    def compare(self, names: Sequence[str], receive: Receive) -> None:
+        """Pass the inputs of layers in both models to ``receive``, batch by batch.
+
+        Args:
+            names: Layers given to ``start_block`` that are not in ``layers`` yet: one, or layers of several experts of
+                one module, which do not depend on each other.
+            receive: Called with the name, the batch's number, the inputs and the streams. The inputs are None if a
+                layer is not called once for every token. Of an expert they are those of the tokens that the dense model
+                routes to it, and there is no call for batches without any.
+        """
+        experts = self._experts_of(names[0])
+        if experts is not None:
+            self._compare_experts(experts, names, receive)
+            return
+        (name,) = names
         stream = self._streams[name]
 
         def pair(number: int, where: str, seen: Seen) -> Pair | None:
@@ -225,13 +285,55 @@ class ModelPair:
             return dense.to(self.model.device).reshape(calls[0].shape), calls[0]
 
         def done(number: int, seen: Seen) -> None:
-            receive(number, pair(number, name, seen), None if stream is None else pair(number, stream, seen))
+            receive(name, number, pair(number, name, seen), None if stream is None else pair(number, stream, seen))
 
         module = self.model.get_submodule(name)
         watched = list(dict.fromkeys(filter(None, (stream, name))))
         self._run(
             self._compressed, self.layers, watched, done, lambda _: forward_until(self.model, module, before=True)
         )
+
+    def _compare_experts(self, experts: str, names: Sequence[str], receive: Receive) -> None:
+        """Do the work of ``compare`` for layers of experts, in one pass that ends after the module of experts."""
+
+        def done(number: int, seen: Seen) -> None:
+            for name, calls in seen.items():
+                dense = self._rows[name].get(number)
+                if dense is None and not calls:
+                    continue
+                paired = dense is not None and len(calls) == 1 and calls[0].shape == dense[0].shape
+                pair = (dense[0].to(self.model.device), calls[0]) if dense is not None and paired else None
+                receive(name, number, pair, None)
+
+        module = self._experts[experts]
+        with self._routing(self._repeat):
+            self._run(self._compressed, self.layers, names, done, lambda _: forward_until(self.model, module))
+
+    def _experts_of(self, name: str) -> str | None:
+        """Return the module of experts that layer ``name`` belongs to, if its router is known."""
+        return next((experts for experts in self._routers if name.startswith(f"{experts}.")), None)
+
+    @contextmanager
+    def _routing(self, hook: Callable[[str], Callable[[nn.Module, Any, Any], Any]]) -> Iterator[None]:
+        """Let ``hook`` see or replace the outputs of the started block's routers while the block runs."""
+        with ExitStack() as stack:
+            for name in self._routed:
+                stack.callback(self.model.get_submodule(name).register_forward_hook(hook(name)).remove)
+            yield
+
+    def _remember(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            self._routed[name].append(tree_map(_on(self._state_device), output))
+
+        return hook
+
+    def _repeat(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        stored = iter(self._routed[name])
+
+        def hook(_: nn.Module, __: Any, ___: Any) -> Any:
+            return tree_map(_on(self.model.device), next(stored))
+
+        return hook
 
     @property
     def runs_blocks_alone(self) -> bool:
@@ -337,6 +439,10 @@ class _Progress:
 
     start: int
     states: list[Any]
+
+
+def _on(device: torch.device) -> Callable[[Any], Any]:
+    return lambda value: value.to(device) if isinstance(value, Tensor) else value
 
 
 def _in_float32(value: Any) -> Any:

@@ -18,7 +18,17 @@ from lowrank_pl.models.targets import Targets
 from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.plan import TRAINED, ModulePlan, RankPlan
 
-__all__ = ["APPLIED", "EMBEDDED", "NO_DERIVATIVE", "NO_GAIN", "UNCHANGED", "UNPAIRED", "check_belongs", "refitted_plan"]
+__all__ = [
+    "APPLIED",
+    "EMBEDDED",
+    "NO_DERIVATIVE",
+    "NO_GAIN",
+    "UNCHANGED",
+    "UNPAIRED",
+    "UNROUTED",
+    "check_belongs",
+    "refitted_plan",
+]
 
 APPLIED = "applied"
 """Note on the factors of a refitted module; the other constants say why a module was not refitted."""
@@ -35,6 +45,9 @@ UNCHANGED = "inputs as in the dense model"
 
 EMBEDDED = "embeddings and heads stay as they are"
 UNPAIRED = "not called once for every token"
+
+
+UNROUTED = "no token of the text was routed to the expert"
 
 
 _log = logging.getLogger(__name__)
@@ -138,7 +151,7 @@ def _report(noted: Mapping[str, Mapping[str, str]], fitted: int, held: int) -> l
             said.append(f"compensated fractions of the stream's error: {_counts(with_stream, 'stream')}")
         without = len(applied) - len(with_stream)
         said.append(f"not added to a stream, so that no stream error is compensated: {without} of the refitted modules")
-    for why in (NO_GAIN, UNCHANGED, UNPAIRED, EMBEDDED):
+    for why in (NO_GAIN, UNCHANGED, UNPAIRED, UNROUTED, EMBEDDED):
         those = [name for name, found in noted.items() if found["refit"] == why]
         if those:
             said.append(f"not refitted, {why}: {len(those)}, e.g. {those[0]}")

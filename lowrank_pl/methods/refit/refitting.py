@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lowrank_pl.calibration.roots import Roots
-from lowrank_pl.calibration.statistics import statistics_of_factors
+from lowrank_pl.calibration.statistics import SHARE, packed, statistics_of_factors
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.compression import factored_layer
 from lowrank_pl.factors.decomposition import Factors
@@ -33,6 +34,7 @@ from lowrank_pl.methods.refit.plan import (
     NO_GAIN,
     UNCHANGED,
     UNPAIRED,
+    UNROUTED,
     check_belongs,
     refitted_plan,
 )
@@ -43,6 +45,7 @@ from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import Target, dense_weight
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.text.sequences import count_overlapping, sequences_fingerprint
+from lowrank_pl.utils.environment import free_memory
 from lowrank_pl.utils.tensor_store import TensorStore
 
 __all__ = ["Refit", "refit"]
@@ -199,13 +202,14 @@ class _Work:
                 todo = groups
             leaders = [missing[0].name for missing in todo if missing]
             if leaders:
-                paired = {name: self._stream(wiring[name]) for name in leaders if wiring[name].every_token}
+                paired = {name: self._stream(wiring[name]) for name in leaders if wiring[name].paired}
                 models.start_block(block, paired)
-            for members, missing in zip(groups, todo, strict=True):
+            for stage in self._stages(groups, wiring, parts=1 if norms is None else max(map(len, groups))):
+                missing = [todo[number] for number in stage if todo[number]]
                 if missing:
                     self._solve(missing, wiring, models, roots, norms)
-                    bar.update(len(missing))
-                for target in members:
+                    bar.update(sum(map(len, missing)))
+                for target in chain.from_iterable(groups[number] for number in stage):
                     self._put(target.name, models)
             if jointly:
                 self._fit_jointly(block, models, self._block_weights(block, wiring, roots, norms))
@@ -269,77 +273,145 @@ class _Work:
     def _stream(self, wired: Wiring) -> str | None:
         return wired.stream if self.settings.residual else None
 
+    def _stages(self, groups: Sequence[list[Target]], wiring: Mapping[str, Wiring], parts: int) -> list[list[int]]:
+        """Return the numbers of the groups that are compared in one pass, in the order in which they are refitted.
+
+        Layers of several experts share a pass, as far as their moments fit the memory.
+
+        Args:
+            groups: Layers that share an input, in execution order.
+            wiring: Their wiring.
+            parts: How many moments a group has.
+        """
+        stages: dict[tuple[str, int], list[int]] = {}
+        before: Counter[str] = Counter()
+        for number, (leader, *_) in enumerate(groups):
+            experts = wiring[leader.name].experts
+            if experts is None:
+                stages[leader.name, 0] = [number]
+            else:
+                # The layers of one expert depend on each other, those of several experts don't.
+                expert = leader.name.removeprefix(f"{experts}.").partition(".")[0]
+                stages.setdefault((experts, before[f"{experts}.{expert}"]), []).append(number)
+                before[f"{experts}.{expert}"] += 1
+        free = free_memory(self.model.device)
+        memory = None if free is None else SHARE * free
+        found = []
+        for numbers in stages.values():
+            sizes = [parts * PairMoments.bytes_of(groups[number][0].shape[1]) for number in numbers]
+            found += [[numbers[place] for place in part] for part in packed(sizes, memory)]
+        return found
+
     def _solve(
         self,
-        todo: Sequence[Target],
+        groups: Sequence[Sequence[Target]],
         wiring: Mapping[str, Wiring],
         models: ModelPair,
         roots: Roots | None,
         norms: TensorStore | None,
     ) -> None:
-        """Refit modules that share an input."""
-        wired = wiring[todo[0].name]
-        if not wired.every_token:
-            return self._keep_factors(todo, UNPAIRED)
-        # With weighted tokens each module has its own weights, and so its own moments.
-        parts = [todo] if norms is None else [[target] for target in todo]
-        weights = [None if norms is None else _weights(norms.read(members[0].name, "norms")) for members in parts]
-        found = self._moments(todo[0], wired, models, weights)
-        if found is None:
-            return self._keep_factors(todo, UNPAIRED)
-        for members, (fit, held) in zip(parts, found, strict=True):
-            if fit.nothing_lost and held.nothing_lost:
-                self._keep_factors(members, UNCHANGED)
-                continue
-            problems = [
-                Problem(
-                    dense_weight(self.model.get_submodule(target.name)).detach(),
-                    outputs=None if roots is None else roots.of_outputs(target.name),
-                    has_stream=fit.stream is not None and wiring[target.name].stream == wired.stream,
-                )
-                for target in members
-            ]
-            text = _Text(fit.mean(), held.mean(), fit.merged(held).mean())
-            settings = self.settings
-            choices = choose(problems, text.fit, text.held, blends=settings.blends, dampings=settings.dampings)
-            for target, problem, choice in zip(members, problems, choices, strict=True):
-                self._decide(target, problem, choice, text)
+        """Refit modules in groups that share an input, all of which are compared in one pass."""
+        for members in groups:
+            if not wiring[members[0].name].paired:
+                self._keep_factors(members, UNPAIRED)
+        paired = {members[0].name: members for members in groups if wiring[members[0].name].paired}
+        if not paired:
+            return
+        sums = self._moments(paired, wiring, models, norms)
+        for name, members in paired.items():
+            found = sums[name]
+            if found is None:
+                self._keep_factors(members, UNPAIRED)
+            else:
+                # With weighted tokens each module has its own weights, and so its own moments.
+                parts = [members] if len(found) < len(members) else [[target] for target in members]
+                for part, (fit, held) in zip(parts, found, strict=True):
+                    self._solve_group(part, fit, held, wiring, roots)
+
+    def _solve_group(
+        self,
+        members: Sequence[Target],
+        fit: PairMoments,
+        held: PairMoments,
+        wiring: Mapping[str, Wiring],
+        roots: Roots | None,
+    ) -> None:
+        """Refit modules that share an input and its moments."""
+        wired = wiring[members[0].name]
+        if not fit.tokens:
+            return self._keep_factors(members, UNROUTED)
+        if fit.nothing_lost and held.nothing_lost:
+            return self._keep_factors(members, UNCHANGED)
+        problems = [
+            Problem(
+                dense_weight(self.model.get_submodule(target.name)).detach(),
+                outputs=None if roots is None else roots.of_outputs(target.name),
+                has_stream=fit.stream is not None and wiring[target.name].stream == wired.stream,
+            )
+            for target in members
+        ]
+        text = _Text(fit.mean(), held.mean(), fit.merged(held).mean())
+        settings = self.settings
+        choices = choose(problems, text.fit, text.held, blends=settings.blends, dampings=settings.dampings)
+        for target, problem, choice in zip(members, problems, choices, strict=True):
+            self._decide(target, problem, choice, text)
         return None
 
     def _moments(
-        self, leader: Target, wired: Wiring, models: ModelPair, weights: Sequence[Tensor | None]
-    ) -> list[tuple[PairMoments, PairMoments]] | None:
+        self,
+        groups: Mapping[str, Sequence[Target]],
+        wiring: Mapping[str, Wiring],
+        models: ModelPair,
+        norms: TensorStore | None,
+    ) -> dict[str, list[tuple[PairMoments, PairMoments]] | None]:
         """Return moments of the fitted and of the held-back sequences; None if tokens can't be paired.
 
         Args:
-            leader: One of the modules that share the input.
-            wired: Its wiring.
+            groups: Modules that share an input, by the name of the first one.
+            wiring: Their wiring.
             models: The two models.
-            weights: Token weights ``[sequences, length]``; moments are returned for each entry.
+            norms: Norms of the gradients of tokens; None if tokens are not weighted. Each module then has its own
+                moments, but for modules of experts.
         """
-        stream = self._stream(wired)
-        width = leader.shape[0] if stream is not None else None
-        empty = partial(PairMoments.empty, leader.shape[1], stream=width, device=self.model.device)
-        sums = [(empty(errors=False), empty()) for _ in weights]
+        sums: dict[str, list[tuple[PairMoments, PairMoments]] | None] = {}
+        weights: dict[str, list[list[Tensor] | None]] = {}
+        for name, members in groups.items():
+            leader, weights[name] = members[0], [None]
+            if norms is not None and wiring[name].experts is None:
+                weights[name] = [self._batches(_weights(norms.read(target.name, "norms"))) for target in members]
+            width = leader.shape[0] if self._stream(wiring[name]) is not None else None
+            empty = partial(PairMoments.empty, leader.shape[1], stream=width, device=self.model.device)
+            sums[name] = [(empty(errors=False), empty()) for _ in weights[name]]
         first_held = -(-len(self.fitting) // self.batch_size)
-        counted = [None if weight is None else self._batches(weight) for weight in weights]
-        unpaired = []
 
-        def receive(number: int, inputs: Pair | None, streams: Pair | None) -> None:
-            if inputs is None or (stream is not None and streams is None):
-                unpaired.append(number)
-                return
-            try:
-                for (fit, held), weight in zip(sums, counted, strict=True):
-                    part = None if weight is None else weight[number]
+        def receive(name: str, number: int, inputs: Pair | None, streams: Pair | None) -> None:
+            if inputs is None or (self._stream(wiring[name]) is not None and streams is None):
+                sums[name] = None
+            for (fit, held), weight in zip(sums[name] or (), weights[name], strict=False):
+                assert inputs is not None
+                part = None if weight is None else weight[number]
+                if wiring[name].experts is not None:
+                    part = self._routed(models.routing_weights(name, number))
+                try:
                     (fit if number < first_held else held).update(*inputs, streams, weights=part)
-            except ValueError as error:
-                raise ValueError(
-                    f"{error}: before module {leader.name} in batch {number} of the refit's sequences; {NOT_FINITE}"
-                ) from None
+                except ValueError as error:
+                    raise ValueError(
+                        f"{error}: before module {name} in batch {number} of the refit's sequences; {NOT_FINITE}"
+                    ) from None
 
-        models.compare(leader.name, receive)
-        return None if unpaired else sums
+        models.compare([*groups], receive)
+        return sums
+
+    def _routed(self, weights: Tensor | None) -> Tensor | None:
+        """Return the weights of an expert's tokens, from those that the router gives their outputs.
+
+        An error of the expert's output is multiplied by the router's weight, and its square counts. The gradients that
+        two-sided factors are made from hold this weight already, so none is left; where tokens are weighted by the norm
+        of their gradients, which takes the weight out again, one is.
+        """
+        if weights is None or (self.two_sided and not self.made_by.weighs_tokens):
+            return None
+        return weights if self.two_sided else weights.square()
 
     def _decide(self, target: Target, problem: Problem, choice: Choice, text: _Text) -> None:
         """Store the refit of a module if it lowers the error on held-back text, otherwise its present factors."""

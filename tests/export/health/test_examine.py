@@ -96,6 +96,18 @@ def test_a_merged_export(exports, monkeypatch):
     assert {health for health, _ in says.values()} == {"healthy"}
 
 
+def test_every_expert_of_a_merged_mixture_is_examined(tmp_path, monkeypatch):
+    plan = tmp_path / "plan.json"
+    mixture = Base("random:mixtral")
+    allocate(mixture, keep=0.6, output=plan, store=tmp_path / "store", calibration=Calibration(TEXT, 32, 8))
+    monkeypatch.setattr("lowrank_pl.export.export.check_reload", lambda *_, **__: None)
+    export(plan, output=tmp_path / "merged", merge=True)
+    says = found(diagnose(tmp_path / "merged", **QUICK))
+    assert says["loads"][0] == "healthy"
+    assert (says["plan"][0], says["plan"][1][:14]) == ("healthy", "all 32 modules")
+    assert says["merged ranks"] == ("healthy", "no merged weight has more than its planned rank")
+
+
 def test_a_plain_checkpoint(tmp_path, monkeypatch):
     tiny_model("gpt2").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)

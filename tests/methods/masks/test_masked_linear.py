@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_pl.factors.decomposition import decompose, truncate
+from lowrank_pl.factors.decomposition import Factors, decompose, truncate
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.ars import ARS
 from lowrank_pl.methods.masks.base import ModelMasks
@@ -21,6 +21,8 @@ from lowrank_pl.methods.masks.masked_linear import (
     planned_computation,
 )
 from lowrank_pl.methods.masks.rescaled import Rescaled
+from lowrank_pl.models.base import load_base
+from lowrank_pl.models.targets import find_targets, replace_module
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.storage import Storage
 
@@ -304,3 +306,41 @@ def test_gumbel_masks_gate_all_components_with_pivoted_storage():
     mask = LLRC().create((60, 60), torch.ones(60, dtype=torch.float64), 1.0, storage=Storage("pivoted"))
     assert mask.rank == 60
     assert mask.dense_beyond == float("inf")
+
+
+def test_masks_of_experts_that_are_computed_together_are_those_of_each_alone():
+    masks = [
+        ARA().create((24, 16), torch.linspace(2, 0.1, 16), keep, storage=Storage("pivoted")) for keep in (0.3, 0.7)
+    ]
+    state = type(masks[0]).stacked(masks)
+    weights = torch.randn(2, masks[0].rank, generator=torch.Generator().manual_seed(0))
+    ((state.gates * weights).sum() + (state.ratios * torch.tensor([1.0, 2.0])).sum()).backward()
+    together = [mask.logits.grad.clone() for mask in masks]
+    for place, mask in enumerate(masks):
+        mask.logits.grad = None
+        gate, ratio = mask(), mask.ratio()
+        torch.testing.assert_close(state.gates[place], gate)
+        torch.testing.assert_close(state.ratios[place], ratio)
+        assert torch.equal(state.active[place], mask.active())
+        ((gate * weights[place]).sum() + (place + 1) * ratio).backward()
+        torch.testing.assert_close(together[place], mask.logits.grad)
+
+
+def test_a_step_takes_the_masks_of_experts_together_and_gives_none_to_those_without_tokens(sequences):
+    model = load_base("random:mixtral")
+    layers = {}
+    for target in find_targets(model, include=["*experts*"]).modules:
+        dense, (rows, columns) = model.get_submodule(target.name), target.shape
+        mask = ARA().create(target.shape, torch.ones(min(target.shape)), 0.6, storage=Storage("pivoted"))
+        factors = Factors(torch.randn(rows, mask.rank), torch.randn(mask.rank, columns), torch.ones(mask.rank))
+        layers[target.name] = MaskedLinear(dense, factors, mask)
+        replace_module(model, target.name, layers[target.name])
+    choose_computation(layers, 1.0)
+    assert all(layer.gate is not None for layer in layers.values())
+    seen = set()
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, name=name: seen.add(name))
+    model(sequences[:1, :1]).logits.square().mean().backward()
+    reached = {name for name, layer in layers.items() if layer.mask.logits.grad.any()}
+    assert reached == seen
+    assert len(seen) == 2 * 2 * 3

@@ -101,6 +101,12 @@ def test_mlps_of_several_widths_are_refused(llama):
         find_hidden_neurons(llama, find_targets(llama))
 
 
+def test_experts_are_not_pruned():
+    model = load_base("random:qwen2_moe")
+    with pytest.raises(ValueError, match=r"Qwen2MoeForCausalLM is a mixture of experts, .* by ranks alone"):
+        find_hidden_neurons(model, find_targets(model))
+
+
 def test_a_width_above_the_present_one_is_refused(llama):
     with pytest.raises(ValueError, match=r"a width of 97 .* expected 1 to 96"):
         prune_model(llama, find_hidden_neurons(llama, find_targets(llama)), [40, 97], lambda _: None)

@@ -16,6 +16,7 @@ from lowrank_pl.methods.refit.pair import ModelPair
 from lowrank_pl.methods.refit.plan import APPLIED, NO_DERIVATIVE, NO_GAIN
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.methods.refit.settings import Joint
+from lowrank_pl.models.base import load_base
 from lowrank_pl.models.tiny import FAMILIES, tiny_model
 from lowrank_pl.plans.plan import TRAINED
 from lowrank_pl.report.comparison import comparison_cells
@@ -94,9 +95,9 @@ def test_products_are_those_of_the_jacobian(llama, sequences, tokenizer):
     torch.testing.assert_close(gradient, jacobian.T @ errors, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
 def test_every_family(family, sequences, tokenizer):
-    model = tiny_model(family)
+    model = load_base(f"random:{family}")
     before = state(model)
     plan, store, targets = drawn(model, sequences, tokenizer)
     new, made = run(model, plan, store, targets, sequences, settings=JOINT)

@@ -25,9 +25,10 @@ from lowrank_pl.methods.allocate.base import Problem as Drawing
 from lowrank_pl.methods.allocate.base import factors_of_plan
 from lowrank_pl.methods.refit import refitting as refitting
 from lowrank_pl.methods.refit.pair import ModelPair
-from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED
+from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, UNROUTED
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.methods.refit.solve import Problem
+from lowrank_pl.models.base import load_base
 from lowrank_pl.models.targets import find_targets, replace_module
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
@@ -43,12 +44,23 @@ def _fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
 
 
-def drawn(model, sequences, tokenizer, *, keep=0.5, kind="two_sided", weights=True, method="uniform", **options):
+def drawn(
+    model,
+    sequences,
+    tokenizer,
+    *,
+    keep=0.5,
+    kind="two_sided",
+    weights=True,
+    method="uniform",
+    storage="factored",
+    **options,
+):
     """Targets, factors and a plan on them."""
     targets = find_targets(model)
     settings = Decomposition(kind=kind, token_weights=weights)
     store = build_factors(Subject(model, tokenizer, sequences, known_targets=targets), settings=settings, **options)
-    budget = Constraints(storage="factored").budget(model, targets, keep)
+    budget = Constraints(storage=storage).budget(model, targets, keep)
     plan = make_allocator(method).plan(Drawing(budget, store, targets))
     return plan, store, targets
 
@@ -271,6 +283,66 @@ def test_margin_decides(llama, sequences, tokenizer):
     _, strict = run(llama, plan, store, targets, sequences, settings=Refit(margin=0.9))
     assert set(outcomes(plan, strict).values()) == {UNCHANGED, NO_GAIN}
     assert strict.directory != easy.directory
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "llama4", "jetmoe"])
+def test_experts_are_refitted_to_the_tokens_that_the_dense_model_routes_to_them(family, sequences, tokenizer):
+    model = load_base(f"random:{family}")
+    before = state(model)
+    plan, store, targets = drawn(model, sequences, tokenizer, storage="pivoted")
+    new, made = run(model, plan, store, targets, sequences)
+    assert_untouched(model, before)
+    found = outcomes(plan, made)
+    assert UNPAIRED not in found.values()
+    in_experts = [how for name, how in found.items() if any(part.isdecimal() for part in name.split(".")[3:])]
+    assert APPLIED in in_experts
+    with compressed(model, new, made), torch.no_grad():
+        assert model(input_ids=sequences[:2]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["two_sided", "whitened"])
+def test_a_pass_serves_all_experts_and_an_expert_sees_its_tokens_only(kind, sequences, tokenizer, monkeypatch):
+    model = load_base("random:mixtral")
+    plan, store, targets = drawn(model, sequences, tokenizer, kind=kind, storage="pivoted")
+    passes, rows = [], {}
+    real = ModelPair.compare
+
+    def counting(self, names, receive):
+        passes.append(len(names))
+
+        def receiving(name, number, inputs, streams):
+            rows[name] = rows.get(name, 0) + inputs[0].numel() // inputs[0].shape[-1]
+            receive(name, number, inputs, streams)
+
+        real(self, names, receiving)
+
+    monkeypatch.setattr(ModelPair, "compare", counting)
+    run(model, plan, store, targets, sequences)
+    # Of each block: queries with keys and values, outputs, and the two stages of four experts.
+    assert passes == [1, 1, 4, 4] * 2
+    for stage in ("gate_proj", "down_proj"):
+        # Each token goes to two of the experts.
+        assert sum(rows[f"model.layers.1.mlp.experts.{n}.{stage}"] for n in range(4)) == 2 * sequences.numel()
+
+
+def test_an_expert_without_tokens_keeps_its_factors_and_is_counted(sequences, tokenizer):
+    model = load_base("random:mixtral")
+    plan, store, targets = drawn(model, sequences, tokenizer, kind="svd", storage="pivoted")
+    model.model.layers[1].mlp.gate.register_forward_hook(shunning(expert=2))
+    new, made = run(model, plan, store, targets, sequences)
+    left = [name for name, how in outcomes(plan, made).items() if how == UNROUTED]
+    assert left == [f"model.layers.1.mlp.experts.2.{kind}_proj" for kind in ("gate", "up", "down")]
+    assert f"not refitted, no token of the text was routed to the expert: 3, e.g. {left[0]}" in new.notes
+
+
+def shunning(expert):
+    """A hook of Mixtral's router that gives the tokens of ``expert`` to the one before it."""
+
+    def hook(_, __, output):
+        logits, weights, index = output
+        return logits, weights, torch.where(index == expert, expert - 1, index)
+
+    return hook
 
 
 def distance(model, plan, store, sequences):

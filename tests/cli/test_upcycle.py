@@ -1,0 +1,37 @@
+"""The command ``upcycle``, and what the mixture that it writes is good for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lowrank_pl.cli.app import main
+from lowrank_pl.models.base import load_base
+from lowrank_pl.models.targets import find_targets
+from tests.helpers.commands import failing
+
+WORDS = ["upcycle", "-c", "upcycle", "--model.base", "random:llama", "--trainer.accelerator", "cpu"]
+WORDS += ["--data.learning.text", "python-docs::part=0%-10%", "--data.learning.length", "32"]
+WORDS += ["--data.learning.sequences", "16", "--data.validation.sequences", "4", "--trainer.val_check_interval", "2"]
+
+
+def test_experts_are_trained_apart_and_the_mixture_is_a_base_like_any_other(tmp_path, capsys):
+    main([*WORDS, "--trainer.max_steps", "4", "--model.mixture.lr", "0.01", "--run", str(tmp_path)])
+    figures = json.loads((tmp_path / "upcycle.json").read_text())
+    assert figures["perplexity"]["mixture"] < figures["perplexity"]["dense"]
+    assert figures["expert_distance"] > 0.01
+    assert f"{figures['perplexity']['dense']:.2f}" in capsys.readouterr().out
+    targets = find_targets(load_base(str(tmp_path / "model")))
+    assert "model.layers.1.mlp.experts.3.down_proj" in {target.name for target in targets.modules}
+
+
+def test_a_mixture_needs_text_to_be_judged_on(tmp_path, capsys):
+    words = [*WORDS, "--data.validation.sequences", "0", "--run", str(tmp_path)]
+    assert "there are no validation sequences" in failing(capsys, *words)
+
+
+@pytest.mark.parametrize("flags", [["--model.mixture.chosen", "4"], ["--model.mixture.lr", "0"]])
+def test_settings_out_of_range_are_refused(flags, tmp_path, capsys):
+    said = failing(capsys, *WORDS, "--run", str(tmp_path), *flags)
+    assert "expected" in said
