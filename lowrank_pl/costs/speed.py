@@ -184,7 +184,7 @@ def uniform_modules(
 ) -> dict[str, nn.Module]:
     """Return a layer of random numbers for every target, each with the largest rank that ``variant`` allows.
 
-    Biases are the model's own.
+    Biases are the model's own. Targets that no rank makes smaller are left out.
 
     >>> from lowrank_pl.models.tiny import tiny_model
     >>> model = tiny_model("llama")
@@ -200,6 +200,8 @@ def uniform_modules(
             assert variant.storage != "dense"
             storage = Storage(variant.storage, weight.element_size())
             allowed = min(int(storage.rank_at(target.shape, variant.keep)), storage.break_even(target.shape))
+            if storage.break_even(target.shape) == 0:
+                continue
             rank = max(allowed - allowed % multiple_of, 1)
             new = _random_layer(
                 variant.storage, target.shape, rank, bias=bias is not None, device=weight.device, dtype=weight.dtype
