@@ -31,6 +31,7 @@ class Constraints:
         multiple_of: Every rank is a multiple of this.
         floors: Least kept fraction by glob on module names; 1.0 keeps a module dense.
         storage: How low-rank modules are stored: ``factored`` (two factors), ``pivoted``, or ``auto`` for the smaller.
+        alike_experts: The experts of a block get equal ranks: one for all gates, one for all ups, one for all downs.
     """
 
     include: Sequence[str] = ("*",)
@@ -38,6 +39,7 @@ class Constraints:
     multiple_of: int = 1
     floors: dict[str, float] = field(default_factory=dict)
     storage: StorageChoice = "auto"
+    alike_experts: bool = False
 
     def targets(self, model: PreTrainedModel) -> Targets:
         """Return the linear layers of ``model`` that are to be compressed.
@@ -55,7 +57,8 @@ class Constraints:
         For a pruned base, ``keep`` counts the parameters that the base had before pruning.
 
         Raises:
-            ValueError: ``keep`` lies outside (0, 1], or a floor or a multiple is impossible.
+            ValueError: ``keep`` lies outside (0, 1], or a floor or a multiple is impossible, or no targets are experts
+                that could be alike.
         """
         from lowrank_pl.models.identity import Origin
         from lowrank_pl.models.targets import model_parameters
@@ -72,4 +75,5 @@ class Constraints:
             floors=dict(self.floors),
             storage=self.storage,
             left_out=pruned,
+            alike_experts=self.alike_experts,
         )

@@ -218,6 +218,7 @@ class RankPlan:
         storage: Choice of the form in which modules are stored, at other sizes too.
         left_out: Parameters that width pruning has removed from the modules; all fractions count them as removed.
         embeddings: Embeddings and heads that are rounded to a few bits, by name, as dense modules; tied ones once.
+        alike_experts: Whether the experts of a block have equal ranks, at other sizes too.
 
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
@@ -242,6 +243,7 @@ class RankPlan:
     storage: StorageChoice = "factored"
     left_out: int = 0
     embeddings: Mapping[str, ModulePlan] = field(default_factory=dict)
+    alike_experts: bool = False
 
     @property
     def targeted_parameters(self) -> int:
@@ -387,7 +389,12 @@ class RankPlan:
                 "any_k": len(self.any_k_modules),
                 "pivoted": len(self.pivoted_modules),
             },
-            "constraints": {"multiple_of": self.multiple_of, "floors": dict(self.floors), "storage": self.storage},
+            "constraints": {
+                "multiple_of": self.multiple_of,
+                "floors": dict(self.floors),
+                "storage": self.storage,
+                **({"alike_experts": True} if self.alike_experts else {}),
+            },
             "notes": list(self.notes),
             "origin": dict(self.origin),
             "fingerprint": dict(self.fingerprint),
@@ -445,6 +452,7 @@ class RankPlan:
             storage=constraints["storage"],
             left_out=data["parameters"].get("left_out", 0),
             embeddings={name: ModuleEntry(**entry).plan() for name, entry in data.get("embeddings", {}).items()},
+            alike_experts=constraints.get("alike_experts", False),
         )
 
     def save(self, path: str | Path) -> Path:

@@ -107,6 +107,7 @@ class _Constraints(_Part):
     floors: dict[str, Annotated[float, Field(ge=0, le=1)]]
     # Plans of schema 1 have factored storage only.
     storage: StorageChoice = "factored"
+    alike_experts: bool = False
 
 
 class _Pruned(_Open):

@@ -254,6 +254,7 @@ def _budget(plan: RankPlan, keep: float) -> Budget:
         floors=plan.floors,
         storage=plan.storage,
         left_out=plan.left_out,
+        alike_experts=plan.alike_experts,
     )
 
 
