@@ -475,6 +475,7 @@ def group_experts(model: PreTrainedModel) -> list[dict[str, bool]]:
     ways: tuple[Way | None, ...] = (None, "gathered", "grouped")
     with torch.inference_mode():
         calls = {size: _calls(model, blocks, tokens) for size, tokens in _TOKENS.items()}
+        blocks = [block for block in blocks if all(id(block) in called for called in calls.values())]
         before = _seconds(calls, blocks, (None,))
         for block in blocks:
             _group(block).most = {size: len(calls[size][id(block)][0][0]) for size in ("one", "few")}
