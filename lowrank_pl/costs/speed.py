@@ -6,6 +6,7 @@ fraction of its parameters, so that neither text nor decomposition is needed.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lowrank_pl.models.eval_mode import evaluating
+from lowrank_pl.models.hf_experts import experts_fused, split_modules
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, Side
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import Targets, dense_weight, find_targets, replaced
@@ -44,6 +46,8 @@ __all__ = [
     "speed_table",
     "uniform_modules",
 ]
+
+_log = logging.getLogger(__name__)
 
 SpeedCase = Literal["decode", "prefill"]
 """One new token for every sequence, after tokens that are in the cache; or all tokens of every prompt at once."""
@@ -132,7 +136,8 @@ def measure_speed(
 
     Variants take turns, so that all meet the same disturbances. Compiled and recorded variants have their turns in a
     row, since each has to be compiled or recorded first. Variants are put into the model one at a time, and at the end
-    the model is as it was.
+    the model is as it was. The dense form of a mixture has fused experts, which transformers computes together, unless
+    it is optimised. A mixture is not recorded.
 
     Args:
         model: The dense model.
@@ -145,12 +150,18 @@ def measure_speed(
     """
     drawn = random_tokens(model, test.length + 1)
     check_sequences(model, drawn if test.case == "decode" else drawn[:, :-1], test.batch_size)
-    tokens = drawn.to(model.device).expand(test.batch_size, -1)
+    tokens = drawn.to(model.device).repeat(test.batch_size, 1)
+    # Sequences are decoded with tokens of their own, which a mixture routes to other experts.
+    tokens[:, -1] = random_tokens(model, test.batch_size)[0].to(model.device)
     targets = find_targets(model)
+    record = test.record
+    if record and split_modules(model):
+        _log.warning("a mixture's step is not recorded: which experts it reads differs from step to step")
+        record = False
     found: dict[Variant, Speed] = {}
     with evaluating(model), torch.inference_mode():
         inputs = _step_inputs(model, tokens, test.case)
-        in_a_row = test.compile or test.record
+        in_a_row = test.compile or record
         for number, (variant, turns) in enumerate(_turns(variants, test.repeats, in_a_row=in_a_row)):
             dense = variant.storage == "dense"
             modules = {} if dense else uniform_modules(model, targets, variant, test.multiple_of)
@@ -158,11 +169,13 @@ def measure_speed(
                 changes.enter_context(replaced(model, modules))
                 if variant not in found:  # before other products compute it, which are not counted
                     counted = multiply_adds(model, tokens[:1, :-1]) if test.case == "prefill" else 0
-                    found[variant] = Speed(float("inf"), read_bytes(model), counted)
+                    found[variant] = Speed(float("inf"), read_bytes(model, inputs), counted)
                 if variant.optimized:
                     changes.enter_context(optimized(model))
+                elif dense:
+                    changes.enter_context(experts_fused(model))
                 forward: Callable[..., Any] = _compiled(model) if test.compile else model
-                if test.record:
+                if record:
                     forward = _recorded(forward, inputs, model.device)
                 for turn in range(turns):
                     seconds = _fastest(forward, inputs, model.device)
@@ -184,7 +197,7 @@ def uniform_modules(
 ) -> dict[str, nn.Module]:
     """Return a layer of random numbers for every target, each with the largest rank that ``variant`` allows.
 
-    Biases are the model's own.
+    Biases are the model's own. Targets that no rank makes smaller are left out.
 
     >>> from lowrank_pl.models.tiny import tiny_model
     >>> model = tiny_model("llama")
@@ -192,7 +205,8 @@ def uniform_modules(
     LowRankLinear(in_features=32, out_features=96, rank=12, bias=False)
     """
     made: dict[str, nn.Module] = {}
-    with torch.random.fork_rng(devices=[]):
+    # What computes the layers may move tensors, but not those that were made in inference mode.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         torch.manual_seed(0)
         for target in targets.modules:
             old = model.get_submodule(target.name)
@@ -200,6 +214,8 @@ def uniform_modules(
             assert variant.storage != "dense"
             storage = Storage(variant.storage, weight.element_size())
             allowed = min(int(storage.rank_at(target.shape, variant.keep)), storage.break_even(target.shape))
+            if storage.break_even(target.shape) == 0:
+                continue
             rank = max(allowed - allowed % multiple_of, 1)
             new = _random_layer(
                 variant.storage, target.shape, rank, bias=bias is not None, device=weight.device, dtype=weight.dtype
@@ -225,23 +241,45 @@ def _random_layer(
     return layer
 
 
-def read_bytes(model: PreTrainedModel) -> int:
+def read_bytes(model: PreTrainedModel, step: Mapping[str, Any] | None = None) -> int:
     """Return the bytes of weights that a step reads: all but embeddings, of which it looks up a few rows.
 
-    A head that shares its weight with the embeddings is read whole.
+    A head that shares its weight with the embeddings is read whole. Of a mixture's experts, those that the step's
+    tokens are routed to are read.
+
+    Args:
+        model: The model.
+        step: The arguments of the step; without them, all experts count.
     """
     head = model.get_output_embeddings().weight
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
     # The right factor of embeddings of low rank is multiplied by.
-    looked_up = {
+    skipped = {
         id(tensor)
         for table in tables
         for name, tensor in (*table.named_parameters(), *table.named_buffers())
         if not name.startswith("right")
     }
+    for expert in _idle_experts(model, step) if step else ():
+        skipped |= {id(tensor) for tensor in (*expert.parameters(), *expert.buffers())}
     # Pivots and the codes of rounded layers are buffers.
     every = (*model.parameters(), *model.buffers())
-    return sum(tensor.nbytes for tensor in every if id(tensor) not in looked_up)
+    return sum(tensor.nbytes for tensor in every if id(tensor) not in skipped)
+
+
+def _idle_experts(model: PreTrainedModel, step: Mapping[str, Any]) -> list[nn.Module]:
+    """Return the experts that no token of ``step`` is routed to."""
+    experts: list[nn.Module] = [expert for _, block in split_modules(model) for expert in block]
+    if not experts:
+        return []
+    called: set[nn.Module] = set()
+    hooks = [expert.register_forward_pre_hook(lambda expert, _: called.add(expert)) for expert in experts]
+    try:
+        model(**step)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [expert for expert in experts if expert not in called]
 
 
 def multiply_adds(model: PreTrainedModel, prompt: Tensor) -> int:

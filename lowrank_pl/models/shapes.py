@@ -91,6 +91,24 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama-3-70b": ("llama", _sizes(8192, 28672, 64, 8)),
     "llama-3.1-405b": ("llama", _sizes(16384, 53248, 128, 8)),
     "qwen2.5-7b": ("qwen2", _sizes(3584, 18944, 28, 4)),
+    "granite-3.0-1b-a400m": (
+        "granitemoe",
+        _sizes(1024, 512, 16, 8, num_local_experts=32, num_experts_per_tok=8),
+    ),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        _sizes(
+            2048,
+            6144,
+            32,
+            4,
+            head_dim=128,
+            moe_intermediate_size=768,
+            num_experts=128,
+            num_experts_per_tok=8,
+            norm_topk_prob=True,
+        ),
+    ),
 }
 """Model type and sizes of a block by name of the large model, as in ``layers:llama-3-8b``."""
 
@@ -102,5 +120,7 @@ WHOLE: Mapping[str, tuple[int, int, bool]] = {
     "llama-3-70b": (80, 128_256, False),
     "llama-3.1-405b": (126, 128_256, False),
     "qwen2.5-7b": (28, 152_064, False),
+    "granite-3.0-1b-a400m": (24, 49_155, True),
+    "qwen3-30b-a3b": (48, 151_936, False),
 }
 """Number of blocks, size of the vocabulary, and whether the head is tied to the embeddings, by name of the model."""

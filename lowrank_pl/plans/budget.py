@@ -39,10 +39,12 @@ class Budget:
         storage: How low-rank modules are stored, which determines the cost of a rank.
         left_out: Parameters that width pruning has removed from the modules; ``keep`` is a fraction of all, with these.
         embeddings: Names of the modules that are embeddings or a head, which are stored as two factors in any case.
+        alike_experts: Whether the experts of a block get equal ranks. The score of a step is then the mean over the
+            experts: with scores in nats a parameter, what the step saves in all of them over what it costs.
 
     Raises:
-        ValueError: ``keep`` lies outside (0, 1], a floor lies outside [0, 1] or matches nothing, or the floors need
-            more than ``keep``.
+        ValueError: ``keep`` lies outside (0, 1], a floor lies outside [0, 1] or matches nothing, the floors need more
+            than ``keep``, or experts that are to be alike have different floors or don't exist.
 
     Example:
         >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
@@ -60,6 +62,7 @@ class Budget:
     storage: StorageChoice = "auto"
     left_out: int = 0
     embeddings: tuple[str, ...] = ()
+    alike_experts: bool = False
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -70,12 +73,33 @@ class Budget:
                 raise ValueError(f"the floor of {pattern!r} is {floor}: expected a fraction in [0, 1]")
             if not any(fnmatchcase(name, pattern) for name in self.shapes):
                 raise ValueError(f"the floor pattern {pattern!r} matches none of the {len(self.shapes)} modules")
+        if self.alike_experts and len(self.units) == len(self.shapes):
+            raise ValueError("alike_experts is true, but no two modules are of experts of one block: leave it out")
+        for unit in self.units:
+            if len({self.least_rank(name) for name in unit}) > 1:
+                raise ValueError(
+                    f"alike_experts is true, but a floor holds for {unit[0]} or another expert of its block only: give "
+                    "patterns that match all experts of a block, or leave alike_experts out"
+                )
         least = sum(self.cost(name, self.least_rank(name)) for name in self.shapes)
         if least > self.limit:
             raise ValueError(
                 f"keep {self.keep} allows {self.limit:,} parameters, but the floors and multiple_of "
                 f"{self.multiple_of} need at least {least:,} (keep {least / self.total:.4f}): raise keep or lower them"
             )
+
+    @cached_property
+    def units(self) -> tuple[tuple[str, ...], ...]:
+        """The modules that have one rank: each by itself, or the same matrix of all experts of a block together."""
+        found: dict[tuple[str, Shape], list[str]] = {}
+        for name, shape in self.shapes.items():
+            parts = name.split(".")
+            numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+            # The first number is that of the block.
+            if self.alike_experts and len(numbers) > 1:
+                parts[numbers[1]] = "*"
+            found.setdefault((".".join(parts), shape), []).append(name)
+        return tuple(map(tuple, found.values()))
 
     @property
     def present(self) -> int:
@@ -153,7 +177,7 @@ class Budget:
             if math.isnan(rank) or rank < 0:
                 raise ValueError(f"the requested rank of {name} is {rank}: expected a number of at least 0")
         notes = []
-        requested = dict(requested)
+        requested = self._alike(requested)
         least = {name: self.least_rank(name) if math.isfinite(rank) else None for name, rank in requested.items()}
         if sum(self.cost(name, rank) for name, rank in least.items()) > self.limit:
             dropped = sum(math.isinf(rank) for rank in requested.values())
@@ -235,11 +259,11 @@ class Budget:
         beyond: Mapping[str, ModulePlan] | None = None,
     ) -> _Choice:
         """Return the sizes that follow from ``order``, and the score of the last component before one did not fit."""
-        names = list(self.shapes)
-        ladders = [
-            self._ladder(name, within[name] if within else None, beyond[name] if beyond else None) for name in names
-        ]
-        rest = self.limit - sum(self.cost(name, ladder[0]) for name, ladder in zip(names, ladders, strict=True))
+        units = self.units
+        ladders = [self._common_ladder(unit, within, beyond) for unit in units]
+        rest = self.limit - sum(
+            len(unit) * self.cost(unit[0], ladder[0]) for unit, ladder in zip(units, ladders, strict=True)
+        )
         if rest < 0:
             raise ValueError(
                 f"the smaller plan has {-rest:,} parameters more than keep {self.keep} allows: give a smaller one, or "
@@ -250,18 +274,21 @@ class Budget:
         spent = np.cumsum(cost[sequence])
         fitting = int(np.searchsorted(spent, rest, side="right"))
         rest -= int(spent[fitting - 1]) if fitting else 0
-        taken = np.bincount(owner_of[sequence[:fitting]], minlength=len(names))
+        taken = np.bincount(owner_of[sequence[:fitting]], minlength=len(units))
         closed: set[int] = set()
         for step in sequence[fitting:]:
             owner = int(owner_of[step])
             if owner in closed or cost[step] > rest:
                 closed.add(owner)
-                if len(closed) == len(names):
+                if len(closed) == len(units):
                     break
                 continue
             taken[owner] += 1
             rest -= int(cost[step])
-        sizes = {name: ladder[count] for name, ladder, count in zip(names, ladders, taken, strict=True)}
+        chosen = {
+            name: ladder[count] for unit, ladder, count in zip(units, ladders, taken, strict=True) for name in unit
+        }
+        sizes = {name: chosen[name] for name in self.shapes}
         in_a_row = value[sequence[:fitting]]
         finite = in_a_row[np.isfinite(in_a_row)]
         return _Choice(sizes, float(finite[-1]) if len(finite) else math.inf)
@@ -269,23 +296,53 @@ class Budget:
     def _steps(
         self, order: ComponentOrder, ladders: Sequence[Sequence[int | None]]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the score, the module and the cost of every step of every ladder, and the order of the steps."""
+        """Return the score, the unit and the cost of every step of every ladder, and the order of the steps."""
         values, owners, steps, places = [], [], [], []
-        for owner, (name, ladder) in enumerate(zip(self.shapes, ladders, strict=True)):
+        for owner, (unit, ladder) in enumerate(zip(self.units, ladders, strict=True)):
+            name = unit[0]
             dense = self.break_even(name) + 1
             # Dense stands for the first rank beyond break-even: further components cost nothing.
             reached = np.array([dense if size is None else size for size in ladder[1:]], dtype=np.int64)
-            ranked = np.full(min(self.shapes[name]) + 1, -np.inf, dtype=np.float32)
-            scores = order.scores[name]
-            ranked[: len(scores)] = np.sort(scores.numpy())[::-1]
+            ranked = np.full((len(unit), min(self.shapes[name]) + 1), -np.inf, dtype=np.float32)
+            for row, member in zip(ranked, unit, strict=True):
+                scores = order.scores[member]
+                row[: len(scores)] = np.sort(scores.numpy())[::-1]
+            ranked = ranked.mean(axis=0) if len(unit) > 1 else ranked[0]
             values.append(ranked[reached - 1])
             owners.append(np.full(len(reached), owner, dtype=np.int64))
             costs = self.costs(name, ladder)
-            steps.append(costs[1:] - costs[:-1])
+            steps.append(len(unit) * (costs[1:] - costs[:-1]))
             places.append(reached / dense)
         value, owner_of, cost = np.concatenate(values), np.concatenate(owners), np.concatenate(steps)
         # Equal scores go by position: in the order of modules, the first module would be filled before the last.
         return value, owner_of, cost, np.lexsort((np.concatenate(places), -value))
+
+    def _common_ladder(
+        self,
+        unit: Sequence[str],
+        within: Mapping[str, ModulePlan] | None,
+        beyond: Mapping[str, ModulePlan] | None,
+    ) -> list[int | None]:
+        """Return the allowed sizes of the modules of a unit."""
+        ladders = [
+            self._ladder(name, within[name] if within else None, beyond[name] if beyond else None) for name in unit
+        ]
+        if any(ladder != ladders[0] for ladder in ladders):
+            raise ValueError(
+                f"the experts' ranks are to be alike, but those of {unit[0]} and of other experts of its block differ "
+                'in the plan: make them equal, or take "alike_experts" out of the plan\'s constraints'
+            )
+        return ladders[0]
+
+    def _alike(self, requested: Mapping[str, float]) -> dict[str, float]:
+        """Return the requested ranks, with the mean of a unit for each of its modules."""
+        found = dict(requested)
+        for unit in self.units:
+            ranks = [requested[name] for name in unit]
+            if len(set(ranks)) > 1:
+                even = self.rank_costs.rank_at(self.shapes[unit[0]], 1.0)
+                found |= dict.fromkeys(unit, sum(min(rank, even) for rank in ranks) / len(ranks))
+        return found
 
     def _ladder(self, name: str, most: ModulePlan | None, least: ModulePlan | None) -> list[int | None]:
         """Return the allowed sizes of ``name`` in ascending order; ``None`` is dense.
@@ -328,6 +385,7 @@ class Budget:
             storage=self.storage,
             left_out=self.left_out,
             embedded=self.embeddings,
+            alike_experts=self.alike_experts,
         )
 
     def _with_finite_requests(

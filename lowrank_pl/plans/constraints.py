@@ -33,6 +33,7 @@ class Constraints:
         floors: Least kept fraction by glob on module names; 1.0 keeps a module dense.
         storage: How low-rank modules are stored: ``factored`` (two factors), ``pivoted``, or ``auto`` for the smaller.
             Embeddings and head are always factored.
+        alike_experts: The experts of a block get equal ranks: one for all gates, one for all ups, one for all downs.
     """
 
     include: Sequence[str] = ("*",)
@@ -40,6 +41,7 @@ class Constraints:
     multiple_of: int = 1
     floors: dict[str, float] = field(default_factory=dict)
     storage: StorageChoice = "auto"
+    alike_experts: bool = False
 
     def targets(self, model: PreTrainedModel) -> Targets:
         """Return the linear layers of ``model`` that are to be compressed.
@@ -57,7 +59,8 @@ class Constraints:
         For a pruned base, ``keep`` counts the parameters that the base had before pruning.
 
         Raises:
-            ValueError: ``keep`` lies outside (0, 1], or a floor or a multiple is impossible.
+            ValueError: ``keep`` lies outside (0, 1], or a floor or a multiple is impossible, or no targets are experts
+                that could be alike.
         """
         from lowrank_pl.models.identity import Origin
         from lowrank_pl.models.targets import model_parameters
@@ -75,4 +78,5 @@ class Constraints:
             storage=self.storage,
             left_out=pruned,
             embeddings=tuple(target.name for target in targets.embeddings),
+            alike_experts=self.alike_experts,
         )

@@ -221,6 +221,7 @@ class RankPlan:
         embeddings: Embeddings and heads that are no targets and are rounded to a few bits, by name, as dense modules;
             tied ones once.
         embedded: Names of those ``modules`` that are embeddings or a head: they are stored as two factors in any case.
+        alike_experts: Whether the experts of a block have equal ranks, at other sizes too.
 
     Example:
         >>> plan = RankPlan(method="hand", keep=0.5, model_parameters=300,
@@ -246,6 +247,7 @@ class RankPlan:
     left_out: int = 0
     embeddings: Mapping[str, ModulePlan] = field(default_factory=dict)
     embedded: tuple[str, ...] = ()
+    alike_experts: bool = False
 
     @property
     def targeted_parameters(self) -> int:
@@ -397,6 +399,7 @@ class RankPlan:
                 "storage": self.storage,
                 # Only if there are any: earlier versions refuse unknown keys, and know no such plans.
                 **({"embeddings": list(self.embedded)} if self.embedded else {}),
+                **({"alike_experts": True} if self.alike_experts else {}),
             },
             "notes": list(self.notes),
             "origin": dict(self.origin),
@@ -456,6 +459,7 @@ class RankPlan:
             embedded=tuple(constraints.get("embeddings", ())),
             left_out=data["parameters"].get("left_out", 0),
             embeddings={name: ModuleEntry(**entry).plan() for name, entry in data.get("embeddings", {}).items()},
+            alike_experts=constraints.get("alike_experts", False),
         )
 
     def save(self, path: str | Path) -> Path:

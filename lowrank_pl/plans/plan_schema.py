@@ -108,6 +108,7 @@ class _Constraints(_Part):
     # Plans of schema 1 have factored storage only.
     storage: StorageChoice = "factored"
     embeddings: list[str] = Field(default_factory=list)
+    alike_experts: bool = False
 
 
 class _Pruned(_Open):

@@ -255,6 +255,7 @@ def _budget(plan: RankPlan, keep: float) -> Budget:
         storage=plan.storage,
         left_out=plan.left_out,
         embeddings=plan.embedded,
+        alike_experts=plan.alike_experts,
     )
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowrank_pl.models.hf_experts import SplitExperts, split_modules
 from lowrank_pl.models.hf_layers import LowRankEmbedding
 from lowrank_pl.serving.fused_layers import FUSED, TYPES, fuse
+from lowrank_pl.serving.grouped_experts import GROUPED, group_experts, ungroup
 from lowrank_pl.serving.integer_layers import INTEGER, use_integer_kernels
 from lowrank_pl.serving.onednn_layers import ONEDNN, use_onednn
 
@@ -28,10 +30,10 @@ class Optimized:
 
     Attributes:
         timed: What was timed: on a GPU each group of layers with the same input of which some are compressed, on a CPU
-            each matrix.
+            each matrix; on both each block of experts.
         one_token: How many of them no longer torch's usual product computes for one token.
         few_tokens: The same for 2 to 16 tokens.
-        many_tokens: The same for more; none on a GPU.
+        many_tokens: The same for more; on a GPU only for experts.
     """
 
     timed: int
@@ -45,14 +47,16 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
 
     On a GPU, kernels compute compressed layers for up to 16 tokens, as in decoding: two launches for all layers that
     read the same input, such as query, key and value. On a CPU, oneDNN computes all layers in float32, dense ones and
-    the head too, and torch's kernels for packed integers compute rounded layers in bfloat16. All are timed beside
-    torch's own products, and taken only where they are faster; this takes seconds.
+    the head too, and torch's kernels for packed integers compute rounded layers in bfloat16. On both, the experts of a
+    block are computed together. All are timed beside what torch computes now, and taken only where they are faster;
+    this takes seconds.
     Torch computes the rest, and everything while gradients are enabled. Sums are rounded differently than by torch's
     products, as these differ from one size to another.
 
     Names and values of the parameters stay, so that adapters still fit. On a GPU rows of weights are moved to multiples
-    of 16 bytes, which takes up to 7 numbers a row. A layer that is moved or converted afterwards is computed by torch
-    again. Such a model can't be exported: load the folder again for that.
+    of 16 bytes, which takes up to 7 numbers a row. Experts that are computed together become parts of one tensor: it is
+    padded on a GPU, and holds an identity beside each dense expert and in each pivoted one. A layer that is moved or
+    converted afterwards is computed by torch again. Such a model can't be exported: load the folder again for that.
 
     Args:
         model: A model, compressed or not.
@@ -78,7 +82,11 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
 def _optimize(model: PreTrainedModel, linear: Mapping[str, nn.Linear]) -> Optimized:
     rounded = [m for m in linear.values() if type(m) in INTEGER]
     floats = {name: m for name, m in linear.items() if type(m) not in INTEGER}
-    on_gpu = {name: m for name, m in floats.items() if m.weight.is_cuda and m.weight.dtype in TYPES}
+    # A launch for each expert would take longer than its product.
+    inside = {id(layer) for _, experts in split_modules(model) for layer in experts.modules()}
+    on_gpu = {
+        name: m for name, m in floats.items() if m.weight.is_cuda and m.weight.dtype in TYPES and id(m) not in inside
+    }
     on_cpu = [m for m in floats.values() if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
     packed = [m for m in rounded if m.weight.device.type == "cpu" and m.weight.dtype == torch.bfloat16]
     if len(packed) < len(rounded):
@@ -90,6 +98,7 @@ def _optimize(model: PreTrainedModel, linear: Mapping[str, nn.Linear]) -> Optimi
     if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         faster += use_onednn(on_cpu)
     faster += use_integer_kernels(packed)
+    faster += group_experts(model)
     counts = Counter(count for choice in faster for count, chosen in choice.items() if chosen)
     found = Optimized(len(faster), counts["one"], counts["few"], counts["many"])
     if faster:
@@ -122,6 +131,9 @@ def _report_others(model: PreTrainedModel, linear: Mapping[str, nn.Module]) -> N
 
 def restore(model: nn.Module) -> None:
     """Undo :func:`optimize_for_inference`: torch computes all layers."""
+    for module in list(model.modules()):
+        if isinstance(module, SplitExperts) and type(module) in GROUPED.values():
+            ungroup(module)
     plain = {kind: own for kinds in (FUSED, ONEDNN, INTEGER) for own, kind in kinds.items()}
     for module in model.modules():
         if isinstance(module, nn.Linear) and type(module) in plain:

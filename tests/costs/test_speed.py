@@ -21,6 +21,7 @@ from lowrank_pl.costs.speed import (
     uniform_modules,
 )
 from lowrank_pl.models.base import load_base
+from lowrank_pl.models.hf_experts import split_modules
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import FAMILIES, tiny_model
@@ -105,6 +106,29 @@ def test_bytes_are_those_of_the_weights_that_a_step_reads():
     assert read_bytes(llama) == 4 * (llama.num_parameters() - llama.model.embed_tokens.weight.numel()) + rotary
     assert tied.lm_head.weight is tied.transformer.wte.weight
     assert read_bytes(tied) == 4 * (tied.num_parameters() - tied.transformer.wpe.weight.numel())
+
+
+@torch.no_grad()
+def test_a_step_reads_the_experts_that_its_token_is_routed_to():
+    model = load_base("random:mixtral")
+    experts = [expert for _, block in split_modules(model) for expert in block]
+    # Two of four serve the token in each of two blocks.
+    idle = 4 * sum(sum(parameter.nbytes for parameter in expert.parameters()) for expert in experts[:1])
+    assert read_bytes(model, {"input_ids": torch.tensor([[5]])}) == read_bytes(model) - idle
+
+
+@pytest.mark.parametrize("case", ["decode", "prefill"])
+def test_the_dense_form_of_a_mixture_has_fused_experts(case, caplog):
+    model = load_base("random:qwen2_moe")
+    before, seen = dict(model.named_modules()), []
+    variants = [DENSE, Variant("factored", 0.5), Variant("pivoted", 0.5, optimized=True)]
+    measure_speed(
+        model, variants, SpeedTest(case, batch_size=2, length=8, repeats=1, record=True),
+        tick=lambda _: seen.append(bool(split_modules(model))),
+    )  # fmt: skip
+    assert seen == [False, True, True] * 2
+    assert dict(model.named_modules()) == before
+    assert "a mixture's step is not recorded" in caplog.text
 
 
 @pytest.mark.parametrize("length", [1, 16, 33])

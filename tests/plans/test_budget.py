@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.uniform import Uniform
 from lowrank_pl.plans.budget import Budget, check_keep
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.plans.resize import nested
 
 sizes = st.integers(1, 90)
 shape_lists = st.lists(st.tuples(sizes, sizes), min_size=1, max_size=7)
@@ -341,3 +343,66 @@ def test_what_was_pruned_survives_json_and_is_absent_where_nothing_was():
 def test_a_budget_that_pruning_made_impossible_is_refused():
     with pytest.raises(ValueError, match=r"keep 0\.1 allows 20 parameters, .* at least 32 \(keep 0\.1600\)"):
         Budget(keep=0.1, **PRUNED)
+
+
+def experts(**more):
+    """Two blocks with three experts of two kinds each, and a matrix that is no expert's."""
+    names = [f"h.{block}.mlp.{expert}.{kind}" for block in (0, 1) for expert in (0, 1, 2) for kind in ("up", "down")]
+    shapes = {name: (8, 12) if name.endswith("up") else (12, 8) for name in names} | {"h.0.q": (8, 8)}
+    return Budget(shapes=shapes, model_parameters=2000, storage="factored", alike_experts=True, **{"keep": 0.5, **more})
+
+
+def scores(budget):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(min(shape), generator=generator).sort(descending=True).values
+        for name, shape in budget.shapes.items()
+    }
+
+
+def ranks_by_kind(plan):
+    """The ranks of the experts of each block and kind."""
+    found = {}
+    for name, module in plan.modules.items():
+        if ".mlp." in name:
+            found.setdefault((name[:3], name.rpartition(".")[2]), set()).add(module.rank)
+    return found
+
+
+def test_alike_experts_have_one_rank_a_kind_and_block():
+    plan = experts().select(scores(experts()), method="hand")
+    ranks = ranks_by_kind(plan)
+    assert {len(each) for each in ranks.values()} == {1}
+    assert len({min(each) for each in ranks.values()}) > 1
+    assert 0.4 < plan.keep_targeted <= 0.5
+
+
+def test_alike_experts_get_the_mean_of_requested_ranks():
+    budget = experts(keep=0.9)
+    requested = {
+        name: float(1 + int(name.split(".")[-2] == "2") * 3) if ".mlp." in name else 1.0 for name in budget.shapes
+    }
+    plan = budget.fit(requested, method="hand", scale_up=False)
+    assert ranks_by_kind(plan) == {(block, kind): {2} for block in ("h.0", "h.1") for kind in ("up", "down")}
+
+
+def test_other_sizes_of_alike_experts_are_alike_after_a_plan_was_stored():
+    plan = RankPlan.from_json(experts().select(scores(experts()), method="hand").to_json())
+    assert plan.alike_experts
+    for sized in nested(plan, [0.3, 0.7]).values():
+        assert {len(each) for each in ranks_by_kind(sized).values()} == {1}
+
+
+def test_alike_experts_need_experts_and_equal_floors():
+    with pytest.raises(ValueError, match="alike_experts is true, but no two modules"):
+        Budget(keep=0.5, shapes={"h.0.q": (8, 8)}, model_parameters=64, alike_experts=True)
+    with pytest.raises(ValueError, match=r"a floor holds for h\.1\.mlp\.0\.up or another expert"):
+        experts(floors={"h.1.mlp.2.up": 0.5})
+
+
+def test_edited_ranks_of_alike_experts_have_to_be_alike():
+    plan = experts().select(scores(experts()), method="hand")
+    name = "h.1.mlp.0.up"
+    edited = replace(plan, modules={**plan.modules, name: ModulePlan((8, 12), 1)})
+    with pytest.raises(ValueError, match=r"those of h\.1\.mlp\.0\.up and of other experts"):
+        nested(edited, [0.3])

@@ -168,6 +168,8 @@ class _Correction:
             # Runs of different length do not share folders, so none removes the last round of another.
             "rounds": rounds.count,
         }
+        if plan.alike_experts:
+            self.identity["alike_experts"] = True
         if rounds.reprofile:
             self.identity["reprofile"] = True
         if rounds.random_batch:

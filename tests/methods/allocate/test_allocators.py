@@ -375,3 +375,14 @@ def test_help_names_every_method():
     text = allocate.__doc__
     line = next(line for line in text.splitlines() if "method:" in line)
     assert all(name in line for name in ALLOCATORS)
+
+
+@pytest.mark.parametrize("name", ["uniform", "energy", "svdllm_v2"])
+def test_alike_experts_have_equal_ranks(name):
+    kinds = {f"mlp.experts.{expert}.{kind}": (40, 24) for expert in range(3) for kind in ("gate_proj", "up_proj")}
+    problem, _, _ = problem_of(kinds=kinds)
+    plan = make_allocator(name).plan(replace(problem, budget=replace(problem.budget, alike_experts=True)))
+    ranks = {}
+    for target, module in plan.modules.items():
+        ranks.setdefault((target.split(".")[1], target.rpartition(".")[2]), set()).add(module.rank)
+    assert {len(each) for each in ranks.values()} == {1}

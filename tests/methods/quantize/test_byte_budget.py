@@ -86,3 +86,9 @@ def test_only_two_sided_factors_have_losses_that_compare(subject):
 def test_impossible_budgets_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ByteBudget(**settings)
+
+
+def test_alike_experts_are_refused_before_factors_are_made(sequences):
+    subject = Subject(tiny_model("llama"), byte_tokenizer(), sequences[:1], Constraints(alike_experts=True))
+    with pytest.raises(ValueError, match=r"alike_experts is true.*lowrank quantize"):
+        allocate_bytes(subject, ByteBudget(keep=0.2))

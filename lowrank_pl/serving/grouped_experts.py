@@ -1,0 +1,599 @@
+"""The experts of a mixture computed together, in the place of one after the other, where that is faster.
+
+The matrices of one kind (gate, up or down) of all experts of a block are rows of one tensor, of which the parameters
+become parts: a factor of rank ``k`` takes ``k`` rows. The rows of the chosen experts are gathered for few tokens, and
+for more, tokens are sorted by expert and multiplied by parts of the tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, pairwise
+from typing import Any, Literal
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.models.hf_experts import Expert, RoutedExperts, SortedExperts, SplitExperts, WeightedInputExperts
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.serving.onednn_layers import ONEDNN
+
+__all__ = ["GROUPED", "ExpertGroup", "group_experts", "ungroup"]
+
+logger = logging.getLogger(__name__)
+
+Way = Literal["gathered", "grouped"]
+"""The chosen experts' rows copied for each token, or tokens sorted by expert."""
+
+_TOKENS = {"one": 1, "few": 16, "many": 64}
+"""The numbers of tokens that all ways are timed with; each stands for those up to it, the last for all others too."""
+
+_TURNS = 4
+
+_FASTER = 0.97
+"""The part of the time of separate experts that another way may take to be chosen."""
+
+_BUNDLES = 4
+"""In so many sizes at most are matrices padded for grouped products."""
+
+_STEP = 8
+"""Sizes of grouped products on a GPU are multiples of this: 16 bytes in half precision."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """The matrices of one kind of all experts of a block, each as the product of a left and a right factor.
+
+    A dense matrix among factored ones has the identity as one of its factors, and so has a part of a pivoted one.
+
+    Attributes:
+        right: ``[rows, in]`` right factors, one below the other, and a row of zeros.
+        left: ``[rows, out]`` left factors, transposed; None if all matrices are dense: ``right`` then holds them.
+        bias: ``[experts, out]`` or None.
+        starts: ``[experts]`` first row of each expert.
+        ranks: ``[experts]`` number of its rows.
+        spans: The same as slices.
+        inputs: ``[experts, in]`` order in which an expert reads its inputs; None for the usual one.
+        outputs: ``[experts, out]`` place of each output among those that are computed; None for the usual one.
+    """
+
+    right: Tensor
+    left: Tensor | None
+    bias: Tensor | None
+    starts: Tensor
+    ranks: Tensor
+    spans: tuple[slice, ...]
+    inputs: Tensor | None
+    outputs: Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layers: Sequence[nn.Linear], bundles: Sequence[range]) -> Kind:
+        """Return the matrices of ``layers``, whose parameters become parts of them.
+
+        Args:
+            layers: One layer an expert.
+            bundles: Experts one after the other whose matrices are padded to one size; none for no padding.
+        """
+        first = layers[0]
+        factored = any(isinstance(layer, LowRankLinear | PivotedLinear) for layer in layers)
+        ranks = [_rank(layer, factored=factored) for layer in layers]
+        sizes = list(ranks)
+        for bundle in bundles:
+            most = math.ceil(max(ranks[place] for place in bundle) / _STEP) * _STEP
+            sizes[bundle.start : bundle.stop] = [most] * len(bundle)
+        starts = [sum(sizes[:place]) for place in range(len(sizes))]
+        right = first.weight.new_zeros(sum(sizes) + 1, first.in_features)
+        left = first.weight.new_zeros(sum(sizes) + 1, first.out_features) if factored else None
+        spans = tuple(slice(start, start + rank) for start, rank in zip(starts, ranks, strict=True))
+        for layer, span in zip(layers, spans, strict=True):
+            _move(layer, right[span], None if left is None else left[span])
+        bias = None if first.bias is None else torch.stack([layer.bias.detach() for layer in layers])
+        first_rows, counts = (torch.tensor(values, device=right.device) for values in (starts, ranks))
+        return cls(right, left, bias, first_rows, counts, spans, _orders(layers, "in"), _orders(layers, "out"))
+
+    @property
+    def width(self) -> int:
+        """The largest rank."""
+        return max(int(span.stop - span.start) for span in self.spans)
+
+    def gathered(self, inputs: Tensor, experts: Tensor) -> Tensor:
+        """Return the outputs ``[pairs, out]`` for ``inputs`` ``[pairs, in]``, each of one of the ``experts``."""
+        steps = torch.arange(self.width, device=inputs.device)
+        rows = self.starts[experts, None] + steps
+        rows = torch.where(steps < self.ranks[experts, None], rows, len(self.right) - 1)
+        values = torch.bmm(self.right[rows], self._read(inputs, experts).unsqueeze(-1)).squeeze(-1)
+        if self.left is not None:
+            values = torch.bmm(values.unsqueeze(1), self.left[rows]).squeeze(1)
+        return self._placed(values, experts)
+
+    def looped(self, inputs: Tensor, experts: Tensor, ends: Sequence[int]) -> Tensor:
+        """Return the outputs for ``inputs`` that are sorted by expert, whose rows end at ``ends``."""
+        inputs = self._read(inputs, experts)
+        outputs = inputs.new_zeros(len(inputs), (self.right if self.left is None else self.left).shape[1])
+        if self.left is None:
+            outputs = inputs.new_zeros(len(inputs), self.width)
+        for span, (begin, end) in zip(self.spans, pairwise([0, *ends]), strict=True):
+            if end > begin:
+                product, part = self.right[span].mT, outputs[begin:end]
+                if self.left is None:
+                    torch.mm(inputs[begin:end], product, out=part)
+                else:
+                    torch.mm(inputs[begin:end] @ product, self.left[span], out=part)
+        return self._placed(outputs, experts)
+
+    def grouped(self, inputs: Tensor, experts: Tensor, ends: Tensor, bundles: Sequence[range]) -> Tensor:
+        """Return what :meth:`looped` returns by one product for each of the ``bundles``, without synchronisation."""
+        inputs = self._read(inputs, experts)
+        steps = torch.arange(len(inputs), device=inputs.device)
+        outputs: Tensor | None = None
+        for bundle in bundles:
+            begin = ends.new_zeros(()) if bundle.start == 0 else ends[bundle.start - 1]
+            # Its rows come first; what is computed for those after its last one is left out.
+            rows = inputs if bundle.start == 0 else inputs[(steps + begin) % len(inputs)]
+            values = self._products(rows, bundle, ends[bundle.start : bundle.stop] - begin)
+            if outputs is None:
+                outputs = values
+            else:
+                mine = (steps >= begin) & (steps < ends[bundle.stop - 1])
+                outputs = torch.where(mine[:, None], values[(steps - begin) % len(inputs)], outputs)
+        assert outputs is not None
+        return self._placed(outputs, experts)
+
+    def _products(self, rows: Tensor, bundle: range, ends: Tensor) -> Tensor:
+        following = len(self.right) - 1 if bundle.stop == len(self.spans) else self.spans[bundle.stop].start
+        part = slice(self.spans[bundle.start].start, following)
+        right = self.right[part].view(len(bundle), -1, self.right.shape[1])
+        values = torch._grouped_mm(rows, right.mT, offs=ends)
+        if self.left is None:
+            return values
+        return torch._grouped_mm(values, self.left[part].view(len(bundle), -1, self.left.shape[1]), offs=ends)
+
+    def _read(self, inputs: Tensor, experts: Tensor) -> Tensor:
+        return inputs if self.inputs is None else inputs.gather(-1, self.inputs[experts])
+
+    def _placed(self, outputs: Tensor, experts: Tensor) -> Tensor:
+        if self.outputs is not None:
+            outputs = outputs.gather(-1, self.outputs[experts])
+        return outputs if self.bias is None else outputs + self.bias[experts]
+
+
+def _rank(layer: nn.Linear, *, factored: bool) -> int:
+    """Return the rows that a layer's matrix takes."""
+    if isinstance(layer, LowRankLinear | PivotedLinear):
+        return layer.rank
+    return min(layer.in_features, layer.out_features) if factored else layer.out_features
+
+
+def _move(layer: nn.Linear, right: Tensor, left: Tensor | None) -> None:
+    """Copy a layer's matrices to ``right`` ``[rank, in]`` and ``left`` ``[rank, out]``; they become parts of these."""
+    rank, parts = len(right), dict[str, Tensor]()
+    if isinstance(layer, LowRankLinear | PivotedLinear):
+        assert left is not None
+        parts = {"weight": left.mT, "right": right}
+        if isinstance(layer, PivotedLinear):
+            (left if layer.side == "out" else right)[:, :rank].fill_diagonal_(1)
+            parts |= {"weight": left[:, rank:].mT} if layer.side == "out" else {"right": right[:, rank:]}
+    elif left is None:
+        parts["weight"] = right
+    else:
+        (right if layer.in_features == rank else left).fill_diagonal_(1)
+        parts["weight"] = left.mT if layer.in_features == rank else right
+    for name, part in parts.items():
+        parameter = layer.get_parameter(name)
+        part.copy_(parameter.data)
+        parameter.data = part
+
+
+def _orders(layers: Sequence[nn.Linear], side: str) -> Tensor | None:
+    """Return ``[experts, size]`` orders of the inputs or places of the outputs; None if all are the usual ones."""
+    if not any(isinstance(layer, PivotedLinear) and layer.side == side for layer in layers):
+        return None
+    first = layers[0]
+    usual = torch.arange(first.in_features if side == "in" else first.out_features, device=first.weight.device)
+    orders = []
+    for layer in layers:
+        order = usual
+        if isinstance(layer, PivotedLinear) and layer.side == side:
+            order = torch.cat(layer.order())
+        orders.append(order if side == "in" else order.argsort())
+    return torch.stack(orders)
+
+
+class ExpertGroup:
+    """The matrices of all experts of a block, and how they are multiplied.
+
+    A copy of it, as ``deepcopy`` and ``pickle`` make them, leaves everything to the separate experts.
+
+    Args:
+        block: The experts; None for a group that computes nothing.
+
+    Attributes:
+        ready: Whether the experts are still what the group was made for.
+        most: How many rows, as the block is called with them, are those of one token and of a few.
+        ways: What is fastest for one token, a few and many; nothing where separate experts are.
+    """
+
+    def __init__(self, block: SplitExperts | None = None) -> None:
+        self.ready = block is not None
+        self.most: dict[str, int] = {}
+        self.ways: dict[str, Way] = {}
+        self.kinds: dict[str, Kind] = {}
+        if block is None:
+            return
+        self._block = ref(block)
+        self.fused = block.fused
+        layers = _layers(block)
+        first = next(iter(layers.values()))[0]
+        self.count, self.dtype, self.device = len(block), first.weight.dtype, first.weight.device
+        sizes = [size for named in layers.values() for size in (named[0].in_features, named[0].out_features)]
+        self.pads = _has_grouped_mm(self.device, self.dtype) and all(size % _STEP == 0 for size in sizes)
+        self.bundles: list[range] = []
+        order = list(range(self.count))
+        if self.pads:
+            ranks = [[_rank(layer, factored=True) for layer in named] for named in layers.values()]
+            order, self.bundles = _bundles([sum(of_expert) for of_expert in zip(*ranks, strict=True)])
+        with torch.inference_mode(False):
+            for name, named in layers.items():
+                self.kinds[name] = Kind.of([named[place] for place in order], self.bundles)
+            # Where each expert lies; behind all lie pairs that nobody computes here.
+            places = [order.index(place) for place in range(self.count)]
+            self.places = torch.tensor([*places, self.count], device=self.device)
+            self.every = torch.arange(self.count, device=self.device)
+        self.outputs = layers["down_proj" if "down_proj" in layers else ""][0].out_features
+        self._addresses = self._now()
+        self.handle = next(_HANDLES)
+        _GROUPS[self.handle] = self
+
+    def __reduce__(self) -> tuple[type[ExpertGroup], tuple[()]]:
+        """Return how a copy is made: without experts."""
+        return ExpertGroup, ()
+
+    @property
+    def offers(self) -> tuple[Way, ...]:
+        """The ways for the group on its device."""
+        # A loop over experts has to know how many rows each gets: on a GPU, separate experts do the same.
+        return ("gathered", "grouped") if self.pads or self.device.type == "cpu" else ("gathered",)
+
+    def way(self, rows: Tensor) -> Way | None:
+        """Return how experts are computed for so many rows; None if one after the other."""
+        other = torch.is_grad_enabled() or torch.is_autocast_enabled(rows.device.type) or SplitExperts.every
+        if not self.ready or other or rows.numel() == 0 or rows.dtype != self.dtype or rows.device != self.device:
+            return None
+        size = next((size for size, most in self.most.items() if len(rows) <= most), "many")
+        way = self.ways.get(size)
+        # A loop over separate experts would break the graph.
+        if way is None and torch.compiler.is_compiling() and "grouped" in self.offers:
+            way = "grouped"
+        return way
+
+    def compute(self, way: Way, rows: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
+        """Return ``[pairs, out]`` outputs of experts; zeros for pairs whose expert is none of the block.
+
+        Args:
+            way: How they are computed.
+            rows: ``[rows, in]`` inputs.
+            experts: ``[pairs]`` number of the expert.
+            sources: ``[pairs]`` row that it reads.
+        """
+        if way == "grouped":
+            if torch.compiler.is_compiling():
+                outputs: Tensor = _grouped(rows, experts, sources, self.outputs, self.handle)
+                return outputs
+            return self.sorted(rows, experts, sources)
+        places = self.places[experts.clamp(max=self.count)]
+        here = places.clamp(max=self.count - 1)
+        outputs = self._chain(rows[sources], lambda kind, inputs: kind.gathered(inputs, here))
+        return torch.where((places < self.count)[:, None], outputs, 0)
+
+    def sorted(self, rows: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
+        """Return what :meth:`compute` returns, from pairs sorted by expert."""
+        places, order = self.places[experts.clamp(max=self.count)].sort(stable=True)
+        ends = torch.searchsorted(places, self.every, right=True, out_int32=True)
+        here = places.clamp(max=self.count - 1)
+        listed = [] if self.pads else ends.tolist()
+
+        def product(kind: Kind, inputs: Tensor) -> Tensor:
+            return kind.grouped(inputs, here, ends, self.bundles) if self.pads else kind.looped(inputs, here, listed)
+
+        outputs = self._chain(rows[sources[order]], product)
+        outputs = torch.where((places < self.count)[:, None], outputs, 0)
+        return torch.empty_like(outputs).index_copy_(0, order, outputs)
+
+    def _chain(self, inputs: Tensor, product: Callable[[Kind, Tensor], Tensor]) -> Tensor:
+        if "" in self.kinds:
+            return product(self.kinds[""], inputs)
+        gate = product(self.kinds["gate_proj"], inputs) if self.fused.gated else None
+        return product(self.kinds["down_proj"], self.fused.activation(gate, product(self.kinds["up_proj"], inputs)))
+
+    def check(self) -> None:
+        """Leave everything to separate experts if their parameters are no longer where they were."""
+        if self.ready and self._addresses != self._now():
+            self.forget()
+
+    def forget(self) -> None:
+        """Leave everything to separate experts, since they are no longer what the group was made for."""
+        if self.ready:
+            logger.warning(
+                "experts were changed after optimize_for_inference: they are computed one after the other until it is "
+                "called again"
+            )
+        self.ready, self.kinds = False, {}
+
+    def _now(self) -> list[int]:
+        block = self._block()
+        assert block is not None
+        return [parameter.data_ptr() for parameter in block.parameters()]
+
+
+_GROUPS: WeakValueDictionary[int, ExpertGroup] = WeakValueDictionary()
+"""All groups by the number under which compiled code knows them."""
+
+_HANDLES = count()
+
+
+@torch.library.custom_op("lowrank_pl::grouped_experts", mutates_args=())
+def _grouped(rows: Tensor, experts: Tensor, sources: Tensor, outputs: int, handle: int) -> Tensor:
+    return _GROUPS[handle].sorted(rows, experts, sources)
+
+
+@_grouped.register_fake
+def _(rows: Tensor, experts: Tensor, sources: Tensor, outputs: int, handle: int) -> Tensor:
+    return rows.new_empty(len(sources), outputs)
+
+
+def _has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether torch multiplies groups of rows at once; elsewhere it loops over them itself."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _bundles(ranks: Sequence[int]) -> tuple[list[int], list[range]]:
+    """Return the experts in the order of their ranks, and parts of that order in which ranks differ little.
+
+    >>> _bundles([8, 100, 10, 90])
+    ([0, 2, 3, 1], [range(0, 2), range(2, 4)])
+    """
+    order = sorted(range(len(ranks)), key=lambda expert: ranks[expert])
+    least, spread = ranks[order[0]], math.log(ranks[order[-1]] / ranks[order[0]])
+    parts = min(_BUNDLES, math.ceil(spread / math.log(1.25))) or 1
+    step = spread / parts or 1.0
+    numbers = [min(int(math.log(ranks[expert] / least) / step), parts - 1) for expert in order]
+    cuts = [0, *(place for place in range(1, len(order)) if numbers[place] != numbers[place - 1]), len(order)]
+    return order, [range(*part) for part in pairwise(cuts)]
+
+
+class _Watched:
+    """A module that tells its group when a part of it is replaced."""
+
+    group: ExpertGroup
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.group.forget()
+
+
+class _Grouped(_Watched):
+    """The experts of a block that a group may compute."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load parameters in place; biases and pivots are known to the group in another form."""
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        self.group.forget()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        """Convert or move the experts; memory of the old weights is released."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.group.check()
+        return self  # type: ignore[return-value]
+
+
+class GroupedExpert(_Watched, Expert):
+    """An expert of a group."""
+
+
+class GroupedRoutedExperts(_Grouped, RoutedExperts):
+    """Experts that are called with all tokens and their places and weights."""
+
+    def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return the sum of the chosen experts' outputs, each times its weight."""
+        way = self.group.way(hidden_states)
+        if way is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        index, weights = (*args, *kwargs.values())
+        sources = torch.arange(index.numel(), device=index.device) // index.shape[-1]
+        outputs = self.group.compute(way, hidden_states, index.flatten(), sources)
+        outputs = (outputs * weights.reshape(-1, 1)).to(hidden_states.dtype)
+        return outputs.view(*index.shape, -1).sum(dim=-2)
+
+
+class GroupedWeightedInputExperts(_Grouped, WeightedInputExperts):
+    """Experts of Llama 4."""
+
+    def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return the experts' outputs ``[experts x tokens, hidden]`` for as many rows."""
+        if self.group.way(hidden_states) is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        every = torch.arange(len(hidden_states), device=hidden_states.device)
+        experts = every // (len(hidden_states) // len(self))
+        experts = torch.where(hidden_states.any(dim=-1), experts, len(self))
+        return self.group.compute("grouped", hidden_states, experts, every)
+
+
+class GroupedSortedExperts(_Grouped, SortedExperts):
+    """Matrices of experts that are called with sorted rows."""
+
+    def forward(self, inputs: Tensor, expert_size: Any) -> Tensor:
+        """Return the outputs ``[rows, out]``."""
+        if self.group.way(inputs) is None:
+            return super().forward(inputs, expert_size)
+        sizes = torch.as_tensor(expert_size, device=inputs.device)
+        numbers = torch.arange(len(self), device=inputs.device)
+        experts = numbers.repeat_interleave(sizes, output_size=len(inputs))
+        return self.group.compute("grouped", inputs, experts, torch.arange(len(inputs), device=inputs.device))
+
+
+GROUPED: dict[type[nn.Module], type[nn.Module]] = {
+    RoutedExperts: GroupedRoutedExperts,
+    WeightedInputExperts: GroupedWeightedInputExperts,
+    SortedExperts: GroupedSortedExperts,
+    Expert: GroupedExpert,
+}
+"""The class of a part of a group, by that of the part before."""
+
+_PLAIN = {*ONEDNN, *ONEDNN.values()}
+"""The layers whose matrices a group can read."""
+
+
+def group_experts(model: PreTrainedModel) -> list[dict[str, bool]]:
+    """Compute the experts of each block together where that is faster; return for each block whether it is.
+
+    Times are those of the model's own rows, of random tokens. A block stays as it was if anything would be slower.
+
+    Args:
+        model: A model whose experts are separate modules; others stay as they are.
+    """
+    every = [module for module in model.modules() if isinstance(module, SplitExperts) and type(module) in GROUPED]
+    blocks = [block for block in every if all(_is_plain(layer) for named in _layers(block).values() for layer in named)]
+    if len(blocks) < len(every):
+        logger.warning(
+            "%d of %d blocks of experts have other layers than dense, factored and pivoted ones: their experts are "
+            "computed one after the other",
+            *(len(every) - len(blocks), len(every)),
+        )
+    if not blocks:
+        return []
+    ways: tuple[Way | None, ...] = (None, "gathered", "grouped")
+    with torch.inference_mode():
+        calls = {size: _calls(model, blocks, tokens) for size, tokens in _TOKENS.items()}
+        blocks = [block for block in blocks if all(id(block) in called for called in calls.values())]
+        before = _seconds(calls, blocks, (None,))
+        for block in blocks:
+            _group(block).most = {size: len(calls[size][id(block)][0][0]) for size in ("one", "few")}
+        after = _seconds(calls, blocks, ways)
+    return [
+        _choose(
+            block,
+            {size: before[id(block), size, None] for size in _TOKENS},
+            {size: {way: after.get((id(block), size, way), math.inf) for way in ways} for size in _TOKENS},
+        )
+        for block in blocks
+    ]
+
+
+def _choose(
+    block: Any, before: Mapping[str, float], after: Mapping[str, Mapping[Way | None, float]]
+) -> dict[str, bool]:
+    """Take what is fastest for each number of tokens, or leave the block as it was; return where it is faster."""
+    best = {size: min(seconds, key=lambda way: seconds[way]) for size, seconds in after.items()}
+    slower = any(_FASTER * after[size][way] > before[size] for size, way in best.items())
+    faster = {
+        size: not slower and way is not None and after[size][way] < _FASTER * before[size] for size, way in best.items()
+    }
+    if any(faster.values()):
+        block.group.ways = {size: way for size, way in best.items() if way is not None}
+    else:
+        ungroup(block)
+    return faster
+
+
+def ungroup(block: nn.Module) -> None:
+    """Undo :func:`group_experts` for one block: parameters lie in their own memory again."""
+    own = {kind: plain for plain, kind in GROUPED.items()}
+    for module in block.modules():
+        if type(module) in own:
+            module.__class__ = own[type(module)]
+            vars(module).pop("group")
+    # Tensors that are made in inference mode can't be trained later.
+    with torch.inference_mode(False), torch.no_grad():
+        for parameter in block.parameters():
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def _group(block: SplitExperts) -> ExpertGroup:
+    group = ExpertGroup(block)
+    for module in list(block.modules()):
+        if type(module) in GROUPED:
+            vars(module)["group"] = group
+            module.__class__ = GROUPED[type(module)]
+    return group
+
+
+def _layers(block: SplitExperts) -> dict[str, list[Any]]:
+    """Return the linear layers of a block's experts by kind; the kind is empty if an expert is one layer."""
+    if isinstance(block, SortedExperts):
+        return {"": list(block)}
+    return {name: [getattr(expert, name) for expert in block] for name, _ in block[0].named_children()}
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    # Hooks of accelerate call the forward pass that the layer had before.
+    return type(layer) in _PLAIN and "forward" not in vars(layer)
+
+
+Calls = Mapping[str, Mapping[int, tuple[tuple[Any, ...], Mapping[str, Any]]]]
+"""Arguments of the forward pass of each block, by the number of tokens."""
+
+
+def _calls(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: int) -> dict[int, tuple[Any, Any]]:
+    """Return the arguments with which the model calls each of ``blocks`` for so many random tokens."""
+    seen: dict[int, tuple[Any, Any]] = {}
+    hooks = [
+        block.register_forward_pre_hook(lambda block, *call: seen.update({id(block): call}), with_kwargs=True)
+        for block in blocks
+    ]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(model.get_input_embeddings().num_embeddings, (1, tokens), generator=generator)
+    try:
+        model(input_ids=drawn.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _seconds(
+    calls: Calls, blocks: Sequence[Any], ways: Sequence[Way | None]
+) -> dict[tuple[int, str, Way | None], float]:
+    """Return the least time of each block for each number of tokens in each way; None is one expert after the other.
+
+    Each turn goes through all blocks, so that weights are read from memory as when the model runs.
+    """
+    found: dict[tuple[int, str, Way | None], float] = {}
+    steps = [(size, way) for _ in range(_TURNS) for size in _TOKENS for way in ways]
+    for size, way in tqdm(steps, desc="timing experts", unit="pass", leave=False):
+        for block in blocks:
+            args, kwargs = calls[size][id(block)]
+            if way is not None:
+                if not _fits(way, block, args, kwargs):
+                    continue
+                block.group.ways = {size: way}
+            begun = _clock(args[0].device)
+            block(*args, **kwargs)
+            key = (id(block), size, way)
+            found[key] = min(found.get(key, math.inf), _clock(args[0].device) - begun)
+            if way is not None:
+                block.group.ways = {}
+    return found
+
+
+def _fits(way: Way, block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a way is worth timing: gathering reads and writes an expert's matrices for each of its tokens."""
+    if way == "grouped":
+        return way in block.group.offers
+    return type(block) is GroupedRoutedExperts and 2 * (*args, *kwargs.values())[1].numel() <= len(block)
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
