@@ -142,6 +142,10 @@ class SplitExperts(nn.ModuleList):
     def _split(self, fused: Fused) -> list[nn.Module]:
         raise NotImplementedError
 
+    def parts(self, name: str, stored: Tensor) -> dict[str, Tensor]:
+        """Return the parameters of an expert by name, from its part ``stored`` of the fused parameter ``name``."""
+        raise NotImplementedError
+
     def _parameters_of_fused(self) -> dict[str, list[Tensor]]:
         raise NotImplementedError
 
@@ -194,6 +198,15 @@ class RoutedExperts(SplitExperts):
                 layers["up_proj"] = _linear(fused.matrix(first), bias)
             experts.append(Expert(fused, **layers, down_proj=_linear(fused.matrix(down), down_bias)))
         return experts
+
+    def parts(self, name: str, stored: Tensor) -> dict[str, Tensor]:
+        """Return the parameters of an expert by name, from its part ``stored`` of the fused parameter ``name``."""
+        layer = name.removesuffix("_bias")
+        kind, value = ("weight", self.fused.matrix(stored)) if layer == name else ("bias", stored)
+        if not self.fused.gated or layer == "down_proj":
+            return {f"{layer}.{kind}": value}
+        gate, up = self.fused.parted(value)
+        return {f"gate_proj.{kind}": gate, f"up_proj.{kind}": up}
 
     def _parameters_of_fused(self) -> dict[str, list[Tensor]]:
         fused, parts = self.fused, dict[str, list[Tensor]]()
@@ -264,6 +277,10 @@ class SortedExperts(SplitExperts):
 
     def _split(self, fused: Fused) -> list[nn.Module]:
         return [_linear(weight, None) for weight in fused.take("weight")]
+
+    def parts(self, name: str, stored: Tensor) -> dict[str, Tensor]:
+        """Return the parameters of an expert by name, from its part ``stored`` of the fused parameter ``name``."""
+        return {name: stored}
 
     def _parameters_of_fused(self) -> dict[str, list[Tensor]]:
         layers: list[Any] = list(self)
