@@ -332,7 +332,9 @@ class Skeleton:
         try:
             for name in loaded:
                 # A copy, because pages of the file count as memory while a tensor refers to them.
-                weight = self.shards.read(name).to(self.device, self._parameters[name].dtype, copy=True)
+                weight = self.shards.read(name).to(
+                    self.device, self._parameters[name].dtype, copy=True, memory_format=torch.contiguous_format
+                )
                 self._put(name, nn.Parameter(weight, requires_grad=False))
             yield
         finally:
