@@ -349,10 +349,14 @@ def split_modules(model: nn.Module) -> list[tuple[str, SplitExperts]]:
 
 
 @torch.no_grad()
-def split_experts(model: nn.Module) -> list[str]:
+def split_experts(model: nn.Module, *, check: bool = True) -> list[str]:
     """Split all fused experts of ``model`` into linear layers, in place, and return the names of their modules.
 
     The first module of each class is compared with the fused one on random inputs, unless it is on the meta device.
+
+    Args:
+        model: The model.
+        check: Whether to compare; tensors without values can't be compared.
 
     Raises:
         ValueError: The layout of some experts is not known, or separate layers do not compute what the fused ones
@@ -367,7 +371,7 @@ def split_experts(model: nn.Module) -> list[str]:
     tried: set[type[nn.Module]] = set()
     for name, module, kind in found:
         trial = None
-        if type(module) not in tried and not next(module.parameters(recurse=False)).is_meta:
+        if check and type(module) not in tried and not next(module.parameters(recurse=False)).is_meta:
             trial = _trial(module, kind)
         tried.add(type(module))
         split = kind(Fused(module)).train(module.training)

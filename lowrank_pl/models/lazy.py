@@ -124,17 +124,17 @@ class Shards:
         It is asked to do so with the numbers of one expert, among which those of each part are then found again.
         """
         merged = self._merged.pop(name)
-        samples = {}
+        samples: dict[str, Tensor] = {}
         for pattern, keys in merged.sources.items():
             # As many dimensions as in the files, and numbers of its own.
             shape = (3, 5)[: len(self._in_files[keys[0]][1])] if keys else ()
             samples[pattern] = 15 * len(samples) + torch.arange(math.prod(shape)).view(shape)
         fused = name.removeprefix(inside)
         for part, sample in module.parts(fused, merged.of_one_expert(samples)).items():
-            pattern = next((pattern for pattern, given in samples.items() if torch.equal(given, sample)), None)
-            if pattern is None or len(merged.sources[pattern]) != len(module):
+            keys = next((merged.sources[key] for key, given in samples.items() if torch.equal(given, sample)), [])
+            if len(keys) != len(module):
                 raise NotBlockwiseError(f"transformers makes {name} of its files in a way that is not known")
-            for number, key in enumerate(merged.sources[pattern]):
+            for number, key in enumerate(keys):
                 own = _name_of(inside, number, part)
                 self._places[own], self.shapes[own] = self._in_files[key]
 
