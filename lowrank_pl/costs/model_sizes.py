@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -128,7 +128,8 @@ def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Con
         constraints: Which linear layers are targets.
 
     Raises:
-        ValueError: The base doesn't exist, its configuration can't be read, or no target is left.
+        ValueError: The base doesn't exist, its configuration can't be read, no target is left, or the model's code
+            computes sizes from the values of tensors.
 
     Example:
         >>> found = model_sizes(Base("shapes:llama-3-70b", dtype="bfloat16"), length=16)
@@ -137,7 +138,7 @@ def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Con
     """
     config = config_of(base)
     shapes = pop_shapes(config)
-    with FakeTensorMode():
+    with FakeTensorMode(), _values_are_not_asked_for(base):
         try:
             made = _Made(base, config, shapes, constraints)
         except ValueError:
@@ -164,6 +165,18 @@ def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Con
         idle=tuple(idle),
         shares={name: mixture.share for name, mixture in mixtures.items()},
     )
+
+
+@contextmanager
+def _values_are_not_asked_for(base: Base) -> Iterator[None]:
+    """Explain an error of a model whose code needs the values of tensors, as JetMoE's routers do."""
+    try:
+        yield
+    except DataDependentOutputException as error:
+        raise ValueError(
+            f"the needs of {base.name} can't be forecast: its code asks for the values of tensors ({error}), and no "
+            "weight is read for a forecast"
+        ) from error
 
 
 def _outside(model: PreTrainedModel) -> int:
@@ -255,10 +268,14 @@ class _Mixture:
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return outputs of the shape that the experts of the family return."""
-        first, *others = self.split
+        outputs = self._outputs(hidden, *args, **kwargs)
         if SplitExperts.every:
-            for expert in others:
+            for expert in list(self.split)[1:]:
                 expert(hidden[:0])
+        return outputs
+
+    def _outputs(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        first = self.split[0]
         if not args and not kwargs:
             # Llama 4 has a row of every token for every expert.
             outputs: Tensor = first(hidden[: len(hidden) // self.count * self.chosen])

@@ -218,8 +218,9 @@ class RoutedExperts(SplitExperts):
                 gate = expert.gate_proj
                 weight = fused.joined(gate.weight, weight, dim=0)
                 bias = None if bias is None else fused.joined(gate.bias, bias, dim=0)
-            values = {fused.first: fused.matrix(weight), "down_proj": fused.matrix(down.weight)}
-            values |= {f"{fused.first}_bias": bias, "down_proj_bias": down.bias}
+            # In the order of the families that have biases.
+            values = {fused.first: fused.matrix(weight), f"{fused.first}_bias": bias}
+            values |= {"down_proj": fused.matrix(down.weight), "down_proj_bias": down.bias}
             for name, value in values.items():
                 if value is not None:
                     parts.setdefault(name, []).append(value)
