@@ -142,6 +142,9 @@ class Recorder:
         unused = [name for name, left in waiting.items() if left]
         if unused:
             raise ValueError(f"the loss does not depend on module {unused[0]}: exclude it")
+        for name in measures.keys() - waiting.keys():
+            # No token of the batch was routed to this expert.
+            measures[name].add([], batch)
         return by_start
 
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.embeddings import check_embeddings, decompose_embeddings
+from lowrank_pl.calibration.experts import Reached
 from lowrank_pl.calibration.measures import Passes
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.calibration.statistics import Statistics
@@ -108,7 +109,7 @@ def _factors(
     store = factor_store(targets, statistics.source, settings, directory, batch_size=statistics.passes.batch_size)
     with store.filling(targets.names) as missing:
         _log.info("factors: %d of %d modules to decompose, in %s", len(missing), len(targets.names), store.directory)
-        todo = [target for target in targets.modules if target.name in set(missing)]
+        todo = targets.among(set(missing))
         if todo:
             check_finite(subject.model, todo)
             compressed = None
@@ -213,13 +214,14 @@ def decompose_all(
         loading: Loads the weights of some layers for a while, where ``model`` has no weights.
     """
     kinds: Counter[str] = Counter()
+    rows: dict[Target, int] = {}
     # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
     groups = [list(members) for _, members in groupby(todo, key=lambda target: target.group)]
     mine = my_balanced_share(groups, [sum(_svd_cost(target) for target in members) for members in groups])
     bar = tqdm(total=sum(map(len, mine)), desc="decompose", unit="module", disable=not is_first())
     for members in mine:
         with loading(members):
-            kinds += _decompose_group(model, members, store, roots, bar)
+            kinds += _decompose_group(model, members, store, roots, rows, bar)
     bar.close()
     if kinds["eigen"]:
         _log.warning(
@@ -228,12 +230,22 @@ def decompose_all(
             kinds["eigen"],
             kinds.total(),
         )
+    for sentence in Reached.of(rows).sentences():
+        _log.warning(sentence)
 
 
 def _decompose_group(
-    model: PreTrainedModel, members: Sequence[Target], store: FactorStore, roots: Roots, bar: Any
+    model: PreTrainedModel,
+    members: Sequence[Target],
+    store: FactorStore,
+    roots: Roots,
+    rows: dict[Target, int],
+    bar: Any,
 ) -> Counter[str]:
-    """Write the factors of layers that share an input; return how often each kind of square root was taken."""
+    """Write the factors of layers that share an input; return how often each kind of square root was taken.
+
+    How many tokens the layers of experts saw is added to ``rows``.
+    """
     kinds: Counter[str] = Counter()
     began = time.perf_counter()
     for inputs, sharing in roots.by_inputs(members):
@@ -247,8 +259,10 @@ def _decompose_group(
             factors = decompose(weight, inputs=inputs, outputs=outputs)
             # The time of a shared square root counts for the first layer that uses it.
             spent, began = time.perf_counter() - began, time.perf_counter()
-            notes = {"weight": weight_digest(weight), "seconds": f"{spent:.4f}"}
-            store.add(target.name, factors, notes={**notes, **roots.notes(target, inputs, outputs)})
+            made = roots.notes(target, inputs, outputs)
+            store.add(target.name, factors, notes={"weight": weight_digest(weight), "seconds": f"{spent:.4f}", **made})
+            if "rows" in made:
+                rows[target] = int(made["rows"])
             bar.update()
     return kinds
 

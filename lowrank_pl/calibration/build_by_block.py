@@ -68,7 +68,7 @@ def build_factors_by_block(
     with store.filling(target.name for target in subject.targets.modules) as missing:
         if missing:
             refuse_compressed(settings)
-        todo = [target for target in subject.targets.modules if target.name in set(missing)]
+        todo = subject.targets.among(set(missing))
         _Builder(skeleton, statistics, settings, store, todo).build(cache)
     return store
 

@@ -33,17 +33,21 @@ class GradientMoments(GradientMeasure):
 
     Args:
         features: Length of the output.
+        routed: Whether the layer belongs to an expert, which sees some of the tokens.
         device: Where the sums are.
 
     Attributes:
-        tokens: How many tokens had a label.
+        tokens: How many tokens had a label, whether or not the layer saw them.
+        rows: How many of them an expert saw: those with a gradient.
     """
 
     folder = "output_gradients"
+    shrinks_experts = True
 
-    def __init__(self, features: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, *, routed: bool = False, device: torch.device | str = "cpu") -> None:
         self._second = SymmetricSum(features, device=device)
-        self.tokens = 0
+        self.tokens = self.rows = 0
+        self._routed = routed
 
     @classmethod
     def bytes_of(cls, target: Target, passes: Passes) -> int:
@@ -53,18 +57,21 @@ class GradientMoments(GradientMeasure):
     @classmethod
     def empty(cls, target: Target, passes: Passes, device: torch.device) -> GradientMoments:
         """Return the moments of ``target`` before the first batch."""
-        return cls(target.shape[0], device=device)
+        return cls(target.shape[0], routed=bool(target.experts), device=device)
 
     def add(self, calls: Sequence[Call], batch: Batch) -> None:
         """Add the gradients of one batch. A token counts once, however often the layer was called for it."""
         for call in calls:
             self._second.add(rows_of(call.gradient), "the gradients hold")
+        if self._routed:
+            self.rows += _reached(calls)
         self.tokens += batch.labels
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
         self._second.merge_processes()
         self.tokens = total_across_processes(self.tokens)
+        self.rows = total_across_processes(self.rows)
 
     @property
     def second_moment(self) -> Tensor:
@@ -76,8 +83,8 @@ class GradientMoments(GradientMeasure):
         return {"second_moment": compact(self.second_moment)}
 
     def notes(self) -> dict[str, str]:
-        """Return how many tokens had a label."""
-        return {"tokens": str(self.tokens)}
+        """Return how many tokens had a label, and how many of them an expert saw."""
+        return {"tokens": str(self.tokens), **({"rows": str(self.rows)} if self._routed else {})}
 
 
 class _ByBatch(GradientMeasure):
@@ -133,7 +140,8 @@ class WeightGradients(_ByBatch):
 
     def add(self, calls: Sequence[Call], batch: Batch) -> None:
         """Add the gradient of one batch, to which every call of the layer contributes."""
-        self._total += _weight_gradient(calls, batch)
+        if calls:
+            self._total += _weight_gradient(calls, batch)
         self.batches += 1
 
     def merge_processes(self) -> None:
@@ -159,17 +167,22 @@ class WeightFisher(_ByBatch):
 
     Args:
         shape: ``(out, in)`` of the weight.
+        routed: Whether the layer belongs to an expert, which sees some of the tokens.
         device: Where the sums are.
 
     Attributes:
         batches: How many batches were summed.
+        tokens: How many tokens of these had a label.
+        rows: How many of the tokens an expert saw: those with a gradient.
     """
 
     folder = "weight_fisher"
+    shrinks_experts = True
 
-    def __init__(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, shape: tuple[int, int], *, routed: bool = False, device: torch.device | str = "cpu") -> None:
         self._outputs, self._inputs = (torch.zeros(size, dtype=torch.float64, device=device) for size in shape)
-        self.batches = 0
+        self.batches = self.tokens = self.rows = 0
+        self._routed = routed
 
     @classmethod
     def bytes_of(cls, target: Target, passes: Passes) -> int:
@@ -179,13 +192,17 @@ class WeightFisher(_ByBatch):
     @classmethod
     def empty(cls, target: Target, passes: Passes, device: torch.device) -> WeightFisher:
         """Return the Fisher information of the weight of ``target`` before the first batch."""
-        return cls(target.shape, device=device)
+        return cls(target.shape, routed=bool(target.experts), device=device)
 
     def add(self, calls: Sequence[Call], batch: Batch) -> None:
         """Add the squared gradient of one batch, to which every call of the layer contributes."""
-        squares = _weight_gradient(calls, batch).double().square()
-        self._outputs += squares.sum(1)
-        self._inputs += squares.sum(0)
+        if calls:
+            squares = _weight_gradient(calls, batch).double().square()
+            self._outputs += squares.sum(1)
+            self._inputs += squares.sum(0)
+        if self._routed:
+            self.tokens += batch.labels
+            self.rows += _reached(calls)
         self.batches += 1
 
     def merge_processes(self) -> None:
@@ -193,11 +210,22 @@ class WeightFisher(_ByBatch):
         sum_across_processes(self._outputs)
         sum_across_processes(self._inputs)
         self.batches = total_across_processes(self.batches)
+        self.tokens, self.rows = total_across_processes(self.tokens), total_across_processes(self.rows)
+
+    def notes(self) -> dict[str, str]:
+        """Return how many batches were summed, and how many of their tokens an expert saw."""
+        seen = {"tokens": str(self.tokens), "rows": str(self.rows)} if self._routed else {}
+        return {**super().notes(), **seen}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return ``outputs`` ``[out]`` and ``inputs`` ``[in]``: the sums along each row and each column, float64."""
         batches = max(1, self.batches)
         return {"outputs": self._outputs / batches, "inputs": self._inputs / batches}
+
+
+def _reached(calls: Sequence[Call]) -> int:
+    """Return how many rows have a gradient; the last token of a sequence, which has no label, has none."""
+    return sum(int(rows_of(call.gradient).any(dim=-1).sum()) for call in calls)
 
 
 def _weight_gradient(calls: Sequence[Call], batch: Batch) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lowrank_pl.calibration.experts import ROUTING_WEIGHT
 from lowrank_pl.calibration.measures import Batch, Measure, Passes, located
 from lowrank_pl.calibration.symmetric_sum import SymmetricSum, compact, rows_of
 from lowrank_pl.factors.settings import Labels
@@ -26,12 +27,17 @@ _log = logging.getLogger(__name__)
 class InputMoments(Measure):
     """Means of ``x x'`` and of ``|x|`` over the tokens of one input ``x``, which linear layers may share.
 
+    Means of an expert are over all tokens too, those that it doesn't see counting as zeros. Each ``x`` is multiplied by
+    the weight that the router gives the expert's output: an error there counts as often, and as much, as it shows.
+
     Args:
         features: Length of the input.
+        routed: Whether the layers belong to an expert, which sees some of the tokens.
         device: Where the sums are.
 
     Attributes:
-        tokens: How many tokens were summed.
+        tokens: How many tokens the means are over.
+        rows: How many of them an expert saw.
 
     Example:
         >>> moments = InputMoments(2)
@@ -41,11 +47,14 @@ class InputMoments(Measure):
     """
 
     folder = "statistics"
+    shrinks_experts = True
 
-    def __init__(self, features: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, *, routed: bool = False, device: torch.device | str = "cpu") -> None:
         self._second = SymmetricSum(features, device=device)
         self._absolute = torch.zeros(features, dtype=torch.float64, device=device)
-        self.tokens = 0
+        self._weights = torch.zeros((), dtype=torch.float64, device=device)
+        self.tokens = self.rows = 0
+        self._routed = routed
 
     @classmethod
     def key(cls, target: Target) -> str:
@@ -65,24 +74,42 @@ class InputMoments(Measure):
     @classmethod
     def empty(cls, target: Target, passes: Passes, device: torch.device) -> InputMoments:
         """Return the moments of the input of ``target`` before the first batch."""
-        return cls(target.shape[1], device=device)
+        return cls(target.shape[1], routed=bool(target.experts), device=device)
 
-    def add(self, inputs: Tensor) -> None:
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Add ``inputs`` ``[..., in]``.
+
+        Args:
+            inputs: The inputs.
+            weights: ``[...]`` weights that the router gives an expert's outputs; None is 1.
 
         Raises:
             ValueError: An input holds NaN or infinity.
         """
         rows = rows_of(inputs)
+        if self._routed:
+            factors = rows.new_ones(len(rows)) if weights is None else weights.detach().reshape(-1).float()
+            self._weights += factors.square().sum(dtype=torch.float64)
+            self.rows += len(rows)
+            rows = rows * factors[:, None]
+        else:
+            self.tokens += len(rows)
         self._second.add(rows, "the inputs hold")
         self._absolute += rows.abs().sum(0, dtype=torch.float64)
-        self.tokens += len(rows)
+
+    def pass_over(self, tokens: int) -> None:
+        """Count ``tokens`` of a batch, of which an expert has seen those that were added."""
+        if self._routed:
+            self.tokens += tokens
 
     def merge_processes(self) -> None:
         """Add the sums of all processes that work together."""
         self._second.merge_processes()
         sum_across_processes(self._absolute)
         self.tokens = total_across_processes(self.tokens)
+        if self._routed:
+            sum_across_processes(self._weights)
+            self.rows = total_across_processes(self.rows)
 
     @property
     def second_moment(self) -> Tensor:
@@ -99,8 +126,11 @@ class InputMoments(Measure):
         return {"second_moment": compact(self.second_moment), "mean_absolute": self.mean_absolute.float()}
 
     def notes(self) -> dict[str, str]:
-        """Return how many tokens were summed."""
-        return {"tokens": str(self.tokens)}
+        """Return how many tokens the means are over; of an expert, how many it saw, and their mean squared weight."""
+        if not self._routed:
+            return {"tokens": str(self.tokens)}
+        weight = self._weights.item() / max(1, self.tokens)
+        return {"tokens": str(self.tokens), "rows": str(self.rows), ROUTING_WEIGHT: repr(weight)}
 
 
 def collect_input_moments(model: nn.Module, targets: Sequence[Target], passes: Passes) -> dict[str, InputMoments]:
@@ -125,6 +155,8 @@ def collect_input_moments(model: nn.Module, targets: Sequence[Target], passes: P
         for batch in tqdm(passes.batches(), desc="statistics", unit="batch", disable=not is_first()):
             with _watching(model, moments, batch):
                 model(input_ids=batch.tokens.to(device), use_cache=False)
+            for found in moments.values():
+                found.pass_over(batch.tokens.numel())
     for found in moments.values():
         found.merge_processes()
     if is_first():
@@ -137,9 +169,11 @@ def _watching(model: nn.Module, moments: Mapping[str, InputMoments], batch: Batc
     """Add to ``moments`` the inputs of the layers that they are named after, while the block runs on ``batch``."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        owner: Any = model.get_submodule(name.rpartition(".")[0])
+
         def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with located(name, batch):
-                moments[name].add(first_argument(args, kwargs))
+                moments[name].add(first_argument(args, kwargs), getattr(owner, "routing_weights", None))
 
         return add
 
@@ -151,7 +185,8 @@ def _watching(model: nn.Module, moments: Mapping[str, InputMoments], batch: Batc
 
 
 def _warn_if_short(leaders: Mapping[str, Target], moments: Mapping[str, InputMoments]) -> None:
-    short = [name for name, target in leaders.items() if moments[name].tokens < target.shape[1]]
+    dense = {name: target for name, target in leaders.items() if not target.experts}
+    short = [name for name, target in dense.items() if moments[name].tokens < target.shape[1]]
     if short:
         _log.warning(
             "%d inputs saw fewer tokens than they have features (%s: %d tokens, %d features): their second moment is "

@@ -91,9 +91,12 @@ class Measure(ABC):
 
     Attributes:
         folder: Name of the store that holds statistics of this kind, and of its folder.
+        shrinks_experts: Whether the mean of all experts of a block stands in where few tokens reach one of them
+            (``lowrank_pl.calibration.experts``), so that all are measured.
     """
 
     folder: ClassVar[str]
+    shrinks_experts: ClassVar[bool] = False
 
     @classmethod
     def key(cls, target: Target) -> str:
@@ -144,7 +147,7 @@ class GradientMeasure(Measure):
 
     @abstractmethod
     def add(self, calls: Sequence[Call], batch: Batch) -> None:
-        """Add all calls of the linear layer in one batch.
+        """Add all calls of the linear layer in one batch; none, where no token of it reached the layer's expert.
 
         Raises:
             ValueError: An input or a gradient holds NaN or infinity.

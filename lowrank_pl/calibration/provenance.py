@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from lowrank_pl.calibration.experts import Reached
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
@@ -58,7 +59,10 @@ def base_notes(subject: Subject) -> list[str]:
 
 
 def preparation_notes(targets: Targets, store: FactorStore) -> list[str]:
-    """Return sentences about modules that were not targeted, and about square roots that needed the fallback."""
+    """Return sentences about modules that were not targeted, and about what factors rest on.
+
+    The latter are square roots that needed the fallback, and calibration text that is short for a module or an expert.
+    """
     notes = []
     for reason in dict.fromkeys(skipped.reason for skipped in targets.skipped):
         those = [skipped for skipped in targets.skipped if skipped.reason == reason]
@@ -73,7 +77,12 @@ def preparation_notes(targets: Targets, store: FactorStore) -> list[str]:
     eigen = [t.name for t, how in made.items() if "eigen" in (how.get("square_root"), how.get("output_root"))]
     if eigen:
         notes.append(f"square root by eigen-decomposition for {len(eigen)} modules, e.g. {eigen[0]}")
-    short = [target.name for target, how in made.items() if int(how.get("tokens", sys.maxsize)) < target.shape[1]]
+    rows = {target: int(how["rows"]) for target, how in made.items() if "rows" in how}
+    short = [
+        target.name
+        for target, how in made.items()
+        if target not in rows and int(how.get("tokens", sys.maxsize)) < target.shape[1]
+    ]
     if short:
         notes.append(f"fewer calibration tokens than inputs for {len(short)} modules, e.g. {short[0]}")
-    return notes
+    return notes + Reached.of(rows).sentences()

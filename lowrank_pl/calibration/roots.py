@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_pl.calibration.statistics import Statistics, statistics_of_factors
+from lowrank_pl.calibration.experts import ROUTING_WEIGHT, ExpertMeans
+from lowrank_pl.calibration.statistics import MEASURES, Statistics, statistics_of_factors
 from lowrank_pl.factors.decomposition import SquareRoot, diagonal_root, square_root
 from lowrank_pl.factors.rounding import Metric
 from lowrank_pl.factors.settings import Decomposition, Statistic
@@ -22,6 +23,11 @@ __all__ = ["Roots"]
 
 class Roots:
     """The square roots that a decomposition weights by, from statistics that are collected when they are missing.
+
+    What an expert adds to the loss is a sum over the tokens that are routed to it. With gradients, the moment of its
+    inputs is a mean over these tokens and that of its gradients one over all tokens, so that their product has the
+    fraction of the tokens once. Without gradients the inputs are weighted by the router, and their mean is over all
+    tokens. Where an expert saw few tokens, ``lowrank_pl.calibration.experts`` says what stands in for its means.
 
     Args:
         settings: How to decompose.
@@ -44,6 +50,8 @@ class Roots:
         self._compressed: dict[Statistic, TensorStore] = {}
         if compressed is not None:
             self._compressed = compressed.stores(settings.needs, todo, settings.labels)
+        self._of_experts = {target.name: target for target in todo if target.experts}
+        self._means = ExpertMeans(statistics.model, device)
 
     @classmethod
     def of_factors(
@@ -77,10 +85,10 @@ class Roots:
     def _of_inputs(self, target: Target) -> SquareRoot | None:
         damping = self.settings.damping
         if self.settings.kind == "asvd":
-            mean = self._dense["inputs"].read(target.group, "mean_absolute").to(self.device)
+            mean = self._read(self._dense, "inputs", target.group, "mean_absolute", target)
             return _located(lambda: diagonal_root(mean**self.settings.alpha, damping=damping), "input", target.group)
         if self.settings.kind == "fwsvd" and self.settings.fisher_side == "inputs":
-            squares = self._dense["weight_fisher"].read(target.name, "inputs").to(self.device)
+            squares = self._read(self._dense, "weight_fisher", target.name, "inputs", target)
             return _located(lambda: diagonal_root(squares.sqrt(), damping=damping), "input", target.name)
         moment = self.moment_of_inputs(target)
         return None if moment is None else _located(lambda: square_root(moment, damping=damping), "input", target.group)
@@ -96,42 +104,73 @@ class Roots:
     def moment_of_inputs(self, target: Target) -> Tensor | None:
         """Return the second moment ``[in, in]`` that weights the inputs of ``target``; None where none does."""
         if "weighted_moments" in self._dense:
-            return self._moment("weighted_moments", target.name, "inputs")
+            return self._moment("weighted_moments", target.name, "inputs", target)
         if "inputs" in self._dense:
-            return self._moment("inputs", target.group, "second_moment")
+            return self._moment("inputs", target.group, "second_moment", target)
         return None
 
     def of_outputs(self, name: str) -> SquareRoot | None:
         """Return the root that weights the outputs of module ``name``; None where none does."""
-        damping = self.settings.output_damping
+        damping, expert = self.settings.output_damping, self._of_experts.get(name)
         if "weighted_moments" in self._dense:
-            moment = self._moment("weighted_moments", name, "outputs")
+            moment = self._moment("weighted_moments", name, "outputs", expert)
         elif "output_gradients" in self._dense:
-            moment = self._moment("output_gradients", name, "second_moment")
+            moment = self._moment("output_gradients", name, "second_moment", expert)
         elif "weight_fisher" in self._dense and self.settings.fisher_side == "outputs":
-            squares = self._dense["weight_fisher"].read(name, "outputs").to(self.device)
+            squares = self._read(self._dense, "weight_fisher", name, "outputs", expert)
             return _located(lambda: diagonal_root(squares.sqrt(), damping=damping), "output", name)
         else:
             return None
         return _located(lambda: square_root(moment, damping=damping), "output", name)
 
-    def _moment(self, statistic: Statistic, name: str, tensor: str) -> Tensor:
+    def _moment(self, statistic: Statistic, entry: str, tensor: str, target: Target | None) -> Tensor:
         """Return a moment of the dense model, or the weighted mean of it and that of the compressed model."""
-        moment = self._dense[statistic].read(name, tensor).to(self.device)
+        moment = self._read(self._dense, statistic, entry, tensor, target)
         if statistic not in self._compressed:
             return moment
-        other = self._compressed[statistic].read(name, tensor).to(self.device)
+        other = self._read(self._compressed, statistic, entry, tensor, target)
         return torch.lerp(moment.double(), other.double(), self.settings.at_weight)
 
+    def _read(
+        self,
+        stores: Mapping[Statistic, TensorStore],
+        statistic: Statistic,
+        entry: str,
+        tensor: str,
+        target: Target | None,
+    ) -> Tensor:
+        """Return a statistic: of an expert's layer ``target`` one that is shrunk and scaled, of others as it is."""
+        store = stores[statistic]
+        if target is None or not target.experts:
+            return store.read(entry, tensor).to(self.device)
+        kind, side = MEASURES[statistic], target.shape["inputs" in (statistic, tensor)]
+        size = 1 if statistic == "weight_fisher" or tensor == "mean_absolute" else side
+        found = self._means.of(kind, store, target, tensor, size)
+        if (statistic, tensor) == ("weighted_moments", "inputs"):
+            return found.mean
+        if statistic == "inputs" and "output_gradients" in stores:
+            # A token's gradient has the router's weight as a factor, so tokens weigh by its square on this side too.
+            weight = self._means.of(kind, store, target, ROUTING_WEIGHT, size).mean
+            return found.mean / weight.clamp_min(torch.finfo(torch.float64).tiny)
+        return found.mean * found.share
+
     def notes(self, target: Target, inputs: SquareRoot | None, outputs: SquareRoot | None) -> dict[str, str]:
-        """Return what to note beside the factors of ``target``: the kinds of its roots, and their tokens."""
+        """Return what to note beside the factors of ``target``: the kinds of its roots, and their tokens.
+
+        Of an expert there is also ``rows``, how many of the tokens it saw.
+        """
         notes: dict[str, str] = {}
         if inputs is not None:
             notes["square_root"] = inputs.kind
         if "weighted_moments" in self._dense:
-            notes["tokens"] = self._dense["weighted_moments"].notes(target.name)["tokens"]
+            measured = self._dense["weighted_moments"].notes(target.name)
+        elif "weight_fisher" in self._dense:
+            measured = self._dense["weight_fisher"].notes(target.name)
         elif inputs is not None and "inputs" in self._dense:
-            notes["tokens"] = self._dense["inputs"].notes(target.group)["tokens"]
+            measured = self._dense["inputs"].notes(target.group)
+        else:
+            measured = {}
+        notes |= {key: measured[key] for key in ("tokens", "rows") if key in measured}
         if outputs is not None:
             notes["output_root"] = outputs.kind
         return notes

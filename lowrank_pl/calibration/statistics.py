@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.blockwise import BlockwiseBackward, Extent, pass_through_blocks
 from lowrank_pl.calibration.embedding_moments import EmbeddingMoments, PlainEmbeddingMoments
+from lowrank_pl.calibration.experts import with_other_experts
 from lowrank_pl.calibration.gradients import GradientMoments, WeightFisher, WeightGradients, collect_gradients
 from lowrank_pl.calibration.input_moments import InputMoments, collect_input_moments
 from lowrank_pl.calibration.measures import GradientMeasure, Measure, Passes
@@ -31,7 +32,7 @@ from lowrank_pl.utils.environment import free_memory
 from lowrank_pl.utils.files import cache_root
 from lowrank_pl.utils.tensor_store import TensorStore, read_manifest, total_seconds
 
-__all__ = ["SHARE", "Statistics", "block_groups", "packed", "statistics_of_factors"]
+__all__ = ["MEASURES", "SHARE", "Statistics", "block_groups", "packed", "statistics_of_factors"]
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ _SOURCE = ("model", "config", "tokenizer", "text")
 _DERIVED = ("correction", "refit")
 """The steps, by their names in fingerprints, that make factors of other factors."""
 
-_MEASURES: dict[Statistic, type[Measure]] = {
+MEASURES: dict[Statistic, type[Measure]] = {
     "inputs": InputMoments,
     "output_gradients": GradientMoments,
     "weighted_moments": WeightedMoments,
@@ -142,9 +143,13 @@ class Statistics:
 
     def missing(self, statistic: Statistic, targets: Sequence[Target], labels: Labels) -> list[Target]:
         """Return the ``targets`` whose ``statistic`` has not been measured yet."""
-        kind = _MEASURES[statistic]
+        kind = MEASURES[statistic]
         store = self._store(kind, labels)
-        return [target for target in targets if kind.key(target) not in store]
+        return [target for target in self._measured_for(kind, targets) if kind.key(target) not in store]
+
+    def _measured_for(self, kind: type[Measure], targets: Sequence[Target]) -> Sequence[Target]:
+        """Return the layers to measure for ``targets``."""
+        return with_other_experts(targets, self.model) if kind.shrinks_experts else targets
 
     def collect(
         self,
@@ -167,9 +172,9 @@ class Statistics:
         Raises:
             ValueError: The statistics of a compressed model are missing, or an input or a gradient is not finite.
         """
-        kind = _MEASURES[statistic]
+        kind = MEASURES[statistic]
         store = self._store(kind, labels)
-        keys = {target: kind.key(target) for target in targets}
+        keys = {target: kind.key(target) for target in self._measured_for(kind, targets)}
         with store.filling(keys.values()) as missing:
             if missing and not self.can_collect:
                 raise ValueError(
@@ -178,7 +183,8 @@ class Statistics:
                     "(at_keep)"
                 )
             # The first of the layers that share an entry stands for all of them.
-            first = {key: target for target, key in reversed(keys.items()) if key in set(missing)}
+            absent = set(missing)
+            first = {key: target for target, key in reversed(keys.items()) if key in absent}
             todo = [target for target, key in keys.items() if first.get(key) is target]
             if todo:
                 _Filling(self, kind, store, labels).fill(todo, backward)
@@ -201,7 +207,7 @@ class Statistics:
         Missing statistics are collected. Arguments are those of ``stores``.
         """
         return total_seconds(
-            store.seconds({_MEASURES[need].key(target) for target in targets})
+            store.seconds({MEASURES[need].key(target) for target in targets})
             for need, store in self.stores(needs, targets, labels).items()
         )
 

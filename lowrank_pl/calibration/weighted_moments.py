@@ -34,10 +34,12 @@ class WeightedMoments(GradientMeasure):
 
     Args:
         shape: ``(out, in)`` of the weight.
+        routed: Whether the layer belongs to an expert, which sees some of the tokens.
         device: Where the sums are.
 
     Attributes:
-        tokens: How many tokens had a label.
+        tokens: How many tokens had a label, whether or not the layer saw them.
+        rows: How many of them an expert saw: those with a gradient.
 
     Example:
         >>> moments = WeightedMoments((1, 1))
@@ -48,10 +50,12 @@ class WeightedMoments(GradientMeasure):
     """
 
     folder = "weighted_moments"
+    shrinks_experts = True
 
-    def __init__(self, shape: tuple[int, int], *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, shape: tuple[int, int], *, routed: bool = False, device: torch.device | str = "cpu") -> None:
         self._outputs, self._inputs = (SymmetricSum(size, device=device) for size in shape)
-        self.tokens = 0
+        self.tokens = self.rows = 0
+        self._routed = routed
 
     @classmethod
     def bytes_of(cls, target: Target, passes: Passes) -> int:
@@ -61,7 +65,7 @@ class WeightedMoments(GradientMeasure):
     @classmethod
     def empty(cls, target: Target, passes: Passes, device: torch.device) -> WeightedMoments:
         """Return the moments of ``target`` before the first batch."""
-        return cls(target.shape, device=device)
+        return cls(target.shape, routed=bool(target.experts), device=device)
 
     def add(self, calls: Sequence[Call], batch: Batch) -> None:
         """Add the inputs and gradients of one batch."""
@@ -72,6 +76,8 @@ class WeightedMoments(GradientMeasure):
             # A token without a gradient contributes nothing.
             self._outputs.add(gradients * torch.where(roots > 0, 1 / roots, 0.0), "the gradients hold")
             self._inputs.add(rows_of(call.inputs) * roots, "the inputs hold")
+            if self._routed:
+                self.rows += int(norms.count_nonzero())
         self.tokens += batch.labels
 
     def merge_processes(self) -> None:
@@ -79,6 +85,7 @@ class WeightedMoments(GradientMeasure):
         self._inputs.merge_processes()
         self._outputs.merge_processes()
         self.tokens = total_across_processes(self.tokens)
+        self.rows = total_across_processes(self.rows)
 
     @property
     def inputs(self) -> Tensor:
@@ -95,8 +102,8 @@ class WeightedMoments(GradientMeasure):
         return {"inputs": compact(self.inputs), "outputs": compact(self.outputs)}
 
     def notes(self) -> dict[str, str]:
-        """Return how many tokens had a label."""
-        return {"tokens": str(self.tokens)}
+        """Return how many tokens had a label, and how many of them an expert saw."""
+        return {"tokens": str(self.tokens), **({"rows": str(self.rows)} if self._routed else {})}
 
 
 class TokenNorms(GradientMeasure):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -115,12 +116,13 @@ def _second_moments(
     """Return sums of second moments of the ``sides`` ``(out, in)`` of each target (``SymmetricSum``)."""
     found = _Sums.of(name, kind, run)
     shapes = {kind.key(target): target.shape for target in run.model.modules}
+    shares = {kind.key(target): run.model.share(target) for target in run.model.modules}
     widest = max(max(sides(shape)) for shape in shapes.values())
     return replace(
         found,
         # Half of each matrix is summed, in float64; all of it is stored, in float32.
         stored={entry: 4.0 * sum(side**2 for side in sides(shape)) for entry, shape in shapes.items()},
-        multiply_adds=found.total / 8,
+        multiply_adds=sum(size * shares[entry] for entry, size in found.sizes.items()) / 8,
         product=4.0 * _BAND * widest**2,
         # Before it is stored there are the whole matrix in float64 and its mean.
         moment=2 * 8.0 * widest**2,
@@ -200,7 +202,7 @@ def _weight_gradients(name: str, kind: type[Measure], run: Run) -> _Sums:
     """Return sums for which the gradient of every weight is computed."""
     # The gradient of a batch in float32, then in float64, and its squares.
     product = 20.0 * max(m * n for m, n in (target.shape for target in run.model.modules))
-    return replace(_Sums.of(name, kind, run), multiply_adds=float(run.model.targeted), product=product)
+    return replace(_Sums.of(name, kind, run), multiply_adds=run.model.targeted_for_a_token, product=product)
 
 
 def pruning_phases(run: Run) -> list[Phase]:
@@ -340,7 +342,7 @@ def _whole_pass(run: Run) -> dict[str, float]:
     model, length = run.model, run.work.preparation.calibration.length
     kept = model.activations
     per_token = kept.kept_with_outputs
-    outputs = sum(target.shape[0] for target in model.modules) * float(model.itemsize)
+    outputs = sum(model.share(target) * target.shape[0] for target in model.modules) * float(model.itemsize)
     if run.work.preparation.gradient_checkpointing:
         # Each block's input and what is watched stay; all activations are there of one block at a time.
         per_token = len(model.blocks) * model.hidden * model.itemsize + kept.kept_with_outputs / len(model.blocks)
@@ -418,12 +420,24 @@ def decomposition_phase(run: Run) -> Phase:
         most = max(most, 4.0 * rows * width + 24.0 * min(rows, _TALL) * width + 8.0 * _ROOTS * width**2)
         products += 2 * rows * width**2
         svd += width**3
+    # Moments of experts are read once more for their mean over a block, which stays while the block is decomposed.
+    of_experts = {
+        target: some * target.shape[1] ** 2 + both * target.shape[0] ** 2 for target in model.modules if target.experts
+    }
+    moments += 4.0 * sum(of_experts.values())
+    means: Counter[int] = Counter()
+    for target, size in of_experts.items():
+        if target == target.of_expert(0):
+            means[target.block] += 8 * size
     # Where processes share the layers out, each reads its own once more.
     again = model.targeted * model.itemsize if preparation.by_block and run.machine.processes > 1 else 0.0
     work: dict[WorkKind, float] = {
         "float64": times * (products + roots), "svd": times * svd, "disk": times * moments + again,
     }  # fmt: skip
-    device, host = _placed(run, {**_weights(run), "roots and decomposition of a module": most})
+    at_once = {"roots and decomposition of a module": most}
+    if means:
+        at_once["means of a block's experts"] = float(max(means.values()))
+    device, host = _placed(run, {**_weights(run), **at_once})
     host["a file being written"] = _SAVING * max(factor_bytes([shape]) for shape in model.shapes)
     return Phase(
         "decomposition", device, host,

@@ -139,9 +139,10 @@ def print_forecast(
         work = replace(work, preparation=replace(work.preparation, by_block=False))
     found = estimate(Run(model, work, machine, program=resident_memory()))
     speeds = probe(base, model, device=machine.device, length=length) if machine.here else None
+    used = f", {(model.parameters - sum(model.idle)) / 1e9:,.2f} of them for a token" if any(model.idle) else ""
     title = (
-        f"{base.name}: {model.parameters / 1e9:,.2f} billion parameters in {base.dtype}, {len(model.shapes)} targets; "
-        f"{machine.describe()}"
+        f"{base.name}: {model.parameters / 1e9:,.2f} billion parameters{used} in {base.dtype}, {len(model.shapes):,} "
+        f"targets; {machine.describe()}"
     )
     notes = [*([] if speeds is None else [f"time: {speeds.source}"]), *found.notes]
     parts = [title, found.phase_table(speeds), found.part_table(), "\n".join(notes), _summary(found, speeds)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 from lowrank_pl.costs.estimate import Phase, WorkKind
@@ -46,15 +46,17 @@ class _Layers:
     Args:
         factors: Numbers in both factors.
         largest: Numbers in the factors and the dense weight of the largest layer.
-        active: Numbers in the parts of the factors that every token is multiplied by.
-        active_components: Components that every token is multiplied by.
+        multiplied: Numbers in both factors of the layers that a token sees.
+        active: Numbers in the parts of the factors that a token is multiplied by.
+        active_components: Components that a token is multiplied by.
         components: All components.
     """
 
     factors: int
     largest: int
-    active: int
-    active_components: int
+    multiplied: float
+    active: float
+    active_components: float
     components: int
 
     @classmethod
@@ -67,8 +69,9 @@ class _Layers:
         return cls(
             factors=sum(factors.values()),
             largest=max(factors[target] + target.shape[0] * target.shape[1] for target in sides),
-            active=sum(active[target] * side for target, side in sides.items()),
-            active_components=sum(active.values()),
+            multiplied=sum(model.share(target) * size for target, size in factors.items()),
+            active=sum(model.share(target) * active[target] * side for target, side in sides.items()),
+            active_components=sum(model.share(target) * components for target, components in active.items()),
             components=sum(stored.values()),
         )
 
@@ -117,8 +120,8 @@ def _activations(model: ModelSizes, learner: Learner, layers: _Layers) -> float:
 def _multiply_adds(model: ModelSizes, learner: Learner, layers: _Layers) -> float:
     """Return those of a token of a step: forward, back to the inputs, and the gradients of inactive gates."""
     dense, step = model.multiply_adds, learner.step
-    masked = dense - model.targeted + layers.active
-    inactive = (layers.factors - layers.active) / step.inactive_gate_stride
+    masked = dense - model.targeted_for_a_token + layers.active
+    inactive = (layers.multiplied - layers.active) / step.inactive_gate_stride
     return (2 + step.gradient_checkpointing) * masked + inactive + dense * step.teacher
 
 
@@ -148,12 +151,12 @@ def refit_phase(run: Run) -> Phase:
         "inputs of a block's layers": float(tokens * _inputs_of_a_block(model) * model.itemsize),
     }
     # Where tokens weigh differently for each layer, layers that share an input have moments of their own.
-    own = [target.shape[1] for target in model.modules]
-    widths = own if run.work.preparation.weighs_tokens else model.input_widths.values()
+    groups = {target.group: target for target in model.modules}.values()
+    measured = model.modules if run.work.preparation.weighs_tokens else groups
     work: dict[WorkKind, float] = {
         "model": (refits.count * _REFIT_PASSES + refits.joint_passes * _JOINT_PASS)
         * float(tokens * model.multiply_adds),
-        "float32": refits.count * tokens * 3.0 * sum(width**2 for width in widths),
+        "float32": refits.count * tokens * 3.0 * sum(model.share(target) * target.shape[1] ** 2 for target in measured),
         # Three weighings a decomposition: without text held back, with it, and as the plan has it.
         "svd": refits.count * 3.0 * sum(m * n * min(m, n) for m, n in (target.shape for target in model.modules)),
     }
@@ -167,11 +170,11 @@ def refit_phase(run: Run) -> Phase:
     )
 
 
-def _inputs_of_a_block(model: ModelSizes) -> int:
+def _inputs_of_a_block(model: ModelSizes) -> float:
     """Return how many numbers a token has in all inputs of the widest block's layers."""
-    widths: Counter[int] = Counter()
+    widths: defaultdict[int, float] = defaultdict(float)
     for target in {target.group: target for target in model.modules}.values():
-        widths[target.block] += target.shape[1]
+        widths[target.block] += model.share(target) * target.shape[1]
     return max(widths.values())
 
 

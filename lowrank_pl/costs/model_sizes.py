@@ -6,18 +6,22 @@ pass are therefore counted by the code that a real run executes, for every model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lowrank_pl.models.base import Base, pop_shapes, read_config, resolve_base
+from lowrank_pl.models.hf_experts import SplitExperts, is_fused, split_experts, split_modules
 from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.shapes import random_blocks, whole_config
 from lowrank_pl.models.targets import EmbeddingTarget, Target, decoder_blocks, first_argument
@@ -25,6 +29,8 @@ from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.plans.constraints import Constraints
 
 __all__ = ["Activations", "ModelSizes", "config_of", "model_sizes"]
+
+_log = logging.getLogger(__name__)
 
 SHAPES_FORM = "shapes"
 """``shapes:NAME`` stands for a whole large model by name, of which only the shapes exist."""
@@ -59,6 +65,8 @@ class ModelSizes:
         activations: Bytes a token of activations.
         packed: Whether the weights are in a GGUF file, which is unpacked to float32 while it is loaded.
         embeddings: Embeddings and head, as far as they are targets.
+        idle: Parameters of each block that a token isn't multiplied by: those of the experts that it isn't routed to.
+        shares: The fraction of the tokens that an expert sees, by the name of its module of experts.
     """
 
     itemsize: int
@@ -70,6 +78,8 @@ class ModelSizes:
     activations: Activations
     packed: bool = False
     embeddings: tuple[EmbeddingTarget, ...] = ()
+    idle: tuple[int, ...] = ()
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -94,7 +104,16 @@ class ModelSizes:
     @property
     def multiply_adds(self) -> int:
         """Multiply-adds of one token's forward pass: blocks and head, without the attention between tokens."""
-        return sum(self.blocks) + self.vocabulary * self.hidden
+        return sum(self.blocks) - sum(self.idle) + self.vocabulary * self.hidden
+
+    def share(self, target: Target) -> float:
+        """Return the fraction of the tokens that ``target`` sees: all, unless it belongs to an expert."""
+        return self.shares.get(target.experts, 1.0)
+
+    @property
+    def targeted_for_a_token(self) -> float:
+        """Parameters of the targets that a token is multiplied by."""
+        return sum(self.share(target) * target.shape[0] * target.shape[1] for target in self.modules)
 
     @property
     def input_widths(self) -> dict[str, int]:
@@ -116,7 +135,8 @@ def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Con
         constraints: Which linear layers are targets.
 
     Raises:
-        ValueError: The base doesn't exist, its configuration can't be read, or no target is left.
+        ValueError: The base doesn't exist, its configuration can't be read, no target is left, or the model's code
+            computes sizes from the values of tensors.
 
     Example:
         >>> found = model_sizes(Base("shapes:llama-3-70b", dtype="bfloat16"), length=16)
@@ -125,27 +145,182 @@ def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Con
     """
     config = config_of(base)
     shapes = pop_shapes(config)
-    with FakeTensorMode():
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=base.torch_dtype, trust_remote_code=base.trust_remote_code
-        )
-        reshape(made, shapes)
-        model = made.eval().requires_grad_(False)
-        found = constraints.targets(model)
-        targets = found.modules
+    with FakeTensorMode(), _values_are_not_asked_for(base):
+        try:
+            made = _Made(base, config, shapes, constraints)
+        except ValueError:
+            # Some patterns name experts by their number.
+            made = _Made(base, config, shapes, constraints, every_expert=True)
+        model, mixtures = made.model, made.mixtures
         head: Any = model.get_output_embeddings().weight
-        activations = _activations(model, targets, torch.zeros(1, length, dtype=torch.long))
+        activations = _activations(model, made.targets, torch.zeros(1, length, dtype=torch.long))
+    prefix, blocks = decoder_blocks(model)
+    sizes, idle = [sum(p.numel() for p in block.parameters()) for block in blocks], [0] * len(blocks)
+    for name, mixture in mixtures.items():
+        block = int(name.removeprefix(f"{prefix}.").partition(".")[0])
+        sizes[block] += mixture.parameters - sum(p.numel() for p in mixture.split.parameters())
+        idle[block] += round((1 - mixture.share) * mixture.parameters)
     return ModelSizes(
         itemsize=base.torch_dtype.itemsize,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        blocks=tuple(sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)[1]),
-        modules=targets,
+        parameters=sum(sizes) + _outside(model),
+        blocks=tuple(sizes),
+        modules=tuple(made.all_targets()),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.shape[0],
         activations=activations,
         packed=not base.name.startswith(f"{SHAPES_FORM}:") and resolve_base(base.name).gguf_file is not None,
-        embeddings=found.embeddings,
+        embeddings=made.embeddings,
+        idle=tuple(idle),
+        shares={name: mixture.share for name, mixture in mixtures.items()},
     )
+
+
+@contextmanager
+def _values_are_not_asked_for(base: Base) -> Iterator[None]:
+    """Explain an error of a model whose code needs the values of tensors, as JetMoE's routers do."""
+    try:
+        yield
+    except DataDependentOutputException as error:
+        raise ValueError(
+            f"the needs of {base.name} can't be forecast: its code asks for the values of tensors ({error}), and no "
+            "weight is read for a forecast"
+        ) from error
+
+
+def _outside(model: PreTrainedModel) -> int:
+    """Return the number of parameters outside the decoder blocks."""
+    inside = {id(parameter) for parameter in decoder_blocks(model)[1].parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+
+
+class _Made:
+    """A model whose tensors have no values, and its targets.
+
+    A mixture of hundreds of experts would take minutes to make and to run one by one. They are all alike, so one stands
+    for all of them, unless ``every_expert`` is asked for.
+
+    Args:
+        base: Its name, type and code.
+        config: Its configuration.
+        shapes: Layers of other shapes than the configuration says.
+        constraints: Which linear layers are targets.
+        every_expert: Whether to make all experts.
+
+    Attributes:
+        model: The model.
+        mixtures: Its mixtures, by the names of their modules of experts.
+        targets: The targets in it.
+        embeddings: Embeddings and head, as far as they are targets.
+
+    Raises:
+        ValueError: No target is left, or a pattern distinguishes between experts where one stands for all.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        config: PreTrainedConfig,
+        shapes: dict[str, list[int]],
+        constraints: Constraints,
+        *,
+        every_expert: bool = False,
+    ) -> None:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=base.torch_dtype, trust_remote_code=base.trust_remote_code
+        )
+        self.model = model.eval().requires_grad_(False)
+        self.mixtures = _split(model, every_expert)
+        reshape(model, shapes)
+        found = constraints.targets(model)
+        self.targets, self.embeddings = found.modules, found.embeddings
+        patterns = [*constraints.include, *constraints.exclude]
+        for target in self.targets:
+            if target.experts and not every_expert:
+                last = target.of_expert(self.mixtures[target.experts].count - 1)
+                if any(_matches(target, pattern) != _matches(last, pattern) for pattern in patterns):
+                    raise ValueError(f"patterns distinguish between {target.name} and {last.name}")
+
+    def all_targets(self) -> Iterator[Target]:
+        """Yield the targets of the model with all experts."""
+        for experts, members in groupby(self.targets, key=lambda target: target.experts):
+            layers = list(members)
+            mixture = self.mixtures.get(experts)
+            if mixture is None or len(mixture.split) == mixture.count:
+                yield from layers
+            else:
+                yield from (layer.of_expert(number) for number in range(mixture.count) for layer in layers)
+
+
+def _matches(target: Target, pattern: str) -> bool:
+    return fnmatchcase(target.name, pattern) or fnmatchcase(target.kind, pattern)
+
+
+class _Mixture:
+    """A mixture whose first expert computes as many rows as all experts together.
+
+    Which rows an expert gets depends on numbers, and tensors here have none.
+
+    Args:
+        split: The experts that were made.
+        count: How many there are.
+        parameters: Parameters of all of them.
+        chosen: How many of them a token is routed to, for families whose experts don't hear of it.
+    """
+
+    def __init__(self, split: SplitExperts, count: int, parameters: int, chosen: int) -> None:
+        self.split, self.count, self.parameters, self.chosen = split, count, parameters, chosen
+        split.forward = self.forward
+
+    @property
+    def share(self) -> float:
+        """The fraction of the tokens that an expert sees."""
+        return self.chosen / self.count
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return outputs of the shape that the experts of the family return."""
+        outputs = self._outputs(hidden, *args, **kwargs)
+        if SplitExperts.every:
+            for expert in list(self.split)[1:]:
+                expert(hidden[:0])
+        return outputs
+
+    def _outputs(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        first = self.split[0]
+        if not args and not kwargs:
+            # Llama 4 has a row of every token for every expert.
+            outputs: Tensor = first(hidden[: len(hidden) // self.count * self.chosen])
+            places = torch.zeros(len(outputs), dtype=torch.long, device=hidden.device)
+            return torch.zeros_like(hidden).index_copy(0, places, outputs)
+        index, weights = (*args, *kwargs.values())
+        self.chosen = index.shape[-1]
+        rows = hidden[:, None].expand(-1, self.chosen, -1).reshape(-1, hidden.shape[-1])
+        outputs = first(rows) * weights.reshape(-1, 1)
+        return outputs.view(*index.shape, -1).sum(dim=-2)
+
+
+def _split(model: PreTrainedModel, every_expert: bool) -> dict[str, _Mixture]:
+    """Split the fused experts of ``model``, of which one stays, and return the mixtures; none of an unknown layout."""
+    counts, sizes, whole = {}, {}, []
+    for name, module in model.named_modules():
+        if is_fused(module):
+            own: Any = module
+            parameters = dict(module.named_parameters(recurse=False))
+            whole.append((own, parameters, own.num_experts))
+            counts[name], sizes[name] = own.num_experts, sum(one.numel() for one in parameters.values())
+            if not every_expert:
+                own.num_experts = 1
+                for key, parameter in parameters.items():
+                    own._parameters[key] = nn.Parameter(parameter[:1], requires_grad=False)
+    try:
+        split_experts(model, check=False)
+    except ValueError as error:
+        _log.warning("experts stay fused: %s", error)
+        for own, parameters, count in whole:
+            own.num_experts = count
+            own._parameters.update(parameters)
+        return {}
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    return {name: _Mixture(split, counts[name], sizes[name], chosen) for name, split in split_modules(model)}
 
 
 def config_of(base: Base) -> PreTrainedConfig:

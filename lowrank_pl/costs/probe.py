@@ -78,7 +78,8 @@ def _block(base: Base, model: ModelSizes, device: str, length: int) -> float:
     # Memory as it comes may hold numbers that slow arithmetic down.
     for tensor in (*made.parameters(), *made.buffers()):
         tensor.fill_(0.01 if tensor.is_floating_point() else 0)
-    count = _tokens(model.blocks[0], length)
+    used = model.blocks[0] - (model.idle[0] if model.idle else 0)
+    count = _tokens(used, length)
     tokens = torch.zeros(1, count, dtype=torch.long, device=device)
     with torch.enable_grad():
         embedded = made.get_input_embeddings()(tokens).detach().requires_grad_()
@@ -86,7 +87,7 @@ def _block(base: Base, model: ModelSizes, device: str, length: int) -> float:
         def step() -> None:
             made(inputs_embeds=embedded, use_cache=False).logits.float().sum().backward()
 
-        return 2 * count * model.blocks[0] / timed(step, device)[1]
+        return 2 * count * used / timed(step, device)[1]
 
 
 def _product(base: Base, model: ModelSizes, device: str, length: int) -> float:

@@ -41,6 +41,7 @@ __all__ = [
     "pop_shapes",
     "read_config",
     "resolve_base",
+    "split_known_experts",
     "stored_dtype",
 ]
 
@@ -140,11 +141,11 @@ def load_base(base: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
         model = _load_gguf(spec, dtype)
     else:
         model = _load_checkpoint(spec, dtype, trust_remote_code)
-    _split(model)
+    split_known_experts(model)
     return model.eval().requires_grad_(False)
 
 
-def _split(model: PreTrainedModel) -> None:
+def split_known_experts(model: PreTrainedModel) -> None:
     """Split fused experts into linear layers; experts of an unknown layout stay fused, and so dense, with a warning."""
     try:
         split = split_experts(model)

@@ -143,6 +143,10 @@ class SplitExperts(nn.ModuleList):
     def _split(self, fused: Fused) -> list[nn.Module]:
         raise NotImplementedError
 
+    def parts(self, name: str, stored: Tensor) -> dict[str, Tensor]:
+        """Return the parameters of an expert by name, from its part ``stored`` of the fused parameter ``name``."""
+        raise NotImplementedError
+
     def _parameters_of_fused(self) -> dict[str, list[Tensor]]:
         raise NotImplementedError
 
@@ -196,6 +200,15 @@ class RoutedExperts(SplitExperts):
             experts.append(Expert(fused, **layers, down_proj=_linear(fused.matrix(down), down_bias)))
         return experts
 
+    def parts(self, name: str, stored: Tensor) -> dict[str, Tensor]:
+        """Return the parameters of an expert by name, from its part ``stored`` of the fused parameter ``name``."""
+        layer = name.removesuffix("_bias")
+        kind, value = ("weight", self.fused.matrix(stored)) if layer == name else ("bias", stored)
+        if not self.fused.gated or layer == "down_proj":
+            return {f"{layer}.{kind}": value}
+        gate, up = self.fused.parted(value)
+        return {f"gate_proj.{kind}": gate, f"up_proj.{kind}": up}
+
     def _parameters_of_fused(self) -> dict[str, list[Tensor]]:
         fused, parts = self.fused, dict[str, list[Tensor]]()
         experts: list[Any] = list(self)
@@ -206,8 +219,9 @@ class RoutedExperts(SplitExperts):
                 gate = expert.gate_proj
                 weight = fused.joined(gate.weight, weight, dim=0)
                 bias = None if bias is None else fused.joined(gate.bias, bias, dim=0)
-            values = {fused.first: fused.matrix(weight), "down_proj": fused.matrix(down.weight)}
-            values |= {f"{fused.first}_bias": bias, "down_proj_bias": down.bias}
+            # In the order of the families that have biases.
+            values = {fused.first: fused.matrix(weight), f"{fused.first}_bias": bias}
+            values |= {"down_proj": fused.matrix(down.weight), "down_proj_bias": down.bias}
             for name, value in values.items():
                 if value is not None:
                     parts.setdefault(name, []).append(value)
@@ -273,6 +287,10 @@ class SortedExperts(SplitExperts):
 
     def _split(self, fused: Fused) -> list[nn.Module]:
         return [_linear(weight, None) for weight in fused.take("weight")]
+
+    def parts(self, name: str, stored: Tensor) -> dict[str, Tensor]:
+        """Return the parameters of an expert by name, from its part ``stored`` of the fused parameter ``name``."""
+        return {name: stored}
 
     def _parameters_of_fused(self) -> dict[str, list[Tensor]]:
         layers: list[Any] = list(self)
@@ -362,10 +380,14 @@ def routers(model: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def split_experts(model: nn.Module) -> list[str]:
+def split_experts(model: nn.Module, *, check: bool = True) -> list[str]:
     """Split all fused experts of ``model`` into linear layers, in place, and return the names of their modules.
 
     The first module of each class is compared with the fused one on random inputs, unless it is on the meta device.
+
+    Args:
+        model: The model.
+        check: Whether to compare; tensors without values can't be compared.
 
     Raises:
         ValueError: The layout of some experts is not known, or separate layers do not compute what the fused ones
@@ -380,7 +402,7 @@ def split_experts(model: nn.Module) -> list[str]:
     tried: set[type[nn.Module]] = set()
     for name, module, kind in found:
         trial = None
-        if type(module) not in tried and not next(module.parameters(recurse=False)).is_meta:
+        if check and type(module) not in tried and not next(module.parameters(recurse=False)).is_meta:
             trial = _trial(module, kind)
         tried.add(type(module))
         split = kind(Fused(module)).train(module.training)

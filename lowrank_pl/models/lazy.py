@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -17,22 +19,58 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from lowrank_pl.models.base import pop_shapes, read_config, resolve_base
+from lowrank_pl.models.base import pop_shapes, read_config, resolve_base, split_known_experts
 from lowrank_pl.models.digests import check_files
 from lowrank_pl.models.forward import forward_until
+from lowrank_pl.models.hf_experts import SplitExperts, split_modules
 from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.targets import Targets, decoder_blocks, find_targets
 from lowrank_pl.utils.distributed import is_first
 
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter
+
 __all__ = ["Blocks", "NotBlockwiseError", "Shards", "Skeleton", "WholeModel", "explain_not_blockwise", "open_skeleton"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies.
+
+    Args:
+        file: The file.
+        key: Its name there.
+        expert: The row of it that is wanted, of a tensor that holds those of all experts; None for all of it.
+        take: What has to be done to the tensor.
+    """
+
+    file: str
+    key: str
+    expert: int | None = None
+    take: Callable[[Tensor], Tensor] | None = None
+
+    def read(self, part: tuple[slice, ...]) -> Tensor:
+        # Opened for each read: pages that were read count as memory while their file is open.
+        with safe_open(self.file, framework="pt") as shard:
+            if self.expert is None and self.take is None:
+                tensor: Tensor = shard.get_slice(self.key)[part] if part else shard.get_tensor(self.key)
+                return tensor
+            if self.expert is None:
+                tensor = shard.get_tensor(self.key)
+            else:
+                tensor = shard.get_slice(self.key)[self.expert : self.expert + 1][0]
+        tensor = tensor if self.take is None else self.take(tensor)
+        return tensor[part] if part else tensor
 
 
 class Shards:
     """The tensors in a checkpoint's safetensors files that a model loads unchanged, possibly under another name.
 
+    Tensors of experts may also be parts of fused ones, or be fused by transformers while it loads them.
+
     Args:
         path: Folder or hub id of the checkpoint.
-        model: The model that loads them; it needs no weights itself.
+        model: The model that loads them, with fused experts; it needs no weights itself.
 
     Attributes:
         shapes: Shape of each tensor, by its name in the model.
@@ -48,17 +86,96 @@ class Shards:
             with safe_open(file, framework="pt") as shard:
                 for key in sorted(shard.keys()):
                     shapes[key], files[key] = tuple(shard.get_slice(key).get_shape()), file
-        names = _names(files, model)
+        names, self._merged = _names(files, model)
         self.shapes = {name: shapes[key] for key, name in names.items()}
-        self._places = {name: (files[key], key) for key, name in names.items()}
+        self._places = {name: _Place(files[key], key) for key, name in names.items()}
+        self._in_files = {key: (_Place(files[key], key), shapes[key]) for key in files if key not in names}
+
+    def split_experts(self, model: PreTrainedModel) -> None:
+        """Find the parameters of the separate experts that ``model`` has by now.
+
+        Raises:
+            NotBlockwiseError: Transformers makes the fused parameters in a way that is not understood.
+        """
+        for module_name, module in split_modules(model):
+            inside = f"{module_name}."
+            fused = [name for name in self._places if name.startswith(inside) and "." not in name[len(inside) :]]
+            for name in fused:
+                self._split_fused(inside, module, name)
+            for name in [name for name in self._merged if name.startswith(inside)]:
+                self._find_sources(inside, module, name)
+
+    def _split_fused(self, inside: str, module: SplitExperts, name: str) -> None:
+        """Replace the fused parameter ``name`` of a ``module`` by its parts."""
+        place, shape = self._places.pop(name), self.shapes.pop(name)
+        fused = name.removeprefix(inside)
+        for part, found in module.parts(fused, torch.empty(shape[1:], device="meta")).items():
+
+            def take(stored: Tensor, part: str = part) -> Tensor:
+                return module.parts(fused, stored)[part]
+
+            for number in range(len(module)):
+                own = _name_of(inside, number, part)
+                self._places[own], self.shapes[own] = replace(place, expert=number, take=take), tuple(found.shape)
+
+    def _find_sources(self, inside: str, module: SplitExperts, name: str) -> None:
+        """Find the tensors that transformers puts together to the fused parameter ``name`` of a ``module``.
+
+        It is asked to do so with the numbers of one expert, among which those of each part are then found again.
+        """
+        merged = self._merged.pop(name)
+        samples: dict[str, Tensor] = {}
+        for pattern, keys in merged.sources.items():
+            # As many dimensions as in the files, and numbers of its own.
+            shape = (3, 5)[: len(self._in_files[keys[0]][1])] if keys else ()
+            samples[pattern] = 15 * len(samples) + torch.arange(math.prod(shape)).view(shape)
+        fused = name.removeprefix(inside)
+        for part, sample in module.parts(fused, merged.of_one_expert(samples)).items():
+            keys = next((merged.sources[key] for key, given in samples.items() if torch.equal(given, sample)), [])
+            if len(keys) != len(module):
+                raise NotBlockwiseError(f"transformers makes {name} of its files in a way that is not known")
+            for number, key in enumerate(keys):
+                own = _name_of(inside, number, part)
+                self._places[own], self.shapes[own] = self._in_files[key]
 
     def read(self, name: str, part: tuple[slice, ...] = ()) -> Tensor:
         """Return the tensor of the model's name ``name``, or a part of it, as a view of the file's pages."""
-        file, key = self._places[name]
-        # Opened for each read: pages that were read count as memory while their file is open.
-        with safe_open(file, framework="pt") as shard:
-            tensor: Tensor = shard.get_slice(key)[part] if part else shard.get_tensor(key)
-        return tensor
+        return self._places[name].read(part)
+
+
+def _name_of(inside: str, number: int, part: str) -> str:
+    """Return the name of the parameter ``part`` of expert ``number``."""
+    return f"{inside}{number}.{part}"
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """A parameter that transformers makes of several tensors.
+
+    Args:
+        converter: What makes it.
+        sources: The names of the tensors in the order of experts, by the pattern that they match.
+    """
+
+    converter: WeightConverter
+    sources: dict[str, list[str]]
+
+    def of_one_expert(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return what is made of the ``tensors`` of one expert, by pattern.
+
+        Raises:
+            NotBlockwiseError: It isn't one tensor, or the conversion needs more than these tensors.
+        """
+        made: dict[str, Any] = {pattern: [tensor] for pattern, tensor in tensors.items()}
+        patterns = {"source_patterns": [*tensors], "target_patterns": self.converter.target_patterns}
+        try:
+            for operation in self.converter.operations:
+                made = operation.convert(made, **patterns, full_layer_name="", model=None, config=None)
+            (found,) = made.values()
+            one: Tensor = found[0]
+        except Exception as error:  # The operations of transformers may need anything.
+            raise NotBlockwiseError(f"a conversion of its weights needs whole tensors: {_first_line(error)}") from error
+        return one
 
 
 def _files(path: str) -> list[str]:
@@ -69,22 +186,30 @@ def _files(path: str) -> list[str]:
         return list(get_checkpoint_shard_files(path, cached_file(path, SAFE_WEIGHTS_INDEX_NAME))[0])
 
 
-def _names(keys: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
-    """Return the model's names for the ``keys`` whose values transformers loads unchanged."""
+def _names(keys: Iterable[str], model: PreTrainedModel) -> tuple[dict[str, str], dict[str, _Merged]]:
+    """Return the model's names for the ``keys`` that transformers loads unchanged, and what it makes of the others."""
     # Not public: if a release lacks these functions, the caller has to load the whole model.
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
     known = model.state_dict()
     names: dict[str, str] = {}
-    for key in keys:
+    merged: dict[str, _Merged] = {}
+    # In the order in which transformers puts tensors together.
+    for key in sorted(keys, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
         if pattern is None:
             names[key] = name
-    return names
+        else:
+            converter = next(one for one in converters if pattern in one.source_patterns)
+            sources = merged.setdefault(
+                name, _Merged(converter, {pattern: [] for pattern in converter.source_patterns})
+            )
+            sources.sources[pattern].append(key)
+    return names, merged
 
 
 class NotBlockwiseError(Exception):
@@ -207,7 +332,9 @@ class Skeleton:
         try:
             for name in loaded:
                 # A copy, because pages of the file count as memory while a tensor refers to them.
-                weight = self.shards.read(name).to(self.device, self._parameters[name].dtype, copy=True)
+                weight = self.shards.read(name).to(
+                    self.device, self._parameters[name].dtype, copy=True, memory_format=torch.contiguous_format
+                )
                 self._put(name, nn.Parameter(weight, requires_grad=False))
             yield
         finally:
@@ -291,22 +418,25 @@ def open_skeleton(
     check_files(Path(spec.path))
     try:
         shapes = pop_shapes(config)
-        model = _on_meta(config, shapes, dtype, trust_remote_code)
+        model = _on_meta(config, dtype, trust_remote_code)
         shards = Shards(spec.path, model)
+        split_known_experts(model)
+        shards.split_experts(model)
+        reshape(model, shapes)
+    except NotBlockwiseError:
+        raise
     except Exception as error:  # The hub, safetensors and the code of the model raise exceptions of their own.
         raise NotBlockwiseError(_first_line(error)) from error
     _check_weights_are_stored(model, shards, dtype)
+    _load_buffers(model, shards, dtype)
     return Skeleton(model, shards, torch.device(device))
 
 
-def _on_meta(
-    config: PretrainedConfig, shapes: dict[str, list[int]], dtype: torch.dtype, trust_remote_code: bool
-) -> PreTrainedModel:
+def _on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        reshape(model, shapes)
     # Tied parameters were put on the meta device separately.
     model.tie_weights()
     return model.eval().requires_grad_(False)
@@ -317,14 +447,37 @@ def _check_weights_are_stored(model: PreTrainedModel, shards: Shards, dtype: tor
     for name, parameter in model.named_parameters():
         if shards.shapes.get(name) != tuple(parameter.shape):
             raise NotBlockwiseError(f"its files hold no {name} of shape {tuple(parameter.shape)}")
+    wide = _kept_wide(model, dtype)
+    stay = sorted({part for name, _ in model.named_parameters() for part in wide if part in name})
+    if stay:
+        raise NotBlockwiseError(f"its modules {', '.join(stay)} stay in float32")
+
+
+def _load_buffers(model: PreTrainedModel, shards: Shards, dtype: torch.dtype) -> None:
+    """Load the buffers that come from the files; they are small.
+
+    Raises:
+        NotBlockwiseError: The files hold no such buffer.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = [name for name in model.state_dict() if name not in parameters]
-    if buffers:
-        raise NotBlockwiseError(f"{buffers[0]} comes from its files, but is not a parameter")
-    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    wide = list(chain(*(getattr(model, name, None) or () for name in names)))
-    if wide and dtype != torch.float32:
-        raise NotBlockwiseError(f"its modules {', '.join(sorted(wide))} stay in float32")
+    wide = _kept_wide(model, dtype)
+    for name, buffer in model.state_dict().items():
+        if name in parameters:
+            continue
+        if shards.shapes.get(name) != tuple(buffer.shape):
+            raise NotBlockwiseError(f"its files hold no {name} of shape {tuple(buffer.shape)}")
+        kind = torch.float32 if any(part in name for part in wide) else buffer.dtype
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key] = shards.read(name).to(kind, copy=True)
+
+
+def _kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Return parts of the names of tensors that transformers keeps in float32 in a model of type ``dtype``."""
+    names = {
+        torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
+        torch.bfloat16: ("_keep_in_fp32_modules_strict",),
+    }
+    return list(chain(*(getattr(model, name, None) or () for name in names.get(dtype, ()))))
 
 
 def _first_line(error: Exception) -> str:

@@ -61,8 +61,9 @@ def whole_config(name: str) -> PreTrainedConfig:
     """
     kind, sizes = _known(name)
     blocks, vocabulary, tied = WHOLE[name]
+    whole = {**sizes, **UNLIKE.get(name, {})}
     return AutoConfig.for_model(
-        kind, num_hidden_layers=blocks, vocab_size=vocabulary, tie_word_embeddings=tied, **sizes
+        kind, num_hidden_layers=blocks, vocab_size=vocabulary, tie_word_embeddings=tied, **whole
     )
 
 
@@ -95,6 +96,7 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "granitemoe",
         _sizes(1024, 512, 16, 8, num_local_experts=32, num_experts_per_tok=8),
     ),
+    "mixtral-8x7b": ("mixtral", _sizes(4096, 14336, 32, 8, num_local_experts=8, num_experts_per_tok=2)),
     "qwen3-30b-a3b": (
         "qwen3_moe",
         _sizes(
@@ -109,6 +111,27 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             norm_topk_prob=True,
         ),
     ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        _sizes(
+            7168,
+            18432,
+            128,
+            128,
+            moe_intermediate_size=2048,
+            n_routed_experts=256,
+            num_experts_per_tok=8,
+            n_shared_experts=1,
+            n_group=8,
+            topk_group=4,
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            first_k_dense_replace=0,
+        ),
+    ),
 }
 """Model type and sizes of a block by name of the large model, as in ``layers:llama-3-8b``."""
 
@@ -121,6 +144,11 @@ WHOLE: Mapping[str, tuple[int, int, bool]] = {
     "llama-3.1-405b": (126, 128_256, False),
     "qwen2.5-7b": (28, 152_064, False),
     "granite-3.0-1b-a400m": (24, 49_155, True),
+    "mixtral-8x7b": (32, 32_000, False),
     "qwen3-30b-a3b": (48, 151_936, False),
+    "deepseek-v3": (61, 129_280, False),
 }
 """Number of blocks, size of the vocabulary, and whether the head is tied to the embeddings, by name of the model."""
+
+UNLIKE: Mapping[str, Mapping[str, Any]] = {"deepseek-v3": {"first_k_dense_replace": 3}}
+"""Sizes of the whole model where some blocks are unlike the others, by name of the model."""

@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
-from lowrank_pl.models.hf_experts import all_experts_called, is_fused, routers
+from lowrank_pl.models.hf_experts import all_experts_called, is_fused, routers, split_modules
 from lowrank_pl.models.hf_quantized import is_quantized
 from lowrank_pl.models.settings import EMBEDDINGS
 
@@ -71,6 +71,8 @@ class Target:
         shape: ``(out, in)``.
         group: Name of the first target with the same input tensor; its own name if no other has it.
         transposed: Whether the weight is stored as ``[in, out]`` (GPT-2's ``Conv1D``).
+        experts: Name of the module of experts that it belongs to, which hands it only the tokens that are routed to its
+            expert; empty for all other layers.
     """
 
     name: str
@@ -79,6 +81,24 @@ class Target:
     shape: tuple[int, int]
     group: str
     transposed: bool = False
+    experts: str = ""
+
+    def of_expert(self, number: int) -> Target:
+        """Return the same layer of another expert of its module.
+
+        >>> gate = Target("mlp.experts.7.gate_proj", 0, "experts.7.gate_proj", (8, 4), "mlp.experts.7.gate_proj",
+        ...     experts="mlp.experts")
+        >>> gate.of_expert(12).name
+        'mlp.experts.12.gate_proj'
+        """
+
+        def moved(name: str) -> str:
+            _, dot, inside = name.removeprefix(f"{self.experts}.").partition(".")
+            return f"{self.experts}.{number}{dot}{inside}"
+
+        prefix = self.name.removesuffix(self.kind)
+        name = moved(self.name)
+        return replace(self, name=name, kind=name.removeprefix(prefix), group=moved(self.group))
 
 
 @dataclass(frozen=True)
@@ -210,7 +230,7 @@ def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exc
     if not taken:
         why = "; ".join(dict.fromkeys(entry.reason for entry in skipped)) or "there is no matrix in them"
         raise ValueError(f"no linear layer to compress is left in the decoder blocks of {type(model).__name__}: {why}")
-    return Targets(modules=tuple(_targets(taken, calls)), skipped=skipped, embeddings=embeddings)
+    return Targets(modules=tuple(_targets(model, taken, calls)), skipped=skipped, embeddings=embeddings)
 
 
 def find_embeddings(model: PreTrainedModel) -> tuple[EmbeddingTarget, ...]:
@@ -488,8 +508,9 @@ def _groups(calls: Calls) -> dict[str, str]:
     }
 
 
-def _targets(taken: dict[str, _Matrix], calls: Calls) -> Iterator[Target]:
+def _targets(model: nn.Module, taken: dict[str, _Matrix], calls: Calls) -> Iterator[Target]:
     """Yield the targets in the order of the probe's calls; targets with the same inputs form a group."""
+    experts = {f"{name}.{layer}": name for name, module in split_modules(model) for layer, _ in module.named_modules()}
     for name, group in _groups({name: given for name, given in calls.items() if name in taken}).items():
         matrix = taken[name]
         assert matrix.module is not None
@@ -501,6 +522,7 @@ def _targets(taken: dict[str, _Matrix], calls: Calls) -> Iterator[Target]:
             shape=(rows, columns),
             group=group,
             transposed=isinstance(matrix.module, Conv1D),
+            experts=experts.get(name, ""),
         )
 
 

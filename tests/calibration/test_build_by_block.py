@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import Concatenate
 
 from lowrank_pl.calibration import blockwise, build_by_block
 from lowrank_pl.calibration import build as prepare
@@ -77,6 +78,51 @@ def test_factors_are_those_of_the_model_loaded_whole_to_the_bit(family, dtype, s
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in skeleton.model.modules())
     assert not list((tmp_path / "home").rglob(".hidden*"))
+
+
+MIXED = [
+    # Stored apart, as w1, w3 and w2, or as gate, up and down, here with a buffer in the files.
+    ("mixtral", torch.float32),
+    ("qwen3_moe", torch.bfloat16),
+    ("deepseek_v3", torch.bfloat16),
+    # Fused: transposed, interleaved and with biases; under other names; one matrix an expert.
+    ("gpt_oss", torch.bfloat16),
+    ("granitemoe", torch.float32),
+    ("jetmoe", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype"), MIXED, ids=[family for family, _ in MIXED])
+def test_experts_are_read_one_by_one(family, dtype, saved, sequences, tokenizer, tmp_path):
+    base, settings = saved(family, layers=2), Decomposition("two_sided")
+    skeleton, model = open_skeleton(base, dtype=dtype), load_base(base, dtype=dtype)
+    targets = skeleton.find_targets()
+    assert targets == find_targets(model)
+    assert model_fingerprint(skeleton.model, skeleton.parameters()) == model_fingerprint(model)
+    for one, other in zip(skeleton.model.buffers(), model.buffers(), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    made, whole = (
+        build(
+            *given, Subject(of, tokenizer, sequences[:3], known_targets=targets), settings=settings,
+            directory=tmp_path / build.__name__,
+        )
+        for build, given, of in ((build_factors_by_block, [skeleton], skeleton.model), (build_factors, [], model))
+    )  # fmt: skip
+    assert_equal_factors(made, whole, targets.modules)
+    assert any("rows" in made.notes(target.name) for target in targets.modules)
+    name = next(target.name for target in targets.modules if target.experts)
+    assert torch.equal(skeleton.rows(f"{name}.weight", slice(2, 5)), model.get_submodule(name).weight[2:5])
+
+
+def test_experts_that_are_fused_in_an_unknown_way_are_not_read_one_by_one(saved, monkeypatch):
+    monkeypatch.setattr(
+        Concatenate, "convert", lambda self, made, **_: {"both": sum(t.double() for t in made.values())}
+    )
+    with pytest.raises(
+        NotBlockwiseError, match=r"makes model\.layers\.0\.mlp\.experts\.gate_up_proj of its files in a way"
+    ):
+        open_skeleton(saved("mixtral"))
 
 
 KINDS = [

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lowrank_pl import find_targets
 from lowrank_pl.costs.model_sizes import config_of, model_sizes
-from lowrank_pl.models.base import Base
+from lowrank_pl.models.base import Base, load_base
+from lowrank_pl.models.hf_experts import is_fused
 from lowrank_pl.models.tiny import tiny_model
+from lowrank_pl.plans.constraints import Constraints
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
@@ -52,3 +55,48 @@ def test_a_damaged_configuration_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json.* shapes:NAME"):
         config_of(Base(str(tmp_path)))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "llama4"])
+def test_one_expert_stands_for_all_of_a_mixture(family):
+    found, model = model_sizes(Base(f"random:{family}"), length=16), load_base(f"random:{family}")
+    assert found.modules == find_targets(model).modules
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    share = {"llama4": 1 / 4}.get(family, 2 / 4)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert sum(found.idle) == pytest.approx((1 - share) * experts)
+    assert set(found.shares.values()) == {share}
+
+
+def test_patterns_may_name_single_experts():
+    which = Constraints(include=["*experts.3.*", "*.1.mlp.experts.0.up_proj"])
+    found = model_sizes(Base("random:mixtral"), length=16, constraints=which)
+    assert found.modules == which.targets(load_base("random:mixtral")).modules
+    assert found.parameters == model_sizes(Base("random:mixtral"), length=16).parameters
+
+
+def test_activations_of_experts_are_those_of_the_rows_that_they_compute():
+    mixture, dense = model_sizes(Base("random:mixtral"), length=64), model_sizes(Base("random:llama"), length=64)
+    # Two experts of 48 hidden features instead of an MLP of 96.
+    assert mixture.activations.watched == pytest.approx(dense.activations.watched, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "for_a_token"),
+    [("mixtral-8x7b", 46.70, 12.88), ("qwen3-30b-a3b", 30.53, 3.35), ("deepseek-v3", 671.03, 37.55)],
+)
+def test_published_mixtures(name, parameters, for_a_token):
+    config = config_of(Base(f"shapes:{name}"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = [module for module in model.modules() if is_fused(module)]
+    inside = sum(parameter.numel() for module in experts for parameter in module.parameters())
+    assert total / 1e9 == pytest.approx(parameters, abs=0.01)
+    used = total - inside * (1 - config.num_experts_per_tok / experts[0].num_experts)
+    assert used / 1e9 == pytest.approx(for_a_token, abs=0.01)
+
+
+def test_a_model_that_asks_for_values_is_refused():
+    with pytest.raises(ValueError, match="the needs of random:jetmoe can't be forecast"):
+        model_sizes(Base("random:jetmoe"), length=16)

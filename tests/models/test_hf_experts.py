@@ -1,4 +1,4 @@
-"""Experts of mixtures as separate linear layers: which are found, and what is refused."""
+"""Experts as separate layers: the same model, back again to the bit, targets, and unknown layouts refused."""
 
 from __future__ import annotations
 
@@ -8,10 +8,125 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_pl.models.base import load_base
-from lowrank_pl.models.hf_experts import routers, split_experts, split_modules
+from lowrank_pl.models.base import load_base, split_known_experts
+from lowrank_pl.models.hf_experts import (
+    all_experts_called,
+    experts_fused,
+    fuse_experts,
+    is_fused,
+    routers,
+    split_experts,
+    split_modules,
+)
 from lowrank_pl.models.targets import ROUTER, find_targets
-from lowrank_pl.models.tiny import MIXTURES, tiny_model
+from lowrank_pl.models.tiny import FAMILIES, MIXTURES, tiny_model
+
+TOKENS = torch.arange(24).view(2, 12) * 7 % 256
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@torch.no_grad()
+def test_separate_experts_give_the_same_logits_and_the_same_fused_tensors(family):
+    model = tiny_model(family)
+    expected, before = model(TOKENS).logits, {name: value.clone() for name, value in model.state_dict().items()}
+    names = split_experts(model)
+    assert names
+    assert not any(is_fused(module) for module in model.modules())
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+    # All matrices of experts are targets, each with a name of its own.
+    experts = [target for target in find_targets(model).modules if target.experts]
+    assert {target.experts for target in experts} == set(names)
+    numbers = {target.name.removeprefix(f"{target.experts}.").partition(".")[0] for target in experts}
+    assert numbers == {"0", "1", "2", "3"}
+    fuse_experts(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_models_without_experts_stay_as_they_are():
+    assert not any(split_experts(tiny_model(family)) for family in FAMILIES)
+
+
+def test_experts_are_fused_for_a_while():
+    model = tiny_model("gpt_oss")
+    (name, *_) = split_experts(model)
+    split = model.get_submodule(name)
+    with experts_fused(model):
+        assert is_fused(model.get_submodule(name))
+    assert model.get_submodule(name) is split
+    assert not list(split.fused.module.parameters())
+
+
+def test_an_expert_sees_the_tokens_that_are_routed_to_it_and_the_weights_of_the_router():
+    model = tiny_model("mixtral")
+    split_experts(model)
+    (_, experts), *_ = split_modules(model)
+    rows = {}
+    for number, expert in enumerate(experts):
+        expert.register_forward_pre_hook(
+            lambda module, args, number=number: rows.update({number: (len(args[0]), module.routing_weights)})
+        )
+    model(TOKENS)
+    assert sum(count for count, _ in rows.values()) == 2 * TOKENS.numel()
+    assert all(weights.shape == (count,) for count, weights in rows.values())
+    assert sum(weights.sum().item() for _, weights in rows.values()) == pytest.approx(TOKENS.numel(), rel=1e-5)
+    assert all(expert.routing_weights is None for expert in experts)
+    rows.clear()
+    model(TOKENS[:1, :1])
+    assert len(rows) == 2
+    with all_experts_called():
+        model(TOKENS[:1, :1])
+    assert [rows[number][0] for number in range(4)].count(0) == 2
+
+
+def test_a_layout_that_is_not_known_is_refused(caplog):
+    model = tiny_model("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    experts.scales = nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match=r"the layout of MixtralExperts is not known: its parameters are .*scales"):
+        split_experts(model)
+    assert is_fused(experts)
+    with caplog.at_level(logging.WARNING):
+        split_known_experts(model)
+    assert "experts stay fused" in caplog.text
+
+
+@torch.no_grad()
+def test_a_layout_that_is_not_what_its_module_says_is_found_by_a_trial():
+    model = tiny_model("llama4")
+    before = model(TOKENS).logits
+    # Then rows of gate and up would take turns.
+    model.model.layers[1].feed_forward.experts.is_concatenated = False
+    with pytest.raises(ValueError, match=r"do not compute what Llama4TextExperts computes \(relative error"):
+        split_experts(model)
+    assert torch.equal(model(TOKENS).logits, before)
+
+
+def test_experts_with_a_replaced_layer_are_not_fused():
+    model = tiny_model("mixtral")
+    split_experts(model)
+    model.model.layers[1].mlp.experts[2].up_proj = nn.Bilinear(2, 2, 2)
+    with pytest.raises(ValueError, match=r"2\.up_proj is a Bilinear: only dense experts can be fused"):
+        fuse_experts(model)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "jetmoe"])
+def test_an_expert_s_parameters_are_found_in_its_part_of_a_fused_one(family):
+    model = tiny_model(family)
+    fused = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        if is_fused(module)
+        for key, value in module.named_parameters(recurse=False)
+    }
+    split_experts(model)
+    for name, module in split_modules(model):
+        for key, value in fused.items():
+            owner, _, parameter = key.rpartition(".")
+            if owner == name:
+                for part, found in module.parts(parameter, value[3]).items():
+                    assert torch.equal(model.get_parameter(f"{name}.3.{part}"), found)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -43,22 +158,6 @@ def test_patterns_name_single_experts():
     ]
     with pytest.raises(ValueError, match=r"pattern '\*experts.9.\*' matches no matrix .* mlp.experts.0.gate_proj"):
         find_targets(load_base("random:mixtral"), include=["*experts.9.*"])
-
-
-def test_experts_of_an_unknown_layout_stay_dense_and_the_layout_is_named(monkeypatch, caplog):
-    odd = tiny_model("mixtral")
-    for block in odd.model.layers:
-        block.mlp.experts.register_parameter("scale", nn.Parameter(torch.ones(4, 1, 1)))
-    with pytest.raises(
-        ValueError, match=r"layout of MixtralExperts is not known: its parameters are down_proj, .* scale"
-    ):
-        split_experts(odd)
-    monkeypatch.setattr("lowrank_pl.models.base.tiny_model", lambda _: odd)
-    monkeypatch.setattr("lowrank_pl.models.base._rebuilt", lambda model, _: model)
-    with caplog.at_level(logging.WARNING):
-        model = load_base("random:mixtral")
-    assert "experts stay fused: the layout of MixtralExperts is not known" in caplog.text
-    assert all(".experts" not in target.name for target in find_targets(model).modules)
 
 
 def test_a_router_without_top_k_is_refused(sequences):

@@ -41,7 +41,10 @@ def test_all_shapes_are_those_of_published_models():
         "llama-3.1-405b": (126, 405_853_388_800 - 2 * 128_256 * 16384),
         "qwen2.5-7b": (28, 7_615_616_512 - 2 * 152_064 * 3584),
         "granite-3.0-1b-a400m": (24, 1_334_628_352 - 49_155 * 1024),
+        "mixtral-8x7b": (32, 46_702_792_704 - 2 * 32_000 * 4096),
         "qwen3-30b-a3b": (48, 30_532_122_624 - 2 * 151_936 * 2048),
+        # Without the first three blocks, which have no experts: 583,483,392 parameters each.
+        "deepseek-v3": (58, 671_026_404_352 - 2 * 129_280 * 7168 - 3 * 583_483_392),
     }
     assert sizes.keys() == SHAPES.keys()
     for name, (blocks, parameters) in sizes.items():

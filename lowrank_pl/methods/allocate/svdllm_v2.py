@@ -88,5 +88,5 @@ def _loss(problem: Problem, name: str) -> float:
 
 
 def _tokens(problem: Problem, name: str) -> int:
-    """Return how many calibration tokens went through a module; experts see a part of the text."""
+    """Return how many calibration tokens a module's errors are a mean over; of an expert too, these are all tokens."""
     return int(problem.factors.notes(name)["tokens"])
