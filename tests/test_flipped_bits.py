@@ -163,6 +163,7 @@ EXPORTED += [
     "chat_template.jinja",
     "hf_format.py",
     "hf_layers.py",
+    "hf_experts.py",
     "hf_quantized.py",
     "digests.py",
 ]

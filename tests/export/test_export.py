@@ -24,7 +24,7 @@ from lowrank_pl.export import reload, reload_probe
 from lowrank_pl.export.export import ExportReport, load_compressed, save_compressed
 from lowrank_pl.export.reload import ExportError, ReloadError
 from lowrank_pl.factors.pivoting import pivot
-from lowrank_pl.models import digests, hf_format, hf_layers, hf_quantized
+from lowrank_pl.models import digests, hf_experts, hf_format, hf_layers, hf_quantized
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.digests import DIGESTS
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
@@ -228,7 +228,7 @@ def test_contents_of_the_folders(exports, family):
     merged = load_file(home / "merged" / family / "model.safetensors")
     assert {key: value.shape for key, value in merged.items()} == {key: value.shape for key, value in dense.items()}
     assert not [file.name for file in (home / "merged" / family).glob("*.py")]
-    code = ["digests.py", "hf_format.py", "hf_layers.py", "hf_quantized.py"]
+    code = ["digests.py", "hf_experts.py", "hf_format.py", "hf_layers.py", "hf_quantized.py"]
     assert sorted(file.name for file in (home / family).glob("*.py")) == code
 
 
@@ -265,7 +265,7 @@ def test_the_check_passes_and_the_report_counts(tmp_path):
     assert (out / "README.md").read_text() == "# A card\n"
     names = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "hf_format.py"}
     names |= {"hf_layers.py", "model.safetensors", "plan.json", "tokenizer.json", "tokenizer_config.json"}
-    names |= {"digests.py", "hf_quantized.py", "lowrank.sha256"}
+    names |= {"digests.py", "hf_experts.py", "hf_quantized.py", "lowrank.sha256"}
     assert {file.name for file in out.iterdir()} == names
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     loaded = load_compressed(out)
@@ -686,6 +686,6 @@ def test_the_digest_sees_every_bit():
 
 
 def test_files_of_the_package_are_self_contained():
-    for module in (digests, hf_format, hf_layers, hf_quantized, reload_probe):
+    for module in (digests, hf_experts, hf_format, hf_layers, hf_quantized, reload_probe):
         assert "import lowrank_pl" not in Path(module.__file__).read_text().replace("``import lowrank_pl", "")
         assert "from lowrank_pl" not in Path(module.__file__).read_text()

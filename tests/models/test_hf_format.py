@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from lowrank_pl.models import digests, hf_format, hf_layers, hf_quantized
+from lowrank_pl.models import digests, hf_experts, hf_format, hf_layers, hf_quantized
 from lowrank_pl.models.hf_format import LowRankConfig, LowRankQuantizer, align
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import tiny_model
@@ -244,7 +244,7 @@ def test_the_config_survives_json():
         ),
         ({"shapes": {"a": [3]}}, r"'a' the shape \[3\]: expected \[out, in\]"),
         ({"shapes": {"a": [3, 0]}}, r"'a' the shape \[3, 0\]: expected \[out, in\]"),
-        ({"pivots": {}}, r"\['pivots'\]: expected modules, shapes, schema"),
+        ({"pivots": {}}, r"\['pivots'\]: expected modules, shapes, experts, schema"),
         ({"modules": {"a": 0}}, "'a' the rank 0: expected a positive integer"),
         ({"modules": {"a": "3"}}, "'a' the rank '3': expected a positive integer"),
         ({"modules": {"a": entry(0, "pivoted")}}, "'a' the rank 0: expected a positive integer"),
@@ -272,7 +272,7 @@ def test_saving_and_loading_twice_keeps_every_bit(small, tmp_path):
     assert torch.equal(logits(loaded), logits(small))
     assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
     loaded.save_pretrained(tmp_path / "two")
-    for code in (hf_format.__file__, hf_layers.__file__, hf_quantized.__file__, digests.__file__):
+    for code in (hf_format.__file__, hf_layers.__file__, hf_quantized.__file__, hf_experts.__file__, digests.__file__):
         assert (tmp_path / "two" / Path(code).name).read_bytes() == Path(code).read_bytes()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert torch.equal(logits(again), logits(small))
