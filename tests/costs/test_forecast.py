@@ -297,3 +297,25 @@ def test_too_little_gpu_memory_is_told_with_its_cure(monkeypatch, capsys):
     monkeypatch.setattr(forecast, "probe", lambda *_, **__: SPEEDS)
     print_forecast(Base("random:llama"), Workload(preparation=preparing(WEIGHTED)), Machine("cuda", memory=1000.0))
     assert re.search("TOO LITTLE GPU memory of a process: .*lowrank decompose", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ["whitened", "two_sided"])
+def test_experts_cost_products_by_their_tokens_and_memory_by_their_number(kind):
+    model = model_sizes(Base("random:qwen3_moe"), length=32)
+    dense = replace(model, idle=(), shares={})
+    work = Workload(preparation=Preparation(Calibration(sequences=8, length=32), (Decomposition(kind),), by_block=True))
+
+    def phases(sizes, memory=1e9):
+        return estimate(Run(sizes, work, Machine("cuda", memory=memory, here=False))).phases
+
+    for mixture, other in zip(phases(model), phases(dense), strict=True):
+        assert mixture.disk == other.disk
+        assert mixture.work.get("svd") == other.work.get("svd")
+        if "model" in mixture.work:
+            assert mixture.work["model"] < 0.75 * other.work["model"]
+            assert mixture.work["float32"] < 0.75 * other.work["float32"]
+    if kind == "two_sided":
+        # Where the sums of a block don't fit, they are measured in parts, in more passes.
+        (whole, _), (parts, _) = phases(model), phases(model, memory=4e5)
+        assert parts.device["sums of weighted moments"] < whole.device["sums of weighted moments"]
+        assert parts.work["model"] > whole.work["model"]
