@@ -302,17 +302,18 @@ class BlockwiseBackward:
         # No earlier block needs the input of this one.
         self.forward.states.pop(block, None)
 
-    def measure(self, measures: Mapping[str, GradientMeasure]) -> None:
+    def measure(self, measures: Mapping[str, GradientMeasure], *, last: bool = True) -> None:
         """Add the gradients of all sequences to the statistics of linear layers of the block.
 
         Args:
             measures: The statistics, by linear layer.
+            last: Whether no other layers of the block follow, in a pass of their own.
 
         Raises:
             ValueError: An input or a gradient is not finite. The message names the linear layer and the batch.
         """
         assert not self._done, "the gradients of this block have been overwritten by those of the block before"
-        self._done = True
+        self._done = last
         model, block = self.forward.model.model, self._block
         alone = decoder_blocks(model)[1][block]
         with differentiable(model, block) as starts:
@@ -328,7 +329,7 @@ class BlockwiseBackward:
                 end = _hidden(ends[0])
                 gradient = self._gradients.read(first, len(batch.tokens)).to(end.device)
                 onward = recorder.measure(measures, batch, end, gradient)
-                if block:
+                if block and last:
                     # Written last: the gradient of a layer at the end of the block may be a view of the same memory.
                     self._gradients.write(first, onward)
         for found in measures.values():

@@ -87,15 +87,16 @@ class InputMoments(Measure):
             ValueError: An input holds NaN or infinity.
         """
         rows = rows_of(inputs)
+        factors = rows.new_ones(len(rows)) if weights is None else weights.detach().reshape(-1).float()
         if self._routed:
-            factors = rows.new_ones(len(rows)) if weights is None else weights.detach().reshape(-1).float()
-            self._weights += factors.square().sum(dtype=torch.float64)
-            self.rows += len(rows)
             rows = rows * factors[:, None]
-        else:
-            self.tokens += len(rows)
         self._second.add(rows, "the inputs hold")
         self._absolute += rows.abs().sum(0, dtype=torch.float64)
+        if self._routed:
+            self._weights += factors.square().sum(dtype=torch.float64)
+            self.rows += len(rows)
+        else:
+            self.tokens += len(rows)
 
     def pass_over(self, tokens: int) -> None:
         """Count ``tokens`` of a batch, of which an expert has seen those that were added."""

@@ -211,12 +211,17 @@ class Statistics:
             for need, store in self.stores(needs, targets, labels).items()
         )
 
-    def memory_for(self, needed: int) -> float:
-        """Return the bytes that sums may take at a time, where all sums together take ``needed``."""
+    def memory_for(self, needed: int, device: torch.device | None = None) -> float:
+        """Return the bytes that sums may take at a time, where all sums together take ``needed``.
+
+        Args:
+            needed: Bytes of all sums.
+            device: Where they are; by default the model's device.
+        """
         if self.memory is not None:
             return self.memory
         # All processes make the same passes, so the first one decides.
-        free = broadcast_from_first(lambda: free_memory(self.model.device))
+        free = broadcast_from_first(lambda: free_memory(device or self.model.device))
         return max(needed, 1) if free is None else SHARE * free
 
     def _store(self, kind: type[Measure], labels: Labels) -> TensorStore:
@@ -241,6 +246,9 @@ class _Filling:
 
     def fill(self, todo: Sequence[Target], backward: BlockwiseBackward | None) -> None:
         """Collect and write the statistic of ``todo``: all at once, or block by block where memory is short."""
+        if backward is not None and any(target.experts for target in todo):
+            self._gather_block(todo, backward)
+            return
         sizes = {target: self.kind.bytes_of(target, self.passes) for target in todo}
         memory = self.statistics.memory_for(sum(sizes.values()))
         groups = block_groups(todo, sizes, memory)
@@ -271,17 +279,36 @@ class _Filling:
 
         def visit(block: int, backward: BlockwiseBackward | None) -> None:
             if block in of_block and (backward is not None) == differentiate:
-                self._gather(of_block[block], backward)
+                self._gather_block(of_block[block], backward)
 
         pass_through_blocks(model, self.passes, extent, visit, labels=self._labels())
 
     def _labels(self) -> Labels:
         return self.kind.labels(self.labels) if issubclass(self.kind, GradientMeasure) else self.labels
 
-    def _gather(self, targets: Sequence[Target], backward: BlockwiseBackward | None) -> None:
+    def _gather_block(self, targets: Sequence[Target], backward: BlockwiseBackward | None) -> None:
+        """Collect and write the statistic of ``targets``, which lie in one block.
+
+        The block of a mixture goes back several times where the sums of all its experts do not fit the memory.
+        """
+        if backward is None or not any(target.experts for target in targets):
+            self._gather(targets, backward)
+            return
+        sizes = [self.kind.bytes_of(target, self.passes) for target in targets]
+        device = next(self.model.get_submodule(targets[0].name).parameters()).device
+        parts = packed(sizes, self.statistics.memory_for(sum(sizes), device))
+        if len(parts) > 1:
+            text = "%s of block %d take %.3g GB: they are measured in %d passes"
+            _log.info(text, self.called, targets[0].block + 1, sum(sizes) / 1e9, len(parts))
+        for part in parts:
+            self._gather([targets[place] for place in part], backward, last=part is parts[-1])
+
+    def _gather(
+        self, targets: Sequence[Target], backward: BlockwiseBackward | None = None, *, last: bool = True
+    ) -> None:
         """Collect the statistic of ``targets`` in one pass, and write it."""
         began = time.perf_counter()
-        measured = self._measure(targets, backward)
+        measured = self._measure(targets, backward, last)
         # The time of a pass is shared out among its entries, so that the store knows the total however often a run was
         # resumed.
         seconds = (time.perf_counter() - began) / max(1, len(measured))
@@ -295,7 +322,7 @@ class _Filling:
             found = mine.pop(name)
             self.store.write(name, found.tensors(), notes={**found.notes(), "seconds": f"{seconds:.4f}"})
 
-    def _measure(self, targets: Sequence[Target], backward: BlockwiseBackward | None) -> dict[str, Measure]:
+    def _measure(self, targets: Sequence[Target], backward: BlockwiseBackward | None, last: bool) -> dict[str, Measure]:
         kind, measured = self.kind, dict[str, Measure]()
         if not issubclass(kind, GradientMeasure):
             measured.update(collect_input_moments(self.model, targets, self.passes))
@@ -306,7 +333,7 @@ class _Filling:
             # In a block-wise pass only the layers of the current block have their weights.
             device: torch.device = next(self.model.get_submodule(targets[0].name).parameters()).device
             gradients = {target.name: kind.empty(target, self.passes, device) for target in targets}
-            backward.measure(gradients)
+            backward.measure(gradients, last=last)
             measured.update(gradients)
         return measured
 

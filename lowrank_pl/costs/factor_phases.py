@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -305,9 +306,10 @@ def _gradients(run: Run, sums: _Sums) -> Phase:
     """Return what passes with a backward pass need, which measure ``sums``."""
     model, preparation = run.model, run.work.preparation
     by_block = _block_by_block(run, sums)
-    held = sums.held(by_block)
+    held, parts = sums.held(by_block), 1
     states, passes, read = {}, 3 if preparation.gradient_checkpointing else 2, 0.0
     if by_block:
+        held, parts = _part_of_a_block(run, sums)
         measuring = _one_block(run, held)
         state = _hidden_states(run)
         states = {"hidden states before every block": len(model.blocks) * state, "gradients by a hidden state": state}
@@ -316,12 +318,33 @@ def _gradients(run: Run, sums: _Sums) -> Phase:
         forward = not (
             preparation.by_block and any("inputs" in settings.needs for settings in preparation.decompositions)
         )
-        passes, read = 2 + forward, float((_READS * forward + 1) * model.bytes * preparation.by_block)
+        passes, read = 2 * parts + forward, float((_READS * forward + 1) * model.bytes * preparation.by_block)
     else:
         measuring = _whole_pass(run)
     device, host = _placed(run, {**_weights(run), f"sums of {sums.name}": held, **sums.beside(measuring)})
     host |= {"a file being written": _SAVING * max(sums.stored.values()), **states}
     return _measuring(run, sums, device, host, passes=passes, read=read)
+
+
+def _part_of_a_block(run: Run, sums: _Sums) -> tuple[float, int]:
+    """Return the bytes of the sums of a block that are held at a time, and in how many passes they are measured.
+
+    Only a mixture's block is divided (``Statistics``). On a GPU of unknown memory the bytes are the least, and how many
+    passes there are is not known.
+    """
+    whole = sums.held(by_block=True)
+    if not run.model.shares:
+        return whole, 1
+    preparation, machine = run.work.preparation, run.machine
+    least = max(sums.sizes.values())
+    if preparation.memory is not None:
+        room = float(preparation.memory)
+    elif machine.memory is not None:
+        room = SHARE * (machine.memory - sum(_weights(run).values()))
+    else:
+        return least, 1
+    held = min(whole, max(room, least))
+    return held, math.ceil(whole / held)
 
 
 def _measuring(

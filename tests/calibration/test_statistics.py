@@ -174,9 +174,9 @@ def test_a_killed_collection_loses_one_group(measure, llama, monkeypatch, by_blo
         note(target.name for target in targets)
         return real(kind, model, targets, *args, **settings)
 
-    def measured(self, measures):
+    def measured(self, measures, **order):
         note(measures)
-        backward(self, measures)
+        backward(self, measures, **order)
 
     monkeypatch.setattr(collected, "collect_gradients", collect)
     monkeypatch.setattr(blockwise.BlockwiseBackward, "measure", measured)

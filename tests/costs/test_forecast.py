@@ -307,3 +307,25 @@ def test_embeddings_among_the_targets_are_forecast(capsys):
     found = print_forecast(Base("random:llama"), work, machine, constraints=constraints)
     assert "embedding moments" in capsys.readouterr().out
     assert found.disk_bytes() > plain.disk_bytes()
+
+
+@pytest.mark.parametrize("kind", ["whitened", "two_sided"])
+def test_experts_cost_products_by_their_tokens_and_memory_by_their_number(kind):
+    model = model_sizes(Base("random:qwen3_moe"), length=32)
+    dense = replace(model, idle=(), shares={})
+    work = Workload(preparation=Preparation(Calibration(sequences=8, length=32), (Decomposition(kind),), by_block=True))
+
+    def phases(sizes, memory=1e9):
+        return estimate(Run(sizes, work, Machine("cuda", memory=memory, here=False))).phases
+
+    for mixture, other in zip(phases(model), phases(dense), strict=True):
+        assert mixture.disk == other.disk
+        assert mixture.work.get("svd") == other.work.get("svd")
+        if "model" in mixture.work:
+            assert mixture.work["model"] < 0.75 * other.work["model"]
+            assert mixture.work["float32"] < 0.75 * other.work["float32"]
+    if kind == "two_sided":
+        # Where the sums of a block don't fit, they are measured in parts, in more passes.
+        (whole, _), (parts, _) = phases(model), phases(model, memory=4e5)
+        assert parts.device["sums of weighted moments"] < whole.device["sums of weighted moments"]
+        assert parts.work["model"] > whole.work["model"]
