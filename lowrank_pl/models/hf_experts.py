@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 __all__ = [
     "Expert",
+    "RoutedExperts",
+    "SortedExperts",
     "SplitExperts",
+    "WeightedInputExperts",
     "all_experts_called",
     "experts_fused",
     "fuse_experts",

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 Way = Literal["gathered", "grouped"]
 """The chosen experts' rows copied for each token, or tokens sorted by expert."""
 
-_TOKENS = {"one": 1, "few": 16, "many": 64}
+_TOKENS = {"one": 1, "few": 16, "many": 256}
 """The numbers of tokens that all ways are timed with; each stands for those up to it, the last for all others too."""
 
 _TURNS = 4
