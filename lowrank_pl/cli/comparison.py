@@ -292,7 +292,7 @@ class Comparison:
             return ShortRuns(self.subject, self.seed).learn(
                 method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}"
             )
-        constraints = replace(self.subject.constraints, storage=method.storage)
+        constraints = method.constrained(self.subject.constraints)
         subject = replace(self.subject, constraints=constraints)
         if method.in_bytes:
             budget = ByteBudget(keep=keep, **method.settings)

@@ -23,6 +23,7 @@ from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.quantize.settings import ByteBudget, Rounding
 from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.methods.refit.settings import Joint
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.storage import StorageChoice
 
 __all__ = ["RECIPES", "VARIANTS", "Learning", "Recipe", "recipe"]
@@ -80,6 +81,7 @@ class Recipe:
         settings: The allocator's settings; for ``bytes``, those of ``ByteBudget``.
         learning: How a mask learns the plan instead.
         storage: How low-rank modules are stored: factored in all papers but those about pivoting.
+        alike_experts: Whether the experts of a block of a mixture get equal ranks.
         refit: How the plan's factors are refitted to the compressed model's own inputs; None for no refit.
         rounding: How the plan's matrices are rounded at the end; None leaves them as they are.
         dense: Leave every module dense, so that rounding alone makes the model smaller. The one size is that of its
@@ -99,11 +101,17 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
     learning: Learning | None = None
     storage: StorageChoice = "factored"
+    alike_experts: bool = False
     refit: Refit | None = None
     prune: WidthPruning | LLMPruner | None = None
     rounding: Rounding | None = None
     dense: bool = False
     heal: Healing | None = None
+
+    def constrained(self, constraints: Constraints) -> Constraints:
+        """Return ``constraints`` with the storage of this recipe, and with equal experts if it asks for them."""
+        alike = self.alike_experts or constraints.alike_experts
+        return replace(constraints, storage=self.storage, alike_experts=alike)
 
     @property
     def takes_embeddings(self) -> bool:
@@ -163,6 +171,8 @@ class Recipe:
         base: dict[str, Any] = {"decomposition": self.decomposition.identity()}
         if self.storage != "factored":
             base["storage"] = self.storage
+        if self.alike_experts:
+            base["alike_experts"] = True
         if self.refit is not None:
             base["refit"] = self.refit.identity()
         if self.heal is not None:
@@ -269,6 +279,7 @@ def _pruned_in_width(plain: Recipe) -> Recipe:
 
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
+    "alike": lambda plain: replace(plain, alike_experts=True),
     "refit": lambda plain: replace(plain, refit=Refit()),
     "joint": lambda plain: replace(plain, refit=replace(plain.refit or Refit(), joint=Joint())),
     "prune": _pruned_in_width,
@@ -288,7 +299,8 @@ def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
 
     ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted layer by
     layer, ``NAME+joint`` with a joint refit of each block after that, ``NAME+prune`` on a base with pruned MLPs, and
-    ``NAME+prune+pivoted+refit`` three of these. ``+int8`` or ``+int4`` rounds the matrices at the end.
+    ``NAME+prune+pivoted+refit`` three of these. ``+int8`` or ``+int4`` rounds the matrices at the end. ``+alike`` gives
+    the experts of a block equal ranks.
 
     Args:
         name: The recipe's name; results go to a folder of this name.

@@ -129,7 +129,7 @@ class ShortRuns:
             decomposition=method.decomposition,
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=learning.lr, weight_decay=0.0),
             lr_scheduler="cosine" if learning.cosine else None,
-            constraints=replace(self.subject.constraints, storage=method.storage),
+            constraints=method.constrained(self.subject.constraints),
             start=Start(plan=learning.start),
             compute=Compute(inactive_gate_stride=learning.inactive_gate_stride),
         )

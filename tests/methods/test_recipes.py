@@ -10,6 +10,7 @@ from lowrank_pl.methods.masks import ARA, ARS, MASK_METHODS
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.quantize.settings import Rounding
 from lowrank_pl.methods.recipes import RECIPES, Learning, Recipe, recipe
+from lowrank_pl.plans.constraints import Constraints
 
 
 def test_every_method_has_a_recipe_of_its_name():
@@ -25,6 +26,9 @@ def test_variants_add_up():
     found = recipe("fisher+prune+pivoted+refit")
     assert (found.storage, found.refit is None, found.prune is None) == ("auto", False, False)
     assert "joint" not in found.describe()["refit"]
+    assert recipe("rescaled+alike").constrained(Constraints(multiple_of=8)) == Constraints(
+        multiple_of=8, storage="factored", alike_experts=True
+    )
     assert recipe("fisher+joint").describe()["refit"]["joint"]["method"] == "gauss_newton"
 
 
