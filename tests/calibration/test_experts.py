@@ -9,14 +9,20 @@ import torch
 from torch import nn
 
 from lowrank_pl.calibration.build import build_factors, statistics_of
+from lowrank_pl.calibration.build_by_block import build_factors_by_block
 from lowrank_pl.calibration.experts import own_weight
 from lowrank_pl.calibration.provenance import preparation_notes
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.decomposition import decompose, square_root, truncate
 from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.base import load_base
+from lowrank_pl.models.lazy import open_skeleton
+from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
+from lowrank_pl.utils.distributed import cooperating
+from tests.helpers.two_processes import in_two_processes
 
 EXPERTS = "model.layers.1.mlp.experts"
 
@@ -188,3 +194,25 @@ def test_the_mean_of_all_experts_fills_what_few_tokens_leave_open():
         return (error @ moments[0] @ error.T).trace().item()
 
     assert lost(own_weight(rows, size)) < 0.97 * min(lost(0.0), lost(1.0))
+
+
+def decompose_files(_, folder):
+    with cooperating():
+        skeleton = open_skeleton(str(folder / "base"))
+        text = torch.arange(4 * 32).view(4, 32) % 200
+        subject = Subject(skeleton.model, byte_tokenizer(), text, known_targets=skeleton.find_targets())
+        build_factors_by_block(
+            skeleton, subject, settings=Decomposition("two_sided", labels="text"), directory=folder / "two"
+        )
+
+
+def test_two_processes_make_the_factors_of_one(tmp_path):
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "base")
+    in_two_processes(decompose_files, tmp_path)
+    model = load_base(str(tmp_path / "base"))
+    subject = Subject(model, byte_tokenizer(), torch.arange(4 * 32).view(4, 32) % 200)
+    one = build_factors(subject, settings=Decomposition("two_sided", labels="text"), directory=tmp_path / "one")
+    two = FactorStore.existing(tmp_path / "two")
+    for target in subject.targets.modules:
+        torch.testing.assert_close(two.sigma(target.name), one.sigma(target.name), rtol=1e-4, atol=1e-8)
+        assert two.notes(target.name).get("rows") == one.notes(target.name).get("rows")
