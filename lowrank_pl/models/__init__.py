@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "base": ["Base", "load_base", "load_tokenizer"],
+        "hf_experts": ["fuse_experts", "split_experts"],
         "hf_layers": ["LowRankLinear", "PivotedLinear"],
         "lazy": ["Skeleton"],
         "targets": ["decoder_blocks", "find_targets"],

@@ -366,11 +366,6 @@ def routers(model: nn.Module) -> dict[str, str]:
 
     A router lies beside its experts and holds one matrix, with a row for each of them. Experts without such a module
     beside them are left out.
-
-    >>> from lowrank_pl.models.tiny import tiny_model
-    >>> model = tiny_model("qwen2_moe")
-    >>> split_experts(model)[0], routers(model)["model.layers.0.mlp.experts"]
-    ('model.layers.0.mlp.experts', 'model.layers.0.mlp.gate')
     """
     found = {}
     for name, experts in split_modules(model):
@@ -395,11 +390,6 @@ def split_experts(model: nn.Module, *, check: bool = True) -> list[str]:
     Raises:
         ValueError: The layout of some experts is not known, or separate layers do not compute what the fused ones
             compute. The experts are as they were.
-
-    >>> from lowrank_pl.models.tiny import tiny_model
-    >>> model = tiny_model("mixtral")
-    >>> split_experts(model)[0], model.model.layers[0].mlp.experts[2].down_proj.weight.shape
-    ('model.layers.0.mlp.experts', torch.Size([32, 48]))
     """
     found = [(name, module, _kind(module)) for name, module in model.named_modules() if is_fused(module)]
     tried: set[type[nn.Module]] = set()
