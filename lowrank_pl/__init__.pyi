@@ -24,11 +24,11 @@ from .methods.quantize.settings import Rounding as Rounding
 from .models.base import Base as Base
 from .models.base import load_base as load_base
 from .models.base import load_tokenizer as load_tokenizer
+from .models.hf_experts import fuse_experts as fuse_experts
+from .models.hf_experts import split_experts as split_experts
 from .models.hf_layers import LowRankLinear as LowRankLinear
 from .models.hf_layers import PivotedLinear as PivotedLinear
 from .models.hf_quantized import Grid as Grid
-from .models.hf_experts import fuse_experts as fuse_experts
-from .models.hf_experts import split_experts as split_experts
 from .models.targets import find_targets as find_targets
 from .plans.budget import Budget as Budget
 from .plans.constraints import Constraints as Constraints
