@@ -211,17 +211,19 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         """True: the layers are at most two matrix products and two gathers."""
         return True
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Return the conversions without those that would fuse the experts of files that hold them separately."""
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """Return the conversions without those that would fuse the experts of files that hold them separately.
+
+        Earlier releases of transformers 5 give no ``model``.
+        """
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         if not getattr(self.quantization_config, "experts", False):
             return conversions
-        names = "\n".join(model.state_dict())
         return [
             conversion
             for conversion in conversions
             if not isinstance(conversion, WeightConverter)
-            or any(re.search(target, names) for target in conversion.target_patterns)
+            or any(re.search(target, self._names) for target in conversion.target_patterns)
         ]
 
     def _process_model_before_weight_loading(
@@ -238,6 +240,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, entry in self.quantization_config.modules.items():
             if not _is_absent_head(model, name, entry, known):
                 _swap(model, _name_here(model, name, known), entry)
+        self._names = "\n".join(model.state_dict())
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
