@@ -204,10 +204,9 @@ def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exc
     _refuse_quantised(model)
     matrices = list(_matrices(model))
     embeddings = _asked_embeddings(model, include, exclude)
-    outside = {EMBEDDINGS, *(target.name for target in embeddings)} if embeddings else set()
-    include = [pattern for pattern in include if pattern not in outside]
-    # Those that exclude the embeddings may match nothing else.
     ends = _end_names(model) if embeddings else []
+    include = [pattern for pattern in include if not embeddings or pattern not in {EMBEDDINGS, *ends}]
+    # Those that exclude the embeddings may match nothing else.
     known = {pattern for pattern in exclude if any(fnmatchcase(name, pattern) for name in ends)}
     if not include:
         raise ValueError(
@@ -283,14 +282,14 @@ def _end_names(model: PreTrainedModel) -> list[str]:
 def _asked_embeddings(
     model: PreTrainedModel, include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[EmbeddingTarget, ...]:
-    """Return the embeddings and the head that ``include`` asks for and ``exclude`` leaves."""
+    """Return the embeddings and the head that ``include`` asks for and ``exclude`` leaves; tied ones by either name."""
     if not {EMBEDDINGS, *_end_names(model)} & set(include):
         return ()
     found = [
         target
         for target in find_embeddings(model)
-        if {EMBEDDINGS, target.name} & set(include)
-        and not any(fnmatchcase(target.name, pattern) for pattern in exclude)
+        if {EMBEDDINGS, target.embedding, target.head} & set(include)
+        and not any(fnmatchcase(place.name, pattern) for place in target.places for pattern in exclude)
     ]
     if not found:
         raise ValueError(f"no embeddings are left of those that were asked for: exclude is {list(exclude)}")

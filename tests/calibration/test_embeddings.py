@@ -90,6 +90,13 @@ def test_one_of_both_is_asked_for_by_its_name_or_excluded():
     assert [one.name for one in left.embeddings] == ["model.embed_tokens"]
 
 
+def test_tied_ones_are_asked_for_and_excluded_by_either_name():
+    model = tiny_model("gpt2")
+    assert [one.name for one in find_targets(model, include=["*", "lm_head"]).embeddings] == ["transformer.wte"]
+    with pytest.raises(ValueError, match=r"no embeddings are left .* exclude is \['lm_head'\]"):
+        find_targets(model, include=["*", "embeddings"], exclude=["lm_head"])
+
+
 def test_embeddings_alone_are_refused_with_the_cure():
     with pytest.raises(ValueError, match=r"only embeddings were asked for.*--include '\*' embeddings"):
         find_targets(tiny_model("llama"), include=["embeddings"])

@@ -10,6 +10,7 @@ from torch import nn
 
 from lowrank_pl.models.base import load_base, split_known_experts
 from lowrank_pl.models.hf_experts import (
+    Fused,
     all_experts_called,
     experts_fused,
     fuse_experts,
@@ -103,12 +104,24 @@ def test_a_layout_that_is_not_what_its_module_says_is_found_by_a_trial():
     assert torch.equal(model(TOKENS).logits, before)
 
 
+@pytest.mark.parametrize("family", ["phimoe", "qwen2_moe"])
+def test_exchanged_gate_and_up_are_found_in_half_precision(family, monkeypatch):
+    monkeypatch.setattr(Fused, "parted", lambda self, both: both.tensor_split(2)[::-1])
+    with pytest.raises(ValueError, match=r"separate experts do not compute what"):
+        split_experts(tiny_model(family, hidden=64).bfloat16())
+
+
 def test_experts_with_a_replaced_layer_are_not_fused():
     model = tiny_model("mixtral")
     split_experts(model)
+    before = split_modules(model)
     model.model.layers[1].mlp.experts[2].up_proj = nn.Bilinear(2, 2, 2)
-    with pytest.raises(ValueError, match=r"2\.up_proj is a Bilinear: only dense experts can be fused"):
-        fuse_experts(model)
+    with (
+        pytest.raises(ValueError, match=r"2\.up_proj is a Bilinear: only dense experts can be fused"),
+        experts_fused(model),
+    ):
+        pass
+    assert split_modules(model) == before
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "jetmoe"])
