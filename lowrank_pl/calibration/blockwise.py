@@ -221,7 +221,8 @@ class BlockwiseForward:
                 width, dtype = embeddings.weight.shape[1], embeddings.weight.dtype
 
                 def nothing(ids: Tensor, *_: Any, **__: Any) -> Tensor:
-                    return torch.zeros(*ids.shape, width, dtype=dtype, device=ids.device)
+                    # Llama 4 moves the ids to where the embeddings are, which are not loaded.
+                    return torch.zeros(*ids.shape, width, dtype=dtype, device=model.device)
 
                 stack.enter_context(forward_replaced(embeddings, nothing))
             yield

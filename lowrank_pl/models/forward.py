@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
-from lowrank_pl.models.targets import decoder_blocks
+from lowrank_pl.models.targets import body_of, decoder_blocks
 
 __all__ = [
     "activation_checkpointing",
@@ -81,7 +81,7 @@ def forward_until(
 
     Args:
         model: A causal language model.
-        module: A part of the model, such as a decoder block, or ``model.base_model`` for all but the head.
+        module: A part of the model, such as a decoder block, or ``body_of(model)`` for all but the head.
         receive: Called with the output of ``module``, once a pass.
         before: Stop just before ``module`` runs. Hooks set earlier still see its inputs, and ``receive`` is not called.
     """
@@ -204,7 +204,7 @@ def forward_with_activations(
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for place, block in places.items():
-            watched = model.base_model if block is None else blocks[block]
+            watched = body_of(model) if block is None else blocks[block]
             stack.enter_context(_keeping_output(watched, seen, place))
         logits = model(input_ids=tokens, use_cache=False).logits
     return logits, seen

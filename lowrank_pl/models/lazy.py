@@ -24,7 +24,7 @@ from lowrank_pl.models.digests import check_files
 from lowrank_pl.models.forward import forward_until
 from lowrank_pl.models.hf_experts import SplitExperts, split_modules
 from lowrank_pl.models.hf_format import reshape
-from lowrank_pl.models.targets import Targets, decoder_blocks, find_targets
+from lowrank_pl.models.targets import Targets, body_of, decoder_blocks, find_targets
 from lowrank_pl.utils.distributed import is_first
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ class WholeModel:
 
     def streaming(self) -> AbstractContextManager[None]:
         """Stop forward passes before the head."""
-        return forward_until(self.model, self.model.base_model)
+        return forward_until(self.model, body_of(self.model))
 
 
 class Skeleton:
@@ -361,7 +361,7 @@ class Skeleton:
             for block, names in zip(blocks, self.blocks, strict=True):
                 hooks.callback(block.register_forward_pre_hook(lambda *_, names=names: load(names)).remove)
                 hooks.callback(block.register_forward_hook(lambda *_: current.close()).remove)
-            with forward_until(self.model, self.model.base_model):
+            with forward_until(self.model, body_of(self.model)):
                 yield
 
     def find_targets(self, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Targets:

@@ -33,6 +33,7 @@ __all__ = [
     "StandIn",
     "Target",
     "Targets",
+    "body_of",
     "decoder_blocks",
     "dense_weight",
     "find_embeddings",
@@ -321,6 +322,24 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     # Lists inside a block (say, experts) may have the same length: the blocks have the most parameters.
     return max(found, key=lambda entry: sum(parameter.numel() for parameter in entry[1].parameters()))
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """Return the part of ``model`` before its head.
+
+    Raises:
+        ValueError: It has no decoder blocks; see ``decoder_blocks``.
+
+    >>> from lowrank_pl.models.tiny import tiny_model
+    >>> type(body_of(tiny_model("llama4"))).__name__
+    'Llama4TextModel'
+    """
+    body: nn.Module = model.base_model
+    if body is model:
+        # Llama 4's text model names the part as in the model with images, so transformers finds nothing there.
+        parent, dot, _ = decoder_blocks(model)[0].partition(".")
+        body = model.get_submodule(parent) if dot else model
+    return body
 
 
 def dense_weight(module: nn.Module) -> Tensor:

@@ -89,6 +89,8 @@ MIXED = [
     ("gpt_oss", torch.bfloat16),
     ("granitemoe", torch.float32),
     ("jetmoe", torch.float32),
+    # Its model without images has no name for all but the head.
+    ("llama4", torch.float32),
 ]
 
 

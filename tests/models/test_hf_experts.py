@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowrank_pl.models.base import load_base, split_known_experts
+from lowrank_pl.models.forward import forward_with_activations
 from lowrank_pl.models.hf_experts import (
     Fused,
     all_experts_called,
@@ -157,6 +158,13 @@ def test_every_expert_is_a_target_and_every_router_is_dense(family, sequences):
     assert chosen_by.keys() == {name for name, _ in split_modules(model)}
     dense = [entry.name for entry in targets.skipped if entry.reason == ROUTER]
     assert len(dense) == len({*chosen_by.values()})
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_activation_before_the_head_is_the_hidden_state(family, sequences):
+    model = tiny_model(family)
+    _, seen = forward_with_activations(model, sequences[:1], {"last": None})
+    assert seen["last"].shape == (*sequences[:1].shape, model.get_output_embeddings().weight.shape[1])
 
 
 def test_shared_experts_are_ordinary_layers():
