@@ -241,11 +241,12 @@ class FinishUpcycling(Stopwatch):
         model.eval().requires_grad_(False)
         after = upcycler.score("validate the mixture")
         before = upcycler.before or after
+        sequences = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         figures = {
             "base": upcycler.base.name,
             **asdict(upcycler.mixture),
             "steps": trainer.global_step,
-            "tokens": trainer.global_step * data.batch_size * data.learning.length * trainer.world_size,
+            "tokens": trainer.global_step * sequences * data.learning.length,
             "minutes": self.learning_seconds() / 60,
             "perplexity": {"dense": before.perplexity, "mixture": after.perplexity},
             "expert_distance": upcycler.apartness(),
