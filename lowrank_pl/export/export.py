@@ -42,7 +42,7 @@ from lowrank_pl.models.hf_quantized import (
     stored_state,
 )
 from lowrank_pl.models.identity import ORIGIN_KEY, ROTATION_KEY, base_class
-from lowrank_pl.models.targets import replaced
+from lowrank_pl.models.targets import body_of, replaced
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import cut_plan
 from lowrank_pl.serving.optimize import optimize_for_inference
@@ -546,7 +546,7 @@ def _write(
     if stored is not None:
         config.quantization_config = stored
         if base is not None:
-            classes = {"AutoModelForCausalLM": base.__name__, "AutoModel": type(model.base_model).__name__}
+            classes = {"AutoModelForCausalLM": base.__name__, "AutoModel": type(body_of(model)).__name__}
             classes["AutoConfig"] = LowRankAutoConfig.__name__
             config.auto_map = {auto: f"{Path(CODE).stem}.{name}" for auto, name in classes.items()}
         for code in CODE_FILES:
