@@ -118,14 +118,18 @@ def _is_folder(model: str, record: RunRecord) -> bool:
 
 
 def _perplexities(text: ScoredText, own: float | None, dense: float | None) -> list[EvalResult]:
-    words, _, part = text.name.partition("::")
-    source = words.rsplit(" ", 1)[-1]
-    # The name of a file says enough; its folder is of this machine.
-    name = Path(source).name if source.startswith(("/", "~")) else source
-    shown = ScoredText(text.name.replace(source, name, 1), text.sequences, text.length)
-    counts = f"{text.sequences} sequences of {text.length} tokens"
+    names, parts, said = [], [], text.name
+    for entry in text.name.split(" + "):
+        words, _, part = entry.partition("::")
+        source = words.rsplit(" ", 1)[-1]
+        # The name of a file says enough; its folder is of this machine.
+        names.append(Path(source).name if source.startswith(("/", "~")) else source)
+        parts += [part] if part else []
+        said = said.replace(source, names[-1], 1)
+    shown = ScoredText(said, text.sequences, text.length)
+    config = ", ".join([*parts, f"{text.sequences} sequences of {text.length} tokens"])
     # The hub groups results by dataset and configuration.
-    return _pair(name, str(shown), f"{part}, {counts}" if part else counts, "perplexity", own, dense)
+    return _pair(" + ".join(names), str(shown), config, "perplexity", own, dense)
 
 
 def _pair(

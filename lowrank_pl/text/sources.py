@@ -98,6 +98,7 @@ class TextSource:
         kind: ``"docs"``, ``"files"`` or ``"hub"``.
         name: The source without prefix and options; an absolute path for local sources.
         paths: The files of a local source, sorted.
+        share: How many sequences of a mixture it gives when each of the others gives one.
         field: Name of the field that holds the text; by default the first that is known and not empty.
         config: Configuration of a hub dataset.
         split: Split of a hub dataset; the one that was asked for of a folder or glob.
@@ -105,13 +106,13 @@ class TextSource:
         part: Beginning and end of the part to take, as fractions.
         limit: Number of documents to take.
         every: Take every N-th sequence of tokens.
-        share: How many sequences of a mixture it gives when each of the others gives one.
     """
 
     text: str = field(compare=False)
     kind: str
     name: str
     paths: tuple[Path, ...] = ()
+    share: int = field(default=1, compare=False)
     field: str | None = None
     config: str | None = None
     split: str | None = None
@@ -119,7 +120,6 @@ class TextSource:
     part: tuple[Fraction, Fraction] | None = None
     limit: int | None = None
     every: int = 1
-    share: int = 1
 
 
 def parse_mixture(text: str) -> tuple[TextSource, ...]:
@@ -131,10 +131,8 @@ def parse_mixture(text: str) -> tuple[TextSource, ...]:
     >>> [(source.kind, source.share) for source in parse_mixture("python-docs::share=3 + allenai/c4")]
     [('docs', 3), ('hub', 1)]
     """
-    names = [name.strip() for name in MIXED.split(text)]
-    head = text.partition("::")[0]
-    # The name of a file may contain a plus sign.
-    if len(names) == 1 or (MIXED.search(head) and Path(head).expanduser().exists()):
+    names = _names(text)
+    if len(names) == 1:
         source = parse_text(text)
         if source.share != 1:
             raise ValueError(
@@ -143,6 +141,15 @@ def parse_mixture(text: str) -> tuple[TextSource, ...]:
             )
         return (source,)
     return tuple(map(parse_text, names))
+
+
+def _names(text: str) -> list[str]:
+    """Return the names of the texts of a mixture, or the one name."""
+    head = text.partition("::")[0]
+    # The name of a file may contain a plus sign.
+    if MIXED.search(head) and Path(head).expanduser().exists():
+        return [text]
+    return [name.strip() for name in MIXED.split(text)]
 
 
 def parse_text(text: str) -> TextSource:
@@ -191,11 +198,13 @@ def read_stream(text: str, *, tokenizer: PreTrainedTokenizerBase | None = None) 
         tokenizer: Tokenizer whose chat template turns rows of messages into text; not needed for plain text.
 
     Raises:
-        ValueError: The text can't be read; the message says what was found, and where.
+        ValueError: The text can't be read, or is a mixture; the message says what was found, and where.
 
     >>> next(read_stream("python-docs::limit=1")).splitlines()[0]
     'The "assert" statement'
     """
+    if len(_names(text)) > 1:
+        raise ValueError(f"text {text!r} is a mixture, whose texts are read in turn as sequences: give one of them")
     for place, (first, piece) in enumerate(_pieces(parse_text(text), tokenizer)):
         yield "\n\n" + piece if first and place else piece
 

@@ -372,6 +372,11 @@ class CalibrationData(pl.LightningDataModule):
         """Return all sequences; validation sequences of the learning text come after all others of that text."""
         texts = (self.learning.text, self.statistics.text, self.validation_text)
         learning, statistics, validation = map(parse_mixture, texts)
+        if validation != learning and set(validation) & set(learning):
+            raise ValueError(
+                f"validation text {self.validation_text!r} shares a text with {self.learning.text!r}, which is learned "
+                "from: give another text or another part=, or leave validation.text out to hold out sequences of all"
+            )
         held_out = self.validation.sequences if validation == learning else 0
         bos = int(uses_bos(self.tokenizer))
         room, statistics_room = self.learning.length - bos, self.statistics.length - bos

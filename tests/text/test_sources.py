@@ -312,3 +312,8 @@ def test_identity_of_a_local_hub_folder_follows_its_files(dataset):
     assert before == source_identity(parse_text(f"hub:{dataset}"))
     (dataset / "train.jsonl").write_text('{"text": "other"}')
     assert before != source_identity(parse_text(f"hub:{dataset}"))
+
+
+def test_the_documents_of_a_mixture_are_those_of_one_of_its_texts():
+    with pytest.raises(ValueError, match=r"'python-docs \+ a.txt' is a mixture.*give one"):
+        next(read_stream("python-docs + a.txt"))

@@ -207,6 +207,12 @@ def test_a_validation_text_of_the_same_name_is_held_out(caplog):
     assert not caplog.records
 
 
+def test_a_part_of_the_mixture_that_is_learned_from_is_no_validation_text(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 4000)
+    with pytest.raises(ValueError, match=r"a\.txt' shares a text with 'python-docs.*another part="):
+        make_data(f"python-docs + {tmp_path}/a.txt::share=2", validation_text=f"{tmp_path}/a.txt").setup()
+
+
 def test_no_validation():
     data = make_data(validation_sequences=0)
     assert data.val_dataloader() == []

@@ -125,10 +125,14 @@ class Refit:
             raise ValueError(f"dampings are {self.dampings}: expected one or more finite numbers of at least 0.0001")
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings as JSON values, without ``joint`` where it is None, as earlier versions stored them."""
-        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Return the settings as JSON values, without those of later versions if they change nothing."""
+        settings: dict[str, Any] = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
         if self.joint is None:
             del settings["joint"]
+        elif self.joint.curvature == 1:
+            del settings["joint"]["curvature"]
         return settings
 
     def split(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
