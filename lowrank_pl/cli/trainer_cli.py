@@ -133,7 +133,15 @@ class TrainerCLI(HookedCLI):
         if config.accelerator == "auto" and MPSAccelerator.is_available():
             _log.warning("running on the CPU: Apple's GPUs lack float64, which statistics and factors are made in")
             kwargs["accelerator"] = "cpu"
-        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
+        try:
+            trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins)
+        except TypeError as error:
+            if "devices" not in str(error):
+                raise
+            # What other accelerators say of wrong devices is an exception of Lightning's own.
+            raise ValueError(
+                f"trainer.devices is {config.devices!r}: expected a number of processes ({error})"
+            ) from error
         # Only now is it known what strategy "auto" is.
         extend_timeout(trainer.strategy, TIMEOUT)
         return trainer

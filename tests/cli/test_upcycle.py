@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+# Its loggers keep the stderr of the moment at which it is imported, which must be none that a test captures.
+import lightning.pytorch  # noqa: F401
 import pytest
 
 from lowrank_pl.cli.app import main
@@ -35,3 +37,8 @@ def test_a_mixture_needs_text_to_be_judged_on(tmp_path, capsys):
 def test_settings_out_of_range_are_refused(flags, tmp_path, capsys):
     said = failing(capsys, *WORDS, "--run", str(tmp_path), *flags)
     assert "expected" in said
+
+
+def test_devices_that_are_no_number_are_named(tmp_path, capsys):
+    said = failing(capsys, *WORDS, "--run", str(tmp_path), "--trainer.devices", "many")
+    assert "trainer.devices is 'many': expected a number" in said
