@@ -24,7 +24,6 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
-from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -219,6 +218,9 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         if not getattr(self.quantization_config, "experts", False):
             return conversions
+        # Not at the head: this file is imported in the middle of transformers' own imports, maybe of two threads.
+        from transformers.core_model_loading import WeightConverter
+
         return [
             conversion
             for conversion in conversions
