@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -17,7 +17,7 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.targets import shared_inputs
 from lowrank_pl.serving.kernels import MAX_MATRICES, FusedGroup, Part, padded
 
-__all__ = ["FUSED", "TYPES", "SharedGroup", "fuse"]
+__all__ = ["FUSED", "TYPES", "Member", "SharedGroup", "fuse"]
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,34 @@ def _shared_bias(layers: Sequence[nn.Linear]) -> Tensor | None:
     return biases
 
 
-class _Fused:
+class Group(Protocol):
+    """Layers that are computed together from weights that it knows in another form too."""
+
+    def check(self) -> None:
+        """Give up if the weights are not where they were."""
+
+    def forget(self) -> None:
+        """Give up: the weights have changed."""
+
+
+class Member:
+    """A module of a group, which it tells when its weights are loaded or moved."""
+
+    group: Group
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load parameters in place; pivots and biases are known to the group in another form."""
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        self.group.forget()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        """Convert or move the module; memory of the old weights is released."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.group.check()
+        return self  # type: ignore[return-value]
+
+
+class _Fused(Member):
     """The forward pass of a layer in a group."""
 
     group: SharedGroup
@@ -190,17 +217,6 @@ class _Fused:
         """Return ``[..., out]`` for an input ``[..., in]``."""
         found = self.group.output(self.number, input)
         return super().forward(input) if found is None else found  # type: ignore[misc]
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Load parameters in place; pivots and biases are known to the kernels in another form."""
-        super()._load_from_state_dict(*args)  # type: ignore[misc]
-        self.group.forget()
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
-        """Convert or move the layer; memory of the old weights is released."""
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        self.group.check()
-        return self  # type: ignore[return-value]
 
 
 class FusedLowRankLinear(_Fused, LowRankLinear):

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.models.hf_experts import Expert, RoutedExperts, SortedExperts, SplitExperts, WeightedInputExperts
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.serving.fused_layers import Member
 from lowrank_pl.serving.onednn_layers import ONEDNN
 
 __all__ = ["GROUPED", "ExpertGroup", "group_experts", "ungroup"]
@@ -382,19 +383,10 @@ class _Watched:
             self.group.forget()
 
 
-class _Grouped(_Watched):
+class _Grouped(_Watched, Member):
     """The experts of a block that a group may compute."""
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Load parameters in place; biases and pivots are known to the group in another form."""
-        super()._load_from_state_dict(*args)  # type: ignore[misc]
-        self.group.forget()
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
-        """Convert or move the experts; memory of the old weights is released."""
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        self.group.check()
-        return self  # type: ignore[return-value]
+    group: ExpertGroup
 
 
 class GroupedExpert(_Watched, Expert):

@@ -69,22 +69,11 @@ def token_windows(
     sources = parse_mixture(text)
     if len(sources) == 1:
         return _windows(sources[0], tokenizer, length, sequences)
-    ends: list[int | None] = [None] * len(sources)
     if sequences is None:
-        ends = [len(_windows(source, tokenizer, length, None)) for source in sources]
-    while True:
-        order = _mixing_order([source.share for source in sources], ends, sequences)
-        parts = [
-            _windows(source, tokenizer, length, count)
-            for place, source in enumerate(sources)
-            if (count := max(1, order.count(place)))
-        ]
-        # Only reading a text tells where it ends.
-        short = [place for place, part in enumerate(parts) if len(part) < order.count(place)]
-        if not short:
-            break
-        for place in short:
-            ends[place] = len(parts[place])
+        parts = [_windows(source, tokenizer, length, None) for source in sources]
+        order = _mixing_order([source.share for source in sources], [len(part) for part in parts], None)
+    else:
+        order, parts = _first_of_mixture(sources, tokenizer, length, sequences)
     if sequences is not None and len(order) < sequences:
         _log.warning("%d sequences were asked for, the texts of %r have %d together", sequences, text, len(order))
     counts = [order.count(place) for place in range(len(sources))]
@@ -92,6 +81,28 @@ def token_windows(
     _log.info("%d sequences of a mixture: %s", len(order), told)
     streams = [iter(part) for part in parts]
     return torch.stack([next(streams[place]) for place in order])
+
+
+def _first_of_mixture(
+    sources: Sequence[TextSource], tokenizer: PreTrainedTokenizerBase, length: int, total: int
+) -> tuple[list[int], list[Tensor]]:
+    """Return which text each of the first ``total`` sequences of a mixture comes from, and the sequences of each text.
+
+    A text from which none comes is read too, so that a mistake in it is found.
+    """
+    ends: list[int | None] = [None] * len(sources)
+    while True:
+        order = _mixing_order([source.share for source in sources], ends, total)
+        counts = [order.count(place) for place in range(len(sources))]
+        parts = [
+            _windows(source, tokenizer, length, max(1, count)) for source, count in zip(sources, counts, strict=True)
+        ]
+        # Only reading a text tells where it ends.
+        short = [place for place, part in enumerate(parts) if len(part) < counts[place]]
+        if not short:
+            return order, parts
+        for place in short:
+            ends[place] = len(parts[place])
 
 
 def _mixing_order(shares: Sequence[int], ends: Sequence[int | None], total: int | None) -> list[int]:

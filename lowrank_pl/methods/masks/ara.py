@@ -114,10 +114,6 @@ class ARAMask(Mask):
         length = (self.span * self.fraction().detach()).round()
         return torch.arange(self.rank, device=length.device) < length
 
-    def error_at(self, ratio: Tensor) -> Tensor:
-        """Return the share of the spectrum's norm that is lost at ``ratio``, from the table at whole percents."""
-        return self.error[_percent(ratio)]
-
 
 class ARA(MaskMethod):
     """Adaptive Rank Allocation (ARA, arXiv 2510.19389): staircase masks, a budget penalty and a guidance loss.
@@ -167,8 +163,7 @@ class ARA(MaskMethod):
     def penalties(self, masks: ModelMasks, ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget`` and ``guidance``, weighted; arguments as in ``MaskMethod.penalties``."""
         kept = ratios.clamp(max=1.0)
-        tables = torch.stack([mask.error for mask in _staircases(masks)])
-        errors = tables.gather(1, _percent(kept)[:, None]).squeeze(1)
+        errors = errors_at(list(_staircases(masks)), kept)
         return {
             "budget": self.budget_weight * budget_penalty(kept, dense_sizes(masks, ratios), keep),
             "guidance": self.guidance_weight * guidance_penalty(kept, errors),
@@ -184,9 +179,10 @@ class ARA(MaskMethod):
         return budget.fit(requested, method=self.name)
 
 
-def _percent(ratios: Tensor) -> Tensor:
-    """Return the places of ``ratios`` in tables at whole percents."""
-    return (ratios.detach() * 100).round().long().clamp(1, 99) - 1
+def errors_at(masks: Sequence[ARAMask], ratios: Tensor) -> Tensor:
+    """Return the share of each spectrum's norm that is lost at ``ratios`` ``[masks]``, from the tables."""
+    places = (ratios.detach() * 100).round().long().clamp(1, 99) - 1
+    return torch.stack([mask.error for mask in masks]).gather(1, places[:, None]).squeeze(1)
 
 
 def _span(longest: float) -> int:

@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from lowrank_pl.methods.masks.ara import ARA, ARAMask
+from lowrank_pl.methods.masks.ara import ARA, ARAMask, errors_at
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.storage import Storage
 
@@ -182,7 +182,7 @@ def test_error_table(shape):
     table = slow_errors(shape, sigma)
     torch.testing.assert_close(mask.error.double(), torch.tensor(list(table.values())).double(), rtol=1e-5, atol=1e-7)
     for ratio, percent in [(0.0, 1), (0.334, 33), (0.336, 34), (0.8, 80), (0.999, 99), (1.0, 99), (1.2, 99)]:
-        assert mask.error_at(torch.tensor(ratio)).item() == pytest.approx(table[percent], rel=1e-5, abs=1e-7)
+        assert errors_at([mask], torch.tensor([ratio])).item() == pytest.approx(table[percent], rel=1e-5, abs=1e-7)
 
 
 def test_zero_weight_has_a_table():
