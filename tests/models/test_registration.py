@@ -77,9 +77,12 @@ def test_a_watched_module_is_imported_as_ever_and_the_format_registered_after_it
 
 
 def test_threads_that_import_both_at_once_do_not_disturb_each_other():
+    # transformers replaces its own module at the end of its import. Without this package too, a second thread may see
+    # the module of before, without a single name: the threads here find it imported.
     in_process("""
 import threading
 from concurrent.futures import ThreadPoolExecutor
+import transformers
 import lowrank_pl
 both = threading.Barrier(2)
 def one():
