@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.models.hf_layers import Side
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, Side
 from lowrank_pl.models.hf_quantized import Grid, dequantize, grid_of_entry, stored_shapes
 from lowrank_pl.serving.kernels import FusedGroup, Part, padded
 
@@ -163,6 +163,27 @@ class Member:
         if self.unpivoted:
             return *self.factors(), None
         return self.loaded["weight"], self.loaded.get("right"), self.side
+
+    def layer(self, device: torch.device) -> nn.Linear:
+        """Return what this process computes as a layer without bias; the tensors are released.
+
+        Raises:
+            ValueError: Tensors are missing or pivots are damaged.
+        """
+        self.check()
+        weight, right, side = self.matrices()
+        weight = weight.to(device)
+        layer: nn.Linear
+        if right is None:
+            with torch.device("meta"):
+                layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        elif side is None:
+            layer = LowRankLinear.from_factors(weight, right.to(device))
+        else:
+            layer = PivotedLinear.from_parts(weight, right.to(device), self.loaded["pivots"].to(device), side=side)
+        self.release()
+        return layer.requires_grad_(False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the left and the right factor of this process's part of an :attr:`unpivoted` layer."""

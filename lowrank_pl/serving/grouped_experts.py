@@ -26,7 +26,7 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.serving.fused_layers import Member
 from lowrank_pl.serving.onednn_layers import ONEDNN
 
-__all__ = ["GROUPED", "ExpertGroup", "group_experts", "ungroup"]
+__all__ = ["GROUPED", "ExpertGroup", "ExpertMatrices", "Way", "group_experts", "ungroup"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ _FASTER = 0.97
 
 _BUNDLES = 4
 """In so many sizes at most are matrices padded for grouped products."""
+
+_GATHERED = 2**28
+"""At most so many numbers of matrices are gathered at once."""
 
 _STEP = 8
 """Sizes of grouped products on a GPU are multiples of this: 16 bytes in half precision."""
@@ -208,72 +211,52 @@ def _orders(layers: Sequence[nn.Linear], side: str) -> Tensor | None:
     return torch.stack(orders)
 
 
-class ExpertGroup:
-    """The matrices of all experts of a block, and how they are multiplied.
-
-    A copy of it, as ``deepcopy`` and ``pickle`` make them, leaves everything to the separate experts.
+class ExpertMatrices:
+    """The matrices of all experts of a block, and ways to multiply with those of some experts.
 
     Args:
-        block: The experts; None for a group that computes nothing.
+        layers: The linear layers of the experts by kind, one layer an expert; their parameters become parts of larger
+            tensors. The kind is empty if an expert is one layer.
+        activation: Returns what lies between the stages, from the outputs of the gate, or None, and of the up matrix.
 
     Attributes:
-        ready: Whether the experts are still what the group was made for.
-        most: How many rows, as the block is called with them, are those of one token and of a few.
-        ways: What is fastest for one token, a few and many; nothing where separate experts are.
+        count: The number of experts.
+        dtype: Type of the matrices.
+        device: Their device.
+        pads: Whether torch multiplies groups of rows at once.
+        kinds: The matrices by kind.
     """
 
-    def __init__(self, block: SplitExperts | None = None) -> None:
-        self.ready = block is not None
-        self.most: dict[str, int] = {}
-        self.ways: dict[str, Way] = {}
-        self.kinds: dict[str, Kind] = {}
-        if block is None:
-            return
-        self._block = ref(block)
-        self.fused = block.fused
-        layers = _layers(block)
+    def __init__(
+        self, layers: Mapping[str, Sequence[Any]], activation: Callable[[Tensor | None, Tensor], Tensor]
+    ) -> None:
         first = next(iter(layers.values()))[0]
-        self.count, self.dtype, self.device = len(block), first.weight.dtype, first.weight.device
+        self.count, self.dtype, self.device = len(next(iter(layers.values()))), first.weight.dtype, first.weight.device
+        self._activation = activation
         sizes = [size for named in layers.values() for size in (named[0].in_features, named[0].out_features)]
         self.pads = _has_grouped_mm(self.device, self.dtype) and all(size % _STEP == 0 for size in sizes)
-        self.bundles: list[range] = []
+        self._bundles: list[range] = []
         order = list(range(self.count))
         if self.pads:
             ranks = [[_rank(layer, factored=True) for layer in named] for named in layers.values()]
-            order, self.bundles = _bundles([sum(of_expert) for of_expert in zip(*ranks, strict=True)])
+            order, self._bundles = _bundles([sum(of_expert) for of_expert in zip(*ranks, strict=True)])
         with torch.inference_mode(False):
-            for name, named in layers.items():
-                self.kinds[name] = Kind.of([named[place] for place in order], self.bundles)
+            self.kinds = {
+                name: Kind.of([named[place] for place in order], self._bundles) for name, named in layers.items()
+            }
             # Where each expert lies; behind all lie pairs that nobody computes here.
             places = [order.index(place) for place in range(self.count)]
-            self.places = torch.tensor([*places, self.count], device=self.device)
-            self.every = torch.arange(self.count, device=self.device)
-        self.outputs = layers["down_proj" if "down_proj" in layers else ""][0].out_features
-        self._addresses = self._now()
-        self.handle = next(_HANDLES)
-        _GROUPS[self.handle] = self
-
-    def __reduce__(self) -> tuple[type[ExpertGroup], tuple[()]]:
-        """Return how a copy is made: without experts."""
-        return ExpertGroup, ()
+            self._places = torch.tensor([*places, self.count], device=self.device)
+            self._every = torch.arange(self.count, device=self.device)
+        self._outputs = layers["down_proj" if "down_proj" in layers else ""][0].out_features
+        self._handle = next(_HANDLES)
+        _MATRICES[self._handle] = self
 
     @property
     def offers(self) -> tuple[Way, ...]:
-        """The ways for the group on its device."""
+        """The ways that are worth trying on this device."""
         # A loop over experts has to know how many rows each gets: on a GPU, separate experts do the same.
         return ("gathered", "grouped") if self.pads or self.device.type == "cpu" else ("gathered",)
-
-    def way(self, rows: Tensor) -> Way | None:
-        """Return how experts are computed for so many rows; None if one after the other."""
-        other = torch.is_grad_enabled() or torch.is_autocast_enabled(rows.device.type) or SplitExperts.every
-        if not self.ready or other or rows.numel() == 0 or rows.dtype != self.dtype or rows.device != self.device:
-            return None
-        size = next((size for size, most in self.most.items() if len(rows) <= most), "many")
-        way = self.ways.get(size)
-        # A loop over separate experts would break the graph.
-        if way is None and torch.compiler.is_compiling() and "grouped" in self.offers:
-            way = "grouped"
-        return way
 
     def compute(self, way: Way, rows: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
         """Return ``[pairs, out]`` outputs of experts; zeros for pairs whose expert is none of the block.
@@ -286,47 +269,94 @@ class ExpertGroup:
         """
         if way == "grouped":
             if torch.compiler.is_compiling():
-                outputs: Tensor = _grouped(rows, experts, sources, self.outputs, self.handle)
+                outputs: Tensor = _grouped(rows, experts, sources, self._outputs, self._handle)
                 return outputs
             return self.sorted(rows, experts, sources)
-        places = self.places[experts.clamp(max=self.count)]
+        pairs = max(1, _GATHERED // max(kind.width * kind.right.shape[1] for kind in self.kinds.values()))
+        parts = zip(torch.split(experts, pairs), torch.split(sources, pairs), strict=True)
+        return torch.cat([self._gathered(rows, *part) for part in parts])
+
+    def _gathered(self, rows: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
+        places = self._places[experts.clamp(max=self.count)]
         here = places.clamp(max=self.count - 1)
         outputs = self._chain(rows[sources], lambda kind, inputs: kind.gathered(inputs, here))
         return torch.where((places < self.count)[:, None], outputs, 0)
 
     def sorted(self, rows: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
         """Return what :meth:`compute` returns, from pairs sorted by expert."""
-        places, order = self.places[experts.clamp(max=self.count)].sort(stable=True)
-        ends = torch.searchsorted(places, self.every, right=True, out_int32=True)
+        places, order = self._places[experts.clamp(max=self.count)].sort(stable=True)
+        ends = torch.searchsorted(places, self._every, right=True, out_int32=True)
         here = places.clamp(max=self.count - 1)
         listed = [] if self.pads else ends.tolist()
 
         def product(kind: Kind, inputs: Tensor) -> Tensor:
-            return kind.grouped(inputs, here, ends, self.bundles) if self.pads else kind.looped(inputs, here, listed)
+            return kind.grouped(inputs, here, ends, self._bundles) if self.pads else kind.looped(inputs, here, listed)
 
         outputs = self._chain(rows[sources[order]], product)
         outputs = torch.where((places < self.count)[:, None], outputs, 0)
         return torch.empty_like(outputs).index_copy_(0, order, outputs)
 
     def _chain(self, inputs: Tensor, product: Callable[[Kind, Tensor], Tensor]) -> Tensor:
-        if "" in self.kinds:
-            return product(self.kinds[""], inputs)
-        gate = product(self.kinds["gate_proj"], inputs) if self.fused.gated else None
-        return product(self.kinds["down_proj"], self.fused.activation(gate, product(self.kinds["up_proj"], inputs)))
+        kinds = self.kinds
+        if "" in kinds:
+            return product(kinds[""], inputs)
+        gate = product(kinds["gate_proj"], inputs) if "gate_proj" in kinds else None
+        return product(kinds["down_proj"], self._activation(gate, product(kinds["up_proj"], inputs)))
+
+
+class ExpertGroup:
+    """The experts of a block, which may be computed together.
+
+    A copy of it, as ``deepcopy`` and ``pickle`` make them, leaves everything to the separate experts.
+
+    Args:
+        block: The experts; None for a group that computes nothing.
+
+    Attributes:
+        matrices: Their matrices; None if the experts are no longer what the group was made for.
+        most: How many rows, as the block is called with them, are those of one token and of a few.
+        ways: What is fastest for one token, a few and many; nothing where separate experts are.
+    """
+
+    def __init__(self, block: SplitExperts | None = None) -> None:
+        self.matrices: ExpertMatrices | None = None
+        self.most: dict[str, int] = {}
+        self.ways: dict[str, Way] = {}
+        if block is not None:
+            self._block = ref(block)
+            self.matrices = ExpertMatrices(_layers(block), block.fused.activation)
+            self._addresses = self._now()
+
+    def __reduce__(self) -> tuple[type[ExpertGroup], tuple[()]]:
+        """Return how a copy is made: without experts."""
+        return ExpertGroup, ()
+
+    def way(self, rows: Tensor) -> tuple[ExpertMatrices, Way] | None:
+        """Return by which matrices, and how, experts are computed for so many rows; None if one after the other."""
+        other = torch.is_grad_enabled() or torch.is_autocast_enabled(rows.device.type) or SplitExperts.every
+        made = self.matrices
+        if made is None or other or rows.numel() == 0 or rows.dtype != made.dtype or rows.device != made.device:
+            return None
+        size = next((size for size, most in self.most.items() if len(rows) <= most), "many")
+        way = self.ways.get(size)
+        # A loop over separate experts would break the graph.
+        if way is None and torch.compiler.is_compiling() and "grouped" in made.offers:
+            way = "grouped"
+        return None if way is None else (made, way)
 
     def check(self) -> None:
         """Leave everything to separate experts if their parameters are no longer where they were."""
-        if self.ready and self._addresses != self._now():
+        if self.matrices is not None and self._addresses != self._now():
             self.forget()
 
     def forget(self) -> None:
         """Leave everything to separate experts, since they are no longer what the group was made for."""
-        if self.ready:
+        if self.matrices is not None:
             logger.warning(
                 "experts were changed after optimize_for_inference: they are computed one after the other until it is "
                 "called again"
             )
-        self.ready, self.kinds = False, {}
+        self.matrices = None
 
     def _now(self) -> list[int]:
         block = self._block()
@@ -334,15 +364,15 @@ class ExpertGroup:
         return [parameter.data_ptr() for parameter in block.parameters()]
 
 
-_GROUPS: WeakValueDictionary[int, ExpertGroup] = WeakValueDictionary()
-"""All groups by the number under which compiled code knows them."""
+_MATRICES: WeakValueDictionary[int, ExpertMatrices] = WeakValueDictionary()
+"""The matrices of all blocks by the number under which compiled code knows them."""
 
 _HANDLES = count()
 
 
 @torch.library.custom_op("lowrank_pl::grouped_experts", mutates_args=())
 def _grouped(rows: Tensor, experts: Tensor, sources: Tensor, outputs: int, handle: int) -> Tensor:
-    return _GROUPS[handle].sorted(rows, experts, sources)
+    return _MATRICES[handle].sorted(rows, experts, sources)
 
 
 @_grouped.register_fake
@@ -398,12 +428,13 @@ class GroupedRoutedExperts(_Grouped, RoutedExperts):
 
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Return the sum of the chosen experts' outputs, each times its weight."""
-        way = self.group.way(hidden_states)
-        if way is None:
+        chosen = self.group.way(hidden_states)
+        if chosen is None:
             return super().forward(hidden_states, *args, **kwargs)
+        matrices, way = chosen
         index, weights = (*args, *kwargs.values())
         sources = torch.arange(index.numel(), device=index.device) // index.shape[-1]
-        outputs = self.group.compute(way, hidden_states, index.flatten(), sources)
+        outputs = matrices.compute(way, hidden_states, index.flatten(), sources)
         outputs = (outputs * weights.reshape(-1, 1)).to(hidden_states.dtype)
         return outputs.view(*index.shape, -1).sum(dim=-2)
 
@@ -413,12 +444,13 @@ class GroupedWeightedInputExperts(_Grouped, WeightedInputExperts):
 
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Return the experts' outputs ``[experts x tokens, hidden]`` for as many rows."""
-        if self.group.way(hidden_states) is None:
+        chosen = self.group.way(hidden_states)
+        if chosen is None:
             return super().forward(hidden_states, *args, **kwargs)
         every = torch.arange(len(hidden_states), device=hidden_states.device)
         experts = every // (len(hidden_states) // len(self))
         experts = torch.where(hidden_states.any(dim=-1), experts, len(self))
-        return self.group.compute("grouped", hidden_states, experts, every)
+        return chosen[0].compute("grouped", hidden_states, experts, every)
 
 
 class GroupedSortedExperts(_Grouped, SortedExperts):
@@ -426,12 +458,13 @@ class GroupedSortedExperts(_Grouped, SortedExperts):
 
     def forward(self, inputs: Tensor, expert_size: Any) -> Tensor:
         """Return the outputs ``[rows, out]``."""
-        if self.group.way(inputs) is None:
+        chosen = self.group.way(inputs)
+        if chosen is None:
             return super().forward(inputs, expert_size)
         sizes = torch.as_tensor(expert_size, device=inputs.device)
         numbers = torch.arange(len(self), device=inputs.device)
         experts = numbers.repeat_interleave(sizes, output_size=len(inputs))
-        return self.group.compute("grouped", inputs, experts, torch.arange(len(inputs), device=inputs.device))
+        return chosen[0].compute("grouped", inputs, experts, torch.arange(len(inputs), device=inputs.device))
 
 
 GROUPED: dict[type[nn.Module], type[nn.Module]] = {
@@ -581,7 +614,8 @@ def _seconds(
 def _fits(way: Way, block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether a way is worth timing: gathering reads and writes an expert's matrices for each of its tokens."""
     if way == "grouped":
-        return way in block.group.offers
+        matrices = block.group.matrices
+        return matrices is not None and way in matrices.offers
     return type(block) is GroupedRoutedExperts and 2 * (*args, *kwargs.values())[1].numel() <= len(block)
 
 

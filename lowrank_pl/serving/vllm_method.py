@@ -1,8 +1,10 @@
-"""The quantisation method ``lowrank`` of vLLM: linear layers stored as factors or as pivots and coefficients.
+"""The quantisation method ``lowrank`` of vLLM: linear layers and experts stored as factors, or pivots and coefficients.
 
-vLLM asks the registered configuration for a method for each linear layer of its own model. The method makes parameters
-that only receive the tensors of the checkpoint, and builds a :class:`~lowrank_pl.serving.fused_linear.FusedLinear`
-after loading. This is the only module of the package that imports vLLM.
+vLLM asks the registered configuration for a method for each linear layer of its own model, and for the experts of each
+block. The method makes parameters that only receive the tensors of the checkpoint. After loading, it builds a
+:class:`~lowrank_pl.serving.fused_linear.FusedLinear`, or the
+:class:`~lowrank_pl.serving.grouped_experts.ExpertMatrices` of a block. This is the only module of the package that
+imports vLLM.
 """
 
 from __future__ import annotations
@@ -13,8 +15,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -30,11 +36,13 @@ from lowrank_pl.models.hf_format import METHOD, LowRankConfig
 from lowrank_pl.models.hf_quantized import grid_of_entry
 from lowrank_pl.models.identity import ORIGIN_KEY
 from lowrank_pl.serving.fused_linear import FusedLinear, Member
+from lowrank_pl.serving.grouped_experts import ExpertMatrices, Way
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
     from vllm.model_executor.models.utils import WeightsMapper
 
-__all__ = ["LowRankLinearMethod", "LowRankQuantizationConfig"]
+__all__ = ["LowRankExpertsMethod", "LowRankLinearMethod", "LowRankQuantizationConfig"]
 
 # A child of vLLM's logger, so that its settings hold.
 logger = init_logger("vllm.lowrank_pl")
@@ -112,14 +120,8 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         """Note from the model's config how vLLM reads its weights.
 
         Raises:
-            ValueError: Heads were pruned: vLLM takes the number of heads of every block from the config. Or the model
-                has compressed experts, which vLLM computes fused.
+            ValueError: Heads were pruned: vLLM takes the number of heads of every block from the config.
         """
-        if self.experts:
-            raise ValueError(
-                f"{model_name} has compressed experts, which vLLM computes in fused parameters: run it in "
-                "transformers, or merge its factors into dense weights (lowrank export PLAN --merge), which vLLM serves"
-            )
         if (getattr(hf_config, ORIGIN_KEY, None) or {}).get("heads_left"):
             raise ValueError(
                 f"some blocks of {model_name} have fewer key/value heads than config.json says, and vLLM takes the "
@@ -130,11 +132,17 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename the modules to their names in vLLM's model."""
-        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
-        self.shapes = hf_to_vllm_mapper.apply_dict(self.shapes)
+        self.modules = _renamed(hf_to_vllm_mapper, self.modules)
+        self.shapes = _renamed(hf_to_vllm_mapper, self.shapes)
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """Return the method for ``layer``; None for what is neither linear nor an embedding, and stays as it is."""
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | FusedMoEMethodBase | None:
+        """Return the method for ``layer``; None for what stays as it is.
+
+        Raises:
+            ValueError: Its experts can't be computed here.
+        """
+        if isinstance(layer, RoutedExperts):
+            return LowRankExpertsMethod(self, layer) if self.experts else None
         if isinstance(layer, VocabParallelEmbedding):
             name = prefix or self._nameless_embedding()
             entry = self.modules.get(name)
@@ -275,6 +283,153 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return output if bias is None else output + bias
 
 
+class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """Parameters and computation of the experts of one block of vLLM.
+
+    The matrices that the checkpoint holds of each expert keep their own ranks. Processes share the experts (expert
+    parallelism) or every expert's inner features (tensor parallelism), as vLLM says.
+
+    Args:
+        config: The model's configuration.
+        layer: The experts.
+
+    Raises:
+        ValueError: The experts have biases, or vLLM would move them between processes.
+    """
+
+    def __init__(self, config: LowRankQuantizationConfig, layer: RoutedExperts) -> None:
+        super().__init__(layer.moe_config)
+        moe = layer.moe_config
+        known = moe.activation.without_mul() in _ACTIVATIONS and moe.swiglu_limit is None
+        refused = {
+            "have biases": moe.has_bias,
+            f"are activated by {moe.activation.value}": not known,
+            "would be moved between processes (enable_eplb)": moe.moe_parallel_config.enable_eplb,
+        }
+        if any(refused.values()):
+            what = " and ".join(reason for reason, holds in refused.items() if holds)
+            raise ValueError(
+                f"{layer.layer_name}: compressed experts that {what} are not served: run the model in transformers, or "
+                "merge its factors into dense weights (lowrank export PLAN --merge), which vLLM serves"
+            )
+        self.config = config
+        gate, down, up = layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name
+        # Where there is no gate, vLLM calls the first matrix so.
+        self.names = {"w1": gate, "w2": down} if up is None else {"w1": gate, "w3": up, "w2": down}
+        self.members: dict[tuple[int, str], Member] = {}
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """Give ``layer`` an empty parameter for each kind of tensor, which hands what is loaded to the right expert."""
+        parallel = layer.moe_config.moe_parallel_config
+        hidden, inner = (0, hidden_size), intermediate_size_per_partition
+        span, whole = (parallel.tp_rank * inner, inner), parallel.tp_size * inner
+        mine = [number for number in range(layer.global_num_experts) if self._place(layer, number) is not None]
+        for number in mine:
+            for shard, called in self.names.items():
+                name = f"{layer.layer_name}.{number}.{called}"
+                entry = self.config.modules.get(name, self.config.modules.get(name.replace(*_MIXTRAL)))
+                self.members[number, shard] = (
+                    Member(name, hidden_size, whole, entry, [hidden], span)
+                    if shard == "w2"
+                    else Member(name, whole, hidden_size, entry, [span], hidden)
+                )
+        self.config.members += self.members.values()
+        for group, shards in (("w13", ("w1", "w3")), ("w2", ("w2",))):
+            members = [member for (_, shard), member in self.members.items() if shard in shards]
+            for part in sorted({part for member in members for part in member.shapes}):
+                parameter = nn.Parameter(torch.empty(0, dtype=_type_of(part, params_dtype)), requires_grad=False)
+                parameter.weight_loader = partial(self._load, part, params_dtype)  # type: ignore[attr-defined]
+                layer.register_parameter(f"{group}_{part}", parameter)
+
+    @staticmethod
+    def _place(layer: RoutedExperts, number: int) -> int | None:
+        """Return the place of an expert in this process; None if another process has it."""
+        place = layer._map_global_expert_id_to_local_expert_id(number)
+        return None if place < 0 else place
+
+    def _load(
+        self,
+        part: str,
+        dtype: torch.dtype,
+        param: nn.Parameter,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Hand ``loaded_weight`` to the expert's matrix that vLLM calls ``shard_id``."""
+        member = self.members.get((expert_id, shard_id))
+        if member is not None:
+            member.load(part, loaded_weight, dtype)
+        return member is not None if return_success else None
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Build what ``apply`` computes.
+
+        Raises:
+            ValueError: Tensors are missing or damaged.
+        """
+        parallel = layer.moe_config.moe_parallel_config
+        self.config.report_unpivoted(parallel.tp_size, layer.params_dtype)
+        kinds = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+        if "w3" not in self.names:
+            kinds = {"w1": "up_proj", "w2": "down_proj"}
+        numbers = dict.fromkeys(number for number, _ in self.members)
+        device = next(layer.parameters()).device
+        layers = {
+            kind: [self.members[number, shard].layer(device) for number in numbers] for shard, kind in kinds.items()
+        }
+        self.matrices = ExpertMatrices(layers, partial(_activated, _ACTIVATIONS[layer.activation.without_mul()]))
+        self.members.clear()
+        for name, _ in list(layer.named_parameters(recurse=False)):
+            delattr(layer, name)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
+        """Return None: no kernel of vLLM's computes these experts."""
+        return None
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """Return the sum of the chosen experts' outputs, each times its weight; shared experts are computed elsewhere.
+
+        Args:
+            layer: The experts.
+            x: ``[tokens, hidden]`` inputs.
+            topk_weights: ``[tokens, chosen]`` weights of the chosen experts.
+            topk_ids: ``[tokens, chosen]`` their numbers.
+            shared_experts: Unused.
+            shared_experts_input: Unused.
+        """
+        numbers = topk_ids.long()
+        if layer.expert_map is not None:
+            numbers = layer.expert_map[numbers].long()
+            numbers = torch.where(numbers < 0, self.matrices.count, numbers)
+        sources = torch.arange(numbers.numel(), device=x.device) // numbers.shape[-1]
+        weights = topk_weights.to(x.dtype).reshape(-1, 1)
+        if layer.apply_router_weight_on_input:
+            x, sources = x[sources] * weights, torch.arange(numbers.numel(), device=x.device)
+            weights = torch.ones_like(weights)
+        way: Way = "grouped" if "grouped" in self.matrices.offers else "gathered"
+        outputs = self.matrices.compute(way, x, numbers.flatten(), sources) * weights
+        return outputs.view(*numbers.shape, -1).sum(dim=-2)
+
+
 class CompressedEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
     """Embeddings, or an untied head, that are rounded or of low rank in the checkpoint and dense here.
 
@@ -336,6 +491,28 @@ class CompressedEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[mis
             for name in [name for name, _ in layer.named_parameters(recurse=False) if name != "weight"]:
                 delattr(layer, name)
         super().process_weights_after_loading(layer)
+
+
+def _renamed(mapper: WeightsMapper, named: dict[str, Any]) -> dict[str, Any]:
+    """Return ``named`` with the names that modules have in vLLM's model."""
+    # Some rules are for the beginning of a parameter's name, which goes on with a dot.
+    renamed = mapper.apply_dict({f"{name}.": value for name, value in named.items()})
+    return {name.removesuffix("."): value for name, value in renamed.items()}
+
+
+_MIXTRAL = (".block_sparse_moe.", ".mlp.")
+"""What Mixtral's mixtures are called in files and in vLLM's model, and in that of transformers."""
+
+_ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
+    MoEActivation.SILU_NO_MUL: F.silu,
+    MoEActivation.GELU_NO_MUL: F.gelu,
+    MoEActivation.GELU_TANH_NO_MUL: partial(F.gelu, approximate="tanh"),
+}
+"""The activations of experts, without the product with the up projection."""
+
+
+def _activated(activation: Callable[[Tensor], Tensor], gate: Tensor | None, up: Tensor) -> Tensor:
+    return activation(up) if gate is None else activation(gate) * up
 
 
 def _type_of(part: str, dtype: torch.dtype) -> torch.dtype:

@@ -113,6 +113,16 @@ def test_only_what_is_split_along_its_pivots_becomes_factors(storage):
     assert not member(whole, storage).unpivoted
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("part", [{}, {"rows": [(4, 8)]}, {"columns": (6, 6)}], ids=["whole", "rows", "columns"])
+def test_a_layer_of_its_own_computes_the_same(storage, part, x):
+    module = layer(storage)
+    begin, width = part.get("columns", (0, INPUTS))
+    rows = fused(member(module, storage, **part))
+    alone = member(module, storage, **part).layer(torch.device("cpu"))
+    torch.testing.assert_close(alone(x[..., begin : begin + width]), rows(x[..., begin : begin + width]))
+
+
 def test_a_rank_above_the_rows_of_one_process_is_fine(x):
     whole = layer("factored", rank=12)
     torch.testing.assert_close(fused(member(whole, "factored", rows=[(0, 4)]))(x), x @ dense(whole)[:4].T)

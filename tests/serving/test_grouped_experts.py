@@ -75,6 +75,16 @@ def test_pairs_of_other_processes_are_left_out(way):
     torch.testing.assert_close(block(*inputs), before, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_many_tokens_are_gathered_in_parts(monkeypatch):
+    block = blocks(mixture("mixtral"))[0]
+    inputs = torch.randn(5, 32), torch.tensor([[0, 1], [3, 2], [2, 1], [0, 3], [1, 2]]), torch.rand(5, 2)
+    before = block(*inputs)
+    grouped_experts._group(block).ways = {"many": "gathered"}
+    monkeypatch.setattr(grouped_experts, "_GATHERED", 3 * 32 * 32)
+    torch.testing.assert_close(block(*inputs), before, rtol=1e-4, atol=1e-5)
+
+
 def test_names_and_values_stay_and_so_do_they_when_it_is_undone(way):
     model = mixture("mixtral")
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -90,7 +100,7 @@ def test_bytes_in_memory_are_those_of_the_factors():
     model = mixture("mixtral", "factored")
     block = blocks(model)[0]
     before = sum(parameter.nbytes for parameter in block.parameters())
-    kinds = grouped_experts._group(block).kinds.values()
+    kinds = grouped_experts._group(block).matrices.kinds.values()
     # One row of zeros for each factor.
     zeros = sum(kind.right[-1].nbytes + kind.left[-1].nbytes for kind in kinds)
     assert sum(kind.right.nbytes + kind.left.nbytes for kind in kinds) == before + zeros
@@ -144,7 +154,7 @@ def test_changed_experts_are_computed_one_after_the_other(change, way):
         model.load_state_dict(
             {name: value * 1.5 if value.is_floating_point() else value for name, value in model.state_dict().items()}
         )
-    assert not any(block.group.ready for block in blocks(model))
+    assert not any(block.group.matrices for block in blocks(model))
     after = model(tokens).logits
     restore(model)
     torch.testing.assert_close(model(tokens).logits, after, rtol=1e-4, atol=1e-4)

