@@ -172,8 +172,9 @@ def cases(tmp_path_factory):
         made[f"embeddings of {family}"] = compressed_by_plan(family, home / f"embeddings_{family}", "embeddings")
     for family in MIXTURES:
         made[f"experts of {family}"] = export(compress_at_random(mixture(family)), home / f"experts_{family}")
-    model = round_model(compress_at_random(mixture("qwen2_moe")))
-    made["rounded experts"] = export(model, home / "rounded_experts")
+    model = mixture("qwen2_moe")
+    targets = [target.name for target in find_targets(model).modules]
+    made["rounded experts"] = export(round_model(compress_at_random(model), targets), home / "rounded_experts")
     made["experts with biases"] = export(compress_at_random(mixture("gpt_oss")), home / "experts_with_biases")
     made["pruned heads"] = pruned_heads(home / "pruned_heads")
     made["adapter"] = with_adapter(made["llama"].folder, home / "adapter")
