@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_pl.calibration.experts import own_weight, own_share
+from lowrank_pl.calibration.experts import own_share, own_weight
 from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, Passes
 from lowrank_pl.models.targets import Target, Targets, droppable
 from lowrank_pl.plans.expert_dropping import ExpertPrices

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -20,6 +21,7 @@ from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.workload import Run
 from lowrank_pl.methods.prune.settings import STEPS, LLMPruner, WidthPruning
 from lowrank_pl.models.targets import HEAD
+from lowrank_pl.utils.formatting import expert_number
 
 __all__ = [
     "decomposition_phase",
@@ -171,9 +173,21 @@ def statistics_phases(run: Run) -> list[Phase]:
         phases.append(_gradients(run, _weight_gradients("weight gradients", WeightGradients, run)))
     if "weight_fisher" in needs:
         phases.append(_gradients(run, _weight_gradients("weight fisher", WeightFisher, run)))
+    if preparation.dropping and any(target.experts for target in run.model.modules):
+        phases.append(_gradients(run, _dropped_losses(run)))
     if run.model.embeddings:
         phases += _embedding_moments(run)
     return phases
+
+
+def _dropped_losses(run: Run) -> _Sums:
+    """Return the sums that say what dropping experts costs: a number for every two of a block, and two for each."""
+    places = {target.experts: target.block for target in run.model.modules if target.experts}
+    named = {
+        experts: {expert_number(one.name) for one in run.model.modules if one.experts == experts} for experts in places
+    }
+    sizes = {experts: 8.0 * (len(numbers) ** 2 + 2 * len(numbers)) for experts, numbers in named.items()}
+    return _Sums("losses of dropped experts", sizes, sizes, places)
 
 
 def _embedding_moments(run: Run) -> list[Phase]:

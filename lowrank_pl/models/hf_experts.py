@@ -171,7 +171,9 @@ class SplitExperts(nn.ModuleList):
             ValueError: A linear layer of an expert has been replaced, or an expert was dropped.
         """
         if self.dropped:
-            raise ValueError(f"{len(self.dropped)} of {len(self)} experts were dropped: only whole mixtures can be fused")
+            raise ValueError(
+                f"{len(self.dropped)} of {len(self)} experts were dropped: only whole mixtures can be fused"
+            )
         for name, layer in self.named_modules():
             if hasattr(layer, "weight") and type(layer) is not nn.Linear:
                 raise ValueError(f"{name} is a {type(layer).__name__}: only dense experts can be fused")

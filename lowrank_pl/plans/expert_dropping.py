@@ -57,18 +57,16 @@ class Dropping:
 
     def sentence(self) -> str:
         """Return what was dropped and what it is predicted to cost."""
-        without = f"{self.loss_without:.4g} if none were dropped"
         if not self.experts:
-            return f"dropped none of {self.among} experts: predicted loss in nats {self.loss:.4g}, no more {without}"
+            return f"dropped none of {self.among} experts: that would not lower the predicted loss"
         return (
             f"dropped {self.experts} of {self.among} experts, whose tokens use the other experts that they chose: "
-            f"predicted loss in nats {self.price:.4g} by dropping, {self.loss:.4g} in all, {without}"
+            f"predicted loss in nats {self.price:.4g} by dropping, {self.loss:.4g} in all, "
+            f"{self.loss_without:.4g} if none were dropped"
         )
 
 
-def choose_dropped(
-    budget: Budget, sigma: Callable[[str], Tensor], prices: Mapping[str, ExpertPrices]
-) -> Dropping:
+def choose_dropped(budget: Budget, sigma: Callable[[str], Tensor], prices: Mapping[str, ExpertPrices]) -> Dropping:
     """Return the experts to drop at the size of ``budget``.
 
     For a multiplier ``lambda`` (nats a parameter), an expert is dropped where its price is at most the least sum, over
@@ -89,9 +87,7 @@ def choose_dropped(
 
 
 class _Choice:
-    def __init__(
-        self, budget: Budget, sigma: Callable[[str], Tensor], prices: Mapping[str, ExpertPrices]
-    ) -> None:
+    def __init__(self, budget: Budget, sigma: Callable[[str], Tensor], prices: Mapping[str, ExpertPrices]) -> None:
         self.budget, self.sigma, self.prices = budget, sigma, prices
         self.hulls = {name: hull_of(budget, name, sigma(name)) for name in budget.shapes}
         self.free = {
@@ -187,9 +183,7 @@ class _Choice:
     def _owners(self) -> NDArray[np.int64]:
         return self._sorted[2]
 
-    def _planned(
-        self, dropped: Sequence[tuple[tuple[str, int], float, float]]
-    ) -> tuple[float, float, frozenset[str]]:
+    def _planned(self, dropped: Sequence[tuple[tuple[str, int], float, float]]) -> tuple[float, float, frozenset[str]]:
         """Return the price of dropping, the loss by the ranks of all others at the budget, and the dropped modules."""
         modules = frozenset(name for expert, _, _ in dropped for name in self.free[expert])
         budget = replace(self.budget, dropped=modules)

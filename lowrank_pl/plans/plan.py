@@ -75,7 +75,9 @@ class ModulePlan:
             raise ValueError(f"the shape {self.shape} was given: expected two positive whole numbers, out and in")
         if self.is_dropped:
             if self.indices is not None or self.storage != "factored" or self.grid is not None:
-                raise ValueError("a dropped module was given indices, a storage or bits: it has no matrix, leave them out")
+                raise ValueError(
+                    "a dropped module was given indices, a storage or bits: it has no matrix, leave them out"
+                )
             return
         if self.rank is not None and not 1 <= self.rank <= min(self.shape):
             raise ValueError(f"a rank of {self.rank} was given for shape {self.shape}: expected 1..{min(self.shape)}")
