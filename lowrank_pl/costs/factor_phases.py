@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -183,10 +182,9 @@ def statistics_phases(run: Run) -> list[Phase]:
 def _dropped_losses(run: Run) -> _Sums:
     """Return the sums that say what dropping experts costs: a number for every two of a block, and two for each."""
     places = {target.experts: target.block for target in run.model.modules if target.experts}
-    named = {
-        experts: {expert_number(one.name) for one in run.model.modules if one.experts == experts} for experts in places
-    }
-    sizes = {experts: 8.0 * (len(numbers) ** 2 + 2 * len(numbers)) for experts, numbers in named.items()}
+    named = {(target.experts, expert_number(target.name)) for target in run.model.modules if target.experts}
+    counts = Counter(experts for experts, _ in named)
+    sizes = {experts: 8.0 * (counts[experts] ** 2 + 2 * counts[experts]) for experts in places}
     return _Sums("losses of dropped experts", sizes, sizes, places)
 
 
