@@ -53,8 +53,9 @@ def build_factors(
     """Return a store that holds the factors of every target, making only those that are missing.
 
     Statistics are kept beside the factors, in stores of their own, so that another decomposition of the same model
-    and text starts from them. Where experts may be dropped, what that costs is measured too. Processes that work together (``lowrank_pl.utils.distributed.cooperating``) take a share
-    of the sequences and of the decompositions each. All need the same folder.
+    and text starts from them. Where experts may be dropped, what that costs is measured too. Processes that
+    work together (``lowrank_pl.utils.distributed.cooperating``) take a share of the sequences and of the decompositions
+    each. All need the same folder.
 
     Args:
         subject: The dense model, its targets, its tokenizer and the calibration sequences.

@@ -251,7 +251,7 @@ def collect_gradients(
     labels: Labels = "text",
     progress: str = "gradients",
 ) -> dict[str, AnyGradientMeasure]:
-    """Return the statistic ``kind`` of every target by the name of its entry, from one forward and backward pass per batch.
+    """Return the statistic ``kind`` of every target by its entry, from one forward and backward pass per batch.
 
     Blocks before the first target keep no activations and see no backward pass. Processes that work together take a
     share of the batches each.

@@ -92,7 +92,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Attributes:
         newest: The highest schema that this copy of the file reads.
         schema: The lowest schema that can express the entries, so that older versions read the folder if they can: 2
-            with pivots, 3 with shapes, 4 with bits, 5 with separate experts or embeddings of low rank, 6 with dropped experts.
+            with pivots, 3 with shapes, 4 with bits, 5 with separate experts or embeddings of low rank, 6 with dropped
+            experts.
     """
 
     newest = SCHEMA

@@ -222,8 +222,8 @@ def _larger(plan: RankPlan, keep: float) -> RankPlan:
     most = largest_keep(plan)
     if plan.dropped_modules:
         raise ValueError(
-            f"keep is {keep:g}, but the plan drops {len(plan.dropped_experts)} experts for keep {plan.keep:g}, and does "
-            "not say which of them to take back: make a plan for this size with `lowrank allocate --drop_experts true`"
+            f"keep is {keep:g}, but the plan drops {len(plan.dropped_experts)} experts for keep {plan.keep:g}, and "
+            "does not say which to take back: make a plan for this size with `lowrank allocate --drop_experts true`"
         )
     if keep > most:
         raise ValueError(

@@ -78,8 +78,8 @@ def allocate_bytes(
         store: The factors, if they are made already.
 
     Raises:
-        ValueError: The factors are not two-sided, experts are to be alike or dropped, or the budget is below the smallest
-            size.
+        ValueError: The factors are not two-sided, experts are to be alike or dropped, or the budget is below the
+            smallest size.
 
     Example:
         >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
