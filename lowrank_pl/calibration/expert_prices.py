@@ -74,9 +74,9 @@ class DroppedLosses(GradientMeasure):
             ValueError: A gradient holds NaN or infinity.
         """
         for call in calls:
-            assert call.index is not None
+            assert call.chosen is not None
             self._allocate(call.experts)
-            index = call.index.reshape(-1, call.index.shape[-1])
+            index = call.chosen.reshape(-1, call.chosen.shape[-1])
             weights, gradients = (part.detach().reshape(index.shape).double() for part in (call.inputs, call.gradient))
             if not torch.isfinite(gradients).all():
                 raise ValueError("the gradients by the router's weights hold NaN or infinity")
@@ -101,8 +101,7 @@ class DroppedLosses(GradientMeasure):
         experts = len(self._single)
         for one, two in combinations(chosen, 2):
             more = _loss(weights, parts, (one, two)) - losses[one] - losses[two]
-            for first, second in ((one, two), (two, one)):
-                self._both.view(-1).index_add_(0, index[:, first] * experts + index[:, second], more)
+            self._both.view(-1).index_add_(0, index[:, one] * experts + index[:, two], more)
 
     def _allocate(self, experts: int) -> None:
         if not len(self._single):
@@ -125,7 +124,7 @@ class DroppedLosses(GradientMeasure):
         ``both`` is what two experts cost together more than alone, and ``rows`` how many tokens chose each.
         """
         tokens = max(1, self.tokens)
-        return {"single": self._single / tokens, "both": self._both / tokens, "rows": self._rows}
+        return {"single": self._single / tokens, "both": (self._both + self._both.mT) / tokens, "rows": self._rows}
 
     def notes(self) -> dict[str, str]:
         """Return how many tokens had a label, and how many experts a token chooses."""

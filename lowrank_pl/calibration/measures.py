@@ -27,13 +27,13 @@ class Call(NamedTuple):
     Args:
         inputs: ``[..., in]``; of experts ``[tokens, chosen]``, the weights of those that each token chose.
         gradient: ``[..., out]`` gradient of the summed loss by the output; of experts that by the weights.
-        index: ``[tokens, chosen]`` numbers of the chosen experts; None for a linear layer.
+        chosen: ``[tokens, chosen]`` numbers of the chosen experts; None for a linear layer.
         experts: How many there are.
     """
 
     inputs: Tensor
     gradient: Tensor
-    index: Tensor | None = None
+    chosen: Tensor | None = None
     experts: int = 0
 
 

@@ -135,7 +135,8 @@ class _Choice:
             yield expert, multiplier, price[expert]
             for other in self.free:
                 if other[0] == block and other not in done and (more := self.prices[block].both[number, other[1]]):
-                    price[other] += float(more)
+                    # Of three experts of a token these sums are no longer exact; nothing is gained by dropping one.
+                    price[other] = max(0.0, price[other] + float(more))
                     current[other] = self._threshold(other, price[other])
                     heapq.heappush(waiting, (current[other], other))
 
