@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, located
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.hf_experts import RoutedExperts
+from lowrank_pl.models.hf_experts import can_drop
 from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import decoder_blocks, first_argument
 
@@ -125,7 +125,7 @@ class Recorder:
                 module = model.get_submodule(name)
                 handle = (
                     module.register_forward_pre_hook(hook_experts(name), with_kwargs=True)
-                    if isinstance(module, RoutedExperts)
+                    if can_drop(module)
                     else module.register_forward_hook(hook(name), with_kwargs=True)
                 )
                 stack.callback(handle.remove)

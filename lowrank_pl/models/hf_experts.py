@@ -25,6 +25,7 @@ __all__ = [
     "SplitExperts",
     "WeightedInputExperts",
     "all_experts_called",
+    "can_drop",
     "check_dropped",
     "drop_expert",
     "dropped_experts",
@@ -412,6 +413,13 @@ def _is_dropped(expert: nn.Module | None) -> bool:
     return type(expert).__name__ == DroppedExpert.__name__
 
 
+def can_drop(experts: nn.Module) -> bool:
+    """Tell whether a module of experts is called with the weights of a token's experts, so that some can take over."""
+    # By name, since a folder's copy of this file has classes of its own.
+    kinds = [kind.__name__ for kind in type(experts).__mro__]
+    return RoutedExperts.__name__ in kinds and WeightedInputExperts.__name__ not in kinds
+
+
 def dropped_experts(model: nn.Module) -> list[str]:
     """Return the names of the experts of ``model`` that were dropped."""
     return [f"{name}.{number}" for name, experts in split_modules(model) for number in experts.dropped]
@@ -427,7 +435,7 @@ def drop_expert(model: nn.Module, name: str) -> None:
     experts: Any = dict(split_modules(model)).get(parent)
     if experts is None or not number.isdecimal() or int(number) >= len(experts):
         raise ValueError(f"{name} is no expert of a mixture, so it can't be dropped: only whole experts can")
-    if not any(kind.__name__ == RoutedExperts.__name__ for kind in type(experts).__mro__):
+    if not can_drop(experts):
         raise ValueError(
             f"{name} can't be dropped: {type(experts).__name__} does not see the weights of a token's other experts, "
             "which would have to take over; only experts that are called with them can be dropped"

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
-from lowrank_pl.models.hf_experts import RoutedExperts, all_experts_called, is_fused, routers, split_modules
+from lowrank_pl.models.hf_experts import all_experts_called, can_drop, is_fused, routers, split_modules
 from lowrank_pl.models.hf_quantized import is_quantized
 from lowrank_pl.models.settings import EMBEDDINGS
 
@@ -178,7 +178,7 @@ def droppable(model: nn.Module, targets: Targets) -> list[Target]:
         ValueError: There are none.
     """
     of_experts = [target for target in targets.modules if target.experts]
-    found = [target for target in of_experts if isinstance(model.get_submodule(target.experts), RoutedExperts)]
+    found = [target for target in of_experts if can_drop(model.get_submodule(target.experts))]
     if not found:
         kinds = sorted({type(model.get_submodule(target.experts)).__name__ for target in of_experts})
         why = f"{', '.join(kinds)} does not see these weights" if kinds else "no experts are targets"

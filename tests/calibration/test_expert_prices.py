@@ -80,7 +80,8 @@ def test_factors_by_block_have_the_same_losses_beside_them(tokenizer, sequences,
     tiny_model("mixtral").save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     constraints, settings = Constraints(drop_experts=True), Decomposition("two_sided")
-    skeleton, model = open_skeleton(tmp_path / "base"), load_base(tmp_path / "base")
+    base = str(tmp_path / "base")
+    skeleton, model = open_skeleton(base), load_base(base)
     subjects = [
         Subject(of, tokenizer, sequences[:2], constraints, known_targets=find_targets(model))
         for of in (skeleton.model, model)

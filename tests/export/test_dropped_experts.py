@@ -129,7 +129,7 @@ def test_the_command_drops_experts_and_its_export_is_healthy(tmp_path):
 @pytest.mark.parametrize("joint", [None, Joint()], ids=["layers", "blocks"])
 def test_a_refit_leaves_dropped_experts_out(dropping, sequences, joint):
     model, plan, factors, subject = dropping
-    settings = Refit(sequences=8, held=2, joint=joint)
+    settings = Refit(sequences=8, joint=joint)
     new, made = refit(plan, factors, subject, sequences=sequences[:8], settings=settings)
     assert new.dropped_experts == plan.dropped_experts
     assert new.kept_parameters == plan.kept_parameters
