@@ -162,6 +162,18 @@ def test_a_smaller_size_is_cut_from_the_folder(sequences, tmp_path):
     assert cut.config.quantization_config.schema == 6
 
 
+def test_an_adapter_is_put_on_the_experts_that_are_left(dropping, sequences):
+    from peft import LoraConfig, get_peft_model
+
+    dense, plan, factors, _ = dropping
+    model = compress(copy.deepcopy(dense), plan, factors)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    adapted(input_ids=sequences[:2]).logits.sum().backward()
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
+    assert any("experts.0.down_proj" in name for name in trained)
+    assert not any(GONE in name for name, _ in adapted.named_parameters())
+
+
 def test_what_cannot_be_done_with_dropped_experts_is_refused(dropping, sequences, tmp_path):
     dense, plan, factors, subject = dropping
     model = compress(copy.deepcopy(dense), plan, factors)
