@@ -264,9 +264,10 @@ class Experts:
 
     @property
     def lost(self) -> float | None:
-        """Mean fraction of the spectral energy that was cut; None if a spectrum is not available."""
-        lost = [cell.lost for cell in self.cells if cell.lost is not None]
-        return sum(lost) / len(lost) if len(lost) == len(self.cells) else None
+        """Mean fraction of the spectral energy that was cut where an expert is kept; None if a spectrum is missing."""
+        there = [cell for cell in self.cells if not cell.module.is_dropped]
+        lost = [cell.lost for cell in there if cell.lost is not None]
+        return sum(lost) / len(lost) if lost and len(lost) == len(there) else None
 
     @property
     def curve(self) -> str:
