@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.models.hf_experts import check_dropped, drop_expert
+from lowrank_pl.models.hf_experts import drop_experts
 from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, Side, low_rank_embedding
 from lowrank_pl.models.hf_quantized import (
     QuantizedEmbedding,
@@ -75,9 +75,7 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
         PivotedLinear(in_features=..., out_features=..., rank=..., side=in, bias=False)
     """
     _check(model, plan, store)
-    for name in plan.dropped_experts:
-        drop_expert(model, name)
-    check_dropped(model)
+    drop_experts(model, plan.dropped_experts)
     for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
         if entry.is_dropped:
             continue

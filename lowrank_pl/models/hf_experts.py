@@ -10,7 +10,7 @@ This file needs only torch and transformers: exported folders hold a copy (see h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -26,8 +26,7 @@ __all__ = [
     "WeightedInputExperts",
     "all_experts_called",
     "can_drop",
-    "check_dropped",
-    "drop_expert",
+    "drop_experts",
     "dropped_experts",
     "experts_fused",
     "fuse_experts",
@@ -425,33 +424,32 @@ def dropped_experts(model: nn.Module) -> list[str]:
     return [f"{name}.{number}" for name, experts in split_modules(model) for number in experts.dropped]
 
 
-def drop_expert(model: nn.Module, name: str) -> None:
-    """Drop the expert ``name`` of ``model``, in place: its tokens use the other experts that they chose.
+def drop_experts(model: nn.Module, names: Iterable[str]) -> None:
+    """Drop the experts ``names`` of ``model``, in place: their tokens use the other experts that they chose.
 
     Raises:
-        ValueError: ``name`` is no expert that is called with the weights of its tokens.
+        ValueError: A name is of no expert, or of one that is not called with the weights of its tokens, or no expert of
+            a mixture would be left. The model is as it was.
     """
-    parent, _, number = name.rpartition(".")
-    experts: Any = dict(split_modules(model)).get(parent)
-    if experts is None or not number.isdecimal() or int(number) >= len(experts):
-        raise ValueError(f"{name} is no expert of a mixture, so it can't be dropped: only whole experts can")
-    if not can_drop(experts):
-        raise ValueError(
-            f"{name} can't be dropped: {type(experts).__name__} does not see the weights of a token's other experts, "
-            "which would have to take over; only experts that are called with them can be dropped"
-        )
-    experts[int(number)] = DroppedExpert()
-
-
-def check_dropped(model: nn.Module) -> None:
-    """Check that every mixture of ``model`` has experts left.
-
-    Raises:
-        ValueError: All experts of a mixture were dropped.
-    """
-    for name, experts in split_modules(model):
-        if len(experts.dropped) == len(experts):
-            raise ValueError(f"all {len(experts)} experts of {name} are dropped: expected at least one to be kept")
+    mixtures = dict(split_modules(model))
+    gone: dict[str, set[int]] = {}
+    for name in names:
+        parent, _, number = name.rpartition(".")
+        experts = mixtures.get(parent)
+        if experts is None or not number.isdecimal() or int(number) >= len(experts):
+            raise ValueError(f"{name} is no expert of a mixture, so it can't be dropped: only whole experts can")
+        if not can_drop(experts):
+            raise ValueError(
+                f"{name} can't be dropped: {type(experts).__name__} does not see the weights of a token's other "
+                "experts, which would have to take over; only experts that are called with them can be dropped"
+            )
+        gone.setdefault(parent, set(experts.dropped)).add(int(number))
+    for parent, numbers in gone.items():
+        if len(numbers) == len(mixtures[parent]):
+            raise ValueError(f"all {len(numbers)} experts of {parent} are dropped: expected at least one to be kept")
+    for parent, numbers in gone.items():
+        for number in numbers:
+            mixtures[parent][number] = DroppedExpert()
 
 
 def routers(model: nn.Module) -> dict[str, str]:

@@ -31,7 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # Relative, so that transformers copies these files along with this one.
 from .digests import check_files
-from .hf_experts import check_dropped, drop_expert, split_experts
+from .hf_experts import drop_experts, split_experts
 from .hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, low_rank_embedding
 from .hf_quantized import (
     Grid,
@@ -251,11 +251,10 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         known = dict(model.named_modules())
         reshape(model, getattr(self.quantization_config, "shapes", {}))
         for name, entry in self.quantization_config.modules.items():
-            if entry == _DROPPED:
-                drop_expert(model, _name_here(model, name, known))
-            elif not _is_absent_head(model, name, entry, known):
+            if entry != _DROPPED and not _is_absent_head(model, name, entry, known):
                 _swap(model, _name_here(model, name, known), entry)
-        check_dropped(model)
+        dropped = [name for name, entry in self.quantization_config.modules.items() if entry == _DROPPED]
+        drop_experts(model, [_name_here(model, name, known) for name in dropped])
         self._names = "\n".join(model.state_dict())
         return model
 

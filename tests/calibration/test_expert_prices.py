@@ -16,7 +16,7 @@ from lowrank_pl.calibration.measures import Passes
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.base import load_base
-from lowrank_pl.models.hf_experts import drop_expert
+from lowrank_pl.models.hf_experts import drop_experts
 from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -53,8 +53,7 @@ def one_call(model, tokens):
 def loss_without(model, call, dropped, labels):
     args, output, gradient = call
     other = copy.deepcopy(model)
-    for number in dropped:
-        drop_expert(other, f"{EXPERTS}.{number}")
+    drop_experts(other, [f"{EXPERTS}.{number}" for number in dropped])
     with torch.no_grad():
         change = other.get_submodule(EXPERTS)(*args) - output
     return float((gradient * change).sum(dim=-1).double().square().sum() / 2 / labels)

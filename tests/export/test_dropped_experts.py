@@ -187,8 +187,10 @@ def test_what_cannot_be_done_with_dropped_experts_is_refused(dropping, sequences
         name: replace(one, rank=0, indices=None, storage="factored") if "layers.0.mlp.experts" in name else one
         for name, one in plan.modules.items()
     }
+    untouched = copy.deepcopy(dense)
     with pytest.raises(ValueError, match=r"all 4 experts .* expected at least one"):
-        compress(copy.deepcopy(dense), replace(plan, modules=none), factors)
+        compress(untouched, replace(plan, modules=none), factors)
+    assert not dropped_experts(untouched)
     other = {
         name: replace(one, rank=0, indices=None, storage="factored") if "layers.0.self_attn" in name else one
         for name, one in plan.modules.items()

@@ -13,7 +13,7 @@ from lowrank_pl.models.forward import forward_with_activations
 from lowrank_pl.models.hf_experts import (
     Fused,
     all_experts_called,
-    drop_expert,
+    drop_experts,
     experts_fused,
     fuse_experts,
     is_fused,
@@ -209,8 +209,7 @@ def test_the_other_experts_of_a_token_take_over_the_weight_of_dropped_ones(famil
     weights = torch.rand(index.shape, generator=generator)
     outputs = torch.stack([expert(rows) for expert in experts], dim=1)
     whole = experts(rows, index, weights)
-    for number in (1, 3):
-        drop_expert(model, f"{name}.{number}")
+    drop_experts(model, [f"{name}.1", f"{name}.3"])
     expected = torch.zeros_like(rows)
     for token, chosen in enumerate(index.tolist()):
         kept = [(place, expert) for place, expert in enumerate(chosen) if expert not in (1, 3)]
