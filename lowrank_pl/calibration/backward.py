@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, located
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
+from lowrank_pl.models.hf_experts import can_drop
 from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import decoder_blocks, first_argument
 
@@ -77,6 +78,10 @@ def _check_loss(loss: Tensor, batch: Batch) -> None:
         raise ValueError(f"the loss of calibration batch {batch.number} is {loss.item()}: {NOT_FINITE}")
 
 
+_NOTHING = torch.empty(0)
+"""In the place of a gradient that is not known yet."""
+
+
 class Recorder:
     """Hands the inputs and output gradients of linear layers to their measures during backward passes.
 
@@ -88,21 +93,41 @@ class Recorder:
 
     def __init__(self, starts: Sequence[Tensor]) -> None:
         self._starts = starts
-        self._calls: list[tuple[str, Tensor, Tensor]] = []
+        self._calls: list[tuple[str, Call, Tensor]] = []
 
     @contextmanager
     def watching(self, model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-        """Keep the inputs and outputs of the linear layers ``names`` of ``model`` while the block runs."""
+        """Keep the inputs and outputs of the linear layers ``names`` of ``model`` while the block runs.
+
+        Of modules of experts among them, the weights of the chosen experts are kept.
+        """
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
             def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-                self._calls.append((name, first_argument(args, kwargs).detach(), output))
+                self._calls.append((name, Call(first_argument(args, kwargs).detach(), _NOTHING), output))
+
+            return keep
+
+        def hook_experts(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+            def keep(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                _, index, weights = (*args, *kwargs.values())
+                if not weights.requires_grad:
+                    raise ValueError(
+                        f"the weights of the experts {name} do not depend on the tokens' hidden states, so it is not "
+                        "known what dropping costs: leave drop_experts out"
+                    )
+                self._calls.append((name, Call(weights.detach(), _NOTHING, index, len(experts)), weights))
 
             return keep
 
         with ExitStack() as stack:
             for name in names:
-                handle = model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
+                module = model.get_submodule(name)
+                handle = (
+                    module.register_forward_pre_hook(hook_experts(name), with_kwargs=True)
+                    if can_drop(module)
+                    else module.register_forward_hook(hook(name), with_kwargs=True)
+                )
                 stack.callback(handle.remove)
             yield
 
@@ -127,16 +152,16 @@ class Recorder:
         waiting = Counter(name for name, _, _ in self._calls)
         found: dict[str, list[Call]] = {}
 
-        def take(name: str, inputs: Tensor, by_output: Tensor) -> None:
-            found.setdefault(name, []).append(Call(inputs, by_output))
+        def take(name: str, call: Call, by_output: Tensor) -> None:
+            found.setdefault(name, []).append(call._replace(gradient=by_output))
             waiting[name] -= 1
             if not waiting[name]:
                 with located(name, batch):
                     measures[name].add(found.pop(name), batch)
 
         while self._calls:
-            name, inputs, output = self._calls.pop()
-            output.register_hook(partial(take, name, inputs))  # type: ignore[no-untyped-call]
+            name, call, output = self._calls.pop()
+            output.register_hook(partial(take, name, call))  # type: ignore[no-untyped-call]
             del output
         by_start: Tensor = torch.autograd.grad(end, self._starts, gradient)[0]
         unused = [name for name, left in waiting.items() if left]

@@ -28,7 +28,7 @@ from lowrank_pl.factors.decomposition import decompose
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.identity import model_fingerprint
-from lowrank_pl.models.targets import Target, Targets, dense_weight
+from lowrank_pl.models.targets import Target, Targets, dense_weight, droppable
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.convex_hull import predicted_scores
 from lowrank_pl.text.sequences import sequences_fingerprint, tokenizer_fingerprint
@@ -53,8 +53,9 @@ def build_factors(
     """Return a store that holds the factors of every target, making only those that are missing.
 
     Statistics are kept beside the factors, in stores of their own, so that another decomposition of the same model
-    and text starts from them. Processes that work together (``lowrank_pl.utils.distributed.cooperating``) take a share
-    of the sequences and of the decompositions each. All need the same folder.
+    and text starts from them. Where experts may be dropped, what that costs is measured too. Processes that
+    work together (``lowrank_pl.utils.distributed.cooperating``) take a share of the sequences and of the decompositions
+    each. All need the same folder.
 
     Args:
         subject: The dense model, its targets, its tokenizer and the calibration sequences.
@@ -72,7 +73,11 @@ def build_factors(
         subject, directory=directory, batch_size=batch_size, memory=memory,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
-    return _factors(subject, statistics, settings or Decomposition(), directory)
+    settings = settings or Decomposition()
+    store = _factors(subject, statistics, settings, directory)
+    if subject.constraints.drop_experts and settings.kind == "two_sided":
+        statistics.collect("dropped_losses", droppable(subject.model, subject.targets), settings.labels)
+    return store
 
 
 def factor_store(

@@ -18,7 +18,7 @@ from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition, Labels
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.lazy import NotBlockwiseError, Skeleton
-from lowrank_pl.models.targets import Target
+from lowrank_pl.models.targets import Target, droppable
 from lowrank_pl.utils.distributed import broadcast_from_first, world_size
 
 __all__ = ["build_factors_by_block", "refuse_compressed"]
@@ -69,13 +69,19 @@ def build_factors_by_block(
         if missing:
             refuse_compressed(settings)
         todo = subject.targets.among(set(missing))
-        _Builder(skeleton, statistics, settings, store, todo).build(cache)
+        priced: list[Target] = []
+        if subject.constraints.drop_experts and settings.kind == "two_sided":
+            found = droppable(skeleton.model, subject.targets)
+            priced = statistics.missing("dropped_losses", found, settings.labels)
+        _Builder(skeleton, statistics, settings, store, todo, priced).build(cache)
     return store
 
 
 @dataclass(frozen=True)
 class _Builder:
     """Measures and decomposes the linear layers ``todo`` of a model without weights.
+
+    Of those that are ``priced``, it is measured what dropping their experts costs.
 
     Several processes first measure everything together. They decompose afterwards: within one block, their shares would
     be far from equal.
@@ -86,6 +92,7 @@ class _Builder:
     settings: Decomposition
     store: FactorStore
     todo: Sequence[Target]
+    priced: Sequence[Target] = ()
 
     def build(self, cache: Cache | None) -> None:
         """Write the factors of all layers, with the hidden states in ``cache``."""
@@ -106,7 +113,7 @@ class _Builder:
         """Return how far passes have to go for the statistics that are missing."""
         missing = {need: self.statistics.missing(need, self.todo, self._labels()) for need in self.settings.needs}
         inputs = missing.pop("inputs", [])
-        gradients = [target for targets in missing.values() for target in targets]
+        gradients = [*(target for targets in missing.values() for target in targets), *self.priced]
         return Extent.of(len(self.skeleton.blocks), inputs, gradients)
 
     def _labels(self) -> Labels:
@@ -121,6 +128,9 @@ class _Builder:
         if backward is None:
             _log.info("block %d of %d: %d modules to decompose", block + 1, blocks, len(targets))
             check_finite(self.skeleton.model, targets)
+        priced = [target for target in self.priced if target.block == block]
+        if backward is not None and priced:
+            self.statistics.collect("dropped_losses", priced, settings.labels, backward=backward)
         if not targets:
             return
         if backward is None and extent.backward is not None and block >= extent.backward:

@@ -12,7 +12,7 @@ from lowrank_pl.calibration.measures import Measure
 from lowrank_pl.models.targets import Target
 from lowrank_pl.utils.tensor_store import TensorStore
 
-__all__ = ["ROUTING_WEIGHT", "ExpertMeans", "OfExpert", "Reached", "own_weight", "with_other_experts"]
+__all__ = ["ROUTING_WEIGHT", "ExpertMeans", "OfExpert", "Reached", "own_share", "own_weight", "with_other_experts"]
 
 ROUTING_WEIGHT = "routing_weight"
 """Note beside moments of inputs: the mean square of the weights that the router gives the expert's tokens."""
@@ -38,6 +38,11 @@ def own_weight(rows: int, size: int) -> float:
     (0.0, 0.5, 0.967741935483871)
     """
     return rows / (rows + size / 2)
+
+
+def own_share(rows: int, tokens: int) -> float:
+    """Return the fraction of all ``tokens`` that an expert counts as having seen, of which it saw ``rows``."""
+    return max(rows, _UNSEEN) / tokens
 
 
 def with_other_experts(targets: Sequence[Target], model: nn.Module) -> Sequence[Target]:
@@ -137,7 +142,7 @@ class ExpertMeans:
         everywhere = self._of_all(kind, store, target, tensor)
         total = self._mean(store, name, notes, tensor) * tokens
         mean = torch.lerp(everywhere.mean, total / max(rows, 1), own_weight(rows, size))
-        return OfExpert(mean, max(rows, _UNSEEN) / tokens)
+        return OfExpert(mean, own_share(rows, tokens))
 
     def _mean(self, store: TensorStore, name: str, notes: Mapping[str, str], tensor: str) -> Tensor:
         """Return the mean over all tokens."""

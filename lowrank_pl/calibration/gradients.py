@@ -251,7 +251,7 @@ def collect_gradients(
     labels: Labels = "text",
     progress: str = "gradients",
 ) -> dict[str, AnyGradientMeasure]:
-    """Return the statistic ``kind`` of every target by its name, from one forward and backward pass per batch.
+    """Return the statistic ``kind`` of every target by its entry, from one forward and backward pass per batch.
 
     Blocks before the first target keep no activations and see no backward pass. Processes that work together take a
     share of the batches each.
@@ -271,7 +271,7 @@ def collect_gradients(
     if not targets:
         return {}
     device = next(model.parameters()).device
-    measures = {target.name: kind.empty(target, passes, device) for target in targets}
+    measures = {kind.key(target): kind.empty(target, passes, device) for target in targets}
     first = min(target.block for target in targets)
     labels = kind.labels(labels)
     with (

@@ -22,15 +22,19 @@ AnyMeasure = TypeVar("AnyMeasure", bound="Measure")
 
 
 class Call(NamedTuple):
-    """One call of a linear layer.
+    """One call of a linear layer, or of a module of experts.
 
     Args:
-        inputs: ``[..., in]``.
-        gradient: ``[..., out]`` gradient of the summed loss by the output.
+        inputs: ``[..., in]``; of experts ``[tokens, chosen]``, the weights of those that each token chose.
+        gradient: ``[..., out]`` gradient of the summed loss by the output; of experts that by the weights.
+        chosen: ``[tokens, chosen]`` numbers of the chosen experts; None for a linear layer.
+        experts: How many there are.
     """
 
     inputs: Tensor
     gradient: Tensor
+    chosen: Tensor | None = None
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,13 @@ class Measure(ABC):
 
 
 class GradientMeasure(Measure):
-    """A statistic that needs the gradient of the loss by the output of a linear layer."""
+    """A statistic that needs the gradient of the loss by the output of a linear layer, or by the weights of experts.
+
+    Attributes:
+        others_follow: Whether it is collected before other statistics of a block in block-wise passes.
+    """
+
+    others_follow: ClassVar[bool] = False
 
     @classmethod
     def identity(cls, labels: Labels, batch_size: int) -> dict[str, str]:

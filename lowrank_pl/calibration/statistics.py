@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.blockwise import BlockwiseBackward, Extent, pass_through_blocks
 from lowrank_pl.calibration.embedding_moments import EmbeddingMoments, PlainEmbeddingMoments
+from lowrank_pl.calibration.expert_prices import DroppedLosses
 from lowrank_pl.calibration.experts import with_other_experts
 from lowrank_pl.calibration.gradients import GradientMoments, WeightFisher, WeightGradients, collect_gradients
 from lowrank_pl.calibration.input_moments import InputMoments, collect_input_moments
@@ -52,6 +53,7 @@ MEASURES: dict[Statistic, type[Measure]] = {
     "gradient_norms": TokenNorms,
     "weight_gradients": WeightGradients,
     "weight_fisher": WeightFisher,
+    "dropped_losses": DroppedLosses,
     "embedding_moments": EmbeddingMoments,
     "plain_embedding_moments": PlainEmbeddingMoments,
 }
@@ -332,8 +334,8 @@ class _Filling:
             assert backward.labels == self._labels()
             # In a block-wise pass only the layers of the current block have their weights.
             device: torch.device = next(self.model.get_submodule(targets[0].name).parameters()).device
-            gradients = {target.name: kind.empty(target, self.passes, device) for target in targets}
-            backward.measure(gradients, last=last)
+            gradients = {kind.key(target): kind.empty(target, self.passes, device) for target in targets}
+            backward.measure(gradients, last=last and not kind.others_follow)
             measured.update(gradients)
         return measured
 

@@ -127,6 +127,9 @@ def compare(
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))
     for fraction in keep:
         subject.budget(fraction)
+        for one in chosen.values():
+            if one.drop_experts:
+                one.constrained(constraints).budget(subject.model, subject.targets, fraction)
     if unknown := sorted(set(limits) - set(texts)):
         raise ValueError(
             f"score_sequences names {unknown[0]!r}, which is none of the texts to score: {', '.join(texts)}"

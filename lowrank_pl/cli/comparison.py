@@ -228,6 +228,7 @@ class Comparison:
             "ranks": {module: entry.rank for module, entry in plan.modules.items()},
             **({"bits": plan.bits} if plan.is_rounded else {}),
             "dense_modules": len(plan.dense_modules),
+            **({"dropped_experts": len(plan.dropped_experts)} if plan.dropped_modules else {}),
             "notes": list(plan.notes),
             "seconds": {**costs, "plan": made, "scores": seconds},
             "peak_memory": peak_memory(self.subject.model.device),

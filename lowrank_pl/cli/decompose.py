@@ -34,6 +34,7 @@ def decompose(
     calibration: Flat[Calibration] = Calibration(),
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    drop_experts: bool = False,
     store: Path | None = None,
     cache: Literal["ram", "disk"] | None = None,
     memory: str | None = None,
@@ -55,6 +56,8 @@ def decompose(
         include: Globs of modules to target, on full names or names inside a block; the word embeddings beside them
             targets embeddings and head too, and loads the model whole.
         exclude: Globs of modules to leave alone.
+        drop_experts: Measure what dropping each expert of a mixture costs too, for lowrank allocate --drop_experts
+            true; with two_sided.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
         cache: Where the hidden states of all sequences wait between blocks, and before every block for gradients: ram,
             or disk for memory-mapped files; by default ram, unless they would fill half of the free memory.
@@ -81,11 +84,18 @@ def decompose(
 
     check_output_files(json)
     began = time.perf_counter()
-    budget, constraints = None if memory is None else memory_size(memory), Constraints(include, exclude)
+    budget = None if memory is None else memory_size(memory)
+    constraints = Constraints(include, exclude, drop_experts=drop_experts)
+    if drop_experts and decomposition.kind != "two_sided":
+        raise ValueError(
+            f"drop_experts is true, but the decomposition is {decomposition.kind}: what dropping an expert costs is "
+            "compared with two_sided factors; add --decomposition.kind two_sided, or leave out drop_experts"
+        )
     if dry_run:
         work = decompose_workload(
-            base.name, decomposition, calibration, memory=budget, gradient_checkpointing=gradient_checkpointing
-        )
+            base.name, decomposition, calibration, memory=budget, gradient_checkpointing=gradient_checkpointing,
+            dropping=drop_experts,
+        )  # fmt: skip
         print_forecast(base, work, machine_of(device), constraints=constraints, output=json)
         return None
     place = pick_device(device)

@@ -124,6 +124,7 @@ def plan_figures(plan: RankPlan) -> dict[str, Any]:
         "bytes": plan.bytes,
         **({"kept_bytes": plan.keep_bytes, "bits": plan.bits} if plan.is_rounded else {}),
         "dense_modules": len(plan.dense_modules),
+        **({"dropped_experts": len(plan.dropped_experts)} if plan.dropped_modules else {}),
         "modules": len(plan.modules),
         "notes": list(plan.notes),
     }

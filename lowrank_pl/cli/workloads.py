@@ -113,6 +113,7 @@ def compare_workload(
             decompositions=tuple(dict.fromkeys(recipe.decomposition for recipe in ranked)),
             weight_gradients=any(recipe.needs_weight_gradients for recipe in ranked),
             prunings=tuple(dict.fromkeys(recipe.prune for recipe in recipes.values() if recipe.prune is not None)),
+            dropping=any(recipe.drop_experts for recipe in ranked),
         ),
         learners=[
             Learner(
@@ -146,6 +147,7 @@ def decompose_workload(
     *,
     memory: int | None = None,
     gradient_checkpointing: bool = False,
+    dropping: bool = False,
 ) -> Workload:
     """Return the work of ``lowrank decompose``, which loads one decoder block at a time where the base allows that.
 
@@ -155,12 +157,13 @@ def decompose_workload(
         calibration: The sequences for statistics.
         memory: Bytes that statistics may take at a time; by default most of what is free.
         gradient_checkpointing: Whether passes for gradients compute activations again.
+        dropping: Whether it is measured what dropping experts costs.
     """
     by_block = decomposition.block_by_block and loads_in_parts(base)
     return Workload(
         preparation=Preparation(
             calibration, (decomposition,), memory=memory, gradient_checkpointing=gradient_checkpointing,
-            by_block=by_block,
+            by_block=by_block, dropping=dropping,
         )
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.workload import Run
 from lowrank_pl.methods.prune.settings import STEPS, LLMPruner, WidthPruning
 from lowrank_pl.models.targets import HEAD
+from lowrank_pl.utils.formatting import expert_number
 
 __all__ = [
     "decomposition_phase",
@@ -171,9 +172,20 @@ def statistics_phases(run: Run) -> list[Phase]:
         phases.append(_gradients(run, _weight_gradients("weight gradients", WeightGradients, run)))
     if "weight_fisher" in needs:
         phases.append(_gradients(run, _weight_gradients("weight fisher", WeightFisher, run)))
+    if preparation.dropping and any(target.experts for target in run.model.modules):
+        phases.append(_gradients(run, _dropped_losses(run)))
     if run.model.embeddings:
         phases += _embedding_moments(run)
     return phases
+
+
+def _dropped_losses(run: Run) -> _Sums:
+    """Return the sums that say what dropping experts costs: a number for every two of a block, and two for each."""
+    places = {target.experts: target.block for target in run.model.modules if target.experts}
+    named = {(target.experts, expert_number(target.name)) for target in run.model.modules if target.experts}
+    counts = Counter(experts for experts, _ in named)
+    sizes = {experts: 8.0 * (counts[experts] ** 2 + 2 * counts[experts]) for experts in places}
+    return _Sums("losses of dropped experts", sizes, sizes, places)
 
 
 def _embedding_moments(run: Run) -> list[Phase]:

@@ -35,6 +35,7 @@ class Preparation:
             block. None is most of the device's memory.
         gradient_checkpointing: Whether passes for gradients compute the activations of blocks again.
         by_block: Whether the device holds the weights of one decoder block at a time.
+        dropping: Whether it is measured what dropping experts costs.
 
     Raises:
         ValueError: No sequence, or sequences shorter than two tokens.
@@ -47,6 +48,7 @@ class Preparation:
     memory: int | None = None
     gradient_checkpointing: bool = False
     by_block: bool = False
+    dropping: bool = False
 
     def __post_init__(self) -> None:
         _check("sequences", self.calibration.sequences, 1)

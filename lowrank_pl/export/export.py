@@ -30,7 +30,7 @@ from lowrank_pl.factors.components import AnySize, NestedComponents
 from lowrank_pl.factors.cutting import cut
 from lowrank_pl.models import digests, hf_experts, hf_format, hf_layers, hf_quantized
 from lowrank_pl.models.digests import check_files, unchecked, write_digests
-from lowrank_pl.models.hf_experts import experts_fused, split_experts, split_modules
+from lowrank_pl.models.hf_experts import dropped_experts, experts_fused, split_experts, split_modules
 from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align, tied_weights
 from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear
 from lowrank_pl.models.hf_quantized import (
@@ -70,7 +70,7 @@ CODE_FILES = tuple(Path(module.__file__ or "") for module in (hf_format, hf_laye
 
 Entry = int | dict[str, Any]
 """The config's entry of one module: its rank, or rank, storage and side, or these with bits and group. The storage of
-an embedding of low rank is ``embedding``."""
+an embedding of low rank is ``embedding``. That of a dropped expert says so, and nothing else."""
 
 _EMBEDDINGS = {LowRankEmbedding.__name__, QuantizedEmbedding.__name__}
 
@@ -95,7 +95,7 @@ class ExportReport:
         directory: The folder.
         bytes: Size of its weight files.
         merged: Whether the factors were merged into dense weights.
-        modules: Number of modules of the model that are low-rank or rounded to a few bits.
+        modules: Number of modules of the model that are low-rank, rounded to a few bits, or dropped experts.
         verified: Whether a fresh process has reloaded the folder and computed the same logits.
         url: Address of the commit on the hub; None if nothing was uploaded.
         nested_bytes: Size of the components for smaller sizes, in its subfolder ``nested``; 0 if there are none.
@@ -176,6 +176,12 @@ def save_compressed(
         raise ValueError("smaller sizes are not cut from merged weights: leave out merge, or give the plan alone")
     if isinstance(plan, AnySize) and (plan.plan.is_rounded or any(map(_is_rounded, model.modules()))):
         raise ValueError(f"{_ROUNDED}, and no components of smaller sizes are written for it: give the plan alone")
+    dropped = dropped_experts(model)
+    if merge and dropped:
+        raise ValueError(
+            f"{len(dropped)} experts were dropped, e.g. {dropped[0]}, which the plain config of {type(model).__name__} "
+            "can't describe: export without merge, or allocate without drop_experts"
+        )
     if repo is not None:
         announce_upload(repo)
     originals = _originals(model)
@@ -280,7 +286,8 @@ def load_cut(
     model = _load(Path(directory), verify, from_pretrained_kwargs)
     smaller = cut(model, plan, smaller, NestedComponents.of_export(directory, plan))
     # So that save_pretrained writes a folder that reloads.
-    entries = {name: _entry(module) for name, module in model.named_modules() if _is_compressed_layer(module)}
+    entries: dict[str, Entry] = {name: {"dropped": True} for name in dropped_experts(model)}
+    entries |= {name: _entry(module) for name, module in model.named_modules() if _is_compressed_layer(module)}
     stored = _config(model, entries, getattr(model.config.quantization_config, "shapes", None))
     model.config.quantization_config = stored
     model.hf_quantizer.quantization_config = stored
@@ -395,10 +402,12 @@ def _originals(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, Entry]:
     """Return the config's entry of each compressed module, after a check that every module can be stored."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {name: {"dropped": True} for name in dropped_experts(model)}
     tied = tied_weights(model)
     for name, module in model.named_modules():
         original = originals.get(name)
+        if name in entries:
+            continue
         place = nn.Embedding if isinstance(module, nn.Embedding) else (nn.Linear, Conv1D)
         if _is_compressed_layer(module) and isinstance(original, place):
             entries[name] = _entry(module)

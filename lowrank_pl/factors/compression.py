@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.models.hf_experts import drop_experts
 from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, Side, low_rank_embedding
 from lowrank_pl.models.hf_quantized import (
     QuantizedEmbedding,
@@ -52,7 +53,7 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
     Modules that the plan leaves dense stay as they are. Biases are kept. The model is the dense base, or the masked
     model that ranks were learned with. A module that can't be stored pivoted accurately in its weight's type is stored
     as two factors, or stays dense where two factors would be no smaller, with a warning. ``deployed_plan`` returns the
-    plan with the storage that each module has then.
+    plan with the storage that each module has then. Dropped experts go: their tokens use the other experts.
 
     Args:
         model: The base that plan and store were made from.
@@ -74,7 +75,10 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
         PivotedLinear(in_features=..., out_features=..., rank=..., side=in, bias=False)
     """
     _check(model, plan, store)
+    drop_experts(model, plan.dropped_experts)
     for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
+        if entry.is_dropped:
+            continue
         old = _unmasked(model.get_submodule(name))
         if isinstance(old, nn.Embedding):
             for place, module in _compressed_embedding(model, name, entry, store).items():
@@ -282,7 +286,8 @@ def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
     its notes count them. They also name layers that are zero, as in the base. Without such modules it is ``plan``
     itself.
     """
-    zero = [name for name in plan.modules if _is_zero(model.get_submodule(name))]
+    there = [name for name, entry in plan.modules.items() if not entry.is_dropped]
+    zero = [name for name in there if _is_zero(model.get_submodule(name))]
     if zero:
         plan = replace(plan, notes=tuple(dict.fromkeys([*plan.notes, *(f"{name}: {ZERO}" for name in zero)])))
     layers = {name: model.get_submodule(name) for name in plan.pivoted_modules}
@@ -347,7 +352,9 @@ def compressed(
     """
     modules = dict(model.named_modules())
     # If the plan is for another model, `compress` says so.
-    before = {name: modules[name] for name in (*plan.modules, *plan.embeddings) if name in modules}
+    # Dropped experts first: their layers are inside.
+    names = (*plan.dropped_experts, *plan.modules, *plan.embeddings)
+    before = {name: modules[name] for name in names if name in modules}
     embedded = [modules[name].weight for name in (*plan.embeddings, *plan.embedded) if name in modules]
     before.update({n: m for n, m in modules.items() if any(getattr(m, "weight", None) is one for one in embedded)})
     try:
@@ -374,7 +381,17 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
                 f"the plan gives {name} the shape {entry.shape}, the model has {shape}: load the model that the plan "
                 "was made for"
             )
+    for expert in plan.dropped_experts:
+        of_expert = [name for name in modules if name.startswith(f"{expert}.")]
+        left = [name for name in of_expert if name not in plan.modules or not plan.modules[name].is_dropped]
+        if left:
+            raise ValueError(
+                f"the plan drops some matrices of {expert}, but not {left[0]}: an expert is dropped as a whole; drop "
+                "all of its matrices or none"
+            )
     for name, entry in (*plan.modules.items(), *plan.embeddings.items()):
+        if entry.is_dropped:
+            continue
         weight = _weight_of(modules[name]).detach()
         is_made = entry.rank is not None or entry.grid is not None
         if is_made and not _made_from(weight, store.notes(name).get("weight", "")):

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from lowrank_pl.factors.components import NestedComponents
 from lowrank_pl.factors.compression import deployed_plan, factored_embedding, low_rank_layer
+from lowrank_pl.models.hf_experts import dropped_experts
 from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear
 from lowrank_pl.models.hf_quantized import TiedHead, is_quantized
 from lowrank_pl.models.targets import replace_module
@@ -100,9 +101,12 @@ def _part(old: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
 def _check_ranks(model: nn.Module, plan: RankPlan) -> None:
     """Raise ``ValueError`` unless the layers of ``model`` have the ranks of ``plan``."""
     modules = dict(model.named_modules())
+    dropped = set(dropped_experts(model))
     for name, entry in plan.modules.items():
+        if entry.is_dropped and name.rpartition(".")[0] in dropped:
+            continue
         found = getattr(modules.get(name), "rank", None)
         if name not in modules or found != entry.rank:
-            said = "dense" if entry.rank is None else f"of rank {entry.rank}"
+            said = "dense" if entry.rank is None else "dropped" if entry.is_dropped else f"of rank {entry.rank}"
             here = "absent" if name not in modules else "dense" if found is None else f"of rank {found}"
             raise ValueError(f"{name} is {said} in the plan and {here} in the weights: put the export's own plan back")

@@ -22,6 +22,7 @@ Statistic = Literal[
     "gradient_norms",
     "weight_gradients",
     "weight_fisher",
+    "dropped_losses",
     "embedding_moments",
     "plain_embedding_moments",
 ]

@@ -82,6 +82,7 @@ class Recipe:
         learning: How a mask learns the plan instead.
         storage: How low-rank modules are stored: factored in all papers but those about pivoting.
         alike_experts: Whether the experts of a block of a mixture get equal ranks.
+        drop_experts: Whether experts of a mixture may be dropped.
         refit: How the plan's factors are refitted to the compressed model's own inputs; None for no refit.
         rounding: How the plan's matrices are rounded at the end; None leaves them as they are.
         dense: Leave every module dense, so that rounding alone makes the model smaller. The one size is that of its
@@ -102,6 +103,7 @@ class Recipe:
     learning: Learning | None = None
     storage: StorageChoice = "factored"
     alike_experts: bool = False
+    drop_experts: bool = False
     refit: Refit | None = None
     prune: WidthPruning | LLMPruner | None = None
     rounding: Rounding | None = None
@@ -109,9 +111,11 @@ class Recipe:
     heal: Healing | None = None
 
     def constrained(self, constraints: Constraints) -> Constraints:
-        """Return ``constraints`` with the storage of this recipe, and with equal experts if it asks for them."""
-        alike = self.alike_experts or constraints.alike_experts
-        return replace(constraints, storage=self.storage, alike_experts=alike)
+        """Return ``constraints`` with the storage of this recipe, and with what it asks for of experts."""
+        alike, drop = (
+            getattr(self, asked) or getattr(constraints, asked) for asked in ("alike_experts", "drop_experts")
+        )
+        return replace(constraints, storage=self.storage, alike_experts=alike, drop_experts=drop)
 
     @property
     def takes_embeddings(self) -> bool:
@@ -139,6 +143,11 @@ class Recipe:
                 "dense leaves every module as it is but for its bits: give rounding, and leave out learning, refit, "
                 "heal, prune and storage"
             )
+        if self.drop_experts and (self.learning or self.in_bytes or self.dense or not self._allocates_experts):
+            raise ValueError(
+                "drop_experts is given to a method that does not price experts: give it to one that allocates by "
+                "fisher, without learning"
+            )
         if self.only_prunes and (self.rounding or not factored):
             raise ValueError(
                 "llm_pruner prunes to the final size, which leaves no ranks to learn and no factors to refit, to round "
@@ -150,6 +159,10 @@ class Recipe:
                 "heal of a recipe trains factors: leave out heal.train, and leave out heal where pruning alone makes "
                 "the model; `lowrank heal` trains an adapter on any model"
             )
+
+    @property
+    def _allocates_experts(self) -> bool:
+        return make_allocator(self.allocator, **self.settings).drops_experts
 
     @property
     def in_bytes(self) -> bool:
@@ -173,6 +186,8 @@ class Recipe:
             base["storage"] = self.storage
         if self.alike_experts:
             base["alike_experts"] = True
+        if self.drop_experts:
+            base["drop_experts"] = True
         if self.refit is not None:
             base["refit"] = self.refit.identity()
         if self.heal is not None:
@@ -280,6 +295,7 @@ def _pruned_in_width(plain: Recipe) -> Recipe:
 VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
     "alike": lambda plain: replace(plain, alike_experts=True),
+    "drop": lambda plain: replace(plain, drop_experts=True),
     "refit": lambda plain: replace(plain, refit=Refit()),
     "joint": lambda plain: replace(plain, refit=replace(plain.refit or Refit(), joint=Joint())),
     "prune": _pruned_in_width,
@@ -300,7 +316,7 @@ def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted layer by
     layer, ``NAME+joint`` with a joint refit of each block after that, ``NAME+prune`` on a base with pruned MLPs, and
     ``NAME+prune+pivoted+refit`` three of these. ``+int8`` or ``+int4`` rounds the matrices at the end. ``+alike`` gives
-    the experts of a block equal ranks.
+    the experts of a block equal ranks, and ``+drop`` may drop some.
 
     Args:
         name: The recipe's name; results go to a folder of this name.

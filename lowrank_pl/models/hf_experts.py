@@ -10,7 +10,7 @@ This file needs only torch and transformers: exported folders hold a copy (see h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -18,12 +18,16 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "DroppedExpert",
     "Expert",
     "RoutedExperts",
     "SortedExperts",
     "SplitExperts",
     "WeightedInputExperts",
     "all_experts_called",
+    "can_drop",
+    "drop_experts",
+    "dropped_experts",
     "experts_fused",
     "fuse_experts",
     "is_fused",
@@ -126,6 +130,13 @@ class Expert(nn.Module):
         return outputs
 
 
+class DroppedExpert(nn.Module):
+    """Stands in the place of an expert that was dropped: it has no parameters and is never called.
+
+    A token whose router chooses it uses the other experts that it chose (:meth:`RoutedExperts.taken_over`).
+    """
+
+
 class SplitExperts(nn.ModuleList):
     """The experts of one mixture as separate modules, called as the module of fused experts was.
 
@@ -157,8 +168,12 @@ class SplitExperts(nn.ModuleList):
         """Return the module of fused experts with the present weights of the experts.
 
         Raises:
-            ValueError: A linear layer of an expert has been replaced.
+            ValueError: A linear layer of an expert has been replaced, or an expert was dropped.
         """
+        if self.dropped:
+            raise ValueError(
+                f"{len(self.dropped)} of {len(self)} experts were dropped: only whole mixtures can be fused"
+            )
         for name, layer in self.named_modules():
             if hasattr(layer, "weight") and type(layer) is not nn.Linear:
                 raise ValueError(f"{name} is a {type(layer).__name__}: only dense experts can be fused")
@@ -167,12 +182,17 @@ class SplitExperts(nn.ModuleList):
             self.fused.module.register_parameter(name, nn.Parameter(value, parts[0].requires_grad))
         return self.fused.module
 
+    @property
+    def dropped(self) -> list[int]:
+        """The numbers of the experts that were dropped."""
+        return [place for place, expert in enumerate(self._modules.values()) if _is_dropped(expert)]
+
     def _called(self, counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
         """Yield the experts to call, each with its place in rows that are sorted by expert."""
         end = 0
         for place, count in enumerate(counts):
             end += count
-            if count or SplitExperts.every:
+            if (count or SplitExperts.every) and not _is_dropped(self[place]):
                 yield place, slice(end - count, end)
 
     def extra_repr(self) -> str:
@@ -230,6 +250,31 @@ class RoutedExperts(SplitExperts):
                     parts.setdefault(name, []).append(value)
         return parts
 
+    def taken_over(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a router gave, with the tokens of dropped experts given to the other experts that they chose.
+
+        The weights of these are scaled so that those of a token keep their sum. A token none of whose experts is kept
+        gets nothing from the experts.
+
+        Args:
+            index: ``[tokens, chosen]`` numbers of the chosen experts.
+            weights: ``[tokens, chosen]`` their weights.
+
+        Returns:
+            The numbers, with that of experts elsewhere, which are not called here, for dropped ones, and the weights.
+        """
+        dropped = self.dropped
+        if not dropped:
+            return index, weights
+        # The last entry stands for experts that another process computes.
+        there = [place not in dropped for place in range(len(self) + 1)]
+        kept = torch.tensor(there, device=index.device)[index]
+        wide = weights.float() if weights.dtype.itemsize < 4 else weights
+        left = torch.where(kept, wide, 0)
+        total, rest = wide.sum(dim=-1, keepdim=True), left.sum(dim=-1, keepdim=True)
+        scale = torch.where(rest == 0, 0, total / torch.where(rest == 0, 1, rest))
+        return torch.where(kept, index, len(self)), (left * scale).to(weights.dtype)
+
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Return the sum of the chosen experts' outputs, each times its weight.
 
@@ -248,6 +293,7 @@ class RoutedExperts(SplitExperts):
                 f"the router of {type(self.fused.module).__name__} chooses no experts (top-k): expected their numbers "
                 f"first, and then their weights, not {index.dtype}; such a mixture can't be compressed"
             )
+        index, weights = self.taken_over(index, weights)
         pairs = index.flatten()
         order = torch.argsort(pairs, stable=True)
         # An index of one more than there are experts marks pairs that another process computes: they come last.
@@ -359,6 +405,51 @@ def split_modules(model: nn.Module) -> list[tuple[str, SplitExperts]]:
     found: Any = model.named_modules()
     own = SplitExperts.__name__
     return [(name, module) for name, module in found if any(kind.__name__ == own for kind in type(module).__mro__)]
+
+
+def _is_dropped(expert: nn.Module | None) -> bool:
+    # By name, since a folder's copy of this file has a class of its own.
+    return type(expert).__name__ == DroppedExpert.__name__
+
+
+def can_drop(experts: nn.Module) -> bool:
+    """Tell whether a module of experts is called with the weights of a token's experts, so that some can take over."""
+    # By name, since a folder's copy of this file has classes of its own.
+    kinds = [kind.__name__ for kind in type(experts).__mro__]
+    return RoutedExperts.__name__ in kinds and WeightedInputExperts.__name__ not in kinds
+
+
+def dropped_experts(model: nn.Module) -> list[str]:
+    """Return the names of the experts of ``model`` that were dropped."""
+    return [f"{name}.{number}" for name, experts in split_modules(model) for number in experts.dropped]
+
+
+def drop_experts(model: nn.Module, names: Iterable[str]) -> None:
+    """Drop the experts ``names`` of ``model``, in place: their tokens use the other experts that they chose.
+
+    Raises:
+        ValueError: A name is of no expert, or of one that is not called with the weights of its tokens, or no expert of
+            a mixture would be left. The model is as it was.
+    """
+    mixtures = dict(split_modules(model))
+    gone: dict[str, set[int]] = {}
+    for name in names:
+        parent, _, number = name.rpartition(".")
+        experts = mixtures.get(parent)
+        if experts is None or not number.isdecimal() or int(number) >= len(experts):
+            raise ValueError(f"{name} is no expert of a mixture, so it can't be dropped: only whole experts can")
+        if not can_drop(experts):
+            raise ValueError(
+                f"{name} can't be dropped: {type(experts).__name__} does not see the weights of a token's other "
+                "experts, which would have to take over; only experts that are called with them can be dropped"
+            )
+        gone.setdefault(parent, set(experts.dropped)).add(int(number))
+    for parent, numbers in gone.items():
+        if len(numbers) == len(mixtures[parent]):
+            raise ValueError(f"all {len(numbers)} experts of {parent} are dropped: expected at least one to be kept")
+    for parent, numbers in gone.items():
+        for number in numbers:
+            mixtures[parent][number] = DroppedExpert()
 
 
 def routers(model: nn.Module) -> dict[str, str]:

@@ -31,7 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # Relative, so that transformers copies these files along with this one.
 from .digests import check_files
-from .hf_experts import split_experts
+from .hf_experts import drop_experts, split_experts
 from .hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, low_rank_embedding
 from .hf_quantized import (
     Grid,
@@ -63,7 +63,11 @@ __all__ = [
 ]
 
 METHOD = "lowrank"
-SCHEMA = 5
+SCHEMA = 6
+
+
+_DROPPED = {"dropped": True}
+"""The entry of an expert that was dropped."""
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -74,7 +78,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             ``{"rank": 3, "storage": "pivoted", "side": "out"}``, or for an embedding ``{"rank": 3, "storage":
             "embedding"}``. If its numbers are rounded, ``"bits": 4`` is added, and ``"group": 32`` if groups are
             smaller than rows: ``{"rank": 3, "bits": 4, "group": 32}``. A dense layer or an embedding that is rounded
-            has no rank: ``{"bits": 8}``.
+            has no rank: ``{"bits": 8}``. An expert that was dropped, by its name, has neither: ``{"dropped": true}``.
         shapes: ``[out, in]`` of the linear layers, compressed or not, whose shape differs from what the rest of the
             config says, for example after MLPs were pruned to several widths.
         experts: Whether the experts of mixtures are stored as separate linear layers.
@@ -88,7 +92,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Attributes:
         newest: The highest schema that this copy of the file reads.
         schema: The lowest schema that can express the entries, so that older versions read the folder if they can: 2
-            with pivots, 3 with shapes, 4 with bits, 5 with separate experts or embeddings of low rank.
+            with pivots, 3 with shapes, 4 with bits, 5 with separate experts or embeddings of low rank, 6 with dropped
+            experts.
     """
 
     newest = SCHEMA
@@ -126,12 +131,16 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self.shapes = {name: list(shape) for name, shape in shapes.items()}
             self.schema = max(self.schema, 3)
         if experts:
-            self.experts, self.schema = True, 5
+            self.experts, self.schema = True, max(self.schema, 5)
+        elif self.schema == 6:
+            raise ValueError("quantization_config names dropped experts, but stores none: expected experts to be true")
         self.quant_method = quant_method
 
 
 def _check_entry(entry: Any) -> None:
     """Raise ``ValueError`` unless ``entry`` says how a module is stored; the message continues the module's name."""
+    if entry == _DROPPED:
+        return
     given = {"rank": entry} if not isinstance(entry, dict) else entry
     rounding = {"bits", "group"} & set(given)
     kind = set(given) - rounding
@@ -157,6 +166,8 @@ def _schema(entry: int | dict[str, Any]) -> int:
     """Return the lowest schema that has such entries."""
     if isinstance(entry, int):
         return 1
+    if entry == _DROPPED:
+        return 6
     if entry.get("storage") == "embedding":
         return 5
     return 4 if "bits" in entry else 2
@@ -240,8 +251,10 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         known = dict(model.named_modules())
         reshape(model, getattr(self.quantization_config, "shapes", {}))
         for name, entry in self.quantization_config.modules.items():
-            if not _is_absent_head(model, name, entry, known):
+            if entry != _DROPPED and not _is_absent_head(model, name, entry, known):
                 _swap(model, _name_here(model, name, known), entry)
+        dropped = [name for name, entry in self.quantization_config.modules.items() if entry == _DROPPED]
+        drop_experts(model, [_name_here(model, name, known) for name in dropped])
         self._names = "\n".join(model.state_dict())
         return model
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.models.eval_mode import evaluating, input_device
-from lowrank_pl.models.hf_experts import all_experts_called, is_fused, routers, split_modules
+from lowrank_pl.models.hf_experts import all_experts_called, can_drop, is_fused, routers, split_modules
 from lowrank_pl.models.hf_quantized import is_quantized
 from lowrank_pl.models.settings import EMBEDDINGS
 
@@ -36,6 +36,7 @@ __all__ = [
     "body_of",
     "decoder_blocks",
     "dense_weight",
+    "droppable",
     "find_embeddings",
     "find_targets",
     "first_argument",
@@ -168,6 +169,24 @@ class Targets:
     def among(self, names: Container[str]) -> list[Target]:
         """Return the layers to compress whose names are in ``names``, in their order."""
         return [target for target in self.modules if target.name in names]
+
+
+def droppable(model: nn.Module, targets: Targets) -> list[Target]:
+    """Return those of ``targets`` that belong to experts that can be dropped, on which others can take over.
+
+    Raises:
+        ValueError: There are none.
+    """
+    of_experts = [target for target in targets.modules if target.experts]
+    found = [target for target in of_experts if can_drop(model.get_submodule(target.experts))]
+    if not found:
+        kinds = sorted({type(model.get_submodule(target.experts)).__name__ for target in of_experts})
+        why = f"{', '.join(kinds)} does not see these weights" if kinds else "no experts are targets"
+        raise ValueError(
+            "drop_experts is true, but no targeted expert is called with the weights of its tokens' other experts, "
+            f"which would have to take over: {why}; leave drop_experts out"
+        )
+    return found
 
 
 @dataclass(frozen=True)

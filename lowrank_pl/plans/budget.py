@@ -41,6 +41,8 @@ class Budget:
         embeddings: Names of the modules that are embeddings or a head, which are stored as two factors in any case.
         alike_experts: Whether the experts of a block get equal ranks. The score of a step is then the mean over the
             experts: with scores in nats a parameter, what the step saves in all of them over what it costs.
+        drop_experts: Whether a method may choose experts to drop.
+        dropped: Names of the modules of the experts that are dropped.
 
     Raises:
         ValueError: ``keep`` lies outside (0, 1], a floor lies outside [0, 1] or matches nothing, the floors need more
@@ -63,6 +65,8 @@ class Budget:
     left_out: int = 0
     embeddings: tuple[str, ...] = ()
     alike_experts: bool = False
+    drop_experts: bool = False
+    dropped: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -73,6 +77,11 @@ class Budget:
                 raise ValueError(f"the floor of {pattern!r} is {floor}: expected a fraction in [0, 1]")
             if not any(fnmatchcase(name, pattern) for name in self.shapes):
                 raise ValueError(f"the floor pattern {pattern!r} matches none of the {len(self.shapes)} modules")
+        if self.alike_experts and (self.drop_experts or self.dropped):
+            raise ValueError(
+                "experts can't both be alike and be dropped, since dropping chooses among experts by what each costs: "
+                "leave out alike_experts or drop_experts"
+            )
         if self.alike_experts and len(self.units) == len(self.shapes):
             raise ValueError("alike_experts is true, but no two modules are of experts of one block: leave it out")
         for unit in self.units:
@@ -150,9 +159,15 @@ class Budget:
         """Return the largest allowed rank of ``name`` below dense; 0 if only dense is allowed."""
         return self.break_even(name) // self.multiple_of * self.multiple_of
 
+    def floor(self, name: str) -> float:
+        """Return the least kept fraction of ``name``."""
+        return max((f for pattern, f in self.floors.items() if fnmatchcase(name, pattern)), default=0.0)
+
     def least_rank(self, name: str) -> int | None:
-        """Return the smallest allowed rank of ``name``; ``None`` if it must stay dense."""
-        floor = max((f for pattern, f in self.floors.items() if fnmatchcase(name, pattern)), default=0.0)
+        """Return the smallest allowed rank of ``name``; ``None`` if it must stay dense, 0 if it is dropped."""
+        if name in self.dropped:
+            return 0
+        floor = self.floor(name)
         wanted = max(1, math.ceil(self.costs_of(name).rank_at(self.shapes[name], floor) - 1e-9))
         rank = math.ceil(wanted / self.multiple_of) * self.multiple_of
         return rank if floor < 1 and rank <= self.top_rank(name) else None
@@ -350,6 +365,8 @@ class Budget:
         ``least`` and ``most`` may come from a plan edited by hand, so they hold even where they are not allowed.
         """
         first = self.least_rank(name)
+        if first == 0:
+            return [0]
         ranks: list[int] = [] if first is None else list(range(first, self.top_rank(name) + 1, self.multiple_of))
         if most is not None and most.rank is not None:
             return [rank for rank in ranks if rank <= most.rank] or [most.rank]
@@ -370,7 +387,7 @@ class Budget:
         modules = {}
         for name, size in sizes.items():
             shape = self.shapes[name]
-            form = "factored" if size is None else self.costs_of(name).form(shape, size)
+            form = "factored" if not size else self.costs_of(name).form(shape, size)
             modules[name] = ModulePlan.of_highest(shape, size, order.scores[name], storage=form)
         return RankPlan(
             method=method,

@@ -34,6 +34,8 @@ class Constraints:
         storage: How low-rank modules are stored: ``factored`` (two factors), ``pivoted``, or ``auto`` for the smaller.
             Embeddings and head are always factored.
         alike_experts: The experts of a block get equal ranks: one for all gates, one for all ups, one for all downs.
+        drop_experts: Experts may be dropped whose tokens other experts can take at a lower predicted loss than ranks
+            would cost for the same parameters (with ``fisher``).
     """
 
     include: Sequence[str] = ("*",)
@@ -42,6 +44,7 @@ class Constraints:
     floors: dict[str, float] = field(default_factory=dict)
     storage: StorageChoice = "auto"
     alike_experts: bool = False
+    drop_experts: bool = False
 
     def targets(self, model: PreTrainedModel) -> Targets:
         """Return the linear layers of ``model`` that are to be compressed.
@@ -60,11 +63,14 @@ class Constraints:
 
         Raises:
             ValueError: ``keep`` lies outside (0, 1], or a floor or a multiple is impossible, or no targets are experts
-                that could be alike.
+                that could be alike or dropped.
         """
         from lowrank_pl.models.identity import Origin
-        from lowrank_pl.models.targets import model_parameters
+        from lowrank_pl.models.targets import droppable, model_parameters
         from lowrank_pl.plans.budget import Budget
+
+        if self.drop_experts:
+            droppable(model, targets)
 
         before = Origin.of(model)
         pruned = 0 if before is None else before.left_out(targets)
@@ -79,4 +85,5 @@ class Constraints:
             left_out=pruned,
             embeddings=tuple(target.name for target in targets.embeddings),
             alike_experts=self.alike_experts,
+            drop_experts=self.drop_experts,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lowrank_pl.plans.budget import Budget
 
-__all__ = ["hull_slopes", "losses_by_rank", "predicted_scores"]
+__all__ = ["Hull", "hull_of", "hull_slopes", "losses_by_rank", "predicted_scores"]
 
 
 def predicted_scores(budget: Budget, sigma: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -46,12 +47,10 @@ def hull_slopes(budget: Budget, name: str, sigma: Tensor) -> Tensor:
     """
     least = budget.least_rank(name)
     energy = sigma.double().square().numpy() / 2
-    if least is None:
+    if not least:
         return torch.zeros(len(sigma), dtype=torch.float64)
-    tail = losses_by_rank(sigma)
-    ranks = [*range(least, budget.top_rank(name) + 1, budget.multiple_of)]
-    costs = budget.costs(name, [*ranks, None]).astype(np.float64)
-    slopes = _hull(costs, np.array([*tail[ranks], 0.0]))
+    ranks = _ranks(budget, name, least)
+    slopes = hull_of(budget, name, sigma).slopes
     scores = np.empty(len(sigma))
     # The least allowed rank is not on the hull: its components are given up after all that are.
     scores[:least] = np.maximum(energy[:least] / sum(budget.shapes[name]), slopes[0])
@@ -59,6 +58,40 @@ def hull_slopes(budget: Budget, name: str, sigma: Tensor) -> Tensor:
     for low, high, slope in zip(ranks, [*ranks[1:], len(sigma)], slopes, strict=True):
         scores[low:high] = slope
     return torch.from_numpy(scores)
+
+
+@dataclass(frozen=True, eq=False)
+class Hull:
+    """The allowed sizes of a module, from the smallest to dense, and the lower convex hull of their losses.
+
+    Args:
+        costs: ``[sizes]`` parameters.
+        losses: ``[sizes]`` nats.
+        slopes: ``[sizes - 1]`` nats that each parameter saves on the hull, between neighbouring sizes; non-increasing.
+    """
+
+    costs: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    slopes: NDArray[np.float64]
+
+    def least(self, multipliers: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the least loss plus multiplier times parameters over all sizes, for each of ``multipliers``."""
+        taken = np.searchsorted(-self.slopes, -multipliers, side="left")
+        found: NDArray[np.float64] = self.losses[taken] + multipliers * self.costs[taken]
+        return found
+
+
+def hull_of(budget: Budget, name: str, sigma: Tensor) -> Hull:
+    """Return the sizes of a module that is not dropped, and their hull; arguments as in ``hull_slopes``."""
+    least = budget.least_rank(name)
+    ranks = [] if least is None else _ranks(budget, name, least)
+    costs = budget.costs(name, [*ranks, None]).astype(np.float64)
+    losses = np.array([*losses_by_rank(sigma)[ranks], 0.0])
+    return Hull(costs, losses, _hull(costs, losses))
+
+
+def _ranks(budget: Budget, name: str, least: int) -> list[int]:
+    return [*range(least, budget.top_rank(name) + 1, budget.multiple_of)]
 
 
 def _hull(costs: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.float64]:

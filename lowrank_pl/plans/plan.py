@@ -36,9 +36,10 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-SCHEMA = 3
-"""Version of the JSON format. Since 2, a module may be stored pivoted, and since 3 it may be rounded to a few bits.
-Plans without bits are written in version 2; plans of version 1 are still read."""
+SCHEMA = 4
+"""Version of the JSON format. Since 2, a module may be stored pivoted, and since 3 it may be rounded to a few bits, and
+since 4 an expert may be dropped. Plans without these are written in an earlier version; plans of version 1 are still
+read."""
 
 ZERO = "all zeros in the base too"
 """Note on a module whose factors may be zero."""
@@ -56,9 +57,10 @@ class ModulePlan:
 
     Args:
         shape: ``(out, in)`` of the layer's weight.
-        rank: Number of kept components; ``None`` leaves the layer dense.
+        rank: Number of kept components; ``None`` leaves the layer dense, and 0 is for the matrices of an expert that is
+            dropped: it is not run, and other experts take its tokens.
         indices: Indices of the kept components, ascending; ``None`` stands for the first ``rank`` ones.
-        storage: Form in which a low-rank layer is stored; without meaning if the layer is dense.
+        storage: Form in which a low-rank layer is stored; without meaning if the layer is dense or dropped.
         grid: The numbers that the stored matrices are rounded to; None leaves them as they are.
     """
 
@@ -71,6 +73,12 @@ class ModulePlan:
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or not all(type(size) is int and size > 0 for size in self.shape):
             raise ValueError(f"the shape {self.shape} was given: expected two positive whole numbers, out and in")
+        if self.is_dropped:
+            if self.indices is not None or self.storage != "factored" or self.grid is not None:
+                raise ValueError(
+                    "a dropped module was given indices, a storage or bits: it has no matrix, leave them out"
+                )
+            return
         if self.rank is not None and not 1 <= self.rank <= min(self.shape):
             raise ValueError(f"a rank of {self.rank} was given for shape {self.shape}: expected 1..{min(self.shape)}")
         if self.indices is not None:
@@ -90,18 +98,23 @@ class ModulePlan:
 
         Args:
             shape: ``(out, in)`` of the module.
-            rank: Number of kept components; ``None`` is dense.
+            rank: Number of kept components; ``None`` is dense, 0 is dropped.
             scores: ``[components]``, at most ``min(out, in)``; components without a score come last.
             storage: Form in which the module is stored.
 
         >>> ModulePlan.of_highest((8, 8), 2, torch.tensor([3.0, 1.0, 2.0])).indices
         (0, 2)
         """
-        if rank is None:
-            return cls(shape)
+        if not rank:
+            return cls(shape, rank)
         padded = torch.cat([scores, scores.new_full((min(shape) - len(scores),), -math.inf)])
         best = padded.argsort(descending=True, stable=True)[:rank].sort().values.tolist()
         return cls(shape, rank, None if best[-1] == rank - 1 else tuple(best), storage)
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether the module has no matrix, because its expert is dropped."""
+        return self.rank == 0
 
     @property
     def is_prefix(self) -> bool:
@@ -125,6 +138,8 @@ class ModulePlan:
         """``(rows, columns)`` of each stored matrix; pivots are on the shorter side, or else rows."""
         if self.rank is None:
             return [self.shape]
+        if self.is_dropped:
+            return []
         if self.storage == "factored":
             return [(self.shape[0], self.rank), (self.rank, self.shape[1])]
         return pivoted_matrices(self.shape, self.rank, "out" if self.shape[0] <= self.shape[1] else "in")
@@ -304,9 +319,9 @@ class RankPlan:
     def bits(self) -> dict[str, int]:
         """How many targeted modules have each kind of numbers: ``8 bits``, ``4 bits in groups of 32``, ``as they are``.
 
-        Kinds with the most modules come first.
+        Kinds with the most modules come first. Dropped modules have no numbers.
         """
-        return count_kinds(module.grid for module in self.modules.values())
+        return count_kinds(module.grid for module in self.modules.values() if not module.is_dropped)
 
     @property
     def widths(self) -> list[int]:
@@ -323,6 +338,16 @@ class RankPlan:
     def dense_modules(self) -> list[str]:
         """Names of the targeted modules that stay dense."""
         return [name for name, module in self.modules.items() if module.rank is None]
+
+    @property
+    def dropped_modules(self) -> list[str]:
+        """Names of the modules of dropped experts, which have no matrix."""
+        return [name for name, module in self.modules.items() if module.is_dropped]
+
+    @property
+    def dropped_experts(self) -> list[str]:
+        """Names of the dropped experts."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.dropped_modules))
 
     @property
     def pivoted_modules(self) -> list[str]:
@@ -378,7 +403,7 @@ class RankPlan:
         """
         head = {
             # Earlier versions read what they can.
-            "schema": SCHEMA if self.is_rounded else 2,
+            "schema": SCHEMA if self.dropped_modules else 3 if self.is_rounded else 2,
             "method": self.method,
             "keep": {"asked": self.keep, "targeted": self.keep_targeted, "model": self.keep_model},
             "parameters": {
@@ -392,6 +417,7 @@ class RankPlan:
                 "dense": len(self.dense_modules),
                 "any_k": len(self.any_k_modules),
                 "pivoted": len(self.pivoted_modules),
+                **({"dropped": len(self.dropped_modules)} if self.dropped_modules else {}),
             },
             "constraints": {
                 "multiple_of": self.multiple_of,
@@ -482,8 +508,13 @@ class RankPlan:
             raise ValueError(f"{path}: {error}; correct it, or make the plan again with `lowrank allocate`") from None
 
 
+_DROPPED = "dropped"
+"""The rank of the modules of a dropped expert in plan files."""
+
+
 def _module_json(plan: ModulePlan) -> dict[str, Any]:
-    entry: dict[str, Any] = {"shape": list(plan.shape), "rank": "dense" if plan.rank is None else plan.rank}
+    rank = "dense" if plan.rank is None else plan.rank or _DROPPED
+    entry: dict[str, Any] = {"shape": list(plan.shape), "rank": rank}
     if plan.indices is not None:
         entry["indices"] = list(plan.indices)
     if plan.rank is not None and plan.storage != "factored":

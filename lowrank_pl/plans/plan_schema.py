@@ -34,8 +34,10 @@ class _Open(BaseModel):
 def _rank(value: Any) -> Any:
     if value == "dense":
         return None
-    if type(value) is not int:
-        raise ValueError(f'the rank is {value!r}: expected a whole number or "dense"')
+    if value == "dropped":
+        return 0
+    if type(value) is not int or value == 0:
+        raise ValueError(f'the rank is {value!r}: expected a whole number of at least 1, "dense" or "dropped"')
     return value
 
 
@@ -100,6 +102,7 @@ class _Counts(_Part):
     dense: Count = 0
     any_k: Count = 0
     pivoted: Count = 0
+    dropped: Count = 0
 
 
 class _Constraints(_Part):

@@ -3,7 +3,8 @@
 Sizes follow from the plan itself: a smaller plan is contained in it, and a larger one contains it. The plan is
 therefore one of its own sizes, and ranks that a person edited are bounds. Weights that were corrected
 (``lowrank_pl.methods.allocate.zs_svd_correction``) or refitted (``lowrank_pl.methods.refit``) for one size fit this
-size and smaller ones only.
+size and smaller ones only, and so does a plan that drops experts: they stay dropped at smaller sizes, and which of them
+a larger one would take back, its order does not say.
 """
 
 from __future__ import annotations
@@ -158,12 +159,12 @@ def component_bytes(plan: RankPlan) -> int:
 
 
 def largest_keep(plan: RankPlan) -> float:
-    """Return the largest ``keep`` of a plan's sizes: 1, or the one that its weights were corrected or refitted for.
+    """Return the largest ``keep`` of a plan's sizes: 1, or its own if it drops experts or its weights were changed.
 
     A correction moves the truncated weights away from the base's to compensate for the loss at its size. A larger size
     loses less, so the same correction would make it worse.
     """
-    return min([1.0, *_changes(plan).values()])
+    return min([1.0, *_changes(plan).values(), *([plan.keep] if plan.dropped_modules else [])])
 
 
 def _without_components(plan: RankPlan, smaller: RankPlan, held: Container[str]) -> list[str]:
@@ -219,6 +220,11 @@ def _is_larger(plan: RankPlan, keep: float) -> bool:
 
 def _larger(plan: RankPlan, keep: float) -> RankPlan:
     most = largest_keep(plan)
+    if plan.dropped_modules:
+        raise ValueError(
+            f"keep is {keep:g}, but the plan drops {len(plan.dropped_experts)} experts for keep {plan.keep:g}, and "
+            "does not say which to take back: make a plan for this size with `lowrank allocate --drop_experts true`"
+        )
     if keep > most:
         raise ValueError(
             f"keep is {keep:g}, but the weights were changed for keep {most:g}: make another plan for larger sizes, "
@@ -256,6 +262,7 @@ def _budget(plan: RankPlan, keep: float) -> Budget:
         left_out=plan.left_out,
         embeddings=plan.embedded,
         alike_experts=plan.alike_experts,
+        dropped=frozenset(plan.dropped_modules),
     )
 
 

@@ -80,7 +80,8 @@ loading fails with a size mismatch."""
 
 def _what(record: RunRecord) -> str:
     plan = record.plan
-    low_rank, pivoted = len(plan.modules) - len(plan.dense_modules), len(plan.pivoted_modules)
+    low_rank = len(plan.modules) - len(plan.dense_modules) - len(plan.dropped_modules)
+    pivoted = len(plan.pivoted_modules)
     stored = "stored as two thin matrices each"
     if record.merged:
         stored = "multiplied out to dense weights again"
@@ -90,13 +91,23 @@ def _what(record: RunRecord) -> str:
     return (
         f"# {escaped(title(record))}\n\n"
         f"{code(record.base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} {_counted(plan)} are "
-        f"replaced by low-rank factors, {stored}; the other layers {_others(plan)}.{_embedded(plan)}"
+        f"replaced by low-rank factors, {stored}; the other layers {_others(plan)}.{_dropped(plan)}{_embedded(plan)}"
         f"{_rounded(record)}{_pruned(plan)}{_resized(plan)}{_healed(plan)}"
     )
 
 
 def _counted(plan: RankPlan) -> str:
     return "linear layers and embeddings" if plan.embedded else "linear layers"
+
+
+def _dropped(plan: RankPlan) -> str:
+    """Return a sentence on dropped experts, empty if there are none."""
+    if not plan.dropped_modules:
+        return ""
+    return (
+        f" {len(plan.dropped_experts)} experts with {len(plan.dropped_modules)} of these layers are dropped: tokens "
+        "that a router sends to them use the other experts that they chose."
+    )
 
 
 def _embedded(plan: RankPlan) -> str:

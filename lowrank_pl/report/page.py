@@ -300,8 +300,9 @@ def _about(record: RunRecord) -> dict[str, str]:
 
 def _storage_counts(record: RunRecord) -> str:
     plan = record.plan
-    pivoted, dense = len(plan.pivoted_modules), len(plan.dense_modules)
-    counts = {"pivoted": pivoted, "as two factors": len(plan.modules) - pivoted - dense, "dense": dense}
+    counts = {"pivoted": len(plan.pivoted_modules), "as two factors": 0, "dense": len(plan.dense_modules)}
+    counts["dropped"] = len(plan.dropped_modules)
+    counts["as two factors"] = len(plan.modules) - sum(counts.values())
     parts = ", ".join(f"{count} {form}" for form, count in counts.items() if count)
     return f"({parts}{'; merged' if record.merged else ''})"
 

@@ -86,13 +86,13 @@ class Cell:
 
     @property
     def rank(self) -> int | None:
-        """Kept components; None if the layer is dense."""
+        """Kept components; None if the layer is dense, 0 if its expert is dropped."""
         return self.module.rank
 
     @property
     def ranks(self) -> str:
         """The rank in words."""
-        return "\u2013" if self.rank is None else str(self.rank)
+        return "\u2013" if self.rank is None else str(self.rank or "dropped")
 
     @property
     def full_rank(self) -> int:
@@ -121,7 +121,9 @@ class Cell:
 
     @property
     def storage(self) -> str:
-        """``dense``, ``factored`` or ``pivoted``."""
+        """``dense``, ``factored``, ``pivoted`` or ``dropped``."""
+        if self.module.is_dropped:
+            return "dropped"
         return "dense" if self.rank is None else self.module.storage
 
     @property
@@ -147,6 +149,8 @@ class Cell:
         size += f", {self.bits}" if self.bits else ""
         if self.rank is None:
             return f"{self.kind}, {place}: left dense, full rank {self.full_rank}, {size}"
+        if self.module.is_dropped:
+            return f"{self.kind}, {place}: dropped with its expert, whose tokens use others, {size}"
         form = "stored as two factors" if self.storage == "factored" else f"stored {self.storage}"
         notes = [
             *(["pivoted storage would be inaccurate"] if self.fell_back else []),
@@ -200,11 +204,13 @@ class Experts:
 
     @property
     def ranks(self) -> str:
-        """The least and the greatest rank, and how many are dense."""
-        ranks = [cell.rank for cell in self.cells if cell.rank is not None]
-        dense = len(self.cells) - len(ranks)
+        """The least and the greatest rank, and how many are dense or dropped."""
+        ranks = [cell.rank for cell in self.cells if cell.rank]
+        dropped = sum(cell.module.is_dropped for cell in self.cells)
+        dense = len(self.cells) - len(ranks) - dropped
         said = [f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0])] if ranks else []
-        return ", ".join([*said, *([f"{dense} dense"] if dense else [])])
+        counts = {"dense": dense, "dropped": dropped}
+        return ", ".join([*said, *(f"{count} {what}" for what, count in counts.items() if count)])
 
     @property
     def full_rank(self) -> int:
@@ -258,9 +264,10 @@ class Experts:
 
     @property
     def lost(self) -> float | None:
-        """Mean fraction of the spectral energy that was cut; None if a spectrum is not available."""
-        lost = [cell.lost for cell in self.cells if cell.lost is not None]
-        return sum(lost) / len(lost) if len(lost) == len(self.cells) else None
+        """Mean fraction of the spectral energy that was cut where an expert is kept; None if a spectrum is missing."""
+        there = [cell for cell in self.cells if not cell.module.is_dropped]
+        lost = [cell.lost for cell in there if cell.lost is not None]
+        return sum(lost) / len(lost) if lost and len(lost) == len(there) else None
 
     @property
     def curve(self) -> str:
@@ -302,6 +309,8 @@ class Drawing:
         """Rank and lost energy in words."""
         if self.cell.rank is None:
             return "dense"
+        if self.cell.module.is_dropped:
+            return "dropped"
         lost = "" if self.cell.lost is None else f", {_percent_of_tiny(self.cell.lost)} lost"
         return f"{self.cell.rank} of {self.cell.full_rank}{lost}"
 
@@ -340,7 +349,7 @@ def cells(plan: RankPlan, spectra: Mapping[str, Tensor]) -> list[Cell]:
                 name=name,
                 module=module,
                 bytes_per_parameter=plan.bytes_per_parameter,
-                fell_back=module.rank is not None and choice.form(module.shape, module.rank) != module.storage,
+                fell_back=bool(module.rank) and choice.form(module.shape, module.rank or 0) != module.storage,
                 lost=None if sigma is None else _lost_energy(sigma, module),
             )
         )

@@ -48,7 +48,7 @@ def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
     """Return a table of what a plan keeps of each module type: mean, least and most over the blocks.
 
     If a plan keeps a selection of components rather than the first ones, a column counts the modules with a selection.
-    If it rounds numbers, a column names the bits.
+    If it drops experts, a column counts their modules, and if it rounds numbers, one names the bits.
 
     Args:
         plan: The plan.
@@ -70,6 +70,10 @@ def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
         head.insert(3, "any-k")
         for line, modules in zip(body, kinds.values(), strict=True):
             line.insert(3, str(sum(not module.is_prefix for module in modules)))
+    if plan.dropped_modules:
+        head.insert(3, "dropped")
+        for line, modules in zip(body, kinds.values(), strict=True):
+            line.insert(3, str(sum(module.is_dropped for module in modules)))
     if plan.is_rounded:
         head.append("bits")
         for line, modules in zip(body, kinds.values(), strict=True):
@@ -219,7 +223,7 @@ def _label_axes(axes: Any, blocks: Sequence[int | None], bands: Sequence[_Band])
 def _write_cells(axes: Any, band: _Band, middles: NDArray[np.float64]) -> None:
     for (row, column), kept in np.ndenumerate(band.kept):
         if not np.isnan(kept):
-            text = "dense" if band.dense[row, column] else f"{kept:.2f}"
+            text = "dense" if band.dense[row, column] else f"{kept:.2f}" if kept else "dropped"
             colour = "black" if kept > 0.6 else "white"
             axes.text(column + 0.5, middles[row], text, ha="center", va="center", color=colour, fontsize=8)
 

@@ -488,11 +488,12 @@ def group_experts(model: PreTrainedModel) -> list[dict[str, bool]]:
         model: A model whose experts are separate modules; others stay as they are.
     """
     every = [module for module in model.modules() if isinstance(module, SplitExperts) and type(module) in GROUPED]
-    blocks = [block for block in every if all(_is_plain(layer) for named in _layers(block).values() for layer in named)]
+    whole = [block for block in every if not block.dropped]
+    blocks = [block for block in whole if all(_is_plain(layer) for named in _layers(block).values() for layer in named)]
     if len(blocks) < len(every):
         logger.warning(
-            "%d of %d blocks of experts have other layers than dense, factored and pivoted ones: their experts are "
-            "computed one after the other",
+            "%d of %d blocks of experts have other layers than dense, factored and pivoted ones, or dropped experts: "
+            "their experts are computed one after the other",
             *(len(every) - len(blocks), len(every)),
         )
     if not blocks:

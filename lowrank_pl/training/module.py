@@ -167,6 +167,8 @@ class RankLearner(LightningModule):
         self.named_base = self.base = base
         if EMBEDDINGS in constraints.include:
             _refuse_embeddings()
+        if constraints.drop_experts:
+            _refuse_dropping()
         self.keep, self.constraints, self.prune, self.compute = keep, constraints, prune, compute
         self.mask_method = mask or ARA()
         self.mask_method.check_base(decomposition.kind)
@@ -484,6 +486,13 @@ class RankLearner(LightningModule):
     def _base(self) -> PreTrainedModel:
         assert self.model is not None, "configure_model has not run"
         return self.model
+
+
+def _refuse_dropping() -> None:
+    raise ValueError(
+        "masks were asked to drop experts, and learn the ranks of all: leave out drop_experts (model.constraints), or "
+        "choose ranks and experts without learning, with `lowrank allocate --method fisher --drop_experts true`"
+    )
 
 
 def _refuse_embeddings() -> None:

@@ -322,3 +322,14 @@ def test_a_recipe_heals_factors_only():
 def test_methods_that_know_no_embeddings_refuse_them_before_anything_is_loaded(method, tmp_path):
     with pytest.raises(ValueError, match=f"{re.escape(method)} can't give embeddings a rank"):
         compare(Base("no/such/model"), methods=[method], include=["*", "embeddings"], run=tmp_path / "run")
+
+
+def test_experts_are_dropped_in_a_comparison_and_dense_models_are_refused_before_it(tmp_path):
+    names = ["fisher", "fisher+drop"]
+    compare(Base("random:mixtral"), methods=names, keep=[0.3], run=tmp_path / "run", **SETTINGS)
+    rows = {row["method"]: row for row in read_results(tmp_path / "run")}
+    assert rows["fisher+drop"]["dropped_experts"] > 0
+    assert "dropped_experts" not in rows["fisher"]
+    assert all(0.29 < rows[name]["keep"]["targeted"] <= 0.3 for name in names)
+    with pytest.raises(ValueError, match="leave drop_experts out"):
+        compare(Base("random:llama"), methods=["uniform", "fisher+drop"], keep=[0.3], run=tmp_path / "no", **SETTINGS)

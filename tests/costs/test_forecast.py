@@ -329,3 +329,11 @@ def test_experts_cost_products_by_their_tokens_and_memory_by_their_number(kind):
         (whole, _), (parts, _) = phases(model), phases(model, memory=4e5)
         assert parts.device["sums of weighted moments"] < whole.device["sums of weighted moments"]
         assert parts.work["model"] > whole.work["model"]
+
+
+def test_what_dropping_experts_costs_is_measured_in_a_pass_of_its_own():
+    mixture, name = model_sizes(Base("random:mixtral"), length=LENGTH), "losses of dropped experts"
+    without = phases(mixture, Workload(preparation=preparing(WEIGHTED)))
+    found = phases(mixture, Workload(preparation=preparing(WEIGHTED, dropping=True)))
+    assert found.keys() - without.keys() == {name}
+    assert found[name].device["sums of losses of dropped experts"] == 2 * 8 * (4 * 4 + 2 * 4)

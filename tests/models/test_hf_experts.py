@@ -13,6 +13,7 @@ from lowrank_pl.models.forward import forward_with_activations
 from lowrank_pl.models.hf_experts import (
     Fused,
     all_experts_called,
+    drop_experts,
     experts_fused,
     fuse_experts,
     is_fused,
@@ -193,3 +194,34 @@ def test_a_router_without_top_k_is_refused(sequences):
         ValueError, match=r"router of MixtralExperts chooses no experts \(top-k\): .* can't be compressed"
     ):
         find_targets(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_the_other_experts_of_a_token_take_over_the_weight_of_dropped_ones(family):
+    model = tiny_model(family)
+    name = split_experts(model)[0]
+    experts = model.get_submodule(name)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(9, model.config.hidden_size, generator=generator)
+    index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in rows])
+    index[:3] = torch.tensor([[1, 3], [3, 1], [0, 2]])
+    weights = torch.rand(index.shape, generator=generator)
+    outputs = torch.stack([expert(rows) for expert in experts], dim=1)
+    whole = experts(rows, index, weights)
+    drop_experts(model, [f"{name}.1", f"{name}.3"])
+    expected = torch.zeros_like(rows)
+    for token, chosen in enumerate(index.tolist()):
+        kept = [(place, expert) for place, expert in enumerate(chosen) if expert not in (1, 3)]
+        rest = sum(weights[token, place] for place, _ in kept)
+        for place, expert in kept:
+            expected[token] += weights[token].sum() / rest * weights[token, place] * outputs[token, expert]
+    found = experts(rows, index, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not found[:2].any()
+    # A token that chose none of the dropped experts gets the same bits.
+    assert torch.equal(found[2], whole[2])
+    with all_experts_called():
+        assert torch.equal(experts(rows, index, weights), found)
+    with pytest.raises(ValueError, match="2 of 4 experts were dropped"):
+        fuse_experts(model)

@@ -26,6 +26,7 @@ from lowrank_pl.report.evidence import read_evidence
 from lowrank_pl.report.model_card import model_card
 from lowrank_pl.report.page import run_page
 from lowrank_pl.report.page_cells import HEIGHT, WIDTH, Experts, by_place, cells, grid, read_spectra, spectrum_groups
+from lowrank_pl.report.rank_map import rank_map, rank_table
 from lowrank_pl.report.run_record import RunRecord, digests_of, read_run
 from lowrank_pl.report.scores import Row, Summary, write_summary
 from lowrank_pl.utils.formatting import megabytes
@@ -175,6 +176,25 @@ def test_experts_of_a_block_share_a_cell_and_a_line():
     spectra = {cell.name: torch.ones(40) for cell in shown}
     [group] = spectrum_groups(shown, spectra)
     assert [drawn.cell.expert for drawn in group.drawings] == [0, 2, 0, 2]
+
+
+def test_dropped_experts_are_shown_as_dropped():
+    modules = {f"h.0.experts.{expert}.up": ModulePlan((40, 40), rank) for expert, rank in enumerate((0, 4, None))}
+    plan = plan_of(modules=modules)
+    shown = cells(plan, {name: torch.ones(40) for name in modules})
+    assert [(cell.ranks, cell.storage) for cell in shown] == [
+        ("dropped", "dropped"),
+        ("4", "factored"),
+        ("\u2013", "dense"),
+    ]
+    assert "dropped with its expert, whose tokens use others" in shown[0].description
+    [experts] = by_place(shown)
+    assert isinstance(experts, Experts)
+    assert (experts.ranks, experts.lost) == ("4, 1 dense, 1 dropped", pytest.approx(0.45))
+    lines = rank_table(plan, fmt="github").splitlines()
+    assert [line.split("|")[4].strip() for line in (lines[0], lines[2])] == ["dropped", "1"]
+    texts = {text.get_text() for text in rank_map(plan).axes[0].texts}
+    assert {"dropped", "dense"} <= texts
 
 
 def test_budget_sums_to_the_plan(run):

@@ -69,6 +69,7 @@ def check_weights(tensors: Tensors, entries: Entries, zero: Collection[str] = ()
         entries: The config's entry of each compressed module (``lowrank_pl.models.hf_format.LowRankConfig``).
         zero: Names of the modules that are zero in the base too.
     """
+    entries, _ = _without_dropped(entries)
     # Tensors that a device_map keeps on disk are not checked.
     here = {name: tensor.detach() for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel()}
     bar = tqdm(here.items(), desc="weights", unit="tensor", leave=False, delay=2)
@@ -89,20 +90,24 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
         tensors: Tensors of the model by name, as ``tensors_of`` returns them.
         entries: The config's entry of each compressed module; empty if they were merged.
     """
-    every = {**plan.modules, **plan.embeddings}
-    wrong: list[str] = [
+    is_merged = not entries
+    entries, gone = _without_dropped(entries)
+    every = {name: module for name, module in (*plan.modules.items(), *plan.embeddings.items()) if module.rank != 0}
+    wrong: list[str] = [f"{name} is dropped, but not in the plan" for name in gone - {*plan.dropped_experts}]
+    wrong += [f"{name} is dropped in the plan only" for name in plan.dropped_experts if name not in gone]
+    wrong += [
         f"{name} is {'low-rank' if _rank(entry) else 'rounded'} and not in the plan"
         for name, entry in entries.items()
         if name not in every
     ]
     found: dict[str, ModulePlan] = {}
     # Merged experts are stored as their family stores them: fused, or under other names. Their numbers are counted.
-    fused = {name for name in every if not entries and expert_number(name) is not None} - _matrices_of(tensors)
+    fused = {name for name in every if is_merged and expert_number(name) is not None} - _matrices_of(tensors)
     for name, planned in every.items():
         if name in fused:
             continue
         try:
-            found[name] = _stored_module(name, planned, entries, tensors)
+            found[name] = _stored_module(name, planned, None if is_merged else entries, tensors)
         except ValueError as error:
             wrong.append(f"{name} {error}")
     wrong += [
@@ -111,17 +116,18 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
         if (stored.rank, stored.shape, stored.grid) != (every[name].rank, every[name].shape, every[name].grid)
     ]
     figures: dict[str, Any] = {"modules": len(plan.modules), "wrong": wrong}
+    figures |= {"dropped_experts": len(gone)} if gone else {}
     if wrong:
         return [Finding("plan", "broken", f"the plan is not this model's: {first_few(wrong)}", figures, DAMAGED)]
     per = plan.bytes_per_parameter
-    merged = not entries and (len(plan.dense_modules) < len(plan.modules) or plan.is_rounded)
+    merged = is_merged and (len(plan.dense_modules) < len(plan.modules) or plan.is_rounded)
     if merged:
         which = f"{len(found)} modules, without those of experts," if fused else f"all {len(plan.modules)} modules"
         message = f"{which} have the planned shapes; factors were merged into dense weights"
         shapes = Finding("plan", "healthy", message, {**figures, "merged": True})
         expected = plan.model_parameters - plan.left_out
         return [shapes, _counts(per, (expected, expected * per), (0, 0), tensors)]
-    stored = replace(plan, modules={name: found[name] for name in plan.modules})
+    stored = replace(plan, modules={name: found.get(name, planned) for name, planned in plan.modules.items()})
     # Pivots may be on the other side than plans assume, which has other groups.
     rounded = {name: entry for name, entry in entries.items() if grid_of_entry(entry) is not None}
     more = sum(_bytes(found[name], entry) - found[name].bytes(per) for name, entry in rounded.items())
@@ -132,6 +138,12 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
     size = sum(_stored_bytes(name, tensor, inside) for name, tensor in inside.items())
     expected = stored.kept_model_parameters
     return [_storage(plan, found, figures), _counts(per, (expected, stored.bytes + more), (numbers, size), outside)]
+
+
+def _without_dropped(entries: Entries) -> tuple[dict[str, Entry], set[str]]:
+    """Return the entries of modules that are there, and the names of the experts that are dropped."""
+    gone = {name for name, entry in entries.items() if not isinstance(entry, int) and entry.get("dropped")}
+    return {name: entry for name, entry in entries.items() if name not in gone}, gone
 
 
 def check_merged_ranks(plan: RankPlan, tensors: Tensors) -> Finding:
@@ -247,7 +259,7 @@ def _one_type(tensors: Tensors, entries: Entries) -> Finding:
 
 def _storage(plan: RankPlan, found: Mapping[str, ModulePlan], figures: Mapping[str, Any]) -> Finding:
     """Return whether modules are stored as planned; their ranks and shapes are."""
-    low_rank = [name for name, module in plan.modules.items() if module.rank is not None]
+    low_rank = [name for name, module in plan.modules.items() if module.rank]
     other = [name for name in low_rank if found[name].storage != plan.modules[name].storage]
     if other:
         modules = first_few([f"{name} is stored {found[name].storage}" for name in other])
@@ -255,7 +267,9 @@ def _storage(plan: RankPlan, found: Mapping[str, ModulePlan], figures: Mapping[s
         advice = "save the plan that lowrank_pl.factors.compression.deployed_plan returns"
         return Finding("plan", "warning", message, {**figures, "stored_otherwise": other}, advice)
     what = "ranks, shapes, storage and bits" if plan.is_rounded else "ranks, shapes and storage"
-    message = f"{what} of all {len(plan.modules)} modules are as planned"
+    message = f"{what} of all {len(plan.modules) - len(plan.dropped_modules)} modules are as planned"
+    if plan.dropped_modules:
+        message += f", and {len(plan.dropped_experts)} experts are dropped"
     return Finding("plan", "healthy", message, {**figures, "stored_otherwise": []})
 
 
@@ -295,13 +309,13 @@ def _stored_bytes(name: str, tensor: Tensor, others: Tensors) -> int:
     return tensor.numel() * (SCALE_TYPE.itemsize if f"{name}_packed" in others else tensor.element_size())
 
 
-def _stored_module(name: str, planned: ModulePlan, entries: Entries, tensors: Tensors) -> ModulePlan:
-    """Return the rank, the shape, the storage and the bits of a module, from its tensors.
+def _stored_module(name: str, planned: ModulePlan, entries: Entries | None, tensors: Tensors) -> ModulePlan:
+    """Return the rank, the shape, the storage and the bits of a module, from its tensors; no entries: it was merged.
 
     Raises:
         ValueError: A part is missing, or the parts do not match; the message continues the module's name.
     """
-    entry = entries.get(name)
+    entry = None if entries is None else entries.get(name)
     parts = [tensors.get(part) for part in ((f"{name}.weight",) if entry is None else _parts(name, entry))]
     shapes = [tuple(part.shape) for part in parts if part is not None]
     if len(shapes) < len(parts) or any(len(shape) != 2 for shape in shapes):
@@ -310,7 +324,7 @@ def _stored_module(name: str, planned: ModulePlan, entries: Entries, tensors: Te
         rows, columns = shapes[0]
         # The weight of GPT-2's Conv1D is stored transposed.
         shape = planned.shape if shapes[0] == planned.shape[::-1] else (rows, columns)
-        return ModulePlan(shape) if entries else replace(planned, shape=shape)
+        return ModulePlan(shape) if entries is not None else replace(planned, shape=shape)
     rank, side = _rank(entry), _side(entry)
     if grid_of_entry(entry) is not None:
         return _rounded_module(name, planned.shape, entry, tensors)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from lowrank_pl.factors.settings import Decomposition, Kind
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.targets import EMBEDDINGS, Targets
 from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.expert_dropping import ExpertPrices
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.tensor_store import TensorStore
 
@@ -32,6 +33,7 @@ class Problem:
         sequences: ``[sequences, length]`` calibration token ids.
         gradients: Mean weight gradients (``lowrank_pl.calibration.build.build_gradients``), for allocators that need
             them.
+        prices: What dropping experts costs, by module of experts; empty unless experts may be dropped.
     """
 
     budget: Budget
@@ -40,6 +42,7 @@ class Problem:
     model: PreTrainedModel | None = None
     sequences: Tensor | None = None
     gradients: TensorStore | None = None
+    prices: Mapping[str, ExpertPrices] = field(default_factory=dict)
 
 
 class Allocator(ABC):
@@ -54,6 +57,7 @@ class Allocator(ABC):
         needs_gradients: Whether it reads ``Problem.gradients``.
         needs_model: Whether it runs the model, whose weights must then be loaded.
         takes_embeddings: Whether embeddings and head may be among the targets.
+        drops_experts: Whether it can choose experts to drop.
     """
 
     name: ClassVar[str]
@@ -64,6 +68,7 @@ class Allocator(ABC):
     needs_gradients: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
     takes_embeddings: ClassVar[bool] = False
+    drops_experts: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, problem: Problem) -> dict[str, Tensor]:
@@ -121,8 +126,14 @@ class Allocator(ABC):
         """Check that this method can give every module of ``budget`` a rank, before any factors are built.
 
         Raises:
-            ValueError: Embeddings are among the modules, and it knows linear layers of blocks only.
+            ValueError: Embeddings are among the modules, and it knows linear layers of blocks only, or experts may be
+                dropped, and it can't choose which.
         """
+        if budget.drop_experts and not self.drops_experts:
+            raise ValueError(
+                f"drop_experts is true, but the allocator {self.name} does not price experts: allocate by fisher, or "
+                "leave drop_experts out"
+            )
         if budget.embeddings and not self.takes_embeddings:
             raise ValueError(
                 f"the allocator {self.name} was given the embeddings {budget.embeddings[0]}, and knows linear "

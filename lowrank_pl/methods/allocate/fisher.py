@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from lowrank_pl.factors.settings import Kind
 from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.plans.convex_hull import predicted_scores
+from lowrank_pl.plans.expert_dropping import choose_dropped
+from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["Fisher"]
 
@@ -22,6 +24,8 @@ class Fisher(Allocator):
     is truncated at rank ``k``. Minimising the sum of these losses plus ``lambda`` times the parameters, over every rank
     and dense, leads to the lower convex hull of each module's (parameters, loss) points. A component's score is the
     slope at which it leaves the hull, so that one pass over all scores solves the problem for every ``lambda`` at once.
+
+    Where experts may be dropped, that is one more size of an expert (``lowrank_pl.plans.expert_dropping``).
     """
 
     name: ClassVar[str] = "fisher"
@@ -29,6 +33,16 @@ class Fisher(Allocator):
     default_kind: ClassVar[Kind] = "two_sided"
     kinds: ClassVar[tuple[str, ...]] = ("two_sided",)
     takes_embeddings: ClassVar[bool] = True
+    drops_experts: ClassVar[bool] = True
+
+    def plan(self, problem: Problem) -> RankPlan:
+        """Return the plan of the highest-scored components, of all experts that it does not drop, at the budget."""
+        if not problem.budget.drop_experts:
+            return super().plan(problem)
+        self.check(problem)
+        found = choose_dropped(problem.budget, problem.factors.sigma, problem.prices)
+        rest = replace(problem, budget=replace(problem.budget, dropped=found.modules))
+        return rest.budget.select(self.scores(rest), method=self.name, notes=[*self.notes(rest), found.sentence()])
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return for every component the predicted nats a parameter at which it is dropped."""

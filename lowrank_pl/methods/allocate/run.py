@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank_pl.calibration.build import build_factors, build_gradients
+from lowrank_pl.calibration.expert_prices import expert_prices
 from lowrank_pl.calibration.provenance import base_notes, describe_origin, preparation_notes
+from lowrank_pl.calibration.statistics import statistics_of_factors
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import Allocator, Problem, factors_of_plan, make_allocator
+from lowrank_pl.models.targets import droppable
 from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.expert_dropping import ExpertPrices
 from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["allocate_on", "allocate_ranks"]
@@ -61,7 +65,7 @@ def allocate_ranks(
 def allocate_on(
     factors: FactorStore, subject: Subject, budget: Budget, method: Allocator, *, directory: Path | None = None
 ) -> RankPlan:
-    """Return the plan of ``method`` on existing factors; weight gradients are collected if the method needs them.
+    """Return the plan of ``method`` on existing factors; what else it needs is collected.
 
     Args:
         factors: The factors.
@@ -73,9 +77,18 @@ def allocate_on(
     Raises:
         ValueError: The factors are not of a kind that the allocator reads.
     """
+    method.check_kind(factors.fingerprint.get("kind"))
     gradients = build_gradients(subject, directory=directory) if method.needs_gradients else None
     problem = Problem(
         budget=budget, factors=factors, targets=subject.targets, model=subject.model, sequences=subject.sequences,
-        gradients=gradients,
+        gradients=gradients, prices=_prices(factors, subject) if budget.drop_experts else {},
     )  # fmt: skip
     return method.plan(problem)
+
+
+def _prices(factors: FactorStore, subject: Subject) -> dict[str, ExpertPrices]:
+    """Return what dropping experts costs; it is measured if it is not on disk."""
+    statistics = statistics_of_factors(factors, subject.model, subject.sequences)
+    labels = Decomposition.of_fingerprint(factors.fingerprint).labels
+    store = statistics.collect("dropped_losses", droppable(subject.model, subject.targets), labels)
+    return expert_prices(store, subject.model, subject.targets)

@@ -70,7 +70,7 @@ def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, target: 
         target: The target fraction of the first step.
 
     Raises:
-        ValueError: The plan does not cover all modules, or the method takes no plan to start from.
+        ValueError: The plan does not cover all modules or drops experts, or the method takes no plan to start from.
     """
     if plan is not None and method.own_start:
         raise ValueError(
@@ -78,6 +78,11 @@ def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, target: 
         )
     if plan is None:
         return MaskStart(dict.fromkeys(budget.shapes, method.start_keep(target)))
+    if plan.dropped_experts:
+        raise ValueError(
+            f"the plan to start from drops {len(plan.dropped_experts)} experts, e.g. {plan.dropped_experts[0]}, and "
+            "masks learn ranks of all: start from a plan that was allocated without drop_experts"
+        )
     found = plan.modules
     missing = [name for name, shape in budget.shapes.items() if name not in found or found[name].shape != shape]
     if missing:

@@ -78,7 +78,8 @@ def allocate_bytes(
         store: The factors, if they are made already.
 
     Raises:
-        ValueError: The factors are not two-sided, experts are to be alike, or the budget is below the smallest size.
+        ValueError: The factors are not two-sided, experts are to be alike or dropped, or the budget is below the
+            smallest size.
 
     Example:
         >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -88,11 +89,12 @@ def allocate_bytes(
         ('bytes', True)
     """
     check_targets(subject.targets)
-    if subject.constraints.alike_experts:
-        raise ValueError(
-            "alike_experts is true, but a budget of bytes chooses rank and bits of every module by itself: leave it "
-            "out, or choose ranks with keep and round them with `lowrank quantize`"
-        )
+    for asked in ("alike_experts", "drop_experts"):
+        if getattr(subject.constraints, asked):
+            raise ValueError(
+                f"{asked} is true, but a budget of bytes chooses rank and bits of every module by itself: leave it "
+                "out, or choose ranks with keep and round them with `lowrank quantize`"
+            )
     made_by = decomposition or Decomposition("two_sided")
     factors = store or build_factors(subject, settings=made_by)
     prices = price(subject, factors, settings)

@@ -82,7 +82,7 @@ def with_bits(plan: RankPlan, settings: Rounding, model: PreTrainedModel) -> Ran
     """Return ``plan`` with the same bits for every module, and with bits for the embeddings of ``model``."""
     ends = None if settings.embeddings is None else grid_of(settings.embeddings)
     modules = {
-        name: replace(module, grid=ends if name in plan.embedded else settings.grid)
+        name: module if module.is_dropped else replace(module, grid=ends if name in plan.embedded else settings.grid)
         for name, module in plan.modules.items()
     }
     if ends is None:
@@ -174,7 +174,7 @@ class _Work:
         )
         names = [
             *self.plan.embeddings,
-            *(name for name, module in self.plan.modules.items() if module.grid is not None or module.rank is not None),
+            *(name for name, module in self.plan.modules.items() if module.grid is not None or module.rank),
         ]
         with self.made.filling(names) as missing:
             if missing:

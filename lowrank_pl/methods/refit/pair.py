@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.forward import forward_from, forward_from_is_exact, forward_until, move_output
-from lowrank_pl.models.hf_experts import routers, split_modules
+from lowrank_pl.models.hf_experts import DroppedExpert, routers, split_modules
 from lowrank_pl.models.targets import Target, decoder_blocks, dense_weight, first_argument, replaced
 
 __all__ = ["ModelPair", "Pair", "Wiring", "find_wiring"]
@@ -173,14 +173,17 @@ class ModelPair:
     Args:
         model: The dense model; it stays unchanged.
         batches: Token ids ``[sequences, length]`` of every pass.
+        dropped: Names of the experts that the compressed model lacks.
 
     Attributes:
+        dropped: What stands in the place of the dropped experts, by name.
         layers: Low-rank layers of the compressed model by the name of the layer that they replace. The caller adds them
             as they are made: those of earlier blocks before ``start_block``, others after it.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor], *, dropped: Iterable[str] = ()) -> None:
         self.model, self.batches = model, list(batches)
+        self.dropped = {name: DroppedExpert() for name in dropped}
         self.layers: dict[str, nn.Module] = {}
         self._resuming = forward_from_is_exact(model, self.batches[0][:1, :32])
         if not self._resuming:
@@ -398,6 +401,8 @@ class ModelPair:
         """Run the model with ``layers`` over all batches, and pass the inputs of modules ``watched`` to ``done``."""
         device = self.model.device
         states = (move_output(state, device) for state in progress.states)
+        if progress is self._compressed:
+            layers = {**layers, **self.dropped}
         with evaluating(self.model), replaced(self.model, layers), forward_from(self.model, progress.start, states):
             for number, batch in enumerate(self.batches):
                 seen: Seen = {name: [] for name in watched}

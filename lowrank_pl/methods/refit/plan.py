@@ -102,7 +102,7 @@ def refitted_plan(plan: RankPlan, made: FactorStore, *, fitted: int, held: int) 
         fitted: Number of sequences that the factors were fitted to.
         held: Number of held-back sequences that choices were made on.
     """
-    low_rank = {name: module for name, module in plan.modules.items() if module.rank is not None}
+    low_rank = {name: module for name, module in plan.modules.items() if module.rank}
     noted = {name: made.notes(name) for name in low_rank}
     order = plan.order
     if order is not None:

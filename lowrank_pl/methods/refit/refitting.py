@@ -160,7 +160,8 @@ class _Work:
             self.made.add(name, self.base.kept(name, self.plan.modules[name]), notes=notes)
 
     def _make_missing(self) -> None:
-        dense = [target.name for target in self.modules if self.plan.modules[target.name].rank is None]
+        # There is nothing to refit of a dropped expert either.
+        dense = [target.name for target in self.modules if not self.plan.modules[target.name].rank]
         for name in self.made.missing(dense):
             # A smaller size of the plan may truncate the module.
             self.made.add(name, self.base.factors(name), notes={**self.base.notes(name), "seconds": "0"})
@@ -180,7 +181,7 @@ class _Work:
         joint = self.settings.joint is not None
         # The last layer of a block that writes to the stream may be one that stays dense.
         wiring = find_wiring(self.model, self.modules if joint else low_rank, self.fitting[:1, :32])
-        models = ModelPair(self.model, batches)
+        models = ModelPair(self.model, batches, dropped=self.plan.dropped_experts)
         if joint and not models.runs_blocks_alone:
             raise ValueError(
                 f"a joint refit runs blocks alone, and the blocks of {type(self.model).__name__} share more than the "
