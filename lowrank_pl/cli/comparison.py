@@ -255,7 +255,8 @@ class Comparison:
     def _prepare(self, method: Recipe) -> dict[str, float | None]:
         """Make the statistics and factors of a method; return their seconds, possibly in an earlier run."""
         settings = method.decomposition
-        factors = build_factors(self.subject, settings=settings)
+        subject = replace(self.subject, constraints=method.constrained(self.subject.constraints))
+        factors = build_factors(subject, settings=settings)
         statistics = statistics_of(self.subject)
         needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
         if method.needs_weight_gradients:
@@ -266,7 +267,7 @@ class Comparison:
             spent.append(there.seconds(settings.needs, self.subject.targets.modules, settings.labels))
         return {
             "statistics": total_seconds(spent),
-            "factors": factors.seconds(self.subject.targets.names),
+            "factors": factors.seconds(subject.targets.names),
         }
 
     def _refit(self, plan: RankPlan, store: FactorStore, settings: Refit) -> tuple[RankPlan, FactorStore]:

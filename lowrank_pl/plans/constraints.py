@@ -34,6 +34,7 @@ class Constraints:
         storage: How low-rank modules are stored: ``factored`` (two factors), ``pivoted``, or ``auto`` for the smaller.
             Embeddings and head are always factored.
         alike_experts: The experts of a block get equal ranks: one for all gates, one for all ups, one for all downs.
+        shared_experts: The experts of a block share one right factor for their gates and another for their ups.
     """
 
     include: Sequence[str] = ("*",)
@@ -42,16 +43,35 @@ class Constraints:
     floors: dict[str, float] = field(default_factory=dict)
     storage: StorageChoice = "auto"
     alike_experts: bool = False
+    shared_experts: bool = False
 
     def targets(self, model: PreTrainedModel) -> Targets:
         """Return the linear layers of ``model`` that are to be compressed.
 
         Raises:
-            ValueError: A glob fits no module, or nothing is left to compress.
+            ValueError: A glob fits no module, nothing is left to compress, or no targets are experts that could share
+                a factor.
         """
         from lowrank_pl.models.targets import find_targets
 
-        return find_targets(model, include=self.include, exclude=self.exclude)
+        return self.stacked(find_targets(model, include=self.include, exclude=self.exclude))
+
+    def stacked(self, targets: Targets) -> Targets:
+        """Return ``targets``, with the experts that are to share a right factor stacked.
+
+        Raises:
+            ValueError: Factors are to be shared, but no two targets are gates or ups of experts of one block.
+        """
+        return targets.stacked() if self.shared_experts else targets
+
+    def refuse_shared(self, what: str) -> None:
+        """Refuse shared right factors where ``what``, a clause, says why they can't be.
+
+        Raises:
+            ValueError: ``shared_experts`` is true.
+        """
+        if self.shared_experts:
+            raise ValueError(f"shared_experts is true, but {what}")
 
     def budget(self, model: PreTrainedModel, targets: Targets, keep: float) -> Budget:
         """Return the budget of ``keep`` of the targeted parameters of a dense ``model``.
@@ -79,4 +99,5 @@ class Constraints:
             left_out=pruned,
             embeddings=tuple(target.name for target in targets.embeddings),
             alike_experts=self.alike_experts,
+            stacks=targets.stacks,
         )

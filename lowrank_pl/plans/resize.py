@@ -256,6 +256,7 @@ def _budget(plan: RankPlan, keep: float) -> Budget:
         left_out=plan.left_out,
         embeddings=plan.embedded,
         alike_experts=plan.alike_experts,
+        stacks={name: module.layers for name, module in plan.modules.items() if module.layers},
     )
 
 

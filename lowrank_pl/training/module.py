@@ -167,6 +167,10 @@ class RankLearner(LightningModule):
         self.named_base = self.base = base
         if EMBEDDINGS in constraints.include:
             _refuse_embeddings()
+        constraints.refuse_shared(
+            "masks learn the rank of every layer by itself: allocate by fisher with `lowrank allocate`, or leave "
+            "shared_experts out"
+        )
         self.keep, self.constraints, self.prune, self.compute = keep, constraints, prune, compute
         self.mask_method = mask or ARA()
         self.mask_method.check_base(decomposition.kind)

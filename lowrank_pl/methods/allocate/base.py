@@ -54,6 +54,7 @@ class Allocator(ABC):
         needs_gradients: Whether it reads ``Problem.gradients``.
         needs_model: Whether it runs the model, whose weights must then be loaded.
         takes_embeddings: Whether embeddings and head may be among the targets.
+        takes_shared: Whether experts may share right factors, so that a module is several layers.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Allocator(ABC):
     needs_gradients: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
     takes_embeddings: ClassVar[bool] = False
+    takes_shared: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, problem: Problem) -> dict[str, Tensor]:
@@ -121,8 +123,14 @@ class Allocator(ABC):
         """Check that this method can give every module of ``budget`` a rank, before any factors are built.
 
         Raises:
-            ValueError: Embeddings are among the modules, and it knows linear layers of blocks only.
+            ValueError: Embeddings or experts that share a factor are among the modules, and it knows single linear
+                layers of blocks only.
         """
+        if budget.stacks and not self.takes_shared:
+            raise ValueError(
+                f"shared_experts is true, but the allocator {self.name} knows every layer by itself: allocate by "
+                "fisher, or leave shared_experts out"
+            )
         if budget.embeddings and not self.takes_embeddings:
             raise ValueError(
                 f"the allocator {self.name} was given the embeddings {budget.embeddings[0]}, and knows linear "

@@ -29,6 +29,7 @@ class Fisher(Allocator):
     default_kind: ClassVar[Kind] = "two_sided"
     kinds: ClassVar[tuple[str, ...]] = ("two_sided",)
     takes_embeddings: ClassVar[bool] = True
+    takes_shared: ClassVar[bool] = True
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return for every component the predicted nats a parameter at which it is dropped."""

@@ -59,6 +59,7 @@ def check_belongs(plan: RankPlan, factors: FactorStore, model: PreTrainedModel, 
     Raises:
         ValueError: They do not belong together, or the factors are refitted already.
     """
+    plan.refuse_shared("a refit fits the factors of every layer by itself: refit a plan without shared_experts")
     differ = [key for key, value in plan.fingerprint.items() if factors.fingerprint.get(key) != value]
     if differ:
         raise ValueError(
