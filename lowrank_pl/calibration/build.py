@@ -103,8 +103,8 @@ def factor_store(
     if targets.stacks and (settings.kind not in _SHARING or settings.at_keep is not None):
         what = settings.kind if settings.at_keep is None else f"{settings.kind} with at_keep"
         raise ValueError(
-            f"shared_experts is true, but the decomposition is {what}, which makes no shared right factors: take one of "
-            f"{', '.join(_SHARING)} without at_keep, or leave shared_experts out"
+            f"shared_experts is true, but the decomposition is {what}, which makes no shared right factors: take "
+            f"{' or '.join(_SHARING)} without at_keep, or leave shared_experts out"
         )
     used = {key: source[key] for key in source if settings.needs_text or key in ("model", "config")}
     if batch_size != 1 and settings.needs_gradients:

@@ -52,15 +52,9 @@ def cut(model: nn.Module, plan: RankPlan, smaller: RankPlan, components: NestedC
     _check_ranks(model, plan)
     todo = {name: entry for name, entry in smaller.modules.items() if entry.rank != plan.modules[name].rank}
     held = frozenset() if components is None else components.names
-    for name, layer_name in ((name, layer) for name, entry in todo.items() for layer in entry.layers or (name,)):
-        layer = model.get_submodule(layer_name)
-        # The hooks of accelerate would be lost with a layer that is replaced.
-        can_be = not hasattr(layer, "_hf_hook") if name in held else isinstance(layer, _FACTORED)
-        if not can_be or layer.get_parameter("weight").is_meta:
-            raise ValueError(
-                f"{layer_name} can't be cut: it is a {type(layer).__name__}, or device_map keeps it on disk; load the model "
-                "into memory, or make this size from the plan with `lowrank export PLAN --keep`"
-            )
+    for name, entry in todo.items():
+        for place in entry.layers or (name,):
+            _check_can_be_cut(place, model.get_submodule(place), replaced=name in held)
     for name, entry in tqdm(todo.items(), desc="cut", unit="module", leave=False, delay=2):
         if entry.layers:
             _cut_shared(model, name, plan.modules[name], entry, components)
@@ -120,9 +114,21 @@ def _part(old: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
 def _check_ranks(model: nn.Module, plan: RankPlan) -> None:
     """Raise ``ValueError`` unless the layers of ``model`` have the ranks of ``plan``."""
     modules = dict(model.named_modules())
-    for name, entry in ((layer, entry) for name, entry in plan.modules.items() for layer in entry.layers or (name,)):
+    planned = {layer: entry.rank for name, entry in plan.modules.items() for layer in entry.layers or (name,)}
+    for name, rank in planned.items():
         found = getattr(modules.get(name), "rank", None)
-        if name not in modules or found != entry.rank:
-            said = "dense" if entry.rank is None else f"of rank {entry.rank}"
+        if name not in modules or found != rank:
+            said = "dense" if rank is None else f"of rank {rank}"
             here = "absent" if name not in modules else "dense" if found is None else f"of rank {found}"
             raise ValueError(f"{name} is {said} in the plan and {here} in the weights: put the export's own plan back")
+
+
+def _check_can_be_cut(name: str, layer: nn.Module, *, replaced: bool) -> None:
+    """Raise ``ValueError`` unless the layer can be cut in place or, if its components are there, be replaced."""
+    # The hooks of accelerate would be lost with a layer that is replaced.
+    can_be = not hasattr(layer, "_hf_hook") if replaced else isinstance(layer, _FACTORED)
+    if not can_be or layer.get_parameter("weight").is_meta:
+        raise ValueError(
+            f"{name} can't be cut: it is a {type(layer).__name__}, or device_map keeps it on disk; load the model "
+            "into memory, or make this size from the plan with `lowrank export PLAN --keep`"
+        )

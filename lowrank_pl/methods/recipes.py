@@ -111,7 +111,7 @@ class Recipe:
     heal: Healing | None = None
 
     def constrained(self, constraints: Constraints) -> Constraints:
-        """Return ``constraints`` with the storage of this recipe, and with equal or sharing experts if it asks for them."""
+        """Return ``constraints`` with the storage of this recipe, and with what it asks for of experts."""
         alike = self.alike_experts or constraints.alike_experts
         shared = self.shared_experts or constraints.shared_experts
         return replace(constraints, storage=self.storage, alike_experts=alike, shared_experts=shared)

@@ -204,8 +204,12 @@ class SharedLowRankLinear(LowRankLinear):
 
     @classmethod
     def from_owner(cls, left: Tensor, owner: LowRankLinear, bias: Tensor | None = None) -> SharedLowRankLinear:
-        """Return a layer that shares its memory with ``left`` ``[out, rank]`` and ``bias`` ``[out]``, which are
-        detached, and reads the right factor of ``owner``.
+        """Return a layer that shares its memory with the given tensors, and reads the right factor of ``owner``.
+
+        Args:
+            left: Left factor, ``[out, rank]``.
+            owner: The layer that stores the right factor.
+            bias: ``[out]`` or None.
 
         Raises:
             ValueError: The rank is not that of the owner, or types or devices differ.
