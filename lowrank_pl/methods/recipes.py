@@ -157,11 +157,12 @@ class Recipe:
             )
 
     def _check_sharing(self) -> None:
-        others = self.learning, self.refit, self.heal, self.rounding, self.prune, self.in_bytes, self.dense
+        joint = None if self.refit is None else self.refit.joint
+        others = self.learning, joint, self.heal, self.rounding, self.prune, self.in_bytes, self.dense
         if any(others) or not make_allocator(self.allocator, **self.settings).takes_shared:
             raise ValueError(
-                "shared_experts gives the experts of a block one right factor, which no mask, refit, healing, rounding "
-                "or pruning knows, and of the allocators fisher, energy and uniform: leave out the others, or "
+                "shared_experts gives the experts of a block one right factor, which no mask, joint refit, healing, "
+                "rounding or pruning knows, and of the allocators fisher, energy and uniform: leave out the others, or "
                 "shared_experts"
             )
 

@@ -73,9 +73,9 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules: How each compressed module is stored, by its name in the saved model: the rank of two factors, or
             ``{"rank": 3, "storage": "pivoted", "side": "out"}``, or for an embedding ``{"rank": 3, "storage":
             "embedding"}``. A layer that reads the right factor of another one names it: ``{"rank": 3, "storage":
-            "shared", "right": "model.layers.0.mlp.experts.0.up_proj"}``. If its numbers are rounded, ``"bits": 4`` is added, and ``"group": 32`` if groups are
-            smaller than rows: ``{"rank": 3, "bits": 4, "group": 32}``. A dense layer or an embedding that is rounded
-            has no rank: ``{"bits": 8}``.
+            "shared", "right": "model.layers.0.mlp.experts.0.up_proj"}``. If its numbers are rounded, ``"bits": 4`` is
+            added, and ``"group": 32`` if groups are smaller than rows: ``{"rank": 3, "bits": 4, "group": 32}``. A dense
+            layer or an embedding that is rounded has no rank: ``{"bits": 8}``.
         shapes: ``[out, in]`` of the linear layers, compressed or not, whose shape differs from what the rest of the
             config says, for example after MLPs were pruned to several widths.
         experts: Whether the experts of mixtures are stored as separate linear layers.
