@@ -102,10 +102,10 @@ class Budget:
     @cached_property
     def units(self) -> tuple[tuple[str, ...], ...]:
         """The modules that have one rank: each by itself, or the same matrix of all experts of a block together."""
-        found: dict[tuple[str, Shape], list[str]] = {}
+        found: dict[tuple[str, bool, Shape], list[str]] = {}
         for name, shape in self.shapes.items():
-            unit = without_expert(name) if self.alike_experts and name not in self.stacks else name
-            found.setdefault((unit, shape), []).append(name)
+            unit = without_expert(name) if self.alike_experts else name
+            found.setdefault((unit, unit == name, shape), []).append(name)
         return tuple(map(tuple, found.values()))
 
     @property
