@@ -326,7 +326,7 @@ def _stored_module(name: str, planned: ModulePlan, entries: Entries, tensors: Te
 def _stored_stack(name: str, planned: ModulePlan, entries: Entries, tensors: Tensors) -> ModulePlan:
     """Return rank and shape of layers that share a right factor as one module; otherwise as ``_stored_module``."""
     owner, *others = planned.layers
-    one = ModulePlan(planned.layer_shape, grid=None)
+    one = ModulePlan(planned.layer_shape)
     ours = {layer: entries.get(layer) for layer in planned.layers}
     if all(entry is None for entry in ours.values()):
         for layer in planned.layers:
@@ -337,9 +337,8 @@ def _stored_stack(name: str, planned: ModulePlan, entries: Entries, tensors: Ten
     wanted = {"rank": rank, "storage": "shared", "right": owner}
     if not isinstance(rank, int) or any(ours[layer] != wanted for layer in others):
         raise ValueError(f"has layers that do not share the right factor of {owner}")
-    shapes = [tuple(tensors[part].shape) if part in tensors else () for part in (f"{owner}.right", *(
-        f"{layer}.weight" for layer in planned.layers
-    ))]  # fmt: skip
+    parts = [f"{owner}.right", *(f"{layer}.weight" for layer in planned.layers)]
+    shapes = [tuple(tensors[part].shape) if part in tensors else () for part in parts]
     rows, columns = planned.layer_shape
     if shapes != [(rank, columns), *[(rows, rank)] * len(planned.layers)]:
         raise ValueError(f"has parts of shapes {shapes[0]}, {shapes[1]} and more, which do not match rank {rank}")

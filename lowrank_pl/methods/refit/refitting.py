@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, ref
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import Target, dense_weight
-from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.text.sequences import count_overlapping, sequences_fingerprint
 from lowrank_pl.utils.environment import free_memory
 from lowrank_pl.utils.tensor_store import TensorStore
@@ -137,6 +138,7 @@ class _Work:
         self.made = FactorStore(*base.derived("refit", self._identity()))
         self._began = 0.0
         self._pending: dict[str, _Made] = {}
+        self._read: dict[tuple[Path, str, int], Factors] = {}
         self.made_by = Decomposition.of_fingerprint(base.fingerprint)
         self.two_sided = settings.two_sided and self.made_by.kind == "two_sided"
 
@@ -223,12 +225,23 @@ class _Work:
 
     def _put(self, target: Target, models: ModelPair) -> None:
         """Let the compressed model have the present factors of a layer."""
-        name, module = target.name, _stored_as(target)
-        if name in self._pending:
-            factors = self._pending[name].factors
-        else:
-            factors = _part(self.made.factors(module), self.plan.modules[module], name)
+        name = target.name
+        factors = self._pending[name].factors if name in self._pending else self._factors(target, self.made)
         models.layers[name] = factored_layer(self.model.get_submodule(name), factors)
+
+    def _factors(self, target: Target, store: FactorStore) -> Factors:
+        """Return the factors of a layer that the plan keeps of those in ``store``; ``made`` has no others."""
+        name = target.stack or target.name
+        entry = self.plan.modules[name]
+        if not target.stack:
+            return store.factors(name) if store is self.made else store.kept(name, entry)
+        key = store.directory, name, target.block
+        if key not in self._read:
+            # One file has all experts of the block. Those of earlier blocks are done.
+            self._read = {one: read for one, read in self._read.items() if one[2] == target.block}
+            self._read[key] = store.factors(name) if store is self.made else store.kept(name, entry)
+        whole = self._read[key]
+        return replace(whole, left=whole.left.chunk(len(entry.layers))[entry.layers.index(target.name)])
 
     def _writer(self, block: int, wiring: Mapping[str, Wiring]) -> str | None:
         """Return the block's last layer that writes to the stream; None if there is none."""
@@ -424,7 +437,7 @@ class _Work:
 
     def _decide(self, target: Target, problem: Problem, choice: Choice, text: _Text) -> None:
         """Store the refit of a module if it lowers the error on held-back text, otherwise its present factors."""
-        present = self._present(target)
+        present = self._factors(target, self.base)
 
         def made_from(moments: PairMoments, how: Choice) -> Factors:
             damping = self.made_by.damping
@@ -450,14 +463,9 @@ class _Work:
         else:
             self._store(target, present, NO_GAIN, numbers)
 
-    def _present(self, target: Target) -> Factors:
-        """Return the factors of a layer before the refit, those that the plan keeps."""
-        entry = self.plan.modules[_stored_as(target)]
-        return _part(self.base.kept(_stored_as(target), entry), entry, target.name)
-
     def _keep_factors(self, members: Sequence[Target], why: str) -> None:
         for target in members:
-            self._store(target, self._present(target), why, {})
+            self._store(target, self._factors(target, self.base), why, {})
 
     def _store(self, target: Target, factors: Factors, how: str, numbers: Mapping[str, float]) -> None:
         name = target.name
@@ -504,13 +512,6 @@ class _Work:
 def _stored_as(target: Target) -> str:
     """Return the name under which a store has the factors of a layer: its own, or that of its stack."""
     return target.stack or target.name
-
-
-def _part(factors: Factors, entry: ModulePlan, layer: str) -> Factors:
-    """Return the factors of one layer of those that share the right one; all factors of a layer by itself."""
-    if not entry.layers:
-        return factors
-    return replace(factors, left=factors.left.chunk(len(entry.layers))[entry.layers.index(layer)])
 
 
 def _notes_on_all(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
