@@ -306,7 +306,7 @@ def _decompose_stack(
         target: roots.notes(target, found.inputs, root)
         for target, root in zip(members, found.outputs.roots, strict=True)
     }
-    kinds = Counter(root.kind for root in (found.inputs, *found.outputs.roots) if root is not None)
+    kinds: Counter[str] = Counter(root.kind for root in (found.inputs, *found.outputs.roots) if root is not None)
     seen = {target: int(notes["rows"]) for target, notes in made.items() if "rows" in notes}
     notes = {key: value for key, value in made[members[0]].items() if key != "rows"}
     if "eigen" in kinds:

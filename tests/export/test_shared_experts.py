@@ -32,6 +32,8 @@ from lowrank_pl.models.tiny import byte_tokenizer
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.plans.resize import nested
+from lowrank_pl.report.page_cells import cells
+from lowrank_pl.report.rank_map import rank_map, rank_table
 from lowrank_pl.serving.optimize import optimized
 from lowrank_pl.training.heal_start import HealStart
 
@@ -296,3 +298,13 @@ def test_a_plan_of_other_layers_than_the_model_s_is_refused(made):
     wrong = ModulePlan(plan.modules[GATES].shape, 3, layers=("model.layers.9.a", "model.layers.9.b"))
     with pytest.raises(ValueError, match=r"names model\.layers\.9\.a, which the model lacks"):
         compress(load_base("random:mixtral"), replace(plan, modules={**plan.modules, name: wrong}), factors)
+
+
+def test_tables_and_maps_show_one_module_for_the_experts_of_a_block(made):
+    plan, _ = made
+    assert "mlp.experts.gate_proj" in rank_table(plan)
+    shown = {cell.name: cell for cell in cells(plan, {})}
+    assert "the right one shared by 4 experts" in shown[GATES].description
+    assert shown[GATES].expert is None
+    figure = rank_map(plan)
+    assert figure.axes[0].get_yticklabels()[0].get_text() == "mlp.experts.gate_proj"
