@@ -98,7 +98,7 @@ def test_the_file_holds_what_the_plan_counts_and_each_right_factor_once(made, fo
     tensors = load_file(folder / "model.safetensors")
     assert sum(tensor.numel() for tensor in tensors.values()) == plan.kept_model_parameters
     # Under the names of the family: one for all gates, one for all ups, and those of four downs.
-    rights = [name for name in tensors if ".0." in name and "experts" in name and name.endswith("right")]
+    rights = [name for name in tensors if "layers.0." in name and "experts" in name and name.endswith("right")]
     assert len(rights) == 2 + 4
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]
     rank = plan.modules[GATES].rank
