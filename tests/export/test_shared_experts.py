@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -176,6 +177,21 @@ def test_kernels_leave_sharing_experts_to_torch(folder, sequences):
     wanted = model(sequences[:1]).logits
     with optimized(model):
         torch.testing.assert_close(model(sequences[:1]).logits, wanted, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_sharing_layer_compiles_without_a_break(folder):
+    layer, rows = load_compressed(folder).get_submodule(OTHER), torch.randn(3, 32)
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(rows), layer(rows))
+
+
+def test_adapters_train_beside_shared_factors(folder, sequences):
+    adapters = LoraConfig(target_modules=["q_proj", "gate_proj"])
+    model = get_peft_model(load_compressed(folder), adapters)
+    model(input_ids=sequences[:1], labels=sequences[:1]).loss.backward()
+    gradients = {name: one.grad for name, one in model.named_parameters() if one.requires_grad and "lora_B" in name}
+    assert any(OTHER in name for name in gradients)
+    assert all(one is not None and one.isfinite().all() for one in gradients.values())
 
 
 def test_excluded_experts_share_nothing(sequences):
