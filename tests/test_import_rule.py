@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "export": "utils text models plans factors evaluate serving",
     "calibration": "utils text models plans factors",
     "methods.allocate": "utils text models plans factors evaluate calibration",
-    "methods.masks": "models plans factors methods.allocate",
+    "methods.masks": "utils models plans factors methods.allocate",
     "methods.refit": "utils text models plans factors calibration",
     "methods.quantize": "utils text models plans factors evaluate calibration",
     "methods.prune": "utils models plans factors export calibration",

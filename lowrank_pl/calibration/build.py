@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
@@ -34,11 +35,15 @@ from lowrank_pl.plans.convex_hull import predicted_scores
 from lowrank_pl.text.sequences import sequences_fingerprint, tokenizer_fingerprint
 from lowrank_pl.utils.distributed import is_first, my_balanced_share
 from lowrank_pl.utils.files import sha256_of
+from lowrank_pl.utils.formatting import without_expert
 from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
 
 __all__ = ["build_factors", "build_gradients", "check_finite", "decompose_all", "factor_store", "statistics_of"]
 
 _log = logging.getLogger(__name__)
+
+_SHARING = ("two_sided", "whitened", "svd")
+"""The kinds of decomposition that make right factors that experts share."""
 
 
 def build_factors(
@@ -96,13 +101,25 @@ def factor_store(
         settings: How to decompose.
         directory: Its folder; by default one named by the fingerprint in the cache.
         batch_size: Sequences per pass. Gradients are squared, and labels are sampled, batch by batch.
+
+    Raises:
+        ValueError: Experts are to share right factors, and ``settings`` are of a kind that can't share them.
     """
+    if targets.stacks and (settings.kind not in _SHARING or settings.at_keep is not None):
+        what = settings.kind if settings.at_keep is None else f"{settings.kind} with at_keep"
+        raise ValueError(
+            f"shared_experts is true, but the decomposition is {what}, which makes no shared right factors: take "
+            f"{' or '.join(_SHARING)} without at_keep, or leave shared_experts out"
+        )
     used = {key: source[key] for key in source if settings.needs_text or key in ("model", "config")}
     if batch_size != 1 and settings.needs_gradients:
         used["batch_size"] = batch_size
     if settings.at_keep is not None:
         # The statistics of each module depend on which other modules are compressed.
         used["at_modules"] = sha256_of(*(target.name for target in targets.modules))
+    if any(without_expert(skipped.name) in targets.stacks for skipped in targets.skipped):
+        # Of all experts of a block a stack's name tells the layers, and of some of them it does not.
+        used["stacks"] = sha256_of(*(layer for layers in targets.stacks.values() for layer in layers))
     return FactorStore({**used, **settings.identity()}, directory)
 
 
@@ -221,12 +238,17 @@ def decompose_all(
     kinds: Counter[str] = Counter()
     rows: dict[Target, int] = {}
     # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
-    groups = [list(members) for _, members in groupby(todo, key=lambda target: target.group)]
+    alone = [target for target in todo if not target.stack]
+    groups = [list(members) for _, members in groupby(alone, key=lambda target: target.group)]
+    stacks = {target.stack: [one for one in todo if one.stack == target.stack] for target in todo if target.stack}
+    # What is known of all experts is kept for one block.
+    groups = sorted([*groups, *stacks.values()], key=lambda members: members[0].block)
     mine = my_balanced_share(groups, [sum(_svd_cost(target) for target in members) for members in groups])
     bar = tqdm(total=sum(map(len, mine)), desc="decompose", unit="module", disable=not is_first())
     for members in mine:
         with loading(members):
-            kinds += _decompose_group(model, members, store, roots, rows, bar)
+            decompose_members = _decompose_stack if members[0].stack else _decompose_group
+            kinds += decompose_members(model, members, store, roots, rows, bar)
     bar.close()
     if kinds["eigen"]:
         _log.warning(
@@ -269,6 +291,38 @@ def _decompose_group(
             if "rows" in made:
                 rows[target] = int(made["rows"])
             bar.update()
+    return kinds
+
+
+def _decompose_stack(
+    model: PreTrainedModel,
+    members: Sequence[Target],
+    store: FactorStore,
+    roots: Roots,
+    rows: dict[Target, int],
+    bar: Any,
+) -> Counter[str]:
+    """Write the factors of layers that share the right one, as ``_decompose_group`` does for layers by themselves."""
+    began = time.perf_counter()
+    weight = torch.cat([dense_weight(model.get_submodule(target.name)).detach() for target in members])
+    found = roots.of_stack(members)
+    factors = decompose(weight, inputs=found.inputs, outputs=found.outputs)
+    made = {
+        target: roots.notes(target, found.inputs, root)
+        for target, root in zip(members, found.outputs.roots, strict=True)
+    }
+    kinds: Counter[str] = Counter(root.kind for root in (found.inputs, *found.outputs.roots) if root is not None)
+    seen = {target: int(notes["rows"]) for target, notes in made.items() if "rows" in notes}
+    notes = {key: value for key, value in made[members[0]].items() if key != "rows"}
+    if "eigen" in kinds:
+        notes["square_root"] = "eigen"
+    if seen:
+        notes["rows_of_layers"] = json.dumps([*seen.values()])
+    spent = time.perf_counter() - began
+    digest = {"weight": weight_digest(weight), "seconds": f"{spent:.4f}"}
+    store.add(members[0].stack, factors, notes={**notes, **digest})
+    rows |= seen
+    bar.update(len(members))
     return kinds
 
 

@@ -65,7 +65,8 @@ def build_factors_by_block(
         subject, parameters=skeleton.parameters(), directory=directory, batch_size=batch_size, memory=memory
     )
     store = factor_store(subject.targets, statistics.source, settings, directory, batch_size=batch_size)
-    with store.filling(target.name for target in subject.targets.modules) as missing:
+    # Without embeddings, these are the linear layers and the stacks of experts.
+    with store.filling(subject.targets.names) as missing:
         if missing:
             refuse_compressed(settings)
         todo = subject.targets.among(set(missing))

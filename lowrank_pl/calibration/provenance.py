@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -73,7 +74,13 @@ def preparation_notes(targets: Targets, store: FactorStore) -> list[str]:
         tied = f", tied to {matrix.head}" if matrix.embedding and matrix.head else ""
         count = matrix.shape[0] * matrix.shape[1]
         notes.append(f"targeted too, stored dense or as two factors: {what} {matrix.name}{tied} ({count:,} parameters)")
-    made = {target: store.notes(target.name) for target in targets.modules}
+    made = {target: store.notes(target.name) for target in targets.modules if not target.stack}
+    for stack in targets.stacks:
+        found = store.notes(stack)
+        layers = targets.among([stack])
+        counts = json.loads(found.get("rows_of_layers", "[]")) or [None] * len(layers)
+        for target, seen in zip(layers, counts, strict=True):
+            made[target] = found if seen is None else {**found, "rows": str(seen)}
     eigen = [t.name for t, how in made.items() if "eigen" in (how.get("square_root"), how.get("output_root"))]
     if eigen:
         notes.append(f"square root by eigen-decomposition for {len(eigen)} modules, e.g. {eigen[0]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +12,24 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.experts import ROUTING_WEIGHT, ExpertMeans
 from lowrank_pl.calibration.statistics import MEASURES, Statistics, statistics_of_factors
-from lowrank_pl.factors.decomposition import SquareRoot, diagonal_root, square_root
+from lowrank_pl.factors.decomposition import SquareRoot, StackedRoots, diagonal_root, square_root
 from lowrank_pl.factors.rounding import Metric
 from lowrank_pl.factors.settings import Decomposition, Statistic
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.targets import Target
 from lowrank_pl.utils.tensor_store import TensorStore
 
-__all__ = ["Roots"]
+__all__ = ["OfStack", "Roots"]
+
+_LEAST = 1e-12
+"""Least weight of a layer of a stack, relative to that of the mean: no root may be 0."""
+
+
+class OfStack(NamedTuple):
+    """The roots that weight the layers of a stack: one of their inputs, None for the identity, and their outputs'."""
+
+    inputs: SquareRoot | None
+    outputs: StackedRoots
 
 
 class Roots:
@@ -92,6 +103,32 @@ class Roots:
             return _located(lambda: diagonal_root(squares.sqrt(), damping=damping), "input", target.name)
         moment = self.moment_of_inputs(target)
         return None if moment is None else _located(lambda: square_root(moment, damping=damping), "input", target.group)
+
+    def of_stack(self, members: Sequence[Target]) -> OfStack:
+        """Return the roots that weight the layers of a stack, which read the input of one block.
+
+        The stack has one moment of inputs: the mean over its layers, each counted by what errors of its outputs cost
+        (the trace of their moment). The moment ``C_e`` of a layer is taken as the multiple of the mean ``C`` that has
+        its trace, so that the predicted loss of the stack is that of its layers where their inputs differ in size only.
+        """
+        outputs = [self.of_outputs(target.name) for target in members]
+        costs = [1.0 if root is None else root.root.square().sum().item() for root in outputs]
+        costs = costs if sum(costs) > 0 else [1.0] * len(members)
+        total: Tensor | None = None
+        traces = []
+        for target, cost in zip(members, costs, strict=True):
+            moment = self.moment_of_inputs(target)
+            if moment is None:
+                return OfStack(None, StackedRoots(tuple(outputs), (1.0,) * len(members), members[0].shape[0]))
+            moment = moment.double()
+            traces.append(moment.trace().item())
+            total = moment * cost if total is None else total.add_(moment, alpha=cost)
+        assert total is not None
+        common = total / sum(costs)
+        mean = common.trace().item() or 1.0
+        scales = tuple(max(trace / mean, _LEAST) ** 0.5 for trace in traces)
+        inputs = _located(lambda: square_root(common, damping=self.settings.damping), "input", members[0].stack)
+        return OfStack(inputs, StackedRoots(tuple(outputs), scales, members[0].shape[0]))
 
     def metrics(self, targets: Iterable[Target]) -> Iterator[tuple[Target, Metric]]:
         """Yield each of ``targets`` with what errors of its weight cost."""

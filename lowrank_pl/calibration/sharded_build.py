@@ -78,7 +78,9 @@ def open_shared(base: Base, constraints: Constraints, device: torch.device) -> S
             skeleton = open_skeleton(
                 base.name, dtype=base.torch_dtype, device=device, trust_remote_code=base.trust_remote_code
             )
-            targets = skeleton.find_targets(include=constraints.include, exclude=constraints.exclude)
+            targets = constraints.stacked(
+                skeleton.find_targets(include=constraints.include, exclude=constraints.exclude)
+            )
             found = SharedBase(base, skeleton, targets)
         except NotBlockwiseError as error:
             reason = str(error)

@@ -68,5 +68,6 @@ def stored_factors(
     _log.warning("the factors at %s are gone: building them again from the plan's origin", place)
     origin = plan.origin["calibration"]
     calibration = Calibration(origin["text"], origin["length"], origin["windows"])
-    subject = Subject(model, tokenizer, calibration.tokens(tokenizer), Constraints(include=list(plan.modules)))
+    constraints = Constraints(include=plan.layers, shared_experts=plan.shares_experts)
+    subject = Subject(model, tokenizer, calibration.tokens(tokenizer), constraints)
     return build_factors(subject, settings=Decomposition.of_fingerprint(plan.origin["decomposition"]))

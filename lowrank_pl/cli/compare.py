@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,8 @@ def compare(
     if dry_run:
         for name in (name for name, one in chosen.items() if one.heal is not None):
             _log.warning("the forecast leaves out the training of %s", name)
+        for name in (name for name, one in chosen.items() if one.shared_experts):
+            _log.warning("the forecast counts separate factors for the experts of %s", name)
         work = compare_workload(
             chosen, keeps=keep, calibration=calibration, texts=tuple(texts), score_length=score_length,
             score_sequences=limits,
@@ -130,6 +132,9 @@ def compare(
         for one in chosen.values():
             if one.drop_experts:
                 one.constrained(constraints).budget(subject.model, subject.targets, fraction)
+    if any(one.shared_experts for one in chosen.values()):
+        # Refuses models without experts, before anything is measured.
+        replace(constraints, shared_experts=True).stacked(subject.targets)
     if unknown := sorted(set(limits) - set(texts)):
         raise ValueError(
             f"score_sequences names {unknown[0]!r}, which is none of the texts to score: {', '.join(texts)}"

@@ -199,7 +199,7 @@ class Comparison:
             reset_peak_memory(self.subject.model.device)
             plan, store, made = self._plan(name, method, keep)
             if method.refit is not None:
-                plan, store = self._refit(plan, store, method.refit)
+                plan, store = self._refit(plan, store, method, method.refit)
                 # The stored time, because an earlier or killed comparison may have done the refit.
                 costs["refit"] = store.seconds(plan.modules)
             if method.heal is not None:
@@ -256,7 +256,8 @@ class Comparison:
     def _prepare(self, method: Recipe) -> dict[str, float | None]:
         """Make the statistics and factors of a method; return their seconds, possibly in an earlier run."""
         settings = method.decomposition
-        factors = build_factors(self.subject, settings=settings)
+        subject = self._subject_of(method)
+        factors = build_factors(subject, settings=settings)
         statistics = statistics_of(self.subject)
         needs: dict[Statistic, None] = dict.fromkeys(settings.needs)
         if method.needs_weight_gradients:
@@ -267,13 +268,20 @@ class Comparison:
             spent.append(there.seconds(settings.needs, self.subject.targets.modules, settings.labels))
         return {
             "statistics": total_seconds(spent),
-            "factors": factors.seconds(self.subject.targets.names),
+            "factors": factors.seconds(subject.targets.names),
         }
 
-    def _refit(self, plan: RankPlan, store: FactorStore, settings: Refit) -> tuple[RankPlan, FactorStore]:
+    def _refit(
+        self, plan: RankPlan, store: FactorStore, method: Recipe, settings: Refit
+    ) -> tuple[RankPlan, FactorStore]:
         assert self.subject.calibration is not None
         text = replace(self.subject.calibration, sequences=settings.sequences)
-        return refit(plan, store, self.subject, sequences=text.tokens(self.subject.tokenizer), settings=settings)
+        sequences = text.tokens(self.subject.tokenizer)
+        return refit(plan, store, self._subject_of(method), sequences=sequences, settings=settings)
+
+    def _subject_of(self, method: Recipe) -> Subject:
+        """Return the subject under the constraints of ``method``."""
+        return replace(self.subject, constraints=method.constrained(self.subject.constraints))
 
     def _score(self, label: str) -> tuple[dict[str, float], float]:
         """Return the nats per token on every text, and the seconds of scoring."""
@@ -293,8 +301,7 @@ class Comparison:
             return ShortRuns(self.subject, self.seed).learn(
                 method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}"
             )
-        constraints = method.constrained(self.subject.constraints)
-        subject = replace(self.subject, constraints=constraints)
+        subject = self._subject_of(method)
         if method.in_bytes:
             budget = ByteBudget(keep=keep, **method.settings)
             plan, store = allocate_bytes(subject, budget, decomposition=method.decomposition)

@@ -149,7 +149,7 @@ class _ByBlock:
         skeleton = open_skeleton(
             base.name, dtype=base.torch_dtype, device=device, trust_remote_code=base.trust_remote_code
         )
-        targets = skeleton.find_targets(include=constraints.include, exclude=constraints.exclude)
+        targets = constraints.stacked(skeleton.find_targets(include=constraints.include, exclude=constraints.exclude))
         subject = Subject(skeleton.model, tokenizer, sequences, constraints, base, calibration, targets)
         made = build_factors_by_block(
             skeleton, subject, settings=self.settings, directory=self.directory, memory=self.memory, cache=self.cache

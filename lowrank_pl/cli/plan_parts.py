@@ -71,7 +71,7 @@ class PlanParts:
         base = self.base_of(plan, path)
         model, tokenizer = base.load().to(pick_device(device)), base.tokenizer()
         own = Calibration(origin["text"], origin["length"], origin["windows"])
-        constraints = Constraints(include=list(plan.modules))
+        constraints = Constraints(include=plan.layers, shared_experts=plan.shares_experts)
         return Subject(model, tokenizer, own.tokens(tokenizer), constraints, base=base, calibration=own)
 
     def factors_of(self, plan: RankPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FactorStore:

@@ -435,22 +435,23 @@ def decomposition_phase(run: Run) -> Phase:
     # Each kind makes all factors anew, and one that measures in the compressed model makes those before it as well.
     times = sum(1 if settings.at_keep is None else 2 for settings in preparation.decompositions)
     most, products, svd, roots = 0.0, 0.0, 0.0, 0.0
-    for target in model.modules:
-        (m, n), k = target.shape, min(target.shape)
-        root_bytes = 8.0 * ((n**2 if some else 0) + (m**2 if both else 0))
-        widest = max(n if some else 0, m if both else 0)
+    for matrix in model.matrices:
+        # Of several layers, each has a root of its own outputs.
+        (m, n), k, own = matrix.shape, min(matrix.shape), matrix.shape[0] // matrix.layers
+        root_bytes = 8.0 * ((n**2 if some else 0) + (m * own if both else 0))
+        widest = max(n if some else 0, own if both else 0)
         # The weight, the weighted one, the copy that is worked in, and the parts twice: as they come and unweighted.
         parts = 8.0 * (3 * m * n + 2 * k * (m + n) + _SVD_WORK * k * k)
         most = max(most, root_bytes + parts, root_bytes + 8.0 * (_ROOTS - 1) * widest**2)
-        products += (m * n + k * n) * n * some + (m * n + k * m) * m * both
-        roots += m**3 / 3 * both
+        products += (m * n + k * n) * n * some + (m * n + k * m) * own * both
+        roots += m * own**2 / 3 * both
         svd += m * n * k
     if some:
         roots += sum(width**3 / 3 for width in inputs)
     moments = 4.0 * some * sum(width**2 for width in inputs)
     moments += 4.0 * both * sum(target.shape[0] ** 2 for target in model.modules)
-    for matrix in model.embeddings:
-        rows, width = matrix.shape
+    for embedding in model.embeddings:
+        rows, width = embedding.shape
         # The left factor in float32, some rows in float64, and the small matrices of the eigenvectors.
         most = max(most, 4.0 * rows * width + 24.0 * min(rows, _TALL) * width + 8.0 * _ROOTS * width**2)
         products += 2 * rows * width**2

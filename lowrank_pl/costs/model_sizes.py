@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any
@@ -24,7 +24,7 @@ from lowrank_pl.models.base import Base, pop_shapes, read_config, resolve_base
 from lowrank_pl.models.hf_experts import SplitExperts, is_fused, split_experts, split_modules
 from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.shapes import random_blocks, whole_config
-from lowrank_pl.models.targets import EmbeddingTarget, Target, decoder_blocks, first_argument
+from lowrank_pl.models.targets import EmbeddingTarget, Target, Targets, decoder_blocks, first_argument
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.plans.constraints import Constraints
 
@@ -99,7 +99,17 @@ class ModelSizes:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """The shapes of the targets, embeddings last."""
-        return [target.shape for target in self.modules] + [target.shape for target in self.embeddings]
+        return [matrix.shape for matrix in self.matrices] + [target.shape for target in self.embeddings]
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """The matrices of linear layers that are decomposed; layers of experts that share a factor are one."""
+        found: dict[str, Matrix] = {}
+        for target in self.modules:
+            name = target.stack or target.name
+            rows, layers = (found[name].shape[0], found[name].layers) if name in found else (0, 0)
+            found[name] = Matrix((rows + target.shape[0], target.shape[1]), layers + 1)
+        return list(found.values())
 
     @property
     def multiply_adds(self) -> int:
@@ -124,6 +134,19 @@ class ModelSizes:
     def largest(self) -> int:
         """Parameters of the largest layer: a target, the embeddings or the head."""
         return max(self.vocabulary * self.hidden, *(target.shape[0] * target.shape[1] for target in self.modules))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that is decomposed.
+
+    Args:
+        shape: ``(out, in)``.
+        layers: How many layers its rows are divided among.
+    """
+
+    shape: tuple[int, int]
+    layers: int = 1
 
 
 def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Constraints()) -> ModelSizes:
@@ -164,7 +187,7 @@ def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Con
         itemsize=base.torch_dtype.itemsize,
         parameters=sum(sizes) + _outside(model),
         blocks=tuple(sizes),
-        modules=tuple(made.all_targets()),
+        modules=constraints.stacked(Targets(tuple(made.all_targets()), ())).modules,
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.shape[0],
         activations=activations,
@@ -231,7 +254,8 @@ class _Made:
         self.model = model.eval().requires_grad_(False)
         self.mixtures = _split(model, every_expert)
         reshape(model, shapes)
-        found = constraints.targets(model)
+        # One expert shares nothing.
+        found = replace(constraints, shared_experts=False).targets(model)
         self.targets, self.embeddings = found.modules, found.embeddings
         patterns = [*constraints.include, *constraints.exclude]
         for target in self.targets:

@@ -32,7 +32,7 @@ from lowrank_pl.models import digests, hf_experts, hf_format, hf_layers, hf_quan
 from lowrank_pl.models.digests import check_files, unchecked, write_digests
 from lowrank_pl.models.hf_experts import dropped_experts, experts_fused, split_experts, split_modules
 from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align, tied_weights
-from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear
+from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, SharedLowRankLinear
 from lowrank_pl.models.hf_quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -70,14 +70,18 @@ CODE_FILES = tuple(Path(module.__file__ or "") for module in (hf_format, hf_laye
 
 Entry = int | dict[str, Any]
 """The config's entry of one module: its rank, or rank, storage and side, or these with bits and group. The storage of
-an embedding of low rank is ``embedding``. That of a dropped expert says so, and nothing else."""
+an embedding of low rank is ``embedding``, and that of a layer that reads the right factor of another one ``shared``.
+That of a dropped expert says so, and nothing else."""
 
 _EMBEDDINGS = {LowRankEmbedding.__name__, QuantizedEmbedding.__name__}
 
 _KINDS = {
     kind.__name__
-    for kind in (LowRankLinear, PivotedLinear, QuantizedLinear, QuantizedLowRankLinear, QuantizedPivotedLinear)
-}
+    for kind in (
+        LowRankLinear, SharedLowRankLinear, PivotedLinear, QuantizedLinear, QuantizedLowRankLinear,
+        QuantizedPivotedLinear,
+    )
+}  # fmt: skip
 
 
 class Plan(Protocol):
@@ -286,8 +290,9 @@ def load_cut(
     model = _load(Path(directory), verify, from_pretrained_kwargs)
     smaller = cut(model, plan, smaller, NestedComponents.of_export(directory, plan))
     # So that save_pretrained writes a folder that reloads.
+    names = _names(model)
     entries: dict[str, Entry] = {name: {"dropped": True} for name in dropped_experts(model)}
-    entries |= {name: _entry(module) for name, module in model.named_modules() if _is_compressed_layer(module)}
+    entries |= {name: _entry(module, names) for name, module in model.named_modules() if _is_compressed_layer(module)}
     stored = _config(model, entries, getattr(model.config.quantization_config, "shapes", None))
     model.config.quantization_config = stored
     model.hf_quantizer.quantization_config = stored
@@ -403,14 +408,14 @@ def _originals(model: PreTrainedModel) -> dict[str, nn.Module]:
 def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[str, Entry]:
     """Return the config's entry of each compressed module, after a check that every module can be stored."""
     entries: dict[str, Entry] = {name: {"dropped": True} for name in dropped_experts(model)}
-    tied = tied_weights(model)
+    tied, names = tied_weights(model), _names(model)
     for name, module in model.named_modules():
         original = originals.get(name)
         if name in entries:
             continue
         place = nn.Embedding if isinstance(module, nn.Embedding) else (nn.Linear, Conv1D)
         if _is_compressed_layer(module) and isinstance(original, place):
-            entries[name] = _entry(module)
+            entries[name] = _entry(module, names)
             _check_layer(name, module, original, type(model).__name__)
             if f"{name}.weight" in tied:
                 raise ValueError(
@@ -482,8 +487,30 @@ def _is_rounded(module: nn.Module) -> bool:
     return _is_compressed_layer(module) and hasattr(module, "grid")
 
 
-def _entry(module: nn.Module) -> Entry:
-    """Return the config's entry of a compressed layer."""
+def _names(model: nn.Module) -> dict[int, str]:
+    """Return the names of the modules of ``model`` by their ids."""
+    return {id(module): name for name, module in model.named_modules()}
+
+
+def _entry(module: nn.Module, names: Mapping[int, str]) -> Entry:
+    """Return the config's entry of a compressed layer.
+
+    Args:
+        module: The layer.
+        names: Those of the model's modules.
+
+    Raises:
+        ValueError: The layer reads a factor of a layer that is not in the model.
+    """
+    if type(module).__name__ == SharedLowRankLinear.__name__:
+        shared: Any = module
+        owner = names.get(id(shared.owner))
+        if owner is None:
+            raise ValueError(
+                f"{names[id(module)]} reads the right factor of a layer that the model no longer has: compress its "
+                "experts together, or put that layer back"
+            )
+        return {"rank": shared.rank, "storage": "shared", "right": owner}
     rank: Any = getattr(module, "rank", None)
     side, grid = getattr(module, "side", None), getattr(module, "grid", None)
     of_embedding = isinstance(module, nn.Embedding) and rank is not None

@@ -16,7 +16,14 @@ from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.hf_experts import drop_experts
-from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, Side, low_rank_embedding
+from lowrank_pl.models.hf_layers import (
+    LowRankEmbedding,
+    LowRankLinear,
+    PivotedLinear,
+    SharedLowRankLinear,
+    Side,
+    low_rank_embedding,
+)
 from lowrank_pl.models.hf_quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -39,6 +46,7 @@ __all__ = [
     "low_rank_layer",
     "restore_dense",
     "rounded_embedding",
+    "shared_layers",
     "tied_heads",
 ]
 
@@ -79,6 +87,12 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
     for name, entry in tqdm(plan.modules.items(), desc="compress", unit="module", leave=False):
         if entry.is_dropped:
             continue
+        if entry.layers:
+            olds = {layer: _unmasked(model.get_submodule(layer)) for layer in entry.layers}
+            made = olds if entry.rank is None else shared_layers(name, olds, store.kept(name, entry))
+            for layer, module in made.items():
+                replace_module(model, layer, module)
+            continue
         old = _unmasked(model.get_submodule(name))
         if isinstance(old, nn.Embedding):
             for place, module in _compressed_embedding(model, name, entry, store).items():
@@ -97,6 +111,35 @@ def compress(model: Model, plan: RankPlan, store: FactorStore, *, device: torch.
             replace_module(model, place, module)
     _log.info("compressed %d of %d modules", len(plan.modules) - len(plan.dense_modules), len(plan.modules))
     return model
+
+
+def shared_layers(name: str, olds: Mapping[str, nn.Module], factors: Factors) -> dict[str, nn.Module]:
+    """Return the layers, by name, that share the right one of ``factors`` and replace ``olds``.
+
+    The first layer stores it. Each takes its rows of the left factor, the type of its old weight, and its bias.
+
+    Args:
+        name: Name of the factors, for messages.
+        olds: The dense layers, or low-rank ones of a larger size, in the order of their rows.
+        factors: The components that they keep.
+
+    Raises:
+        ValueError: The factors are zero and the old weights are not.
+    """
+    like = _like(next(iter(olds.values())))
+    lefts, right = factors.left.to(like).chunk(len(olds)), factors.right.to(like)
+    zero = not (factors.left.to(like).any() and right.any())
+    if zero and any(_is_low_rank(old) or dense_weight(old).any() for old in olds.values()):
+        raise ValueError(_zero_factors(name, like.dtype))
+    found: dict[str, nn.Module] = {}
+    owner: LowRankLinear | None = None
+    for (layer, old), left in zip(olds.items(), lefts, strict=True):
+        bias = getattr(old, "bias", None)
+        if owner is None:
+            found[layer] = owner = LowRankLinear.from_factors(left.clone(), right, bias)
+        else:
+            found[layer] = SharedLowRankLinear.from_owner(left.clone(), owner, bias)
+    return found
 
 
 def rounded_embedding(model: nn.Module, name: str, rounded: Mapping[str, Rounded]) -> dict[str, nn.Module]:
@@ -286,7 +329,7 @@ def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
     its notes count them. They also name layers that are zero, as in the base. Without such modules it is ``plan``
     itself.
     """
-    there = [name for name, entry in plan.modules.items() if not entry.is_dropped]
+    there = [name for name in plan.layers if name not in plan.dropped_modules]
     zero = [name for name in there if _is_zero(model.get_submodule(name))]
     if zero:
         plan = replace(plan, notes=tuple(dict.fromkeys([*plan.notes, *(f"{name}: {ZERO}" for name in zero)])))
@@ -353,7 +396,7 @@ def compressed(
     modules = dict(model.named_modules())
     # If the plan is for another model, `compress` says so.
     # Dropped experts first: their layers are inside.
-    names = (*plan.dropped_experts, *plan.modules, *plan.embeddings)
+    names = (*plan.dropped_experts, *plan.layers, *plan.embeddings)
     before = {name: modules[name] for name in names if name in modules}
     embedded = [modules[name].weight for name in (*plan.embeddings, *plan.embedded) if name in modules]
     before.update({n: m for n, m in modules.items() if any(getattr(m, "weight", None) is one for one in embedded)})
@@ -373,14 +416,17 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
         )
     modules = dict(model.named_modules())
     for name, entry in (*plan.modules.items(), *plan.embeddings.items()):
-        if name not in modules:
-            raise ValueError(f"the plan names {name}, which the model lacks: load the model that the plan was made for")
-        shape = tuple(_weight_of(modules[name]).shape)
-        if shape != entry.shape:
-            raise ValueError(
-                f"the plan gives {name} the shape {entry.shape}, the model has {shape}: load the model that the plan "
-                "was made for"
-            )
+        for layer in entry.layers or (name,):
+            if layer not in modules:
+                raise ValueError(
+                    f"the plan names {layer}, which the model lacks: load the model that the plan was made for"
+                )
+            shape = tuple(_weight_of(modules[layer]).shape)
+            if shape != entry.layer_shape:
+                raise ValueError(
+                    f"the plan gives {layer} the shape {entry.layer_shape}, the model has {shape}: load the model that "
+                    "the plan was made for"
+                )
     for expert in plan.dropped_experts:
         of_expert = [name for name in modules if name.startswith(f"{expert}.")]
         left = [name for name in of_expert if name not in plan.modules or not plan.modules[name].is_dropped]
@@ -392,7 +438,10 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
     for name, entry in (*plan.modules.items(), *plan.embeddings.items()):
         if entry.is_dropped:
             continue
-        weight = _weight_of(modules[name]).detach()
+        if entry.layers:
+            weight = torch.cat([_weight_of(modules[layer]).detach() for layer in entry.layers])
+        else:
+            weight = _weight_of(modules[name]).detach()
         is_made = entry.rank is not None or entry.grid is not None
         if is_made and not _made_from(weight, store.notes(name).get("weight", "")):
             raise ValueError(

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_pl.factors.components import NestedComponents
-from lowrank_pl.factors.compression import deployed_plan, factored_embedding, low_rank_layer
+from lowrank_pl.factors.compression import deployed_plan, factored_embedding, low_rank_layer, shared_layers
 from lowrank_pl.models.hf_experts import dropped_experts
-from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear
+from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, SharedLowRankLinear
 from lowrank_pl.models.hf_quantized import TiedHead, is_quantized
 from lowrank_pl.models.targets import replace_module
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
@@ -53,16 +53,13 @@ def cut(model: nn.Module, plan: RankPlan, smaller: RankPlan, components: NestedC
     _check_ranks(model, plan)
     todo = {name: entry for name, entry in smaller.modules.items() if entry.rank != plan.modules[name].rank}
     held = frozenset() if components is None else components.names
-    for name in todo:
-        layer = model.get_submodule(name)
-        # The hooks of accelerate would be lost with a layer that is replaced.
-        can_be = not hasattr(layer, "_hf_hook") if name in held else isinstance(layer, _FACTORED)
-        if not can_be or layer.get_parameter("weight").is_meta:
-            raise ValueError(
-                f"{name} can't be cut: it is a {type(layer).__name__}, or device_map keeps it on disk; load the model "
-                "into memory, or make this size from the plan with `lowrank export PLAN --keep`"
-            )
+    for name, entry in todo.items():
+        for place in entry.layers or (name,):
+            _check_can_be_cut(place, model.get_submodule(place), replaced=name in held)
     for name, entry in tqdm(todo.items(), desc="cut", unit="module", leave=False, delay=2):
+        if entry.layers:
+            _cut_shared(model, name, plan.modules[name], entry, components)
+            continue
         layer = model.get_submodule(name)
         if components is not None and name in held and isinstance(layer, nn.Embedding):
             learns = layer.get_parameter("weight").requires_grad
@@ -82,6 +79,22 @@ def cut(model: nn.Module, plan: RankPlan, smaller: RankPlan, components: NestedC
     return deployed_plan(model, smaller)
 
 
+def _cut_shared(
+    model: nn.Module, name: str, own: ModulePlan, entry: ModulePlan, components: NestedComponents | None
+) -> None:
+    """Cut layers that share a right factor: it loses components once, and each layer those of its left factor."""
+    layers = {layer: model.get_submodule(layer) for layer in entry.layers}
+    if components is not None and name in components.names:
+        for place, made in shared_layers(name, layers, components.kept(name, entry)).items():
+            old = layers[place]
+            learns = old.get_parameter("weight").requires_grad
+            replace_module(model, place, made.train(old.training).requires_grad_(learns))
+        return
+    for layer in layers.values():
+        assert isinstance(layer, LowRankLinear)
+        _cut_factors(layer, own, entry)
+
+
 def _cut_factors(layer: LowRankLinear | LowRankEmbedding, own: ModulePlan, entry: ModulePlan) -> None:
     """Cut a layer with the components of ``own`` to those of ``entry``."""
     assert own.rank is not None
@@ -90,7 +103,8 @@ def _cut_factors(layer: LowRankLinear | LowRankEmbedding, own: ModulePlan, entry
     kept = torch.tensor([places[one] for one in entry.indices or range(entry.rank)], device=layer.weight.device)
     # The layer itself stays, and with it what others have attached to it.
     layer.weight = _part(layer.weight, 1, kept)
-    layer.right = _part(layer.right, 0, kept)
+    if not isinstance(layer, SharedLowRankLinear):
+        layer.right = _part(layer.right, 0, kept)
     layer.rank = entry.rank
 
 
@@ -102,11 +116,23 @@ def _check_ranks(model: nn.Module, plan: RankPlan) -> None:
     """Raise ``ValueError`` unless the layers of ``model`` have the ranks of ``plan``."""
     modules = dict(model.named_modules())
     dropped = set(dropped_experts(model))
-    for name, entry in plan.modules.items():
-        if entry.is_dropped and name.rpartition(".")[0] in dropped:
+    planned = {layer: entry.rank for name, entry in plan.modules.items() for layer in entry.layers or (name,)}
+    for name, rank in planned.items():
+        if rank == 0 and name.rpartition(".")[0] in dropped:
             continue
         found = getattr(modules.get(name), "rank", None)
-        if name not in modules or found != entry.rank:
-            said = "dense" if entry.rank is None else "dropped" if entry.is_dropped else f"of rank {entry.rank}"
+        if name not in modules or found != rank:
+            said = "dense" if rank is None else f"of rank {rank}" if rank else "dropped"
             here = "absent" if name not in modules else "dense" if found is None else f"of rank {found}"
             raise ValueError(f"{name} is {said} in the plan and {here} in the weights: put the export's own plan back")
+
+
+def _check_can_be_cut(name: str, layer: nn.Module, *, replaced: bool) -> None:
+    """Raise ``ValueError`` unless the layer can be cut in place or, if its components are there, be replaced."""
+    # The hooks of accelerate would be lost with a layer that is replaced.
+    can_be = not hasattr(layer, "_hf_hook") if replaced else isinstance(layer, _FACTORED)
+    if not can_be or layer.get_parameter("weight").is_meta:
+        raise ValueError(
+            f"{name} can't be cut: it is a {type(layer).__name__}, or device_map keeps it on disk; load the model "
+            "into memory, or make this size from the plan with `lowrank export PLAN --keep`"
+        )

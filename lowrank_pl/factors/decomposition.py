@@ -14,6 +14,7 @@ __all__ = [
     "DRIVERS",
     "Factors",
     "SquareRoot",
+    "StackedRoots",
     "damped_root",
     "decompose",
     "decompose_rows",
@@ -168,6 +169,33 @@ class SquareRoot:
 
 
 @dataclass(frozen=True)
+class StackedRoots:
+    """The root that weights the outputs of several layers, of which each has its own: a block-diagonal matrix.
+
+    Args:
+        roots: The root of each layer's outputs; None for the identity.
+        scales: Factor of each root, above 0.
+        size: Outputs of each layer.
+    """
+
+    roots: tuple[SquareRoot | None, ...]
+    scales: tuple[float, ...]
+    size: int
+
+    def multiply_right(self, rows: Tensor) -> Tensor:
+        """Return ``rows @ root`` for ``rows`` ``[k, layers * size]``."""
+        parts = zip(rows.split(self.size, 1), self.roots, self.scales, strict=True)  # type: ignore[no-untyped-call]
+        return torch.cat(
+            [scale * (part if root is None else root.multiply_right(part)) for part, root, scale in parts], 1
+        )
+
+    def solve_right(self, rows: Tensor) -> Tensor:
+        """Return ``rows @ inverse(root)`` for ``rows`` ``[k, layers * size]``."""
+        parts = zip(rows.split(self.size, 1), self.roots, self.scales, strict=True)  # type: ignore[no-untyped-call]
+        return torch.cat([(part if root is None else root.solve_right(part)) / scale for part, root, scale in parts], 1)
+
+
+@dataclass(frozen=True)
 class Factors:
     """Components of a weight in order of importance.
 
@@ -261,7 +289,9 @@ def diagonal_root(scales: Tensor, *, damping: float = 1e-6) -> SquareRoot:
     return SquareRoot((root + added).clamp_min(torch.finfo(torch.float64).tiny), "diagonal", added)
 
 
-def decompose(weight: Tensor, *, inputs: SquareRoot | None = None, outputs: SquareRoot | None = None) -> Factors:
+def decompose(
+    weight: Tensor, *, inputs: SquareRoot | None = None, outputs: SquareRoot | StackedRoots | None = None
+) -> Factors:
     """Return the exact singular components of ``weight``, weighted on the side of its inputs, of its outputs, or both.
 
     With ``L = inputs.root``, ``R = outputs.root`` and ``U S V' = R' @ weight @ L``, truncating at rank ``k`` gives the
@@ -273,7 +303,8 @@ def decompose(weight: Tensor, *, inputs: SquareRoot | None = None, outputs: Squa
     Args:
         weight: ``[out, in]``.
         inputs: Square root ``[in, in]`` of the second moment of the inputs, or of another weighting of them.
-        outputs: Square root ``[out, out]`` of the second moment of the output gradients, or of another weighting.
+        outputs: Square root ``[out, out]`` of the second moment of the output gradients, or of another weighting; of
+            several layers' weights, one below the other, the roots of each.
 
     Returns:
         Factors in float64, ``min(out, in)`` components, the singular values split evenly over both sides.

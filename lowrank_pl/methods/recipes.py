@@ -83,6 +83,7 @@ class Recipe:
         storage: How low-rank modules are stored: factored in all papers but those about pivoting.
         alike_experts: Whether the experts of a block of a mixture get equal ranks.
         drop_experts: Whether experts of a mixture may be dropped.
+        shared_experts: Whether the experts of a block share one right factor for their gates and another for their ups.
         refit: How the plan's factors are refitted to the compressed model's own inputs; None for no refit.
         rounding: How the plan's matrices are rounded at the end; None leaves them as they are.
         dense: Leave every module dense, so that rounding alone makes the model smaller. The one size is that of its
@@ -104,6 +105,7 @@ class Recipe:
     storage: StorageChoice = "factored"
     alike_experts: bool = False
     drop_experts: bool = False
+    shared_experts: bool = False
     refit: Refit | None = None
     prune: WidthPruning | LLMPruner | None = None
     rounding: Rounding | None = None
@@ -112,10 +114,11 @@ class Recipe:
 
     def constrained(self, constraints: Constraints) -> Constraints:
         """Return ``constraints`` with the storage of this recipe, and with what it asks for of experts."""
-        alike, drop = (
-            getattr(self, asked) or getattr(constraints, asked) for asked in ("alike_experts", "drop_experts")
-        )
-        return replace(constraints, storage=self.storage, alike_experts=alike, drop_experts=drop)
+        asked = {
+            name: getattr(self, name) or getattr(constraints, name)
+            for name in ("alike_experts", "drop_experts", "shared_experts")
+        }
+        return replace(constraints, storage=self.storage, **asked)
 
     @property
     def takes_embeddings(self) -> bool:
@@ -154,10 +157,22 @@ class Recipe:
                 "or to store: give prune.keep, larger than the final one, or leave out learning, refit, rounding and "
                 "storage"
             )
+        if self.shared_experts:
+            self._check_sharing()
         if self.heal is not None and (self.only_prunes or self.heal.train != "factors"):
             raise ValueError(
                 "heal of a recipe trains factors: leave out heal.train, and leave out heal where pruning alone makes "
                 "the model; `lowrank heal` trains an adapter on any model"
+            )
+
+    def _check_sharing(self) -> None:
+        joint = None if self.refit is None else self.refit.joint
+        others = self.learning, joint, self.heal, self.rounding, self.prune, self.in_bytes, self.dense
+        if any(others) or not make_allocator(self.allocator, **self.settings).takes_shared:
+            raise ValueError(
+                "shared_experts gives the experts of a block one right factor, which no mask, joint refit, healing, "
+                "rounding or pruning knows, and of the allocators fisher, energy and uniform: leave out the others, or "
+                "shared_experts"
             )
 
     @property
@@ -188,6 +203,8 @@ class Recipe:
             base["alike_experts"] = True
         if self.drop_experts:
             base["drop_experts"] = True
+        if self.shared_experts:
+            base["shared_experts"] = True
         if self.refit is not None:
             base["refit"] = self.refit.identity()
         if self.heal is not None:
@@ -296,6 +313,7 @@ VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "pivoted": lambda plain: replace(plain, storage="auto"),
     "alike": lambda plain: replace(plain, alike_experts=True),
     "drop": lambda plain: replace(plain, drop_experts=True),
+    "shared": lambda plain: replace(plain, shared_experts=True),
     "refit": lambda plain: replace(plain, refit=Refit()),
     "joint": lambda plain: replace(plain, refit=replace(plain.refit or Refit(), joint=Joint())),
     "prune": _pruned_in_width,
@@ -316,7 +334,7 @@ def recipe(name: str, own: Mapping[str, Recipe] | None = None) -> Recipe:
     ``NAME+pivoted`` is the recipe ``NAME`` with pivoted storage, ``NAME+refit`` with its factors refitted layer by
     layer, ``NAME+joint`` with a joint refit of each block after that, ``NAME+prune`` on a base with pruned MLPs, and
     ``NAME+prune+pivoted+refit`` three of these. ``+int8`` or ``+int4`` rounds the matrices at the end. ``+alike`` gives
-    the experts of a block equal ranks, and ``+drop`` may drop some.
+    the experts of a block equal ranks, ``+shared`` right factors in common, and ``+drop`` may drop some.
 
     Args:
         name: The recipe's name; results go to a folder of this name.

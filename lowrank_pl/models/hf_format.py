@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 # Relative, so that transformers copies these files along with this one.
 from .digests import check_files
 from .hf_experts import drop_experts, split_experts
-from .hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, low_rank_embedding
+from .hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, SharedLowRankLinear, low_rank_embedding
 from .hf_quantized import (
     Grid,
     QuantizedEmbedding,
@@ -76,9 +76,11 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         modules: How each compressed module is stored, by its name in the saved model: the rank of two factors, or
             ``{"rank": 3, "storage": "pivoted", "side": "out"}``, or for an embedding ``{"rank": 3, "storage":
-            "embedding"}``. If its numbers are rounded, ``"bits": 4`` is added, and ``"group": 32`` if groups are
-            smaller than rows: ``{"rank": 3, "bits": 4, "group": 32}``. A dense layer or an embedding that is rounded
-            has no rank: ``{"bits": 8}``. An expert that was dropped, by its name, has neither: ``{"dropped": true}``.
+            "embedding"}``. A layer that reads the right factor of another one names it: ``{"rank": 3, "storage":
+            "shared", "right": "model.layers.0.mlp.experts.0.up_proj"}``. If its numbers are rounded, ``"bits": 4`` is
+            added, and ``"group": 32`` if groups are smaller than rows: ``{"rank": 3, "bits": 4, "group": 32}``. A dense
+            layer or an embedding that is rounded has no rank: ``{"bits": 8}``. An expert that was dropped, by its name,
+            has neither: ``{"dropped": true}``.
         shapes: ``[out, in]`` of the linear layers, compressed or not, whose shape differs from what the rest of the
             config says, for example after MLPs were pruned to several widths.
         experts: Whether the experts of mixtures are stored as separate linear layers.
@@ -93,7 +95,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         newest: The highest schema that this copy of the file reads.
         schema: The lowest schema that can express the entries, so that older versions read the folder if they can: 2
             with pivots, 3 with shapes, 4 with bits, 5 with separate experts or embeddings of low rank, 6 with dropped
-            experts.
+            experts or shared right factors.
     """
 
     newest = SCHEMA
@@ -122,6 +124,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 _check_entry(entry)
             except ValueError as error:
                 raise ValueError(f"quantization_config gives {name!r} {error}") from None
+        _check_owners(self.modules)
         self.schema = max(map(_schema, self.modules.values()), default=1)
         if shapes:
             for name, shape in shapes.items():
@@ -132,7 +135,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self.schema = max(self.schema, 3)
         if experts:
             self.experts, self.schema = True, max(self.schema, 5)
-        elif self.schema == 6:
+        elif _DROPPED in self.modules.values():
             raise ValueError("quantization_config names dropped experts, but stores none: expected experts to be true")
         self.quant_method = quant_method
 
@@ -146,11 +149,12 @@ def _check_entry(entry: Any) -> None:
     kind = set(given) - rounding
     pivoted = kind == {"rank", "storage", "side"} and given["storage"] == "pivoted"
     embedding = kind == {"rank", "storage"} and given["storage"] == "embedding"
+    shared = set(given) == {"rank", "storage", "right"} and given["storage"] == "shared"
     alone = isinstance(entry, dict) and not rounding
-    if not (pivoted or embedding) and (kind not in ({"rank"}, set()) or alone or rounding == {"group"}):
+    if not (pivoted or embedding or shared) and (kind not in ({"rank"}, set()) or alone or rounding == {"group"}):
         raise ValueError(
             f'the entry {entry}: expected a rank, or rank, storage "pivoted" and side, or rank and storage "embedding"'
-            "; bits, and group, may be added or stand alone"
+            '; bits, and group, may be added or stand alone; or rank, storage "shared" and right'
         )
     rank = given.get("rank", 1)
     if type(rank) is not int or rank < 1:
@@ -162,11 +166,23 @@ def _check_entry(entry: Any) -> None:
             raise ValueError(f"the entry {entry}: {error}") from None
 
 
+def _check_owners(modules: dict[str, int | dict[str, Any]]) -> None:
+    """Raise ``ValueError`` unless layers that share a right factor name one that stores it, of the same rank."""
+    for name, entry in modules.items():
+        if isinstance(entry, dict) and entry.get("storage") == "shared":
+            owner = modules.get(entry["right"])
+            if owner != entry["rank"]:
+                raise ValueError(
+                    f"quantization_config lets {name!r} of rank {entry['rank']} share the right factor of "
+                    f"{entry['right']!r}, whose entry is {owner}: expected a layer stored as two factors of this rank"
+                )
+
+
 def _schema(entry: int | dict[str, Any]) -> int:
     """Return the lowest schema that has such entries."""
     if isinstance(entry, int):
         return 1
-    if entry == _DROPPED:
+    if entry == _DROPPED or entry.get("storage") == "shared":
         return 6
     if entry.get("storage") == "embedding":
         return 5
@@ -255,6 +271,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                 _swap(model, _name_here(model, name, known), entry)
         dropped = [name for name, entry in self.quantization_config.modules.items() if entry == _DROPPED]
         drop_experts(model, [_name_here(model, name, known) for name in dropped])
+        _let_share(model, self.quantization_config.modules, known)
         self._names = "\n".join(model.state_dict())
         return model
 
@@ -434,8 +451,9 @@ def _swap(model: PreTrainedModel, name: str, entry: int | dict[str, Any]) -> Non
         like["grid"] = grid
     if "side" in given:
         like["side"] = given["side"]
+    factored: Any = SharedLowRankLinear if "right" in given else LowRankLinear
     kinds: dict[tuple[bool, bool], Any] = {
-        (True, False): LowRankLinear if grid is None else QuantizedLowRankLinear,
+        (True, False): factored if grid is None else QuantizedLowRankLinear,
         (True, True): PivotedLinear if grid is None else QuantizedPivotedLinear,
         (False, False): QuantizedLinear,
     }
@@ -444,6 +462,19 @@ def _swap(model: PreTrainedModel, name: str, entry: int | dict[str, Any]) -> Non
     except ValueError as error:
         raise ValueError(f"quantization_config, {name}: {error}") from None
     _put(model, name, new)
+
+
+def _let_share(model: PreTrainedModel, entries: Mapping[str, int | dict[str, Any]], known: Container[str]) -> None:
+    """Let layers read the right factors of those that their entries name; all layers are in their places."""
+    for name, entry in entries.items():
+        if isinstance(entry, dict) and "right" in entry:
+            layer, owner = (model.get_submodule(_name_here(model, one, known)) for one in (name, entry["right"]))
+            assert isinstance(layer, SharedLowRankLinear)
+            assert isinstance(owner, LowRankLinear)
+            try:
+                layer.share(owner)
+            except ValueError as error:
+                raise ValueError(f"quantization_config, {name}: {error}") from None
 
 
 def _swap_embedding(model: PreTrainedModel, name: str, rank: int | None, grid: Grid | None) -> None:

@@ -9,7 +9,8 @@ stops at a size mismatch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -20,9 +21,11 @@ __all__ = [
     "LowRankEmbedding",
     "LowRankLinear",
     "PivotedLinear",
+    "SharedLowRankLinear",
     "Side",
     "blank_embedding",
     "copy_attributes",
+    "loaded_by_hook",
     "low_rank_embedding",
 ]
 
@@ -160,6 +163,124 @@ class LowRankLinear(_TwoMatrices):
         """Return the sizes, for ``print(model)``."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         return f"{sizes}, bias={self.bias is not None}"
+
+
+class SharedLowRankLinear(LowRankLinear):
+    """A ``LowRankLinear`` that reads the right factor of another one, its owner, and stores the left one only.
+
+    Arguments are those of ``LowRankLinear``. The layer is complete once it has its owner (:meth:`share`).
+
+    Attributes:
+        weight: Left factor, ``[out, rank]``.
+        bias: ``[out]`` or None.
+
+    >>> owner = LowRankLinear.from_factors(torch.ones(4, 2), torch.ones(2, 3))
+    >>> layer = SharedLowRankLinear.from_owner(torch.full((5, 2), 2.0), owner)
+    >>> layer(torch.ones(3)).tolist(), [name for name, _ in layer.named_parameters()]
+    ([12.0, 12.0, 12.0, 12.0, 12.0], ['weight'])
+    """
+
+    source: tuple[LowRankLinear] | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self._add_matrix("weight", out_features, rank, device, dtype)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_owner(cls, left: Tensor, owner: LowRankLinear, bias: Tensor | None = None) -> SharedLowRankLinear:
+        """Return a layer that shares its memory with the given tensors, and reads the right factor of ``owner``.
+
+        Args:
+            left: Left factor, ``[out, rank]``.
+            owner: The layer that stores the right factor.
+            bias: ``[out]`` or None.
+
+        Raises:
+            ValueError: The rank is not that of the owner, or types or devices differ.
+        """
+        like = owner.weight
+        if left.ndim != 2 or left.shape[1] != owner.rank or (left.dtype, left.device) != (like.dtype, like.device):
+            raise ValueError(
+                f"a left factor {list(left.shape)}, {left.dtype} on {left.device} was given: expected [out, "
+                f"{owner.rank}], {like.dtype} on {like.device}, as its owner has"
+            )
+        layer = cls(owner.in_features, *left.shape, bias=bias is not None, device="meta", dtype=left.dtype)
+        layer.weight = nn.Parameter(left.detach().contiguous())
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().contiguous())
+        layer.share(owner)
+        return layer
+
+    def share(self, owner: LowRankLinear) -> None:
+        """Read the right factor of ``owner`` from now on.
+
+        Raises:
+            ValueError: The owner has another rank or another number of inputs, or shares the factor of a third layer.
+        """
+        sizes = owner.rank, owner.in_features
+        if sizes != (self.rank, self.in_features) or isinstance(owner, SharedLowRankLinear):
+            raise ValueError(
+                f"a layer of rank {self.rank} and {self.in_features} inputs can't share the right factor of a "
+                f"{type(owner).__name__} of rank {owner.rank} and {owner.in_features} inputs"
+            )
+        # In a tuple, so that the owner is not a submodule of this layer as well.
+        self.source = (owner,)
+
+    @property
+    def owner(self) -> LowRankLinear:
+        """The layer that stores the right factor."""
+        if self.source is None:
+            raise RuntimeError("a SharedLowRankLinear has no owner yet, whose right factor it reads: call share")
+        return self.source[0]
+
+    @property
+    def right(self) -> nn.Parameter:  # type: ignore[override]
+        """Right factor of the owner, ``[rank, in]``."""
+        return self.owner.right
+
+    def matrix(self, name: str) -> Tensor:
+        """Return the matrix ``weight``, or that of the owner called ``right``."""
+        if name != "right":
+            return super().matrix(name)
+        with loaded_by_hook(self.owner):
+            # Moved where the layer is: a device_map may put it elsewhere.
+            return self.owner.matrix(name).to(self.weight.device)
+
+    def reset_parameters(self) -> None:
+        """Fill the left factor as a fresh ``nn.Linear`` would."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+@contextmanager
+def loaded_by_hook(module: nn.Module) -> Iterator[None]:
+    """Load the parameters of ``module`` while the block runs, where accelerate keeps them elsewhere until it runs."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 class PivotedLinear(_TwoMatrices):

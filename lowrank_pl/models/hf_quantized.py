@@ -26,6 +26,7 @@ from .hf_layers import (
     PivotedLinear,
     blank_embedding,
     copy_attributes,
+    loaded_by_hook,
     low_rank_embedding,
 )
 
@@ -486,16 +487,8 @@ class TiedHead(nn.Linear):
         return self.product(input, "weight", self.bias)
 
     def _of_source(self, compute: Callable[[QuantizedEmbedding | LowRankEmbedding], Tensor]) -> Tensor:
-        embedding = self.source[0]
-        # accelerate keeps parts of large models elsewhere, and loads those of a module while that runs.
-        hook: Any = getattr(embedding, "_hf_hook", None)
-        if hook is None:
-            return compute(embedding)
-        hook.pre_forward(embedding)
-        try:
-            return compute(embedding)
-        finally:
-            hook.post_forward(embedding, None)
+        with loaded_by_hook(self.source[0]):
+            return compute(self.source[0])
 
     @torch.no_grad()
     def dense(self) -> Tensor:

@@ -8,7 +8,7 @@ counted in :attr:`Targets.skipped`. The embeddings and the head are targets only
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from lowrank_pl.models.eval_mode import evaluating, input_device
 from lowrank_pl.models.hf_experts import all_experts_called, can_drop, is_fused, routers, split_modules
 from lowrank_pl.models.hf_quantized import is_quantized
 from lowrank_pl.models.settings import EMBEDDINGS
+from lowrank_pl.utils.formatting import without_expert
 
 __all__ = [
     "EMBEDDINGS",
@@ -75,6 +76,8 @@ class Target:
         transposed: Whether the weight is stored as ``[in, out]`` (GPT-2's ``Conv1D``).
         experts: Name of the module of experts that it belongs to, which hands it only the tokens that are routed to its
             expert; empty for all other layers.
+        stack: Name of the matrix that is decomposed in its place: the same layers of several experts, one below the
+            other, which share a right factor; empty where the layer is decomposed by itself.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Target:
     group: str
     transposed: bool = False
     experts: str = ""
+    stack: str = ""
 
     def of_expert(self, number: int) -> Target:
         """Return the same layer of another expert of its module.
@@ -157,9 +161,39 @@ class Targets:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """The shape ``(out, in)`` of everything to compress, by name; embeddings come last."""
-        shapes = {target.name: target.shape for target in self.modules}
+        """The shape ``(out, in)`` of everything to compress, by name; a stack is one matrix; embeddings come last."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for target in self.modules:
+            name = target.stack or target.name
+            above = shapes[name][0] if name in shapes else 0
+            shapes[name] = (above + target.shape[0], target.shape[1])
         return shapes | {target.name: target.shape for target in self.embeddings}
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """Names of the layers of each stack, by the name of the stack."""
+        found: dict[str, tuple[str, ...]] = {}
+        for target in self.modules:
+            if target.stack:
+                found[target.stack] = (*found.get(target.stack, ()), target.name)
+        return found
+
+    def stacked(self) -> Targets:
+        """Return the targets with the gates of all experts of a block in one stack, and their ups in another.
+
+        Their inputs are those of the block. Down-projections read inputs of their own.
+
+        Raises:
+            ValueError: No two targets are gates or ups of experts of one block.
+        """
+        names = {one.name: without_expert(one.name) for one in self.modules if one.experts and _reads_block(one.name)}
+        counts = Counter(names.values())
+        if max(counts.values(), default=0) < 2:
+            raise ValueError(
+                "shared_experts is true, but no two targets are gates or ups of experts of one block: leave it out"
+            )
+        shared = {name: stack for name, stack in names.items() if counts[stack] > 1}
+        return replace(self, modules=tuple(replace(one, stack=shared.get(one.name, "")) for one in self.modules))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -167,8 +201,8 @@ class Targets:
         return tuple(self.shapes)
 
     def among(self, names: Container[str]) -> list[Target]:
-        """Return the layers to compress whose names are in ``names``, in their order."""
-        return [target for target in self.modules if target.name in names]
+        """Return the layers to compress whose names, or those of their stacks, are in ``names``, in their order."""
+        return [target for target in self.modules if (target.stack or target.name) in names]
 
 
 def droppable(model: nn.Module, targets: Targets) -> list[Target]:
@@ -250,6 +284,11 @@ def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exc
         why = "; ".join(dict.fromkeys(entry.reason for entry in skipped)) or "there is no matrix in them"
         raise ValueError(f"no linear layer to compress is left in the decoder blocks of {type(model).__name__}: {why}")
     return Targets(modules=tuple(_targets(model, taken, calls)), skipped=skipped, embeddings=embeddings)
+
+
+def _reads_block(name: str) -> bool:
+    """Tell whether an expert's layer reads the input of the block, by the names in ``hf_experts.Expert``."""
+    return name.rpartition(".")[2] in ("gate_proj", "up_proj")
 
 
 def find_embeddings(model: PreTrainedModel) -> tuple[EmbeddingTarget, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from lowrank_pl.plans.component_order import ComponentOrder, requested_rank_scores
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.storage import Storage, StorageChoice
+from lowrank_pl.utils.formatting import without_expert
 
 __all__ = ["Budget", "check_keep"]
 
@@ -43,10 +44,13 @@ class Budget:
             experts: with scores in nats a parameter, what the step saves in all of them over what it costs.
         drop_experts: Whether a method may choose experts to drop.
         dropped: Names of the modules of the experts that are dropped.
+        stacks: Names of layers by the name in ``shapes`` of the matrix whose rows they are, one layer below the other.
+            Its right factor is theirs in common, so it is stored as two factors in any case.
 
     Raises:
         ValueError: ``keep`` lies outside (0, 1], a floor lies outside [0, 1] or matches nothing, the floors need more
-            than ``keep``, or experts that are to be alike have different floors or don't exist.
+            than ``keep``, experts that are to be alike have different floors or don't exist, or layers of a stack have
+            different floors.
 
     Example:
         >>> budget = Budget(keep=0.5, shapes={"a": (8, 8), "b": (8, 8)}, model_parameters=128, storage="factored")
@@ -67,6 +71,7 @@ class Budget:
     alike_experts: bool = False
     drop_experts: bool = False
     dropped: frozenset[str] = frozenset()
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -75,7 +80,7 @@ class Budget:
         for pattern, floor in self.floors.items():
             if not 0 <= floor <= 1:
                 raise ValueError(f"the floor of {pattern!r} is {floor}: expected a fraction in [0, 1]")
-            if not any(fnmatchcase(name, pattern) for name in self.shapes):
+            if not any(fnmatchcase(layer, pattern) for name in self.shapes for layer in self.stacks.get(name, (name,))):
                 raise ValueError(f"the floor pattern {pattern!r} matches none of the {len(self.shapes)} modules")
         if self.alike_experts and (self.drop_experts or self.dropped):
             raise ValueError(
@@ -90,6 +95,12 @@ class Budget:
                     f"alike_experts is true, but a floor holds for {unit[0]} or another expert of its block only: give "
                     "patterns that match all experts of a block, or leave alike_experts out"
                 )
+        for name, layers in self.stacks.items():
+            if len({self.floor(layer) for layer in layers}) > 1:
+                raise ValueError(
+                    f"a floor holds for some of the layers of {name} only, which share a right factor: give patterns "
+                    "that match all experts of a block, or leave shared_experts out"
+                )
         least = sum(self.cost(name, self.least_rank(name)) for name in self.shapes)
         if least > self.limit:
             raise ValueError(
@@ -100,14 +111,10 @@ class Budget:
     @cached_property
     def units(self) -> tuple[tuple[str, ...], ...]:
         """The modules that have one rank: each by itself, or the same matrix of all experts of a block together."""
-        found: dict[tuple[str, Shape], list[str]] = {}
+        found: dict[tuple[str, bool, Shape], list[str]] = {}
         for name, shape in self.shapes.items():
-            parts = name.split(".")
-            numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
-            # The first number is that of the block.
-            if self.alike_experts and len(numbers) > 1:
-                parts[numbers[1]] = "*"
-            found.setdefault((".".join(parts), shape), []).append(name)
+            unit = without_expert(name) if self.alike_experts else name
+            found.setdefault((unit, unit == name, shape), []).append(name)
         return tuple(map(tuple, found.values()))
 
     @property
@@ -149,7 +156,8 @@ class Budget:
 
     def costs_of(self, name: str) -> Storage:
         """Return the cost of ranks of module ``name``."""
-        return Storage("factored", self.bytes_per_parameter) if name in self.embeddings else self.rank_costs
+        factored = name in self.embeddings or name in self.stacks
+        return Storage("factored", self.bytes_per_parameter) if factored else self.rank_costs
 
     def break_even(self, name: str) -> int:
         """Return the largest rank of ``name`` that costs less than its dense weight; 0 if there is none."""
@@ -160,14 +168,14 @@ class Budget:
         return self.break_even(name) // self.multiple_of * self.multiple_of
 
     def floor(self, name: str) -> float:
-        """Return the least kept fraction of ``name``."""
+        """Return the least kept fraction of the layer ``name``."""
         return max((f for pattern, f in self.floors.items() if fnmatchcase(name, pattern)), default=0.0)
 
     def least_rank(self, name: str) -> int | None:
         """Return the smallest allowed rank of ``name``; ``None`` if it must stay dense, 0 if it is dropped."""
         if name in self.dropped:
             return 0
-        floor = self.floor(name)
+        floor = self.floor(next(iter(self.stacks.get(name, ())), name))
         wanted = max(1, math.ceil(self.costs_of(name).rank_at(self.shapes[name], floor) - 1e-9))
         rank = math.ceil(wanted / self.multiple_of) * self.multiple_of
         return rank if floor < 1 and rank <= self.top_rank(name) else None
@@ -388,7 +396,8 @@ class Budget:
         for name, size in sizes.items():
             shape = self.shapes[name]
             form = "factored" if not size else self.costs_of(name).form(shape, size)
-            modules[name] = ModulePlan.of_highest(shape, size, order.scores[name], storage=form)
+            chosen = ModulePlan.of_highest(shape, size, order.scores[name], storage=form)
+            modules[name] = replace(chosen, layers=self.stacks.get(name, ()))
         return RankPlan(
             method=method,
             keep=self.keep,

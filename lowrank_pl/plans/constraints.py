@@ -36,6 +36,10 @@ class Constraints:
         alike_experts: The experts of a block get equal ranks: one for all gates, one for all ups, one for all downs.
         drop_experts: Experts may be dropped whose tokens other experts can take at a lower predicted loss than ranks
             would cost for the same parameters (with ``fisher``).
+        shared_experts: The experts of a block share one right factor for their gates and another for their ups.
+
+    Raises:
+        ValueError: Experts are to share factors and may be dropped.
     """
 
     include: Sequence[str] = ("*",)
@@ -45,16 +49,42 @@ class Constraints:
     storage: StorageChoice = "auto"
     alike_experts: bool = False
     drop_experts: bool = False
+    shared_experts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shared_experts and self.drop_experts:
+            raise ValueError(
+                "experts that share right factors can't be dropped, since ranks and factors are those of all of them: "
+                "leave out shared_experts or drop_experts"
+            )
 
     def targets(self, model: PreTrainedModel) -> Targets:
         """Return the linear layers of ``model`` that are to be compressed.
 
         Raises:
-            ValueError: A glob fits no module, or nothing is left to compress.
+            ValueError: A glob fits no module, nothing is left to compress, or no targets are experts that could share
+                a factor.
         """
         from lowrank_pl.models.targets import find_targets
 
-        return find_targets(model, include=self.include, exclude=self.exclude)
+        return self.stacked(find_targets(model, include=self.include, exclude=self.exclude))
+
+    def stacked(self, targets: Targets) -> Targets:
+        """Return ``targets``, with the experts that are to share a right factor stacked.
+
+        Raises:
+            ValueError: Factors are to be shared, but no two targets are gates or ups of experts of one block.
+        """
+        return targets.stacked() if self.shared_experts else targets
+
+    def refuse_shared(self, what: str) -> None:
+        """Refuse shared right factors where ``what``, a clause, says why they can't be.
+
+        Raises:
+            ValueError: ``shared_experts`` is true.
+        """
+        if self.shared_experts:
+            raise ValueError(f"shared_experts is true, but {what}")
 
     def budget(self, model: PreTrainedModel, targets: Targets, keep: float) -> Budget:
         """Return the budget of ``keep`` of the targeted parameters of a dense ``model``.
@@ -86,4 +116,5 @@ class Constraints:
             embeddings=tuple(target.name for target in targets.embeddings),
             alike_experts=self.alike_experts,
             drop_experts=self.drop_experts,
+            stacks=targets.stacks,
         )

@@ -37,9 +37,9 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 SCHEMA = 4
-"""Version of the JSON format. Since 2, a module may be stored pivoted, and since 3 it may be rounded to a few bits, and
-since 4 an expert may be dropped. Plans without these are written in an earlier version; plans of version 1 are still
-read."""
+"""Version of the JSON format. Since 2, a module may be stored pivoted, since 3 it may be rounded to a few bits, and
+since 4 layers may share a right factor and an expert may be dropped. Plans are written in the lowest version that has
+what they hold, 2 or higher; plans of version 1 are still read."""
 
 ZERO = "all zeros in the base too"
 """Note on a module whose factors may be zero."""
@@ -62,6 +62,8 @@ class ModulePlan:
         indices: Indices of the kept components, ascending; ``None`` stands for the first ``rank`` ones.
         storage: Form in which a low-rank layer is stored; without meaning if the layer is dense or dropped.
         grid: The numbers that the stored matrices are rounded to; None leaves them as they are.
+        layers: Names of several linear layers of one shape, whose weights are the rows of this one, in this order: they
+            share the right factor, and each has its rows of the left one. Empty for a layer by itself.
     """
 
     shape: tuple[int, int]
@@ -69,6 +71,7 @@ class ModulePlan:
     indices: tuple[int, ...] | None = None
     storage: Form = "factored"
     grid: Grid | None = None
+    layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or not all(type(size) is int and size > 0 for size in self.shape):
@@ -88,6 +91,21 @@ class ModulePlan:
         if self.storage == "pivoted" and self.rank == min(self.shape):
             raise ValueError(
                 f"rank {self.rank} is full for shape {self.shape}: store it factored or dense, not pivoted"
+            )
+        if self.layers:
+            self._check_layers()
+
+    def _check_layers(self) -> None:
+        count = len(self.layers)
+        if count < 2 or len(set(self.layers)) < count or self.shape[0] % count:
+            raise ValueError(
+                f"{count} layers with the rows of shape {self.shape} were given: expected two or more different layers "
+                "with equal numbers of rows"
+            )
+        if self.storage != "factored" or self.grid is not None:
+            raise ValueError(
+                f"{self.layers[0]} and others share a right factor, which is stored factored and without bits: leave "
+                "storage and bits out"
             )
 
     @classmethod
@@ -115,6 +133,11 @@ class ModulePlan:
     def is_dropped(self) -> bool:
         """Whether the module has no matrix, because its expert is dropped."""
         return self.rank == 0
+
+    @property
+    def layer_shape(self) -> tuple[int, int]:
+        """``(out, in)`` of each of the ``layers``, or of the layer itself."""
+        return self.shape[0] // (len(self.layers) or 1), self.shape[1]
 
     @property
     def is_prefix(self) -> bool:
@@ -221,7 +244,8 @@ class RankPlan:
         method: Name of the method that made the plan, as in ``lowrank allocate --method``, or of the mask.
         keep: Fraction of the targeted parameters that was requested.
         modules: The plan of each targeted module by name, in the model's order. Embeddings and a head that are targets
-            come last; tied ones are one module.
+            come last; tied ones are one module. Layers of experts that share a right factor are one module, too, which
+            has their name without the number of the expert.
         model_parameters: Parameters of the whole dense model, tied ones counted once, ``left_out`` included.
         bytes_per_parameter: Bytes of one stored number.
         origin: What is needed to build the factors again: base, text, settings, store.
@@ -366,6 +390,25 @@ class RankPlan:
         return [note.removesuffix(f": {ZERO}") for note in self.notes if note.endswith(f": {ZERO}")]
 
     @property
+    def layers(self) -> list[str]:
+        """Names of the targeted modules of the model: those of ``modules``, and in place of shared ones their own."""
+        return [layer for name, module in self.modules.items() for layer in module.layers or (name,)]
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether experts share right factors, at this size or another."""
+        return any(module.layers for module in self.modules.values())
+
+    def refuse_shared(self, what: str) -> None:
+        """Refuse a plan with shared right factors where ``what``, a clause, says why it can't be.
+
+        Raises:
+            ValueError: Experts share right factors.
+        """
+        if self.shares_experts:
+            raise ValueError(f"the experts of the plan share right factors, but {what}")
+
+    @property
     def healed(self) -> str:
         """What was trained after the compression, and what that gained; empty if nothing was trained."""
         return training_of(self.notes)
@@ -385,7 +428,7 @@ class RankPlan:
 
     def dense(self) -> RankPlan:
         """Return the plan that leaves every module dense."""
-        modules = {name: ModulePlan(module.shape) for name, module in self.modules.items()}
+        modules = {name: ModulePlan(module.shape, layers=module.layers) for name, module in self.modules.items()}
         return replace(self, keep=1.0, modules=modules, order=None, embeddings={})
 
     def with_origin(
@@ -403,7 +446,7 @@ class RankPlan:
         """
         head = {
             # Earlier versions read what they can.
-            "schema": SCHEMA if self.dropped_modules else 3 if self.is_rounded else 2,
+            "schema": 4 if self.shares_experts or self.dropped_modules else 3 if self.is_rounded else 2,
             "method": self.method,
             "keep": {"asked": self.keep, "targeted": self.keep_targeted, "model": self.keep_model},
             "parameters": {
@@ -521,6 +564,8 @@ def _module_json(plan: ModulePlan) -> dict[str, Any]:
         entry["storage"] = plan.storage
     if plan.grid is not None:
         entry.update(plan.grid.to_json())
+    if plan.layers:
+        entry["layers"] = list(plan.layers)
     return entry
 
 

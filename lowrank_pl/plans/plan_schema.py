@@ -50,6 +50,7 @@ class ModuleEntry(_Part):
     storage: Form = "factored"
     bits: int | None = Field(default=None)
     group: int | None = Field(default=None)
+    layers: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _fits(self) -> ModuleEntry:
@@ -66,7 +67,7 @@ class ModuleEntry(_Part):
             raise ValueError(f"a group of {self.group} was given without bits: add bits, or leave out group")
         indices = None if self.indices is None else tuple(self.indices)
         grid = None if self.bits is None else Grid(self.bits, self.group)
-        return ModulePlan((self.shape[0], self.shape[1]), self.rank, indices, self.storage, grid)
+        return ModulePlan((self.shape[0], self.shape[1]), self.rank, indices, self.storage, grid, tuple(self.layers))
 
 
 class _Keep(_Part):
@@ -201,6 +202,10 @@ class PlanFile(_Part):
                 f"parameters.model.dense is {self.parameters.model.dense}: expected at least {targeted}, the "
                 "parameters of the plan's modules and embeddings"
             )
+        layers = [layer for name, entry in self.modules.items() for layer in entry.layers or (name,)]
+        if len(set(layers)) < len(layers):
+            twice = next(layer for layer in layers if layers.count(layer) > 1)
+            raise ValueError(f"modules has {twice} twice, by itself or among layers: expected every layer once")
         for name in self.constraints.embeddings:
             if name not in self.modules or self.modules[name].storage != "factored":
                 raise ValueError(

@@ -263,6 +263,7 @@ def _budget(plan: RankPlan, keep: float) -> Budget:
         embeddings=plan.embedded,
         alike_experts=plan.alike_experts,
         dropped=frozenset(plan.dropped_modules),
+        stacks={name: module.layers for name, module in plan.modules.items() if module.layers},
     )
 
 

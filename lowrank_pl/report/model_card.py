@@ -80,17 +80,19 @@ loading fails with a size mismatch."""
 
 def _what(record: RunRecord) -> str:
     plan = record.plan
-    low_rank = len(plan.modules) - len(plan.dense_modules) - len(plan.dropped_modules)
-    pivoted = len(plan.pivoted_modules)
+    low_rank = sum(len(module.layers) or 1 for module in plan.modules.values() if module.rank)
+    pivoted, shared = len(plan.pivoted_modules), any(one.layers and one.rank for one in plan.modules.values())
     stored = "stored as two thin matrices each"
     if record.merged:
         stored = "multiplied out to dense weights again"
     elif pivoted:
         some = "" if pivoted == low_rank else f"{pivoted} of them "
         stored = f"{some}stored as independent rows or columns and the coefficients of the rest"
+    if shared and not record.merged:
+        stored += "; the experts of a block share one matrix for their gates and one for their ups"
     return (
         f"# {escaped(title(record))}\n\n"
-        f"{code(record.base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.modules)} {_counted(plan)} are "
+        f"{code(record.base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.layers)} {_counted(plan)} are "
         f"replaced by low-rank factors, {stored}; the other layers {_others(plan)}.{_dropped(plan)}{_embedded(plan)}"
         f"{_rounded(record)}{_pruned(plan)}{_resized(plan)}{_healed(plan)}"
     )

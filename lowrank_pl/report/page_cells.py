@@ -152,6 +152,7 @@ class Cell:
         if self.module.is_dropped:
             return f"{self.kind}, {place}: dropped with its expert, whose tokens use others, {size}"
         form = "stored as two factors" if self.storage == "factored" else f"stored {self.storage}"
+        form += f", the right one shared by {len(self.module.layers)} experts" if self.module.layers else ""
         notes = [
             *(["pivoted storage would be inaccurate"] if self.fell_back else []),
             *(["a selection of components, not the first ones"] if self.any_k else []),

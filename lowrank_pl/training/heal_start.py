@@ -87,6 +87,10 @@ class HealStart:
             advice = f"give {file}" if file.is_file() else "give a plan.json, or the folder of an export"
             raise ValueError(f"{str(path)!r} is not the folder of a model: {advice}")
         plan = RankPlan.load(file) if file.is_file() or not is_folder else None
+        if plan is not None:
+            plan.refuse_shared(
+                "healing trains the factors of every layer by itself: heal a plan without shared_experts"
+            )
         if is_folder and plan is not None and not is_compressed(path):
             raise ValueError(f"{str(path)!r} holds merged dense weights, without factors to train: give its plan")
         config = json.loads((path / "config.json").read_text(encoding="utf-8")) if is_folder else {}

@@ -169,6 +169,10 @@ class RankLearner(LightningModule):
             _refuse_embeddings()
         if constraints.drop_experts:
             _refuse_dropping()
+        constraints.refuse_shared(
+            "masks learn the rank of every layer by itself: allocate by fisher with `lowrank allocate`, or leave "
+            "shared_experts out"
+        )
         self.keep, self.constraints, self.prune, self.compute = keep, constraints, prune, compute
         self.mask_method = mask or ARA()
         self.mask_method.check_base(decomposition.kind)

@@ -20,6 +20,7 @@ __all__ = [
     "percent",
     "rounded_perplexity",
     "table",
+    "without_expert",
 ]
 
 
@@ -46,7 +47,24 @@ def expert_number(name: str) -> int | None:
     >>> expert_number("model.layers.3.mlp.experts.17.gate_proj"), expert_number("model.layers.3.self_attn.q_proj")
     (17, None)
     """
-    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    place = _expert_place(name.split("."))
+    return None if place is None else int(name.split(".")[place])
+
+
+def without_expert(name: str) -> str:
+    """Return the name of a module without the number of its expert; the names of other modules are as they are.
+
+    >>> without_expert("model.layers.3.mlp.experts.17.gate_proj"), without_expert("model.layers.3.self_attn.q_proj")
+    ('model.layers.3.mlp.experts.gate_proj', 'model.layers.3.self_attn.q_proj')
+    """
+    parts = name.split(".")
+    place = _expert_place(parts)
+    return name if place is None else ".".join([*parts[:place], *parts[place + 1 :]])
+
+
+def _expert_place(parts: Sequence[str]) -> int | None:
+    """Return which part of a name is the number of an expert: the second number, since the first is the block's."""
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
     return numbers[1] if len(numbers) > 1 else None
 
 

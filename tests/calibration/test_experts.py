@@ -216,3 +216,31 @@ def test_two_processes_make_the_factors_of_one(tmp_path):
     for target in subject.targets.modules:
         torch.testing.assert_close(two.sigma(target.name), one.sigma(target.name), rtol=1e-4, atol=1e-8)
         assert two.notes(target.name).get("rows") == one.notes(target.name).get("rows")
+
+
+def test_the_stack_s_input_is_the_mean_over_what_its_experts_see(tokenizer, sequences):
+    subject = Subject(
+        load_base("random:mixtral"), tokenizer, sequences, Constraints(include=["*.1.*experts*"], shared_experts=True)
+    )
+    gates = subject.targets.among([f"{EXPERTS}.gate_proj"])
+    roots = Roots(Decomposition("whitened"), statistics_of(subject), gates, torch.device("cpu"))
+    found = roots.of_stack(gates)
+    own = [roots.moment_of_inputs(target) for target in gates]
+    torch.testing.assert_close(found.inputs.moment(), sum(own) / len(own), rtol=1e-4, atol=1e-6)
+    traces = [scale**2 * found.inputs.moment().trace() for scale in found.outputs.scales]
+    torch.testing.assert_close(torch.stack(traces), torch.stack([moment.trace() for moment in own]), rtol=1e-4, atol=0)
+
+
+def test_factors_of_a_stack_are_the_same_block_by_block(tokenizer, sequences, tmp_path):
+    constraints = Constraints(include=["*.1.*experts*"], shared_experts=True)
+    whole = Subject(load_base("random:mixtral"), tokenizer, sequences[:4], constraints)
+    wanted = build_factors(whole, settings=Decomposition("whitened"), directory=tmp_path / "whole")
+    tiny_model("mixtral").save_pretrained(tmp_path / "base")
+    skeleton = open_skeleton(str(tmp_path / "base"))
+    targets = constraints.stacked(skeleton.find_targets(include=constraints.include))
+    parts = Subject(skeleton.model, tokenizer, sequences[:4], constraints, known_targets=targets)
+    found = build_factors_by_block(skeleton, parts, settings=Decomposition("whitened"), directory=tmp_path / "parts")
+    name = f"{EXPERTS}.up_proj"
+    torch.testing.assert_close(found.sigma(name), wanted.sigma(name))
+    assert found.notes(name)["rows_of_layers"] == wanted.notes(name)["rows_of_layers"]
+    assert preparation_notes(whole.targets, wanted) == preparation_notes(targets, found)

@@ -100,3 +100,12 @@ def test_published_mixtures(name, parameters, for_a_token):
 def test_a_model_that_asks_for_values_is_refused():
     with pytest.raises(ValueError, match="the needs of random:jetmoe can't be forecast"):
         model_sizes(Base("random:jetmoe"), length=16)
+
+
+def test_experts_that_share_a_factor_are_decomposed_as_one_matrix():
+    apart, shared = (
+        model_sizes(Base("random:mixtral"), length=16, constraints=Constraints(shared_experts=sharing))
+        for sharing in (False, True)
+    )
+    assert shared.shapes == [*find_targets(load_base("random:mixtral")).stacked().shapes.values()]
+    assert (shared.targeted, len(shared.modules)) == (apart.targeted, len(apart.modules))

@@ -632,11 +632,11 @@ def test_a_folder_without_a_compressed_model_is_an_error(exports, tmp_path):
 def test_a_newer_schema_is_an_error(exports, tmp_path):
     def newer(folder):
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] |= {"schema": 6, "pivots": {}}
+        config["quantization_config"] |= {"schema": 7, "pivots": {}}
         (folder / "config.json").write_text(json.dumps(config))
 
     folder = damaged(exports[0] / "llama", tmp_path / "copy", newer)
-    with pytest.raises(ValueError, match=r"schema 6, .* up to 5: upgrade lowrank_pl"):
+    with pytest.raises(ValueError, match=r"schema 7, .* up to 6: upgrade lowrank_pl"):
         load_compressed(folder)
 
 

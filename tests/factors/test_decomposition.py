@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_pl.factors.decomposition import decompose, polar_svd, square_root, thin_svd, truncate
+from lowrank_pl.factors.decomposition import (
+    StackedRoots,
+    decompose,
+    polar_svd,
+    square_root,
+    thin_svd,
+    truncate,
+)
 
 
 def sample(tokens, features, *, seed=0):
@@ -241,3 +248,23 @@ def test_a_cpu_keeps_lapack():
     matrix, _ = matrix_of((6, 9), 2)
     for one, two in zip(thin_svd(matrix), torch.linalg.svd(matrix, full_matrices=False), strict=True):
         assert torch.equal(one, two)
+
+
+def test_singular_values_of_stacked_layers_are_their_weighted_error():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
+    moments = [a @ a.mT for a in (torch.randn(4, 9, generator=generator, dtype=torch.float64) for _ in range(2))]
+    rows = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    inputs, scales = square_root(rows @ rows.mT / 20), (1.0, 2.0, 0.5)
+    outputs = StackedRoots((*map(square_root, moments), None), scales, 4)
+    factors = decompose(torch.cat(weights), inputs=inputs, outputs=outputs)
+    for rank in (1, 4):
+        small = truncate(factors, rank)
+        lost = [weight - part for weight, part in zip(weights, (small.left @ small.right).split(4), strict=True)]
+        costs = [square_root(moment).moment() for moment in moments] + [torch.eye(4, dtype=torch.float64)]
+        error = sum(
+            scale**2 * (change.mT @ cost @ change @ inputs.moment()).trace()
+            for change, cost, scale in zip(lost, costs, scales, strict=True)
+        )
+        torch.testing.assert_close(error, factors.sigma[rank:].square().sum())
+    torch.testing.assert_close(factors.left @ factors.right, torch.cat(weights))

@@ -239,8 +239,8 @@ def test_the_config_survives_json():
     ("given", "text"),
     [
         (
-            {"schema": 6, "pivots": {}},
-            "schema 6, .* up to 5: upgrade",
+            {"schema": 7, "pivots": {}},
+            "schema 7, .* up to 6: upgrade",
         ),
         ({"shapes": {"a": [3]}}, r"'a' the shape \[3\]: expected \[out, in\]"),
         ({"shapes": {"a": [3, 0]}}, r"'a' the shape \[3, 0\]: expected \[out, in\]"),
@@ -425,5 +425,5 @@ def test_a_copy_registers_only_if_it_reads_more(monkeypatch):
     )
     exec(source, same)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is LowRankConfig
-    exec(source.replace("SCHEMA = 5", "SCHEMA = 6"), newer)
+    exec(source.replace("SCHEMA = 6", "SCHEMA = 7"), newer)
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"] is newer["LowRankConfig"]

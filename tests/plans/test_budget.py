@@ -406,3 +406,71 @@ def test_edited_ranks_of_alike_experts_have_to_be_alike():
     edited = replace(plan, modules={**plan.modules, name: ModulePlan((8, 12), 1)})
     with pytest.raises(ValueError, match=r"those of h\.1\.mlp\.0\.up and of other experts"):
         nested(edited, [0.3])
+
+
+STACKS = {"h.0.mlp.up": tuple(f"h.0.mlp.{number}.up" for number in range(3))}
+
+
+def sharing(**more):
+    """Three experts that share the right factor of their ups, of shape (8, 12), and have downs of their own."""
+    shapes = {"h.0.mlp.up": (24, 12), **{f"h.0.mlp.{number}.down": (12, 8) for number in range(3)}}
+    return Budget(shapes=shapes, stacks=STACKS, model_parameters=900, **{"keep": 0.5, **more})
+
+
+def test_a_shared_right_factor_is_counted_once_and_never_pivoted():
+    budget = sharing(storage="auto")
+    assert budget.cost("h.0.mlp.up", 7) == 7 * (3 * 8 + 12)
+    assert budget.top_rank("h.0.mlp.up") == 7  # The next one costs as much as the dense weights.
+    plan = budget.select(scores(budget), method="hand")
+    assert plan.modules["h.0.mlp.up"].storage == "factored"
+    assert plan.modules["h.0.mlp.up"].layers == STACKS["h.0.mlp.up"]
+    assert plan.kept_parameters <= 0.5 * 3 * 2 * 96
+
+
+def test_the_rank_of_a_shared_factor_may_exceed_that_of_each_layer():
+    entry = ModulePlan((24, 12), 12, layers=STACKS["h.0.mlp.up"])
+    assert (entry.layer_shape, entry.parameters) == ((8, 12), 12 * 36)
+    with pytest.raises(ValueError, match=r"rank of 13 was given for shape \(24, 12\): expected 1\.\.12"):
+        ModulePlan((24, 12), 13, layers=STACKS["h.0.mlp.up"])
+
+
+def test_other_sizes_of_a_stored_plan_share_too():
+    plan = sharing().select(scores(sharing()), method="hand")
+    assert '"schema": 4' in plan.to_json()
+    stored = RankPlan.from_json(plan.to_json())
+    assert stored == plan
+    for sized in nested(stored, [0.3, 0.8]).values():
+        assert sized.shares_experts
+        assert sized.layers == plan.layers
+
+
+def test_alike_experts_are_those_that_share_nothing():
+    budget = sharing(alike_experts=True)
+    assert [len(unit) for unit in budget.units] == [1, 3]
+
+
+def test_floors_of_experts_that_share_a_factor_have_to_be_equal():
+    assert sharing(keep=0.9, floors={"*.up": 1.0}).least_rank("h.0.mlp.up") is None
+    with pytest.raises(ValueError, match=r"some of the layers of h\.0\.mlp\.up only.*leave shared_experts out"):
+        sharing(floors={"h.0.mlp.1.up": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"layers": ("a",)}, "two or more different layers"),
+        ({"layers": ("a", "a")}, "two or more different layers"),
+        ({"layers": tuple("abcde")}, "equal numbers of rows"),
+        ({"layers": ("a", "b"), "storage": "pivoted"}, "leave storage and bits out"),
+    ],
+)
+def test_impossible_layers_of_a_module_are_refused(more, text):
+    with pytest.raises(ValueError, match=text):
+        ModulePlan((24, 12), 3, **more)
+
+
+def test_a_plan_that_names_a_layer_twice_is_refused():
+    plan = sharing().select(scores(sharing()), method="hand")
+    text = plan.to_json().replace('"h.0.mlp.1.up"', '"h.0.mlp.0.down"')
+    with pytest.raises(ValueError, match=r"h\.0\.mlp\.0\.down twice"):
+        RankPlan.from_json(text)

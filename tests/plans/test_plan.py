@@ -155,7 +155,7 @@ def test_origin_puts_notes_first(plan):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema=99), r"schema 99: .* 1 to 3"),
+        (lambda d: d.update(schema=99), r"schema 99: .* 1 to 4"),
         (lambda d: d.pop("schema"), r"schema None"),
         (lambda d: d.pop("method"), "method is missing"),
         (lambda d: d["parameters"].pop("model"), "parameters.model is missing"),
@@ -245,8 +245,8 @@ def test_no_json_and_no_file(plan, tmp_path):
         RankPlan.load(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="no plan at"):
         RankPlan.load(tmp_path)
-    (tmp_path / "bad.json").write_text(edited(plan, lambda d: d.update(schema=4)))
-    with pytest.raises(ValueError, match=r"bad.json: .*schema 4.*`lowrank allocate`"):
+    (tmp_path / "bad.json").write_text(edited(plan, lambda d: d.update(schema=5)))
+    with pytest.raises(ValueError, match=r"bad.json: .*schema 5.*`lowrank allocate`"):
         RankPlan.load(tmp_path / "bad.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"binary.json: "):

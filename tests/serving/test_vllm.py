@@ -299,7 +299,7 @@ KEY = "model.layers.0.self_attn.k_proj"  # pivoted
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": lambda entry: entry.update(schema=6)}, "lowrank schema 6.*upgrade lowrank_pl"),
+        ({"config": lambda entry: entry.update(schema=7)}, "lowrank schema 7.*upgrade lowrank_pl"),
         ({"config": lambda entry: entry["modules"].update({KEY: 5})}, f"{KEY}.* has the shape"),
         ({"tensors": lambda held: held.pop(f"{KEY}.pivots")}, f"no {KEY}.pivots.*copy or export it again"),
         ({"tensors": lambda held: held[f"{KEY}.pivots"].zero_()}, f"{KEY}: the pivots .*copy or export it again"),

@@ -738,3 +738,8 @@ def test_masks_refuse_embeddings_before_anything_is_loaded():
         ValueError, match=r"gate linear layers only.*allocate --method fisher --include '\*' embeddings"
     ):
         RankLearner(Base("no/such/model"), constraints=Constraints(include=("*", "embeddings")))
+
+
+def test_masks_refuse_shared_factors_before_anything_is_loaded():
+    with pytest.raises(ValueError, match=r"shared_experts is true, .*`lowrank allocate`"):
+        RankLearner(Base("no/such/model"), constraints=Constraints(shared_experts=True))

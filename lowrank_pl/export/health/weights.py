@@ -93,21 +93,23 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
     is_merged = not entries
     entries, gone = _without_dropped(entries)
     every = {name: module for name, module in (*plan.modules.items(), *plan.embeddings.items()) if module.rank != 0}
+    layers = {*plan.layers, *plan.embeddings} - {*plan.dropped_modules}
     wrong: list[str] = [f"{name} is dropped, but not in the plan" for name in gone - {*plan.dropped_experts}]
     wrong += [f"{name} is dropped in the plan only" for name in plan.dropped_experts if name not in gone]
     wrong += [
         f"{name} is {'low-rank' if _rank(entry) else 'rounded'} and not in the plan"
         for name, entry in entries.items()
-        if name not in every
+        if name not in layers
     ]
     found: dict[str, ModulePlan] = {}
     # Merged experts are stored as their family stores them: fused, or under other names. Their numbers are counted.
-    fused = {name for name in every if is_merged and expert_number(name) is not None} - _matrices_of(tensors)
+    fused = {name for name in layers if is_merged and expert_number(name) is not None} - _matrices_of(tensors)
     for name, planned in every.items():
-        if name in fused:
+        if fused.issuperset(planned.layers or (name,)):
             continue
         try:
-            found[name] = _stored_module(name, planned, None if is_merged else entries, tensors)
+            read = _stored_stack if planned.layers else _stored_module
+            found[name] = read(name, planned, None if is_merged else entries, tensors)
         except ValueError as error:
             wrong.append(f"{name} {error}")
     wrong += [
@@ -335,6 +337,28 @@ def _stored_module(name: str, planned: ModulePlan, entries: Entries | None, tens
     return ModulePlan(shape, rank, storage="factored" if side is None else "pivoted")
 
 
+def _stored_stack(name: str, planned: ModulePlan, entries: Entries | None, tensors: Tensors) -> ModulePlan:
+    """Return rank and shape of layers that share a right factor as one module; otherwise as ``_stored_module``."""
+    owner, *others = planned.layers
+    one = ModulePlan(planned.layer_shape)
+    ours = {layer: (entries or {}).get(layer) for layer in planned.layers}
+    if all(entry is None for entry in ours.values()):
+        for layer in planned.layers:
+            if _stored_module(layer, one, entries, tensors).shape != planned.layer_shape:
+                raise ValueError(f"has {layer} of another shape than {list(planned.layer_shape)}")
+        return planned if entries is None else replace(planned, rank=None, indices=None)
+    rank = ours[owner]
+    wanted = {"rank": rank, "storage": "shared", "right": owner}
+    if not isinstance(rank, int) or any(ours[layer] != wanted for layer in others):
+        raise ValueError(f"has layers that do not share the right factor of {owner}")
+    parts = [f"{owner}.right", *(f"{layer}.weight" for layer in planned.layers)]
+    shapes = [tuple(tensors[part].shape) if part in tensors else () for part in parts]
+    rows, columns = planned.layer_shape
+    if shapes != [(rank, columns), *[(rows, rank)] * len(planned.layers)]:
+        raise ValueError(f"has parts of shapes {shapes[0]}, {shapes[1]} and more, which do not match rank {rank}")
+    return ModulePlan(planned.shape, rank, layers=planned.layers)
+
+
 def _rounded_module(name: str, shape: tuple[int, int], entry: Entry, tensors: Tensors) -> ModulePlan:
     """Return a rounded module of ``shape``; its tensors alone do not tell the shape."""
     grid = grid_of_entry(entry)
@@ -383,7 +407,8 @@ def _side(entry: Entry) -> str | None:
 
 def _parts(name: str, entry: Entry) -> tuple[str, ...]:
     """Return the names of the matrices of a compressed module; those of a rounded one are its scales."""
-    return (f"{name}.weight",) if _rank(entry) is None else (f"{name}.weight", f"{name}.right")
+    alone = _rank(entry) is None or (isinstance(entry, dict) and "right" in entry)
+    return (f"{name}.weight",) if alone else (f"{name}.weight", f"{name}.right")
 
 
 def _decides_the_layer(part: str, entry: Entry) -> bool:

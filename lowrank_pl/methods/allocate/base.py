@@ -58,6 +58,7 @@ class Allocator(ABC):
         needs_model: Whether it runs the model, whose weights must then be loaded.
         takes_embeddings: Whether embeddings and head may be among the targets.
         drops_experts: Whether it can choose experts to drop.
+        takes_shared: Whether experts may share right factors, so that a module is several layers.
     """
 
     name: ClassVar[str]
@@ -69,6 +70,7 @@ class Allocator(ABC):
     needs_model: ClassVar[bool] = False
     takes_embeddings: ClassVar[bool] = False
     drops_experts: ClassVar[bool] = False
+    takes_shared: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, problem: Problem) -> dict[str, Tensor]:
@@ -126,13 +128,18 @@ class Allocator(ABC):
         """Check that this method can give every module of ``budget`` a rank, before any factors are built.
 
         Raises:
-            ValueError: Embeddings are among the modules, and it knows linear layers of blocks only, or experts may be
-                dropped, and it can't choose which.
+            ValueError: Embeddings or experts that share a factor are among the modules, and it knows single linear
+                layers of blocks only, or experts may be dropped, and it can't choose which.
         """
         if budget.drop_experts and not self.drops_experts:
             raise ValueError(
                 f"drop_experts is true, but the allocator {self.name} does not price experts: allocate by fisher, or "
                 "leave drop_experts out"
+            )
+        if budget.stacks and not self.takes_shared:
+            raise ValueError(
+                f"shared_experts is true, but the allocator {self.name} knows every layer by itself: allocate by "
+                "fisher, or leave shared_experts out"
             )
         if budget.embeddings and not self.takes_embeddings:
             raise ValueError(

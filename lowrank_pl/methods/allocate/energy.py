@@ -23,6 +23,7 @@ class Energy(Allocator):
     name: ClassVar[str] = "energy"
     paper: ClassVar[str | None] = None
     takes_embeddings: ClassVar[bool] = True
+    takes_shared: ClassVar[bool] = True
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return every component's share of its module's energy."""

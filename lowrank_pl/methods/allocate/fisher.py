@@ -33,6 +33,7 @@ class Fisher(Allocator):
     default_kind: ClassVar[Kind] = "two_sided"
     kinds: ClassVar[tuple[str, ...]] = ("two_sided",)
     takes_embeddings: ClassVar[bool] = True
+    takes_shared: ClassVar[bool] = True
     drops_experts: ClassVar[bool] = True
 
     def plan(self, problem: Problem) -> RankPlan:

@@ -20,6 +20,7 @@ class Uniform(Allocator):
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str | None] = "2403.07378"
     takes_embeddings: ClassVar[bool] = True
+    takes_shared: ClassVar[bool] = True
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks from break-even at the same rate."""

@@ -18,6 +18,7 @@ from lowrank_pl.methods.masks.base import Mask, MaskMethod
 from lowrank_pl.methods.masks.gated_product import TILE, ActiveComponents, Components, gated_product
 from lowrank_pl.models.targets import StandIn, dense_weight, replace_module
 from lowrank_pl.plans.storage import Storage
+from lowrank_pl.utils.formatting import expert_number
 
 __all__ = [
     "Computation",
@@ -216,8 +217,7 @@ def _stacked(layers: Mapping[str, MaskedLinear]) -> dict[str, _State]:
     """Return the states of the masks of experts that are computed together, by name of the layer."""
     groups: dict[Hashable, list[str]] = defaultdict(list)
     for name, layer in layers.items():
-        # The names of experts hold two numbers: the block's and their own.
-        if layer.mask.kin is not None and sum(part.isdecimal() for part in name.split(".")) > 1:
+        if layer.mask.kin is not None and expert_number(name) is not None:
             groups[layer.mask.kin].append(name)
     found: dict[str, _State] = {}
     for names in groups.values():

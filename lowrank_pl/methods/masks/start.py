@@ -76,6 +76,8 @@ def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, target: 
         raise ValueError(
             f"a plan to start from was given, but masks of {method.name} have a start of their own: leave it out"
         )
+    if plan is not None:
+        plan.refuse_shared("masks learn the rank of every layer by itself: start from a plan without shared_experts")
     if plan is None:
         return MaskStart(dict.fromkeys(budget.shapes, method.start_keep(target)))
     if plan.dropped_experts:

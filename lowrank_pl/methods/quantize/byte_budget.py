@@ -198,8 +198,14 @@ def check_targets(targets: Targets) -> None:
     """Check that a budget in bytes can price every target, before any factors are built.
 
     Raises:
-        ValueError: Embeddings are among the targets: such a budget gives them bits, and no rank.
+        ValueError: Embeddings are among the targets, to which such a budget gives bits and no rank, or experts that are
+            to share right factors.
     """
+    if targets.stacks:
+        raise ValueError(
+            f"shared_experts is true, but a budget in bytes gives {next(iter(targets.stacks))} no bits: leave it out, "
+            "or choose ranks alone with keep"
+        )
     if targets.embeddings:
         raise ValueError(
             f"a budget in bytes was given the embeddings {targets.embeddings[0].name} as a target, and gives "

@@ -69,6 +69,7 @@ def quantize(
         >>> plan.bits, plan.keep_bytes < 0.2
         ({'4 bits in groups of 32': 14}, True)
     """
+    plan.refuse_shared("no such factor is rounded to a few bits: round a plan without shared_experts")
     if _STEP in factors.fingerprint:
         raise ValueError(f"the matrices in {factors.directory} are rounded already: give the plan before rounding")
     given = plan if settings is None else with_bits(plan, settings, subject.model)

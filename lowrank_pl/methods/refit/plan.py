@@ -107,7 +107,7 @@ def refitted_plan(plan: RankPlan, made: FactorStore, *, fitted: int, held: int) 
     order = plan.order
     if order is not None:
         scores = {
-            name: _kept_scores(order.scores[name], module, renewed=noted[name]["refit"] == APPLIED)
+            name: _kept_scores(order.scores[name], module, renewed=_is_renewed(module, noted[name]))
             for name, module in low_rank.items()
             if name in order.scores
         }
@@ -123,6 +123,11 @@ def refitted_plan(plan: RankPlan, made: FactorStore, *, fitted: int, held: int) 
         notes=(*plan.notes, *said),
         order=order,
     )
+
+
+def _is_renewed(module: ModulePlan, noted: Mapping[str, str]) -> bool:
+    """Tell whether a refit made new components; those of a right factor that layers share are the old ones."""
+    return noted["refit"] == APPLIED and not module.layers
 
 
 def _kept_scores(scores: Tensor, module: ModulePlan, *, renewed: bool) -> Tensor:

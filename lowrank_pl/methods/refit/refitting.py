@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ from lowrank_pl.methods.refit.plan import (
     refitted_plan,
 )
 from lowrank_pl.methods.refit.settings import Refit
-from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted
+from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted, refitted_left
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import Target, dense_weight
@@ -80,7 +81,8 @@ def refit(
     gradient in the dense model if the factors were made with weighted tokens, else 1.
 
     The compensated fractions and the damping are chosen for each module on held-back sequences. A module whose error
-    there does not fall by the margin keeps its factors. Modules that the plan leaves dense are not changed.
+    there does not fall by the margin keeps its factors. Modules that the plan leaves dense are not changed. A right
+    factor that experts share stays as it is: each of them gets a left factor of its own inputs.
 
     The new factors are written module by module to a folder inside that of ``factors``, so a killed run continues at
     the block that it was in. The passes cost about four passes over all sequences, and one backward pass if tokens are
@@ -98,8 +100,8 @@ def refit(
         batch_size: Sequences per pass; by default enough to keep the device busy.
 
     Raises:
-        ValueError: Plan, factors, model and sequences do not belong together, there are too few sequences, or an
-            activation is not finite.
+        ValueError: Plan, factors, model and sequences do not belong together, there are too few sequences, an
+            activation is not finite, or experts share factors and a joint refit is asked for.
     """
     work = _Work(plan, factors, subject, sequences, settings or Refit(), batch_size)
     work.run()
@@ -119,6 +121,8 @@ class _Work:
         batch_size: int | None,
     ) -> None:
         model, calibration = subject.model, subject.sequences
+        if settings.joint is not None:
+            plan.refuse_shared("a joint refit changes both factors of every layer: leave the joint refit out")
         check_belongs(plan, base, model, subject.targets)
         check_sequences(model, sequences)
         self.plan, self.base, self.model, self.settings = plan, base, model, settings
@@ -134,6 +138,7 @@ class _Work:
         self.made = FactorStore(*base.derived("refit", self._identity()))
         self._began = 0.0
         self._pending: dict[str, _Made] = {}
+        self._read: dict[tuple[Path, str, int], Factors] = {}
         self.made_by = Decomposition.of_fingerprint(base.fingerprint)
         self.two_sided = settings.two_sided and self.made_by.kind == "two_sided"
 
@@ -147,7 +152,7 @@ class _Work:
 
     def run(self) -> None:
         """Refit the modules that are missing; wait if another run is refitting them."""
-        with self.made.filling([*(target.name for target in self.modules), *self.plan.embedded]) as missing:
+        with self.made.filling([*dict.fromkeys(map(_stored_as, self.modules)), *self.plan.embedded]) as missing:
             if missing:
                 self._copy_embeddings()
                 self._make_missing()
@@ -161,12 +166,14 @@ class _Work:
 
     def _make_missing(self) -> None:
         # There is nothing to refit of a dropped expert either.
-        dense = [target.name for target in self.modules if not self.plan.modules[target.name].rank]
+        names = dict.fromkeys(map(_stored_as, self.modules))
+        dense = [name for name in names if not self.plan.modules[name].rank]
         for name in self.made.missing(dense):
             # A smaller size of the plan may truncate the module.
             self.made.add(name, self.base.factors(name), notes={**self.base.notes(name), "seconds": "0"})
-        low_rank = [target for target in self.modules if target.name not in dense]
-        missing = self.made.missing(target.name for target in low_rank)
+        low_rank = [target for target in self.modules if _stored_as(target) not in dense]
+        absent = set(self.made.missing(map(_stored_as, low_rank)))
+        missing = [target.name for target in low_rank if _stored_as(target) in absent]
         if self.settings.joint is not None:
             blocks = {target.block for target in low_rank if target.name in missing}
             missing = [target.name for target in low_rank if target.block in blocks]
@@ -196,7 +203,7 @@ class _Work:
         for block, inside in groupby(low_rank, key=lambda target: target.block):
             # Modules that share an input but are not called in sequence form two groups.
             groups = [list(members) for _, members in groupby(inside, key=lambda target: target.group)]
-            todo = [[target for target in members if target.name not in self.made] for members in groups]
+            todo = [[target for target in members if _stored_as(target) not in self.made] for members in groups]
             jointly = joint and any(todo)
             if jointly:
                 # Modules that a killed run has stored are those of a finished joint refit: the block begins anew.
@@ -211,16 +218,31 @@ class _Work:
                     self._solve(missing, wiring, models, roots, norms)
                     bar.update(sum(map(len, missing)))
                 for target in chain.from_iterable(groups[number] for number in stage):
-                    self._put(target.name, models)
+                    self._put(target, models)
             if jointly:
                 self._fit_jointly(block, models, self._block_weights(block, wiring, roots, norms))
                 for target in chain.from_iterable(groups):
-                    self._put(target.name, models)
+                    self._put(target, models)
 
-    def _put(self, name: str, models: ModelPair) -> None:
-        """Let the compressed model have the present factors of module ``name``."""
-        factors = self._pending[name].factors if name in self._pending else self.made.factors(name)
+    def _put(self, target: Target, models: ModelPair) -> None:
+        """Let the compressed model have the present factors of a layer."""
+        name = target.name
+        factors = self._pending[name].factors if name in self._pending else self._factors(target, self.made)
         models.layers[name] = factored_layer(self.model.get_submodule(name), factors)
+
+    def _factors(self, target: Target, store: FactorStore) -> Factors:
+        """Return the factors of a layer that the plan keeps of those in ``store``; ``made`` has no others."""
+        name = target.stack or target.name
+        entry = self.plan.modules[name]
+        if not target.stack:
+            return store.factors(name) if store is self.made else store.kept(name, entry)
+        key = store.directory, name, target.block
+        if key not in self._read:
+            # One file has all experts of the block. Those of earlier blocks are done.
+            self._read = {one: read for one, read in self._read.items() if one[2] == target.block}
+            self._read[key] = store.factors(name) if store is self.made else store.kept(name, entry)
+        whole = self._read[key]
+        return replace(whole, left=whole.left.chunk(len(entry.layers))[entry.layers.index(target.name)])
 
     def _writer(self, block: int, wiring: Mapping[str, Wiring]) -> str | None:
         """Return the block's last layer that writes to the stream; None if there is none."""
@@ -416,12 +438,16 @@ class _Work:
 
     def _decide(self, target: Target, problem: Problem, choice: Choice, text: _Text) -> None:
         """Store the refit of a module if it lowers the error on held-back text, otherwise its present factors."""
-        entry = self.plan.modules[target.name]
-        present = self.base.kept(target.name, entry)
-        assert entry.rank is not None
-        plain, other = (
-            refitted(problem, text.fit, how, entry.rank, damping=self.made_by.damping) for how in (NOTHING, choice)
-        )
+        present = self._factors(target, self.base)
+
+        def made_from(moments: PairMoments, how: Choice) -> Factors:
+            damping = self.made_by.damping
+            if not target.stack:
+                return refitted(problem, moments, how, len(present.sigma), damping=damping)
+            left = refitted_left(problem, moments, how, present.right, damping=damping)
+            return replace(present, left=left)
+
+        plain, other = made_from(text.fit, NOTHING), made_from(text.fit, choice)
         errors = problem.errors([present, plain, other], text.held)
         if not all(map(math.isfinite, errors)):
             raise ValueError(f"the errors of {target.name} are {errors}: {NOT_FINITE}")
@@ -434,25 +460,36 @@ class _Work:
             numbers["stream"] = choice.stream
         _log.debug("%s: error %.4g becomes %.4g by %s", target.name, before, after, choice)
         if gain > self.settings.margin:
-            made = refitted(problem, text.both, choice, entry.rank, damping=self.made_by.damping)
-            self._store(target.name, made, APPLIED, numbers)
+            self._store(target, made_from(text.both, choice), APPLIED, numbers)
         else:
-            self._store(target.name, present, NO_GAIN, numbers)
+            self._store(target, present, NO_GAIN, numbers)
 
     def _keep_factors(self, members: Sequence[Target], why: str) -> None:
         for target in members:
-            self._store(target.name, self.base.kept(target.name, self.plan.modules[target.name]), why, {})
+            self._store(target, self._factors(target, self.base), why, {})
 
-    def _store(self, name: str, factors: Factors, how: str, numbers: Mapping[str, float]) -> None:
+    def _store(self, target: Target, factors: Factors, how: str, numbers: Mapping[str, float]) -> None:
+        name = target.name
         if not all(torch.isfinite(part.float()).all() for part in (factors.left, factors.right)):
             raise ValueError(f"the refitted factors of {name} hold NaN or infinity: {NOT_FINITE}")
         notes = {"refit": how, **{key: f"{value:.6g}" for key, value in numbers.items()}}
-        if self.settings.joint is None:
+        if self.settings.joint is None and not target.stack:
             self._write(name, factors, notes)
         else:
             # In the precision of the store, so that a run that goes on computes the same.
             rounded = Factors(factors.left.float(), factors.right.float(), factors.sigma.double())
             self._pending[name] = _Made(rounded, notes)
+        if target.stack:
+            self._write_stack(target.stack)
+
+    def _write_stack(self, stack: str) -> None:
+        """Store the left factors of layers that share the right one, once all of them are there."""
+        layers = self.plan.modules[stack].layers
+        if any(layer not in self._pending for layer in layers):
+            return
+        found = [self._pending.pop(layer) for layer in layers]
+        left = torch.cat([made.factors.left for made in found])
+        self._write(stack, replace(found[0].factors, left=left), _notes_on_all([made.notes for made in found]))
 
     def _write(self, name: str, factors: Factors, notes: Mapping[str, str]) -> None:
         # The time of the passes counts for the first module of a group, or of a block with a joint refit.
@@ -471,6 +508,22 @@ class _Work:
             return None
         statistics = statistics_of_factors(self.base, self.model, self.calibration)
         return statistics.on(self.sequences).collect("gradient_norms", watched, self.made_by.labels)
+
+
+def _stored_as(target: Target) -> str:
+    """Return the name under which a store has the factors of a layer: its own, or that of its stack."""
+    return target.stack or target.name
+
+
+def _notes_on_all(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return one note on layers that share a factor: how many were refitted, and what most of these compensate."""
+    applied = [note for note in notes if note["refit"] == APPLIED]
+    if not applied:
+        return dict(notes[0])
+    kinds = {key: Counter(note[key] for note in applied if key in note) for key in ("drift", "stream", "damping")}
+    gain = sum(float(note["gain"]) for note in applied) / len(notes)
+    most = {key: counts.most_common(1)[0][0] for key, counts in kinds.items() if counts}
+    return {"refit": APPLIED, "gain": f"{gain:.6g}", **most, "layers": f"{len(applied)} of {len(notes)}"}
 
 
 def _weights(norms: Tensor) -> Tensor:

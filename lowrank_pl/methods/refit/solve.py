@@ -17,7 +17,10 @@ from torch import Tensor
 from lowrank_pl.factors.decomposition import Factors, SquareRoot, damped_root
 from lowrank_pl.methods.refit.moments import PairMoments
 
-__all__ = ["NOTHING", "Choice", "Problem", "choose", "refitted"]
+__all__ = ["NOTHING", "Choice", "Problem", "choose", "refitted", "refitted_left"]
+
+_RIDGE = 1e-10
+"""Ridge of a left factor, relative to the second moment of each of its inputs: components may be nearly dependent."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +166,7 @@ def refitted(problem: Problem, fit: PairMoments, choice: Choice, rank: int, *, d
         rank: Number of components to keep.
         damping: Added to the diagonal of the second moment used for truncation, relative to the diagonal's mean.
     """
-    target = problem.rows
-    blends = [choice.drift, choice.stream]
-    if any(blends):
-        root = damped_root(fit.inputs, choice.damping)
-        for lacking, blend in zip(problem.lacking(fit), blends, strict=False):
-            target = target + blend * _regress(lacking, root)
+    target = _regressed(problem, fit, choice)
     # Its eigenvalues are the squares of the singular values of the target times the inputs' root.
     gram = target @ fit.inputs @ target.mT + damping * fit.inputs.diagonal().mean() * (target @ target.mT)
     squares, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
@@ -180,6 +178,36 @@ def refitted(problem: Problem, fit: PairMoments, choice: Choice, rank: int, *, d
     if problem.outputs is not None:
         left = problem.outputs.solve_right(left.mT).mT
     return Factors(left * half, (vectors.mT @ target) / half[:, None], sigma)
+
+
+def refitted_left(problem: Problem, fit: PairMoments, choice: Choice, right: Tensor, *, damping: float) -> Tensor:
+    """Return the left factor ``[out, rank]`` of the refit whose right factor is given, as layers share one, float64.
+
+    It is the regression of ``refitted`` with the least error on the inputs ``t`` among all multiples of ``right``.
+
+    Args:
+        problem: The linear layer.
+        fit: Mean moments.
+        choice: Strength of the refit.
+        right: ``[rank, in]``.
+        damping: As for ``refitted``.
+    """
+    right = right.to(fit.inputs)
+    seen = right @ fit.inputs + damping * fit.inputs.diagonal().mean() * right
+    left = _regress(_regressed(problem, fit, choice) @ seen.mT, damped_root(seen @ right.mT, _RIDGE))
+    left = left if problem.basis is None else problem.basis @ left
+    return left if problem.outputs is None else problem.outputs.solve_right(left.mT).mT
+
+
+def _regressed(problem: Problem, fit: PairMoments, choice: Choice) -> Tensor:
+    """Return ``W + (drift W E[d t'] + stream E[e t']) (E[t t'] + ridge)^-1`` in the coordinates of the problem."""
+    target = problem.rows
+    blends = [choice.drift, choice.stream]
+    if any(blends):
+        root = damped_root(fit.inputs, choice.damping)
+        for lacking, blend in zip(problem.lacking(fit), blends, strict=False):
+            target = target + blend * _regress(lacking, root)
+    return target
 
 
 def _regress(lacking: Tensor, root: Tensor) -> Tensor:

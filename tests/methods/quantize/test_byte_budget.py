@@ -14,6 +14,7 @@ from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.quantize import ByteBudget, Rounding, allocate_bytes, quantize
 from lowrank_pl.methods.quantize.byte_budget import price
+from lowrank_pl.models.base import load_base
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
 
@@ -92,3 +93,10 @@ def test_alike_experts_are_refused_before_factors_are_made(sequences):
     subject = Subject(tiny_model("llama"), byte_tokenizer(), sequences[:1], Constraints(alike_experts=True))
     with pytest.raises(ValueError, match=r"alike_experts is true.*lowrank quantize"):
         allocate_bytes(subject, ByteBudget(keep=0.2))
+
+
+def test_shared_factors_are_refused_before_factors_are_made(sequences):
+    constraints = Constraints(shared_experts=True)
+    subject = Subject(load_base("random:mixtral"), byte_tokenizer(), sequences[:1], constraints)
+    with pytest.raises(ValueError, match=r"shared_experts is true, .* choose ranks alone with keep"):
+        allocate_bytes(subject, ByteBudget(keep=0.5))
