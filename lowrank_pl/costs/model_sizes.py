@@ -335,7 +335,7 @@ def _let_count(router: nn.Module) -> None:
     forward, values = router.forward, FakeTensor.tolist
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        FakeTensor.tolist = lambda tensor: [0] * tensor.numel()  # type: ignore[method-assign]
+        FakeTensor.tolist = lambda self: [0] * self.numel()  # type: ignore[method-assign]
         try:
             return forward(*args, **kwargs)
         finally:

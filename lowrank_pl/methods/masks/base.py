@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ __all__ = [
     "of_each",
     "stacks",
 ]
+
+AnyMask = TypeVar("AnyMask", bound="Mask")
 
 NEARLY_FULL = 0.97
 """With pivoted storage, a mask gates at most the components that cost this fraction of the dense weight.
@@ -116,7 +118,7 @@ class Mask(nn.Module, ABC):
         return (type(self), self.shape, self.rank, self.storage) if self.own else None
 
     @classmethod
-    def stacked(cls, masks: Sequence[Self]) -> Self:
+    def stacked(cls: type[AnyMask], masks: Sequence[AnyMask]) -> AnyMask:
         """Return one mask that stands for ``masks``: what it returns has one more dimension in front, that of masks.
 
         It holds their state of this moment, and gradients reach each of them through it.
