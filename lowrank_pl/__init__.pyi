@@ -51,7 +51,7 @@ from .training.module import RankLearner as RankLearner
 from .training.rank_monitor import RankMonitor as RankMonitor
 from .training.text_samples import TextSamples as TextSamples
 from .training.upcycle import FinishUpcycling as FinishUpcycling
-from .training.upcycle import Mixture as Mixture
+from .training.upcycle import MixtureOfExperts as MixtureOfExperts
 from .training.upcycle import Upcycler as Upcycler
 
 __version__: str

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, located
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.hf_experts import can_drop
+from lowrank_pl.models.hf_experts import can_drop, split_modules
 from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import decoder_blocks, first_argument
 
@@ -94,6 +94,7 @@ class Recorder:
     def __init__(self, starts: Sequence[Tensor]) -> None:
         self._starts = starts
         self._calls: list[tuple[str, Call, Tensor]] = []
+        self._of_experts: set[str] = set()
 
     @contextmanager
     def watching(self, model: nn.Module, names: Iterable[str]) -> Iterator[None]:
@@ -101,6 +102,9 @@ class Recorder:
 
         Of modules of experts among them, the weights of the chosen experts are kept.
         """
+        names = list(names)
+        experts = tuple(f"{name}." for name, _ in split_modules(model))
+        self._of_experts = {name for name in names if name.startswith(experts)}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
             def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -146,10 +150,14 @@ class Recorder:
             The gradient by the input of the first block.
 
         Raises:
-            ValueError: An input or a gradient is not finite, or the loss does not depend on a linear layer. The message
-                names the linear layer.
+            ValueError: An input or a gradient is not finite, or the loss does not depend on a linear layer, or the
+                model does not call one that belongs to no expert. The message names the linear layer.
         """
         waiting = Counter(name for name, _, _ in self._calls)
+        uncalled = [name for name in measures if name not in waiting]
+        for name in uncalled:
+            if name not in self._of_experts:
+                raise ValueError(f"the model does not call module {name} on batch {batch.number}: exclude it")
         found: dict[str, list[Call]] = {}
 
         def take(name: str, call: Call, by_output: Tensor) -> None:
@@ -167,7 +175,7 @@ class Recorder:
         unused = [name for name, left in waiting.items() if left]
         if unused:
             raise ValueError(f"the loss does not depend on module {unused[0]}: exclude it")
-        for name in measures.keys() - waiting.keys():
+        for name in uncalled:
             # No token of the batch was routed to this expert.
             measures[name].add([], batch)
         return by_start

@@ -167,7 +167,8 @@ def row_metric(
     assert isinstance(weights, Tensor)
     assert isinstance(moment, Tensor)
     # Both sides have the mean size of rows and columns, which their product must have only once.
-    return RowMetric(weights, square_root(moment / (total or 1.0), damping=settings.damping), tokens)
+    # Each place's moment is damped already.
+    return RowMetric(weights, square_root(moment / (total or 1.0), damping=0.0), tokens)
 
 
 def _moments(settings: Decomposition) -> Statistic:

@@ -23,6 +23,9 @@ _MASK = 16
 _REFIT_PASSES = 4
 """About how often a refit runs over all its sequences (``refit``)."""
 
+_EXPERT_PASSES = 2
+"""Passes of the dense model beside those that compare the layers of experts: gate and up, then down (``ModelPair``)."""
+
 _JOINT_PASS = 4
 """Forward passes that cost as much as one of a joint refit: forward with the change along a direction, and back."""
 
@@ -36,7 +39,9 @@ _REFIT_MOMENTS = 14
 """Squares of an input's width in float64 at a time: sums of fitted and held-back sequences, both, and their means."""
 
 _HIDDEN = 4
-"""Hidden states of the dense and the compressed model, and what the two streams of a block are fed (``ModelPair``)."""
+"""Hidden states of the dense and the compressed model, and what the two streams of a block are fed (``ModelPair``).
+
+A mixture has one more: where the dense model runs a block again."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,9 @@ def refit_phase(run: Run) -> Phase:
         "moments of a pair of inputs": 8.0 * (_REFIT_MOMENTS * widest**2 + 6 * widest * outputs + 4 * outputs**2),
         "activations": 4.0 * length * widest * model.itemsize,
     }
+    if model.shares:
+        inputs = length * _inputs_of_a_block(model, experts=True)
+        device["inputs of a batch's experts, in both models"] = 2.0 * inputs * model.itemsize
     if refits.joint_passes:
         # In float32, with what the backward pass needs; a forward derivative doubles it.
         kept = 2 * 4 * model.activations.kept / model.itemsize / len(model.blocks)
@@ -147,14 +155,16 @@ def refit_phase(run: Run) -> Phase:
         device["a block's activations in float32"] = max(length, _JOINT_TOKENS) * kept
     host = {
         "Python and libraries": run.program,
-        "hidden states": float(_HIDDEN * tokens * model.hidden * model.itemsize),
-        "inputs of a block's layers": float(tokens * _inputs_of_a_block(model) * model.itemsize),
+        "hidden states": float((_HIDDEN + bool(model.shares)) * tokens * model.hidden * model.itemsize),
+        "inputs of a block's layers": float(tokens * _inputs_of_a_block(model, experts=False) * model.itemsize),
     }
     # Where tokens weigh differently for each layer, layers that share an input have moments of their own.
     groups = {target.group: target for target in model.modules}.values()
     measured = model.modules if run.work.preparation.weighs_tokens else groups
     work: dict[WorkKind, float] = {
-        "model": (refits.count * _REFIT_PASSES + refits.joint_passes * _JOINT_PASS)
+        "model": (
+            refits.count * (_REFIT_PASSES + _EXPERT_PASSES * bool(model.shares)) + refits.joint_passes * _JOINT_PASS
+        )
         * float(tokens * model.multiply_adds),
         "float32": refits.count * tokens * 3.0 * sum(model.share(target) * target.shape[1] ** 2 for target in measured),
         # Three weighings a decomposition: without text held back, with it, and as the plan has it.
@@ -170,12 +180,13 @@ def refit_phase(run: Run) -> Phase:
     )
 
 
-def _inputs_of_a_block(model: ModelSizes) -> float:
-    """Return how many numbers a token has in all inputs of the widest block's layers."""
+def _inputs_of_a_block(model: ModelSizes, *, experts: bool) -> float:
+    """Return how many numbers a token has in all inputs of the widest block's layers: of experts, or of all others."""
     widths: defaultdict[int, float] = defaultdict(float)
     for target in {target.group: target for target in model.modules}.values():
-        widths[target.block] += model.share(target) * target.shape[1]
-    return max(widths.values())
+        if bool(target.experts) == experts:
+            widths[target.block] += model.share(target) * target.shape[1]
+    return max(widths.values(), default=0.0)
 
 
 def rounding_phase(run: Run) -> Phase:

@@ -12,16 +12,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lowrank_pl.models.base import Base, pop_shapes, read_config, resolve_base
-from lowrank_pl.models.hf_experts import SplitExperts, is_fused, split_experts, split_modules
+from lowrank_pl.models.hf_experts import SortedExperts, SplitExperts, is_fused, routers, split_experts, split_modules
 from lowrank_pl.models.hf_format import reshape
 from lowrank_pl.models.shapes import random_blocks, whole_config
 from lowrank_pl.models.targets import EmbeddingTarget, Target, Targets, decoder_blocks, first_argument
@@ -200,7 +200,7 @@ def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Con
 
 @contextmanager
 def _values_are_not_asked_for(base: Base) -> Iterator[None]:
-    """Explain an error of a model whose code needs the values of tensors, as JetMoE's routers do."""
+    """Explain an error of a model whose code needs the values of tensors."""
     try:
         yield
     except DataDependentOutputException as error:
@@ -279,7 +279,7 @@ def _matches(target: Target, pattern: str) -> bool:
     return fnmatchcase(target.name, pattern) or fnmatchcase(target.kind, pattern)
 
 
-class _Mixture:
+class _OneExpertForAll:
     """A mixture whose first expert computes as many rows as all experts together.
 
     Which rows an expert gets depends on numbers, and tensors here have none.
@@ -315,6 +315,9 @@ class _Mixture:
             outputs: Tensor = first(hidden[: len(hidden) // self.count * self.chosen])
             places = torch.zeros(len(outputs), dtype=torch.long, device=hidden.device)
             return torch.zeros_like(hidden).index_copy(0, places, outputs)
+        if isinstance(self.split, SortedExperts):
+            # There is a row already for every expert that a token is routed to.
+            return cast(Tensor, first(hidden))
         index, weights = (*args, *kwargs.values())
         self.chosen = index.shape[-1]
         rows = hidden[:, None].expand(-1, self.chosen, -1).reshape(-1, hidden.shape[-1])
@@ -322,7 +325,7 @@ class _Mixture:
         return outputs.view(*index.shape, -1).sum(dim=-2)
 
 
-def _split(model: PreTrainedModel, every_expert: bool) -> dict[str, _Mixture]:
+def _split(model: PreTrainedModel, every_expert: bool) -> dict[str, _OneExpertForAll]:
     """Split the fused experts of ``model``, of which one stays, and return the mixtures; none of an unknown layout."""
     counts, sizes, whole = {}, {}, []
     for name, module in model.named_modules():
@@ -331,7 +334,8 @@ def _split(model: PreTrainedModel, every_expert: bool) -> dict[str, _Mixture]:
             parameters = dict(module.named_parameters(recurse=False))
             whole.append((own, parameters, own.num_experts))
             counts[name], sizes[name] = own.num_experts, sum(one.numel() for one in parameters.values())
-            if not every_expert:
+            # JetMoE's routers are linear layers, known as routers by a row for every expert; there are eight.
+            if not every_expert and "weight" not in parameters:
                 own.num_experts = 1
                 for key, parameter in parameters.items():
                     own._parameters[key] = nn.Parameter(parameter[:1], requires_grad=False)
@@ -343,8 +347,25 @@ def _split(model: PreTrainedModel, every_expert: bool) -> dict[str, _Mixture]:
             own.num_experts = count
             own._parameters.update(parameters)
         return {}
+    lists = {router for name, router in routers(model).items() if isinstance(model.get_submodule(name), SortedExperts)}
+    for router in lists:
+        _let_count(model.get_submodule(router))
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
-    return {name: _Mixture(split, counts[name], sizes[name], chosen) for name, split in split_modules(model)}
+    return {name: _OneExpertForAll(split, counts[name], sizes[name], chosen) for name, split in split_modules(model)}
+
+
+def _let_count(router: nn.Module) -> None:
+    """Let ``router`` list how many rows each expert gets, as JetMoE's do: zeros, which ``_OneExpertForAll`` ignores."""
+    forward, values = router.forward, FakeTensor.tolist
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        FakeTensor.tolist = lambda self: [0] * self.numel()  # type: ignore[method-assign]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            FakeTensor.tolist = values  # type: ignore[method-assign]
+
+    router.forward = counting
 
 
 def config_of(base: Base) -> PreTrainedConfig:

@@ -34,6 +34,7 @@ __all__ = [
     "routers",
     "split_experts",
     "split_modules",
+    "taken_over",
 ]
 
 
@@ -133,7 +134,7 @@ class Expert(nn.Module):
 class DroppedExpert(nn.Module):
     """Stands in the place of an expert that was dropped: it has no parameters and is never called.
 
-    A token whose router chooses it uses the other experts that it chose (:meth:`RoutedExperts.taken_over`).
+    A token whose router chooses it uses the other experts that it chose (:func:`taken_over`).
     """
 
 
@@ -250,31 +251,6 @@ class RoutedExperts(SplitExperts):
                     parts.setdefault(name, []).append(value)
         return parts
 
-    def taken_over(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what a router gave, with the tokens of dropped experts given to the other experts that they chose.
-
-        The weights of these are scaled so that those of a token keep their sum. A token none of whose experts is kept
-        gets nothing from the experts.
-
-        Args:
-            index: ``[tokens, chosen]`` numbers of the chosen experts.
-            weights: ``[tokens, chosen]`` their weights.
-
-        Returns:
-            The numbers, with that of experts elsewhere, which are not called here, for dropped ones, and the weights.
-        """
-        dropped = self.dropped
-        if not dropped:
-            return index, weights
-        # The last entry stands for experts that another process computes.
-        there = [place not in dropped for place in range(len(self) + 1)]
-        kept = torch.tensor(there, device=index.device)[index]
-        wide = weights.float() if weights.dtype.itemsize < 4 else weights
-        left = torch.where(kept, wide, 0)
-        total, rest = wide.sum(dim=-1, keepdim=True), left.sum(dim=-1, keepdim=True)
-        scale = torch.where(rest == 0, 0, total / torch.where(rest == 0, 1, rest))
-        return torch.where(kept, index, len(self)), (left * scale).to(weights.dtype)
-
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """Return the sum of the chosen experts' outputs, each times its weight.
 
@@ -293,7 +269,10 @@ class RoutedExperts(SplitExperts):
                 f"the router of {type(self.fused.module).__name__} chooses no experts (top-k): expected their numbers "
                 f"first, and then their weights, not {index.dtype}; such a mixture can't be compressed"
             )
-        index, weights = self.taken_over(index, weights)
+        dropped = self.dropped
+        if dropped:
+            kept = torch.tensor([place not in dropped for place in range(len(self) + 1)], device=index.device)
+            index, weights = taken_over(index, weights, kept)
         pairs = index.flatten()
         order = torch.argsort(pairs, stable=True)
         # An index of one more than there are experts marks pairs that another process computes: they come last.
@@ -309,6 +288,28 @@ class RoutedExperts(SplitExperts):
         if parts:
             outputs = outputs.index_copy(0, order[: sum(counts)], torch.cat(parts).to(outputs.dtype))
         return outputs.view(*index.shape, -1).sum(dim=-2)
+
+
+def taken_over(index: Tensor, weights: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a router gave, with the tokens of dropped experts given to the other experts that they chose.
+
+    The weights of these are scaled so that those of a token keep their sum. A token none of whose experts is kept gets
+    nothing from the experts.
+
+    Args:
+        index: ``[tokens, chosen]`` numbers of the chosen experts.
+        weights: ``[tokens, chosen]`` their weights.
+        kept: ``[experts + 1]`` whether each expert is kept; the last entry is for those that another process computes.
+
+    Returns:
+        The numbers, with that of the last entry for dropped experts, which are not called, and the weights.
+    """
+    here = kept[index]
+    wide = weights.float() if weights.dtype.itemsize < 4 else weights
+    left = torch.where(here, wide, 0)
+    total, rest = wide.sum(dim=-1, keepdim=True), left.sum(dim=-1, keepdim=True)
+    scale = torch.where(rest == 0, 0, total / torch.where(rest == 0, 1, rest))
+    return torch.where(here, index, len(kept) - 1), (left * scale).to(weights.dtype)
 
 
 class WeightedInputExperts(RoutedExperts):
@@ -448,8 +449,8 @@ def drop_experts(model: nn.Module, names: Iterable[str]) -> None:
         if len(numbers) == len(mixtures[parent]):
             raise ValueError(f"all {len(numbers)} experts of {parent} are dropped: expected at least one to be kept")
     for parent, numbers in gone.items():
-        for number in numbers:
-            mixtures[parent][number] = DroppedExpert()
+        for place in numbers:
+            mixtures[parent][place] = DroppedExpert()
 
 
 def routers(model: nn.Module) -> dict[str, str]:

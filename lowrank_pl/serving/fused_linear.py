@@ -75,6 +75,8 @@ class Member:
                 )
             rows, columns = outputs - rank * (self.side == "out"), inputs - rank * (self.side == "in")
             self.sizes = {"weight": (rows, rank), "right": (rank, columns)}
+        if self.owner is not None:
+            del self.sizes["right"]
         self.shapes = dict(self.sizes)
         if self.grid is not None:
             stored = [stored_shapes(name, *sizes, self.grid) for name, sizes in self.sizes.items()]
@@ -92,6 +94,11 @@ class Member:
     def side(self) -> Side | None:
         """Whether pivots are outputs (``"out"``) or inputs (``"in"``); None without pivots."""
         return self.entry.get("side") if isinstance(self.entry, dict) else None
+
+    @property
+    def owner(self) -> str | None:
+        """Name of the layer whose right factor this one reads; None if it has its own."""
+        return self.entry.get("right") if isinstance(self.entry, dict) else None
 
     @property
     def unpivoted(self) -> bool:
@@ -164,14 +171,21 @@ class Member:
             return *self.factors(), None
         return self.loaded["weight"], self.loaded.get("right"), self.side
 
-    def layer(self, device: torch.device) -> nn.Linear:
-        """Return what this process computes as a layer without bias; the tensors are released.
+    def layer(self, device: torch.device, owner: Member | None = None) -> nn.Linear:
+        """Return what this process computes as a layer without bias.
+
+        Args:
+            device: Where to put its tensors.
+            owner: The layer whose right factor it reads, if it has none of its own.
 
         Raises:
             ValueError: Tensors are missing or pivots are damaged.
         """
         self.check()
         weight, right, side = self.matrices()
+        if owner is not None:
+            owner.check()
+            right = owner.loaded["right"]
         weight = weight.to(device)
         layer: nn.Linear
         if right is None:
@@ -182,7 +196,6 @@ class Member:
             layer = LowRankLinear.from_factors(weight, right.to(device))
         else:
             layer = PivotedLinear.from_parts(weight, right.to(device), self.loaded["pivots"].to(device), side=side)
-        self.release()
         return layer.requires_grad_(False)
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -377,7 +377,8 @@ def _grouped(rows: Tensor, experts: Tensor, sources: Tensor, outputs: int, handl
 
 @_grouped.register_fake
 def _(rows: Tensor, experts: Tensor, sources: Tensor, outputs: int, handle: int) -> Tensor:
-    return rows.new_empty(len(sources), outputs)
+    # The number of pairs may be symbolic, which len would make a constant.
+    return rows.new_empty(sources.shape[0], outputs)
 
 
 def _has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:

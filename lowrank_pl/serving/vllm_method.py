@@ -32,6 +32,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
+from lowrank_pl.models.hf_experts import taken_over
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig
 from lowrank_pl.models.hf_quantized import grid_of_entry
 from lowrank_pl.models.identity import ORIGIN_KEY
@@ -154,6 +155,15 @@ class LowRankQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
         if any(name in self.modules or name in self.shapes for name in names):
             return LowRankLinearMethod(self, names)
         return UnquantizedLinearMethod()
+
+    def entry(self, name: str) -> int | dict[str, Any] | None:
+        """Return how the module ``name`` of vLLM's model is stored; None if it is dense, or there is no such module."""
+        return self.modules.get(name, self.modules.get(self.stored_name(name)))
+
+    @staticmethod
+    def stored_name(name: str) -> str:
+        """Return what the module ``name`` of vLLM's model is called in ``quantization_config``."""
+        return name.replace(".block_sparse_moe.", ".mlp.")
 
     def _nameless_embedding(self) -> str:
         """Return the name of the compressed embedding: some models of vLLM, such as Llama, do not tell it."""
@@ -331,16 +341,31 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         parallel = layer.moe_config.moe_parallel_config
         hidden, inner = (0, hidden_size), intermediate_size_per_partition
         span, whole = (parallel.tp_rank * inner, inner), parallel.tp_size * inner
-        mine = [number for number in range(layer.global_num_experts) if self._place(layer, number) is not None]
-        for number in mine:
+        for number in range(layer.global_num_experts):
             for shard, called in self.names.items():
                 name = f"{layer.layer_name}.{number}.{called}"
-                entry = self.config.modules.get(name, self.config.modules.get(name.replace(*_MIXTRAL)))
+                entry = self.config.entry(name)
                 self.members[number, shard] = (
                     Member(name, hidden_size, whole, entry, [hidden], span)
                     if shard == "w2"
                     else Member(name, whole, hidden_size, entry, [span], hidden)
                 )
+        self.kept = [
+            self.config.entry(f"{layer.layer_name}.{number}") is None for number in range(layer.global_num_experts)
+        ]
+        # Another process's expert may hold the right factor of one of this process.
+        owners = {member.owner for (number, _), member in self.members.items() if self._is_here(layer, number)}
+        self.members = {
+            (number, shard): member
+            for (number, shard), member in self.members.items()
+            if self.kept[number] and (self._is_here(layer, number) or self.config.stored_name(member.name) in owners)
+        }
+        shared = sum(member.owner is not None for member in self.members.values())
+        if shared:
+            logger.warning_once(
+                "experts share right factors, of which every expert gets a copy here: they take more memory than the "
+                "files"
+            )
         self.config.members += self.members.values()
         for group, shards in (("w13", ("w1", "w3")), ("w2", ("w2",))):
             members = [member for (_, shard), member in self.members.items() if shard in shards]
@@ -350,10 +375,10 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 layer.register_parameter(f"{group}_{part}", parameter)
 
     @staticmethod
-    def _place(layer: RoutedExperts, number: int) -> int | None:
-        """Return the place of an expert in this process; None if another process has it."""
-        place = layer._map_global_expert_id_to_local_expert_id(number)
-        return None if place < 0 else place
+    def _is_here(layer: RoutedExperts, number: int) -> bool:
+        """Tell whether this process computes an expert."""
+        place: int = layer._map_global_expert_id_to_local_expert_id(number)
+        return place >= 0
 
     def _load(
         self,
@@ -383,12 +408,24 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         kinds = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
         if "w3" not in self.names:
             kinds = {"w1": "up_proj", "w2": "down_proj"}
-        numbers = dict.fromkeys(number for number, _ in self.members)
+        here = [number for number, kept in enumerate(self.kept) if kept and self._is_here(layer, number)]
         device = next(layer.parameters()).device
+        named = {self.config.stored_name(member.name): member for member in self.members.values()}
         layers = {
-            kind: [self.members[number, shard].layer(device) for number in numbers] for shard, kind in kinds.items()
+            kind: [
+                self.members[number, shard].layer(device, named.get(self.members[number, shard].owner or ""))
+                for number in here
+            ]
+            for shard, kind in kinds.items()
         }
         self.matrices = ExpertMatrices(layers, partial(_activated, _ACTIVATIONS[layer.activation.without_mul()]))
+        # Where each expert lies among those of this process; behind them lie those that it does not compute.
+        places = {number: place for place, number in enumerate(here)}
+        every = range(layer.global_num_experts)
+        self.places = torch.tensor([places.get(number, len(here)) for number in [*every, -1]], device=device)
+        self.mask = None if all(self.kept) else torch.tensor([*self.kept, False], device=device)
+        for member in self.members.values():
+            member.release()
         self.members.clear()
         for name, _ in list(layer.named_parameters(recurse=False)):
             delattr(layer, name)
@@ -416,10 +453,10 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             shared_experts: Unused.
             shared_experts_input: Unused.
         """
-        numbers = topk_ids.long()
-        if layer.expert_map is not None:
-            numbers = layer.expert_map[numbers].long()
-            numbers = torch.where(numbers < 0, self.matrices.count, numbers)
+        chosen = topk_ids.long()
+        if self.mask is not None:
+            chosen, topk_weights = taken_over(chosen, topk_weights, self.mask)
+        numbers = self.places[chosen]
         sources = torch.arange(numbers.numel(), device=x.device) // numbers.shape[-1]
         weights = topk_weights.to(x.dtype).reshape(-1, 1)
         if layer.apply_router_weight_on_input:
@@ -499,9 +536,6 @@ def _renamed(mapper: WeightsMapper, named: dict[str, Any]) -> dict[str, Any]:
     renamed = mapper.apply_dict({f"{name}.": value for name, value in named.items()})
     return {name.removesuffix("."): value for name, value in renamed.items()}
 
-
-_MIXTRAL = (".block_sparse_moe.", ".mlp.")
-"""What Mixtral's mixtures are called in files and in vLLM's model, and in that of transformers."""
 
 _ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.SILU_NO_MUL: F.silu,

@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "module": ["Compute", "RankLearner", "Start"],
         "rank_monitor": ["RankMonitor"],
         "text_samples": ["TextSamples"],
-        "upcycle": ["FinishUpcycling", "Mixture", "Upcycler"],
+        "upcycle": ["FinishUpcycling", "MixtureOfExperts", "Upcycler"],
     },
 )

@@ -33,7 +33,7 @@ from lowrank_pl.methods.masks.losses import PlanScore, data_losses
 from lowrank_pl.methods.masks.masked_linear import choose_computation, insert_masks, masked_layers
 from lowrank_pl.methods.masks.objectives import DataTerms, kept_share
 from lowrank_pl.methods.masks.schedule import KeepSchedule, half_cosine
-from lowrank_pl.methods.masks.start import read_start, start_of
+from lowrank_pl.methods.masks.start import check_start, read_start, start_of
 from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.forward import enable_activation_checkpointing, refuse_dropout
@@ -131,7 +131,8 @@ class RankLearner(LightningModule):
 
     Raises:
         ValueError: ``keep`` is not in (0, 1], ``start`` gives only one of ``keep`` and ``steps``, or
-            ``start.record_order`` is set without a falling target.
+            ``start.record_order`` is set without a falling target, or the mask method can't gate this kind of factors
+            or takes no plan to start from.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -179,6 +180,7 @@ class RankLearner(LightningModule):
         self.data_terms, self.decomposition = data_terms, decomposition
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.start, self.start_from = start, read_start(start.plan)
+        check_start(self.start_from, self.mask_method)
         self.store_directory = store
         self.strict_loading = False
         self.seconds: dict[str, float] = {}

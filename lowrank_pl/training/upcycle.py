@@ -28,13 +28,13 @@ from lowrank_pl.training.precision import check_precision
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import code, rounded_perplexity, table
 
-__all__ = ["FinishUpcycling", "Mixture", "Upcycler"]
+__all__ = ["FinishUpcycling", "MixtureOfExperts", "Upcycler"]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MixtureOfExperts:
     """How many experts a block gets, and how they are trained apart.
 
     Args:
@@ -80,11 +80,11 @@ class Upcycler(LightningModule):
         mixture: How many experts, and how they are trained.
 
     Example:
-        >>> Upcycler(Base("random:llama"), Mixture(experts=4)).mixture.chosen
+        >>> Upcycler(Base("random:llama"), MixtureOfExperts(experts=4)).mixture.chosen
         2
     """
 
-    def __init__(self, base: Base, mixture: Mixture = Mixture()) -> None:
+    def __init__(self, base: Base, mixture: MixtureOfExperts = MixtureOfExperts()) -> None:
         super().__init__()
         self.base, self.mixture = base, mixture
         self.model: Any = None

@@ -243,6 +243,16 @@ def test_scaled_embeddings_cost_what_their_scale_makes_of_errors():
     assert doubled.cost(error) > before
 
 
+def test_the_hidden_side_is_damped_once():
+    subject = subject_of("llama", "*", "embeddings")
+    target = next(target for target in subject.targets.embeddings if target.embedding is None)
+    settings, statistics = Decomposition("whitened", damping=0.5), statistics_of(subject)
+    root = row_metric(settings, statistics, target, device=torch.device("cpu")).columns.root
+    moment = statistics.collect("inputs", target.places).read(target.name, "second_moment").double()
+    damped = moment + 0.5 * moment.diagonal().mean() * torch.eye(len(moment))
+    torch.testing.assert_close(root @ root.mT, damped / damped.trace())
+
+
 @pytest.mark.parametrize("kind", ["asvd", "fwsvd"])
 def test_kinds_without_a_meaning_are_refused(kind):
     with pytest.raises(ValueError, match=f"kind '{kind}'.*two_sided, whitened, svd.*leave out --include embeddings"):

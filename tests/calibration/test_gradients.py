@@ -368,3 +368,11 @@ def test_a_layer_that_is_called_twice_adds_up_its_calls(tokenizer):
         expected += model.get_submodule(name).weight.grad / len(sequences)
     torch.testing.assert_close(weights[name].mean, expected, rtol=1e-4, atol=1e-7)
     assert (weights[name].batches, moments[name].tokens) == (3, 3 * 31)
+
+
+def test_only_layers_of_experts_may_be_left_uncalled(llama, sequences):
+    llama.model.layers[1].mlp.unused = torch.nn.Linear(4, 4)
+    name = "model.layers.1.mlp.unused"
+    target = Target(name=name, block=1, kind="mlp.unused", shape=(4, 4), group=name)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.unused on batch 0: exclude it"):
+        collect_gradients(WeightGradients, llama, [target], Passes(sequences[:1]))

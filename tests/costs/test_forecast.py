@@ -262,6 +262,16 @@ def test_a_joint_refit_costs_passes_and_memory(llama):
     assert sum(joint.device.values()) > sum(alone.device.values())
 
 
+def test_a_refit_keeps_inputs_of_experts_for_one_batch():
+    model, length = model_sizes(Base("random:qwen3_moe"), length=32), 32
+    work = Workload(preparation=Preparation(Calibration(length=length), (WEIGHTED,)), refits=Refits(1, 4))
+    found = phases(model, work)["refit"]
+    widths = {target.group: target.shape[1] for target in model.modules if target.block == 0 and not target.experts}
+    assert found.host["inputs of a block's layers"] == 4 * length * sum(widths.values()) * model.itemsize
+    # Two of the four experts serve each token: 32 features for gate and up, and 48 for down.
+    assert found.device["inputs of a batch's experts, in both models"] == 2 * length * 2 * (32 + 48) * model.itemsize
+
+
 # -- what is printed -----------------------------------------------------------------------------------------------
 
 

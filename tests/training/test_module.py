@@ -34,7 +34,7 @@ from lowrank_pl.models.forward import refuse_dropout
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, read_checkpoint
-from lowrank_pl.training.module import RankLearner
+from lowrank_pl.training.module import RankLearner, Start
 from tests.helpers import ROOT
 from tests.helpers.tiny_training import fit, logits_of, make_data, make_learner, make_trainer
 
@@ -743,3 +743,13 @@ def test_masks_refuse_embeddings_before_anything_is_loaded():
 def test_masks_refuse_shared_factors_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"shared_experts is true, .*`lowrank allocate`"):
         RankLearner(Base("no/such/model"), constraints=Constraints(shared_experts=True))
+
+
+def test_a_plan_to_start_from_is_refused_before_the_base_is_loaded_where_masks_start_by_themselves():
+    with pytest.raises(ValueError, match=r"rescaled have a start of their own.*--model\.start\.plan"):
+        RankLearner(
+            Base("no/such-base"),
+            mask=masks.Rescaled(),
+            decomposition=Decomposition("two_sided"),
+            start=Start(plan="uniform"),
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -25,6 +26,9 @@ class ZSSVD(Allocator):
     Every module offers its last component. The one that is dropped brings the running sum of the changes nearer to
     zero: the smallest rise while the sum is 0 or negative, otherwise the smallest fall. A component's score is its
     place in this order. The order does not depend on the budget, which counts what a drop saves as the paper does.
+
+    An expert that no token of the calibration text reached has no gradient, and would be free. The mean gradient of
+    the same layer of its block's experts stands in for it, and the plan notes how many there are (ours).
 
     Args:
         keep_rank_ratio: Fraction of its break-even rank below which a module offers nothing. The paper uses 0, and 0.3
@@ -65,7 +69,7 @@ class ZSSVD(Allocator):
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return every component's place in the order of drops; components below a module's floor come last."""
-        return self._scores(problem, _changes(problem))
+        return self._scores(problem, _changes(problem, _Gradients(problem)))
 
     def plan(self, problem: Problem) -> RankPlan:
         """Return the plan, which notes the sum of the changes; errors as in ``Allocator.plan``."""
@@ -87,10 +91,12 @@ class ZSSVD(Allocator):
 
     def _plan(self, problem: Problem) -> RankPlan:
         self.check(problem)
-        changes = _changes(problem)
+        gradients = _Gradients(problem)
+        changes = _changes(problem, gradients)
         plan = problem.budget.select(self._scores(problem, changes), method=self.name)
         total = sum(changes[n][module.rank :].sum().item() for n, module in plan.modules.items() if module.rank)
-        return replace(plan, notes=(*plan.notes, f"first-order changes of the loss sum to {total:.3g} nats"))
+        note = f"first-order changes of the loss sum to {total:.3g} nats"
+        return replace(plan, notes=(*plan.notes, note, *gradients.notes()))
 
     def _scores(self, problem: Problem, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return drop_order(changes, {name: self._floor(problem, name) for name in changes})
@@ -104,20 +110,71 @@ class ZSSVD(Allocator):
         return max(least, math.ceil(self.keep_rank_ratio * problem.budget.break_even(name)))
 
 
-def _changes(problem: Problem) -> dict[str, Tensor]:
-    return {name: first_order_changes(problem, name) for name in problem.budget.shapes}
+class _Gradients:
+    """The mean weight gradient of every module; that of its block's experts for experts that have none.
+
+    Args:
+        problem: The stored gradients, and the layers that belong to experts.
+
+    Attributes:
+        stood_in: Layers of experts without a gradient of their own, by name, so far as they were read.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        assert problem.gradients is not None
+        self._store = problem.gradients
+        self._device = "cpu" if problem.model is None else problem.model.device
+        self._of_experts = {target.name: target for target in problem.targets.modules if target.experts}
+        self._alike: dict[str, list[str]] = defaultdict(list)
+        for target in self._of_experts.values():
+            self._alike[target.of_expert(0).name].append(target.name)
+        self._means: dict[str, Tensor] = {}
+        self.stood_in: set[str] = set()
+
+    def of(self, name: str) -> Tensor:
+        """Return the gradient ``[out, in]`` of a module, float32."""
+        gradient = self._read(name)
+        if name not in self._of_experts or gradient.any():
+            return gradient
+        self.stood_in.add(name)
+        first = self._of_experts[name].of_expert(0).name
+        if first not in self._means:
+            # Only the last of them is asked for again: experts of a block follow each other.
+            self._means = {first: self._mean(self._alike[first])}
+        return self._means[first]
+
+    def _read(self, name: str) -> Tensor:
+        return self._store.read(name, "mean").to(self._device, torch.float32)
+
+    def _mean(self, names: list[str]) -> Tensor:
+        total = self._read(names[0])
+        for name in names[1:]:
+            total = total + self._read(name)
+        return total / len(names)
+
+    def notes(self) -> list[str]:
+        """Return how many layers of experts had no gradient; nothing where all have one."""
+        if not self.stood_in:
+            return []
+        return [
+            f"{len(self.stood_in)} layers of experts that no calibration token reached count by the mean gradient of "
+            "their block's experts"
+        ]
 
 
-def first_order_changes(problem: Problem, name: str) -> Tensor:
+def _changes(problem: Problem, gradients: _Gradients) -> dict[str, Tensor]:
+    return {name: first_order_changes(problem, name, gradients) for name in problem.budget.shapes}
+
+
+def first_order_changes(problem: Problem, name: str, gradients: _Gradients | None = None) -> Tensor:
     """Return the first-order change of the loss when each component ``[components]`` of a module is dropped.
 
     Dropping component ``i`` subtracts ``left[:, i] right[i]`` from the weight, for any kind of decomposition. With the
     mean weight gradient ``G``, the change is ``-left[:, i]' G right[i]``: ZS-SVD's ``-sigma_i dloss/dsigma_i``.
     """
-    assert problem.gradients is not None
     device = "cpu" if problem.model is None else problem.model.device
     factors = problem.factors.factors(name)
-    gradient = problem.gradients.read(name, "mean").to(device, torch.float32)
+    gradient = (gradients or _Gradients(problem)).of(name)
     left, right = factors.left.to(device), factors.right.to(device)
     return -((left.mT @ gradient) * right).sum(1, dtype=torch.float64).cpu()
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.methods.masks.base import Mask, MaskMethod, ModelMasks, Stacked, dense_sizes
+from lowrank_pl.methods.masks.base import Mask, MaskMethod, ModelMasks, dense_sizes
 from lowrank_pl.methods.masks.objectives import budget_penalty, guidance_penalty
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
@@ -38,6 +38,8 @@ class ARAMask(Mask):
         steps: Candidates less one, 100 in the paper.
         longest: Real number of components that the longest candidate is charged for; ``span`` is its whole part.
     """
+
+    own: ClassVar[tuple[str, ...]] = ("logits",)
 
     rungs: Tensor
     candidates: Tensor
@@ -69,11 +71,11 @@ class ARAMask(Mask):
 
     def probabilities(self) -> Tensor:
         """Return the expected gate ``[rank]``, non-increasing."""
-        return self.logits.softmax(0).cumsum(0)[self.rungs]
+        return self.logits.softmax(-1).cumsum(-1)[..., self.rungs]
 
     def fraction(self) -> Tensor:
         """Return the expected length over that of the longest candidate, a scalar in [0, 1]."""
-        return (self.logits.softmax(0) * self.candidates).sum()
+        return (self.logits.softmax(-1) * self.candidates).sum(-1)
 
     def ratio(self) -> Tensor:
         """Return the parameters of the prefix of expected length as a fraction of the dense weight's, a scalar."""
@@ -83,23 +85,6 @@ class ARAMask(Mask):
         """Return the hard prefix ``[rank]`` with the gradient of the expected gate."""
         expected = self.probabilities()
         return self.kept().to(expected.dtype) + (expected - expected.detach())
-
-    @property
-    def kin(self) -> Hashable:
-        """Masks of layers of one shape and storage have the same candidates."""
-        return ARAMask, self.shape, self.rank, self.longest, len(self.candidates), self.storage
-
-    @classmethod
-    def stacked(cls, masks: Sequence[ARAMask]) -> Stacked:
-        """Return ratios, gates and active components of masks with the same candidates; as in ``Mask.stacked``."""
-        first = masks[0]
-        weights = torch.stack([mask.logits for mask in masks]).softmax(1)
-        fractions = (weights * first.candidates).sum(1)
-        lengths = (first.span * fractions.detach()).round()
-        active = torch.arange(first.rank, device=lengths.device) < lengths[:, None]
-        expected = weights.cumsum(1)[:, first.rungs]
-        gates = active.to(expected.dtype) + (expected - expected.detach())
-        return Stacked(first.storage.ratio(first.shape, first.longest * fractions), gates, active)
 
     def soft(self) -> Tensor:
         """Return the expected gate ``[rank]``."""
@@ -112,7 +97,7 @@ class ARAMask(Mask):
     def kept(self) -> Tensor:
         """Return the prefix of the expected length, bool ``[rank]``."""
         length = (self.span * self.fraction().detach()).round()
-        return torch.arange(self.rank, device=length.device) < length
+        return torch.arange(self.rank, device=length.device) < length[..., None]
 
 
 class ARA(MaskMethod):

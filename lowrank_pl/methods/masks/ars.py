@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowrank_pl.methods.masks.base import Mask, ModelMasks, check_numbers, dense_sizes
+from lowrank_pl.methods.masks.base import Mask, ModelMasks, check_numbers, dense_sizes, of_each
 from lowrank_pl.methods.masks.gumbel import (
     GumbelMask,
     GumbelMethod,
@@ -80,6 +80,8 @@ class ARSMask(GumbelMask):
     Attributes:
         learned: ``[rank]`` logits of the network's last evaluation, with its graph; None before the first.
     """
+
+    own: ClassVar[tuple[str, ...]] = ("offset", "learned", "noise", "sigma")
 
     sigma: Tensor
     offset: Tensor
@@ -177,21 +179,17 @@ class ARS(GumbelMethod):
 
     def penalties(self, masks: ModelMasks, ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
         """Return ``budget`` and ``alignment``, weighted; arguments as in ``MaskMethod.penalties``."""
-        every = _ars_masks(masks)
-        gates = [mask() for mask in every]
-        drawn = torch.stack(
-            [mask.storage.ratio(mask.shape, gate.sum()) for mask, gate in zip(every, gates, strict=True)]
-        )
-        apart = torch.stack([self._apart(mask, gate) for mask, gate in zip(every, gates, strict=True)])
+        drawn = of_each(masks, lambda mask: mask.storage.ratio(mask.shape, mask().sum(-1)))
+        apart = of_each(masks, self._apart)
         return {
             "budget": self.budget_weight * log_budget_penalty(kept_fractions(drawn), dense_sizes(masks, ratios), keep),
             "alignment": self.alignment_weight * apart.mean(),
         }
 
-    def _apart(self, mask: ARSMask, gate: Tensor) -> Tensor:
-        """Return how far ``gate`` is from the prefix of the same count, a scalar."""
-        share = alignment_penalty(gate, mask.sigma)
-        return share if self.alignment == "share" else share * mask.sigma.square().mean()
+    def _apart(self, mask: ARSMask) -> Tensor:
+        """Return how far the gate is from the prefix of the same count, a scalar."""
+        share = alignment_penalty(mask(), mask.sigma)
+        return share if self.alignment == "share" else share * mask.sigma.square().mean(-1)
 
     def finalise(self, masks: ModelMasks, budget: Budget) -> RankPlan:
         """Return the plan of the highest probabilities without noise, at the exact budget."""

@@ -1,12 +1,16 @@
-"""The interface of learned masks: a gate for each component, the parameters that it costs, and a plan in the end."""
+"""The interface of learned masks: a gate for each component, the parameters that it costs, and a plan in the end.
+
+A mask writes its formulas once, for tensors ``[..., components]``. The masks of a mixture's experts, of which there are
+many and each is small, are then computed in few operations: ``stacks`` makes one mask of all those of one shape.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +19,21 @@ from lowrank_pl.methods.masks.objectives import budget_penalty, kept_fractions
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
+from lowrank_pl.utils.formatting import expert_number
 
-__all__ = ["NEARLY_FULL", "Mask", "MaskMethod", "ModelMasks", "Stacked", "check_numbers", "dense_sizes", "gated_rank"]
+__all__ = [
+    "NEARLY_FULL",
+    "Mask",
+    "MaskMethod",
+    "ModelMasks",
+    "check_numbers",
+    "dense_sizes",
+    "gated_rank",
+    "of_each",
+    "stacks",
+]
+
+AnyMask = TypeVar("AnyMask", bound="Mask")
 
 NEARLY_FULL = 0.97
 """With pivoted storage, a mask gates at most the components that cost this fraction of the dense weight.
@@ -33,17 +50,25 @@ class Mask(nn.Module, ABC):
     Its parameters are float32 whatever the base's type is. Checkpoints hold its ``state_dict``, so buffers that can be
     computed again are not persistent.
 
+    A class that names its ``own`` attributes writes ``forward``, ``soft``, ``active``, ``ratio`` and ``kept`` such that
+    they also hold where these attributes have one more dimension in front, that of several masks: components are the
+    last dimension, and a number of the mask's own is ``[...]``. Tensors of shape ``[masks, rank]`` and ``[masks]`` then
+    come out in the place of ``[rank]`` and of scalars.
+
     Args:
         shape: ``(out, in)`` of the module.
         rank: Components that the mask gates.
         storage: How the finished module is stored, which decides what a rank costs.
 
     Attributes:
+        own: Names of the tensors and numbers in which masks of one method and shape differ; empty for a class whose
+            masks are computed one by one.
         inactive_learn: Whether the gates of inactive components get a gradient.
         dense_beyond: The ratio from which the mask stands for more components than it gates, so that its layer computes
             with the dense weight; infinite where the gated components always suffice.
     """
 
+    own: ClassVar[tuple[str, ...]] = ()
     inactive_learn: bool = True
 
     def __init__(self, shape: tuple[int, int], rank: int, storage: Storage) -> None:
@@ -79,7 +104,7 @@ class Mask(nn.Module, ABC):
 
         At 1 and above the finished module is dense. By default the sum of the gates is the expected rank.
         """
-        return self.storage.ratio(self.shape, self().sum())
+        return self.storage.ratio(self.shape, self().sum(-1))
 
     def kept(self) -> Tensor:
         """Return which components the mask stands for now, without noise, bool ``[rank]``.
@@ -90,32 +115,67 @@ class Mask(nn.Module, ABC):
 
     @property
     def kin(self) -> Hashable:
-        """What masks have in common that ``stacked`` takes together; None for masks that are taken one by one."""
-        return None
+        """What the masks of one method have in common that are computed together; None for one that is not."""
+        return (type(self), self.shape, self.rank, self.storage) if self.own else None
 
     @classmethod
-    def stacked(cls, masks: Sequence[Any]) -> Stacked:
-        """Return what ``ratio``, ``forward`` and ``active`` return for each of ``masks``, in few operations.
+    def stacked(cls: type[AnyMask], masks: Sequence[AnyMask]) -> AnyMask:
+        """Return one mask that stands for ``masks``: what it returns has one more dimension in front, that of masks.
+
+        It holds their state of this moment, and gradients reach each of them through it.
 
         Args:
             masks: Masks of one ``kin``.
         """
-        raise NotImplementedError
+        stack = cls.__new__(cls)
+        stack.__dict__.update(masks[0].__dict__)
+        # Entries of the dictionary hide the parameters and buffers of the first mask.
+        stack.__dict__.update({name: _stacked([getattr(mask, name) for mask in masks]) for name in cls.own})
+        return stack
 
 
-@dataclass(frozen=True)
-class Stacked:
-    """The state of several masks in one training step.
+def _stacked(values: Sequence[Any]) -> Tensor | None:
+    """Return the tensors or numbers ``values`` in one tensor with a dimension in front; None where they are None."""
+    if values[0] is None:
+        return None
+    return torch.stack(list(values)) if isinstance(values[0], Tensor) else torch.tensor(values, device="cpu")
+
+
+def stacks(masks: Mapping[str, Mask]) -> list[tuple[list[str], Mask]]:
+    """Return every mask with its name, in the order of ``masks``; those of a mixture that are of one kin stacked.
+
+    In models without experts every mask stays alone: there are few, and each is large.
 
     Args:
-        ratios: ``[masks]``, differentiable.
-        gates: ``[masks, rank]``, differentiable.
-        active: Bool ``[masks, rank]``.
-    """
+        masks: Masks of one method by name of the module.
 
-    ratios: Tensor
-    gates: Tensor
-    active: Tensor
+    Returns:
+        Names and a mask each; one of several names returns tensors with a dimension in front, in the order of these.
+    """
+    if all(expert_number(name) is None for name in masks):
+        return [([name], mask) for name, mask in masks.items()]
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for name, mask in masks.items():
+        kin = mask.kin
+        groups[name if kin is None else kin].append(name)
+    return [
+        (names, masks[names[0]] if len(names) == 1 else type(masks[names[0]]).stacked([masks[name] for name in names]))
+        for names in groups.values()
+    ]
+
+
+def of_each(masks: Mapping[str, Mask], what: Callable[[Any], Tensor]) -> Tensor:
+    """Return what ``what`` says of each mask, a scalar, in their order, ``[masks]``.
+
+    Args:
+        masks: Masks of one method by name of the module.
+        what: Takes a mask and returns a scalar, or ``[masks]`` for a stack of several.
+    """
+    found: dict[str, Tensor] = {}
+    for names, mask in stacks(masks):
+        values = what(mask)
+        found |= zip(names, values.unbind() if len(names) > 1 else [values], strict=True)
+    return torch.stack([found[name] for name in masks])
 
 
 class ModelMasks(dict[str, Mask]):

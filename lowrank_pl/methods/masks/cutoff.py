@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class CutoffMask(Mask):
         slope: Steepness at the cutoff, per component.
     """
 
+    own: ClassVar[tuple[str, ...]] = ("level", "slope")
+
     positions: Tensor
     slope: Tensor
 
@@ -57,11 +60,11 @@ class CutoffMask(Mask):
 
     def forward(self) -> Tensor:
         """Return the soft gate ``[rank]``, falling from left to right; its gradient is exact."""
-        return (self.slope * (self.cutoff() - self.positions)).sigmoid()
+        return (self.slope[..., None] * (self.cutoff()[..., None] - self.positions)).sigmoid()
 
     def kept(self) -> Tensor:
         """Return which components lie below the cutoff, bool ``[rank]``."""
-        return self.positions < self.cutoff().detach()
+        return self.positions < self.cutoff().detach()[..., None]
 
 
 class CutoffMethod(MaskMethod):

@@ -80,14 +80,14 @@ class GumbelMask(Mask):
 
         The value is that of the hard count. The gradient is that of the soft count, at the cost of the next component.
         """
-        soft = self.soft().sum()
-        return self.storage.ratio(self.shape, self.kept().sum() + (soft - soft.detach()))
+        soft = self.soft().sum(-1)
+        return self.storage.ratio(self.shape, self.kept().sum(-1) + (soft - soft.detach()))
 
     def _noisy(self) -> Tensor:
         return ((self.gate_logits() + self.noise) / self.temperature).sigmoid()
 
     def _subset_or_prefix(self, on: Tensor) -> Tensor:
-        return on if self.any_k else torch.arange(self.rank, device=on.device) < on.sum()
+        return on if self.any_k else torch.arange(self.rank, device=on.device) < on.sum(-1, keepdim=True)
 
 
 class GumbelMethod(MaskMethod):

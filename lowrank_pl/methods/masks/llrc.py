@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.methods.masks.base import Mask, ModelMasks, check_numbers, dense_sizes
+from lowrank_pl.methods.masks.base import Mask, ModelMasks, check_numbers, dense_sizes, of_each, stacks
 from lowrank_pl.methods.masks.gumbel import (
     GumbelMask,
     GumbelMethod,
@@ -64,6 +64,8 @@ class LLRCMask(GumbelMask):
         noisy_count: Whether ``ratio`` counts the components that are on under the noise of the step.
     """
 
+    own: ClassVar[tuple[str, ...]] = ("logits", "noise")
+
     def __init__(
         self,
         shape: tuple[int, int],
@@ -88,7 +90,7 @@ class LLRCMask(GumbelMask):
         The value is that of the hard count, without noise or, with ``noisy_count``, under the noise of the step. The
         gradient is that of the soft count.
         """
-        return self.storage.ratio(self.shape, self().sum()) if self.noisy_count else super().ratio()
+        return self.storage.ratio(self.shape, self().sum(-1)) if self.noisy_count else super().ratio()
 
 
 class Progress(nn.Module):
@@ -237,12 +239,12 @@ class LLRC(GumbelMethod):
             pressure = log_budget_penalty(kept, sizes, keep)
         else:
             logits = [mask.gate_logits() for mask in gumbel_masks(masks)]
-            each = torch.stack([layer.mean() for layer in logits]) if self.pressure == "layers" else torch.cat(logits)
-            pressure = each.mean()
+            layers = of_each(masks, lambda mask: mask.gate_logits().mean(-1)) if self.pressure == "layers" else None
+            pressure = (torch.cat(logits) if layers is None else layers).mean()
         reached = -1 if self.pressure_growth == 1 else int(_progress(masks).reached)
         terms = {"pressure": self.pressure_weight(step, reached) * short * pressure}
         if self.variation_weight:
-            terms["variation"] = self.variation_weight * total_variation([mask() for mask in masks.values()])
+            terms["variation"] = self.variation_weight * total_variation([mask() for _, mask in stacks(masks)])
         if self.budget_weight:
             terms["budget"] = self.budget_weight * budget_penalty(kept, sizes, keep)
         return terms
@@ -252,7 +254,7 @@ class LLRC(GumbelMethod):
         progress = _progress(masks)
         reached = int(progress.reached)
         if reached < 0:
-            ratios = torch.stack([mask.ratio().detach() for mask in masks.values()])
+            ratios = of_each(masks, lambda mask: mask.ratio().detach())
             if kept_share(kept_fractions(ratios), dense_sizes(masks, ratios)).item() > budget.share + self.tolerance:
                 return False
             progress.reached.fill_(step)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.methods.masks.base import Mask, MaskMethod
+from lowrank_pl.methods.masks.base import Mask, MaskMethod, stacks
 from lowrank_pl.methods.masks.gated_product import TILE, ActiveComponents, Components, gated_product
 from lowrank_pl.models.targets import StandIn, dense_weight, replace_module
 from lowrank_pl.plans.storage import Storage
-from lowrank_pl.utils.formatting import expert_number
 
 __all__ = [
     "Computation",
@@ -170,7 +168,7 @@ def choose_computation(
 ) -> Tensor:
     """Choose what each layer computes with in this step: its dense weight, or the active components of its mask.
 
-    The masks of experts are computed together, if their method can do so: there are many of them, and each is small.
+    The masks of a mixture are computed together (``stacks``): there are many of them, and each is small.
 
     Args:
         layers: Masked layers by name, whose masks are of one method.
@@ -181,51 +179,39 @@ def choose_computation(
     Returns:
         All ratios ``[layers]``, differentiable.
     """
-    stacked = _stacked(layers)
-    ratios = torch.stack([
-        layer.mask.ratio() if name not in stacked else stacked[name].ratio for name, layer in layers.items()
-    ])  # fmt: skip
-    bounds = ratios.new_tensor([min(dense_from, layer.mask.dense_beyond) for layer in layers.values()])
-    # The masks are of one method: either all of them say what is active or none does.
-    said = [layer.mask.active() if name not in stacked else stacked[name].active for name, layer in layers.items()]
-    flags = [active for active in said if active is not None]
+    masks = {name: layer.mask for name, layer in layers.items()}
+    ratios: dict[str, Tensor] = {}
+    gates: dict[str, Tensor] = {}
+    flags: list[tuple[list[str], Tensor]] = []
+    for names, mask in stacks(masks):
+        ratio, active = mask.ratio(), mask.active()
+        if len(names) == 1:
+            ratios[names[0]] = ratio
+        else:
+            ratios |= zip(names, ratio.unbind(), strict=True)
+            gates |= zip(names, mask().unbind(), strict=True)
+        if active is not None:
+            flags.append((names, active))
+    every = torch.stack([ratios[name] for name in layers])
+    bounds = every.new_tensor([min(dense_from, mask.dense_beyond) for mask in masks.values()])
     # One transfer for all layers: one for each would wait for the device once a layer.
-    dense, *active_flags = torch.split(
-        torch.cat([ratios.detach() >= bounds, *flags]).cpu(), [len(layers), *(len(active) for active in flags)]
+    dense, *moved = torch.split(
+        torch.cat([every.detach() >= bounds, *(active.flatten() for _, active in flags)]).cpu(),
+        [len(layers), *(active.numel() for _, active in flags)],
     )
-    found: Sequence[Components | None] = [None] * len(layers)
-    if flags:
-        found = _components(active_flags, ratios.device)
-    for (name, layer), is_dense, components in zip(layers.items(), dense.tolist(), found, strict=True):
-        layer.gate = stacked[name].gate if name in stacked else None
-        layer.computation = "dense" if is_dense else "mask"
-        layer.active = None
-        if components is not None:
-            layer.active = ActiveComponents(components, layer.mask.inactive_learn, stride, offset)
-    return ratios
-
-
-class _State(NamedTuple):
-    """What one mask says in a step."""
-
-    ratio: Tensor
-    gate: Tensor
-    active: Tensor
-
-
-def _stacked(layers: Mapping[str, MaskedLinear]) -> dict[str, _State]:
-    """Return the states of the masks of experts that are computed together, by name of the layer."""
-    groups: dict[Hashable, list[str]] = defaultdict(list)
-    for name, layer in layers.items():
-        if layer.mask.kin is not None and expert_number(name) is not None:
-            groups[layer.mask.kin].append(name)
-    found: dict[str, _State] = {}
-    for names in groups.values():
-        masks = [layers[name].mask for name in names]
-        state = type(masks[0]).stacked(masks)
-        parts = zip(state.ratios.unbind(), state.gates.unbind(), state.active.unbind(), strict=True)
-        found |= {name: _State(*part) for name, part in zip(names, parts, strict=True)}
-    return found
+    rows = [part.view(len(names), -1) for (names, _), part in zip(flags, moved, strict=True)]
+    found = dict(zip([name for names, _ in flags for name in names], _components(rows, every.device), strict=True))
+    for (name, layer), is_dense in zip(layers.items(), dense.tolist(), strict=True):
+        components = found.get(name)
+        # nn.Module looks for a parameter in every attribute that is set, which takes longer than all else here.
+        layer.__dict__.update(
+            gate=gates.get(name),
+            computation="dense" if is_dense else "mask",
+            active=None
+            if components is None
+            else ActiveComponents(components, layer.mask.inactive_learn, stride, offset),
+        )
+    return every
 
 
 def _components(flags: Sequence[Tensor], device: torch.device) -> list[Components]:
@@ -234,15 +220,17 @@ def _components(flags: Sequence[Tensor], device: torch.device) -> list[Component
     On a GPU, inactive components fill the active ones up to a multiple of ``TILE``.
 
     Args:
-        flags: Which components are active, bool ``[rank]`` a layer, on the CPU.
+        flags: Which components are active, bool ``[layers, rank]`` for layers of as many components, on the CPU.
         device: The device of the index sets.
     """
-    found = [(_filled(part) if device.type == "cuda" else part).nonzero().flatten() for part in flags]
-    counts = [len(part) for part in found]
-    prefix = [not count or int(part[-1]) == count - 1 for part, count in zip(found, counts, strict=True)]
+    if device.type == "cuda":
+        flags = [torch.stack([_filled(row) for row in rows]) for rows in flags]
+    counts = [count for rows in flags for count in rows.sum(1).tolist()]
+    # In a prefix no component is active whose predecessor is not.
+    prefix = [is_prefix for rows in flags for is_prefix in (rows[:, 1:] <= rows[:, :-1]).all(1).tolist()]
     if all(prefix):
         return [*counts]
-    moved = torch.split(torch.cat(found).to(device), counts)
+    moved = torch.split(torch.cat([rows.nonzero()[:, 1] for rows in flags]).to(device), counts)
     return [count if first else part for count, first, part in zip(counts, prefix, moved, strict=True)]
 
 

@@ -168,33 +168,34 @@ def total_variation(gates: Sequence[Tensor]) -> Tensor:
     """Return the mean of ``|gate[j + 1] - gate[j]|`` over all neighbours in all gates, a scalar (LLRC, 2512.13733).
 
     Args:
-        gates: ``[rank]`` each; a gate of one component has no neighbours.
+        gates: ``[..., rank]`` each; a gate of one component has no neighbours.
 
     Example:
         >>> total_variation([torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0])]).item()
         0.75
     """
-    steps = torch.cat([gate.diff().abs() for gate in gates])
+    steps = torch.cat([gate.diff().abs().flatten() for gate in gates])
     return steps.sum() / max(1, len(steps))
 
 
 def alignment_penalty(gate: Tensor, sigma: Tensor) -> Tensor:
-    """Return the share of a spectrum's energy on which ``gate`` and the prefix of the same count differ, a scalar.
+    """Return the share of a spectrum's energy on which ``gate`` and the prefix of the same count differ, ``[...]``.
 
     ARS's mean squared error of ``gate * sigma`` from ``prefix * sigma`` (Gao et al., NAACL 2024), with sigma scaled to
     a mean square of 1, so that modules count alike. No gradient flows through the prefix.
 
     Args:
-        gate: ``[rank]``, of zeros and ones.
-        sigma: ``[rank]`` singular values, descending.
+        gate: ``[..., rank]``, of zeros and ones.
+        sigma: ``[..., rank]`` singular values, descending.
 
     Example:
         >>> round(alignment_penalty(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([2.0, 1.0, 1.0])).item(), 4)
         0.3333
     """
-    prefix = (torch.arange(len(gate), device=gate.device) < gate.detach().sum().round()).to(gate.dtype)
+    count = gate.detach().sum(-1, keepdim=True).round()
+    prefix = (torch.arange(gate.shape[-1], device=gate.device) < count).to(gate.dtype)
     energy = sigma.square()
-    return ((gate - prefix).square() * energy).sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+    return ((gate - prefix).square() * energy).sum(-1) / energy.sum(-1).clamp_min(torch.finfo(energy.dtype).tiny)
 
 
 def cyclical_weight(step: int, *, low: float, high: float, period: int, cycle: str = "cosine") -> float:

@@ -32,11 +32,14 @@ class RescaledMask(Mask):
 
     Attributes:
         scale: Factor of the module's predicted losses in the last allocation.
-        length: Components of the prefix in the last allocation; ``None`` is dense.
+        end: Components of the prefix in the last allocation, all gated ones where it is dense.
+        near: Components on each side of the end that are measured; 0 where none lie beyond it.
+        is_dense: Whether the last allocation leaves the module dense.
         foreseen: Predicted saving of one more component in the last batch; 0 where nothing is measured.
         charged: ``foreseen`` times the average ratio of measured to predicted savings.
     """
 
+    own: ClassVar[tuple[str, ...]] = ("log_scale", "end", "near", "is_dense")
     inactive_learn = False
 
     def __init__(self, shape: tuple[int, int], rank: int, sigma: Tensor, *, storage: Storage, width: float) -> None:
@@ -47,7 +50,7 @@ class RescaledMask(Mask):
         self.sigma = sigma.double().cpu()
         self._slopes: tuple[tuple[int, int | None], Tensor] | None = None
         self.scale = 1.0
-        self.length: int | None = rank
+        self.length = rank
         self.foreseen = self.charged = 0.0
 
     def slopes(self, budget: Budget, name: str) -> Tensor:
@@ -62,11 +65,19 @@ class RescaledMask(Mask):
             self._slopes = sizes, hull_slopes(budget, name, self.sigma).float()
         return self._slopes[1]
 
-    def reach(self) -> int:
-        """Return how many components on each side of the end are measured; 0 where none lie beyond it."""
-        if self.length is None:
-            return 0
-        return min(max(3, math.ceil(self.width * self.length)), self.length, self.rank - self.length)
+    @property
+    def length(self) -> int | None:
+        """Components of the prefix in the last allocation; ``None`` is dense."""
+        return None if self.is_dense else self.end
+
+    @length.setter
+    def length(self, length: int | None) -> None:
+        self.is_dense, self.end, self.near, self._saving = length is None, self.rank, 0, 0.0
+        if length is not None:
+            self.end = length
+            self.near = min(max(3, math.ceil(self.width * length)), length, self.rank - length)
+        if self.near:
+            self._saving = float(self.sigma[self.end : self.end + self.near].square().mean())
 
     def predicted(self) -> float:
         """Return what ``forward`` would measure if the rescaled prediction were true; 0 where nothing is measured.
@@ -74,11 +85,7 @@ class RescaledMask(Mask):
         This is the mean saving of the components just beyond the end. The slope of the hull would be wrong here: where
         the next size is dense, it stands for all remaining components at once.
         """
-        near = self.reach()
-        if not near:
-            return 0.0
-        assert self.length is not None
-        return self.scale * float(self.sigma[self.length : self.length + near].square().mean()) / 2
+        return self.scale * self._saving / 2
 
     def forward(self) -> Tensor:
         """Return the hard prefix ``[rank]``; the scale gets the mean gradient of the gates around its end.
@@ -86,26 +93,32 @@ class RescaledMask(Mask):
         If the loss is quadratic in the gates, its slope is 0 at a gate of 1, and twice the component's saving at a gate
         of 0. The mean over equally many gates on both sides is therefore the saving of one more component.
         """
-        length, near = self.rank if self.length is None else self.length, self.reach()
-        positions = torch.arange(self.rank, device=self.log_scale.device)
-        around = ((positions >= length - near) & (positions < length + near)).float()
-        soft = self.log_scale * around / max(1, 2 * near)
-        return (positions < length).float() + (soft - soft.detach())
+        positions, end, near = self._positions(), self._column(self.end), self._column(self.near)
+        around = ((positions >= end - near) & (positions < end + near)).float()
+        measured = 2 * near.clamp(min=1) if isinstance(near, Tensor) else max(1, 2 * near)
+        soft = self.log_scale[..., None] * around / measured
+        return (positions < end).float() + (soft - soft.detach())
 
     def active(self) -> Tensor:
         """Return the prefix and the components that are measured beyond its end, bool ``[rank]``."""
-        length = self.rank if self.length is None else self.length
-        return torch.arange(self.rank, device=self.log_scale.device) < length + self.reach()
+        return self._positions() < self._column(self.end) + self._column(self.near)
 
     def ratio(self) -> Tensor:
         """Return the parameters of the prefix over the dense weight's, 1 when dense; constant in the scale."""
-        length = torch.tensor(float(self.rank if self.length is None else self.length), device=self.log_scale.device)
-        return torch.ones_like(length) if self.length is None else self.storage.ratio(self.shape, length)
+        device = self.log_scale.device
+        ratio = self.storage.ratio(self.shape, torch.as_tensor(self.end, dtype=torch.float32, device=device))
+        return ratio.masked_fill(torch.as_tensor(self.is_dense, device=device), 1.0)
 
     def kept(self) -> Tensor:
         """Return which components the prefix has, bool ``[rank]``."""
-        length = self.rank if self.length is None else self.length
-        return torch.arange(self.rank, device=self.log_scale.device) < length
+        return self._positions() < self._column(self.end)
+
+    def _positions(self) -> Tensor:
+        return torch.arange(self.rank, device=self.log_scale.device)
+
+    def _column(self, number: int | Tensor) -> int | Tensor:
+        """Return a number of this mask as it is, or those of several masks as ``[masks, 1]``."""
+        return number.to(self.log_scale.device)[..., None] if isinstance(number, Tensor) else number
 
 
 class Balance(nn.Module):
@@ -189,7 +202,9 @@ class Rescaled(MaskMethod):
         sizes = budget.sizes(_scores(masks, budget, logs))
         for mask, log, size in zip(every, logs, sizes.values(), strict=True):
             mask.scale = math.exp(log)
-            mask.length = None if size is None or size > mask.rank else size
+            length = None if size is None or size > mask.rank else size
+            if length != mask.length:
+                mask.length = length
         balance.allocated = logs, budget
 
     def penalties(self, masks: ModelMasks, ratios: Tensor, keep: float, step: int) -> dict[str, Tensor]:
@@ -200,7 +215,8 @@ class Rescaled(MaskMethod):
         for mask in every:
             mask.foreseen = mask.predicted()
             mask.charged = average * mask.foreseen
-        return {"balance": torch.stack([mask.charged * mask.log_scale for mask in every]).sum()}
+        logs = torch.stack([mask.log_scale for mask in every])
+        return {"balance": (logs * torch.tensor([mask.charged for mask in every], device=logs.device)).sum()}
 
     def observe(self, masks: ModelMasks, step: int, *, accumulated: int = 1) -> None:
         """Add the measured savings to the balance: the gradients without the penalty's part.

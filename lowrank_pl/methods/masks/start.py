@@ -17,7 +17,7 @@ from lowrank_pl.methods.masks.base import MaskMethod
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 
-__all__ = ["MaskStart", "read_start", "start_of"]
+__all__ = ["MaskStart", "check_start", "read_start", "start_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,21 @@ def read_start(start: str | Path | None) -> RankPlan | Allocator | None:
         raise ValueError(f"start is {str(start)!r}, which is no file, and {error}, or the path of a plan") from None
 
 
+def check_start(start: RankPlan | Allocator | None, method: MaskMethod) -> None:
+    """Check that masks of ``method`` can start from a plan, where ``start`` is one or makes one.
+
+    Raises:
+        ValueError: They have a start of their own, or the plan's experts share factors or were dropped.
+    """
+    if start is not None and method.own_start:
+        raise ValueError(
+            f"a plan to start from was given, but masks of {method.name} have a start of their own: leave it out "
+            "(--model.start.plan)"
+        )
+    if isinstance(start, RankPlan):
+        start.refuse_shared("masks learn the rank of every layer by itself: start from a plan without shared_experts")
+
+
 def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, target: float) -> MaskStart:
     """Return where each mask starts.
 
@@ -72,12 +87,7 @@ def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, target: 
     Raises:
         ValueError: The plan does not cover all modules or drops experts, or the method takes no plan to start from.
     """
-    if plan is not None and method.own_start:
-        raise ValueError(
-            f"a plan to start from was given, but masks of {method.name} have a start of their own: leave it out"
-        )
-    if plan is not None:
-        plan.refuse_shared("masks learn the rank of every layer by itself: start from a plan without shared_experts")
+    check_start(plan, method)
     if plan is None:
         return MaskStart(dict.fromkeys(budget.shapes, method.start_keep(target)))
     if plan.dropped_experts:

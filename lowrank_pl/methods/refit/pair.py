@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import Any
 
@@ -163,7 +163,8 @@ class ModelPair:
     Both are one model: passes of the compressed model replace its dense layers by low-rank ones. The dense model runs
     each block once, and the inputs of its layers are buffered. The compressed model runs the block again for every
     compared layer, because the layers before it have changed; such a pass ends at that layer. Layers of several experts
-    share a pass.
+    share a pass. Their inputs would take as many numbers as tokens, times the experts that serve each, times the width,
+    so they are not buffered: the dense model runs the block again, batch by batch beside the compressed one.
 
     A token may be routed to other experts in the compressed model, and has nothing to be compared with there. So while
     the layers of a block are compared, its routers return what they returned in the dense model: each expert sees the
@@ -202,9 +203,11 @@ class ModelPair:
         self._buffers: dict[int, list[HiddenStates]] = {}
         self._unpaired: set[str] = set()
         self._routers, self._experts = routers(model), dict(split_modules(model))
-        # Of the started block: each router's outputs, and the inputs of experts with their weights, batch by batch.
+        # Of the started block: each router's outputs, batch by batch, and where the dense model runs it again.
         self._routed: dict[str, list[Any]] = {}
-        self._rows: dict[str, dict[int, tuple[Tensor, Tensor | None]]] = {}
+        self._again = _Progress(0, [])
+        # Of the batch that is compared: the weights of experts' rows.
+        self._row_weights: dict[str, Tensor | None] = {}
 
     def start_block(self, block: int, streams: Mapping[str, str | None]) -> None:
         """Run both models up to ``block``, and the dense one through it; later passes are about this block.
@@ -221,47 +224,34 @@ class ModelPair:
         experts = {name for name in streams if self._experts_of(name) is not None}
         buffered = {name: stream for name, stream in streams.items() if name not in experts}
         self._streams, self._dense_inputs, self._unpaired = streams, self._input_buffers(buffered), set()
-        self._rows = {name: {} for name in experts}
+        self._again = _Progress(0, [])
+        if experts:
+            if self._resuming and block > self._dense.start:
+                self._advance(self._dense, block, {})
+            self._again = replace(self._dense, states=list(self._dense.states))
         prefix = f"{decoder_blocks(self.model)[0]}.{block}."
         self._routed = {name: [] for name in self._routers.values() if experts and name.startswith(prefix)}
 
         def write(number: int, seen: Seen) -> None:
             batch = self.batches[number]
             for name, calls in seen.items():
-                if name in experts:
-                    if calls:
-                        self._rows[name][number] = calls[0].to(self._state_device), weights.pop(name)
-                elif len(calls) != 1 or _tokens(calls[0]) != batch.numel():
+                if len(calls) != 1 or _tokens(calls[0]) != batch.numel():
                     self._unpaired.add(name)
                 else:
                     self._dense_inputs[name].write(
                         self._offsets[number], calls[0].reshape(len(batch), -1, calls[0].shape[-1])
                     )
 
-        weights: dict[str, Tensor | None] = {}
+        with self._routing(self._remember):
+            self._advance(self._dense, block + 1, {}, [*self._dense_inputs], write)
 
-        def keep_weights(name: str) -> Callable[[nn.Module, Any], None]:
-            expert: Any = self.model.get_submodule(name.rpartition(".")[0])
-
-            def hook(_: nn.Module, __: Any) -> None:
-                weights[name] = getattr(expert, "routing_weights", None)
-
-            return hook
-
-        with ExitStack() as stack:
-            for name in experts:
-                stack.callback(self.model.get_submodule(name).register_forward_pre_hook(keep_weights(name)).remove)
-            stack.enter_context(self._routing(self._remember))
-            self._advance(self._dense, block + 1, {}, [*self._dense_inputs, *sorted(experts)], write)
-
-    def routing_weights(self, name: str, number: int) -> Tensor | None:
-        """Return the weights ``[rows]`` that the dense router gives the outputs of an expert.
+    def routing_weights(self, name: str) -> Tensor | None:
+        """Return the weights ``[rows]`` that the dense router gives the outputs of an expert in the compared batch.
 
         Args:
             name: A layer of the expert.
-            number: The batch.
         """
-        return self._rows[name][number][1]
+        return self._row_weights[name]
 
     def compare(self, names: Sequence[str], receive: Receive) -> None:
         """Pass the inputs of layers in both models to ``receive``, batch by batch.
@@ -297,20 +287,42 @@ class ModelPair:
         )
 
     def _compare_experts(self, experts: str, names: Sequence[str], receive: Receive) -> None:
-        """Do the work of ``compare`` for layers of experts, in one pass that ends after the module of experts."""
+        """Do the work of ``compare`` for layers of experts, in passes that end after the module of experts."""
+        dense: Seen = {}
 
         def done(number: int, seen: Seen) -> None:
             for name, calls in seen.items():
-                dense = self._rows[name].get(number)
-                if dense is None and not calls:
+                if not dense[name] and not calls:
                     continue
-                paired = dense is not None and len(calls) == 1 and calls[0].shape == dense[0].shape
-                pair = (dense[0].to(self.model.device), calls[0]) if dense is not None and paired else None
-                receive(name, number, pair, None)
+                paired = len(calls) == len(dense[name]) == 1 and calls[0].shape == dense[name][0].shape
+                receive(name, number, (dense[name][0], calls[0]) if paired else None, None)
 
         module = self._experts[experts]
-        with self._routing(self._repeat):
-            self._run(self._compressed, self.layers, names, done, lambda _: forward_until(self.model, module))
+        end: Callable[[int], AbstractContextManager[None]] = lambda _: forward_until(self.model, module)  # noqa: E731
+        routed = {name: iter(outputs) for name, outputs in self._routed.items()}
+        for number in range(len(self.batches)):
+            with self._weights_kept(names):
+                self._run(self._again, {}, names, lambda _, seen: dense.update(seen), end, [number])
+            with self._routing(lambda name: self._repeat(routed[name])):
+                self._run(self._compressed, self.layers, names, done, end, [number])
+
+    @contextmanager
+    def _weights_kept(self, names: Sequence[str]) -> Iterator[None]:
+        """Keep the weights of the rows of experts' layers while the block runs."""
+        self._row_weights = dict.fromkeys(names)
+
+        def keep(name: str) -> Callable[[nn.Module, Any], None]:
+            expert: Any = self.model.get_submodule(name.rpartition(".")[0])
+
+            def hook(_: nn.Module, __: Any) -> None:
+                self._row_weights[name] = getattr(expert, "routing_weights", None)
+
+            return hook
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.callback(self.model.get_submodule(name).register_forward_pre_hook(keep(name)).remove)
+            yield
 
     def _experts_of(self, name: str) -> str | None:
         """Return the module of experts that layer ``name`` belongs to, if its router is known."""
@@ -330,9 +342,7 @@ class ModelPair:
 
         return hook
 
-    def _repeat(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        stored = iter(self._routed[name])
-
+    def _repeat(self, stored: Iterator[Any]) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(_: nn.Module, __: Any, ___: Any) -> Any:
             return tree_map(_on(self.model.device), next(stored))
 
@@ -397,14 +407,26 @@ class ModelPair:
         watched: Sequence[str],
         done: Done,
         end: Callable[[int], AbstractContextManager[None]],
+        numbers: Sequence[int] | None = None,
     ) -> None:
-        """Run the model with ``layers`` over all batches, and pass the inputs of modules ``watched`` to ``done``."""
+        """Run the model with ``layers``, and pass the inputs of modules ``watched`` to ``done``.
+
+        Args:
+            progress: Where passes start.
+            layers: Replace those of the dense model.
+            watched: Names of modules.
+            done: Called after each batch.
+            end: Where the pass of a batch ends.
+            numbers: The batches; None for all.
+        """
         device = self.model.device
-        states = (move_output(state, device) for state in progress.states)
+        numbers = range(len(self.batches)) if numbers is None else numbers
+        states = (move_output(progress.states[number], device) for number in numbers)
         if progress is self._compressed:
             layers = {**layers, **self.dropped}
         with evaluating(self.model), replaced(self.model, layers), forward_from(self.model, progress.start, states):
-            for number, batch in enumerate(self.batches):
+            for number in numbers:
+                batch = self.batches[number]
                 seen: Seen = {name: [] for name in watched}
                 with ExitStack() as stack:
                     for name, calls in seen.items():

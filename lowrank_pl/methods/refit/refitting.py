@@ -414,7 +414,7 @@ class _Work:
                 assert inputs is not None
                 part = None if weight is None else weight[number]
                 if wiring[name].experts is not None:
-                    part = self._routed(models.routing_weights(name, number))
+                    part = self._routed(models.routing_weights(name))
                 try:
                     (fit if number < first_held else held).update(*inputs, streams, weights=part)
                 except ValueError as error:

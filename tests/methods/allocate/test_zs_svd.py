@@ -14,6 +14,7 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.zs_svd import drop_order, first_order_changes
+from lowrank_pl.models.base import load_base
 from lowrank_pl.models.targets import find_targets
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.plans.budget import Budget
@@ -153,3 +154,22 @@ def test_what_it_needs_is_asked_for():
         make_allocator("zs_svd").plan(problem)
     with pytest.raises(ValueError, match=r"zs_svd was given no model.*give Problem both"):
         make_allocator("zs_svd", rounds=1).plan(problem)
+
+
+def test_the_mean_of_a_blocks_experts_stands_in_for_one_without_tokens(sequences, tokenizer):
+    model = load_base("random:mixtral")
+    model.model.layers[1].mlp.gate.register_forward_hook(
+        lambda _, __, output: (*output[:2], torch.where(output[2] == 2, 1, output[2]))
+    )
+    targets = find_targets(model)
+    subject = Subject(model, tokenizer, sequences[:2], known_targets=targets)
+    store, gradients = build_factors(subject, settings=Decomposition("svd")), build_gradients(subject)
+    problem = Problem(Constraints().budget(model, targets, 0.6), store, targets, model, gradients=gradients)
+    name = "model.layers.1.mlp.experts.2.up_proj"
+    mean = sum(gradients.read(name.replace("experts.2", f"experts.{number}"), "mean") for number in range(4)) / 4
+    assert not gradients.read(name, "mean").any()
+    factors = store.factors(name)
+    expected = -((factors.left.mT @ mean) * factors.right).sum(1).double()
+    torch.testing.assert_close(first_order_changes(problem, name), expected, rtol=1e-3, atol=1e-8)
+    plan = make_allocator("zs_svd").plan(problem)
+    assert any(note.startswith("3 layers of experts that no calibration token reached") for note in plan.notes)

@@ -308,24 +308,6 @@ def test_gumbel_masks_gate_all_components_with_pivoted_storage():
     assert mask.dense_beyond == float("inf")
 
 
-def test_masks_of_experts_that_are_computed_together_are_those_of_each_alone():
-    masks = [
-        ARA().create((24, 16), torch.linspace(2, 0.1, 16), keep, storage=Storage("pivoted")) for keep in (0.3, 0.7)
-    ]
-    state = type(masks[0]).stacked(masks)
-    weights = torch.randn(2, masks[0].rank, generator=torch.Generator().manual_seed(0))
-    ((state.gates * weights).sum() + (state.ratios * torch.tensor([1.0, 2.0])).sum()).backward()
-    together = [mask.logits.grad.clone() for mask in masks]
-    for place, mask in enumerate(masks):
-        mask.logits.grad = None
-        gate, ratio = mask(), mask.ratio()
-        torch.testing.assert_close(state.gates[place], gate)
-        torch.testing.assert_close(state.ratios[place], ratio)
-        assert torch.equal(state.active[place], mask.active())
-        ((gate * weights[place]).sum() + (place + 1) * ratio).backward()
-        torch.testing.assert_close(together[place], mask.logits.grad)
-
-
 def test_a_step_takes_the_masks_of_experts_together_and_gives_none_to_those_without_tokens(sequences):
     model = load_base("random:mixtral")
     layers = {}

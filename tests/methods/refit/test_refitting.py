@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 import shutil
+import weakref
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -323,6 +324,25 @@ def test_a_pass_serves_all_experts_and_an_expert_sees_its_tokens_only(kind, sequ
     for stage in ("gate_proj", "down_proj"):
         # Each token goes to two of the experts.
         assert sum(rows[f"model.layers.1.mlp.experts.{n}.{stage}"] for n in range(4)) == 2 * sequences.numel()
+
+
+def test_inputs_of_experts_are_in_memory_for_one_batch_at_a_time_and_are_those_of_the_dense_model(sequences):
+    model = load_base("random:mixtral")
+    names = [f"model.layers.1.mlp.experts.{number}.down_proj" for number in range(4)]
+    pair, alive, seen = ModelPair(model, torch.split(sequences[:4], 1)), [], set()
+
+    def receive(name, number, inputs, streams):
+        # Nothing is compressed yet, so both models compute the same.
+        assert torch.equal(*inputs)
+        assert len(pair.routing_weights(name)) == len(inputs[0])
+        assert not any(of() is not None for batch, of in alive if batch < number)
+        alive.append((number, weakref.ref(inputs[0])))
+        seen.add(number)
+
+    pair.start_block(0, {})
+    pair.start_block(1, dict.fromkeys(names))
+    pair.compare(names, receive)
+    assert seen == {0, 1, 2, 3}
 
 
 def test_an_expert_without_tokens_keeps_its_factors_and_is_counted(sequences, tokenizer):
