@@ -533,8 +533,15 @@ class CompressedEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[mis
 def _renamed(mapper: WeightsMapper, named: dict[str, Any]) -> dict[str, Any]:
     """Return ``named`` with the names that modules have in vLLM's model."""
     # Some rules are for the beginning of a parameter's name, which goes on with a dot.
-    renamed = mapper.apply_dict({f"{name}.": value for name, value in named.items()})
-    return {name.removesuffix("."): value for name, value in renamed.items()}
+    renamed = {
+        name.removesuffix("."): value
+        for name, value in mapper.apply_dict({f"{name}.": value for name, value in named.items()}).items()
+    }
+    for name, value in renamed.items():
+        if isinstance(value, dict) and "right" in value:
+            (owner,) = mapper.apply_dict({f"{value['right']}.": None})
+            renamed[name] = {**value, "right": owner.removesuffix(".")}
+    return renamed
 
 
 _ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
