@@ -353,6 +353,13 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.kept = [
             self.config.entry(f"{layer.layer_name}.{number}") is None for number in range(layer.global_num_experts)
         ]
+        # vLLM hands every process the tensors of all experts, which may be stored in other ways than its own.
+        for group, shards in (("w13", ("w1", "w3")), ("w2", ("w2",))):
+            of_group = [member for (_, shard), member in self.members.items() if shard in shards]
+            for part in sorted({part for member in of_group for part in member.shapes}):
+                parameter = nn.Parameter(torch.empty(0, dtype=_type_of(part, params_dtype)), requires_grad=False)
+                parameter.weight_loader = partial(self._load, part, params_dtype)  # type: ignore[attr-defined]
+                layer.register_parameter(f"{group}_{part}", parameter)
         # Another process's expert may hold the right factor of one of this process.
         owners = {member.owner for (number, _), member in self.members.items() if self._is_here(layer, number)}
         self.members = {
@@ -360,19 +367,12 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             for (number, shard), member in self.members.items()
             if self.kept[number] and (self._is_here(layer, number) or self.config.stored_name(member.name) in owners)
         }
-        shared = sum(member.owner is not None for member in self.members.values())
-        if shared:
+        if any(member.owner for member in self.members.values()):
             logger.warning_once(
                 "experts share right factors, of which every expert gets a copy here: they take more memory than the "
                 "files"
             )
         self.config.members += self.members.values()
-        for group, shards in (("w13", ("w1", "w3")), ("w2", ("w2",))):
-            members = [member for (_, shard), member in self.members.items() if shard in shards]
-            for part in sorted({part for member in members for part in member.shapes}):
-                parameter = nn.Parameter(torch.empty(0, dtype=_type_of(part, params_dtype)), requires_grad=False)
-                parameter.weight_loader = partial(self._load, part, params_dtype)  # type: ignore[attr-defined]
-                layer.register_parameter(f"{group}_{part}", parameter)
 
     @staticmethod
     def _is_here(layer: RoutedExperts, number: int) -> bool:

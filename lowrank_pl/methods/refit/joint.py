@@ -36,7 +36,7 @@ class Fitted:
 
     Args:
         values: Left and right factors of every layer, fitted to all text.
-        before: Error on held-back text before the refit.
+        before: Error on held-back text before the refit, of factors that were made without it.
         after: The least error on held-back text, of factors that were fitted without it.
         sweeps: Number of sweeps that it took; 0 if no sweep lowered the error, so that ``values`` are the first ones.
     """
@@ -48,32 +48,41 @@ class Fitted:
 
 
 def fit_jointly(
-    error: BlockError, settings: Joint, fit: Sequence[int], held: Sequence[int], *, seed: int, label: str
+    error: BlockError,
+    settings: Joint,
+    fit: Sequence[int],
+    held: Sequence[int],
+    *,
+    unseen: Parts,
+    seed: int,
+    label: str,
 ) -> Fitted:
     """Return the factors of a block after a joint refit.
 
     A first fit, without the held-back text, decides on the number of sweeps, and on the fraction that is taken of each
-    Gauss-Newton step. A second fit does the same on all text.
+    Gauss-Newton step. It starts from factors that have not seen that text either: those that have look better on it
+    than any step away from them. A second fit does the same on all text.
 
     Args:
         error: The error of the block's output.
         settings: Method and effort.
         fit: Numbers of the batches to fit to.
         held: Numbers of the held-back batches.
+        unseen: Left and right factors of every layer, made without the held-back text.
         seed: Seed of random numbers.
         label: Name of the block, for the progress bar.
 
     Raises:
         NotImplementedError: An operation of the block has no derivative that the method needs.
     """
-    before = error.mean(error.values, held)
+    before = error.mean(unseen, held)
     if not 0 < before < math.inf:
         return Fitted(error.values, before, before, 0)
     make = _FITTERS[settings.method]
     everything = [*fit, *held]
     total = math.ceil(settings.passes_of_fit * (len(fit) + len(everything)))
     with tqdm(total=total, desc=label, unit="batch", leave=False) as bar:
-        alone = make(error, settings, fit, seed, bar)
+        alone = make(error, unseen, settings, fit, seed, bar)
         best, taken = Fitted(error.values, before, before, 0), []
         for sweep in range(1, settings.most_sweeps + 1):
             trials = alone.sweep()
@@ -87,7 +96,7 @@ def fit_jointly(
                 break
         if not best.sweeps:
             return best
-        whole = make(error, settings, everything, seed, bar)
+        whole = make(error, error.values, settings, everything, seed, bar)
         for place in taken[: best.sweeps]:
             whole.take(whole.sweep()[place])
     # Nothing has judged the second fit yet.
@@ -102,6 +111,7 @@ class _Fitter(ABC):
 
     Args:
         error: The error of the block's output.
+        values: The factors to start from.
         settings: Method and effort.
         batches: Numbers of the batches to fit to.
         seed: Seed of random numbers.
@@ -114,9 +124,22 @@ class _Fitter(ABC):
 
     recovers = False
 
-    def __init__(self, error: BlockError, settings: Joint, batches: Sequence[int], seed: int, bar: tqdm[Any]) -> None:
-        self.error, self.settings, self.batches, self.bar = error, settings, batches, bar
-        self.values = error.values
+    def __init__(
+        self,
+        error: BlockError,
+        values: Parts,
+        settings: Joint,
+        batches: Sequence[int],
+        seed: int,
+        bar: tqdm[Any],
+    ) -> None:
+        self.error, self.values, self.settings, self.batches, self.seed = error, values, settings, batches, seed
+        self.bar = bar
+        self._start()
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Prepare the first sweep."""
 
     @abstractmethod
     def sweep(self) -> list[Parts]:
@@ -137,12 +160,11 @@ class _GaussNewton(_Fitter):
     damping does not depend on how a weight is divided between them.
     """
 
-    def __init__(self, error: BlockError, settings: Joint, batches: Sequence[int], seed: int, bar: tqdm[Any]) -> None:
-        super().__init__(error, settings, batches, seed, bar)
-        tokens = sum(error.models.batches[batch].numel() for batch in batches)
-        some = batches[:: max(1, tokens // _METRIC_TOKENS)]
+    def _start(self) -> None:
+        tokens = sum(self.error.models.batches[batch].numel() for batch in self.batches)
+        some = self.batches[:: max(1, tokens // _METRIC_TOKENS)]
         self._next = 0
-        self._metric = _Metric(self.values, error.curvature(self.values, some, seed=seed))
+        self._metric = _Metric(self.values, self.error.curvature(self.values, some, seed=self.seed))
 
     def sweep(self) -> list[Parts]:
         """Return the factors after each fraction of the next step."""
@@ -246,17 +268,17 @@ class _AdamW(_Fitter):
 
     recovers = True
 
-    def __init__(self, error: BlockError, settings: Joint, batches: Sequence[int], seed: int, bar: tqdm[Any]) -> None:
-        super().__init__(error, settings, batches, seed, bar)
-        self._parameters = [value.clone() for value in error.values]
+    def _start(self) -> None:
+        settings = self.settings
+        self._parameters = [value.clone() for value in self.values]
         sizes = [settings.learning_rate * value.square().mean().sqrt().item() for value in self.values]
         groups = [{"params": [value], "lr": size} for value, size in zip(self._parameters, sizes, strict=True)]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        steps = settings.most_sweeps * len(batches)
+        steps = settings.most_sweeps * len(self.batches)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2
         )
-        self._order = torch.Generator().manual_seed(seed)
+        self._order = torch.Generator().manual_seed(self.seed)
 
     def sweep(self) -> list[Parts]:
         """Return the factors after the next pass."""

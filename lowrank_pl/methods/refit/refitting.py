@@ -267,12 +267,14 @@ class _Work:
         held = range(-(-len(self.fitting) // self.batch_size), len(models.batches))
         notes: dict[str, str] = {}
         try:
+            error = BlockError(models, block, {name: made.factors for name, made in pending.items()}, weights)
+            unseen = [part for made in pending.values() for part in (made.unseen.left, made.unseen.right)]
             found = fit_jointly(
-                BlockError(models, block, {name: made.factors for name, made in pending.items()}, weights),
-                joint, range(held.start), held, seed=block, label=f"refit of block {block}",
+                error, joint, range(held.start), held, unseen=[part.to(error.values[0]) for part in unseen],
+                seed=block, label=f"refit of block {block}",
             )  # fmt: skip
-        except NotImplementedError as error:
-            _log.warning("block %d is not refitted jointly: %s", block, error)
+        except NotImplementedError as missing:
+            _log.warning("block %d is not refitted jointly: %s", block, missing)
             notes = {"joint": NO_DERIVATIVE}
         else:
             gain = 1 - found.after / found.before if found.before > 0 else 0.0
@@ -460,15 +462,32 @@ class _Work:
             numbers["stream"] = choice.stream
         _log.debug("%s: error %.4g becomes %.4g by %s", target.name, before, after, choice)
         if gain > self.settings.margin:
-            self._store(target, made_from(text.both, choice), APPLIED, numbers)
+            self._store(target, made_from(text.both, choice), APPLIED, numbers, unseen=other)
         else:
-            self._store(target, present, NO_GAIN, numbers)
+            self._store(target, present, NO_GAIN, numbers, unseen=plain if self.overlapping else present)
 
     def _keep_factors(self, members: Sequence[Target], why: str) -> None:
         for target in members:
             self._store(target, self._factors(target, self.base), why, {})
 
-    def _store(self, target: Target, factors: Factors, how: str, numbers: Mapping[str, float]) -> None:
+    def _store(
+        self,
+        target: Target,
+        factors: Factors,
+        how: str,
+        numbers: Mapping[str, float],
+        *,
+        unseen: Factors | None = None,
+    ) -> None:
+        """Store the factors of a module, or keep them for the joint refit of its block.
+
+        Args:
+            target: The module.
+            factors: Its factors.
+            how: What the refit did.
+            numbers: What to note beside that.
+            unseen: The same, made without the held-back text; None for ``factors``.
+        """
         name = target.name
         if not all(torch.isfinite(part.float()).all() for part in (factors.left, factors.right)):
             raise ValueError(f"the refitted factors of {name} hold NaN or infinity: {NOT_FINITE}")
@@ -478,7 +497,7 @@ class _Work:
         else:
             # In the precision of the store, so that a run that goes on computes the same.
             rounded = Factors(factors.left.float(), factors.right.float(), factors.sigma.double())
-            self._pending[name] = _Made(rounded, notes)
+            self._pending[name] = _Made(rounded, notes, rounded if unseen is None else unseen)
         if target.stack:
             self._write_stack(target.stack)
 
@@ -533,10 +552,17 @@ def _weights(norms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Made:
-    """Factors fitted layer by layer, which wait for the joint refit of their block, and what to note beside them."""
+    """Factors fitted layer by layer, which wait for the joint refit of their block, and what to note beside them.
+
+    Args:
+        factors: The factors.
+        notes: The notes.
+        unseen: The factors of the same rank that were made without the held-back text.
+    """
 
     factors: Factors
     notes: Mapping[str, str]
+    unseen: Factors
 
 
 class _Text(NamedTuple):

@@ -131,7 +131,10 @@ class Refit:
         }
         if self.joint is None:
             del settings["joint"]
-        elif self.joint.curvature == 1:
+            return settings
+        # Factors of the time when the first fit started from factors that had seen the held-back text are others.
+        settings["joint"]["starts"] = "unseen"
+        if self.joint.curvature == 1:
             del settings["joint"]["curvature"]
         return settings
 

@@ -12,6 +12,7 @@ from torch import nn
 from lowrank_pl.factors.compression import compressed, factored_layer
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.methods.refit.block import BlockError, BlockWeights
+from lowrank_pl.methods.refit.joint import fit_jointly
 from lowrank_pl.methods.refit.pair import ModelPair
 from lowrank_pl.methods.refit.plan import APPLIED, NO_DERIVATIVE, NO_GAIN
 from lowrank_pl.methods.refit.refitting import Refit
@@ -130,6 +131,14 @@ def test_the_model_comes_nearer_to_the_dense_one_and_trained_factors_are_marked(
         "excess": {"a": 0.0}, "seconds": {}, "peak_memory": 1, "notes": list(new.notes),
     }  # fmt: skip
     assert comparison_cells([row])[1][0][0] == ("own (trained)" if trained else "own")
+
+
+def test_the_first_fit_starts_from_factors_that_have_not_seen_the_held_back_text(llama, sequences, tokenizer):
+    plan, store, _ = drawn(llama, sequences, tokenizer)
+    error = second_block(llama, sequences, plan, store)
+    unseen = [value * 1.05 for value in error.values]
+    found = fit_jointly(error, Joint(damping=1e9), [0], [1], unseen=unseen, seed=0, label="block")
+    assert found.before == error.mean(unseen, [1]) > error.mean(error.values, [1])
 
 
 def test_a_block_that_gains_nothing_keeps_its_factors_and_is_counted(llama, sequences, tokenizer):
