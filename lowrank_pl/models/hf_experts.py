@@ -448,8 +448,8 @@ def drop_experts(model: nn.Module, names: Iterable[str]) -> None:
         if len(numbers) == len(mixtures[parent]):
             raise ValueError(f"all {len(numbers)} experts of {parent} are dropped: expected at least one to be kept")
     for parent, numbers in gone.items():
-        for number in numbers:
-            mixtures[parent][number] = DroppedExpert()
+        for place in numbers:
+            mixtures[parent][place] = DroppedExpert()
 
 
 def routers(model: nn.Module) -> dict[str, str]:
