@@ -66,7 +66,7 @@ ROUNDED = ("llama", "gemma3", "gpt2")
 # A head of its own, and a tied one with scaled embeddings.
 EMBEDDED = ("llama", "gemma3")
 # Names that vLLM changes, a shared expert, heads of normalised queries, and routers whose weights don't sum to 1.
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe")
 
 
 class Case(NamedTuple):
