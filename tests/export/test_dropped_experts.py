@@ -162,6 +162,8 @@ def test_a_smaller_size_is_cut_from_the_folder(sequences, tmp_path):
     assert cut.config.quantization_config.schema == 6
 
 
+# PEFT itself asks for it.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_is_put_on_the_experts_that_are_left(dropping, sequences):
     from peft import LoraConfig, get_peft_model
 
