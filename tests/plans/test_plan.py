@@ -206,16 +206,19 @@ def test_origin_puts_notes_first(plan):
         (lambda d: d.update(order={"z.last": "AADAfw=="}), r"scores of z.last .* NaN"),
         (lambda d: d.update(order=3), "order: .*3 was given"),
         (lambda d: d["modules"]["z.last"].pop("shape"), r'modules\["z.last"\].shape is missing'),
-        (lambda d: d["modules"]["z.last"].update(rank=2.5), r"z.last.* 2.5: expected a whole number or"),
+        (
+            lambda d: d["modules"]["z.last"].update(rank=2.5),
+            r"z.last.* 2.5: expected a whole number of at least 1, \"dense\"",
+        ),
         (
             lambda d: d["modules"]["z.last"].update(rank="Dense"),
-            r"'Dense': expected a whole number or \"dense\"",
+            r"'Dense': expected a whole number of at least 1, \"dense\"",
         ),
         (lambda d: d["modules"]["z.last"].update(rank=True), r"True: expected a whole number"),
         (lambda d: d["modules"]["z.last"].update(rank=None), r"None: expected a whole number"),
         (
             lambda d: d["modules"]["z.last"].update(rank=0),
-            r"z.last.* rank of 0 .* \(10, 20\): expected 1..10",
+            r"z.last.* rank is 0: expected a whole number of at least 1",
         ),
         (lambda d: d["modules"]["z.last"].update(rank=11), r"rank of 11 .* expected 1..10"),
         (lambda d: d["modules"]["z.last"].update(shape=[10, 20, 30]), r'z.last"\].shape: .* at most 2 items'),

@@ -66,12 +66,12 @@ class _GatedProduct(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, left: Tensor, right: Tensor, gate: Tensor, active: ActiveComponents) -> Tensor:
         components = active.components
-        inner = _rows(x) @ _pick(right, 0, components).mT
+        inner = x @ _pick(right, 0, components).mT
         # The backward pass slices and gathers the factors again: kept ones would be a second copy.
         ctx.save_for_backward(x, left, right, gate, inner)
         ctx.active = active
-        product = (inner * _pick(gate, 0, components).to(x.dtype)) @ _pick(left, 1, components).mT
-        return product if x.dim() == 2 else product.view(*x.shape[:-1], left.shape[0])
+        # No view of another shape: FSDP2 hangs its hooks on the output, and those of views may be lost.
+        return (inner * _pick(gate, 0, components).to(x.dtype)) @ _pick(left, 1, components).mT
 
     @staticmethod
     @once_differentiable
@@ -93,7 +93,7 @@ class _GatedProduct(Function):
                 estimate = _over_tokens(outputs @ _pick(left, 1, inactive), inputs @ _pick(right, 0, inactive).mT)
                 _put(to_gate, inactive, estimate * active.stride if active.stride > 1 else estimate)
             # Last, because a tile of inactive components may include active ones.
-            _put(to_gate, components, _over_tokens(back, inner))
+            _put(to_gate, components, _over_tokens(back, _rows(inner)))
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = (back * _pick(gate, 0, components).to(back.dtype)) @ _pick(right, 0, components)

@@ -32,7 +32,7 @@ def learned(method, *, together, steps, monkeypatch):
     seen = []
     with monkeypatch.context() as patch:
         if not together:
-            patch.setattr(masks_base, "_is_of_expert", lambda name: False)
+            patch.setattr(masks_base, "expert_number", lambda name: None)
         for step in range(steps):
             method.advance(masks, step, budget)
             groups = stacks(masks)
