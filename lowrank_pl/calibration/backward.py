@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, located
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
-from lowrank_pl.models.hf_experts import can_drop, split_modules
+from lowrank_pl.models.hf_experts import can_drop
 from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import decoder_blocks, first_argument
+from lowrank_pl.utils.formatting import expert_number
 
 __all__ = ["Recorder", "differentiable", "loss_gradient"]
 
@@ -103,8 +104,7 @@ class Recorder:
         Of modules of experts among them, the weights of the chosen experts are kept.
         """
         names = list(names)
-        experts = tuple(f"{name}." for name, _ in split_modules(model))
-        self._of_experts = {name for name in names if name.startswith(experts)}
+        self._of_experts = {name for name in names if expert_number(name) is not None}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
             def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:

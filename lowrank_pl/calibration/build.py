@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -240,7 +240,10 @@ def decompose_all(
     # Members of a group follow each other in the model's order, so each square root is computed once and dropped.
     alone = [target for target in todo if not target.stack]
     groups = [list(members) for _, members in groupby(alone, key=lambda target: target.group)]
-    stacks = {target.stack: [one for one in todo if one.stack == target.stack] for target in todo if target.stack}
+    stacks: dict[str, list[Target]] = defaultdict(list)
+    for target in todo:
+        if target.stack:
+            stacks[target.stack].append(target)
     # What is known of all experts is kept for one block.
     groups = sorted([*groups, *stacks.values()], key=lambda members: members[0].block)
     mine = my_balanced_share(groups, [sum(_svd_cost(target) for target in members) for members in groups])

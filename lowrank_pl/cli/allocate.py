@@ -82,7 +82,7 @@ def allocate(
     allocator = make_allocator(method or "uniform", **(settings or {})) if budget is None else None
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))
     if budget is not None:
-        byte_budget.check_targets(subject.targets)
+        byte_budget.check_targets(subject)
         made_by = decomposition or Decomposition("two_sided")
         made = build_factors(subject, settings=made_by, directory=store)
         plan, factors = byte_budget.allocate_bytes(subject, budget, decomposition=made_by, store=made)

@@ -201,7 +201,7 @@ class Comparison:
             if method.refit is not None:
                 plan, store = self._refit(plan, store, method, method.refit)
                 # The stored time, because an earlier or killed comparison may have done the refit.
-                costs["refit"] = store.seconds(plan.modules)
+                costs["refit"] = store.seconds(plan.stored_modules)
             if method.heal is not None:
                 # Rounding comes after it.
                 healed = self._identity(replace(method, rounding=None), keep)
@@ -211,7 +211,7 @@ class Comparison:
                 )
             if method.rounding is not None:
                 plan, store = quantize(plan, store, self.subject, settings=method.rounding)
-                costs["rounding"] = store.seconds(plan.modules)
+                costs["rounding"] = store.seconds(plan.stored_modules)
             plan.save(self._folder(name, keep) / "plan.json")
             with compressed(self.subject.model, plan, store):
                 plan = deployed_plan(self.subject.model, plan)

@@ -35,6 +35,7 @@ def decompose(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     drop_experts: bool = False,
+    shared_experts: bool = False,
     store: Path | None = None,
     cache: Literal["ram", "disk"] | None = None,
     memory: str | None = None,
@@ -58,6 +59,8 @@ def decompose(
         exclude: Globs of modules to leave alone.
         drop_experts: Measure what dropping each expert of a mixture costs too, for lowrank allocate --drop_experts
             true; with two_sided.
+        shared_experts: Make the factors of lowrank allocate --shared_experts true: those of a mixture's gates of a
+            block share one right factor, and those of its ups another.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
         cache: Where the hidden states of all sequences wait between blocks, and before every block for gradients: ram,
             or disk for memory-mapped files; by default ram, unless they would fill half of the free memory.
@@ -85,7 +88,7 @@ def decompose(
     check_output_files(json)
     began = time.perf_counter()
     budget = None if memory is None else memory_size(memory)
-    constraints = Constraints(include, exclude, drop_experts=drop_experts)
+    constraints = Constraints(include, exclude, drop_experts=drop_experts, shared_experts=shared_experts)
     if drop_experts and decomposition.kind != "two_sided":
         raise ValueError(
             f"drop_experts is true, but the decomposition is {decomposition.kind}: what dropping an expert costs is "

@@ -329,8 +329,7 @@ def deployed_plan(model: nn.Module, plan: RankPlan) -> RankPlan:
     its notes count them. They also name layers that are zero, as in the base. Without such modules it is ``plan``
     itself.
     """
-    there = [name for name in plan.layers if name not in plan.dropped_modules]
-    zero = [name for name in there if _is_zero(model.get_submodule(name))]
+    zero = [name for name in plan.stored_layers if _is_zero(model.get_submodule(name))]
     if zero:
         plan = replace(plan, notes=tuple(dict.fromkeys([*plan.notes, *(f"{name}: {ZERO}" for name in zero)])))
     layers = {name: model.get_submodule(name) for name in plan.pivoted_modules}
@@ -428,7 +427,7 @@ def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
                     "the plan was made for"
                 )
     for expert in plan.dropped_experts:
-        of_expert = [name for name in modules if name.startswith(f"{expert}.")]
+        of_expert = [f"{expert}.{name}" for name, _ in model.get_submodule(expert).named_modules() if name]
         left = [name for name in of_expert if name not in plan.modules or not plan.modules[name].is_dropped]
         if left:
             raise ValueError(

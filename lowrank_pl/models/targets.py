@@ -190,7 +190,8 @@ class Targets:
         counts = Counter(names.values())
         if max(counts.values(), default=0) < 2:
             raise ValueError(
-                "shared_experts is true, but no two targets are gates or ups of experts of one block: leave it out"
+                "shared_experts is true, but no two targets are gates or ups of experts of one block: leave it out, or "
+                "split the experts of a model of your own (lowrank_pl.split_experts)"
             )
         shared = {name: stack for name, stack in names.items() if counts[stack] > 1}
         return replace(self, modules=tuple(replace(one, stack=shared.get(one.name, "")) for one in self.modules))

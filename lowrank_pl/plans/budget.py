@@ -388,7 +388,7 @@ class Budget:
     def _plan(
         self, sizes: Mapping[str, int | None], order: ComponentOrder, method: str, notes: Sequence[str]
     ) -> RankPlan:
-        too_small = [name for name in self.shapes if self.top_rank(name) == 0]
+        too_small = [name for name in self.shapes if self.top_rank(name) == 0 and name not in self.dropped]
         notes = [*(f"{name}: too small for a rank of {self.multiple_of}, left dense" for name in too_small), *notes]
         for note in notes:
             _log.info("%s: %s", method, note)

@@ -15,7 +15,10 @@ from torch import Tensor
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import Hull, hull_of, losses_by_rank, predicted_scores
 
-__all__ = ["Dropping", "ExpertPrices", "choose_dropped"]
+PREDICTED = "predicted loss in nats with dropped experts:"
+"""How the note of a plan begins on what its size is predicted to lose."""
+
+__all__ = ["PREDICTED", "Dropping", "ExpertPrices", "choose_dropped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +58,15 @@ class Dropping:
     loss: float
     loss_without: float
 
-    def sentence(self) -> str:
-        """Return what was dropped and what it is predicted to cost."""
+    def sentences(self) -> list[str]:
+        """Return what was dropped, and what it is predicted to cost at this size."""
         if not self.experts:
-            return f"dropped none of {self.among} experts: that would not lower the predicted loss"
-        return (
-            f"dropped {self.experts} of {self.among} experts, whose tokens use the other experts that they chose: "
-            f"predicted loss in nats {self.price:.4g} by dropping, {self.loss:.4g} in all, "
-            f"{self.loss_without:.4g} if none were dropped"
-        )
+            return [f"dropped none of {self.among} experts: that would not lower the predicted loss"]
+        return [
+            f"dropped {self.experts} of {self.among} experts, whose tokens use the other experts that they chose",
+            f"{PREDICTED} {self.price:.4g} by dropping, {self.loss:.4g} in all, {self.loss_without:.4g} if none were "
+            "dropped",
+        ]
 
 
 def choose_dropped(budget: Budget, sigma: Callable[[str], Tensor], prices: Mapping[str, ExpertPrices]) -> Dropping:

@@ -390,9 +390,19 @@ class RankPlan:
         return [note.removesuffix(f": {ZERO}") for note in self.notes if note.endswith(f": {ZERO}")]
 
     @property
+    def stored_modules(self) -> list[str]:
+        """Names of the modules that have a matrix: all but those of dropped experts."""
+        return [name for name, module in self.modules.items() if not module.is_dropped]
+
+    @property
     def layers(self) -> list[str]:
         """Names of the targeted modules of the model: those of ``modules``, and in place of shared ones their own."""
         return [layer for name, module in self.modules.items() for layer in module.layers or (name,)]
+
+    @property
+    def stored_layers(self) -> list[str]:
+        """Names of those ``layers`` that have a matrix: all but those of dropped experts."""
+        return [layer for name in self.stored_modules for layer in self.modules[name].layers or (name,)]
 
     @property
     def shares_experts(self) -> bool:

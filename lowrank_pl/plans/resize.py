@@ -17,6 +17,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lowrank_pl.plans.budget import Budget, check_keep
+from lowrank_pl.plans.expert_dropping import PREDICTED
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 
 __all__ = ["RESIZED", "component_bytes", "components_below", "cut_plan", "largest_keep", "nested"]
@@ -24,7 +25,7 @@ __all__ = ["RESIZED", "component_bytes", "components_below", "cut_plan", "larges
 RESIZED = "resized from"
 """The beginning of the note that marks a resized plan."""
 
-_NOTES_ON_ONE_SIZE = (RESIZED, "wished ranks scaled by")
+_NOTES_ON_ONE_SIZE = (RESIZED, "wished ranks scaled by", PREDICTED)
 
 
 def nested(plan: RankPlan, keeps: Iterable[float]) -> dict[float, RankPlan]:

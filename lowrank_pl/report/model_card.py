@@ -93,7 +93,7 @@ def _what(record: RunRecord) -> str:
     return (
         f"# {escaped(title(record))}\n\n"
         f"{code(record.base)} compressed with `lowrank_pl`: {low_rank} of {len(plan.layers)} {_counted(plan)} are "
-        f"replaced by low-rank factors, {stored}; the other layers {_others(plan)}.{_dropped(plan)}{_embedded(plan)}"
+        f"replaced by low-rank factors, {stored}; {_dropped(plan)}the other layers {_others(plan)}.{_embedded(plan)}"
         f"{_rounded(record)}{_pruned(plan)}{_resized(plan)}{_healed(plan)}"
     )
 
@@ -103,12 +103,12 @@ def _counted(plan: RankPlan) -> str:
 
 
 def _dropped(plan: RankPlan) -> str:
-    """Return a sentence on dropped experts, empty if there are none."""
+    """Return a clause on dropped experts, empty if there are none."""
     if not plan.dropped_modules:
         return ""
     return (
-        f" {len(plan.dropped_experts)} experts with {len(plan.dropped_modules)} of these layers are dropped: tokens "
-        "that a router sends to them use the other experts that they chose."
+        f"{len(plan.dropped_modules)} are gone with {len(plan.dropped_experts)} dropped experts, whose tokens use the "
+        "other experts that they chose; "
     )
 
 

@@ -344,13 +344,17 @@ def cells(plan: RankPlan, spectra: Mapping[str, Tensor]) -> list[Cell]:
     found = []
     for number, (name, module) in enumerate(plan.modules.items()):
         sigma = spectra.get(name)
+        chosen = module.storage
+        # Embeddings and layers that share a factor are factored in any case.
+        if module.rank and not module.layers and name not in plan.embedded:
+            chosen = choice.form(module.shape, module.rank)
         found.append(
             Cell(
                 number=number,
                 name=name,
                 module=module,
                 bytes_per_parameter=plan.bytes_per_parameter,
-                fell_back=bool(module.rank) and choice.form(module.shape, module.rank or 0) != module.storage,
+                fell_back=chosen != module.storage,
                 lost=None if sigma is None else _lost_energy(sigma, module),
             )
         )

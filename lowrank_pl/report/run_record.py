@@ -301,8 +301,7 @@ def _quick_check(record: RunRecord, model: Path, entries: dict[str, Any], *, che
         findings.append(Finding("weights", "broken", said, advice="export it again"))
         return HealthCheck(Diagnosis(str(model), findings), by)
     findings += check_weights(tensors, entries, record.plan.zero_modules)
-    there = [name for name in record.plan.layers if name not in record.plan.dropped_modules]
-    if all(f"{name}.weight" in tensors for name in there):
+    if all(f"{name}.weight" in tensors for name in record.plan.stored_layers):
         # The second finding counts parameters. Files may hold tied tensors once or twice, so only a loaded model tells.
         findings.append(check_plan(record.plan, tensors, entries)[0])
     return HealthCheck(Diagnosis(str(model), findings), by)

@@ -418,7 +418,9 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             ]
             for shard, kind in kinds.items()
         }
-        self.matrices = ExpertMatrices(layers, partial(_activated, _ACTIVATIONS[layer.activation.without_mul()]))
+        # All experts of a process may be dropped.
+        activation = partial(_activated, _ACTIVATIONS[layer.activation.without_mul()])
+        self.matrices = ExpertMatrices(layers, activation) if here else None
         # Where each expert lies among those of this process; behind them lie those that it does not compute.
         places = {number: place for place, number in enumerate(here)}
         every = range(layer.global_num_experts)
@@ -453,6 +455,8 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             shared_experts: Unused.
             shared_experts_input: Unused.
         """
+        if self.matrices is None:
+            return torch.zeros_like(x)
         chosen = topk_ids.long()
         if self.mask is not None:
             chosen, topk_weights = taken_over(chosen, topk_weights, self.mask)

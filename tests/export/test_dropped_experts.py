@@ -120,7 +120,7 @@ def test_the_command_drops_experts_and_its_export_is_healthy(tmp_path):
     assert "dropped" in rank_table(plan).splitlines()[0]
     export(tmp_path / "plan.json", output=tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert f"{len(plan.dropped_experts)} experts with {len(plan.dropped_modules)} of these layers are dropped" in card
+    assert f"{len(plan.dropped_modules)} are gone with {len(plan.dropped_experts)} dropped experts" in card
     says = {found.name: found for found in diagnose(tmp_path / "model", text=SHORT, prompts=Prompts(())).findings}
     assert says["loads"].health == says["plan"].health == says["counts"].health == "healthy"
     assert f"{len(plan.dropped_experts)} experts are dropped" in says["plan"].message
@@ -143,6 +143,7 @@ def test_rounding_leaves_dropped_experts_out(dropping, sequences, tmp_path):
     rounded, made = quantize(plan, factors, subject, settings=Rounding(8, embeddings=None))
     assert rounded.dropped_experts == plan.dropped_experts
     assert sum(rounded.bits.values()) == len(plan.modules) - len(plan.dropped_modules)
+    assert made.seconds(rounded.stored_modules) >= 0
     model = compress(copy.deepcopy(dense), rounded, made)
     save_compressed(model, tmp_path / "small", tokenizer=byte_tokenizer(), plan=rounded)
     assert torch.equal(logits(load_compressed(tmp_path / "small"), sequences), logits(model, sequences))

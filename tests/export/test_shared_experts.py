@@ -323,6 +323,7 @@ def test_tables_and_maps_show_one_module_for_the_experts_of_a_block(made):
     plan, _ = made
     assert "mlp.experts.gate_proj" in rank_table(plan)
     shown = {cell.name: cell for cell in cells(plan, {})}
+    assert not any(cell.fell_back for cell in shown.values())
     assert "the right one shared by 4 experts" in shown[GATES].description
     assert shown[GATES].expert is None
     figure = rank_map(plan)

@@ -10,7 +10,7 @@ import torch
 
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import hull_of, predicted_scores
-from lowrank_pl.plans.expert_dropping import ExpertPrices, choose_dropped
+from lowrank_pl.plans.expert_dropping import PREDICTED, ExpertPrices, choose_dropped
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.resize import nested
 
@@ -123,11 +123,12 @@ def test_a_plan_that_drops_experts_is_read_again_and_older_versions_refuse_it():
 
 
 def test_smaller_sizes_drop_the_same_experts_and_larger_ones_are_refused():
-    plan = dropping_plan()
+    plan = replace(dropping_plan(), notes=(f"{PREDICTED} 0.2 in all",))
     small = nested(plan, [0.3, 0.5])
     assert small[0.5] is plan
     assert small[0.3].dropped_experts == plan.dropped_experts
     assert 0.25 < small[0.3].keep_targeted <= 0.3
+    assert not any(note.startswith(PREDICTED) for note in small[0.3].notes)
     with pytest.raises(ValueError, match=r"keep is 0\.7, but the plan drops 1 experts .* --drop_experts true"):
         nested(plan, [0.7])
 

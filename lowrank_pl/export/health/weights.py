@@ -164,7 +164,7 @@ def check_merged_ranks(plan: RankPlan, tensors: Tensors) -> Finding:
     if wrong:
         message = f"merged weights have more than the planned rank: {first_few(wrong)}"
         return Finding("merged ranks", "broken", message, {"wrong": wrong}, DAMAGED)
-    which = "" if len(found) == len(plan.modules) else f", of the {len(found)} outside of experts"
+    which = "" if len(found) == len(plan.modules) else f" of the {len(found)} that are stored under their own names"
     return Finding("merged ranks", "healthy", f"no merged weight{which} has more than its planned rank")
 
 

@@ -43,7 +43,7 @@ class Fisher(Allocator):
         self.check(problem)
         found = choose_dropped(problem.budget, problem.factors.sigma, problem.prices)
         rest = replace(problem, budget=replace(problem.budget, dropped=found.modules))
-        return rest.budget.select(self.scores(rest), method=self.name, notes=[*self.notes(rest), found.sentence()])
+        return rest.budget.select(self.scores(rest), method=self.name, notes=[*self.notes(rest), *found.sentences()])
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return for every component the predicted nats a parameter at which it is dropped."""

@@ -72,6 +72,11 @@ def check_start(start: RankPlan | Allocator | None, method: MaskMethod) -> None:
             "(--model.start.plan)"
         )
     if isinstance(start, RankPlan):
+        if start.dropped_experts:
+            raise ValueError(
+                f"the plan to start from drops {len(start.dropped_experts)} experts, e.g. {start.dropped_experts[0]}, "
+                "and masks learn ranks of all: start from a plan that was allocated without drop_experts"
+            )
         start.refuse_shared("masks learn the rank of every layer by itself: start from a plan without shared_experts")
 
 
@@ -90,11 +95,6 @@ def start_of(plan: RankPlan | None, budget: Budget, method: MaskMethod, target: 
     check_start(plan, method)
     if plan is None:
         return MaskStart(dict.fromkeys(budget.shapes, method.start_keep(target)))
-    if plan.dropped_experts:
-        raise ValueError(
-            f"the plan to start from drops {len(plan.dropped_experts)} experts, e.g. {plan.dropped_experts[0]}, and "
-            "masks learn ranks of all: start from a plan that was allocated without drop_experts"
-        )
     found = plan.modules
     missing = [name for name, shape in budget.shapes.items() if name not in found or found[name].shape != shape]
     if missing:

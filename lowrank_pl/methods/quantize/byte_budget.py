@@ -25,7 +25,7 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.quantize.quantizing import embedding_names, head_moment, quantize, round_embedding
 from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.models.hf_quantized import Grid
-from lowrank_pl.models.targets import EMBEDDINGS, Target, Targets, dense_weight, replace_module
+from lowrank_pl.models.targets import EMBEDDINGS, Target, dense_weight, replace_module
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import losses_by_rank
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
@@ -88,13 +88,7 @@ def allocate_bytes(
         >>> plan.method, plan.keep_bytes <= 0.2
         ('bytes', True)
     """
-    check_targets(subject.targets)
-    for asked in ("alike_experts", "drop_experts"):
-        if getattr(subject.constraints, asked):
-            raise ValueError(
-                f"{asked} is true, but a budget of bytes chooses rank and bits of every module by itself: leave it "
-                "out, or choose ranks with keep and round them with `lowrank quantize`"
-            )
+    check_targets(subject)
     made_by = decomposition or Decomposition("two_sided")
     factors = store or build_factors(subject, settings=made_by)
     prices = price(subject, factors, settings)
@@ -176,7 +170,7 @@ def price(subject: Subject, factors: FactorStore, settings: ByteBudget) -> Price
             f"a budget in bytes was given factors of the kind {kind!r}: expected two_sided (decomposition.kind), whose "
             "losses of ranks and of bits compare"
         )
-    check_targets(subject.targets)
+    check_targets(subject)
     budget = subject.budget(1.0)
     costs = _module_costs(subject, factors, settings)
     choices: dict[str, list[ModulePlan]] = {}
@@ -194,13 +188,20 @@ def price(subject: Subject, factors: FactorStore, settings: ByteBudget) -> Price
     return Prices(choices, sizes)
 
 
-def check_targets(targets: Targets) -> None:
+def check_targets(subject: Subject) -> None:
     """Check that a budget in bytes can price every target, before any factors are built.
 
     Raises:
         ValueError: Embeddings are among the targets, to which such a budget gives bits and no rank, or experts that are
-            to share right factors.
+            to share right factors, to be alike or to be dropped.
     """
+    targets = subject.targets
+    for asked in ("alike_experts", "drop_experts"):
+        if getattr(subject.constraints, asked):
+            raise ValueError(
+                f"{asked} is true, but a budget of bytes chooses rank and bits of every module by itself: leave it "
+                "out, or choose ranks with keep and round them with `lowrank quantize`"
+            )
     if targets.stacks:
         raise ValueError(
             f"shared_experts is true, but a budget in bytes gives {next(iter(targets.stacks))} no bits: leave it out, "

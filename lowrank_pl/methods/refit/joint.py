@@ -99,11 +99,15 @@ def fit_jointly(
         whole = make(error, error.values, settings, everything, seed, bar)
         for place in taken[: best.sweeps]:
             whole.take(whole.sweep()[place])
-    # Nothing has judged the second fit yet.
-    if error.mean(whole.values, everything) < error.mean(error.values, everything):
+    # Nothing has judged the second fit yet, and the first one only beside what it started from.
+    errors = [error.mean(values, everything) for values in (whole.values, best.values, error.values)]
+    if errors[0] < errors[2]:
         return replace(best, values=whole.values)
-    _log.warning("%s: fitted to all text its error rises: the fit without held-back text is kept", label)
-    return best
+    if errors[1] < errors[2]:
+        _log.warning("%s: fitted to all text its error rises: the fit without held-back text is kept", label)
+        return best
+    _log.warning("%s: fitted to all text its error rises: the factors stay as they were", label)
+    return Fitted(error.values, before, before, 0)
 
 
 class _Fitter(ABC):

@@ -12,7 +12,7 @@ from torch import nn
 from lowrank_pl.factors.compression import compressed, factored_layer
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.methods.refit.block import BlockError, BlockWeights
-from lowrank_pl.methods.refit.joint import fit_jointly
+from lowrank_pl.methods.refit.joint import _GaussNewton, fit_jointly
 from lowrank_pl.methods.refit.pair import ModelPair
 from lowrank_pl.methods.refit.plan import APPLIED, NO_DERIVATIVE, NO_GAIN
 from lowrank_pl.methods.refit.refitting import Refit
@@ -139,6 +139,16 @@ def test_the_first_fit_starts_from_factors_that_have_not_seen_the_held_back_text
     unseen = [value * 1.05 for value in error.values]
     found = fit_jointly(error, Joint(damping=1e9), [0], [1], unseen=unseen, seed=0, label="block")
     assert found.before == error.mean(unseen, [1]) > error.mean(error.values, [1])
+
+
+def test_factors_stay_where_fits_do_better_on_held_back_text_only(llama, sequences, tokenizer, monkeypatch):
+    plan, store, _ = drawn(llama, sequences, tokenizer)
+    error = second_block(llama, sequences, plan, store)
+    # Factors so bad that every step away from them is a gain, and still worse than those that are there.
+    unseen = [value * 1.5 for value in error.values]
+    monkeypatch.setattr(_GaussNewton, "sweep", lambda self: [[value * 0.99 for value in self.values]])
+    found = fit_jointly(error, Joint(), [0], [1], unseen=unseen, seed=0, label="block")
+    assert error.mean(found.values, [0, 1]) <= error.mean(error.values, [0, 1])
 
 
 def test_a_block_that_gains_nothing_keeps_its_factors_and_is_counted(llama, sequences, tokenizer):
