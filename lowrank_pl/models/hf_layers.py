@@ -84,6 +84,8 @@ class LowRankLinear(_TwoMatrices):
     torch.Size([6, 8])
     """
 
+    _has_right = True
+
     def __init__(
         self,
         in_features: int,
@@ -100,7 +102,8 @@ class LowRankLinear(_TwoMatrices):
         self.out_features = out_features
         self.rank = rank
         self._add_matrix("weight", out_features, rank, device, dtype)
-        self._add_matrix("right", rank, in_features, device, dtype)
+        if self._has_right:
+            self._add_matrix("right", rank, in_features, device, dtype)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -180,27 +183,8 @@ class SharedLowRankLinear(LowRankLinear):
     ([12.0, 12.0, 12.0, 12.0, 12.0], ['weight'])
     """
 
+    _has_right = False
     source: tuple[LowRankLinear] | None = None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
-        self._add_matrix("weight", out_features, rank, device, dtype)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
-        self.reset_parameters()
 
     @classmethod
     def from_owner(cls, left: Tensor, owner: LowRankLinear, bias: Tensor | None = None) -> SharedLowRankLinear:
