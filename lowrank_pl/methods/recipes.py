@@ -130,6 +130,8 @@ class Recipe:
         return made_by.kind in EMBEDDING_KINDS and (self.dense or allocates)
 
     def __post_init__(self) -> None:
+        # Refuses what can't be asked for at once.
+        self.constrained(Constraints())
         if self.in_bytes:
             ByteBudget(keep=1.0, **self.settings)
             others = self.learning, self.refit, self.heal, self.rounding, self.dense

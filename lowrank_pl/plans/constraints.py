@@ -39,7 +39,7 @@ class Constraints:
         shared_experts: The experts of a block share one right factor for their gates and another for their ups.
 
     Raises:
-        ValueError: Experts are to share factors and may be dropped.
+        ValueError: Experts may be dropped, and are to share factors or to be alike.
     """
 
     include: Sequence[str] = ("*",)
@@ -52,11 +52,12 @@ class Constraints:
     shared_experts: bool = False
 
     def __post_init__(self) -> None:
-        if self.shared_experts and self.drop_experts:
-            raise ValueError(
-                "experts that share right factors can't be dropped, since ranks and factors are those of all of them: "
-                "leave out shared_experts or drop_experts"
-            )
+        for asked in ("shared_experts", "alike_experts"):
+            if self.drop_experts and getattr(self, asked):
+                raise ValueError(
+                    f"drop_experts chooses among experts by what each of them costs, and {asked} treats those of a "
+                    f"block as one: leave out {asked} or drop_experts"
+                )
 
     def targets(self, model: PreTrainedModel) -> Targets:
         """Return the linear layers of ``model`` that are to be compressed.

@@ -102,3 +102,9 @@ def test_what_prunes_already_is_not_pruned_in_width():
 def test_bits_without_an_effect_are_refused(settings):
     with pytest.raises(ValueError, match="leave out"):
         Recipe(**settings)
+
+
+@pytest.mark.parametrize("word", ["shared", "alike"])
+def test_experts_are_not_dropped_and_treated_as_one(word):
+    with pytest.raises(ValueError, match=f"leave out {word}_experts or drop_experts"):
+        recipe(f"fisher+{word}+drop")
