@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -71,8 +72,16 @@ class TrainerCLI(HookedCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the words; LightningCLI's own would warn that they are the command line's."""
+        """Parse the words; LightningCLI's own would warn that they are the command line's.
+
+        Raises:
+            ArgumentError: A group of options is null, of which a class would have to be made.
+        """
         self.config = parser.parse_args(args)
+        command = self.config.subcommand
+        for group in self._subcommand_parsers[command]._action_groups if command else ():
+            if getattr(group, "group_class", None) and self.config[command].get(group.dest, {}) is None:
+                raise ArgumentError(None, f"{group.dest} is null: expected its options, or leave it out")
 
     def check_checkpoint(self, path: str | None) -> None:
         """Refuse a checkpoint that no run of this version wrote, before anything is loaded."""

@@ -42,3 +42,13 @@ def test_settings_out_of_range_are_refused(flags, tmp_path, capsys):
 def test_devices_that_are_no_number_are_named(tmp_path, capsys):
     said = failing(capsys, *WORDS, "--run", str(tmp_path), "--trainer.devices", "many")
     assert "trainer.devices is 'many': expected a number" in said
+
+
+@pytest.mark.parametrize("command", ["fit", "upcycle"])
+def test_a_group_of_options_that_is_null_is_named(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    group = {"fit": "compute", "upcycle": "mixture"}[command]
+    (tmp_path / "made.yaml").write_text(f"model:\n  {group}: null\n")
+    with pytest.raises(SystemExit):
+        main([command, "--model.base", "random:llama", "--data.learning.text", "python-docs", "-c", "made.yaml"])
+    assert f"model.{group} is null: expected its options" in capsys.readouterr().err
