@@ -105,7 +105,8 @@ def factor_store(
     Raises:
         ValueError: Experts are to share right factors, and ``settings`` are of a kind that can't share them.
     """
-    if targets.stacks and (settings.kind not in _SHARING or settings.at_keep is not None):
+    stacks = targets.stacks
+    if stacks and (settings.kind not in _SHARING or settings.at_keep is not None):
         what = settings.kind if settings.at_keep is None else f"{settings.kind} with at_keep"
         raise ValueError(
             f"shared_experts is true, but the decomposition is {what}, which makes no shared right factors: take "
@@ -117,9 +118,9 @@ def factor_store(
     if settings.at_keep is not None:
         # The statistics of each module depend on which other modules are compressed.
         used["at_modules"] = sha256_of(*(target.name for target in targets.modules))
-    if any(without_expert(skipped.name) in targets.stacks for skipped in targets.skipped):
+    if any(without_expert(skipped.name) in stacks for skipped in targets.skipped):
         # Of all experts of a block a stack's name tells the layers, and of some of them it does not.
-        used["stacks"] = sha256_of(*(layer for layers in targets.stacks.values() for layer in layers))
+        used["stacks"] = sha256_of(*(layer for layers in stacks.values() for layer in layers))
     return FactorStore({**used, **settings.identity()}, directory)
 
 

@@ -106,7 +106,7 @@ class ModelSizes:
         """The matrices of linear layers that are decomposed; layers of experts that share a factor are one."""
         found: dict[str, Matrix] = {}
         for target in self.modules:
-            name = target.stack or target.name
+            name = target.stored_as
             rows, layers = (found[name].shape[0], found[name].layers) if name in found else (0, 0)
             found[name] = Matrix((rows + target.shape[0], target.shape[1]), layers + 1)
         return list(found.values())

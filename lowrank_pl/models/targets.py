@@ -89,6 +89,11 @@ class Target:
     experts: str = ""
     stack: str = ""
 
+    @property
+    def stored_as(self) -> str:
+        """The name under which plans and stores of factors have the layer: its own, or that of its stack."""
+        return self.stack or self.name
+
     def of_expert(self, number: int) -> Target:
         """Return the same layer of another expert of its module.
 
@@ -164,7 +169,7 @@ class Targets:
         """The shape ``(out, in)`` of everything to compress, by name; a stack is one matrix; embeddings come last."""
         shapes: dict[str, tuple[int, int]] = {}
         for target in self.modules:
-            name = target.stack or target.name
+            name = target.stored_as
             above = shapes[name][0] if name in shapes else 0
             shapes[name] = (above + target.shape[0], target.shape[1])
         return shapes | {target.name: target.shape for target in self.embeddings}
@@ -203,7 +208,7 @@ class Targets:
 
     def among(self, names: Container[str]) -> list[Target]:
         """Return the layers to compress whose names, or those of their stacks, are in ``names``, in their order."""
-        return [target for target in self.modules if (target.stack or target.name) in names]
+        return [target for target in self.modules if target.stored_as in names]
 
 
 def droppable(model: nn.Module, targets: Targets) -> list[Target]:

@@ -15,10 +15,10 @@ from torch import Tensor
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import Hull, hull_of, losses_by_rank, predicted_scores
 
+__all__ = ["PREDICTED", "Dropping", "ExpertPrices", "choose_dropped"]
+
 PREDICTED = "predicted loss in nats with dropped experts:"
 """How the note of a plan begins on what its size is predicted to lose."""
-
-__all__ = ["PREDICTED", "Dropping", "ExpertPrices", "choose_dropped"]
 
 
 @dataclass(frozen=True, eq=False)

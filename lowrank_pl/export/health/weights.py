@@ -92,8 +92,10 @@ def check_plan(plan: RankPlan, tensors: Tensors, entries: Entries) -> list[Findi
     """
     is_merged = not entries
     entries, gone = _without_dropped(entries)
-    every = {name: module for name, module in (*plan.modules.items(), *plan.embeddings.items()) if module.rank != 0}
-    layers = {*plan.layers, *plan.embeddings} - {*plan.dropped_modules}
+    every = {
+        name: module for name, module in (*plan.modules.items(), *plan.embeddings.items()) if not module.is_dropped
+    }
+    layers = {*plan.stored_layers, *plan.embeddings}
     wrong: list[str] = [f"{name} is dropped, but not in the plan" for name in gone - {*plan.dropped_experts}]
     wrong += [f"{name} is dropped in the plan only" for name in plan.dropped_experts if name not in gone]
     wrong += [

@@ -152,7 +152,9 @@ class _Work:
 
     def run(self) -> None:
         """Refit the modules that are missing; wait if another run is refitting them."""
-        with self.made.filling([*dict.fromkeys(map(_stored_as, self.modules)), *self.plan.embedded]) as missing:
+        with self.made.filling(
+            [*dict.fromkeys(target.stored_as for target in self.modules), *self.plan.embedded]
+        ) as missing:
             if missing:
                 self._copy_embeddings()
                 self._make_missing()
@@ -166,14 +168,14 @@ class _Work:
 
     def _make_missing(self) -> None:
         # There is nothing to refit of a dropped expert either.
-        names = dict.fromkeys(map(_stored_as, self.modules))
+        names = dict.fromkeys(target.stored_as for target in self.modules)
         dense = [name for name in names if not self.plan.modules[name].rank]
         for name in self.made.missing(dense):
             # A smaller size of the plan may truncate the module.
             self.made.add(name, self.base.factors(name), notes={**self.base.notes(name), "seconds": "0"})
-        low_rank = [target for target in self.modules if _stored_as(target) not in dense]
-        absent = set(self.made.missing(map(_stored_as, low_rank)))
-        missing = [target.name for target in low_rank if _stored_as(target) in absent]
+        low_rank = [target for target in self.modules if target.stored_as not in dense]
+        absent = set(self.made.missing(target.stored_as for target in low_rank))
+        missing = [target.name for target in low_rank if target.stored_as in absent]
         if self.settings.joint is not None:
             blocks = {target.block for target in low_rank if target.name in missing}
             missing = [target.name for target in low_rank if target.block in blocks]
@@ -203,7 +205,7 @@ class _Work:
         for block, inside in groupby(low_rank, key=lambda target: target.block):
             # Modules that share an input but are not called in sequence form two groups.
             groups = [list(members) for _, members in groupby(inside, key=lambda target: target.group)]
-            todo = [[target for target in members if _stored_as(target) not in self.made] for members in groups]
+            todo = [[target for target in members if target.stored_as not in self.made] for members in groups]
             jointly = joint and any(todo)
             if jointly:
                 # Modules that a killed run has stored are those of a finished joint refit: the block begins anew.
@@ -232,7 +234,7 @@ class _Work:
 
     def _factors(self, target: Target, store: FactorStore) -> Factors:
         """Return the factors of a layer that the plan keeps of those in ``store``; ``made`` has no others."""
-        name = target.stack or target.name
+        name = target.stored_as
         entry = self.plan.modules[name]
         if not target.stack:
             return store.factors(name) if store is self.made else store.kept(name, entry)
@@ -527,11 +529,6 @@ class _Work:
             return None
         statistics = statistics_of_factors(self.base, self.model, self.calibration)
         return statistics.on(self.sequences).collect("gradient_norms", watched, self.made_by.labels)
-
-
-def _stored_as(target: Target) -> str:
-    """Return the name under which a store has the factors of a layer: its own, or that of its stack."""
-    return target.stack or target.name
 
 
 def _notes_on_all(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
