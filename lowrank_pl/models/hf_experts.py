@@ -269,10 +269,7 @@ class RoutedExperts(SplitExperts):
                 f"the router of {type(self.fused.module).__name__} chooses no experts (top-k): expected their numbers "
                 f"first, and then their weights, not {index.dtype}; such a mixture can't be compressed"
             )
-        dropped = self.dropped
-        if dropped:
-            kept = torch.tensor([place not in dropped for place in range(len(self) + 1)], device=index.device)
-            index, weights = taken_over(index, weights, kept)
+        index, weights = self.routed(index, weights)
         pairs = index.flatten()
         order = torch.argsort(pairs, stable=True)
         # An index of one more than there are experts marks pairs that another process computes: they come last.
@@ -288,6 +285,14 @@ class RoutedExperts(SplitExperts):
         if parts:
             outputs = outputs.index_copy(0, order[: sum(counts)], torch.cat(parts).to(outputs.dtype))
         return outputs.view(*index.shape, -1).sum(dim=-2)
+
+    def routed(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the router gave, without the experts that were dropped (:func:`taken_over`)."""
+        dropped = self.dropped
+        if not dropped:
+            return index, weights
+        kept = torch.tensor([place not in dropped for place in range(len(self) + 1)], device=index.device)
+        return taken_over(index, weights, kept)
 
 
 def taken_over(index: Tensor, weights: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -218,9 +218,11 @@ class ExpertMatrices:
         layers: The linear layers of the experts by kind, one layer an expert; their parameters become parts of larger
             tensors. The kind is empty if an expert is one layer.
         activation: Returns what lies between the stages, from the outputs of the gate, or None, and of the up matrix.
+        here: Of every expert of the block, whether ``layers`` has it; None if it has all. The others were dropped, or
+            another process computes them.
 
     Attributes:
-        count: The number of experts.
+        count: The number of experts that ``layers`` has.
         dtype: Type of the matrices.
         device: Their device.
         pads: Whether torch multiplies groups of rows at once.
@@ -228,7 +230,10 @@ class ExpertMatrices:
     """
 
     def __init__(
-        self, layers: Mapping[str, Sequence[Any]], activation: Callable[[Tensor | None, Tensor], Tensor]
+        self,
+        layers: Mapping[str, Sequence[Any]],
+        activation: Callable[[Tensor | None, Tensor], Tensor],
+        here: Sequence[bool] | None = None,
     ) -> None:
         first = next(iter(layers.values()))[0]
         self.count, self.dtype, self.device = len(next(iter(layers.values()))), first.weight.dtype, first.weight.device
@@ -244,9 +249,12 @@ class ExpertMatrices:
             self.kinds = {
                 name: Kind.of([named[place] for place in order], self._bundles) for name, named in layers.items()
             }
-            # Where each expert lies; behind all lie pairs that nobody computes here.
-            places = [order.index(place) for place in range(self.count)]
-            self._places = torch.tensor([*places, self.count], device=self.device)
+            # Where each expert lies; behind all lie pairs that nobody computes here, as those of the number behind all.
+            present = [number for number, found in enumerate(here or [True] * self.count) if found]
+            places = {present[one]: place for place, one in enumerate(order)}
+            self._last = self.count if here is None else len(here)
+            numbers = range(self._last + 1)
+            self._places = torch.tensor([places.get(number, self.count) for number in numbers], device=self.device)
             self._every = torch.arange(self.count, device=self.device)
         self._outputs = layers["down_proj" if "down_proj" in layers else ""][0].out_features
         self._handle = next(_HANDLES)
@@ -264,7 +272,7 @@ class ExpertMatrices:
         Args:
             way: How they are computed.
             rows: ``[rows, in]`` inputs.
-            experts: ``[pairs]`` number of the expert.
+            experts: ``[pairs]`` number of the expert; -1 and numbers behind the last are none of the block.
             sources: ``[pairs]`` row that it reads.
         """
         if way == "grouped":
@@ -277,14 +285,14 @@ class ExpertMatrices:
         return torch.cat([self._gathered(rows, *part) for part in parts])
 
     def _gathered(self, rows: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
-        places = self._places[experts.clamp(max=self.count)]
+        places = self._places[experts.clamp(max=self._last)]
         here = places.clamp(max=self.count - 1)
         outputs = self._chain(rows[sources], lambda kind, inputs: kind.gathered(inputs, here))
         return torch.where((places < self.count)[:, None], outputs, 0)
 
     def sorted(self, rows: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
         """Return what :meth:`compute` returns, from pairs sorted by expert."""
-        places, order = self._places[experts.clamp(max=self.count)].sort(stable=True)
+        places, order = self._places[experts.clamp(max=self._last)].sort(stable=True)
         ends = torch.searchsorted(places, self._every, right=True, out_int32=True)
         here = places.clamp(max=self.count - 1)
         listed = [] if self.pads else ends.tolist()
@@ -324,7 +332,9 @@ class ExpertGroup:
         self.ways: dict[str, Way] = {}
         if block is not None:
             self._block = ref(block)
-            self.matrices = ExpertMatrices(_layers(block), block.fused.activation)
+            dropped = block.dropped
+            here = [place not in dropped for place in range(len(block))]
+            self.matrices = ExpertMatrices(_layers(block), block.fused.activation, here)
             self._addresses = self._now()
 
     def __reduce__(self) -> tuple[type[ExpertGroup], tuple[()]]:
@@ -433,7 +443,7 @@ class GroupedRoutedExperts(_Grouped, RoutedExperts):
         if chosen is None:
             return super().forward(hidden_states, *args, **kwargs)
         matrices, way = chosen
-        index, weights = (*args, *kwargs.values())
+        index, weights = self.routed(*args, *kwargs.values())
         sources = torch.arange(index.numel(), device=index.device) // index.shape[-1]
         outputs = matrices.compute(way, hidden_states, index.flatten(), sources)
         outputs = (outputs * weights.reshape(-1, 1)).to(hidden_states.dtype)
@@ -489,12 +499,11 @@ def group_experts(model: PreTrainedModel) -> list[dict[str, bool]]:
         model: A model whose experts are separate modules; others stay as they are.
     """
     every = [module for module in model.modules() if isinstance(module, SplitExperts) and type(module) in GROUPED]
-    whole = [block for block in every if not block.dropped]
-    blocks = [block for block in whole if all(_is_plain(layer) for named in _layers(block).values() for layer in named)]
+    blocks = [block for block in every if all(_is_plain(layer) for named in _layers(block).values() for layer in named)]
     if len(blocks) < len(every):
         logger.warning(
-            "%d of %d blocks of experts have other layers than dense, factored and pivoted ones, or dropped experts: "
-            "their experts are computed one after the other",
+            "%d of %d blocks of experts have other layers than dense, factored and pivoted ones: their experts are "
+            "computed one after the other",
             *(len(every) - len(blocks), len(every)),
         )
     if not blocks:
@@ -556,10 +565,12 @@ def _group(block: SplitExperts) -> ExpertGroup:
 
 
 def _layers(block: SplitExperts) -> dict[str, list[Any]]:
-    """Return the linear layers of a block's experts by kind; the kind is empty if an expert is one layer."""
+    """Return the linear layers of the experts that a block has by kind; the kind is empty if an expert is one layer."""
+    dropped = block.dropped
+    experts = [expert for place, expert in enumerate(block) if place not in dropped]
     if isinstance(block, SortedExperts):
-        return {"": list(block)}
-    return {name: [getattr(expert, name) for expert in block] for name, _ in block[0].named_children()}
+        return {"": experts}
+    return {name: [getattr(expert, name) for expert in experts] for name, _ in experts[0].named_children()}
 
 
 def _is_plain(layer: nn.Module) -> bool:

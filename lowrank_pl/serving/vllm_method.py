@@ -420,11 +420,8 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         }
         # All experts of a process may be dropped.
         activation = partial(_activated, _ACTIVATIONS[layer.activation.without_mul()])
-        self.matrices = ExpertMatrices(layers, activation) if here else None
-        # Where each expert lies among those of this process; behind them lie those that it does not compute.
-        places = {number: place for place, number in enumerate(here)}
-        every = range(layer.global_num_experts)
-        self.places = torch.tensor([places.get(number, len(here)) for number in [*every, -1]], device=device)
+        present = [number in here for number in range(layer.global_num_experts)]
+        self.matrices = ExpertMatrices(layers, activation, present) if here else None
         self.mask = None if all(self.kept) else torch.tensor([*self.kept, False], device=device)
         for member in self.members.values():
             member.release()
@@ -460,15 +457,14 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         chosen = topk_ids.long()
         if self.mask is not None:
             chosen, topk_weights = taken_over(chosen, topk_weights, self.mask)
-        numbers = self.places[chosen]
-        sources = torch.arange(numbers.numel(), device=x.device) // numbers.shape[-1]
+        sources = torch.arange(chosen.numel(), device=x.device) // chosen.shape[-1]
         weights = topk_weights.to(x.dtype).reshape(-1, 1)
         if layer.apply_router_weight_on_input:
-            x, sources = x[sources] * weights, torch.arange(numbers.numel(), device=x.device)
+            x, sources = x[sources] * weights, torch.arange(chosen.numel(), device=x.device)
             weights = torch.ones_like(weights)
         way: Way = "grouped" if "grouped" in self.matrices.offers else "gathered"
-        outputs = self.matrices.compute(way, x, numbers.flatten(), sources) * weights
-        return outputs.view(*numbers.shape, -1).sum(dim=-2)
+        outputs = self.matrices.compute(way, x, chosen.flatten(), sources) * weights
+        return outputs.view(*chosen.shape, -1).sum(dim=-2)
 
 
 class CompressedEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from torch import nn
 
 from lowrank_pl.costs.speed import Variant, uniform_modules
 from lowrank_pl.export.export import save_compressed
-from lowrank_pl.models.hf_experts import split_experts, split_modules
+from lowrank_pl.models.hf_experts import DroppedExpert, split_experts, split_modules
 from lowrank_pl.models.targets import find_targets, replace_module
 from lowrank_pl.models.tiny import MIXTURES, byte_tokenizer, tiny_model
 from lowrank_pl.serving import grouped_experts
@@ -63,6 +63,19 @@ def test_experts_together_compute_the_same(family, way):
     assert {way for block in blocks(model) for way in block.group.ways.values()} == {way}
     torch.testing.assert_close(model(tokens).logits, whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(tokens[:1, :1]).logits, single, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_dropped_experts_are_left_out(way):
+    model, tokens = mixture("mixtral"), torch.arange(40).view(2, 20)
+    for place in (0, 2):
+        replace_module(model, f"model.layers.1.mlp.experts.{place}", DroppedExpert())
+    whole, single = model(tokens).logits, model(tokens[:1, :1], use_cache=False).logits
+    optimize_for_inference(model)
+    assert {way for block in blocks(model) for way in block.group.ways.values()} == {way}
+    torch.testing.assert_close(model(tokens).logits, whole, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(tokens[:1, :1], use_cache=False).logits, single, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
