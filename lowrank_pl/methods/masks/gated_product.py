@@ -83,17 +83,15 @@ class _GatedProduct(Function):
         back = given @ _pick(left, 1, components)
         to_gate = None
         if ctx.needs_input_grad[3]:
-            to_gate = torch.zeros_like(gate)
-            inactive = None
+            inactive, estimate = None, None
             if active.inactive_learn:
                 inactive = _inactive(components, gate.shape[0], TILE if gate.is_cuda else 1)
             if inactive is not None:
                 tokens = slice(active.offset, None, active.stride)
                 inputs, outputs = _rows(x)[tokens], given[tokens]
                 estimate = _over_tokens(outputs @ _pick(left, 1, inactive), inputs @ _pick(right, 0, inactive).mT)
-                _put(to_gate, inactive, estimate * active.stride if active.stride > 1 else estimate)
-            # Last, because a tile of inactive components may include active ones.
-            _put(to_gate, components, _over_tokens(back, _rows(inner)))
+                estimate = estimate * active.stride if active.stride > 1 else estimate
+            to_gate = _joined(gate, components, _over_tokens(back, _rows(inner)), inactive, estimate)
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = (back * _pick(gate, 0, components).to(back.dtype)) @ _pick(right, 0, components)
@@ -112,11 +110,23 @@ def _pick(tensor: Tensor, dim: int, which: Components | slice) -> Tensor:
     return tensor[which] if dim == 0 else tensor[:, which]
 
 
-def _put(tensor: Tensor, which: Components | slice, values: Tensor) -> None:
-    if isinstance(which, int):
-        tensor.narrow(0, 0, which).copy_(values)
-    else:
-        tensor[which] = values.to(tensor.dtype)
+def _joined(
+    gate: Tensor, active: Components, to_active: Tensor, inactive: slice | Tensor | None, estimate: Tensor | None
+) -> Tensor:
+    """Return the gradient of ``gate`` from those of its active and of its inactive components, 0 where there is none.
+
+    A tile of inactive components may include active ones, whose own gradient counts.
+    """
+    if isinstance(active, int):
+        rest = len(gate) - active
+        others = gate.new_zeros(rest) if estimate is None else estimate.narrow(0, len(estimate) - rest, rest)
+        # One step where filling a vector of zeros takes three, which counts for an expert's few tokens.
+        return torch.cat([to_active, others]).to(gate.dtype)
+    to_gate = torch.zeros_like(gate)
+    if estimate is not None:
+        to_gate[inactive] = estimate.to(gate.dtype)
+    to_gate[active] = to_active.to(gate.dtype)
+    return to_gate
 
 
 def _inactive(active: Components, rank: int, tile: int) -> slice | Tensor | None:
