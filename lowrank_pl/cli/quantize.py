@@ -46,6 +46,7 @@ def quantize(
 
     check_output_files(output, json)
     given = RankPlan.load(plan)
+    quantizing.check_roundable(given)
     subject = parts.subject_of(given, plan, device)
     rounded, factors = quantizing.quantize(
         given, parts.factors_of(given, subject.model, subject.tokenizer), subject, settings=settings

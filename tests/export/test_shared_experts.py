@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.cli.doctor import doctor
+from lowrank_pl.cli.quantize import quantize as quantize_plan
 from lowrank_pl.export.export import load_compressed, save_compressed
 from lowrank_pl.factors.components import AnySize
 from lowrank_pl.factors.compression import compress, compressed
@@ -278,10 +279,14 @@ def test_recipes_that_share_nothing_are_refused(name):
 
 def test_what_fits_single_layers_refuses_a_plan_with_shared_factors(made, sequences, tmp_path):
     plan, factors = made
+    file = plan.save(tmp_path / "plan.json")
+    # Neither base nor factors are there yet.
+    with pytest.raises(ValueError, match=r"share right factors, but .*round a plan without shared_experts"):
+        quantize_plan(file, settings=Rounding(bits=4))
     with pytest.raises(ValueError, match=r"share right factors, but .*round a plan without shared_experts"):
         quantize(plan, factors, subject_of(sequences), settings=Rounding(bits=4))
     with pytest.raises(ValueError, match=r"share right factors, but .*heal a plan without shared_experts"):
-        HealStart.find(plan.save(tmp_path / "plan.json"), teacher=None, store=None, trust_remote_code=False)
+        HealStart.find(file, teacher=None, store=None, trust_remote_code=False)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import weight_digest
 
-__all__ = ["embedding_names", "head_moment", "quantize", "round_embedding", "with_bits"]
+__all__ = ["check_roundable", "embedding_names", "head_moment", "quantize", "round_embedding", "with_bits"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def quantize(
         >>> plan.bits, plan.keep_bytes < 0.2
         ({'4 bits in groups of 32': 14}, True)
     """
-    plan.refuse_shared("no such factor is rounded to a few bits: round a plan without shared_experts")
+    check_roundable(plan)
     if _STEP in factors.fingerprint:
         raise ValueError(f"the matrices in {factors.directory} are rounded already: give the plan before rounding")
     given = plan if settings is None else with_bits(plan, settings, subject.model)
@@ -77,6 +77,15 @@ def quantize(
         raise ValueError("the plan gives no module any bits: say how to round it, such as with bits 4")
     work = _Work(given, factors, subject, compensate=settings is None or settings.compensate)
     return work.run(), work.made
+
+
+def check_roundable(plan: RankPlan) -> None:
+    """Refuse a plan some of whose matrices can't be rounded, before anything is loaded for it.
+
+    Raises:
+        ValueError: Experts share right factors.
+    """
+    plan.refuse_shared("no such factor is rounded to a few bits: round a plan without shared_experts")
 
 
 def with_bits(plan: RankPlan, settings: Rounding, model: PreTrainedModel) -> RankPlan:

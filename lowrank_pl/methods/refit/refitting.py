@@ -532,10 +532,14 @@ class _Work:
 
 
 def _notes_on_all(notes: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return one note on layers that share a factor: how many were refitted, and what most of these compensate."""
+    """Return one note on layers that share a factor: how many were refitted, and what most of these compensate.
+
+    If none was, it is the most common reason.
+    """
     applied = [note for note in notes if note["refit"] == APPLIED]
     if not applied:
-        return dict(notes[0])
+        reasons = [note["refit"] for note in notes]
+        return dict(notes[reasons.index(Counter(reasons).most_common(1)[0][0])])
     kinds = {key: Counter(note[key] for note in applied if key in note) for key in ("drift", "stream", "damping")}
     gain = sum(float(note["gain"]) for note in applied) / len(notes)
     most = {key: counts.most_common(1)[0][0] for key, counts in kinds.items() if counts}
