@@ -117,8 +117,6 @@ def compare(
     if dry_run:
         for name in (name for name, one in chosen.items() if one.heal is not None):
             _log.warning("the forecast leaves out the training of %s", name)
-        for name in (name for name, one in chosen.items() if one.shared_experts):
-            _log.warning("the forecast counts separate factors for the experts of %s", name)
         work = compare_workload(
             chosen, keeps=keep, calibration=calibration, texts=tuple(texts), score_length=score_length,
             score_sequences=limits,

@@ -110,7 +110,8 @@ def compare_workload(
         keeps=keeps,
         preparation=Preparation(
             calibration=calibration,
-            decompositions=tuple(dict.fromkeys(recipe.decomposition for recipe in ranked)),
+            decompositions=tuple(dict.fromkeys(one.decomposition for one in ranked if not one.shared_experts)),
+            shared=tuple(dict.fromkeys(one.decomposition for one in ranked if one.shared_experts)),
             weight_gradients=any(recipe.needs_weight_gradients for recipe in ranked),
             prunings=tuple(dict.fromkeys(recipe.prune for recipe in recipes.values() if recipe.prune is not None)),
             dropping=any(recipe.drop_experts for recipe in ranked),

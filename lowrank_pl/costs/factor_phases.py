@@ -18,6 +18,7 @@ from lowrank_pl.calibration.statistics import SHARE
 from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.workload import Run
+from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.prune.settings import STEPS, LLMPruner, WidthPruning
 from lowrank_pl.models.targets import HEAD
 from lowrank_pl.utils.formatting import expert_number
@@ -159,7 +160,7 @@ def share_phase(run: Run) -> Phase:
 def statistics_phases(run: Run) -> list[Phase]:
     """Return what the statistics need: moments of inputs and of output gradients, and weight gradients."""
     preparation = run.work.preparation
-    needs = {need for settings in preparation.decompositions for need in settings.needs}
+    needs = {need for settings in preparation.all_decompositions for need in settings.needs}
     phases = []
     if "inputs" in needs:
         phases.append(_input_moments(run))
@@ -191,7 +192,7 @@ def _dropped_losses(run: Run) -> _Sums:
 def _embedding_moments(run: Run) -> list[Phase]:
     """Return what a pass of its own needs that measures embeddings and head, for each kind that needs one."""
     model, preparation = run.model, run.work.preparation
-    kinds = {settings.kind for settings in preparation.decompositions}
+    kinds = {settings.kind for settings in preparation.all_decompositions}
     places = {place.name: place for target in model.embeddings for place in target.places}
     phases = []
     if "two_sided" in kinds:
@@ -222,9 +223,8 @@ def pruning_phases(run: Run) -> list[Phase]:
     """Return what making pruned bases needs, at most."""
     prunings = run.work.preparation.prunings
     # The dense base is measured for it, whatever is measured on the pruned base.
-    whole = replace(
-        run, work=replace(run.work, preparation=replace(run.work.preparation, decompositions=(), by_block=False))
-    )
+    dense = replace(run.work.preparation, decompositions=(), shared=(), by_block=False)
+    whole = replace(run, work=replace(run.work, preparation=dense))
     phases = []
     if by_structure := [settings for settings in prunings if isinstance(settings, LLMPruner)]:
         phases += _llm_pruner(whole, by_structure)
@@ -328,7 +328,7 @@ def _gradients(run: Run, sums: _Sums) -> Phase:
         # The way forward and, block by block, once more. Where inputs are measured too, factors that are made of a
         # base's files have the hidden states from there.
         forward = not (
-            preparation.by_block and any("inputs" in settings.needs for settings in preparation.decompositions)
+            preparation.by_block and any("inputs" in settings.needs for settings in preparation.all_decompositions)
         )
         passes, read = 2 * parts + forward, float((_READS * forward + 1) * model.bytes * preparation.by_block)
     else:
@@ -364,7 +364,7 @@ def _measuring(
 ) -> Phase:
     """Return the phase that measures ``sums`` in so many ``passes`` through the model, forward or backward."""
     # Everything is measured twice where the compressed model is measured as well.
-    times = 1 + any(settings.at_keep is not None for settings in run.work.preparation.decompositions)
+    times = 1 + any(settings.at_keep is not None for settings in run.work.preparation.all_decompositions)
     tokens = run.work.preparation.tokens * times / run.machine.processes
     work: dict[WorkKind, float] = {
         "model": passes * tokens * run.model.multiply_adds, "float32": tokens * sums.multiply_adds, "disk": read,
@@ -428,34 +428,40 @@ def decomposition_phase(run: Run) -> Phase:
     """Return what square roots and singular value decompositions need."""
     model, preparation = run.model, run.work.preparation
     weighs = preparation.weighs_tokens
-    both = weighs or any("output_gradients" in settings.needs for settings in preparation.decompositions)
-    some = any(settings.needs for settings in preparation.decompositions)
+    both = weighs or any("output_gradients" in settings.needs for settings in preparation.all_decompositions)
+    some = any(settings.needs for settings in preparation.all_decompositions)
     # Layers that share an input share a root of it, unless tokens weigh differently for each layer.
     inputs = [target.shape[1] for target in model.modules] if weighs else list(model.input_widths.values())
-    # Each kind makes all factors anew, and one that measures in the compressed model makes those before it as well.
-    times = sum(1 if settings.at_keep is None else 2 for settings in preparation.decompositions)
-    most, products, svd, roots = 0.0, 0.0, 0.0, 0.0
-    for matrix in model.matrices:
-        # Of several layers, each has a root of its own outputs.
-        (m, n), k, own = matrix.shape, min(matrix.shape), matrix.shape[0] // matrix.layers
-        root_bytes = 8.0 * ((n**2 if some else 0) + (m * own if both else 0))
-        widest = max(n if some else 0, own if both else 0)
-        # The weight, the weighted one, the copy that is worked in, and the parts twice: as they come and unweighted.
-        parts = 8.0 * (3 * m * n + 2 * k * (m + n) + _SVD_WORK * k * k)
-        most = max(most, root_bytes + parts, root_bytes + 8.0 * (_ROOTS - 1) * widest**2)
-        products += (m * n + k * n) * n * some + (m * n + k * m) * own * both
-        roots += m * own**2 / 3 * both
-        svd += m * n * k
+    kinds = [(model.matrices, _times(preparation.decompositions))] if preparation.decompositions else []
+    if preparation.shared:
+        kinds.append((model.stacked, _times(preparation.shared)))
+    times = sum(count for _, count in kinds)
+    most, products, svd, roots, stored, file = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for matrices, count in kinds:
+        for matrix in matrices:
+            # Of several layers, each has a root of its own outputs.
+            (m, n), k, own = matrix.shape, min(matrix.shape), matrix.shape[0] // matrix.layers
+            root_bytes = 8.0 * ((n**2 if some else 0) + (m * own if both else 0))
+            widest = max(n if some else 0, own if both else 0)
+            # The weight, the weighted one, the copy that is worked in, and the parts twice, unweighted ones as well.
+            parts = 8.0 * (3 * m * n + 2 * k * (m + n) + _SVD_WORK * k * k)
+            most = max(most, root_bytes + parts, root_bytes + 8.0 * (_ROOTS - 1) * widest**2)
+            products += count * ((m * n + k * n) * n * some + (m * n + k * m) * own * both)
+            roots += count * (m * own**2 / 3 * both)
+            svd += count * m * n * k
+        shapes = [matrix.shape for matrix in matrices] + [embedding.shape for embedding in model.embeddings]
+        stored += count * factor_bytes(shapes)
+        file = max(file, *(factor_bytes([shape]) for shape in shapes))
     if some:
-        roots += sum(width**3 / 3 for width in inputs)
+        roots += times * sum(width**3 / 3 for width in inputs)
     moments = 4.0 * some * sum(width**2 for width in inputs)
     moments += 4.0 * both * sum(target.shape[0] ** 2 for target in model.modules)
     for embedding in model.embeddings:
         rows, width = embedding.shape
         # The left factor in float32, some rows in float64, and the small matrices of the eigenvectors.
         most = max(most, 4.0 * rows * width + 24.0 * min(rows, _TALL) * width + 8.0 * _ROOTS * width**2)
-        products += 2 * rows * width**2
-        svd += width**3
+        products += times * 2 * rows * width**2
+        svd += times * width**3
     # Moments of experts are read once more for their mean over a block, which stays while the block is decomposed.
     of_experts = {
         target: some * target.shape[1] ** 2 + both * target.shape[0] ** 2 for target in model.modules if target.experts
@@ -468,18 +474,26 @@ def decomposition_phase(run: Run) -> Phase:
     # Where processes share the layers out, each reads its own once more.
     again = model.targeted * model.itemsize if preparation.by_block and run.machine.processes > 1 else 0.0
     work: dict[WorkKind, float] = {
-        "float64": times * (products + roots), "svd": times * svd, "disk": times * moments + again,
+        "float64": products + roots, "svd": svd, "disk": times * moments + again,
     }  # fmt: skip
     at_once = {"roots and decomposition of a module": most}
     if means:
         at_once["means of a block's experts"] = float(max(means.values()))
     device, host = _placed(run, {**_weights(run), **at_once})
-    host["a file being written"] = _SAVING * max(factor_bytes([shape]) for shape in model.shapes)
+    host["a file being written"] = _SAVING * file
     return Phase(
         "decomposition", device, host,
-        disk={"factors": times * factor_bytes(model.shapes)},
+        disk={"factors": stored},
         work={kind: amount / run.machine.processes for kind, amount in work.items()},
     )  # fmt: skip
+
+
+def _times(decompositions: Sequence[Decomposition]) -> int:
+    """Return how often all factors are made: each kind makes them anew.
+
+    A kind that measures in the compressed model makes those before it as well.
+    """
+    return sum(1 if settings.at_keep is None else 2 for settings in decompositions)
 
 
 def factor_bytes(shapes: Iterable[tuple[int, int]]) -> float:

@@ -56,7 +56,7 @@ def _phases(run: Run) -> Iterator[Phase]:
     if preparation.prunings:
         yield from pruning_phases(run)
     yield from statistics_phases(run)
-    if preparation.decompositions:
+    if preparation.all_decompositions:
         yield decomposition_phase(run)
     if work.reads_shares:
         yield share_phase(run)

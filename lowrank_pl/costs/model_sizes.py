@@ -7,7 +7,7 @@ pass are therefore counted by the code that a real run executes, for every model
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -104,12 +104,16 @@ class ModelSizes:
     @property
     def matrices(self) -> list[Matrix]:
         """The matrices of linear layers that are decomposed; layers of experts that share a factor are one."""
-        found: dict[str, Matrix] = {}
-        for target in self.modules:
-            name = target.stored_as
-            rows, layers = (found[name].shape[0], found[name].layers) if name in found else (0, 0)
-            found[name] = Matrix((rows + target.shape[0], target.shape[1]), layers + 1)
-        return list(found.values())
+        return _matrices(self.modules)
+
+    @property
+    def stacked(self) -> list[Matrix]:
+        """The same where the experts of each block share factors.
+
+        Raises:
+            ValueError: No two targets are layers of experts of one block that could share one.
+        """
+        return _matrices(Targets(self.modules, ()).stacked().modules)
 
     @property
     def multiply_adds(self) -> int:
@@ -147,6 +151,15 @@ class Matrix:
 
     shape: tuple[int, int]
     layers: int = 1
+
+
+def _matrices(targets: Iterable[Target]) -> list[Matrix]:
+    found: dict[str, Matrix] = {}
+    for target in targets:
+        name = target.stored_as
+        rows, layers = (found[name].shape[0], found[name].layers) if name in found else (0, 0)
+        found[name] = Matrix((rows + target.shape[0], target.shape[1]), layers + 1)
+    return list(found.values())
 
 
 def model_sizes(base: Base, *, length: int = 512, constraints: Constraints = Constraints()) -> ModelSizes:

@@ -29,6 +29,7 @@ class Preparation:
     Args:
         calibration: The sequences that statistics are measured on.
         decompositions: How weights are decomposed; each is done once.
+        shared: Decompositions in which the experts of a block share right factors, beside the ones in which they don't.
         weight_gradients: Whether mean weight gradients are measured.
         prunings: How bases are pruned, each for every fraction to keep.
         memory: Bytes that the sums of statistics may take at a time; statistics that take more are measured block by
@@ -43,6 +44,7 @@ class Preparation:
 
     calibration: Calibration = Calibration()
     decompositions: Sequence[Decomposition] = (Decomposition(),)
+    shared: Sequence[Decomposition] = ()
     weight_gradients: bool = False
     prunings: Sequence[WidthPruning | LLMPruner] = ()
     memory: int | None = None
@@ -62,7 +64,12 @@ class Preparation:
     @property
     def weighs_tokens(self) -> bool:
         """Whether some decomposition weighs tokens by the size of their gradient."""
-        return any(settings.weighs_tokens for settings in self.decompositions)
+        return any(settings.weighs_tokens for settings in self.all_decompositions)
+
+    @property
+    def all_decompositions(self) -> Sequence[Decomposition]:
+        """All ways in which weights are decomposed."""
+        return (*self.decompositions, *self.shared)
 
 
 @dataclass(frozen=True)

@@ -341,6 +341,18 @@ def test_experts_cost_products_by_their_tokens_and_memory_by_their_number(kind):
         assert parts.work["model"] > whole.work["model"]
 
 
+def test_factors_that_experts_share_are_made_beside_separate_ones():
+    apart = model_sizes(Base("random:mixtral"), length=LENGTH)
+    one = model_sizes(Base("random:mixtral"), length=LENGTH, constraints=Constraints(shared_experts=True))
+
+    def disk(model, *decompositions, **settings):
+        work = Workload(preparation=preparing(*decompositions, **settings))
+        return phases(model, work)["decomposition"].disk["factors"]
+
+    assert disk(apart, shared=[WHITENED]) == disk(one, WHITENED)
+    assert disk(apart, WHITENED, shared=[WHITENED]) == disk(apart, WHITENED) + disk(one, WHITENED)
+
+
 def test_what_dropping_experts_costs_is_measured_in_a_pass_of_its_own():
     mixture, name = model_sizes(Base("random:mixtral"), length=LENGTH), "losses of dropped experts"
     without = phases(mixture, Workload(preparation=preparing(WEIGHTED)))
