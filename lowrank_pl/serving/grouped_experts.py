@@ -218,8 +218,8 @@ class ExpertMatrices:
         layers: The linear layers of the experts by kind, one layer an expert; their parameters become parts of larger
             tensors. The kind is empty if an expert is one layer.
         activation: Returns what lies between the stages, from the outputs of the gate, or None, and of the up matrix.
-        here: Of every expert of the block, whether ``layers`` has it; None if it has all. The others were dropped, or
-            another process computes them.
+        here: Of every expert of the block, whether ``layers`` has it. The others were dropped, or another process
+            computes them.
 
     Attributes:
         count: The number of experts that ``layers`` has.
@@ -233,7 +233,7 @@ class ExpertMatrices:
         self,
         layers: Mapping[str, Sequence[Any]],
         activation: Callable[[Tensor | None, Tensor], Tensor],
-        here: Sequence[bool] | None = None,
+        here: Sequence[bool],
     ) -> None:
         first = next(iter(layers.values()))[0]
         self.count, self.dtype, self.device = len(next(iter(layers.values()))), first.weight.dtype, first.weight.device
@@ -250,9 +250,9 @@ class ExpertMatrices:
                 name: Kind.of([named[place] for place in order], self._bundles) for name, named in layers.items()
             }
             # Where each expert lies; behind all lie pairs that nobody computes here, as those of the number behind all.
-            present = [number for number, found in enumerate(here or [True] * self.count) if found]
+            present = [number for number, found in enumerate(here) if found]
             places = {present[one]: place for place, one in enumerate(order)}
-            self._last = self.count if here is None else len(here)
+            self._last = len(here)
             numbers = range(self._last + 1)
             self._places = torch.tensor([places.get(number, self.count) for number in numbers], device=self.device)
             self._every = torch.arange(self.count, device=self.device)
@@ -498,7 +498,12 @@ def group_experts(model: PreTrainedModel) -> list[dict[str, bool]]:
     Args:
         model: A model whose experts are separate modules; others stay as they are.
     """
-    every = [module for module in model.modules() if isinstance(module, SplitExperts) and type(module) in GROUPED]
+    every = [
+        module
+        for module in model.modules()
+        # Without experts there is nothing to compute.
+        if isinstance(module, SplitExperts) and type(module) in GROUPED and len(module.dropped) < len(module)
+    ]
     blocks = [block for block in every if all(_is_plain(layer) for named in _layers(block).values() for layer in named)]
     if len(blocks) < len(every):
         logger.warning(

@@ -83,6 +83,16 @@ def test_dropped_experts_are_left_out(way):
     torch.testing.assert_close(compiled(model)(tokens[:1, :1], use_cache=False).logits, single, rtol=1e-4, atol=1e-4)
 
 
+@only_grouped
+def test_a_block_without_experts_stays_as_it_is(way):
+    model, tokens = mixture("mixtral"), torch.arange(40).view(2, 20)
+    for place in range(4):
+        replace_module(model, f"model.layers.1.mlp.experts.{place}", DroppedExpert())
+    before = model(tokens).logits
+    optimize_for_inference(model)
+    torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_pairs_of_other_processes_are_left_out(way):
     block = blocks(mixture("mixtral"))[0]
