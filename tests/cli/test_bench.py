@@ -155,12 +155,16 @@ def test_bench_names_its_case_in_front(case, tmp_path, capsys):
     assert f"bench {case}: 100%" in shown.err
 
 
-def test_bench_settings_from_yaml_and_unknown_cases(tmp_path, capsys):
+def test_bench_settings_from_yaml(tmp_path):
     config = tmp_path / "bench.yaml"
     config.write_text(
         "case: decode\nbase: random:llama\nkeep: 0.5\nlength: 4\nrepeats: 1\nbatch_size: 1\ndtype: float32\n"
     )
-    main(["bench", "-c", str(config)])
-    assert capsys.readouterr().out.count("50.0 %") == 2
+    main(["bench", "-c", str(config), "--json", str(tmp_path / "speed.json")])
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["keep"] for row in rows] == [1.0, 0.5, 0.5]
+
+
+def test_bench_names_unknown_cases(capsys):
     assert "decod" in failing(capsys, "bench", "decod", status=2)
     assert "more" in failing(capsys, "bench", "decode", "more", status=2)
