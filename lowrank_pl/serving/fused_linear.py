@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, Side
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, SharedLowRankLinear, Side
 from lowrank_pl.models.hf_quantized import Grid, dequantize, grid_of_entry, stored_shapes
 from lowrank_pl.serving.kernels import FusedGroup, Part, padded
 
@@ -171,24 +171,23 @@ class Member:
             return *self.factors(), None
         return self.loaded["weight"], self.loaded.get("right"), self.side
 
-    def layer(self, device: torch.device, owner: Member | None = None) -> nn.Linear:
+    def layer(self, device: torch.device, owner: LowRankLinear | None = None) -> nn.Linear:
         """Return what this process computes as a layer without bias.
 
         Args:
             device: Where to put its tensors.
-            owner: The layer whose right factor it reads, if it has none of its own.
+            owner: The layer on that device whose right factor it reads, if it has none of its own.
 
         Raises:
             ValueError: Tensors are missing or pivots are damaged.
         """
         self.check()
         weight, right, side = self.matrices()
-        if owner is not None:
-            owner.check()
-            right = owner.loaded["right"]
         weight = weight.to(device)
         layer: nn.Linear
-        if right is None:
+        if owner is not None:
+            layer = SharedLowRankLinear.from_owner(weight, owner)
+        elif right is None:
             with torch.device("meta"):
                 layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             layer.weight = nn.Parameter(weight, requires_grad=False)

@@ -2,7 +2,8 @@
 
 The matrices of one kind (gate, up or down) of all experts of a block are rows of one tensor, of which the parameters
 become parts: a factor of rank ``k`` takes ``k`` rows. The rows of the chosen experts are gathered for few tokens, and
-for more, tokens are sorted by expert and multiplied by parts of the tensor.
+for more, tokens are sorted by expert and multiplied by parts of the tensor. Each token is multiplied once by a right
+factor that experts share.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Any, Literal
 from weakref import WeakValueDictionary, ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl.models.hf_experts import Expert, RoutedExperts, SortedExperts, SplitExperts, WeightedInputExperts
-from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
+from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, SharedLowRankLinear
 from lowrank_pl.serving.fused_layers import Member
 from lowrank_pl.serving.onednn_layers import ONEDNN
 
@@ -60,6 +62,8 @@ class Kind:
     Attributes:
         right: ``[rows, in]`` right factors, one below the other, and a row of zeros.
         left: ``[rows, out]`` left factors, transposed; None if all matrices are dense: ``right`` then holds them.
+        basis: ``[rank, in]`` right factor that all experts share; None if each has its own. ``right`` then holds the
+            left factors, and what follows is computed from the product with ``basis``.
         bias: ``[experts, out]`` or None.
         starts: ``[experts]`` first row of each expert.
         ranks: ``[experts]`` number of its rows.
@@ -70,6 +74,7 @@ class Kind:
 
     right: Tensor
     left: Tensor | None
+    basis: Tensor | None
     bias: Tensor | None
     starts: Tensor
     ranks: Tensor
@@ -87,21 +92,25 @@ class Kind:
             bundles: Experts one after the other whose matrices are padded to one size; none for no padding.
         """
         first = layers[0]
-        factored = any(isinstance(layer, LowRankLinear | PivotedLinear) for layer in layers)
+        shared = next((layer for layer in layers if isinstance(layer, SharedLowRankLinear)), None)
+        factored = shared is None and any(isinstance(layer, LowRankLinear | PivotedLinear) for layer in layers)
         ranks = [_rank(layer, factored=factored) for layer in layers]
         sizes = list(ranks)
         for bundle in bundles:
             most = math.ceil(max(ranks[place] for place in bundle) / _STEP) * _STEP
             sizes[bundle.start : bundle.stop] = [most] * len(bundle)
         starts = [sum(sizes[:place]) for place in range(len(sizes))]
-        right = first.weight.new_zeros(sum(sizes) + 1, first.in_features)
+        basis = None if shared is None else _basis(shared.owner, padded=bool(bundles))
+        width = first.in_features if basis is None else len(basis)
+        right = first.weight.new_zeros(sum(sizes) + 1, width)
         left = first.weight.new_zeros(sum(sizes) + 1, first.out_features) if factored else None
         spans = tuple(slice(start, start + rank) for start, rank in zip(starts, ranks, strict=True))
         for layer, span in zip(layers, spans, strict=True):
             _move(layer, right[span], None if left is None else left[span])
         bias = None if first.bias is None else torch.stack([layer.bias.detach() for layer in layers])
         first_rows, counts = (torch.tensor(values, device=right.device) for values in (starts, ranks))
-        return cls(right, left, bias, first_rows, counts, spans, _orders(layers, "in"), _orders(layers, "out"))
+        orders = _orders(layers, "in"), _orders(layers, "out")
+        return cls(right, left, basis, bias, first_rows, counts, spans, *orders)
 
     @property
     def width(self) -> int:
@@ -109,7 +118,10 @@ class Kind:
         return max(int(span.stop - span.start) for span in self.spans)
 
     def gathered(self, inputs: Tensor, experts: Tensor) -> Tensor:
-        """Return the outputs ``[pairs, out]`` for ``inputs`` ``[pairs, in]``, each of one of the ``experts``."""
+        """Return the outputs ``[pairs, out]`` for ``inputs`` ``[pairs, in]``, each of one of the ``experts``.
+
+        With a ``basis``, inputs here and in the other ways are ``[pairs, rank]``, their products with it.
+        """
         steps = torch.arange(self.width, device=inputs.device)
         rows = self.starts[experts, None] + steps
         rows = torch.where(steps < self.ranks[experts, None], rows, len(self.right) - 1)
@@ -171,22 +183,32 @@ class Kind:
 
 def _rank(layer: nn.Linear, *, factored: bool) -> int:
     """Return the rows that a layer's matrix takes."""
-    if isinstance(layer, LowRankLinear | PivotedLinear):
-        return layer.rank
-    return min(layer.in_features, layer.out_features) if factored else layer.out_features
+    if not factored:
+        return layer.out_features
+    return (
+        layer.rank if isinstance(layer, LowRankLinear | PivotedLinear) else min(layer.in_features, layer.out_features)
+    )
+
+
+def _basis(owner: LowRankLinear, *, padded: bool) -> Tensor:
+    """Return a right factor that experts share, with rows of zeros up to the step of grouped products if ``padded``."""
+    rank = owner.rank
+    basis = owner.right.new_zeros(math.ceil(rank / _STEP) * _STEP if padded else rank, owner.in_features)
+    basis[:rank] = owner.right
+    owner.right.data = basis[:rank]
+    return basis
 
 
 def _move(layer: nn.Linear, right: Tensor, left: Tensor | None) -> None:
     """Copy a layer's matrices to ``right`` ``[rank, in]`` and ``left`` ``[rank, out]``; they become parts of these."""
     rank, parts = len(right), dict[str, Tensor]()
-    if isinstance(layer, LowRankLinear | PivotedLinear):
-        assert left is not None
+    if left is None:
+        parts["weight"] = right[:, : layer.weight.shape[1]]
+    elif isinstance(layer, LowRankLinear | PivotedLinear):
         parts = {"weight": left.mT, "right": right}
         if isinstance(layer, PivotedLinear):
             (left if layer.side == "out" else right)[:, :rank].fill_diagonal_(1)
             parts |= {"weight": left[:, rank:].mT} if layer.side == "out" else {"right": right[:, rank:]}
-    elif left is None:
-        parts["weight"] = right
     else:
         (right if layer.in_features == rank else left).fill_diagonal_(1)
         parts["weight"] = left.mT if layer.in_features == rank else right
@@ -287,7 +309,7 @@ class ExpertMatrices:
     def _gathered(self, rows: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
         places = self._places[experts.clamp(max=self._last)]
         here = places.clamp(max=self.count - 1)
-        outputs = self._chain(rows[sources], lambda kind, inputs: kind.gathered(inputs, here))
+        outputs = self._chain(rows, sources, lambda kind, inputs: kind.gathered(inputs, here))
         return torch.where((places < self.count)[:, None], outputs, 0)
 
     def sorted(self, rows: Tensor, experts: Tensor, sources: Tensor) -> Tensor:
@@ -300,16 +322,21 @@ class ExpertMatrices:
         def product(kind: Kind, inputs: Tensor) -> Tensor:
             return kind.grouped(inputs, here, ends, self._bundles) if self.pads else kind.looped(inputs, here, listed)
 
-        outputs = self._chain(rows[sources[order]], product)
+        outputs = self._chain(rows, sources[order], product)
         outputs = torch.where((places < self.count)[:, None], outputs, 0)
         return torch.empty_like(outputs).index_copy_(0, order, outputs)
 
-    def _chain(self, inputs: Tensor, product: Callable[[Kind, Tensor], Tensor]) -> Tensor:
-        kinds = self.kinds
-        if "" in kinds:
-            return product(kinds[""], inputs)
-        gate = product(kinds["gate_proj"], inputs) if "gate_proj" in kinds else None
-        return product(kinds["down_proj"], self._activation(gate, product(kinds["up_proj"], inputs)))
+    def _chain(self, rows: Tensor, sources: Tensor, product: Callable[[Kind, Tensor], Tensor]) -> Tensor:
+        firsts = {name: kind for name, kind in self.kinds.items() if name != "down_proj"}
+        own = rows[sources] if any(kind.basis is None for kind in firsts.values()) else rows
+        # The experts of a token have the product with a shared factor in common.
+        outputs = {
+            name: product(kind, own if kind.basis is None else F.linear(rows, kind.basis)[sources])
+            for name, kind in firsts.items()
+        }
+        if "" in outputs:
+            return outputs[""]
+        return product(self.kinds["down_proj"], self._activation(outputs.get("gate_proj"), outputs["up_proj"]))
 
 
 class ExpertGroup:
@@ -486,7 +513,7 @@ GROUPED: dict[type[nn.Module], type[nn.Module]] = {
 }
 """The class of a part of a group, by that of the part before."""
 
-_PLAIN = {*ONEDNN, *ONEDNN.values()}
+_PLAIN = {*ONEDNN, *ONEDNN.values(), SharedLowRankLinear}
 """The layers whose matrices a group can read."""
 
 

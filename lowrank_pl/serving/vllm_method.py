@@ -34,6 +34,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from lowrank_pl.models.hf_experts import taken_over
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig
+from lowrank_pl.models.hf_layers import LowRankLinear
 from lowrank_pl.models.hf_quantized import grid_of_entry
 from lowrank_pl.models.identity import ORIGIN_KEY
 from lowrank_pl.serving.fused_linear import FusedLinear, Member
@@ -367,11 +368,6 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             for (number, shard), member in self.members.items()
             if self.kept[number] and (self._is_here(layer, number) or self.config.stored_name(member.name) in owners)
         }
-        if any(member.owner for member in self.members.values()):
-            logger.warning_once(
-                "experts share right factors, of which every expert gets a copy here: they take more memory than the "
-                "files"
-            )
         self.config.members += self.members.values()
 
     @staticmethod
@@ -410,12 +406,14 @@ class LowRankExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             kinds = {"w1": "up_proj", "w2": "down_proj"}
         here = [number for number, kept in enumerate(self.kept) if kept and self._is_here(layer, number)]
         device = next(layer.parameters()).device
-        named = {self.config.stored_name(member.name): member for member in self.members.values()}
+        made: dict[str, nn.Linear] = {}
+        # Those first whose right factors others read.
+        for member in sorted(self.members.values(), key=lambda member: member.owner is not None):
+            owner = made.get(member.owner or "")
+            assert owner is None or isinstance(owner, LowRankLinear)
+            made[self.config.stored_name(member.name)] = member.layer(device, owner)
         layers = {
-            kind: [
-                self.members[number, shard].layer(device, named.get(self.members[number, shard].owner or ""))
-                for number in here
-            ]
+            kind: [made[self.config.stored_name(self.members[number, shard].name)] for number in here]
             for shard, kind in kinds.items()
         }
         # All experts of a process may be dropped.

@@ -172,7 +172,7 @@ def test_an_export_of_dense_experts_serves_sizes_in_which_they_share(made, seque
 
 
 @torch.no_grad()
-def test_kernels_leave_sharing_experts_to_torch(folder, sequences):
+def test_optimized_experts_that_share_compute_the_same(folder, sequences):
     model = load_compressed(folder)
     wanted = model(sequences[:1]).logits
     with optimized(model):

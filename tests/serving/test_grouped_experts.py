@@ -9,6 +9,7 @@ from torch import nn
 from lowrank_pl.costs.speed import Variant, uniform_modules
 from lowrank_pl.export.export import save_compressed
 from lowrank_pl.models.hf_experts import DroppedExpert, split_experts, split_modules
+from lowrank_pl.models.hf_layers import LowRankLinear, SharedLowRankLinear
 from lowrank_pl.models.targets import find_targets, replace_module
 from lowrank_pl.models.tiny import MIXTURES, byte_tokenizer, tiny_model
 from lowrank_pl.serving import grouped_experts
@@ -30,6 +31,23 @@ def mixture(family, *forms):
         layer = made[place % len(made)].get(target.name)
         if layer is not None:
             replace_module(model, target.name, layer)
+    return model
+
+
+def sharing(family, rank=12):
+    """A tiny mixture whose experts have one right factor for the gates of a block and one for the ups."""
+    model = mixture(family, "factored")
+    for block in blocks(model):
+        for name in ("gate_proj", "up_proj"):
+            owner = None
+            for expert in block:
+                outputs, inputs = getattr(expert, name).dense().shape
+                left, bias = torch.randn(outputs, rank) / rank**0.5, getattr(expert, name).bias
+                if owner is None:
+                    owner = layer = LowRankLinear.from_factors(left, torch.randn(rank, inputs) / inputs**0.5, bias)
+                else:
+                    layer = SharedLowRankLinear.from_owner(left, owner, bias)
+                setattr(expert, name, layer.requires_grad_(False))
     return model
 
 
@@ -69,6 +87,27 @@ def test_experts_together_compute_the_same(family, way):
     assert {way for block in blocks(model) for way in block.group.ways.values()} == {way}
     torch.testing.assert_close(model(tokens).logits, whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(tokens[:1, :1]).logits, single, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+def test_experts_that_share_right_factors_compute_the_same(family, way):
+    model, tokens = sharing(family), torch.arange(40).view(2, 20)
+    whole, single = model(tokens).logits, model(tokens[:1, :1]).logits
+    optimize_for_inference(model)
+    assert {way for block in blocks(model) for way in block.group.ways.values()} == {way}
+    torch.testing.assert_close(model(tokens).logits, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(tokens[:1, :1]).logits, single, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_factor_is_in_memory_once_and_comes_back(way):
+    model = sharing("mixtral")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with optimized(model):
+        (expert, *others), (matrices, *_) = blocks(model)[0], [block.group.matrices for block in blocks(model)]
+        basis = matrices.kinds["gate_proj"].basis
+        assert {layer.gate_proj.right.data_ptr() for layer in (expert, *others)} == {basis.data_ptr()}
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @torch.no_grad()
