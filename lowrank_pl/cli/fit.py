@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lowrank_pl.cli.arguments import fit_words
-from lowrank_pl.cli.trainer_cli import TrainerCLI
+from lowrank_pl.cli.trainer_cli import ForecastingCLI
 from lowrank_pl.cli.workloads import fit_workload
 from lowrank_pl.costs.forecast import print_forecast
-from lowrank_pl.costs.machine import machine_of
+from lowrank_pl.costs.machine import Machine
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.finish_run import FinishRun
 from lowrank_pl.training.module import RankLearner
@@ -42,7 +41,7 @@ def fit(words: Sequence[str]) -> None:
     RankCLI(["fit", *fit_words(words, CLASSES)])
 
 
-class RankCLI(TrainerCLI):
+class RankCLI(ForecastingCLI):
     """LightningCLI for learning ranks."""
 
     default_run = "runs/fit"
@@ -58,9 +57,7 @@ class RankCLI(TrainerCLI):
 
     def add_parts(self, parser: LightningArgumentParser) -> None:
         """Add ``--dry_run``, the callbacks of every run, and where the text's tokenizer comes from."""
-        parser.add_argument(
-            "--dry_run", action="store_true", help="Print what the run needs; nothing is loaded or written."
-        )
+        super().add_parts(parser)
         parser.add_lightning_class_args(RankMonitor, "monitor")
         parser.add_lightning_class_args(TextSamples, "samples")
         parser.add_lightning_class_args(FinishRun, "finish")
@@ -68,23 +65,12 @@ class RankCLI(TrainerCLI):
         parser.link_arguments("model.base.name", "data.tokenizer")
         parser.link_arguments("model.base.trust_remote_code", "data.trust_remote_code")
 
-    def runs(self) -> bool:
-        """Return whether the Trainer runs, which it does not in a dry run."""
-        return not self.setting("dry_run")
-
-    def instantiate_classes(self) -> None:
-        """Make model, data and Trainer; in a dry run only what describes the run, which is then printed."""
-        if not self.setting("dry_run"):
-            return super().instantiate_classes()
-        self.config_init = self.parser.instantiate_classes(self.config)
-        trainer, learner = self.setting("trainer", made=True), self.setting("model", made=True)
-        machine = machine_of(
-            trainer.accelerator, trainer.devices, trainer.num_nodes,
-            sharded=isinstance(trainer.strategy, ModelParallelStrategy),
-        )  # fmt: skip
-        data, finish = self.setting("data", made=True), self.setting("finish", made=True)
+    def forecast(self, machine: Machine) -> None:
+        """Print what the run needs."""
+        learner, data, trainer, finish = (
+            self.setting(name, made=True) for name in ("model", "data", "trainer", "finish")
+        )
         print_forecast(
             learner.base, fit_workload(learner, data, trainer, finish, machine), machine,
             constraints=learner.constraints, output=self.setting("json"),
         )  # fmt: skip
-        return None

@@ -10,10 +10,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lowrank_pl.cli.arguments import fit_words
-from lowrank_pl.cli.trainer_cli import TrainerCLI
+from lowrank_pl.cli.trainer_cli import ForecastingCLI
+from lowrank_pl.cli.workloads import heal_workload
+from lowrank_pl.costs.forecast import print_forecast
+from lowrank_pl.costs.machine import Machine
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.finish_heal import FinishHealing
-from lowrank_pl.training.heal import Healer
+from lowrank_pl.training.heal import NOT_SHARDED, Healer
 from lowrank_pl.training.heal_start import HealStart
 
 __all__ = ["HealCLI", "heal"]
@@ -48,7 +51,7 @@ class HealingTrainer(Trainer):
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
 
 
-class HealCLI(TrainerCLI):
+class HealCLI(ForecastingCLI):
     """LightningCLI for healing."""
 
     default_run = "runs/heal"
@@ -62,10 +65,11 @@ class HealCLI(TrainerCLI):
         """Return the Trainer methods on offer: ``heal`` alone."""
         return {"heal": {"model", "datamodule"}}
 
-    heal = TrainerCLI.fit
+    heal = ForecastingCLI.fit
 
     def add_parts(self, parser: LightningArgumentParser) -> None:
-        """Add the end of a run."""
+        """Add ``--dry_run`` and the end of a run."""
+        super().add_parts(parser)
         parser.add_lightning_class_args(FinishHealing, "finish")
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
@@ -83,3 +87,16 @@ class HealCLI(TrainerCLI):
         if data["tokenizer"] is None:
             parts = {name: model[name] for name in ("teacher", "store", "trust_remote_code")}
             data["tokenizer"] = HealStart.find(Path(str(model["plan"])), **parts).teacher.name
+
+    def forecast(self, machine: Machine) -> None:
+        """Print what the run needs.
+
+        Raises:
+            ValueError: The Trainer can't do what is asked, or the token budget does not reach for one step.
+        """
+        healer, data, trainer = (self.setting(name, made=True) for name in ("model", "data", "trainer"))
+        if machine.sharded:
+            raise ValueError(NOT_SHARDED)
+        print_forecast(
+            healer.start.teacher, heal_workload(healer, data, trainer, machine), machine, output=self.setting("json")
+        )

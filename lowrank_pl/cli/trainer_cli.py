@@ -16,7 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 
+from lowrank_pl.costs.machine import Machine, machine_of
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
@@ -26,7 +28,7 @@ from lowrank_pl.utils.distributed import cooperating, explain_lost_process, gath
 from lowrank_pl.utils.files import LOCK, atomic_write, check_output_files, check_output_folder, locked
 from lowrank_pl.version import __version__
 
-__all__ = ["TrainerCLI"]
+__all__ = ["ForecastingCLI", "TrainerCLI"]
 
 TIMEOUT = timedelta(hours=12)
 """How long processes wait for each other: the first one refits, exports and scores, which takes more than the half hour
@@ -154,6 +156,42 @@ class TrainerCLI(HookedCLI):
         # Only now is it known what strategy "auto" is.
         extend_timeout(trainer.strategy, TIMEOUT)
         return trainer
+
+
+class ForecastingCLI(TrainerCLI):
+    """A ``TrainerCLI`` that takes ``--dry_run``."""
+
+    def add_parts(self, parser: LightningArgumentParser) -> None:
+        """Add ``--dry_run``."""
+        parser.add_argument(
+            "--dry_run", action="store_true", help="Print what the run needs; nothing is loaded or written."
+        )
+
+    def runs(self) -> bool:
+        """Return whether the Trainer runs, which it does not in a dry run."""
+        return not self.setting("dry_run")
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and Trainer; in a dry run only what describes the run, whose needs are then printed."""
+        if not self.setting("dry_run"):
+            return super().instantiate_classes()
+        self.config_init = self.parser.instantiate_classes(self.config)
+        trainer = self.setting("trainer", made=True)
+        self.forecast(
+            machine_of(
+                trainer.accelerator, trainer.devices, trainer.num_nodes,
+                sharded=isinstance(trainer.strategy, ModelParallelStrategy),
+            )
+        )  # fmt: skip
+        return None
+
+    def forecast(self, machine: Machine) -> None:
+        """Print what the run needs.
+
+        Args:
+            machine: The processes of the run.
+        """
+        raise NotImplementedError
 
 
 def _own_folder(trainer: Trainer) -> AbstractContextManager[None]:

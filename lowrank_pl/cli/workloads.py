@@ -1,4 +1,4 @@
-"""The work of ``fit``, ``compare`` and ``decompose`` from their options, for ``--dry_run``."""
+"""The work of ``fit``, ``heal``, ``compare`` and ``decompose`` from their options, for ``--dry_run``."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.costs.machine import Machine
-from lowrank_pl.costs.workload import Learner, Preparation, Refits, Roundings, Scoring, Step, Workload
+from lowrank_pl.costs.model_sizes import model_sizes
+from lowrank_pl.costs.workload import Healed, Learner, Preparation, Refits, Roundings, Scoring, Step, Workload
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate.base import Allocator
 from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.methods.recipes import Recipe
 from lowrank_pl.methods.refit.settings import Refit
 from lowrank_pl.models.base import loads_in_parts
+from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.text.sequences import Calibration
 
 if TYPE_CHECKING:
     from lowrank_pl.training.data import CalibrationData
     from lowrank_pl.training.finish_run import FinishRun
+    from lowrank_pl.training.heal import Healer
     from lowrank_pl.training.module import RankLearner
 
-__all__ = ["compare_workload", "decompose_workload", "fit_workload"]
+__all__ = ["compare_workload", "decompose_workload", "fit_workload", "heal_workload"]
 
 
 def fit_workload(
@@ -82,6 +85,42 @@ def fit_workload(
         exports=True,
         reads_shares=shared,
     )  # fmt: skip
+
+
+def heal_workload(healer: Healer, data: CalibrationData, trainer: Mapping[str, Any], machine: Machine) -> Workload:
+    """Return the work of ``lowrank heal``.
+
+    Args:
+        healer: What is trained, of which nothing is loaded yet.
+        data: The texts, of which nothing is read yet.
+        trainer: Arguments of the Trainer.
+        machine: The processes that train.
+
+    Raises:
+        ValueError: The token budget does not reach for one step.
+    """
+    start, settings = healer.start, healer.settings
+    step = Step(
+        data.learning.length, data.batch_size, trainer["accumulate_grad_batches"] or 1,
+        teacher=True, gradient_checkpointing=healer.gradient_checkpointing,
+    )  # fmt: skip
+    steps = settings.steps(step.tokens * machine.processes)
+    of_epoch = _batches_of_epoch(trainer, data.learning.sequences // (data.batch_size * machine.processes))
+    # One before the training, and one after it.
+    validations = 2 + _validations(trainer, batches=steps * step.batches, of_epoch=of_epoch)
+    if start.plan is None:
+        pruned = model_sizes(start.base, length=step.length)
+        layers = {target.name: ModulePlan(target.shape) for target in pruned.modules}
+    else:
+        layers = dict(start.plan.modules)
+    lora = settings.lora if settings.train == "lora" else None
+    return Workload(
+        keeps=(start.plan.keep_targeted if start.plan is not None else 1.0,),
+        preparation=Preparation(Calibration(length=step.length), ()),
+        healed=Healed(layers, step, steps, lora, data.validation.sequences * validations),
+        # An adapter lies beside the folder that it is for.
+        exports=lora is None or not start.is_folder,
+    )
 
 
 def compare_workload(

@@ -17,7 +17,14 @@ from lowrank_pl.costs.factor_phases import (
     share_phase,
     statistics_phases,
 )
-from lowrank_pl.costs.learning_phases import export_phase, learning_phase, refit_phase, rounding_phase, scoring_phase
+from lowrank_pl.costs.learning_phases import (
+    export_phase,
+    healing_phases,
+    learning_phase,
+    refit_phase,
+    rounding_phase,
+    scoring_phase,
+)
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.costs.model_sizes import model_sizes
 from lowrank_pl.costs.probe import existing_folder, probe
@@ -62,6 +69,8 @@ def _phases(run: Run) -> Iterator[Phase]:
         yield share_phase(run)
     for learner in work.learners:
         yield learning_phase(run, learner)
+    if work.healed is not None:
+        yield from healing_phases(run)
     if work.refits.count and preparation.weighs_tokens:
         yield norms_phase(run)
     if work.refits.count:

@@ -1,24 +1,30 @@
-"""What learning, refits, scores and the export need: formulas of shapes that follow the code they predict."""
+"""What learning, healing, refits, scores and the export need: formulas of shapes that follow the code they predict."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.factor_phases import factor_bytes
 from lowrank_pl.costs.model_sizes import ModelSizes
-from lowrank_pl.costs.workload import Learner, Run
+from lowrank_pl.costs.workload import Learner, Run, Step
+from lowrank_pl.methods.healing import Lora
 from lowrank_pl.models.offload import STREAMED_BATCH_SIZE
+from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["export_phase", "learning_phase", "refit_phase", "rounding_phase", "scoring_phase"]
+__all__ = ["export_phase", "healing_phases", "learning_phase", "refit_phase", "rounding_phase", "scoring_phase"]
 
 _LOGITS = 12
 """Bytes a logit in a step: its logarithm in float32, and the gradients by it and by the logit."""
 
 _MASK = 16
 """Bytes a component: at most one number that learns, its gradient, and two moments of AdamW, in float32."""
+
+_TRAINED = 16
+"""Bytes a trained number: itself, its gradient, and two moments of AdamW, in float32."""
 
 _REFIT_PASSES = 4
 """About how often a refit runs over all its sequences (``refit``)."""
@@ -92,7 +98,7 @@ def learning_phase(run: Run, learner: Learner) -> Phase:
         "dense weights": model.bytes / spread,
         "factors": widest.factors * model.itemsize / spread,
         "masks and optimizer": float(_MASK * widest.components),
-        "activations": batch * _activations(model, learner, widest),
+        "activations": batch * _activations(model, step, widest.active_components),
         "logits": float(batch * model.vocabulary * (_LOGITS + (4 + model.itemsize if step.teacher else 0))),
     }
     host: dict[str, float] = {"Python and libraries": run.program}
@@ -114,10 +120,10 @@ def learning_phase(run: Run, learner: Learner) -> Phase:
     return Phase(learner.name, device, host, disk=disk, work=work)
 
 
-def _activations(model: ModelSizes, learner: Learner, layers: _Layers) -> float:
-    """Return the bytes a token that the backward pass of a step needs."""
-    kept = model.activations.kept + layers.active_components * model.itemsize
-    if learner.step.gradient_checkpointing:
+def _activations(model: ModelSizes, step: Step, components: float) -> float:
+    """Return the bytes a token that the backward pass of a step needs, with so many components between factors."""
+    kept = model.activations.kept + components * model.itemsize
+    if step.gradient_checkpointing:
         return len(model.blocks) * model.hidden * model.itemsize + kept / len(model.blocks)
     return kept
 
@@ -128,6 +134,71 @@ def _multiply_adds(model: ModelSizes, learner: Learner, layers: _Layers) -> floa
     masked = dense - model.targeted_for_a_token + layers.active
     inactive = (layers.multiplied - layers.active) / step.inactive_gate_stride
     return (2 + step.gradient_checkpointing) * masked + inactive + dense * step.teacher
+
+
+def healing_phases(run: Run) -> list[Phase]:
+    """Return what the training of a compressed model needs: both models, which share what is equal, and the steps."""
+    model, healed = run.model, run.work.healed
+    assert healed is not None
+    step, itemsize = healed.step, model.itemsize
+    dense = {target.name: target for target in model.modules}
+    own = {
+        name: layer
+        for name, layer in healed.layers.items()
+        if layer.rank is not None or (name in dense and layer.shape != dense[name].shape)
+    }
+    trained = _trained(own, model, healed.lora)
+    numbers = sum(trained.values())
+    stored = sum(layer.numbers(itemsize) for name, layer in own.items() if healed.lora or name not in trained)
+    components = sum(model.share(dense[name]) * (layer.rank or 0) for name, layer in own.items() if name in dense)
+    components += sum(model.share(dense[name]) * healed.lora.rank for name in trained) if healed.lora else 0
+    # Those of a token.
+    of_trained = sum(model.share(dense[name]) * size for name, size in trained.items())
+    of_student = (of_trained if healed.lora else 0) + model.multiply_adds
+    for name in own.keys() & dense.keys():
+        rows, columns = dense[name].shape
+        of_student += model.share(dense[name]) * (own[name].parameters - rows * columns)
+    batch = step.batch_size * step.length
+    device = {
+        "dense weights": float(model.bytes),
+        "compressed layers": float(stored * itemsize),
+        "what is trained, and optimizer": _TRAINED * numbers,
+        "activations": batch * _activations(model, step, components),
+        "logits": float(batch * model.vocabulary * (_LOGITS + 4 + itemsize)),
+    }
+    # Forward, back to the inputs and to what is trained; the dense model beside it, as in the validations.
+    steps = (2 + step.gradient_checkpointing) * of_student + of_trained + model.multiply_adds
+    validated = healed.validated * step.length / run.machine.processes
+    work: dict[WorkKind, float] = {
+        "model": healed.steps * step.tokens * steps + validated * (of_student + model.multiply_adds)
+    }
+    program = {"Python and libraries": run.program}
+    return [
+        # The compressed model is loaded whole before it shares what is equal.
+        Phase(
+            "load the compressed model", {"dense weights": float(model.bytes)},
+            {**program, "its base": float(model.bytes)}, work={"disk": float(model.bytes)},
+        ),
+        Phase("healing", device, program, disk={"checkpoints": 2.0 * 3 / 4 * _TRAINED * numbers}, work=work),
+    ]  # fmt: skip
+
+
+def _trained(own: Mapping[str, ModulePlan], model: ModelSizes, lora: Lora | None) -> dict[str, float]:
+    """Return the trained numbers of each layer: its own, or those of an adapter on it.
+
+    Args:
+        own: The layers that the dense model does not have.
+        model: Sizes of the dense model.
+        lora: The adapter; None trains factors.
+    """
+    shapes = {target.name: target.shape for target in model.modules}
+    if lora is None:
+        return {name: float(layer.parameters) for name, layer in own.items() if layer.rank and name in shapes}
+    ends = None if lora.targets is None else tuple(lora.targets)
+    shapes |= {name: layer.shape for name, layer in own.items() if name in shapes}
+    return {
+        name: float(lora.rank * sum(shape)) for name, shape in shapes.items() if ends is None or name.endswith(ends)
+    }
 
 
 _ROUNDED_COPIES = 8

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.costs.model_sizes import ModelSizes
 from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.healing import Lora
 from lowrank_pl.methods.masks.base import MaskMethod
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.plans.budget import check_keep
+from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.plans.storage import Storage, StorageChoice
 from lowrank_pl.text.sequences import Calibration
 
-__all__ = ["Learner", "Preparation", "Refits", "Roundings", "Run", "Scoring", "Step", "Workload"]
+__all__ = ["Healed", "Learner", "Preparation", "Refits", "Roundings", "Run", "Scoring", "Step", "Workload"]
 
 
 def _check(name: str, value: int, least: int) -> None:
@@ -132,6 +134,25 @@ class Learner:
 
 
 @dataclass(frozen=True)
+class Healed:
+    """A compressed model that is trained against its dense model.
+
+    Args:
+        layers: The plan of its layers, by name; layers that it does not have are those of the dense model.
+        step: What a process does in an optimizer step.
+        steps: Optimizer steps.
+        lora: The adapter that is trained; None trains the factors.
+        validated: Sequences of all validations together.
+    """
+
+    layers: Mapping[str, ModulePlan]
+    step: Step
+    steps: int
+    lora: Lora | None = None
+    validated: int = 0
+
+
+@dataclass(frozen=True)
 class Refits:
     """Refits of plans.
 
@@ -191,6 +212,7 @@ class Workload:
         keeps: The fractions of targeted parameters to keep.
         preparation: How statistics are measured and factors are made.
         learners: The learning runs.
+        healed: The compressed model that is trained.
         refits: The refits.
         roundings: The plans that are rounded to a few bits.
         scoring: The scores.
@@ -204,6 +226,7 @@ class Workload:
     keeps: Sequence[float] = (0.8,)
     preparation: Preparation = Preparation()
     learners: Sequence[Learner] = ()
+    healed: Healed | None = None
     refits: Refits = Refits()
     roundings: Roundings = Roundings()
     scoring: Scoring = Scoring()

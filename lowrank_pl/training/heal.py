@@ -34,7 +34,7 @@ from lowrank_pl.training.lightning_internals import batches_done, end_after
 from lowrank_pl.training.monitored import check_callbacks, check_validation
 from lowrank_pl.training.precision import check_precision
 
-__all__ = ["Healer"]
+__all__ = ["NOT_SHARDED", "Healer"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +42,10 @@ VALIDATED = ("val/kl", "val/perplexity", "val/excess")
 
 METRICS = ("loss/kl", "learning/gradient norm", "learning/rate", "step", *VALIDATED)
 """The metrics of every healing run."""
+
+
+NOT_SHARDED = "healing needs the whole model on every device, and FSDP2 would shard it: use --trainer.strategy ddp"
+"""What is wrong with a strategy that shards."""
 
 
 class Healer(LightningModule):
@@ -119,9 +123,7 @@ class Healer(LightningModule):
             "use precision '32-true', or 'bf16-mixed', which computes in bfloat16 and trains in float32",
         )
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ValueError(
-                "healing needs the whole model on every device, and FSDP2 would shard it: use --trainer.strategy ddp"
-            )
+            raise ValueError(NOT_SHARDED)
         half = self.start.base.dtype != "float32"
         if half and str(trainer.precision) == "32-true" and self.settings.train == "factors":
             raise ValueError(

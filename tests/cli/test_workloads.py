@@ -21,6 +21,7 @@ from lowrank_pl.training.data import CalibrationData, ValidationText
 from lowrank_pl.training.finish_run import FinishRun
 from lowrank_pl.training.module import RankLearner
 from tests.helpers import SMOKE
+from tests.helpers.commands import failing
 
 TRAINER = {
     "max_steps": -1, "max_epochs": None, "limit_train_batches": None, "accumulate_grad_batches": 1,
@@ -162,3 +163,30 @@ def test_fit_does_the_multiply_adds_of_its_dry_run(tmp_path, monkeypatch):
     told["scoring"]["model"] /= 2
     expected = sum(work.get(kind, 0) for work in told.values() for kind in ("model", "float32", "float64"))
     assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=0.1)
+
+
+HEAL = "heal -c heal --data.learning.text python-docs --data.learning.length 32 --data.learning.sequences 20"
+QUICK = f"{HEAL} --data.validation.sequences 3 --trainer.accelerator cpu --model.settings.tokens 640".split()
+
+
+@pytest.mark.parametrize("train", ["factors", "lora"])
+def test_healing_does_the_multiply_adds_of_its_dry_run(train, plan_file, tmp_path):
+    words = [*QUICK, "--model.plan", str(plan_file), "--run", str(tmp_path / "run"), "--model.settings.train", train]
+    main([*words, "--json", str(tmp_path / "needs.json"), "--dry_run"])
+    told = {phase["name"]: phase["work"] for phase in json.loads((tmp_path / "needs.json").read_text())["phases"]}
+    with FlopCounterMode(display=False) as counter:
+        main(words)
+    assert counter.get_total_flops() / 2 == pytest.approx(told["healing"]["model"], rel=0.1)
+
+
+def test_a_dry_run_of_healing_loads_and_writes_nothing(plan_file, tmp_path, nothing_loaded, capsys):
+    main([*QUICK, "--model.plan", str(plan_file), "--run", str(tmp_path / "run"), "--dry_run"])
+    assert "what is trained, and optimizer" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_healing_refuses_what_the_run_refuses(plan_file, capsys):
+    words = [*QUICK, "--model.plan", str(plan_file), "--dry_run"]
+    assert "more tokens" in failing(capsys, *words, "--model.settings.tokens", "31")
+    fsdp = str(Path(SMOKE).parent / "strategy" / "fsdp.yaml")
+    assert "--trainer.strategy ddp" in failing(capsys, *words, "-c", fsdp)
