@@ -288,11 +288,15 @@ class RoutedExperts(SplitExperts):
 
     def routed(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the router gave, without the experts that were dropped (:func:`taken_over`)."""
+        kept = self.kept(index.device)
+        return (index, weights) if kept is None else taken_over(index, weights, kept)
+
+    def kept(self, device: torch.device) -> Tensor | None:
+        """Return ``[experts + 1]`` whether each expert is kept, as :func:`taken_over` takes it; None if all are."""
         dropped = self.dropped
         if not dropped:
-            return index, weights
-        kept = torch.tensor([place not in dropped for place in range(len(self) + 1)], device=index.device)
-        return taken_over(index, weights, kept)
+            return None
+        return torch.tensor([place not in dropped for place in range(len(self) + 1)], device=device)
 
 
 def taken_over(index: Tensor, weights: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_pl.models.hf_experts import Expert, RoutedExperts, SortedExperts, SplitExperts, WeightedInputExperts
+from lowrank_pl.models.hf_experts import (
+    Expert,
+    RoutedExperts,
+    SortedExperts,
+    SplitExperts,
+    WeightedInputExperts,
+    taken_over,
+)
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear, SharedLowRankLinear
 from lowrank_pl.serving.fused_layers import Member
 from lowrank_pl.serving.onednn_layers import ONEDNN
@@ -351,17 +358,21 @@ class ExpertGroup:
         matrices: Their matrices; None if the experts are no longer what the group was made for.
         most: How many rows, as the block is called with them, are those of one token and of a few.
         ways: What is fastest for one token, a few and many; nothing where separate experts are.
+        kept: Whether each expert of the block is kept, known once and for all; None if all are.
     """
 
     def __init__(self, block: SplitExperts | None = None) -> None:
         self.matrices: ExpertMatrices | None = None
         self.most: dict[str, int] = {}
         self.ways: dict[str, Way] = {}
+        self.kept: Tensor | None = None
         if block is not None:
             self._block = ref(block)
             dropped = block.dropped
             here = [place not in dropped for place in range(len(block))]
             self.matrices = ExpertMatrices(_layers(block), block.fused.activation, here)
+            with torch.inference_mode(False):
+                self.kept = block.kept(self.matrices.device) if isinstance(block, RoutedExperts) else None
             self._addresses = self._now()
 
     def __reduce__(self) -> tuple[type[ExpertGroup], tuple[()]]:
@@ -470,7 +481,9 @@ class GroupedRoutedExperts(_Grouped, RoutedExperts):
         if chosen is None:
             return super().forward(hidden_states, *args, **kwargs)
         matrices, way = chosen
-        index, weights = self.routed(*args, *kwargs.values())
+        index, weights = (*args, *kwargs.values())
+        if self.group.kept is not None:
+            index, weights = taken_over(index, weights, self.group.kept)
         sources = torch.arange(index.numel(), device=index.device) // index.shape[-1]
         outputs = matrices.compute(way, hidden_states, index.flatten(), sources)
         outputs = (outputs * weights.reshape(-1, 1)).to(hidden_states.dtype)
