@@ -31,6 +31,7 @@ from .hf_layers import (
 )
 
 __all__ = [
+    "FIELDS",
     "SCALE_TYPE",
     "Grid",
     "LowRankTiedHead",
@@ -58,7 +59,7 @@ __all__ = [
 SCALE_TYPE = torch.bfloat16
 """The type of scales in files. It holds every scale exactly, since scales are rounded to it before codes are chosen."""
 
-_FIELDS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+FIELDS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """The widths of the fields that a code of so many bits is cut into, lowest bits first. Each packs evenly into bytes."""
 
 
@@ -82,7 +83,7 @@ class Grid:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in _FIELDS or type(self.bits) is not int:
+        if self.bits not in FIELDS or type(self.bits) is not int:
             raise ValueError(f"{self.bits!r} bits were given: expected a whole number from 2 to 8")
         if self.group is not None and (type(self.group) is not int or self.group < 8 or self.group % 8):
             raise ValueError(f"the group {self.group!r} was given: expected a multiple of 8, or None for a whole row")
@@ -121,7 +122,7 @@ def stored_shapes(name: str, rows: int, columns: int, grid: Grid) -> dict[str, t
 
 def packed_width(columns: int, bits: int) -> int:
     """Return the bytes that a row of ``columns`` codes takes."""
-    return sum(-(-columns * width // 8) for width in _FIELDS[bits])
+    return sum(-(-columns * width // 8) for width in FIELDS[bits])
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -131,7 +132,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     [[33, 3]]
     """
     parts, shift = [], 0
-    for width in _FIELDS[bits]:
+    for width in FIELDS[bits]:
         each = 8 // width
         field = (codes >> shift) & (2**width - 1)
         field = F.pad(field, (0, -codes.shape[1] % each)).view(codes.shape[0], -1, each)
@@ -144,7 +145,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Return the codes ``[rows, columns]``, uint8, that :func:`pack` made bytes of."""
     codes: Tensor | None = None
     start = shift = 0
-    for width in _FIELDS[bits]:
+    for width in FIELDS[bits]:
         count = -(-columns * width // 8)
         field = packed[:, start : start + count]
         if width < 8:

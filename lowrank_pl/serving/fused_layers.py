@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any, Protocol
 from weakref import ref
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.targets import shared_inputs
-from lowrank_pl.serving.kernels import MAX_MATRICES, FusedGroup, Part, padded
+from lowrank_pl.serving.kernels import MAX_MATRICES, FusedGroup, Part, check_triton, padded
 
 __all__ = ["FUSED", "TYPES", "Member", "SharedGroup", "fuse"]
 
@@ -35,8 +34,7 @@ def fuse(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> list[dict[str,
     Raises:
         ValueError: Triton isn't installed.
     """
-    if find_spec("triton") is None:
-        raise ValueError("Triton isn't installed, in whose language the kernels are written: pip install triton")
+    check_triton()
     groups = [group for group in _groups(model, layers) if any(type(layer) is not nn.Linear for layer in group)]
     faster: list[dict[str, bool]] = []
     for members in tqdm(groups, desc="choosing kernels", unit="group", leave=False):

@@ -1,15 +1,21 @@
-"""Rounded layers whose products torch's kernels for packed integers compute on a CPU, where they are faster.
+"""Rounded layers whose products kernels for packed integers compute for few tokens, where they are faster.
 
-torch brings such kernels for 8 bits with one scale a row, and for 4 bits in groups of 32, 64, 128 or 256 columns,
-which compute 2 and 3 bits as well. For bfloat16 they read the codes instead of a matrix of floating-point numbers,
-which a token of decoding waits for. For float32 they are slower than dequantising, and for many tokens too.
+They read the codes instead of a matrix of floating-point numbers, which a token of decoding waits for.
+
+torch brings such kernels for a CPU: for 8 bits with one scale a row, and for 4 bits in groups of 32, 64, 128 or 256
+columns, which compute 2 and 3 bits as well. For float32 they are slower than dequantising, and for many tokens too. On
+a GPU a Triton kernel reads the numbers of all bits and groups as they are stored.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +23,8 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from lowrank_pl.models.hf_quantized import (
+    FIELDS,
+    Grid,
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedLowRankLinear,
@@ -25,10 +33,13 @@ from lowrank_pl.models.hf_quantized import (
     TiedHead,
     unpack,
 )
+from lowrank_pl.serving.kernels import MAX_TOKENS, Count, Tile, check_triton, flushing, launch_seconds
 
-__all__ = ["INTEGER", "IntegerMatrix", "use_integer_kernels"]
+__all__ = ["INTEGER", "TILES", "IntegerMatrix", "PackedMatrix", "use_integer_kernels", "use_packed_kernels"]
 
-_TOKENS = {"one": 1, "few": 16}
+_log = logging.getLogger(__name__)
+
+_TOKENS: dict[Count, int] = {"one": 1, "few": MAX_TOKENS}
 """The numbers of tokens that both are timed with; more tokens are dequantised."""
 
 _TURNS = 3
@@ -36,10 +47,19 @@ _TURNS = 3
 _FASTER = 0.97
 """The part of the plain path's time that a kernel may take to be chosen."""
 
+_ALIKE = 0.02
+"""The relative difference of two products that is taken as rounding, in half precision."""
+
 _GROUPS = (32, 64, 128, 256)
 
 _MULTIPLE = 32
 """Rows and columns are padded to multiples of this."""
+
+TILES: dict[Count, list[Tile]] = {
+    "one": [Tile(4, 1024, 4), Tile(8, 512, 4), Tile(16, 256, 4), Tile(4, 512, 2)],
+    "few": [Tile(16, 256, 4, 2), Tile(32, 128, 4, 3), Tile(32, 256, 4, 2)],
+}
+"""The ways to divide a launch of the Triton kernel that are tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +113,140 @@ class IntegerMatrix:
         return output[:, : self.rows].view(*input.shape[:-1], self.rows)
 
 
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """A rounded matrix as the Triton kernel reads it: the tensors of its layer.
+
+    Args:
+        grid: The numbers that it was rounded to.
+        columns: Numbers in a row.
+        codes: uint8 ``[rows, packed_width]``.
+        scales: ``[rows, groups]``, in the type of the inputs.
+        zeros: Packed zero points, uint8; None at 8 bits.
+        tiles: How a launch is divided, for one token and for a few.
+    """
+
+    grid: Grid
+    columns: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    tiles: Mapping[Count, Tile]
+
+    def product(self, input: Tensor) -> Tensor:
+        """Return the product of the matrix with ``input`` ``[..., columns]``, of up to ``MAX_TOKENS`` tokens."""
+        # Places in the input are 32-bit numbers.
+        rows = input.reshape(-1, self.columns).contiguous()
+        output = self.launch(rows, self.tiles["one" if len(rows) == 1 else "few"])
+        return output.view(*input.shape[:-1], len(self.codes))
+
+    def launch(self, input: Tensor, tile: Tile) -> Tensor:
+        """Return the product with ``input`` ``[tokens, columns]`` by one launch.
+
+        Args:
+            input: Up to ``MAX_TOKENS`` tokens, contiguous.
+            tile: How the work is divided.
+        """
+        from lowrank_pl.serving.triton_rows import rounded_kernel
+
+        height, groups = self.scales.shape
+        zeros = self.codes if self.zeros is None else self.zeros
+        first, second, third = (*FIELDS[self.grid.bits], 0, 0)[:3]
+        output = input.new_empty(len(input), height)
+        # Triton launches on the current device.
+        with torch.cuda.device(input.device) if input.is_cuda else nullcontext():
+            rounded_kernel[(-(-height // tile.rows),)](
+                input,
+                output,
+                self.codes,
+                self.scales,
+                zeros,
+                height,
+                self.columns,
+                groups,
+                self.grid.group or self.columns + -self.columns % 8,
+                len(input),
+                input.stride(0),
+                self.codes.stride(0),
+                zeros.stride(0),
+                HAS_ZEROS=self.grid.has_zeros,
+                FIRST=first,
+                SECOND=second,
+                THIRD=third,
+                TOKENS=1 if len(input) == 1 else MAX_TOKENS,
+                ROWS=tile.rows,
+                UNITS=tile.columns // 8,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+        return output
+
+
+def use_packed_kernels(layers: Sequence[nn.Linear]) -> list[dict[str, bool]]:
+    """Let the Triton kernel compute rounded layers where it is faster; return for each matrix whether it does.
+
+    Args:
+        layers: Layers on a GPU, of the types in ``INTEGER``.
+
+    Raises:
+        ValueError: Triton isn't installed.
+    """
+    check_triton()
+    chosen: list[dict[str, bool]] = []
+    flushes: dict[torch.device, Tensor] = {}
+    with torch.inference_mode():
+        for layer, name in tqdm(_matrices(layers), desc="choosing kernels", unit="matrix", leave=False):
+            source, tiles = _source(layer), dict[Count, Tile]()
+            codes, scales = source.get_buffer(f"{name}_packed"), source.get_parameter(name)
+            zeros = getattr(source, f"{name}_zeros", None)
+            matrix = PackedMatrix(source.grid, source.columns(name), codes, scales, zeros, tiles)
+            flush = flushes.get(codes.device)
+            if flush is None:
+                flush = flushes[codes.device] = flushing(codes.device)
+            try:
+                found: dict[str, bool] = {count: _choose(layer, name, matrix, count, tiles, flush) for count in TILES}
+            except Exception as error:  # of Triton, its compiler and the driver: what they raise has no common class
+                _log.warning(
+                    "the kernel of rounded layers does not run on %s, and they are dequantised: %s: %s",
+                    *(codes.device, type(error).__name__, error),
+                )
+                break
+            chosen.append(found)
+            if any(found.values()):
+                _compute_by(layer, name, matrix, found)
+    return chosen
+
+
+def _choose(layer: Any, name: str, matrix: PackedMatrix, count: Count, tiles: dict[Count, Tile], flush: Tensor) -> bool:
+    """Put the fastest way to divide a launch into ``tiles``; return whether it is faster than the plain path.
+
+    Raises:
+        ValueError: The kernel and the plain path compute different products.
+    """
+    input = torch.randn(_TOKENS[count], matrix.columns, device=matrix.codes.device, dtype=matrix.scales.dtype)
+    plain = partial(layer.product, input, name)
+    times = [launch_seconds(partial(matrix.launch, input, tile), flush) for tile in TILES[count]]
+    tiles[count] = TILES[count][times.index(min(times))]
+    wanted = plain().float()
+    error = (matrix.launch(input, tiles[count]).float() - wanted).norm() / wanted.norm()
+    if not error < _ALIKE:
+        raise ValueError(f"the product differs from that of torch by {error:.2g} of its size")
+    return min(times) < _FASTER * launch_seconds(plain, flush)
+
+
+def _matrices(layers: Sequence[nn.Linear]) -> list[tuple[Any, str]]:
+    """Return each layer with the names of its matrices."""
+    return [
+        (layer, name) for layer in layers for name in ("weight", "right") if name == "weight" or hasattr(layer, name)
+    ]
+
+
+def _compute_by(layer: nn.Linear, name: str, matrix: IntegerMatrix | PackedMatrix, found: Mapping[str, bool]) -> None:
+    """Let a kernel compute the matrix called ``name`` of a layer for the numbers of tokens for which it is faster."""
+    layer.__class__ = INTEGER.get(type(layer), type(layer))
+    vars(layer).setdefault("integers", {})[name] = (matrix, found)
+
+
 def use_integer_kernels(layers: Sequence[nn.Linear]) -> list[dict[str, bool]]:
     """Let torch's kernels compute rounded layers where they are faster; return for each matrix whether they do.
 
@@ -103,30 +257,27 @@ def use_integer_kernels(layers: Sequence[nn.Linear]) -> list[dict[str, bool]]:
     """
     chosen: list[dict[str, bool]] = []
     with torch.inference_mode():
-        for layer in tqdm(layers, desc="timing products", unit="layer", leave=False):
-            for name in ("weight", "right") if hasattr(layer, "right") else ("weight",):
-                matrix = IntegerMatrix.of(_rounded(layer, name), layer.get_parameter("weight").dtype)
-                found = {
-                    count: matrix is not None and _is_faster(layer, name, matrix, tokens)
-                    for count, tokens in _TOKENS.items()
-                }
-                chosen.append(found)
-                if matrix is not None and any(found.values()):
-                    layer.__class__ = INTEGER.get(type(layer), type(layer))
-                    vars(layer).setdefault("integers", {})[name] = (matrix, found)
+        for layer, name in tqdm(_matrices(layers), desc="timing products", unit="matrix", leave=False):
+            matrix = IntegerMatrix.of(_source(layer).rounded(name), layer.get_parameter("weight").dtype)
+            found: dict[str, bool] = {
+                count: matrix is not None and _is_faster(layer, name, matrix, tokens)
+                for count, tokens in _TOKENS.items()
+            }
+            chosen.append(found)
+            if matrix is not None and any(found.values()):
+                _compute_by(layer, name, matrix, found)
     return chosen
 
 
-def _rounded(layer: nn.Module, name: str) -> Rounded:
+def _source(layer: nn.Module) -> QuantizedLinear | QuantizedLowRankLinear | QuantizedPivotedLinear | QuantizedEmbedding:
+    """Return the module that stores the matrices of a layer."""
     source = layer.source[0] if isinstance(layer, TiedHead) else layer
     assert isinstance(source, (QuantizedLinear, QuantizedLowRankLinear, QuantizedPivotedLinear, QuantizedEmbedding))
-    return source.rounded(name)
+    return source
 
 
-def _is_faster(layer: nn.Module, name: str, matrix: IntegerMatrix, tokens: int) -> bool:
-    assert isinstance(layer, (QuantizedLinear, QuantizedLowRankLinear, QuantizedPivotedLinear, TiedHead))
-    columns = _rounded(layer, name).columns
-    input = torch.ones(tokens, columns, dtype=matrix.scales.dtype)
+def _is_faster(layer: Any, name: str, matrix: IntegerMatrix, tokens: int) -> bool:
+    input = torch.ones(tokens, _source(layer).columns(name), dtype=matrix.scales.dtype)
     seconds = [float("inf")] * 2
     for _ in range(_TURNS):
         for way in range(2):
@@ -142,37 +293,38 @@ def _is_faster(layer: nn.Module, name: str, matrix: IntegerMatrix, tokens: int) 
 class _Integer(nn.Linear):
     """The product of a layer with one of its matrices."""
 
-    integers: dict[str, tuple[IntegerMatrix, dict[str, bool]]]
+    integers: dict[str, tuple[IntegerMatrix | PackedMatrix, Mapping[str, bool]]]
 
     def product(self, input: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
         """Return the product of the matrix called ``name`` with ``input``, plus ``bias``."""
         matrix, faster = self.integers.get(name, (None, {}))
         # The kernels know no gradients; the code that torch.compile makes dequantises.
-        plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-        if plain or matrix is None or input.dtype != matrix.scales.dtype or input.device.type != "cpu":
+        kind = input.device.type
+        plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(kind)
+        if plain or matrix is None or input.dtype != matrix.scales.dtype or input.device != matrix.codes.device:
             return super().product(input, name, bias)  # type: ignore[misc, no-any-return]
         tokens = input.numel() // input.shape[-1]
         count = next((count for count, most in _TOKENS.items() if tokens <= most), "many")
-        if not faster.get(count):
+        if not tokens or not faster.get(count):
             return super().product(input, name, bias)  # type: ignore[misc, no-any-return]
         output = matrix.product(input)
         return output if bias is None else output + bias
 
 
 class IntegerLinear(_Integer, QuantizedLinear):
-    """A ``QuantizedLinear`` by torch's kernels."""
+    """A ``QuantizedLinear`` by kernels."""
 
 
 class IntegerLowRankLinear(_Integer, QuantizedLowRankLinear):
-    """A ``QuantizedLowRankLinear`` by torch's kernels."""
+    """A ``QuantizedLowRankLinear`` by kernels."""
 
 
 class IntegerPivotedLinear(_Integer, QuantizedPivotedLinear):
-    """A ``QuantizedPivotedLinear`` by torch's kernels."""
+    """A ``QuantizedPivotedLinear`` by kernels."""
 
 
 class IntegerHead(_Integer, TiedHead):
-    """A ``TiedHead`` by torch's kernels."""
+    """A ``TiedHead`` by kernels."""
 
 
 INTEGER: dict[type[nn.Linear], type[nn.Linear]] = {
@@ -181,4 +333,4 @@ INTEGER: dict[type[nn.Linear], type[nn.Linear]] = {
     QuantizedPivotedLinear: IntegerPivotedLinear,
     TiedHead: IntegerHead,
 }
-"""The class of a layer that torch's kernels compute, by that of the layer before."""
+"""The class of a layer that kernels compute, by that of the layer before."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import count
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -24,7 +25,20 @@ from torch import Tensor
 
 from lowrank_pl.models.hf_layers import Side
 
-__all__ = ["MAX_MATRICES", "MAX_TOKENS", "FusedGroup", "Part", "Product", "Stage", "Tile", "padded"]
+__all__ = [
+    "MAX_MATRICES",
+    "MAX_TOKENS",
+    "Count",
+    "FusedGroup",
+    "Part",
+    "Product",
+    "Stage",
+    "Tile",
+    "check_triton",
+    "flushing",
+    "launch_seconds",
+    "padded",
+]
 
 Count = Literal["one", "few"]
 """One token, or 2 to ``MAX_TOKENS`` of them: kernels are chosen for both."""
@@ -361,8 +375,7 @@ class FusedGroup:
         weight = self.stages[0].products[0].weight
         other = otherwise or self.compute
         with torch.inference_mode():
-            # From zeros a GPU may compute faster.
-            flush = torch.randn(_FLUSHED // 4, device=weight.device)
+            flush = flushing(weight.device)
             for number, candidates in TILES.items():
                 tokens = 1 if number == "one" else MAX_TOKENS
                 input = torch.randn(tokens, inputs, device=weight.device, dtype=weight.dtype)
@@ -371,12 +384,12 @@ class FusedGroup:
                 best = []
                 for stage, given in zip(self.stages, (input, kept), strict=False):
                     times = [
-                        _seconds(partial(stage.launch, given, output, kept, self.bias, tile), flush)
+                        launch_seconds(partial(stage.launch, given, output, kept, self.bias, tile), flush)
                         for tile in candidates
                     ]
                     best.append(candidates[times.index(min(times))])
                 ours, others = partial(self.launch, input, best), partial(other, input)
-                self.tiles[number] = best if _seconds(ours, flush) < _seconds(others, flush) else []
+                self.tiles[number] = best if launch_seconds(ours, flush) < launch_seconds(others, flush) else []
 
     def _room(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return empty tensors for the outputs and for the values that are kept."""
@@ -410,8 +423,25 @@ def _divided(pivots: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return pivots.long(), is_other.nonzero().flatten()
 
 
-def _seconds(launch: Callable[[], object], flush: Tensor, turns: int = 5) -> float:
-    """Return the median of the seconds that a GPU takes for some launches with weights that are not in its cache."""
+def check_triton() -> None:
+    """Raise a ``ValueError`` if Triton, in whose language the kernels are written, isn't installed."""
+    if find_spec("triton") is None:
+        raise ValueError("Triton isn't installed, in whose language the kernels are written: pip install triton")
+
+
+def flushing(device: torch.device) -> Tensor:
+    """Return what is read to empty a GPU's cache; from zeros it might compute faster."""
+    return torch.randn(_FLUSHED // 4, device=device)
+
+
+def launch_seconds(launch: Callable[[], object], flush: Tensor, turns: int = 5) -> float:
+    """Return the median of the seconds that a GPU takes for some launches with weights that are not in its cache.
+
+    Args:
+        launch: Starts the kernels.
+        flush: What :func:`flushing` has made on that GPU.
+        turns: How often they are timed.
+    """
     launch()  # compiles kernels
     found: list[float] = []
     with torch.cuda.device(flush.device):

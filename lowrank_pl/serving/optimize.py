@@ -16,7 +16,7 @@ from lowrank_pl.models.hf_experts import SplitExperts, split_modules
 from lowrank_pl.models.hf_layers import LowRankEmbedding
 from lowrank_pl.serving.fused_layers import FUSED, TYPES, fuse
 from lowrank_pl.serving.grouped_experts import GROUPED, group_experts, ungroup
-from lowrank_pl.serving.integer_layers import INTEGER, use_integer_kernels
+from lowrank_pl.serving.integer_layers import INTEGER, use_integer_kernels, use_packed_kernels
 from lowrank_pl.serving.onednn_layers import ONEDNN, use_onednn
 
 __all__ = ["Optimized", "optimize_for_inference", "optimized"]
@@ -46,7 +46,7 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
     """Let what is fastest on this machine compute the linear layers of a model, and return how much has changed.
 
     On a GPU, kernels compute compressed layers for up to 16 tokens, as in decoding: two launches for all layers that
-    read the same input, such as query, key and value. On a CPU, oneDNN computes all layers in float32, dense ones and
+    read the same input, such as query, key and value, and one for each rounded matrix. On a CPU, oneDNN computes all layers in float32, dense ones and
     the head too, and torch's kernels for packed integers compute rounded layers in bfloat16. On both, the experts of a
     block are computed together. All are timed beside what torch computes now, and taken only where they are faster;
     this takes seconds.
@@ -89,15 +89,19 @@ def _optimize(model: PreTrainedModel, linear: Mapping[str, nn.Linear]) -> Optimi
     }
     on_cpu = [m for m in floats.values() if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
     packed = [m for m in rounded if m.weight.device.type == "cpu" and m.weight.dtype == torch.bfloat16]
-    if len(packed) < len(rounded):
+    packed_on_gpu = [m for m in rounded if m.weight.is_cuda and m.weight.dtype in TYPES]
+    others = len(rounded) - len(packed) - len(packed_on_gpu)
+    if others:
         logger.warning(
-            "%d of %d rounded layers are not optimised: torch's kernels compute them in bfloat16 on a CPU",
-            *(len(rounded) - len(packed), len(rounded)),
+            "%d of %d rounded layers are not optimised: kernels compute them in bfloat16 on a CPU, and on a GPU",
+            *(others, len(rounded)),
         )
     faster = fuse(model, on_gpu) if any(type(layer) is not nn.Linear for layer in on_gpu.values()) else []
     if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         faster += use_onednn(on_cpu)
     faster += use_integer_kernels(packed)
+    if packed_on_gpu:
+        faster += use_packed_kernels(packed_on_gpu)
     faster += group_experts(model)
     counts = Counter(count for choice in faster for count, chosen in choice.items() if chosen)
     found = Optimized(len(faster), counts["one"], counts["few"], counts["many"])

@@ -1,7 +1,7 @@
-"""The Triton kernel of a :class:`~lowrank_pl.serving.kernels.Stage`.
+"""Triton kernels of a :class:`~lowrank_pl.serving.kernels.Stage` and of rounded matrices.
 
 This is the only module of the package that imports Triton. With ``TRITON_INTERPRET=1`` in the environment before it is
-imported, the kernel runs on a CPU, slowly, to be tested.
+imported, the kernels run on a CPU, slowly, to be tested.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ except ImportError:  # before Triton 3.3
         """Do nothing: kernels are never launched so that they overlap."""
 
 
-__all__ = ["CAN_OVERLAP", "rows_kernel"]
+__all__ = ["CAN_OVERLAP", "rounded_kernel", "rows_kernel"]
 
 
 # A kernel for each number of tokens, or for steps that happen to be multiples of 16, would only be compiled more often.
@@ -149,3 +149,97 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     if HAS_BIAS:
         total += tl.load(bias + place, mask=place >= 0, other=0.0).to(tl.float32)[:, None]
     tl.store(output + token[None, :] * output_step + place[:, None], total, mask=written & (place >= 0)[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _field(starts, byte, shift, exists, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the fields of ``WIDTH`` bits that begin at bit ``shift`` of the bytes ``byte`` behind ``starts``."""
+    found = tl.load(starts[:, None] + byte[None, :], mask=exists, other=0).to(tl.int32)
+    return (found >> shift) & ((1 << WIDTH) - 1)
+
+
+@triton.jit(do_not_specialize=["tokens", "input_step", "packed_step", "zeros_step"])  # type: ignore[untyped-decorator]
+def rounded_kernel(  # type: ignore[no-untyped-def]
+    input,
+    output,
+    packed,
+    scales,
+    zeros,
+    height,
+    width,
+    groups,
+    group,
+    tokens,
+    input_step,
+    packed_step,
+    zeros_step,
+    HAS_ZEROS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    THIRD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """Compute ``ROWS`` rows of the product of a rounded matrix; see ``PackedMatrix.launch``.
+
+    A code consists of fields of ``FIRST``, ``SECOND`` and ``THIRD`` bits, the lowest first, and those of a row lie one
+    kind behind the other. Eight columns are a unit, whose fields fill whole bytes.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    below = rows < height
+    token = tl.arange(0, TOKENS)
+    given = token < tokens
+    codes = packed + rows.to(tl.int64) * packed_step
+    # Where the second and the third fields begin, of codes and of zero points.
+    second = (width * FIRST + 7) // 8
+    third = second + (width * SECOND + 7) // 8
+    zeros_second = (groups * FIRST + 7) // 8
+    zeros_third = zeros_second + (groups * SECOND + 7) // 8
+    # One token's products are added up in the end, those of several by tensor cores.
+    WIDE: tl.constexpr = UNITS if TOKENS == 1 else TOKENS
+    total = tl.zeros([ROWS, WIDE], tl.float32)
+    for start in range(0, (width + 7) // 8, UNITS):
+        units = start + tl.arange(0, UNITS)
+        begun = below[:, None] & (units * 8 < width)[None, :]
+        # Groups are multiples of eight columns.
+        place = units * 8 // group
+        scale = tl.load(scales + (rows * groups)[:, None] + place[None, :], mask=begun, other=0.0).to(tl.float32)
+        if HAS_ZEROS:
+            offsets = zeros + rows.to(tl.int64) * zeros_step
+            zero = _field(offsets, place * FIRST // 8, (place * FIRST % 8)[None, :], begun, FIRST)
+            if SECOND:
+                byte, shift = zeros_second + place * SECOND // 8, (place * SECOND % 8)[None, :]
+                zero |= _field(offsets, byte, shift, begun, SECOND) << FIRST
+            if THIRD:
+                byte, shift = zeros_third + place * THIRD // 8, (place * THIRD % 8)[None, :]
+                zero |= _field(offsets, byte, shift, begun, THIRD) << (FIRST + SECOND)
+        else:
+            zero = 128
+        for number in tl.static_range(8):
+            columns = units * 8 + number
+            inside = columns < width
+            exists = below[:, None] & inside[None, :]
+            code = _field(codes, units * FIRST + number * FIRST // 8, number * FIRST % 8, exists, FIRST)
+            if SECOND:
+                byte = second + units * SECOND + number * SECOND // 8
+                code |= _field(codes, byte, number * SECOND % 8, exists, SECOND) << FIRST
+            if THIRD:
+                byte = third + units * THIRD + number * THIRD // 8
+                code |= _field(codes, byte, number * THIRD % 8, exists, THIRD) << (FIRST + SECOND)
+            weight = (code - zero).to(tl.float32) * scale
+            if TOKENS == 1:
+                values = tl.load(input + columns, mask=inside, other=0.0)
+                total += weight * values.to(tl.float32)[None, :]
+            else:
+                values = tl.load(
+                    input + token[None, :] * input_step + columns[:, None],
+                    mask=inside[:, None] & given[None, :],
+                    other=0.0,
+                )
+                total = tl.dot(weight.to(values.dtype), values, total, input_precision="ieee")
+    if TOKENS == 1:
+        tl.store(output + rows, tl.sum(total, 1), mask=below)
+    else:
+        places = token[None, :] * height + rows[:, None]
+        tl.store(output + places, total, mask=below[:, None] & given[None, :])

@@ -34,18 +34,22 @@ from lowrank_pl.methods.masks.rescaled import Rescaled
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.eval_mode import input_device
+from lowrank_pl.models.hf_quantized import Grid
 from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.offload import streamed
 from lowrank_pl.models.targets import find_targets, replace_module, replaced
-from lowrank_pl.models.tiny import byte_tokenizer
+from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.convex_hull import predicted_scores
+from lowrank_pl.serving import integer_layers
 from lowrank_pl.serving.fused_layers import SharedGroup
 from lowrank_pl.serving.fused_linear import FusedLinear
+from lowrank_pl.serving.integer_layers import PackedMatrix
 from lowrank_pl.serving.kernels import TILES, FusedGroup
 from lowrank_pl.serving.optimize import optimize_for_inference
 from tests.helpers import SMOKE
-from tests.helpers.low_rank_models import STORAGES
+from tests.helpers.low_rank_models import STORAGES, compress_at_random
+from tests.helpers.rounded_models import nearest, round_model
 from tests.helpers.tiny_training import fit, logits_of, make_learner, validated
 from tests.serving.test_fused_linear import INPUTS
 from tests.serving.test_fused_linear import layer as server_layer
@@ -325,6 +329,32 @@ def test_kernels_compute_what_the_layers_compute(always, dtype, tokens):
             for tile in TILES[count] if (count == "one") == (tokens == 1) else []:
                 launched = kernels.launch(x, [tile] * len(kernels.stages))
                 torch.testing.assert_close(launched, found, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4, 32), Grid(7, 64), Grid(3, 32)], ids=str)
+@torch.no_grad()
+def test_the_kernel_of_rounded_matrices_computes_the_product(grid, dtype, tokens):
+    rounded = nearest(torch.randn(130, 333), grid).to(torch.device("cuda"))
+    x = torch.randn(tokens, 333, device="cuda", dtype=dtype)
+    expected = (x.float() @ rounded.dense().mT).to(dtype)
+    for tile in integer_layers.TILES["one" if tokens == 1 else "few"]:
+        tiles = {"one": tile, "few": tile}
+        matrix = PackedMatrix(grid, 333, rounded.packed, rounded.scales.to(dtype), rounded.zeros, tiles)
+        torch.testing.assert_close(matrix.product(x), expected, rtol=0.03, atol=0.03 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_a_rounded_model_is_optimised(monkeypatch):
+    monkeypatch.setattr(integer_layers, "_FASTER", 1e9)
+    model = compress_at_random(tiny_model("llama", hidden=128))
+    model = round_model(model, grids=(Grid(8), Grid(4, 32))).to("cuda", torch.bfloat16)
+    tokens = torch.arange(12, device="cuda").view(1, -1) * 7
+    before = model(tokens).logits.float()
+    assert optimize_for_inference(model).few_tokens > 10
+    after = model(tokens).logits.float()
+    assert (after - before).norm() < 0.03 * before.norm()
 
 
 @pytest.mark.parametrize("storage", ["factored", "pivoted"])

@@ -1,4 +1,4 @@
-"""torch's kernels for packed integers compute what the plain path computes."""
+"""Kernels for packed integers compute what the plain path computes; Triton's by its interpreter, on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from lowrank_pl.models.hf_quantized import Grid
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.serving import integer_layers
-from lowrank_pl.serving.integer_layers import INTEGER, IntegerMatrix
+from lowrank_pl.serving.integer_layers import INTEGER, IntegerMatrix, PackedMatrix, use_packed_kernels
+from lowrank_pl.serving.kernels import Tile
 from lowrank_pl.serving.optimize import optimize_for_inference, restore
 from tests.helpers.low_rank_models import compress_at_random
 from tests.helpers.rounded_models import nearest, round_model
@@ -55,3 +56,70 @@ def test_gradients_flow_through_the_plain_path(monkeypatch):
     inputs = model.get_input_embeddings()(torch.arange(6)[None]).detach().requires_grad_()
     model(inputs_embeds=inputs).logits.float().logsumexp(-1).sum().backward()
     assert inputs.grad.abs().sum() > 0
+
+
+def packed(rounded, dtype, tile):
+    scales = rounded.scales.to(dtype)
+    return PackedMatrix(
+        rounded.grid, rounded.columns, rounded.packed, scales, rounded.zeros, {"one": tile, "few": tile}
+    )
+
+
+@pytest.mark.parametrize("group", [None, 8, 32])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_triton_kernel_computes_the_product(bits, group, tokens):
+    generator = torch.Generator().manual_seed(0)
+    rounded = nearest(torch.randn(37, 149, generator=generator), Grid(bits, group))
+    input = torch.randn(tokens, 149, generator=generator)
+    output = packed(rounded, torch.float32, Tile(16, 128, 1)).product(input)
+    torch.testing.assert_close(output, input @ rounded.dense().mT, atol=1e-4, rtol=1e-4)
+
+
+def test_the_triton_kernel_sums_half_precision_in_float32():
+    rounded = nearest(torch.randn(24, 64), Grid(4, 32))
+    input = torch.randn(1, 1, 64).bfloat16()
+    output = packed(rounded, torch.bfloat16, Tile(16, 128, 1)).product(input)
+    torch.testing.assert_close(output.float(), input.float() @ rounded.dense().mT, atol=0.05, rtol=0.02)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernel is taken whatever it takes: the interpreter says nothing of speed."""
+    monkeypatch.setattr(integer_layers, "flushing", lambda device: torch.zeros(1))
+    monkeypatch.setattr(integer_layers, "launch_seconds", lambda launch, flush: 1.0)
+    monkeypatch.setattr(integer_layers, "_FASTER", 2.0)
+    monkeypatch.setattr(integer_layers, "TILES", {"one": [Tile(16, 128, 1)], "few": [Tile(16, 128, 1)]})
+
+
+@pytest.fixture
+def rounded_model():
+    return round_model(compress_at_random(tiny_model("llama", hidden=128)), grids=(Grid(8), Grid(5, 32)))
+
+
+def rounded_layers(model):
+    return [module for module in model.modules() if type(module) in INTEGER]
+
+
+@torch.no_grad()
+def test_a_model_with_packed_kernels_computes_the_same(interpreted, rounded_model):
+    tokens = torch.arange(12).view(1, -1) * 7
+    before = rounded_model(tokens).logits
+    chosen = use_packed_kernels(rounded_layers(rounded_model))
+    assert len(chosen) > 10
+    assert all(all(found.values()) for found in chosen)
+    torch.testing.assert_close(rounded_model(tokens).logits, before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no such instruction"), None], ids=["stops", "computes something else"])
+@torch.no_grad()
+def test_a_kernel_that_does_not_work_is_not_taken(fault, interpreted, rounded_model, monkeypatch, caplog):
+    def launch(self, input, tile):
+        if fault is not None:
+            raise fault
+        return torch.ones(len(input), len(self.codes))
+
+    monkeypatch.setattr(PackedMatrix, "launch", launch)
+    assert use_packed_kernels(rounded_layers(rounded_model)) == []
+    assert type(fault or ValueError()).__name__ in caplog.text
+    assert not any(type(module) in INTEGER.values() for module in rounded_model.modules())

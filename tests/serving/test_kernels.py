@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -208,3 +211,13 @@ def test_a_model_generates_and_compiles_as_before(chosen, storage):
 def test_parts_know_their_outputs():
     assert [_part(layer).outputs for layer in layers(bias=False)] == [19, 14, 30, 11]
     assert Part(torch.zeros(3, 4)).outputs == 3
+
+
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    # In a process of its own, because the interpreter is chosen when Triton is imported.
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.compile_kernels"],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
