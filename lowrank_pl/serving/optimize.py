@@ -46,10 +46,10 @@ def optimize_for_inference(model: PreTrainedModel) -> Optimized:
     """Let what is fastest on this machine compute the linear layers of a model, and return how much has changed.
 
     On a GPU, kernels compute compressed layers for up to 16 tokens, as in decoding: two launches for all layers that
-    read the same input, such as query, key and value, and one for each rounded matrix. On a CPU, oneDNN computes all layers in float32, dense ones and
-    the head too, and torch's kernels for packed integers compute rounded layers in bfloat16. On both, the experts of a
-    block are computed together. All are timed beside what torch computes now, and taken only where they are faster;
-    this takes seconds.
+    read the same input, such as query, key and value, and one for each rounded matrix. On a CPU, oneDNN computes all
+    layers in float32, dense ones and the head too, and torch's kernels for packed integers compute rounded layers in
+    bfloat16. On both, the experts of a block are computed together. All are timed beside what torch computes now, and
+    taken only where they are faster; this takes seconds.
     Torch computes the rest, and everything while gradients are enabled. Sums are rounded differently than by torch's
     products, as these differ from one size to another.
 
