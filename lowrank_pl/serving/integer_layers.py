@@ -133,6 +133,10 @@ class PackedMatrix:
     zeros: Tensor | None
     tiles: Mapping[Count, Tile]
 
+    def random_input(self, tokens: int) -> Tensor:
+        """Return random inputs ``[tokens, columns]``."""
+        return torch.randn(tokens, self.columns, device=self.codes.device, dtype=self.scales.dtype)
+
     def product(self, input: Tensor) -> Tensor:
         """Return the product of the matrix with ``input`` ``[..., columns]``, of up to ``MAX_TOKENS`` tokens."""
         # Places in the input are 32-bit numbers.
@@ -193,45 +197,54 @@ def use_packed_kernels(layers: Sequence[nn.Linear]) -> list[dict[str, bool]]:
     """
     check_triton()
     chosen: list[dict[str, bool]] = []
-    flushes: dict[torch.device, Tensor] = {}
+    # Equal matrices take equal times.
+    timed: dict[tuple[object, ...], tuple[dict[Count, Tile], dict[str, bool]]] = {}
     with torch.inference_mode():
         for layer, name in tqdm(_matrices(layers), desc="choosing kernels", unit="matrix", leave=False):
             source, tiles = _source(layer), dict[Count, Tile]()
             codes, scales = source.get_buffer(f"{name}_packed"), source.get_parameter(name)
-            zeros = getattr(source, f"{name}_zeros", None)
-            matrix = PackedMatrix(source.grid, source.columns(name), codes, scales, zeros, tiles)
-            flush = flushes.get(codes.device)
-            if flush is None:
-                flush = flushes[codes.device] = flushing(codes.device)
+            zeros, columns = getattr(source, f"{name}_zeros", None), source.columns(name)
+            matrix = PackedMatrix(source.grid, columns, codes, scales, zeros, tiles)
+            kind = source.grid, columns, len(codes), scales.dtype, codes.device
             try:
-                found: dict[str, bool] = {count: _choose(layer, name, matrix, count, tiles, flush) for count in TILES}
+                if kind not in timed:
+                    timed[kind] = _choose(layer, name, matrix)
+                tiles |= timed[kind][0]
+                _check(layer, name, matrix)
             except Exception as error:  # of Triton, its compiler and the driver: what they raise has no common class
                 _log.warning(
                     "the kernel of rounded layers does not run on %s, and they are dequantised: %s: %s",
                     *(codes.device, type(error).__name__, error),
                 )
                 break
+            found = timed[kind][1]
             chosen.append(found)
             if any(found.values()):
                 _compute_by(layer, name, matrix, found)
     return chosen
 
 
-def _choose(layer: Any, name: str, matrix: PackedMatrix, count: Count, tiles: dict[Count, Tile], flush: Tensor) -> bool:
-    """Put the fastest way to divide a launch into ``tiles``; return whether it is faster than the plain path.
+def _choose(layer: Any, name: str, matrix: PackedMatrix) -> tuple[dict[Count, Tile], dict[str, bool]]:
+    """Return the fastest ways to divide a launch, and whether they are faster than the plain path."""
+    tiles: dict[Count, Tile] = {}
+    found: dict[str, bool] = {}
+    flush = flushing(matrix.codes.device)
+    for count, tokens in _TOKENS.items():
+        input = matrix.random_input(tokens)
+        times = [launch_seconds(partial(matrix.launch, input, tile), flush) for tile in TILES[count]]
+        tiles[count] = TILES[count][times.index(min(times))]
+        found[count] = min(times) < _FASTER * launch_seconds(partial(layer.product, input, name), flush)
+    return tiles, found
 
-    Raises:
-        ValueError: The kernel and the plain path compute different products.
-    """
-    input = torch.randn(_TOKENS[count], matrix.columns, device=matrix.codes.device, dtype=matrix.scales.dtype)
-    plain = partial(layer.product, input, name)
-    times = [launch_seconds(partial(matrix.launch, input, tile), flush) for tile in TILES[count]]
-    tiles[count] = TILES[count][times.index(min(times))]
-    wanted = plain().float()
-    error = (matrix.launch(input, tiles[count]).float() - wanted).norm() / wanted.norm()
-    if not error < _ALIKE:
-        raise ValueError(f"the product differs from that of torch by {error:.2g} of its size")
-    return min(times) < _FASTER * launch_seconds(plain, flush)
+
+def _check(layer: Any, name: str, matrix: PackedMatrix) -> None:
+    """Raise a ``ValueError`` if the kernel and the plain path compute different products."""
+    for tokens in _TOKENS.values():
+        input = matrix.random_input(tokens)
+        wanted = layer.product(input, name).float()
+        difference, size = (matrix.product(input).float() - wanted).norm(), wanted.norm()
+        if not difference <= _ALIKE * size:
+            raise ValueError(f"a product of the size {size:.3g} differs from that of torch by {difference:.3g}")
 
 
 def _matrices(layers: Sequence[nn.Linear]) -> list[tuple[Any, str]]:
