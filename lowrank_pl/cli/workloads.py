@@ -113,14 +113,17 @@ def heal_workload(healer: Healer, data: CalibrationData, trainer: Mapping[str, A
         layers = {target.name: ModulePlan(target.shape) for target in pruned.modules}
     else:
         layers = dict(start.plan.modules)
-    lora = settings.lora if settings.train == "lora" else None
+    adapts = settings.train == "lora"
     return Workload(
         keeps=(start.plan.keep_targeted if start.plan is not None else 1.0,),
         preparation=Preparation(Calibration(length=step.length), ()),
-        healed=Healed(layers, step, steps, lora, data.validation.sequences * validations),
+        healed=Healed(
+            layers, step, steps, settings.lora.rank if adapts else None, settings.lora.targets if adapts else None,
+            data.validation.sequences * validations,
+        ),
         # An adapter lies beside the folder that it is for.
-        exports=lora is None or not start.is_folder,
-    )
+        exports=not (adapts and start.is_folder),
+    )  # fmt: skip
 
 
 def compare_workload(

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.factor_phases import factor_bytes
 from lowrank_pl.costs.model_sizes import ModelSizes
-from lowrank_pl.costs.workload import Learner, Run, Step
-from lowrank_pl.methods.healing import Lora
+from lowrank_pl.costs.workload import Healed, Learner, Run, Step
 from lowrank_pl.models.offload import STREAMED_BATCH_SIZE
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.plans.storage import Storage
@@ -147,14 +146,14 @@ def healing_phases(run: Run) -> list[Phase]:
         for name, layer in healed.layers.items()
         if layer.rank is not None or (name in dense and layer.shape != dense[name].shape)
     }
-    trained = _trained(own, model, healed.lora)
+    trained, adapter = _trained(own, model, healed), healed.adapter_rank
     numbers = sum(trained.values())
-    stored = sum(layer.numbers(itemsize) for name, layer in own.items() if healed.lora or name not in trained)
+    stored = sum(layer.numbers(itemsize) for name, layer in own.items() if adapter or name not in trained)
     components = sum(model.share(dense[name]) * (layer.rank or 0) for name, layer in own.items() if name in dense)
-    components += sum(model.share(dense[name]) * healed.lora.rank for name in trained) if healed.lora else 0
+    components += sum(model.share(dense[name]) * adapter for name in trained) if adapter else 0
     # Those of a token.
     of_trained = sum(model.share(dense[name]) * size for name, size in trained.items())
-    of_student = (of_trained if healed.lora else 0) + model.multiply_adds
+    of_student = (of_trained if adapter else 0) + model.multiply_adds
     for name in own.keys() & dense.keys():
         rows, columns = dense[name].shape
         of_student += model.share(dense[name]) * (own[name].parameters - rows * columns)
@@ -183,21 +182,23 @@ def healing_phases(run: Run) -> list[Phase]:
     ]  # fmt: skip
 
 
-def _trained(own: Mapping[str, ModulePlan], model: ModelSizes, lora: Lora | None) -> dict[str, float]:
+def _trained(own: Mapping[str, ModulePlan], model: ModelSizes, healed: Healed) -> dict[str, float]:
     """Return the trained numbers of each layer: its own, or those of an adapter on it.
 
     Args:
         own: The layers that the dense model does not have.
         model: Sizes of the dense model.
-        lora: The adapter; None trains factors.
+        healed: The training.
     """
     shapes = {target.name: target.shape for target in model.modules}
-    if lora is None:
+    if healed.adapter_rank is None:
         return {name: float(layer.parameters) for name, layer in own.items() if layer.rank and name in shapes}
-    ends = None if lora.targets is None else tuple(lora.targets)
+    ends = None if healed.adapted is None else tuple(healed.adapted)
     shapes |= {name: layer.shape for name, layer in own.items() if name in shapes}
     return {
-        name: float(lora.rank * sum(shape)) for name, shape in shapes.items() if ends is None or name.endswith(ends)
+        name: float(healed.adapter_rank * sum(shape))
+        for name, shape in shapes.items()
+        if ends is None or name.endswith(ends)
     }
 
 

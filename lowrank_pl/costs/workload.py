@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.costs.model_sizes import ModelSizes
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.healing import Lora
 from lowrank_pl.methods.masks.base import MaskMethod
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.plans.budget import check_keep
@@ -141,14 +140,16 @@ class Healed:
         layers: The plan of its layers, by name; layers that it does not have are those of the dense model.
         step: What a process does in an optimizer step.
         steps: Optimizer steps.
-        lora: The adapter that is trained; None trains the factors.
+        adapter_rank: Rank of the adapter that is trained; None trains the factors.
+        adapted: How the names of the adapted layers end; None for all targets.
         validated: Sequences of all validations together.
     """
 
     layers: Mapping[str, ModulePlan]
     step: Step
     steps: int
-    lora: Lora | None = None
+    adapter_rank: int | None = None
+    adapted: Sequence[str] | None = None
     validated: int = 0
 
 

@@ -192,9 +192,9 @@ def _rank(layer: nn.Linear, *, factored: bool) -> int:
     """Return the rows that a layer's matrix takes."""
     if not factored:
         return layer.out_features
-    return (
-        layer.rank if isinstance(layer, LowRankLinear | PivotedLinear) else min(layer.in_features, layer.out_features)
-    )
+    if isinstance(layer, LowRankLinear | PivotedLinear):
+        return layer.rank
+    return min(layer.in_features, layer.out_features)
 
 
 def _basis(owner: LowRankLinear, *, padded: bool) -> Tensor:
