@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -201,15 +201,15 @@ def use_packed_kernels(layers: Sequence[nn.Linear]) -> list[dict[str, bool]]:
     timed: dict[tuple[object, ...], tuple[dict[Count, Tile], dict[str, bool]]] = {}
     with torch.inference_mode():
         for layer, name in tqdm(_matrices(layers), desc="choosing kernels", unit="matrix", leave=False):
-            source, tiles = _source(layer), dict[Count, Tile]()
+            source = _source(layer)
             codes, scales = source.get_buffer(f"{name}_packed"), source.get_parameter(name)
             zeros, columns = getattr(source, f"{name}_zeros", None), source.columns(name)
-            matrix = PackedMatrix(source.grid, columns, codes, scales, zeros, tiles)
+            matrix = PackedMatrix(source.grid, columns, codes, scales, zeros, {})
             kind = source.grid, columns, len(codes), scales.dtype, codes.device
             try:
                 if kind not in timed:
                     timed[kind] = _choose(layer, name, matrix)
-                tiles |= timed[kind][0]
+                matrix = replace(matrix, tiles=timed[kind][0])
                 _check(layer, name, matrix)
             except Exception as error:  # of Triton, its compiler and the driver: what they raise has no common class
                 _log.warning(
@@ -249,9 +249,7 @@ def _check(layer: Any, name: str, matrix: PackedMatrix) -> None:
 
 def _matrices(layers: Sequence[nn.Linear]) -> list[tuple[Any, str]]:
     """Return each layer with the names of its matrices."""
-    return [
-        (layer, name) for layer in layers for name in ("weight", "right") if name == "weight" or hasattr(layer, name)
-    ]
+    return [(layer, name) for layer in layers for name in ("weight", "right") if hasattr(layer, name)]
 
 
 def _compute_by(layer: nn.Linear, name: str, matrix: IntegerMatrix | PackedMatrix, found: Mapping[str, bool]) -> None:
