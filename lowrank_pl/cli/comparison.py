@@ -87,35 +87,42 @@ class Comparison:
     def results(self, recipes: Mapping[str, Recipe], keeps: Sequence[float]) -> list[dict[str, Any]]:
         """Make missing results; return all results in the folder, including those of earlier calls."""
         self._claim_folder()
-        results = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
-        if (DENSE, 1.0) not in results:
-            results[DENSE, 1.0] = self._dense()
-            self._write(results)
-        dense = results[DENSE, 1.0]
+        if (DENSE, 1.0) not in self._stored():
+            self._store(self._dense())
+        dense = self._stored()[DENSE, 1.0]
         # Dense modules with fewer bits have one size.
         sizes = {name: [1.0] if recipe.dense else sorted(keeps, reverse=True) for name, recipe in recipes.items()}
         todo = [(name, keep) for name in recipes for keep in sizes[name]]
         made = False
         for number, (name, keep) in enumerate(todo, 1):
             identity = self._identity(recipes[name], keep)
-            if results.get((name, keep), {}).get("identity") == identity:
+            if self._is_stored(name, keep, identity):
                 _log.info("%d of %d: %s at keep %s is already done", number, len(todo), name, keep)
                 continue
             _log.info("%d of %d: %s at keep %s", number, len(todo), name, keep)
             with locked(self._folder(name, keep) / LOCK, f"making {name} at keep {keep:g} in {self.run}"):
-                results[name, keep] = self._result(name, recipes[name], keep, identity, dense)
-            self._write(results)
+                # Asked again, because the run that held the lock may have made it.
+                if not self._is_stored(name, keep, identity):
+                    self._store(self._result(name, recipes[name], keep, identity, dense))
             made = True
         if not made:
             # The plots may have to show other methods than last time.
-            self._write(results)
-        return list(results.values())
+            self._store()
+        return list(self._stored().values())
 
-    def _write(self, results: Mapping[tuple[str, float], dict[str, Any]]) -> None:
-        # Another comparison may have added results to the folder in the meantime.
-        theirs = {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
-        every = list({**theirs, **results}.values())
-        write_comparison(self.run, every, command=command_line(), plotted=self.plotted)
+    def _stored(self) -> dict[tuple[str, float], dict[str, Any]]:
+        """Return the results in the folder by method and size."""
+        return {(row["method"], row["keep"]["asked"]): row for row in read_results(self.run)}
+
+    def _is_stored(self, name: str, keep: float, identity: str) -> bool:
+        return self._stored().get((name, keep), {}).get("identity") == identity
+
+    def _store(self, *rows: dict[str, Any]) -> None:
+        """Add ``rows`` to the results in the folder, in place of those of the same methods and sizes."""
+        with locked(self.run / LOCK, f"writing results to {self.run}"):
+            stored = self._stored()
+            stored.update({(row["method"], row["keep"]["asked"]): row for row in rows})
+            write_comparison(self.run, list(stored.values()), command=command_line(), plotted=self.plotted)
 
     def _claim_folder(self) -> None:
         """Check that the folder's results were made from the same model, calibration and protocol."""

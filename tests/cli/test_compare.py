@@ -103,6 +103,22 @@ def test_a_changed_recipe_is_made_anew(folder, tmp_path):
     assert len(again) == 7
 
 
+def test_a_row_that_another_run_made_meanwhile_is_kept(tmp_path, monkeypatch):
+    arguments = {"keep": [0.5], "run": tmp_path, **SETTINGS}
+    old, new = ({"own": Recipe(Decomposition(kind))} for kind in ("svd", "two_sided"))
+    compare(Base("random:llama"), methods=["own"], recipes=old, **arguments)
+    real = comparison.Comparison._result
+
+    def beside_another(self, name, *rest):
+        monkeypatch.setattr(comparison.Comparison, "_result", real)
+        compare(Base("random:llama"), methods=["own"], recipes=new, **arguments)
+        return real(self, name, *rest)
+
+    monkeypatch.setattr(comparison.Comparison, "_result", beside_another)
+    rows = compare(Base("random:llama"), methods=["uniform"], **arguments)
+    assert {row["method"]: row["settings"] for row in rows}["own"]["decomposition"]["kind"] == "two_sided"
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     real = short_run.RankLearner.training_step
