@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lowrank_pl.models.settings import DType
 from lowrank_pl.plans.constraints import Form
+from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.files import check_output_files, write_json
 from lowrank_pl.utils.json_files import sealed
 
@@ -110,10 +110,12 @@ def bench(
     check_output_files(json)
     one_value = case in ("step", "statistics")
     sizes = _several("batch_size", batch_size, [1] if one_value else [1, 16])
-    _check_counts({
-        "repeats": [repeats], "length": [length], "multiple_of": [multiple_of], "sequences": [sequences],
-        "inactive_gate_stride": [inactive_gate_stride], "batch_size": sizes,
+    check_counts({
+        "repeats": repeats, "length": length, "multiple_of": multiple_of, "sequences": sequences,
+        "inactive_gate_stride": inactive_gate_stride,
     })  # fmt: skip
+    for size in sizes:
+        check_counts({"batch_size": size})
     _refuse(case, {
         "keep": keep, "storage": storage, "length": length, "batch_size": batch_size, "sequences": sequences,
         "dtype": dtype, "multiple_of": multiple_of, "inactive_gate_stride": inactive_gate_stride,
@@ -155,13 +157,6 @@ def bench(
         # Only rows are read again, by `lowrank report`.
         write_json(json, sealed(figures) if "rows" in figures else figures)
     return figures
-
-
-def _check_counts(counts: dict[str, Sequence[int | None]]) -> None:
-    for name, values in counts.items():
-        for value in values:
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: expected a whole number of at least 1")
 
 
 def _refuse(case: str, given: dict[str, Any]) -> None:

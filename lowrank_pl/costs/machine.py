@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lowrank_pl.models.offload import too_large
+from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.environment import total_memory
 
 __all__ = ["Machine", "machine_of"]
@@ -37,9 +38,7 @@ class Machine:
     here: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("processes", "nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a whole number of at least 1")
+        check_counts({"processes": self.processes, "nodes": self.nodes})
 
     @property
     def on_cpu(self) -> bool:

@@ -14,13 +14,9 @@ from lowrank_pl.plans.budget import check_keep
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.plans.storage import Storage, StorageChoice
 from lowrank_pl.text.sequences import Calibration
+from lowrank_pl.utils.checks import check_counts
 
 __all__ = ["Healed", "Learner", "Preparation", "Refits", "Roundings", "Run", "Scoring", "Step", "Workload"]
-
-
-def _check(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}: expected a whole number of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,8 @@ class Preparation:
     dropping: bool = False
 
     def __post_init__(self) -> None:
-        _check("sequences", self.calibration.sequences, 1)
-        _check("length", self.calibration.length, 2)
+        check_counts({"sequences": self.calibration.sequences})
+        check_counts({"length": self.calibration.length}, least=2)
 
     @property
     def tokens(self) -> int:
@@ -202,7 +198,7 @@ class Scoring:
     from_main_memory: bool | None = None
 
     def __post_init__(self) -> None:
-        _check("length", self.length, 2)
+        check_counts({"length": self.length}, least=2)
 
 
 @dataclass(frozen=True)

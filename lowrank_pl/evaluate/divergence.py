@@ -17,6 +17,7 @@ from lowrank_pl.evaluate.likelihood import Divergence, compared, perplexity
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.targets import decoder_blocks
+from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.formatting import percent, table
 
 __all__ = ["PositionBin", "WhereDiverged", "profile_table", "score_texts", "show_texts", "where_diverged"]
@@ -97,8 +98,7 @@ def where_diverged(
         >>> found.blocks, [(part.first, part.last) for part in found.positions]
         ((0.0, 0.0), [(1, 7), (8, 15)])
     """
-    if bins < 1:
-        raise ValueError(f"position_bins is {bins}: expected a whole number of at least 1")
+    check_counts({"position_bins": bins})
     for one in (dense, model):
         check_sequences(one, sequences)
     counts = [len(decoder_blocks(one)[1]) for one in (model, dense)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from lowrank_pl.utils.checks import check_choices, check_numbers
 
 __all__ = ["EMBEDDING_KINDS", "Decomposition", "Kind", "Labels", "Side", "Statistic"]
 
@@ -101,16 +102,10 @@ class Decomposition:
     at_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        for what, value, choices in (
-            ("kind of decomposition is", self.kind, Kind),
-            ("labels of the decomposition are", self.labels, Labels),
-            ("fisher_side of the decomposition is", self.fisher_side, Side),
-        ):
-            if value not in get_args(choices):
-                raise ValueError(f"the {what} {value!r}: expected one of {', '.join(get_args(choices))}")
-        for name in ("damping", "output_damping"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number of at least 0")
+        check_choices({
+            "kind": (self.kind, Kind), "labels": (self.labels, Labels), "fisher_side": (self.fisher_side, Side),
+        })  # fmt: skip
+        check_numbers({"damping": (self.damping, 0), "output_damping": (self.output_damping, 0)})
         if not 0 < self.alpha <= 2:
             raise ValueError(f"alpha is {self.alpha}: expected a power above 0 and at most 2")
         if self.at_keep is not None:

@@ -25,6 +25,7 @@ from lowrank_pl.methods.refit.refitting import Refit
 from lowrank_pl.methods.refit.settings import Joint
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.storage import StorageChoice
+from lowrank_pl.utils.checks import check_counts, check_numbers
 
 __all__ = ["RECIPES", "VARIANTS", "Learning", "Recipe", "recipe"]
 
@@ -61,11 +62,9 @@ class Learning:
     inactive_gate_stride: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequences", "batch_size", "inactive_gate_stride"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} of a recipe's learning is {getattr(self, name)}: expected at least 1")
-        if not self.lr > 0:
-            raise ValueError(f"lr of a recipe's learning is {self.lr}: expected a number above 0")
+        counts = ("steps", "sequences", "batch_size", "inactive_gate_stride")
+        check_counts({f"{name} of a recipe's learning": getattr(self, name) for name in counts})
+        check_numbers({"lr of a recipe's learning": (self.lr, 0)}, above=True)
         if self.start is not None:
             make_allocator(self.start)
 

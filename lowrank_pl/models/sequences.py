@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_pl.utils.checks import check_counts
+
 __all__ = ["check_sequences"]
 
 
@@ -26,8 +28,7 @@ def check_sequences(model: PreTrainedModel, sequences: Tensor, batch_size: int =
             f"sequences of shape {tuple(sequences.shape)} and type {sequences.dtype} were given: "
             f"expected integer token ids [sequences, length], at least one sequence of {least} tokens"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: expected a whole number of at least 1")
+    check_counts({"batch_size": batch_size})
     vocabulary = model.get_input_embeddings().num_embeddings
     low, high = int(sequences.min()), int(sequences.max())
     if low < 0 or high >= vocabulary:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowrank_pl.plans.component_order import ComponentOrder, requested_rank_scores
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.storage import Storage, StorageChoice
+from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.formatting import without_expert
 
 __all__ = ["Budget", "check_keep"]
@@ -75,8 +76,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if self.multiple_of < 1:
-            raise ValueError(f"multiple_of is {self.multiple_of}: expected a whole number of at least 1")
+        check_counts({"multiple_of": self.multiple_of})
         for pattern, floor in self.floors.items():
             if not 0 <= floor <= 1:
                 raise ValueError(f"the floor of {pattern!r} is {floor}: expected a fraction in [0, 1]")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from lowrank_pl.models.hf_layers import Side
 from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid
 from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.storage import INDEX_BYTES, Form, Storage, StorageChoice
+from lowrank_pl.utils.checks import check_choices
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
 from lowrank_pl.utils.json_files import SEAL, break_seal, checked_json, json_digest
 
@@ -86,8 +87,7 @@ class ModulePlan:
             raise ValueError(f"a rank of {self.rank} was given for shape {self.shape}: expected 1..{min(self.shape)}")
         if self.indices is not None:
             _check_indices(self.indices, self.rank, self.shape)
-        if self.storage not in get_args(Form):
-            raise ValueError(f"a storage of {self.storage!r} was given: expected one of {', '.join(get_args(Form))}")
+        check_choices({"storage": (self.storage, Form)})
         if self.storage == "pivoted" and self.rank == min(self.shape):
             raise ValueError(
                 f"rank {self.rank} is full for shape {self.shape}: store it factored or dense, not pivoted"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowrank_pl.plans.constraints import Form, StorageChoice
+from lowrank_pl.utils.checks import check_choices
 
 __all__ = ["INDEX_BYTES", "Form", "Storage", "StorageChoice"]
 
@@ -50,8 +50,7 @@ class Storage:
     bytes_per_parameter: int = 4
 
     def __post_init__(self) -> None:
-        if self.choice not in get_args(StorageChoice):
-            raise ValueError(f"storage is {self.choice!r}: expected one of {', '.join(get_args(StorageChoice))}")
+        check_choices({"storage": (self.choice, StorageChoice)})
 
     @property
     def per_index(self) -> float:

@@ -24,6 +24,7 @@ from lowrank_pl.text.sequences import (
 )
 from lowrank_pl.text.sources import parse_mixture
 from lowrank_pl.training.lightning_internals import batches_done
+from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.files import sha256_of
 
 __all__ = ["CalibrationData", "Place", "SequenceLoader", "StatisticsText", "ValidationText", "calibration_data"]
@@ -332,19 +333,14 @@ class CalibrationData(pl.LightningDataModule):
         return [loader]
 
     def _check_arguments(self) -> None:
-        sizes = {
-            "learning.length": (self.learning.length, 2),
-            "learning.sequences": (self.learning.sequences, 1),
-            "statistics.length": (self.statistics.length, 2),
-            "statistics.sequences": (self.statistics.sequences, 1),
-            "validation.sequences": (self.validation.sequences, 0),
-            "validation.batch_size": (self.validation.batch_size, 1),
-            "batch_size": (self.batch_size, 1),
-            "num_workers": (self.num_workers, 0),
-        }
-        for name, (value, least) in sizes.items():
-            if value < least:
-                raise ValueError(f"CalibrationData has {name}={value}: expected {least} or more")
+        check_counts({
+            "learning.length": self.learning.length, "statistics.length": self.statistics.length,
+        }, least=2)  # fmt: skip
+        check_counts({
+            "learning.sequences": self.learning.sequences, "statistics.sequences": self.statistics.sequences,
+            "validation.batch_size": self.validation.batch_size, "batch_size": self.batch_size,
+        })  # fmt: skip
+        check_counts({"validation.sequences": self.validation.sequences, "num_workers": self.num_workers}, least=0)
 
     def _ready(self) -> _Sequences:
         self.setup()

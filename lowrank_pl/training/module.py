@@ -48,6 +48,7 @@ from lowrank_pl.training.lightning_internals import attached_trainer, leaves_gra
 from lowrank_pl.training.monitored import check_callbacks, check_monitored, check_validation
 from lowrank_pl.training.precision import check_precision
 from lowrank_pl.training.sharding import average_gradients, shard_frozen
+from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.distributed import cooperating
 
 __all__ = ["Compute", "RankLearner", "Start"]
@@ -98,11 +99,7 @@ class Compute:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if self.inactive_gate_stride < 1:
-            raise ValueError(
-                f"inactive_gate_stride is {self.inactive_gate_stride}: expected a whole number of at least 1, which is "
-                "exact"
-            )
+        check_counts({"inactive_gate_stride": self.inactive_gate_stride})
 
 
 class RankLearner(LightningModule):

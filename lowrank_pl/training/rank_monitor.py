@@ -29,6 +29,7 @@ from lowrank_pl.training.tensorboard import (
     void_from,
     write_layout,
 )
+from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.formatting import block_and_kind
 
 __all__ = ["RankMonitor"]
@@ -70,10 +71,10 @@ class RankMonitor(Callback):
         map_every_n_steps: int | None = None,
         histogram_every_n_steps: int | None = None,
     ) -> None:
-        given = {"every_n_steps": every_n_steps, "map_every_n_steps": map_every_n_steps}
-        for name, steps in {**given, "histogram_every_n_steps": histogram_every_n_steps}.items():
-            if steps is not None and steps < 1:
-                raise ValueError(f"{name} is {steps}: expected a whole number of at least 1")
+        check_counts({
+            "every_n_steps": every_n_steps, "map_every_n_steps": map_every_n_steps,
+            "histogram_every_n_steps": histogram_every_n_steps,
+        })  # fmt: skip
         self.every_n_steps = every_n_steps
         self.map_every_n_steps = map_every_n_steps
         self.histogram_every_n_steps = histogram_every_n_steps

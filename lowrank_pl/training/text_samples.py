@@ -21,6 +21,7 @@ from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.finish_run import FinishRun
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.tensorboard import boards
+from lowrank_pl.utils.checks import check_counts
 
 __all__ = ["TextSamples"]
 
@@ -56,9 +57,7 @@ class TextSamples(Callback):
     def __init__(
         self, prompts: Sequence[str] | None = None, max_new_tokens: int = 24, every_n_steps: int | None = None
     ) -> None:
-        for name, number in {"max_new_tokens": max_new_tokens, "every_n_steps": every_n_steps}.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name} is {number}: expected a whole number of at least 1")
+        check_counts({"max_new_tokens": max_new_tokens, "every_n_steps": every_n_steps})
         self.prompts = prompts if prompts is None else tuple(prompts)
         self.max_new_tokens = max_new_tokens
         self.every_n_steps = every_n_steps

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.methods.allocate.energy import energy_shares
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.component_order import requested_rank_scores
+from lowrank_pl.utils.checks import check_choices
 
 __all__ = ["DRank", "Scope", "effective_rank"]
 
@@ -60,8 +61,7 @@ class DRank(Allocator):
     def __post_init__(self) -> None:
         if not 0 <= self.shift < 1:
             raise ValueError(f"shift is {self.shift}: expected the fraction of q and k to move to v, in [0, 1)")
-        if self.scope not in get_args(Scope):
-            raise ValueError(f"scope is {self.scope!r}: expected one of {', '.join(get_args(Scope))}")
+        check_choices({"scope": (self.scope, Scope)})
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks in proportion to its requested rank."""

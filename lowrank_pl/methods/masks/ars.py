@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowrank_pl.methods.masks.base import Mask, ModelMasks, check_numbers, dense_sizes, of_each
+from lowrank_pl.methods.masks.base import Mask, ModelMasks, dense_sizes, of_each
 from lowrank_pl.methods.masks.gumbel import (
     GumbelMask,
     GumbelMethod,
     Noise,
-    check_noise,
     chosen_at_start,
     draw_noise,
     seeded,
@@ -24,6 +23,7 @@ from lowrank_pl.methods.masks.objectives import alignment_penalty, kept_fraction
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
+from lowrank_pl.utils.checks import check_choices, check_counts, check_numbers
 
 __all__ = ["ARS", "ARSMask", "Alignment", "HyperNetwork"]
 
@@ -146,13 +146,9 @@ class ARS(GumbelMethod):
         seed: int = 0,
     ) -> None:
         check_numbers({"temperature": (temperature, 0), "start": (start, 0)}, above=True)
-        check_numbers({
-            "budget_weight": (budget_weight, 0), "alignment_weight": (alignment_weight, 0), "width": (width, 1),
-            "inputs": (inputs, 1),
-        })  # fmt: skip
-        check_noise(noise)
-        if alignment not in get_args(Alignment):
-            raise ValueError(f"alignment is {alignment!r}: expected one of {', '.join(get_args(Alignment))}")
+        check_numbers({"budget_weight": (budget_weight, 0), "alignment_weight": (alignment_weight, 0)})
+        check_counts({"width": width, "inputs": inputs})
+        check_choices({"noise": (noise, Noise), "alignment": (alignment, Alignment)})
         self.temperature, self.noise, self.start = temperature, noise, start
         self.budget_weight, self.alignment_weight, self.alignment = budget_weight, alignment_weight, alignment
         self.width, self.inputs, self.any_k, self.seed = width, inputs, any_k, seed

@@ -26,7 +26,6 @@ __all__ = [
     "Mask",
     "MaskMethod",
     "ModelMasks",
-    "check_numbers",
     "dense_sizes",
     "gated_rank",
     "of_each",
@@ -359,19 +358,3 @@ def gated_rank(shape: tuple[int, int], top: float, storage: Storage) -> int:
 def dense_sizes(masks: Mapping[str, Mask], like: Tensor) -> Tensor:
     """Return the parameters ``[modules]`` of the dense weights, on the device of ``like``."""
     return torch.tensor([mask.shape[0] * mask.shape[1] for mask in masks.values()], device=like.device)
-
-
-def check_numbers(least: Mapping[str, tuple[float, float]], *, above: bool = False) -> None:
-    """Check settings that have a smallest value.
-
-    Args:
-        least: By the setting's name, its value and the smallest value.
-        above: Whether the smallest value itself is refused.
-
-    Raises:
-        ValueError: A value is too small, infinite or NaN.
-    """
-    for name, (value, bound) in least.items():
-        if not (bound < value if above else bound <= value) or math.isinf(value):
-            word = "above" if above else "of at least"
-            raise ValueError(f"{name} is {value}: expected a finite number {word} {bound:g}")

@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.methods.masks.base import Mask, MaskMethod, ModelMasks, check_numbers
+from lowrank_pl.methods.masks.base import Mask, MaskMethod, ModelMasks
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
+from lowrank_pl.utils.checks import check_numbers
 
 __all__ = ["CutoffMask", "CutoffMethod"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lowrank_pl.methods.masks.base import check_numbers
 from lowrank_pl.methods.masks.cutoff import CutoffMask, CutoffMethod
+from lowrank_pl.utils.checks import check_numbers
 
 __all__ = ["DobiSVD"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lowrank_pl.methods.masks.base import check_numbers
 from lowrank_pl.methods.masks.cutoff import CutoffMask, CutoffMethod
+from lowrank_pl.utils.checks import check_counts, check_numbers
 
 __all__ = ["Fermi"]
 
@@ -44,7 +44,8 @@ class Fermi(CutoffMethod):
     ) -> None:
         super().__init__(top=top, budget_weight=budget_weight)
         check_numbers({"temperature_end": (temperature_end, 0)}, above=True)
-        check_numbers({"temperature_start": (temperature_start, temperature_end), "anneal_steps": (anneal_steps, 0)})
+        check_numbers({"temperature_start": (temperature_start, temperature_end)})
+        check_counts({"anneal_steps": anneal_steps}, least=0)
         self.temperature_start, self.temperature_end = temperature_start, temperature_end
         self.anneal_steps, self.relative = anneal_steps, relative
 

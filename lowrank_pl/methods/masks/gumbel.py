@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ __all__ = [
     "GumbelMask",
     "GumbelMethod",
     "Noise",
-    "check_noise",
     "chosen_at_start",
     "draw_noise",
     "gumbel_masks",
@@ -151,16 +150,6 @@ def _noise(count: int, kind: Noise, generator: torch.Generator) -> Tensor:
     draws = torch.empty(2 if kind == "logistic" else 1, count).exponential_(generator=generator)
     gumbel = -draws.clamp_min(torch.finfo(draws.dtype).tiny).log()
     return gumbel[0] - gumbel[1] if kind == "logistic" else gumbel[0]
-
-
-def check_noise(noise: str) -> None:
-    """Check the name of a noise.
-
-    Raises:
-        ValueError: No noise has this name.
-    """
-    if noise not in get_args(Noise):
-        raise ValueError(f"noise is {noise!r}: expected one of {', '.join(get_args(Noise))}")
 
 
 def chosen_at_start(shape: tuple[int, int], rank: int, keep: float, kept: Tensor | None, *, storage: Storage) -> Tensor:

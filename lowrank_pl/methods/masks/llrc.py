@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.methods.masks.base import Mask, ModelMasks, check_numbers, dense_sizes, of_each, stacks
+from lowrank_pl.methods.masks.base import Mask, ModelMasks, dense_sizes, of_each, stacks
 from lowrank_pl.methods.masks.gumbel import (
     GumbelMask,
     GumbelMethod,
     Noise,
-    check_noise,
     chosen_at_start,
     draw_noise,
     gumbel_masks,
@@ -32,6 +31,7 @@ from lowrank_pl.methods.masks.objectives import (
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
+from lowrank_pl.utils.checks import check_choices, check_counts, check_numbers
 
 __all__ = ["LLRC", "LLRCMask"]
 
@@ -175,14 +175,12 @@ class LLRC(GumbelMethod):
         check_numbers({
             "start_high": (start_high, start_low), "pressure_low": (pressure_low, 0),
             "pressure_high": (pressure_high, pressure_low), "pressure_growth": (pressure_growth, 1),
-            "period": (period, 1), "tolerance": (tolerance, 0), "variation_weight": (variation_weight, 0),
-            "budget_weight": (budget_weight, 0), "patience": (patience or 0, 0),
+            "tolerance": (tolerance, 0), "variation_weight": (variation_weight, 0),
+            "budget_weight": (budget_weight, 0),
         })  # fmt: skip
-        check_noise(noise)
-        if cycle not in get_args(Cycle):
-            raise ValueError(f"cycle is {cycle!r}: expected one of {', '.join(get_args(Cycle))}")
-        if pressure not in get_args(Pressure):
-            raise ValueError(f"pressure is {pressure!r}: expected one of {', '.join(get_args(Pressure))}")
+        check_counts({"period": period})
+        check_counts({"patience": patience}, least=0)
+        check_choices({"noise": (noise, Noise), "cycle": (cycle, Cycle), "pressure": (pressure, Pressure)})
         reach = REACH * temperature + (NOISE_REACH if noisy_count and noise != "none" else 0)
         if pressure == "log_ratio" and start_low > reach:
             raise ValueError(

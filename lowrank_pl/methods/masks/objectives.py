@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from lowrank_pl.utils.checks import check_choices
 
 __all__ = [
     "DATA_TERMS",
@@ -245,9 +247,7 @@ class DataTerms:
             raise ValueError(
                 f"the weights of the data terms are {weights}: expected none below 0 and at least one above 0"
             )
-        if self.divergence_kind not in get_args(DivergenceKind):
-            kinds = ", ".join(get_args(DivergenceKind))
-            raise ValueError(f"divergence_kind is {self.divergence_kind!r}: expected one of {kinds}")
+        check_choices({"divergence_kind": (self.divergence_kind, DivergenceKind)})
         if self.divergence and not self.divergence_at:
             raise ValueError(
                 f"divergence is {self.divergence} but divergence_at names no place: give middle, last or a block's "

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.methods.masks.base import Mask, MaskMethod, ModelMasks, check_numbers
+from lowrank_pl.methods.masks.base import Mask, MaskMethod, ModelMasks
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import hull_slopes
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
+from lowrank_pl.utils.checks import check_counts, check_numbers
 
 __all__ = ["Rescaled", "RescaledMask"]
 
@@ -177,7 +178,7 @@ class Rescaled(MaskMethod):
     def __init__(self, *, width: float = 0.05, warmup: int = 8, top: float = 1.1) -> None:
         check_numbers({"width": (width, 0)}, above=True)
         check_numbers({"top": (top, 1)}, above=True)
-        check_numbers({"warmup": (warmup, 0)})
+        check_counts({"warmup": warmup}, least=0)
         self.width, self.warmup, self.top = width, warmup, top
 
     def create(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["STEPS", "LLMPruner", "WidthPruning"]
+from lowrank_pl.utils.checks import check_choices, check_counts, check_numbers
+
+__all__ = ["STEPS", "Aggregation", "Importance", "LLMPruner", "WidthPruning"]
+
+Importance = Literal["element", "vector"]
+"""How LLM-Pruner adds up the importance of a structure: of single weights, or of their sum."""
+
+Aggregation = Literal["sum", "prod", "max", "last"]
+"""How LLM-Pruner combines the importances of the layers of a structure."""
 
 STEPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
 """Fractions of the hidden neurons that are tried."""
@@ -42,11 +49,9 @@ class WidthPruning:
             )
         if self.share is not None and not 0 < self.share < 1:
             raise ValueError(f"share is {self.share}: expected a fraction above 0 and below 1")
-        if self.multiple_of < 1:
-            raise ValueError(f"multiple_of is {self.multiple_of}: expected a whole number of at least 1")
+        check_counts({"multiple_of": self.multiple_of})
         # A smaller ridge would drown in the rounding of the moments, which lack full rank if the text is short.
-        if not 1e-6 <= self.damping < math.inf:
-            raise ValueError(f"damping is {self.damping}: expected a finite number of at least 0.000001")
+        check_numbers({"damping": (self.damping, 1e-4)})
 
     def widths(self, present: int) -> list[int]:
         """Return the candidate widths below ``present``, ascending.
@@ -101,8 +106,8 @@ class LLMPruner:
     mlp: bool = True
     skip_first: int = 4
     skip_last: int = 2
-    importance: Literal["element", "vector"] = "element"
-    aggregation: Literal["sum", "prod", "max", "last"] = "sum"
+    importance: Importance = "element"
+    aggregation: Aggregation = "sum"
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
@@ -110,12 +115,9 @@ class LLMPruner:
             raise ValueError("attention and mlp are both false: expected at least one of them to prune")
         if self.keep is not None and not 0 < self.keep < 1:
             raise ValueError(f"keep of llm_pruner is {self.keep}: expected a fraction above 0 and below 1")
-        for name, least in (("skip_first", 0), ("skip_last", 0), ("multiple_of", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a whole number of at least {least}")
-        for name, known in (("importance", ("element", "vector")), ("aggregation", ("sum", "prod", "max", "last"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        check_counts({"skip_first": self.skip_first, "skip_last": self.skip_last}, least=0)
+        check_counts({"multiple_of": self.multiple_of})
+        check_choices({"importance": (self.importance, Importance), "aggregation": (self.aggregation, Aggregation)})
 
     def describe(self) -> dict[str, Any]:
         """Return the name of the method and its settings as JSON values."""

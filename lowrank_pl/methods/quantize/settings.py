@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.formatting import memory_size
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ class ByteBudget:
             raise ValueError(f"bits is {self.bits!r}: expected one or more whole numbers from 2 to 8")
         if isinstance(self.bits, int):
             object.__setattr__(self, "bits", (self.bits,))
-        if type(self.sequences) is not int or self.sequences < 1:
-            raise ValueError(f"sequences is {self.sequences!r}: expected a whole number of at least 1")
+        check_counts({"sequences": self.sequences})
         self.grids  # noqa: B018 - it checks
 
     @property

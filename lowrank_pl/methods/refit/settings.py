@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
+
+from lowrank_pl.utils.checks import check_choices, check_counts, check_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,18 +48,13 @@ class Joint:
     learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(JointMethod):
-            raise ValueError(f"method is {self.method!r}: expected one of {', '.join(get_args(JointMethod))}")
+        check_choices({"method": (self.method, JointMethod)})
         if self.sweeps is None:
             object.__setattr__(self, "sweeps", 2 if self.method == "gauss_newton" else 8)
-        for name in ("sweeps", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        check_counts({"sweeps": self.sweeps, "iterations": self.iterations})
         if not 0 < self.curvature <= 1:
             raise ValueError(f"curvature is {self.curvature}: expected a fraction of the text, above 0 and at most 1")
-        for name in ("damping", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number above 0")
+        check_numbers({"damping": (self.damping, 0), "learning_rate": (self.learning_rate, 0)}, above=True)
 
     @property
     def most_sweeps(self) -> int:

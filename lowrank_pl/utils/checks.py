@@ -1,0 +1,67 @@
+"""Checks of settings: an error says what was given and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+__all__ = ["check_choices", "check_counts", "check_numbers"]
+
+
+def check_choices(given: Mapping[str, tuple[object, Any]]) -> None:
+    """Check settings that have one of a few values.
+
+    Args:
+        given: By the setting's name, its value and the ``Literal`` of the values that it may have.
+
+    Raises:
+        ValueError: A value is none of them.
+
+    >>> from typing import Literal
+    >>> check_choices({"side": ("top", Literal["left", "right"])})
+    Traceback (most recent call last):
+    ValueError: side is 'top': expected one of left, right
+    """
+    for name, (value, literal) in given.items():
+        if value not in get_args(literal):
+            raise ValueError(f"{name} is {value!r}: expected one of {', '.join(get_args(literal))}")
+
+
+def check_counts(given: Mapping[str, int | None], *, least: int = 1) -> None:
+    """Check settings that count something.
+
+    Args:
+        given: The value by the setting's name; None is left to the setting's default.
+        least: The smallest value.
+
+    Raises:
+        ValueError: A value is too small or no whole number.
+
+    >>> check_counts({"steps": 0})
+    Traceback (most recent call last):
+    ValueError: steps is 0: expected a whole number of at least 1
+    """
+    for name, value in given.items():
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{name} is {value!r}: expected a whole number of at least {least}")
+
+
+def check_numbers(given: Mapping[str, tuple[float, float]], *, above: bool = False) -> None:
+    """Check settings that have a smallest value.
+
+    Args:
+        given: By the setting's name, its value and the smallest value.
+        above: Whether the smallest value itself is refused.
+
+    Raises:
+        ValueError: A value is too small, infinite or NaN.
+
+    >>> check_numbers({"damping": (-1.0, 0)})
+    Traceback (most recent call last):
+    ValueError: damping is -1.0: expected a finite number of at least 0
+    """
+    for name, (value, bound) in given.items():
+        if not (bound < value if above else bound <= value) or math.isinf(value):
+            word = "above" if above else "of at least"
+            raise ValueError(f"{name} is {value}: expected a finite number {word} {bound:g}")
