@@ -29,10 +29,16 @@ from lowrank_pl.export.reload import ExportError, check_contents, check_merged, 
 from lowrank_pl.factors.components import AnySize, NestedComponents
 from lowrank_pl.factors.cutting import cut
 from lowrank_pl.models import digests, hf_experts, hf_format, hf_layers, hf_quantized
-from lowrank_pl.models.digests import check_files, unchecked, write_digests
+from lowrank_pl.models.digests import DIGESTS, check_files, unchecked, write_digests
 from lowrank_pl.models.hf_experts import dropped_experts, experts_fused, split_experts, split_modules
 from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align, tied_weights
-from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, SharedLowRankLinear
+from lowrank_pl.models.hf_layers import (
+    LowRankEmbedding,
+    LowRankLinear,
+    PivotedLinear,
+    SharedLowRankLinear,
+    loaded_by_hook,
+)
 from lowrank_pl.models.hf_quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -51,6 +57,7 @@ from lowrank_pl.utils.machine_limits import explain_limit
 
 __all__ = [
     "CODE_FILES",
+    "OTHER_SHAPES",
     "ExportReport",
     "check_destination",
     "is_compressed",
@@ -62,6 +69,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+OTHER_SHAPES = "weights of other shapes than the config says"
+"""What is said of a folder that transformers does not load for this reason."""
 
 CODE = Path(hf_format.__file__).name
 
@@ -265,6 +275,11 @@ def _load(directory: Path, verify: bool, from_pretrained_kwargs: Mapping[str, An
     except (OSError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0]
         raise ValueError(f"can't read the weights in {str(directory)!r}: {cause}; copy or export it again") from error
+    except RuntimeError as error:
+        # What transformers raises for weights of another shape; the table that it prints says which.
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(f"{str(directory)!r} holds {OTHER_SHAPES}: copy or export it again") from error
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -363,6 +378,8 @@ def _check_is_compressed(directory: Path) -> None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(directory)!r} holds no readable config.json: expected a compressed model") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{str(directory)!r} holds no readable config.json: expected a compressed model")
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method != METHOD:
         kind = "a plain model" if method is None else f"a model quantised by {method}"
@@ -387,8 +404,8 @@ def check_destination(directory: Path) -> None:
     if not directory.exists() or not any(directory.iterdir()):
         return
     config = directory / "config.json"
-    ours = (directory / CODE).exists() or (directory / "plan.json").exists()
-    # A pruned or rotated base has neither a plan nor code.
+    ours = any((directory / name).exists() for name in (CODE, "plan.json", DIGESTS))
+    # A pruned or rotated base has none of these.
     written = config.read_text(encoding="utf-8") if config.exists() else ""
     ours = ours or any(f'"{key}"' in written for key in (ORIGIN_KEY, ROTATION_KEY))
     if not config.exists() or not ours:
@@ -416,7 +433,8 @@ def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[st
         place = nn.Embedding if isinstance(module, nn.Embedding) else (nn.Linear, Conv1D)
         if _is_compressed_layer(module) and isinstance(original, place):
             entries[name] = _entry(module, names)
-            _check_layer(name, module, original, type(model).__name__)
+            _check_rank(name, module)
+            _check_bias(name, module, original, type(model).__name__)
             if f"{name}.weight" in tied:
                 raise ValueError(
                     f"{name} is compressed, but the config ties it to {tied[f'{name}.weight']}: compress that "
@@ -432,18 +450,24 @@ def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[st
                 f"{name} is a {type(module).__name__}, but {type(model).__name__} has {expected} there: only low-rank, "
                 "rounded and dense layers can be stored; compress the model, or merge adapters first"
             )
+        elif isinstance(original, (nn.Linear, Conv1D)):
+            _check_bias(name, module, original, type(model).__name__)
     return entries
 
 
-def _check_layer(name: str, module: nn.Module, original: nn.Module, model: str) -> None:
-    """Raise ``ValueError`` if a compressed layer can't take the place of ``original``."""
+def _check_rank(name: str, module: nn.Module) -> None:
+    """Raise ``ValueError`` if a compressed layer would be taken for a dense one."""
     rank: int | None = getattr(module, "rank", None)
     inputs = module.embedding_dim if isinstance(module, nn.Embedding) else module.in_features
     if rank is not None and rank == inputs:
         # Its left factor would have the dense shape: loaders that do not know the format would not stop.
         raise ValueError(f"{name} has rank {rank}, the number of its inputs: leave it dense")
+
+
+def _check_bias(name: str, module: nn.Module, original: nn.Module, model: str) -> None:
+    """Raise ``ValueError`` if a linear layer has a bias that the config does not describe, or lacks one."""
     if (getattr(module, "bias", None) is None) != (getattr(original, "bias", None) is None):
-        has = "no bias" if module.bias is None else "a bias"
+        has = "no bias" if getattr(module, "bias", None) is None else "a bias"
         raise ValueError(f"{name} has {has}, unlike the {model} that its config describes")
 
 
@@ -552,12 +576,13 @@ def _as_dense(module: nn.Module, original: nn.Module) -> nn.Module:
     """Return ``original`` with the merged weight of ``module``, in its own layout, and with the bias of ``module``."""
     old: Any = module
     dense: Any = original
-    weight: Tensor = old.dense() if _is_compressed_layer(module) else old.weight.detach()
+    with loaded_by_hook(module):
+        weight: Tensor = old.dense() if _is_compressed_layer(module) else old.weight.detach()
+        if getattr(module, "bias", None) is not None:
+            dense.bias = old.bias
     dense.weight = nn.Parameter((weight.T if isinstance(original, Conv1D) else weight).contiguous())
     if isinstance(original, Conv1D):
         dense.nf, dense.nx = weight.shape
-    if getattr(module, "bias", None) is not None:
-        dense.bias = old.bias
     # Gemma's embeddings have their factor in a buffer, which is on the meta device here.
     for name, _ in original.named_buffers(recurse=False):
         dense._buffers[name] = module.get_buffer(name)

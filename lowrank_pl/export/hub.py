@@ -44,7 +44,7 @@ class HubRepo:
 
     Example:
         >>> HubRepo("me/small", private=True).command("runs/my model")
-        "hf upload me/small 'runs/my model' . --private"
+        "hf upload me/small 'runs/my model' . --private --delete '*.safetensors' --delete '*.safetensors.index.json'"
     """
 
     name: str
@@ -63,6 +63,8 @@ class HubRepo:
         words = ["hf", "upload", self.name, str(directory), "."]
         words += ["--private"] if self.private else []
         words += ["--revision", self.revision] if self.revision is not None else []
+        for pattern in _STALE:
+            words += ["--delete", pattern]
         return shlex.join(words)
 
 

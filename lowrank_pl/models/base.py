@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -172,8 +173,19 @@ def stored_dtype(base: str, *, trust_remote_code: bool = False) -> torch.dtype:
     spec = resolve_base(base)
     if spec.gguf_file is not None or spec.family is not None or spec.shapes is not None:
         return torch.float32
-    dtype = read_config(spec, trust_remote_code=trust_remote_code).dtype
+    dtype = read_config(spec, trust_remote_code=trust_remote_code).dtype or _type_of_files(Path(spec.path))
     return dtype if dtype in DTYPES else torch.float32
+
+
+def _type_of_files(folder: Path) -> torch.dtype | None:
+    """Return the type of the first weight in ``folder``, as transformers finds it where a config names none."""
+    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                if (kind := file.get_slice(name).get_dtype()) in types:
+                    return types[kind]
+    return None
 
 
 def load_tokenizer(base: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

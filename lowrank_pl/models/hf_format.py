@@ -109,6 +109,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
+        if type(schema) is not int:
+            raise ValueError(f"quantization_config has the schema {schema!r}: expected a whole number up to {SCHEMA}")
         if schema > SCHEMA:
             raise ValueError(
                 f"the model is stored in lowrank schema {schema}, this code reads schemas up to {SCHEMA}: "
@@ -128,7 +130,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.schema = max(map(_schema, self.modules.values()), default=1)
         if shapes:
             for name, shape in shapes.items():
-                if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+                sizes = list(shape) if isinstance(shape, (list, tuple)) else []
+                if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
                     raise ValueError(f"quantization_config gives {name!r} the shape {shape}: expected [out, in]")
             # Only if there are any: older versions refuse unknown keys.
             self.shapes = {name: list(shape) for name, shape in shapes.items()}
@@ -149,9 +152,10 @@ def _check_entry(entry: Any) -> None:
     kind = set(given) - rounding
     pivoted = kind == {"rank", "storage", "side"} and given["storage"] == "pivoted"
     embedding = kind == {"rank", "storage"} and given["storage"] == "embedding"
-    shared = set(given) == {"rank", "storage", "right"} and given["storage"] == "shared"
+    shared = set(given) == {"rank", "storage", "right"} and given["storage"] == "shared" and type(given["right"]) is str
     alone = isinstance(entry, dict) and not rounding
-    if not (pivoted or embedding or shared) and (kind not in ({"rank"}, set()) or alone or rounding == {"group"}):
+    plain = kind in ({"rank"}, set()) and not alone
+    if not (pivoted or embedding or shared or plain) or rounding == {"group"}:
         raise ValueError(
             f'the entry {entry}: expected a rank, or rank, storage "pivoted" and side, or rank and storage "embedding"'
             '; bits, and group, may be added or stand alone; or rank, storage "shared" and right'
@@ -519,7 +523,11 @@ def _portable_class(name: str) -> type[PreTrainedModel]:
 
 def _auto_class(name: str) -> str | None:
     """Return the auto class for the model class ``name`` in ``auto_map``; None for heads that are not supported."""
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
+    # Imported here, because transformers' own models import the tables above. Models with images, such as Gemma 3's,
+    # have other names.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if name.endswith(("ForCausalLM", "LMHeadModel")) or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "AutoModelForCausalLM"
     return "AutoModel" if name.endswith("Model") else None
 

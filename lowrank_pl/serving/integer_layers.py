@@ -255,7 +255,31 @@ def _matrices(layers: Sequence[nn.Linear]) -> list[tuple[Any, str]]:
 def _compute_by(layer: nn.Linear, name: str, matrix: IntegerMatrix | PackedMatrix, found: Mapping[str, bool]) -> None:
     """Let a kernel compute the matrix called ``name`` of a layer for the numbers of tokens for which it is faster."""
     layer.__class__ = INTEGER.get(type(layer), type(layer))
-    vars(layer).setdefault("integers", {})[name] = (matrix, found)
+    vars(layer).setdefault("integers", {})[name] = _Kernel(matrix, found, _state(layer, name))
+
+
+@dataclass(frozen=True, eq=False)
+class _Kernel:
+    """A matrix that a kernel computes.
+
+    Args:
+        matrix: The matrix as the kernel reads it.
+        faster: For which numbers of tokens it is faster.
+        made_from: The state of the layer's tensors that ``matrix`` was made from.
+    """
+
+    matrix: IntegerMatrix | PackedMatrix
+    faster: Mapping[str, bool]
+    made_from: tuple[tuple[int, int], ...]
+
+
+def _state(layer: nn.Module, name: str) -> tuple[tuple[int, int], ...]:
+    """Return where the tensors of a matrix are and how often they were changed, so that changed ones are noticed."""
+    source = _source(layer)
+    tensors = (source.get_buffer(f"{name}_packed"), source.get_parameter(name), getattr(source, f"{name}_zeros", None))
+    return tuple(
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors if tensor is not None
+    )
 
 
 def use_integer_kernels(layers: Sequence[nn.Linear]) -> list[dict[str, bool]]:
@@ -304,22 +328,29 @@ def _is_faster(layer: Any, name: str, matrix: IntegerMatrix, tokens: int) -> boo
 class _Integer(nn.Linear):
     """The product of a layer with one of its matrices."""
 
-    integers: dict[str, tuple[IntegerMatrix | PackedMatrix, Mapping[str, bool]]]
+    integers: dict[str, _Kernel]
 
     def product(self, input: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
         """Return the product of the matrix called ``name`` with ``input``, plus ``bias``."""
-        matrix, faster = self.integers.get(name, (None, {}))
+        kernel = self.integers.get(name)
         # The kernels know no gradients; the code that torch.compile makes dequantises.
         kind = input.device.type
         plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(kind)
-        if plain or matrix is None or input.dtype != matrix.scales.dtype or input.device != matrix.codes.device:
+        if plain or kernel is None or not self._serves(kernel, input):
             return super().product(input, name, bias)  # type: ignore[misc, no-any-return]
-        tokens = input.numel() // input.shape[-1]
-        count = next((count for count, most in _TOKENS.items() if tokens <= most), "many")
-        if not tokens or not faster.get(count):
+        if kernel.made_from != _state(self, name):
+            _log.warning("rounded weights were changed after they were optimised: they are dequantised from here on")
+            del self.integers[name]
             return super().product(input, name, bias)  # type: ignore[misc, no-any-return]
-        output = matrix.product(input)
+        output = kernel.matrix.product(input)
         return output if bias is None else output + bias
+
+    @staticmethod
+    def _serves(kernel: _Kernel, input: Tensor) -> bool:
+        matrix, tokens = kernel.matrix, input.numel() // input.shape[-1]
+        if input.dtype != matrix.scales.dtype or input.device != matrix.codes.device or not tokens:
+            return False
+        return kernel.faster.get(next((count for count, most in _TOKENS.items() if tokens <= most), "many"), False)
 
 
 class IntegerLinear(_Integer, QuantizedLinear):

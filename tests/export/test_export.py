@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.cli.evaluate import evaluate
@@ -287,6 +287,32 @@ def test_a_loaded_model_is_merged_and_checked(exports, tmp_path):
         load_compressed(tmp_path / "merged")
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+def test_a_model_that_is_partly_on_disk_is_merged(exports, tmp_path):
+    home, models = exports
+    here = ("lm_head", *(f"model.{part}" for part in ("embed_tokens", "layers.1", "norm", "rotary_emb")))
+    places = {"model.layers.0": "disk", **dict.fromkeys(here, "cpu")}
+    loaded = load_compressed(home / "qwen2", device_map=places, offload_folder=str(tmp_path / "offload"))
+    save_compressed(loaded, tmp_path / "merged", tokenizer=byte_tokenizer(), merge=True, verify=False)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(plain), logits(models["qwen2"]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_images_loads_with_the_code_in_its_folder(tmp_path):
+    text = tiny_model("gemma3").config
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images = {**sizes, "image_size": 8, "patch_size": 4}
+    config = Gemma3Config(text_config=text.to_dict(), vision_config=images, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not type(model).__name__.endswith("ForCausalLM")
+    name = "model.language_model.layers.0.mlp.up_proj"
+    old = model.get_submodule(name)
+    model.set_submodule(name, LowRankLinear(old.in_features, old.out_features, 4, bias=False))
+    save_compressed(model, tmp_path / "out", tokenizer=byte_tokenizer(bos=True), verify=False)
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(logits(there), logits(model))
+
+
 @pytest.mark.parametrize("kind", ["LowRankLinear", "PivotedLinear"])
 def test_layers_of_a_folders_copy_of_the_code_are_low_rank_too(tmp_path, kind):
     names = {"__name__": "copy_of_hf_layers"}
@@ -469,7 +495,8 @@ def test_a_folder_that_is_no_export_is_not_replaced(tmp_path):
     with pytest.raises(ValueError, match=r"thesis.tex.* is a file: name a folder"):
         save_compressed(compressed("llama"), tmp_path / "thesis.tex", tokenizer=byte_tokenizer())
     (tmp_path / "empty").mkdir()
-    for merge in (True, False):
+    # The second export of each kind replaces the first.
+    for merge in (True, True, False, False):
         target = tmp_path / "empty" if not merge else tmp_path / "new" / "deep"
         save_compressed(compressed("llama"), target, tokenizer=byte_tokenizer(), merge=merge, verify=False)
 
@@ -493,6 +520,8 @@ def test_layers_that_cannot_be_stored_are_refused(tmp_path):
         export(name, LowRankLinear(32, 32, 3))
     with pytest.raises(ValueError, match=f"{name} has a bias, unlike"):
         export(name, PivotedLinear(32, 32, 3, side="in"))
+    with pytest.raises(ValueError, match=f"{name} has a bias, unlike"):
+        export(name, nn.Linear(32, 32))
     with pytest.raises(
         ValueError, match=f"{name} is a Identity, .* a Linear there: .*compress the model, or merge adapters"
     ):
@@ -527,6 +556,15 @@ def drop(key):
     return change
 
 
+def in_config(old, new):
+    def change(folder):
+        text = (folder / "config.json").read_text()
+        assert old in text
+        (folder / "config.json").write_text(text.replace(old, new))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -543,6 +581,12 @@ def drop(key):
             lambda folder: (folder / "config.json").write_text("{"),
             "no readable config.json: expected a compressed model",
         ),
+        (
+            lambda folder: (folder / "config.json").write_text("[]"),
+            "no readable config.json: expected a compressed model",
+        ),
+        (in_config('"vocab_size": 261', '"vocab_size": 262'), "other shapes than the config says: copy or export it"),
+        (in_config('"schema": 2', '"schema": "2"'), "schema '2': expected a whole number"),
     ],
 )
 def test_a_damaged_folder_is_an_error(exports, tmp_path, change, text):

@@ -108,7 +108,10 @@ def test_a_refused_upload_leaves_a_finished_folder_and_says_how_to_upload_it(hub
     with pytest.raises(UploadError, match="is finished and checked, but was not uploaded to me/small") as error:
         save(model, tmp_path / "my model", push_to_hub="me/small")
     assert said in str(error.value)
-    assert shlex.split(command_in(error)) == ["hf", "upload", "me/small", str(tmp_path / "my model"), "."]
+    words = ["hf", "upload", "me/small", str(tmp_path / "my model"), "."]
+    # Old weights go, as in the upload that failed.
+    stale = ["--delete", "*.safetensors", "--delete", "*.safetensors.index.json"]
+    assert shlex.split(command_in(error)) == words + stale
     assert load_compressed(tmp_path / "my model").num_parameters()
 
 
@@ -126,7 +129,7 @@ def test_offline_mode_is_told_before_and_after_the_export(hub, model, tmp_path, 
     with pytest.raises(UploadError, match="HF_HUB_OFFLINE is set; unset it") as error:
         save(model, tmp_path / "small", push_to_hub=HubRepo("me/small", private=True, revision="v1"))
     assert "HF_HUB_OFFLINE is set, so the upload to me/small is going to fail" in caplog.text
-    assert command_in(error).endswith(" . --private --revision v1")
+    assert " . --private --revision v1 --delete " in command_in(error)
     assert hub.asked == []
     assert load_compressed(tmp_path / "small").num_parameters()
 

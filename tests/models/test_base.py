@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, T5Config
 
-from lowrank_pl.models.base import load_base, load_tokenizer, resolve_base
+from lowrank_pl.models.base import load_base, load_tokenizer, resolve_base, stored_dtype
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 
 TEXT = "héllo  wörld 漢字 \n\t\x00 don't . 🙂 a , b "
@@ -22,6 +22,14 @@ def folder(tmp_path, llama):
     llama.save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
+
+
+def test_a_folder_whose_config_names_no_type_has_that_of_its_weights(folder):
+    tiny_model("llama").half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("dtype") == "float16"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert stored_dtype(str(folder)) == torch.float16
 
 
 def permuted(weight, heads):

@@ -58,6 +58,21 @@ def test_gradients_flow_through_the_plain_path(monkeypatch):
     assert inputs.grad.abs().sum() > 0
 
 
+@torch.no_grad()
+def test_weights_that_are_changed_later_are_taken(monkeypatch, caplog):
+    monkeypatch.setattr(integer_layers, "_FASTER", 1e9)
+    model = round_model(compress_at_random(tiny_model("llama", hidden=128)).bfloat16(), grids=(Grid(8), Grid(4, 32)))
+    tokens = torch.arange(12).view(1, -1)
+    optimize_for_inference(model)
+    model.load_state_dict(
+        {name: 2 * value if value.dtype == torch.bfloat16 else value for name, value in model.state_dict().items()}
+    )
+    after = model(tokens).logits
+    assert "changed after they were optimised" in caplog.text
+    restore(model)
+    torch.testing.assert_close(model(tokens).logits, after)
+
+
 def packed(rounded, dtype, tile):
     scales = rounded.scales.to(dtype)
     return PackedMatrix(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.export.export import is_compressed, load_compressed
+from lowrank_pl.export.export import OTHER_SHAPES, is_compressed, load_compressed
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding, Sample
 from lowrank_pl.export.health.files import check_code, check_components, check_digests
 from lowrank_pl.export.health.quality import Prompts, check_generation, check_text
@@ -22,7 +22,7 @@ from lowrank_pl.export.health.tokenizer import check_tokenizer
 from lowrank_pl.export.health.weights import check_merged_ranks, check_plan, check_weights, tensors_in, tensors_of
 from lowrank_pl.export.reload import ReloadError, compare_reload
 from lowrank_pl.export.reload_probe import probe
-from lowrank_pl.models.base import DTYPES, load_base, load_tokenizer
+from lowrank_pl.models.base import load_base, load_tokenizer, stored_dtype
 from lowrank_pl.models.digests import unchecked
 from lowrank_pl.models.hf_experts import experts_fused
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig, align
@@ -122,7 +122,7 @@ def _load(folder: Path, device: torch.device, findings: list[Finding], *, trust:
     about_files = check_code(folder, trusted=trust), check_digests(folder, expected=exported)
     findings += [finding for finding in about_files if finding is not None]
     with unchecked():
-        model = _attempt("loads", lambda: _load_model(folder, config, trust=trust), findings)
+        model = _attempt("loads", lambda: _load_model(folder, trust=trust), findings)
     tokenizer = _attempt("tokenizer", lambda: load_tokenizer(str(folder), trust_remote_code=trust), findings)
     if model is not None:
         # Outside of _attempt: a full device is not a defect of the model.
@@ -147,7 +147,7 @@ def _attempt(name: str, load: Callable[[], T], findings: list[Finding]) -> T | N
     except (ValueError, OSError, RuntimeError) as error:
         message = " ".join(str(error).split())
         if "ignore_mismatched_sizes" in message:
-            message = "transformers finds weights of other shapes than the config says"
+            message = f"it holds {OTHER_SHAPES}"
         findings.append(Finding(name, "broken", message, {}, "copy the folder again or export it again"))
         return None
 
@@ -161,11 +161,11 @@ def _entries(config: PretrainedConfig) -> Mapping[str, Any]:
     return entries
 
 
-def _load_model(folder: Path, config: PretrainedConfig, *, trust: bool) -> PreTrainedModel:
+def _load_model(folder: Path, *, trust: bool) -> PreTrainedModel:
     """Return the model in ``folder``, in the type in which it was saved."""
     if is_compressed(folder):
         return load_compressed(folder, trust_remote_code=trust)
-    dtype = config.dtype if config.dtype in DTYPES else torch.float32
+    dtype = stored_dtype(str(folder), trust_remote_code=trust)
     model = load_base(str(folder), dtype=dtype, trust_remote_code=trust)
     # The fresh process aligns tensors too: their addresses affect the last bit of a matrix-vector product.
     align(model)

@@ -84,7 +84,8 @@ def _bos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Findin
     try:
         chat = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
         text = str(tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
+    # A template runs code of its own, which may fail in its own way; without a default one there is none to run.
+    except (TemplateError, ValueError, TypeError) as error:
         message = f"the chat template rejects a single user message: {error}"
         return Finding("BOS", "warning", message, figures, "compare it with the base's template")
     figures |= {"in_chats": _leading(chat, own), "in_chats_as_text": _leading(tokenizer(text)["input_ids"], own)}

@@ -452,6 +452,8 @@ def test_bos_rules():
     )
     tokenizer.chat_template = "{{ raise_exception('no user may speak') }}"
     assert bos(tokenizer).message == "the chat template rejects a single user message: no user may speak"
+    tokenizer.chat_template = "{{ 1 + messages[0]['content'] }}"
+    assert bos(tokenizer).health == "warning"
     tokenizer.chat_template = None
     assert bos(tokenizer).message == "BOS (257) is put before every text; there is no chat template"
 
