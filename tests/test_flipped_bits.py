@@ -59,7 +59,7 @@ def store(folder, *, spectrum=False):
     def read():
         again = FactorStore.existing(folder)
         if spectrum:
-            return again.fingerprint, again.spectrum("a.0.q").tolist()
+            return again.fingerprint, again.sigma("a.0.q").tolist(), again.notes("a.0.q")
         found = again.factors("a.0.q")
         return again.fingerprint, again.notes("a.0.q")["seconds"], [part.tolist() for part in (found.left, found.right)]
 

@@ -125,7 +125,7 @@ class EmbeddingMoments(GradientMeasure):
     @property
     def columns(self) -> Tensor:
         """``[width, width]`` moment of the hidden side, float64."""
-        return self._columns.matrix() / max(1, self.tokens)
+        return self._columns.matrix().div_(max(1, self.tokens))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return ``rows`` ``[vocabulary]`` and ``columns`` ``[width, width]``."""

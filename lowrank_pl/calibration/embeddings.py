@@ -46,6 +46,8 @@ class RowMetric:
 
     def cost(self, error: Tensor) -> float:
         """Return half of the sum for an ``error`` ``[vocabulary, width]``: nats, if gradients weight it."""
+        if self.columns is not None and self.columns.zero:
+            return 0.0
         seen = error if self.columns is None else self.columns.multiply_right(error.to(self.columns.root))
         each = seen.square().sum(1, dtype=torch.float64)
         return (each if self.rows is None else each * self.rows.to(each)).sum().item() / 2

@@ -76,7 +76,7 @@ class GradientMoments(GradientMeasure):
     @property
     def second_moment(self) -> Tensor:
         """``[out, out]`` mean of ``g g'`` over tokens with a label, float64."""
-        return self._second.matrix() / max(1, self.tokens)
+        return self._second.matrix().div_(max(1, self.tokens))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return ``second_moment`` ``[out, out]``."""

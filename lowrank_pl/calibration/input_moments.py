@@ -115,7 +115,7 @@ class InputMoments(Measure):
     @property
     def second_moment(self) -> Tensor:
         """``[in, in]`` mean of ``x x'`` over tokens, float64."""
-        return self._second.matrix() / max(1, self.tokens)
+        return self._second.matrix().div_(max(1, self.tokens))
 
     @property
     def mean_absolute(self) -> Tensor:

@@ -112,7 +112,7 @@ class Roots:
         its trace, so that the predicted loss of the stack is that of its layers where their inputs differ in size only.
         """
         outputs = [self.of_outputs(target.name) for target in members]
-        costs = [1.0 if root is None else root.root.square().sum().item() for root in outputs]
+        costs = [1.0 if root is None else 0.0 if root.zero else root.root.square().sum().item() for root in outputs]
         costs = costs if sum(costs) > 0 else [1.0] * len(members)
         total: Tensor | None = None
         traces = []
@@ -126,9 +126,15 @@ class Roots:
         assert total is not None
         common = total / sum(costs)
         mean = common.trace().item() or 1.0
-        scales = tuple(max(trace / mean, _LEAST) ** 0.5 for trace in traces)
+        # The root of a layer whose outputs cost nothing is the identity, however small those of the others are.
+        size = members[0].shape[0]
+        free = (_LEAST * max(costs) / size) ** 0.5
+        scales = tuple(
+            free if root is not None and root.zero else max(trace / mean, _LEAST) ** 0.5
+            for trace, root in zip(traces, outputs, strict=True)
+        )
         inputs = _located(lambda: square_root(common, damping=self.settings.damping), "input", members[0].stack)
-        return OfStack(inputs, StackedRoots(tuple(outputs), scales, members[0].shape[0]))
+        return OfStack(inputs, StackedRoots(tuple(outputs), scales, size))
 
     def metrics(self, targets: Iterable[Target]) -> Iterator[tuple[Target, Metric]]:
         """Yield each of ``targets`` with what errors of its weight cost."""
@@ -136,7 +142,8 @@ class Roots:
             moment = None if inputs is None else inputs.moment()
             for target in members:
                 outputs = self.of_outputs(target.name)
-                yield target, Metric(moment, None if outputs is None else outputs.moment())
+                free = any(root is not None and root.zero for root in (inputs, outputs))
+                yield target, Metric(moment, None if outputs is None else outputs.moment(), free)
 
     def moment_of_inputs(self, target: Target) -> Tensor | None:
         """Return the second moment ``[in, in]`` that weights the inputs of ``target``; None where none does."""

@@ -25,8 +25,9 @@ from lowrank_pl.calibration.measures import GradientMeasure, Measure, Passes
 from lowrank_pl.calibration.weighted_moments import TokenNorms, WeightedMoments
 from lowrank_pl.factors.settings import Labels, Statistic
 from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.models.forward import forward_until
 from lowrank_pl.models.lazy import NotBlockwiseError, WholeModel
-from lowrank_pl.models.targets import Target
+from lowrank_pl.models.targets import Target, body_of
 from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.distributed import broadcast_from_first, is_first, my_share
 from lowrank_pl.utils.environment import free_memory
@@ -327,7 +328,9 @@ class _Filling:
     def _measure(self, targets: Sequence[Target], backward: BlockwiseBackward | None, last: bool) -> dict[str, Measure]:
         kind, measured = self.kind, dict[str, Measure]()
         if not issubclass(kind, GradientMeasure):
-            measured.update(collect_input_moments(self.model, targets, self.passes))
+            # No linear layer of a block reads what the head computes.
+            with forward_until(self.model, body_of(self.model)):
+                measured.update(collect_input_moments(self.model, targets, self.passes))
         elif backward is None:
             measured.update(collect_gradients(kind, self.model, targets, self.passes, labels=self.labels))
         else:

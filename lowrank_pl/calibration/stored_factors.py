@@ -70,4 +70,5 @@ def stored_factors(
     calibration = Calibration(origin["text"], origin["length"], origin["windows"])
     constraints = Constraints(include=plan.layers, shared_experts=plan.shares_experts)
     subject = Subject(model, tokenizer, calibration.tokens(tokenizer), constraints)
-    return build_factors(subject, settings=Decomposition.of_fingerprint(plan.origin["decomposition"]))
+    settings = Decomposition.of_fingerprint(plan.origin["decomposition"])
+    return build_factors(subject, settings=settings, batch_size=plan.fingerprint.get("batch_size", 1))

@@ -90,12 +90,12 @@ class WeightedMoments(GradientMeasure):
     @property
     def inputs(self) -> Tensor:
         """``[in, in]`` mean of ``|g| x x'`` over tokens with a label, float64."""
-        return self._inputs.matrix() / max(1, self.tokens)
+        return self._inputs.matrix().div_(max(1, self.tokens))
 
     @property
     def outputs(self) -> Tensor:
         """``[out, out]`` mean of ``g g' / |g|`` over tokens with a label, float64."""
-        return self._outputs.matrix() / max(1, self.tokens)
+        return self._outputs.matrix().div_(max(1, self.tokens))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return ``inputs`` ``[in, in]`` and ``outputs`` ``[out, out]``."""

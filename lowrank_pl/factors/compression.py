@@ -315,7 +315,13 @@ def _is_zero(layer: nn.Module) -> bool:
 def factored_layer(old: nn.Module, factors: Factors) -> LowRankLinear:
     """Return a layer with ``factors`` to replace ``old``, in the type of its weight and with its bias."""
     weight = _like(old)
-    return LowRankLinear.from_factors(factors.left.to(weight), factors.right.to(weight), getattr(old, "bias", None))
+    left, right = factors.left, factors.right
+    if weight.dtype == torch.float16:
+        # Below 6e-5 float16 loses digits, which bfloat16 does not: both sides of a component get the same norm.
+        ratio = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+        ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
+        left, right = left * ratio, right / ratio[:, None]
+    return LowRankLinear.from_factors(left.to(weight), right.to(weight), getattr(old, "bias", None))
 
 
 def _type_name(dtype: torch.dtype) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -129,6 +129,9 @@ DRIVERS: dict[str, Callable[[Tensor], Parts]] = {
 _DEAD = 1e-9
 """Damping of features that are always 0, relative to the mean of all."""
 
+_LEAST_SCALE = 1e-8
+"""Least scale of a feature, relative to the largest: a factor is divided by it, and stored in float32."""
+
 
 @dataclass(frozen=True)
 class SquareRoot:
@@ -138,11 +141,17 @@ class SquareRoot:
         root: ``[n, n]``, float64; lower triangular when ``kind`` is ``"cholesky"``, ``[n]`` when it is ``"diagonal"``.
         kind: ``"cholesky"``, ``"eigen"`` where Cholesky failed, or ``"diagonal"``.
         damping: The number that was added to the diagonal.
+        zero: Whether the moment is zero. It prefers no direction, so its root is the identity, but errors cost nothing.
     """
 
     root: Tensor
     kind: Literal["cholesky", "eigen", "diagonal"]
     damping: float
+    zero: bool = False
+
+    def of_features(self, features: Tensor) -> SquareRoot:
+        """Return a root ``[k, n]`` of the moment of ``k`` features; ``kind`` must not be ``"diagonal"``."""
+        return replace(self, root=self.root[features])
 
     def moment(self) -> Tensor:
         """Return the damped second moment ``[n, n]``, float64."""
@@ -181,6 +190,11 @@ class StackedRoots:
     roots: tuple[SquareRoot | None, ...]
     scales: tuple[float, ...]
     size: int
+
+    @property
+    def zero(self) -> bool:
+        """Whether errors cost nothing in any of the layers."""
+        return all(root is not None and root.zero for root in self.roots)
 
     def multiply_right(self, rows: Tensor) -> Tensor:
         """Return ``rows @ root`` for ``rows`` ``[k, layers * size]``."""
@@ -235,8 +249,9 @@ def square_root(second_moment: Tensor, *, damping: float = 1e-6) -> SquareRoot:
         raise ValueError("the second moment holds NaN or infinity: delete its file and measure again")
     moment = (moment + moment.mT) / 2
     scale = moment.diagonal().mean().item()
-    # Inputs that are all zero prefer no direction, so their root is the identity.
-    added = damping * scale if scale > 0 else 1.0
+    if scale <= 0:
+        return SquareRoot(torch.eye(len(moment)).to(moment), "cholesky", 1.0, zero=True)
+    added = damping * scale
     moment.diagonal().add_(added)
     root, info = torch.linalg.cholesky_ex(moment)
     if info.item() == 0 and torch.isfinite(root).all() and root.diagonal().min() > 0:
@@ -272,7 +287,8 @@ def diagonal_root(scales: Tensor, *, damping: float = 1e-6) -> SquareRoot:
 
     Args:
         scales: ``[n]``, the diagonal of the root, at least 0.
-        damping: Added to the scales, relative to their mean, so that no scale is 0.
+        damping: Added to the scales, relative to their mean. A scale below 1e-8 of the largest is raised to that, so
+            that factors are finite.
 
     Raises:
         ValueError: A value is NaN, infinite or negative.
@@ -285,8 +301,10 @@ def diagonal_root(scales: Tensor, *, damping: float = 1e-6) -> SquareRoot:
     if not torch.isfinite(root).all() or (root < 0).any():
         raise ValueError("the scales hold NaN, infinity or negative numbers: delete their file and measure again")
     scale = root.mean().item()
-    added = damping * scale if scale > 0 else 1.0
-    return SquareRoot((root + added).clamp_min(torch.finfo(torch.float64).tiny), "diagonal", added)
+    if scale <= 0:
+        return SquareRoot(torch.ones_like(root), "diagonal", 1.0, zero=True)
+    added = damping * scale
+    return SquareRoot((root + added).clamp_min(_LEAST_SCALE * root.max().item()), "diagonal", added)
 
 
 def decompose(
@@ -298,7 +316,8 @@ def decompose(
     weight with the least ``|R' (weight - truncated) L|^2``, which is exactly ``sum(sigma[k:] ** 2)``. With the second
     moment of the inputs alone this is the mean squared error of the outputs (SVD-LLM, arXiv 2403.07378). With the
     second moment of the output gradients as well it is twice the K-FAC estimate of the rise of the loss in nats. With
-    neither the result is the plain SVD.
+    neither the result is the plain SVD. Where a moment is zero, so are the singular values: the components are those of
+    the weight with the identity in its place, and cost nothing to drop.
 
     Args:
         weight: ``[out, in]``.
@@ -330,7 +349,8 @@ def decompose(
         left = outputs.solve_right(left.mT).mT
     if inputs is not None:
         right = inputs.solve_right(right)
-    return Factors(left * half, half[:, None] * right, sigma)
+    free = any(root is not None and root.zero for root in (inputs, outputs))
+    return Factors(left * half, half[:, None] * right, torch.zeros_like(sigma) if free else sigma)
 
 
 _ROWS = 16384
@@ -379,7 +399,8 @@ def decompose_rows(weight: Tensor, *, rows: Tensor | None = None, columns: Squar
     left = weight.new_empty(weight.shape, dtype=torch.float32)
     for start in range(0, len(weight), _ROWS):
         left[start : start + _ROWS] = (weight[start : start + _ROWS].double() @ (turn / half)).float()
-    return Factors(left, (half[:, None] * right).float(), sigma)
+    free = columns is not None and columns.zero
+    return Factors(left, (half[:, None] * right).float(), torch.zeros_like(sigma) if free else sigma)
 
 
 def truncate(factors: Factors, components: int | Tensor) -> Factors:

@@ -47,13 +47,17 @@ class Metric:
     Args:
         inputs: Second moment of the inputs, ``[in, in]``; None for the identity.
         outputs: Second moment of the outputs' gradients, ``[out, out]``; None for the identity.
+        free: Whether errors cost nothing, because a moment is zero; the other fields then only shape them.
     """
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
+    free: bool = False
 
     def cost(self, error: Tensor) -> float:
         """Return the cost of an ``error`` ``[out, in]`` of the weight, in nats with two-sided moments."""
+        if self.free:
+            return 0.0
         seen = error if self.inputs is None else error @ self.inputs.to(error)
         felt = error if self.outputs is None else self.outputs.to(error) @ error
         return (seen * felt).sum(dtype=torch.float64).item() / 2
@@ -249,6 +253,8 @@ def component_costs(left: Tensor, right: Tensor, grids: Sequence[Grid], metric: 
         grids: The numbers to round to.
         metric: What errors cost.
     """
+    if metric.free:
+        return [torch.zeros(len(right), dtype=torch.float64, device=right.device) for _ in grids]
     left, right = _equal_columns(left, right)
     inputs, outputs = (None if moment is None else moment.float() for moment in (metric.inputs, metric.outputs))
 

@@ -19,8 +19,13 @@ from lowrank_pl.utils.tensor_store import DamagedError, TensorStore, as_slice, r
 
 __all__ = ["FactorStore"]
 
-_SIGMA = "sha256_of_sigma"
+_SIGMA = "sha256_of_sigma"  # Written by earlier versions.
+_HEAD = "sha256_of_sigma_and_notes"
 _ROUNDED = "rounded"
+
+
+def _head_digest(sigma: Tensor, notes: Mapping[str, str]) -> str:
+    return sha256_of(tensor_digest([("", sigma)]), canonical_json(notes))
 
 
 class FactorStore(TensorStore):
@@ -56,7 +61,8 @@ class FactorStore(TensorStore):
     def add(self, name: str, factors: Factors, *, notes: Mapping[str, str] | None = None) -> None:
         """Write the factors of module ``name`` in float32, sigma in float64."""
         tensors = {"left": factors.left.float(), "right": factors.right.float(), "sigma": factors.sigma.double()}
-        self.write(name, tensors, notes={**(notes or {}), _SIGMA: tensor_digest([("", tensors["sigma"])])})
+        noted = dict(notes or {})
+        self.write(name, tensors, notes={**noted, _HEAD: _head_digest(tensors["sigma"], noted)})
 
     def add_rounded(
         self,
@@ -108,25 +114,33 @@ class FactorStore(TensorStore):
         return parts, (self.read(name, "pivots"), stored["side"]) if "side" in stored else None
 
     def notes(self, name: str) -> dict[str, str]:
-        """Return the notes that ``add`` stored with ``name``; raise the errors of ``factors``."""
-        return {key: value for key, value in super().notes(name).items() if key not in (_SIGMA, _ROUNDED)}
+        """Return the notes that were stored with ``name``; raise the errors of ``sigma``."""
+        noted = self._head(name)[1]
+        return {key: value for key, value in noted.items() if key not in (_SIGMA, _ROUNDED)}
 
     def sigma(self, name: str) -> Tensor:
-        """Return all singular values of module ``name``, float64, descending."""
-        return self.read(name, "sigma")
-
-    def spectrum(self, name: str) -> Tensor:
-        """Return the singular values of module ``name``; only they are read and compared with their digest.
+        """Return all singular values of module ``name``, float64, descending; factors are not read for them.
 
         Raises:
             ValueError: The file is absent or damaged.
         """
+        found = self._head(name)[0]
+        return self.read(name, "sigma") if found is None else found
+
+    def _head(self, name: str) -> tuple[Tensor | None, dict[str, str]]:
+        """Return singular values and notes of module ``name``, which have a digest of their own.
+
+        Without this digest, in rounded modules and in files of earlier versions, there are notes only, and the checksum
+        of the whole file is compared.
+        """
         with self._open(name, check=False) as file:
-            values: Tensor = file.get_tensor("sigma")
-            # Files of earlier versions have none.
-            if file.metadata().get(_SIGMA, known := tensor_digest([("", values)])) != known:
-                raise DamagedError("the digest of its singular values is wrong")
-            return values
+            noted = self._noted(file)
+            if _HEAD in noted:
+                sigma: Tensor = file.get_tensor("sigma")
+                if noted.pop(_HEAD) != _head_digest(sigma, noted):
+                    raise DamagedError("the digest of its singular values and notes is wrong")
+                return sigma, noted
+        return None, super().notes(name)
 
     def factors(self, name: str, components: int | slice | Tensor | None = None) -> Factors:
         """Return some components of module ``name``; by default all of them.
@@ -155,7 +169,7 @@ class FactorStore(TensorStore):
             ValueError: The factors were trained, and ``entry`` keeps other components than all of them.
         """
         if "heal" in self.fingerprint and entry.rank is not None:
-            trained = len(self.spectrum(name))
+            trained = len(self.sigma(name))
             if entry.rank != trained or entry.indices is not None:
                 raise ValueError(
                     f"the factors of {name} in {self.directory} were healed at rank {trained}, and training mixes "

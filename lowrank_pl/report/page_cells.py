@@ -418,7 +418,7 @@ def read_spectra(plan: RankPlan) -> tuple[dict[str, Tensor], str]:
     try:
         store = FactorStore.existing(whole)
         here = [name for name in plan.modules if name in store]
-        found = {name: store.spectrum(name) for name in tqdm(here, desc="spectra", unit="layer", leave=False, delay=2)}
+        found = {name: store.sigma(name) for name in tqdm(here, desc="spectra", unit="layer", leave=False, delay=2)}
     except (ValueError, OSError) as error:
         _log.info("no spectra: %s", error)
         return {}, f"The factor store {directory} is missing or damaged, so the singular values can't be shown."

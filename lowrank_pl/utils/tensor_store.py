@@ -278,8 +278,12 @@ class TensorStore:
     def notes(self, name: str) -> dict[str, str]:
         """Return the notes that ``write`` stored with ``name``; raise the errors of ``read``."""
         with self._open(name) as file:
-            written = (file.metadata() or {}).items()
-            return {key: value for key, value in written if key not in ("digest", CHECKSUM_KEY, _OLD_KEY)}
+            return self._noted(file)
+
+    @staticmethod
+    def _noted(file: Any) -> dict[str, str]:
+        written = (file.metadata() or {}).items()
+        return {key: value for key, value in written if key not in ("digest", CHECKSUM_KEY, _OLD_KEY)}
 
     def seconds(self, names: Iterable[str]) -> float | None:
         """Return how many seconds it took to make ``names``; ``None`` where one of them has no such note."""

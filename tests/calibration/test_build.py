@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -14,8 +15,11 @@ from lowrank_pl.calibration import roots
 from lowrank_pl.calibration import statistics as collected
 from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.provenance import describe_origin, preparation_notes
+from lowrank_pl.calibration.stored_factors import stored_factors
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.allocate import make_allocator
+from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.identity import model_fingerprint
 from lowrank_pl.models.targets import dense_weight, find_targets, model_parameters
@@ -106,6 +110,33 @@ def test_nothing_is_made_twice(llama, build, work):
     assert work == []
     assert len(forwards) == 1
     assert again.directory == store.directory
+
+
+def test_the_head_is_not_computed_for_moments_of_inputs(llama, build):
+    calls = count_forwards(llama.lm_head)
+    build()
+    assert len(calls) == 1  # the probe of find_targets
+
+
+def test_layers_that_the_loss_does_not_depend_on_get_the_smallest_ranks(llama, build):
+    llama.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    store = build(settings=Decomposition("two_sided"))
+    targets = find_targets(llama)
+    budget = Constraints().budget(llama, targets, 0.5)
+    plan = make_allocator("fisher").plan(Problem(budget, store, targets))
+    assert {plan.modules[f"model.layers.1.self_attn.{name}_proj"].rank for name in "qkv"} == {1}
+
+
+def test_lost_factors_of_several_sequences_a_pass_are_the_same_again(llama, build, tokenizer):
+    store = build(settings=Decomposition("two_sided"), batch_size=3)
+    calibration = {"text": "python-docs", "length": 32, "windows": 3}
+    origin = {"store": str(store.directory), "decomposition": store.fingerprint, "calibration": calibration}
+    targets = find_targets(llama)
+    budget = Constraints().budget(llama, targets, 0.5)
+    plan = budget.fit(dict.fromkeys(budget.shapes, 1), method="hand")
+    shutil.rmtree(store.directory)
+    again = stored_factors(plan.with_origin(origin, store.fingerprint, ()), llama, tokenizer)
+    assert again.fingerprint["batch_size"] == 3
 
 
 def test_other_damping_starts_from_the_same_statistics(llama, build, work):
@@ -305,7 +336,7 @@ def test_damaged_file_is_named_in_the_notes_too(llama, build):
     [
         (
             {"kind": "Whitened"},
-            r"the kind of decomposition is 'Whitened': expected one of whitened, two_sided, svd, asvd, fwsvd",
+            r"kind is 'Whitened': expected one of whitened, two_sided, svd, asvd, fwsvd",
         ),
         ({"damping": -1.0}, r"damping is -1.0: expected a finite number of at least 0"),
         ({"damping": float("nan")}, r"damping is nan: expected"),

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.calibration.build import build_factors
 from lowrank_pl.calibration.subject import Subject
-from lowrank_pl.factors.compression import compress, compressed, deployed_plan, restore_dense
-from lowrank_pl.factors.decomposition import truncate
+from lowrank_pl.factors.compression import compress, compressed, deployed_plan, factored_layer, restore_dense
+from lowrank_pl.factors.decomposition import Factors, truncate
 from lowrank_pl.factors.pivoting import Pivoted
 from lowrank_pl.methods.masks.ara import ARA
 from lowrank_pl.methods.masks.losses import planned_computations
@@ -123,6 +124,14 @@ def test_bfloat16_models_get_bfloat16_factors(sequences):
     assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
     expected = logits(compress(model, plan, store), sequences)
     assert (logits(small, sequences).float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_float16_keeps_the_digits_of_factors_of_unequal_sizes():
+    left, right = torch.randn(8, 3), torch.randn(3, 8)
+    whole = left @ right
+    layer = factored_layer(nn.Linear(8, 8, bias=False).half(), Factors(left * 3e4, right / 3e4, torch.ones(3)))
+    error = (layer.weight.double() @ layer.right.double() - whole).norm() / whole.norm()
+    assert error < 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

@@ -8,6 +8,7 @@ import torch
 from lowrank_pl.factors.decomposition import (
     StackedRoots,
     decompose,
+    diagonal_root,
     polar_svd,
     square_root,
     thin_svd,
@@ -84,6 +85,21 @@ def test_zero_weight_has_zero_factors():
     factors = decompose(torch.zeros(4, 6), inputs=square_root(torch.eye(6)))
     assert factors.sigma.tolist() == [0.0] * 4
     assert torch.equal(factors.left @ factors.right, torch.zeros(4, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+@pytest.mark.parametrize("root", [square_root, diagonal_root])
+def test_components_cost_nothing_where_the_loss_does_not_depend_on_a_layer(root, side):
+    matrix, nothing = weight(5, 5), torch.zeros(5, 5) if root is square_root else torch.zeros(5)
+    factors = decompose(matrix, **{side: root(nothing)})
+    assert factors.sigma.tolist() == [0.0] * 5
+    torch.testing.assert_close(factors.left @ factors.right, matrix)
+
+
+def test_a_dead_feature_leaves_factors_finite_without_damping():
+    scales = torch.tensor([1.0, 0.0, 3.0])
+    factors = decompose(weight(4, 3), inputs=diagonal_root(scales, damping=0.0))
+    assert factors.right.float().isfinite().all()
 
 
 def test_low_precision_weights_are_decomposed_in_float64():

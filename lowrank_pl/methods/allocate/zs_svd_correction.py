@@ -26,7 +26,7 @@ from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.models.targets import dense_weight, replaced
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.text.sequences import sequences_fingerprint
-from lowrank_pl.utils.files import atomic_directory
+from lowrank_pl.utils.files import LOCK, atomic_directory, locked
 from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
 
 __all__ = ["Rounds", "correct", "projected_step"]
@@ -107,17 +107,19 @@ def correct(
             again.
     """
     work = _Correction(plan, factors, problem, rounds, dict(settings))
-    done = max((number for number in range(1, rounds.count + 1) if work.finished(number)), default=0)
-    current, gradients = (factors, None) if done == 0 else work.open(done)
-    if gradients is not None:
-        _log.info("correction: %d of %d rounds are done, in %s", done, rounds.count, current.directory)
-        plan = reallocate(current, gradients)
-    for number in range(done + 1, rounds.count + 1):
-        _log.info("correction: round %d of %d", number, rounds.count)
-        current, gradients = work.make(number, plan, current)
-        plan = reallocate(current, gradients)
-        work.remove(number - 1)
-    return plan, current
+    # Another run of the same correction would remove the round that this one reads.
+    with locked(work.lock, f"correcting {factors.directory}"):
+        done = max((number for number in range(1, rounds.count + 1) if work.finished(number)), default=0)
+        current, gradients = (factors, None) if done == 0 else work.open(done)
+        if gradients is not None:
+            _log.info("correction: %d of %d rounds are done, in %s", done, rounds.count, current.directory)
+            plan = reallocate(current, gradients)
+        for number in range(done + 1, rounds.count + 1):
+            _log.info("correction: round %d of %d", number, rounds.count)
+            current, gradients = work.make(number, plan, current)
+            plan = reallocate(current, gradients)
+            work.remove(number - 1)
+        return plan, current
 
 
 def projected_step(weight: Tensor, truncated: Tensor, gradient: Tensor) -> Tensor:
@@ -174,6 +176,11 @@ class _Correction:
             self.identity["reprofile"] = True
         if rounds.random_batch:
             self.identity["random_batch"] = [rounds.batch, sequences_fingerprint(self.calibration)]
+
+    @property
+    def lock(self) -> Path:
+        """The lock file of all corrections of these factors."""
+        return self.base.directory / f"correction{LOCK}"
 
     def finished(self, number: int) -> bool:
         """Tell whether round ``number`` is on disk; its folder appears only when it is complete."""

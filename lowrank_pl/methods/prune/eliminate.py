@@ -95,7 +95,8 @@ def nested_prunings(
             rest = (rest - rest[:, gone] @ columns)[:, stay]
             inverse = (inverse - inverse[:, gone] @ columns)[stay][:, stay]
             left = left[stay]
-        yield PrunedLayer(left, rest if outputs is None else outputs.solve_right(rest.mT).mT, loss)
+        found = rest if outputs is None else outputs.solve_right(rest.mT).mT
+        yield PrunedLayer(left, found, 0.0 if outputs is not None and outputs.zero else loss)
 
 
 def _next(rest: Tensor, inverse: Tensor, count: int) -> tuple[Tensor, float]:

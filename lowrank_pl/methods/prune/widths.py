@@ -118,7 +118,7 @@ def measure_widths(
     others = {}
     for target in tqdm([one for one in targets.modules if one.name not in mlp_layers], desc="spectra", unit="module"):
         outputs, inputs = _both(roots, target)
-        others[target.name] = Spectrum(target.shape, _sigma(_weight(model, target), outputs.root, inputs.root))
+        others[target.name] = Spectrum(target.shape, _sigma(_weight(model, target), outputs, inputs))
     options = []
     for mlp in tqdm(hidden, desc="widths", unit="MLP"):
         moment = roots.moment_of_inputs(mlp.reader)
@@ -128,11 +128,11 @@ def measure_widths(
         tried = nested_prunings(_weight(model, mlp.reader), moment, widths, outputs=outputs, damping=damping)
         at: dict[int, WidthOption] = {}
         for width, found in zip(sorted(widths, reverse=True), tried, strict=True):
-            read = _sigma(found.weight, outputs.root, inputs.root[found.features])
+            read = _sigma(found.weight, outputs, inputs.of_features(found.features))
             layers = {mlp.reader.name: Spectrum((mlp.reader.shape[0], width), read)}
             for writer, weight, left, right in writers:
                 own = rows_of(writer, mlp.width, found.features)
-                written = _sigma(weight[own], left.root[own], right.root)
+                written = _sigma(weight[own], left.of_features(own), right)
                 layers[writer.name] = Spectrum((len(own), writer.shape[1]), written)
             at[width] = WidthOption(found.loss / 2, layers)
         options.append(at)
@@ -187,13 +187,14 @@ def _both(roots: Roots, target: Target) -> tuple[SquareRoot, SquareRoot]:
     return outputs, inputs
 
 
-def _sigma(weight: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-    """Return the singular values of ``outputs' @ weight @ inputs``, descending.
+def _sigma(weight: Tensor, outputs: SquareRoot, inputs: SquareRoot) -> Tensor:
+    """Return the singular values of ``outputs.root' @ weight @ inputs.root``, descending; 0 where a moment is zero.
 
-    They come from a Gram matrix, so values far below the first one are inaccurate. Selected rows of a square root are
-    a root of the corresponding sub-matrix.
+    They come from a Gram matrix, so values far below the first one are inaccurate.
     """
-    matrix = outputs.mT @ weight @ inputs
+    if outputs.zero or inputs.zero:
+        return torch.zeros(min(weight.shape), dtype=torch.float64)
+    matrix = outputs.root.mT @ weight @ inputs.root
     gram = matrix @ matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix.mT @ matrix
     squares: Tensor = torch.linalg.eigvalsh(gram).flip(0)[: min(weight.shape)]
     return squares.clamp_min(0).sqrt().cpu()

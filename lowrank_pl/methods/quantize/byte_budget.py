@@ -22,7 +22,13 @@ from lowrank_pl.factors.compression import rounded_embedding
 from lowrank_pl.factors.rounding import component_costs, dense_costs
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
-from lowrank_pl.methods.quantize.quantizing import embedding_names, head_moment, quantize, round_embedding
+from lowrank_pl.methods.quantize.quantizing import (
+    NEAREST_FROM,
+    embedding_names,
+    head_moment,
+    quantize,
+    round_embedding,
+)
 from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.models.hf_quantized import Grid
 from lowrank_pl.models.targets import EMBEDDINGS, Target, dense_weight, replace_module
@@ -220,7 +226,7 @@ def _module_choices(
 ) -> list[tuple[ModulePlan, float]]:
     """Return all plans of a module with their losses."""
     name, shape = target.name, target.shape
-    tail = losses_by_rank(factors.spectrum(name))
+    tail = losses_by_rank(factors.sigma(name))
     least = budget.least_rank(name)
     ranks = [] if least is None else [*range(least, budget.top_rank(name) + 1, budget.multiple_of)]
     found = [(ModulePlan(shape), 0.0)]
@@ -275,12 +281,13 @@ def _embedding_choices(
     model, sequences = subject.model, subject.sequences
     names = embedding_names(model)
     grids = [grid.to_json() for grid in settings.grids]
-    given = {"grids": grids, "sequences": settings.sequences}
+    given = {"grids": grids, "sequences": settings.sequences, "nearest_from": NEAREST_FROM}
     fingerprint, directory = factors.derived("embedding_costs", given)
     store = TensorStore("embedding_costs", fingerprint, directory)
     head = model.get_output_embeddings()
     with store.filling(names) as missing:
-        moment = head_moment(model, sequences) if missing else None
+        coarse = any(grid.bits < NEAREST_FROM for grid in settings.grids)
+        moment = head_moment(model, sequences) if missing and coarse else None
         for name in missing:
             weight = model.get_submodule(name).get_parameter("weight")
             reads = moment if weight is head.weight else None

@@ -30,11 +30,22 @@ from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import weight_digest
 
-__all__ = ["check_roundable", "embedding_names", "head_moment", "quantize", "round_embedding", "with_bits"]
+__all__ = [
+    "NEAREST_FROM",
+    "check_roundable",
+    "embedding_names",
+    "head_moment",
+    "quantize",
+    "round_embedding",
+    "with_bits",
+]
 
 _log = logging.getLogger(__name__)
 
 _STEP = "rounding"
+
+NEAREST_FROM = 8
+"""Bits from which embeddings and head are rounded to nearest: there is hardly an error to compensate."""
 
 _HEAD_SEQUENCES = 16
 """Sequences on which the inputs of the head are measured."""
@@ -131,17 +142,18 @@ def head_moment(model: PreTrainedModel, sequences: Tensor) -> Tensor:
         sequences: ``[sequences, length]`` token ids; the first ones are used.
     """
     head: nn.Module = model.get_output_embeddings()
-    sums: list[Tensor] = []
+    weight = head.get_parameter("weight")
+    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
 
     def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows = args[0].detach().flatten(0, -2).float()
-        sums.append((rows.mT @ rows).double() / len(rows))
+        total.add_((rows.mT @ rows).to(total), alpha=1 / len(rows))
 
     some = sequences[:_HEAD_SEQUENCES]
     with evaluating(model), head.register_forward_pre_hook(add):
         for sequence in tqdm(some, desc="inputs of the head", unit="sequence", leave=False):
             model(input_ids=sequence[None].to(input_device(model)), use_cache=False)
-    return torch.stack(sums).mean(0)
+    return total / len(some)
 
 
 def round_embedding(weight: Tensor, grid: Grid, moment: Tensor | None) -> Rounded:
@@ -150,9 +162,11 @@ def round_embedding(weight: Tensor, grid: Grid, moment: Tensor | None) -> Rounde
     Args:
         weight: The weight.
         grid: The numbers to round to.
-        moment: What the head reads, for error compensation; None rounds to nearest, as for embeddings alone.
+        moment: What the head reads, for error compensation, which ``NEAREST_FROM`` bits do without; None rounds to
+            nearest, as for embeddings alone.
     """
-    return compensated(weight.detach(), grid, None if moment is None else moment.to(weight.device))
+    used = None if moment is None or grid.bits >= NEAREST_FROM else moment.to(weight.device)
+    return compensated(weight.detach(), grid, used)
 
 
 class _Work:
@@ -279,7 +293,7 @@ class _Work:
 
     def _reads_head(self) -> bool:
         """Tell whether what the head reads decides how an embedding is rounded."""
-        fine = (entry.grid is not None and entry.grid.bits < 8 for entry in self.plan.embeddings.values())
+        fine = (entry.grid is not None and entry.grid.bits < NEAREST_FROM for entry in self.plan.embeddings.values())
         return self.compensate and any(fine)
 
     def _planned(self) -> RankPlan:

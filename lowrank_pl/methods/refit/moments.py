@@ -127,18 +127,14 @@ class PairMoments:
             self.tokens + other.tokens,
         )
 
-    def mean(self) -> PairMoments:
-        """Return the means over tokens, as the sums of one token."""
-        count = max(1, self.tokens)
-        return PairMoments(
-            self.inputs / count,
-            self.cross / count,
-            _divide(self.stream, count),
-            _divide(self.drift, count),
-            _divide(self.stream_drift, count),
-            _divide(self.stream_second, count),
-            tokens=1,
-        )
+    def mean_(self) -> PairMoments:
+        """Turn the sums, in place, into means over tokens, which are the sums of one token, and return them."""
+        sums = (self.inputs, self.cross, self.stream, self.drift, self.stream_drift, self.stream_second)
+        for part in sums:
+            if part is not None:
+                part /= max(1, self.tokens)
+        self.tokens = 1
+        return self
 
     @property
     def nothing_lost(self) -> bool:
@@ -149,7 +145,3 @@ class PairMoments:
 
 def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:
     return None if one is None or two is None else one + two
-
-
-def _divide(part: Tensor | None, count: int) -> Tensor | None:
-    return None if part is None else part / count

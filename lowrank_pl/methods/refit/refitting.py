@@ -148,6 +148,11 @@ class _Work:
             "keep": self.plan.keep,
             "plan": self.plan.ranks_digest(),
             "windows": sequences_fingerprint(self.sequences),
+            # Whether the factors have seen the held-back text decides what a refit must beat, and some factors
+            # (those of the kind svd) don't say what text they were made from.
+            "overlapping": self.overlapping,
+            # A joint refit steps, or measures curvature, by the batch.
+            **({} if self.settings.joint is None else {"batch_size": self.batch_size}),
         }
 
     def run(self) -> None:
@@ -377,7 +382,8 @@ class _Work:
             )
             for target in members
         ]
-        text = _Text(fit.mean(), held.mean(), fit.merged(held).mean())
+        both = fit.merged(held).mean_()
+        text = _Text(fit.mean_(), held.mean_(), both)
         settings = self.settings
         choices = choose(problems, text.fit, text.held, blends=settings.blends, dampings=settings.dampings)
         for target, problem, choice in zip(members, problems, choices, strict=True):

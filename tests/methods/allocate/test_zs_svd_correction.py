@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from lowrank_pl import RankPlan, load_compressed
 from lowrank_pl.calibration.build import build_factors, build_gradients
@@ -86,6 +87,18 @@ def input_moments(model, names, sequences):
     for handle in handles:
         handle.remove()
     return {n: (x := torch.cat(parts).double()).T @ x / len(x) for n, parts in seen.items()}
+
+
+def test_rounds_belong_to_one_run_at_a_time(llama, sequences, tokenizer, monkeypatch):
+    real = correction._Correction.make
+
+    def make(self, *args):
+        with pytest.raises(Timeout):
+            FileLock(self.lock).acquire(timeout=0)
+        return real(self, *args)
+
+    monkeypatch.setattr(correction._Correction, "make", make)
+    make_allocator("zs_svd", rounds=2, batch=2).plan(problem_of(llama, sequences, tokenizer))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -14,6 +14,7 @@ from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.quantize import Rounding, quantize
+from lowrank_pl.methods.quantize.quantizing import round_embedding
 from lowrank_pl.methods.refit import Refit, refit
 from lowrank_pl.models.hf_quantized import Grid, is_quantized
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -145,6 +146,12 @@ def test_embeddings_of_another_base_are_refused(subject, rounded):
         subject.model.get_input_embeddings().weight.mul_(2)
     with pytest.raises(ValueError, match=r"embed_tokens .* were made from another weight than the model has"):
         kl(subject, *rounded[:2])
+
+
+def test_eight_bits_of_a_head_are_priced_as_they_are_rounded():
+    weight, moment = torch.randn(12, 8), torch.randn(20, 8)
+    rounded = (round_embedding(weight, Grid(8), seen).dense() for seen in (None, moment.T @ moment))
+    assert torch.equal(*rounded)
 
 
 def test_embeddings_in_few_bits_follow_the_text(subject):

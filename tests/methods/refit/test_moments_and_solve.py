@@ -70,7 +70,7 @@ def test_closed_form_is_least_squares_and_a_decomposition(shape, weighted, strea
     if not streaming:
         e = torch.zeros_like(e)
     problem = Problem(weight, outputs=root, has_stream=streaming)
-    fit = moments_of(x, t, e if streaming else None, errors=False).mean()
+    fit = moments_of(x, t, e if streaming else None, errors=False).mean_()
     second = square_root(t.double().T @ t.double() / len(t), damping=1e-6)
     for choice in (NOTHING, Choice(1.0, 0.0, 0.1), Choice(0.5, 0.75 if streaming else 0.0, 0.02)):
         target = slow_target(weight, x, t, e, choice)
@@ -89,7 +89,7 @@ def test_errors_are_those_of_all_tokens(shape, weighted, streaming):
     if not streaming:
         e = torch.zeros_like(e)
     problem = Problem(weight, outputs=root, has_stream=streaming)
-    held = moments_of(x, t, e if streaming else None).mean()
+    held = moments_of(x, t, e if streaming else None).mean_()
     generator = torch.Generator().manual_seed(5)
     candidates = [
         Factors(
@@ -109,7 +109,7 @@ def test_choice_is_the_best_of_all_on_held_back_text(shape, weighted, streaming)
     if not streaming:
         train, test = ((x, t, torch.zeros_like(e)) for x, t, e in (train, test))
     problem = Problem(weight, outputs=root, has_stream=streaming)
-    fit, held = (moments_of(x, t, e if streaming else None).mean() for x, t, e in (train, test))
+    fit, held = (moments_of(x, t, e if streaming else None).mean_() for x, t, e in (train, test))
     (found,) = choose([problem], fit, held, blends=BLENDS, dampings=DAMPINGS)
     parts = (0.0, *BLENDS)
     tried = {
@@ -124,16 +124,16 @@ def test_choice_is_the_best_of_all_on_held_back_text(shape, weighted, streaming)
 def test_nothing_is_made_up_for_where_all_does_harm():
     weight, _ = weight_and_root(12, 20, False)
     x, t, _ = raw(12, 20)
-    fit = moments_of(x, t, errors=False).mean()
+    fit = moments_of(x, t, errors=False).mean_()
     # In the other text the inputs have moved the other way.
-    held = moments_of(2 * t - x, t).mean()
+    held = moments_of(2 * t - x, t).mean_()
     assert choose([Problem(weight)], fit, held, blends=BLENDS, dampings=DAMPINGS) == [NOTHING]
 
 
 def test_damping_leads_back_to_the_dense_weight():
     weight, _ = weight_and_root(12, 20, False)
     x, t, _ = raw(12, 20, tokens=5)
-    fit = moments_of(x, t, errors=False).mean()
+    fit = moments_of(x, t, errors=False).mean_()
     problem = Problem(weight)
     whole = [refitted(problem, fit, Choice(1.0, 0.0, damping), 12, damping=1e-6) for damping in (0.01, 1.0, 1e6)]
     moved = [(factors.left @ factors.right - weight.double()).norm().item() for factors in whole]
@@ -145,12 +145,12 @@ def test_features_that_are_always_zero_and_ranks_beyond_the_inputs():
     weight, _ = weight_and_root(12, 20, False)
     x, t, _ = raw(12, 20, tokens=3)
     x[:, :3] = t[:, :3] = 0
-    fit = moments_of(x, t, errors=False).mean()
+    fit = moments_of(x, t, errors=False).mean_()
     factors = refitted(Problem(weight), fit, Choice(1.0, 0.0, 0.1), 10, damping=0.0)
     assert all(part.isfinite().all() for part in (factors.left, factors.right, factors.sigma))
     nothing = PairMoments.empty(20, errors=False)
     nothing.update(torch.zeros(4, 20), torch.zeros(4, 20))
-    factors = refitted(Problem(weight), nothing.mean(), Choice(1.0, 0.0, 0.1), 10, damping=1e-6)
+    factors = refitted(Problem(weight), nothing.mean_(), Choice(1.0, 0.0, 0.1), 10, damping=1e-6)
     assert all(part.isfinite().all() for part in (factors.left, factors.right, factors.sigma))
 
 
@@ -168,8 +168,8 @@ def test_moments_add_up():
         (whole.stream_second, e.double().T @ e.double()),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    halves = moments_of(x[:150], t[:150], e[:150]).merged(moments_of(x[150:], t[150:], e[150:])).mean()
-    torch.testing.assert_close(halves.stream_drift, whole.mean().stream_drift, rtol=1e-4, atol=1e-5)
+    halves = moments_of(x[:150], t[:150], e[:150]).merged(moments_of(x[150:], t[150:], e[150:])).mean_()
+    torch.testing.assert_close(halves.stream_drift, whole.mean_().stream_drift, rtol=1e-4, atol=1e-5)
     assert moments_of(x, t, e, errors=False).merged(whole).drift is None
     assert moments_of(x, t).merged(whole).stream is None
     assert not whole.nothing_lost

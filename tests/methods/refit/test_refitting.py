@@ -28,6 +28,7 @@ from lowrank_pl.methods.refit import refitting as refitting
 from lowrank_pl.methods.refit.pair import ModelPair
 from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, UNROUTED
 from lowrank_pl.methods.refit.refitting import Refit, refit
+from lowrank_pl.methods.refit.settings import Joint
 from lowrank_pl.methods.refit.solve import Problem
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.targets import find_targets, replace_module
@@ -484,6 +485,23 @@ def test_a_finished_refit_runs_nothing(llama, sequences, tokenizer, monkeypatch)
     monkeypatch.setattr(refitting, "ModelPair", lambda *_: pytest.fail("passes were run again"))
     again, same = run(llama, plan, store, targets, sequences)
     assert (again, same.directory) == (new, made.directory)
+
+
+def test_a_joint_refit_in_other_batches_is_another_one(llama, sequences, tokenizer):
+    plan, store, targets = drawn(llama, sequences, tokenizer)
+    subject = Subject(llama, tokenizer, sequences, known_targets=targets)
+    of = lambda size, joint: refitting._Work(plan, store, subject, sequences, Refit(joint=joint), size).made  # noqa: E731
+    assert of(1, None).directory == of(2, None).directory
+    assert of(1, Joint()).directory != of(2, Joint()).directory
+
+
+def test_a_refit_of_factors_that_have_seen_its_text_is_another_one(llama, sequences, tokenizer):
+    plan, store, targets = drawn(llama, sequences, tokenizer, kind="svd")
+    seen, unseen = (
+        refitting._Work(plan, store, Subject(llama, tokenizer, text, known_targets=targets), sequences, EASY, None).made
+        for text in (sequences, sequences[:1])
+    )
+    assert seen.directory != unseen.directory
 
 
 def test_the_dense_model_runs_a_block_once_and_its_inputs_may_wait_on_disk(
