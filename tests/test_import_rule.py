@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "methods.refit": "utils text models plans factors calibration",
     "methods.quantize": "utils text models plans factors evaluate calibration",
     "methods.prune": "utils models plans factors export calibration",
-    "methods": "plans factors methods.allocate methods.masks methods.refit methods.prune methods.quantize",
+    "methods": "utils plans factors methods.allocate methods.masks methods.refit methods.prune methods.quantize",
     "report": "utils models plans factors evaluate export calibration methods.allocate methods.masks methods.refit "
     "methods.quantize",
     "costs": "utils text models plans factors evaluate serving calibration methods.masks methods.prune",

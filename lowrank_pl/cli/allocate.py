@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_pl.cli.parameters import Flat, Settings
 from lowrank_pl.cli.plan_parts import plan_figures, plan_line
-from lowrank_pl.factors.settings import Decomposition
+
+# cyclopts looks here for the types of inherited fields, too.
+from lowrank_pl.factors.settings import Decomposition, Kind, Labels, Side  # noqa: F401
 from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.models.settings import Base
 from lowrank_pl.plans.constraints import Constraints
@@ -18,7 +20,28 @@ from lowrank_pl.utils.files import check_output_files, write_json
 if TYPE_CHECKING:
     from lowrank_pl.plans.plan import RankPlan
 
-__all__ = ["allocate"]
+__all__ = ["AllocatorsDecomposition", "allocate"]
+
+
+@dataclass(frozen=True)
+class AllocatorsDecomposition(Decomposition):
+    """How weights are decomposed; the kind is the allocator's by default.
+
+    Args:
+        kind: What weights errors: svd, asvd, fwsvd, whitened or two_sided; by default as the allocator's paper does.
+    """
+
+    kind: Kind | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        # Without a kind, the settings are checked once the allocator has given one.
+        if self.kind is not None:
+            super().__post_init__()
+
+    def resolved(self, default: Decomposition) -> Decomposition:
+        """Return the decomposition, with the kind of ``default`` if none was given."""
+        given = {part.name: getattr(self, part.name) for part in fields(Decomposition)}
+        return Decomposition(**{**given, "kind": self.kind or default.kind})
 
 
 def allocate(
@@ -31,7 +54,7 @@ def allocate(
     bytes: str | None = None,
     calibration: Flat[Calibration] = Calibration(),
     constraints: Flat[Constraints] = Constraints(),
-    decomposition: Decomposition | None = None,
+    decomposition: AllocatorsDecomposition = AllocatorsDecomposition(),
     output: Path = Path("plan.json"),
     store: Path | None = None,
     device: str = "auto",
@@ -42,8 +65,8 @@ def allocate(
     --include '*' embeddings gives the token embeddings and the head ranks too, with --method fisher, energy or uniform.
     Tied ones are one matrix.
 
-    Weights are decomposed as the allocator's paper does, unless --decomposition says otherwise: two_sided for fisher,
-    asvd for strs, whitened for all others.
+    Weights are decomposed as the allocator's paper does, unless --decomposition.kind says otherwise: two_sided for
+    fisher and bytes, asvd for strs, whitened for all others.
 
     With --keep_bytes or --bytes, every module gets a rank and bits in one budget, its matrices and the embeddings are
     rounded, and the plan is for the rounded matrices.
@@ -59,7 +82,7 @@ def allocate(
         bytes: Bytes of all weights on disk instead, such as 60MB.
         calibration: Text that the factors are made from.
         constraints: Which linear layers are compressed, and what their ranks and storage must respect.
-        decomposition: How weights are decomposed; by default as the allocator's paper does.
+        decomposition: How weights are decomposed.
         output: File of the plan.
         store: Folder of the factors; by default one named by their fingerprint in the cache.
         device: cpu, cuda, ...; auto takes cuda where there is one.
@@ -80,16 +103,17 @@ def allocate(
     check_output_files(output, json)
     budget = _byte_budget(method, keep, keep_bytes, bytes, settings or {})
     allocator = make_allocator(method or "uniform", **(settings or {})) if budget is None else None
+    own = Decomposition("two_sided") if allocator is None else allocator.default_decomposition()
+    made_by = decomposition.resolved(own)
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))
     if budget is not None:
         byte_budget.check_targets(subject)
-        made_by = decomposition or Decomposition("two_sided")
         made = build_factors(subject, settings=made_by, directory=store)
         plan, factors = byte_budget.allocate_bytes(subject, budget, decomposition=made_by, store=made)
     else:
         assert allocator is not None
         plan, factors = allocate_ranks(
-            subject, keep=0.8 if keep is None else keep, allocator=allocator, decomposition=decomposition, store=store
+            subject, keep=0.8 if keep is None else keep, allocator=allocator, decomposition=made_by, store=store
         )
     plan.save(output)
     print(f"{plan_line(plan)}\n{rank_table(plan)}\nplan   {output}\nstore  {factors.directory}")

@@ -138,8 +138,9 @@ def command_line(command: str | None = None) -> cyclopts.App:
         help="Compress large language models with low-rank factors whose ranks are learned.",
         help_epilogue=(
             "``lowrank COMMAND --help`` lists the options of a command; ``-c FILE`` reads them from YAML, and "
-            "``-c NAME`` from a file that lowrank_pl ships, such as ``-c best``. ``LOWRANK_DEBUG=1`` shows the "
-            "traceback of an error; ``LOWRANK_HOME`` is the folder of token and factor caches."
+            "``-c NAME`` from a file that lowrank_pl ships for the command, such as ``lowrank fit -c best``. "
+            "``LOWRANK_DEBUG=1`` shows the traceback of an error; ``LOWRANK_HOME`` is the folder of token and factor "
+            "caches."
         ),
         help_format="rst",
         help_formatter=HelpFormatter(),
@@ -265,7 +266,10 @@ def _set_up_logging() -> None:
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     first = int(next(filter(None, ranks), 0)) == 0
     level = logging.INFO if first else logging.WARNING
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler(sys.stderr)
+    # These libraries print their messages themselves.
+    shown.addFilter(lambda record: not record.name.startswith(("lightning.", "huggingface_hub.")))
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", handlers=[shown])
     libraries = ("httpx", "httpcore", "fsspec", "matplotlib", "datasets", "urllib3", "absl", "lm_eval")
     for name in (*libraries, "lowrank_pl.plans.budget"):
         # FinishRun shows the notes of the budget once, at the end.

@@ -27,11 +27,12 @@ Flat = Annotated[T, Parameter(name="*")]
 
 
 def _value(_: Any, tokens: Sequence[cyclopts.Token]) -> Any:
-    return parse_value(tokens[0].value)
+    values = [parse_value(token.value) for token in tokens]
+    return values[0] if len(values) == 1 else values
 
 
-Settings = dict[str, Annotated[Any, Parameter(converter=_value)]]
-"""Values of any type by name: ``--settings.rounds 5``."""
+Settings = dict[str, Annotated[Any, Parameter(converter=_value, n_tokens=-1)]]
+"""Values of any type by name: ``--settings.rounds 5``; several words are a list."""
 
 
 def _shown_default(value: Any) -> str:
@@ -74,7 +75,12 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[Source]]:
             if not equals and not waiting:
                 raise cyclopts.CycloptsError(msg=f"{flag} is followed by no file")
             path = find_config(value if equals else waiting.pop(0))
-            files.append((str(path), read_config(path)))
+            settings = read_config(path)
+            if isinstance(settings.get("model"), dict):
+                raise cyclopts.CycloptsError(
+                    msg=f"{path} is a configuration of `lowrank fit`, heal or upcycle: name one of this command"
+                )
+            files.append((str(path), settings))
             continue
         # Behind a dot stands a name of the user's, such as that of a text.
         word = re.sub(r"^--[A-Za-z][\w-]*", lambda name: f"--{name[0][2:].replace('-', '_')}", word)

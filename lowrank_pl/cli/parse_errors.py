@@ -13,6 +13,14 @@ BASE_CLASSES = {"model.optimizer": "torch.optim.Optimizer"}
 """Base classes of the flags whose errors name none."""
 
 
+REQUIRED = {
+    "model.base.name": "a hub id, folder, .gguf file or package:NAME, such as meta-llama/Llama-3.2-1B",
+    "model.plan": "the plan.json of a run",
+    "model.settings.tokens": "how many tokens to train on, such as 1000000",
+}
+"""What is expected of flags that have no default."""
+
+
 _HOMES = ("lightning.pytorch.", "lowrank_pl.methods.", "torch.optim.")
 """Modules whose classes are named to users: what ``lowrank fit`` adds by itself is not."""
 
@@ -34,8 +42,12 @@ def explain_parse_error(message: str) -> str:
     line = re.sub(r"<class '([\w.]+\.)?(\w+)'>", r"\2", " ".join(message.split())).rstrip(".")
     found = re.search(r'Parser key "([^"]+)"', message)
     if found is None:
-        return line
+        absent = re.search(r"arguments are required: (.+)", line)
+        # The name of the command comes first.
+        return _required([name.partition(".")[2] for name in absent[1].split(", ")]) if absent else line
     flag = f"--{found[1]}"
+    if re.search(r"Got value: None$", line):
+        return _required([found[1]])
     option = re.search(r"class_path '([\w.]+)':\s*Option '([\w.]+)' is not", message)
     # Of an optimizer, the option comes first.
     later = re.search(r"Option '([\w.]+)' is not accepted.*?class_path='([\w.]+)'", message, re.S)
@@ -53,6 +65,13 @@ def explain_parse_error(message: str) -> str:
     if given and names:
         return f"{flag} is {given[1] or given[2]!r}: expected one of {', '.join(names)}"
     return line
+
+
+def _required(names: list[str]) -> str:
+    """Return the sentence on flags that were not given."""
+    expected = [f" ({REQUIRED[name]})" if name in REQUIRED else "" for name in names]
+    flags = [f"--{name.removesuffix('.name')}{said}" for name, said in zip(names, expected, strict=True)]
+    return f"{' and '.join(flags)} must be given"
 
 
 def _class_at(path: str) -> type:

@@ -1,6 +1,6 @@
 """lm-eval on a model in memory: tasks are loaded once and run on one model after the other.
 
-This is the only module that needs lm-eval (``pip install "lowrank_pl[eval]"``), and ``zero_shot`` imports it when a
+This is the only module that needs lm-eval (``pip install ".[eval]"`` in a clone), and ``zero_shot`` imports it when a
 task is requested.
 """
 

@@ -65,7 +65,7 @@ def require_lm_eval() -> None:
         ValueError: It is not; the message has the command that installs it.
     """
     if find_spec("lm_eval") is None:
-        raise ValueError('tasks need lm-eval, which is not installed: pip install "lowrank_pl[eval]"')
+        raise ValueError("tasks need lm-eval, which is not installed: pip install lm-eval")
 
 
 def figures_of(results: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, Any]:

@@ -71,16 +71,17 @@ class Decomposition:
     0.8).
 
     Args:
-        kind: A kind of the table.
+        kind: What weights errors: ``svd`` (nothing), ``asvd``, ``fwsvd`` or ``whitened`` (the inputs), or ``two_sided``
+            (inputs and outputs).
         damping: Added to what weights the inputs, relative to its mean.
         output_damping: Added to what weights the outputs, relative to its mean.
         alpha: Power of ``asvd``.
         fisher_side: ``fwsvd``: weight the ``inputs``, as its paper does, or the ``outputs``.
         labels: ``two_sided``: the loss asks for labels ``sampled`` from the model, or for the next tokens of the
             ``text``.
-        token_weights: ``two_sided``: weight tokens as in the table. This keeps the few tokens that the loss depends on,
-            such as attention sinks in keys and values, from dominating. Otherwise all tokens weigh the same, as in
-            K-FAC.
+        token_weights: ``two_sided``: weight each token by the size of its output gradient. This keeps the few tokens
+            that the loss depends on, such as attention sinks in keys and values, from dominating. Otherwise all tokens
+            weigh the same, as in K-FAC.
         at_keep: ``two_sided``: measure everything a second time, in the model compressed to this fraction by the
             ``fisher`` allocator on the factors of the first time, and weight by the mean of the two: the curvature of
             the loss changes away from the dense model.

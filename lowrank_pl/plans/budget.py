@@ -206,7 +206,8 @@ class Budget:
             dropped = sum(math.isinf(rank) for rank in requested.values())
             even = {name: self.costs_of(name).rank_at(shape, 1.0) for name, shape in self.shapes.items()}
             requested = {name: even[name] if math.isinf(rank) else rank for name, rank in requested.items()}
-            notes.append(f"{dropped} modules were wished dense, which the budget does not allow: scaled like the rest")
+            said = "were requested dense, which the budget does not allow: scaled like the rest"
+            notes.append(f"{dropped} modules {said}")
         order = ComponentOrder(
             {name: requested_rank_scores(shape, requested[name]) for name, shape in self.shapes.items()}
         )
@@ -214,7 +215,7 @@ class Budget:
         order = self._with_finite_requests(order, requested, chosen.threshold)
         # If all modules came out dense, the factor means nothing.
         if 0 < chosen.threshold < math.inf and any(size is not None for size in chosen.sizes.values()):
-            notes.append(f"wished ranks scaled by {1 / chosen.threshold:.4f} to meet keep {self.keep}")
+            notes.append(f"requested ranks scaled by {1 / chosen.threshold:.4f} to meet keep {self.keep}")
         return self._plan(chosen.sizes, order, method, notes)
 
     def select(

@@ -25,7 +25,7 @@ __all__ = ["RESIZED", "component_bytes", "components_below", "cut_plan", "larges
 RESIZED = "resized from"
 """The beginning of the note that marks a resized plan."""
 
-_NOTES_ON_ONE_SIZE = (RESIZED, "wished ranks scaled by", PREDICTED)
+_NOTES_ON_ONE_SIZE = (RESIZED, "requested ranks scaled by", "wished ranks scaled by", PREDICTED)
 
 
 def nested(plan: RankPlan, keeps: Iterable[float]) -> dict[float, RankPlan]:

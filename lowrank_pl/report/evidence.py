@@ -223,7 +223,8 @@ def read_evidence(
         written: Modification time of the weights, as ``stat`` gives it; an older diagnosis is stale.
 
     Raises:
-        ValueError: A named file is missing or holds no measurements; the message says what is expected.
+        ValueError: A named file is missing, holds no measurements, or is a diagnosis of another model; the message says
+            what is expected.
     """
     evidence = Evidence(model)
     named = list(named)
@@ -258,6 +259,10 @@ def _read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
 
 def _add_file(evidence: Evidence, path: Path, values: dict[str, Any], written: float) -> Evidence:
     """Return ``evidence`` with the measurements of one file."""
+    if _is_of_another_model(values, evidence.model):
+        raise ValueError(
+            f"{path} is a diagnosis of {values['directory']!r}, not of {str(evidence.model)!r}: name that of this model"
+        )
     try:
         changes = _changes(evidence, path, values, written)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -266,6 +271,15 @@ def _add_file(evidence: Evidence, path: Path, values: dict[str, Any], written: f
     if not changes and "facts" not in values:
         raise ValueError(f"{path} holds no scores: {EXPECTED}")
     return replace(evidence, **changes)
+
+
+def _is_of_another_model(values: Mapping[str, Any], model: Path | None) -> bool:
+    """Tell whether a diagnosis is of another folder than ``model``."""
+    examined = values.get("directory")
+    if model is None or "findings" not in values or not isinstance(examined, str):
+        return False
+    # A folder that is no longer there may have been moved to where the model is now.
+    return Path(examined).is_dir() and Path(examined).resolve() != model.resolve()
 
 
 def _changes(evidence: Evidence, path: Path, values: dict[str, Any], written: float) -> dict[str, Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 
 from lowrank_pl import RankPlan
-from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.cli.allocate import AllocatorsDecomposition, allocate
+from lowrank_pl.cli.app import main
 from lowrank_pl.cli.export import export
 from lowrank_pl.export.health.examine import diagnose
-from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.base import Base
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.sequences import Calibration
@@ -36,7 +37,7 @@ def test_allocate_passes_its_settings_on(tmp_path):
     plan = allocate(
         Base("random:gpt2", dtype="bfloat16"),
         keep=0.6,
-        decomposition=Decomposition(kind="svd"),
+        decomposition=AllocatorsDecomposition(kind="svd"),
         output=tmp_path / "plan.json",
         json=tmp_path / "figures.json",
         calibration=Calibration(TEXT, 32, 4),
@@ -50,6 +51,31 @@ def test_allocate_passes_its_settings_on(tmp_path):
     assert figures["kept_targeted"] == plan.keep_targeted <= 0.6
     with pytest.raises(ValueError, match="no allocator is called 'best'"):
         allocate(Base("random:gpt2"), method="best")
+
+
+def test_a_setting_of_the_decomposition_leaves_the_kind_to_the_allocator(tmp_path):
+    words = ["allocate", "random:llama", "--method", "fisher", "--decomposition.damping", "1e-5", "--text", TEXT]
+    main([*words, "--length", "32", "--sequences", "4", "--output", str(tmp_path / "plan.json")])
+    made_by = RankPlan.load(tmp_path / "plan.json").origin["decomposition"]
+    assert (made_by["kind"], made_by["damping"]) == ("two_sided", 1e-5)
+
+
+def test_several_words_of_a_setting_are_a_list(monkeypatch):
+    monkeypatch.setattr("lowrank_pl.methods.allocate.make_allocator", lambda name, **given: sys.exit(str(given)))
+    with pytest.raises(SystemExit, match=r"\{'ratios': \[0\.3, 0\.5\], 'sequences': 4\}"):
+        main(
+            [
+                "allocate",
+                "random:llama",
+                "--method",
+                "strs",
+                "--settings.ratios",
+                "0.3",
+                "0.5",
+                "--settings.sequences",
+                "4",
+            ]
+        )
 
 
 def test_embeddings_go_all_the_way_from_the_command_to_the_export(tmp_path, capsys):

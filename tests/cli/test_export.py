@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from lowrank_pl import RankPlan, load_compressed, perplexity, token_windows
-from lowrank_pl.cli.allocate import allocate
+from lowrank_pl.cli.allocate import AllocatorsDecomposition, allocate
 from lowrank_pl.cli.app import main
 from lowrank_pl.cli.evaluate import evaluate, evaluate_plan
 from lowrank_pl.cli.export import export
 from lowrank_pl.cli.plan_parts import PlanParts
-from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models import base
 from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
@@ -64,7 +63,7 @@ def test_two_sided_factors_that_are_gone_are_made_again_with_the_weights_that_th
         keep=0.5,
         output=plan,
         store=tmp_path / "store",
-        decomposition=Decomposition("two_sided", token_weights=weights),
+        decomposition=AllocatorsDecomposition("two_sided", token_weights=weights),
         calibration=Calibration(TEXT, 32, 4),
     )
     first = export(plan, output=tmp_path / "first")

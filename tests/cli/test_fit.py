@@ -129,7 +129,7 @@ def test_what_the_terminal_shows(run):
     assert f"model        {folder / 'model'}" in ended.stdout
     assert "8/8" in ended.stderr
     assert "val/excess=" in ended.stderr
-    assert ended.stderr.count("wished ranks scaled by") == 1
+    assert ended.stderr.count("requested ranks scaled by") == 1
     noises = ("Warning", "eval mode", "LeafSpec", "workers", "v_num", "args parameter", "not empty")
     for noise in (*UNWANTED_LINES, *noises):
         assert noise not in ended.stderr

@@ -29,3 +29,18 @@ def test_an_unknown_name_is_told_those_that_exist(capsys, words, said):
     message = failing(capsys, "fit", "-c", SMOKE, *words.split(), status=2)
     assert re.search(said, message)
     assert "Subtypes" not in message
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("fit", r"--model\.base \(a hub id, .*\) must be given"),
+        ("heal --model.plan x", r"--model\.settings\.tokens \(how many .*\) must be given"),
+        (
+            "allocate random:llama -c best",
+            r"best\.yaml is a configuration of `lowrank fit`.*: name one of this",
+        ),
+    ],
+)
+def test_what_is_missing_or_of_another_command_is_named_as_it_is_typed(capsys, words, said):
+    assert re.search(said, failing(capsys, *words.split(), status=2))

@@ -234,7 +234,7 @@ def test_settings_that_can_not_be_are_refused():
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(zero_shot, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r'pip install "lowrank_pl\[eval\]"'):
+    with pytest.raises(ValueError, match="pip install lm-eval"):
         require_lm_eval()
 
 

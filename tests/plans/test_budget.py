@@ -139,7 +139,7 @@ def test_modules_requested_dense_are_dense_and_not_scaled():
     plan = Budget(storage="factored", keep=0.6, shapes=shapes, model_parameters=6400).fit(requested, method="x")
     assert plan.dense_modules == ["block.0"]
     assert [plan.modules[f"block.{i}"].rank for i in (1, 2, 3)] == [10, 9, 9]
-    assert any("wished ranks scaled by 0.8" in note for note in plan.notes)
+    assert any("requested ranks scaled by 0.8" in note for note in plan.notes)
 
 
 def test_modules_requested_dense_beyond_the_budget_are_scaled_and_noted():
@@ -148,7 +148,7 @@ def test_modules_requested_dense_beyond_the_budget_are_scaled_and_noted():
         dict.fromkeys(shapes, math.inf), method="x"
     )
     assert [module.rank for module in plan.modules.values()] == [10, 10]
-    assert plan.notes[0] == "2 modules were wished dense, which the budget does not allow: scaled like the rest"
+    assert plan.notes[0] == "2 modules were requested dense, which the budget does not allow: scaled like the rest"
 
 
 def test_keep_one_is_dense():

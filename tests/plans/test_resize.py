@@ -236,7 +236,7 @@ def test_notes_about_the_old_size_are_left_out():
     plan = Budget(storage="factored", keep=0.5, shapes={"a": (40, 40), "b": (40, 40)}, model_parameters=3200).fit(
         {"a": 9.0, "b": 8.0}, method="x"
     )
-    assert "wished ranks scaled by" in plan.notes[0]
+    assert "requested ranks scaled by" in plan.notes[0]
     assert resize(plan, 0.3).notes == ("resized from the plan of x at keep 0.5, by its component order",)
 
 

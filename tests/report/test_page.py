@@ -342,6 +342,15 @@ def test_the_newest_diagnosis_counts_whatever_its_name_is(run):
     assert read_run(run).evidence.health.checked_by == "lowrank doctor, a.json"
 
 
+def test_a_diagnosis_of_another_model_is_not_taken_for_this_ones(run, tmp_path):
+    (tmp_path / "other").mkdir()
+    (run / "other.json").write_text(json.dumps({**DOCTOR, "directory": str(tmp_path / "other")}))
+    health = read_run(run).evidence.health
+    assert health is None or "other.json" not in health.checked_by
+    with pytest.raises(ValueError, match=r"other\.json is a diagnosis of .*other', not of .*name that of this model"):
+        read_run(run, scores=[run / "other.json"])
+
+
 def test_a_group_stands_for_its_tasks(run):
     results = {
         "piqa": {"acc,none": 0.8}, "mmlu": {"acc,none": 0.3}, "mmlu_law": {"acc,none": 0.2},

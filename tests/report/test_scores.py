@@ -265,7 +265,7 @@ def card(*, base="org/model-1B", license="apache-2.0", merged=False, samples=())
             "model.layers.0.self_attn.q_proj: damped",
             "model.layers.1.self_attn.q_proj: damped",
             "visual.patch: not a decoder block",
-            "wished ranks scaled by 0.9 to meet keep 0.8: fine",
+            "requested ranks scaled by 0.9 to meet keep 0.8: fine",
         ),
     )
     record = RunRecord(
@@ -324,7 +324,7 @@ def test_card_joins_notes_that_say_the_same():
         "## Notes\n\n"
         "* `model.layers.0.self_attn.q_proj` and 1 more: damped\n"
         "* `visual.patch`: not a decoder block\n"
-        "* wished ranks scaled by 0.9 to meet keep 0.8: fine\n"
+        "* requested ranks scaled by 0.9 to meet keep 0.8: fine\n"
     ) in card()
     many = plan_of(1, notes=tuple(f"note {number}" for number in range(20)))
     text = model_card(RunRecord(FOLDER, many))

@@ -530,7 +530,7 @@ def test_the_plan_says_where_its_factors_come_from():
     assert plan.origin["base"] == "random:llama"
     assert plan.origin["calibration"] == {"text": "python-docs", "length": 32, "windows": 8}
     assert plan.fingerprint == learner.store.fingerprint
-    assert any(note.startswith("wished ranks scaled by") for note in plan.notes)
+    assert any(note.startswith("requested ranks scaled by") for note in plan.notes)
 
 
 CONFIGS = ROOT / "configs"

@@ -26,7 +26,7 @@ class Joint:
     ``adamw`` trains the factors by gradient descent, and the notes of its plans say so.
 
     Args:
-        method: ``gauss_newton`` or ``adamw``.
+        method: ``gauss_newton`` or ``adamw``. Without any of these settings there is no joint refit.
         sweeps: At most so many Gauss-Newton steps, or passes of AdamW. Those after which the error on held-back text
             would rise are left out. By default 2 steps, or 8 passes.
         iterations: Conjugate-gradient iterations of a Gauss-Newton step.

@@ -309,7 +309,7 @@ def test_finalise_is_the_papers_up_to_the_last_step(ratios, keep):
     plan, factor, ranks = finalised(ratios, shapes, keep)
     assert plan.method == "ara"
     assert [module.rank is None for module in plan.modules.values()] == [ratio >= 0.99 for ratio in ratios]
-    noted = float(re.search(r"wished ranks scaled by ([\d.]+)", " ".join(plan.notes)).group(1))
+    noted = float(re.search(r"requested ranks scaled by ([\d.]+)", " ".join(plan.notes)).group(1))
     assert noted == pytest.approx(factor, rel=0.01)
     for module, rank in zip(plan.modules.values(), ranks, strict=True):
         assert (module.rank is None) == (rank is None)
@@ -333,7 +333,7 @@ def test_every_rank_is_at_least_one():
 def test_dense_modules_that_the_budget_cannot_pay_are_compressed_and_noted():
     plan, _, _ = finalised([1.1, 1.1, 0.5], [(64, 64)] * 3, 0.5)
     assert None not in [module.rank for module in plan.modules.values()]
-    assert "2 modules were wished dense, which the budget does not allow" in plan.notes[0]
+    assert "2 modules were requested dense, which the budget does not allow" in plan.notes[0]
     assert_budget_is_spent(plan, 0.5)
 
 
