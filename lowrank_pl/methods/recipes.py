@@ -149,8 +149,8 @@ class Recipe:
             )
         if self.drop_experts and (self.learning or self.in_bytes or self.dense or not self._allocates_experts):
             raise ValueError(
-                "drop_experts is given to a method that does not price experts: give it to one that allocates by "
-                "fisher, without learning"
+                "drop_experts is given to a method that does not know what dropping costs: give it to one that "
+                "allocates by fisher, without learning"
             )
         if self.only_prunes and (self.rounding or not factored):
             raise ValueError(

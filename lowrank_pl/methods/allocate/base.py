@@ -133,8 +133,8 @@ class Allocator(ABC):
         """
         if budget.drop_experts and not self.drops_experts:
             raise ValueError(
-                f"drop_experts is true, but the allocator {self.name} does not price experts: allocate by fisher, or "
-                "leave drop_experts out"
+                f"drop_experts is true, but the allocator {self.name} does not know what dropping costs: allocate by "
+                "fisher, or leave drop_experts out"
             )
         if budget.stacks and not self.takes_shared:
             raise ValueError(

@@ -261,7 +261,7 @@ def _module_costs(subject: Subject, factors: FactorStore, settings: ByteBudget) 
         todo = subject.targets.among(missing)
         if todo:
             roots = Roots.of_factors(factors, subject.model, subject.sequences, todo)
-            for target, metric in tqdm(roots.metrics(todo), desc="price bits", unit="module", total=len(todo)):
+            for target, metric in tqdm(roots.metrics(todo), desc="cost of bits", unit="module", total=len(todo)):
                 weight = dense_weight(subject.model.get_submodule(target.name)).detach().float()
                 kept = factors.factors(target.name, _top_rank(target.shape))
                 left, right = kept.left.to(weight), kept.right.to(weight)
