@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, get_args
 
 __all__ = ["check_choices", "check_counts", "check_numbers"]
@@ -28,7 +29,7 @@ def check_choices(given: Mapping[str, tuple[object, Any]]) -> None:
             raise ValueError(f"{name} is {value!r}: expected one of {', '.join(get_args(literal))}")
 
 
-def check_counts(given: Mapping[str, int | None], *, least: int = 1) -> None:
+def check_counts(given: Mapping[str, Any], *, least: int = 1) -> None:
     """Check settings that count something.
 
     Args:
@@ -43,7 +44,8 @@ def check_counts(given: Mapping[str, int | None], *, least: int = 1) -> None:
     ValueError: steps is 0: expected a whole number of at least 1
     """
     for name, value in given.items():
-        if value is not None and (type(value) is not int or value < least):
+        # numpy's whole numbers are counts too, and True is none.
+        if value is not None and (value is True or not isinstance(value, Integral) or value < least):
             raise ValueError(f"{name} is {value!r}: expected a whole number of at least {least}")
 
 
