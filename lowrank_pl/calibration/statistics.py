@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -328,8 +329,11 @@ class _Filling:
     def _measure(self, targets: Sequence[Target], backward: BlockwiseBackward | None, last: bool) -> dict[str, Measure]:
         kind, measured = self.kind, dict[str, Measure]()
         if not issubclass(kind, GradientMeasure):
-            # No linear layer of a block reads what the head computes.
-            with forward_until(self.model, body_of(self.model)):
+            body = body_of(self.model)
+            inside = {*body.modules()}
+            # No linear layer of a block reads what the head computes, which may be a target itself.
+            blocks = all(self.model.get_submodule(target.name) in inside for target in targets)
+            with forward_until(self.model, body) if blocks else nullcontext():
                 measured.update(collect_input_moments(self.model, targets, self.passes))
         elif backward is None:
             measured.update(collect_gradients(kind, self.model, targets, self.passes, labels=self.labels))

@@ -25,7 +25,9 @@ _ROUNDED = "rounded"
 
 
 def _head_digest(sigma: Tensor, notes: Mapping[str, str]) -> str:
-    return sha256_of(tensor_digest([("", sigma)]), canonical_json(notes))
+    # Without the time that the factors took, so that two runs write the same digest.
+    timeless = {key: value for key, value in notes.items() if key != "seconds"}
+    return sha256_of(tensor_digest([("", sigma)]), canonical_json(timeless))
 
 
 class FactorStore(TensorStore):

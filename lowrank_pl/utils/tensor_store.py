@@ -90,6 +90,9 @@ def _header_bytes(data: bytes | mmap.mmap) -> int:
     return 8 + int.from_bytes(data[:8], "little")
 
 
+_ALIGNED = 64
+"""Bytes that the address of a tensor in torch's memory is a multiple of."""
+
 _SCHEMA = 1
 _MANIFEST = "manifest.json"
 
@@ -251,7 +254,12 @@ class TensorStore:
         with self._open(name) as file:
             view = file.get_slice(key)
             part: Tensor = view[as_slice(rows)] if columns is None else view[as_slice(rows), as_slice(columns)]
-            return part.contiguous()
+            # Where a tensor lies in memory affects the last bit of products: torch's own memory is aligned.
+            return (
+                part.contiguous()
+                if part.data_ptr() % _ALIGNED == 0
+                else part.clone(memory_format=torch.contiguous_format)
+            )
 
     @contextmanager
     def _open(self, name: str, *, check: bool = True) -> Iterator[Any]:

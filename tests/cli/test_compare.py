@@ -242,8 +242,8 @@ def test_a_folder_of_another_comparison_is_refused(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Learning(ARA(), steps=0), r"steps of a recipe's learning is 0: expected at least 1"),
-        (lambda: Learning(ARA(), lr=0.0), r"lr of a recipe's learning is 0.0: expected a number above 0"),
+        (lambda: Learning(ARA(), steps=0), r"steps of a recipe's learning is 0: expected a whole number of at least 1"),
+        (lambda: Learning(ARA(), lr=0.0), r"lr of a recipe's learning is 0.0: expected a finite number above 0"),
         (lambda: Learning(ARA(), start="best"), r"no allocator is called 'best'"),
         (lambda: Recipe(allocator="best"), r"no allocator is called 'best'"),
         (lambda: Recipe(settings={"x": 1}), r"the allocator uniform has no setting 'x': expected none"),

@@ -250,7 +250,7 @@ def test_tokenizer_by_name_of_the_base_and_none():
     ],
 )
 def test_numbers_out_of_range_are_refused(setting, named, value, least):
-    with pytest.raises(ValueError, match=f"{named}={value}: expected {least} or more"):
+    with pytest.raises(ValueError, match=f"{named} is {value}: expected a whole number of at least {least}"):
         make_data(**{setting: value})
 
 
