@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.experts import ROUTING_WEIGHT, ExpertMeans
 from lowrank_pl.calibration.statistics import MEASURES, Statistics, statistics_of_factors
-from lowrank_pl.factors.decomposition import SquareRoot, StackedRoots, diagonal_root, square_root
+from lowrank_pl.factors.decomposition import SquareRoot, StackedRoots, any_zero, diagonal_root, square_root
 from lowrank_pl.factors.rounding import Metric
 from lowrank_pl.factors.settings import Decomposition, Statistic
 from lowrank_pl.factors.store import FactorStore
@@ -130,7 +130,7 @@ class Roots:
         size = members[0].shape[0]
         free = (_LEAST * max(costs) / size) ** 0.5
         scales = tuple(
-            free if root is not None and root.zero else max(trace / mean, _LEAST) ** 0.5
+            free if any_zero(root) else max(trace / mean, _LEAST) ** 0.5
             for trace, root in zip(traces, outputs, strict=True)
         )
         inputs = _located(lambda: square_root(common, damping=self.settings.damping), "input", members[0].stack)
@@ -142,8 +142,8 @@ class Roots:
             moment = None if inputs is None else inputs.moment()
             for target in members:
                 outputs = self.of_outputs(target.name)
-                free = any(root is not None and root.zero for root in (inputs, outputs))
-                yield target, Metric(moment, None if outputs is None else outputs.moment(), free)
+                felt = None if outputs is None else outputs.moment()
+                yield target, Metric(moment, felt, any_zero(inputs, outputs))
 
     def moment_of_inputs(self, target: Target) -> Tensor | None:
         """Return the second moment ``[in, in]`` that weights the inputs of ``target``; None where none does."""

@@ -15,6 +15,7 @@ __all__ = [
     "Factors",
     "SquareRoot",
     "StackedRoots",
+    "any_zero",
     "damped_root",
     "decompose",
     "decompose_rows",
@@ -209,6 +210,11 @@ class StackedRoots:
         return torch.cat([(part if root is None else root.solve_right(part)) / scale for part, root, scale in parts], 1)
 
 
+def any_zero(*roots: SquareRoot | StackedRoots | None) -> bool:
+    """Return whether the moment of one of ``roots`` is zero, so that no error of the layer costs anything."""
+    return any(root is not None and root.zero for root in roots)
+
+
 @dataclass(frozen=True)
 class Factors:
     """Components of a weight in order of importance.
@@ -349,8 +355,7 @@ def decompose(
         left = outputs.solve_right(left.mT).mT
     if inputs is not None:
         right = inputs.solve_right(right)
-    free = any(root is not None and root.zero for root in (inputs, outputs))
-    return Factors(left * half, half[:, None] * right, torch.zeros_like(sigma) if free else sigma)
+    return Factors(left * half, half[:, None] * right, torch.zeros_like(sigma) if any_zero(inputs, outputs) else sigma)
 
 
 _ROWS = 16384
@@ -399,8 +404,7 @@ def decompose_rows(weight: Tensor, *, rows: Tensor | None = None, columns: Squar
     left = weight.new_empty(weight.shape, dtype=torch.float32)
     for start in range(0, len(weight), _ROWS):
         left[start : start + _ROWS] = (weight[start : start + _ROWS].double() @ (turn / half)).float()
-    free = columns is not None and columns.zero
-    return Factors(left, (half[:, None] * right).float(), torch.zeros_like(sigma) if free else sigma)
+    return Factors(left, (half[:, None] * right).float(), torch.zeros_like(sigma) if any_zero(columns) else sigma)
 
 
 def truncate(factors: Factors, components: int | Tensor) -> Factors:

@@ -15,7 +15,7 @@ from lowrank_pl.models.hf_layers import Side
 from lowrank_pl.models.hf_quantized import Grid, Rounded
 from lowrank_pl.plans.plan import ModulePlan
 from lowrank_pl.utils.files import canonical_json, sha256_of
-from lowrank_pl.utils.tensor_store import DamagedError, TensorStore, as_slice, read_manifest, tensor_digest
+from lowrank_pl.utils.tensor_store import DamagedError, TensorStore, aligned, as_slice, read_manifest, tensor_digest
 
 __all__ = ["FactorStore"]
 
@@ -138,7 +138,7 @@ class FactorStore(TensorStore):
         with self._open(name, check=False) as file:
             noted = self._noted(file)
             if _HEAD in noted:
-                sigma: Tensor = file.get_tensor("sigma")
+                sigma = aligned(file.get_tensor("sigma"))
                 if noted.pop(_HEAD) != _head_digest(sigma, noted):
                     raise DamagedError("the digest of its singular values and notes is wrong")
                 return sigma, noted

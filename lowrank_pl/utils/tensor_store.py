@@ -23,6 +23,7 @@ __all__ = [
     "CHECKSUM_KEY",
     "DamagedError",
     "TensorStore",
+    "aligned",
     "as_slice",
     "read_manifest",
     "tensor_digest",
@@ -254,12 +255,7 @@ class TensorStore:
         with self._open(name) as file:
             view = file.get_slice(key)
             part: Tensor = view[as_slice(rows)] if columns is None else view[as_slice(rows), as_slice(columns)]
-            # Where a tensor lies in memory affects the last bit of products: torch's own memory is aligned.
-            return (
-                part.contiguous()
-                if part.data_ptr() % _ALIGNED == 0
-                else part.clone(memory_format=torch.contiguous_format)
-            )
+            return aligned(part.contiguous())
 
     @contextmanager
     def _open(self, name: str, *, check: bool = True) -> Iterator[Any]:
@@ -297,6 +293,11 @@ class TensorStore:
         """Return how many seconds it took to make ``names``; ``None`` where one of them has no such note."""
         noted = [self.notes(name).get("seconds") for name in names]
         return total_seconds(None if seconds is None else float(seconds) for seconds in noted)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` at an address as torch's own memory has: addresses affect the last bit of products."""
+    return tensor if tensor.data_ptr() % _ALIGNED == 0 else tensor.clone()
 
 
 def as_slice(part: slice | int | None) -> slice:
