@@ -70,11 +70,11 @@ def build_factors_by_block(
         if missing:
             refuse_compressed(settings)
         todo = subject.targets.among(set(missing))
-        priced: list[Target] = []
+        experts: list[Target] = []
         if subject.constraints.drop_experts and settings.kind == "two_sided":
             found = droppable(skeleton.model, subject.targets)
-            priced = statistics.missing("dropped_losses", found, settings.labels)
-        _Builder(skeleton, statistics, settings, store, todo, priced).build(cache)
+            experts = statistics.missing("dropped_losses", found, settings.labels)
+        _Builder(skeleton, statistics, settings, store, todo, experts).build(cache)
     return store
 
 
@@ -82,7 +82,7 @@ def build_factors_by_block(
 class _Builder:
     """Measures and decomposes the linear layers ``todo`` of a model without weights.
 
-    Of those that are ``priced``, it is measured what dropping their experts costs.
+    Of ``experts``, the predicted losses of dropping them are measured.
 
     Several processes first measure everything together. They decompose afterwards: within one block, their shares would
     be far from equal.
@@ -93,7 +93,7 @@ class _Builder:
     settings: Decomposition
     store: FactorStore
     todo: Sequence[Target]
-    priced: Sequence[Target] = ()
+    experts: Sequence[Target] = ()
 
     def build(self, cache: Cache | None) -> None:
         """Write the factors of all layers, with the hidden states in ``cache``."""
@@ -114,7 +114,7 @@ class _Builder:
         """Return how far passes have to go for the statistics that are missing."""
         missing = {need: self.statistics.missing(need, self.todo, self._labels()) for need in self.settings.needs}
         inputs = missing.pop("inputs", [])
-        gradients = [*(target for targets in missing.values() for target in targets), *self.priced]
+        gradients = [*(target for targets in missing.values() for target in targets), *self.experts]
         return Extent.of(len(self.skeleton.blocks), inputs, gradients)
 
     def _labels(self) -> Labels:
@@ -129,9 +129,9 @@ class _Builder:
         if backward is None:
             _log.info("block %d of %d: %d modules to decompose", block + 1, blocks, len(targets))
             check_finite(self.skeleton.model, targets)
-        priced = [target for target in self.priced if target.block == block]
-        if backward is not None and priced:
-            self.statistics.collect("dropped_losses", priced, settings.labels, backward=backward)
+        experts = [target for target in self.experts if target.block == block]
+        if backward is not None and experts:
+            self.statistics.collect("dropped_losses", experts, settings.labels, backward=backward)
         if not targets:
             return
         if backward is None and extent.backward is not None and block >= extent.backward:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.blockwise import BlockwiseBackward, Extent, pass_through_blocks
 from lowrank_pl.calibration.embedding_moments import EmbeddingMoments, PlainEmbeddingMoments
-from lowrank_pl.calibration.expert_prices import DroppedLosses
+from lowrank_pl.calibration.expert_losses import DroppedLosses
 from lowrank_pl.calibration.experts import with_other_experts
 from lowrank_pl.calibration.gradients import GradientMoments, WeightFisher, WeightGradients, collect_gradients
 from lowrank_pl.calibration.input_moments import InputMoments, collect_input_moments

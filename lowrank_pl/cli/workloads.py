@@ -221,8 +221,8 @@ def _refits(refits: Sequence[Refit], most: int | None = None) -> Refits:
 def _roundings(recipes: Sequence[Recipe], sizes: int) -> Roundings:
     """Return the work of rounding the plans of ``recipes`` at so many ``sizes``."""
     count = sum(1 if recipe.dense else sizes for recipe in recipes if recipe.rounding is not None or recipe.in_bytes)
-    prices = max((len(ByteBudget(keep=1.0, **one.settings).grids) for one in recipes if one.in_bytes), default=0)
-    return Roundings(count, prices)
+    tried_bits = max((len(ByteBudget(keep=1.0, **one.settings).grids) for one in recipes if one.in_bytes), default=0)
+    return Roundings(count, tried_bits)
 
 
 def _batches_of_epoch(trainer: Mapping[str, Any], there: int) -> int:

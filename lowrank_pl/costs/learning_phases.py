@@ -272,10 +272,10 @@ def rounding_phase(run: Run) -> Phase:
         "a matrix and its errors": 4.0 * _ROUNDED_COPIES * largest,
         "roots of moments": 8.0 * 4 * widest**2,
     }
-    times = roundings.count + roundings.prices
+    times = roundings.count + roundings.tried_bits
     work: dict[WorkKind, float] = {
         "float32": float(times * sum(2 * m * n * (m + n) for m, n in shapes)),
-        "float64": float((roundings.count + bool(roundings.prices)) * sum(m**3 + n**3 for m, n in shapes)),
+        "float64": float((roundings.count + bool(roundings.tried_bits)) * sum(m**3 + n**3 for m, n in shapes)),
     }
     stored = float(sum(m * n for m, n in shapes))
     return Phase(

@@ -170,11 +170,11 @@ class Roundings:
 
     Args:
         count: How many.
-        prices: How many numbers of bits are tried on every module, for budgets in bytes.
+        tried_bits: How many numbers of bits are tried on every module, for budgets in bytes.
     """
 
     count: int = 0
-    prices: int = 0
+    tried_bits: int = 0
 
 
 @dataclass(frozen=True)

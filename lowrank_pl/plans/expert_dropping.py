@@ -15,15 +15,15 @@ from torch import Tensor
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import Hull, hull_of, losses_by_rank, predicted_scores
 
-__all__ = ["PREDICTED", "Dropping", "ExpertPrices", "choose_dropped"]
+__all__ = ["PREDICTED", "Dropping", "ExpertLosses", "choose_dropped"]
 
 PREDICTED = "predicted loss in nats with dropped experts:"
 """How the note of a plan begins on what its size is predicted to lose."""
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertPrices:
-    """What it costs to drop experts of one block.
+class ExpertLosses:
+    """The predicted losses of dropping experts of one block.
 
     Args:
         single: ``[experts]`` predicted loss in nats when one expert is dropped.
@@ -46,15 +46,15 @@ class Dropping:
         modules: Names of their matrices.
         experts: How many they are.
         among: How many could have been dropped.
-        price: Predicted loss in nats of dropping them.
-        loss: Predicted loss in nats of the whole plan, with ``price``.
+        dropping_loss: Predicted loss in nats of dropping them.
+        loss: Predicted loss in nats of the whole plan, with ``dropping_loss``.
         loss_without: Predicted loss in nats of the plan that drops none.
     """
 
     modules: frozenset[str]
     experts: int
     among: int
-    price: float
+    dropping_loss: float
     loss: float
     loss_without: float
 
@@ -64,17 +64,17 @@ class Dropping:
             return [f"dropped none of {self.among} experts: that would not lower the predicted loss"]
         return [
             f"dropped {self.experts} of {self.among} experts, whose tokens use the other experts that they chose",
-            f"{PREDICTED} {self.price:.4g} by dropping, {self.loss:.4g} in all, {self.loss_without:.4g} if none were "
-            "dropped",
+            f"{PREDICTED} {self.dropping_loss:.4g} by dropping, {self.loss:.4g} in all, {self.loss_without:.4g} if "
+            "none were dropped",
         ]
 
 
-def choose_dropped(budget: Budget, sigma: Callable[[str], Tensor], prices: Mapping[str, ExpertPrices]) -> Dropping:
+def choose_dropped(budget: Budget, sigma: Callable[[str], Tensor], losses: Mapping[str, ExpertLosses]) -> Dropping:
     """Return the experts to drop at the size of ``budget``.
 
-    For a multiplier ``lambda`` (nats a parameter), an expert is dropped where its price is at most the least sum, over
+    For a multiplier ``lambda`` (nats a parameter), an expert is dropped where that loses at most the least sum, over
     the ranks of its matrices, of their predicted loss and ``lambda`` times their parameters. Experts are dropped in the
-    order of the multipliers from which on this holds. Whoever drops one raises the price of those that tokens chose
+    order of the multipliers from which on this holds. Dropping one raises the loss of dropping those that tokens chose
     together with it, and these are ordered anew. The number of experts is that at which the multiplier of the budget,
     spent on all others, meets this order; of it and its neighbours, and of none, the one with the lowest predicted loss
     is taken, so that the loss is never above that of a plan without dropping. Of each block, as many experts are kept
@@ -84,19 +84,19 @@ def choose_dropped(budget: Budget, sigma: Callable[[str], Tensor], prices: Mappi
         budget: How many parameters to keep, and of which modules.
         sigma: Returns the singular values ``[components]`` of a module's two-sided factors; half their squares are
             losses in nats.
-        prices: What dropping costs, by module of experts.
+        losses: The predicted losses of dropping experts, by module of experts.
     """
-    return _Choice(budget, sigma, prices).best()
+    return _Choice(budget, sigma, losses).best()
 
 
 class _Choice:
-    def __init__(self, budget: Budget, sigma: Callable[[str], Tensor], prices: Mapping[str, ExpertPrices]) -> None:
-        self.budget, self.sigma, self.prices = budget, sigma, prices
+    def __init__(self, budget: Budget, sigma: Callable[[str], Tensor], losses: Mapping[str, ExpertLosses]) -> None:
+        self.budget, self.sigma, self.losses = budget, sigma, losses
         self.hulls = {name: hull_of(budget, name, sigma(name)) for name in budget.shapes}
         self.free = {
             (block, number): names
-            for block, price in prices.items()
-            for number, names in price.matrices.items()
+            for block, of_block in losses.items()
+            for number, names in of_block.matrices.items()
             if not any(budget.floor(name) for name in names)
         }
         self.curves = {expert: _curve([self.hulls[name] for name in names]) for expert, names in self.free.items()}
@@ -117,14 +117,14 @@ class _Choice:
         found = {count: self._planned(order[:count]) for count in counts}
         # The first of equals: an expert that saves nothing stays.
         count = min(counts, key=lambda count: sum(found[count][:2]))
-        price, loss, modules = found[count]
-        return Dropping(modules, count, len(self.free), price, price + loss, sum(found[0][:2]))
+        dropping, loss, modules = found[count]
+        return Dropping(modules, count, len(self.free), dropping, dropping + loss, sum(found[0][:2]))
 
     def _in_order(self) -> Iterator[tuple[tuple[str, int], float, float]]:
-        """Yield experts in the order in which they are dropped, with the multiplier and the price of each."""
-        price = {expert: float(self.prices[expert[0]].single[expert[1]]) for expert in self.free}
-        left = {block: len(one.single) - max(1, one.chosen) for block, one in self.prices.items()}
-        waiting = [(self._threshold(expert, price[expert]), expert) for expert in self.free]
+        """Yield experts in the order in which they are dropped, with the multiplier and the loss of each."""
+        loss = {expert: float(self.losses[expert[0]].single[expert[1]]) for expert in self.free}
+        left = {block: len(one.single) - max(1, one.chosen) for block, one in self.losses.items()}
+        waiting = [(self._threshold(expert, loss[expert]), expert) for expert in self.free]
         heapq.heapify(waiting)
         done: set[tuple[str, int]] = set()
         current = {expert: multiplier for multiplier, expert in waiting}
@@ -135,24 +135,24 @@ class _Choice:
                 continue
             done.add(expert)
             left[block] -= 1
-            yield expert, multiplier, price[expert]
+            yield expert, multiplier, loss[expert]
             for other in self.free:
-                if other[0] == block and other not in done and (more := self.prices[block].both[number, other[1]]):
+                if other[0] == block and other not in done and (more := self.losses[block].both[number, other[1]]):
                     # Of three experts of a token these sums are no longer exact; nothing is gained by dropping one.
-                    price[other] = max(0.0, price[other] + float(more))
-                    current[other] = self._threshold(other, price[other])
+                    loss[other] = max(0.0, loss[other] + float(more))
+                    current[other] = self._threshold(other, loss[other])
                     heapq.heappush(waiting, (current[other], other))
 
-    def _threshold(self, expert: tuple[str, int], price: float) -> float:
-        """Return the multiplier from which on an expert of this price is dropped."""
+    def _threshold(self, expert: tuple[str, int], loss: float) -> float:
+        """Return the multiplier from which on an expert is dropped that loses ``loss``."""
         multipliers, costs = self.curves[expert]
-        if price <= 0:
+        if loss <= 0:
             return 0.0
-        if price > costs[-1]:
+        if loss > costs[-1]:
             # Beyond the last multiplier, all matrices have their least rank.
             slope = (costs[-1] - costs[-2]) / (multipliers[-1] - multipliers[-2])
-            return float(multipliers[-1] + (price - costs[-1]) / slope)
-        return float(np.interp(price, costs, multipliers))
+            return float(multipliers[-1] + (loss - costs[-1]) / slope)
+        return float(np.interp(loss, costs, multipliers))
 
     def _multiplier(self, dropped: Sequence[tuple[str, int]]) -> float:
         """Return the nats a parameter at which the modules of other experts spend the budget; 0 if all are dense."""
@@ -188,13 +188,13 @@ class _Choice:
         return self._sorted[2]
 
     def _planned(self, dropped: Sequence[tuple[tuple[str, int], float, float]]) -> tuple[float, float, frozenset[str]]:
-        """Return the price of dropping, the loss by the ranks of all others at the budget, and the dropped modules."""
+        """Return the loss of dropping, that by the ranks of all others at the budget, and the dropped modules."""
         modules = frozenset(name for expert, _, _ in dropped for name in self.free[expert])
         budget = replace(self.budget, dropped=modules)
         sizes = budget.sizes(predicted_scores(budget, self.sigma))
         kept = {name: size for name, size in sizes.items() if name not in modules and size is not None}
         loss = sum(float(losses_by_rank(self.sigma(name))[size]) for name, size in kept.items())
-        return math.fsum(price for _, _, price in dropped), loss, modules
+        return math.fsum(dropping for _, _, dropping in dropped), loss, modules
 
 
 def _curve(hulls: Sequence[Hull]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -10,7 +10,7 @@ import torch
 
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import hull_of, predicted_scores
-from lowrank_pl.plans.expert_dropping import PREDICTED, ExpertPrices, choose_dropped
+from lowrank_pl.plans.expert_dropping import PREDICTED, ExpertLosses, choose_dropped
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.resize import nested
 
@@ -29,9 +29,9 @@ def budget(keep, **options):
     return Budget(keep=keep, shapes=SHAPES, model_parameters=4000, drop_experts=True, **options)
 
 
-def prices(*single, both=0.0, chosen=1):
+def losses(*single, both=0.0, chosen=1):
     pairs = both * (1 - np.eye(COUNT))
-    return {"m.0.experts": ExpertPrices(np.array(single), pairs, chosen, MATRICES)}
+    return {"m.0.experts": ExpertLosses(np.array(single), pairs, chosen, MATRICES)}
 
 
 def loss(plan):
@@ -46,7 +46,7 @@ def planned(size, found):
 
 
 def test_a_cheap_expert_is_dropped_and_its_parameters_go_to_the_others():
-    found = choose_dropped(budget(0.5), sigma, prices(9.0, 1e-6, 9.0, 9.0))
+    found = choose_dropped(budget(0.5), sigma, losses(9.0, 1e-6, 9.0, 9.0))
     assert found.modules == {*MATRICES[1]}
     plan, before = planned(budget(0.5), found), planned(budget(0.5), replace(found, modules=frozenset()))
     assert plan.dropped_experts == ["m.0.experts.1"]
@@ -57,39 +57,39 @@ def test_a_cheap_expert_is_dropped_and_its_parameters_go_to_the_others():
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.8])
-def test_no_expert_is_dropped_at_a_price_above_what_it_can_save(keep):
-    assert not choose_dropped(budget(keep), sigma, prices(9.0, 9.0, 9.0, 9.0)).modules
+def test_no_expert_is_dropped_that_loses_more_than_it_can_save(keep):
+    assert not choose_dropped(budget(keep), sigma, losses(9.0, 9.0, 9.0, 9.0)).modules
 
 
 def test_nothing_is_dropped_where_nothing_has_to_be_saved():
-    assert not choose_dropped(budget(1.0), sigma, prices(0.0, 1e-9, 1.0, 1.0)).modules
+    assert not choose_dropped(budget(1.0), sigma, losses(0.0, 1e-9, 1.0, 1.0)).modules
 
 
 def test_the_choice_is_the_best_of_all_sets_that_leave_as_many_as_a_token_chooses():
     single = (0.05, 0.2, 0.1, 0.4)
     for keep in (0.2, 0.35, 0.5, 0.7):
-        found = choose_dropped(budget(keep), sigma, prices(*single, chosen=2))
-        losses = []
+        found = choose_dropped(budget(keep), sigma, losses(*single, chosen=2))
+        expected = []
         for mask in range(2**COUNT):
             gone = [number for number in range(COUNT) if mask >> number & 1]
             if len(gone) <= 2:
                 size = replace(budget(keep), dropped=frozenset(name for n in gone for name in MATRICES[n]))
                 plan = size.select(predicted_scores(size, sigma), method="fisher")
-                losses.append(loss(plan) + sum(single[number] for number in gone))
-        assert found.loss == pytest.approx(min(losses), rel=0.02)
+                expected.append(loss(plan) + sum(single[number] for number in gone))
+        assert found.loss == pytest.approx(min(expected), rel=0.02)
 
 
 def test_experts_that_tokens_chose_together_are_not_both_dropped():
     cheap = (1e-6, 1e-6, 9.0, 9.0)
-    assert choose_dropped(budget(0.3), sigma, prices(*cheap)).experts == 2
-    assert choose_dropped(budget(0.3), sigma, prices(*cheap, both=9.0)).experts == 1
+    assert choose_dropped(budget(0.3), sigma, losses(*cheap)).experts == 2
+    assert choose_dropped(budget(0.3), sigma, losses(*cheap, both=9.0)).experts == 1
 
 
 def test_experts_with_a_floor_and_as_many_as_a_token_chooses_are_kept():
     free = (1e-9,) * COUNT
-    assert choose_dropped(budget(0.2), sigma, prices(*free, chosen=3)).experts == 1
+    assert choose_dropped(budget(0.2), sigma, losses(*free, chosen=3)).experts == 1
     floors = {"*experts.0.*": 0.1}
-    found = choose_dropped(budget(0.3, floors=floors), sigma, prices(*free))
+    found = choose_dropped(budget(0.3, floors=floors), sigma, losses(*free))
     assert found.experts > 0
     assert not found.modules & {*MATRICES[0]}
 
@@ -104,7 +104,7 @@ def test_the_least_of_loss_and_multiplier_times_parameters_is_that_over_all_size
 
 def dropping_plan():
     size = budget(0.5)
-    return planned(size, choose_dropped(size, sigma, prices(9.0, 1e-6, 9.0, 9.0)))
+    return planned(size, choose_dropped(size, sigma, losses(9.0, 1e-6, 9.0, 9.0)))
 
 
 def test_a_plan_that_drops_experts_is_read_again_and_older_versions_refuse_it():
@@ -113,7 +113,7 @@ def test_a_plan_that_drops_experts_is_read_again_and_older_versions_refuse_it():
     assert RankPlan.from_json(text) == plan
     assert '"schema": 4' in text
     assert '"rank": "dropped"' in text
-    assert '"schema": 2' in planned(budget(0.5), choose_dropped(budget(0.5), sigma, prices(*[9.0] * 4))).to_json()
+    assert '"schema": 2' in planned(budget(0.5), choose_dropped(budget(0.5), sigma, losses(*[9.0] * 4))).to_json()
     gone = plan.modules[MATRICES[1][0]]
     assert (gone.parameters, gone.bytes(4), gone.matrices, gone.is_prefix) == (0, 0, [], True)
     with pytest.raises(ValueError, match=r'rank is 0: .*"dropped"'):

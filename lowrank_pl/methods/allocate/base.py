@@ -14,7 +14,7 @@ from lowrank_pl.factors.settings import Decomposition, Kind
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.targets import EMBEDDINGS, Targets
 from lowrank_pl.plans.budget import Budget
-from lowrank_pl.plans.expert_dropping import ExpertPrices
+from lowrank_pl.plans.expert_dropping import ExpertLosses
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.tensor_store import TensorStore
 
@@ -33,7 +33,8 @@ class Problem:
         sequences: ``[sequences, length]`` calibration token ids.
         gradients: Mean weight gradients (``lowrank_pl.calibration.build.build_gradients``), for allocators that need
             them.
-        prices: What dropping experts costs, by module of experts; empty unless experts may be dropped.
+        expert_losses: The predicted losses of dropping experts, by module of experts; empty unless experts may be
+            dropped.
     """
 
     budget: Budget
@@ -42,7 +43,7 @@ class Problem:
     model: PreTrainedModel | None = None
     sequences: Tensor | None = None
     gradients: TensorStore | None = None
-    prices: Mapping[str, ExpertPrices] = field(default_factory=dict)
+    expert_losses: Mapping[str, ExpertLosses] = field(default_factory=dict)
 
 
 class Allocator(ABC):

@@ -41,7 +41,7 @@ class Fisher(Allocator):
         if not problem.budget.drop_experts:
             return super().plan(problem)
         self.check(problem)
-        found = choose_dropped(problem.budget, problem.factors.sigma, problem.prices)
+        found = choose_dropped(problem.budget, problem.factors.sigma, problem.expert_losses)
         rest = replace(problem, budget=replace(problem.budget, dropped=found.modules))
         return rest.budget.select(self.scores(rest), method=self.name, notes=[*self.notes(rest), *found.sentences()])
 

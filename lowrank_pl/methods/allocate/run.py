@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank_pl.calibration.build import build_factors, build_gradients
-from lowrank_pl.calibration.expert_prices import expert_prices
+from lowrank_pl.calibration.expert_losses import expert_losses
 from lowrank_pl.calibration.provenance import base_notes, describe_origin, preparation_notes
 from lowrank_pl.calibration.statistics import statistics_of_factors
 from lowrank_pl.calibration.subject import Subject
@@ -14,7 +14,7 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import Allocator, Problem, factors_of_plan, make_allocator
 from lowrank_pl.models.targets import droppable
 from lowrank_pl.plans.budget import Budget
-from lowrank_pl.plans.expert_dropping import ExpertPrices
+from lowrank_pl.plans.expert_dropping import ExpertLosses
 from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["allocate_on", "allocate_ranks"]
@@ -81,14 +81,14 @@ def allocate_on(
     gradients = build_gradients(subject, directory=directory) if method.needs_gradients else None
     problem = Problem(
         budget=budget, factors=factors, targets=subject.targets, model=subject.model, sequences=subject.sequences,
-        gradients=gradients, prices=_prices(factors, subject) if budget.drop_experts else {},
+        gradients=gradients, expert_losses=_expert_losses(factors, subject) if budget.drop_experts else {},
     )  # fmt: skip
     return method.plan(problem)
 
 
-def _prices(factors: FactorStore, subject: Subject) -> dict[str, ExpertPrices]:
-    """Return what dropping experts costs; it is measured if it is not on disk."""
+def _expert_losses(factors: FactorStore, subject: Subject) -> dict[str, ExpertLosses]:
+    """Return the predicted losses of dropping experts; they are measured if they are not on disk."""
     statistics = statistics_of_factors(factors, subject.model, subject.sequences)
     labels = Decomposition.of_fingerprint(factors.fingerprint).labels
     store = statistics.collect("dropped_losses", droppable(subject.model, subject.targets), labels)
-    return expert_prices(store, subject.model, subject.targets)
+    return expert_losses(store, subject.model, subject.targets)

@@ -39,7 +39,7 @@ from lowrank_pl.plans.size_choices import Sizes, choose_sizes
 from lowrank_pl.plans.storage import Storage
 from lowrank_pl.utils.tensor_store import TensorStore
 
-__all__ = ["Prices", "allocate_bytes", "byte_plan", "price"]
+__all__ = ["SizeOptions", "allocate_bytes", "byte_plan", "size_options"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ METHOD = "bytes"
 
 
 @dataclass(frozen=True)
-class Prices:
-    """The sizes that every part of a model may have, and what they cost.
+class SizeOptions:
+    """The sizes that every part of a model may have, with their bytes and losses.
 
     Args:
         choices: For each module and embedding, its possible plans.
@@ -71,11 +71,12 @@ def allocate_bytes(
 
     If the budget has room for the dense model, nothing is rounded, and the store is that of the factors.
 
-    For each module, every rank as it is and at every number of bits, and the dense weight with as many bits, are priced
-    by the two-sided metric: ``sum(sigma[k:] ** 2) / 2`` nats for truncating, plus the same form of the rounding error.
-    For factors the second is an upper estimate (:func:`lowrank_pl.factors.rounding.component_costs`), for dense weights
-    it is what their rounding costs. The exact Lagrangian allocation over all these sizes decides. Embeddings and head
-    are priced by their measured divergence on calibration text. Modules with bits are never pivoted.
+    A module may have any rank, as it is or at any number of bits, or its dense weight at any number of bits. What each
+    of these loses is predicted by the two-sided metric: ``sum(sigma[k:] ** 2) / 2`` nats for truncating, plus the same
+    form of the rounding error. For factors the second is an upper estimate
+    (:func:`lowrank_pl.factors.rounding.component_costs`), for dense weights it is what their rounding costs. What
+    embeddings and head lose is measured as a divergence on calibration text. The exact Lagrangian allocation over all
+    these sizes decides. Modules with bits are never pivoted.
 
     Args:
         subject: The dense model, its tokenizer, the calibration sequences and the constraints on ranks.
@@ -97,8 +98,8 @@ def allocate_bytes(
     check_targets(subject)
     made_by = decomposition or Decomposition("two_sided")
     factors = store or build_factors(subject, settings=made_by)
-    prices = price(subject, factors, settings)
-    plan = byte_plan(subject, settings, prices)
+    options = size_options(subject, factors, settings)
+    plan = byte_plan(subject, settings, options)
     notes = [*base_notes(subject), *preparation_notes(subject.targets, factors)]
     plan = plan.with_origin(describe_origin(subject, made_by, factors), factors.fingerprint, notes)
     if not plan.is_rounded:
@@ -106,13 +107,13 @@ def allocate_bytes(
     return quantize(plan, factors, subject)
 
 
-def byte_plan(subject: Subject, settings: ByteBudget, prices: Prices) -> RankPlan:
-    """Return the plan of a budget from ``prices``, with bits that are not rounded to yet.
+def byte_plan(subject: Subject, settings: ByteBudget, options: SizeOptions) -> RankPlan:
+    """Return the plan of a budget from ``options``, with bits that are not rounded to yet.
 
     Args:
         subject: The dense model, its targets and the constraints on ranks.
         settings: The budget.
-        prices: What sizes cost.
+        options: The sizes that there are.
 
     Raises:
         ValueError: The budget is below the smallest size.
@@ -121,18 +122,18 @@ def byte_plan(subject: Subject, settings: ByteBudget, prices: Prices) -> RankPla
     number = budget.bytes_per_parameter
     dense = budget.model_parameters * number
     limit = settings.limit(dense)
-    parts = sum(max(choice.dense_parameters for choice in choices) for choices in prices.choices.values())
+    parts = sum(max(choice.dense_parameters for choice in choices) for choices in options.choices.values())
     others = (budget.model_parameters - budget.left_out - parts) * number
     try:
-        chosen = choose_sizes(prices.sizes, limit - others)
+        chosen = choose_sizes(options.sizes, limit - others)
     except ValueError:
-        least = others + sum(int(sizes.bytes.min()) for sizes in prices.sizes.values())
+        least = others + sum(int(sizes.bytes.min()) for sizes in options.sizes.values())
         raise ValueError(
             f"a budget of {limit:,} bytes was given: the smallest size takes {least:,} ({least / dense:.3f} of the "
             "dense model): raise it, or allow fewer bits"
         ) from None
-    plans = {name: prices.choices[name][index] for name, index in chosen.items()}
-    losses = {name: float(prices.sizes[name].losses[index]) for name, index in chosen.items()}
+    plans = {name: options.choices[name][index] for name, index in chosen.items()}
+    losses = {name: float(options.sizes[name].losses[index]) for name, index in chosen.items()}
     embeddings = {name: plan for name, plan in plans.items() if name not in budget.shapes}
     modules = {name: plans[name] for name in budget.shapes}
     in_modules = sum(losses[name] for name in modules)
@@ -156,7 +157,7 @@ def byte_plan(subject: Subject, settings: ByteBudget, prices: Prices) -> RankPla
     return replace(plan, keep=min(1.0, plan.keep_targeted))
 
 
-def price(subject: Subject, factors: FactorStore, settings: ByteBudget) -> Prices:
+def size_options(subject: Subject, factors: FactorStore, settings: ByteBudget) -> SizeOptions:
     """Return the sizes of every module and embedding, with their bytes and losses.
 
     The rounding costs of a module are kept in a folder inside that of ``factors``, so that another budget, and a run
@@ -187,15 +188,15 @@ def price(subject: Subject, factors: FactorStore, settings: ByteBudget) -> Price
         stored = [plan.bytes(budget.bytes_per_parameter) for plan in choices[target.name]]
         sizes[target.name] = Sizes(np.array(stored), np.array(losses))
     if settings.embeddings:
-        for name, options in _embedding_choices(subject, factors, settings).items():
-            choices[name] = [plan for plan, _ in options]
+        for name, found in _embedding_choices(subject, factors, settings).items():
+            choices[name] = [plan for plan, _ in found]
             stored = [plan.bytes(budget.bytes_per_parameter) for plan in choices[name]]
-            sizes[name] = Sizes(np.array(stored), np.array([loss for _, loss in options]))
-    return Prices(choices, sizes)
+            sizes[name] = Sizes(np.array(stored), np.array([loss for _, loss in found]))
+    return SizeOptions(choices, sizes)
 
 
 def check_targets(subject: Subject) -> None:
-    """Check that a budget in bytes can price every target, before any factors are built.
+    """Check that a budget in bytes can size every target, before any factors are built.
 
     Raises:
         ValueError: Embeddings are among the targets, to which such a budget gives bits and no rank, or experts that are

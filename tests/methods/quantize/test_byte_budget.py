@@ -13,7 +13,7 @@ from lowrank_pl.evaluate.likelihood import divergence
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.quantize import ByteBudget, Rounding, allocate_bytes, quantize
-from lowrank_pl.methods.quantize.byte_budget import price
+from lowrank_pl.methods.quantize.byte_budget import size_options
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
@@ -58,7 +58,7 @@ def test_too_small_a_budget_says_what_is_possible(subject):
         allocate_bytes(subject, ByteBudget(size="1KB", sequences=1))
 
 
-def test_budgets_under_other_constraints_share_their_prices(subject):
+def test_budgets_under_other_constraints_share_their_rounding_costs(subject):
     found = [
         allocate_bytes(replace(subject, constraints=constraints), ByteBudget(keep=0.2, sequences=1))[0]
         for constraints in (Constraints(storage="factored", multiple_of=4), Constraints(storage="auto"))
@@ -69,7 +69,7 @@ def test_budgets_under_other_constraints_share_their_prices(subject):
 def test_only_two_sided_factors_have_losses_that_compare(subject):
     factors = build_factors(subject, settings=Decomposition("whitened"))
     with pytest.raises(ValueError, match="factors of the kind 'whitened': expected two_sided"):
-        price(subject, factors, ByteBudget(keep=0.5))
+        size_options(subject, factors, ByteBudget(keep=0.5))
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_embeddings_of_another_base_are_refused(subject, rounded):
         kl(subject, *rounded[:2])
 
 
-def test_eight_bits_of_a_head_are_priced_as_they_are_rounded():
+def test_eight_bits_of_a_head_cost_what_their_rounding_does():
     weight, moment = torch.randn(12, 8), torch.randn(20, 8)
     rounded = (round_embedding(weight, Grid(8), seen).dense() for seen in (None, moment.T @ moment))
     assert torch.equal(*rounded)

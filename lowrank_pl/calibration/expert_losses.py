@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.experts import own_share, own_weight
 from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, Passes
 from lowrank_pl.models.targets import Target, Targets, droppable
-from lowrank_pl.plans.expert_dropping import ExpertPrices
+from lowrank_pl.plans.expert_dropping import ExpertLosses
 from lowrank_pl.utils.distributed import sum_across_processes, total_across_processes
 from lowrank_pl.utils.tensor_store import TensorStore
 
-__all__ = ["DroppedLosses", "expert_prices"]
+__all__ = ["DroppedLosses", "expert_losses"]
 
 
 class DroppedLosses(GradientMeasure):
@@ -139,8 +139,8 @@ def _loss(weights: Tensor, parts: Tensor, dropped: Sequence[int]) -> Tensor:
     return (scale * parts[:, kept].sum(dim=-1) - output).square() / 2
 
 
-def expert_prices(store: TensorStore, model: PreTrainedModel, targets: Targets) -> dict[str, ExpertPrices]:
-    """Return what dropping costs, by module of experts.
+def expert_losses(store: TensorStore, model: PreTrainedModel, targets: Targets) -> dict[str, ExpertLosses]:
+    """Return the predicted losses of dropping experts, by module of experts.
 
     An expert that few tokens of the text reach costs what it showed, shrunk towards the mean of its block's experts for
     a token, as its moments are.
@@ -159,14 +159,14 @@ def expert_prices(store: TensorStore, model: PreTrainedModel, targets: Targets) 
         notes = store.notes(experts)
         single, both, rows = (store.read(experts, part).double() for part in ("single", "both", "rows"))
         tokens, total = int(notes["tokens"]), float(rows.sum())
-        prices = single.clone()
+        losses = single.clone()
         for number, seen in enumerate(rows.tolist()):
             own = single[number] * tokens / max(seen, 1)
             everywhere = single.sum() * tokens / max(total, 1)
-            prices[number] = torch.lerp(everywhere, own, own_weight(int(seen), 1)) * own_share(int(seen), tokens)
+            losses[number] = torch.lerp(everywhere, own, own_weight(int(seen), 1)) * own_share(int(seen), tokens)
         every = _matrices(model, experts, range(len(rows)))
         matrices = {number: of_one for number, of_one in every.items() if names.issuperset(of_one)}
-        found[experts] = ExpertPrices(prices.numpy(), both.numpy(), int(notes["chosen"]), matrices)
+        found[experts] = ExpertLosses(losses.numpy(), both.numpy(), int(notes["chosen"]), matrices)
     return found
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lowrank_pl.calibration.build import build_factors, statistics_of
 from lowrank_pl.calibration.build_by_block import build_factors_by_block
-from lowrank_pl.calibration.expert_prices import DroppedLosses, expert_prices
+from lowrank_pl.calibration.expert_losses import DroppedLosses, expert_losses
 from lowrank_pl.calibration.gradients import collect_gradients
 from lowrank_pl.calibration.measures import Passes
 from lowrank_pl.calibration.subject import Subject
@@ -110,13 +110,13 @@ def test_an_expert_that_no_token_reaches_costs_half_a_token(sequences):
     model.model.layers[0].mlp.gate.register_forward_hook(shun)
     targets = find_targets(model)
     statistics = statistics_of(Subject(model, byte_tokenizer(), sequences[:2]))
-    prices = expert_prices(statistics.collect("dropped_losses", experts_of(model), "text"), model, targets)[EXPERTS]
-    assert 0 < prices.single[1] < min(prices.single[[0, 2, 3]]) / 10
-    assert prices.matrices[1] == tuple(f"{EXPERTS}.1.{kind}_proj" for kind in ("gate", "up", "down"))
+    losses = expert_losses(statistics.collect("dropped_losses", experts_of(model), "text"), model, targets)[EXPERTS]
+    assert 0 < losses.single[1] < min(losses.single[[0, 2, 3]]) / 10
+    assert losses.matrices[1] == tuple(f"{EXPERTS}.1.{kind}_proj" for kind in ("gate", "up", "down"))
 
 
 def test_experts_with_matrices_that_are_no_targets_are_not_dropped(sequences):
     model = load_base("random:mixtral")
     subject = Subject(model, byte_tokenizer(), sequences[:2], Constraints(exclude=["*experts.3.up_proj"]))
     store = statistics_of(subject).collect("dropped_losses", experts_of(model), "text")
-    assert [*expert_prices(store, model, subject.targets)[EXPERTS].matrices] == [0, 1, 2]
+    assert [*expert_losses(store, model, subject.targets)[EXPERTS].matrices] == [0, 1, 2]
