@@ -122,9 +122,9 @@ class _Choice:
 
     def _in_order(self) -> Iterator[tuple[tuple[str, int], float, float]]:
         """Yield experts in the order in which they are dropped, with the multiplier and the loss of each."""
-        loss = {expert: float(self.losses[expert[0]].single[expert[1]]) for expert in self.free}
+        losses = {expert: float(self.losses[expert[0]].single[expert[1]]) for expert in self.free}
         left = {block: len(one.single) - max(1, one.chosen) for block, one in self.losses.items()}
-        waiting = [(self._threshold(expert, loss[expert]), expert) for expert in self.free]
+        waiting = [(self._threshold(expert, losses[expert]), expert) for expert in self.free]
         heapq.heapify(waiting)
         done: set[tuple[str, int]] = set()
         current = {expert: multiplier for multiplier, expert in waiting}
@@ -135,12 +135,12 @@ class _Choice:
                 continue
             done.add(expert)
             left[block] -= 1
-            yield expert, multiplier, loss[expert]
+            yield expert, multiplier, losses[expert]
             for other in self.free:
                 if other[0] == block and other not in done and (more := self.losses[block].both[number, other[1]]):
                     # Of three experts of a token these sums are no longer exact; nothing is gained by dropping one.
-                    loss[other] = max(0.0, loss[other] + float(more))
-                    current[other] = self._threshold(other, loss[other])
+                    losses[other] = max(0.0, losses[other] + float(more))
+                    current[other] = self._threshold(other, losses[other])
                     heapq.heappush(waiting, (current[other], other))
 
     def _threshold(self, expert: tuple[str, int], loss: float) -> float:

@@ -180,23 +180,21 @@ def size_options(subject: Subject, factors: FactorStore, settings: ByteBudget) -
     check_targets(subject)
     budget = subject.budget(1.0)
     costs = _module_costs(subject, factors, settings)
-    choices: dict[str, list[ModulePlan]] = {}
-    sizes: dict[str, Sizes] = {}
-    for target in subject.targets.modules:
-        found = _module_choices(target, factors, costs, settings, budget)
-        choices[target.name], losses = [plan for plan, _ in found], [loss for _, loss in found]
-        stored = [plan.bytes(budget.bytes_per_parameter) for plan in choices[target.name]]
-        sizes[target.name] = Sizes(np.array(stored), np.array(losses))
+    found = {
+        target.name: _module_choices(target, factors, costs, settings, budget) for target in subject.targets.modules
+    }
     if settings.embeddings:
-        for name, found in _embedding_choices(subject, factors, settings).items():
-            choices[name] = [plan for plan, _ in found]
-            stored = [plan.bytes(budget.bytes_per_parameter) for plan in choices[name]]
-            sizes[name] = Sizes(np.array(stored), np.array([loss for _, loss in found]))
+        found |= _embedding_choices(subject, factors, settings)
+    choices = {name: [plan for plan, _ in options] for name, options in found.items()}
+    stored = {name: [plan.bytes(budget.bytes_per_parameter) for plan in plans] for name, plans in choices.items()}
+    sizes = {
+        name: Sizes(np.array(stored[name]), np.array([loss for _, loss in options])) for name, options in found.items()
+    }
     return SizeOptions(choices, sizes)
 
 
 def check_targets(subject: Subject) -> None:
-    """Check that a budget in bytes can size every target, before any factors are built.
+    """Check that a budget in bytes can choose a size for every target, before any factors are built.
 
     Raises:
         ValueError: Embeddings are among the targets, to which such a budget gives bits and no rank, or experts that are
