@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,6 +18,8 @@ from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.sequences import Calibration
 
 __all__ = ["Subject"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,8 @@ class Subject:
         tokenizer = base.tokenizer()
         # The text is cheap to read: a mistake in its name is found before the weights are loaded.
         sequences = calibration.tokens(tokenizer)
+        count, length = sequences.shape
+        _log.info("calibration: %d sequences of %d tokens of %r", count, length, calibration.text)
         return cls(base.load().to(device), tokenizer, sequences, constraints, base, calibration)
 
     @cached_property

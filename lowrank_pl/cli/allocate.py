@@ -74,7 +74,7 @@ def allocate(
     Args:
         base: The model; an export has its type too.
         method: The allocator: uniform, energy, drank, svdllm_v2, strs, zs_svd, or fisher; bytes for a budget in
-            bytes. By default uniform, and bytes with such a budget.
+            bytes. By default fisher, and bytes with such a budget.
         settings: Settings of the allocator, such as --settings.rounds 5 for zs_svd or --settings.group 64 for bytes; an
             unknown one is an error that lists those that exist.
         keep: Fraction of the targeted parameters to keep; 0.8 by default.
@@ -102,7 +102,7 @@ def allocate(
     # A wrong path, and a name or a setting that does not exist, is refused before anything is loaded.
     check_output_files(output, json)
     budget = _byte_budget(method, keep, keep_bytes, bytes, settings or {})
-    allocator = make_allocator(method or "uniform", **(settings or {})) if budget is None else None
+    allocator = make_allocator(method or "fisher", **(settings or {})) if budget is None else None
     own = Decomposition("two_sided") if allocator is None else allocator.default_decomposition()
     made_by = decomposition.resolved(own)
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))

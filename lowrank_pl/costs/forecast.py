@@ -103,6 +103,8 @@ def _notes(run: Run) -> Iterator[str]:
         yield "every process loads the whole base into main memory before it is sharded"
     if run.scores_from_main_memory:
         yield f"models are scored from main memory: all weights are read for every {STREAMED_BATCH_SIZE} sequences"
+        if work.learners and (work.refits.count or work.roundings.count):
+            yield "the run refuses a refit and a rounding there: leave them out, in `fit` with --finish.refit null"
     if machine.here:
         yield from _untimed(run)
 

@@ -145,6 +145,8 @@ class FinishRun(Stopwatch):
             if self.repo is not None and trainer.is_global_zero:
                 announce_upload(self.repo)
             self._check_baselines(pl_module)
+            if self.streamed:
+                self._refuse_fitting_in_parts("streamed is true")
             data = calibration_data(trainer)
             self.protocol = self._protocol(data)
             check_prompts(data.tokenizer, self.prompts)
@@ -173,12 +175,16 @@ class FinishRun(Stopwatch):
                 f"the base {has}, which no plain config of dense weights can "
                 "describe: leave out --finish.merge, or prune all MLPs to one width with --model.prune.by_block false"
             )
+        if self._streams(trainer, pl_module, ever=True):
+            size = pl_module.weight_bytes / 1e9
+            self._refuse_fitting_in_parts(f"the base of {size:,.1f} GB does not fit on one with its compressed version")
+
+    def _refuse_fitting_in_parts(self, why: str) -> None:
         for what, wanted in (("refit", self.refit), ("rounding", self.rounding)):
-            if wanted is not None and self._streams(trainer, pl_module, ever=True):
+            if wanted is not None:
                 raise ValueError(
-                    f"a {what} needs the dense and the compressed model on one device, and this base of "
-                    f"{pl_module.weight_bytes / 1e9:,.1f} GB is scored one layer at a time: leave the {what} out with "
-                    f"--finish.{what} null"
+                    f"a {what} needs the dense and the compressed model on one device, but {why}, so the result is "
+                    f"scored one layer at a time: leave the {what} out with --finish.{what} null"
                 )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

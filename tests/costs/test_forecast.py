@@ -217,6 +217,13 @@ def test_models_that_a_device_has_no_room_for_are_scored_from_main_memory(llama,
     assert ("model of a fresh process" in found["export"].fresh) == waits
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_note_tells_of_a_refit_that_the_run_refuses(llama, forced):
+    scoring = Scoring(1, tokens=LENGTH, length=LENGTH, from_main_memory=forced)
+    notes = estimate(Run(llama, Workload(learners=[LEARNER], refits=Refits(1, 4), scoring=scoring), EIGHT)).notes
+    assert any("--finish.refit null" in note for note in notes) == forced
+
+
 # -- other phases --------------------------------------------------------------------------------------------------
 
 
