@@ -93,6 +93,7 @@ class Comparison:
         # Dense modules with fewer bits have one size.
         sizes = {name: [1.0] if recipe.dense else sorted(keeps, reverse=True) for name, recipe in recipes.items()}
         todo = [(name, keep) for name in recipes for keep in sizes[name]]
+        self._warn_of_other_settings(recipes, todo)
         made = False
         for number, (name, keep) in enumerate(todo, 1):
             identity = self._identity(recipes[name], keep)
@@ -109,6 +110,20 @@ class Comparison:
             # The plots may have to show other methods than last time.
             self._store()
         return list(self._stored().values())
+
+    def _warn_of_other_settings(self, recipes: Mapping[str, Recipe], todo: Sequence[tuple[str, float]]) -> None:
+        """Warn of results that stay in the table although their method has other settings or another seed now."""
+        old = [
+            f"{name} at keep {keep}"
+            for (name, keep), row in self._stored().items()
+            if name in recipes and (name, keep) not in todo and row["identity"] != self._identity(recipes[name], keep)
+        ]
+        if old:
+            _log.warning(
+                "%s in %s: made with other settings, another seed or another version, and not made again; add these "
+                "sizes to --keep, or name another folder with --run",
+                *(", ".join(old), self.run),
+            )
 
     def _stored(self) -> dict[tuple[str, float], dict[str, Any]]:
         """Return the results in the folder by method and size."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -17,7 +16,6 @@ from lowrank_pl.costs.machine import Machine
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.finish_heal import FinishHealing
 from lowrank_pl.training.heal import NOT_SHARDED, Healer
-from lowrank_pl.training.heal_start import HealStart
 
 __all__ = ["HealCLI", "heal"]
 
@@ -74,7 +72,7 @@ class HealCLI(ForecastingCLI):
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
     def before_instantiate_classes(self) -> None:
-        """Refuse places that can't be written to, and a second end of the run; find the tokenizer of the model."""
+        """Refuse places that can't be written to, and a second end of the run."""
         super().before_instantiate_classes()
         trainer: Any = self.setting("trainer")
         given = {name: trainer[name] for name in ("max_steps", "max_epochs") if trainer[name] not in (None, -1)}
@@ -83,10 +81,12 @@ class HealCLI(ForecastingCLI):
                 f"healing ends with its token budget: leave out {' and '.join(f'--trainer.{name}' for name in given)}, "
                 "and set --model.settings.tokens"
             )
-        model, data = self.setting("model"), self.setting("data")
-        if data["tokenizer"] is None:
-            parts = {name: model[name] for name in ("teacher", "store", "trust_remote_code")}
-            data["tokenizer"] = HealStart.find(Path(str(model["plan"])), **parts).teacher.name
+
+    def instantiate_classes(self) -> None:
+        """Make the classes; the text gets the tokenizer of the dense model, unless another one was given."""
+        super().instantiate_classes()
+        # Not written into the configuration, which may be used again for the plan of another model.
+        self.setting("data", made=True).tokenizer_by_default(self.setting("model", made=True).start.teacher.name)
 
     def forecast(self, machine: Machine) -> None:
         """Print what the run needs.

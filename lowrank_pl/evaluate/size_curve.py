@@ -100,7 +100,7 @@ def score_curve(
     points = []
     for size in tqdm(sorted(todo, key=lambda size: -size.kept_parameters), desc="sizes", unit="size"):
         score = dense
-        if plan.left_out or len(size.dense_modules) < len(size.modules):
+        if plan.left_out or size.is_rounded or len(size.dense_modules) < len(size.modules):
             with compressed(model, size, store):
                 try:
                     score = perplexity(model, sequences, batch_size=batch_size, progress=f"score {size.keep:g}")

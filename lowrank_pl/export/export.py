@@ -140,8 +140,8 @@ def save_compressed(
     The folder holds safetensors weights, ``config.json``, the generation configuration, the tokenizer with its chat
     template, ``plan.json``, ``README.md`` if a ``card`` is given, and the code in ``hf_format.py``, ``hf_layers.py``,
     ``hf_quantized.py``, ``hf_experts.py`` and ``digests.py``. ``lowrank.sha256`` has the SHA-256 of all these files but
-    the card. It loads with :func:`load_compressed`, with ``AutoModelForCausalLM.from_pretrained`` after ``import lowrank_pl``, or anywhere
-    with ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
+    the card. It loads with :func:`load_compressed`, with ``AutoModelForCausalLM.from_pretrained`` after ``import
+    lowrank_pl``, or anywhere with ``trust_remote_code=True``. Otherwise transformers stops at a size mismatch.
 
     The check runs the same probes here and in a fresh process on the same device, with the same number of threads and
     the same attention, and compares the bytes of the logits. It needs the memory of a second copy of the exported

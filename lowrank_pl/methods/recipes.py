@@ -250,11 +250,9 @@ def _llrc(decomposition: Decomposition, *, any_k: bool = True, start: str | None
     # step. From the paper's start, 6 to 3, a short run would end like that, so this one starts lower, and from a plan
     # so low that noise turns the last kept components off and the first dropped ones on.
     high, low = (3.2, 0.2) if start is None else (1.2, 0.2)
-    # Learning happens on the way down: under a weak pressure the loss decides what goes first. Tripled every 50 steps,
-    # it still meets its size, 60 % too, within 300 steps (docs/laboratory.md).
     mask = LLRC(
-        any_k=any_k, start_high=high, start_low=low, pressure="layers", pressure_low=0.03, pressure_high=0.1,
-        pressure_growth=3.0, period=50, patience=None,
+        any_k=any_k, start_high=high, start_low=low, pressure="layers", pressure_low=1.0, pressure_high=3.0,
+        pressure_growth=1.25, period=50, patience=None,
     )  # fmt: skip
     # The mean squared error at the middle block is that of one token, the attention sink (docs/laboratory.md).
     terms = DataTerms(cross_entropy=0.0, divergence=0.5, divergence_kind="token_normalised_mse")

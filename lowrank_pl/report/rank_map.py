@@ -65,7 +65,7 @@ def rank_table(plan: RankPlan, *, fmt: str = "simple") -> str:
         kinds.setdefault(block_and_kind(name)[1], []).append(module)
     kinds["all"] = list(plan.modules.values())
     head = ["module type", "modules", "dense", "mean kept", "least", "most"]
-    body = [_kept_line(kind, modules) for kind, modules in kinds.items()]
+    body = [_kept_line(kind, modules, plan.bytes_per_parameter) for kind, modules in kinds.items()]
     if plan.any_k_modules:
         head.insert(3, "any-k")
         for line, modules in zip(body, kinds.values(), strict=True):
@@ -166,15 +166,15 @@ def rank_map(plan: RankPlan, *, title: str | None = None) -> Figure:
     return figure
 
 
-def _kept(module: ModulePlan) -> float:
-    return module.parameters / module.dense_parameters
+def _kept(module: ModulePlan, size: int) -> float:
+    return module.numbers(size) / module.dense_parameters
 
 
-def _kept_line(kind: str, modules: Sequence[ModulePlan]) -> list[str]:
-    kept = [_kept(module) for module in modules]
+def _kept_line(kind: str, modules: Sequence[ModulePlan], size: int) -> list[str]:
+    kept = [_kept(module, size) for module in modules]
     dense = sum(module.rank is None for module in modules)
     # Weighted by size, so that the row of all modules is the plan's own fraction.
-    mean = sum(module.parameters for module in modules) / sum(module.dense_parameters for module in modules)
+    mean = sum(module.numbers(size) for module in modules) / sum(module.dense_parameters for module in modules)
     return [kind, str(len(modules)), str(dense), percent(mean), percent(min(kept)), percent(max(kept))]
 
 
@@ -196,7 +196,7 @@ def _band(plan: RankPlan, kind: str, names: Sequence[str], columns: dict[int | N
     kept, dense = np.full((rows, len(columns)), np.nan), np.zeros((rows, len(columns)), dtype=bool)
     for name, expert in zip(names, experts, strict=True):
         place = expert or 0, columns[block_and_kind(name)[0]]
-        kept[place], dense[place] = _kept(plan.modules[name]), plan.modules[name].rank is None
+        kept[place], dense[place] = _kept(plan.modules[name], plan.bytes_per_parameter), plan.modules[name].rank is None
     if all(expert is None for expert in experts):
         return _Band(kind, kept, dense, 1.0, kind)
     if rows <= NUMBERED:

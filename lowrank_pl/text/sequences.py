@@ -301,9 +301,10 @@ def _contains(stream: Tensor, sequence: Tensor) -> bool:
     """Return whether ``stream`` contains the tokens in the middle of ``sequence``, in a row."""
     begin = max(0, (len(sequence) - PASSAGE) // 2)
     probe = sequence[begin : begin + PASSAGE]
-    if len(stream) < len(probe):
+    if not 0 < len(probe) <= len(stream):
         return False
-    starts = torch.arange(len(stream) - len(probe) + 1)
-    for place, token in enumerate(probe):
+    # Only where the first token stands are the others looked at.
+    starts = (stream[: len(stream) - len(probe) + 1] == probe[0]).nonzero().squeeze(1)
+    for place, token in enumerate(probe[1:], 1):
         starts = starts[stream[starts + place] == token]
     return len(starts) > 0

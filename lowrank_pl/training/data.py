@@ -22,7 +22,7 @@ from lowrank_pl.text.sequences import (
     uses_bos,
     warn_of_overlap,
 )
-from lowrank_pl.text.sources import parse_mixture
+from lowrank_pl.text.sources import TextSource, parse_mixture
 from lowrank_pl.training.lightning_internals import batches_done
 from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.files import sha256_of
@@ -279,6 +279,11 @@ class CalibrationData(pl.LightningDataModule):
             self._tokenizer = load_tokenizer(self._tokenizer, trust_remote_code=self.trust_remote_code)
         return self._tokenizer
 
+    def tokenizer_by_default(self, base: str) -> None:
+        """Take the tokenizer of the model ``base`` if none was given."""
+        if self._tokenizer is None:
+            self._tokenizer = base
+
     @property
     def train_sequences(self) -> Tensor:
         """The sequences to learn from, int64 ``[sequences, length]``."""
@@ -368,16 +373,18 @@ class CalibrationData(pl.LightningDataModule):
         """Return all sequences; validation sequences of the learning text come after all others of that text."""
         texts = (self.learning.text, self.statistics.text, self.validation_text)
         learning, statistics, validation = map(parse_mixture, texts)
-        if validation != learning and set(validation) & set(learning):
+        held_out_of_learning = _same(validation, learning)
+        if not held_out_of_learning and set(validation) & set(learning):
             raise ValueError(
                 f"validation text {self.validation_text!r} shares a text with {self.learning.text!r}, which is learned "
                 "from: give another text or another part=, or leave validation.text out to hold out sequences of all"
             )
-        held_out = self.validation.sequences if validation == learning else 0
+        held_out = self.validation.sequences if held_out_of_learning else 0
         bos = int(uses_bos(self.tokenizer))
         room, statistics_room = self.learning.length - bos, self.statistics.length - bos
         wanted = self.learning.sequences
-        shared = bool(held_out) and statistics == learning
+        same = _same(statistics, learning)
+        shared = bool(held_out) and same
         if shared:
             # Enough learning sequences to cover the tokens of the statistics.
             wanted = max(wanted, -(-self.statistics.sequences * statistics_room // room))
@@ -393,19 +400,23 @@ class CalibrationData(pl.LightningDataModule):
         return self._logged(
             _Sequences(
                 train=found[: min(before, self.learning.sequences)],
-                statistics=self._statistics(most),
+                statistics=self._statistics(most, found[:before] if same else None),
                 validation=found[before:] if held_out else self._validation(),
             ),
             held_out=bool(held_out),
         )
 
-    def _statistics(self, most: int) -> Tensor:
+    def _statistics(self, most: int, learning: Tensor | None) -> Tensor:
+        """Return the sequences for statistics, ``most`` at most; ``learning`` are sequences of the same text."""
         wanted = self.statistics.sequences
         if most < wanted:
             _log.warning(
                 "statistics use %d sequences instead of %d: the next ones are held out for validation", most, wanted
             )
-        return replace(self.statistics, sequences=min(most, wanted)).tokens(self.tokenizer)
+        taken = min(most, wanted)
+        if learning is not None and taken <= len(learning) and self.statistics.length == self.learning.length:
+            return learning[:taken]
+        return replace(self.statistics, sequences=taken).tokens(self.tokenizer)
 
     def _validation(self) -> Tensor:
         length, wanted = self.learning.length, self.validation.sequences
@@ -423,6 +434,11 @@ class CalibrationData(pl.LightningDataModule):
         )  # fmt: skip
         warn_of_overlap(built.validation, (built.train, built.statistics), self.tokenizer, "validation sequences")
         return built
+
+
+def _same(one: tuple[TextSource, ...], other: tuple[TextSource, ...]) -> bool:
+    """Return whether two texts have the same sequences; mixtures that differ in shares alone do not."""
+    return one == other and (len(one) == 1 or [source.share for source in one] == [source.share for source in other])
 
 
 def calibration_data(trainer: pl.Trainer) -> CalibrationData:

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.build import build_factors
@@ -38,6 +39,7 @@ from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.forward import enable_activation_checkpointing, refuse_dropout
 from lowrank_pl.models.sequences import check_sequences
+from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import EMBEDDINGS, Targets, decoder_blocks
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.constraints import Constraints
@@ -202,6 +204,21 @@ class RankLearner(LightningModule):
             "the masks",
             "use precision '32-true' and load the base in bfloat16 with --model.base.dtype bfloat16",
         )
+        if callable(self.lr_scheduler) and isinstance(
+            self.lr_scheduler(self.optimizer([nn.Parameter(torch.zeros(()))])), ReduceLROnPlateau
+        ):
+            raise ValueError(
+                "lr_scheduler is ReduceLROnPlateau, which waits for validations; the schedule here steps after every "
+                "optimizer step: give cosine, or another schedule of torch.optim.lr_scheduler"
+            )
+        if str(self.trainer.precision) == "16-mixed" and self.trainer.world_size > 1:
+            # Each process scales and checks its gradients before they are averaged: after an overflow in one, the
+            # others would average in its infinity and step.
+            raise ValueError(
+                f"the Trainer's precision is '16-mixed' on {self.trainer.world_size} processes, which skip steps apart "
+                "from each other: use precision 'bf16-mixed', or load the base in bfloat16 with --model.base.dtype "
+                "bfloat16"
+            )
 
     def configure_model(self) -> None:
         """Load the base, load or build its factors, and insert the masked layers; later calls do nothing."""
@@ -340,7 +357,11 @@ class RankLearner(LightningModule):
             )
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
-        """Return the loss of one batch of token ids ``[batch, length]``."""
+        """Return the loss of one batch of token ids ``[batch, length]``.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
         budget = self._current_budget()
         self.mask_method.advance(self.masks, self.global_step, budget)
         stride = self.compute.inactive_gate_stride
@@ -351,6 +372,11 @@ class RankLearner(LightningModule):
         terms = data_losses(self._base(), self.layers, self.data_terms, tokens)
         terms |= self.mask_method.penalties(self.masks, ratios, budget.share, self.global_step)
         loss = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss of step {self.global_step} is {loss.item()}: lower --model.optimizer.init_args.lr; or "
+                f"{NOT_FINITE}"
+            )
         losses = {f"loss/{name}": term.detach() for name, term in terms.items()}
         check_monitored(self.trainer, [*losses, "loss/total"], below="loss/")
         self.log_dict(losses)
@@ -420,7 +446,7 @@ class RankLearner(LightningModule):
         if self.lifetimes is None:
             plan = self.mask_method.finalise(self.masks, self.budget)
         else:
-            plan = self.lifetimes.finalise(self.budget, method=self.mask_method.name, start=self.schedule.start)
+            plan = self.lifetimes.finalise(self.budget, self.mask_method, start=self.schedule.start)
         return plan.with_origin(self.origin, self.store.fingerprint, self.notes)
 
     def on_validation_start(self) -> None:

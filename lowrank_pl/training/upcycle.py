@@ -100,6 +100,11 @@ class Upcycler(LightningModule):
         """
         check_callbacks(self.trainer, ("val/perplexity", "step"))
         check_precision(self.trainer, "experts and routers", "use precision '32-true' or 'bf16-mixed'")
+        if self.base.dtype != "float32" and str(self.trainer.precision) == "32-true":
+            raise ValueError(
+                f"the base is loaded in {self.base.dtype}, and experts and routers are trained in float32: use "
+                "--trainer.precision bf16-mixed, which computes in bfloat16"
+            )
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError("upcycling needs the whole model on every device: use --trainer.strategy ddp")
         if not len(calibration_data(self.trainer).validation_sequences):
@@ -175,7 +180,10 @@ class Upcycler(LightningModule):
         """Return the score on the validation sequences, with ``progress`` beside the bar."""
         data = calibration_data(self.trainer)
         shown = progress if self.trainer.is_global_zero else None
-        return perplexity(self.model, data.validation_sequences, batch_size=data.validation.batch_size, progress=shown)
+        with self.trainer.precision_plugin.forward_context():
+            return perplexity(
+                self.model, data.validation_sequences, batch_size=data.validation.batch_size, progress=shown
+            )
 
     def apartness(self) -> float:
         """Return how far experts are from the mean of their block, relative to it (root mean square)."""

@@ -11,10 +11,10 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -144,19 +144,23 @@ def _check_parents(path: Path) -> None:
         raise ValueError(f"{str(path)!r} can't be written: you may not write to {str(above)!r}; name another place")
 
 
-def atomic_write(path: str | Path, data: str | bytes) -> Path:
+def atomic_write(path: str | Path, data: str | bytes | Callable[[BinaryIO], object]) -> Path:
     """Write ``data`` to ``path`` so that a reader sees the old file or the complete new one, never a part.
 
     A link stays, and the file that it leads to is written. A device or a FIFO, such as ``/dev/stdout``, is written to.
     What killed processes have left of ``path`` is removed first, and logged.
 
+    Args:
+        path: The file.
+        data: What it holds, or a function that writes this to a file, so that it is never in memory as a whole.
+
     Raises:
         OSError: The disk is full or the folder is not writable; ``path`` is then unchanged.
     """
-    path, data = Path(path), data.encode() if isinstance(data, str) else data
+    path = Path(path)
     if _is_special(path):
         with path.open("ab") as special:
-            special.write(data)
+            _write(special, data)
         return path
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +168,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
     try:
         with _temporary(target, ".tmp") as temporary:
             with temporary.open("wb") as file:
-                file.write(data)
+                _write(file, data)
                 file.flush()
                 os.fsync(file.fileno())
             _apply_umask(temporary, 0o666)
@@ -174,6 +178,13 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
             error.filename = str(path)  # a full disk names no file
         raise
     return path
+
+
+def _write(file: BinaryIO, data: str | bytes | Callable[[BinaryIO], object]) -> None:
+    if callable(data):
+        data(file)
+    else:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def _is_special(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 
 import pytest
 import yaml
@@ -101,6 +102,16 @@ def test_a_changed_recipe_is_made_anew(folder, tmp_path):
     row = next(row for row in again if (row["method"], row["keep"]["asked"]) == ("quick", 0.5))
     assert row["settings"]["decomposition"] == {"kind": "svd"}
     assert len(again) == 7
+
+
+def test_rows_of_other_settings_that_stay_are_warned_of(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "run")
+    other = {"quick": Recipe(Decomposition("svd"), "energy")}
+    with caplog.at_level("WARNING"):
+        compare(Base("random:llama"), methods=["quick"], keep=[0.8], recipes=other, run=tmp_path / "run", **SETTINGS)
+    (said,) = [message for message in caplog.messages if "--keep" in message]
+    assert "quick at keep 0.5" in said
+    assert "uniform" not in said
 
 
 def test_a_row_that_another_run_made_meanwhile_is_kept(tmp_path, monkeypatch):

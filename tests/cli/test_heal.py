@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from lowrank_pl import RankPlan
 from lowrank_pl.cli.app import main
@@ -29,6 +30,7 @@ def test_a_plan_becomes_a_healed_model(plan_file, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "not healed" in shown
     assert RankPlan.load(tmp_path / "run" / "model" / "plan.json").healed in shown
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["tokenizer"] is None
     # A finished run that is given again trains no further and ends as it did.
     main(words(plan_file, tmp_path, "--model.settings.lr", "3e-3", "--ckpt_path", "last"))
     again = json.loads((tmp_path / "run" / "heal.json").read_text())

@@ -7,6 +7,7 @@ import json
 # Its loggers keep the stderr of the moment at which it is imported, which must be none that a test captures.
 import lightning.pytorch  # noqa: F401
 import pytest
+import torch
 
 from lowrank_pl.cli.app import main
 from lowrank_pl.models.base import load_base
@@ -26,6 +27,13 @@ def test_experts_are_trained_apart_and_the_mixture_is_a_base_like_any_other(tmp_
     assert f"{figures['perplexity']['dense']:.2f}" in capsys.readouterr().out
     targets = find_targets(load_base(str(tmp_path / "model")))
     assert "model.layers.1.mlp.experts.3.down_proj" in {target.name for target in targets.modules}
+
+
+def test_a_base_in_bfloat16_is_trained_in_float32(tmp_path, capsys):
+    words = [*WORDS, "--model.base.dtype", "bfloat16", "--trainer.max_steps", "2", "--run", str(tmp_path)]
+    assert "--trainer.precision bf16-mixed" in failing(capsys, *words)
+    main([*words, "--trainer.precision", "bf16-mixed"])
+    assert load_base(str(tmp_path / "model"), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_a_mixture_needs_text_to_be_judged_on(tmp_path, capsys):

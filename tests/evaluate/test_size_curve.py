@@ -23,6 +23,7 @@ from lowrank_pl.evaluate.size_curve import KEEPS, Curve, CurvePoint, curve_plot,
 from lowrank_pl.factors.compression import compress
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem
+from lowrank_pl.methods.quantize import Rounding, quantize
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.plans.constraints import Constraints
@@ -73,6 +74,15 @@ def test_a_plan_without_other_sizes_is_scored_as_it_is(llama, sequences, made):
     plan, store = made
     curve = score_curve(llama, replace(plan, order=None), [], store, sequences[:1])
     assert [(point.plan.keep, point.own) for point in curve.points] == [(0.5, True)]
+
+
+def test_rounded_dense_modules_are_scored_as_they_are_rounded(llama, sequences, tokenizer, made):
+    plan, store = made
+    subject = Subject(llama, tokenizer, sequences)
+    rounded, matrices = quantize(nested(plan, [1.0])[1.0], store, subject, settings=Rounding(bits=4))
+    curve = score_curve(llama, rounded, [], matrices, sequences[:2])
+    score = perplexity(compress(tiny_model("llama"), rounded, matrices), sequences[:2])
+    assert curve.points[0].score.nats == pytest.approx(score.nats, rel=1e-6) != curve.dense.nats
 
 
 def test_a_size_whose_logits_are_not_finite_is_named(llama, sequences, made, monkeypatch):
@@ -142,7 +152,7 @@ def test_evaluate_draws_the_curve_of_a_plan(plan_file, tmp_path, capsys):
     assert [size["own"] for size in figures["sizes"]] == [False] * 5 + [True]
     assert figures["sizes"][0]["excess"] == 0.0
     assert figures["dense"]["perplexity"] == evaluate("random:llama", text=TEXT, length=32, sequences=2)["perplexity"]
-    assert (figures["base"], figures["method"], figures["windows"]) == ("random:llama", "uniform", 2)
+    assert (figures["base"], figures["method"], figures["windows"]) == ("random:llama", "fisher", 2)
     shown = capsys.readouterr().out
     assert f"\npicture  {tmp_path / 'curve.png'}" in shown
     assert "\n0.5 * " in shown

@@ -138,6 +138,16 @@ def test_rank_table_counts_every_module():
     assert lines[5].split()[3] == f"{100 * plan_of(3).keep_targeted:.1f}"
 
 
+def test_the_last_row_of_the_table_is_the_plans_own_fraction_where_pivots_count():
+    shape = (64, 48)
+    plan = RankPlan(
+        method="hand", keep=0.8, model_parameters=5000, storage="auto", bytes_per_parameter=2,
+        modules={"h.0.q": ModulePlan(shape, 30, storage="pivoted")},
+    )  # fmt: skip
+    assert plan.pivoted_modules
+    assert rank_table(plan).splitlines()[-1].split()[3] == f"{100 * plan.keep_targeted:.1f}"
+
+
 def texts(axes):
     return [text.get_text() for text in axes.texts]
 

@@ -207,6 +207,18 @@ def test_a_validation_text_of_the_same_name_is_held_out(caplog):
     assert not caplog.records
 
 
+def test_statistics_of_the_learning_text_are_not_read_again():
+    data = make_data(sequences=10, statistics_sequences=6)
+    assert data.statistics_sequences.data_ptr() == data.train_sequences.data_ptr()
+    assert len(data.statistics_sequences) == 6
+
+
+def test_a_mixture_of_other_shares_is_another_text(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 4000)
+    with pytest.raises(ValueError, match=r"shares a text with .*another part="):
+        make_data(f"python-docs + {tmp_path}/a.txt::share=2", validation_text=f"python-docs + {tmp_path}/a.txt").setup()
+
+
 def test_a_part_of_the_mixture_that_is_learned_from_is_no_validation_text(tmp_path):
     (tmp_path / "a.txt").write_text("a" * 4000)
     with pytest.raises(ValueError, match=r"a\.txt' shares a text with 'python-docs.*another part="):

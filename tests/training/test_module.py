@@ -6,11 +6,13 @@ import inspect
 import math
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from lowrank_pl import RankPlan, perplexity
@@ -33,6 +35,7 @@ from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.forward import refuse_dropout
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
+from lowrank_pl.training import module
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, read_checkpoint
 from lowrank_pl.training.module import RankLearner, Start
 from tests.helpers import ROOT
@@ -127,6 +130,27 @@ def test_masks_stay_float32_beside_a_bfloat16_base_and_move():
 def test_precisions_that_cast_masks_are_refused(precision):
     with pytest.raises(ValueError, match=f"precision is '{precision}'.* use precision '32-true'"):
         fit(make_learner(), max_steps=1, precision=precision)
+
+
+def test_float16_on_several_processes_is_refused():
+    learner = make_learner()
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    learner._trainer = SimpleNamespace(strategy=strategy, precision="16-mixed", world_size=2, callbacks=[])
+    with pytest.raises(ValueError, match=r"16-mixed' on 2 processes.*'bf16-mixed'"):
+        learner.setup("fit")
+
+
+def test_a_schedule_that_waits_for_validations_is_refused_before_the_base_is_loaded():
+    learner = make_learner(lr_scheduler=ReduceLROnPlateau)
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau.* give cosine"):
+        fit(learner, max_steps=1)
+    assert learner.model is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
+    monkeypatch.setattr(module, "data_losses", lambda *_: {"cross_entropy": torch.tensor(torch.nan)})
+    with pytest.raises(ValueError, match=r"the loss of step 0 is nan: lower --model\.optimizer\.init_args\.lr"):
+        fit(make_learner(), max_steps=1)
 
 
 def test_mixed_precision_learns():
@@ -432,6 +456,13 @@ def test_masks_of_prefixes_start_from_the_count_of_a_subset_and_say_so(tmp_path,
 
 def annealed(**changes):
     return make_learner(**{"keep": 0.3, "keep_start": 0.9, "keep_steps": 12, "record_order": True, **changes})
+
+
+@pytest.mark.parametrize("mask", [ARS(), LLRC(export_prefix=True, start_high=0.4, start_low=0.2)], ids=["ars", "llrc"])
+def test_an_order_leaves_prefixes_to_methods_whose_plans_keep_prefixes(mask):
+    learner = annealed(mask=mask)
+    fit(learner, max_steps=16)
+    assert not learner.plan().any_k_modules
 
 
 def test_components_are_ordered_by_when_they_were_last_kept():

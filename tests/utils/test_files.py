@@ -43,6 +43,11 @@ def test_write_makes_folders_and_returns_the_path(tmp_path):
     assert everything_in(tmp_path) == ["a", "a/b", "a/b/c.txt"]
 
 
+def test_a_function_writes_a_file(tmp_path):
+    assert atomic_write(tmp_path / "file", lambda file: file.write(b"x")).read_bytes() == b"x"
+    assert everything_in(tmp_path) == ["file"]
+
+
 def test_written_files_have_the_mode_of_plain_ones(tmp_path):
     before = os.umask(0o027)
     try:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.methods.masks.base import Mask
+from lowrank_pl.methods.masks.base import Mask, MaskMethod
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 
@@ -52,13 +52,16 @@ class ACIP(nn.Module):
             for name, part in zip(self.ranks, parts, strict=True)
         }
 
-    def finalise(self, budget: Budget, *, method: str, start: float | None) -> RankPlan:
+    def finalise(self, budget: Budget, method: MaskMethod, *, start: float | None) -> RankPlan:
         """Return the plan of the components that were kept longest, at the exact budget.
 
         Args:
             budget: What to meet.
-            method: Name for the plan.
+            method: The mask method; where its plans keep the first components, as many of these are kept.
             start: The fraction to keep from which the target fell.
         """
+        scores = self.scores()
+        if not method.plans_any_k:
+            scores = {name: part.sort(descending=True).values for name, part in scores.items()}
         note = f"components in the order in which they were last kept from keep {start} to {budget.keep}"
-        return budget.select(self.scores(), method=method, notes=[note])
+        return budget.select(scores, method=method.name, notes=[note])

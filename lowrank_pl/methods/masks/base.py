@@ -209,7 +209,7 @@ class MaskMethod(ABC):
         kinds: Kinds of decomposition whose singular values the masks can read; empty for any.
         skips_inactive: Whether its masks name the active components (``Mask.active``), so that layers skip all others.
         own_start: Whether the method decides where its masks start, so that they take no plan to start from.
-        any_k: Whether its plans may keep components that are not the first ones.
+        any_k: Whether its masks or plans may keep components that are not the first ones.
         top: Parameters of the gated components over those of the dense weight; above 1, so that a module can be dense.
         budget_weight: Weight of the squared distance of the kept parameters from the budget.
     """
@@ -224,6 +224,11 @@ class MaskMethod(ABC):
     any_k: bool = False
     top: float = 1.2
     budget_weight: float = 100.0
+
+    @property
+    def plans_any_k(self) -> bool:
+        """Whether its plans may keep components that are not the first ones."""
+        return self.any_k
 
     def stored_rank(self, shape: tuple[int, int], storage: Storage) -> int:
         """Return how many components of a module of ``shape`` a mask gates, by default what ``top`` pays for.

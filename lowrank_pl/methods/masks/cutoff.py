@@ -112,7 +112,7 @@ class CutoffMethod(MaskMethod):
         """Return the plan of the cutoffs: ratios from 1 become dense, one common factor scales all other ranks."""
         requested = {}
         for name, mask in zip(masks, _cutoffs(masks), strict=True):
-            cutoff = max(0.0, mask.cutoff().item())
+            cutoff = mask.cutoff().clamp(min=0.0).item()
             requested[name] = math.inf if mask.ratio().item() >= self.dense_from else cutoff
         return budget.fit(requested, method=self.name)
 

@@ -195,6 +195,11 @@ class LLRC(GumbelMethod):
         self.tolerance, self.variation_weight, self.budget_weight = tolerance, variation_weight, budget_weight
         self.patience, self.seed = patience, seed
 
+    @property
+    def plans_any_k(self) -> bool:
+        """Whether its plans may keep components that are not the first ones."""
+        return self.any_k and not self.export_prefix
+
     def create(
         self, shape: tuple[int, int], sigma: Tensor, keep: float, *, storage: Storage, kept: Tensor | None = None
     ) -> LLRCMask:
@@ -262,8 +267,7 @@ class LLRC(GumbelMethod):
 
     def finalise(self, masks: ModelMasks, budget: Budget) -> RankPlan:
         """Return the plan of the highest logits; noise has no part in it."""
-        any_k = self.any_k and not self.export_prefix
-        return select_by_logits(masks, budget, any_k=any_k, method=self.name)
+        return select_by_logits(masks, budget, any_k=self.plans_any_k, method=self.name)
 
 
 def _progress(masks: ModelMasks) -> Progress:
