@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.costs.machine import Machine
@@ -245,10 +246,19 @@ def _steps(trainer: Mapping[str, Any], *, of_epoch: int) -> int:
 
 
 def _validations(trainer: Mapping[str, Any], *, batches: int, of_epoch: int) -> int:
-    """Return how often the Trainer validates over ``batches``."""
+    """Return how often the Trainer validates over ``batches``; 0 where the clock decides."""
     if trainer["limit_val_batches"] == 0:
         return 0
-    interval = trainer["val_check_interval"]
+    interval, epochs = trainer["val_check_interval"], trainer["check_val_every_n_epoch"]
+    if isinstance(interval, (str, dict, timedelta)):
+        # By the clock: how long the batches take is not known.
+        return 0
     # A whole number counts batches, a fraction is one of an epoch.
-    every = interval if isinstance(interval, int) else int(of_epoch * (interval or 1.0)) or 1
-    return batches // every
+    every: int = interval if isinstance(interval, int) else int(of_epoch * (interval or 1.0)) or 1
+    if epochs is None:
+        return batches // every
+    # Counted anew in every epoch; steps do not go across its end.
+    accumulated = trainer["accumulate_grad_batches"] or 1
+    whole, rest = divmod(batches, -(-of_epoch // accumulated) * accumulated)
+    validated: int = whole // epochs * (of_epoch // every)
+    return validated + (rest // every if (whole + 1) % epochs == 0 else 0)

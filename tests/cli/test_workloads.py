@@ -25,7 +25,7 @@ from tests.helpers.commands import failing
 
 TRAINER = {
     "max_steps": -1, "max_epochs": None, "limit_train_batches": None, "accumulate_grad_batches": 1,
-    "val_check_interval": None, "limit_val_batches": None,
+    "val_check_interval": None, "check_val_every_n_epoch": 1, "limit_val_batches": None,
 }  # fmt: skip
 ONE = Machine()
 CALIBRATION = Calibration(length=32, sequences=2)
@@ -63,7 +63,17 @@ def test_the_first_limit_ends_learning(limits, steps):
 
 
 @pytest.mark.parametrize(
-    ("interval", "validations"), [({}, 3), ({"val_check_interval": 6}, 4), ({"limit_val_batches": 0}, 0)]
+    ("interval", "validations"),
+    [
+        ({}, 3),
+        ({"val_check_interval": 6}, 3),
+        ({"val_check_interval": 6, "check_val_every_n_epoch": None}, 4),
+        ({"check_val_every_n_epoch": 2}, 1),
+        ({"val_check_interval": 3, "max_steps": 14}, 4),
+        ({"val_check_interval": 3, "accumulate_grad_batches": 3}, 6),
+        ({"val_check_interval": "00:00:00:05"}, 0),
+        ({"limit_val_batches": 0}, 0),
+    ],
 )
 def test_validations_follow_the_trainers_interval(interval, validations):
     work = fit_work(validation=2, max_epochs=3, **interval)
