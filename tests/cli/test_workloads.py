@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.cli.app import main
 from lowrank_pl.cli.decompose import decompose
+from lowrank_pl.cli.trainer_cli import ForecastingCLI
 from lowrank_pl.cli.workloads import compare_workload, decompose_workload, fit_workload
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.factors.settings import Decomposition
@@ -140,6 +142,13 @@ def test_a_dry_run_for_gpus_that_are_not_here_tells_no_time(nothing_loaded, caps
     told = capsys.readouterr().out
     assert "99 processes, one a GPU, weights sharded" in told
     assert "time" not in told
+
+
+@pytest.mark.parametrize(("words", "dry"), [("", True), ("true", True), ("false", False)])
+def test_a_dry_run_is_asked_for_with_or_without_a_value(monkeypatch, words, dry):
+    monkeypatch.setattr(ForecastingCLI, "instantiate_classes", lambda cli: sys.exit(str(cli.setting("dry_run"))))
+    with pytest.raises(SystemExit, match=str(dry)):
+        main(["fit", "-c", SMOKE, "--dry_run", *words.split(), "--model.keep", "0.5"])
 
 
 def test_a_dry_run_of_compare_names_every_phase(tmp_path, nothing_loaded, capsys):
