@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from lowrank_pl.calibration.hidden_states import Cache
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.costs.model_sizes import model_sizes
 from lowrank_pl.costs.workload import Healed, Learner, Preparation, Refits, Roundings, Scoring, Step, Workload
@@ -192,6 +193,7 @@ def decompose_workload(
     memory: int | None = None,
     gradient_checkpointing: bool = False,
     dropping: bool = False,
+    cache: Cache | None = None,
 ) -> Workload:
     """Return the work of ``lowrank decompose``, which loads one decoder block at a time where the base allows that.
 
@@ -202,12 +204,13 @@ def decompose_workload(
         memory: Bytes that statistics may take at a time; by default most of what is free.
         gradient_checkpointing: Whether passes for gradients compute activations again.
         dropping: Whether it is measured what dropping experts costs.
+        cache: Where hidden states wait between blocks; by default in main memory, unless that is short.
     """
     by_block = decomposition.block_by_block and loads_in_parts(base)
     return Workload(
         preparation=Preparation(
             calibration, (decomposition,), memory=memory, gradient_checkpointing=gradient_checkpointing,
-            by_block=by_block, dropping=dropping,
+            by_block=by_block, dropping=dropping, cache=cache,
         )
     )  # fmt: skip
 

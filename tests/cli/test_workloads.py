@@ -168,6 +168,11 @@ def test_a_dry_run_of_decompose_makes_nothing(tmp_path, nothing_loaded, capsys):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_dry_run_of_decompose_takes_the_place_of_hidden_states():
+    work = decompose_workload("shapes:llama-3.2-1b", Decomposition(), CALIBRATION, cache="disk")
+    assert work.preparation.cache == "disk"
+
+
 def test_fit_does_the_multiply_adds_of_its_dry_run(tmp_path, monkeypatch):
     # A dry run takes nothing off for what a cache holds.
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
