@@ -52,8 +52,8 @@ ONLY_IN = {
     "pytorch_lightning": "",
     "tensorboard": "training cli",
     "torch.utils.tensorboard": "training cli",
-    # Slow to import, so it comes in only where a file is read.
-    "pydantic": "utils.json_files plans.plan_schema report.file_schemas",
+    # Slow to import, so it comes in only where a file is read, or settings of any type are.
+    "pydantic": "utils.checks utils.json_files plans.plan_schema report.file_schemas",
     "matplotlib": "utils.figures evaluate.size_curve report.comparison report.rank_history report.rank_map",
 }
 

@@ -21,6 +21,9 @@ __all__ = ["SHORT", "fit_words"]
 SHORT = {"model.base": "model.base.name"}
 """Flags that stand for another one on the command line."""
 
+_SWITCH = "dry_run"
+"""The flag that is true without a value; jsonargparse takes a flag either with a value or without."""
+
 
 def fit_words(words: Sequence[str], groups: Mapping[str, type]) -> list[str]:
     """Return the words for LightningCLI: lists in brackets, ``-`` in flags as ``_``, ``-c NAME`` as ``--config FILE``.
@@ -56,6 +59,8 @@ def fit_words(words: Sequence[str], groups: Mapping[str, type]) -> list[str]:
             name = name.removeprefix("--").replace("-", "_")
             name = SHORT.get(name, name)
             word = f"--{name}{equals}{value}"
+        if name == _SWITCH and not equals and waiting[:1] not in (["true"], ["false"]):
+            word = f"--{name}=true"
         if name not in lists:
             found.append(word)
             continue

@@ -62,7 +62,7 @@ def bench(
     statistics of two_sided factors beside that frozen step on the same sequences.
 
     `bench svd` times the drivers for a singular value decomposition in float64 on the shapes of the base's layers, and
-    gives the error of each relative to the rounding of the largest value.
+    gives the error of each relative to the largest singular value.
 
     All take turns, repeats times after one to warm up, and the fastest of each counts: slower turns were disturbed.
 

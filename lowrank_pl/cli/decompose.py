@@ -97,7 +97,7 @@ def decompose(
     if dry_run:
         work = decompose_workload(
             base.name, decomposition, calibration, memory=budget, gradient_checkpointing=gradient_checkpointing,
-            dropping=drop_experts,
+            dropping=drop_experts, cache=cache,
         )  # fmt: skip
         print_forecast(base, work, machine_of(device), constraints=constraints, output=json)
         return None

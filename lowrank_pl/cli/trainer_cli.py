@@ -164,7 +164,7 @@ class ForecastingCLI(TrainerCLI):
     def add_parts(self, parser: LightningArgumentParser) -> None:
         """Add ``--dry_run``."""
         parser.add_argument(
-            "--dry_run", action="store_true", help="Print what the run needs; nothing is loaded or written."
+            "--dry_run", type=bool, default=False, help="Print what the run needs; nothing is loaded or written."
         )
 
     def runs(self) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from lowrank_pl.calibration.hidden_states import Cache
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.costs.model_sizes import model_sizes
 from lowrank_pl.costs.workload import Healed, Learner, Preparation, Refits, Roundings, Scoring, Step, Workload
@@ -191,6 +193,7 @@ def decompose_workload(
     memory: int | None = None,
     gradient_checkpointing: bool = False,
     dropping: bool = False,
+    cache: Cache | None = None,
 ) -> Workload:
     """Return the work of ``lowrank decompose``, which loads one decoder block at a time where the base allows that.
 
@@ -201,12 +204,13 @@ def decompose_workload(
         memory: Bytes that statistics may take at a time; by default most of what is free.
         gradient_checkpointing: Whether passes for gradients compute activations again.
         dropping: Whether it is measured what dropping experts costs.
+        cache: Where hidden states wait between blocks; by default in main memory, unless that is short.
     """
     by_block = decomposition.block_by_block and loads_in_parts(base)
     return Workload(
         preparation=Preparation(
             calibration, (decomposition,), memory=memory, gradient_checkpointing=gradient_checkpointing,
-            by_block=by_block, dropping=dropping,
+            by_block=by_block, dropping=dropping, cache=cache,
         )
     )  # fmt: skip
 
@@ -245,10 +249,19 @@ def _steps(trainer: Mapping[str, Any], *, of_epoch: int) -> int:
 
 
 def _validations(trainer: Mapping[str, Any], *, batches: int, of_epoch: int) -> int:
-    """Return how often the Trainer validates over ``batches``."""
+    """Return how often the Trainer validates over ``batches``; 0 where the clock decides."""
     if trainer["limit_val_batches"] == 0:
         return 0
-    interval = trainer["val_check_interval"]
+    interval, epochs = trainer["val_check_interval"], trainer["check_val_every_n_epoch"]
+    if isinstance(interval, (str, dict, timedelta)):
+        # By the clock: how long the batches take is not known.
+        return 0
     # A whole number counts batches, a fraction is one of an epoch.
-    every = interval if isinstance(interval, int) else int(of_epoch * (interval or 1.0)) or 1
-    return batches // every
+    every: int = interval if isinstance(interval, int) else int(of_epoch * (interval or 1.0)) or 1
+    if epochs is None:
+        return batches // every
+    # Counted anew in every epoch; steps do not go across its end.
+    accumulated = trainer["accumulate_grad_batches"] or 1
+    whole, rest = divmod(batches, -(-of_epoch // accumulated) * accumulated)
+    validated: int = whole // epochs * (of_epoch // every)
+    return validated + (rest // every if (whole + 1) % epochs == 0 else 0)

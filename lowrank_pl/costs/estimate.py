@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from lowrank_pl.costs.machine import Machine
@@ -40,6 +41,7 @@ class Phase:
         host: Bytes of main memory of one process, by what they hold at the same time.
         fresh: Bytes of main memory of a fresh process that this process starts and waits for.
         disk: Bytes that stay on disk, by what they hold; those of all processes.
+        scratch: Bytes on disk that are gone after the phase, by what they hold; those of all processes.
         work: Work of one process by kind; bytes of ``disk`` are not counted again.
         waiting: Bytes of main memory of every other process, where the first process works alone; None where all work.
     """
@@ -49,6 +51,7 @@ class Phase:
     host: Mapping[str, float] = field(default_factory=dict)
     fresh: Mapping[str, float] = field(default_factory=dict)
     disk: Mapping[str, float] = field(default_factory=dict)
+    scratch: Mapping[str, float] = field(default_factory=dict)
     work: Mapping[WorkKind, float] = field(default_factory=dict)
     waiting: float | None = None
 
@@ -88,8 +91,9 @@ class Estimate:
         return own + others * (own if phase.waiting is None else phase.waiting)
 
     def disk_bytes(self) -> float:
-        """Return the bytes that all phases leave on disk."""
-        return sum(sum(phase.disk.values()) for phase in self.phases)
+        """Return the most bytes that are on disk: what phases leave there, and what one needs beside it."""
+        left = [*accumulate(sum(phase.disk.values()) for phase in self.phases)]
+        return max(so_far + sum(phase.scratch.values()) for so_far, phase in zip(left, self.phases, strict=True))
 
     def seconds(self, speeds: Speeds) -> float:
         """Return the time of all phases."""
@@ -127,7 +131,7 @@ class Estimate:
             "GPU memory": [gigabytes(self.device_bytes(phase)) for phase in self.phases],
             "RAM": [gigabytes(self.host_bytes(phase)) for phase in self.phases],
             "RAM of a node": [gigabytes(self.node_bytes(phase)) if several else "-" for phase in self.phases],
-            "disk": [gigabytes(sum(phase.disk.values())) for phase in self.phases],
+            "disk": [gigabytes(sum(phase.disk.values()) + sum(phase.scratch.values())) for phase in self.phases],
             "time": ["-" if speeds is None else duration(phase.seconds(speeds)) for phase in self.phases],
         }
         shown = {head: cells for head, cells in columns.items() if set(cells) != {"-"}}
@@ -141,7 +145,11 @@ class Estimate:
 
     def _parts(self, phase: Phase) -> Iterator[tuple[str, str, str]]:
         where = "RAM" if self.machine.on_cpu else "GPU"
-        for place, held in ((where, phase.device), ("RAM", {**phase.host, **phase.fresh}), ("disk", phase.disk)):
+        for place, held in (
+            (where, phase.device),
+            ("RAM", {**phase.host, **phase.fresh}),
+            ("disk", {**phase.disk, **phase.scratch}),
+        ):
             least = sum(held.values()) / 100
             yield from ((place, what, gigabytes(size)) for what, size in held.items() if size > least)
 

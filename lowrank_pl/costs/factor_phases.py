@@ -12,6 +12,7 @@ import torch
 
 from lowrank_pl.calibration.embedding_moments import EmbeddingMoments
 from lowrank_pl.calibration.gradients import GradientMoments, WeightFisher, WeightGradients
+from lowrank_pl.calibration.hidden_states import cache_for
 from lowrank_pl.calibration.input_moments import InputMoments
 from lowrank_pl.calibration.measures import Measure, Passes
 from lowrank_pl.calibration.statistics import SHARE
@@ -308,10 +309,9 @@ def _input_moments(run: Run) -> Phase:
         }),
     })  # fmt: skip
     host["a file being written"] = _SAVING * max(sums.stored.values())
-    if by_block:
-        host["hidden states"] = _hidden_states(run)
+    states = {"hidden states": _hidden_states(run)} if by_block else {}
     read = float(_READS * model.bytes) if preparation.by_block else 0.0
-    return _measuring(run, sums, device, host, passes=1, read=read)
+    return _with_states(run, _measuring(run, sums, device, host, passes=1, read=read), states)
 
 
 def _gradients(run: Run, sums: _Sums) -> Phase:
@@ -319,7 +319,8 @@ def _gradients(run: Run, sums: _Sums) -> Phase:
     model, preparation = run.model, run.work.preparation
     by_block = _block_by_block(run, sums)
     held, parts = sums.held(by_block), 1
-    states, passes, read = {}, 3 if preparation.gradient_checkpointing else 2, 0.0
+    states: dict[str, float] = {}
+    passes, read = 3 if preparation.gradient_checkpointing else 2, 0.0
     if by_block:
         held, parts = _part_of_a_block(run, sums)
         measuring = _one_block(run, held)
@@ -334,8 +335,8 @@ def _gradients(run: Run, sums: _Sums) -> Phase:
     else:
         measuring = _whole_pass(run)
     device, host = _placed(run, {**_weights(run), f"sums of {sums.name}": held, **sums.beside(measuring)})
-    host |= {"a file being written": _SAVING * max(sums.stored.values()), **states}
-    return _measuring(run, sums, device, host, passes=passes, read=read)
+    host["a file being written"] = _SAVING * max(sums.stored.values())
+    return _with_states(run, _measuring(run, sums, device, host, passes=passes, read=read), states)
 
 
 def _part_of_a_block(run: Run, sums: _Sums) -> tuple[float, int]:
@@ -422,6 +423,18 @@ def _block_by_block(run: Run, sums: _Sums) -> bool:
 def _hidden_states(run: Run) -> float:
     """Return the bytes of the hidden states of a process's sequences at one block."""
     return run.work.preparation.tokens * run.model.hidden * run.model.itemsize / run.machine.processes
+
+
+def _with_states(run: Run, phase: Phase, states: Mapping[str, float]) -> Phase:
+    """Return the phase with hidden states of a process where they wait: in main memory, or on disk (``cache_for``)."""
+    preparation, machine = run.work.preparation, run.machine
+    # A base that is loaded whole has no choice. How much memory is free elsewhere is not known.
+    cache = preparation.cache if preparation.by_block else None
+    if cache is None and machine.here:
+        cache = cache_for(sum(states.values()))
+    if cache == "disk":
+        return replace(phase, scratch={what: size * machine.processes for what, size in states.items()})
+    return replace(phase, host={**phase.host, **states})
 
 
 def decomposition_phase(run: Run) -> Phase:

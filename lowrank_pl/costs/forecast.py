@@ -45,6 +45,10 @@ _MORE_GPU_MEMORY = (
     "--model.compute.gradient_checkpointing true, and on more GPUs with -c strategy/fsdp"
 )
 _MORE_RAM = "`lowrank decompose --cache disk` makes the factors with the hidden states on disk"
+_LESS_RAM = (
+    "the hidden states are on disk already; a smaller --memory lowers what statistics take in `lowrank decompose`, and "
+    "a smaller --length what a sequence does"
+)
 _MORE_DISK = "let LOWRANK_HOME name a folder on a larger disk"
 
 
@@ -194,14 +198,15 @@ def _needs(found: Estimate) -> Iterator[_Need]:
         peak = found.peak(size)
         return _Need(name, size(peak), peak.name, here if machine.here else None, cure)
 
+    more_ram = _LESS_RAM if any(phase.scratch for phase in found.phases) else _MORE_RAM
     if not machine.on_cpu:
         yield most("GPU memory of a process", found.device_bytes, machine.memory, _MORE_GPU_MEMORY)
     if machine.processes == 1:
-        yield most("RAM", found.host_bytes, total_memory(), _MORE_RAM)
+        yield most("RAM", found.host_bytes, total_memory(), more_ram)
     else:
         yield most("RAM of a process", found.host_bytes)
         name = f"RAM of the {machine.processes_of_a_node} processes of a node"
-        yield most(name, found.node_bytes, total_memory(), _MORE_RAM)
+        yield most(name, found.node_bytes, total_memory(), more_ram)
     yield _Need("disk", found.disk_bytes(), "all phases together", _free_disk() if machine.here else None, _MORE_DISK)
 
 

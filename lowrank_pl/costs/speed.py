@@ -197,7 +197,7 @@ def uniform_modules(
 ) -> dict[str, nn.Module]:
     """Return a layer of random numbers for every target, each with the largest rank that ``variant`` allows.
 
-    Biases are the model's own. Targets that no rank makes smaller are left out.
+    Biases are the model's own. Targets that no such rank makes smaller are left out, as plans leave them dense.
 
     >>> from lowrank_pl.models.tiny import tiny_model
     >>> model = tiny_model("llama")
@@ -213,10 +213,11 @@ def uniform_modules(
             weight, bias = dense_weight(old), getattr(old, "bias", None)
             assert variant.storage != "dense"
             storage = Storage(variant.storage, weight.element_size())
-            allowed = min(int(storage.rank_at(target.shape, variant.keep)), storage.break_even(target.shape))
-            if storage.break_even(target.shape) == 0:
+            even = storage.break_even(target.shape)
+            if even < multiple_of:
                 continue
-            rank = max(allowed - allowed % multiple_of, 1)
+            allowed = min(int(storage.rank_at(target.shape, variant.keep)), even)
+            rank = max(allowed - allowed % multiple_of, multiple_of)
             new = _random_layer(
                 variant.storage, target.shape, rank, bias=bias is not None, device=weight.device, dtype=weight.dtype
             )

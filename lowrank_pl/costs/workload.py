@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lowrank_pl.calibration.hidden_states import Cache
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.costs.model_sizes import ModelSizes
 from lowrank_pl.factors.settings import Decomposition
@@ -34,6 +35,8 @@ class Preparation:
         gradient_checkpointing: Whether passes for gradients compute the activations of blocks again.
         by_block: Whether the device holds the weights of one decoder block at a time.
         dropping: Whether it is measured what dropping experts costs.
+        cache: Where hidden states wait between blocks of a base of which one block is loaded at a time; by default in
+            main memory, unless that is short.
 
     Raises:
         ValueError: No sequence, or sequences shorter than two tokens.
@@ -48,6 +51,7 @@ class Preparation:
     gradient_checkpointing: bool = False
     by_block: bool = False
     dropping: bool = False
+    cache: Cache | None = None
 
     def __post_init__(self) -> None:
         check_counts({"sequences": self.calibration.sequences})

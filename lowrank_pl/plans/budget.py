@@ -254,7 +254,7 @@ class Budget:
             >>> [(module.rank, module.indices) for module in plan.modules.values()]
             [(2, (0, 2)), (2, None)]
         """
-        order = self._order(scores)
+        order = self.order(scores)
         return self._plan(self.sizes(order.scores, within=within, beyond=beyond), order, method, list(notes))
 
     def sizes(
@@ -265,9 +265,14 @@ class Budget:
         beyond: Mapping[str, ModulePlan] | None = None,
     ) -> dict[str, int | None]:
         """Return the rank of every module (``None`` is dense) in the plan of ``select``, without making the plan."""
-        return self._choose(self._order(scores), within=within, beyond=beyond).sizes
+        return self._choose(self.order(scores), within=within, beyond=beyond).sizes
 
-    def _order(self, scores: Mapping[str, Tensor]) -> ComponentOrder:
+    def order(self, scores: Mapping[str, Tensor]) -> ComponentOrder:
+        """Return the order of components by ``scores``.
+
+        Raises:
+            ValueError: A module without scores or with too many, or scores of no module.
+        """
         self._check_names(scores, "scores")
         for name, shape in self.shapes.items():
             if (given := scores[name].numel()) > min(shape):

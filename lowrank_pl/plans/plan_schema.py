@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lowrank_pl.models.hf_quantized import Grid
+from lowrank_pl.models.settings import DType
 from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.constraints import Form, StorageChoice
 from lowrank_pl.plans.plan import SCHEMA, ModulePlan
@@ -143,7 +144,8 @@ class _Decomposition(_Open):
 class _Origin(_Open):
     base: str = ""
     narrowed: _Pruned = ABSENT
-    dtype: str = ""
+    # Empty where it is not known; a model that was given as it is in memory may be of float64.
+    dtype: DType | Literal["float64", ""] = ""
     calibration: _Calibration = ABSENT
     decomposition: _Decomposition = _Decomposition()
     store: str = ""

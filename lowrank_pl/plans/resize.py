@@ -124,8 +124,8 @@ def components_below(plan: RankPlan) -> dict[str, ModulePlan]:
         plan: The plan of an export.
 
     Raises:
-        ValueError: No smaller size follows from the plan: it has no component order, keeps components that its order
-            does not put first, or its weights were corrected or refitted for its size.
+        ValueError: No smaller size follows from the plan: it has no component order, or one without some module, keeps
+            components that its order does not put first, or its weights were corrected or refitted for its size.
 
     Example:
         >>> import torch
@@ -137,7 +137,8 @@ def components_below(plan: RankPlan) -> dict[str, ModulePlan]:
         {'a': 3}
     """
     _check_unchanged(plan, "make the smaller sizes with `lowrank allocate`")
-    budget, scores = _budget(plan, 1.0), _scores(plan)
+    budget = _budget(plan, 1.0)
+    scores = budget.order(_scores(plan)).scores
     found = {}
     for name, entry in plan.modules.items():
         least = budget.least_rank(name)

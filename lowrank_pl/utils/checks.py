@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["check_choices", "check_counts", "check_numbers"]
+__all__ = ["check_choices", "check_counts", "check_numbers", "checked_settings"]
 
 
 def check_choices(given: Mapping[str, tuple[object, Any]]) -> None:
@@ -67,3 +68,50 @@ def check_numbers(given: Mapping[str, tuple[float, float]], *, above: bool = Fal
         if not (bound < value if above else bound <= value) or math.isinf(value):
             word = "above" if above else "of at least"
             raise ValueError(f"{name} is {value}: expected a finite number {word} {bound:g}")
+
+
+def checked_settings(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as the type hints of a constructor say; a single value stands for a sequence of one.
+
+    Args:
+        kind: The class whose constructor takes the settings.
+        given: The values by the settings' names.
+
+    Raises:
+        ValueError: A value of another type.
+
+    >>> from collections.abc import Sequence
+    >>> class Grid:
+    ...     def __init__(self, ratios: Sequence[float] = (), rounds: int = 0) -> None: ...
+    >>> checked_settings(Grid, {"ratios": 0.5})
+    {'ratios': [0.5]}
+    >>> checked_settings(Grid, {"rounds": 2.5})
+    Traceback (most recent call last):
+    ValueError: rounds is 2.5: expected int
+    """
+    try:
+        hints = get_type_hints(kind.__init__) if given else {}  # type: ignore[misc]
+    except NameError:
+        # Another package may import the types of its hints for type checkers alone.
+        hints = {}
+    return {name: _of_type(name, value, hints[name]) if name in hints else value for name, value in given.items()}
+
+
+def _of_type(name: str, value: Any, hint: Any) -> Any:
+    # Slow to import.
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    if get_origin(hint) is Literal:
+        check_choices({name: (value, hint)})
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(hint)
+    except PydanticUserError:
+        # A type of another package that pydantic can't check.
+        return value
+    for tried in (value, [value]):
+        try:
+            return adapter.validate_python(tried)
+        except ValidationError:
+            pass
+    expected = inspect.formatannotation(hint).replace("collections.abc.", "")
+    raise ValueError(f"{name} is {value!r}: expected {expected}")

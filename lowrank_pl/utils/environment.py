@@ -8,7 +8,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,8 @@ _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 _MEMORY = Path("/proc/meminfo")
 _CPU = Path("/proc/cpuinfo")
+_GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -91,13 +93,60 @@ def resident_memory() -> int:
 
 
 def available_memory() -> int | None:
-    """Return the main memory available without swapping, in bytes; None where the system does not report it."""
-    return _bytes_in(_MEMORY, "MemAvailable")
+    """Return the main memory available without swapping, in bytes; None where the system does not report it.
+
+    Within a container or a job of a cluster, no more than its limit has left.
+    """
+    free = _bytes_in(_MEMORY, "MemAvailable")
+    left = [max(0, limit - used) for limit, used in _memory_limits()]
+    return min([*left, *([] if free is None else [free])], default=None)
 
 
 def total_memory() -> int | None:
-    """Return the size of main memory in bytes; None where the system does not report it."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    """Return the size of main memory in bytes, or the limit of this container or job if that is less.
+
+    None where the system does not report it.
+    """
+    if not hasattr(os, "sysconf"):
+        return None
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(limit for limit, _ in _memory_limits())])
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """Yield limit and use, in bytes, of every control group around this process that may limit its memory."""
+    for line in _GROUPS_OF_PROCESS.read_text().splitlines() if _GROUPS_OF_PROCESS.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names = _GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            # Of the first version, where a huge number is no limit.
+            top, names = _GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # A container may show its own group as the top, under the path that the group has outside.
+        own = top.joinpath(*(part for part in path.split("/") if part not in ("", "..")))
+        for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
+            limit, used = _number_in(folder / names[0]), _number_in(folder / names[1])
+            if limit is not None and used is not None:
+                # The system drops pages of files as soon as a process needs the memory.
+                yield limit, used - _entry_of(folder / "memory.stat", names[2])
+
+
+def _number_in(path: Path) -> int | None:
+    """Return the number in a file; None if it holds a word, such as max, or can't be read."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _entry_of(path: Path, name: str) -> int:
+    """Return the entry ``name`` of a file with an entry a line; 0 where there is none."""
+    try:
+        entries = dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(entries.get(name, 0))
 
 
 def free_memory(device: torch.device | str = "cpu") -> int | None:

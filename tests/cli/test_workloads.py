@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.cli.app import main
 from lowrank_pl.cli.decompose import decompose
+from lowrank_pl.cli.trainer_cli import ForecastingCLI
 from lowrank_pl.cli.workloads import compare_workload, decompose_workload, fit_workload
 from lowrank_pl.costs.machine import Machine
 from lowrank_pl.factors.settings import Decomposition
@@ -25,7 +27,7 @@ from tests.helpers.commands import failing
 
 TRAINER = {
     "max_steps": -1, "max_epochs": None, "limit_train_batches": None, "accumulate_grad_batches": 1,
-    "val_check_interval": None, "limit_val_batches": None,
+    "val_check_interval": None, "check_val_every_n_epoch": 1, "limit_val_batches": None,
 }  # fmt: skip
 ONE = Machine()
 CALIBRATION = Calibration(length=32, sequences=2)
@@ -63,7 +65,17 @@ def test_the_first_limit_ends_learning(limits, steps):
 
 
 @pytest.mark.parametrize(
-    ("interval", "validations"), [({}, 3), ({"val_check_interval": 6}, 4), ({"limit_val_batches": 0}, 0)]
+    ("interval", "validations"),
+    [
+        ({}, 3),
+        ({"val_check_interval": 6}, 3),
+        ({"val_check_interval": 6, "check_val_every_n_epoch": None}, 4),
+        ({"check_val_every_n_epoch": 2}, 1),
+        ({"val_check_interval": 3, "max_steps": 14}, 4),
+        ({"val_check_interval": 3, "accumulate_grad_batches": 3}, 6),
+        ({"val_check_interval": "00:00:00:05"}, 0),
+        ({"limit_val_batches": 0}, 0),
+    ],
 )
 def test_validations_follow_the_trainers_interval(interval, validations):
     work = fit_work(validation=2, max_epochs=3, **interval)
@@ -132,6 +144,13 @@ def test_a_dry_run_for_gpus_that_are_not_here_tells_no_time(nothing_loaded, caps
     assert "time" not in told
 
 
+@pytest.mark.parametrize(("words", "dry"), [("", True), ("true", True), ("false", False)])
+def test_a_dry_run_is_asked_for_with_or_without_a_value(monkeypatch, words, dry):
+    monkeypatch.setattr(ForecastingCLI, "instantiate_classes", lambda cli: sys.exit(str(cli.setting("dry_run"))))
+    with pytest.raises(SystemExit, match=str(dry)):
+        main(["fit", "-c", SMOKE, "--dry_run", *words.split(), "--model.keep", "0.5"])
+
+
 def test_a_dry_run_of_compare_names_every_phase(tmp_path, nothing_loaded, capsys):
     main([
         "compare", "random:llama", "--methods", "uniform", "best", "--scores", "t=x.txt", "--score_sequences", "{t: 2}",
@@ -147,6 +166,11 @@ def test_a_dry_run_of_decompose_makes_nothing(tmp_path, nothing_loaded, capsys):
     assert decompose(Base("shapes:llama-3.2-1b"), device="cuda:99", store=tmp_path / "store", dry_run=True) is None
     assert "weights of a block" in capsys.readouterr().out
     assert not (tmp_path / "store").exists()
+
+
+def test_a_dry_run_of_decompose_takes_the_place_of_hidden_states():
+    work = decompose_workload("shapes:llama-3.2-1b", Decomposition(), CALIBRATION, cache="disk")
+    assert work.preparation.cache == "disk"
 
 
 def test_fit_does_the_multiply_adds_of_its_dry_run(tmp_path, monkeypatch):

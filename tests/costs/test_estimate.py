@@ -44,6 +44,12 @@ def test_peaks_and_totals_of_the_figures():
     }  # fmt: skip
 
 
+def test_what_a_phase_needs_on_disk_for_a_while_stands_beside_what_is_left_by_then():
+    phases = [Phase("a", disk={"x": 1.0}, scratch={"y": 9.0}), Phase("b", disk={"x": 5.0}, scratch={"y": 3.0})]
+    assert Estimate(phases, Machine()).disk_bytes() == 10
+    assert Estimate(phases[::-1], Machine()).disk_bytes() == 15
+
+
 def test_no_time_is_told_without_speeds():
     found = Estimate(PHASES, Machine("cuda"))
     assert "time" in found.phase_table(SPEEDS)

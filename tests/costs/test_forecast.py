@@ -116,6 +116,35 @@ def test_block_by_block_keeps_the_hidden_states_before_every_block(llama):
     assert phase.host["gradients by a hidden state"] == state
 
 
+@pytest.mark.parametrize(
+    ("settings", "here", "on_disk"),
+    [
+        ({"cache": "disk", "by_block": True}, False, True),
+        ({"cache": "ram", "by_block": True}, True, False),
+        ({"by_block": True}, True, True),
+        ({"by_block": True}, False, False),
+        # A base that is loaded whole has no choice.
+        ({"cache": "ram", "memory": 1}, True, True),
+    ],
+)
+@pytest.mark.parametrize("decomposition", [WHITENED, WEIGHTED])
+def test_hidden_states_are_counted_where_they_wait(llama, monkeypatch, decomposition, settings, here, on_disk):
+    monkeypatch.setattr("lowrank_pl.calibration.hidden_states.available_memory", lambda: 0)
+    work = Workload(preparation=preparing(decomposition, **settings))
+    found = estimate(Run(llama, work, Machine(processes=2, here=here)))
+    first = next(phase for phase in found.phases if phase.name in ("moments of inputs", "weighted moments"))
+    states = 2 * (1 if decomposition is WHITENED else len(llama.blocks) + 1) * LENGTH * llama.hidden * llama.itemsize
+    assert sum(first.scratch.values()) == (2 * states if on_disk else 0)
+    assert sum(size for what, size in first.host.items() if "hidden state" in what) == (0 if on_disk else states)
+
+
+def test_too_little_memory_with_hidden_states_on_disk_has_another_cure(monkeypatch, capsys):
+    monkeypatch.setattr(forecast, "total_memory", lambda: 1000.0)
+    work = Workload(preparation=preparing(WHITENED, by_block=True, cache="disk"))
+    print_forecast(Base("random:llama"), work, ONE)
+    assert re.search("TOO LITTLE RAM: the hidden states are on disk already; .*--memory", capsys.readouterr().out)
+
+
 def test_a_gpu_that_is_not_here_is_counted_at_its_least(llama):
     work = Workload(preparation=preparing(WEIGHTED))
     elsewhere, little = (

@@ -87,6 +87,15 @@ def test_layers_have_the_largest_rank_that_their_keep_allows(dtype, storage, kee
     assert {layer.rank % 4 for layer in multiples.values()} == {0}
 
 
+def test_every_rank_is_at_least_one_multiple_and_layers_without_room_for_it_stay_dense(llama):
+    targets = find_targets(llama)
+    made = uniform_modules(llama, targets, Variant("factored", 0.01), multiple_of=20)
+    assert {layer.rank for layer in made.values()} == {20}
+    even = {target.name: Storage("factored", 4).break_even(target.shape) for target in targets.modules}
+    assert list(made) == [name for name, rank in even.items() if rank >= 20]
+    assert 0 < len(made) < len(even)
+
+
 def test_pivots_lie_where_compression_puts_them_and_the_callers_random_state_stays(llama):
     state = torch.random.get_rng_state()
     made = uniform_modules(llama, find_targets(llama), Variant("pivoted", 0.5))

@@ -171,6 +171,7 @@ def test_origin_puts_notes_first(plan):
         (lambda d: d["bytes"].update(per_parameter=0), "bytes.per_parameter: .* 0 was given"),
         (lambda d: d.update(origin=[]), r"origin: .*\[\] was given"),
         (lambda d: d["origin"].update(base=None), "origin.base: .*None"),
+        (lambda d: d["origin"].update(dtype="float8"), "origin.dtype.*'float8'"),
         (lambda d: d["origin"]["calibration"].pop("windows"), "origin.calibration.windows is missing"),
         (lambda d: d["origin"].update(decomposition={"damping": "x"}), "origin.decomposition.damping: .*'x'"),
         (lambda d: d.update(fingerprint=None), "fingerprint: .*None"),

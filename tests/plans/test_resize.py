@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lowrank_pl.methods.allocate.base import Problem
 from lowrank_pl.methods.allocate.uniform import Uniform
 from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.resize import components_below, cut_plan, largest_keep, nested
 from lowrank_pl.plans.storage import Storage
@@ -171,6 +172,13 @@ def test_components_below_are_all_that_smaller_sizes_keep_of_layers_without_comp
             held = below[name].indices or range(below[name].rank)
             assert set(entry.indices or range(entry.rank)) <= set(held)
     assert cut_plan(plan, keep, below) == smaller
+
+
+def test_components_below_need_scores_of_every_module():
+    plan = uniform_plan({"a": (8, 8), "b": (6, 20)}, keep=1.0)
+    rest = {name: scores for name, scores in plan.order.scores.items() if name != "a"}
+    with pytest.raises(ValueError, match="scores missing for a: expected an entry for every module"):
+        components_below(replace(plan, order=ComponentOrder(rest)))
 
 
 def test_everything_is_dense_at_keep_one():

@@ -14,6 +14,7 @@ from lowrank_pl.methods.allocate.strs import STRS
 from lowrank_pl.methods.allocate.svdllm_v2 import SVDLLMv2
 from lowrank_pl.methods.allocate.uniform import Uniform
 from lowrank_pl.methods.allocate.zs_svd import ZSSVD
+from lowrank_pl.utils.checks import checked_settings
 
 __all__ = [
     "ALLOCATORS",
@@ -46,7 +47,7 @@ def make_allocator(name: str, **settings: Any) -> Allocator:
         settings: Arguments of its constructor.
 
     Raises:
-        ValueError: No such allocator or setting; the message lists the existing ones.
+        ValueError: No such allocator or setting, where the message lists the existing ones; or a value of another type.
 
     >>> make_allocator("uniform").name
     'uniform'
@@ -63,7 +64,7 @@ def make_allocator(name: str, **settings: Any) -> Allocator:
         if setting not in known:
             has = f"one of {', '.join(known)}" if known else "none, it has no settings"
             raise ValueError(f"the allocator {name} has no setting {setting!r}: expected {has}")
-    made: Allocator = kind(**settings)
+    made: Allocator = kind(**checked_settings(kind, settings))
     return made
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowrank_pl.utils.checks import check_counts
+from lowrank_pl.utils.checks import check_counts, checked_settings
 from lowrank_pl.utils.formatting import memory_size
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class ByteBudget:
         sequences: Calibration sequences on which the loss by rounded embeddings is measured.
 
     Raises:
-        ValueError: Not exactly one of ``keep`` and ``size``, or one that is out of range, or impossible bits.
+        ValueError: Not exactly one of ``keep`` and ``size``, one that is out of range, impossible bits, or a value of
+            another type.
     """
 
     keep: float | None = None
@@ -74,6 +75,8 @@ class ByteBudget:
     sequences: int = 4
 
     def __post_init__(self) -> None:
+        for name, value in checked_settings(ByteBudget, vars(self)).items():
+            object.__setattr__(self, name, value)
         if (self.keep is None) == (self.size is None):
             raise ValueError(
                 f"a budget in bytes with keep {self.keep} and size {self.size}: expected one of them, such as keep "
@@ -83,7 +86,7 @@ class ByteBudget:
             raise ValueError(f"keep is {self.keep}: expected the fraction of bytes to keep, above 0 and at most 1")
         if self.size is not None:
             memory_size(self.size)
-        if isinstance(self.bits, (str, float)) or not self.bits:
+        if not self.bits:
             raise ValueError(f"bits is {self.bits!r}: expected one or more whole numbers from 2 to 8")
         if isinstance(self.bits, int):
             object.__setattr__(self, "bits", (self.bits,))

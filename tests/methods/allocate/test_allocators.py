@@ -298,6 +298,9 @@ def test_names_are_those_of_the_papers():
         ("drank", {"shifts": 1}, r"'shifts'.*expected one of shift"),
         ("drank", {"scope": "block"}, r"scope is 'block'.*type, model"),
         ("drank", {"shift": 1.0}, r"shift is 1\.0.*in \[0, 1\)"),
+        ("drank", {"shift": "x"}, "shift is 'x': expected float"),
+        ("zs_svd", {"rounds": 2.5}, r"rounds is 2\.5: expected int"),
+        ("strs", {"ratios": "half"}, r"ratios is 'half': expected Sequence\[float\]"),
         ("no_such_module:Mine", {}, r"'no_such_module:Mine'.*MODULE:CLASS of a module that Python finds"),
         ("tests.methods.allocate.test_allocators:NoSuchClass", {}, r"NoSuchClass.*expected MODULE:CLASS"),
         ("tests.methods.allocate.test_allocators:NotOne", {}, r":NotOne'.*derived from .*Allocator"),
@@ -307,6 +310,10 @@ def test_names_are_those_of_the_papers():
 def test_unknown_names_and_settings(name, settings, message):
     with pytest.raises(ValueError, match=message):
         make_allocator(name, **settings)
+
+
+def test_one_value_stands_for_a_list():
+    assert make_allocator("strs", ratios=0.5) == make_allocator("strs", ratios=[0.5])
 
 
 class NotOne:

@@ -81,6 +81,7 @@ def test_only_two_sided_factors_have_losses_that_compare(subject):
         ({"size": "much"}, "'much' is no amount of memory"),
         ({"keep": 0.5, "bits": [9]}, "9 bits were given"),
         ({"keep": 0.5, "bits": 4.5}, "bits is 4.5"),
+        ({"keep": 0.5, "bits": [4, "x"]}, r"bits is \[4, 'x'\]: expected Sequence\[int\] \| int"),
         ({"keep": 0.5, "sequences": "abc"}, "sequences is 'abc'"),
     ],
 )
