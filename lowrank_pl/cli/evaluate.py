@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts
 from lowrank_pl.evaluate.settings import TaskSettings
 from lowrank_pl.models.settings import Base, DType
+from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.files import check_output_files, write_json
 from lowrank_pl.utils.json_files import sealed
 
@@ -74,9 +76,10 @@ def evaluate(
         The figures that ``json`` gets.
     """
     from lowrank_pl.evaluate.divergence import score_texts, show_texts
-    from lowrank_pl.evaluate.generation import generate_samples
+    from lowrank_pl.evaluate.generation import check_prompts, generate_samples
     from lowrank_pl.evaluate.paired import task_table
     from lowrank_pl.evaluate.zero_shot import ZeroShot, figures_of
+    from lowrank_pl.models.sequences import check_sequences
     from lowrank_pl.models.targets import model_parameters
     from lowrank_pl.text.sequences import token_windows
     from lowrank_pl.text.sources import named_texts
@@ -85,6 +88,7 @@ def evaluate(
     check_output_files(json)
     if not (text or tasks or prompts):
         raise ValueError("there is nothing to score: give --text, --tasks or --prompts")
+    check_counts({"batch_size": batch_size, "position_bins": position_bins, "max_new_tokens": max_new_tokens})
     named = named_texts([text] if isinstance(text, str) else list(text))
     # Names that are no task and files that can't be read are refused before anything large is loaded.
     suite = ZeroShot(tasks, task_settings, trust_remote_code=trust_remote_code) if tasks else None
@@ -92,7 +96,10 @@ def evaluate(
     network, tokenizer = _load(model, dtype, keep=keep, trust_remote_code=trust_remote_code)
     network.to(place)
     tokens = {name: token_windows(one, tokenizer, length=length, sequences=sequences) for name, one in named.items()}
+    check_prompts(tokenizer, prompts, network)
     dense = None if reference is None else _reference(reference, network, dtype, trust_remote_code=trust_remote_code)
+    for one, windows in product(filter(None, (network, dense)), tokens.values()):
+        check_sequences(one, windows, batch_size)
     figures: dict[str, Any] = {
         # Another size is another model: its scores must not become those of the folder.
         "model": model if keep is None else f"{model} at keep {keep:g}",
@@ -102,23 +109,27 @@ def evaluate(
     if dense is not None:
         figures |= {"reference": reference, "reference_parameters": dense.num_parameters()}
     print(_heading(figures))
-    if tokens:
-        scores, diverged = score_texts(network, tokens, reference=dense, batch_size=batch_size, bins=position_bins)
-        figures["texts"] = {name: {"text": named[name], **one} for name, one in scores.items()}
-        if len(scores) == 1:
-            figures |= next(iter(figures["texts"].values()))
-        print(f"\n{show_texts(scores, diverged)}")
-    if suite is not None:
-        results = suite.results(network, tokenizer)
-        others = None if dense is None else suite.results(dense, tokenizer)
-        figures["tasks"] = figures_of(results, others)
-        print(f"\n{task_table(results, others)}")
-    samples = generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    figures["samples"] = dict(zip(prompts, samples, strict=True))
-    for prompt, sample in figures["samples"].items():
-        print(f"{prompt!r} -> {sample!r}")
-    if json is not None:
-        write_json(json, sealed(figures))
+    heading = len(figures)
+    try:
+        if tokens:
+            scores, diverged = score_texts(network, tokens, reference=dense, batch_size=batch_size, bins=position_bins)
+            figures["texts"] = {name: {"text": named[name], **one} for name, one in scores.items()}
+            if len(scores) == 1:
+                figures |= next(iter(figures["texts"].values()))
+            print(f"\n{show_texts(scores, diverged)}")
+        if suite is not None:
+            results = suite.results(network, tokenizer)
+            others = None if dense is None else suite.results(dense, tokenizer)
+            figures["tasks"] = figures_of(results, others)
+            print(f"\n{task_table(results, others)}")
+        samples = generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        figures["samples"] = dict(zip(prompts, samples, strict=True))
+        for prompt, sample in figures["samples"].items():
+            print(f"{prompt!r} -> {sample!r}")
+    finally:
+        # Scores may have taken hours, and stay where a later part fails.
+        if json is not None and len(figures) > heading:
+            write_json(json, sealed(figures))
     return figures
 
 

@@ -56,3 +56,26 @@ def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp
     assert found["model"] == f"{folder} at keep 0.3"
     with pytest.raises(ValueError, match="'random:llama' is no export of factors, so --keep can't cut it"):
         evaluate("random:llama", text=TEXT, keep=0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompts": [""]}, "the prompt '' has no token"),
+        ({"prompts": ["A"], "max_new_tokens": 0}, "max_new_tokens is 0: expected a whole number of at least 1"),
+        ({"position_bins": 0}, "position_bins is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_what_can_not_be_done_is_refused_before_anything_is_scored(settings, said, monkeypatch):
+    monkeypatch.setattr("lowrank_pl.evaluate.divergence.score_texts", None)
+    with pytest.raises(ValueError, match=said):
+        evaluate("random:llama", text=TEXT, length=32, sequences=1, **settings)
+
+
+def test_scores_stay_where_a_later_part_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank_pl.evaluate.generation.generate_samples", lambda *_, **__: 1 / 0)
+    path = tmp_path / "scores.json"
+    with pytest.raises(ZeroDivisionError):
+        evaluate("random:llama", text=TEXT, length=32, sequences=1, prompts=["A"], json=path)
+    assert unsealed(json.loads(path.read_text()))["perplexity"] > 1
