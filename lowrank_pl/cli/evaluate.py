@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts
 from lowrank_pl.evaluate.settings import TaskSettings
 from lowrank_pl.models.settings import Base, DType
-from lowrank_pl.utils.checks import check_counts
-from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.checks import check_counts, check_unused
+from lowrank_pl.utils.files import check_output_files, is_special, write_json
 from lowrank_pl.utils.json_files import sealed
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def evaluate(
     position_bins: int = 8,
     task_settings: Flat[TaskSettings] = TaskSettings(),
     prompts: Sequence[str] = (),
-    max_new_tokens: int = 40,
+    max_new_tokens: int | None = None,
     dtype: DType | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -66,7 +66,7 @@ def evaluate(
         position_bins: Into how many parts a sequence is divided to show where a model departs from the reference.
         task_settings: How tasks are run.
         prompts: Texts to continue greedily.
-        max_new_tokens: How many tokens each prompt is continued by.
+        max_new_tokens: How many tokens each prompt is continued by; by default 40.
         dtype: Type to load in; the folder's own by default, float32 for a GGUF file.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         trust_remote_code: Run Python code that comes with a base model or a YAML task.
@@ -89,6 +89,13 @@ def evaluate(
     if not (text or tasks or prompts):
         raise ValueError("there is nothing to score: give --text, --tasks or --prompts")
     check_counts({"batch_size": batch_size, "position_bins": position_bins, "max_new_tokens": max_new_tokens})
+    if not tasks:
+        values = {one.name: (getattr(task_settings, one.name), one.default) for one in fields(TaskSettings)}
+        check_unused(
+            "evaluate without --tasks", {name: value for name, (value, usual) in values.items() if value != usual}
+        )
+    if not prompts:
+        check_unused("evaluate without --prompts", {"max_new_tokens": max_new_tokens})
     named = named_texts([text] if isinstance(text, str) else list(text))
     # Names that are no task and files that can't be read are refused before anything large is loaded.
     suite = ZeroShot(tasks, task_settings, trust_remote_code=trust_remote_code) if tasks else None
@@ -122,7 +129,7 @@ def evaluate(
             others = None if dense is None else suite.results(dense, tokenizer)
             figures["tasks"] = figures_of(results, others)
             print(f"\n{task_table(results, others)}")
-        samples = generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        samples = generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens or 40)
         figures["samples"] = dict(zip(prompts, samples, strict=True))
         for prompt, sample in figures["samples"].items():
             print(f"{prompt!r} -> {sample!r}")
@@ -173,7 +180,10 @@ def evaluate_plan(
     from lowrank_pl.utils.environment import pick_device
     from lowrank_pl.utils.figures import save_figure
 
-    picture = None if keep_curve is None else output or (json and json.with_suffix(".png"))
+    if keep_curve is None:
+        check_unused("evaluate-plan without --keep_curve", {"output": output and str(output)})
+    beside = None if json is None or is_special(json) else json.with_suffix(".png")
+    picture = None if keep_curve is None else output or beside
     check_output_files(picture, json)
     given = RankPlan.load(plan)
     # Impossible sizes are refused before anything is loaded.

@@ -26,6 +26,7 @@ __all__ = [
     "canonical_json",
     "check_output_files",
     "check_output_folder",
+    "is_special",
     "locked",
     "sha256_of",
     "write_json",
@@ -110,7 +111,7 @@ def check_output_files(*paths: str | Path | None) -> None:
         _check_parents(path)
         if path.is_dir():
             raise ValueError(f"{str(path)!r} is a folder: name a file, such as {str(path / 'name.json')!r}")
-        if not _is_special(path) and [os.path.realpath(one) for one in given].count(os.path.realpath(path)) > 1:
+        if not is_special(path) and [os.path.realpath(one) for one in given].count(os.path.realpath(path)) > 1:
             raise ValueError(f"{str(path)!r} is given for two files: name another one for one of them")
 
 
@@ -140,7 +141,7 @@ def _check_parents(path: Path) -> None:
     if not above.is_dir():
         raise ValueError(f"{str(path)!r} can't be written, because {str(above)!r} is a file: name another folder")
     # A file that is there is replaced, which its folder has to allow; a device or a FIFO is written to.
-    if not os.access(path if _is_special(path) else above, os.W_OK):
+    if not os.access(path if is_special(path) else above, os.W_OK):
         raise ValueError(f"{str(path)!r} can't be written: you may not write to {str(above)!r}; name another place")
 
 
@@ -154,7 +155,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
         OSError: The disk is full or the folder is not writable; ``path`` is then unchanged.
     """
     path, data = Path(path), data.encode() if isinstance(data, str) else data
-    if _is_special(path):
+    if is_special(path):
         with path.open("ab") as special:
             special.write(data)
         return path
@@ -176,7 +177,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> Path:
     return path
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """Tell whether ``path`` is a device, a FIFO, or a file that this process has open, as ``/dev/stdout`` may be."""
     if not path.exists():
         return False

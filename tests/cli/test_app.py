@@ -246,6 +246,19 @@ def test_a_file_where_a_folder_is_meant_is_refused_before_anything_is_loaded(cap
     assert "is a file: name a folder" in failing(capsys, *words.format(plan=path).split(), path)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("evaluate no/model --text python-docs --limit 5", "without --tasks has no use for limit, which is 5"),
+        ("evaluate no/model --text python-docs --fewshot 1", "without --tasks has no use for fewshot"),
+        ("evaluate no/model --text python-docs --max_new_tokens 40", "without --prompts has no use for max_new_tokens"),
+        ("evaluate-plan no.json --text python-docs --output a.png", "without --keep_curve has no use for output"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(capsys, words, said):
+    assert said in failing(capsys, *words.split())
+
+
 def test_a_full_disk(capsys, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
