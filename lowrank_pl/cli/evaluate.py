@@ -82,7 +82,7 @@ def evaluate(
     from lowrank_pl.models.sequences import check_sequences
     from lowrank_pl.models.targets import model_parameters
     from lowrank_pl.text.sequences import token_windows
-    from lowrank_pl.text.sources import named_texts
+    from lowrank_pl.text.sources import named_texts, text_files
     from lowrank_pl.utils.environment import pick_device
 
     check_output_files(json)
@@ -99,6 +99,8 @@ def evaluate(
     named = named_texts([text] if isinstance(text, str) else list(text))
     # Names that are no task and files that can't be read are refused before anything large is loaded.
     suite = ZeroShot(tasks, task_settings, trust_remote_code=trust_remote_code) if tasks else None
+    files = suite.files if suite is not None else []
+    check_output_files(json, inputs=[model, reference, *files, *text_files(*named.values())])
     place = pick_device(device)
     network, tokenizer = _load(model, dtype, keep=keep, trust_remote_code=trust_remote_code)
     network.to(place)
@@ -177,6 +179,7 @@ def evaluate_plan(
     from lowrank_pl.evaluate.size_curve import curve_plot, curve_table, score_curve
     from lowrank_pl.plans.plan import RankPlan
     from lowrank_pl.text.sequences import token_windows
+    from lowrank_pl.text.sources import text_files
     from lowrank_pl.utils.environment import pick_device
     from lowrank_pl.utils.figures import save_figure
 
@@ -184,7 +187,7 @@ def evaluate_plan(
         check_unused("evaluate-plan without --keep_curve", {"output": output and str(output)})
     beside = None if json is None or is_special(json) else json.with_suffix(".png")
     picture = None if keep_curve is None else output or beside
-    check_output_files(picture, json)
+    check_output_files(picture, json, inputs=[plan, *text_files(text)])
     given = RankPlan.load(plan)
     # Impossible sizes are refused before anything is loaded.
     sizes = [] if keep_curve is None else _sizes(given, keep_curve)

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -97,21 +97,28 @@ def sha256_of(*parts: str | bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
-def check_output_files(*paths: str | Path | None) -> None:
+def check_output_files(*paths: str | Path | None, inputs: Iterable[str | Path | None] = ()) -> None:
     """Raise unless a file can be written to each of ``paths``, so that a mistake fails now, not after the work.
 
     Args:
         *paths: Where files will be written; None stands for no file.
+        inputs: Files that the command reads; a name that is no file stands for none.
 
     Raises:
-        ValueError: A path is a folder or given twice, or its folder does not exist and can't be made.
+        ValueError: A path is a folder, one of ``inputs`` or given twice, or its folder does not exist and can't be
+            made.
     """
     given = [Path(path) for path in paths if path is not None]
+    read = {os.path.realpath(os.path.expanduser(one)) for one in inputs if one is not None}  # noqa: PTH111
     for path in given:
         _check_parents(path)
         if path.is_dir():
             raise ValueError(f"{str(path)!r} is a folder: name a file, such as {str(path / 'name.json')!r}")
-        if not is_special(path) and [os.path.realpath(one) for one in given].count(os.path.realpath(path)) > 1:
+        if is_special(path):
+            continue
+        if os.path.realpath(path) in read:
+            raise ValueError(f"{str(path)!r} is read by this command, which would overwrite it: name another file")
+        if [os.path.realpath(one) for one in given].count(os.path.realpath(path)) > 1:
             raise ValueError(f"{str(path)!r} is given for two files: name another one for one of them")
 
 

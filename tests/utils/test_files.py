@@ -286,6 +286,13 @@ def test_one_file_for_two_outputs_is_refused(tmp_path):
         check_output_files(tmp_path / "a", tmp_path / "." / "a")
 
 
+def test_an_output_that_is_also_an_input_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "read")
+    with pytest.raises(ValueError, match=r"is read by this command, .*: name another file"):
+        check_output_files(tmp_path / "link", inputs=["python-docs", None, str(tmp_path / "." / "read")])
+    check_output_files(tmp_path / "other", "/dev/stdout", inputs=[tmp_path / "read", "/dev/stdout"])
+
+
 def test_a_file_where_a_folder_is_meant_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file: name a folder"):
