@@ -292,7 +292,9 @@ def _changes(evidence: Evidence, path: Path, values: dict[str, Any], written: fl
         return {"tasks": (*evidence.tasks, _task_scores(path.stem, values))}
     if "model" in values and (isinstance(values.get("texts"), dict) or isinstance(values.get("tasks"), dict)):
         return _changes_by_evaluate(evidence, path.stem, values)
-    if isinstance(values.get("rows"), list):
+    rows = values.get("rows")
+    # Rows of the other cases of `lowrank bench` are of no model.
+    if isinstance(rows, list) and any("storage" in row for row in rows):
         return {"speeds": (*evidence.speeds, *_speeds(values))}
     if {"model", "text", "perplexity", "tokens_per_second"} <= values.keys():
         return {"texts": (*evidence.texts, _text_score(path.stem, values, values))}

@@ -408,7 +408,12 @@ def test_a_diagnosis_survives_its_file():
 def test_named_files_must_hold_scores(run, tmp_path):
     with pytest.raises(ValueError, match=r"gone\.json': expected .*`lowrank doctor`"):
         read_run(run, scores=[tmp_path / "gone.json"])
-    for text, said in (("{", "is not JSON"), ('{"a": 1}', "holds no scores"), ('{"results": {"t": 3}}', "is damaged")):
+    for text, said in (
+        ("{", "is not JSON"),
+        ('{"a": 1}', "holds no scores"),
+        ('{"results": {"t": 3}}', "is damaged"),
+        ('{"rows": [{"base": "b", "statistics_seconds": 1.0}]}', "holds no scores"),
+    ):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match=f"x.json {said}"):
             read_run(run, scores=[tmp_path / "x.json"])
