@@ -269,7 +269,7 @@ def _load(
     if is_compressed(model):
         settings = {} if dtype is None else {"dtype": getattr(torch, dtype)}
         loaded = load_compressed(model, keep=keep, trust_remote_code=trust_remote_code, **settings)
-        return loaded, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return loaded, AutoTokenizer.from_pretrained(Path(model).expanduser(), trust_remote_code=trust_remote_code)
     if keep is not None:
         raise ValueError(f"{model!r} is no export of factors, so --keep can't cut it: leave --keep out")
     kind = stored_dtype(model, trust_remote_code=trust_remote_code) if dtype is None else getattr(torch, dtype)

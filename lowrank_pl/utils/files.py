@@ -42,7 +42,7 @@ _DAY = 86_400  # seconds
 
 def cache_root() -> Path:
     """Return the folder for token caches and factor stores: ``$LOWRANK_HOME`` or ``~/.cache/lowrank_pl``."""
-    return Path(os.environ.get("LOWRANK_HOME") or Path.home() / ".cache" / "lowrank_pl")
+    return Path(os.environ.get("LOWRANK_HOME") or "~/.cache/lowrank_pl").expanduser()
 
 
 def canonical_json(value: Any) -> str:

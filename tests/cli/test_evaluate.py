@@ -44,7 +44,7 @@ def test_evaluate_loads_a_folder_in_its_own_type(tmp_path):
     assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1, dtype="float32")["dtype"] == "float32"
 
 
-def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp_path):
+def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp_path, monkeypatch):
     allocate(
         Base("random:llama"), keep=0.5, method="uniform", output=tmp_path / "plan.json", store=tmp_path / "store",
         calibration=Calibration(TEXT, 32, 8), constraints=Constraints(storage="factored"),
@@ -54,6 +54,9 @@ def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp
     tokens = token_windows(TEXT, byte_tokenizer(), length=32, sequences=2)
     assert found["perplexity"] == pytest.approx(perplexity(load_compressed(folder, keep=0.3), tokens).perplexity)
     assert found["model"] == f"{folder} at keep 0.3"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    at_home = evaluate("~/model", text=TEXT, keep=0.3, length=32, sequences=2)
+    assert at_home["perplexity"] == found["perplexity"]
     with pytest.raises(ValueError, match="'random:llama' is no export of factors, so --keep can't cut it"):
         evaluate("random:llama", text=TEXT, keep=0.3)
 

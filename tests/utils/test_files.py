@@ -206,6 +206,8 @@ def test_sha256_counts_where_parts_end():
 def test_cache_root_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path))
     assert cache_root() == tmp_path
+    monkeypatch.setenv("LOWRANK_HOME", "~/own")
+    assert cache_root() == Path.home() / "own"
     monkeypatch.delenv("LOWRANK_HOME")
     assert cache_root() == Path.home() / ".cache" / "lowrank_pl"
 
