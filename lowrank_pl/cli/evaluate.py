@@ -115,6 +115,9 @@ def evaluate(
         "dtype": str(network.dtype).removeprefix("torch."),
         "parameters": model_parameters(network),
     }
+    if keep is None and (folder := Path(model).expanduser()).is_dir():
+        # `lowrank report` knows its model by it, wherever it is run.
+        figures["directory"] = str(folder.resolve())
     if dense is not None:
         figures |= {"reference": reference, "reference_parameters": dense.num_parameters()}
     print(_heading(figures))

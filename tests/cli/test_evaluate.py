@@ -40,7 +40,8 @@ def test_evaluate_loads_in_the_type_asked_for():
 def test_evaluate_loads_a_folder_in_its_own_type(tmp_path):
     for part in (tiny_model("llama").bfloat16(), byte_tokenizer()):
         part.save_pretrained(tmp_path / "base")
-    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1)["dtype"] == "bfloat16"
+    found = evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1)
+    assert (found["dtype"], found["directory"]) == ("bfloat16", str(tmp_path / "base"))
     assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1, dtype="float32")["dtype"] == "float32"
 
 
