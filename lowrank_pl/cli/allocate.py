@@ -97,10 +97,11 @@ def allocate(
     from lowrank_pl.methods.allocate.run import allocate_ranks
     from lowrank_pl.methods.quantize import byte_budget
     from lowrank_pl.report.rank_map import rank_table
+    from lowrank_pl.text.sources import text_files
     from lowrank_pl.utils.environment import pick_device
 
     # A wrong path, and a name or a setting that does not exist, is refused before anything is loaded.
-    check_output_files(output, json)
+    check_output_files(output, json, inputs=text_files(calibration.text))
     budget = _byte_budget(method, keep, keep_bytes, bytes, settings or {})
     allocator = make_allocator(method or "fisher", **(settings or {})) if budget is None else None
     own = Decomposition("two_sided") if allocator is None else allocator.default_decomposition()

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from lowrank_pl.models.settings import DType
 from lowrank_pl.plans.constraints import Form
-from lowrank_pl.utils.checks import check_counts
+from lowrank_pl.utils.checks import check_counts, check_unused
 from lowrank_pl.utils.files import check_output_files, write_json
 from lowrank_pl.utils.json_files import sealed
 
@@ -161,9 +161,7 @@ def bench(
 
 def _refuse(case: str, given: dict[str, Any]) -> None:
     """Raise ``ValueError`` where an option was given that ``case`` has no use for."""
-    for name, value in given.items():
-        if value is not None and name not in _OPTIONS[case]:
-            raise ValueError(f"bench {case} has no use for {name}, which is {value!r}: leave it out")
+    check_unused(f"bench {case}", {name: value for name, value in given.items() if name not in _OPTIONS[case]})
 
 
 def _forms(storage: list[Form] | None) -> list[Form]:

@@ -98,11 +98,10 @@ def compare(
     from lowrank_pl.models.sequences import check_sequences
     from lowrank_pl.report.comparison import comparison_table
     from lowrank_pl.text.sequences import token_windows
-    from lowrank_pl.text.sources import named_texts
+    from lowrank_pl.text.sources import named_texts, text_files
     from lowrank_pl.utils.environment import pick_device
 
     check_output_folder(run)
-    check_output_files(json)
     own = _read_recipes(recipes or {})
     chosen = {name: recipe(name, own) for name in methods}
     for name in plotted or ():
@@ -114,6 +113,7 @@ def compare(
             "fisher, energy or uniform on two_sided, whitened or svd factors, without pruning; compare it without"
         )
     texts, limits = named_texts(scores), score_sequences or {}
+    check_output_files(json, inputs=text_files(calibration.text, *texts.values()))
     if dry_run:
         for name in (name for name, one in chosen.items() if one.heal is not None):
             _log.warning("the forecast leaves out the training of %s", name)

@@ -82,10 +82,11 @@ def decompose(
     from lowrank_pl.costs.forecast import print_forecast
     from lowrank_pl.costs.machine import machine_of
     from lowrank_pl.models.lazy import NotBlockwiseError
+    from lowrank_pl.text.sources import text_files
     from lowrank_pl.utils.environment import peak_memory, pick_device
     from lowrank_pl.utils.formatting import memory_size
 
-    check_output_files(json)
+    check_output_files(json, inputs=text_files(calibration.text))
     began = time.perf_counter()
     budget = None if memory is None else memory_size(memory)
     constraints = Constraints(include, exclude, drop_experts=drop_experts, shared_experts=shared_experts)

@@ -61,8 +61,9 @@ def doctor(
     """
     from lowrank_pl.export.health.examine import diagnose
     from lowrank_pl.export.health.quality import PROMPTS, Prompts
+    from lowrank_pl.text.sources import text_files
 
-    check_output_files(json)
+    check_output_files(json, inputs=[directory / "plan.json", directory / "config.json", *text_files(text)])
     found = diagnose(
         directory,
         base=base,

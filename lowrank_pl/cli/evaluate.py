@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts
 from lowrank_pl.evaluate.settings import TaskSettings
 from lowrank_pl.models.settings import Base, DType
-from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.checks import check_counts, check_unused
+from lowrank_pl.utils.files import check_output_files, is_special, write_json
 from lowrank_pl.utils.json_files import sealed
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def evaluate(
     position_bins: int = 8,
     task_settings: Flat[TaskSettings] = TaskSettings(),
     prompts: Sequence[str] = (),
-    max_new_tokens: int = 40,
+    max_new_tokens: int | None = None,
     dtype: DType | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -64,7 +66,7 @@ def evaluate(
         position_bins: Into how many parts a sequence is divided to show where a model departs from the reference.
         task_settings: How tasks are run.
         prompts: Texts to continue greedily.
-        max_new_tokens: How many tokens each prompt is continued by.
+        max_new_tokens: How many tokens each prompt is continued by; by default 40.
         dtype: Type to load in; the folder's own by default, float32 for a GGUF file.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         trust_remote_code: Run Python code that comes with a base model or a YAML task.
@@ -74,51 +76,72 @@ def evaluate(
         The figures that ``json`` gets.
     """
     from lowrank_pl.evaluate.divergence import score_texts, show_texts
-    from lowrank_pl.evaluate.generation import generate_samples
+    from lowrank_pl.evaluate.generation import check_prompts, generate_samples
     from lowrank_pl.evaluate.paired import task_table
     from lowrank_pl.evaluate.zero_shot import ZeroShot, figures_of
+    from lowrank_pl.models.sequences import check_sequences
     from lowrank_pl.models.targets import model_parameters
     from lowrank_pl.text.sequences import token_windows
-    from lowrank_pl.text.sources import named_texts
+    from lowrank_pl.text.sources import named_texts, text_files
     from lowrank_pl.utils.environment import pick_device
 
     check_output_files(json)
     if not (text or tasks or prompts):
         raise ValueError("there is nothing to score: give --text, --tasks or --prompts")
+    check_counts({"batch_size": batch_size, "position_bins": position_bins, "max_new_tokens": max_new_tokens})
+    if not tasks:
+        values = {one.name: (getattr(task_settings, one.name), one.default) for one in fields(TaskSettings)}
+        check_unused(
+            "evaluate without --tasks", {name: value for name, (value, usual) in values.items() if value != usual}
+        )
+    if not prompts:
+        check_unused("evaluate without --prompts", {"max_new_tokens": max_new_tokens})
     named = named_texts([text] if isinstance(text, str) else list(text))
     # Names that are no task and files that can't be read are refused before anything large is loaded.
     suite = ZeroShot(tasks, task_settings, trust_remote_code=trust_remote_code) if tasks else None
+    files = suite.files if suite is not None else []
+    check_output_files(json, inputs=[model, reference, *files, *text_files(*named.values())])
     place = pick_device(device)
     network, tokenizer = _load(model, dtype, keep=keep, trust_remote_code=trust_remote_code)
     network.to(place)
     tokens = {name: token_windows(one, tokenizer, length=length, sequences=sequences) for name, one in named.items()}
+    check_prompts(tokenizer, prompts, network)
     dense = None if reference is None else _reference(reference, network, dtype, trust_remote_code=trust_remote_code)
+    for one, windows in product(filter(None, (network, dense)), tokens.values()):
+        check_sequences(one, windows, batch_size)
     figures: dict[str, Any] = {
         # Another size is another model: its scores must not become those of the folder.
         "model": model if keep is None else f"{model} at keep {keep:g}",
         "dtype": str(network.dtype).removeprefix("torch."),
         "parameters": model_parameters(network),
     }
+    if keep is None and (folder := Path(model).expanduser()).is_dir():
+        # `lowrank report` knows its model by it, wherever it is run.
+        figures["directory"] = str(folder.resolve())
     if dense is not None:
         figures |= {"reference": reference, "reference_parameters": dense.num_parameters()}
     print(_heading(figures))
-    if tokens:
-        scores, diverged = score_texts(network, tokens, reference=dense, batch_size=batch_size, bins=position_bins)
-        figures["texts"] = {name: {"text": named[name], **one} for name, one in scores.items()}
-        if len(scores) == 1:
-            figures |= next(iter(figures["texts"].values()))
-        print(f"\n{show_texts(scores, diverged)}")
-    if suite is not None:
-        results = suite.results(network, tokenizer)
-        others = None if dense is None else suite.results(dense, tokenizer)
-        figures["tasks"] = figures_of(results, others)
-        print(f"\n{task_table(results, others)}")
-    samples = generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    figures["samples"] = dict(zip(prompts, samples, strict=True))
-    for prompt, sample in figures["samples"].items():
-        print(f"{prompt!r} -> {sample!r}")
-    if json is not None:
-        write_json(json, sealed(figures))
+    heading = len(figures)
+    try:
+        if tokens:
+            scores, diverged = score_texts(network, tokens, reference=dense, batch_size=batch_size, bins=position_bins)
+            figures["texts"] = {name: {"text": named[name], **one} for name, one in scores.items()}
+            if len(scores) == 1:
+                figures |= next(iter(figures["texts"].values()))
+            print(f"\n{show_texts(scores, diverged)}")
+        if suite is not None:
+            results = suite.results(network, tokenizer)
+            others = None if dense is None else suite.results(dense, tokenizer)
+            figures["tasks"] = figures_of(results, others)
+            print(f"\n{task_table(results, others)}")
+        samples = generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens or 40)
+        figures["samples"] = dict(zip(prompts, samples, strict=True))
+        for prompt, sample in figures["samples"].items():
+            print(f"{prompt!r} -> {sample!r}")
+    finally:
+        # Scores may have taken hours, and stay where a later part fails.
+        if json is not None and len(figures) > heading:
+            write_json(json, sealed(figures))
     return figures
 
 
@@ -159,11 +182,15 @@ def evaluate_plan(
     from lowrank_pl.evaluate.size_curve import curve_plot, curve_table, score_curve
     from lowrank_pl.plans.plan import RankPlan
     from lowrank_pl.text.sequences import token_windows
+    from lowrank_pl.text.sources import text_files
     from lowrank_pl.utils.environment import pick_device
     from lowrank_pl.utils.figures import save_figure
 
-    picture = None if keep_curve is None else output or (json and json.with_suffix(".png"))
-    check_output_files(picture, json)
+    if keep_curve is None:
+        check_unused("evaluate-plan without --keep_curve", {"output": output and str(output)})
+    beside = None if json is None or is_special(json) else json.with_suffix(".png")
+    picture = None if keep_curve is None else output or beside
+    check_output_files(picture, json, inputs=[plan, *text_files(text)])
     given = RankPlan.load(plan)
     # Impossible sizes are refused before anything is loaded.
     sizes = [] if keep_curve is None else _sizes(given, keep_curve)
@@ -245,7 +272,7 @@ def _load(
     if is_compressed(model):
         settings = {} if dtype is None else {"dtype": getattr(torch, dtype)}
         loaded = load_compressed(model, keep=keep, trust_remote_code=trust_remote_code, **settings)
-        return loaded, AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return loaded, AutoTokenizer.from_pretrained(Path(model).expanduser(), trust_remote_code=trust_remote_code)
     if keep is not None:
         raise ValueError(f"{model!r} is no export of factors, so --keep can't cut it: leave --keep out")
     kind = stored_dtype(model, trust_remote_code=trust_remote_code) if dtype is None else getattr(torch, dtype)

@@ -65,7 +65,7 @@ def export(
     from lowrank_pl.report.scores import Row, bits_and_memory, row_table
     from lowrank_pl.utils.environment import pick_device
 
-    check_output_files(json)
+    check_output_files(json, inputs=[plan, plan / "plan.json"])
     form = ExportForm(merge=merge, any_size=any_size)
     repo = _repository(push_to_hub, private=private, revision=revision, sizes=keep)
     source = plan if plan.is_dir() else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import cyclopts
@@ -104,7 +106,7 @@ def _mapping(word: str) -> dict[str, Any] | None:
 
 
 class Given:
-    """Fills in what flags have left out, from ``sources``; later sources win over earlier ones.
+    """Fills in what flags have left out, from ``sources``; later sources win. Expands ``~`` in paths.
 
     cyclopts' own reader of YAML drops every value of a mapping in the file if a flag gives one of them, and takes lists
     in a mapping apart. Here mappings are merged, and their values arrive as YAML has them.
@@ -130,6 +132,19 @@ class Given:
                         )
                     _merge(argument, plain.pop(name), source)
             Dict(plain, source=source, use_commands_as_keys=False)(app, commands, arguments)
+        for argument in arguments:
+            if _holds_path(argument.hint):
+                # A shell leaves the ~ of `--output=~/x` and of YAML as it is.
+                argument.tokens[:] = [_expanded(token) for token in argument.tokens]
+
+
+def _holds_path(hint: Any) -> bool:
+    return hint is Path or any(map(_holds_path, get_args(hint)))
+
+
+def _expanded(token: cyclopts.Token) -> cyclopts.Token:
+    # Path.expanduser raises if there is no such user.
+    return token.evolve(value=os.path.expanduser(token.value))  # noqa: PTH111
 
 
 def _merge(argument: cyclopts.Argument, values: dict[str, Any], source: str) -> None:

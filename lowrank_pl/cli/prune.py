@@ -62,11 +62,12 @@ def prune(
     from lowrank_pl.methods.prune.llm_pruner import apply_llm_pruner
     from lowrank_pl.models.identity import Origin
     from lowrank_pl.models.targets import find_targets, model_parameters, targeted_parameters
+    from lowrank_pl.text.sources import text_files
     from lowrank_pl.utils.environment import pick_device
 
     _check(method, keep, pruning, llm_pruner)
     check_destination(output)
-    check_output_files(json)
+    check_output_files(json, inputs=text_files(calibration.text))
     subject = Subject.load(base, calibration, device=pick_device(device))
     model, tokenizer = subject.model, subject.tokenizer
     figures: dict[str, Any] = {"base": base.name}

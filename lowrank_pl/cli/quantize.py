@@ -45,6 +45,8 @@ def quantize(
     from lowrank_pl.plans.plan import RankPlan
 
     check_output_files(output, json)
+    # A plan may be replaced by the one that is made from it, but not by figures.
+    check_output_files(json, inputs=[plan])
     given = RankPlan.load(plan)
     quantizing.check_roundable(given)
     subject = parts.subject_of(given, plan, device)

@@ -46,8 +46,11 @@ def refit(
     """
     from lowrank_pl.methods.refit import refitting
     from lowrank_pl.plans.plan import RankPlan
+    from lowrank_pl.text.sources import text_files
 
-    check_output_files(output, json)
+    # A plan may be replaced by the one that is made from it, but not by figures.
+    check_output_files(output, json, inputs=text_files(text) if text else [])
+    check_output_files(json, inputs=[plan])
     given = RankPlan.load(plan)
     subject = parts.subject_of(given, plan, device)
     own = subject.calibration

@@ -38,7 +38,7 @@ def report(run: Path, *, output: Path | None = None, scores: Sequence[Path] = ()
     from lowrank_pl.report.run_record import read_run
 
     path = run / PAGE if output is None else output
-    check_output_files(output)
+    check_output_files(output, inputs=[*scores, *run.glob("*.json")])
     if (run / "results.json").is_file() and not (run / "plan.json").exists():
         if scores:
             raise ValueError("--scores was given with a comparison, which has its own scores: leave it out")

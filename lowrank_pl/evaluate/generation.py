@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 
+import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -86,15 +87,26 @@ def continuations(
         return [_continue(model, tokenizer, prompt, chat=chat) for prompt in bar]
 
 
-def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:
-    """Check that every prompt has a token.
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], model: PreTrainedModel | None = None
+) -> None:
+    """Check that every prompt can be continued.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompts: Texts to continue.
+        model: The model that will continue them; without it, only the number of tokens is checked.
 
     Raises:
-        ValueError: A prompt has none.
+        ValueError: A prompt has no token, or one that the model has no embedding for, or more than the model has
+            positions.
     """
     for prompt in prompts:
-        if not tokenizer(prompt)["input_ids"]:
+        tokens = tokenizer(prompt)["input_ids"]
+        if not tokens:
             raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
+        if model is not None:
+            check_sequences(model, torch.tensor([tokens]), least=1)
 
 
 def repetition_rate(texts: Sequence[Sequence[int]], *, n: int = 4) -> float:

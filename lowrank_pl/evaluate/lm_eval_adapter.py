@@ -151,7 +151,7 @@ def load_tasks(
     with _quiet():
         for task in tasks:
             if isinstance(task, LocalTask):
-                found = {"tasks": {task.name: _local(task)}}
+                found = {"tasks": {task.name: _local(task, fewshot)}}
             elif isinstance(task, PublicTask):
                 if fewshot:
                     task.require_examples(fewshot)
@@ -321,9 +321,14 @@ def _public(task: PublicTask) -> dict[str, Any]:
     return found
 
 
-def _local(task: LocalTask) -> ConfigurableTask:
-    """Return an lm-eval task for a file of questions; only that file is read."""
+def _local(task: LocalTask, fewshot: int | None) -> ConfigurableTask:
+    """Return an lm-eval task for a file of questions; only that file is read, also for examples."""
     rows = Dataset.from_list(task.rows())
+    if fewshot and fewshot >= len(rows):
+        raise ValueError(
+            f"fewshot is {fewshot}, but {task.path} has {len(rows)} rows, from which the examples of each question "
+            f"come too: give at most {len(rows) - 1}"
+        )
     made = ConfigurableTask(config={**task.config(), "custom_dataset": lambda **_: {"test": rows}})
     made.source = task.path
     return made

@@ -23,20 +23,20 @@ continues the sentence. ``::cue=none`` appends nothing to any question, and ``::
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank_pl.evaluate.public_tasks import FILES, RELEASES, PublicTask, first_row, release_of
+from lowrank_pl.evaluate.public_tasks import FILES, RELEASES, PublicTask, first_row, release_of, rows_of, shown
 
 __all__ = ["YAML", "LocalTask", "Task", "named_tasks"]
 
 YAML = (".yaml", ".yml")
 NAMED = re.compile(r"([\w.-]+)=(.+)", flags=re.DOTALL)
-EXPECTED = 'expected {"query": text, "choices": [two texts or more], "gold": index of the answer, from 0}'
+QUESTION = '{"query": text, "choices": [two texts or more], "gold": index of the answer, from 0}'
+CURE = "write one such question in every line"
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,9 @@ class LocalTask:
         Raises:
             ValueError: The file has no question, or a line is not a question; the message names it.
         """
-        rows = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                rows.append(_row(line, f"{self.path}, line {number}"))
+        rows = [_question(row, where) for where, row in rows_of(self.path, QUESTION, CURE)]
         if not rows:
-            raise ValueError(f"{self.path} holds no question: {EXPECTED} in every line")
+            raise ValueError(f"{self.path} holds no question: expected {QUESTION} in every line")
         return rows
 
     def _prompt(self) -> str:
@@ -142,7 +139,8 @@ def _tasks(word: str) -> list[Task]:
         if not path.is_file():
             raise ValueError(f"task {word!r}: there is no file {path.absolute()}")
         return [str(path.resolve())]
-    if path.is_dir() and ("/" in place or place in (".", "..")):
+    # A folder may have the name of a public task, which is then meant.
+    if path.is_dir() and ("/" in place or release_of(place) is None):
         return _in_folder(path)
     if "/" in place or not place:
         raise ValueError(
@@ -196,14 +194,9 @@ def _cue(word: str, options: str) -> str:
     return value
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}): {EXPECTED}") from None
-    query, choices, gold = (
-        (row.get(key) for key in ("query", "choices", "gold")) if isinstance(row, dict) else [None] * 3
-    )
+def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the question that a row is."""
+    query, choices, gold = (row.get(key) for key in ("query", "choices", "gold"))
     if not (
         isinstance(query, str)
         and query.strip()
@@ -213,9 +206,8 @@ def _row(line: str, where: str) -> dict[str, Any]:
         and type(gold) is int
         and 0 <= gold < len(choices)
     ):
-        shown = line if len(line) <= 120 else line[:117] + "..."
         raise ValueError(
-            f"{where} is not a multiple-choice question: {EXPECTED}, got {shown}; a file of a public release is named "
-            f"after its task, as piqa=FILE ({', '.join(RELEASES)})"
+            f"{where} is not a multiple-choice question: expected {QUESTION}, got {shown(row)}; a file of a public "
+            f"release is named after its task, as piqa=FILE ({', '.join(RELEASES)})"
         )
     return {"query": query, "choices": choices, "gold": gold}

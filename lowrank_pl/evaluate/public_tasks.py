@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILES", "MMLU_SUBJECTS", "RELEASES", "PublicTask", "Release", "first_row", "release_of"]
+__all__ = ["FILES", "MMLU_SUBJECTS", "RELEASES", "PublicTask", "Release", "first_row", "release_of", "rows_of", "shown"]
 
 Row = dict[str, Any]
 
@@ -141,12 +141,12 @@ class PublicTask:
         cure = f"write the file with {release.command(path.name, examples=examples)}"
         wanted = f"a row of {release.hub} with the columns {', '.join(release.columns)}"
         rows = []
-        for where, row in _rows_of(path, wanted, cure):
+        for where, row in rows_of(path, wanted, cure):
             try:
                 rows.append(release.convert(row))
             except ValueError as error:
                 raise ValueError(
-                    f"{where} is no row of task {self.name!r}: {error}. Expected {wanted}, got {_short(row)}; {cure}"
+                    f"{where} is no row of task {self.name!r}: {error}. Expected {wanted}, got {shown(row)}; {cure}"
                 ) from None
         if not rows:
             raise ValueError(f"{path} holds no row of task {self.name!r}: {cure}")
@@ -185,13 +185,22 @@ def first_row(path: Path) -> Any:
         path: A file that exists.
     """
     try:
-        return next((row for _, row in _rows_of(path, "", "")), None)
+        return next((row for _, row in rows_of(path, "", "")), None)
     except ValueError:
         return None
 
 
-def _rows_of(path: Path, wanted: str, cure: str) -> Iterator[tuple[str, Row]]:
-    """Yield where each row is, and the row."""
+def rows_of(path: Path, wanted: str, cure: str) -> Iterator[tuple[str, Row]]:
+    """Yield where each row of a file is, and the row.
+
+    Args:
+        path: A file that exists.
+        wanted: What a row should be, for errors.
+        cure: What to do about a file that can't be read, for errors.
+
+    Raises:
+        ValueError: The file can't be read, or a row is no mapping; the message names it.
+    """
     if path.suffix == ".parquet":
         yield from _parquet_rows(path, cure)
         return
@@ -209,7 +218,7 @@ def _rows_of(path: Path, wanted: str, cure: str) -> Iterator[tuple[str, Row]]:
         numbered = _line_rows(path, text, wanted, cure)
     for where, row in numbered:
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected {wanted}, got {_short(row)}; {cure}")
+            raise ValueError(f"{where}: expected {wanted}, got {shown(row)}; {cure}")
         yield where, row
 
 
@@ -237,9 +246,10 @@ def _parquet_rows(path: Path, cure: str) -> Iterator[tuple[str, Row]]:
         yield f"{path}, row {place}", row
 
 
-def _short(row: Any) -> str:
-    shown = json.dumps(row, ensure_ascii=False, default=str)
-    return shown if len(shown) <= 120 else shown[:117] + "..."
+def shown(row: Any) -> str:
+    """Return a row in JSON, cut to 120 characters."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _text(row: Row, key: str, *, empty: bool = False) -> str:

@@ -44,6 +44,8 @@ class ZeroShot:
         from lowrank_pl.evaluate.lm_eval_adapter import load_tasks
 
         self.settings = settings
+        self.files = [task if isinstance(task, str) else task.path for task in named]
+        """The files of the tasks; the name of one that lm-eval has stands for none."""
         self.loaded = load_tasks(
             named, include_path=settings.include_path, fewshot=settings.fewshot, seed=settings.seed
         )

@@ -255,7 +255,7 @@ def load_compressed(
             size follows from the folder (:func:`lowrank_pl.plans.resize.cut_plan`).
     """
     if keep is None:
-        model = _load(Path(directory), verify, from_pretrained_kwargs)
+        model = _load(Path(directory).expanduser(), verify, from_pretrained_kwargs)
     else:
         model, _ = load_cut(directory, keep, verify=verify, **from_pretrained_kwargs)
     if optimize:
@@ -298,11 +298,12 @@ def load_cut(
     Raises:
         ValueError: As :func:`load_compressed`.
     """
+    directory = Path(directory).expanduser()
     plan = plan_of_export(directory)
     smaller = smaller_plan(directory, plan, keep)
     if verify:
-        check_files(Path(directory), nested=True)
-    model = _load(Path(directory), verify, from_pretrained_kwargs)
+        check_files(directory, nested=True)
+    model = _load(directory, verify, from_pretrained_kwargs)
     smaller = cut(model, plan, smaller, NestedComponents.of_export(directory, plan))
     # So that save_pretrained writes a folder that reloads.
     names = _names(model)
@@ -364,11 +365,12 @@ def _check_not_rounded(directory: Path, plan: RankPlan) -> None:
 
 def is_compressed(directory: str | Path) -> bool:
     """Tell whether ``directory`` holds a model in the low-rank format."""
-    file = Path(directory) / "config.json"
     try:
+        file = Path(directory).expanduser() / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         return bool((config.get("quantization_config") or {}).get("quant_method") == METHOD)
-    except (OSError, ValueError, AttributeError):
+    # Path.expanduser raises a RuntimeError if there is no such user.
+    except (OSError, RuntimeError, ValueError, AttributeError):
         return False
 
 

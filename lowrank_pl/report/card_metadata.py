@@ -103,7 +103,7 @@ def _results(record: RunRecord) -> list[EvalResult]:
     for own in record.evidence.own_texts:
         dense = next((one.perplexity for one in texts if (one.model, one.text) == (record.base, own.text)), None)
         results += _perplexities(own.text, own.perplexity, dense)
-    own_tasks = [one for one in record.evidence.tasks if one.model and _is_folder(one.model, record)]
+    own_tasks = [one for one in record.evidence.tasks if record.evidence.is_own(one)]
     dense_tasks = next((one.figures for one in record.evidence.tasks if one.source == "dense"), {})
     for tasks in own_tasks:
         for task, metrics in tasks.figures.items():
@@ -111,10 +111,6 @@ def _results(record: RunRecord) -> list[EvalResult]:
                 beside, _ = dense_tasks.get(task, {}).get(metric, (None, None))
                 results += _pair(task, task, None, metric, value, beside)
     return results
-
-
-def _is_folder(model: str, record: RunRecord) -> bool:
-    return record.exported is not None and Path(model).resolve() == record.exported.folder.resolve()
 
 
 def _perplexities(text: ScoredText, own: float | None, dense: float | None) -> list[EvalResult]:

@@ -51,6 +51,7 @@ class TaskScores:
         model: The model's name in the file; empty if the file names none.
         figures: Value and standard error by task and metric; the error is NaN if it is unknown.
         grouped: Tasks and groups that belong to another group.
+        directory: Folder of the model, wherever the command was run; empty if the file names none.
 
     Example:
         >>> scores = TaskScores("a", "", {"piqa": {"acc": (0.6, 0.1)}, "boolq": {"acc": (0.5, math.nan)}})
@@ -62,6 +63,7 @@ class TaskScores:
     model: str
     figures: Mapping[str, Mapping[str, tuple[float, float]]]
     grouped: frozenset[str] = frozenset()
+    directory: str = ""
 
     @property
     def mean_accuracy(self) -> float | None:
@@ -119,6 +121,7 @@ class TextScore:
         perplexity: Perplexity.
         tokens_per_second: Predicted tokens per second; None with a reference, since nothing is timed then.
         agreement: Agreement with the reference; None without one.
+        directory: Folder of the model, wherever the command was run; empty if the file names none.
     """
 
     source: str
@@ -128,6 +131,7 @@ class TextScore:
     perplexity: float
     tokens_per_second: float | None = None
     agreement: Agreement | None = None
+    directory: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,14 @@ class Evidence:
     @property
     def own_texts(self) -> list[TextScore]:
         """The scores of ``model`` itself, without those of its base and of other models."""
-        here = self.model and self.model.resolve()
-        return [score for score in self.texts if Path(score.model).resolve() == here]
+        return [score for score in self.texts if self.is_own(score)]
+
+    def is_own(self, score: TaskScores | TextScore) -> bool:
+        """Tell whether a score is that of ``model``."""
+        # A folder that is no longer there may have been moved to where the model is now.
+        moved = not score.directory or not Path(score.directory).is_dir()
+        name = score.model if moved else score.directory
+        return self.model is not None and name != "" and Path(name).resolve() == self.model.resolve()
 
     @property
     def agreement(self) -> Agreement | None:
@@ -292,7 +302,9 @@ def _changes(evidence: Evidence, path: Path, values: dict[str, Any], written: fl
         return {"tasks": (*evidence.tasks, _task_scores(path.stem, values))}
     if "model" in values and (isinstance(values.get("texts"), dict) or isinstance(values.get("tasks"), dict)):
         return _changes_by_evaluate(evidence, path.stem, values)
-    if isinstance(values.get("rows"), list):
+    rows = values.get("rows")
+    # Rows of the other cases of `lowrank bench` are of no model.
+    if isinstance(rows, list) and any("storage" in row for row in rows):
         return {"speeds": (*evidence.speeds, *_speeds(values))}
     if {"model", "text", "perplexity", "tokens_per_second"} <= values.keys():
         return {"texts": (*evidence.texts, _text_score(path.stem, values, values))}
@@ -309,6 +321,7 @@ def _changes_by_evaluate(evidence: Evidence, source: str, values: Mapping[str, A
         scores = [
             _task_scores(source, {**tasks[who], "model_name": name}) for who, name in names.items() if who in tasks
         ]
+        scores[:1] = [replace(one, directory=str(values.get("directory", ""))) for one in scores[:1]]
         # The reference comes first: the table of tasks has one column per entry.
         reference = [replace(one, source="dense") for one in scores[1:]]
         changes["tasks"] = (*evidence.tasks, *reference, *scores[:1])
@@ -322,7 +335,8 @@ def _text_score(source: str, file: Mapping[str, Any], score: Mapping[str, Any]) 
     if {"kl", "agreement"} <= found.keys():
         agreement = Agreement(found["kl"], found["agreement"], score.get("tokens", 0), str(text))
     speed = score.get("tokens_per_second")
-    return TextScore(source, file["model"], file["dtype"], text, score["perplexity"], speed, agreement)
+    directory = str(file.get("directory", ""))
+    return TextScore(source, file["model"], file["dtype"], text, score["perplexity"], speed, agreement, directory)
 
 
 def _task_scores(source: str, values: Mapping[str, Any]) -> TaskScores:

@@ -234,8 +234,7 @@ def _size_tile(record: RunRecord) -> Tile:
 def _task_tile(record: RunRecord) -> list[Tile]:
     """Return the mean accuracy of the model itself if a file names it, else the mean accuracies of all files."""
     found = [one for one in record.evidence.tasks if one.mean_accuracy is not None]
-    here = record.exported and record.exported.folder.resolve()
-    own = [one for one in found if one.model and Path(one.model).resolve() == here] or found
+    own = [one for one in found if record.evidence.is_own(one)] or found
     if not own:
         return []
     others = [f"{one.source} {one.mean_accuracy:.3f}" for one in found if one not in own]

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from safetensors import SafetensorError
@@ -224,7 +225,7 @@ def _require_plan(folder: Path) -> None:
         return
     if (folder / "checkpoints").is_dir():
         last = folder / "checkpoints" / "last.ckpt"
-        advice = f"resume it with `lowrank fit ... --ckpt_path {last}`" if last.exists() else "run it again"
+        advice = f"resume it with `lowrank fit ... --ckpt_path {quote(str(last))}`" if last.exists() else "run it again"
         raise ValueError(f"the run in {str(folder)!r} has not finished and has no plan.json yet: {advice}")
     inside = sorted(path.parent.name for path in folder.glob("*/plan.json"))
     if inside:
@@ -322,20 +323,21 @@ def _missing(record: RunRecord, *, is_export: bool) -> list[str]:
     """Return what a reader may look for in vain, each with the command that makes it."""
     folder, evidence = record.folder, record.evidence
     missing = []
-    model = None if record.exported is None else record.exported.folder
+    exported = record.exported
+    plan, score, doctor, tasks = (quote(str(folder / f"{name}.json")) for name in ("plan", "score", "doctor", "tasks"))
+    model = None if exported is None else quote(str(exported.folder))
     if model is None:
-        missing.append(f"No model is exported: lowrank export {folder / 'plan.json'} --output DIR")
+        missing.append(f"No model is exported: lowrank export {plan} --output DIR")
     if not record.summary.rows and not evidence.own_texts:
         why = "An export has no table of scores" if is_export else "There is no summary.json"
-        missing.append(f"{why}: lowrank evaluate {model or 'DIR'} --text TEXT --json {folder / 'score.json'}")
+        missing.append(f"{why}: lowrank evaluate {model or 'DIR'} --text TEXT --json {score}")
     if model is not None and (evidence.health is None or not evidence.health.thorough):
         missing.append(
             "The model was not compared with its base, so KL divergence and agreement are unknown: "
-            f"lowrank doctor {model} --json {folder / 'doctor.json'}"
+            f"lowrank doctor {model} --json {doctor}"
         )
     if model is not None and not evidence.tasks:
         missing.append(
-            f"No tasks were scored: lowrank evaluate {model} --reference BASE --tasks piqa,arc_easy --json "
-            f"{folder / 'tasks.json'}"
+            f"No tasks were scored: lowrank evaluate {model} --reference BASE --tasks piqa,arc_easy --json {tasks}"
         )
     return missing

@@ -65,7 +65,7 @@ from lowrank_pl.text.local_files import is_saved_dataset, local_files
 from lowrank_pl.text.records import record_text
 from lowrank_pl.utils.files import sha256_of
 
-__all__ = ["TextSource", "named_texts", "parse_mixture", "parse_text", "read_stream", "source_identity"]
+__all__ = ["TextSource", "named_texts", "parse_mixture", "parse_text", "read_stream", "source_identity", "text_files"]
 
 PYTHON_DOCS = "python-docs"
 HUB = "hub:"
@@ -141,6 +141,18 @@ def parse_mixture(text: str) -> tuple[TextSource, ...]:
             )
         return (source,)
     return tuple(map(parse_text, names))
+
+
+def text_files(*texts: str) -> list[Path]:
+    """Return the files that ``texts`` are read from.
+
+    Raises:
+        ValueError: As ``parse_mixture``.
+
+    >>> text_files("python-docs")
+    []
+    """
+    return [path for text in texts for source in parse_mixture(text) for path in source.paths]
 
 
 def _names(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["check_choices", "check_counts", "check_numbers", "checked_settings"]
+__all__ = ["check_choices", "check_counts", "check_numbers", "check_unused", "checked_settings"]
 
 
 def check_choices(given: Mapping[str, tuple[object, Any]]) -> None:
@@ -68,6 +68,25 @@ def check_numbers(given: Mapping[str, tuple[float, float]], *, above: bool = Fal
         if not (bound < value if above else bound <= value) or math.isinf(value):
             word = "above" if above else "of at least"
             raise ValueError(f"{name} is {value}: expected a finite number {word} {bound:g}")
+
+
+def check_unused(command: str, given: Mapping[str, Any]) -> None:
+    """Check that no setting was given that would have no effect.
+
+    Args:
+        command: The command, and what makes these settings useless.
+        given: By the setting's name, its value; None where it was not given.
+
+    Raises:
+        ValueError: A setting was given.
+
+    >>> check_unused("bench svd", {"compile": None, "keep": 0.5})
+    Traceback (most recent call last):
+    ValueError: bench svd has no use for keep, which is 0.5: leave it out
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{command} has no use for {name}, which is {value!r}: leave it out")
 
 
 def checked_settings(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:

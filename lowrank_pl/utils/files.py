@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,7 @@ __all__ = [
     "canonical_json",
     "check_output_files",
     "check_output_folder",
+    "is_special",
     "locked",
     "sha256_of",
     "write_json",
@@ -41,7 +42,7 @@ _DAY = 86_400  # seconds
 
 def cache_root() -> Path:
     """Return the folder for token caches and factor stores: ``$LOWRANK_HOME`` or ``~/.cache/lowrank_pl``."""
-    return Path(os.environ.get("LOWRANK_HOME") or Path.home() / ".cache" / "lowrank_pl")
+    return Path(os.environ.get("LOWRANK_HOME") or "~/.cache/lowrank_pl").expanduser()
 
 
 def canonical_json(value: Any) -> str:
@@ -96,21 +97,28 @@ def sha256_of(*parts: str | bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
-def check_output_files(*paths: str | Path | None) -> None:
+def check_output_files(*paths: str | Path | None, inputs: Iterable[str | Path | None] = ()) -> None:
     """Raise unless a file can be written to each of ``paths``, so that a mistake fails now, not after the work.
 
     Args:
         *paths: Where files will be written; None stands for no file.
+        inputs: Files that the command reads; a name that is no file stands for none.
 
     Raises:
-        ValueError: A path is a folder or given twice, or its folder does not exist and can't be made.
+        ValueError: A path is a folder, one of ``inputs`` or given twice, or its folder does not exist and can't be
+            made.
     """
     given = [Path(path) for path in paths if path is not None]
+    read = {os.path.realpath(os.path.expanduser(one)) for one in inputs if one is not None}  # noqa: PTH111
     for path in given:
         _check_parents(path)
         if path.is_dir():
             raise ValueError(f"{str(path)!r} is a folder: name a file, such as {str(path / 'name.json')!r}")
-        if not _is_special(path) and [os.path.realpath(one) for one in given].count(os.path.realpath(path)) > 1:
+        if is_special(path):
+            continue
+        if os.path.realpath(path) in read:
+            raise ValueError(f"{str(path)!r} is read by this command, which would overwrite it: name another file")
+        if [os.path.realpath(one) for one in given].count(os.path.realpath(path)) > 1:
             raise ValueError(f"{str(path)!r} is given for two files: name another one for one of them")
 
 
@@ -140,7 +148,7 @@ def _check_parents(path: Path) -> None:
     if not above.is_dir():
         raise ValueError(f"{str(path)!r} can't be written, because {str(above)!r} is a file: name another folder")
     # A file that is there is replaced, which its folder has to allow; a device or a FIFO is written to.
-    if not os.access(path if _is_special(path) else above, os.W_OK):
+    if not os.access(path if is_special(path) else above, os.W_OK):
         raise ValueError(f"{str(path)!r} can't be written: you may not write to {str(above)!r}; name another place")
 
 
@@ -158,7 +166,7 @@ def atomic_write(path: str | Path, data: str | bytes | Callable[[BinaryIO], obje
         OSError: The disk is full or the folder is not writable; ``path`` is then unchanged.
     """
     path = Path(path)
-    if _is_special(path):
+    if is_special(path):
         with path.open("ab") as special:
             _write(special, data)
         return path
@@ -187,7 +195,7 @@ def _write(file: BinaryIO, data: str | bytes | Callable[[BinaryIO], object]) -> 
         file.write(data.encode() if isinstance(data, str) else data)
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """Tell whether ``path`` is a device, a FIFO, or a file that this process has open, as ``/dev/stdout`` may be."""
     if not path.exists():
         return False

@@ -26,6 +26,7 @@ def plan_file(tmp_path, capsys):
     """The plan of ``allocate`` at keep 0.5 on ``random:llama``; what it printed is in ``shown.txt``."""
     allocate(
         Base("random:llama"),
+        method="uniform",
         keep=0.5,
         output=tmp_path / "plan.json",
         store=tmp_path / "store",

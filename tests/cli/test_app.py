@@ -246,6 +246,42 @@ def test_a_file_where_a_folder_is_meant_is_refused_before_anything_is_loaded(cap
     assert "is a file: name a folder" in failing(capsys, *words.format(plan=path).split(), path)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "allocate no/model --text {text} --json {text}",
+        "doctor no/model --text {text} --json {text}",
+        "evaluate no/model --text mine={text}::part=0%-50% --json {text}",
+        "evaluate no/model --tasks {task} --json {task}",
+        "evaluate-plan {plan} --text {text} --json {plan}",
+        "evaluate-plan {plan} --text {text} --json {text}",
+        "export {plan} --json {plan}",
+        "quantize {plan} --json {plan}",
+        "refit {plan} --json {plan}",
+        "report no/run --scores {text} --output {text}",
+    ],
+)
+def test_a_file_that_is_read_is_not_overwritten(capsys, tmp_path, words):
+    (tmp_path / "text.txt").write_text("A text.")
+    (tmp_path / "task.jsonl").write_text('{"query": "Who?", "choices": ["me", "you"], "gold": 0}')
+    plan_of().save(tmp_path / "plan.json")
+    named = {name.partition(".")[0]: tmp_path / name for name in ("text.txt", "task.jsonl", "plan.json")}
+    assert "which would overwrite it: name another file" in failing(capsys, *words.format(**named).split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("evaluate no/model --text python-docs --limit 5", "without --tasks has no use for limit, which is 5"),
+        ("evaluate no/model --text python-docs --fewshot 1", "without --tasks has no use for fewshot"),
+        ("evaluate no/model --text python-docs --max_new_tokens 40", "without --prompts has no use for max_new_tokens"),
+        ("evaluate-plan no.json --text python-docs --output a.png", "without --keep_curve has no use for output"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(capsys, words, said):
+    assert said in failing(capsys, *words.split())
+
+
 def test_a_full_disk(capsys, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")

@@ -40,11 +40,12 @@ def test_evaluate_loads_in_the_type_asked_for():
 def test_evaluate_loads_a_folder_in_its_own_type(tmp_path):
     for part in (tiny_model("llama").bfloat16(), byte_tokenizer()):
         part.save_pretrained(tmp_path / "base")
-    assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1)["dtype"] == "bfloat16"
+    found = evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1)
+    assert (found["dtype"], found["directory"]) == ("bfloat16", str(tmp_path / "base"))
     assert evaluate(str(tmp_path / "base"), text=TEXT, length=32, sequences=1, dtype="float32")["dtype"] == "float32"
 
 
-def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp_path):
+def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp_path, monkeypatch):
     allocate(
         Base("random:llama"), keep=0.5, method="uniform", output=tmp_path / "plan.json", store=tmp_path / "store",
         calibration=Calibration(TEXT, 32, 8), constraints=Constraints(storage="factored"),
@@ -54,5 +55,31 @@ def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp
     tokens = token_windows(TEXT, byte_tokenizer(), length=32, sequences=2)
     assert found["perplexity"] == pytest.approx(perplexity(load_compressed(folder, keep=0.3), tokens).perplexity)
     assert found["model"] == f"{folder} at keep 0.3"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    at_home = evaluate("~/model", text=TEXT, keep=0.3, length=32, sequences=2)
+    assert at_home["perplexity"] == found["perplexity"]
     with pytest.raises(ValueError, match="'random:llama' is no export of factors, so --keep can't cut it"):
         evaluate("random:llama", text=TEXT, keep=0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompts": [""]}, "the prompt '' has no token"),
+        ({"prompts": ["A"], "max_new_tokens": 0}, "max_new_tokens is 0: expected a whole number of at least 1"),
+        ({"position_bins": 0}, "position_bins is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_what_can_not_be_done_is_refused_before_anything_is_scored(settings, said, monkeypatch):
+    monkeypatch.setattr("lowrank_pl.evaluate.divergence.score_texts", None)
+    with pytest.raises(ValueError, match=said):
+        evaluate("random:llama", text=TEXT, length=32, sequences=1, **settings)
+
+
+def test_scores_stay_where_a_later_part_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank_pl.evaluate.generation.generate_samples", lambda *_, **__: 1 / 0)
+    path = tmp_path / "scores.json"
+    with pytest.raises(ZeroDivisionError):
+        evaluate("random:llama", text=TEXT, length=32, sequences=1, prompts=["A"], json=path)
+    assert unsealed(json.loads(path.read_text()))["perplexity"] > 1

@@ -85,6 +85,8 @@ def yaml_file(tmp_path):
         ("--settings.damping 1e-6 --settings.ratios [0.4,0.5]", {"settings": {"damping": 1e-6, "ratios": [0.4, 0.5]}}),
         ("--settings.my-text 5", {"settings": {"my-text": 5}}),
         ("--output p/q.json", {"output": Path("p/q.json")}),
+        ("--output=~/q.json", {"output": Path.home() / "q.json"}),
+        ("--text ~/q.txt", {"text": ["~/q.txt"]}),
     ],
 )
 def test_lists_and_flags(words, expected):
@@ -115,6 +117,7 @@ def test_words_that_mean_nothing(words):
         ("keep: null", {}),
         ("text: ['a: b', c]", {"text": ["a: b", "c"]}),
         ("output: null", {"output": None}),
+        ("output: ~/q", {"output": Path.home() / "q"}),
         ("dtype: bfloat16", {"base": Base("b", dtype="bfloat16")}),
         ("floors: {a.0.*: 0.9, '*': 0.5}", {"constraints": Constraints(floors={"a.0.*": 0.9, "*": 0.5})}),
         ("nested: {kind: b, damping: 1.0e-6, 'on': false}", {"nested": Nested("b", 1e-6, False)}),

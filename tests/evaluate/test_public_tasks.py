@@ -293,6 +293,7 @@ def test_generated_rows_are_read_or_named(tmp_path_factory, data):
         ("piqa.jsonl", b"\xff", r"piqa.jsonl is not a UTF-8 text .*: write the file with"),
         ("piqa.parquet", b"no", r"piqa.parquet can't be read as Parquet .*to_parquet\(\"piqa.parquet\"\)"),
         ("other.parquet", b"no", r"other.parquet holds no public release .* name it after its task \(arc_challenge, "),
+        ("other.jsonl", b"\xff", r"other.jsonl is not a UTF-8 text .*: write one such question in every line"),
         ("other.jsonl", b'{"goal": "g"}', r"line 1 is not a multiple-choice question.*as piqa=FILE"),
     ],
 )  # fmt: skip

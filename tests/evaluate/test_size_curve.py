@@ -46,6 +46,7 @@ def plan_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("curve")
     allocate(
         Base("random:llama"),
+        method="uniform",
         keep=0.5,
         output=folder / "plan.json",
         store=folder / "store",
@@ -152,7 +153,7 @@ def test_evaluate_draws_the_curve_of_a_plan(plan_file, tmp_path, capsys):
     assert [size["own"] for size in figures["sizes"]] == [False] * 5 + [True]
     assert figures["sizes"][0]["excess"] == 0.0
     assert figures["dense"]["perplexity"] == evaluate("random:llama", text=TEXT, length=32, sequences=2)["perplexity"]
-    assert (figures["base"], figures["method"], figures["windows"]) == ("random:llama", "fisher", 2)
+    assert (figures["base"], figures["method"], figures["windows"]) == ("random:llama", "uniform", 2)
     shown = capsys.readouterr().out
     assert f"\npicture  {tmp_path / 'curve.png'}" in shown
     assert "\n0.5 * " in shown

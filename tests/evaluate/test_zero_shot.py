@@ -170,7 +170,7 @@ def test_yaml_tasks_by_file_by_folder_and_by_name(yaml_file, llama):
         ('{"query": "A", "choices": ["b", "c"], "gold": 2}', r"line 2 .*: expected .* got {\"query\": \"A\""),
         ('{"query": "A", "choices": ["b"], "gold": 0}', r"line 2 .*: expected .* got {\"query\": \"A\""),
         ('{"query": "A", "choices": ["b", "c"], "gold": true}', r"line 2 .*: expected .* got {\"query\": \"A\""),
-        ("[1]", r"line 2 .*: expected .* got \[1\]"),
+        ("[1]", r"line 2: expected .* got \[1\]"),
     ],
 )
 def test_a_row_that_is_not_a_question_is_named(tmp_path, line, message):
@@ -185,6 +185,22 @@ def test_lines_end_where_json_lines_do(tmp_path):
     odd = {**ROWS[0], "query": "one\u2028two\x85three"}
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in (odd, ROWS[1])), newline="")
     assert [row["query"] for row in LocalTask("odd", path).rows()] == [odd["query"], ROWS[1]["query"]]
+
+
+def test_a_folder_needs_no_slash_and_a_file_may_begin_with_a_mark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my tasks", "piqa"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.jsonl").write_text(json.dumps(ROWS[0]), encoding="utf-8-sig")
+    [task] = named_tasks(["my tasks"])
+    assert task.rows() == ROWS[:1]
+    assert named_tasks(["piqa"]) == ["piqa"]
+
+
+def test_more_examples_than_there_are_other_rows_are_refused(questions):
+    with pytest.raises(ValueError, match=r"fewshot is 6, but .*questions\.jsonl has 6 rows, .*: give at most 5"):
+        ZeroShot([str(questions)], TaskSettings(fewshot=6))
+    assert ZeroShot([str(questions)], TaskSettings(fewshot=5)).loaded["tasks"]["questions"].config.num_fewshot == 5
 
 
 def test_names_that_are_no_tasks_are_refused(questions, tmp_path, monkeypatch):

@@ -328,6 +328,19 @@ def test_what_evaluate_writes_is_read(run, tmp_path):
     assert not any("were scored" in text for text in read_run(run).missing)
 
 
+def test_scores_of_the_model_are_known_from_any_folder(run, tmp_path):
+    text = {"text": "t", "windows": 1, "length": 2, "perplexity": 3.0, "tokens_per_second": 1.0}
+    tasks = {"model": {"results": {"piqa": {"acc,none": 0.5}}}}
+    scores = {"model": "m x", "dtype": "float32", "texts": {"t": text}, "tasks": tasks}
+    path = tmp_path / "s.json"
+    for directory, own in ((run / "model", 1), (tmp_path, 0), (tmp_path / "gone", 0)):
+        path.write_text(json.dumps({**scores, "directory": str(directory)}))
+        found = read_evidence([path], model=run / "model")
+        assert [len(found.own_texts), sum(map(found.is_own, found.tasks))] == [own, own]
+    # What was moved is known by its name, as is what another version wrote.
+    assert len(read_evidence([path], model=Path("m x")).own_texts) == 1
+
+
 def test_a_diagnosis_older_than_the_weights_is_out_of_date(run):
     path = run / "doctor.json"
     path.write_text(json.dumps(DOCTOR))
@@ -408,7 +421,12 @@ def test_a_diagnosis_survives_its_file():
 def test_named_files_must_hold_scores(run, tmp_path):
     with pytest.raises(ValueError, match=r"gone\.json': expected .*`lowrank doctor`"):
         read_run(run, scores=[tmp_path / "gone.json"])
-    for text, said in (("{", "is not JSON"), ('{"a": 1}', "holds no scores"), ('{"results": {"t": 3}}', "is damaged")):
+    for text, said in (
+        ("{", "is not JSON"),
+        ('{"a": 1}', "holds no scores"),
+        ('{"results": {"t": 3}}', "is damaged"),
+        ('{"rows": [{"base": "b", "statistics_seconds": 1.0}]}', "holds no scores"),
+    ):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match=f"x.json {said}"):
             read_run(run, scores=[tmp_path / "x.json"])
@@ -553,14 +571,14 @@ def test_cards_of_others_stay(run, caplog):
 
 
 def test_an_export_says_what_it_lacks(run, capsys):
-    folder = run / "model"
+    folder = (run / "model").rename(run / "a model")
     (run / "plan.json").rename(folder / "plan.json")
     (folder / "README.md").write_text("`lowrank_pl`\n\n## How it was made\n\n```bash\nlowrank export --plan p\n```\n")
     (folder / "tokenizer.json").write_text("{}")
     report(folder)
     shown = capsys.readouterr().out
-    assert f"missing  An export has no table of scores: lowrank evaluate {folder} --text TEXT" in shown
-    assert f"lowrank doctor {folder} --json" in shown
+    assert f"missing  An export has no table of scores: lowrank evaluate '{folder}' --text TEXT --json '" in shown
+    assert f"lowrank doctor '{folder}' --json '{folder / 'doctor.json'}'" in shown
     page = Page((folder / "report.html").read_text())
     assert "Not measured yet" in page.words
     assert "lowrank export --plan p" in page.words

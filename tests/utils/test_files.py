@@ -211,6 +211,8 @@ def test_sha256_counts_where_parts_end():
 def test_cache_root_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path))
     assert cache_root() == tmp_path
+    monkeypatch.setenv("LOWRANK_HOME", "~/own")
+    assert cache_root() == Path.home() / "own"
     monkeypatch.delenv("LOWRANK_HOME")
     assert cache_root() == Path.home() / ".cache" / "lowrank_pl"
 
@@ -289,6 +291,13 @@ def test_a_file_that_can_not_be_written_is_refused_before_the_work(tmp_path, nam
 def test_one_file_for_two_outputs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="for two files: name another one"):
         check_output_files(tmp_path / "a", tmp_path / "." / "a")
+
+
+def test_an_output_that_is_also_an_input_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "read")
+    with pytest.raises(ValueError, match=r"is read by this command, .*: name another file"):
+        check_output_files(tmp_path / "link", inputs=["python-docs", None, str(tmp_path / "." / "read")])
+    check_output_files(tmp_path / "other", "/dev/stdout", inputs=[tmp_path / "read", "/dev/stdout"])
 
 
 def test_a_file_where_a_folder_is_meant_is_refused(tmp_path):
