@@ -74,7 +74,8 @@ def allocate(
     Args:
         base: The model; an export has its type too.
         method: The allocator: uniform, energy, drank, svdllm_v2, strs, zs_svd, or fisher; bytes for a budget in
-            bytes. By default fisher, and bytes with such a budget.
+            bytes. By default fisher, uniform where --decomposition.kind is one that fisher can't read, and bytes
+            with such a budget.
         settings: Settings of the allocator, such as --settings.rounds 5 for zs_svd or --settings.group 64 for bytes; an
             unknown one is an error that lists those that exist.
         keep: Fraction of the targeted parameters to keep; 0.8 by default.
@@ -93,7 +94,7 @@ def allocate(
     """
     from lowrank_pl.calibration.build import build_factors
     from lowrank_pl.calibration.subject import Subject
-    from lowrank_pl.methods.allocate import make_allocator
+    from lowrank_pl.methods.allocate import ALLOCATORS, make_allocator
     from lowrank_pl.methods.allocate.run import allocate_ranks
     from lowrank_pl.methods.quantize import byte_budget
     from lowrank_pl.report.rank_map import rank_table
@@ -103,7 +104,8 @@ def allocate(
     # A wrong path, and a name or a setting that does not exist, is refused before anything is loaded.
     check_output_files(output, json, inputs=text_files(calibration.text))
     budget = _byte_budget(method, keep, keep_bytes, bytes, settings or {})
-    allocator = make_allocator(method or "fisher", **(settings or {})) if budget is None else None
+    usual = "fisher" if decomposition.kind in (None, *ALLOCATORS["fisher"].kinds) else "uniform"
+    allocator = make_allocator(method or usual, **(settings or {})) if budget is None else None
     own = Decomposition("two_sided") if allocator is None else allocator.default_decomposition()
     made_by = decomposition.resolved(own)
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))

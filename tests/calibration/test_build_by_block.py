@@ -401,7 +401,7 @@ def test_allocate_finds_the_factors_made(saved, tmp_path, monkeypatch, capsys):
     assert (figures["block_by_block"], figures["modules"], figures["store"]) == (True, 21, str(made.directory))
     assert "whitened: factors of 21 modules, block by block, in " in capsys.readouterr().out
     monkeypatch.setattr(prepare, "decompose", lambda *_, **__: pytest.fail("decomposed again"))
-    plan = allocate(base, calibration=calibration, output=tmp_path / "plan.json")
+    plan = allocate(base, method="uniform", calibration=calibration, output=tmp_path / "plan.json")
     assert plan.origin["store"] == str(made.directory.resolve())
 
 

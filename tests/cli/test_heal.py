@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+# Its loggers keep the stderr of the moment at which it is imported, which must be none that a test captures.
+import lightning.pytorch  # noqa: F401
 import pytest
 import yaml
 
