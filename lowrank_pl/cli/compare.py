@@ -113,7 +113,8 @@ def compare(
             "fisher, energy or uniform on two_sided, whitened or svd factors, without pruning; compare it without"
         )
     texts, limits = named_texts(scores), score_sequences or {}
-    check_output_files(json, inputs=text_files(calibration.text, *texts.values()))
+    # A dry run reads no text.
+    check_output_files(json, inputs=[] if dry_run else text_files(calibration.text, *texts.values()))
     if dry_run:
         for name in (name for name, one in chosen.items() if one.heal is not None):
             _log.warning("the forecast leaves out the training of %s", name)

@@ -86,7 +86,8 @@ def decompose(
     from lowrank_pl.utils.environment import peak_memory, pick_device
     from lowrank_pl.utils.formatting import memory_size
 
-    check_output_files(json, inputs=text_files(calibration.text))
+    # A dry run reads no text.
+    check_output_files(json, inputs=[] if dry_run else text_files(calibration.text))
     began = time.perf_counter()
     budget = None if memory is None else memory_size(memory)
     constraints = Constraints(include, exclude, drop_experts=drop_experts, shared_experts=shared_experts)

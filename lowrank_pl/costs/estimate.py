@@ -41,9 +41,9 @@ class Phase:
         host: Bytes of main memory of one process, by what they hold at the same time.
         fresh: Bytes of main memory of a fresh process that this process starts and waits for.
         disk: Bytes that stay on disk, by what they hold; those of all processes.
-        scratch: Bytes on disk that are gone after the phase, by what they hold; those of all processes.
         work: Work of one process by kind; bytes of ``disk`` are not counted again.
         waiting: Bytes of main memory of every other process, where the first process works alone; None where all work.
+        scratch: Bytes on disk that are gone after the phase, by what they hold; those of all processes.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Phase:
     host: Mapping[str, float] = field(default_factory=dict)
     fresh: Mapping[str, float] = field(default_factory=dict)
     disk: Mapping[str, float] = field(default_factory=dict)
-    scratch: Mapping[str, float] = field(default_factory=dict)
     work: Mapping[WorkKind, float] = field(default_factory=dict)
     waiting: float | None = None
+    scratch: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, speeds: Speeds) -> float:
         """Return the time at ``speeds``, with no two kinds of work at the same time."""

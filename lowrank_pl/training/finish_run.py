@@ -175,7 +175,7 @@ class FinishRun(Stopwatch):
                 f"the base {has}, which no plain config of dense weights can "
                 "describe: leave out --finish.merge, or prune all MLPs to one width with --model.prune.by_block false"
             )
-        if self._streams(trainer, pl_module, ever=True):
+        if (self.refit or self.rounding) and self._streams(trainer, pl_module, ever=True):
             size = pl_module.weight_bytes / 1e9
             self._refuse_fitting_in_parts(f"the base of {size:,.1f} GB does not fit on one with its compressed version")
 
