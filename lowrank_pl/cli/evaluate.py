@@ -90,10 +90,9 @@ def evaluate(
         raise ValueError("there is nothing to score: give --text, --tasks or --prompts")
     check_counts({"batch_size": batch_size, "position_bins": position_bins, "max_new_tokens": max_new_tokens})
     if not tasks:
-        values = {one.name: (getattr(task_settings, one.name), one.default) for one in fields(TaskSettings)}
-        check_unused(
-            "evaluate without --tasks", {name: value for name, (value, usual) in values.items() if value != usual}
-        )
+        values = {one.name: getattr(task_settings, one.name) for one in fields(TaskSettings)}
+        given = {one.name: values[one.name] for one in fields(TaskSettings) if values[one.name] != one.default}
+        check_unused("evaluate without --tasks", given)
     if not prompts:
         check_unused("evaluate without --prompts", {"max_new_tokens": max_new_tokens})
     named = named_texts([text] if isinstance(text, str) else list(text))

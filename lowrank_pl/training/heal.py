@@ -25,14 +25,13 @@ from lowrank_pl.methods.healing import Healing
 from lowrank_pl.models.forward import activation_checkpointing
 from lowrank_pl.models.hf_experts import all_experts_called
 from lowrank_pl.models.sequences import check_sequences
-from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.training.checkpointing import check_fit, mark, mark_of
 from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.heal_start import HealPair, HealStart
 from lowrank_pl.training.lightning_internals import batches_done, end_after
 from lowrank_pl.training.monitored import check_callbacks, check_validation
-from lowrank_pl.training.precision import check_precision
+from lowrank_pl.training.precision import check_computed_in_half, check_loss, check_precision
 
 __all__ = ["NOT_SHARDED", "Healer"]
 
@@ -124,12 +123,8 @@ class Healer(LightningModule):
         )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(NOT_SHARDED)
-        half = self.start.base.dtype != "float32"
-        if half and str(trainer.precision) == "32-true" and self.settings.train == "factors":
-            raise ValueError(
-                f"the base is loaded in {self.start.base.dtype}, and its factors are trained in float32: use "
-                "--trainer.precision bf16-mixed, which computes in bfloat16"
-            )
+        if self.settings.train == "factors":
+            check_computed_in_half(trainer, self.start.base, "its factors")
         if not len(data.validation_sequences):
             raise ValueError(
                 "there are no validation sequences, which decide whether healing helped: set "
@@ -262,10 +257,7 @@ class Healer(LightningModule):
         with memory, all_experts_called():
             logits = self.pair.student(input_ids=tokens, use_cache=False).logits
         loss = F.kl_div(logits.float().log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1).mean()
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss of step {self.global_step} is {loss.item()}: lower --model.settings.lr; or {NOT_FINITE}"
-            )
+        check_loss(loss, self.global_step, "lower --model.settings.lr")
         self.log("loss/kl", loss.detach(), prog_bar=True)
         # Loggers show a value at the step that it belongs to, as in RankLearner.
         self.log("step", float(self.global_step + 1))

@@ -39,7 +39,6 @@ from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.forward import enable_activation_checkpointing, refuse_dropout
 from lowrank_pl.models.sequences import check_sequences
-from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import EMBEDDINGS, Targets, decoder_blocks
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.constraints import Constraints
@@ -48,7 +47,7 @@ from lowrank_pl.training.checkpointing import check_fit, mark
 from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.lightning_internals import attached_trainer, leaves_gradients_to_us
 from lowrank_pl.training.monitored import check_callbacks, check_monitored, check_validation
-from lowrank_pl.training.precision import check_precision
+from lowrank_pl.training.precision import check_loss, check_precision
 from lowrank_pl.training.sharding import average_gradients, shard_frozen
 from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.distributed import cooperating
@@ -372,11 +371,7 @@ class RankLearner(LightningModule):
         terms = data_losses(self._base(), self.layers, self.data_terms, tokens)
         terms |= self.mask_method.penalties(self.masks, ratios, budget.share, self.global_step)
         loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss of step {self.global_step} is {loss.item()}: lower --model.optimizer.init_args.lr; or "
-                f"{NOT_FINITE}"
-            )
+        check_loss(loss, self.global_step, "lower --model.optimizer.init_args.lr")
         losses = {f"loss/{name}": term.detach() for name, term in terms.items()}
         check_monitored(self.trainer, [*losses, "loss/total"], below="loss/")
         self.log_dict(losses)

@@ -1,10 +1,13 @@
-"""The Trainer's precision, which must not cast what is trained."""
+"""Checks of numbers: the Trainer's precision must not cast what is trained, and losses must be finite."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
-__all__ = ["check_precision"]
+from lowrank_pl.models.settings import NOT_FINITE, Base
+
+__all__ = ["check_computed_in_half", "check_loss", "check_precision"]
 
 
 def check_precision(trainer: Trainer, trained: str, cure: str) -> None:
@@ -29,3 +32,36 @@ def check_precision(trainer: Trainer, trained: str, cure: str) -> None:
             f"the Trainer's precision is {precision!r}, which also casts {trained}; small updates vanish in "
             f"rounding: {cure}"
         )
+
+
+def check_computed_in_half(trainer: Trainer, base: Base, trained: str) -> None:
+    """Refuse to compute in float32 where the base is in half precision and what is trained in float32.
+
+    Args:
+        trainer: The Trainer.
+        base: The base, and how it is loaded.
+        trained: What is trained, in words.
+
+    Raises:
+        ValueError: The base is in half precision, and the Trainer's precision is ``32-true``.
+    """
+    if base.dtype != "float32" and str(trainer.precision) == "32-true":
+        raise ValueError(
+            f"the base is loaded in {base.dtype}, and {trained} are trained in float32: use --trainer.precision "
+            "bf16-mixed, which computes in bfloat16"
+        )
+
+
+def check_loss(loss: Tensor, step: int, cure: str) -> None:
+    """Refuse a loss that is not finite.
+
+    Args:
+        loss: The loss, a scalar.
+        step: Optimizer steps done.
+        cure: How to learn more slowly.
+
+    Raises:
+        ValueError: The loss is NaN or infinite.
+    """
+    if not loss.isfinite():
+        raise ValueError(f"the loss of step {step} is {loss.item()}: {cure}; or {NOT_FINITE}")

@@ -18,13 +18,13 @@ from lowrank_pl.evaluate.likelihood import Score, perplexity
 from lowrank_pl.export.export import check_destination, save_compressed
 from lowrank_pl.methods.masks.schedule import half_cosine
 from lowrank_pl.models.sequences import check_sequences
-from lowrank_pl.models.settings import NOT_FINITE, Base
+from lowrank_pl.models.settings import Base
 from lowrank_pl.models.upcycling import expert_parameters, upcycled
 from lowrank_pl.training.checkpointing import check_fit, mark, mark_of
 from lowrank_pl.training.data import calibration_data
 from lowrank_pl.training.finish_run import Stopwatch
 from lowrank_pl.training.monitored import check_callbacks
-from lowrank_pl.training.precision import check_precision
+from lowrank_pl.training.precision import check_computed_in_half, check_loss, check_precision
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import code, rounded_perplexity, table
 
@@ -100,11 +100,7 @@ class Upcycler(LightningModule):
         """
         check_callbacks(self.trainer, ("val/perplexity", "step"))
         check_precision(self.trainer, "experts and routers", "use precision '32-true' or 'bf16-mixed'")
-        if self.base.dtype != "float32" and str(self.trainer.precision) == "32-true":
-            raise ValueError(
-                f"the base is loaded in {self.base.dtype}, and experts and routers are trained in float32: use "
-                "--trainer.precision bf16-mixed, which computes in bfloat16"
-            )
+        check_computed_in_half(self.trainer, self.base, "experts and routers")
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError("upcycling needs the whole model on every device: use --trainer.strategy ddp")
         if not len(calibration_data(self.trainer).validation_sequences):
@@ -146,8 +142,7 @@ class Upcycler(LightningModule):
         output = self.model(input_ids=tokens, use_cache=False, output_router_logits=True)
         text = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
         loss: Tensor = text + self.mixture.balance * output.aux_loss
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss of step {self.global_step} is {loss.item()}: lower the rates; or {NOT_FINITE}")
+        check_loss(loss, self.global_step, "lower the rates")
         self.log("loss/text", text.detach(), prog_bar=True)
         self.log("loss/balance", output.aux_loss.detach())
         self.log("step", float(self.global_step + 1))
