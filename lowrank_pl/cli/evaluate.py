@@ -14,7 +14,7 @@ from lowrank_pl.cli.plan_parts import PlanParts
 from lowrank_pl.evaluate.settings import TaskSettings
 from lowrank_pl.models.settings import Base, DType
 from lowrank_pl.utils.checks import check_counts, check_unused
-from lowrank_pl.utils.files import check_output_files, is_special, write_json
+from lowrank_pl.utils.files import at_home, check_output_files, is_special, write_json
 from lowrank_pl.utils.json_files import sealed
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def evaluate(
         "dtype": str(network.dtype).removeprefix("torch."),
         "parameters": model_parameters(network),
     }
-    if keep is None and (folder := Path(model).expanduser()).is_dir():
+    if keep is None and (folder := at_home(model)).is_dir():
         # `lowrank report` knows its model by it, wherever it is run.
         figures["directory"] = str(folder.resolve())
     if dense is not None:
@@ -271,7 +271,7 @@ def _load(
     if is_compressed(model):
         settings = {} if dtype is None else {"dtype": getattr(torch, dtype)}
         loaded = load_compressed(model, keep=keep, trust_remote_code=trust_remote_code, **settings)
-        return loaded, AutoTokenizer.from_pretrained(Path(model).expanduser(), trust_remote_code=trust_remote_code)
+        return loaded, AutoTokenizer.from_pretrained(at_home(model), trust_remote_code=trust_remote_code)
     if keep is not None:
         raise ValueError(f"{model!r} is no export of factors, so --keep can't cut it: leave --keep out")
     kind = stored_dtype(model, trust_remote_code=trust_remote_code) if dtype is None else getattr(torch, dtype)

@@ -46,6 +46,8 @@ class RankCLI(ForecastingCLI):
 
     default_run = "runs/fit"
     about_run = "Folder of the run: plan, model, scores, logs."
+    files = (*ForecastingCLI.files, "model.start.plan")
+    texts = (*ForecastingCLI.texts, "finish.score.text")
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(args, RankLearner)

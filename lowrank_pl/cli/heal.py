@@ -54,6 +54,7 @@ class HealCLI(ForecastingCLI):
 
     default_run = "runs/heal"
     about_run = "Folder of the run: plan, factors, model or adapter, figures, logs."
+    files = (*ForecastingCLI.files, "model.plan")
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(args, Healer, HealingTrainer)

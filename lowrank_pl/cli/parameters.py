@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict
 
 from lowrank_pl.cli.config_files import find_config, parse_value, read_config
+from lowrank_pl.utils.files import at_home
 
 __all__ = ["FLAGS", "Flat", "Given", "Settings", "Source", "split_words"]
 
@@ -134,17 +134,11 @@ class Given:
             Dict(plain, source=source, use_commands_as_keys=False)(app, commands, arguments)
         for argument in arguments:
             if _holds_path(argument.hint):
-                # A shell leaves the ~ of `--output=~/x` and of YAML as it is.
-                argument.tokens[:] = [_expanded(token) for token in argument.tokens]
+                argument.tokens[:] = [token.evolve(value=str(at_home(token.value))) for token in argument.tokens]
 
 
 def _holds_path(hint: Any) -> bool:
     return hint is Path or any(map(_holds_path, get_args(hint)))
-
-
-def _expanded(token: cyclopts.Token) -> cyclopts.Token:
-    # Path.expanduser raises if there is no such user.
-    return token.evolve(value=os.path.expanduser(token.value))  # noqa: PTH111
 
 
 def _merge(argument: cyclopts.Argument, values: dict[str, Any], source: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
+from jsonargparse.typing import register_type
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -19,13 +20,14 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lowrank_pl.costs.machine import Machine, machine_of
+from lowrank_pl.text.sources import text_files
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
 from lowrank_pl.training.data import CalibrationData
 from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
 from lowrank_pl.training.lightning_internals import HookedCLI, RunCheckpoint, extend_timeout
 from lowrank_pl.training.progress import LearningBar
 from lowrank_pl.utils.distributed import cooperating, explain_lost_process, gather_from_all
-from lowrank_pl.utils.files import LOCK, atomic_write, check_output_files, check_output_folder, locked
+from lowrank_pl.utils.files import LOCK, at_home, atomic_write, check_output_files, check_output_folder, locked
 from lowrank_pl.version import __version__
 
 __all__ = ["ForecastingCLI", "TrainerCLI"]
@@ -38,12 +40,18 @@ that strategies wait by default."""
 _log = logging.getLogger(__name__)
 
 
+# jsonargparse leaves a ~ as it is.
+register_type(Path, serializer=str, deserializer=at_home, type_check=isinstance, fail_already_registered=False)
+
+
 class TrainerCLI(HookedCLI):
     """LightningCLI whose ``--run`` names the folder that everything of a run goes to.
 
     Attributes:
         default_run: The folder, if none is named.
         about_run: What ``--help`` says of it.
+        files: The settings that name files that the command reads.
+        texts: The settings that name its texts.
 
     Args:
         args: The command and the words after it.
@@ -53,6 +61,8 @@ class TrainerCLI(HookedCLI):
 
     default_run: str
     about_run: str
+    files: tuple[str, ...] = ("ckpt_path",)
+    texts: tuple[str, ...] = ("data.learning.text", "data.statistics.text", "data.validation.text")
 
     def __init__(self, args: Sequence[str], model: type[LightningModule], trainer: type[Trainer] = Trainer) -> None:
         super().__init__(
@@ -81,6 +91,9 @@ class TrainerCLI(HookedCLI):
         """
         self.config = parser.parse_args(args)
         command = self.config.subcommand
+        if command and (path := self.config[command].get("ckpt_path")):
+            # Lightning declares it as a text.
+            self.config[command]["ckpt_path"] = str(at_home(path))
         for group in self._subcommand_parsers[command]._action_groups if command else ():
             if getattr(group, "group_class", None) and self.config[command].get(group.dest, {}) is None:
                 raise ArgumentError(None, f"{group.dest} is null: expected its options, or leave it out")
@@ -92,9 +105,13 @@ class TrainerCLI(HookedCLI):
             mark_of(read_checkpoint(path))
 
     def before_instantiate_classes(self) -> None:
-        """Refuse places that can't be written to."""
+        """Refuse places that can't be written to, and figures in a file that the command reads."""
         check_output_folder(self.setting("run"))
-        check_output_files(self.setting("json"))
+        texts = [self.setting(name) for name in self.texts]
+        check_output_files(
+            self.setting("json"),
+            inputs=[*(self.setting(name) for name in self.files), *text_files(*filter(None, texts))],
+        )
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Run the Trainer in a folder of its own; after Ctrl-C, or the end of another process, say how to go on."""
@@ -110,8 +127,8 @@ class TrainerCLI(HookedCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--run``, ``--json`` and checkpoints."""
-        parser.add_argument("--run", type=str, default=self.default_run, help=self.about_run)
-        parser.add_argument("--json", type=str | None, default=None, help="Write the table's figures there.")
+        parser.add_argument("--run", type=Path, default=self.default_run, help=self.about_run)
+        parser.add_argument("--json", type=Path | None, default=None, help="Write the table's figures there.")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults({
             "checkpoint.every_n_train_steps": 50,

@@ -106,8 +106,9 @@ def heal_workload(healer: Healer, data: CalibrationData, trainer: Mapping[str, A
         data.learning.length, data.batch_size, trainer["accumulate_grad_batches"] or 1,
         teacher=True, gradient_checkpointing=healer.gradient_checkpointing,
     )  # fmt: skip
-    steps = settings.steps(step.tokens * machine.processes)
     of_epoch = _batches_of_epoch(trainer, data.learning.sequences // (data.batch_size * machine.processes))
+    batch_tokens = data.batch_size * step.length * machine.processes
+    steps = settings.steps(batch_tokens, accumulated=step.batches, epoch=of_epoch)
     # One before the training, and one after it.
     validations = 2 + _validations(trainer, batches=steps * step.batches, of_epoch=of_epoch)
     if start.plan is None:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_pl.evaluate.public_tasks import FILES, RELEASES, PublicTask, first_row, release_of, rows_of, shown
+from lowrank_pl.utils.files import at_home
 
 __all__ = ["YAML", "LocalTask", "Task", "named_tasks"]
 
@@ -123,7 +124,7 @@ def _tasks(word: str) -> list[Task]:
     source, marker, options = word.partition("::")
     named = NAMED.fullmatch(source)
     name, place = (named[1], named[2]) if named else (None, source)
-    path = Path(place).expanduser()
+    path = at_home(place)
     if path.suffix in FILES:
         if not path.is_file():
             raise ValueError(f"task {word!r}: there is no file {path.absolute()}")

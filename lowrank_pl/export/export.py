@@ -52,7 +52,7 @@ from lowrank_pl.models.targets import body_of, replaced
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import cut_plan
 from lowrank_pl.serving.optimize import optimize_for_inference
-from lowrank_pl.utils.files import atomic_directory, atomic_write, check_output_folder
+from lowrank_pl.utils.files import at_home, atomic_directory, atomic_write, check_output_folder
 from lowrank_pl.utils.machine_limits import explain_limit
 
 __all__ = [
@@ -255,7 +255,7 @@ def load_compressed(
             size follows from the folder (:func:`lowrank_pl.plans.resize.cut_plan`).
     """
     if keep is None:
-        model = _load(Path(directory).expanduser(), verify, from_pretrained_kwargs)
+        model = _load(at_home(directory), verify, from_pretrained_kwargs)
     else:
         model, _ = load_cut(directory, keep, verify=verify, **from_pretrained_kwargs)
     if optimize:
@@ -298,7 +298,7 @@ def load_cut(
     Raises:
         ValueError: As :func:`load_compressed`.
     """
-    directory = Path(directory).expanduser()
+    directory = at_home(directory)
     plan = plan_of_export(directory)
     smaller = smaller_plan(directory, plan, keep)
     if verify:
@@ -366,11 +366,10 @@ def _check_not_rounded(directory: Path, plan: RankPlan) -> None:
 def is_compressed(directory: str | Path) -> bool:
     """Tell whether ``directory`` holds a model in the low-rank format."""
     try:
-        file = Path(directory).expanduser() / "config.json"
+        file = at_home(directory) / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         return bool((config.get("quantization_config") or {}).get("quant_method") == METHOD)
-    # Path.expanduser raises a RuntimeError if there is no such user.
-    except (OSError, RuntimeError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 

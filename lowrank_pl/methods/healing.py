@@ -90,18 +90,23 @@ class Healing:
             return self.lr * (step + 1) / (rising + 1)
         return self.lr * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising)))) / 2
 
-    def steps(self, batch_tokens: int) -> int:
+    def steps(self, batch_tokens: int, *, accumulated: int = 1, epoch: int | None = None) -> int:
         """Return the number of optimizer steps.
 
         Args:
-            batch_tokens: Tokens of one step, of all processes together.
+            batch_tokens: Tokens of one batch, of all processes together.
+            accumulated: Batches of one step.
+            epoch: Batches of an epoch. Its last step has the batches that are left; by default it never ends.
 
         Raises:
             ValueError: The budget does not reach for one step.
         """
-        if self.tokens < batch_tokens:
+        batches = self.tokens // batch_tokens
+        epochs, rest = divmod(batches, epoch) if epoch else (0, batches)
+        steps = rest // accumulated + (epochs * -(-epoch // accumulated) if epoch else 0)
+        if not steps:
             raise ValueError(
-                f"the budget of {self.tokens:,} tokens is below the {batch_tokens:,} tokens of one optimizer step: "
-                "give more tokens, or a smaller batch or length"
+                f"the budget of {self.tokens:,} tokens is below the {accumulated * batch_tokens:,} tokens of one "
+                "optimizer step: give more tokens, or a smaller batch or length"
             )
-        return self.tokens // batch_tokens
+        return steps

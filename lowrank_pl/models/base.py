@@ -31,6 +31,7 @@ from lowrank_pl.models.identity import base_class
 from lowrank_pl.models.settings import Base
 from lowrank_pl.models.shapes import SHAPES, random_blocks
 from lowrank_pl.models.tiny import FAMILIES, MIXTURES, byte_tokenizer, tiny_model
+from lowrank_pl.utils.files import at_home
 
 __all__ = [
     "DTYPES",
@@ -101,7 +102,7 @@ def resolve_base(base: str) -> BaseSpec:
         return _layers(rest)
     if scheme == "package":
         return _package(rest)
-    path = Path(base).expanduser()
+    path = at_home(base)
     if not base.strip():
         raise ValueError(f"the name of the base model is empty: give {FORMS}")
     if path.is_dir():

@@ -15,6 +15,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from lowrank_pl.report.evidence import ScoredText
 from lowrank_pl.report.rank_map import bits_in_words
 from lowrank_pl.report.run_record import RunRecord
+from lowrank_pl.utils.files import at_home
 from lowrank_pl.utils.formatting import percent
 
 __all__ = ["front_matter", "refreshed_front_matter", "split_front_matter", "title"]
@@ -73,7 +74,7 @@ def _license(base: str) -> dict[str, str]:
     """Return what the card of ``base`` says of its licence; nothing if this machine has no such card."""
     on_hub = _is_hub_id(base)
     try:
-        found = try_to_load_from_cache(base, "README.md") if on_hub else Path(base).expanduser() / "README.md"
+        found = try_to_load_from_cache(base, "README.md") if on_hub else at_home(base) / "README.md"
         if not base or not isinstance(found, str | Path) or not Path(found).is_file():
             return {}
         data = metadata_load(found) or {}

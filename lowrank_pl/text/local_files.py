@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from lowrank_pl.text.files import SUFFIXES, kind_of
+from lowrank_pl.utils.files import at_home
 
 __all__ = ["is_saved_dataset", "local_files"]
 
@@ -57,7 +57,7 @@ def local_files(text: str, name: str, split: str | None) -> tuple[Path, ...]:
     Raises:
         ValueError: There are files, but none that can be read or none of the split.
     """
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises if there is no such user
+    path = at_home(name)
     try:
         is_file, is_folder = path.is_file(), bool(name) and path.is_dir()
         found = [] if is_file else list(path.rglob("*")) if is_folder else _matches(path)

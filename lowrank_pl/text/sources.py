@@ -63,7 +63,7 @@ from lowrank_pl.text.files import (
 )
 from lowrank_pl.text.local_files import is_saved_dataset, local_files
 from lowrank_pl.text.records import record_text
-from lowrank_pl.utils.files import sha256_of
+from lowrank_pl.utils.files import at_home, sha256_of
 
 __all__ = ["TextSource", "named_texts", "parse_mixture", "parse_text", "read_stream", "source_identity", "text_files"]
 
@@ -159,7 +159,7 @@ def _names(text: str) -> list[str]:
     """Return the names of the texts of a mixture, or the one name."""
     head = text.partition("::")[0]
     # The name of a file may contain a plus sign.
-    if MIXED.search(head) and Path(head).expanduser().exists():
+    if MIXED.search(head) and at_home(head).exists():
         return [text]
     return [name.strip() for name in MIXED.split(text)]
 
@@ -181,7 +181,7 @@ def parse_text(text: str) -> TextSource:
     elif name.startswith(HUB) and not is_saved_dataset(Path(name.removeprefix(HUB))):
         kind, name = "hub", name.removeprefix(HUB)
     elif paths := local_files(text, name := name.removeprefix(HUB), given.get("split")):
-        kind, name = "files", os.path.realpath(os.path.expanduser(name))  # noqa: PTH111
+        kind, name = "files", os.path.realpath(at_home(name))
     elif HUB_ID.fullmatch(name) and kind_of(Path(name)) is None:
         kind = "hub"
     else:

@@ -32,6 +32,7 @@ from lowrank_pl.training.heal_start import HealPair, HealStart
 from lowrank_pl.training.lightning_internals import batches_done, end_after
 from lowrank_pl.training.monitored import check_callbacks, check_validation
 from lowrank_pl.training.precision import check_computed_in_half, check_loss, check_precision
+from lowrank_pl.utils.files import at_home
 
 __all__ = ["NOT_SHARDED", "Healer"]
 
@@ -88,7 +89,7 @@ class Healer(LightningModule):
     ) -> None:
         super().__init__()
         self.settings, self.gradient_checkpointing = settings, gradient_checkpointing
-        self.start = HealStart.find(Path(plan), teacher=teacher, store=store, trust_remote_code=trust_remote_code)
+        self.start = HealStart.find(at_home(plan), teacher=teacher, store=store, trust_remote_code=trust_remote_code)
         if self.start.plan is not None and self.start.plan.is_rounded and settings.train == "factors":
             raise ValueError(
                 f"the matrices of {plan} are rounded to a few bits, which training does not keep: heal the plan before "
@@ -136,16 +137,17 @@ class Healer(LightningModule):
                 "out max_steps, or change tokens"
             )
         end_after(trainer, self.steps)
+        accumulated, of_epoch = int(trainer.accumulate_grad_batches), self._batches_per_epoch
         _log.info(
-            "%s tokens in %d steps of %s tokens, from a text of %s tokens",
-            *(f"{self.steps * self.batch_tokens:,}", self.steps),
-            *(f"{self.batch_tokens:,}", f"{data.train_sequences.numel():,}"),
+            "a budget of %s tokens, %d steps of %s tokens, from a text of %s tokens",
+            *(f"{self.settings.tokens:,}", self.steps),
+            *(f"{self._tokens_per_batch * accumulated:,}", f"{data.train_sequences.numel():,}"),
         )
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens of one optimizer step, of all processes together."""
-        return self._tokens_per_batch * int(self.trainer.accumulate_grad_batches)
+        if of_epoch % accumulated:
+            _log.info(
+                "an epoch has %d batches, of which %d make one step: its last step has the %d that are left",
+                *(of_epoch, accumulated, of_epoch % accumulated),
+            )
 
     @property
     def steps(self) -> int:
@@ -154,12 +156,18 @@ class Healer(LightningModule):
         Raises:
             ValueError: The token budget does not reach for one step.
         """
-        return self.settings.steps(self.batch_tokens)
+        accumulated = int(self.trainer.accumulate_grad_batches)
+        return self.settings.steps(self._tokens_per_batch, accumulated=accumulated, epoch=self._batches_per_epoch)
 
     @property
     def tokens_done(self) -> int:
         """Tokens that were trained on so far, before a resume too."""
         return batches_done(self.trainer)[0] * self._tokens_per_batch
+
+    @property
+    def _batches_per_epoch(self) -> int:
+        data = calibration_data(self.trainer)
+        return len(data.train_sequences) // (data.batch_size * int(self.trainer.world_size))
 
     @property
     def _tokens_per_batch(self) -> int:

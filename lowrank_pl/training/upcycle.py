@@ -23,6 +23,7 @@ from lowrank_pl.models.upcycling import expert_parameters, upcycled
 from lowrank_pl.training.checkpointing import check_fit, mark, mark_of
 from lowrank_pl.training.data import calibration_data
 from lowrank_pl.training.finish_run import Stopwatch
+from lowrank_pl.training.lightning_internals import batches_done
 from lowrank_pl.training.monitored import check_callbacks
 from lowrank_pl.training.precision import check_computed_in_half, check_loss, check_precision
 from lowrank_pl.utils.files import write_json
@@ -244,12 +245,12 @@ class FinishUpcycling(Stopwatch):
         model.eval().requires_grad_(False)
         after = upcycler.score("validate the mixture")
         before = upcycler.before or after
-        sequences = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        batch_tokens = data.batch_size * data.learning.length * trainer.world_size
         figures = {
             "base": upcycler.base.name,
             **asdict(upcycler.mixture),
             "steps": trainer.global_step,
-            "tokens": trainer.global_step * sequences * data.learning.length,
+            "tokens": batches_done(trainer)[0] * batch_tokens,
             "minutes": self.learning_seconds() / 60,
             "perplexity": {"dense": before.perplexity, "mixture": after.perplexity},
             "expert_distance": upcycler.apartness(),

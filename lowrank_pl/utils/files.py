@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 __all__ = [
     "LOCK",
+    "at_home",
     "atomic_directory",
     "atomic_write",
     "cache_root",
@@ -42,7 +43,13 @@ _DAY = 86_400  # seconds
 
 def cache_root() -> Path:
     """Return the folder for token caches and factor stores: ``$LOWRANK_HOME`` or ``~/.cache/lowrank_pl``."""
-    return Path(os.environ.get("LOWRANK_HOME") or "~/.cache/lowrank_pl").expanduser()
+    return at_home(os.environ.get("LOWRANK_HOME") or "~/.cache/lowrank_pl")
+
+
+def at_home(path: str | Path) -> Path:
+    """Return ``path`` with the home folder for ``~``, which a shell leaves as it is in ``--output=~/x`` and in YAML."""
+    # Path.expanduser raises if there is no such user.
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def canonical_json(value: Any) -> str:
@@ -109,7 +116,7 @@ def check_output_files(*paths: str | Path | None, inputs: Iterable[str | Path | 
             made.
     """
     given = [Path(path) for path in paths if path is not None]
-    read = {os.path.realpath(os.path.expanduser(one)) for one in inputs if one is not None}  # noqa: PTH111
+    read = {os.path.realpath(at_home(one)) for one in inputs if one is not None}
     for path in given:
         _check_parents(path)
         if path.is_dir():

@@ -256,6 +256,8 @@ def test_a_file_where_a_folder_is_meant_is_refused_before_anything_is_loaded(cap
         "evaluate-plan {plan} --text {text} --json {plan}",
         "evaluate-plan {plan} --text {text} --json {text}",
         "export {plan} --json {plan}",
+        "fit -c smoke --data.learning.text {text} --json {text}",
+        "heal -c heal --model.plan {plan} --json {plan}",
         "quantize {plan} --json {plan}",
         "refit {plan} --json {plan}",
         "report no/run --scores {text} --output {text}",

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -307,6 +308,14 @@ def test_one_epoch_is_the_end_where_there_is_no_other(tmp_path, monkeypatch, wor
     given = ["--model.base.name", "random:llama", "--data.learning.text", "python-docs", "--model.keep", "0.5"]
     trainer = RankCLI(["fit", "--run", str(tmp_path), "--trainer.accelerator", "cpu", *given, *words]).trainer
     assert (trainer.max_epochs, trainer.max_steps) == limits
+
+
+def test_a_tilde_is_the_home_folder(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "checkpoint").mkdir()
+    names = {"run": "runs", "json": "figures.json", "model.store": "store", "ckpt_path": "checkpoint"}
+    given = built(*(f"--{option}=~/{name}" for option, name in names.items())).config.fit
+    assert {option: Path(given[option]) for option in names} == {key: tmp_path / name for key, name in names.items()}
 
 
 def test_checkpoints_can_be_switched_off(built):

@@ -102,6 +102,11 @@ def test_divergence_on_held_back_text_falls_and_the_export_is_that_model(healed)
     assert from_dense(load_compressed(run / "model")).kl == result.after.kl
 
 
+def test_accumulation_that_does_not_divide_an_epoch_trains_the_whole_budget(plan, tmp_path):
+    _, result = heal(plan, tmp_path, trainer={"accumulate_grad_batches": 8})
+    assert result.tokens == FACTORS.tokens
+
+
 def test_ranks_and_frozen_weights_stay(plan, healed):
     run, *_ = healed
     export(plan, output=run / "unhealed")

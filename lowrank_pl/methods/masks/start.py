@@ -16,6 +16,7 @@ from lowrank_pl.methods.allocate.base import Allocator
 from lowrank_pl.methods.masks.base import MaskMethod
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.utils.files import at_home
 
 __all__ = ["MaskStart", "check_start", "read_start", "start_of"]
 
@@ -53,7 +54,7 @@ def read_start(start: str | Path | None) -> RankPlan | Allocator | None:
     word = isinstance(start, str) and not Path(start).suffix and Path(start).name == start
     imported = isinstance(start, str) and re.fullmatch(r"[\w.]+:\w+", start)
     if not (word or imported) or Path(start).exists():
-        return RankPlan.load(start)
+        return RankPlan.load(at_home(start))
     try:
         return make_allocator(str(start))
     except ValueError as error:
