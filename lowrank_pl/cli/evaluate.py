@@ -37,7 +37,7 @@ def evaluate(
     length: int = 1024,
     sequences: int | None = None,
     batch_size: int = 1,
-    position_bins: int = 8,
+    position_bins: int | None = None,
     task_settings: Flat[TaskSettings] = TaskSettings(),
     prompts: Sequence[str] = (),
     max_new_tokens: int | None = None,
@@ -63,7 +63,8 @@ def evaluate(
         length: Tokens of a sequence.
         sequences: How many sequences of each text; all of it by default.
         batch_size: Sequences per forward; one where there is a reference.
-        position_bins: Into how many parts a sequence is divided to show where a model departs from the reference.
+        position_bins: Into how many parts a sequence is divided to show where a model departs from the reference; by
+            default 8.
         task_settings: How tasks are run.
         prompts: Texts to continue greedily.
         max_new_tokens: How many tokens each prompt is continued by; by default 40.
@@ -93,6 +94,8 @@ def evaluate(
         values = {one.name: getattr(task_settings, one.name) for one in fields(TaskSettings)}
         given = {one.name: values[one.name] for one in fields(TaskSettings) if values[one.name] != one.default}
         check_unused("evaluate without --tasks", given)
+    if reference is None or not text:
+        check_unused("evaluate without --text and --reference", {"position_bins": position_bins})
     if not prompts:
         check_unused("evaluate without --prompts", {"max_new_tokens": max_new_tokens})
     named = named_texts([text] if isinstance(text, str) else list(text))
@@ -123,7 +126,9 @@ def evaluate(
     heading = len(figures)
     try:
         if tokens:
-            scores, diverged = score_texts(network, tokens, reference=dense, batch_size=batch_size, bins=position_bins)
+            scores, diverged = score_texts(
+                network, tokens, reference=dense, batch_size=batch_size, bins=position_bins or 8
+            )
             figures["texts"] = {name: {"text": named[name], **one} for name, one in scores.items()}
             if len(scores) == 1:
                 figures |= next(iter(figures["texts"].values()))

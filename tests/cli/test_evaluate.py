@@ -68,6 +68,7 @@ def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp
         ({"prompts": [""]}, "the prompt '' has no token"),
         ({"prompts": ["A"], "max_new_tokens": 0}, "max_new_tokens is 0: expected a whole number of at least 1"),
         ({"position_bins": 0}, "position_bins is 0"),
+        ({"position_bins": 4}, "evaluate without --text and --reference has no use for position_bins"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
 )
