@@ -201,6 +201,9 @@ class Comparison:
             return self._on_base(name, method, keep, identity, dense, {})
         # The pruned model is released before the next one is loaded.
         at, spent = self._pruned(method.prune, keep)
+        if at is self and method.only_prunes:
+            # At this size nothing is removed, so there is nothing to heal.
+            method = replace(method, heal=None)
         return at._on_base(name, method, keep, identity, dense, {"narrowing": spent})
 
     def _on_base(
@@ -215,7 +218,11 @@ class Comparison:
         if method.only_prunes:
             reset_peak_memory(self.subject.model.device)
             plan, costs, made = self._without_ranks(name, keep), dict(spent), 0.0
-            nats, seconds = self._score(f"{name} at {keep:g}")
+            subject = self.subject
+            if method.heal is not None:
+                model, note, costs["healing"] = self._short_runs.heal_pruned(method.heal, self._healing(identity, keep))
+                subject, plan = replace(subject, model=model), replace(plan, notes=(*plan.notes, note))
+            nats, seconds = replace(self, subject=subject)._score(f"{name} at {keep:g}")
         else:
             costs = {**spent, **self._prepare(method)}
             reset_peak_memory(self.subject.model.device)
@@ -226,11 +233,8 @@ class Comparison:
                 costs["refit"] = store.seconds(plan.stored_modules)
             if method.heal is not None:
                 # Rounding comes after it.
-                healed = self._identity(replace(method, rounding=None), keep)
-                folder = self.run / "healing" / f"{healed[:12]}-keep-{keep:g}"
-                plan, store, costs["healing"] = ShortRuns(self.subject, self.seed).heal(
-                    plan, store, method.heal, folder
-                )
+                folder = self._healing(self._identity(replace(method, rounding=None), keep), keep)
+                plan, store, costs["healing"] = self._short_runs.heal(plan, store, method.heal, folder)
             if method.rounding is not None:
                 plan, store = quantize(plan, store, self.subject, settings=method.rounding)
                 costs["rounding"] = store.seconds(plan.stored_modules)
@@ -256,6 +260,14 @@ class Comparison:
             "peak_memory": peak_memory(self.subject.model.device),
             "machine": describe_machine(self.subject.model.device),
         }
+
+    @property
+    def _short_runs(self) -> ShortRuns:
+        return ShortRuns(self.subject, self.seed)
+
+    def _healing(self, identity: str, keep: float) -> Path:
+        """Return the folder of a training run."""
+        return self.run / "healing" / f"{identity[:12]}-keep-{keep:g}"
 
     def _without_ranks(self, name: str, keep: float) -> RankPlan:
         """Return the plan that counts what pruning has left, with every linear layer dense."""
@@ -320,9 +332,7 @@ class Comparison:
         if method.learning is not None:
             # What comes later does not affect learning, so a method and its +refit share one learning run.
             learned = self._identity(replace(method, refit=None, heal=None, rounding=None), keep)
-            return ShortRuns(self.subject, self.seed).learn(
-                method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}"
-            )
+            return self._short_runs.learn(method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}")
         subject = self._subject_of(method)
         if method.in_bytes:
             budget = ByteBudget(keep=keep, **method.settings)

@@ -89,12 +89,13 @@ class Recipe:
             bits, whatever size is asked for.
         prune: How the base is pruned first; None for no pruning. LLM-Pruner alone reaches the final size, unless its
             ``keep`` leaves something to ranks.
-        heal: How the factors are trained against the dense model's logits at the end; None for no training. Tables mark
-            such rows.
+        heal: How the factors are trained against the dense model's logits at the end; None for no training. Where
+            pruning alone makes the model, an adapter is trained and merged, as in LLM-Pruner's paper. Tables mark such
+            rows.
 
     Raises:
-        ValueError: An allocator or a setting that does not exist; learning, a refit or healing where pruning leaves no
-            ranks to choose; or healing by an adapter, which is no compressed model.
+        ValueError: An allocator or a setting that does not exist; learning or a refit where pruning leaves no ranks to
+            choose; or healing of factors where there are none, and by an adapter where there are.
     """
 
     decomposition: Decomposition = Decomposition()
@@ -160,10 +161,10 @@ class Recipe:
             )
         if self.shared_experts:
             self._check_sharing()
-        if self.heal is not None and (self.only_prunes or self.heal.train != "factors"):
+        if self.heal is not None and self.heal.train != (trained := "lora" if self.only_prunes else "factors"):
             raise ValueError(
-                "heal of a recipe trains factors: leave out heal.train, and leave out heal where pruning alone makes "
-                "the model; `lowrank heal` trains an adapter on any model"
+                f"heal.train is {self.heal.train}, where a recipe like this has {trained}: pruning alone leaves no "
+                "factors, and takes an adapter; `lowrank heal` trains an adapter on any model"
             )
 
     def _check_sharing(self) -> None:
@@ -209,7 +210,8 @@ class Recipe:
         if self.refit is not None:
             base["refit"] = self.refit.identity()
         if self.heal is not None:
-            base["heal"] = {name: value for name, value in asdict(self.heal).items() if name != "lora"}
+            adapts = self.heal.train == "lora"
+            base["heal"] = _jsonable({k: v for k, v in asdict(self.heal).items() if adapts or k != "lora"})
         if self.rounding is not None:
             base["rounding"] = asdict(self.rounding)
         if self.dense:
@@ -217,7 +219,7 @@ class Recipe:
         if self.prune is not None:
             base["prune"] = self.prune.describe()
             if self.only_prunes:
-                return {"prune": base["prune"]}
+                return {name: base[name] for name in ("prune", "heal") if name in base}
         if self.learning is None:
             return {**base, "allocator": self.allocator, "settings": dict(self.settings)}
         learning = self.learning

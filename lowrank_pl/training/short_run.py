@@ -12,13 +12,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.factors.compression import restore_dense
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.healing import Healing
 from lowrank_pl.methods.recipes import Learning, Recipe
-from lowrank_pl.plans.plan import RankPlan
+from lowrank_pl.plans.plan import HEALED, RankPlan
 from lowrank_pl.training.checkpointing import AtomicCheckpoints
 from lowrank_pl.training.data import CalibrationData, StatisticsText, ValidationText
 from lowrank_pl.training.finish_heal import ScoreHealing
@@ -78,12 +79,32 @@ class ShortRuns:
 
         Batches are single sequences of the calibration text. ``folder`` is as for ``learn``.
         """
+        _, ending = self._healed(plan.save(folder / "plan.json"), settings, folder, store=store.directory)
+        if ending.plan is None:
+            return replace(plan, notes=(*plan.notes, _dropped(ending))), store, ending.learning_seconds()
+        return ending.plan, FactorStore.existing(ending.plan.origin["store"]), ending.learning_seconds()
+
+    def heal_pruned(self, settings: Healing, folder: Path) -> tuple[PreTrainedModel, str, float]:
+        """Return the pruned base with a trained adapter merged into it, a note that says so, and the seconds.
+
+        The adapter is left out where it did not help. Batches and ``folder`` are as for ``heal``.
+        """
+        assert self.subject.base is not None
+        healer, ending = self._healed(Path(self.subject.base.name), settings, folder)
+        assert ending.healed is not None
+        if not ending.healed.kept:
+            return healer.adapter.unload(), _dropped(ending), ending.learning_seconds()
+        return healer.adapter.merge_and_unload(), f"{HEALED}{ending.healed}", ending.learning_seconds()
+
+    def _healed(
+        self, start: Path, settings: Healing, folder: Path, *, store: Path | None = None
+    ) -> tuple[Healer, ScoreHealing]:
+        """Train what ``start`` names, and return its module and the end of its run."""
         base, calibration = self.subject.base, self.subject.calibration
         assert base is not None
         assert calibration is not None
         seed_everything(self.seed, verbose=False)
-        start = plan.save(folder / "plan.json")
-        healer = Healer(start, settings, store=store.directory, trust_remote_code=base.trust_remote_code)
+        healer = Healer(start, settings, store=store, trust_remote_code=base.trust_remote_code)
         data = self._data(max(1, settings.tokens // calibration.length), 1, held_back=HELD_BACK)
         ending = ScoreHealing(folder / "factors")
         trainer = self._trainer(folder, [ending], max_epochs=-1, gradient_clip_val=1.0)
@@ -96,11 +117,7 @@ class ShortRuns:
             self._fit(trainer, healer, data, folder)
         finally:
             model.to(device)
-        if ending.plan is None:
-            _log.warning("healing did not help: the row is that of the factors before it")
-            note = f"healing was tried and dropped: {ending.healed}"
-            return replace(plan, notes=(*plan.notes, note)), store, ending.learning_seconds()
-        return ending.plan, FactorStore.existing(ending.plan.origin["store"]), ending.learning_seconds()
+        return healer, ending
 
     def _data(self, sequences: int, batch_size: int, *, held_back: int = 0) -> CalibrationData:
         calibration = self.subject.calibration
@@ -152,3 +169,8 @@ class ShortRuns:
             log_every_n_steps=1,
             enable_model_summary=False,
         )
+
+
+def _dropped(ending: ScoreHealing) -> str:
+    _log.warning("healing did not help: the row is that of the model before it")
+    return f"healing was tried and dropped: {ending.healed}"

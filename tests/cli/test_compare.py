@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -339,10 +340,21 @@ def test_rows_whose_weights_were_trained_are_marked(tmp_path, caplog):
     assert {row["method"]: row for row in again} == rows
 
 
-def test_a_recipe_heals_factors_only():
-    for settings in ({"prune": LLMPruner()}, {"heal": Healing(tokens=100, train="lora")}):
-        with pytest.raises(ValueError, match="`lowrank heal` trains an adapter on any model"):
-            Recipe(**{"heal": Healing(tokens=100), **settings})
+def test_a_pruned_model_is_healed_by_an_adapter_as_llm_pruner_does(tmp_path):
+    pruned = Recipe(prune=LLMPruner(skip_first=0, skip_last=0))
+    recipes = {"pruned": pruned, "healed": replace(pruned, heal=Healing(tokens=40 * 32, train="lora", lr=1e-2))}
+    run = tmp_path / "run"
+    results = compare(Base("random:llama"), methods=[*recipes], keep=[0.6], recipes=recipes, run=run, **SETTINGS)
+    rows = {row["method"]: row for row in results}
+    assert rows["healed"]["nats"] != rows["pruned"]["nats"]
+    assert rows["healed"]["parameters"] == rows["pruned"]["parameters"]
+    assert "healed at keep 0.6 was trained after the compression: a LoRA adapter" in (run / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("prune", "train"), [(LLMPruner(), "factors"), (None, "lora")])
+def test_a_recipe_heals_what_it_has(prune, train):
+    with pytest.raises(ValueError, match=f"heal.train is {train}, where a recipe like this has"):
+        Recipe(prune=prune, heal=Healing(tokens=100, train=train))
 
 
 @pytest.mark.parametrize("method", ["ara", "svdllm_v2", "bytes", "fisher+prune"])
