@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 
+# Its loggers keep the stderr of the moment at which it is imported, which must be none that a test captures.
+import lightning.pytorch  # noqa: F401
 import pytest
 
 from lowrank_pl.cli.app import main

@@ -107,7 +107,8 @@ class TrainerCLI(HookedCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse places that can't be written to, and figures in a file that the command reads."""
         check_output_folder(self.setting("run"))
-        texts = [self.setting(name) for name in self.texts]
+        # A dry run reads no text.
+        texts = [self.setting(name) for name in self.texts] if self.runs() else []
         check_output_files(
             self.setting("json"),
             inputs=[*(self.setting(name) for name in self.files), *text_files(*filter(None, texts))],

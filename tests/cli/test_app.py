@@ -13,6 +13,8 @@ import threading
 import warnings
 from importlib import import_module
 
+# Its loggers keep the stderr of the moment at which it is imported, which must be none that a test captures.
+import lightning.pytorch  # noqa: F401
 import pytest
 
 from lowrank_pl.cli.app import COMMANDS, TRAINING_COMMANDS, flags_of, main

@@ -12,7 +12,7 @@ from lowrank_pl.models.hf_experts import DroppedExpert, split_experts, split_mod
 from lowrank_pl.models.hf_layers import LowRankLinear, SharedLowRankLinear
 from lowrank_pl.models.targets import find_targets, replace_module
 from lowrank_pl.models.tiny import MIXTURES, byte_tokenizer, tiny_model
-from lowrank_pl.serving import grouped_experts
+from lowrank_pl.serving import grouped_experts, optimize
 from lowrank_pl.serving.grouped_experts import GROUPED
 from lowrank_pl.serving.optimize import optimize_for_inference, optimized, restore
 
@@ -61,6 +61,8 @@ def way(request, monkeypatch):
         return {(id(b), size, each): times.get(each, 3.0) for b in blocks for size in calls for each in ways}
 
     monkeypatch.setattr(grouped_experts, "_seconds", seconds)
+    # Nor do their attention layers.
+    monkeypatch.setattr(optimize, "use_onednn", lambda layers: [])
     monkeypatch.setattr(grouped_experts, "_has_grouped_mm", lambda device, dtype: request.param == "padded")
     return way
 
