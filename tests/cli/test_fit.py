@@ -305,7 +305,8 @@ def built(tmp_path, monkeypatch):
 )
 def test_one_epoch_is_the_end_where_there_is_no_other(tmp_path, monkeypatch, words, limits):
     monkeypatch.setattr(RankCLI, "runs", lambda _: False)
-    given = ["--model.base.name", "random:llama", "--data.learning.text", "python-docs", "--model.keep", "0.5"]
+    given = ["--seed_everything", "0", "--model.base.name", "random:llama", "--model.keep", "0.5"]
+    given += ["--data.learning.text", "python-docs"]
     trainer = RankCLI(["fit", "--run", str(tmp_path), "--trainer.accelerator", "cpu", *given, *words]).trainer
     assert (trainer.max_epochs, trainer.max_steps) == limits
 
