@@ -220,7 +220,9 @@ class Comparison:
             plan, costs, made = self._without_ranks(name, keep), dict(spent), 0.0
             subject = self.subject
             if method.heal is not None:
-                model, note, costs["healing"] = self._short_runs.heal_pruned(method.heal, self._healing(identity, keep))
+                model, note, costs["healing"] = self._short_runs.heal_pruned(
+                    method.heal, self._training("healing", identity, keep)
+                )
                 subject, plan = replace(subject, model=model), replace(plan, notes=(*plan.notes, note))
             nats, seconds = replace(self, subject=subject)._score(f"{name} at {keep:g}")
         else:
@@ -233,7 +235,7 @@ class Comparison:
                 costs["refit"] = store.seconds(plan.stored_modules)
             if method.heal is not None:
                 # Rounding comes after it.
-                folder = self._healing(self._identity(replace(method, rounding=None), keep), keep)
+                folder = self._training("healing", self._identity(replace(method, rounding=None), keep), keep)
                 plan, store, costs["healing"] = self._short_runs.heal(plan, store, method.heal, folder)
             if method.rounding is not None:
                 plan, store = quantize(plan, store, self.subject, settings=method.rounding)
@@ -265,9 +267,9 @@ class Comparison:
     def _short_runs(self) -> ShortRuns:
         return ShortRuns(self.subject, self.seed)
 
-    def _healing(self, identity: str, keep: float) -> Path:
-        """Return the folder of a training run."""
-        return self.run / "healing" / f"{identity[:12]}-keep-{keep:g}"
+    def _training(self, kind: str, identity: str, keep: float) -> Path:
+        """Return the folder of a training run, of the kind ``learning`` or ``healing``."""
+        return self.run / kind / f"{identity[:12]}-keep-{keep:g}"
 
     def _without_ranks(self, name: str, keep: float) -> RankPlan:
         """Return the plan that counts what pruning has left, with every linear layer dense."""
@@ -332,7 +334,7 @@ class Comparison:
         if method.learning is not None:
             # What comes later does not affect learning, so a method and its +refit share one learning run.
             learned = self._identity(replace(method, refit=None, heal=None, rounding=None), keep)
-            return self._short_runs.learn(method, keep, self.run / "learning" / f"{learned[:12]}-keep-{keep:g}")
+            return self._short_runs.learn(method, keep, self._training("learning", learned, keep))
         subject = self._subject_of(method)
         if method.in_bytes:
             budget = ByteBudget(keep=keep, **method.settings)

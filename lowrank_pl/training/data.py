@@ -27,7 +27,15 @@ from lowrank_pl.training.lightning_internals import batches_done
 from lowrank_pl.utils.checks import check_counts
 from lowrank_pl.utils.files import sha256_of
 
-__all__ = ["CalibrationData", "Place", "SequenceLoader", "StatisticsText", "ValidationText", "calibration_data"]
+__all__ = [
+    "CalibrationData",
+    "Place",
+    "SequenceLoader",
+    "StatisticsText",
+    "ValidationText",
+    "batch_tokens",
+    "calibration_data",
+]
 
 Place = tuple[int, int]
 """An epoch, and the number of its batches that training has done."""
@@ -452,3 +460,9 @@ def calibration_data(trainer: pl.Trainer) -> CalibrationData:
         given = "no datamodule" if data is None else f"{type(data).__name__} as its datamodule"
         raise ValueError(f"trainer.fit got {given}: expected a CalibrationData, whose text the factors are made from")
     return data
+
+
+def batch_tokens(trainer: pl.Trainer) -> int:
+    """Return the tokens of one training batch, of all processes together."""
+    data = calibration_data(trainer)
+    return data.batch_size * data.learning.length * int(trainer.world_size)

@@ -27,7 +27,7 @@ from lowrank_pl.models.hf_experts import all_experts_called
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.training.checkpointing import check_fit, mark, mark_of
-from lowrank_pl.training.data import CalibrationData, calibration_data
+from lowrank_pl.training.data import CalibrationData, batch_tokens, calibration_data
 from lowrank_pl.training.heal_start import HealPair, HealStart
 from lowrank_pl.training.lightning_internals import batches_done, end_after
 from lowrank_pl.training.monitored import check_callbacks, check_validation
@@ -141,7 +141,7 @@ class Healer(LightningModule):
         _log.info(
             "a budget of %s tokens, %d steps of %s tokens, from a text of %s tokens",
             *(f"{self.settings.tokens:,}", self.steps),
-            *(f"{self._tokens_per_batch * accumulated:,}", f"{data.train_sequences.numel():,}"),
+            *(f"{batch_tokens(self.trainer) * accumulated:,}", f"{data.train_sequences.numel():,}"),
         )
         if of_epoch % accumulated:
             _log.info(
@@ -157,22 +157,17 @@ class Healer(LightningModule):
             ValueError: The token budget does not reach for one step.
         """
         accumulated = int(self.trainer.accumulate_grad_batches)
-        return self.settings.steps(self._tokens_per_batch, accumulated=accumulated, epoch=self._batches_per_epoch)
+        return self.settings.steps(batch_tokens(self.trainer), accumulated=accumulated, epoch=self._batches_per_epoch)
 
     @property
     def tokens_done(self) -> int:
         """Tokens that were trained on so far, before a resume too."""
-        return batches_done(self.trainer)[0] * self._tokens_per_batch
+        return batches_done(self.trainer)[0] * batch_tokens(self.trainer)
 
     @property
     def _batches_per_epoch(self) -> int:
         data = calibration_data(self.trainer)
         return len(data.train_sequences) // (data.batch_size * int(self.trainer.world_size))
-
-    @property
-    def _tokens_per_batch(self) -> int:
-        data = calibration_data(self.trainer)
-        return data.batch_size * data.learning.length * int(self.trainer.world_size)
 
     def configure_model(self) -> None:
         """Load both models, and choose what is trained; later calls do nothing."""

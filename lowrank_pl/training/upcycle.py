@@ -21,7 +21,7 @@ from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.settings import Base
 from lowrank_pl.models.upcycling import expert_parameters, upcycled
 from lowrank_pl.training.checkpointing import check_fit, mark, mark_of
-from lowrank_pl.training.data import calibration_data
+from lowrank_pl.training.data import batch_tokens, calibration_data
 from lowrank_pl.training.finish_run import Stopwatch
 from lowrank_pl.training.lightning_internals import batches_done
 from lowrank_pl.training.monitored import check_callbacks
@@ -245,12 +245,11 @@ class FinishUpcycling(Stopwatch):
         model.eval().requires_grad_(False)
         after = upcycler.score("validate the mixture")
         before = upcycler.before or after
-        batch_tokens = data.batch_size * data.learning.length * trainer.world_size
         figures = {
             "base": upcycler.base.name,
             **asdict(upcycler.mixture),
             "steps": trainer.global_step,
-            "tokens": batches_done(trainer)[0] * batch_tokens,
+            "tokens": batches_done(trainer)[0] * batch_tokens(trainer),
             "minutes": self.learning_seconds() / 60,
             "perplexity": {"dense": before.perplexity, "mixture": after.perplexity},
             "expert_distance": upcycler.apartness(),
