@@ -124,6 +124,10 @@ def compare(
         )  # fmt: skip
         print_forecast(base, work, machine_of(device), constraints=Constraints(include, exclude), output=json)
         return []
+    for one in chosen.values():
+        if one.heal is not None:
+            # Refuses a budget below one step, before anything is measured.
+            one.heal.steps(calibration.length)
     constraints = Constraints(include, exclude, multiple_of)
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))
     for fraction in keep:

@@ -29,6 +29,7 @@ from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.methods.recipes import Recipe
 from lowrank_pl.methods.refit.refitting import Refit, refit
 from lowrank_pl.models.identity import model_fingerprint
+from lowrank_pl.models.targets import model_parameters
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.comparison import DENSE, read_results, write_comparison
 from lowrank_pl.text.sequences import count_overlapping, sequences_fingerprint
@@ -172,7 +173,7 @@ class Comparison:
     def _dense(self) -> dict[str, Any]:
         reset_peak_memory(self.subject.model.device)
         nats, seconds = self._score(DENSE)
-        parameters = self.subject.model.num_parameters()
+        parameters = model_parameters(self.subject.model)
         # The kept fractions are below 1 if the base itself was pruned.
         whole = self.subject.budget(1.0)
         return {

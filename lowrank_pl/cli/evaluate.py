@@ -34,9 +34,9 @@ def evaluate(
     tasks: Sequence[str] = (),
     reference: str | None = None,
     keep: float | None = None,
-    length: int = 1024,
+    length: int | None = None,
     sequences: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     position_bins: int | None = None,
     task_settings: Flat[TaskSettings] = TaskSettings(),
     prompts: Sequence[str] = (),
@@ -60,9 +60,9 @@ def evaluate(
             each line, as FILE or NAME=FILE, with ::cue=none to leave the query as it is.
         reference: The dense model, named like a model, to compare with on texts and tasks.
         keep: Score a smaller size of an export, cut from its factors while it is loaded.
-        length: Tokens of a sequence.
+        length: Tokens of a sequence; by default 1024.
         sequences: How many sequences of each text; all of it by default.
-        batch_size: Sequences per forward; one where there is a reference.
+        batch_size: Sequences per forward, by default one; one where there is a reference.
         position_bins: Into how many parts a sequence is divided to show where a model departs from the reference; by
             default 8.
         task_settings: How tasks are run.
@@ -90,6 +90,10 @@ def evaluate(
     if not (text or tasks or prompts):
         raise ValueError("there is nothing to score: give --text, --tasks or --prompts")
     check_counts({"batch_size": batch_size, "position_bins": position_bins, "max_new_tokens": max_new_tokens})
+    if not text:
+        check_unused("evaluate without --text", {"length": length, "sequences": sequences})
+    if not (text or tasks):
+        check_unused("evaluate without --text and --tasks", {"batch_size": batch_size})
     if not tasks:
         values = {one.name: getattr(task_settings, one.name) for one in fields(TaskSettings)}
         given = {one.name: values[one.name] for one in fields(TaskSettings) if values[one.name] != one.default}
@@ -98,6 +102,7 @@ def evaluate(
         check_unused("evaluate without --text and --reference", {"position_bins": position_bins})
     if not prompts:
         check_unused("evaluate without --prompts", {"max_new_tokens": max_new_tokens})
+    length, batch_size, new_tokens = length or 1024, batch_size or 1, max_new_tokens or 40
     named = named_texts([text] if isinstance(text, str) else list(text))
     # Names that are no task and files that can't be read are refused before anything large is loaded.
     suite = ZeroShot(tasks, task_settings, trust_remote_code=trust_remote_code) if tasks else None
@@ -107,7 +112,7 @@ def evaluate(
     network, tokenizer = _load(model, dtype, keep=keep, trust_remote_code=trust_remote_code)
     network.to(place)
     tokens = {name: token_windows(one, tokenizer, length=length, sequences=sequences) for name, one in named.items()}
-    check_prompts(tokenizer, prompts, network)
+    check_prompts(tokenizer, prompts, network, max_new_tokens=new_tokens)
     dense = None if reference is None else _reference(reference, network, dtype, trust_remote_code=trust_remote_code)
     for one, windows in product(filter(None, (network, dense)), tokens.values()):
         check_sequences(one, windows, batch_size)
@@ -121,7 +126,7 @@ def evaluate(
         # `lowrank report` knows its model by it, wherever it is run.
         figures["directory"] = str(folder.resolve())
     if dense is not None:
-        figures |= {"reference": reference, "reference_parameters": dense.num_parameters()}
+        figures |= {"reference": reference, "reference_parameters": model_parameters(dense)}
     print(_heading(figures))
     heading = len(figures)
     try:
@@ -138,7 +143,7 @@ def evaluate(
             others = None if dense is None else suite.results(dense, tokenizer)
             figures["tasks"] = figures_of(results, others)
             print(f"\n{task_table(results, others)}")
-        samples = generate_samples(network, tokenizer, prompts, max_new_tokens=max_new_tokens or 40)
+        samples = generate_samples(network, tokenizer, prompts, max_new_tokens=new_tokens)
         figures["samples"] = dict(zip(prompts, samples, strict=True))
         for prompt, sample in figures["samples"].items():
             print(f"{prompt!r} -> {sample!r}")

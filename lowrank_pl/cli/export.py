@@ -91,9 +91,7 @@ def export(
             components_below(size)
     base = parts.base_of(given, plan) if source is None else Base(str(source))
     for folder in todo:
-        check_destination(folder)
-        if folder.exists() and folder.resolve() == Path(base.name).resolve():
-            raise ValueError(f"{str(folder)!r} is the plan's base, which the export would replace: name another folder")
+        check_destination(folder, sources=[base.name])
     if repo is not None:
         announce_upload(repo)
     place = pick_device(device)

@@ -66,7 +66,7 @@ def prune(
     from lowrank_pl.utils.environment import pick_device
 
     _check(method, keep, pruning, llm_pruner)
-    check_destination(output)
+    check_destination(output, sources=[base.name])
     check_output_files(json, inputs=text_files(calibration.text))
     subject = Subject.load(base, calibration, device=pick_device(device))
     model, tokenizer = subject.model, subject.tokenizer

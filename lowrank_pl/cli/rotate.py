@@ -50,7 +50,7 @@ def rotate(
     from lowrank_pl.utils.environment import pick_device
     from lowrank_pl.utils.formatting import code, escaped
 
-    check_destination(output)
+    check_destination(output, sources=[base.name])
     check_output_files(json)
     model = base.load().to(pick_device(device))
     turned = rotated(model, seed, stream=stream)

@@ -40,11 +40,14 @@ def fit_workload(
         finish: The end of the run.
         machine: The processes that learn.
     """
+    from lowrank_pl.training.data import batches_of_epoch
+
     length = data.learning.length
-    batches_of_epoch = _batches_of_epoch(trainer, data.learning.sequences // (data.batch_size * machine.processes))
+    there = data.learning.sequences // (data.batch_size * machine.processes)
+    of_epoch = batches_of_epoch(there, trainer["limit_train_batches"])
     accumulated = trainer["accumulate_grad_batches"] or 1
-    steps = _steps(trainer, of_epoch=-(-batches_of_epoch // accumulated))
-    validations = _validations(trainer, batches=steps * accumulated, of_epoch=batches_of_epoch)
+    steps = _steps(trainer, of_epoch=-(-of_epoch // accumulated))
+    validations = _validations(trainer, batches=steps * accumulated, of_epoch=of_epoch)
     start = learner.start_from if isinstance(learner.start_from, Allocator) else None
     shared = machine.sharded and loads_in_parts(learner.base.name)
     validated = data.validation.sequences
@@ -101,12 +104,15 @@ def heal_workload(healer: Healer, data: CalibrationData, trainer: Mapping[str, A
     Raises:
         ValueError: The token budget does not reach for one step.
     """
+    from lowrank_pl.training.data import batches_of_epoch
+
     start, settings = healer.start, healer.settings
     step = Step(
         data.learning.length, data.batch_size, trainer["accumulate_grad_batches"] or 1,
         teacher=True, gradient_checkpointing=healer.gradient_checkpointing,
     )  # fmt: skip
-    of_epoch = _batches_of_epoch(trainer, data.learning.sequences // (data.batch_size * machine.processes))
+    there = data.learning.sequences // (data.batch_size * machine.processes)
+    of_epoch = batches_of_epoch(there, trainer["limit_train_batches"])
     batch_tokens = data.batch_size * step.length * machine.processes
     steps = settings.steps(batch_tokens, accumulated=step.batches, epoch=of_epoch)
     # One before the training, and one after it.
@@ -228,15 +234,6 @@ def _roundings(recipes: Sequence[Recipe], sizes: int) -> Roundings:
     count = sum(1 if recipe.dense else sizes for recipe in recipes if recipe.rounding is not None or recipe.in_bytes)
     tried_bits = max((len(ByteBudget(keep=1.0, **one.settings).grids) for one in recipes if one.in_bytes), default=0)
     return Roundings(count, tried_bits)
-
-
-def _batches_of_epoch(trainer: Mapping[str, Any], there: int) -> int:
-    """Return how many of the batches ``there`` are in an epoch of one process."""
-    limit = trainer["limit_train_batches"]
-    if limit is None:
-        return max(1, there)
-    # A whole number counts batches, a fraction is one of those that are there.
-    return max(1, min(max(1, there), limit) if isinstance(limit, int) else int(max(1, there) * limit))
 
 
 def _steps(trainer: Mapping[str, Any], *, of_epoch: int) -> int:

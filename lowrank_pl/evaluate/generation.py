@@ -88,25 +88,36 @@ def continuations(
 
 
 def check_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    model: PreTrainedModel | None = None,
+    *,
+    max_new_tokens: int = 0,
 ) -> None:
     """Check that every prompt can be continued.
 
     Args:
         tokenizer: The tokenizer.
         prompts: Texts to continue.
-        model: The model that will continue them; without it, only the number of tokens is checked.
+        model: The model that will continue them; without it, it is only checked that there are tokens.
+        max_new_tokens: Tokens that each continuation may have.
 
     Raises:
-        ValueError: A prompt has no token, or one that the model has no embedding for, or more than the model has
-            positions.
+        ValueError: A prompt has no token, or one that the model has no embedding for, or more tokens than the model has
+            positions for, with those of the continuation.
     """
+    positions = None if model is None else getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for prompt in prompts:
         tokens = tokenizer(prompt)["input_ids"]
         if not tokens:
             raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
         if model is not None:
             check_sequences(model, torch.tensor([tokens]), least=1)
+        if positions is not None and len(tokens) + max_new_tokens > positions:
+            raise ValueError(
+                f"the prompt {prompt!r} has {len(tokens)} tokens and max_new_tokens is {max_new_tokens}, but the "
+                f"model has {positions} positions: give a shorter prompt or fewer max_new_tokens"
+            )
 
 
 def repetition_rate(texts: Sequence[Sequence[int]], *, n: int = 4) -> float:

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.evaluate.local_tasks import LocalTask, Task
 from lowrank_pl.evaluate.public_tasks import PublicTask
+from lowrank_pl.models.targets import model_parameters
 
 __all__ = ["MemoryLM", "load_tasks", "run_tasks"]
 
@@ -205,7 +206,7 @@ def run_tasks(
                 config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(task.source)}}}
     cut = _count_truncated(results["samples"], lm)
     results["config"] = {
-        "model_num_parameters": model.num_parameters(),
+        "model_num_parameters": model_parameters(model),
         "model_dtype": str(model.dtype),
         "batch_size": batch_size,
         "limit": limit,

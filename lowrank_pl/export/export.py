@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -390,14 +390,22 @@ def _check_is_compressed(directory: Path) -> None:
         )
 
 
-def check_destination(directory: Path) -> None:
+def check_destination(directory: Path, *, sources: Sequence[str | Path] = ()) -> None:
     """Refuse to replace a folder that is not an export: a typing error must not delete anyone's files.
 
+    Args:
+        directory: The folder to write.
+        sources: The models that the result is made from: their names or folders.
+
     Raises:
-        ValueError: ``directory`` is a file, a folder with other contents, the current folder or a mount point, or it
-            can't be made.
+        ValueError: ``directory`` is one of ``sources``, a file, a folder with other contents, the current folder or a
+            mount point, or it can't be made.
     """
     check_output_folder(directory)
+    if directory.exists() and any(Path(source).resolve() == directory.resolve() for source in sources):
+        raise ValueError(
+            f"{str(directory)!r} is the model that this is made from, which would be replaced: name another folder"
+        )
     if directory.resolve() == Path.cwd():
         raise ValueError(f"{str(directory)!r} is the current folder, which can't be replaced: name another one")
     if os.path.ismount(directory.resolve()):

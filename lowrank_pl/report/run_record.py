@@ -95,8 +95,8 @@ class RunRecord:
 
     @property
     def learned(self) -> Row | None:
-        """The scores of the model itself."""
-        return self._row("learned") or self._row("healed")
+        """The scores of the model itself; one with an adapter beside it was not healed."""
+        return self._row("learned") or self._row("healed") or self._row("not healed")
 
     @property
     def dense(self) -> Row | None:
@@ -223,9 +223,14 @@ def _require_plan(folder: Path) -> None:
         raise ValueError(f"no folder {str(folder)!r}: give the folder of a run or of an export")
     if (folder / "plan.json").is_file():
         return
+    for name, made in (("heal.json", "healing, which was dropped or made an adapter"), ("upcycle.json", "upcycling")):
+        if (folder / name).is_file():
+            raise ValueError(
+                f"{str(folder)!r} is a finished run of {made}, with its figures in {name}: it has no plan to report on"
+            )
     if (folder / "checkpoints").is_dir():
         last = folder / "checkpoints" / "last.ckpt"
-        advice = f"resume it with `lowrank fit ... --ckpt_path {quote(str(last))}`" if last.exists() else "run it again"
+        advice = f"resume its command with --ckpt_path {quote(str(last))}" if last.exists() else "run it again"
         raise ValueError(f"the run in {str(folder)!r} has not finished and has no plan.json yet: {advice}")
     inside = sorted(path.parent.name for path in folder.glob("*/plan.json"))
     if inside:

@@ -51,16 +51,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            f"no checkpoint at {path}: expected a file that `lowrank fit` wrote, as RUN/checkpoints/last.ckpt"
+            f"no checkpoint at {path}: expected a file that a run of ours wrote, as RUN/checkpoints/last.ckpt"
         )
     _check_whole(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError):
         # The message of torch would advise to switch the protection off.
-        raise ValueError(f"{path} is no checkpoint of `lowrank fit`: it holds more than plain data") from None
+        raise ValueError(f"{path} is no checkpoint of a run of ours: it holds more than plain data") from None
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}: expected a checkpoint of `lowrank fit`")
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}: expected a checkpoint of a run of ours")
     return checkpoint
 
 
@@ -70,7 +70,7 @@ def _check_whole(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of `lowrank fit` ({error}): {_CURE}") from None
+        raise ValueError(f"{path} is damaged or no checkpoint of a run of ours ({error}): {_CURE}") from None
     if bad is not None:
         raise ValueError(f"{path} is damaged (the checksum of {bad} is wrong): {_CURE}")
 

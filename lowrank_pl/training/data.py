@@ -462,6 +462,22 @@ def calibration_data(trainer: pl.Trainer) -> CalibrationData:
     return data
 
 
+def batches_of_epoch(batches: int, limit: int | float | None) -> int:
+    """Return how many of ``batches`` an epoch has under ``limit_train_batches``.
+
+    Args:
+        batches: The batches of the text, for one process.
+        limit: A number of batches, or a fraction of those that are there; None limits nothing.
+
+    >>> batches_of_epoch(10, 4), batches_of_epoch(10, 0.5), batches_of_epoch(10, None)
+    (4, 5, 10)
+    """
+    batches = max(1, batches)
+    if limit is None:
+        return batches
+    return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+
+
 def batch_tokens(trainer: pl.Trainer) -> int:
     """Return the tokens of one training batch, of all processes together."""
     data = calibration_data(trainer)

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lowrank_pl.evaluate.likelihood import Divergence
 from lowrank_pl.export.export import check_destination
 from lowrank_pl.factors.healed import healed_plan
-from lowrank_pl.plans.plan import HEALED, RankPlan
+from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.finish import Protocol, finish_healing
 from lowrank_pl.report.model_card import adapter_card
 from lowrank_pl.report.scores import Row, row_table
@@ -148,7 +148,8 @@ class FinishHealing(ScoreHealing):
         assert isinstance(pl_module, Healer)
         run = Path(trainer.default_root_dir)
         if _exports(pl_module):
-            check_destination(run / "model")
+            start = pl_module.start
+            check_destination(run / "model", sources=[start.path, start.base.name, start.teacher.name])
         if pl_module.settings.train == "lora":
             _check_adapter(run / "adapter")
 
@@ -178,7 +179,7 @@ class FinishHealing(ScoreHealing):
             places["adapter"] = run / "adapter"
             # The exported model itself is not changed by the adapter beside it.
             plan = healer.pair.plan if exports else None
-            beside = f"{HEALED}{healed} (in the folder adapter beside this model)"
+            beside = f"the folder adapter beside this model holds an adapter for it: {healed}"
             plan = None if plan is None else replace(plan, notes=(*plan.notes, beside))
         if plan is not None:
             finish_healing(

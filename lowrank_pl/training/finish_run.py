@@ -33,6 +33,7 @@ from lowrank_pl.training.data import CalibrationData, calibration_data
 from lowrank_pl.training.lightning_internals import is_last_step
 from lowrank_pl.training.module import RankLearner
 from lowrank_pl.training.tensorboard import boards, log_everywhere
+from lowrank_pl.utils.distributed import cooperating, one_process_at_a_time
 from lowrank_pl.utils.files import write_json
 
 __all__ = ["FinishRun", "ScoreText", "Stopwatch"]
@@ -73,11 +74,21 @@ class ScoreText:
         text: Name of the text; by default the validation sequences.
         length: Tokens per sequence.
         sequences: Number of sequences; by default the whole text.
+
+    Raises:
+        ValueError: ``length`` or ``sequences`` is given without a text.
     """
 
     text: str | None = None
     length: int = 1024
     sequences: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is None and (self.length, self.sequences) != (1024, None):
+            raise ValueError(
+                f"score.length is {self.length} and score.sequences {self.sequences} without a score.text: name one "
+                "with --finish.score.text, or leave them out; validation sequences have the settings of --data"
+            )
 
 
 class FinishRun(Stopwatch):
@@ -141,7 +152,8 @@ class FinishRun(Stopwatch):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the baselines, the folder and the text for scores, so that a mistake fails now, not after hours."""
         if stage == "fit":
-            check_destination(Path(trainer.default_root_dir) / "model")
+            assert isinstance(pl_module, RankLearner)
+            check_destination(Path(trainer.default_root_dir) / "model", sources=[pl_module.named_base.name])
             if self.repo is not None and trainer.is_global_zero:
                 announce_upload(self.repo)
             self._check_baselines(pl_module)
@@ -151,8 +163,7 @@ class FinishRun(Stopwatch):
             self.protocol = self._protocol(data)
             check_prompts(data.tokenizer, self.prompts)
 
-    def _check_baselines(self, learner: LightningModule) -> None:
-        assert isinstance(learner, RankLearner)
+    def _check_baselines(self, learner: RankLearner) -> None:
         for name in self.baselines:
             try:
                 make_allocator(name).check_kind(learner.decomposition.kind)
@@ -163,11 +174,13 @@ class FinishRun(Stopwatch):
         """Check that the model can be scored on the text, exported and refitted, so that a mistake fails now.
 
         Raises:
-            ValueError: The text is too long for the model, or ``merge`` or ``refit`` is impossible.
+            ValueError: The text or a prompt is too long for the model, or ``merge`` or ``refit`` is impossible.
         """
         assert isinstance(pl_module, RankLearner)
         assert pl_module.model is not None
         check_sequences(pl_module.model, self.protocol.sequences)
+        tokenizer = calibration_data(trainer).tokenizer
+        check_prompts(tokenizer, self.prompts, pl_module.model, max_new_tokens=self.max_new_tokens)
         origin = Origin.of(pl_module.model)
         if self.form.merge and origin is not None and not origin.one_width:
             has = f"has {origin.described}" if origin.heads_left else f"has MLPs of {origin.widths} hidden neurons"
@@ -264,7 +277,11 @@ class FinishRun(Stopwatch):
                 )
         else:
             text = self.score.text
-            sequences = token_windows(text, data.tokenizer, length=self.score.length, sequences=self.score.sequences)
+            # The first process tokenises, and the others read its cache.
+            with cooperating(), one_process_at_a_time():
+                sequences = token_windows(
+                    text, data.tokenizer, length=self.score.length, sequences=self.score.sequences
+                )
             known = (data.train_sequences, data.statistics_sequences)
             warn_of_overlap(sequences, known, data.tokenizer, "sequences to score")
         return Protocol(text, sequences, self.prompts, self.max_new_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -424,12 +423,7 @@ class RankLearner(LightningModule):
         optimizer = self.optimizer(self.mask_parameters())
         make = self.lr_scheduler
         if make == "cosine":
-            steps = self.trainer.estimated_stepping_batches
-            if steps == math.inf:
-                raise ValueError(
-                    "lr_scheduler cosine needs a run with an end: give the trainer max_steps or max_epochs"
-                )
-            make = partial(half_cosine, steps=int(steps))
+            make = partial(half_cosine, steps=self.trainer.estimated_stepping_batches)
         if make is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer), "interval": "step"}}

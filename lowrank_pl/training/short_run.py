@@ -107,7 +107,11 @@ class ShortRuns:
         healer = Healer(start, settings, store=store, trust_remote_code=base.trust_remote_code)
         data = self._data(max(1, settings.tokens // calibration.length), 1, held_back=HELD_BACK)
         ending = ScoreHealing(folder / "factors")
-        trainer = self._trainer(folder, [ending], max_epochs=-1, gradient_clip_val=1.0)
+        # Factors of a base in half precision are trained in float32, and computed with in bfloat16.
+        mixed = settings.train == "factors" and healer.start.base.dtype != "float32"
+        trainer = self._trainer(
+            folder, [ending], max_epochs=-1, gradient_clip_val=1.0, precision="bf16-mixed" if mixed else "32-true"
+        )
         model = self.subject.model
         device = model.device
         # A pruned base is not the dense model, which is loaded beside it.

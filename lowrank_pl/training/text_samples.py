@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +89,7 @@ class TextSamples(Callback):
         data = calibration_data(trainer)
         self._prompts = self.prompts or _prompts_of_finish(trainer) or _beginnings(data)
         assert isinstance(pl_module, RankLearner)
-        self._check_lengths(pl_module, data)
+        check_prompts(data.tokenizer, self._prompts, pl_module.model, max_new_tokens=self.max_new_tokens)
         if not self._prompts:
             _log.info("no continuations while learning: there is neither a prompt nor a validation sequence")
 
@@ -124,17 +123,6 @@ class TextSamples(Callback):
         self._shown = state_dict["shown"]
         if state_dict["max_new_tokens"] == self.max_new_tokens:
             self._dense = dict(state_dict["dense"])
-
-    def _check_lengths(self, learner: RankLearner, data: CalibrationData) -> None:
-        assert learner.model is not None
-        positions = getattr(learner.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        for prompt in self._prompts:
-            tokens = len(data.tokenizer(prompt)["input_ids"])
-            if tokens + self.max_new_tokens > positions:
-                raise ValueError(
-                    f"the prompt {prompt!r} has {tokens} tokens and max_new_tokens is {self.max_new_tokens}, but the "
-                    f"model has {positions} positions: give a shorter prompt or fewer max_new_tokens"
-                )
 
     def _show(self, trainer: Trainer, learner: LightningModule) -> None:
         writers, step = boards(trainer), trainer.global_step

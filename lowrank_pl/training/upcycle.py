@@ -20,6 +20,7 @@ from lowrank_pl.methods.masks.schedule import half_cosine
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.settings import Base
 from lowrank_pl.models.upcycling import expert_parameters, upcycled
+from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.training.checkpointing import check_fit, mark, mark_of
 from lowrank_pl.training.data import batch_tokens, calibration_data
 from lowrank_pl.training.finish_run import Stopwatch
@@ -150,7 +151,11 @@ class Upcycler(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW with a rate for experts and one for routers, both falling to 0 along half a cosine."""
+        """Return AdamW with a rate for experts and one for routers, both falling to 0 along half a cosine.
+
+        Raises:
+            ValueError: The run has no last step.
+        """
         trained = expert_parameters(self.model)
         routers = {name: one for name, one in trained.items() if ".mlp.gate." in name}
         groups = [
@@ -158,7 +163,7 @@ class Upcycler(LightningModule):
             {"params": list(routers.values()), "lr": self.mixture.router_lr},
         ]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-        schedule = half_cosine(optimizer, steps=max(1, int(self.trainer.estimated_stepping_batches)))
+        schedule = half_cosine(optimizer, steps=self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
@@ -211,7 +216,13 @@ class Upcycler(LightningModule):
         self.before = None if before is None else Score(**before)
 
     def _identity(self) -> dict[str, Any]:
-        return {"base": self.base.name, **asdict(self.mixture)}
+        return {
+            "base": self.base.name,
+            "dtype": self.base.dtype,
+            **asdict(self.mixture),
+            # The dense model's score in a checkpoint is of this text.
+            "validation sequences": sequences_fingerprint(calibration_data(self.trainer).validation_sequences),
+        }
 
 
 class FinishUpcycling(Stopwatch):
@@ -229,7 +240,8 @@ class FinishUpcycling(Stopwatch):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the folder, so that a mistake fails now."""
-        check_destination(Path(trainer.default_root_dir) / "model")
+        assert isinstance(pl_module, Upcycler)
+        check_destination(Path(trainer.default_root_dir) / "model", sources=[pl_module.base.name])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score and write the mixture on the first process, while the others wait."""

@@ -351,6 +351,19 @@ def test_a_pruned_model_is_healed_by_an_adapter_as_llm_pruner_does(tmp_path):
     assert "healed at keep 0.6 was trained after the compression: a LoRA adapter" in (run / "results.md").read_text()
 
 
+def test_factors_of_a_base_in_half_precision_are_healed(tmp_path):
+    base, recipes = Base("random:llama", dtype="bfloat16"), {"healed": healed(3e-3)}
+    rows = compare(base, methods=[*recipes], keep=[0.5], recipes=recipes, run=tmp_path / "run", **SETTINGS)
+    assert any(note.startswith("healed: ") for note in rows[-1]["notes"])
+
+
+def test_a_budget_below_one_step_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Base, "load", lambda _: pytest.fail("a model was loaded"))
+    recipes = {"healed": replace(healed(3e-3), heal=Healing(tokens=10))}
+    with pytest.raises(ValueError, match="budget of 10 tokens is below the 32 tokens of one optimizer step"):
+        compare(Base("random:llama"), methods=[*recipes], recipes=recipes, run=tmp_path / "run", **SETTINGS)
+
+
 @pytest.mark.parametrize(("prune", "train"), [(LLMPruner(), "factors"), (None, "lora")])
 def test_a_recipe_heals_what_it_has(prune, train):
     with pytest.raises(ValueError, match=f"heal.train is {train}, where a recipe like this has"):

@@ -70,6 +70,7 @@ def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp
         ({"position_bins": 0}, "position_bins is 0"),
         ({"position_bins": 4}, "evaluate without --text and --reference has no use for position_bins"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"prompts": ["A"], "max_new_tokens": 2048}, "2048 positions: give a shorter prompt or fewer max_new_tokens"),
     ],
 )
 def test_what_can_not_be_done_is_refused_before_anything_is_scored(settings, said, monkeypatch):

@@ -19,6 +19,7 @@ from lowrank_pl.cli.compare import ComparisonText, compare
 from lowrank_pl.cli.doctor import doctor
 from lowrank_pl.cli.export import export
 from lowrank_pl.cli.prune import prune
+from lowrank_pl.cli.rotate import rotate
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.recipes import Recipe
@@ -202,6 +203,17 @@ def test_an_earlier_pruned_folder_is_replaced(tmp_path):
             Base("random:llama"), output=tmp_path / "pruned", pruning=WidthPruning(share=share), calibration=TEXT
         )
         assert load_base(str(folder)).config.intermediate_size == width
+
+
+@pytest.mark.parametrize("write", [
+    lambda folder: prune(Base(str(folder)), output=folder, pruning=WidthPruning(share=0.5), calibration=TEXT),
+    lambda folder: rotate(Base(str(folder)), output=folder),
+])  # fmt: skip
+def test_the_base_is_not_replaced_by_what_is_made_from_it(write, tmp_path, monkeypatch):
+    folder = save_compressed(ragged("llama"), tmp_path / "base", tokenizer=byte_tokenizer()).directory
+    monkeypatch.setattr(Base, "load", lambda _: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=r"base' is the model that this is made from, .*: name another folder"):
+        write(folder)
 
 
 def test_mlps_of_several_widths_are_not_pruned_again(tmp_path):

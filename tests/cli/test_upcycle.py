@@ -36,6 +36,18 @@ def test_a_base_in_bfloat16_is_trained_in_float32(tmp_path, capsys):
     assert load_base(str(tmp_path / "model"), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_a_resumed_run_keeps_the_text_that_the_dense_model_was_scored_on(tmp_path, capsys):
+    main([*WORDS, "--trainer.max_steps", "2", "--run", str(tmp_path)])
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    words = [*WORDS, "--trainer.max_steps", "4", "--run", str(tmp_path), "--ckpt_path", last]
+    assert "validation sequences" in failing(capsys, *words, "--data.validation.text", "python-docs::part=50%-60%")
+
+
+def test_a_run_without_an_end_is_refused(tmp_path, capsys):
+    words = [*WORDS, "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1", "--run", str(tmp_path)]
+    assert "give the trainer max_steps or max_epochs" in failing(capsys, *words)
+
+
 def test_a_mixture_needs_text_to_be_judged_on(tmp_path, capsys):
     words = [*WORDS, "--data.validation.sequences", "0", "--run", str(tmp_path)]
     assert "there are no validation sequences" in failing(capsys, *words)

@@ -506,6 +506,11 @@ def test_folders_that_are_no_run(tmp_path, run):
     (tmp_path / "begun" / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(ValueError, match=r"no plan\.json yet: .*--ckpt_path .*last\.ckpt"):
         report(tmp_path / "begun")
+    for name in ("heal.json", "upcycle.json"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / name).touch()
+        with pytest.raises(ValueError, match=f"{name}' is a finished run of .*, with its figures in {name}"):
+            report(tmp_path / name)
     for size in ("keep-0.80", "keep-0.90"):
         plan_of().save(tmp_path / "sizes" / size / "plan.json")
     with pytest.raises(ValueError, match=r"several models: give .*keep-0\.80 or 1 more"):

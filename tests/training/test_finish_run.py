@@ -245,11 +245,23 @@ def test_a_folder_of_other_files_is_refused_before_the_base_is_loaded(tmp_path):
     assert learner.model is None
 
 
-def test_sequences_too_long_to_score_are_refused_before_learning():
+@pytest.mark.parametrize(
+    ("finish", "message"),
+    [
+        (FinishRun(ScoreText("python-docs", length=4096)), r"4096 tokens .* 2048 positions: use shorter"),
+        (FinishRun(prompts=["A"], max_new_tokens=2048), r"2048 positions: give a shorter prompt or fewer max_new"),
+    ],
+)
+def test_text_too_long_for_the_model_is_refused_before_learning(finish, message):
     learner = make_learner()
-    with pytest.raises(ValueError, match=r"4096 tokens .* 2048 positions: use shorter"):
-        fit(learner, max_steps=1, callbacks=[FinishRun(ScoreText("python-docs", length=4096))])
+    with pytest.raises(ValueError, match=message):
+        fit(learner, max_steps=1, callbacks=[finish])
     assert learner.global_step == 0
+
+
+def test_settings_of_a_text_need_the_text():
+    with pytest.raises(ValueError, match=r"score.length is 2048 .* without a score.text: name one"):
+        ScoreText(length=2048)
 
 
 def test_text_to_score_that_is_learned_from_is_warned_of(caplog):

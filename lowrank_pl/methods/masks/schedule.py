@@ -54,13 +54,18 @@ class KeepSchedule:
         return self.start + min(1.0, step / self.steps) * (self.keep - self.start)
 
 
-def half_cosine(optimizer: Optimizer, *, steps: int) -> LambdaLR:
+def half_cosine(optimizer: Optimizer, *, steps: float) -> LambdaLR:
     """Return a schedule in which the step size falls to 0 along half a cosine, and stays there.
 
     ``CosineAnnealingLR`` would rise again after its end, and a resumed one keeps the end of the run that it began in.
 
     Args:
         optimizer: The optimizer whose step size is scheduled.
-        steps: Optimizer steps until the step size is 0, at least 1.
+        steps: Optimizer steps until the step size is 0; infinite in a run without an end.
+
+    Raises:
+        ValueError: The run has no end.
     """
-    return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(1.0, step / steps))) / 2)
+    if steps == math.inf:
+        raise ValueError("a step size along a cosine needs a run with an end: give the trainer max_steps or max_epochs")
+    return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(1.0, step / max(1, steps)))) / 2)
