@@ -1,4 +1,4 @@
-"""The words after ``lowrank fit`` as people write them, made into what jsonargparse reads.
+"""The words after ``lowrank fit``, ``heal`` and ``upcycle`` as people write them, made into what jsonargparse reads.
 
 jsonargparse 4.53 takes a list only as ``--finish.baselines [a,b]``, flags only with the underscores of Python, and
 ``-c`` only for a file.

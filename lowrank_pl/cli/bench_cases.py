@@ -13,6 +13,7 @@ from lowrank_pl.costs.statistics_pass import measure_statistics
 from lowrank_pl.costs.step import StepTest, measure_step
 from lowrank_pl.costs.svd import measure_drivers
 from lowrank_pl.models.base import load_base
+from lowrank_pl.models.hf_experts import split_modules
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.settings import DType
 from lowrank_pl.models.targets import find_targets
@@ -73,11 +74,12 @@ def speed(
                     "case": test.case, "base": base, "dtype": dtype, "batch": test.batch_size, "length": test.length,
                 }  # fmt: skip
                 rows += [{**kind, **row} for row in speed_rows(measured, test)]
+            # `measure_speed` records no mixture.
+            recorded = first.record and not split_modules(model)
             del model
     print(speed_table(rows))
     settings = {
-        "repeats": first.repeats, "multiple_of": first.multiple_of, "compile": first.compile,
-        "record": first.record,
+        "repeats": first.repeats, "multiple_of": first.multiple_of, "compile": first.compile, "record": recorded,
     }  # fmt: skip
     return {"machine": describe_machine(place), "settings": settings, "rows": rows}
 

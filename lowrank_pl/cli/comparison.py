@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lowrank_pl.calibration.build import build_factors, statistics_of
 from lowrank_pl.calibration.provenance import base_notes, describe_origin
@@ -49,6 +51,9 @@ __all__ = ["Comparison", "warn_of_known_text"]
 
 
 _log = logging.getLogger(__name__)
+
+_Made = tuple[PreTrainedModel, RankPlan, dict[str, float | None]]
+"""A model to score, its plan, and the seconds of making it by step."""
 
 
 def warn_of_known_text(scored: Mapping[str, Tensor], subject: Subject, recipes: Mapping[str, Recipe]) -> None:
@@ -172,7 +177,7 @@ class Comparison:
 
     def _dense(self) -> dict[str, Any]:
         reset_peak_memory(self.subject.model.device)
-        nats, seconds = self._score(DENSE)
+        nats, seconds = self._score(DENSE, self.subject.model)
         parameters = model_parameters(self.subject.model)
         # The kept fractions are below 1 if the base itself was pruned.
         whole = self.subject.budget(1.0)
@@ -216,35 +221,9 @@ class Comparison:
         dense: Mapping[str, Any],
         spent: Mapping[str, float | None],
     ) -> dict[str, Any]:
-        if method.only_prunes:
-            reset_peak_memory(self.subject.model.device)
-            plan, costs, made = self._without_ranks(name, keep), dict(spent), 0.0
-            subject = self.subject
-            if method.heal is not None:
-                model, note, costs["healing"] = self._short_runs.heal_pruned(
-                    method.heal, self._training("healing", identity, keep)
-                )
-                subject, plan = replace(subject, model=model), replace(plan, notes=(*plan.notes, note))
-            nats, seconds = replace(self, subject=subject)._score(f"{name} at {keep:g}")
-        else:
-            costs = {**spent, **self._prepare(method)}
-            reset_peak_memory(self.subject.model.device)
-            plan, store, made = self._plan(name, method, keep)
-            if method.refit is not None:
-                plan, store = self._refit(plan, store, method, method.refit)
-                # The stored time, because an earlier or killed comparison may have done the refit.
-                costs["refit"] = store.seconds(plan.stored_modules)
-            if method.heal is not None:
-                # Rounding comes after it.
-                folder = self._training("healing", self._identity(replace(method, rounding=None), keep), keep)
-                plan, store, costs["healing"] = self._short_runs.heal(plan, store, method.heal, folder)
-            if method.rounding is not None:
-                plan, store = quantize(plan, store, self.subject, settings=method.rounding)
-                costs["rounding"] = store.seconds(plan.stored_modules)
-            plan.save(self._folder(name, keep) / "plan.json")
-            with compressed(self.subject.model, plan, store):
-                plan = deployed_plan(self.subject.model, plan)
-                nats, seconds = self._score(f"{name} at {keep:g}")
+        make = self._only_pruned if method.only_prunes else self._with_factors
+        with make(name, method, keep) as (model, plan, costs):
+            nats, seconds = self._score(f"{name} at {keep:g}", model)
         return {
             "method": name,
             "settings": method.describe(),
@@ -259,10 +238,42 @@ class Comparison:
             "dense_modules": len(plan.dense_modules),
             **({"dropped_experts": len(plan.dropped_experts)} if plan.dropped_modules else {}),
             "notes": list(plan.notes),
-            "seconds": {**costs, "plan": made, "scores": seconds},
+            "seconds": {**spent, **costs, "scores": seconds},
             "peak_memory": peak_memory(self.subject.model.device),
             "machine": describe_machine(self.subject.model.device),
         }
+
+    @contextmanager
+    def _only_pruned(self, name: str, method: Recipe, keep: float) -> Iterator[_Made]:
+        """Yield the pruned base itself, healed where the method asks for it."""
+        model, plan, costs = self.subject.model, self._without_ranks(name, keep), dict[str, float | None](plan=0.0)
+        reset_peak_memory(model.device)
+        if method.heal is not None:
+            folder = self._training("healing", self._identity(method, keep), keep)
+            model, note, costs["healing"] = self._short_runs.heal_pruned(method.heal, folder)
+            plan = replace(plan, notes=(*plan.notes, note))
+        yield model, plan, costs
+
+    @contextmanager
+    def _with_factors(self, name: str, method: Recipe, keep: float) -> Iterator[_Made]:
+        """Yield the base with the factors of the method's plan, refitted, healed and rounded as the method asks."""
+        costs = self._prepare(method)
+        reset_peak_memory(self.subject.model.device)
+        plan, store, costs["plan"] = self._plan(name, method, keep)
+        if method.refit is not None:
+            plan, store = self._refit(plan, store, method, method.refit)
+            # The stored time, because an earlier or killed comparison may have done the refit.
+            costs["refit"] = store.seconds(plan.stored_modules)
+        if method.heal is not None:
+            # Rounding comes after it.
+            folder = self._training("healing", self._identity(replace(method, rounding=None), keep), keep)
+            plan, store, costs["healing"] = self._short_runs.heal(plan, store, method.heal, folder)
+        if method.rounding is not None:
+            plan, store = quantize(plan, store, self.subject, settings=method.rounding)
+            costs["rounding"] = store.seconds(plan.stored_modules)
+        plan.save(self._folder(name, keep) / "plan.json")
+        with compressed(self.subject.model, plan, store):
+            yield self.subject.model, deployed_plan(self.subject.model, plan), costs
 
     @property
     def _short_runs(self) -> ShortRuns:
@@ -320,11 +331,11 @@ class Comparison:
         """Return the subject under the constraints of ``method``."""
         return replace(self.subject, constraints=method.constrained(self.subject.constraints))
 
-    def _score(self, label: str) -> tuple[dict[str, float], float]:
-        """Return the nats per token on every text, and the seconds of scoring."""
+    def _score(self, label: str, model: PreTrainedModel) -> tuple[dict[str, float], float]:
+        """Return the nats per token of ``model`` on every text, and the seconds of scoring."""
         began = time.perf_counter()
         nats = {
-            corpus: perplexity(self.subject.model, sequences, progress=f"score {label} on {corpus}").nats
+            corpus: perplexity(model, sequences, progress=f"score {label} on {corpus}").nats
             for corpus, sequences in self.scored.items()
         }
         return nats, time.perf_counter() - began

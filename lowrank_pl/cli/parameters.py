@@ -1,4 +1,4 @@
-"""How cyclopts reads the flags of every command but ``fit``: lists, dataclasses as flags, and configuration files."""
+"""How cyclopts reads the flags of commands without a Trainer: lists, dataclasses as flags, configuration files."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ def rotate(
     Returns:
         The folder.
     """
+    from lowrank_pl.export.card import plain_card
     from lowrank_pl.export.export import check_destination, save_compressed
     from lowrank_pl.export.reload import logits_of
     from lowrank_pl.models.identity import ROTATION_KEY, Origin
@@ -59,12 +60,11 @@ def rotate(
     setattr(turned.config, ROTATION_KEY, {"base": base.name, "seed": seed, "stream": stream})
     name = escaped(base.name.rstrip("/").rsplit("/", 1)[-1])
     what = "its residual stream" if stream else "the values of its attention heads"
-    card = (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
-        f"# {name}, rotated\n\n"
+    card = plain_card(
+        f"{name}, rotated",
         f"{code(base.name)} with {what} turned by random orthogonal matrices (seed {seed}) and the gains "
         "of its norms folded into its linear layers, by `lowrank rotate`. It computes the same outputs with other "
-        "weights, up to rounding.\n"
+        "weights, up to rounding.",
     )
     plain = origin is None or origin.one_width
     report = save_compressed(turned, output, tokenizer=base.tokenizer(), merge=plain, card=card)

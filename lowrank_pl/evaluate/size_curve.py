@@ -135,7 +135,7 @@ def curve_table(curve: Curve, *, fmt: str = "simple") -> str:
     return table(head, body, fmt) + mark
 
 
-def curve_plot(curve: Curve, *, title: str | None = None) -> Figure:
+def curve_plot(curve: Curve) -> Figure:
     """Return a plot of the excess in nats against the kept fraction, with perplexities beside the points.
 
     Sizes without a low-rank layer are not drawn; the dense model's perplexity is in the heading. The scale is
@@ -143,7 +143,6 @@ def curve_plot(curve: Curve, *, title: str | None = None) -> Figure:
 
     Args:
         curve: The scores.
-        title: Heading; by default the method and the dense model's perplexity.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
@@ -175,7 +174,7 @@ def curve_plot(curve: Curve, *, title: str | None = None) -> Figure:
     axes.set_ylabel("excess over the dense model, nats per token", fontsize=12)
     axes.tick_params(labelsize=11)
     heading = f"{curve.method} by size, labelled with perplexities (dense: {_perplexity(curve.dense)})"
-    axes.set_title(plain(title or heading), fontsize=12)
+    axes.set_title(plain(heading), fontsize=12)
     if own:
         axes.legend(frameon=False, fontsize=11)
     return figure

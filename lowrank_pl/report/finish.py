@@ -332,10 +332,7 @@ def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
         machine=describe_machine(device), tokens_per_second=table.rates, verified=report.verified,
         digests=digests_of(run),
     )  # fmt: skip
-    # The export has just been checked, so its weights need not be read again.
-    record = read_run(run, check=False)
-    refresh_card(record)
-    write_page(record, run / "report.html")
+    _write_reports(run)
     return Finished(table.rows, samples, report)
 
 
@@ -372,7 +369,11 @@ def finish_healing(
         notes=list(plan.notes), versions=_versions(), machine=describe_machine(model.device),
         verified=report.verified, digests=digests_of(run), **facts,
     )  # fmt: skip
-    # The export has just been checked, so its weights need not be read again.
+    _write_reports(run)
+
+
+def _write_reports(run: Path) -> None:
+    """Write the card and the page of a run whose export has just been checked, and need not be read again."""
     record = read_run(run, check=False)
     refresh_card(record)
     write_page(record, run / "report.html")

@@ -138,7 +138,7 @@ class RunRecord:
         machine = self.summary.facts.get("machine", {})
         place = machine.get("accelerator") or machine.get("processor") or "an unnamed machine"
         rates = self.summary.facts.get("tokens_per_second", {})
-        how = f"predicted tokens while the run scored, one sequence at a time, warm-up included, on {place}"
+        how = f"predicted tokens while the run scored, warm-up included, on {place}"
         dense = rates.get("dense")
         own = [
             Speed(name, rate, how, rate / dense if dense and name != "dense" else None) for name, rate in rates.items()

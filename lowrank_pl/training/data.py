@@ -18,7 +18,6 @@ from lowrank_pl.models.base import load_tokenizer
 from lowrank_pl.text.sequences import (
     Calibration,
     sequences_fingerprint,
-    tokenizer_fingerprint,
     uses_bos,
     warn_of_overlap,
 )
@@ -34,6 +33,7 @@ __all__ = [
     "StatisticsText",
     "ValidationText",
     "batch_tokens",
+    "batches_of_epoch",
     "calibration_data",
 ]
 
@@ -306,13 +306,6 @@ class CalibrationData(pl.LightningDataModule):
     def validation_sequences(self) -> Tensor:
         """The sequences for validation, int64 ``[sequences, length]``."""
         return self._ready().validation
-
-    def fingerprint(self) -> dict[str, str]:
-        """Return SHA-256 fingerprints of everything besides the model that statistics depend on."""
-        return {
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "statistics_sequences": sequences_fingerprint(self.statistics_sequences),
-        }
 
     def train_dataloader(self) -> SequenceLoader:
         """Return the batches int64 ``[batch_size, length]`` of this process."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lowrank_pl.evaluate.likelihood import Score, perplexity
+from lowrank_pl.export.card import plain_card
 from lowrank_pl.export.export import check_destination, save_compressed
 from lowrank_pl.methods.masks.schedule import half_cosine
 from lowrank_pl.models.sequences import check_sequences
@@ -267,12 +268,11 @@ class FinishUpcycling(Stopwatch):
             "expert_distance": upcycler.apartness(),
         }
         settings = upcycler.mixture
-        card = (
-            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
-            f"# A mixture of {settings.experts} experts\n\n"
+        card = plain_card(
+            f"A mixture of {settings.experts} experts",
             f"Made from {code(upcycler.base.name)} by `lowrank upcycle`: every MLP was copied into "
             f"{settings.experts} experts, {settings.chosen} of which serve each token, and experts and routers were "
-            f"trained for {trainer.global_step} steps.\n"
+            f"trained for {trainer.global_step} steps.",
         )
         save_compressed(model, run / "model", tokenizer=data.tokenizer, merge=True, card=card)
         for path in (run / "upcycle.json", self.json):

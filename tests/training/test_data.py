@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lowrank_pl.models.tiny import byte_tokenizer
-from lowrank_pl.text.sequences import Calibration, sequences_fingerprint, tokenizer_fingerprint
+from lowrank_pl.text.sequences import Calibration
 from lowrank_pl.training.data import CalibrationData, SequenceLoader, StatisticsText, ValidationText
 from tests.helpers import tiny_training
 from tests.helpers.fork_server import OURS
@@ -264,16 +264,6 @@ def test_tokenizer_by_name_of_the_base_and_none():
 def test_numbers_out_of_range_are_refused(setting, named, value, least):
     with pytest.raises(ValueError, match=f"{named} is {value}: expected a whole number of at least {least}"):
         make_data(**{setting: value})
-
-
-def test_fingerprint_follows_the_statistics_only():
-    data = make_data(statistics_sequences=4)
-    assert data.fingerprint() == {
-        "tokenizer": tokenizer_fingerprint(byte_tokenizer()),
-        "statistics_sequences": sequences_fingerprint(data.statistics_sequences),
-    }
-    assert make_data(statistics_sequences=4, seed=9, sequences=6).fingerprint() == data.fingerprint()
-    assert make_data(statistics_sequences=3).fingerprint() != data.fingerprint()
 
 
 def test_after_a_fit_the_loader_starts_anew(tmp_path):

@@ -18,6 +18,7 @@ from lowrank_pl.calibration.build import check_finite, statistics_of
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.calibration.statistics import Statistics
 from lowrank_pl.calibration.subject import Subject
+from lowrank_pl.export.card import plain_card
 from lowrank_pl.export.export import save_compressed
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.factors.settings import Decomposition
@@ -295,16 +296,15 @@ def pruned_card(origin: Origin) -> str:
         "It loads like its base." if origin.one_width else "It loads with `import lowrank_pl` or `trust_remote_code`."
     )
     name = escaped(origin.base.rstrip("/").rsplit("/", 1)[-1])
-    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lowrank_pl\n---\n\n"
     if origin.method:
-        return (
-            f"{head}# {name}, pruned by {origin.method}\n\n"
+        return plain_card(
+            f"{name}, pruned by {origin.method}",
             f"{code(origin.base)} pruned by lowrank_pl as in LLM-Pruner (arXiv 2305.11627), to {origin.described}. The "
-            f"weights that are left are those of the base, and nothing was fine-tuned. {loads}\n"
+            f"weights that are left are those of the base, and nothing was fine-tuned. {loads}",
         )
-    return (
-        f"{head}# {name} with pruned MLPs\n\n"
+    return plain_card(
+        f"{name} with pruned MLPs",
         f"{code(origin.base)} pruned by lowrank_pl: {origin.widths} of {origin.width:,} hidden neurons are left in "
         "every MLP, and its down-projection was updated in closed form to compensate. Nothing was fine-tuned. "
-        f"{loads}\n"
+        f"{loads}",
     )
