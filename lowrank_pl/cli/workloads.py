@@ -11,6 +11,7 @@ from lowrank_pl.costs.machine import Machine
 from lowrank_pl.costs.model_sizes import model_sizes
 from lowrank_pl.costs.workload import Healed, Learner, Preparation, Refits, Roundings, Scoring, Step, Workload
 from lowrank_pl.factors.settings import Decomposition
+from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Allocator
 from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.methods.recipes import Recipe
@@ -49,6 +50,7 @@ def fit_workload(
     steps = _steps(trainer, of_epoch=-(-of_epoch // accumulated))
     validations = _validations(trainer, batches=steps * accumulated, of_epoch=of_epoch)
     start = learner.start_from if isinstance(learner.start_from, Allocator) else None
+    allocators = [*map(make_allocator, finish.baselines), *([] if start is None else [start])]
     shared = machine.sharded and loads_in_parts(learner.base.name)
     validated = data.validation.sequences
     if finish.score.text is None:
@@ -60,7 +62,7 @@ def fit_workload(
         preparation=Preparation(
             calibration=data.statistics,
             decompositions=(learner.decomposition,),
-            weight_gradients=start is not None and start.needs_gradients,
+            weight_gradients=any(one.needs_gradients for one in allocators),
             prunings=() if learner.prune is None else (learner.prune,),
             by_block=shared and learner.decomposition.block_by_block and not (start is not None and start.needs_model),
         ),
@@ -82,7 +84,9 @@ def fit_workload(
         refits=_refits([finish.refit] if finish.refit else [], most=data.learning.sequences),
         roundings=Roundings(int(finish.rounding is not None)),
         scoring=Scoring(
-            models=1 + len(finish.baselines) + (finish.refit is not None) + (finish.rounding is not None),
+            # The table has a row for each.
+            models=1 + len(finish.baselines)
+            + sum(part is not None for part in (learner.prune, finish.refit, finish.rounding)),
             tokens=scored,
             length=score_length,
             from_main_memory=finish.streamed,

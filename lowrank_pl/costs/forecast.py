@@ -91,7 +91,10 @@ def _notes(run: Run) -> Iterator[str]:
     work, machine = run.work, run.machine
     yield "not counted: reading and tokenising text; counted in full: what the caches already hold"
     if work.preparation.prunings:
-        yield "the phases after pruning are counted for the base as it is: they need less"
+        yield (
+            "the phases after pruning are counted once, for the base as it is: every pruned base needs its own, each "
+            "less than that"
+        )
     if machine.processes > 1:
         yield "GPU memory and RAM are those of one process; disk is that of all"
     if not machine.on_cpu:

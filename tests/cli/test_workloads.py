@@ -42,9 +42,17 @@ def nothing_loaded(monkeypatch):
     monkeypatch.setattr("lowrank_pl.models.base.load_tokenizer", refuse)
 
 
-def fit_work(*, base="random:llama", validation=0, machine=ONE, **trainer):
+def fit_work(*, base="random:llama", validation=0, machine=ONE, baselines=(), **trainer):
     data = CalibrationData(Calibration(length=64, sequences=8), base, validation=ValidationText(sequences=validation))
-    return fit_workload(RankLearner(Base(base), keep=0.5), data, {**TRAINER, **trainer}, FinishRun(), machine)
+    finish = FinishRun(baselines=baselines)
+    return fit_workload(RankLearner(Base(base), keep=0.5), data, {**TRAINER, **trainer}, finish, machine)
+
+
+def test_baselines_need_what_they_allocate_by():
+    work = fit_work(baselines=["zs_svd"])
+    assert work.preparation.weight_gradients
+    assert work.scoring.models == 2
+    assert not fit_work().preparation.weight_gradients
 
 
 @pytest.mark.parametrize(
