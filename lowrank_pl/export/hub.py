@@ -11,16 +11,23 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from lowrank_pl.models.digests import NESTED
 from lowrank_pl.version import __version__
 
 __all__ = ["HubRepo", "UploadError", "announce_upload", "upload"]
 
 _log = logging.getLogger(__name__)
 
-_STALE = ["*.safetensors", "*.safetensors.index.json"]
+_STALE = [
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    f"{NESTED}/*.safetensors",
+]
 """Weights and components of an earlier export, which go unless the new one has a file of the same name.
 
 transformers prefers ``model.safetensors`` to an index, so an old one would be loaded in place of new, sharded weights.
+The names are whole, because the ``*`` of the hub also stands for folders: those of adapters and other models stay.
 """
 
 
@@ -43,8 +50,8 @@ class HubRepo:
         ValueError: The name is no repository's.
 
     Example:
-        >>> HubRepo("me/small", private=True).command("runs/my model")
-        "hf upload me/small 'runs/my model' . --private --delete '*.safetensors' --delete '*.safetensors.index.json'"
+        >>> HubRepo("me/small", private=True).command("runs/my model")  # doctest: +ELLIPSIS
+        "hf upload me/small 'runs/my model' . --private --delete model.safetensors --delete ..."
     """
 
     name: str

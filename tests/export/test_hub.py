@@ -73,9 +73,11 @@ def test_a_repository_is_private_and_a_branch_made_if_asked_for(hub, model, tmp_
 def test_old_weights_go_and_files_of_others_stay(hub, model, tmp_path):
     save(model, tmp_path / "small", push_to_hub="me/small")
     files = hub.branches["me/small", "main"]
-    files |= {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "logo.png": b"mine"}
+    files |= {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}"}
+    others = ["logo.png", "adapter/adapter_model.safetensors", "other/model.safetensors"]
+    files |= dict.fromkeys(others, b"mine")
     save(model, tmp_path / "small", push_to_hub="me/small")
-    assert files == {".gitattributes": b"", "logo.png": b"mine", **files_in(tmp_path / "small")}
+    assert files == {".gitattributes": b"", **dict.fromkeys(others, b"mine"), **files_in(tmp_path / "small")}
 
 
 def test_components_are_uploaded_and_those_of_an_earlier_export_go(hub, model, tmp_path):
@@ -110,8 +112,9 @@ def test_a_refused_upload_leaves_a_finished_folder_and_says_how_to_upload_it(hub
     assert said in str(error.value)
     words = ["hf", "upload", "me/small", str(tmp_path / "my model"), "."]
     # Old weights go, as in the upload that failed.
-    stale = ["--delete", "*.safetensors", "--delete", "*.safetensors.index.json"]
-    assert shlex.split(command_in(error)) == words + stale
+    stale = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
+    deleted = [word for name in [*stale, "nested/*.safetensors"] for word in ("--delete", name)]
+    assert shlex.split(command_in(error)) == words + deleted
     assert load_compressed(tmp_path / "my model").num_parameters()
 
 
