@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,7 +30,7 @@ from lowrank_pl.export.reload import ExportError, check_contents, check_merged, 
 from lowrank_pl.factors.components import AnySize, NestedComponents
 from lowrank_pl.factors.cutting import cut
 from lowrank_pl.models import digests, hf_experts, hf_format, hf_layers, hf_quantized
-from lowrank_pl.models.digests import DIGESTS, check_files, unchecked, write_digests
+from lowrank_pl.models.digests import DIGESTS, NESTED, check_files, listed_files, unchecked, write_digests
 from lowrank_pl.models.hf_experts import dropped_experts, experts_fused, split_experts, split_modules
 from lowrank_pl.models.hf_format import METHOD, LowRankAutoConfig, LowRankConfig, align, tied_weights
 from lowrank_pl.models.hf_layers import (
@@ -53,6 +54,7 @@ from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import cut_plan
 from lowrank_pl.serving.optimize import optimize_for_inference
 from lowrank_pl.utils.files import at_home, atomic_directory, atomic_write, check_output_folder
+from lowrank_pl.utils.json_files import SEAL
 from lowrank_pl.utils.machine_limits import explain_limit
 
 __all__ = [
@@ -398,16 +400,18 @@ def check_destination(directory: Path, *, sources: Sequence[str | Path] = ()) ->
         sources: The models that the result is made from: their names or folders.
 
     Raises:
-        ValueError: ``directory`` is one of ``sources``, a file, a folder with other contents, the current folder or a
-            mount point, or it can't be made.
+        ValueError: ``directory`` is one of ``sources``, a file, a folder with other contents, a mount point, the
+            current folder or one above it, or it can't be made.
     """
     check_output_folder(directory)
     if directory.exists() and any(Path(source).resolve() == directory.resolve() for source in sources):
         raise ValueError(
             f"{str(directory)!r} is the model that this is made from, which would be replaced: name another folder"
         )
-    if directory.resolve() == Path.cwd():
-        raise ValueError(f"{str(directory)!r} is the current folder, which can't be replaced: name another one")
+    if Path.cwd().is_relative_to(directory.resolve()):
+        raise ValueError(
+            f"{str(directory)!r} is the current folder, or holds it, and can't be replaced: name another one"
+        )
     if os.path.ismount(directory.resolve()):
         raise ValueError(f"{str(directory)!r} is a mount point, which can't be replaced: name a folder in it")
     if not directory.exists() or not any(directory.iterdir()):
@@ -415,10 +419,38 @@ def check_destination(directory: Path, *, sources: Sequence[str | Path] = ()) ->
     config = directory / "config.json"
     ours = any((directory / name).exists() for name in (CODE, "plan.json", DIGESTS))
     # A pruned or rotated base has none of these.
-    written = config.read_text(encoding="utf-8") if config.exists() else ""
+    written = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     ours = ours or any(f'"{key}"' in written for key in (ORIGIN_KEY, ROTATION_KEY))
-    if not config.exists() or not ours:
+    if not config.is_file() or not ours:
         raise ValueError(f"{str(directory)!r} holds other files than an export: name a new folder or empty this one")
+    listed = listed_files(directory) or {}
+    others = sorted(one.name for one in directory.iterdir() if one.name not in listed and not _is_of_export(one))
+    if others:
+        raise ValueError(
+            f"{str(directory)!r} is an export with other files in it, which would be deleted: {', '.join(others)}; "
+            "name a new folder, or move them elsewhere"
+        )
+
+
+_OWN_NAMES = re.compile(
+    r"config\.json|generation_config\.json|plan\.json|README\.md|report\.html"
+    rf"|{re.escape(DIGESTS)}|{'|'.join(re.escape(file.name) for file in CODE_FILES)}"
+    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt|.*\.model"
+    r"|chat_template\.(jinja|json)|additional_chat_templates|\.cache|\.gitattributes|__pycache__"
+    rf"|{NESTED}"
+)
+"""What an export may hold without a line in ``lowrank.sha256``, which earlier versions did not write."""
+
+
+def _is_of_export(path: Path) -> bool:
+    """Tell whether a file or a subfolder is part of an export by its name, or figures that ``--json`` wrote into it."""
+    if _OWN_NAMES.fullmatch(path.name):
+        return True
+    try:
+        return path.suffix == ".json" and SEAL in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _originals(model: PreTrainedModel) -> dict[str, nn.Module]:

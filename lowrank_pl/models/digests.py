@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["DIGESTS", "NESTED", "changed_files", "check_files", "unchecked", "write_digests"]
+__all__ = ["DIGESTS", "NESTED", "changed_files", "check_files", "listed_files", "unchecked", "write_digests"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +42,17 @@ def write_digests(folder: Path) -> None:
     (folder / DIGESTS).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
+def listed_files(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of each file as ``write_digests`` found it, by its name; None if the list can't be read."""
+    try:
+        text = (folder / DIGESTS).read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+    # As `sha256sum` writes it too, with * or ./ before a name, and as git leaves it on Windows.
+    parsed = [re.fullmatch(_LINE, line) for line in re.split(r"\r?\n", text) if line]
+    return None if None in parsed else {found[2]: found[1] for found in parsed if found}
+
+
 def changed_files(folder: Path, *, nested: bool = True) -> list[str] | None:
     """Return the names of files that are missing or not as ``write_digests`` found them; None without digests.
 
@@ -52,20 +63,13 @@ def changed_files(folder: Path, *, nested: bool = True) -> list[str] | None:
         folder: The folder.
         nested: Whether to read the files in the subfolder too.
     """
-    place = folder / DIGESTS
-    if not place.is_file():
+    if not (folder / DIGESTS).is_file():
         return None
-    try:
-        text = place.read_bytes().decode()
-    except UnicodeDecodeError:
-        return [DIGESTS]
-    # As `sha256sum` writes it too, with * or ./ before a name, and as git leaves it on Windows.
-    lines = re.split(r"\r?\n", text)
-    parsed = [re.fullmatch(_LINE, line) for line in lines if line]
-    if None in parsed:
+    listed = listed_files(folder)
+    if listed is None:
         return [DIGESTS]
     nested = nested and (folder / NESTED).is_dir()
-    stored = {found[2]: found[1] for found in parsed if found and (nested or not _is_nested(found[2]))}
+    stored = {name: digest for name, digest in listed.items() if nested or not _is_nested(name)}
     known = [name for name in stored if (folder / name).is_file()]
     digests = dict(zip(known, _digests(folder, known), strict=True))
     # Not those that from_pretrained leaves alone, such as the weights of an adapter.

@@ -271,5 +271,5 @@ def test_an_export_goes_to_the_hub_or_its_one_sentence_says_how_it_would(plan_fi
         assert f"hub    {hub.url}/me/small/commit/" in capsys.readouterr().out
         hub.refuse = (403, "create")
         said = failing(capsys, *words)
-    assert f"This uploads it: hf upload me/small {tmp_path / 'model'} . --delete '*.safetensors'" in said
+    assert f"This uploads it: hf upload me/small {tmp_path / 'model'} . --delete model.safetensors --delete" in said
     assert load_compressed(tmp_path / "model").num_parameters() > 0

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_pl.cli.evaluate import evaluate
 from lowrank_pl.evaluate.likelihood import perplexity
 from lowrank_pl.export import reload, reload_probe
-from lowrank_pl.export.export import ExportReport, load_compressed, save_compressed
+from lowrank_pl.export.export import ExportReport, check_destination, load_compressed, save_compressed
 from lowrank_pl.export.reload import ExportError, ReloadError
 from lowrank_pl.factors.pivoting import pivot
 from lowrank_pl.models import digests, hf_experts, hf_format, hf_layers, hf_quantized
@@ -32,6 +32,8 @@ from lowrank_pl.models.lazy import open_skeleton
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from lowrank_pl.report import finish
 from lowrank_pl.report.finish import Protocol, score_in_fresh_process
+from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.json_files import sealed
 from tests.helpers import fork_server as forked
 from tests.helpers.rounded_models import round_model
 
@@ -499,6 +501,23 @@ def test_a_folder_that_is_no_export_is_not_replaced(tmp_path):
     for merge in (True, True, False, False):
         target = tmp_path / "empty" if not merge else tmp_path / "new" / "deep"
         save_compressed(compressed("llama"), target, tokenizer=byte_tokenizer(), merge=merge, verify=False)
+
+
+def test_files_of_others_in_an_export_are_not_deleted(tmp_path, monkeypatch):
+    folder = tmp_path / "small"
+    save_compressed(compressed("llama"), folder, tokenizer=byte_tokenizer(), verify=False)
+    # What commands write into an export goes with it, and so does a part of it that is damaged.
+    write_json(folder / "doctor.json", sealed({"health": "healthy"}))
+    (folder / "report.html").touch()
+    (folder / "config.json").write_bytes(b"\xff")
+    check_destination(folder)
+    (folder / "adapter").mkdir()
+    (folder / "notes.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"would be deleted: adapter, notes\.json; name a new folder"):
+        check_destination(folder)
+    monkeypatch.chdir(folder / "adapter")
+    with pytest.raises(ValueError, match="is the current folder, or holds it"):
+        check_destination(folder)
 
 
 def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
