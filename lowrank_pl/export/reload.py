@@ -135,7 +135,7 @@ def compare_reload(
     """
     with TemporaryDirectory() as aside:
         file = Path(aside) / "logits.pt"
-        answer = _ask_fresh_process(model, folder, file, compressed=not merged)
+        answer = _ask_fresh_process(model, folder, file, tokenizer, compressed=not merged)
         found = torch.load(file, weights_only=True) if file.exists() else None
     for kind in ("missing", "unexpected"):
         if answer[kind]:
@@ -167,9 +167,11 @@ def _relative_error(exact: Tensor, other: Tensor) -> float:
     return float((other.double() - exact.double()).norm() / exact.double().norm())
 
 
-def _ask_fresh_process(model: PreTrainedModel, folder: Path, logits: Path, *, compressed: bool) -> dict[str, Any]:
+def _ask_fresh_process(
+    model: PreTrainedModel, folder: Path, logits: Path, tokenizer: PreTrainedTokenizerBase, *, compressed: bool
+) -> dict[str, Any]:
     """Return the answer of reload_probe.py on ``folder``; the logits themselves go into the file ``logits``."""
-    device = str(model.device)
+    device, own_code = str(model.device), base_class(model) is None
     request = {
         "parent": os.getpid(),
         "directory": str(folder.resolve()),
@@ -177,7 +179,9 @@ def _ask_fresh_process(model: PreTrainedModel, folder: Path, logits: Path, *, co
         "logits": None if device == "cpu" else str(logits),
         # The package's own files, never the copies in the folder, which may come from anybody.
         "code": str(Path(hf_format.__file__).parent) if compressed else None,
-        "trust": base_class(model) is None,
+        "trust": own_code,
+        # Only code that runs here already: what the files name may be code that nobody trusts.
+        "trust_tokenizer": own_code or tokenizer._auto_class is not None,
         "attention": model.config._attn_implementation,
         "device_map": getattr(model, "hf_device_map", None) or (None if device == "cpu" else {"": device}),
         "threads": torch.get_num_threads(),

@@ -33,7 +33,10 @@ def probe(model: nn.Module) -> Tensor:
     The tokens are two sequences of 16, and one token alone, because matrix-vector products use other kernels.
     """
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    tokens = (torch.arange(32, device=embedding.weight.device) * 7919 + 11) % embedding.num_embeddings
+    # As models/eval_mode.py does: embeddings that accelerate keeps on disk are on the meta device.
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    device = embedding.weight.device if device is None else device
+    tokens = (torch.arange(32, device=device) * 7919 + 11) % embedding.num_embeddings
     parts = [model(input_ids=tokens.view(2, 16)).logits, model(input_ids=tokens[None, :1]).logits]
     return torch.cat([part.flatten(0, 1) for part in parts]).cpu()
 
@@ -82,7 +85,7 @@ def _main(request: dict[str, Any]) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
-    tokenizer = AutoTokenizer.from_pretrained(request["directory"], trust_remote_code=request["trust"])
+    tokenizer = AutoTokenizer.from_pretrained(request["directory"], trust_remote_code=request["trust_tokenizer"])
     logits = probe(model)
     if request["logits"] is not None:
         torch.save(logits, request["logits"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import transformers
 from torch import Tensor
@@ -150,15 +151,18 @@ _DESCRIPTIVE = {
 def model_fingerprint(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]] | None = None) -> dict[str, str]:
     """Return SHA-256 digests of everything that a model computes with.
 
-    ``model`` covers the names, types, shapes and values of all parameters, ``config`` everything else that affects the
-    outputs (rotary base, norm epsilon, ...).
+    ``model`` covers the names, types, shapes and values of all parameters and stored buffers, ``config`` everything
+    else that affects the outputs (rotary base, norm epsilon, ...).
 
     Args:
         model: The model.
         parameters: Its named parameters in their order, read one at a time, if the model itself has no weights.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in _DESCRIPTIVE}
+    # Such as the offsets by which DeepSeek-V3 chooses experts.
+    stored = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
     return {
-        "model": tensor_digest(model.named_parameters() if parameters is None else parameters),
+        "model": tensor_digest(chain(model.named_parameters() if parameters is None else parameters, buffers)),
         "config": sha256_of(json.dumps(config, sort_keys=True, default=str)),
     }

@@ -73,7 +73,8 @@ def streamed(model: PreTrainedModel, device: torch.device | None) -> Iterator[No
         yield
         return
     own = {module for module in model.modules() if "forward" in vars(module)}
-    cpu_offload(model, device)
+    # Codes of rounded layers are buffers.
+    cpu_offload(model, device, offload_buffers=True)
     try:
         yield
     finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from lowrank_pl.text.settings import Calibration
 from lowrank_pl.text.sources import TextSource, parse_mixture, read_stream, source_identity
@@ -164,9 +166,25 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         state.pop("truncation", None)
         state.pop("padding", None)
     else:
-        state = {"class": type(tokenizer).__qualname__, "vocabulary": tokenizer.get_vocab()}
+        state = {"class": type(tokenizer).__qualname__, "vocabulary": tokenizer.get_vocab(), **_options(tokenizer)}
     probe = tokenizer(PROBE, add_special_tokens=True)["input_ids"]
     return sha256_of(json.dumps([state, probe, tokenizer.bos_token_id, tokenizer.chat_template], sort_keys=True))
+
+
+def _options(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the options of a slow tokenizer that may change its tokens, as JSON by name.
+
+    They are arguments that its own class names: the others depend on where it was loaded from.
+    """
+    own = [kind for kind in type(tokenizer).__mro__ if not issubclass(PreTrainedTokenizer, kind)]
+    named = {name for kind in own if "__init__" in vars(kind) for name in inspect.signature(kind.__init__).parameters}
+    options = {}
+    for name in sorted(named & tokenizer.init_kwargs.keys()):
+        # Vocabulary and special tokens are in the fingerprint already.
+        if not name.endswith(("_file", "_path", "_token", "_tokens")) and name != "vocab":
+            with suppress(TypeError):
+                options[f"option {name}"] = json.dumps(tokenizer.init_kwargs[name], sort_keys=True)
+    return options
 
 
 def sequences_fingerprint(sequences: Tensor) -> str:

@@ -250,6 +250,10 @@ def test_fingerprint_follows_weights_tokenizer_text_and_settings(llama, sequence
     assert model_fingerprint(llama) != before
     assert build().digest != first
     assert model_fingerprint(tiny_model("llama").bfloat16()) != before
+    mixture = tiny_model("deepseek_v3")
+    before = model_fingerprint(mixture)
+    mixture.model.layers[-1].mlp.gate.e_score_correction_bias[0] += 1
+    assert model_fingerprint(mixture) != before
 
 
 def test_store_of_something_else_is_refused(build, tmp_path):

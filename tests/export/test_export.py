@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import importlib
 import json
 import shutil
 import subprocess
@@ -298,6 +299,34 @@ def test_a_model_that_is_partly_on_disk_is_merged(exports, tmp_path):
     save_compressed(loaded, tmp_path / "merged", tokenizer=byte_tokenizer(), merge=True, verify=False)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(plain), logits(models["qwen2"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+def test_embeddings_on_disk_and_a_tokenizer_with_code_of_its_own_are_checked(exports, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "letters.py").write_text(LETTERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    tokenizer = importlib.import_module("letters").LetterTokenizer()
+    tokenizer.register_for_auto_class()
+    places = {"model.embed_tokens": "disk", **dict.fromkeys(("model.layers", "model.norm", "lm_head"), "cpu")}
+    places["model.rotary_emb"] = "cpu"
+    loaded = load_compressed(exports[0] / "llama", device_map=places, offload_folder=str(tmp_path / "offload"))
+    assert loaded.get_input_embeddings().weight.is_meta
+    assert save_compressed(loaded, tmp_path / "out", tokenizer=tokenizer).verified
+
+
+LETTERS = """
+from transformers import PreTrainedTokenizer
+
+
+class LetterTokenizer(PreTrainedTokenizer):
+    vocab_size = 256
+    get_vocab = lambda self: {chr(byte): byte for byte in range(256)}
+    _tokenize = lambda self, text: [chr(byte) for byte in text.encode()]
+    _convert_token_to_id = lambda self, token: ord(token)
+    _convert_id_to_token = lambda self, number: chr(number)
+    save_vocabulary = lambda self, folder, filename_prefix=None: ()
+"""
 
 
 def test_a_model_with_images_loads_with_the_code_in_its_folder(tmp_path):

@@ -16,6 +16,7 @@ from lowrank_pl.models.base import load_base
 from lowrank_pl.models.eval_mode import input_device
 from lowrank_pl.models.offload import exceeds_memory, streamed, too_large
 from lowrank_pl.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from tests.helpers.rounded_models import round_model
 from tests.helpers.tiny_training import fit, make_learner, validated
 from tests.helpers.unchanged import assert_untouched, state
 
@@ -36,6 +37,15 @@ def test_a_streamed_model_computes_the_same_and_is_as_before(family):
         assert generate_samples(model, byte_tokenizer(), ["A"], max_new_tokens=3) == text
     assert_untouched(model, before)
     assert perplexity(model, WINDOWS).nats == whole.nats
+
+
+def test_codes_of_rounded_layers_are_streamed_too():
+    model = round_model(tiny_model("llama"))
+    whole, before = perplexity(model, WINDOWS), state(model)
+    with streamed(model, CPU):
+        assert model.lm_head.weight_packed.is_meta
+        assert perplexity(model, WINDOWS).nats == whole.nats
+    assert_untouched(model, before)
 
 
 def test_an_error_inside_leaves_the_model_whole_and_no_device_changes_nothing():

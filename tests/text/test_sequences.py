@@ -178,6 +178,25 @@ def test_fingerprint_depends_on_the_chat_template():
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(byte_tokenizer())
 
 
+class Letters(PreTrainedTokenizer):
+    """A slow tokenizer with an option that changes tokens; one letter is one token."""
+
+    def __init__(self, upper=False, **options):
+        self.upper = upper
+        super().__init__(upper=upper, **options)
+
+    vocab_size = 256
+    get_vocab = lambda self: {chr(byte): byte for byte in range(256)}  # noqa: E731
+    _tokenize = lambda self, text: list(text.replace("assert", "ASSERT") if self.upper else text)  # noqa: E731
+    _convert_token_to_id = lambda self, token: ord(token)  # noqa: E731
+
+
+def test_the_fingerprint_of_a_slow_tokenizer_depends_on_its_options_but_not_on_its_place():
+    plain = tokenizer_fingerprint(Letters())
+    assert tokenizer_fingerprint(Letters(upper=True)) != plain
+    assert tokenizer_fingerprint(Letters(name_or_path="elsewhere", is_local=True)) == plain
+
+
 def test_fingerprint_does_not_depend_on_earlier_calls():
     padded = byte_tokenizer()
     padded(["a", "abc"], padding=True, truncation=True, max_length=2)
