@@ -30,6 +30,7 @@ __all__ = [
     "is_special",
     "locked",
     "sha256_of",
+    "sweep_files",
     "write_json",
 ]
 
@@ -159,7 +160,7 @@ def _check_parents(path: Path) -> None:
         raise ValueError(f"{str(path)!r} can't be written: you may not write to {str(above)!r}; name another place")
 
 
-def atomic_write(path: str | Path, data: str | bytes | Callable[[BinaryIO], object]) -> Path:
+def atomic_write(path: str | Path, data: str | bytes | Callable[[BinaryIO], object], *, sweep: bool = True) -> Path:
     """Write ``data`` to ``path`` so that a reader sees the old file or the complete new one, never a part.
 
     A link stays, and the file that it leads to is written. A device or a FIFO, such as ``/dev/stdout``, is written to.
@@ -168,6 +169,7 @@ def atomic_write(path: str | Path, data: str | bytes | Callable[[BinaryIO], obje
     Args:
         path: The file.
         data: What it holds, or a function that writes this to a file, so that it is never in memory as a whole.
+        sweep: Whether to look for what killed processes have left, which lists the whole folder.
 
     Raises:
         OSError: The disk is full or the folder is not writable; ``path`` is then unchanged.
@@ -179,7 +181,8 @@ def atomic_write(path: str | Path, data: str | bytes | Callable[[BinaryIO], obje
         return path
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
+    if sweep:
+        _sweep(target)
     try:
         with _temporary(target, ".tmp") as temporary:
             with temporary.open("wb") as file:
@@ -280,11 +283,22 @@ def _temporary(path: Path, suffix: str, *, folder: bool = False) -> Iterator[Pat
         lock.release()
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed processes have left of ``path``; put an older folder back if it was about to be replaced."""
-    ours = re.compile(rf"({re.escape(_hidden(path))}\w{{8}}\.(tmp|old))(\.lock)?")
-    names = {found[1] for one in path.parent.iterdir() if (found := ours.fullmatch(one.name))}
-    for left in map(path.with_name, sorted(names)):
+def sweep_files(folder: Path) -> None:
+    """Remove what killed processes have left of any file that they were writing to ``folder``."""
+    _sweep(folder / "file", names=r"\..+\.\w{8}\.tmp")
+
+
+def _sweep(path: Path, *, names: str | None = None) -> None:
+    """Remove what killed processes have left of ``path``; put an older folder back if it was about to be replaced.
+
+    Args:
+        path: The file or the folder.
+        names: The names of what to remove beside it, as a regular expression; by default of what is left of it.
+    """
+    names = names or rf"{re.escape(_hidden(path))}\w{{8}}\.(?:tmp|old)"
+    ours = re.compile(rf"({names})(\.lock)?")
+    found = {match[1] for one in path.parent.iterdir() if (match := ours.fullmatch(one.name))}
+    for left in map(path.with_name, sorted(found)):
         lock = FileLock(f"{left}.lock")
         try:
             # What has no lock is of an earlier version, or on a file system without locks.

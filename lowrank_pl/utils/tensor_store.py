@@ -17,7 +17,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lowrank_pl.utils.distributed import barrier, broadcast_from_first, is_first, one_process_at_a_time, world_size
-from lowrank_pl.utils.files import LOCK, atomic_write, cache_root, canonical_json, locked, sha256_of, write_json
+from lowrank_pl.utils.files import (
+    LOCK,
+    atomic_write,
+    cache_root,
+    canonical_json,
+    locked,
+    sha256_of,
+    sweep_files,
+    write_json,
+)
 
 __all__ = [
     "CHECKSUM_KEY",
@@ -132,6 +141,8 @@ class TensorStore:
         self.directory = Path(directory) if directory else cache_root() / kind / self.digest[:20]
         self._digests = {self.digest}
         self._whole: set[str] = set()
+        # The folder was swept when it was locked: doing so for each of many files takes minutes.
+        self._filling = False
         with one_process_at_a_time():
             if (self.directory / _MANIFEST).exists():
                 self._check_manifest()
@@ -195,7 +206,8 @@ class TensorStore:
             OSError: The disk is full or not writable; no part of the file is left then.
         """
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        atomic_write(self.path(name), with_checksum(ready, {"digest": self.digest, **(notes or {})}))
+        data = with_checksum(ready, {"digest": self.digest, **(notes or {})})
+        atomic_write(self.path(name), data, sweep=not self._filling)
         self._whole.discard(name)
 
     @contextmanager
@@ -220,9 +232,15 @@ class TensorStore:
         names = list(names)
         if broadcast_from_first(lambda: self.missing(names)):
             with self.locked() if is_first() else nullcontext():
-                # A run that held the lock may have written them in the meantime.
-                yield broadcast_from_first(lambda: self.missing(names))
-                barrier()
+                if is_first():
+                    sweep_files(self.directory)
+                self._filling = True
+                try:
+                    # A run that held the lock may have written them in the meantime.
+                    yield broadcast_from_first(lambda: self.missing(names))
+                    barrier()
+                finally:
+                    self._filling = False
         else:
             yield []
         self._check_shared(names)

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,6 +249,23 @@ def test_a_file_without_a_checksum_is_read(store, factors):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     path.write_bytes(save(tensors, metadata={"digest": store.digest, "square_root": "eigen"}))
     assert torch.equal(FactorStore.existing(store.directory).sigma("block.0.q"), factors.sigma)
+
+
+def test_a_store_is_swept_once_when_it_is_filled(store, factors, monkeypatch):
+    left = store.directory / ".block.9.q.safetensors.abcd_123.tmp"
+    for path in (left, Path(f"{left}.lock")):
+        path.touch()
+    swept = []
+    monkeypatch.setattr(
+        files, "_sweep", lambda *given, sweep=files._sweep, **named: swept.append(sweep(*given, **named))
+    )
+    with store.filling(["block.1.q", "block.2.q"]) as missing:
+        assert not left.exists()
+        for name in missing:
+            store.add(name, factors)
+    assert swept == [None]
+    store.add("block.3.q", factors)
+    assert len(swept) == 2
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
