@@ -115,7 +115,10 @@ def resolve_base(base: str) -> BaseSpec:
 
 
 def load_base(base: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the base model in eval mode, without gradients, dense, and ready to be compressed and saved.
+    """Return the base model in eval mode, without gradients, dense, and ready to be compressed.
+
+    The experts of a mixture are separate layers, which its family does not read: call
+    ``lowrank_pl.models.hf_experts.fuse_experts`` before ``save_pretrained``.
 
     A GGUF file is dequantised: its linear layers are plain ``nn.Linear``, and its config names no quantisation, because
     transformers refuses to save a quantised model. The weights are cast to ``dtype`` while loading. Buffers such as

@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 PACKED_WEIGHTS = ("qweight", "weight_packed", "W_q", "quant_state")
 OWN_METHOD = "lowrank"
+_LOW_RANK = ("LowRankLinear", "PivotedLinear", "LowRankEmbedding")
 BY_PATTERN = "excluded by pattern"
 ROUTER = "router of a mixture, which is small and chooses the experts"
 
@@ -622,6 +623,13 @@ def _report(skipped: Sequence[Skipped]) -> None:
 
 def _refuse_quantised(model: PreTrainedModel) -> None:
     """Refuse a model whose weights are packed; a model that was dequantised while loading is dense and passes."""
+    # They have a name of packed weights too, for PEFT.
+    own = next((name for name, module in model.named_modules() if _is_low_rank(module)), None)
+    if own is not None:
+        raise ValueError(
+            f"{type(model).__name__} is already compressed by lowrank_pl (module {own}): give the dense model that it "
+            "was made from"
+        )
     config = getattr(model.config, "quantization_config", None)
     as_dict = config if isinstance(config, dict) or config is None else config.to_dict()
     method = str((as_dict or {}).get("quant_method", "unknown method")).rpartition(".")[2].lower()
@@ -632,6 +640,12 @@ def _refuse_quantised(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(model).__name__} is quantised ({where}) and can't be compressed: load the unquantised checkpoint"
         )
+
+
+def _is_low_rank(module: nn.Module) -> bool:
+    """Tell a low-rank layer that is not rounded, of this package or of a folder's copy of its code."""
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    return not is_quantized(module) and not kinds.isdisjoint(_LOW_RANK)
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -177,7 +177,8 @@ def _options(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     They are arguments that its own class names: the others depend on where it was loaded from.
     """
     own = [kind for kind in type(tokenizer).__mro__ if not issubclass(PreTrainedTokenizer, kind)]
-    named = {name for kind in own if "__init__" in vars(kind) for name in inspect.signature(kind.__init__).parameters}
+    made_by = [vars(kind)["__init__"] for kind in own if "__init__" in vars(kind)]
+    named = {name for make in made_by for name in inspect.signature(make).parameters}
     options = {}
     for name in sorted(named & tokenizer.init_kwargs.keys()):
         # Vocabulary and special tokens are in the fingerprint already.

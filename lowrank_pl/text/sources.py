@@ -190,6 +190,8 @@ def parse_text(text: str) -> TextSource:
             f"id OWNER/NAME of a hub dataset: give a path, the id of a dataset, or {PYTHON_DOCS}"
         )
     _check_options(text, kind, given)
+    if "field" in given and paths and all(kind_of(path) == "plain" for path in paths):
+        raise ValueError(f"text {text!r}: field={given['field']} was given, but plain text has no fields: leave it out")
     values: dict[str, Any] = {"split": "train", **given} if kind == "hub" else dict(given)
     counts = (("limit", "a number of documents"), ("every", "a number of sequences"), ("share", "a share"))
     for option, what in counts:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_pl.models.hf_layers import LowRankLinear
 from lowrank_pl.models.targets import decoder_blocks, dense_weight, find_targets, replace_module
 from lowrank_pl.models.tiny import FAMILIES, tiny_model
 
@@ -222,6 +223,12 @@ def test_quantised_models_are_refused(llama):
     replace_module(llama, "model.layers.0.mlp.up_proj", nn.Linear(32, 96))
     llama.model.layers[0].mlp.up_proj.qweight = torch.zeros(2)
     with pytest.raises(ValueError, match=text):
+        find_targets(llama)
+
+
+def test_models_that_are_partly_compressed_are_refused(llama):
+    replace_module(llama, "model.layers.0.mlp.up_proj", LowRankLinear(32, 96, 8, bias=False))
+    with pytest.raises(ValueError, match=r"already compressed by lowrank_pl \(module model.layers.0.mlp.up_proj\)"):
         find_targets(llama)
 
 

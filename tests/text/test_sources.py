@@ -120,6 +120,14 @@ def test_folders_and_globs_are_read_in_order_and_compressed_files_too(tmp_path):
     assert "".join(read_stream(str(tmp_path))) == "\n\n".join(expected)
 
 
+def test_plain_text_has_no_fields(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(ValueError, match="field=text was given, but plain text has no fields"):
+        parse_text(f"{tmp_path}::field=text")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}')
+    assert parse_text(f"{tmp_path}::field=text").field == "text"
+
+
 def test_json_arrays_and_parquet(tmp_path):
     import datasets
 
