@@ -120,6 +120,9 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"quantization_config has the unknown keys {sorted(unknown)}: expected modules, shapes, experts, schema"
             )
+        for key, value in (("modules", modules), ("shapes", shapes)):
+            if not isinstance(value, (dict, type(None))):
+                raise ValueError(f"quantization_config has the {key} {value!r}: expected an entry for each module")
         self.modules = dict(modules or {})
         for name, entry in self.modules.items():
             try:
@@ -222,9 +225,14 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any) -> tuple[dict[str, Any] | None, Any]:
-        """Return the tensors for ``save_pretrained``, with the scales of rounded layers in half precision."""
+        """Return the tensors for ``save_pretrained``, with the scales of rounded layers in half precision.
+
+        Experts that are computed together have transposed parts of larger tensors, which safetensors refuses.
+        """
         rounded = any(is_quantized(module) for module in model.modules())
-        return stored_state(model.state_dict()) if rounded else None, {}
+        if not rounded and all(parameter.is_contiguous() for parameter in model.parameters()):
+            return None, {}
+        return {name: tensor.contiguous() for name, tensor in stored_state(model.state_dict()).items()}, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -514,11 +522,39 @@ def _portable_class(name: str) -> type[PreTrainedModel]:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor has transformers such a model")
         # If is_custom_code returned True, transformers would not rename old checkpoint keys (GPT-NeoX's embed_out), and
         # the head would stay random.
-        body = {"__module__": __name__, "__doc__": base.__doc__, "is_custom_code": classmethod(lambda _: False)}
+        body = {
+            "__module__": __name__,
+            "__doc__": base.__doc__,
+            "is_custom_code": classmethod(lambda _: False),
+            "resize_token_embeddings": _resizer(base),
+        }
         made = globals()[name] = type(name, (base,), body)
         made.register_for_auto_class(_auto_class(name))
     portable: type[PreTrainedModel] = made
     return portable
+
+
+def _resizer(base: type[PreTrainedModel]) -> Any:
+    """Return ``resize_token_embeddings`` for a subclass of ``base``; transformers' own knows dense matrices only."""
+
+    def resize_token_embeddings(
+        self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **options: Any
+    ) -> nn.Embedding:
+        """Resize the embeddings and the head as transformers does.
+
+        Raises:
+            ValueError: The embeddings are rounded, or the head is compressed.
+        """
+        for layer in (self.get_input_embeddings(), self.get_output_embeddings()):
+            if is_quantized(layer) or isinstance(layer, (LowRankLinear, PivotedLinear)):
+                raise ValueError(
+                    f"resize_token_embeddings was called, but the model has a {type(layer).__name__}, which can't be "
+                    "resized: resize the base before it is compressed"
+                )
+        resized: nn.Embedding = base.resize_token_embeddings(self, new_num_tokens, *args, **options)
+        return resized
+
+    return resize_token_embeddings
 
 
 def _auto_class(name: str) -> str | None:

@@ -13,6 +13,7 @@ from lowrank_pl.factors.compression import factored_embedding
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.hf_format import LowRankConfig
+from lowrank_pl.models.hf_layers import LowRankLinear
 from lowrank_pl.models.hf_quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -220,6 +221,30 @@ def test_a_rounded_model_is_not_compressed_again(folder):
         find_targets(rounded("gemma3"))
     with pytest.raises(ValueError, match="already compressed by lowrank_pl: give the dense model"):
         load_base(str(folder))
+
+
+def test_only_embeddings_that_stay_right_are_resized(folder, tmp_path):
+    with pytest.raises(
+        ValueError, match="QuantizedGemma3TextScaledWordEmbedding, which can't be resized: resize the base"
+    ):
+        AutoModelForCausalLM.from_pretrained(folder).resize_token_embeddings(270)
+    model, entries = tiny_model("llama"), {"lm_head": 4}
+    replace_module(model, "lm_head", LowRankLinear(32, 261, 4, bias=False))
+    model.config.quantization_config = LowRankConfig(entries)
+    model.save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match="LowRankLinear, which can't be resized: resize the base"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "head").resize_token_embeddings(270)
+    model = tiny_model("gemma3")
+    factors = Factors(torch.randn(261, 4), torch.randn(4, 32), torch.ones(4))
+    for place, module in factored_embedding(model, "model.embed_tokens", factors).items():
+        replace_module(model, place, module)
+    model.config.quantization_config = LowRankConfig({"model.embed_tokens": {"rank": 4, "storage": "embedding"}})
+    model.save_pretrained(tmp_path / "low")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "low")
+    loaded.resize_token_embeddings(270, mean_resizing=False)
+    assert torch.equal(logits(loaded)[..., :261], logits(model))
+    loaded.save_pretrained(tmp_path / "larger")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "larger")), logits(loaded))
 
 
 # adapters

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowrank_pl.costs.speed import Variant, uniform_modules
-from lowrank_pl.export.export import save_compressed
+from lowrank_pl.export.export import load_compressed, save_compressed
 from lowrank_pl.models.hf_experts import DroppedExpert, split_experts, split_modules
 from lowrank_pl.models.hf_layers import LowRankLinear, SharedLowRankLinear
 from lowrank_pl.models.targets import find_targets, replace_module
@@ -233,5 +233,18 @@ def test_rounded_experts_stay_apart_and_are_counted(way, caplog):
 def test_a_model_with_grouped_experts_is_not_exported(way, tmp_path):
     model = mixture("mixtral")
     optimize_for_inference(model)
-    with pytest.raises(ValueError, match="GroupedRoutedExperts"):
+    with pytest.raises(ValueError, match=r"GroupedRoutedExperts.*load the folder again without optimize"):
         save_compressed(model, tmp_path / "small", tokenizer=byte_tokenizer(), verify=False)
+
+
+@torch.no_grad()
+@only_grouped
+@pytest.mark.parametrize("made", [mixture, sharing])
+def test_a_loaded_model_with_grouped_experts_is_saved(made, way, tmp_path):
+    save_compressed(made("mixtral"), tmp_path / "small", tokenizer=byte_tokenizer(), verify=False)
+    loaded = load_compressed(tmp_path / "small", optimize=True)
+    loaded.save_pretrained(tmp_path / "again")
+    again, first = (load_compressed(tmp_path / name).state_dict() for name in ("again", "small"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("again", "small")]
+    assert abs(sizes[0] - sizes[1]) < 4096
