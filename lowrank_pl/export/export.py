@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_pl import serving
 from lowrank_pl.export.hub import HubRepo, announce_upload, upload
 from lowrank_pl.export.reload import ExportError, check_contents, check_merged, check_reload, logits_of
 from lowrank_pl.factors.components import AnySize, NestedComponents
@@ -170,8 +172,9 @@ def save_compressed(
             ``HubRepo`` that also says whether it is private, and the branch.
 
     Raises:
-        ValueError: A layer of the model can't be stored, ``directory`` holds something else than an export,
-            ``push_to_hub`` can't be a repository, or ``merge`` or a rounded model is given with an ``AnySize``.
+        ValueError: ``model`` is none of transformers, one of its layers can't be stored, ``directory`` holds something
+            else than an export, ``push_to_hub`` can't be a repository, or ``merge`` or a rounded model is given with an
+            ``AnySize``.
         ExportError: The folder does not reload as the model in memory, the model is broken, or the disk is full.
         UploadError: The folder is finished, but its upload failed.
 
@@ -185,7 +188,12 @@ def save_compressed(
     >>> report.modules, torch.equal(reloaded.model.layers[0].mlp.up_proj.right, model.model.layers[0].mlp.up_proj.right)
     (1, True)
     """
-    directory = Path(directory)
+    directory = at_home(directory)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"a {type(model).__name__} was given: expected a model of transformers; merge an adapter of PEFT into it "
+            "first (merge_and_unload), and give the model that torch.compile was called with"
+        )
     repo = HubRepo(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     check_destination(directory)
     if merge and isinstance(plan, AnySize):
@@ -277,6 +285,13 @@ def _load(directory: Path, verify: bool, from_pretrained_kwargs: Mapping[str, An
     except (OSError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0]
         raise ValueError(f"can't read the weights in {str(directory)!r}: {cause}; copy or export it again") from error
+    # What transformers raises for files that are no index or no configuration.
+    except (KeyError, TypeError, AttributeError, StrictDataclassError, json.JSONDecodeError) as error:
+        given = f", or correct the arguments {', '.join(from_pretrained_kwargs)}" if from_pretrained_kwargs else ""
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"can't read the JSON files in {str(directory)!r} ({cause}): copy or export it again{given}"
+        ) from error
     except RuntimeError as error:
         # What transformers raises for weights of another shape; the table that it prints says which.
         if "ignore_mismatched_sizes" not in str(error):
@@ -323,7 +338,7 @@ def plan_of_export(directory: str | Path) -> RankPlan:
     Raises:
         ValueError: The folder holds no compressed model or no plan.
     """
-    directory = Path(directory)
+    directory = at_home(directory)
     _check_is_compressed(directory)
     if not (directory / "plan.json").is_file():
         raise ValueError(
@@ -344,7 +359,8 @@ def smaller_plan(directory: str | Path, plan: RankPlan, keep: float) -> RankPlan
     Raises:
         ValueError: ``keep`` is impossible, or the folder does not hold the components of this size.
     """
-    _check_not_rounded(Path(directory), plan)
+    directory = at_home(directory)
+    _check_not_rounded(directory, plan)
     try:
         return cut_plan(plan, keep, NestedComponents.of_export(directory, plan).names)
     except ValueError as error:
@@ -383,7 +399,13 @@ def _check_is_compressed(directory: Path) -> None:
         raise ValueError(f"{str(directory)!r} holds no readable config.json: expected a compressed model") from error
     if not isinstance(config, dict):
         raise ValueError(f"{str(directory)!r} holds no readable config.json: expected a compressed model")
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    stored = config.get("quantization_config") or {}
+    if not isinstance(stored, dict):
+        raise ValueError(
+            f"{str(directory / 'config.json')!r} has the quantization_config {stored!r}: expected an entry for each of "
+            "its keys; copy or export the folder again"
+        )
+    method = stored.get("quant_method")
     if method != METHOD:
         kind = "a plain model" if method is None else f"a model quantised by {method}"
         raise ValueError(
@@ -485,6 +507,10 @@ def _entries(model: PreTrainedModel, originals: dict[str, nn.Module]) -> dict[st
             source: Any = module.source
             if model.get_submodule(tied.get(f"{name}.weight", "").removesuffix(".weight")) is not source[0]:
                 raise ValueError(f"{name} reads the rows of an embedding that the config does not tie it to")
+        elif type(module).__module__.startswith(f"{serving.__name__}."):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which only computes here: load the folder again without optimize"
+            )
         elif name and type(module) is not type(original) and _layout(module, original) is None:
             expected = "none" if original is None else f"a {type(original).__name__}"
             raise ValueError(

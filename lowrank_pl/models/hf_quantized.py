@@ -83,7 +83,7 @@ class Grid:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in FIELDS or type(self.bits) is not int:
+        if type(self.bits) is not int or self.bits not in FIELDS:
             raise ValueError(f"{self.bits!r} bits were given: expected a whole number from 2 to 8")
         if self.group is not None and (type(self.group) is not int or self.group < 8 or self.group % 8):
             raise ValueError(f"the group {self.group!r} was given: expected a multiple of 8, or None for a whole row")

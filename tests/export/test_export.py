@@ -580,6 +580,14 @@ def test_layers_that_cannot_be_stored_are_refused(tmp_path):
         export("model.extra", nn.Linear(2, 2))
 
 
+def test_what_is_no_model_of_transformers_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"a Sequential was given: expected a model of transformers; merge an adapter"):
+        save_compressed(nn.Sequential(tiny_model("llama")), tmp_path / "out", tokenizer=byte_tokenizer())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_compressed(compressed("llama"), "~/out", tokenizer=byte_tokenizer(), verify=False)
+    assert load_compressed(tmp_path / "out").num_parameters()
+
+
 def damaged(source, target, change):
     """Copy an export and change the copy; without its digests, as an earlier version would have written it."""
     target.mkdir()
@@ -613,9 +621,27 @@ def in_config(old, new):
     return change
 
 
+def index(text):
+    """Damage the index of sharded weights."""
+
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        (in_config('"hidden_size": 32', '"hidden_size": "32"'), "JSON files in .*copy or export it again"),
+        (in_config('"quantization_config": {', '"quantization_config": [1], "x": {'), "has the quantization_config"),
+        (
+            in_config('"modules": {', '"modules": 5, "shapes": {'),
+            "has the modules 5: expected an entry for each module",
+        ),
+        (index("{}"), "JSON files in .*KeyError: 'weight_map'.*copy or export it again"),
+        (index('{"metadata": {'), "JSON files in .*JSONDecodeError: .*copy or export it again"),
         (
             lambda folder: (folder / "model.safetensors").unlink(),
             "weights in .*: Error no file.*copy or export it again",

@@ -255,6 +255,8 @@ def test_the_config_survives_json():
         ({"modules": {"a": {"rank": 3, "side": "in", "bits": 4}}}, "'a' .*: expected a rank, or rank, storage"),
         ({"modules": {"a": {"rank": 0, "bits": 4}}}, "'a' the rank 0: expected a positive integer"),
         ({"modules": {"a": {"bits": 9}}}, "'a' .*9 bits .*: expected a whole number from 2 to 8"),
+        ({"modules": {"a": {"bits": [4]}}}, r"'a' .*\[4\] bits .*: expected a whole number from 2 to 8"),
+        ({"shapes": ["a"]}, r"the shapes \['a'\]: expected an entry for each module"),
         ({"modules": {"a": {"bits": 4, "group": 12}}}, "'a' .*group 12 .*: expected a multiple of 8"),
     ],
 )

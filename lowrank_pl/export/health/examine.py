@@ -22,14 +22,16 @@ from lowrank_pl.export.health.tokenizer import check_tokenizer
 from lowrank_pl.export.health.weights import check_merged_ranks, check_plan, check_weights, tensors_in, tensors_of
 from lowrank_pl.export.reload import ReloadError, compare_reload
 from lowrank_pl.export.reload_probe import probe
-from lowrank_pl.models.base import load_base, load_tokenizer, stored_dtype
+from lowrank_pl.models.base import load_base, load_tokenizer, resolve_base, stored_dtype
 from lowrank_pl.models.digests import unchecked
 from lowrank_pl.models.hf_experts import experts_fused
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig, align
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.text.sequences import Calibration
+from lowrank_pl.text.sources import parse_mixture
 from lowrank_pl.utils.environment import pick_device
+from lowrank_pl.utils.files import at_home
 
 __all__ = ["diagnose"]
 
@@ -72,10 +74,14 @@ def diagnose(
     Raises:
         ValueError: There is no such folder, or the base, the text, a prompt or the device can't be used.
     """
-    folder = Path(directory)
+    folder = at_home(directory)
     if not folder.is_dir():
         raise ValueError(f"no folder {str(folder)!r}: give the folder of an export or of a checkpoint")
     computing = pick_device(device)
+    # Mistakes in names are found before anything is loaded.
+    parse_mixture(text.text)
+    if base is not None:
+        resolve_base(base)
     findings: list[Finding] = []
     contents = _load(folder, computing, findings, trust=trust_remote_code)
     if contents is None:
@@ -85,15 +91,21 @@ def diagnose(
         name = contents.plan.named_base or None
     options = {"required": base is not None, "trust_remote_code": trust_remote_code}
     original = _load_base(load_tokenizer, name, **options)
-    findings += _check_contents(contents, original)
+    about_contents = _check_contents(contents, original)
     components = None if contents.plan is None else check_components(folder, contents.plan)
-    findings += [] if components is None else [components]
-    model, tokenizer = contents.model, contents.tokenizer
-    if model is None or tokenizer is None or any(finding.health == "broken" for finding in findings):
+    about_contents += [] if components is None else [components]
+    model, tokenizer, tokens = contents.model, contents.tokenizer, None
+    if model is not None and tokenizer is not None:
+        if not any(finding.health == "broken" for finding in findings + about_contents):
+            tokens = text.tokens(tokenizer)
+            check_sequences(model, tokens)
+        # After the text, in which a mistake is found sooner.
+        findings.append(_check_reload(folder, model, tokenizer))
+    findings += about_contents
+    broken = any(finding.health == "broken" for finding in findings)
+    if model is None or tokenizer is None or tokens is None or broken:
         _log.info("text and prompts are left out, because the model is already known to be broken")
         return Diagnosis(str(folder), findings)
-    tokens = text.tokens(tokenizer)
-    check_sequences(model, tokens)
     dense = None if original is None else _load_base(load_base, name, dtype=model.dtype, **options)
     if dense is not None:
         dense.to(computing)
@@ -127,8 +139,6 @@ def _load(folder: Path, device: torch.device, findings: list[Finding], *, trust:
     if model is not None:
         # Outside of _attempt: a full device is not a defect of the model.
         model.to(device)
-    if model is not None and tokenizer is not None:
-        findings.append(_check_reload(folder, model, tokenizer))
     plan = None
     if (folder / "plan.json").is_file():
         plan = _attempt("plan", lambda: RankPlan.load(folder / "plan.json"), findings)
@@ -143,9 +153,11 @@ def _attempt(name: str, load: Callable[[], T], findings: list[Finding]) -> T | N
     """Return the result of ``load``; if it fails, return None and add a finding on why."""
     try:
         return load()
-    # The exceptions of transformers depend on the defect: weights of another shape are a RuntimeError.
-    except (ValueError, OSError, RuntimeError) as error:
+    # The exceptions of transformers depend on the defect: an index without its map is a KeyError.
+    except Exception as error:
         message = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):
+            message = f"{type(error).__name__}: {message}"
         if "ignore_mismatched_sizes" in message:
             message = f"it holds {OTHER_SHAPES}"
         findings.append(Finding(name, "broken", message, {}, "copy the folder again or export it again"))

@@ -214,6 +214,7 @@ def larger_vocabulary():
             "lowrank schema 9",
         ),
         (lambda folder: (folder / "config.json").write_text("{"), "loads", "not a valid JSON file"),
+        (edited("config.json", lambda config: config.update(quantization_config=[1])), "loads", "AttributeError"),
         (
             tokenizer(lambda: byte_tokenizer(bos=True)),
             "tokenizer",
@@ -357,7 +358,17 @@ def test_a_folder_that_is_no_model(tmp_path, capsys, inside, text):
     assert f"lowrank: {tmp_path} is broken: loads: {text}" in shown.err
 
 
-def test_arguments_that_can_not_be_used_are_an_error(copied, tmp_path, caplog):
+def test_arguments_that_can_not_be_used_are_an_error(copied, tmp_path, caplog, monkeypatch):
+    with monkeypatch.context() as patch:
+        # No check of the model comes before the first of these errors, and no fresh process before any.
+        patch.setattr("lowrank_pl.export.health.examine.compare_reload", None)
+        with pytest.raises(ValueError, match="2048 positions"):
+            diagnose(copied, **{**QUICK, "text": Calibration(TEXT, length=4096, sequences=1)})
+        patch.setattr("lowrank_pl.export.health.examine._load", None)
+        with pytest.raises(ValueError, match="is no file, folder or glob"):
+            diagnose(copied, **{**QUICK, "text": Calibration("gone.txt")})
+        with pytest.raises(ValueError, match="unknown family"):
+            diagnose(copied, base="random:none", **QUICK)
     with pytest.raises(ValueError, match=r"none': give the folder of an export or of a checkpoint"):
         diagnose(tmp_path / "none")
     with pytest.raises(ValueError, match="unknown family"):
