@@ -135,7 +135,7 @@ def compare_reload(
     """
     with TemporaryDirectory() as aside:
         file = Path(aside) / "logits.pt"
-        answer = _ask_fresh_process(model, folder, file, tokenizer, compressed=not merged)
+        answer = _ask_fresh_process(model, folder, file, tokenizer=tokenizer, compressed=not merged)
         found = torch.load(file, weights_only=True) if file.exists() else None
     for kind in ("missing", "unexpected"):
         if answer[kind]:
@@ -168,7 +168,7 @@ def _relative_error(exact: Tensor, other: Tensor) -> float:
 
 
 def _ask_fresh_process(
-    model: PreTrainedModel, folder: Path, logits: Path, tokenizer: PreTrainedTokenizerBase, *, compressed: bool
+    model: PreTrainedModel, folder: Path, logits: Path, *, tokenizer: PreTrainedTokenizerBase, compressed: bool
 ) -> dict[str, Any]:
     """Return the answer of reload_probe.py on ``folder``; the logits themselves go into the file ``logits``."""
     device, own_code = str(model.device), base_class(model) is None

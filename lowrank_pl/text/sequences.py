@@ -181,10 +181,11 @@ def _options(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     named = {name for make in made_by for name in inspect.signature(make).parameters}
     options = {}
     for name in sorted(named & tokenizer.init_kwargs.keys()):
-        # Vocabulary and special tokens are in the fingerprint already.
-        if not name.endswith(("_file", "_path", "_token", "_tokens")) and name != "vocab":
+        value = tokenizer.init_kwargs[name]
+        # Vocabulary and special tokens are in the fingerprint already. None may be added by saving and loading.
+        if value is not None and name != "vocab" and not name.endswith(("_file", "_path", "_token", "_tokens")):
             with suppress(TypeError):
-                options[f"option {name}"] = json.dumps(tokenizer.init_kwargs[name], sort_keys=True)
+                options[f"option {name}"] = json.dumps(value, sort_keys=True)
     return options
 
 
