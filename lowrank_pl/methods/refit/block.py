@@ -75,7 +75,7 @@ class BlockError:
         prefix, blocks = decoder_blocks(models.model)
         self.block = copy.deepcopy(blocks[block]).float().eval().requires_grad_(False)
         self._layers: list[Any] = []
-        for name, gone in models.dropped.items():
+        for name, gone in models.replacements.items():
             if name.startswith(f"{prefix}.{block}."):
                 replace_module(self.block, name.removeprefix(f"{prefix}.{block}."), gone)
         for name, made in factors.items():

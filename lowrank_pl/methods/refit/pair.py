@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.calibration.hidden_states import Cache, HiddenStates, cache_for
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.forward import forward_from, forward_from_is_exact, forward_until, move_output
-from lowrank_pl.models.hf_experts import DroppedExpert, routers, split_modules
+from lowrank_pl.models.hf_experts import routers, split_modules
 from lowrank_pl.models.targets import Target, decoder_blocks, dense_weight, first_argument, replaced
 
 __all__ = ["ModelPair", "Pair", "Wiring", "find_wiring"]
@@ -174,17 +174,24 @@ class ModelPair:
     Args:
         model: The dense model; it stays unchanged.
         batches: Token ids ``[sequences, length]`` of every pass.
-        dropped: Names of the experts that the compressed model lacks.
+        replacements: Modules that replace others in every pass of the compressed model, by name: what stands in the
+            place of dropped experts, and compressed embeddings.
 
     Attributes:
-        dropped: What stands in the place of the dropped experts, by name.
+        replacements: As given.
         layers: Low-rank layers of the compressed model by the name of the layer that they replace. The caller adds them
             as they are made: those of earlier blocks before ``start_block``, others after it.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor], *, dropped: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Tensor],
+        *,
+        replacements: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self.model, self.batches = model, list(batches)
-        self.dropped = {name: DroppedExpert() for name in dropped}
+        self.replacements = dict(replacements or {})
         self.layers: dict[str, nn.Module] = {}
         self._resuming = forward_from_is_exact(model, self.batches[0][:1, :32])
         if not self._resuming:
@@ -370,7 +377,12 @@ class ModelPair:
         block = decoder_blocks(self.model)[1][start]
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         states = [move_output(self._compressed.states[number], device)] if start else []
-        with evaluating(self.model), forward_from(self.model, start, states), ExitStack() as stack:
+        with (
+            evaluating(self.model),
+            replaced(self.model, self.replacements),
+            forward_from(self.model, start, states),
+            ExitStack() as stack,
+        ):
             hook = block.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
             stack.callback(hook.remove)
             stack.enter_context(forward_until(self.model, block, before=True))
@@ -423,7 +435,7 @@ class ModelPair:
         numbers = range(len(self.batches)) if numbers is None else numbers
         states = (move_output(progress.states[number], device) for number in numbers)
         if progress is self._compressed:
-            layers = {**layers, **self.dropped}
+            layers = {**layers, **self.replacements}
         with evaluating(self.model), replaced(self.model, layers), forward_from(self.model, progress.start, states):
             for number in numbers:
                 batch = self.batches[number]

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_pl.calibration.roots import Roots
 from lowrank_pl.calibration.statistics import SHARE, packed, statistics_of_factors
 from lowrank_pl.calibration.subject import Subject
-from lowrank_pl.factors.compression import factored_layer
+from lowrank_pl.factors.compression import factored_embedding, factored_layer
 from lowrank_pl.factors.decomposition import Factors
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
@@ -41,6 +41,7 @@ from lowrank_pl.methods.refit.plan import (
 )
 from lowrank_pl.methods.refit.settings import Refit
 from lowrank_pl.methods.refit.solve import NOTHING, Choice, Problem, choose, refitted, refitted_left
+from lowrank_pl.models.hf_experts import DroppedExpert
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import Target, dense_weight
@@ -153,7 +154,26 @@ class _Work:
             "overlapping": self.overlapping,
             # A joint refit steps, or measures curvature, by the batch.
             **({} if self.settings.joint is None else {"batch_size": self.batch_size}),
+            # An earlier version ran the compressed model with the dense embeddings: its refits are not used again.
+            **({"embeddings": embeddings} if (embeddings := self._embedding_ranks()) else {}),
         }
+
+    def _embedding_ranks(self) -> dict[str, int]:
+        """Return the ranks of the factored embeddings, which feed the blocks; those of heads do not count."""
+        ranks = {name: self.plan.modules[name].rank for name in self.plan.embedded}
+        return {
+            name: rank
+            for name, rank in ranks.items()
+            if rank and isinstance(self.model.get_submodule(name), nn.Embedding)
+        }
+
+    def _replacements(self) -> dict[str, nn.Module]:
+        """Return what the compressed model has besides the refitted layers, by name."""
+        found: dict[str, nn.Module] = {name: DroppedExpert() for name in self.plan.dropped_experts}
+        for name in self._embedding_ranks():
+            kept = self.base.kept(name, self.plan.modules[name])
+            found |= factored_embedding(self.model, name, kept)
+        return found
 
     def run(self) -> None:
         """Refit the modules that are missing; wait if another run is refitting them."""
@@ -195,7 +215,7 @@ class _Work:
         joint = self.settings.joint is not None
         # The last layer of a block that writes to the stream may be one that stays dense.
         wiring = find_wiring(self.model, self.modules if joint else low_rank, self.fitting[:1, :32])
-        models = ModelPair(self.model, batches, dropped=self.plan.dropped_experts)
+        models = ModelPair(self.model, batches, replacements=self._replacements())
         if joint and not models.runs_blocks_alone:
             raise ValueError(
                 f"a joint refit runs blocks alone, and the blocks of {type(self.model).__name__} share more than the "

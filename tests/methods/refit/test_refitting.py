@@ -24,6 +24,7 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.base import Problem as Drawing
 from lowrank_pl.methods.allocate.base import factors_of_plan
+from lowrank_pl.methods.allocate.run import allocate_ranks
 from lowrank_pl.methods.refit import refitting as refitting
 from lowrank_pl.methods.refit.pair import ModelPair
 from lowrank_pl.methods.refit.plan import APPLIED, NO_GAIN, UNCHANGED, UNPAIRED, UNROUTED
@@ -385,6 +386,27 @@ def test_the_model_comes_nearer_to_the_dense_one_on_other_text(family, tokenizer
     plan, store, targets = drawn(model, text[:40], tokenizer, keep=0.4)
     new, made = run(model, plan, store, targets, text[:40])
     assert distance(model, new, made, text[40:]) < 0.97 * distance(model, plan, store, text[40:])
+
+
+@pytest.mark.parametrize("joint", [None, Joint(sweeps=1, iterations=1)])
+def test_factored_embeddings_feed_the_compressed_model(llama, sequences, tokenizer, joint, monkeypatch):
+    subject = Subject(llama, tokenizer, sequences, Constraints(include=("*", "embeddings")))
+    plan, store = allocate_ranks(subject, keep=0.3, allocator="uniform", decomposition=Decomposition("whitened"))
+    pairs, real = [], ModelPair.start_block
+
+    def starting(self, block, streams):
+        real(self, block, streams)
+        pairs.append((block, self.call_of_block(0)[0][0]))
+
+    monkeypatch.setattr(ModelPair, "start_block", starting)
+    _, made = refit(plan, store, subject, sequences=sequences, settings=replace(EASY, joint=joint))
+    name = "model.embed_tokens"
+    assert made.fingerprint["refit"]["embeddings"] == {name: plan.modules[name].rank}
+    assert UNCHANGED not in outcomes(plan, made).values()
+    block, fed_to = pairs[0]
+    with torch.no_grad(), compressed(llama, plan, store) as small:
+        assert torch.equal(fed_to, small.get_input_embeddings()(sequences[: len(fed_to)]))
+    assert block == 0
 
 
 def test_stream_and_output_weights_can_be_left_out(llama, sequences, tokenizer):
