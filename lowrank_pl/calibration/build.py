@@ -42,9 +42,6 @@ __all__ = ["build_factors", "build_gradients", "check_finite", "decompose_all", 
 
 _log = logging.getLogger(__name__)
 
-_SHARING = ("two_sided", "whitened", "svd")
-"""The kinds of decomposition that make right factors that experts share."""
-
 
 def build_factors(
     subject: Subject,
@@ -106,12 +103,8 @@ def factor_store(
         ValueError: Experts are to share right factors, and ``settings`` are of a kind that can't share them.
     """
     stacks = targets.stacks
-    if stacks and (settings.kind not in _SHARING or settings.at_keep is not None):
-        what = settings.kind if settings.at_keep is None else f"{settings.kind} with at_keep"
-        raise ValueError(
-            f"shared_experts is true, but the decomposition is {what}, which makes no shared right factors: take "
-            f"{' or '.join(_SHARING)} without at_keep, or leave shared_experts out"
-        )
+    if stacks:
+        settings.check_sharing()
     used = {key: source[key] for key in source if settings.needs_text or key in ("model", "config")}
     if batch_size != 1 and settings.needs_gradients:
         used["batch_size"] = batch_size

@@ -32,6 +32,9 @@ Statistic = Literal[
 EMBEDDING_KINDS = ("two_sided", "whitened", "svd")
 """The kinds of decomposition that have a meaning for embeddings."""
 
+SHARING_KINDS = ("two_sided", "whitened", "svd")
+"""The kinds of decomposition that make right factors that experts share."""
+
 Kind = Literal["whitened", "two_sided", "svd", "asvd", "fwsvd"]
 
 _NEEDS: dict[str, tuple[Statistic, ...]] = {
@@ -160,6 +163,19 @@ class Decomposition:
     def block_by_block(self) -> bool:
         """Whether factors can be made with one block in memory: statistics of a compressed model need all blocks."""
         return self.at_keep is None
+
+    def check_sharing(self) -> None:
+        """Check that experts can share the right factors, before any factors are built.
+
+        Raises:
+            ValueError: This kind makes no shared right factors.
+        """
+        if self.kind not in SHARING_KINDS or self.at_keep is not None:
+            what = self.kind if self.at_keep is None else f"{self.kind} with at_keep"
+            raise ValueError(
+                f"shared_experts is true, but the decomposition is {what}, which makes no shared right factors: take "
+                f"{' or '.join(SHARING_KINDS)} without at_keep, or leave shared_experts out"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that change the result of this kind."""

@@ -19,6 +19,7 @@ from lowrank_pl.methods.masks.fermi import Fermi
 from lowrank_pl.methods.masks.llrc import LLRC
 from lowrank_pl.methods.masks.objectives import DataTerms
 from lowrank_pl.methods.masks.rescaled import Rescaled
+from lowrank_pl.methods.masks.start import check_start
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.quantize.settings import ByteBudget, Rounding
 from lowrank_pl.methods.refit.refitting import Refit
@@ -48,7 +49,7 @@ class Learning:
 
     Raises:
         ValueError: ``steps``, ``sequences``, ``batch_size`` or ``inactive_gate_stride`` below 1, ``lr`` not above 0, or
-            an unknown allocator.
+            an unknown allocator, or one for masks that have a start of their own.
     """
 
     mask: MaskMethod
@@ -66,7 +67,7 @@ class Learning:
         check_counts({f"{name} of a recipe's learning": getattr(self, name) for name in counts})
         check_numbers({"lr of a recipe's learning": (self.lr, 0)}, above=True)
         if self.start is not None:
-            make_allocator(self.start)
+            check_start(make_allocator(self.start), self.mask)
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ class Recipe:
             rows.
 
     Raises:
-        ValueError: An allocator or a setting that does not exist; learning or a refit where pruning leaves no ranks to
-            choose; or healing of factors where there are none, and by an adapter where there are.
+        ValueError: An allocator or a setting that does not exist; factors that the allocator, the masks or shared
+            experts can't use; learning or a refit where pruning leaves no ranks to choose; or healing of factors where
+            there are none, and by an adapter where there are.
     """
 
     decomposition: Decomposition = Decomposition()
@@ -141,7 +143,7 @@ class Recipe:
                     "and leave out learning, refit, heal, rounding and dense"
                 )
         else:
-            make_allocator(self.allocator, **self.settings)
+            self._check_decomposition()
         factored = self.storage == "factored" and not (self.learning or self.refit)
         if self.dense and (self.rounding is None or self.heal or self.prune or not factored):
             raise ValueError(
@@ -167,6 +169,16 @@ class Recipe:
                 "factors, and takes an adapter; `lowrank heal` trains an adapter on any model"
             )
 
+    def _check_decomposition(self) -> None:
+        """Refuse factors that the allocator or the masks can't read, before a comparison builds them."""
+        allocator = make_allocator(self.allocator, **self.settings)
+        if self.learning is None:
+            allocator.check_decomposition(self.decomposition)
+            return
+        self.learning.mask.check_base(self.decomposition.kind)
+        if self.learning.start is not None:
+            make_allocator(self.learning.start).check_decomposition(self.decomposition)
+
     def _check_sharing(self) -> None:
         joint = None if self.refit is None else self.refit.joint
         others = self.learning, joint, self.heal, self.rounding, self.prune, self.in_bytes, self.dense
@@ -176,6 +188,7 @@ class Recipe:
                 "rounding or pruning knows, and of the allocators fisher, energy and uniform: leave out the others, or "
                 "shared_experts"
             )
+        self.decomposition.check_sharing()
 
     @property
     def _allocates_experts(self) -> bool:

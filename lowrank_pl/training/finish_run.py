@@ -166,7 +166,7 @@ class FinishRun(Stopwatch):
     def _check_baselines(self, learner: RankLearner) -> None:
         for name in self.baselines:
             try:
-                make_allocator(name).check_kind(learner.decomposition.kind)
+                make_allocator(name).check_decomposition(learner.decomposition)
             except ValueError as error:
                 raise ValueError(f"the baseline {name} can't use the factors of this run: {error}") from None
 

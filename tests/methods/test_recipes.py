@@ -6,7 +6,7 @@ import pytest
 
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import ALLOCATORS
-from lowrank_pl.methods.masks import ARA, ARS, MASK_METHODS
+from lowrank_pl.methods.masks import ARA, ARS, MASK_METHODS, Rescaled
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.quantize.settings import Rounding
 from lowrank_pl.methods.recipes import RECIPES, Learning, Recipe, recipe
@@ -71,6 +71,27 @@ def test_settings_at_their_first_value_do_not_change_what_results_are_found_by()
     assert "alignment" not in RECIPES["ars"].describe()["learning"]["mask"]
     changed = Recipe(learning=Learning(ARS(alignment="mse")))
     assert changed.describe()["learning"]["mask"]["alignment"] == "mse"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("svd", {"allocator": "fisher"}),
+        ("fwsvd", {"allocator": "svdllm_v2"}),
+        ("svd", {"allocator": "zs_svd", "settings": {"rounds": 1, "reprofile": True}}),
+        ("asvd", {"shared_experts": True}),
+        ("whitened", {"learning": Learning(Rescaled())}),
+        ("whitened", {"learning": Learning(ARA(), start="fisher")}),
+    ],
+)
+def test_factors_that_a_method_cannot_read_are_refused_at_once(kind, settings):
+    with pytest.raises(ValueError, match=rf"{kind}.*(expected|take)"):
+        Recipe(Decomposition(kind), **settings)
+
+
+def test_masks_with_a_start_of_their_own_take_no_other():
+    with pytest.raises(ValueError, match="rescaled have a start of their own"):
+        Learning(Rescaled(), start="fisher")
 
 
 @pytest.mark.parametrize("name", ["llm_pruner+refit", "llm_pruner+pivoted"])

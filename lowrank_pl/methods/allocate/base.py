@@ -114,7 +114,7 @@ class Allocator(ABC):
         return problem.model, problem.sequences
 
     def check_kind(self, kind: str | None) -> None:
-        """Check the kind of factors, before any factors are built.
+        """Check the kind of factors.
 
         Raises:
             ValueError: This method can't read factors of ``kind``.
@@ -124,6 +124,14 @@ class Allocator(ABC):
                 f"the allocator {self.name} was given factors of the kind {kind!r}: expected "
                 f"{' or '.join(self.kinds)} (decomposition.kind)"
             )
+
+    def check_decomposition(self, decomposition: Decomposition) -> None:
+        """Check the decomposition that factors are made by, before any are built.
+
+        Raises:
+            ValueError: This method can't read such factors.
+        """
+        self.check_kind(decomposition.kind)
 
     def check_budget(self, budget: Budget) -> None:
         """Check that this method can give every module of ``budget`` a rank, before any factors are built.

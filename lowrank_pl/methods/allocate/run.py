@@ -54,6 +54,7 @@ def allocate_ranks(
     budget = subject.budget(keep)
     method.check_budget(budget)
     settings = decomposition or method.default_decomposition()
+    method.check_decomposition(settings)
     made = build_factors(subject, settings=settings, directory=store)
     plan = allocate_on(made, subject, budget, method, directory=store)
     factors = factors_of_plan(plan, made)
@@ -77,7 +78,7 @@ def allocate_on(
     Raises:
         ValueError: The factors are not of a kind that the allocator reads.
     """
-    method.check_kind(factors.fingerprint.get("kind"))
+    method.check_decomposition(Decomposition.of_fingerprint(factors.fingerprint))
     gradients = build_gradients(subject, directory=directory) if method.needs_gradients else None
     problem = Problem(
         budget=budget, factors=factors, targets=subject.targets, model=subject.model, sequences=subject.sequences,

@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate.base import Allocator, Problem
-from lowrank_pl.methods.allocate.zs_svd_correction import Rounds, correct
+from lowrank_pl.methods.allocate.zs_svd_correction import Rounds, check_reprofile, correct
 from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["ZSSVD", "drop_order", "first_order_changes"]
@@ -67,6 +68,16 @@ class ZSSVD(Allocator):
                 "round with them, since only the correction uses them"
             )
 
+    def check_decomposition(self, decomposition: Decomposition) -> None:
+        """Check the kind of factors, and that the statistics behind them can be measured again if that is asked for.
+
+        Raises:
+            ValueError: This method can't read such factors, or ``reprofile`` has nothing to measure again.
+        """
+        super().check_decomposition(decomposition)
+        if self.reprofile:
+            check_reprofile(decomposition)
+
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return every component's place in the order of drops; components below a module's floor come last."""
         return self._scores(problem, _changes(problem, _Gradients(problem)))
@@ -84,7 +95,7 @@ class ZSSVD(Allocator):
             settings={"keep_rank_ratio": self.keep_rank_ratio},
             reallocate=lambda factors, gradients: self._plan(replace(problem, factors=factors, gradients=gradients)),
         )
-        note = f"weights corrected in {self.rounds} rounds on {len(sequences[: self.batch])} windows"
+        note = f"weights corrected in {self.rounds} rounds on {len(sequences[: self.batch])} sequences"
         note += " drawn at random" * self.random_batch + ", statistics measured again in each" * self.reprofile
         origin = {"store": str(factors.directory.resolve())}
         return replace(plan, origin=origin, fingerprint=factors.fingerprint, notes=(*plan.notes, note))

@@ -29,7 +29,7 @@ from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import LOCK, atomic_directory, locked
 from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
 
-__all__ = ["Rounds", "correct", "projected_step"]
+__all__ = ["Rounds", "check_reprofile", "correct", "projected_step"]
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +111,8 @@ def correct(
     with locked(work.lock, f"correcting {factors.directory}"):
         done = max((number for number in range(1, rounds.count + 1) if work.finished(number)), default=0)
         current, gradients = (factors, None) if done == 0 else work.open(done)
+        # A run that was killed after a round may have left the one before it.
+        work.remove(done - 1)
         if gradients is not None:
             _log.info("correction: %d of %d rounds are done, in %s", done, rounds.count, current.directory)
             plan = reallocate(current, gradients)
@@ -120,6 +122,20 @@ def correct(
             plan = reallocate(current, gradients)
             work.remove(number - 1)
         return plan, current
+
+
+def check_reprofile(made_by: Decomposition) -> None:
+    """Check that the statistics behind factors can be measured again in the corrected model.
+
+    Raises:
+        ValueError: There are none, or they are those of another compressed model.
+    """
+    if not made_by.needs or made_by.at_keep is not None:
+        what = "with at_keep" if made_by.needs else f"of the kind {made_by.kind!r}, which needs none"
+        raise ValueError(
+            f"reprofile measures the statistics of factors again in the corrected model, and was given factors "
+            f"{what}: leave it out, or take another decomposition"
+        )
 
 
 def projected_step(weight: Tensor, truncated: Tensor, gradient: Tensor) -> Tensor:
@@ -152,12 +168,8 @@ class _Correction:
         self.rounds = rounds
         self.sequences = problem.sequences[: rounds.batch]
         self.made_by = Decomposition.of_fingerprint(base.fingerprint)
-        if rounds.reprofile and (not self.made_by.needs or self.made_by.at_keep is not None):
-            what = "with at_keep" if self.made_by.needs else f"of the kind {self.made_by.kind!r}, which needs none"
-            raise ValueError(
-                f"reprofile measures the statistics of factors again in the corrected model, and was given factors "
-                f"{what}: leave it out, or take another decomposition"
-            )
+        if rounds.reprofile:
+            check_reprofile(self.made_by)
         self.modules = problem.targets.among(plan.modules)
         self.identity = {
             **settings,

@@ -20,13 +20,15 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate import zs_svd_correction as correction
 from lowrank_pl.methods.allocate.base import Problem, factors_of_plan
-from lowrank_pl.methods.allocate.zs_svd import drop_order
+from lowrank_pl.methods.allocate.run import allocate_ranks
+from lowrank_pl.methods.allocate.zs_svd import ZSSVD, drop_order
 from lowrank_pl.methods.allocate.zs_svd_correction import Rounds, projected_step
 from lowrank_pl.models.base import Base
 from lowrank_pl.models.targets import dense_weight, find_targets
 from lowrank_pl.models.tiny import tiny_model
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.sequences import Calibration
+from lowrank_pl.utils.files import cache_root
 from tests.helpers.unchanged import assert_untouched, state
 
 TEXT = "python-docs::part=0%-10%"
@@ -161,7 +163,7 @@ def test_a_round_that_measures_again_by_hand(llama, sequences, tokenizer):
     plan = make_allocator("zs_svd", rounds=1, batch=2, reprofile=True, random_batch=True).plan(problem)
     assert_untouched(llama, before)
     assert plan.notes[-1] == (
-        "weights corrected in 1 rounds on 2 windows drawn at random, statistics measured again in each"
+        "weights corrected in 1 rounds on 2 sequences drawn at random, statistics measured again in each"
     )
     made = factors_of_plan(plan, problem.factors)
     assert not (made.directory / "measured").exists()
@@ -206,6 +208,16 @@ def test_measuring_again_needs_rounds_and_statistics(llama, sequences, tokenizer
         make_allocator("zs_svd", **settings).plan(problem_of(llama, sequences, tokenizer, settings=decomposition))
 
 
+@pytest.mark.parametrize(
+    ("allocator", "kind"), [(ZSSVD(rounds=1, reprofile=True), "svd"), ("fisher", "whitened"), ("svdllm_v2", "fwsvd")]
+)
+def test_a_wrong_kind_of_factors_is_refused_before_any_are_built(llama, sequences, tokenizer, allocator, kind):
+    subject = Subject(llama, tokenizer, sequences[:2])
+    with pytest.raises(ValueError, match=f"of the kind '{kind}'"):
+        allocate_ranks(subject, allocator=allocator, decomposition=Decomposition(kind))
+    assert not [*cache_root().rglob("*.safetensors")]
+
+
 def test_plan_names_the_factors_that_it_is_for(llama, sequences, tokenizer):
     problem = problem_of(llama, sequences, tokenizer)
     plan = make_allocator("zs_svd", rounds=2, batch=3).plan(problem)
@@ -216,7 +228,7 @@ def test_plan_names_the_factors_that_it_is_for(llama, sequences, tokenizer):
     same = {key: value for key, value in made.fingerprint.items() if key != "correction"}
     assert same == problem.factors.fingerprint
     assert (made.fingerprint["correction"]["round"], made.fingerprint["correction"]["rounds"]) == (2, 2)
-    assert plan.notes[-1] == "weights corrected in 2 rounds on 3 windows"
+    assert plan.notes[-1] == "weights corrected in 2 rounds on 3 sequences"
     for name in plan.modules:
         assert made.notes(name) == problem.factors.notes(name)
     # Only the last round is kept, and it serves the base itself.
@@ -289,6 +301,22 @@ def test_a_killed_run_goes_on_after_the_last_finished_round(llama, sequences, to
     rounds.clear()
     assert drawer.plan(problem).modules == whole.modules
     assert not rounds
+
+
+def test_a_run_killed_between_two_rounds_leaves_one_set_of_factors(llama, sequences, tokenizer, monkeypatch):
+    problem = problem_of(llama, sequences, tokenizer)
+    drawer = make_allocator("zs_svd", rounds=2, batch=1)
+
+    def interrupt(self, number):
+        if number > 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(correction._Correction, "remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            drawer.plan(problem)
+    made = factors_of_plan(drawer.plan(problem), problem.factors)
+    assert [*(problem.factors.directory / "correction").iterdir()] == [made.directory]
 
 
 def test_runs_of_fewer_rounds_stay(llama, sequences, tokenizer):
