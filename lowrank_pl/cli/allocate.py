@@ -110,7 +110,7 @@ def allocate(
     made_by = decomposition.resolved(own)
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))
     if budget is not None:
-        byte_budget.check_targets(subject)
+        byte_budget.check_budget(subject, budget, made_by)
         made = build_factors(subject, settings=made_by, directory=store)
         plan, factors = byte_budget.allocate_bytes(subject, budget, decomposition=made_by, store=made)
     else:

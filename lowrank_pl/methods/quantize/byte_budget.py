@@ -39,7 +39,7 @@ from lowrank_pl.plans.size_choices import Sizes, choose_sizes
 from lowrank_pl.plans.storage import Storage
 from lowrank_pl.utils.tensor_store import TensorStore
 
-__all__ = ["SizeOptions", "allocate_bytes", "byte_plan", "size_options"]
+__all__ = ["SizeOptions", "allocate_bytes", "check_budget", "size_options"]
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def allocate_bytes(
     Args:
         subject: The dense model, its tokenizer, the calibration sequences and the constraints on ranks.
         settings: The budget.
-        decomposition: How weights are decomposed; two-sided with default settings by default.
+        decomposition: How weights are decomposed; two-sided with default settings by default. Unused with ``store``.
         store: The factors, if they are made already.
 
     Raises:
@@ -95,11 +95,12 @@ def allocate_bytes(
         >>> plan.method, plan.keep_bytes <= 0.2
         ('bytes', True)
     """
-    check_targets(subject)
     made_by = decomposition or Decomposition("two_sided")
+    if store is not None:
+        made_by = Decomposition.of_fingerprint(store.fingerprint)
+    check_budget(subject, settings, made_by)
     factors = store or build_factors(subject, settings=made_by)
-    options = size_options(subject, factors, settings)
-    plan = byte_plan(subject, settings, options)
+    plan = _byte_plan(subject, settings, size_options(subject, factors, settings))
     notes = [*base_notes(subject), *preparation_notes(subject.targets, factors)]
     plan = plan.with_origin(describe_origin(subject, made_by, factors), factors.fingerprint, notes)
     if not plan.is_rounded:
@@ -107,31 +108,13 @@ def allocate_bytes(
     return quantize(plan, factors, subject)
 
 
-def byte_plan(subject: Subject, settings: ByteBudget, options: SizeOptions) -> RankPlan:
-    """Return the plan of a budget from ``options``, with bits that are not rounded to yet.
-
-    Args:
-        subject: The dense model, its targets and the constraints on ranks.
-        settings: The budget.
-        options: The sizes that there are.
-
-    Raises:
-        ValueError: The budget is below the smallest size.
-    """
+def _byte_plan(subject: Subject, settings: ByteBudget, options: SizeOptions) -> RankPlan:
+    """Return the plan of a budget, which ``check_budget`` accepts, with bits that are not rounded to yet."""
     budget = subject.budget(1.0)
     number = budget.bytes_per_parameter
     dense = budget.model_parameters * number
     limit = settings.limit(dense)
-    parts = sum(max(choice.dense_parameters for choice in choices) for choices in options.choices.values())
-    others = (budget.model_parameters - budget.left_out - parts) * number
-    try:
-        chosen = choose_sizes(options.sizes, limit - others)
-    except ValueError:
-        least = others + sum(int(sizes.bytes.min()) for sizes in options.sizes.values())
-        raise ValueError(
-            f"a budget of {limit:,} bytes was given: the smallest size takes {least:,} ({least / dense:.3f} of the "
-            "dense model): raise it, or allow fewer bits"
-        ) from None
+    chosen = choose_sizes(options.sizes, limit - _other_bytes(budget, options.choices))
     plans = {name: options.choices[name][index] for name, index in chosen.items()}
     losses = {name: float(options.sizes[name].losses[index]) for name, index in chosen.items()}
     embeddings = {name: plan for name, plan in plans.items() if name not in budget.shapes}
@@ -171,35 +154,64 @@ def size_options(subject: Subject, factors: FactorStore, settings: ByteBudget) -
     Raises:
         ValueError: The factors are not two-sided, or embeddings are among the targets.
     """
-    kind = factors.fingerprint.get("kind")
+    _check_kind(factors.fingerprint.get("kind"))
+    _check_targets(subject)
+    budget = subject.budget(1.0)
+    choices = _choices(subject, settings)
+    costs = _module_costs(subject, factors, settings)
+    losses = {
+        target.name: _module_losses(target, choices[target.name], factors, costs) for target in subject.targets.modules
+    }
+    if settings.embeddings:
+        losses |= _embedding_losses(subject, factors, settings)
+    stored = {name: [plan.bytes(budget.bytes_per_parameter) for plan in plans] for name, plans in choices.items()}
+    return SizeOptions(choices, {name: Sizes(np.array(stored[name]), np.array(losses[name])) for name in choices})
+
+
+def check_budget(subject: Subject, settings: ByteBudget, decomposition: Decomposition) -> None:
+    """Check that a budget in bytes can be met, before any factors are built.
+
+    Args:
+        subject: The dense model, its targets and the constraints on ranks.
+        settings: The budget.
+        decomposition: How weights are to be decomposed.
+
+    Raises:
+        ValueError: The decomposition is not two-sided, the budget is below the smallest size, or there are targets that
+            it can't choose a size for: embeddings, which it gives bits and no rank, or experts that are to share right
+            factors, to be alike or to be dropped.
+    """
+    _check_kind(decomposition.kind)
+    _check_targets(subject)
+    budget = subject.budget(1.0)
+    number = budget.bytes_per_parameter
+    dense = budget.model_parameters * number
+    limit = settings.limit(dense)
+    smallest = _choices(subject, settings, only_least=True)
+    least = _other_bytes(budget, smallest)
+    least += sum(min(plan.bytes(number) for plan in plans) for plans in smallest.values())
+    if limit < least:
+        raise ValueError(
+            f"a budget of {limit:,} bytes was given: the smallest size takes {least:,} ({least / dense:.3f} of the "
+            "dense model): raise it, or allow fewer bits"
+        )
+
+
+def _other_bytes(budget: Budget, choices: Mapping[str, Sequence[ModulePlan]]) -> int:
+    """Return the bytes of all parameters that get no size of their own."""
+    parts = sum(plans[0].dense_parameters for plans in choices.values())
+    return (budget.model_parameters - budget.left_out - parts) * budget.bytes_per_parameter
+
+
+def _check_kind(kind: str | None) -> None:
     if kind != "two_sided":
         raise ValueError(
             f"a budget in bytes was given factors of the kind {kind!r}: expected two_sided (decomposition.kind), whose "
             "losses of ranks and of bits compare"
         )
-    check_targets(subject)
-    budget = subject.budget(1.0)
-    costs = _module_costs(subject, factors, settings)
-    found = {
-        target.name: _module_choices(target, factors, costs, settings, budget) for target in subject.targets.modules
-    }
-    if settings.embeddings:
-        found |= _embedding_choices(subject, factors, settings)
-    choices = {name: [plan for plan, _ in options] for name, options in found.items()}
-    stored = {name: [plan.bytes(budget.bytes_per_parameter) for plan in plans] for name, plans in choices.items()}
-    sizes = {
-        name: Sizes(np.array(stored[name]), np.array([loss for _, loss in options])) for name, options in found.items()
-    }
-    return SizeOptions(choices, sizes)
 
 
-def check_targets(subject: Subject) -> None:
-    """Check that a budget in bytes can choose a size for every target, before any factors are built.
-
-    Raises:
-        ValueError: Embeddings are among the targets, to which such a budget gives bits and no rank, or experts that are
-            to share right factors, to be alike or to be dropped.
-    """
+def _check_targets(subject: Subject) -> None:
     targets = subject.targets
     for asked in ("alike_experts", "drop_experts"):
         if getattr(subject.constraints, asked):
@@ -220,26 +232,53 @@ def check_targets(subject: Subject) -> None:
         )
 
 
-def _module_choices(
-    target: Target, factors: FactorStore, costs: TensorStore, settings: ByteBudget, budget: Budget
-) -> list[tuple[ModulePlan, float]]:
-    """Return all plans of a module with their losses."""
-    name, shape = target.name, target.shape
-    tail = losses_by_rank(factors.sigma(name))
-    least = budget.least_rank(name)
-    ranks = [] if least is None else [*range(least, budget.top_rank(name) + 1, budget.multiple_of)]
-    found = [(ModulePlan(shape), 0.0)]
-    for rank in ranks:
-        form = budget.rank_costs.form(shape, rank)
-        found.append((ModulePlan(shape, rank, storage=form), float(tail[rank])))
-    for grid in settings.grids:
-        key = _key(grid)
-        found.append((ModulePlan(shape, grid=grid), costs.read(name, f"dense.{key}").item()))
-        added = costs.read(name, f"components.{key}").cumsum(0)
-        # Rounded coefficients of pivots lose more than rounded factors.
-        some = [rank for rank in ranks if rank <= _top_rank(shape)]
-        found += [(ModulePlan(shape, rank, grid=grid), float(tail[rank] + added[rank - 1])) for rank in some]
+def _choices(subject: Subject, settings: ByteBudget, *, only_least: bool = False) -> dict[str, list[ModulePlan]]:
+    """Return all plans of every module and embedding, the dense one first.
+
+    Args:
+        subject: The dense model, its targets and the constraints on ranks.
+        settings: Which bits there are.
+        only_least: Only plans of the lowest rank, or dense: the smallest plan is one of these.
+    """
+    budget = subject.budget(1.0)
+    found = {}
+    for target in subject.targets.modules:
+        least = budget.least_rank(target.name)
+        ranks = [] if least is None else [*range(least, budget.top_rank(target.name) + 1, budget.multiple_of)]
+        found[target.name] = _plans(target.shape, ranks[:1] if only_least else ranks, settings, budget)
+    if settings.embeddings:
+        found |= {name: _plans(shape, [], settings, budget) for name, shape in embedding_names(subject.model).items()}
     return found
+
+
+def _plans(shape: tuple[int, int], ranks: Sequence[int], settings: ByteBudget, budget: Budget) -> list[ModulePlan]:
+    """Return the plans of one matrix: dense or of one of ``ranks``, as it is or at any number of bits."""
+    # Rounded coefficients of pivots lose more than rounded factors.
+    rounded = [rank for rank in ranks if rank <= _top_rank(shape)]
+    return [
+        ModulePlan(shape),
+        *(ModulePlan(shape, rank, storage=budget.rank_costs.form(shape, rank)) for rank in ranks),
+        *(ModulePlan(shape, rank, grid=grid) for grid in settings.grids for rank in (None, *rounded)),
+    ]
+
+
+def _module_losses(
+    target: Target, plans: Sequence[ModulePlan], factors: FactorStore, costs: TensorStore
+) -> list[float]:
+    """Return the predicted loss of every plan of a module, in nats."""
+    name = target.name
+    tail = losses_by_rank(factors.sigma(name))
+    keys = dict.fromkeys(_key(plan.grid) for plan in plans if plan.grid is not None)
+    whole = {key: costs.read(name, f"dense.{key}").item() for key in keys}
+    added = {key: costs.read(name, f"components.{key}").cumsum(0) for key in keys}
+
+    def loss(plan: ModulePlan) -> float:
+        if plan.grid is None:
+            return 0.0 if plan.rank is None else float(tail[plan.rank])
+        key = _key(plan.grid)
+        return whole[key] if plan.rank is None else float(tail[plan.rank] + added[key][plan.rank - 1])
+
+    return [loss(plan) for plan in plans]
 
 
 def _top_rank(shape: tuple[int, int]) -> int:
@@ -273,11 +312,9 @@ def _module_costs(subject: Subject, factors: FactorStore, settings: ByteBudget) 
     return store
 
 
-def _embedding_choices(
-    subject: Subject, factors: FactorStore, settings: ByteBudget
-) -> dict[str, list[tuple[ModulePlan, float]]]:
-    """Return all plans of embeddings and head with the divergence that each causes alone, in nats a token."""
-    model, sequences = subject.model, subject.sequences
+def _embedding_losses(subject: Subject, factors: FactorStore, settings: ByteBudget) -> dict[str, list[float]]:
+    """Return the divergence that each plan of embeddings and head causes alone, in nats a token."""
+    model = subject.model
     names = embedding_names(model)
     grids = [grid.to_json() for grid in settings.grids]
     given = {"grids": grids, "sequences": settings.sequences, "nearest_from": NEAREST_FROM}
@@ -286,7 +323,7 @@ def _embedding_choices(
     head = model.get_output_embeddings()
     with store.filling(names) as missing:
         coarse = any(grid.bits < NEAREST_FROM for grid in settings.grids)
-        moment = head_moment(model, sequences) if missing and coarse else None
+        moment = head_moment(factors, subject) if missing and coarse else None
         for name in missing:
             weight = model.get_submodule(name).get_parameter("weight")
             reads = moment if weight is head.weight else None
@@ -295,13 +332,7 @@ def _embedding_choices(
                 for grid in settings.grids
             }
             store.write(name, found)
-    return {
-        name: [
-            (ModulePlan(shape), 0.0),
-            *((ModulePlan(shape, grid=grid), store.read(name, _key(grid)).item()) for grid in settings.grids),
-        ]
-        for name, shape in names.items()
-    }
+    return {name: [0.0, *(store.read(name, _key(grid)).item() for grid in settings.grids)] for name in names}
 
 
 def _divergence(subject: Subject, name: str, grid: Grid, moment: Tensor | None, settings: ByteBudget) -> float:

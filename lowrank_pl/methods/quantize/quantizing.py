@@ -7,7 +7,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -21,10 +20,9 @@ from lowrank_pl.factors.rounding import Metric, compensated, nearest, round_dens
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.quantize.settings import Rounding, grid_of
-from lowrank_pl.models.eval_mode import evaluating, input_device
 from lowrank_pl.models.hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear
 from lowrank_pl.models.hf_quantized import Grid, Rounded
-from lowrank_pl.models.targets import Target, dense_weight, weight_of
+from lowrank_pl.models.targets import HEAD, Target, dense_weight, weight_of
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.utils.files import canonical_json, sha256_of
@@ -37,7 +35,6 @@ __all__ = [
     "head_moment",
     "quantize",
     "round_embedding",
-    "with_bits",
 ]
 
 _log = logging.getLogger(__name__)
@@ -73,6 +70,7 @@ def quantize(
         ValueError: The plan has no bits, is rounded already, or does not belong to factors and model.
 
     Example:
+        >>> import torch
         >>> from lowrank_pl import allocate_ranks
         >>> from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
         >>> subject = Subject(tiny_model("llama"), byte_tokenizer(), torch.arange(256).view(4, 64))
@@ -83,7 +81,7 @@ def quantize(
     check_roundable(plan)
     if _STEP in factors.fingerprint:
         raise ValueError(f"the matrices in {factors.directory} are rounded already: give the plan before rounding")
-    given = plan if settings is None else with_bits(plan, settings, subject.model)
+    given = plan if settings is None else _with_bits(plan, settings, subject.model)
     if not given.is_rounded:
         raise ValueError("the plan gives no module any bits: say how to round it, such as with bits 4")
     work = _Work(given, factors, subject, compensate=settings is None or settings.compensate)
@@ -99,7 +97,7 @@ def check_roundable(plan: RankPlan) -> None:
     plan.refuse_shared("no such factor is rounded to a few bits: round a plan without shared_experts")
 
 
-def with_bits(plan: RankPlan, settings: Rounding, model: PreTrainedModel) -> RankPlan:
+def _with_bits(plan: RankPlan, settings: Rounding, model: PreTrainedModel) -> RankPlan:
     """Return ``plan`` with the same bits for every module, and with bits for the embeddings of ``model``."""
     ends = None if settings.embeddings is None else grid_of(settings.embeddings)
     modules = {
@@ -134,26 +132,22 @@ def embedding_names(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     return found
 
 
-def head_moment(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+def head_moment(factors: FactorStore, subject: Subject) -> Tensor:
     """Return the mean second moment ``[width, width]`` of what the head reads, float64.
 
+    It is measured once, on the first calibration sequences, and kept with the statistics of ``factors``.
+
     Args:
-        model: The dense model.
-        sequences: ``[sequences, length]`` token ids; the first ones are used.
+        factors: The factors.
+        subject: The dense model, and the sequences that the factors were made from.
     """
+    model, sequences = subject.model, subject.sequences
     head: nn.Module = model.get_output_embeddings()
-    weight = head.get_parameter("weight")
-    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].detach().flatten(0, -2).float()
-        total.add_((rows.mT @ rows).to(total), alpha=1 / len(rows))
-
-    some = sequences[:_HEAD_SEQUENCES]
-    with evaluating(model), head.register_forward_pre_hook(add):
-        for sequence in tqdm(some, desc="inputs of the head", unit="sequence", leave=False):
-            model(input_ids=sequence[None].to(input_device(model)), use_cache=False)
-    return total / len(some)
+    name = next(name for name, module in model.named_modules() if module is head)
+    rows, columns = head.get_parameter("weight").shape
+    statistics = statistics_of_factors(factors, model, sequences).on(sequences[:_HEAD_SEQUENCES])
+    store = statistics.collect("inputs", [Target(name, 0, HEAD, (rows, columns), name)])
+    return store.read(name, "second_moment").double()
 
 
 def round_embedding(weight: Tensor, grid: Grid, moment: Tensor | None) -> Rounded:
@@ -283,7 +277,7 @@ class _Work:
             return
         head = self.model.get_output_embeddings()
         reads = {name: self.model.get_submodule(name).get_parameter("weight") is head.weight for name in names}
-        moment = head_moment(self.model, self.subject.sequences) if self._reads_head() else None
+        moment = head_moment(self.base, self.subject) if self._reads_head() else None
         for name in tqdm(names, desc="round embeddings", unit="matrix", leave=False):
             weight, grid = self.model.get_submodule(name).get_parameter("weight"), self.plan.embeddings[name].grid
             assert grid is not None

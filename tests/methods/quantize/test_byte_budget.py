@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from lowrank_pl import allocate_ranks
 from lowrank_pl.calibration.build import build_factors
+from lowrank_pl.calibration.statistics import Statistics
 from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.evaluate.likelihood import divergence
 from lowrank_pl.factors.compression import compressed
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.quantize import ByteBudget, Rounding, allocate_bytes, quantize
+from lowrank_pl.methods.quantize import ByteBudget, Rounding, allocate_bytes, byte_budget, quantize
 from lowrank_pl.methods.quantize.byte_budget import size_options
 from lowrank_pl.models.base import load_base
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
@@ -53,9 +55,32 @@ def test_a_size_may_be_named_in_bytes(subject):
     assert plan.bytes <= 40_000
 
 
-def test_too_small_a_budget_says_what_is_possible(subject):
-    with pytest.raises(ValueError, match=r"a budget of 1,000 bytes was given: the smallest size takes [\d,]+ "):
-        allocate_bytes(subject, ByteBudget(size="1KB", sequences=1))
+def test_too_small_a_budget_says_what_is_possible_before_factors_are_built(subject, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(byte_budget, "build_factors", lambda *_, **__: pytest.fail("factors were built"))
+        with pytest.raises(
+            ValueError, match=r"a budget of 1,000 bytes was given: the smallest size takes [\d,]+ "
+        ) as caught:
+            allocate_bytes(subject, ByteBudget(size="1KB", sequences=1))
+    least = int(re.search(r"takes ([\d,]+)", str(caught.value))[1].replace(",", ""))
+    assert allocate_bytes(subject, ByteBudget(size=str(least), sequences=1))[0].bytes == least
+
+
+def test_given_factors_name_their_own_decomposition_and_the_head_is_measured_once(subject, monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWRANK_HOME", str(tmp_path))
+    measured = []
+    real = Statistics.collect
+
+    def collect(self, statistic, targets, *rest, **options):
+        measured.extend(t.name for t in targets if statistic == "inputs" and self.missing(statistic, [t], "text"))
+        return real(self, statistic, targets, *rest, **options)
+
+    monkeypatch.setattr(Statistics, "collect", collect)
+    factors = build_factors(subject, settings=Decomposition("two_sided", labels="text"))
+    plan, made = allocate_bytes(subject, ByteBudget(keep=0.2, bits=(3,), sequences=1), store=factors)
+    assert plan.origin["decomposition"]["labels"] == "text"
+    assert {"rounding", "labels"} <= set(made.fingerprint)
+    assert measured == ["lm_head"]
 
 
 def test_budgets_under_other_constraints_share_their_rounding_costs(subject):
@@ -66,10 +91,13 @@ def test_budgets_under_other_constraints_share_their_rounding_costs(subject):
     assert all(plan.keep_bytes <= 0.2 for plan in found)
 
 
-def test_only_two_sided_factors_have_losses_that_compare(subject):
+def test_only_two_sided_factors_have_losses_that_compare(subject, monkeypatch):
     factors = build_factors(subject, settings=Decomposition("whitened"))
     with pytest.raises(ValueError, match="factors of the kind 'whitened': expected two_sided"):
         size_options(subject, factors, ByteBudget(keep=0.5))
+    monkeypatch.setattr(byte_budget, "build_factors", lambda *_, **__: pytest.fail("factors were built"))
+    with pytest.raises(ValueError, match="factors of the kind 'whitened': expected two_sided"):
+        allocate_bytes(subject, ByteBudget(keep=0.5), decomposition=Decomposition("whitened"))
 
 
 @pytest.mark.parametrize(
