@@ -206,7 +206,7 @@ class Comparison:
         if method.prune is None:
             return self._on_base(name, method, keep, identity, dense, {})
         # The pruned model is released before the next one is loaded.
-        at, spent = self._pruned(method.prune, keep)
+        at, spent = self._pruned(method, method.prune, keep)
         if at is self and method.only_prunes:
             # At this size nothing is removed, so there is nothing to heal.
             method = replace(method, heal=None)
@@ -290,11 +290,13 @@ class Comparison:
         fingerprint = model_fingerprint(self.subject.model)
         return plan.with_origin(plan.origin, fingerprint, base_notes(self.subject))
 
-    def _pruned(self, settings: WidthPruning | LLMPruner, keep: float) -> tuple[Comparison, float | None]:
+    def _pruned(
+        self, method: Recipe, settings: WidthPruning | LLMPruner, keep: float
+    ) -> tuple[Comparison, float | None]:
         """Return this comparison on the pruned base, and the seconds of pruning, possibly in an earlier run."""
         subject = self.subject
         assert subject.base is not None
-        folder, spent = pruned_base(subject, settings, keep=keep)
+        folder, spent = pruned_base(self._subject_of(method), settings, keep=keep)
         if folder == subject.base.name:
             return self, spent
         base = replace(subject.base, name=folder)

@@ -22,13 +22,15 @@ from lowrank_pl.export.card import plain_card
 from lowrank_pl.export.export import save_compressed
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.prune.llm_pruner import apply_llm_pruner, find_prunable
+from lowrank_pl.methods.prune.llm_pruner import apply_llm_pruner, find_prunable, structures_left
 from lowrank_pl.methods.prune.mlp import HiddenNeurons, find_hidden_neurons, prune_model, pruned_config
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
+from lowrank_pl.methods.prune.structures import neurons_of
 from lowrank_pl.methods.prune.widths import measure_widths
 from lowrank_pl.models.digests import changed_files
 from lowrank_pl.models.identity import Origin
 from lowrank_pl.models.targets import EMBEDDINGS, Target, Targets, find_targets, model_parameters, targeted_parameters
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.utils.distributed import broadcast_from_first
 from lowrank_pl.utils.files import cache_root, canonical_json, locked, sha256_of, write_json
 from lowrank_pl.utils.formatting import code, escaped
@@ -81,6 +83,7 @@ def apply_pruning(
     *,
     base: str,
     keep: float | None,
+    constraints: Constraints = Constraints(),
 ) -> ChosenWidths:
     """Prune the MLPs of ``model`` in width, in place, and return the chosen widths.
 
@@ -92,22 +95,15 @@ def apply_pruning(
         base: Name of the base.
         keep: Fraction of the unpruned base's targeted parameters that remains after rank allocation; None if
             ``settings.share`` is given.
+        constraints: Storage and multiples of the ranks; see ``WidthLosses``.
 
     Raises:
         ValueError: The model has no MLP that can be pruned, or ``keep`` can't be reached.
     """
-    hidden = find_hidden_neurons(model, targets)
+    hidden, widths = _candidates(model, targets, settings, base=base, keep=keep)
     present = hidden[0].width
     origin = _origin(model, targets, hidden, base)
-    widths = settings.widths(present)
-    if not settings.by_block:
-        pruned_config(model, hidden, widths[0])
     now, left_out = targeted_parameters(targets), origin.left_out(targets)
-    if keep is not None and keep * (now + left_out) > now:
-        raise ValueError(
-            f"keep is {keep}, but earlier width pruning has left only {now / (now + left_out):.4f} of the targeted "
-            f"parameters of {origin.base}: lower keep, or prune {origin.base} itself"
-        )
     to_measure = _targets_to_measure(targets, hidden, settings)
     check_finite(model, to_measure)
     roots = Roots(_TWO_SIDED, statistics, to_measure, model.device)
@@ -115,7 +111,9 @@ def apply_pruning(
     if settings.share is None:
         assert keep is not None
         limit = int(keep * (now + left_out))
-        known = measure_widths(model, targets, hidden, roots, [present, *widths], damping=settings.damping)
+        known = measure_widths(
+            model, targets, hidden, roots, [present, *widths], damping=settings.damping, constraints=constraints
+        )
         tried = known.losses(limit)
         # Of equal losses, the widest.
         chosen = [min(sorted(tried, reverse=True), key=tried.__getitem__)] * len(hidden)
@@ -134,6 +132,37 @@ def apply_pruning(
     nats = prune_model(model, hidden, chosen, weights, damping=settings.damping)
     replace(origin, left={mlp.parent: width for mlp, width in zip(hidden, chosen, strict=True)}).write(model)
     return ChosenWidths(present, tuple(chosen), nats, tried, by_block)
+
+
+def _candidates(
+    model: PreTrainedModel, targets: Targets, settings: WidthPruning, *, base: str, keep: float | None
+) -> tuple[Sequence[HiddenNeurons], list[int]]:
+    """Return the MLPs and their candidate widths, ascending, before anything is measured.
+
+    Raises:
+        ValueError: The model has no MLP that can be pruned, or too few parameters are left for ``keep``.
+    """
+    hidden = find_hidden_neurons(model, targets)
+    present = hidden[0].width
+    origin = _origin(model, targets, hidden, base)
+    widths = settings.widths(present)
+    if not settings.by_block:
+        pruned_config(model, hidden, widths[0])
+    now, left_out = targeted_parameters(targets), origin.left_out(targets)
+    if keep is not None and keep * (now + left_out) > now:
+        raise ValueError(
+            f"keep is {keep}, but earlier width pruning has left only {now / (now + left_out):.4f} of the targeted "
+            f"parameters of {origin.base}: lower keep, or prune {origin.base} itself"
+        )
+    if keep is not None and settings.share is not None:
+        gone = sum(neurons_of(mlp).parameters for mlp in hidden) * (present - widths[0])
+        left = (now - gone) / (now + left_out)
+        if left < keep:
+            raise ValueError(
+                f"MLPs pruned to a share of {settings.share} leave {left:.4f} of the targeted parameters, less than "
+                f"keep {keep}: raise the share or lower keep"
+            )
+    return hidden, widths
 
 
 def _targets_to_measure(
@@ -168,7 +197,11 @@ def pruned_base(subject: Subject, settings: WidthPruning | LLMPruner, *, keep: f
             ``keep``.
         ExportError: The reloaded folder differs from the pruned model.
     """
-    assert subject.base is not None
+    if subject.base is None:
+        raise ValueError(
+            "a base was asked to be pruned, but the subject names none, and the pruned model records what it was made "
+            "from: give Subject its base, or use apply_pruning"
+        )
     if subject.targets.embeddings:
         raise ValueError(
             "a base was asked to be pruned for a plan with embeddings among its targets, whose ranks pruning does not "
@@ -182,8 +215,13 @@ def pruned_base(subject: Subject, settings: WidthPruning | LLMPruner, *, keep: f
         by_pruning = asked["keep"] = keep if settings.keep is None else settings.keep
         if by_pruning < keep:
             raise ValueError(f"keep of llm_pruner is {by_pruning}, less than keep {keep}: raise it, or lower keep")
+        structures_left(subject.model, targets, settings, by_pruning)
     else:
         asked["keep"] = keep if settings.share is None else None
+        _candidates(subject.model, targets, settings, base=base, keep=keep)
+        if settings.share is None:
+            subject.budget(keep)
+            asked |= _rank_costs(globs, subject.model)
     targeted = {"include": list(globs.include), "exclude": list(globs.exclude)}
     key = sha256_of(canonical_json({**asked, **targeted, **statistics.source}))[:20]
     folder = cache_root() / "narrowed" / key
@@ -215,13 +253,22 @@ def pruned_base(subject: Subject, settings: WidthPruning | LLMPruner, *, keep: f
     if isinstance(settings, LLMPruner):
         _log.info("the base is %s, pruned by llm_pruner to %s: %s", base, done["described"], folder)
         return str(folder), done["seconds"]
-    if settings.share is not None and done["left"] < keep:
-        raise ValueError(
-            f"MLPs pruned to a share of {settings.share} leave {done['left']:.4f} of the targeted parameters, less "
-            f"than keep {keep}: raise the share or lower keep"
-        )
     _log.info("the base is %s, pruned to %s of %d hidden neurons per MLP: %s", base, *done["width"], folder)
     return str(folder), done["seconds"]
+
+
+def _rank_costs(constraints: Constraints, model: PreTrainedModel) -> dict[str, Any]:
+    """Return what else the choice of a width depends on, as JSON values.
+
+    Values that earlier versions always used are left out, so that the bases that they pruned are found again.
+    """
+    given = {
+        "storage": constraints.storage,
+        "rank_multiple_of": constraints.multiple_of,
+        "bytes_per_parameter": model.dtype.itemsize,
+    }
+    first = {"storage": "auto", "rank_multiple_of": 1, "bytes_per_parameter": 4}
+    return {name: value for name, value in given.items() if value != first[name]}
 
 
 @dataclass(frozen=True)
@@ -269,7 +316,9 @@ def _make(
     if isinstance(settings, LLMPruner):
         apply_llm_pruner(model, targets, statistics, settings, base=base, keep=keep)
     else:
-        found = apply_pruning(model, targets, statistics, settings, base=base, keep=keep)
+        found = apply_pruning(
+            model, targets, statistics, settings, base=base, keep=keep, constraints=subject.constraints
+        )
         noted["narrower"] = found.any_pruned
         if found.any_pruned:
             noted |= {"widths": found.widths}

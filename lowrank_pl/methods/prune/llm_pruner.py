@@ -32,7 +32,7 @@ from lowrank_pl.models.targets import (
     targeted_parameters,
 )
 
-__all__ = ["Prunable", "apply_llm_pruner", "find_prunable", "structure_importance"]
+__all__ = ["Prunable", "apply_llm_pruner", "find_prunable", "structure_importance", "structures_left"]
 
 _log = logging.getLogger(__name__)
 
@@ -153,11 +153,14 @@ def apply_llm_pruner(
         ... ).described
         '35 to 96 of 96 hidden neurons in each MLP and 1 to 2 of 2 key/value heads in each attention module'
     """
-    if not 0 < keep < 1:
-        raise ValueError(f"keep is {keep}: expected a fraction above 0 and below 1")
-    found = find_prunable(model, targets, settings)
+    found, left = structures_left(model, targets, settings, keep)
     origin = Origin.of(model) or Origin(base, targeted_parameters(targets), model_parameters(model), 0, {}, ())
-    left = _left(found, targeted_parameters(targets), origin.left_out(targets), settings, keep)
+    present = targeted_parameters(targets)
+    gone = sum(one.parameters * (one.count - count) for one, count in zip(found.chosen, left, strict=True))
+    kept = (present - gone) / (present + origin.left_out(targets))
+    if kept < keep - 0.005:
+        text = "%.4f of the targeted parameters are left, where keep is %g: no smaller parts can be removed"
+        _log.warning(text, kept, keep)
     now = {one.parent: count for one, count in zip(found.chosen, left, strict=True)}
     origin = _recorded(origin, found, now)
     config = model.config
@@ -180,6 +183,27 @@ def apply_llm_pruner(
     origin.write(model)
     _log.info("pruned blocks %d to %d to %s", found.blocks.start, found.blocks.stop - 1, origin.described)
     return origin
+
+
+def structures_left(
+    model: PreTrainedModel, targets: Targets, settings: LLMPruner, keep: float
+) -> tuple[Prunable, list[int]]:
+    """Return the structures of ``model``, and how many each of ``Prunable.chosen`` keeps; nothing is measured.
+
+    Args:
+        model: The dense base; it stays unchanged.
+        targets: Its target layers.
+        settings: What is pruned.
+        keep: Fraction of the unpruned base's targeted parameters that is left.
+
+    Raises:
+        ValueError: As in ``apply_llm_pruner``.
+    """
+    if not 0 < keep < 1:
+        raise ValueError(f"keep is {keep}: expected a fraction above 0 and below 1")
+    found, origin = find_prunable(model, targets, settings), Origin.of(model)
+    before = 0 if origin is None else origin.left_out(targets)
+    return found, _left(found, targeted_parameters(targets), before, settings, keep)
 
 
 def _left(found: Prunable, present: int, before: int, settings: LLMPruner, keep: float) -> list[int]:
@@ -221,10 +245,6 @@ def _left(found: Prunable, present: int, before: int, settings: LLMPruner, keep:
             f"{found.blocks.start} to {found.blocks.stop - 1} have {prunable / total:.4f} of them, and one of each "
             "must stay: raise keep, lower skip_first or skip_last, or prune attention and mlp"
         )
-    kept = (present - sum(one.parameters * (one.count - left[one.parent]) for one in found.chosen)) / total
-    if kept < keep - 0.005:
-        text = "%.4f of the targeted parameters are left, where keep is %g: no smaller parts can be removed"
-        _log.warning(text, kept, keep)
     return [left[one.parent] for one in found.chosen]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from lowrank_pl.methods.prune.eliminate import nested_prunings
 from lowrank_pl.methods.prune.mlp import HiddenNeurons, rows_of
 from lowrank_pl.models.targets import Target, Targets, dense_weight
 from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.convex_hull import hull_slopes, losses_by_rank
 from lowrank_pl.plans.storage import Storage
 
@@ -39,36 +41,70 @@ class WidthOption(NamedTuple):
     layers: dict[str, Spectrum]
 
 
+Sizes = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Parameters of a linear layer at each rank below break-even and dense, and the nats that it loses there."""
+
+
 @dataclass(frozen=True)
 class WidthLosses:
     """Predicted losses of MLPs at every candidate width, and of all linear layers at every rank.
 
-    The loss of a choice of widths is that of pruning plus that of the exact rank allocation (``fisher``, pivoted
-    storage) within the allowed parameters. Kept neurons are assumed to keep their moments.
+    The loss of a choice of widths is that of pruning plus that of the exact rank allocation (``fisher``) within the
+    allowed parameters, in the storage and the multiples of the run. Kept neurons are assumed to keep their moments.
 
     Args:
         others: Spectra of the linear layers outside MLPs, by name.
         options: Each MLP at each width; all MLPs have the same candidate widths.
+        constraints: ``storage`` and ``multiple_of`` of the ranks; the rest is unused.
+        bytes_per_parameter: Bytes of one stored number.
     """
 
     others: dict[str, Spectrum]
     options: Sequence[dict[int, WidthOption]]
+    constraints: Constraints = Constraints()
+    bytes_per_parameter: int = 4
 
     def losses(self, limit: int) -> dict[int, float]:
-        """Return the nats lost if all MLPs have one width, by width; widths with too few parameters are omitted.
+        """Return the nats lost if all MLPs have one width, by width.
+
+        Widths with fewer parameters than ``limit``, or without ranks that are small enough for it, are omitted.
 
         Args:
             limit: Parameters that all linear layers may keep together.
         """
         alike = {width: [width] * len(self.options) for width in self.options[0]}
-        return {
-            width: self.loss(all_, limit) for width, all_ in alike.items() if _parameters(self._layers(all_)) >= limit
-        }
+        large = {width: all_ for width, all_ in alike.items() if _parameters(self._layers(all_)) >= limit}
+        found = {width: self.loss(all_, limit) for width, all_ in large.items()}
+        return {width: loss for width, loss in found.items() if math.isfinite(loss)}
 
     def loss(self, widths: Sequence[int], limit: int) -> float:
-        """Return the nats lost if the MLPs have ``widths`` and ranks leave at most ``limit`` parameters."""
+        """Return the nats lost if the MLPs have ``widths`` and ranks leave at most ``limit`` parameters.
+
+        Infinite if the smallest ranks, which are multiples, take more.
+        """
         lost = sum(option[width].lost for option, width in zip(self.options, widths, strict=True))
-        return lost + _least_loss(self._layers(widths), limit)
+        return lost + self._least_loss(self._layers(widths), limit)
+
+    def _least_loss(self, layers: dict[str, Spectrum], limit: int) -> float:
+        """Return the nats that the best ranks of ``layers`` lose within ``limit`` parameters."""
+        shapes = {name: entry.shape for name, entry in layers.items()}
+        total = _parameters(layers)
+        budget = Budget(
+            keep=1.0, shapes=shapes, model_parameters=total, bytes_per_parameter=self.bytes_per_parameter,
+            multiple_of=self.constraints.multiple_of, storage=self.constraints.storage,
+        )  # fmt: skip
+        if sum(budget.cost(name, budget.least_rank(name)) for name in shapes) > limit:
+            return math.inf
+        budget = replace(budget, keep=min(1.0, limit / total))
+        sizes = budget.sizes({name: hull_slopes(budget, name, entry.sigma) for name, entry in layers.items()})
+        cut = (layers[name].sigma[rank:] for name, rank in sizes.items() if rank is not None)
+        return sum(rest.square().sum().item() for rest in cut) / 2
+
+    def _sizes(self, entry: Spectrum) -> Sizes:
+        storage, step = Storage(self.constraints.storage, self.bytes_per_parameter), self.constraints.multiple_of
+        ranks = np.arange(step, storage.break_even(entry.shape) + 1, step)
+        costs = np.append(storage.costs(entry.shape, ranks), entry.shape[0] * entry.shape[1])
+        return costs.astype(np.float64), np.append(losses_by_rank(entry.sigma)[ranks], 0.0)
 
     def _layers(self, widths: Sequence[int]) -> dict[str, Spectrum]:
         chosen = (option[width].layers for option, width in zip(self.options, widths, strict=True))
@@ -80,9 +116,12 @@ class WidthLosses:
         A Lagrange multiplier sets the cost of a parameter in nats. At a given cost, each linear layer takes its best
         rank and each MLP its best width. Bisection finds the lowest cost at which the total is within ``limit``.
         """
-        rest = [_sizes(entry) for entry in self.others.values()]
+        rest = [self._sizes(entry) for entry in self.others.values()]
         mlps = [
-            {width: (option.lost, [_sizes(entry) for entry in option.layers.values()]) for width, option in mlp.items()}
+            {
+                width: (option.lost, [self._sizes(entry) for entry in option.layers.values()])
+                for width, option in mlp.items()
+            }
             for mlp in self.options
         ]
         low, high = -25.0, 5.0
@@ -103,6 +142,7 @@ def measure_widths(
     widths: Sequence[int],
     *,
     damping: float = 0.1,
+    constraints: Constraints = Constraints(),
 ) -> WidthLosses:
     """Return the predicted losses of the MLPs of ``model`` at each of ``widths``.
 
@@ -113,6 +153,7 @@ def measure_widths(
         roots: Two-sided roots of all target layers.
         widths: Candidate widths.
         damping: As in ``prune_inputs``.
+        constraints: Those of the run; see ``WidthLosses``.
     """
     mlp_layers = {target.name for mlp in hidden for target in (mlp.reader, *mlp.writers)}
     others = {}
@@ -136,18 +177,7 @@ def measure_widths(
                 layers[writer.name] = Spectrum((len(own), writer.shape[1]), written)
             at[width] = WidthOption(found.loss / 2, layers)
         options.append(at)
-    return WidthLosses(others, options)
-
-
-Sizes = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Parameters of a linear layer at each rank below break-even and dense, and the nats that it loses there."""
-
-
-def _sizes(entry: Spectrum) -> Sizes:
-    storage = Storage()
-    ranks = np.arange(1, storage.break_even(entry.shape) + 1)
-    costs = np.append(storage.costs(entry.shape, ranks), entry.shape[0] * entry.shape[1])
-    return costs.astype(np.float64), np.append(losses_by_rank(entry.sigma)[ranks], 0.0)
+    return WidthLosses(others, options, constraints, model.dtype.itemsize)
 
 
 def _spent(
@@ -198,16 +228,6 @@ def _sigma(weight: Tensor, outputs: SquareRoot, inputs: SquareRoot) -> Tensor:
     gram = matrix @ matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix.mT @ matrix
     squares: Tensor = torch.linalg.eigvalsh(gram).flip(0)[: min(weight.shape)]
     return squares.clamp_min(0).sqrt().cpu()
-
-
-def _least_loss(layers: dict[str, Spectrum], limit: int) -> float:
-    """Return the nats that the best ranks of ``layers`` lose within ``limit`` parameters."""
-    shapes = {name: entry.shape for name, entry in layers.items()}
-    total = _parameters(layers)
-    budget = Budget(keep=min(1.0, limit / total), shapes=shapes, model_parameters=total)
-    sizes = budget.sizes({name: hull_slopes(budget, name, entry.sigma) for name, entry in layers.items()})
-    cut = (layers[name].sigma[rank:] for name, rank in sizes.items() if rank is not None)
-    return sum(rest.square().sum().item() for rest in cut) / 2
 
 
 def _parameters(layers: dict[str, Spectrum]) -> int:

@@ -16,7 +16,7 @@ from lowrank_pl.calibration.subject import Subject
 from lowrank_pl.costs.model_sizes import model_sizes
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.prune import base as prune_base
-from lowrank_pl.methods.prune.base import WidthPruning, pruned_base
+from lowrank_pl.methods.prune.base import LLMPruner, WidthPruning, pruned_base
 from lowrank_pl.methods.prune.mlp import find_hidden_neurons
 from lowrank_pl.models.base import Base, load_base
 from lowrank_pl.models.identity import Origin
@@ -26,6 +26,7 @@ from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.report.finish import ExportForm, Protocol
 from lowrank_pl.utils.distributed import cooperating
+from lowrank_pl.utils.files import cache_root
 from tests.helpers.pruned_models import ragged
 from tests.helpers.two_processes import in_two_processes
 from tests.helpers.unchanged import assert_untouched, state
@@ -39,8 +40,9 @@ def _fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
 
 
-def pruned(model, settings=HALF, *, keep=0.6, sequences=SEQUENCES):
-    return pruned_base(Subject(model, byte_tokenizer(), sequences, base=Base("random:llama")), settings, keep=keep)
+def pruned(model, settings=HALF, *, keep=0.6, sequences=SEQUENCES, constraints=Constraints()):
+    subject = Subject(model, byte_tokenizer(), sequences, constraints, base=Base("random:llama"))
+    return pruned_base(subject, settings, keep=keep)
 
 
 # -- the folder in the cache ---------------------------------------------------------------------------------------
@@ -73,6 +75,29 @@ def test_other_settings_and_another_text_are_folders_of_their_own(llama):
         pruned(llama, sequences=SEQUENCES.flip(0)),
     ]
     assert len({folder for folder, _ in found}) == 4
+
+
+def test_the_storage_of_a_run_decides_the_width(llama):
+    chosen = [measured_storage(llama, Constraints(storage=storage)) for storage in ("auto", "factored")]
+    assert chosen == ["auto", "factored"]
+    assert prune_base._rank_costs(Constraints(), llama) == {}
+
+
+def measured_storage(model, constraints):
+    """The storage that widths were compared in."""
+    with pytest.MonkeyPatch.context() as patched:
+        seen = []
+        real = prune_base.measure_widths
+
+        def measure(*words, **options):
+            found = real(*words, **options)
+            seen.append(found.constraints.storage)
+            return found
+
+        patched.setattr(prune_base, "measure_widths", measure)
+        pruned(model, WidthPruning(), constraints=constraints)
+    (storage,) = seen
+    return storage
 
 
 def test_a_folder_that_is_gone_is_made_again(llama):
@@ -118,6 +143,30 @@ def test_processes_prune_once_and_find_the_same(llama, tmp_path):
 def test_a_share_that_leaves_less_than_is_to_be_kept_is_refused(llama):
     with pytest.raises(ValueError, match=r"share of 0\.5 .* 0\.6\d+ .* keep 0\.9: raise the share or lower keep"):
         pruned(llama, keep=0.9)
+    assert_nothing_measured()
+
+
+def assert_nothing_measured():
+    assert not [*cache_root().rglob("*.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "keep", "message"),
+    [
+        (WidthPruning(share=0.99), 0.5, "rounds to all 96 hidden neurons"),
+        (LLMPruner(skip_first=0, skip_last=0), 1.0, r"keep is 1\.0"),
+        (LLMPruner(skip_first=1, skip_last=0), 0.3, r"keep 0\.3 needs"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_anything_is_measured(llama, settings, keep, message):
+    with pytest.raises(ValueError, match=message):
+        pruned(llama, settings, keep=keep)
+    assert_nothing_measured()
+
+
+def test_a_subject_without_a_base_is_refused(llama):
+    with pytest.raises(ValueError, match="give Subject its base"):
+        pruned_base(Subject(llama, byte_tokenizer(), SEQUENCES), HALF, keep=0.6)
 
 
 @pytest.mark.parametrize(

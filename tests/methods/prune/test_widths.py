@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
 from lowrank_pl.methods.prune.widths import Spectrum, WidthLosses, WidthOption
+from lowrank_pl.plans.budget import Budget
+from lowrank_pl.plans.constraints import Constraints
+from lowrank_pl.plans.convex_hull import predicted_scores
 
 
-@pytest.fixture
-def known():
+@pytest.fixture(params=[Constraints(), Constraints(storage="factored", multiple_of=2)])
+def known(request):
     """Three MLPs at three widths each, beside one linear layer of no MLP."""
     generator = torch.Generator().manual_seed(0)
 
@@ -26,7 +30,7 @@ def known():
         }
         for place, scale in enumerate((0.2, 1.0, 3.0))
     ]
-    return WidthLosses({"q": drawn(12, 12)}, options)
+    return WidthLosses({"q": drawn(12, 12)}, options, request.param)
 
 
 @pytest.mark.parametrize("limit", [1200, 900, 600])
@@ -38,6 +42,27 @@ def test_the_best_widths_are_those_of_a_search_over_all(known, limit):
 @pytest.mark.parametrize("limit", [1200, 900, 600])
 def test_one_width_for_all_loses_what_three_of_it_lose(known, limit):
     assert known.losses(limit)[24] == known.loss((24, 24, 24), limit)
+
+
+def test_the_loss_is_that_of_the_plan_of_the_run(known):
+    layers = known._layers((24, 16, 10))
+    constraints = known.constraints
+    total = sum(rows * columns for rows, columns in (entry.shape for entry in layers.values()))
+    budget = Budget(
+        600 / total, {name: entry.shape for name, entry in layers.items()}, total,
+        multiple_of=constraints.multiple_of, storage=constraints.storage,
+    )  # fmt: skip
+    sigma = {name: entry.sigma for name, entry in layers.items()}
+    plan = budget.select(predicted_scores(budget, sigma.__getitem__), method="fisher")
+    cut = [sigma[name][module.rank :] for name, module in plan.modules.items() if module.rank]
+    assert known.loss((24, 16, 10), 600) == pytest.approx(
+        0.4 + 4.5 + sum(rest.square().sum().item() / 2 for rest in cut)
+    )
+
+
+def test_widths_whose_smallest_ranks_are_too_large_are_no_choice(known):
+    coarse = replace(known, constraints=Constraints(storage="factored", multiple_of=4))
+    assert coarse.losses(250) == {}
 
 
 def test_a_width_that_leaves_less_than_is_to_be_kept_is_no_choice(known):
