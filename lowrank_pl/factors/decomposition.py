@@ -371,12 +371,12 @@ def decompose_rows(weight: Tensor, *, rows: Tensor | None = None, columns: Squar
     weighted matrix nor its decomposition is ever in memory. Singular values below ``1e-8`` of the largest are noise.
 
     Args:
-        weight: ``[rows, columns]``, with no fewer rows than columns.
+        weight: ``[rows, columns]``.
         rows: Weights ``[rows]`` of squared errors, at least 0; all 1 by default.
         columns: Square root ``[columns, columns]`` of what weights the columns.
 
     Returns:
-        Factors, ``columns`` components: ``left`` and ``right`` in float32, the singular values in float64.
+        Factors, ``min(rows, columns)`` components: ``left`` and ``right`` in float32, the singular values in float64.
 
     Raises:
         ValueError: ``weight`` holds NaN or infinity.
@@ -395,7 +395,9 @@ def decompose_rows(weight: Tensor, *, rows: Tensor | None = None, columns: Squar
     if columns is not None:
         moment = columns.multiply_right(columns.multiply_right(moment).mT)
     values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
-    sigma, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    # With fewer rows than columns, the other eigenvalues are noise.
+    count = min(weight.shape)
+    sigma, vectors = values.flip(0)[:count].clamp_min(0).sqrt(), vectors.flip(1)[:, :count]
     # The half of a singular value that both factors get; noise must not be divided by.
     half = sigma.clamp_min(max(sigma[0].item(), torch.finfo(torch.float64).tiny) * 1e-12).sqrt()
     # The best matrix of rank k is ``weight L V V' inverse(L)``, in which the weights of rows cancel out.

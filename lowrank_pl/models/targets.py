@@ -269,16 +269,19 @@ def find_targets(model: PreTrainedModel, *, include: Sequence[str] = ("*",), exc
     include = [pattern for pattern in include if not embeddings or pattern not in {EMBEDDINGS, *ends}]
     # Those that exclude the embeddings may match nothing else.
     known = {pattern for pattern in exclude if any(fnmatchcase(name, pattern) for name in ends)}
-    if not include:
+    if not include and embeddings:
         raise ValueError(
             "only embeddings were asked for: name linear layers too, such as --include '*' embeddings, whose "
             "statistics and budget they share"
         )
+    if not include:
+        raise ValueError("include is empty, so no linear layer was asked for: give globs or names, such as '*'")
     _check_patterns(matrices, [*include, *(pattern for pattern in exclude if pattern not in known)])
     calls = _probe(model, {matrix.name: matrix.module for matrix in matrices if matrix.module is not None})
     shared = _shared_parameters(model)
     chosen_by = tuple(f"{name}." for name in routers(model).values())
-    reasons = {matrix.name: _reason(matrix, include, exclude, shared, calls) for matrix in matrices}
+    included, excluded = _Patterns(include), _Patterns(exclude)
+    reasons = {matrix.name: _reason(matrix, included, excluded, shared, calls) for matrix in matrices}
     reasons |= {name: ROUTER for name in reasons if f"{name}.".startswith(chosen_by)}
     skipped = tuple(
         Skipped(matrix.name, reason, matrix.weight.numel())
@@ -499,14 +502,35 @@ def _matrices(model: PreTrainedModel) -> Iterator[_Matrix]:
                 yield _Matrix(f"{prefix}.{index}.{kind}".rstrip("."), index, kind, module, parameter, linear)
 
 
-def _matches(matrix: _Matrix, pattern: str) -> bool:
-    return fnmatchcase(matrix.name, pattern) or fnmatchcase(matrix.kind, pattern)
+class _Patterns:
+    """Globs and names of matrices. Names are looked up: a plan gives one per layer, too many to match one by one.
+
+    Args:
+        patterns: The globs, and names as a whole or in the block.
+    """
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self.patterns = list(patterns)
+        self._places = {pattern: place for place, pattern in reversed([*enumerate(patterns)])}
+        self._globs = [pattern for pattern in self._places if _is_glob(pattern)]
+
+    def first(self, matrix: _Matrix) -> str | None:
+        """Return the first pattern that matches; None if none does."""
+        named = [name for name in (matrix.name, matrix.kind) if name in self._places]
+        globs = [glob for glob in self._globs if fnmatchcase(matrix.name, glob) or fnmatchcase(matrix.kind, glob)]
+        return min([*named, *globs], key=self._places.__getitem__, default=None)
+
+
+def _is_glob(pattern: str) -> bool:
+    return not {*pattern}.isdisjoint("*?[")
 
 
 def _check_patterns(matrices: Sequence[_Matrix], patterns: Sequence[str]) -> None:
     """Refuse a pattern that matches nothing: it is misspelt, and the plan would differ from the request."""
+    names = dict.fromkeys(name for matrix in matrices for name in (matrix.name, matrix.kind))
     for pattern in patterns:
-        if not any(_matches(matrix, pattern) for matrix in matrices):
+        found = any(fnmatchcase(name, pattern) for name in names) if _is_glob(pattern) else pattern in names
+        if not found:
             kinds = ", ".join(list(dict.fromkeys(matrix.kind for matrix in matrices))[:8])
             example = matrices[0].name if matrices else "none"
             raise ValueError(
@@ -516,14 +540,14 @@ def _check_patterns(matrices: Sequence[_Matrix], patterns: Sequence[str]) -> Non
 
 
 def _reason(
-    matrix: _Matrix, include: Sequence[str], exclude: Sequence[str], shared: set[int], called: Container[str]
+    matrix: _Matrix, include: _Patterns, exclude: _Patterns, shared: set[int], called: Container[str]
 ) -> str | None:
     """Return why ``matrix`` stays dense, or None if it is a target."""
-    excluding = next((pattern for pattern in exclude if _matches(matrix, pattern)), None)
+    excluding = exclude.first(matrix)
     if excluding is not None:
         return f"{BY_PATTERN} {excluding!r}"
-    if not any(_matches(matrix, pattern) for pattern in include):
-        return f"{BY_PATTERN}: in none of {list(include)}"
+    if include.first(matrix) is None:
+        return f"{BY_PATTERN}: in none of {include.patterns}"
     kind = type(matrix.owner).__name__
     if matrix.module is None:
         if is_fused(matrix.owner):

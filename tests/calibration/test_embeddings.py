@@ -223,6 +223,15 @@ def test_tall_matrices_are_decomposed_by_their_columns():
     )
 
 
+def test_fewer_tokens_than_features_give_as_many_components_as_tokens():
+    weight = torch.randn(5, 8)
+    root = square_root(torch.eye(8).double() + 1)
+    wide = decompose_rows(weight, columns=root)
+    assert [tuple(part.shape) for part in (wide.left, wide.right, wide.sigma)] == [(5, 5), (5, 8), (5,)]
+    torch.testing.assert_close(wide.left @ wide.right, weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wide.sigma, decompose(weight, inputs=root).sigma, rtol=1e-6, atol=1e-9)
+
+
 def test_tokens_that_the_text_lacks_are_not_free():
     weights = smoothed(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([3, 1, 0]))
     assert weights[2] > 0

@@ -130,6 +130,21 @@ def test_globs_match_the_full_name_or_the_name_in_the_block(llama, caplog):
     assert "left dense: 2 matrices, 2048 parameters (model.layers.0.self_attn.q_proj, ...)" in caplog.text
 
 
+def test_names_are_looked_up_and_not_matched_one_by_one(llama, monkeypatch):
+    every = [target.name for target in find_targets(llama).modules]
+    monkeypatch.setattr("lowrank_pl.models.targets.fnmatchcase", lambda *_: pytest.fail("a name was matched as a glob"))
+    found = find_targets(llama, include=every, exclude=["mlp.up_proj", every[0]])
+    assert [target.name for target in found.modules] == [n for n in every[1:] if not n.endswith("mlp.up_proj")]
+    assert {skipped.reason for skipped in found.skipped} == {
+        "excluded by pattern 'mlp.up_proj'", f"excluded by pattern {every[0]!r}",
+    }  # fmt: skip
+
+
+def test_nothing_to_include_is_refused(llama):
+    with pytest.raises(ValueError, match="include is empty"):
+        find_targets(llama, include=())
+
+
 @pytest.mark.parametrize("where", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing_is_refused(llama, where):
     text = (

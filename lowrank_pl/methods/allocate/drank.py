@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.methods.allocate.energy import energy_shares
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.component_order import requested_rank_scores
+from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.checks import check_choices
 
-__all__ = ["DRank", "Scope", "effective_rank"]
+__all__ = ["DRank", "Scope"]
 
 Scope = Literal["type", "model"]
 """What shares one budget: the layers of one type, such as all ``up_proj``, or all layers of the model."""
@@ -63,19 +64,31 @@ class DRank(Allocator):
             raise ValueError(f"shift is {self.shift}: expected the fraction of q and k to move to v, in [0, 1)")
         check_choices({"scope": (self.scope, Scope)})
 
+    def plan(self, problem: Problem) -> RankPlan:
+        """Return the plan; errors as in ``Allocator.plan``."""
+        self.check(problem)
+        types = self._types(problem)
+        return problem.budget.select(self._scores(problem, types), method=self.name, notes=self._notes(problem, types))
+
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks in proportion to its requested rank."""
-        if self.scope == "model":
-            requested = self._over_the_model(problem)
-        else:
-            requested = self._with_values(problem, _of_types(problem)[0])
-        return {name: requested_rank_scores(shape, requested[name]) for name, shape in problem.budget.shapes.items()}
+        return self._scores(problem, self._types(problem))
 
     def notes(self, problem: Problem) -> Sequence[str]:
         """Return which types have dynamic ranks, and in how many attentions ranks were moved."""
+        return self._notes(problem, self._types(problem))
+
+    def _types(self, problem: Problem) -> _Types | None:
+        return None if self.scope == "model" else _of_types(problem)
+
+    def _scores(self, problem: Problem, types: _Types | None) -> dict[str, Tensor]:
+        requested = self._over_the_model(problem) if types is None else self._with_values(problem, types.ranks)
+        return {name: requested_rank_scores(shape, requested[name]) for name, shape in problem.budget.shapes.items()}
+
+    def _notes(self, problem: Problem, types: _Types | None) -> list[str]:
         notes = []
-        if self.scope == "type":
-            dynamic = _of_types(problem)[1]
+        if types is not None:
+            dynamic = types.dynamic
             uniform = [kind for kind in dynamic if not dynamic[kind]]
             notes.append(f"uniform ranks in {', '.join(uniform) or 'no type'}, dynamic ranks in the other types")
         if self.shift == 0:
@@ -91,7 +104,7 @@ class DRank(Allocator):
     def _over_the_model(self, problem: Problem) -> dict[str, float]:
         """Return ranks in the relation that the rule gives them, over all layers together."""
         shapes = problem.budget.shapes
-        requested = {name: _weight(problem, name) for name in shapes}
+        requested = {name: _weight(problem.budget, name, problem.factors.sigma(name)) for name in shapes}
         for attention in _attentions(problem):
             moved = 0.0
             for part in ("q_proj", "k_proj"):
@@ -117,23 +130,29 @@ class DRank(Allocator):
         return {**ranks, **moved}
 
 
-def effective_rank(sigma: Tensor) -> float:
+class _Types(NamedTuple):
+    """The rank of every layer, a real number, within the budget of its type; and which types are dynamic."""
+
+    ranks: dict[str, float]
+    dynamic: dict[str, bool]
+
+
+def _effective_rank(sigma: Tensor) -> float:
     """Return ``exp(entropy)`` of the energy shares of singular values ``[components]``.
 
-    >>> round(effective_rank(torch.ones(5)), 6)
+    >>> round(_effective_rank(torch.ones(5)), 6)
     5.0
     """
     shares = energy_shares(sigma)
     return math.exp(torch.special.entr(shares).sum().item())
 
 
-def _weight(problem: Problem, name: str) -> float:
+def _weight(budget: Budget, name: str, sigma: Tensor) -> float:
     """Return the number that the dynamic rank of ``name`` is proportional to."""
-    return math.sqrt(effective_rank(problem.factors.sigma(name)) / sum(problem.budget.shapes[name]))
+    return math.sqrt(_effective_rank(sigma) / sum(budget.shapes[name]))
 
 
-def _of_types(problem: Problem) -> tuple[dict[str, float], dict[str, bool]]:
-    """Return the rank of every layer, a real number, within the budget of its type; and which types are dynamic."""
+def _of_types(problem: Problem) -> _Types:
     budget = problem.budget
     types: dict[str, list[str]] = defaultdict(list)
     for target in problem.targets.modules:
@@ -143,21 +162,21 @@ def _of_types(problem: Problem) -> tuple[dict[str, float], dict[str, bool]]:
     dynamic: dict[str, bool] = {}
     for kind, names in types.items():
         uniform = {name: budget.rank_costs.rank_at(budget.shapes[name], budget.share) for name in names}
-        proposed = _dynamic(problem, names)
+        sigmas = {name: problem.factors.sigma(name) for name in names}
+        proposed = _dynamic(budget, sigmas)
         last = kind.rpartition(".")[2]
         if last in _ALWAYS:
             dynamic[kind] = True
         else:
-            dynamic[kind] = _NEVER not in last and _error(problem, proposed) < _error(problem, uniform)
+            dynamic[kind] = _NEVER not in last and _error(budget, sigmas, proposed) < _error(budget, sigmas, uniform)
         ranks |= proposed if dynamic[kind] else uniform
-    return ranks, dynamic
+    return _Types(ranks, dynamic)
 
 
-def _dynamic(problem: Problem, names: Sequence[str]) -> dict[str, float]:
+def _dynamic(budget: Budget, sigmas: Mapping[str, Tensor]) -> dict[str, float]:
     """Return ranks in the relation that the rule gives them, which cost what uniform ranks cost."""
-    budget = problem.budget
-    weights = {name: _weight(problem, name) for name in names}
-    target = budget.share * sum(math.prod(budget.shapes[name]) for name in names)
+    weights = {name: _weight(budget, name, sigma) for name, sigma in sigmas.items()}
+    target = budget.share * sum(math.prod(budget.shapes[name]) for name in sigmas)
 
     def at(factor: float) -> dict[str, float]:
         return {name: min(factor * weight, _dense_rank(budget, name)) for name, weight in weights.items()}
@@ -172,14 +191,14 @@ def _dynamic(problem: Problem, names: Sequence[str]) -> dict[str, float]:
     return at(high)
 
 
-def _error(problem: Problem, ranks: Mapping[str, float]) -> float:
+def _error(budget: Budget, sigmas: Mapping[str, Tensor], ranks: Mapping[str, float]) -> float:
     """Return the summed squared error of truncation at ``ranks``, rounded down; 0 where the layer is dense."""
     lost = 0.0
     for name, rank in ranks.items():
         # The addend undoes the rounding of bisection.
         whole = max(1, int(rank + 1e-6))
-        if whole <= problem.budget.break_even(name):
-            lost += problem.factors.sigma(name)[whole:].double().square().sum().item()
+        if whole <= budget.break_even(name):
+            lost += sigmas[name][whole:].double().square().sum().item()
     return lost
 
 

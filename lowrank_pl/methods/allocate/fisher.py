@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar
 
 from torch import Tensor
@@ -41,9 +42,11 @@ class Fisher(Allocator):
         if not problem.budget.drop_experts:
             return super().plan(problem)
         self.check(problem)
-        found = choose_dropped(problem.budget, problem.factors.sigma, problem.expert_losses)
-        rest = replace(problem, budget=replace(problem.budget, dropped=found.modules))
-        return rest.budget.select(self.scores(rest), method=self.name, notes=[*self.notes(rest), *found.sentences()])
+        # Each read opens a file and compares a digest.
+        sigma = cache(problem.factors.sigma)
+        found = choose_dropped(problem.budget, sigma, problem.expert_losses)
+        rest = replace(problem.budget, dropped=found.modules)
+        return rest.select(predicted_scores(rest, sigma), method=self.name, notes=found.sentences())
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return for every component the predicted nats a parameter at which it is dropped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -393,3 +394,30 @@ def test_alike_experts_have_equal_ranks(name):
     for target, module in plan.modules.items():
         ranks.setdefault((target.split(".")[1], target.rpartition(".")[2]), set()).add(module.rank)
     assert {len(each) for each in ranks.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("allocator", "kind"),
+    [
+        (make_allocator("svdllm_v2"), "whitened"),
+        (make_allocator("drank"), "whitened"),
+        (make_allocator("drank", scope="model"), "whitened"),
+        (make_allocator("fisher"), "two_sided"),
+    ],
+)
+def test_singular_values_and_notes_are_read_once(allocator, kind):
+    problem = problem_of(kind=kind)[0]
+    problem = replace(problem, budget=replace(problem.budget, drop_experts=allocator.drops_experts))
+    reads, factors = Counter(), problem.factors
+
+    def counting(what, read):
+        return lambda name: reads.update([(what, name)]) or read(name)
+
+    counted = SimpleNamespace(
+        sigma=counting("sigma", factors.sigma), notes=counting("notes", factors.notes), fingerprint=factors.fingerprint
+    )
+    plan = allocator.plan(replace(problem, factors=counted))
+    assert set(reads.values()) == {1}
+    alone = problem.budget.select(allocator.scores(problem), method=allocator.name, notes=allocator.notes(problem))
+    assert plan.modules == alone.modules
+    assert plan.notes[: len(alone.notes)] == alone.notes
