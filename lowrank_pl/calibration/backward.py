@@ -24,14 +24,13 @@ from lowrank_pl.utils.formatting import expert_number
 __all__ = ["Recorder", "differentiable", "loss_gradient"]
 
 
-def loss_gradient(logits: Tensor, batch: Batch, labels: Labels, seed: int) -> tuple[Tensor, Tensor | None]:
+def loss_gradient(logits: Tensor, batch: Batch, labels: Labels) -> tuple[Tensor, Tensor | None]:
     """Return where the backward pass of the summed cross-entropy of all next tokens begins, and the gradient there.
 
     Args:
         logits: ``[sequences, length, vocabulary]``.
         batch: The token ids, and the number of the batch, which samples labels from its own generator.
         labels: Whose next tokens the loss asks for.
-        seed: Seed of sampled labels.
 
     Returns:
         The loss and None. For sampled labels the logits and the gradient by them, since their probabilities are known
@@ -42,18 +41,18 @@ def loss_gradient(logits: Tensor, batch: Batch, labels: Labels, seed: int) -> tu
     """
     wide = logits.float()
     if labels == "sampled":
-        return wide, _sampled_gradient(wide.detach(), batch, seed)
+        return wide, _sampled_gradient(wide.detach(), batch)
     loss = functional.cross_entropy(wide[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="sum")
     _check_loss(loss, batch)
     return loss, None
 
 
-def _sampled_gradient(logits: Tensor, batch: Batch, seed: int) -> Tensor:
+def _sampled_gradient(logits: Tensor, batch: Batch) -> Tensor:
     """Return the gradient by ``logits`` of the summed cross-entropy of labels that are sampled from them."""
     gradient = logits.softmax(-1)
     gradient[:, -1] = 0.0
     predicted = gradient[:, :-1]
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + batch.number)
+    generator = torch.Generator().manual_seed(batch.number)
     labels, totals = _sample(predicted, generator)
     _check_loss(totals.sum(), batch)
     predicted.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=gradient.dtype))

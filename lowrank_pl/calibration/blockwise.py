@@ -283,7 +283,7 @@ class BlockwiseBackward:
             for batch, first, start in self._batches("loss"):
                 with forward_from(forward.model.model, self._block, [start]):
                     logits = forward.model.model(input_ids=batch.tokens, use_cache=False).logits
-                end, gradient = loss_gradient(logits, batch, labels, forward.passes.seed)
+                end, gradient = loss_gradient(logits, batch, labels)
                 self._gradients.write(first, torch.autograd.grad(end, starts, gradient)[0])
         self.seconds_per_entry = (time.perf_counter() - began) / max(1, entries)
 

@@ -8,7 +8,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -131,7 +130,7 @@ def _factors(
             compressed = None
             if settings.at_keep is not None:
                 before = None if directory is None else Path(directory) / "dense"
-                factors = _factors(subject, statistics, replace(settings, at_keep=None), before)
+                factors = _factors(subject, statistics, settings.in_dense_model(), before)
                 point = settings.point(store.fingerprint["at_modules"])
                 compressed = _statistics_compressed(subject, statistics, settings, factors, point)
             roots = Roots(settings, statistics, todo, subject.model.device, compressed)
@@ -164,18 +163,17 @@ def _statistics_compressed(
     return statistics.compressed(point)
 
 
-def build_gradients(subject: Subject, *, directory: str | Path | None = None, batch_size: int = 1) -> TensorStore:
+def build_gradients(subject: Subject, *, directory: str | Path | None = None) -> TensorStore:
     """Return a store of every target's mean weight gradient ``mean`` ``[out, in]``, making those that are missing.
 
     Args:
         subject: The dense model, its targets, its tokenizer and the calibration sequences.
         directory: Folder of a factor store whose statistics lie inside it; by default they are in the cache.
-        batch_size: Sequences per pass, and in the loss that is differentiated.
 
     Raises:
         ValueError: A loss or a gradient is not finite.
     """
-    statistics = statistics_of(subject, directory=directory, batch_size=batch_size)
+    statistics = statistics_of(subject, directory=directory)
     return statistics.collect("weight_gradients", subject.targets.modules)
 
 

@@ -279,7 +279,7 @@ def collect_gradients(
         activation_checkpointing(model) if passes.gradient_checkpointing else nullcontext(),
     ):
         for batch in tqdm(passes.batches(), desc=progress, unit="batch", disable=not is_first()):
-            measure_batch(model, starts, batch.to(device), measures, labels, passes.seed)
+            measure_batch(model, starts, batch.to(device), measures, labels)
     for measure in measures.values():
         measure.merge_processes()
     return measures
@@ -291,7 +291,6 @@ def measure_batch(
     batch: Batch,
     measures: Mapping[str, GradientMeasure],
     labels: Labels,
-    seed: int,
 ) -> None:
     """Add the gradients of one batch to ``measures``, by linear layer; inside of ``differentiable``.
 
@@ -301,7 +300,6 @@ def measure_batch(
         batch: The token ids, on the model's device.
         measures: The statistics, by linear layer.
         labels: Whose next tokens the loss asks for.
-        seed: Seed of sampled labels.
 
     Raises:
         ValueError: A loss or a gradient is not finite.
@@ -310,5 +308,5 @@ def measure_batch(
     # Hooks are removed before the backward pass, in which checkpointing runs blocks again.
     with recorder.watching(model, measures):
         logits = model(input_ids=batch.tokens, use_cache=False).logits
-    end, gradient = loss_gradient(logits, batch, labels, seed)
+    end, gradient = loss_gradient(logits, batch, labels)
     recorder.measure(measures, batch, end, gradient)

@@ -67,13 +67,11 @@ class Passes:
         sequences: ``[sequences, length]`` token ids.
         batch_size: Sequences per pass. Gradients are squared, and labels are sampled, batch by batch.
         gradient_checkpointing: Compute each block's activations again in backward passes, to save memory.
-        seed: Seed of sampled labels. Each batch samples from its own generator.
     """
 
     sequences: Tensor
     batch_size: int = 1
     gradient_checkpointing: bool = False
-    seed: int = 0
 
     def batches(self) -> list[Batch]:
         """Return the batches of this process. A batch has the same number, whichever process it goes to."""

@@ -165,7 +165,7 @@ class Statistics:
     ) -> TensorStore:
         """Return the store of one ``statistic`` of ``targets``; missing entries are collected and written first.
 
-        The classes in ``input_moments``, ``gradients`` and ``weighted_moments`` describe the tensors of an entry.
+        The class of each statistic in ``MEASURES`` describes the tensors of an entry.
 
         Args:
             statistic: What to measure.

@@ -43,7 +43,7 @@ def measure_statistics(
     def statistics() -> None:
         with differentiable(model, 0) as starts:
             for batch in passes.batches():
-                measure_batch(model, starts, batch.to(model.device), moments, "sampled", passes.seed)
+                measure_batch(model, starts, batch.to(model.device), moments, "sampled")
 
     def frozen() -> None:
         with differentiable(model, 0):

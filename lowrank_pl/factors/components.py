@@ -48,12 +48,7 @@ class AnySize:
 
     def __post_init__(self) -> None:
         components_below(self.plan)
-        differ = [key for key, value in self.plan.fingerprint.items() if self.factors.fingerprint.get(key) != value]
-        if differ:
-            raise ValueError(
-                f"the plan was made for other factors than those in {self.factors.directory}: {', '.join(differ)} "
-                "differ. Name the store that the plan was made on"
-            )
+        self.factors.check_plan(self.plan)
 
     def to_json(self) -> str:
         """Return the plan as JSON."""

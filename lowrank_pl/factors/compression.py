@@ -47,7 +47,6 @@ __all__ = [
     "restore_dense",
     "rounded_embedding",
     "shared_layers",
-    "tied_heads",
 ]
 
 _log = logging.getLogger(__name__)
@@ -189,7 +188,7 @@ def factored_embedding(model: nn.Module, name: str, factors: Factors) -> dict[st
     return {name: new, **_tied_to(model, old, new)}
 
 
-def tied_heads(model: nn.Module, embedding: nn.Embedding) -> dict[str, nn.Linear]:
+def _tied_heads(model: nn.Module, embedding: nn.Embedding) -> dict[str, nn.Linear]:
     """Return the heads of ``model`` that are tied to ``embedding``, by name."""
     return {
         place: head
@@ -199,7 +198,7 @@ def tied_heads(model: nn.Module, embedding: nn.Embedding) -> dict[str, nn.Linear
 
 
 def _tied_to(model: nn.Module, old: nn.Embedding, new: QuantizedEmbedding | LowRankEmbedding) -> dict[str, nn.Module]:
-    return {place: tie_head(head, new) for place, head in tied_heads(model, old).items()}
+    return {place: tie_head(head, new) for place, head in _tied_heads(model, old).items()}
 
 
 def _compressed_embedding(model: nn.Module, name: str, entry: ModulePlan, store: FactorStore) -> dict[str, nn.Module]:
@@ -413,12 +412,7 @@ def compressed(
 
 
 def _check(model: nn.Module, plan: RankPlan, store: FactorStore) -> None:
-    differ = [key for key, value in plan.fingerprint.items() if store.fingerprint.get(key) != value]
-    if differ:
-        raise ValueError(
-            f"the plan was made for other factors than those in {store.directory}: {', '.join(differ)} differ. "
-            "Allocate again on this store, or name the store that the plan was made on"
-        )
+    store.check_plan(plan)
     modules = dict(model.named_modules())
     for name, entry in (*plan.modules.items(), *plan.embeddings.items()):
         for layer in entry.layers or (name,):

@@ -92,7 +92,7 @@ class Decomposition:
 
     Raises:
         ValueError: An unknown kind or labels, a damping that is negative or not finite, a power, fraction or weight
-            outside its range, or ``at_keep`` with another kind.
+            outside its range, ``at_keep`` with another kind, or ``at_weight`` without ``at_keep``.
     """
 
     kind: Kind = "whitened"
@@ -122,6 +122,11 @@ class Decomposition:
                 )
         if not 0 < self.at_weight <= 1:
             raise ValueError(f"at_weight is {self.at_weight}: expected a number above 0 and at most 1")
+        if self.at_keep is None and self.at_weight != Decomposition.at_weight:
+            raise ValueError(
+                f"at_weight is {self.at_weight} and at_keep is not given: expected at_keep with it, the fraction that "
+                "is measured at a second time; give it, or leave at_weight out"
+            )
 
     @classmethod
     def of_fingerprint(cls, fingerprint: Mapping[str, Any]) -> Decomposition:
@@ -191,10 +196,14 @@ class Decomposition:
         again = () if self.at_keep is None else ("at_keep", "at_weight")
         return {"kind": self.kind, **{name: getattr(self, name) for name in (*uses[self.kind], *weights, *again)}}
 
+    def in_dense_model(self) -> Decomposition:
+        """Return the decomposition of the first time, by what is measured in the dense model alone."""
+        return replace(self, at_keep=None, at_weight=Decomposition.at_weight)
+
     def point(self, modules: str) -> dict[str, Any]:
         """Return what distinguishes the compressed model of ``at_keep`` from others of the same base and text.
 
         Args:
             modules: Digest of the names of all linear layers that were compressed.
         """
-        return {"compressed": {**replace(self, at_keep=None).identity(), "keep": self.at_keep, "modules": modules}}
+        return {"compressed": {**self.in_dense_model().identity(), "keep": self.at_keep, "modules": modules}}

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_pl.factors.decomposition import Factors, truncate
 from lowrank_pl.models.hf_layers import Side
 from lowrank_pl.models.hf_quantized import Grid, Rounded
-from lowrank_pl.plans.plan import ModulePlan
+from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.utils.files import canonical_json, sha256_of
 from lowrank_pl.utils.tensor_store import DamagedError, TensorStore, aligned, as_slice, read_manifest, tensor_digest
 
@@ -49,6 +49,19 @@ class FactorStore(TensorStore):
             ValueError: There is none.
         """
         return cls(read_manifest(Path(directory))["fingerprint"], directory)
+
+    def check_plan(self, plan: RankPlan) -> None:
+        """Check that ``plan`` was made for these factors.
+
+        Raises:
+            ValueError: It was made for others.
+        """
+        differ = [key for key, value in plan.fingerprint.items() if self.fingerprint.get(key) != value]
+        if differ:
+            raise ValueError(
+                f"the plan was made for other factors than those in {self.directory}: {', '.join(differ)} differ. "
+                "Allocate again on this store, or name the store that the plan was made on"
+            )
 
     def derived(self, step: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
         """Return fingerprint and folder of factors that ``step`` makes from these; the folder lies inside this one.

@@ -180,7 +180,7 @@ class Budget:
         rank = math.ceil(wanted / self.multiple_of) * self.multiple_of
         return rank if floor < 1 and rank <= self.top_rank(name) else None
 
-    def fit(self, requested: Mapping[str, float], *, method: str, scale_up: bool = True) -> RankPlan:
+    def fit(self, requested: Mapping[str, float], *, method: str) -> RankPlan:
         """Return the plan nearest to the requested ranks that meets the budget to within one rank step.
 
         Finite ranks are scaled by one common factor (ARA's rule) and rounded down to allowed ranks. The rest of the
@@ -190,7 +190,6 @@ class Budget:
         Args:
             requested: The requested rank of every module, a real number; ``math.inf`` requests dense and is not scaled.
             method: Name of the method that requests these ranks.
-            scale_up: Whether the factor may exceed 1, so that the whole budget is spent.
 
         Raises:
             ValueError: A rank is missing, belongs to no module, or is negative or NaN.
@@ -211,7 +210,7 @@ class Budget:
         order = ComponentOrder(
             {name: requested_rank_scores(shape, requested[name]) for name, shape in self.shapes.items()}
         )
-        chosen = self._choose(order, least_score=-math.inf if scale_up else 1.0)
+        chosen = self._choose(order)
         order = self._with_finite_requests(order, requested, chosen.threshold)
         # If all modules came out dense, the factor means nothing.
         if 0 < chosen.threshold < math.inf and any(size is not None for size in chosen.sizes.values()):
@@ -283,7 +282,6 @@ class Budget:
         self,
         order: ComponentOrder,
         *,
-        least_score: float = -math.inf,
         within: Mapping[str, ModulePlan] | None = None,
         beyond: Mapping[str, ModulePlan] | None = None,
     ) -> _Choice:
@@ -299,7 +297,6 @@ class Budget:
                 f"raise keep to {math.ceil(1e4 * (self.limit - rest) / self.total) / 1e4}"
             )
         value, owner_of, cost, sequence = self._steps(order, ladders)
-        sequence = sequence[value[sequence] >= least_score]
         spent = np.cumsum(cost[sequence])
         fitting = int(np.searchsorted(spent, rest, side="right"))
         rest -= int(spent[fitting - 1]) if fitting else 0

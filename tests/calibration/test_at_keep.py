@@ -83,9 +83,7 @@ def test_factors_weigh_by_the_mean_of_the_moments_before_and_after_compression(l
     before = state(llama)
     store = build_factors(Subject(llama, tokenizer, text, known_targets=targets), settings=settings)
     assert_untouched(llama, before)
-    plain = build_factors(
-        Subject(llama, tokenizer, text, known_targets=targets), settings=replace(settings, at_keep=None)
-    )
+    plain = build_factors(Subject(llama, tokenizer, text, known_targets=targets), settings=settings.in_dense_model())
     first = moments(llama, targets, text, weighted=settings.token_weights)
     with compressed(llama, plan_at(llama, targets, plain, 0.5), plain):
         second = moments(llama, targets, text, weighted=settings.token_weights)
@@ -179,6 +177,7 @@ def test_corrections_take_up_the_same_weights_or_say_that_they_are_gone(llama, s
         ({"kind": "two_sided", "at_keep": 1.0}, r"at_keep is 1.0: expected a fraction above 0 and below 1"),
         ({"kind": "whitened", "at_keep": 0.5}, r"kind 'whitened': only two_sided measures in the compressed model"),
         ({"kind": "two_sided", "at_weight": 0.0}, r"at_weight is 0.0: expected a number above 0 and at most 1"),
+        ({"kind": "two_sided", "at_weight": 0.2}, r"at_weight is 0\.2 and at_keep is not given"),
     ],
 )
 def test_impossible_settings(arguments, message):

@@ -62,10 +62,10 @@ class ZSSVD(Allocator):
             raise ValueError(f"keep_rank_ratio is {self.keep_rank_ratio}: expected a fraction in [0, 1]")
         if self.rounds < 0 or self.batch < 1:
             raise ValueError(f"rounds is {self.rounds}, batch {self.batch}: expected at least 0 rounds and 1 sequence")
-        if self.rounds == 0 and (self.reprofile or self.random_batch):
+        if self.rounds == 0 and (self.reprofile or self.random_batch or self.batch != ZSSVD.batch):
             raise ValueError(
-                f"reprofile is {self.reprofile}, random_batch {self.random_batch} and rounds 0: expected at least 1 "
-                "round with them, since only the correction uses them"
+                f"reprofile is {self.reprofile}, random_batch {self.random_batch}, batch {self.batch} and rounds 0: "
+                "expected at least 1 round with them, since only the correction uses them"
             )
 
     def check_decomposition(self, decomposition: Decomposition) -> None:

@@ -15,7 +15,7 @@ from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
 
-__all__ = ["ARA", "ARAMask", "relative_errors"]
+__all__ = ["ARA", "ARAMask"]
 
 _DENSE_FROM = 0.99
 """Ratio from which a module of the finished plan is dense, as in the paper."""
@@ -67,7 +67,7 @@ class ARAMask(Mask):
         rungs = torch.searchsorted(-lengths, -torch.arange(rank), side="left") - 1
         self.register_buffer("rungs", rungs, persistent=False)
         self.register_buffer("candidates", candidates.float(), persistent=False)
-        self.register_buffer("error", relative_errors(shape, sigma, storage).float(), persistent=False)
+        self.register_buffer("error", _relative_errors(shape, sigma, storage).float(), persistent=False)
 
     def probabilities(self) -> Tensor:
         """Return the expected gate ``[rank]``, non-increasing."""
@@ -193,7 +193,7 @@ def _starting_logits(candidates: Tensor, fraction: float) -> Tensor:
     return torch.where(upper, gain.log(), torch.zeros((), dtype=candidates.dtype))
 
 
-def relative_errors(shape: tuple[int, int], sigma: Tensor, storage: Storage) -> Tensor:
+def _relative_errors(shape: tuple[int, int], sigma: Tensor, storage: Storage) -> Tensor:
     """Return the lost share of the spectrum's norm at kept fractions .01, .02, ... .99, ``[99]``.
 
     Entry ``s`` is ``sqrt(sum(sigma[k:] ** 2) / sum(sigma ** 2))`` with the whole rank ``k`` that ``s`` pays for:

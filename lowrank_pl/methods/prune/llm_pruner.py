@@ -157,10 +157,10 @@ def apply_llm_pruner(
     origin = Origin.of(model) or Origin(base, targeted_parameters(targets), model_parameters(model), 0, {}, ())
     present = targeted_parameters(targets)
     gone = sum(one.parameters * (one.count - count) for one, count in zip(found.chosen, left, strict=True))
-    kept = (present - gone) / (present + origin.left_out(targets))
-    if kept < keep - 0.005:
+    fraction = (present - gone) / (present + origin.left_out(targets))
+    if fraction < keep - 0.005:
         text = "%.4f of the targeted parameters are left, where keep is %g: no smaller parts can be removed"
-        _log.warning(text, kept, keep)
+        _log.warning(text, fraction, keep)
     now = {one.parent: count for one, count in zip(found.chosen, left, strict=True)}
     origin = _recorded(origin, found, now)
     config = model.config

@@ -117,6 +117,11 @@ class LLMPruner:
             raise ValueError(f"keep of llm_pruner is {self.keep}: expected a fraction above 0 and below 1")
         check_counts({"skip_first": self.skip_first, "skip_last": self.skip_last}, least=0)
         check_counts({"multiple_of": self.multiple_of})
+        if not self.mlp and self.multiple_of != LLMPruner.multiple_of:
+            raise ValueError(
+                f"multiple_of is {self.multiple_of}, which is for the widths of MLPs, and mlp is false: leave one of "
+                "them out"
+            )
         check_choices({"importance": (self.importance, Importance), "aggregation": (self.aggregation, Aggregation)})
 
     def describe(self) -> dict[str, Any]:

@@ -33,12 +33,10 @@ class BlockWeights:
     Args:
         outputs: Root ``R`` of the second moment of the gradients at the residual stream; None for the identity.
         tokens: ``[sequences, length]`` weights with a mean of 1; None if all are 1.
-        source: Name of the layer whose statistics these are; None if errors are not weighted.
     """
 
     outputs: SquareRoot | None = None
     tokens: Tensor | None = None
-    source: str | None = None
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,7 @@ def check_belongs(plan: RankPlan, factors: FactorStore, model: PreTrainedModel, 
     Raises:
         ValueError: They do not belong together, or the factors are refitted already.
     """
-    differ = [key for key, value in plan.fingerprint.items() if factors.fingerprint.get(key) != value]
-    if differ:
-        raise ValueError(
-            f"the plan was made for other factors than those in {factors.directory}: {', '.join(differ)} differ. "
-            "Allocate again on this store, or name the store that the plan came from"
-        )
+    factors.check_plan(plan)
     if "refit" in factors.fingerprint:
         raise ValueError(f"the factors in {factors.directory} are refitted already: give those they were made from")
     if "rounding" in factors.fingerprint:

@@ -284,7 +284,7 @@ class _Work:
         if roots is None or name is None:
             return BlockWeights()
         tokens = None if norms is None else _weights(norms.read(name, "norms"))
-        return BlockWeights(roots.of_outputs(name), tokens, name)
+        return BlockWeights(roots.of_outputs(name), tokens)
 
     def _fit_jointly(self, block: int, models: ModelPair, weights: BlockWeights) -> None:
         """Fit the pending factors of a block together, and store those that are best on held-back text."""

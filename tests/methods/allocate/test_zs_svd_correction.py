@@ -199,6 +199,7 @@ def test_each_round_draws_its_own_sequences_and_the_same_again():
 @pytest.mark.parametrize(
     ("settings", "decomposition", "message"),
     [
+        ({"batch": 3}, None, r"batch 3 and rounds 0: expected at least 1 round"),
         ({"reprofile": True}, None, r"reprofile is True.*rounds 0: expected at least 1 round"),
         ({"rounds": 1, "reprofile": True}, Decomposition("svd"), r"of the kind 'svd', which needs none: leave it out"),
     ],

@@ -250,6 +250,7 @@ def test_a_base_smaller_than_is_to_be_kept_is_refused(llama):
         ({"keep": 0.0}, r"keep of llm_pruner is 0\.0"),
         ({"skip_first": -1}, "skip_first is -1"),
         ({"multiple_of": 0}, "multiple_of is 0"),
+        ({"multiple_of": 8, "mlp": False}, "multiple_of is 8, which is for the widths of MLPs"),
         ({"importance": "second"}, "importance is 'second': expected one of element, vector"),
         ({"aggregation": "mean"}, "aggregation is 'mean': expected one of sum, prod, max, last"),
     ],
