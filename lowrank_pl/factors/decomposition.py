@@ -403,7 +403,7 @@ def decompose_rows(weight: Tensor, *, rows: Tensor | None = None, columns: Squar
     # The best matrix of rank k is ``weight L V V' inverse(L)``, in which the weights of rows cancel out.
     turn = vectors if columns is None else columns.multiply_left(vectors)
     right = vectors.mT if columns is None else columns.solve_right(vectors.mT.contiguous())
-    left = weight.new_empty(weight.shape, dtype=torch.float32)
+    left = weight.new_empty((len(weight), count), dtype=torch.float32)
     for start in range(0, len(weight), _ROWS):
         left[start : start + _ROWS] = (weight[start : start + _ROWS].double() @ (turn / half)).float()
     return Factors(left, (half[:, None] * right).float(), torch.zeros_like(sigma) if any_zero(columns) else sigma)
