@@ -179,8 +179,9 @@ class FinishRun(Stopwatch):
         assert isinstance(pl_module, RankLearner)
         assert pl_module.model is not None
         check_sequences(pl_module.model, self.protocol.sequences)
-        tokenizer = calibration_data(trainer).tokenizer
-        check_prompts(tokenizer, self.prompts, pl_module.model, max_new_tokens=self.max_new_tokens)
+        if self.prompts:
+            tokenizer = calibration_data(trainer).tokenizer
+            check_prompts(tokenizer, self.prompts, pl_module.model, max_new_tokens=self.max_new_tokens)
         origin = Origin.of(pl_module.model)
         if self.form.merge and origin is not None and not origin.one_width:
             has = f"has {origin.described}" if origin.heads_left else f"has MLPs of {origin.widths} hidden neurons"
