@@ -201,7 +201,9 @@ class Recipe:
 
     @property
     def needs_weight_gradients(self) -> bool:
-        """Whether ranks are allocated by mean weight gradients."""
+        """Whether ranks, or those that learning starts from, are allocated by mean weight gradients."""
+        if self.learning is not None:
+            return self.learning.start is not None and make_allocator(self.learning.start).needs_gradients
         return not self.in_bytes and make_allocator(self.allocator, **self.settings).needs_gradients
 
     @property

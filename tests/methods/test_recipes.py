@@ -89,6 +89,11 @@ def test_factors_that_a_method_cannot_read_are_refused_at_once(kind, settings):
         Recipe(Decomposition(kind), **settings)
 
 
+def test_the_start_of_learning_decides_what_is_measured():
+    assert Recipe(learning=Learning(ARA(), start="zs_svd")).needs_weight_gradients
+    assert not Recipe(learning=Learning(ARA())).needs_weight_gradients
+
+
 def test_masks_with_a_start_of_their_own_take_no_other():
     with pytest.raises(ValueError, match="rescaled have a start of their own"):
         Learning(Rescaled(), start="fisher")
