@@ -373,7 +373,9 @@ class CalibrationData(pl.LightningDataModule):
     def _build(self) -> _Sequences:
         """Return all sequences; validation sequences of the learning text come after all others of that text."""
         texts = (self.learning.text, self.statistics.text, self.validation_text)
-        learning, statistics, validation = map(parse_mixture, texts)
+        # Usually they are one text, whose folder is listed once.
+        parsed = {text: parse_mixture(text) for text in dict.fromkeys(texts)}
+        learning, statistics, validation = (parsed[text] for text in texts)
         held_out_of_learning = _same(validation, learning)
         if not held_out_of_learning and set(validation) & set(learning):
             raise ValueError(
