@@ -118,8 +118,7 @@ class RankLearner(LightningModule):
         optimizer: Makes the optimizer of the mask parameters.
         lr_scheduler: Makes the learning rate schedule, stepped after every optimizer step; ``cosine`` decays the
             learning rate to 0 along half a cosine over all steps of the run.
-        constraints: Which linear layers are targets, the constraints on their ranks, and the storage of low-rank
-            layers, which sets the cost of a rank.
+        constraints: Which linear layers are targets, how their ranks are constrained, and how they are stored.
         start: Where masks and target start.
         prune: How MLPs are pruned in width before ranks are learned; by default they are not. The pruned base is a
             folder in the cache, and ``keep`` still counts the parameters of the named base.
@@ -385,6 +384,13 @@ class RankLearner(LightningModule):
     def on_train_start(self) -> None:
         """Check what callbacks watch, and advance the masks; a resumed checkpoint may be of a finished run."""
         check_validation(self.trainer)
+        steps, idle = self.trainer.estimated_stepping_batches, self.mask_method.idle_steps
+        if steps <= idle:
+            _log.warning(
+                "the run has %g steps, and %s learns nothing in its first %d: give more steps (with several processes, "
+                "that many times --data.learning.sequences), or a smaller warmup of the mask",
+                *(steps, self.mask_method.name, idle),
+            )
         self._update_masks(self.global_step)
 
     def optimizer_step(

@@ -251,6 +251,11 @@ class MaskMethod(ABC):
                 "(--model.decomposition.kind)"
             )
 
+    @property
+    def idle_steps(self) -> int:
+        """First optimizer steps of a run, in which nothing is learned."""
+        return 0
+
     def start_keep(self, target: float) -> float:
         """Return the fraction that masks start at without a plan to start from, for the first step's ``target``."""
         return target

@@ -181,6 +181,11 @@ class Rescaled(MaskMethod):
         check_counts({"warmup": warmup}, least=0)
         self.width, self.warmup, self.top = width, warmup, top
 
+    @property
+    def idle_steps(self) -> int:
+        """The warm-up, which only measures: the plan is that of ``fisher`` until its end."""
+        return self.warmup
+
     def create(
         self, shape: tuple[int, int], sigma: Tensor, keep: float, *, storage: Storage, kept: Tensor | None = None
     ) -> RescaledMask:

@@ -225,6 +225,11 @@ def learner_of(**changes):
     return make_learner(**{**settings, **changes})
 
 
+def test_a_run_that_only_warms_up_is_warned_of(caplog):
+    fit(learner_of(mask=Rescaled(warmup=2)), max_steps=2)
+    assert "the run has 2 steps, and rescaled learns nothing in its first 2" in caplog.text
+
+
 def test_learning_starts_at_fisher_and_meets_the_budget():
     learner = learner_of()
     fit(learner, max_steps=6)
