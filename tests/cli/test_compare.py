@@ -271,8 +271,9 @@ def test_impossible_recipes(make, message):
     "changes", [{"steps": 9}, {"lr": 0.5}, {"sequences": 5}, {"batch_size": 2}, {"start": "fisher"}, {"cosine": True}]
 )
 def test_every_setting_of_learning_tells_recipes_apart(changes):
+    factors = Decomposition("two_sided")
     for mask in (ARA(), RECIPES["ars"].learning.mask):
-        one, other = Recipe(learning=Learning(mask)), Recipe(learning=Learning(mask, **changes))
+        one, other = Recipe(factors, learning=Learning(mask)), Recipe(factors, learning=Learning(mask, **changes))
         assert one.describe() != other.describe()
         assert other.describe()["learning"][next(iter(changes))] == next(iter(changes.values()))
 

@@ -687,7 +687,7 @@ def evil(tmp_path, capsys):
 
 @pytest.mark.parametrize("read", [read_checkpoint, AtomicCheckpoints().load_checkpoint])
 def test_a_checkpoint_that_would_run_code_is_refused(evil, read):
-    with pytest.raises(ValueError, match=r"evil\.ckpt is no checkpoint of `lowrank fit`"):
+    with pytest.raises(ValueError, match=r"evil\.ckpt is no checkpoint of a run of ours"):
         read(evil)
 
 
@@ -697,13 +697,13 @@ def test_lightning_runs_no_code_of_a_checkpoint(evil):
 
 
 def test_a_checkpoint_that_is_absent_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no checkpoint at .*none\.ckpt: expected a file that `lowrank fit` wrote"):
+    with pytest.raises(ValueError, match=r"no checkpoint at .*none\.ckpt: expected a file that a run of ours wrote"):
         read_checkpoint(tmp_path / "none.ckpt")
 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "text.ckpt").write_text("no zip")
-    with pytest.raises(ValueError, match=r"text\.ckpt is damaged or no checkpoint of `lowrank fit` \(.*\): resume"):
+    with pytest.raises(ValueError, match=r"text\.ckpt is damaged or no checkpoint of a run of ours \(.*\): resume"):
         read_checkpoint(tmp_path / "text.ckpt")
 
 
