@@ -112,7 +112,7 @@ def allocate(
     if budget is not None:
         byte_budget.check_budget(subject, budget, made_by)
         made = build_factors(subject, settings=made_by, directory=store)
-        plan, factors = byte_budget.allocate_bytes(subject, budget, decomposition=made_by, store=made)
+        plan, factors = byte_budget.allocate_bytes(subject, budget, store=made)
     else:
         assert allocator is not None
         plan, factors = allocate_ranks(

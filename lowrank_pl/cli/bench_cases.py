@@ -8,12 +8,19 @@ import torch
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from lowrank_pl.costs.speed import SpeedTest, Variant, measure_speed, random_tokens, speed_rows, speed_table
+from lowrank_pl.costs.speed import (
+    SpeedTest,
+    Variant,
+    is_recorded,
+    measure_speed,
+    random_tokens,
+    speed_rows,
+    speed_table,
+)
 from lowrank_pl.costs.statistics_pass import measure_statistics
 from lowrank_pl.costs.step import StepTest, measure_step
 from lowrank_pl.costs.svd import measure_drivers
 from lowrank_pl.models.base import load_base
-from lowrank_pl.models.hf_experts import split_modules
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.settings import DType
 from lowrank_pl.models.targets import find_targets
@@ -74,8 +81,7 @@ def speed(
                     "case": test.case, "base": base, "dtype": dtype, "batch": test.batch_size, "length": test.length,
                 }  # fmt: skip
                 rows += [{**kind, **row} for row in speed_rows(measured, test)]
-            # `measure_speed` records no mixture.
-            recorded = first.record and not split_modules(model)
+            recorded = is_recorded(model, first)
             del model
     print(speed_table(rows))
     settings = {

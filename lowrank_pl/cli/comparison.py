@@ -24,7 +24,7 @@ from lowrank_pl.factors.settings import Statistic
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.methods.allocate import make_allocator
 from lowrank_pl.methods.allocate.run import allocate_ranks
-from lowrank_pl.methods.prune.base import LLMPruner, WidthPruning, pruned_base
+from lowrank_pl.methods.prune.base import pruned_base
 from lowrank_pl.methods.quantize.byte_budget import allocate_bytes
 from lowrank_pl.methods.quantize.quantizing import quantize
 from lowrank_pl.methods.quantize.settings import ByteBudget
@@ -206,7 +206,7 @@ class Comparison:
         if method.prune is None:
             return self._on_base(name, method, keep, identity, dense, {})
         # The pruned model is released before the next one is loaded.
-        at, spent = self._pruned(method, method.prune, keep)
+        at, spent = self._pruned(method, keep)
         if at is self and method.only_prunes:
             # At this size nothing is removed, so there is nothing to heal.
             method = replace(method, heal=None)
@@ -290,13 +290,12 @@ class Comparison:
         fingerprint = model_fingerprint(self.subject.model)
         return plan.with_origin(plan.origin, fingerprint, base_notes(self.subject))
 
-    def _pruned(
-        self, method: Recipe, settings: WidthPruning | LLMPruner, keep: float
-    ) -> tuple[Comparison, float | None]:
+    def _pruned(self, method: Recipe, keep: float) -> tuple[Comparison, float | None]:
         """Return this comparison on the pruned base, and the seconds of pruning, possibly in an earlier run."""
         subject = self.subject
         assert subject.base is not None
-        folder, spent = pruned_base(self._subject_of(method), settings, keep=keep)
+        assert method.prune is not None
+        folder, spent = pruned_base(self._subject_of(method), method.prune, keep=keep)
         if folder == subject.base.name:
             return self, spent
         base = replace(subject.base, name=folder)

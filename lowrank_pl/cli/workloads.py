@@ -41,11 +41,10 @@ def fit_workload(
         finish: The end of the run.
         machine: The processes that learn.
     """
-    from lowrank_pl.training.data import batches_of_epoch
-
     length = data.learning.length
-    there = data.learning.sequences // (data.batch_size * machine.processes)
-    of_epoch = batches_of_epoch(there, trainer["limit_train_batches"])
+    of_epoch = data.batches_of_epoch(
+        data.learning.sequences, processes=machine.processes, limit=trainer["limit_train_batches"]
+    )
     accumulated = trainer["accumulate_grad_batches"] or 1
     steps = _steps(trainer, of_epoch=-(-of_epoch // accumulated))
     validations = _validations(trainer, batches=steps * accumulated, of_epoch=of_epoch)
@@ -108,15 +107,14 @@ def heal_workload(healer: Healer, data: CalibrationData, trainer: Mapping[str, A
     Raises:
         ValueError: The token budget does not reach for one step.
     """
-    from lowrank_pl.training.data import batches_of_epoch
-
     start, settings = healer.start, healer.settings
     step = Step(
         data.learning.length, data.batch_size, trainer["accumulate_grad_batches"] or 1,
         teacher=True, gradient_checkpointing=healer.gradient_checkpointing,
     )  # fmt: skip
-    there = data.learning.sequences // (data.batch_size * machine.processes)
-    of_epoch = batches_of_epoch(there, trainer["limit_train_batches"])
+    of_epoch = data.batches_of_epoch(
+        data.learning.sequences, processes=machine.processes, limit=trainer["limit_train_batches"]
+    )
     batch_tokens = data.batch_size * step.length * machine.processes
     steps = settings.steps(batch_tokens, accumulated=step.batches, epoch=of_epoch)
     # One before the training, and one after it.

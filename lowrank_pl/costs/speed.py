@@ -37,6 +37,7 @@ __all__ = [
     "SpeedCase",
     "SpeedTest",
     "Variant",
+    "is_recorded",
     "measure_speed",
     "multiply_adds",
     "random_tokens",
@@ -154,10 +155,9 @@ def measure_speed(
     # Sequences are decoded with tokens of their own, which a mixture routes to other experts.
     tokens[:, -1] = random_tokens(model, test.batch_size)[0].to(model.device)
     targets = find_targets(model)
-    record = test.record
-    if record and split_modules(model):
+    record = is_recorded(model, test)
+    if test.record and not record:
         _log.warning("a mixture's step is not recorded: which experts it reads differs from step to step")
-        record = False
     found: dict[Variant, Speed] = {}
     with evaluating(model), torch.inference_mode():
         inputs = _step_inputs(model, tokens, test.case)
@@ -184,6 +184,11 @@ def measure_speed(
                         found[variant] = Speed(min(seconds, old.seconds), old.bytes, old.multiply_adds)
                     tick(variant)
     return found
+
+
+def is_recorded(model: PreTrainedModel, test: SpeedTest) -> bool:
+    """Return whether ``measure_speed`` records the step of ``model`` as a CUDA graph."""
+    return test.record and not split_modules(model)
 
 
 def random_tokens(model: PreTrainedModel, length: int) -> Tensor:

@@ -33,7 +33,6 @@ __all__ = [
     "StatisticsText",
     "ValidationText",
     "batch_tokens",
-    "batches_of_epoch",
     "calibration_data",
 ]
 
@@ -307,6 +306,23 @@ class CalibrationData(pl.LightningDataModule):
         """The sequences for validation, int64 ``[sequences, length]``."""
         return self._ready().validation
 
+    def batches_of_epoch(self, sequences: int, *, processes: int, limit: int | float | None) -> int:
+        """Return how many batches an epoch has for one process.
+
+        Args:
+            sequences: The sequences to learn from.
+            processes: The processes that share them.
+            limit: ``limit_train_batches``: a number of batches, or a fraction of them; None limits nothing.
+
+        >>> data = CalibrationData(batch_size=2)
+        >>> [data.batches_of_epoch(40, processes=2, limit=limit) for limit in (4, 0.5, None)]
+        [4, 5, 10]
+        """
+        batches = max(1, sequences // (self.batch_size * processes))
+        if limit is None:
+            return batches
+        return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+
     def train_dataloader(self) -> SequenceLoader:
         """Return the batches int64 ``[batch_size, length]`` of this process."""
         # With overfit_batches the Trainer expects the same batches in every epoch.
@@ -455,22 +471,6 @@ def calibration_data(trainer: pl.Trainer) -> CalibrationData:
         given = "no datamodule" if data is None else f"{type(data).__name__} as its datamodule"
         raise ValueError(f"trainer.fit got {given}: expected a CalibrationData, whose text the factors are made from")
     return data
-
-
-def batches_of_epoch(batches: int, limit: int | float | None) -> int:
-    """Return how many of ``batches`` an epoch has under ``limit_train_batches``.
-
-    Args:
-        batches: The batches of the text, for one process.
-        limit: A number of batches, or a fraction of those that are there; None limits nothing.
-
-    >>> batches_of_epoch(10, 4), batches_of_epoch(10, 0.5), batches_of_epoch(10, None)
-    (4, 5, 10)
-    """
-    batches = max(1, batches)
-    if limit is None:
-        return batches
-    return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
 
 
 def batch_tokens(trainer: pl.Trainer) -> int:

@@ -27,7 +27,7 @@ from lowrank_pl.models.hf_experts import all_experts_called
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.text.sequences import sequences_fingerprint
 from lowrank_pl.training.checkpointing import check_fit, mark, mark_of
-from lowrank_pl.training.data import CalibrationData, batch_tokens, batches_of_epoch, calibration_data
+from lowrank_pl.training.data import CalibrationData, batch_tokens, calibration_data
 from lowrank_pl.training.heal_start import HealPair, HealStart
 from lowrank_pl.training.lightning_internals import batches_done, end_after
 from lowrank_pl.training.monitored import check_callbacks, check_validation
@@ -166,9 +166,10 @@ class Healer(LightningModule):
 
     @property
     def _batches_per_epoch(self) -> int:
-        data = calibration_data(self.trainer)
-        batches = len(data.train_sequences) // (data.batch_size * int(self.trainer.world_size))
-        return batches_of_epoch(batches, self.trainer.limit_train_batches)
+        data, trainer = calibration_data(self.trainer), self.trainer
+        return data.batches_of_epoch(
+            len(data.train_sequences), processes=int(trainer.world_size), limit=trainer.limit_train_batches
+        )
 
     def configure_model(self) -> None:
         """Load both models, and choose what is trained; later calls do nothing."""

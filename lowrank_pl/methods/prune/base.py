@@ -37,7 +37,7 @@ from lowrank_pl.utils.formatting import code, escaped
 from lowrank_pl.utils.json_files import read_json, sealed
 from lowrank_pl.utils.tensor_store import total_seconds
 
-__all__ = ["ChosenWidths", "LLMPruner", "WidthPruning", "apply_pruning", "pruned_base", "pruned_card"]
+__all__ = ["ChosenWidths", "WidthPruning", "apply_pruning", "pruned_base", "pruned_card"]
 
 _log = logging.getLogger(__name__)
 
