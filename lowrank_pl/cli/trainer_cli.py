@@ -23,7 +23,7 @@ from lowrank_pl.costs.machine import Machine, machine_of
 from lowrank_pl.text.sources import text_files
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
 from lowrank_pl.training.data import CalibrationData
-from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption
+from lowrank_pl.training.interrupt import StopBetweenBatches, explain_interruption, explain_kill
 from lowrank_pl.training.lightning_internals import HookedCLI, RunCheckpoint, extend_timeout
 from lowrank_pl.training.progress import LearningBar
 from lowrank_pl.utils.distributed import cooperating, explain_lost_process, gather_from_all
@@ -123,6 +123,7 @@ class TrainerCLI(HookedCLI):
             last = next(filter(None, [*written, kwargs.get("ckpt_path")]), None)
             return f"go on with --ckpt_path {last}" if last else "there is no checkpoint of this run yet"
 
+        explain_kill(advice)
         with _own_folder(self.trainer), explain_interruption(self.trainer, advice), explain_lost_process(advice):
             self.trainer.fit(model, weights_only=True, **kwargs)
 

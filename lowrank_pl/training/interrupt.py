@@ -1,16 +1,20 @@
-"""Ctrl-C during learning: handled between two batches, when no step is half done."""
+"""How a run ends early: Ctrl-C, handled between two batches, and the end of another of its processes."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["StopBetweenBatches", "explain_interruption"]
+from lowrank_pl.utils.distributed import LostProcessError
+
+__all__ = ["StopBetweenBatches", "explain_interruption", "explain_kill"]
 
 
 @contextmanager
@@ -35,6 +39,34 @@ def explain_interruption(trainer: Trainer, advice: Callable[[], str]) -> Iterato
         # Lightning sets Ctrl-C to be ignored and does not restore it.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
+
+
+def explain_kill(advice: Callable[[], str], grace: float = 10.0) -> None:
+    """Make Lightning print advice before it kills this process because another one has ended.
+
+    Every five seconds a thread of Lightning looks whether the processes that it started still run. After the bad end of
+    one it kills the others and this process, without a word. Errors of Gloo's collectives are explained by
+    ``explain_lost_process``, but perhaps an instant too late; NCCL's wait for their timeout.
+
+    Args:
+        advice: Returns what the user can do, for the message.
+        grace: How many seconds this process has to end by itself, with its own error and its files in order.
+    """
+
+    def terminate_all(observer: _ChildProcessObserver) -> None:
+        for process in observer._child_processes:
+            process.kill()
+        threading.main_thread().join(grace)
+        codes = [str(process.returncode) for process in observer._child_processes if process.returncode]
+        lost = LostProcessError(f"exit code {', '.join(codes)}", advice())
+        print(f"lowrank: error: {lost}", file=sys.stderr, flush=True)
+        _kill_all(observer)
+
+    # There is no hook. It stays after the run: the kill may come while its error is on the way to the user.
+    _ChildProcessObserver._terminate_all = terminate_all  # type: ignore[assignment, method-assign]
+
+
+_kill_all = _ChildProcessObserver._terminate_all
 
 
 class StopBetweenBatches(Callback):

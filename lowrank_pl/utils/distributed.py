@@ -143,7 +143,17 @@ def barrier() -> None:
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the run has ended or cannot be reached, so this one cannot go on."""
+    """Another process of the run has ended or cannot be reached, so this one cannot go on.
+
+    Args:
+        cause: What was seen of it.
+        advice: What the user can do.
+    """
+
+    def __init__(self, cause: str, advice: str) -> None:
+        super().__init__(
+            f"another process of this run has ended or can't be reached ({cause}): see its last message; {advice}"
+        )
 
 
 @contextmanager
@@ -163,9 +173,7 @@ def explain_lost_process(advice: Callable[[], str]) -> Iterator[None]:
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise
         cause = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
-        raise LostProcessError(
-            f"another process of this run has ended or can't be reached ({cause}): see its last message; {advice()}"
-        ) from error
+        raise LostProcessError(cause, advice()) from error
 
 
 @contextmanager

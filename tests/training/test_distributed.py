@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 import pytest
@@ -167,6 +168,24 @@ def test_the_end_of_a_killed_process_ends_the_run_and_says_how_to_go_on(killed):
     assert "lowrank: error: another process of this run has ended or can't be reached" in end.stderr
     assert f"go on with --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}" in end.stderr
     assert not (folder / "plan.json").exists()
+
+
+HANGING = """
+import os, subprocess, sys, time
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lowrank_pl.training.interrupt import explain_kill
+explain_kill(lambda: "go on with it", grace=0.1)
+ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+ended.wait()
+_ChildProcessObserver(os.getpid(), [ended], sleep_period=0).start()
+time.sleep(600)
+"""
+
+
+def test_a_process_that_hangs_since_another_has_ended_says_how_to_go_on_before_it_is_killed():
+    end = OURS.run([sys.executable, "-c", HANGING], capture_output=True)
+    assert end.returncode == -signal.SIGKILL
+    assert "(exit code 3): see its last message; go on with it" in end.stderr
 
 
 def test_a_run_whose_process_was_killed_goes_on_to_the_same_bits(ddp, killed):
