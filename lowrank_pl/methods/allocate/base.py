@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import ClassVar
 
 from torch import Tensor
@@ -44,6 +45,16 @@ class Problem:
     sequences: Tensor | None = None
     gradients: TensorStore | None = None
     expert_losses: Mapping[str, ExpertLosses] = field(default_factory=dict)
+
+    @cached_property
+    def sigma(self) -> Callable[[str], Tensor]:
+        """The singular values of a module by its name, as ``factors.sigma``; each is read from disk once."""
+        return cache(self.factors.sigma)
+
+    @cached_property
+    def notes(self) -> Callable[[str], dict[str, str]]:
+        """The notes on a module's factors by its name, as ``factors.notes``; each is read from disk once."""
+        return cache(self.factors.notes)
 
 
 class Allocator(ABC):

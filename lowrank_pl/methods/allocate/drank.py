@@ -15,7 +15,6 @@ from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.methods.allocate.energy import energy_shares
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.component_order import requested_rank_scores
-from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.checks import check_choices
 
 __all__ = ["DRank", "Scope"]
@@ -64,32 +63,19 @@ class DRank(Allocator):
             raise ValueError(f"shift is {self.shift}: expected the fraction of q and k to move to v, in [0, 1)")
         check_choices({"scope": (self.scope, Scope)})
 
-    def plan(self, problem: Problem) -> RankPlan:
-        """Return the plan; errors as in ``Allocator.plan``."""
-        self.check(problem)
-        types = self._types(problem)
-        return problem.budget.select(self._scores(problem, types), method=self.name, notes=self._notes(problem, types))
-
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks in proportion to its requested rank."""
-        return self._scores(problem, self._types(problem))
+        if self.scope == "model":
+            requested = self._over_the_model(problem)
+        else:
+            requested = self._with_values(problem, _of_types(problem).ranks)
+        return {name: requested_rank_scores(shape, requested[name]) for name, shape in problem.budget.shapes.items()}
 
     def notes(self, problem: Problem) -> Sequence[str]:
         """Return which types have dynamic ranks, and in how many attentions ranks were moved."""
-        return self._notes(problem, self._types(problem))
-
-    def _types(self, problem: Problem) -> _Types | None:
-        return None if self.scope == "model" else _of_types(problem)
-
-    def _scores(self, problem: Problem, types: _Types | None) -> dict[str, Tensor]:
-        requested = self._over_the_model(problem) if types is None else self._with_values(problem, types.ranks)
-        return {name: requested_rank_scores(shape, requested[name]) for name, shape in problem.budget.shapes.items()}
-
-    def _notes(self, problem: Problem, types: _Types | None) -> list[str]:
         notes = []
-        if types is not None:
-            dynamic = types.dynamic
-            uniform = [kind for kind in dynamic if not dynamic[kind]]
+        if self.scope == "type":
+            uniform = [kind for kind, dynamic in _of_types(problem).dynamic.items() if not dynamic]
             notes.append(f"uniform ranks in {', '.join(uniform) or 'no type'}, dynamic ranks in the other types")
         if self.shift == 0:
             return notes
@@ -104,7 +90,7 @@ class DRank(Allocator):
     def _over_the_model(self, problem: Problem) -> dict[str, float]:
         """Return ranks in the relation that the rule gives them, over all layers together."""
         shapes = problem.budget.shapes
-        requested = {name: _weight(problem.budget, name, problem.factors.sigma(name)) for name in shapes}
+        requested = {name: _weight(problem.budget, name, problem.sigma(name)) for name in shapes}
         for attention in _attentions(problem):
             moved = 0.0
             for part in ("q_proj", "k_proj"):
@@ -162,7 +148,7 @@ def _of_types(problem: Problem) -> _Types:
     dynamic: dict[str, bool] = {}
     for kind, names in types.items():
         uniform = {name: budget.rank_costs.rank_at(budget.shapes[name], budget.share) for name in names}
-        sigmas = {name: problem.factors.sigma(name) for name in names}
+        sigmas = {name: problem.sigma(name) for name in names}
         proposed = _dynamic(budget, sigmas)
         last = kind.rpartition(".")[2]
         if last in _ALWAYS:

@@ -27,7 +27,7 @@ class Energy(Allocator):
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return every component's share of its module's energy."""
-        return {name: energy_shares(problem.factors.sigma(name)) for name in problem.budget.shapes}
+        return {name: energy_shares(problem.sigma(name)) for name in problem.budget.shapes}
 
 
 def energy_shares(sigma: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import ClassVar
 
 from torch import Tensor
@@ -42,12 +41,10 @@ class Fisher(Allocator):
         if not problem.budget.drop_experts:
             return super().plan(problem)
         self.check(problem)
-        # Each read opens a file and compares a digest.
-        sigma = cache(problem.factors.sigma)
-        found = choose_dropped(problem.budget, sigma, problem.expert_losses)
+        found = choose_dropped(problem.budget, problem.sigma, problem.expert_losses)
         rest = replace(problem.budget, dropped=found.modules)
-        return rest.select(predicted_scores(rest, sigma), method=self.name, notes=found.sentences())
+        return rest.select(predicted_scores(rest, problem.sigma), method=self.name, notes=found.sentences())
 
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return for every component the predicted nats a parameter at which it is dropped."""
-        return predicted_scores(problem.budget, problem.factors.sigma)
+        return predicted_scores(problem.budget, problem.sigma)

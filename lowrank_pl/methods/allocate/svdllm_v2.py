@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.plans.component_order import requested_keep_scores
-from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["SVDLLMv2"]
 
@@ -42,44 +41,30 @@ class SVDLLMv2(Allocator):
     paper: ClassVar[str | None] = "2503.12340"
     kinds: ClassVar[tuple[str, ...]] = ("whitened", "two_sided", "asvd")
 
-    def plan(self, problem: Problem) -> RankPlan:
-        """Return the plan; errors as in ``Allocator.plan``."""
-        self.check(problem)
-        tokens = _tokens(problem)
-        shares = _kept_shares(problem, tokens)
-        return problem.budget.select(_scores(problem, shares), method=self.name, notes=_notes(tokens, shares))
-
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks in proportion to its requested rank."""
-        return _scores(problem, _kept_shares(problem, _tokens(problem)))
+        budget = problem.budget
+        # A negative share leaves the least rank, which the budget grants every module anyway.
+        return {
+            name: requested_keep_scores(budget.rank_costs, budget.shapes[name], max(0.0, share))
+            for name, share in _kept_shares(problem).items()
+        }
 
     def notes(self, problem: Problem) -> Sequence[str]:
         """Return how many tokens the losses count, and how many modules would lose everything.
 
         The paper's rule does not exclude that.
         """
-        tokens = _tokens(problem)
-        return _notes(tokens, _kept_shares(problem, tokens))
+        notes = [f"truncation losses over {max(_tokens(problem, name) for name in problem.budget.shapes):,} tokens"]
+        emptied = [name for name, share in _kept_shares(problem).items() if share <= 0]
+        if emptied:
+            notes.append(
+                f"the rule removes all of {len(emptied)} modules, which keep the least rank, e.g. {emptied[0]}"
+            )
+        return notes
 
 
-def _scores(problem: Problem, shares: Mapping[str, float]) -> dict[str, Tensor]:
-    budget = problem.budget
-    # A negative share leaves the least rank, which the budget grants every module anyway.
-    return {
-        name: requested_keep_scores(budget.rank_costs, budget.shapes[name], max(0.0, share))
-        for name, share in shares.items()
-    }
-
-
-def _notes(tokens: Mapping[str, int], shares: Mapping[str, float]) -> list[str]:
-    notes = [f"truncation losses over {max(tokens.values()):,} tokens"]
-    emptied = [name for name, share in shares.items() if share <= 0]
-    if emptied:
-        notes.append(f"the rule removes all of {len(emptied)} modules, which keep the least rank, e.g. {emptied[0]}")
-    return notes
-
-
-def _kept_shares(problem: Problem, tokens: Mapping[str, int]) -> dict[str, float]:
+def _kept_shares(problem: Problem) -> dict[str, float]:
     """Return the fraction of each module that the rule keeps; it is negative where the rule removes more than all."""
     shapes, keep = problem.budget.shapes, problem.budget.share
     types: dict[str, list[str]] = defaultdict(list)
@@ -88,19 +73,19 @@ def _kept_shares(problem: Problem, tokens: Mapping[str, int]) -> dict[str, float
             types[target.kind].append(target.name)
     shares: dict[str, float] = {}
     for names in types.values():
-        weights = {name: 1 / math.log(math.e + _loss(problem, name, tokens[name])) for name in names}
+        weights = {name: 1 / math.log(math.e + _loss(problem, name)) for name in names}
         mean = sum(weights.values()) / len(names)
         shares |= {name: 1 - (1 - keep) * weight / mean for name, weight in weights.items()}
     return shares
 
 
-def _loss(problem: Problem, name: str, tokens: int) -> float:
+def _loss(problem: Problem, name: str) -> float:
     """Return the root of the weighted squared error over all calibration tokens at the uniform rank."""
     rank = int(problem.budget.rank_costs.rank_at(problem.budget.shapes[name], problem.budget.share))
-    tail = problem.factors.sigma(name)[rank:]
-    return math.sqrt(tokens * tail.double().square().sum().item())
+    tail = problem.sigma(name)[rank:]
+    return math.sqrt(_tokens(problem, name) * tail.double().square().sum().item())
 
 
-def _tokens(problem: Problem) -> dict[str, int]:
-    """Return how many calibration tokens the errors of modules are means over; of experts too, these are all tokens."""
-    return {name: int(problem.factors.notes(name)["tokens"]) for name in problem.budget.shapes}
+def _tokens(problem: Problem, name: str) -> int:
+    """Return how many calibration tokens a module's errors are means over; of experts too, these are all tokens."""
+    return int(problem.notes(name)["tokens"])

@@ -224,9 +224,9 @@ def test_svdllm_v2_removes_less_where_more_is_lost():
 
 
 def test_svdllm_v2_on_more_tokens_is_nearer_to_uniform():
-    problem = problem_of(keep=0.5)[0]
     apart = []
     for tokens in (10**6, 10**9):
+        problem = problem_of(keep=0.5)[0]
         problem.factors.notes = lambda name, tokens=tokens: {"tokens": str(tokens)}
         scores = make_allocator("svdllm_v2").scores(problem)
         kept = [scores[f"layers.{block}.mlp.up_proj"][0].item() for block in range(LAYERS)]
