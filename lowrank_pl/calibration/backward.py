@@ -17,9 +17,9 @@ from lowrank_pl.calibration.measures import Batch, Call, GradientMeasure, locate
 from lowrank_pl.factors.settings import Labels
 from lowrank_pl.models.eval_mode import evaluating
 from lowrank_pl.models.hf_experts import can_drop
+from lowrank_pl.models.names import expert_number
 from lowrank_pl.models.settings import NOT_FINITE
 from lowrank_pl.models.targets import decoder_blocks, first_argument
-from lowrank_pl.utils.formatting import expert_number
 
 __all__ = ["Recorder", "differentiable", "loss_gradient"]
 

@@ -28,13 +28,13 @@ from lowrank_pl.factors.decomposition import decompose
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.identity import model_fingerprint
+from lowrank_pl.models.names import without_expert
 from lowrank_pl.models.targets import Target, Targets, dense_weight, droppable
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.plans.convex_hull import predicted_scores
 from lowrank_pl.text.sequences import sequences_fingerprint, tokenizer_fingerprint
 from lowrank_pl.utils.distributed import is_first, my_balanced_share
 from lowrank_pl.utils.files import sha256_of
-from lowrank_pl.utils.formatting import without_expert
 from lowrank_pl.utils.tensor_store import TensorStore, weight_digest
 
 __all__ = ["build_factors", "build_gradients", "check_finite", "decompose_all", "factor_store", "statistics_of"]

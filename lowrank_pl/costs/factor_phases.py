@@ -21,8 +21,8 @@ from lowrank_pl.costs.estimate import Phase, WorkKind
 from lowrank_pl.costs.workload import Run
 from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.methods.prune.settings import STEPS, LLMPruner, WidthPruning
+from lowrank_pl.models.names import expert_number
 from lowrank_pl.models.targets import HEAD
-from lowrank_pl.utils.formatting import expert_number
 
 __all__ = [
     "decomposition_phase",

@@ -111,13 +111,13 @@ def check_prompts(
         tokens = tokenizer(prompt)["input_ids"]
         if not tokens:
             raise ValueError(f"the prompt {prompt!r} has no token: expected a text to continue")
-        if model is not None:
-            check_sequences(model, torch.tensor([tokens]), least=1)
         if positions is not None and len(tokens) + max_new_tokens > positions:
             raise ValueError(
                 f"the prompt {prompt!r} has {len(tokens)} tokens and max_new_tokens is {max_new_tokens}, but the "
                 f"model has {positions} positions: give a shorter prompt or fewer max_new_tokens"
             )
+        if model is not None:
+            check_sequences(model, torch.tensor([tokens]), least=1)
 
 
 def repetition_rate(texts: Sequence[Sequence[int]], *, n: int = 4) -> float:

@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_pl.models.eval_mode import evaluating, input_device
 from lowrank_pl.models.hf_experts import all_experts_called, can_drop, is_fused, routers, split_modules
 from lowrank_pl.models.hf_quantized import is_quantized
+from lowrank_pl.models.names import without_expert
 from lowrank_pl.models.settings import EMBEDDINGS
-from lowrank_pl.utils.formatting import without_expert
 
 __all__ = [
     "EMBEDDINGS",

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowrank_pl.models.names import without_expert
 from lowrank_pl.plans.component_order import ComponentOrder, requested_rank_scores
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.plans.storage import Storage, StorageChoice
 from lowrank_pl.utils.checks import check_counts
-from lowrank_pl.utils.formatting import without_expert
 
 __all__ = ["Budget", "check_keep"]
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank_pl.factors.store import FactorStore
+from lowrank_pl.models.names import block_and_kind, expert_number
 from lowrank_pl.plans.plan import ModulePlan, RankPlan, count_kinds
 from lowrank_pl.plans.storage import Storage
-from lowrank_pl.utils.formatting import block_and_kind, expert_number, percent
+from lowrank_pl.utils.formatting import percent
 
 __all__ = [
     "HEIGHT",

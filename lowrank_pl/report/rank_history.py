@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowrank_pl.models.names import block_and_kind, expert_number
 from lowrank_pl.utils.figures import plain
-from lowrank_pl.utils.formatting import block_and_kind, expert_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

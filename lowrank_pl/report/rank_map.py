@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowrank_pl.models.names import block_and_kind, expert_number
 from lowrank_pl.plans.plan import ModulePlan, RankPlan, count_kinds
 from lowrank_pl.utils.figures import plain
-from lowrank_pl.utils.formatting import block_and_kind, expert_number, percent, table
+from lowrank_pl.utils.formatting import percent, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

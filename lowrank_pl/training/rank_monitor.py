@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lowrank_pl.methods.masks.base import dense_sizes
 from lowrank_pl.methods.masks.objectives import DATA_TERMS
+from lowrank_pl.models.names import block_and_kind
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.rank_history import Kept, RankHistory, kept_by_group
 from lowrank_pl.report.rank_map import rank_map
@@ -30,7 +31,6 @@ from lowrank_pl.training.tensorboard import (
     write_layout,
 )
 from lowrank_pl.utils.checks import check_counts
-from lowrank_pl.utils.formatting import block_and_kind
 
 __all__ = ["RankMonitor"]
 

@@ -11,13 +11,13 @@ import pytest
 from matplotlib._pylab_helpers import Gcf
 
 from lowrank_pl.models.hf_quantized import Grid
+from lowrank_pl.models.names import block_and_kind
 from lowrank_pl.plans.plan import ModulePlan, RankPlan
 from lowrank_pl.report.model_card import model_card
 from lowrank_pl.report.rank_map import rank_map, rank_table
 from lowrank_pl.report.run_record import Exported, RunRecord
 from lowrank_pl.report.scores import Row, Summary, bits_and_memory, read_summary, row_table, write_summary
 from lowrank_pl.utils.figures import save_figure
-from lowrank_pl.utils.formatting import block_and_kind
 
 DENSE = Row("dense", 20.7, 0.0, 1.0, 1.0, 538_060_672, 0.0)
 LEARNED = Row("learned", 23.456, 0.125, 0.7996, 0.84, 451_000_000, 83.21)

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from lowrank_pl.export.health.diagnosis import Finding, first_few
 from lowrank_pl.models.hf_quantized import SCALE_TYPE, Grid, grid_of_entry, packed_width, stored_shapes, unpack
+from lowrank_pl.models.names import expert_number
 from lowrank_pl.plans.plan import ModulePlan, RankPlan, count_kinds, pivoted_matrices
 from lowrank_pl.plans.storage import INDEX_BYTES
-from lowrank_pl.utils.formatting import expert_number
 
 __all__ = ["check_merged_ranks", "check_plan", "check_weights", "tensors_in", "tensors_of"]
 

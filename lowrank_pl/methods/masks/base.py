@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.methods.masks.objectives import budget_penalty, kept_fractions
+from lowrank_pl.models.names import expert_number
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.storage import Storage
-from lowrank_pl.utils.formatting import expert_number
 
 __all__ = [
     "NEARLY_FULL",
