@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
-from lowrank_pl.models.settings import Base
+from lowrank_pl.models.settings import EMBEDDINGS, Base
+from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
 from lowrank_pl.utils.files import check_output_files, write_json
 
@@ -23,6 +25,7 @@ def prune(
     llm_pruner: LLMPruner = LLMPruner(),
     output: Path = Path("prune"),
     calibration: Flat[Calibration] = Calibration(),
+    constraints: Constraints = Constraints(),
     device: str = "auto",
     json: Path | None = None,
 ) -> Path:
@@ -49,6 +52,7 @@ def prune(
         llm_pruner: What llm_pruner prunes.
         output: Folder of the pruned model, checked by a reload in a fresh process.
         calibration: Text that the statistics are measured on.
+        constraints: Which layers keep counts, and what the ranks must respect that are allocated later.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         json: Write the figures there.
 
@@ -61,14 +65,15 @@ def prune(
     from lowrank_pl.methods.prune.base import apply_pruning, pruned_card
     from lowrank_pl.methods.prune.llm_pruner import apply_llm_pruner
     from lowrank_pl.models.identity import Origin
-    from lowrank_pl.models.targets import find_targets, model_parameters, targeted_parameters
+    from lowrank_pl.models.targets import model_parameters, targeted_parameters
     from lowrank_pl.text.sources import text_files
     from lowrank_pl.utils.environment import pick_device
 
     _check(method, keep, pruning, llm_pruner)
+    _check_constraints(constraints, chooses_width=method == "width" and pruning.share is None)
     check_destination(output, sources=[base.name])
     check_output_files(json, inputs=text_files(calibration.text))
-    subject = Subject.load(base, calibration, device=pick_device(device))
+    subject = Subject.load(base, calibration, constraints, device=pick_device(device))
     model, tokenizer = subject.model, subject.tokenizer
     figures: dict[str, Any] = {"base": base.name}
     if method == "llm_pruner":
@@ -81,7 +86,9 @@ def prune(
         }
         said = f"pruned by llm_pruner to {origin.described}"
     else:
-        found = apply_pruning(model, subject.targets, statistics_of(subject), pruning, base=base.name, keep=keep)
+        found = apply_pruning(
+            model, subject.targets, statistics_of(subject), pruning, base=base.name, keep=keep, constraints=constraints
+        )
         for width, loss in sorted(found.tried.items()):
             print(f"{width} hidden neurons, ranks to keep {keep}: predicted loss {loss:.4f} nats a token")
         if found.by_block is not None:
@@ -100,7 +107,7 @@ def prune(
         }
         said = f"pruned MLPs from {found.before:,} to {origin.widths} hidden neurons"
     report = save_compressed(model, output, tokenizer=tokenizer, merge=origin.one_width, card=pruned_card(origin))
-    targets, parameters = find_targets(model), model_parameters(model)
+    targets, parameters = constraints.targets(model), model_parameters(model)
     figures |= {
         "parameters": {
             "targeted": {"dense": origin.targeted, "kept": targeted_parameters(targets)},
@@ -133,3 +140,19 @@ def _check(method: str, keep: float | None, pruning: WidthPruning, llm_pruner: L
         raise ValueError("settings of llm_pruner were given for --method width: add --method llm_pruner")
     if (keep is None) == (pruning.share is None):
         raise ValueError("give one of keep, the size that is wanted in the end, and share, of the hidden neurons")
+
+
+def _check_constraints(constraints: Constraints, *, chooses_width: bool) -> None:
+    if EMBEDDINGS in constraints.include:
+        raise ValueError(f"include has {EMBEDDINGS}, which pruning does not touch: leave them out here")
+    # The ranks that are allocated later are predicted only to choose a width.
+    read = {"include", "exclude", *(("storage", "multiple_of", "floors") if chooses_width else ())}
+    given = [
+        part.name for part in fields(Constraints)
+        if part.name not in read and getattr(constraints, part.name) != getattr(Constraints(), part.name)
+    ]  # fmt: skip
+    if given:
+        raise ValueError(
+            f"constraints.{given[0]} was given, which nothing here depends on: expected "
+            f"{', '.join(sorted(read))}; give it to the command that allocates or learns ranks on the result"
+        )

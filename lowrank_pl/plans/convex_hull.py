@@ -74,9 +74,13 @@ class Hull:
     losses: NDArray[np.float64]
     slopes: NDArray[np.float64]
 
+    def best(self, multipliers: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Return which size has the least loss plus multiplier times parameters, for each of ``multipliers``."""
+        return np.searchsorted(-self.slopes, -multipliers, side="left")
+
     def least(self, multipliers: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the least loss plus multiplier times parameters over all sizes, for each of ``multipliers``."""
-        taken = np.searchsorted(-self.slopes, -multipliers, side="left")
+        taken = self.best(multipliers)
         found: NDArray[np.float64] = self.losses[taken] + multipliers * self.costs[taken]
         return found
 

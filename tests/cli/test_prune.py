@@ -536,6 +536,12 @@ def test_ranks_are_allocated_on_top_of_llm_pruner(structured, tmp_path):
         ("--method llm_pruner --keep 0.8 --share 0.5", "settings of --method width"),
         ("--keep 0.8 --llm_pruner.mlp false", "add --method llm_pruner"),
         ("--method llm_pruner --keep 0.8", "leave none of the 2 blocks"),
+        ("--share 0.5 --constraints.storage factored", r"constraints\.storage .*: expected exclude, include"),
+        (
+            "--keep 0.8 --constraints.drop_experts true",
+            r"drop_experts .*: expected exclude, floors, include",
+        ),
+        ("--keep 0.8 --constraints.include * embeddings", "include has embeddings"),
     ],
 )
 def test_words_that_do_not_go_together(words, message, tmp_path, capsys):

@@ -6,8 +6,9 @@ import copy
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,12 @@ def apply_pruning(
         base: Name of the base.
         keep: Fraction of the unpruned base's targeted parameters that remains after rank allocation; None if
             ``settings.share`` is given.
-        constraints: Storage and multiples of the ranks; see ``WidthLosses``.
+        constraints: Storage, multiples and floors of the ranks; see ``WidthLosses``.
 
     Raises:
-        ValueError: The model has no MLP that can be pruned, or ``keep`` can't be reached.
+        ValueError: The model has no MLP that can be pruned, ``keep`` can't be reached, or a floor holds for an MLP.
     """
-    hidden, widths = _candidates(model, targets, settings, base=base, keep=keep)
+    hidden, widths = _candidates(model, targets, settings, constraints, base=base, keep=keep)
     present = hidden[0].width
     origin = _origin(model, targets, hidden, base)
     now, left_out = targeted_parameters(targets), origin.left_out(targets)
@@ -135,14 +136,22 @@ def apply_pruning(
 
 
 def _candidates(
-    model: PreTrainedModel, targets: Targets, settings: WidthPruning, *, base: str, keep: float | None
+    model: PreTrainedModel,
+    targets: Targets,
+    settings: WidthPruning,
+    constraints: Constraints,
+    *,
+    base: str,
+    keep: float | None,
 ) -> tuple[Sequence[HiddenNeurons], list[int]]:
     """Return the MLPs and their candidate widths, ascending, before anything is measured.
 
     Raises:
-        ValueError: The model has no MLP that can be pruned, or too few parameters are left for ``keep``.
+        ValueError: The model has no MLP that can be pruned, too few parameters are left for ``keep``, or a floor holds
+            for an MLP.
     """
     hidden = find_hidden_neurons(model, targets)
+    _refuse_floors(constraints, (target.name for mlp in hidden for target in (*mlp.writers, mlp.reader)))
     present = hidden[0].width
     origin = _origin(model, targets, hidden, base)
     widths = settings.widths(present)
@@ -163,6 +172,17 @@ def _candidates(
                 f"keep {keep}: raise the share or lower keep"
             )
     return hidden, widths
+
+
+def _refuse_floors(constraints: Constraints, pruned: Iterable[str]) -> None:
+    """Refuse floors of layers that are to be pruned: pruning would leave less of them than the floors say."""
+    for name in pruned:
+        for pattern, floor in constraints.floors.items():
+            if floor > 0 and fnmatchcase(name, pattern):
+                raise ValueError(
+                    f"the floor {floor} of {pattern!r} holds for {name}, which pruning makes smaller: give a pattern "
+                    "that matches no pruned layer, or leave pruning out"
+                )
 
 
 def _targets_to_measure(
@@ -216,9 +236,10 @@ def pruned_base(subject: Subject, settings: WidthPruning | LLMPruner, *, keep: f
         if by_pruning < keep:
             raise ValueError(f"keep of llm_pruner is {by_pruning}, less than keep {keep}: raise it, or lower keep")
         structures_left(subject.model, targets, settings, by_pruning)
+        _refuse_floors(globs, (layer.name for layer in find_prunable(subject.model, targets, settings).layers))
     else:
         asked["keep"] = keep if settings.share is None else None
-        _candidates(subject.model, targets, settings, base=base, keep=keep)
+        _candidates(subject.model, targets, settings, globs, base=base, keep=keep)
         if settings.share is None:
             subject.budget(keep)
             asked |= _rank_costs(globs, subject.model)
@@ -266,8 +287,9 @@ def _rank_costs(constraints: Constraints, model: PreTrainedModel) -> dict[str, A
         "storage": constraints.storage,
         "rank_multiple_of": constraints.multiple_of,
         "bytes_per_parameter": model.dtype.itemsize,
+        "floors": dict(constraints.floors),
     }
-    first = {"storage": "auto", "rank_multiple_of": 1, "bytes_per_parameter": 4}
+    first = {"storage": "auto", "rank_multiple_of": 1, "bytes_per_parameter": 4, "floors": {}}
     return {name: value for name, value in given.items() if value != first[name]}
 
 

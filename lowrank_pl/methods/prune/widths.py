@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -21,8 +20,7 @@ from lowrank_pl.methods.prune.mlp import HiddenNeurons, rows_of
 from lowrank_pl.models.targets import Target, Targets, dense_weight
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.constraints import Constraints
-from lowrank_pl.plans.convex_hull import hull_slopes, losses_by_rank
-from lowrank_pl.plans.storage import Storage
+from lowrank_pl.plans.convex_hull import Hull, hull_of, hull_slopes
 
 __all__ = ["Spectrum", "WidthLosses", "WidthOption", "measure_widths"]
 
@@ -41,21 +39,19 @@ class WidthOption(NamedTuple):
     layers: dict[str, Spectrum]
 
 
-Sizes = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Parameters of a linear layer at each rank below break-even and dense, and the nats that it loses there."""
-
-
 @dataclass(frozen=True)
 class WidthLosses:
     """Predicted losses of MLPs at every candidate width, and of all linear layers at every rank.
 
     The loss of a choice of widths is that of pruning plus that of the exact rank allocation (``fisher``) within the
-    allowed parameters, in the storage and the multiples of the run. Kept neurons are assumed to keep their moments.
+    allowed parameters, in the storage, the multiples and the floors of the run. Kept neurons are assumed to keep their
+    moments.
 
     Args:
         others: Spectra of the linear layers outside MLPs, by name.
         options: Each MLP at each width; all MLPs have the same candidate widths.
-        constraints: ``storage`` and ``multiple_of`` of the ranks; the rest is unused.
+        constraints: ``storage``, ``multiple_of`` and ``floors`` of the ranks; the rest is unused. No floor holds for
+            MLPs.
         bytes_per_parameter: Bytes of one stored number.
     """
 
@@ -87,24 +83,26 @@ class WidthLosses:
 
     def _least_loss(self, layers: dict[str, Spectrum], limit: int) -> float:
         """Return the nats that the best ranks of ``layers`` lose within ``limit`` parameters."""
-        shapes = {name: entry.shape for name, entry in layers.items()}
-        total = _parameters(layers)
-        budget = Budget(
-            keep=1.0, shapes=shapes, model_parameters=total, bytes_per_parameter=self.bytes_per_parameter,
-            multiple_of=self.constraints.multiple_of, storage=self.constraints.storage,
-        )  # fmt: skip
-        if sum(budget.cost(name, budget.least_rank(name)) for name in shapes) > limit:
+        budget = self._budget(layers, self.constraints.floors)
+        if sum(budget.cost(name, budget.least_rank(name)) for name in layers) > limit:
             return math.inf
-        budget = replace(budget, keep=min(1.0, limit / total))
+        budget = replace(budget, keep=min(1.0, limit / budget.total))
         sizes = budget.sizes({name: hull_slopes(budget, name, entry.sigma) for name, entry in layers.items()})
         cut = (layers[name].sigma[rank:] for name, rank in sizes.items() if rank is not None)
         return sum(rest.square().sum().item() for rest in cut) / 2
 
-    def _sizes(self, entry: Spectrum) -> Sizes:
-        storage, step = Storage(self.constraints.storage, self.bytes_per_parameter), self.constraints.multiple_of
-        ranks = np.arange(step, storage.break_even(entry.shape) + 1, step)
-        costs = np.append(storage.costs(entry.shape, ranks), entry.shape[0] * entry.shape[1])
-        return costs.astype(np.float64), np.append(losses_by_rank(entry.sigma)[ranks], 0.0)
+    def _budget(self, layers: dict[str, Spectrum], floors: Mapping[str, float]) -> Budget:
+        """Return a budget of ``layers`` that keeps them dense, with the constraints of the run."""
+        shapes = {name: entry.shape for name, entry in layers.items()}
+        return Budget(
+            keep=1.0, shapes=shapes, model_parameters=_parameters(layers),
+            bytes_per_parameter=self.bytes_per_parameter, multiple_of=self.constraints.multiple_of, floors=floors,
+            storage=self.constraints.storage,
+        )  # fmt: skip
+
+    def _hulls(self, layers: dict[str, Spectrum], floors: Mapping[str, float]) -> list[Hull]:
+        budget = self._budget(layers, floors)
+        return [hull_of(budget, name, entry.sigma) for name, entry in layers.items()]
 
     def _layers(self, widths: Sequence[int]) -> dict[str, Spectrum]:
         chosen = (option[width].layers for option, width in zip(self.options, widths, strict=True))
@@ -116,12 +114,10 @@ class WidthLosses:
         A Lagrange multiplier sets the cost of a parameter in nats. At a given cost, each linear layer takes its best
         rank and each MLP its best width. Bisection finds the lowest cost at which the total is within ``limit``.
         """
-        rest = [self._sizes(entry) for entry in self.others.values()]
+        # Floors that hold for no layer here may be there, but allow everything.
+        rest = self._hulls(self.others, {pattern: floor for pattern, floor in self.constraints.floors.items() if floor})
         mlps = [
-            {
-                width: (option.lost, [self._sizes(entry) for entry in option.layers.values()])
-                for width, option in mlp.items()
-            }
+            {width: (option.lost, self._hulls(option.layers, {})) for width, option in mlp.items()}
             for mlp in self.options
         ]
         low, high = -25.0, 5.0
@@ -181,14 +177,14 @@ def measure_widths(
 
 
 def _spent(
-    cost: float, rest: Sequence[Sizes], mlps: Sequence[dict[int, tuple[float, list[Sizes]]]]
+    cost: float, rest: Sequence[Hull], mlps: Sequence[dict[int, tuple[float, list[Hull]]]]
 ) -> tuple[float, list[int]]:
     """Return the parameters of all linear layers if one costs ``cost`` nats, and the width of each MLP."""
-    spent, widths = sum(_at(cost, sizes)[0] for sizes in rest), []
+    spent, widths = sum(_at(cost, hull)[0] for hull in rest), []
     for mlp in mlps:
         found = []
         for width, (lost, layers) in mlp.items():
-            parameters, losses = zip(*(_at(cost, sizes) for sizes in layers), strict=True)
+            parameters, losses = zip(*(_at(cost, hull) for hull in layers), strict=True)
             found.append((lost + sum(losses) + cost * sum(parameters), -width, sum(parameters)))
         # Of equal totals, the widest.
         _, negative, kept = min(found)
@@ -197,11 +193,10 @@ def _spent(
     return spent, widths
 
 
-def _at(cost: float, sizes: Sizes) -> tuple[float, float]:
+def _at(cost: float, hull: Hull) -> tuple[float, float]:
     """Return parameters and loss of a linear layer at its best size if a parameter costs ``cost`` nats."""
-    parameters, losses = sizes
-    best = int(np.argmin(losses + cost * parameters))
-    return float(parameters[best]), float(losses[best])
+    (best,) = hull.best(np.array([cost]))
+    return float(hull.costs[best]), float(hull.losses[best])
 
 
 def _weight(model: PreTrainedModel, target: Target) -> Tensor:

@@ -164,6 +164,13 @@ def test_impossible_sizes_are_refused_before_anything_is_measured(llama, setting
     assert_nothing_measured()
 
 
+@pytest.mark.parametrize("settings", [HALF, WidthPruning(), LLMPruner(skip_first=0, skip_last=0)])
+def test_floors_of_what_is_pruned_are_refused(llama, settings):
+    with pytest.raises(ValueError, match=r"floor 0\.9 of '\*down_proj' holds for .*down_proj.*: give a pattern"):
+        pruned(llama, settings, constraints=Constraints(floors={"*down_proj": 0.9}))
+    assert_nothing_measured()
+
+
 def test_a_subject_without_a_base_is_refused(llama):
     with pytest.raises(ValueError, match="give Subject its base"):
         pruned_base(Subject(llama, byte_tokenizer(), SEQUENCES), HALF, keep=0.6)

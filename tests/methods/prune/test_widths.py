@@ -67,3 +67,11 @@ def test_widths_whose_smallest_ranks_are_too_large_are_no_choice(known):
 
 def test_a_width_that_leaves_less_than_is_to_be_kept_is_no_choice(known):
     assert set(known.losses(1500)) == {24}
+
+
+@pytest.mark.parametrize("floor", [0.9, 1.0])
+def test_floors_leave_less_to_the_mlps(known, floor):
+    held = replace(known, constraints=replace(known.constraints, floors={"q": floor, "*.up": 0.0}))
+    assert known.loss((16, 16, 16), 400) < held.loss((16, 16, 16), 400)
+    losses = [held.loss(widths, 600) for widths in product((24, 16, 10), repeat=3)]
+    assert held.loss(held.best(600), 600) <= 1.03 * min(losses)
