@@ -17,6 +17,9 @@ from lowrank_pl.utils.distributed import LostProcessError
 __all__ = ["StopBetweenBatches", "explain_interruption", "explain_kill"]
 
 
+_kill_all = _ChildProcessObserver._terminate_all
+
+
 @contextmanager
 def explain_interruption(trainer: Trainer, advice: Callable[[], str]) -> Iterator[None]:
     """Replace the silent exit of Lightning's interrupted fit by a ``KeyboardInterrupt`` with advice.
@@ -64,9 +67,6 @@ def explain_kill(advice: Callable[[], str], grace: float = 10.0) -> None:
 
     # There is no hook. It stays after the run: the kill may come while its error is on the way to the user.
     _ChildProcessObserver._terminate_all = terminate_all  # type: ignore[assignment, method-assign]
-
-
-_kill_all = _ChildProcessObserver._terminate_all
 
 
 class StopBetweenBatches(Callback):
