@@ -13,7 +13,11 @@ from torch import Tensor
 
 from lowrank_pl.plans.budget import Budget
 
-__all__ = ["Hull", "hull_of", "hull_slopes", "losses_by_rank", "predicted_scores"]
+__all__ = ["Hull", "Sizes", "hull_of", "hull_slopes", "losses_by_rank", "predicted_scores", "sizes_of"]
+
+
+Sizes = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Parameters of a module at each of its allowed sizes, and the nats that it loses there."""
 
 
 def predicted_scores(budget: Budget, sigma: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -74,24 +78,27 @@ class Hull:
     losses: NDArray[np.float64]
     slopes: NDArray[np.float64]
 
-    def best(self, multipliers: NDArray[np.float64]) -> NDArray[np.intp]:
-        """Return which size has the least loss plus multiplier times parameters, for each of ``multipliers``."""
-        return np.searchsorted(-self.slopes, -multipliers, side="left")
-
     def least(self, multipliers: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the least loss plus multiplier times parameters over all sizes, for each of ``multipliers``."""
-        taken = self.best(multipliers)
+        taken = np.searchsorted(-self.slopes, -multipliers, side="left")
         found: NDArray[np.float64] = self.losses[taken] + multipliers * self.costs[taken]
         return found
 
 
 def hull_of(budget: Budget, name: str, sigma: Tensor) -> Hull:
     """Return the sizes of a module that is not dropped, and their hull; arguments as in ``hull_slopes``."""
+    costs, losses = sizes_of(budget, name, sigma)
+    return Hull(costs, losses, _hull(costs, losses))
+
+
+def sizes_of(budget: Budget, name: str, sigma: Tensor) -> Sizes:
+    """Return the allowed sizes of a module that is not dropped, from the smallest to dense.
+
+    Arguments are those of ``hull_slopes``.
+    """
     least = budget.least_rank(name)
     ranks = [] if least is None else _ranks(budget, name, least)
-    costs = budget.costs(name, [*ranks, None]).astype(np.float64)
-    losses = np.array([*losses_by_rank(sigma)[ranks], 0.0])
-    return Hull(costs, losses, _hull(costs, losses))
+    return budget.costs(name, [*ranks, None]).astype(np.float64), np.array([*losses_by_rank(sigma)[ranks], 0.0])
 
 
 def _ranks(budget: Budget, name: str, least: int) -> list[int]:

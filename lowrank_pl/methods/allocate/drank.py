@@ -15,6 +15,7 @@ from lowrank_pl.methods.allocate.base import Allocator, Problem
 from lowrank_pl.methods.allocate.energy import energy_shares
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.component_order import requested_rank_scores
+from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.checks import check_choices
 
 __all__ = ["DRank", "Scope"]
@@ -63,19 +64,32 @@ class DRank(Allocator):
             raise ValueError(f"shift is {self.shift}: expected the fraction of q and k to move to v, in [0, 1)")
         check_choices({"scope": (self.scope, Scope)})
 
+    def plan(self, problem: Problem) -> RankPlan:
+        """Return the plan; errors as in ``Allocator.plan``."""
+        self.check(problem)
+        types = self._types(problem)
+        return problem.budget.select(self._scores(problem, types), method=self.name, notes=self._notes(problem, types))
+
     def scores(self, problem: Problem) -> dict[str, Tensor]:
         """Return scores by which every module shrinks in proportion to its requested rank."""
-        if self.scope == "model":
-            requested = self._over_the_model(problem)
-        else:
-            requested = self._with_values(problem, _of_types(problem).ranks)
-        return {name: requested_rank_scores(shape, requested[name]) for name, shape in problem.budget.shapes.items()}
+        return self._scores(problem, self._types(problem))
 
     def notes(self, problem: Problem) -> Sequence[str]:
         """Return which types have dynamic ranks, and in how many attentions ranks were moved."""
+        return self._notes(problem, self._types(problem))
+
+    def _types(self, problem: Problem) -> _Types | None:
+        return None if self.scope == "model" else _of_types(problem)
+
+    def _scores(self, problem: Problem, types: _Types | None) -> dict[str, Tensor]:
+        requested = self._over_the_model(problem) if types is None else self._with_values(problem, types.ranks)
+        return {name: requested_rank_scores(shape, requested[name]) for name, shape in problem.budget.shapes.items()}
+
+    def _notes(self, problem: Problem, types: _Types | None) -> list[str]:
         notes = []
-        if self.scope == "type":
-            uniform = [kind for kind, dynamic in _of_types(problem).dynamic.items() if not dynamic]
+        if types is not None:
+            dynamic = types.dynamic
+            uniform = [kind for kind in dynamic if not dynamic[kind]]
             notes.append(f"uniform ranks in {', '.join(uniform) or 'no type'}, dynamic ranks in the other types")
         if self.shift == 0:
             return notes

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lowrank_pl.export.card import plain_card
 from lowrank_pl.export.export import save_compressed
 from lowrank_pl.factors.decomposition import SquareRoot
 from lowrank_pl.factors.settings import Decomposition
-from lowrank_pl.methods.prune.llm_pruner import apply_llm_pruner, find_prunable, structures_left
+from lowrank_pl.methods.prune.llm_pruner import apply_llm_pruner, structures_left
 from lowrank_pl.methods.prune.mlp import HiddenNeurons, find_hidden_neurons, prune_model, pruned_config
 from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.methods.prune.structures import neurons_of
@@ -235,11 +236,14 @@ def pruned_base(subject: Subject, settings: WidthPruning | LLMPruner, *, keep: f
         by_pruning = asked["keep"] = keep if settings.keep is None else settings.keep
         if by_pruning < keep:
             raise ValueError(f"keep of llm_pruner is {by_pruning}, less than keep {keep}: raise it, or lower keep")
-        structures_left(subject.model, targets, settings, by_pruning)
-        _refuse_floors(globs, (layer.name for layer in find_prunable(subject.model, targets, settings).layers))
+        prunable, _ = structures_left(subject.model, targets, settings, by_pruning)
+        _refuse_floors(globs, (layer.name for layer in prunable.layers))
+        collect = partial(statistics.seconds, ["weight_gradients"], prunable.layers, "text")
     else:
         asked["keep"] = keep if settings.share is None else None
-        _candidates(subject.model, targets, settings, globs, base=base, keep=keep)
+        hidden, _ = _candidates(subject.model, targets, settings, globs, base=base, keep=keep)
+        to_measure = _targets_to_measure(targets, hidden, settings)
+        collect = partial(statistics.seconds, _TWO_SIDED.needs, to_measure, _TWO_SIDED.labels)
         if settings.share is None:
             subject.budget(keep)
             asked |= _rank_costs(globs, subject.model)
@@ -250,12 +254,7 @@ def pruned_base(subject: Subject, settings: WidthPruning | LLMPruner, *, keep: f
     done = broadcast_from_first(lambda: _read(record, folder))
     if done is None:
         # All processes collect the statistics; the first one then finds them on disk.
-        if isinstance(settings, LLMPruner):
-            layers = find_prunable(subject.model, targets, settings).layers
-            spent = statistics.seconds(["weight_gradients"], layers, "text")
-        else:
-            to_measure = _targets_to_measure(targets, find_hidden_neurons(subject.model, targets), settings)
-            spent = statistics.seconds(_TWO_SIDED.needs, to_measure, _TWO_SIDED.labels)
+        spent = collect()
 
         def make() -> dict[str, Any]:
             with locked(folder.with_suffix(".lock"), f"pruning {base}"):

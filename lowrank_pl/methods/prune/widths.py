@@ -20,7 +20,7 @@ from lowrank_pl.methods.prune.mlp import HiddenNeurons, rows_of
 from lowrank_pl.models.targets import Target, Targets, dense_weight
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.constraints import Constraints
-from lowrank_pl.plans.convex_hull import Hull, hull_of, hull_slopes
+from lowrank_pl.plans.convex_hull import Sizes, hull_slopes, sizes_of
 
 __all__ = ["Spectrum", "WidthLosses", "WidthOption", "measure_widths"]
 
@@ -100,9 +100,9 @@ class WidthLosses:
             storage=self.constraints.storage,
         )  # fmt: skip
 
-    def _hulls(self, layers: dict[str, Spectrum], floors: Mapping[str, float]) -> list[Hull]:
+    def _sizes(self, layers: dict[str, Spectrum], floors: Mapping[str, float]) -> list[Sizes]:
         budget = self._budget(layers, floors)
-        return [hull_of(budget, name, entry.sigma) for name, entry in layers.items()]
+        return [sizes_of(budget, name, entry.sigma) for name, entry in layers.items()]
 
     def _layers(self, widths: Sequence[int]) -> dict[str, Spectrum]:
         chosen = (option[width].layers for option, width in zip(self.options, widths, strict=True))
@@ -114,10 +114,10 @@ class WidthLosses:
         A Lagrange multiplier sets the cost of a parameter in nats. At a given cost, each linear layer takes its best
         rank and each MLP its best width. Bisection finds the lowest cost at which the total is within ``limit``.
         """
-        # Floors that hold for no layer here may be there, but allow everything.
-        rest = self._hulls(self.others, {pattern: floor for pattern, floor in self.constraints.floors.items() if floor})
+        # A floor of 0 may name MLPs alone, whose layers this budget lacks.
+        rest = self._sizes(self.others, {pattern: floor for pattern, floor in self.constraints.floors.items() if floor})
         mlps = [
-            {width: (option.lost, self._hulls(option.layers, {})) for width, option in mlp.items()}
+            {width: (option.lost, self._sizes(option.layers, {})) for width, option in mlp.items()}
             for mlp in self.options
         ]
         low, high = -25.0, 5.0
@@ -177,14 +177,14 @@ def measure_widths(
 
 
 def _spent(
-    cost: float, rest: Sequence[Hull], mlps: Sequence[dict[int, tuple[float, list[Hull]]]]
+    cost: float, rest: Sequence[Sizes], mlps: Sequence[dict[int, tuple[float, list[Sizes]]]]
 ) -> tuple[float, list[int]]:
     """Return the parameters of all linear layers if one costs ``cost`` nats, and the width of each MLP."""
-    spent, widths = sum(_at(cost, hull)[0] for hull in rest), []
+    spent, widths = sum(_at(cost, sizes)[0] for sizes in rest), []
     for mlp in mlps:
         found = []
         for width, (lost, layers) in mlp.items():
-            parameters, losses = zip(*(_at(cost, hull) for hull in layers), strict=True)
+            parameters, losses = zip(*(_at(cost, sizes) for sizes in layers), strict=True)
             found.append((lost + sum(losses) + cost * sum(parameters), -width, sum(parameters)))
         # Of equal totals, the widest.
         _, negative, kept = min(found)
@@ -193,10 +193,11 @@ def _spent(
     return spent, widths
 
 
-def _at(cost: float, hull: Hull) -> tuple[float, float]:
+def _at(cost: float, sizes: Sizes) -> tuple[float, float]:
     """Return parameters and loss of a linear layer at its best size if a parameter costs ``cost`` nats."""
-    (best,) = hull.best(np.array([cost]))
-    return float(hull.costs[best]), float(hull.losses[best])
+    parameters, losses = sizes
+    best = int(np.argmin(losses + cost * parameters))
+    return float(parameters[best]), float(losses[best])
 
 
 def _weight(model: PreTrainedModel, target: Target) -> Tensor:
