@@ -19,15 +19,14 @@ from lowrank_pl.utils.tensor_store import DamagedError, TensorStore, aligned, as
 
 __all__ = ["FactorStore"]
 
-_SIGMA = "sha256_of_sigma"  # Written by earlier versions.
-_HEAD = "sha256_of_sigma_and_notes"
+# Written by earlier versions; the second one does not cover the note of how long the factors took.
+_FORMER = ("sha256_of_sigma", "sha256_of_sigma_and_notes")
+_HEAD = "sha256_of_sigma_and_all_notes"
 _ROUNDED = "rounded"
 
 
 def _head_digest(sigma: Tensor, notes: Mapping[str, str]) -> str:
-    # Without the time that the factors took, so that two runs write the same digest.
-    timeless = {key: value for key, value in notes.items() if key != "seconds"}
-    return sha256_of(tensor_digest([("", sigma)]), canonical_json(timeless))
+    return sha256_of(tensor_digest([("", sigma)]), canonical_json(notes))
 
 
 class FactorStore(TensorStore):
@@ -131,7 +130,7 @@ class FactorStore(TensorStore):
     def notes(self, name: str) -> dict[str, str]:
         """Return the notes that were stored with ``name``; raise the errors of ``sigma``."""
         noted = self._head(name)[1]
-        return {key: value for key, value in noted.items() if key not in (_SIGMA, _ROUNDED)}
+        return {key: value for key, value in noted.items() if key not in (*_FORMER, _ROUNDED)}
 
     def sigma(self, name: str) -> Tensor:
         """Return all singular values of module ``name``, float64, descending; factors are not read for them.

@@ -174,6 +174,28 @@ def test_a_flipped_bit_in_the_header_is_found(store):
         FactorStore.existing(store.directory).notes("block.0.q")
 
 
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_in_the_note_of_seconds_is_found(store, factors, bit):
+    store.add("block.0.q", factors, notes={"seconds": "7"})
+    path = store.path("block.0.q")
+    data = bytearray(path.read_bytes())
+    data[data.index(b'"seconds":"7"') + 11] ^= 1 << bit
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"damaged .* delete it"):
+        FactorStore.existing(store.directory).seconds(["block.0.q"])
+
+
+@pytest.mark.parametrize("former", ["sha256_of_sigma", "sha256_of_sigma_and_notes"])
+def test_files_of_earlier_versions_are_read_and_checked_as_a_whole(store, factors, former):
+    tensors = {"left": factors.left.float(), "right": factors.right.float(), "sigma": factors.sigma.double()}
+    store.write("block.0.q", tensors, notes={"seconds": "7", former: "of an earlier version"})
+    assert store.notes("block.0.q") == {"seconds": "7"}
+    path = store.path("block.0.q")
+    path.write_bytes(path.read_bytes().replace(b'"seconds":"7"', b'"seconds":"6"'))
+    with pytest.raises(ValueError, match=r"damaged .*checksum.* delete it"):
+        FactorStore.existing(store.directory).notes("block.0.q")
+
+
 def test_a_flipped_bit_in_a_spectrum_is_found(store):
     path = store.path("block.0.q")
     data = bytearray(path.read_bytes())
