@@ -243,6 +243,10 @@ def _options(text: str, tail: str) -> dict[str, str]:
     given: dict[str, str] = {}
     for pair in tail.split(","):
         key, equals, value = (side.strip() for side in pair.partition("="))
+        if "::" in value:
+            raise ValueError(
+                f"text {text!r}: expected one '::' and options joined by ',' behind it: take ::{tail.replace('::', ',')}"
+            )
         if not (key and equals and value) or key in given:
             raise ValueError(f"text {text!r}: expected key=value once for each key after '::', got {pair!r}")
         given[key] = value

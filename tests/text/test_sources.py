@@ -37,6 +37,7 @@ def documents(text, tokenizer=None):
         ("hub:a/b::color=red", "'color'; hub datasets take field, config, split, revision, limit"),
         ("python-docs::part", "expected key=value .* 'part'"),
         ("python-docs::", "expected key=value"),
+        ("python-docs::part=0%-9%::limit=1", "take ::part=0%-9%,limit=1"),
         ("python-docs::limit=1,limit=2", "once for each key"),
         ("python-docs::limit=0", "limit=0 .* documents, expected 1 or more"),
         ("python-docs::limit=many", "limit=many"),
