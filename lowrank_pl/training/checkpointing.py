@@ -19,6 +19,7 @@ __all__ = ["AtomicCheckpoints", "check_fit", "mark", "mark_of", "read_checkpoint
 
 KEY = "lowrank_pl"
 
+_FOLDER = 0x10  # The bit of a zip entry's attributes that says that it is a folder.
 
 FORMAT = 1
 
@@ -65,14 +66,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_whole(path: Path) -> None:
-    """Compare the checksums that ``torch.save`` stores with every tensor; ``torch.load`` ignores them."""
+    """Compare the checksums that ``torch.save`` stores with every tensor; ``torch.load`` ignores them.
+
+    Of an entry that one flipped bit marks as a folder, ``torch.load`` reads nothing, and returns whatever was in memory.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER]
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint of a run of ours ({error}): {_CURE}") from None
     if bad is not None:
         raise ValueError(f"{path} is damaged (the checksum of {bad} is wrong): {_CURE}")
+    if folders:
+        raise ValueError(f"{path} is damaged ({folders[0]} is marked as a folder): {_CURE}")
 
 
 def mark(checkpoint: dict[str, Any], identity: Mapping[str, Any]) -> None:

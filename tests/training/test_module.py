@@ -713,6 +713,17 @@ def test_a_tensor_is_no_checkpoint(tmp_path):
         read_checkpoint(tmp_path / "tensor.ckpt")
 
 
+def test_a_checkpoint_whose_tensor_is_marked_as_a_folder_is_refused(tmp_path):
+    path = tmp_path / "a.ckpt"
+    AtomicCheckpoints().save_checkpoint({"a": torch.arange(300.0)}, path)
+    whole = bytearray(path.read_bytes())
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"/data/0"))
+    whole[entry + 38] ^= 0x10  # The attributes of this entry in the table of contents.
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"a\.ckpt is damaged \(.*data/0 is marked as a folder\): resume"):
+        read_checkpoint(path)
+
+
 def test_flipped_bits_of_a_checkpoint_are_found(tmp_path):
     written = {"a": torch.arange(300.0), "state": {"b": torch.ones(5), "n": 3}}
     path = tmp_path / "a.ckpt"
