@@ -245,7 +245,8 @@ def _options(text: str, tail: str) -> dict[str, str]:
         key, equals, value = (side.strip() for side in pair.partition("="))
         if "::" in value:
             raise ValueError(
-                f"text {text!r}: expected one '::' and options joined by ',' behind it: take ::{tail.replace('::', ',')}"
+                f"text {text!r}: expected one '::', and options joined by ',' behind it: take "
+                f"::{tail.replace('::', ',')}"
             )
         if not (key and equals and value) or key in given:
             raise ValueError(f"text {text!r}: expected key=value once for each key after '::', got {pair!r}")

@@ -68,7 +68,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _check_whole(path: Path) -> None:
     """Compare the checksums that ``torch.save`` stores with every tensor; ``torch.load`` ignores them.
 
-    Of an entry that one flipped bit marks as a folder, ``torch.load`` reads nothing, and returns whatever was in memory.
+    Of an entry that is marked as a folder, by one flipped bit, ``torch.load`` reads nothing and returns whatever was in
+    memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
