@@ -193,8 +193,12 @@ def _content(path: Path) -> str:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="np") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            notes = {key: value for key, value in (file.metadata() or {}).items() if "seconds" not in key}
-        notes.pop("crc32_of_file", None)
+            # The checksum and the digest cover the seconds too.
+            notes = {
+                key: value
+                for key, value in (file.metadata() or {}).items()
+                if key not in ("seconds", "crc32_of_file", "sha256_of_sigma_and_all_notes")
+            }
         parts = {key: [str(part.dtype), part.shape, part.tobytes().hex()] for key, part in sorted(tensors.items())}
         return canonical_json([notes, parts])
     if path.suffix == ".ckpt":
