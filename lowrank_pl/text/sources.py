@@ -243,7 +243,7 @@ def _options(text: str, tail: str) -> dict[str, str]:
     given: dict[str, str] = {}
     for pair in tail.split(","):
         key, equals, value = (side.strip() for side in pair.partition("="))
-        if "::" in value:
+        if "=" in value.partition("::")[2]:  # A field may have '::' in its name.
             raise ValueError(
                 f"text {text!r}: expected one '::', and options joined by ',' behind it: take "
                 f"::{tail.replace('::', ',')}"

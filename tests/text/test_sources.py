@@ -121,6 +121,10 @@ def test_folders_and_globs_are_read_in_order_and_compressed_files_too(tmp_path):
     assert "".join(read_stream(str(tmp_path))) == "\n\n".join(expected)
 
 
+def test_a_field_may_have_two_colons_in_its_name():
+    assert parse_text("hub:a/b::field=body::text,limit=3").field == "body::text"
+
+
 def test_plain_text_has_no_fields(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(ValueError, match="field=text was given, but plain text has no fields"):
