@@ -48,14 +48,9 @@ def base_notes(subject: Subject) -> list[str]:
     if before is None:
         return []
     remaining = before.remaining(subject.targets, model_parameters(subject.model))
-    if before.method:
-        return [
-            f"the base was pruned by {before.method} to {before.described}: {remaining} are left, and keep counts "
-            "those that were pruned"
-        ]
+    how = f" by {before.method}" if before.method else ""
     return [
-        f"the MLPs of the base were pruned from {before.width:,} to {before.widths} hidden neurons: {remaining} are "
-        "left, and keep counts those that were pruned"
+        f"the base was pruned{how} to {before.described}: {remaining} are left, and keep counts those that were pruned"
     ]
 
 

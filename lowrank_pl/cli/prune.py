@@ -84,7 +84,7 @@ def prune(
             "width": {"before": origin.width, "after": list(origin.left.values())},
             "heads": {"before": origin.heads, "after": list(origin.heads_left.values())},
         }
-        said = f"pruned by llm_pruner to {origin.described}"
+        said = "pruned by llm_pruner"
     else:
         found = apply_pruning(
             model, subject.targets, statistics_of(subject), pruning, base=base.name, keep=keep, constraints=constraints
@@ -105,7 +105,7 @@ def prune(
             "predicted_nats_with_ranks": {str(width): loss for width, loss in sorted(found.tried.items())},
             "predicted_nats_by_block": found.by_block,
         }
-        said = f"pruned MLPs from {found.before:,} to {origin.widths} hidden neurons"
+        said = "pruned"
     report = save_compressed(model, output, tokenizer=tokenizer, merge=origin.one_width, card=pruned_card(origin))
     targets, parameters = constraints.targets(model), model_parameters(model)
     figures |= {
@@ -115,7 +115,7 @@ def prune(
         },
         "bytes": report.bytes,
     }
-    print(f"{said}: {origin.remaining(targets, parameters)} are left")
+    print(f"{said} to {origin.described}: {origin.remaining(targets, parameters)} are left")
     if method == "width":
         print(f"predicted loss {figures['predicted_nats']:.4f} nats a token")
     print(f"keep of plans on it counts what {origin.base} had\nmodel  {report.directory}")

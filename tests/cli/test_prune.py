@@ -88,7 +88,7 @@ def test_figures_count_parameters_and_bytes(half):
 
 
 def test_the_terminal_says_how_far_it_was_pruned_and_what_keep_will_count(half):
-    assert f"pruned MLPs from {half.width} to {half.width // 2} hidden neurons:" in half.printed
+    assert f"pruned to {half.width // 2} of {half.width} hidden neurons in each MLP:" in half.printed
     assert f"counts what {half.base} had" in half.printed
 
 
@@ -175,6 +175,7 @@ def test_what_was_pruned_before_limits_what_can_be_kept(half, tmp_path):
         ({"share": 0.5, "multiple_of": 0}, "multiple_of is 0: expected a whole number of at least 1"),
         ({"share": 0.5, "damping": 0.0}, "damping is 0.0: expected a finite number of at least 0.0001"),
         ({"share": 0.5, "damping": float("inf")}, "damping is inf: expected a finite number of at least 0.0001"),
+        ({"keep": 0.001}, r"keep 0\.001 allows .* need at least"),
         ({"share": 0.99}, r"share=0\.99 .* 96 .*multiple_of=8.*: lower share or multiple_of"),
     ],
 )

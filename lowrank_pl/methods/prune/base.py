@@ -120,7 +120,7 @@ def apply_pruning(
         # Of equal losses, the widest.
         chosen = [min(sorted(tried, reverse=True), key=tried.__getitem__)] * len(hidden)
         if settings.by_block:
-            chosen = known.best(limit)
+            chosen = known.best(limit, chosen[0])
             by_block = known.loss(chosen, limit)
     if min(chosen) == present:
         return ChosenWidths(present, tuple(chosen), tried=tried, by_block=by_block)
@@ -148,8 +148,8 @@ def _candidates(
     """Return the MLPs and their candidate widths, ascending, before anything is measured.
 
     Raises:
-        ValueError: The model has no MLP that can be pruned, too few parameters are left for ``keep``, or a floor holds
-            for an MLP.
+        ValueError: The model has no MLP that can be pruned, too few parameters are left for ``keep``, no ranks are
+            small enough for it, or a floor holds for an MLP.
     """
     hidden = find_hidden_neurons(model, targets)
     _refuse_floors(constraints, (target.name for mlp in hidden for target in (*mlp.writers, mlp.reader)))
@@ -172,6 +172,8 @@ def _candidates(
                 f"MLPs pruned to a share of {settings.share} leave {left:.4f} of the targeted parameters, less than "
                 f"keep {keep}: raise the share or lower keep"
             )
+    if keep is not None and settings.share is None:
+        constraints.budget(model, targets, keep)
     return hidden, widths
 
 
@@ -245,7 +247,6 @@ def pruned_base(subject: Subject, settings: WidthPruning | LLMPruner, *, keep: f
         to_measure = _targets_to_measure(targets, hidden, settings)
         collect = partial(statistics.seconds, _TWO_SIDED.needs, to_measure, _TWO_SIDED.labels)
         if settings.share is None:
-            subject.budget(keep)
             asked |= _rank_costs(globs, subject.model)
     targeted = {"include": list(globs.include), "exclude": list(globs.exclude)}
     key = sha256_of(canonical_json({**asked, **targeted, **statistics.source}))[:20]

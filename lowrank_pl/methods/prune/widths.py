@@ -108,11 +108,17 @@ class WidthLosses:
         chosen = (option[width].layers for option, width in zip(self.options, widths, strict=True))
         return {**self.others, **{name: entry for layers in chosen for name, entry in layers.items()}}
 
-    def best(self, limit: int) -> list[int]:
-        """Return the widths that lose least together with the best ranks.
+    def best(self, limit: int, width: int) -> list[int]:
+        """Return a width for each MLP; together with the best ranks they lose no more than ``width`` for all of them.
 
         A Lagrange multiplier sets the cost of a parameter in nats. At a given cost, each linear layer takes its best
-        rank and each MLP its best width. Bisection finds the lowest cost at which the total is within ``limit``.
+        rank and each MLP its best width. Bisection finds the lowest cost at which the total is within ``limit``. The
+        total falls in steps, and close to the full size it may fall far below ``limit``. Where these widths leave fewer
+        parameters than ``limit``, or lose more, all MLPs get ``width``.
+
+        Args:
+            limit: Parameters that all linear layers may keep together.
+            width: The one width that loses least.
         """
         # A floor of 0 may name MLPs alone, whose layers this budget lacks.
         rest = self._sizes(self.others, {pattern: floor for pattern, floor in self.constraints.floors.items() if floor})
@@ -127,7 +133,9 @@ class WidthLosses:
                 low = middle
             else:
                 high = middle
-        return _spent(10.0**high, rest, mlps)[1]
+        chosen, alike = _spent(10.0**high, rest, mlps)[1], [width] * len(mlps)
+        enough = _parameters(self._layers(chosen)) >= limit
+        return chosen if enough and self.loss(chosen, limit) <= self.loss(alike, limit) else alike
 
 
 def measure_widths(
