@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lowrank_pl.evaluate.likelihood import Score, perplexity
 from lowrank_pl.export.card import plain_card
 from lowrank_pl.export.export import check_destination, save_compressed
+from lowrank_pl.methods.masks.objectives import next_token_loss
 from lowrank_pl.methods.masks.schedule import half_cosine
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.models.settings import Base
@@ -26,7 +26,7 @@ from lowrank_pl.training.checkpointing import check_fit, mark, mark_of
 from lowrank_pl.training.data import batch_tokens, calibration_data
 from lowrank_pl.training.finish_run import Stopwatch
 from lowrank_pl.training.lightning_internals import batches_done
-from lowrank_pl.training.monitored import check_callbacks
+from lowrank_pl.training.monitored import check_callbacks, check_validation
 from lowrank_pl.training.precision import check_computed_in_half, check_loss, check_precision
 from lowrank_pl.utils.files import write_json
 from lowrank_pl.utils.formatting import code, rounded_perplexity, table
@@ -34,6 +34,9 @@ from lowrank_pl.utils.formatting import code, rounded_perplexity, table
 __all__ = ["FinishUpcycling", "MixtureOfExperts", "Upcycler"]
 
 _log = logging.getLogger(__name__)
+
+
+_VALIDATED = ("val/perplexity",)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Upcycler(LightningModule):
         Raises:
             ValueError: The Trainer or the data can't do what is asked; the message says what to change.
         """
-        check_callbacks(self.trainer, ("val/perplexity", "step"))
+        check_callbacks(self.trainer, (*_VALIDATED, "step"))
         check_precision(self.trainer, "experts and routers", "use precision '32-true' or 'bf16-mixed'")
         check_computed_in_half(self.trainer, self.base, "experts and routers")
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -132,7 +135,8 @@ class Upcycler(LightningModule):
         self.model = model
 
     def on_train_start(self) -> None:
-        """Score the copy before the first step."""
+        """Check what callbacks watch, and score the copy before the first step."""
+        check_validation(self.trainer, _VALIDATED)
         self.model.eval()
         self.before = self.score("validate the dense model") if self.before is None else self.before
 
@@ -143,7 +147,7 @@ class Upcycler(LightningModule):
             ValueError: The loss is not finite.
         """
         output = self.model(input_ids=tokens, use_cache=False, output_router_logits=True)
-        text = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        text = next_token_loss(output.logits, tokens)
         loss: Tensor = text + self.mixture.balance * output.aux_loss
         check_loss(loss, self.global_step, "lower the rates")
         self.log("loss/text", text.detach(), prog_bar=True)
@@ -168,9 +172,15 @@ class Upcycler(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
-        """Score one batch of token ids ``[batch, length]``."""
-        logits = self.model(input_ids=tokens, use_cache=False).logits
-        self.nats.update(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()), len(tokens))
+        """Score one batch of token ids ``[batch, length]``.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
+        loss = next_token_loss(self.model(input_ids=tokens, use_cache=False).logits, tokens)
+        # Checked for each batch, because the metric would leave a NaN out without an error.
+        check_loss(loss, self.global_step, "lower the rates")
+        self.nats.update(loss, len(tokens))
 
     def on_validation_epoch_end(self) -> None:
         """Log the perplexity."""

@@ -11,7 +11,10 @@ import torch
 
 from lowrank_pl.cli.app import main
 from lowrank_pl.models.base import load_base
+from lowrank_pl.models.settings import Base
 from lowrank_pl.models.targets import find_targets
+from lowrank_pl.models.tiny import tiny_model
+from lowrank_pl.training.upcycle import Upcycler
 from tests.helpers.commands import failing
 
 WORDS = ["upcycle", "-c", "upcycle", "--model.base", "random:llama", "--trainer.accelerator", "cpu"]
@@ -51,6 +54,20 @@ def test_a_run_without_an_end_is_refused(tmp_path, capsys):
 def test_a_mixture_needs_text_to_be_judged_on(tmp_path, capsys):
     words = [*WORDS, "--data.validation.sequences", "0", "--run", str(tmp_path)]
     assert "there are no validation sequences" in failing(capsys, *words)
+
+
+def test_what_watches_a_validation_that_never_comes_is_refused(tmp_path, capsys):
+    stop = ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "val/perplexity"]
+    words = [*WORDS, *stop, "--trainer.max_steps", "2", "--trainer.val_check_interval", "3", "--run", str(tmp_path)]
+    assert "the first validation would come with step 3 and learning ends with step 2" in failing(capsys, *words)
+
+
+def test_a_validation_that_is_not_finite_is_an_error():
+    upcycler = Upcycler(Base("random:llama"))
+    upcycler.model = tiny_model("llama")
+    upcycler.model.lm_head.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="is nan: lower the rates"):
+        upcycler.validation_step(torch.ones(1, 8, dtype=torch.long), 0)
 
 
 @pytest.mark.parametrize("flags", [["--model.mixture.chosen", "4"], ["--model.mixture.lr", "0"]])
