@@ -105,8 +105,9 @@ class Healing:
         epochs, rest = divmod(batches, epoch) if epoch else (0, batches)
         steps = rest // accumulated + (epochs * -(-epoch // accumulated) if epoch else 0)
         if not steps:
+            needed = min(accumulated, epoch or accumulated) * batch_tokens
             raise ValueError(
-                f"the budget of {self.tokens:,} tokens is below the {accumulated * batch_tokens:,} tokens of one "
-                "optimizer step: give more tokens, or a smaller batch or length"
+                f"the budget of {self.tokens:,} tokens is below the {needed:,} tokens of one optimizer step: "
+                "give more tokens, or a smaller batch or length"
             )
         return steps

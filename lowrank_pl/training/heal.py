@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.evaluate.likelihood import Divergence, compared, divergence
 from lowrank_pl.factors.healed import low_rank_embeddings, low_rank_layers
 from lowrank_pl.methods.healing import Healing
+from lowrank_pl.methods.masks.objectives import logit_kl
 from lowrank_pl.models.forward import activation_checkpointing
 from lowrank_pl.models.hf_experts import all_experts_called
 from lowrank_pl.models.sequences import check_sequences
@@ -257,11 +257,11 @@ class Healer(LightningModule):
             ValueError: The loss is not finite.
         """
         with torch.no_grad():
-            wanted = self.pair.teacher(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+            wanted = self.pair.teacher(input_ids=tokens, use_cache=False).logits
         memory = activation_checkpointing(self.pair.student) if self.gradient_checkpointing else nullcontext()
         with memory, all_experts_called():
             logits = self.pair.student(input_ids=tokens, use_cache=False).logits
-        loss = F.kl_div(logits.float().log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1).mean()
+        loss = logit_kl(logits, wanted)
         check_loss(loss, self.global_step, "lower --model.settings.lr")
         self.log("loss/kl", loss.detach(), prog_bar=True)
         # Loggers show a value at the step that it belongs to, as in RankLearner.

@@ -250,6 +250,12 @@ def test_a_budget_below_one_step_is_refused(plan, tmp_path):
         heal(plan, tmp_path, replace(FACTORS, tokens=LENGTH - 1))
 
 
+def test_a_step_takes_no_more_batches_than_an_epoch_has():
+    assert Healing(tokens=200).steps(100, accumulated=4, epoch=2) == 1
+    with pytest.raises(ValueError, match="below the 200 tokens of one optimizer step"):
+        Healing(tokens=199).steps(100, accumulated=4, epoch=2)
+
+
 def test_a_plan_without_factors_is_refused(plan, tmp_path):
     lost = replace(RankPlan.load(plan), origin={"base": "random:llama"}).save(tmp_path / "lost.json")
     with pytest.raises(ValueError, match=r"--model.store"):
