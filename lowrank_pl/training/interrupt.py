@@ -81,7 +81,8 @@ class StopBetweenBatches(Callback):
         self._requested = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to delay interrupts."""
+        """Start to delay interrupts, with those of an earlier run forgotten."""
+        self._requested = False
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._on_signal)
 

@@ -321,13 +321,13 @@ def test_ctrl_c_waits_for_the_end_of_the_step_and_a_second_one_does_not(times, s
 
 
 def test_ctrl_c_in_the_last_step_still_stops_and_the_handler_is_put_back():
-    before = signal.getsignal(signal.SIGINT)
+    before, stopping = signal.getsignal(signal.SIGINT), StopBetweenBatches()
     try:
         with pytest.raises(SystemExit):
-            fit(make_learner(), max_steps=1, callbacks=[Pressing(1), StopBetweenBatches()])
+            fit(make_learner(), max_steps=1, callbacks=[Pressing(1), stopping])
     finally:
         signal.signal(signal.SIGINT, before)
-    fit(make_learner(), max_steps=1, callbacks=[StopBetweenBatches()])
+    fit(make_learner(), max_steps=1, callbacks=[stopping])
     assert signal.getsignal(signal.SIGINT) is before
 
 
