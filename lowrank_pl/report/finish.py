@@ -493,13 +493,13 @@ def score_in_fresh_process(
         code = subprocess.run(words, cwd=folder).returncode
         if code != 0 or not result.exists():
             raise ExportError(f"scoring {directory} in a fresh process failed with exit code {code}; see above")
-        data = json.loads(result.read_text())
+        data = json.loads(result.read_text(encoding="utf-8"))
     return Score(**data["score"]), data["continuations"]
 
 
 def score_job(job: str, result: str) -> None:
     """Do the job of ``score_in_fresh_process`` in this process."""
-    settings = json.loads(Path(job).read_text())
+    settings = json.loads(Path(job).read_text(encoding="utf-8"))
     end_with_parent(settings["parent"])
     assert hf_format.METHOD == "lowrank"  # the import has registered the format
     where, trust = settings["directory"], settings["trust"]

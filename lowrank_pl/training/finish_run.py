@@ -216,7 +216,7 @@ class FinishRun(Stopwatch):
             self._log_result(trainer, self.finished)
             run = Path(trainer.default_root_dir)
             if self.json:
-                write_json(self.json, json.loads((run / "summary.json").read_text()))
+                write_json(self.json, json.loads((run / "summary.json").read_text(encoding="utf-8")))
             print(f"\n{self.finished.text(run)}")
             if self.repo is not None:
                 print(f"hub          {upload(self.finished.report.directory, self.repo)}")

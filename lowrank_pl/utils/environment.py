@@ -72,7 +72,7 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
-        _CLEAR.write_text("5")
+        _CLEAR.write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True
@@ -80,7 +80,7 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
 
 def _processor() -> str:
     if _CPU.exists():
-        for line in _CPU.read_text().splitlines():
+        for line in _CPU.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -114,7 +114,7 @@ def total_memory() -> int | None:
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
     """Yield limit and use, in bytes, of every control group around this process that may limit its memory."""
-    for line in _GROUPS_OF_PROCESS.read_text().splitlines() if _GROUPS_OF_PROCESS.exists() else ():
+    for line in _GROUPS_OF_PROCESS.read_text(encoding="utf-8").splitlines() if _GROUPS_OF_PROCESS.exists() else ():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             top, names = _GROUPS, ("memory.max", "memory.current", "inactive_file")
@@ -135,7 +135,7 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 def _number_in(path: Path) -> int | None:
     """Return the number in a file; None if it holds a word, such as max, or can't be read."""
     try:
-        return int(path.read_text())
+        return int(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -143,7 +143,7 @@ def _number_in(path: Path) -> int | None:
 def _entry_of(path: Path, name: str) -> int:
     """Return the entry ``name`` of a file with an entry a line; 0 where there is none."""
     try:
-        entries = dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
+        entries = dict(line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError):
         return 0
     return int(entries.get(name, 0))
@@ -181,7 +181,7 @@ def _process_bytes(name: str) -> int | None:
 
 def _bytes_in(path: Path, name: str) -> int | None:
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return None
