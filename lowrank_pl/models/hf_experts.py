@@ -31,6 +31,7 @@ __all__ = [
     "experts_fused",
     "fuse_experts",
     "is_fused",
+    "put_module",
     "routers",
     "split_experts",
     "split_modules",
@@ -500,7 +501,7 @@ def split_experts(model: nn.Module, *, check: bool = True) -> list[str]:
             trial = _trial(module, kind)
         tried.add(type(module))
         split = kind(Fused(module)).train(module.training)
-        _put(model, name, split)
+        put_module(model, name, split)
         if trial is not None and (error := _error(split, *trial)) is not None:
             fuse_experts(model)
             raise ValueError(
@@ -517,7 +518,7 @@ def fuse_experts(model: nn.Module) -> None:
         ValueError: A linear layer of an expert has been replaced.
     """
     for name, module in split_modules(model):
-        _put(model, name, module.fuse())
+        put_module(model, name, module.fuse())
 
 
 @contextmanager
@@ -531,10 +532,11 @@ def experts_fused(model: nn.Module) -> Iterator[None]:
         for name, module in split:
             for key in [key for key, _ in module.fused.module.named_parameters(recurse=False)]:
                 del module.fused.module._parameters[key]
-            _put(model, name, module)
+            put_module(model, name, module)
 
 
-def _put(model: nn.Module, name: str, new: nn.Module) -> None:
+def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place of the module ``name`` of ``model``."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, new)
 

@@ -31,7 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # Relative, so that transformers copies these files along with this one.
 from .digests import check_files
-from .hf_experts import drop_experts, split_experts
+from .hf_experts import drop_experts, put_module, split_experts
 from .hf_layers import LowRankEmbedding, LowRankLinear, PivotedLinear, SharedLowRankLinear, low_rank_embedding
 from .hf_quantized import (
     Grid,
@@ -413,7 +413,7 @@ def reshape(model: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
                 new = Conv1D(outputs, inputs).to(like["dtype"])
         else:
             new = nn.Linear(inputs, outputs, **like)
-        _put(model, here, new)
+        put_module(model, here, new)
 
 
 def _linear(model: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -425,11 +425,6 @@ def _linear(model: nn.Module, name: str) -> tuple[nn.Module, dict[str, Any]]:
             "they and embeddings rounded"
         )
     return old, {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
-
-
-def _put(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
 
 
 def _is_absent_head(model: PreTrainedModel, name: str, entry: int | dict[str, Any], known: Container[str]) -> bool:
@@ -473,7 +468,7 @@ def _swap(model: PreTrainedModel, name: str, entry: int | dict[str, Any]) -> Non
         new = kinds[rank is not None, "side" in given](inputs, outputs, *([] if rank is None else [rank]), **like)
     except ValueError as error:
         raise ValueError(f"quantization_config, {name}: {error}") from None
-    _put(model, name, new)
+    put_module(model, name, new)
 
 
 def _let_share(model: PreTrainedModel, entries: Mapping[str, int | dict[str, Any]], known: Container[str]) -> None:
@@ -499,13 +494,13 @@ def _swap_embedding(model: PreTrainedModel, name: str, rank: int | None, grid: G
     else:
         new = low_rank_embedding(old, rank) if grid is None else quantized_low_rank_embedding(old, rank, grid)
     tied = tied_weights(model)
-    _put(model, name, new)
+    put_module(model, name, new)
     for other, source in tied.items():
         if source == f"{name}.weight":
             head = model.get_submodule(other.removesuffix(".weight"))
             if not isinstance(head, nn.Linear):
                 raise ValueError(f"{name!r} is tied to {other}, which is no linear layer: it can't be compressed")
-            _put(model, other.removesuffix(".weight"), tie_head(head, new))
+            put_module(model, other.removesuffix(".weight"), tie_head(head, new))
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
