@@ -30,7 +30,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.evaluate.local_tasks import LocalTask, Task
+from lowrank_pl.evaluate.local_tasks import YAML, LocalTask, Task
 from lowrank_pl.evaluate.public_tasks import PublicTask
 from lowrank_pl.models.targets import model_parameters
 
@@ -164,6 +164,8 @@ def load_tasks(
                 raise ValueError(f"task {twice[0]!r} was given twice, the second time by {_shown(task)}: give it once")
             for kind, entries in found.items():
                 loaded[kind].update(entries)
+    if fewshot and (closed := [name for name, task in loaded["tasks"].items() if task.get_config("num_fewshot") == 0]):
+        _log.warning("these tasks allow no examples, and are asked without: %s", ", ".join(closed))
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if fewshot is not None and own != 0:
@@ -236,7 +238,7 @@ class _Managers:
 
     def load(self, task: str) -> dict[str, Any]:
         """Return the tasks of a name or of a YAML file."""
-        known = task in self.manager.all_tasks or Path(task).is_file()
+        known = task in self.manager.all_tasks or (task.endswith(YAML) and Path(task).is_file())
         if not known and self.complete:
             raise ValueError(self._unknown(task))
         try:

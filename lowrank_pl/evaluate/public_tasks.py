@@ -282,7 +282,7 @@ def _index(row: Row, key: str, choices: int, *, letters: str = "") -> int:
     if key not in row:
         raise ValueError(f"the column {key!r} is missing")
     value = row[key]
-    if isinstance(value, str) and value and value in letters:
+    if isinstance(value, str) and len(value) == 1 and value in letters:
         value = letters.index(value)
     elif isinstance(value, str) and value.isdecimal():
         value = int(value)

@@ -241,6 +241,7 @@ def changed(name, **changes):
         ("hellaswag", changed("hellaswag", endings=...), "the column 'endings' is missing"),
         ("mathqa", changed("mathqa", correct="f"), "correct is 'f', expected one of a, b, c, d, e"),
         ("mathqa", changed("mathqa", options="1, 2"), "options are '1, 2', expected choices as in"),
+        ("mmlu", changed("mmlu", answer="BC"), "answer is 'BC', expected the index of the answer, 0 to 3"),
         ("mmlu", changed("mmlu", answer=4), "answer is 4, expected the index of the answer, 0 to 3"),
         ("mmlu", changed("mmlu", subject="cooking"), "subject is 'cooking', expected one of the 57"),
         ("nq_open", changed("nq_open", answer="one"), "answer is 'one', expected a list of texts"),

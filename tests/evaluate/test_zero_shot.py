@@ -238,6 +238,19 @@ def test_a_task_file_is_read_only_if_it_is_trusted(yaml_file):
             ZeroShot(*given)
 
 
+def test_a_file_with_the_name_of_a_task_is_no_task_file(yaml_file, monkeypatch):
+    monkeypatch.chdir(yaml_file.parent)
+    yaml_file.rename("tiny_questions")
+    with pytest.raises(ValueError, match="has no task 'tiny_questions'"):
+        ZeroShot(["tiny_questions"])
+
+
+def test_tasks_that_allow_no_examples_are_named(yaml_file, caplog):
+    yaml_file.write_text(f"{yaml_file.read_text()}num_fewshot: 0\n")
+    ZeroShot([str(yaml_file)], TaskSettings(fewshot=1), trust_remote_code=True)
+    assert "allow no examples, and are asked without: tiny_questions" in caplog.text
+
+
 def test_settings_that_can_not_be_are_refused():
     for given, message in (
         ({"limit": 0}, "limit is 0: expected .* 1 or more"),
