@@ -57,17 +57,18 @@ _Made = tuple[PreTrainedModel, RankPlan, dict[str, float | None]]
 
 
 def warn_of_known_text(scored: Mapping[str, Tensor], subject: Subject, recipes: Mapping[str, Recipe]) -> None:
-    """Warn of sequences to score whose text statistics or learning see: their perplexity flatters.
+    """Warn of sequences to score whose text statistics, learning or a refit see: their perplexity flatters.
 
     Args:
         scored: ``[sequences, length]`` token ids of every text to score, by its name.
         subject: The calibration text, its tokenizer, and the sequences for statistics.
-        recipes: The methods, which say how much of the text masks learn from.
+        recipes: The methods, which say how much of the text they learn from or are fitted to.
     """
     assert subject.calibration is not None
     length = subject.calibration.length
     counts = [method.learning.sequences for method in recipes.values() if method.learning is not None]
     counts += [method.heal.tokens // length for method in recipes.values() if method.heal is not None]
+    counts += [method.refit.sequences for method in recipes.values() if method.refit is not None]
     seen = replace(subject.calibration, sequences=max([len(subject.sequences), *counts])).tokens(subject.tokenizer)
     for corpus, sequences in scored.items():
         known = count_overlapping(sequences, [seen], subject.tokenizer)
@@ -159,8 +160,9 @@ class Comparison:
             },
         }
         path = self.run / "protocol.json"
-        if not path.exists():
-            write_json(path, protocol)
+        with locked(self.run / LOCK, f"claiming {self.run}"):
+            if not path.exists():
+                write_json(path, protocol)
         theirs = read_json(path, dict[str, Any], what="the settings of a comparison", advice="name another folder")
         differ = [key for key in protocol if theirs.get(key) != protocol[key]]
         if differ:

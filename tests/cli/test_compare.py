@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from lowrank_pl import RankPlan
+from lowrank_pl import Calibration, RankPlan, Subject
 from lowrank_pl.cli import comparison
 from lowrank_pl.cli.app import main
 from lowrank_pl.cli.compare import ComparisonText, compare
@@ -47,6 +47,15 @@ def folder(tmp_path_factory):
         **SETTINGS,
     )
     return run
+
+
+def test_text_that_a_refit_sees_is_known_text(caplog):
+    text = Calibration("python-docs::part=0%-50%", 32, 4)
+    subject = Subject.load(Base("random:llama"), text)
+    scored = {"docs": replace(text, sequences=8).tokens(subject.tokenizer)[4:]}
+    for method, warned in (("fisher", False), ("fisher+refit", True)):
+        comparison.warn_of_known_text(scored, subject, {method: recipe(method)})
+        assert ("4 of 4 sequences of docs hold text that methods are calibrated on" in caplog.text) == warned
 
 
 def test_every_method_and_size_has_a_result(folder):
