@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import check_output_files, write_json
-from lowrank_pl.utils.json_files import sealed
+from lowrank_pl.utils.files import check_output_files
+from lowrank_pl.utils.json_files import write_figures
 
 if TYPE_CHECKING:
     from lowrank_pl.export.health.diagnosis import Diagnosis
@@ -24,7 +24,7 @@ def doctor(
     directory: Path,
     *,
     base: str | None = None,
-    text: str = "python-docs",
+    text: str = "python-docs::part=50%-100%",
     sequences: int = 8,
     length: int = 512,
     prompts: Sequence[str] | None = None,
@@ -43,7 +43,7 @@ def doctor(
     Args:
         directory: Folder of an export, as factors or merged, or of a plain checkpoint.
         base: The dense model to compare with; by default the one that the folder's plan names.
-        text: Text to score on: file, glob, hub dataset or python-docs.
+        text: Text to score on: file, folder, glob, hub dataset or python-docs.
         sequences: How many sequences of the text.
         length: Tokens of a sequence.
         prompts: Texts to continue, or questions where there is a chat template; by default three. Without a text behind
@@ -61,9 +61,10 @@ def doctor(
     """
     from lowrank_pl.export.health.examine import diagnose
     from lowrank_pl.export.health.quality import PROMPTS, Prompts
+    from lowrank_pl.models.base import model_files
     from lowrank_pl.text.sources import text_files
 
-    check_output_files(json, inputs=[directory / "plan.json", directory / "config.json", *text_files(text)])
+    check_output_files(json, inputs=[*model_files(directory), *text_files(text)])
     found = diagnose(
         directory,
         base=base,
@@ -73,7 +74,7 @@ def doctor(
         trust_remote_code=trust_remote_code,
     )
     if json is not None:
-        write_json(json, sealed(found.to_dict()))
+        write_figures(json, found.to_dict())
     print(found.text())
     if found.health == "broken":
         raise BrokenModelError(found.sentence())

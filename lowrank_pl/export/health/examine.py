@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowrank_pl.evaluate.generation import check_prompts
 from lowrank_pl.export.export import OTHER_SHAPES, is_compressed, load_compressed
 from lowrank_pl.export.health.diagnosis import Diagnosis, Finding, Sample
 from lowrank_pl.export.health.files import check_code, check_components, check_digests
@@ -28,7 +29,7 @@ from lowrank_pl.models.hf_experts import experts_fused
 from lowrank_pl.models.hf_format import METHOD, LowRankConfig, align
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.plans.plan import RankPlan
-from lowrank_pl.text.sequences import Calibration
+from lowrank_pl.text.sequences import Calibration, warn_of_overlap
 from lowrank_pl.text.sources import parse_mixture
 from lowrank_pl.utils.environment import pick_device
 from lowrank_pl.utils.files import at_home
@@ -74,7 +75,8 @@ def diagnose(
     Raises:
         ValueError: There is no such folder, or the base, the text, a prompt or the device can't be used.
     """
-    folder = at_home(directory)
+    # `lowrank report` knows its model by the folder, wherever it is run.
+    folder = at_home(directory).resolve()
     if not folder.is_dir():
         raise ValueError(f"no folder {str(folder)!r}: give the folder of an export or of a checkpoint")
     computing = pick_device(device)
@@ -99,6 +101,9 @@ def diagnose(
         if not any(finding.health == "broken" for finding in findings + about_contents):
             tokens = text.tokens(tokenizer)
             check_sequences(model, tokens)
+            check_prompts(tokenizer, prompts.prompts, model, max_new_tokens=prompts.max_new_tokens)
+            if contents.plan is not None:
+                _warn_of_known_text(tokens, text.text, contents.plan, tokenizer)
         # After the text, in which a mistake is found sooner.
         findings.append(_check_reload(folder, model, tokenizer))
     findings += about_contents
@@ -116,6 +121,20 @@ def diagnose(
         findings.append(finding)
     protocol = {"text": text.text, "windows": tokens.shape[0], "length": tokens.shape[1]}
     return Diagnosis(str(folder), findings, samples, protocol)
+
+
+def _warn_of_known_text(tokens: Tensor, scored: str, plan: RankPlan, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn of sequences to score that the plan was calibrated on; another source than the scored one is not read."""
+    known = plan.origin.get("calibration")
+    if known is None:
+        return
+    try:
+        calibration = Calibration(known["text"], known["length"], known["windows"])
+        places = [{(one.kind, one.name) for one in parse_mixture(text)} for text in (scored, calibration.text)]
+        if places[0] & places[1]:
+            warn_of_overlap(tokens, [calibration.tokens(tokenizer)], tokenizer, "sequences to score")
+    except (OSError, ValueError) as error:
+        _log.info("whether the plan was calibrated on this text is unknown (%s)", error)
 
 
 def _load(folder: Path, device: torch.device, findings: list[Finding], *, trust: bool) -> _Contents | None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_pl.evaluate.generation import Continuation, continuations, repetition_rate
 from lowrank_pl.evaluate.likelihood import Divergence, LogitsError, Score, divergence, perplexity
 from lowrank_pl.export.health.diagnosis import Finding, Sample
-from lowrank_pl.utils.formatting import percent
+from lowrank_pl.utils.checks import check_counts
+from lowrank_pl.utils.formatting import percent, rounded_perplexity
 
 __all__ = ["EXCESS_NATS", "PROMPTS", "REPETITION_MARGIN", "Prompts", "check_generation", "check_text"]
 
@@ -39,10 +40,16 @@ class Prompts:
     Args:
         prompts: Texts to continue, or questions for a model with a chat template; none skips the check.
         max_new_tokens: Number of tokens to generate for each.
+
+    Raises:
+        ValueError: ``max_new_tokens`` is no number of at least 1.
     """
 
     prompts: Sequence[str] = PROMPTS
     max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_counts({"max_new_tokens": self.max_new_tokens})
 
 
 def check_text(model: PreTrainedModel, dense: PreTrainedModel | None, sequences: Tensor) -> Finding:
@@ -107,7 +114,7 @@ def _chance(model: PreTrainedModel) -> float:
 
 
 def _score_finding(score: Score, chance: float) -> Finding:
-    message = f"perplexity {score.perplexity:.2f}"
+    message = f"perplexity {rounded_perplexity(score.perplexity)}"
     if score.nats >= chance:
         message += ", worse than a uniform guess over the vocabulary"
         return Finding("quality", "warning", message, score.to_dict(), "compare it with the base: give --base")
@@ -122,7 +129,8 @@ def _comparison_finding(found: Divergence, chance: float) -> Finding:
         **asdict(found),
     }
     message = (
-        f"perplexity {found.perplexity:.2f}, before {found.dense_perplexity:.2f}: {found.excess_nats:.3f} nats more; "
+        f"perplexity {rounded_perplexity(found.perplexity)}, before {rounded_perplexity(found.dense_perplexity)}: "
+        f"{found.excess_nats:.3f} nats more; "
         f"KL {found.kl:.3f} nats, the same most likely token in {percent(found.agreement)}"
     )
     if found.nats >= chance > found.dense_nats:

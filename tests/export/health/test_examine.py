@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,18 +66,21 @@ def found(diagnosis):
 # -- healthy ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_healthy_export(exports, capsys):
-    folder, figures = exports / "small", exports / "figures.json"
+def test_a_healthy_export(exports, capsys, caplog, monkeypatch):
+    monkeypatch.chdir(exports)
+    folder, figures = Path("small"), exports / "figures.json"
     words = ["--text", TEXT, "--length", "32", "--sequences", "4", "--prompts", "A list", "--max_new_tokens", "8"]
     main(["doctor", str(folder), *words, "--json", str(figures)])
     shown = capsys.readouterr().out
-    assert shown.splitlines()[-1].startswith(f"{folder} is healthy: 13 checks passed")
+    assert shown.splitlines()[-1].startswith(f"{exports / folder} is healthy: 13 checks passed")
+    assert "4 of 4 sequences to score hold text that is also learned from" in caplog.text
     assert "prompt    'A list'\n  before  " in shown
     read = json.loads(figures.read_text())
     names = ["code", "digests", "loads", "weights", "factors", "types", "plan", "counts"]
     names += ["token ids", "BOS", "tokenizer", "quality"]
     assert list(read["findings"]) == [*names, "generation"]
     assert {read["findings"][name]["health"] for name in names} == {"healthy"}
+    assert read["directory"] == str(exports / folder)
     plan = RankPlan.load(folder / "plan.json")
     counts = read["findings"]["counts"]
     assert (counts["parameters"], counts["bytes"]) == (plan.kept_model_parameters, plan.bytes)
@@ -369,6 +373,8 @@ def test_arguments_that_can_not_be_used_are_an_error(copied, tmp_path, caplog, m
             diagnose(copied, **{**QUICK, "text": Calibration("gone.txt")})
         with pytest.raises(ValueError, match="unknown family"):
             diagnose(copied, base="random:none", **QUICK)
+        with pytest.raises(ValueError, match="max_new_tokens is 0: expected a whole number of at least 1"):
+            Prompts(max_new_tokens=0)
     with pytest.raises(ValueError, match=r"none': give the folder of an export or of a checkpoint"):
         diagnose(tmp_path / "none")
     with pytest.raises(ValueError, match="unknown family"):
