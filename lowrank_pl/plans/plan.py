@@ -21,9 +21,11 @@ from lowrank_pl.plans.component_order import ComponentOrder
 from lowrank_pl.plans.storage import INDEX_BYTES, Form, Storage, StorageChoice
 from lowrank_pl.utils.checks import check_choices
 from lowrank_pl.utils.files import atomic_write, canonical_json, sha256_of
+from lowrank_pl.utils.formatting import percent
 from lowrank_pl.utils.json_files import SEAL, break_seal, checked_json, json_digest
 
 __all__ = [
+    "BYTE_BUDGET",
     "HEALED",
     "SCHEMA",
     "TRAINED",
@@ -41,6 +43,9 @@ SCHEMA = 4
 """Version of the JSON format. Since 2, a module may be stored pivoted, since 3 it may be rounded to a few bits, and
 since 4 layers may share a right factor and an expert may be dropped. Plans are written in the lowest version that has
 what they hold, 2 or higher; plans of version 1 are still read."""
+
+BYTE_BUDGET = "bytes"
+"""Key of a plan's origin: the bytes that were asked for, where these and not parameters were."""
 
 ZERO = "all zeros in the base too"
 """Note on a module whose factors may be zero."""
@@ -422,6 +427,12 @@ class RankPlan:
     def healed(self) -> str:
         """What was trained after the compression, and what that gained; empty if nothing was trained."""
         return training_of(self.notes)
+
+    @property
+    def requested(self) -> str:
+        """The size that was asked for, in words."""
+        size = self.origin.get(BYTE_BUDGET)
+        return f"{percent(self.keep)} of the targeted parameters" if size is None else f"{size:,} bytes"
 
     @property
     def named_base(self) -> str:

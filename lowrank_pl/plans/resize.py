@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowrank_pl.plans.budget import Budget, check_keep
 from lowrank_pl.plans.expert_dropping import PREDICTED
-from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.plans.plan import BYTE_BUDGET, ModulePlan, RankPlan
 
 __all__ = ["RESIZED", "component_bytes", "components_below", "cut_plan", "largest_keep", "nested"]
 
@@ -296,4 +296,5 @@ def _described(sized: RankPlan, plan: RankPlan) -> RankPlan:
     note = source or f"{RESIZED} the plan of {plan.method} at keep {plan.keep:g}, by its component order"
     inherited = [old for old in plan.notes if not old.startswith(_NOTES_ON_ONE_SIZE)]
     notes = tuple(dict.fromkeys([note, *inherited, *sized.notes]))
-    return replace(sized, origin=plan.origin, fingerprint=plan.fingerprint, notes=notes)
+    origin = {key: value for key, value in plan.origin.items() if key != BYTE_BUDGET}
+    return replace(sized, origin=origin, fingerprint=plan.fingerprint, notes=notes)

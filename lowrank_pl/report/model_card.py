@@ -30,6 +30,7 @@ __all__ = [
     "score_with_error",
     "speedup",
     "task_rows",
+    "without_package",
 ]
 
 _log = logging.getLogger(__name__)
@@ -70,8 +71,8 @@ similar to the calibration text scores better than other text. Nothing else was 
 language. The base model's own limits, biases and licence apply here too."""
 
 _WITHOUT_PACKAGE = """\
-Without `lowrank_pl` installed, pass `trust_remote_code=True` to `AutoModelForCausalLM.from_pretrained`: the folder
-contains the code. With neither, loading fails with a size mismatch."""
+Without `lowrank_pl` installed, pass `trust_remote_code=True`: the folder contains the code. With neither, loading fails
+with a size mismatch."""
 
 _WITH_OWN_CODE = """\
 The base came with modelling code of its own, which `trust_remote_code=True` runs. Without `lowrank_pl` installed,
@@ -203,7 +204,16 @@ def _load(*, merged: bool, own_code: bool, rounded: bool) -> str:
     code = f"## How to load it\n\n```python\n{load_code('PATH_OR_ID', merged=merged, own_code=own_code)}\n```"
     if merged:
         return code
-    return "\n\n".join([code, _WITH_OWN_CODE if own_code else _WITHOUT_PACKAGE, *([_ROUNDED] if rounded else [])])
+    return "\n\n".join([code, without_package(own_code=own_code), *([_ROUNDED] if rounded else [])])
+
+
+def without_package(*, own_code: bool) -> str:
+    """Return in Markdown how a model that is stored as factors loads where lowrank_pl is not installed, and if it does.
+
+    Args:
+        own_code: Whether the base came with modelling code of its own.
+    """
+    return _WITH_OWN_CODE if own_code else _WITHOUT_PACKAGE
 
 
 NOT_TRAINED = "The weights were not fine-tuned after the compression."
@@ -315,7 +325,7 @@ def _nested(size: int) -> str:
 def _made(plan: RankPlan, command: str, noted: dict[str, Any]) -> str:
     # The folder of the factor store means nothing on another machine.
     origin = {**{key: value for key, value in plan.origin.items() if key != "store"}, **noted}
-    lines = [f"Method {code(plan.method)}, with {percent(plan.keep)} of the targeted parameters requested."]
+    lines = [f"Method {code(plan.method)}, with {plan.requested} requested."]
     lines += ["", _code_block(command, "bash")] if command else []
     lines += ["", *(f"* {escaped(key)}: {code(_brief(value))}" for key, value in origin.items())] if origin else []
     if plan.fingerprint:

@@ -16,12 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lowrank_pl.methods.masks.registry import paper_of
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.report.evidence import Speed, describe_protocol
-from lowrank_pl.report.model_card import grouped_notes, load_code, score_with_error, speedup, task_rows
+from lowrank_pl.report.model_card import (
+    grouped_notes,
+    load_code,
+    score_with_error,
+    speedup,
+    task_rows,
+    without_package,
+)
 from lowrank_pl.report.page_cells import (
     HEIGHT,
     WIDTH,
@@ -114,6 +121,7 @@ def run_page(record: RunRecord) -> str:
         by_block=_bars(_by_block(shown)),
         notes=grouped_notes(plan),
         load=load_code(place, merged=record.merged, own_code=record.own_code),
+        without_package="" if record.merged else without_package(own_code=record.own_code),
         origin={key: value for key, value in plan.origin.items() if key != "store"},
         paper=paper_of(plan.method),
         WIDTH=WIDTH,
@@ -154,6 +162,7 @@ def _environment() -> Environment:
         "speedup": speedup,
         "score": lambda score: "-" if score is None else score_with_error(*score),
         "brief": brief,
+        "code_spans": code_spans,
         "signed": lambda value: f"{value:+.3f}",
     }
     return environment
@@ -173,6 +182,15 @@ def visible(value: Any) -> Any:
 
 def _picture(code: int) -> str:
     return "\u2421" if code == 0x7F else chr(0x2400 + code)
+
+
+def code_spans(text: str) -> Markup:
+    """Return Markdown whose only marks are backquotes as HTML.
+
+    >>> code_spans("set `a < b`")
+    Markup('set <code>a &lt; b</code>')
+    """
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def brief(count: float) -> str:
@@ -200,7 +218,7 @@ def _by_measurement(speeds: Sequence[Speed]) -> dict[str, list[Speed]]:
 
 def _tiles(record: RunRecord) -> list[Tile]:
     plan = record.plan
-    kept = f"of the targeted layers' parameters; {percent(plan.keep)} requested"
+    kept = f"of the targeted layers' parameters; requested: {plan.requested}"
     tiles = [
         _health_tile(record),
         *_perplexity_tile(record),

@@ -27,7 +27,8 @@ def test_allocate_takes_a_budget_in_bytes(tmp_path, capsys):
     plan = RankPlan.load(tmp_path / "p.json")
     assert plan.method == "bytes"
     assert plan.keep_bytes <= 0.3
-    assert "of its bytes" in capsys.readouterr().out
+    assert plan.requested == f"{int(0.3 * plan.model_parameters * 4):,} bytes"
+    assert f"{plan.requested} requested" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

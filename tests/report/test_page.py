@@ -126,6 +126,10 @@ def test_the_page_says_bits_and_both_sizes_of_a_rounded_plan():
     assert page.titles[3][0].endswith("128 of 128 parameters, 0.00 MB, 4 bits in groups of 8")
     assert page.row("model.layers.0.up")[5].endswith(", 4 bits in groups of 8")
     assert "bits" not in Page(run_page(RunRecord(Path("run"), plan_of(), None, summary))).words
+    rounded = Row("learned", 3.0, 0.1, 0.5, 0.6, 2_000_000, bits=(4, 8), memory=3_000_000)
+    summary = replace(summary, rows=(Row("dense", 2.7, 0.0, 1.0, 1.0, 9_000_000), rounded))
+    page = Page(run_page(RunRecord(Path("run"), plan, None, summary)))
+    assert page.row("learned (this model)")[5:8] == ["4, 8", "2.0 MB", "3.0 MB"]
 
 
 def test_rank_map_says_of_every_module_what_became_of_it(run):
@@ -341,6 +345,17 @@ def test_scores_of_the_model_are_known_from_any_folder(run, tmp_path):
     assert len(read_evidence([path], model=Path("m x")).own_texts) == 1
 
 
+def test_what_evaluate_has_compared_is_not_said_to_be_unknown(run):
+    (run / "summary.json").unlink()
+    found = {"kl": 0.1, "agreement": 0.9, "dense_perplexity": 3.0}
+    text = {"text": "t", "windows": 1, "length": 2, "perplexity": 3.5, "divergence": found}
+    scores = {"model": "m", "dtype": "float32", "directory": str(run / "model"), "texts": {"t": text}}
+    (run / "score.json").write_text(json.dumps(scores))
+    record = read_run(run)
+    assert not any("unknown" in said for said in record.missing)
+    assert "name: perplexity of the dense model" in model_card(record)
+
+
 def test_a_diagnosis_older_than_the_weights_is_out_of_date(run):
     path = run / "doctor.json"
     path.write_text(json.dumps(DOCTOR))
@@ -385,6 +400,9 @@ def test_code_of_the_base_is_told_of(run):
         assert ("The base came with modelling code of its own, which `trust_remote_code=True` runs." in card) == own
         assert ('from_pretrained("PATH_OR_ID", trust_remote_code=True)' in card) == own
         assert ("Without `lowrank_pl` installed, pass `trust_remote_code=True`" in card) != own
+        words = page_of(run).words
+        assert ("Without lowrank_pl installed, loading fails with a size mismatch" in words) == own
+        assert ("Without lowrank_pl installed, pass trust_remote_code=True" in words) != own
 
 
 def test_without_a_doctor_the_weights_are_checked(run):

@@ -34,7 +34,7 @@ from lowrank_pl.models.hf_quantized import Grid
 from lowrank_pl.models.targets import EMBEDDINGS, Target, dense_weight, replace_module
 from lowrank_pl.plans.budget import Budget
 from lowrank_pl.plans.convex_hull import losses_by_rank
-from lowrank_pl.plans.plan import ModulePlan, RankPlan
+from lowrank_pl.plans.plan import BYTE_BUDGET, ModulePlan, RankPlan
 from lowrank_pl.plans.size_choices import Sizes, choose_sizes
 from lowrank_pl.plans.storage import Storage
 from lowrank_pl.utils.tensor_store import TensorStore
@@ -102,7 +102,8 @@ def allocate_bytes(
     factors = store or build_factors(subject, settings=made_by)
     plan = _byte_plan(subject, settings, size_options(subject, factors, settings))
     notes = [*base_notes(subject), *preparation_notes(subject.targets, factors)]
-    plan = plan.with_origin(describe_origin(subject, made_by, factors), factors.fingerprint, notes)
+    origin = {**describe_origin(subject, made_by, factors), **plan.origin}
+    plan = plan.with_origin(origin, factors.fingerprint, notes)
     if not plan.is_rounded:
         return plan, factors
     return quantize(plan, factors, subject)
@@ -135,6 +136,7 @@ def _byte_plan(subject: Subject, settings: ByteBudget, options: SizeOptions) -> 
         floors=budget.floors,
         storage=budget.storage,
         left_out=budget.left_out,
+        origin={BYTE_BUDGET: limit},
         embeddings={name: plan for name, plan in embeddings.items() if plan.grid is not None},
     )
     return replace(plan, keep=min(1.0, plan.keep_targeted))
