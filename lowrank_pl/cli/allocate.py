@@ -15,7 +15,8 @@ from lowrank_pl.methods.quantize.settings import ByteBudget
 from lowrank_pl.models.settings import Base
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.files import check_output_files
+from lowrank_pl.utils.json_files import write_figures
 
 if TYPE_CHECKING:
     from lowrank_pl.plans.plan import RankPlan
@@ -97,12 +98,13 @@ def allocate(
     from lowrank_pl.methods.allocate import ALLOCATORS, make_allocator
     from lowrank_pl.methods.allocate.run import allocate_ranks
     from lowrank_pl.methods.quantize import byte_budget
+    from lowrank_pl.models.base import model_files
     from lowrank_pl.report.rank_map import rank_table
     from lowrank_pl.text.sources import text_files
     from lowrank_pl.utils.environment import pick_device
 
     # A wrong path, and a name or a setting that does not exist, is refused before anything is loaded.
-    check_output_files(output, json, inputs=text_files(calibration.text))
+    check_output_files(output, json, inputs=[*model_files(base.name), *text_files(calibration.text)])
     budget = _byte_budget(method, keep, keep_bytes, bytes, settings or {})
     usual = "fisher" if decomposition.kind in (None, *ALLOCATORS["fisher"].kinds) else "uniform"
     allocator = make_allocator(method or usual, **(settings or {})) if budget is None else None
@@ -121,7 +123,7 @@ def allocate(
     plan.save(output)
     print(f"{plan_line(plan)}\n{rank_table(plan)}\nplan   {output}\nstore  {factors.directory}")
     if json is not None:
-        write_json(json, {"plan": str(output), **plan_figures(plan)})
+        write_figures(json, {"plan": str(output), **plan_figures(plan)})
     return plan
 
 

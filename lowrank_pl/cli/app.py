@@ -244,7 +244,7 @@ UNWANTED_LINES = (
     "`Trainer.fit` stopped: `max_",  # the progress bar shows it
     "Detected KeyboardInterrupt",  # `main` says it
 )
-"""How log lines of Lightning begin that no user of this command needs."""
+"""Parts of log lines of Lightning that no user of this command needs."""
 
 
 EXPECTED_WARNINGS = (

@@ -59,8 +59,8 @@ def fit_words(words: Sequence[str], groups: Mapping[str, type]) -> list[str]:
             name = name.removeprefix("--").replace("-", "_")
             name = SHORT.get(name, name)
             word = f"--{name}{equals}{value}"
-        if name == _SWITCH and not equals and waiting[:1] not in (["true"], ["false"]):
-            word = f"--{name}=true"
+            if name == _SWITCH and not equals and waiting[:1] not in (["true"], ["false"]):
+                word = f"--{name}=true"
         if name not in lists:
             found.append(word)
             continue

@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeVar
 from lowrank_pl.models.settings import DType
 from lowrank_pl.plans.constraints import Form
 from lowrank_pl.utils.checks import check_counts, check_unused
-from lowrank_pl.utils.files import check_output_files, write_json
-from lowrank_pl.utils.json_files import sealed
+from lowrank_pl.utils.files import check_output_files
+from lowrank_pl.utils.json_files import write_figures
 
 __all__ = ["bench"]
 
@@ -154,8 +154,7 @@ def bench(
         dtypes: list[DType] = _several("dtype", dtype, ["float32", "bfloat16"])
         figures = bench_cases.speed(base or bench_cases.SMALL_BASE, variants, speeds, dtypes=dtypes, place=place)
     if json is not None:
-        # Only rows are read again, by `lowrank report`.
-        write_json(json, sealed(figures) if "rows" in figures else figures)
+        write_figures(json, figures)
     return figures
 
 

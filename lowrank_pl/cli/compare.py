@@ -12,7 +12,8 @@ from lowrank_pl.cli.parameters import Flat, Settings
 from lowrank_pl.models.settings import EMBEDDINGS, Base
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import check_output_files, check_output_folder, write_json
+from lowrank_pl.utils.files import check_output_files, check_output_folder
+from lowrank_pl.utils.json_files import write_figures
 
 if TYPE_CHECKING:
     from lowrank_pl.methods.recipes import Recipe
@@ -25,7 +26,7 @@ class ComparisonText(Calibration):
     """Text that methods are calibrated on; by default the half of Python's documentation that is not scored.
 
     Args:
-        text: Text for statistics and for learning: file, glob, hub dataset or python-docs.
+        text: Text for statistics and for learning: file, folder, glob, hub dataset or python-docs.
         length: Tokens of a sequence.
         sequences: How many sequences statistics are measured on.
     """
@@ -81,7 +82,7 @@ def compare(
         plotted: The methods that the plots show; all that have a result by default.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         json: Write the results there too.
-        dry_run: Print what the comparison needs; nothing is loaded or written.
+        dry_run: Print what the comparison needs; nothing is loaded, and no file but that of --json is written.
 
     Returns:
         The results, one for each method and size; none for a dry run.
@@ -95,6 +96,7 @@ def compare(
     from lowrank_pl.costs.forecast import print_forecast
     from lowrank_pl.costs.machine import machine_of
     from lowrank_pl.methods.recipes import recipe
+    from lowrank_pl.models.base import model_files
     from lowrank_pl.models.sequences import check_sequences
     from lowrank_pl.report.comparison import comparison_table
     from lowrank_pl.text.sequences import token_windows
@@ -114,7 +116,8 @@ def compare(
         )
     texts, limits = named_texts(scores), score_sequences or {}
     # A dry run reads no text.
-    check_output_files(json, inputs=[] if dry_run else text_files(calibration.text, *texts.values()))
+    read = [] if dry_run else text_files(calibration.text, *texts.values())
+    check_output_files(json, inputs=[*model_files(base.name), *read])
     if dry_run:
         for name in (name for name, one in chosen.items() if one.heal is not None):
             _log.warning("the forecast leaves out the training of %s", name)
@@ -151,7 +154,7 @@ def compare(
     warn_of_known_text(sequences, subject, chosen)
     results = Comparison(run, subject, seed, sequences, plotted or []).results(chosen, keep)
     if json is not None:
-        write_json(json, results)
+        write_figures(json, results)
     print(f"\n{comparison_table(results, fmt='simple')}\n\nresults  {run / 'results.json'}")
     return results
 

@@ -14,7 +14,8 @@ from lowrank_pl.factors.settings import Decomposition
 from lowrank_pl.models.settings import Base
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.files import check_output_files
+from lowrank_pl.utils.json_files import write_figures
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ def decompose(
         gradient_checkpointing: In a model that is loaded whole, compute activations again in backward passes.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         json: Write the figures there.
-        dry_run: Print what the factors need; nothing is loaded or written.
+        dry_run: Print what the factors need; nothing is loaded, and no file but that of --json is written.
 
     Returns:
         The factors; None for a dry run.
@@ -81,13 +82,14 @@ def decompose(
     from lowrank_pl.cli.workloads import decompose_workload
     from lowrank_pl.costs.forecast import print_forecast
     from lowrank_pl.costs.machine import machine_of
+    from lowrank_pl.models.base import model_files
     from lowrank_pl.models.lazy import NotBlockwiseError
     from lowrank_pl.text.sources import text_files
     from lowrank_pl.utils.environment import peak_memory, pick_device
     from lowrank_pl.utils.formatting import memory_size
 
     # A dry run reads no text.
-    check_output_files(json, inputs=[] if dry_run else text_files(calibration.text))
+    check_output_files(json, inputs=[*model_files(base.name), *([] if dry_run else text_files(calibration.text))])
     began = time.perf_counter()
     budget = None if memory is None else memory_size(memory)
     constraints = Constraints(include, exclude, drop_experts=drop_experts, shared_experts=shared_experts)
@@ -120,7 +122,7 @@ def decompose(
     head = f"{decomposition.kind}: factors of {len(targets.names)} modules, {how}, in {seconds:.0f} s"
     print("\n".join([f"{head} and {memory_used / 1e9:.2f} GB of memory", *notes, f"store  {made.directory}"]))
     if json is not None:
-        write_json(json, {
+        write_figures(json, {
             "store": str(made.directory), "kind": decomposition.kind, "modules": len(targets.names),
             "block_by_block": how == "block by block", "seconds": seconds, "peak_memory": memory_used, "notes": notes,
         })  # fmt: skip

@@ -14,8 +14,8 @@ from lowrank_pl.cli.plan_parts import PlanParts
 from lowrank_pl.evaluate.settings import TaskSettings
 from lowrank_pl.models.settings import Base, DType
 from lowrank_pl.utils.checks import check_counts, check_unused
-from lowrank_pl.utils.files import at_home, check_output_files, is_special, write_json
-from lowrank_pl.utils.json_files import sealed
+from lowrank_pl.utils.files import at_home, check_output_files, is_special
+from lowrank_pl.utils.json_files import write_figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def evaluate(
 
     Args:
         model: An export, or a base: hub id, folder, .gguf file, package:NAME or random:FAMILY.
-        text: Texts to score: file, glob, hub dataset or python-docs; several as NAME=TEXT.
+        text: Texts to score: file, folder, glob, hub dataset or python-docs; several as NAME=TEXT.
         tasks: Zero-shot tasks, run by lm-eval: its names (piqa,arc_easy), its tasks on local files of their public
             releases (piqa.jsonl or piqa=FILE), .yaml files, folders, or .jsonl files with a query, choices and gold in
             each line, as FILE or NAME=FILE, with ::cue=none to leave the query as it is.
@@ -62,7 +62,7 @@ def evaluate(
         keep: Score a smaller size of an export, cut from its factors while it is loaded.
         length: Tokens of a sequence; by default 1024.
         sequences: How many sequences of each text; all of it by default.
-        batch_size: Sequences per forward, by default one; one where there is a reference.
+        batch_size: Sequences of a text per forward, by default one; unused with a reference.
         position_bins: Into how many parts a sequence is divided to show where a model departs from the reference; by
             default 8.
         task_settings: How tasks are run.
@@ -80,6 +80,7 @@ def evaluate(
     from lowrank_pl.evaluate.generation import check_prompts, generate_samples
     from lowrank_pl.evaluate.paired import task_table
     from lowrank_pl.evaluate.zero_shot import ZeroShot, figures_of
+    from lowrank_pl.models.base import model_files
     from lowrank_pl.models.sequences import check_sequences
     from lowrank_pl.models.targets import model_parameters
     from lowrank_pl.text.sequences import token_windows
@@ -89,11 +90,12 @@ def evaluate(
     check_output_files(json)
     if not (text or tasks or prompts):
         raise ValueError("there is nothing to score: give --text, --tasks or --prompts")
-    check_counts({"batch_size": batch_size, "position_bins": position_bins, "max_new_tokens": max_new_tokens})
+    counts = {"length": length, "sequences": sequences, "batch_size": batch_size}
+    check_counts({**counts, "position_bins": position_bins, "max_new_tokens": max_new_tokens})
     if not text:
-        check_unused("evaluate without --text", {"length": length, "sequences": sequences})
-    if not (text or tasks):
-        check_unused("evaluate without --text and --tasks", {"batch_size": batch_size})
+        check_unused("evaluate without --text", counts)
+    if reference is not None:
+        check_unused("evaluate with --reference", {"batch_size": batch_size})
     if not tasks:
         values = {one.name: getattr(task_settings, one.name) for one in fields(TaskSettings)}
         given = {one.name: values[one.name] for one in fields(TaskSettings) if values[one.name] != one.default}
@@ -107,7 +109,9 @@ def evaluate(
     # Names that are no task and files that can't be read are refused before anything large is loaded.
     suite = ZeroShot(tasks, task_settings, trust_remote_code=trust_remote_code) if tasks else None
     files = suite.files if suite is not None else []
-    check_output_files(json, inputs=[model, reference, *files, *text_files(*named.values())])
+    check_output_files(
+        json, inputs=[*model_files(model), *model_files(reference), *files, *text_files(*named.values())]
+    )
     place = pick_device(device)
     network, tokenizer = _load(model, dtype, keep=keep, trust_remote_code=trust_remote_code)
     network.to(place)
@@ -150,7 +154,7 @@ def evaluate(
     finally:
         # Scores may have taken hours, and stay where a later part fails.
         if json is not None and len(figures) > heading:
-            write_json(json, sealed(figures))
+            write_figures(json, figures)
     return figures
 
 
@@ -172,7 +176,7 @@ def evaluate_plan(
 
     Args:
         plan: A plan written by ``lowrank allocate`` or ``lowrank fit``, or edited by hand.
-        text: Text to score: file, glob, hub dataset or python-docs.
+        text: Text to score: file, folder, glob, hub dataset or python-docs.
         keep_curve: Sizes to score the plan in, each from its component order: --keep_curve 0.9 0.8; no number means
             1 .9 .8 .7 .6 .5, as far as the plan goes. Without it the plan is scored as it is.
         parts: Where base and factors are, if they are not where the plan says.
@@ -236,7 +240,7 @@ def evaluate_plan(
         save_figure(curve_plot(curve), picture)
         print(f"\npicture  {picture}")
     if json is not None:
-        write_json(json, figures)
+        write_figures(json, figures)
     return figures
 
 

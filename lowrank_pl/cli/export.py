@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.cli.plan_parts import PlanParts, plan_figures
 from lowrank_pl.models.settings import Base
-from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.files import check_output_files
+from lowrank_pl.utils.json_files import write_figures
 
 if TYPE_CHECKING:
     from lowrank_pl.export.hub import HubRepo
@@ -124,7 +125,7 @@ def export(
         sizes_beside = ", ".join(f"{one['nested_bytes'] / 1e6:,.1f} MB" for one in figures)
         print(f"nested {sizes_beside} of components for smaller sizes, beside the weights")
     if json is not None:
-        write_json(json, figures[0] if keep is None else figures)
+        write_figures(json, figures[0] if keep is None else figures)
     if repo is not None:
         (folder,) = todo
         print(f"hub    {upload(folder, repo)}")

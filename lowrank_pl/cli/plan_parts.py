@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.models.settings import Base
-from lowrank_pl.utils.files import write_json
+from lowrank_pl.utils.json_files import write_figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +25,8 @@ class PlanParts:
 
     Args:
         base: The dense base; by default the one that the plan names.
-        store: Folder of the factors; by default the one that the plan names. Factors that are gone are built again.
+        store: Folder of the factors; by default the one that the plan names. Factors that are gone are built again,
+            but not those that were refitted, healed, corrected or rounded.
         trust_remote_code: Run Python code that comes with the base.
     """
 
@@ -41,11 +42,21 @@ class PlanParts:
             path: Its file, for the error.
 
         Raises:
-            ValueError: Neither the plan nor the user names a base.
+            ValueError: Neither the plan nor the user names a base, or there is no such base here.
         """
+        from lowrank_pl.models.base import resolve_base
+
         name = self.base or plan.origin.get("base")
         if name is None:
             raise ValueError(f"{path} does not say which base it is for: name it with --base")
+        try:
+            resolve_base(str(name))
+        except ValueError as error:
+            if self.base is not None:
+                raise
+            raise ValueError(
+                f"{error}; {path} names it as it was called where the plan was made: give --base"
+            ) from None
         dtype = plan.origin.get("dtype", "float32")
         return Base(str(name), dtype=dtype, trust_remote_code=self.trust_remote_code)
 
@@ -102,14 +113,14 @@ def finish_plan(plan: RankPlan, factors: FactorStore, output: Path, json: Path |
     plan.save(output)
     print("\n".join([plan_line(plan), *plan.notes, f"plan   {output}", f"store  {factors.directory}"]))
     if json is not None:
-        write_json(json, {"plan": str(output), **plan_figures(plan)})
+        write_figures(json, {"plan": str(output), **plan_figures(plan)})
 
 
 def plan_line(plan: RankPlan) -> str:
     """Return how much ``plan`` keeps, in one line."""
     rounded = f", {plan.keep_bytes:.2%} of its bytes" if plan.is_rounded else ""
     return (
-        f"{plan.method}: kept {plan.keep_targeted:.4%} of the targeted parameters (asked {plan.keep:.4%}), "
+        f"{plan.method}: {plan.requested} requested; kept {plan.keep_targeted:.4%} of the targeted parameters, "
         f"{plan.keep_model:.2%} of the model, {plan.bytes / 1e6:,.1f} MB{rounded}"
     )
 

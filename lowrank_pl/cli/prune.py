@@ -11,7 +11,8 @@ from lowrank_pl.methods.prune.settings import LLMPruner, WidthPruning
 from lowrank_pl.models.settings import EMBEDDINGS, Base
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.text.settings import Calibration
-from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.files import check_output_files
+from lowrank_pl.utils.json_files import write_figures
 
 __all__ = ["prune"]
 
@@ -64,6 +65,7 @@ def prune(
     from lowrank_pl.export.export import check_destination, save_compressed
     from lowrank_pl.methods.prune.base import apply_pruning, pruned_card
     from lowrank_pl.methods.prune.llm_pruner import apply_llm_pruner
+    from lowrank_pl.models.base import model_files
     from lowrank_pl.models.identity import Origin
     from lowrank_pl.models.targets import model_parameters, targeted_parameters
     from lowrank_pl.text.sources import text_files
@@ -72,7 +74,7 @@ def prune(
     _check(method, keep, pruning, llm_pruner)
     _check_constraints(constraints, chooses_width=method == "width" and pruning.share is None)
     check_destination(output, sources=[base.name])
-    check_output_files(json, inputs=text_files(calibration.text))
+    check_output_files(json, inputs=[*model_files(base.name), *text_files(calibration.text)])
     subject = Subject.load(base, calibration, constraints, device=pick_device(device))
     model, tokenizer = subject.model, subject.tokenizer
     figures: dict[str, Any] = {"base": base.name}
@@ -120,7 +122,7 @@ def prune(
         print(f"predicted loss {figures['predicted_nats']:.4f} nats a token")
     print(f"keep of plans on it counts what {origin.base} had\nmodel  {report.directory}")
     if json is not None:
-        write_json(json, figures)
+        write_figures(json, figures)
     return report.directory
 
 

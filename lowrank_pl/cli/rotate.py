@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lowrank_pl.cli.parameters import Flat
 from lowrank_pl.models.settings import Base
-from lowrank_pl.utils.files import check_output_files, write_json
+from lowrank_pl.utils.files import check_output_files
+from lowrank_pl.utils.json_files import write_figures
 
 __all__ = ["rotate"]
 
@@ -45,6 +46,7 @@ def rotate(
     from lowrank_pl.export.card import plain_card
     from lowrank_pl.export.export import check_destination, save_compressed
     from lowrank_pl.export.reload import logits_of
+    from lowrank_pl.models.base import model_files
     from lowrank_pl.models.identity import ROTATION_KEY, Origin
     from lowrank_pl.models.rotation import rotated, tolerance
     from lowrank_pl.models.targets import model_parameters
@@ -52,7 +54,7 @@ def rotate(
     from lowrank_pl.utils.formatting import code, escaped
 
     check_destination(output, sources=[base.name])
-    check_output_files(json)
+    check_output_files(json, inputs=model_files(base.name))
     model = base.load().to(pick_device(device))
     turned = rotated(model, seed, stream=stream)
     before, after = logits_of(model).double(), logits_of(turned).double()
@@ -82,5 +84,5 @@ def rotate(
         f"{figures['relative_logit_difference']:.2g}, {figures['tolerance']:.2g} allowed)\nmodel  {report.directory}"
     )
     if json is not None:
-        write_json(json, figures)
+        write_figures(json, figures)
     return report.directory

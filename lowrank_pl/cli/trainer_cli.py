@@ -183,7 +183,10 @@ class ForecastingCLI(TrainerCLI):
     def add_parts(self, parser: LightningArgumentParser) -> None:
         """Add ``--dry_run``."""
         parser.add_argument(
-            "--dry_run", type=bool, default=False, help="Print what the run needs; nothing is loaded or written."
+            "--dry_run",
+            type=bool,
+            default=False,
+            help="Print what the run needs; nothing is loaded, and no file but that of --json is written.",
         )
 
     def runs(self) -> bool:

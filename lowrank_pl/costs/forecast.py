@@ -33,8 +33,9 @@ from lowrank_pl.models.base import Base
 from lowrank_pl.models.offload import STREAMED_BATCH_SIZE
 from lowrank_pl.plans.constraints import Constraints
 from lowrank_pl.utils.environment import resident_memory, total_memory
-from lowrank_pl.utils.files import cache_root, write_json
+from lowrank_pl.utils.files import cache_root
 from lowrank_pl.utils.formatting import duration, gigabytes, table
+from lowrank_pl.utils.json_files import write_figures
 
 __all__ = ["estimate", "print_forecast"]
 
@@ -166,7 +167,7 @@ def print_forecast(
     parts = [title, found.phase_table(speeds), found.part_table(), "\n".join(notes), _summary(found, speeds)]
     print("\n\n".join(parts))
     if output is not None:
-        write_json(output, {"base": base.name, "parameters": model.parameters, **found.figures(speeds)})
+        write_figures(output, {"base": base.name, "parameters": model.parameters, **found.figures(speeds)})
     return found
 
 

@@ -16,7 +16,7 @@ from lowrank_pl.factors.store import FactorStore
 from lowrank_pl.models.sequences import check_sequences
 from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.utils.figures import plain
-from lowrank_pl.utils.formatting import table
+from lowrank_pl.utils.formatting import rounded_perplexity, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,14 +119,15 @@ def curve_table(curve: Curve, *, fmt: str = "simple") -> str:
     """
     head = ("keep asked", "kept targeted", "kept model", "MB", "perplexity", "excess nats")
     first = curve.points[0].plan
-    body = [("dense", "100.00 %", "100.00 %", f"{first.dense_bytes / 1e6:,.1f}", _perplexity(curve.dense), "0.0000")]
+    dense = rounded_perplexity(curve.dense.perplexity)
+    body = [("dense", "100.00 %", "100.00 %", f"{first.dense_bytes / 1e6:,.1f}", dense, "0.0000")]
     body += [
         (
             f"{point.plan.keep:g}{' *' if point.own else ''}",
             f"{100 * point.plan.keep_targeted:.2f} %",
             f"{100 * point.plan.keep_model:.2f} %",
             f"{point.plan.bytes / 1e6:,.1f}",
-            _perplexity(point.score),
+            rounded_perplexity(point.score.perplexity),
             f"{point.excess:.4f}",
         )
         for point in curve.points
@@ -160,7 +161,11 @@ def curve_plot(curve: Curve) -> Figure:
     for x, point in zip(kept, drawn, strict=True):
         # To the upper right, where the falling curve leaves room.
         axes.annotate(
-            _perplexity(point.score), (x, point.excess), xytext=(7, 7), textcoords="offset points", fontsize=11
+            rounded_perplexity(point.score.perplexity),
+            (x, point.excess),
+            xytext=(7, 7),
+            textcoords="offset points",
+            fontsize=11,
         )
     if drawn and min(excess) > 0:
         axes.set_yscale("log")
@@ -173,12 +178,10 @@ def curve_plot(curve: Curve) -> Figure:
     axes.set_xlabel("kept fraction of the targeted parameters, %", fontsize=12)
     axes.set_ylabel("excess over the dense model, nats per token", fontsize=12)
     axes.tick_params(labelsize=11)
-    heading = f"{curve.method} by size, labelled with perplexities (dense: {_perplexity(curve.dense)})"
+    heading = (
+        f"{curve.method} by size, labelled with perplexities (dense: {rounded_perplexity(curve.dense.perplexity)})"
+    )
     axes.set_title(plain(heading), fontsize=12)
     if own:
         axes.legend(frameon=False, fontsize=11)
     return figure
-
-
-def _perplexity(score: Score) -> str:
-    return f"{score.perplexity:.2f}" if score.perplexity < 1e4 else f"{score.perplexity:.1e}".replace("e+0", "e")

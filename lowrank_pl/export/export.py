@@ -56,7 +56,7 @@ from lowrank_pl.plans.plan import RankPlan
 from lowrank_pl.plans.resize import cut_plan
 from lowrank_pl.serving.optimize import optimize_for_inference
 from lowrank_pl.utils.files import at_home, atomic_directory, atomic_write, check_output_folder
-from lowrank_pl.utils.json_files import SEAL
+from lowrank_pl.utils.json_files import is_figures
 from lowrank_pl.utils.machine_limits import explain_limit
 
 __all__ = [
@@ -426,7 +426,7 @@ def check_destination(directory: Path, *, sources: Sequence[str | Path] = ()) ->
             current folder or one above it, or it can't be made.
     """
     check_output_folder(directory)
-    if directory.exists() and any(Path(source).resolve() == directory.resolve() for source in sources):
+    if directory.exists() and any(at_home(source).resolve() == directory.resolve() for source in sources):
         raise ValueError(
             f"{str(directory)!r} is the model that this is made from, which would be replaced: name another folder"
         )
@@ -467,12 +467,7 @@ _OWN_NAMES = re.compile(
 
 def _is_of_export(path: Path) -> bool:
     """Tell whether a file or a subfolder is part of an export by its name, or figures that ``--json`` wrote into it."""
-    if _OWN_NAMES.fullmatch(path.name):
-        return True
-    try:
-        return path.suffix == ".json" and SEAL in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+    return bool(_OWN_NAMES.fullmatch(path.name)) or is_figures(path)
 
 
 def _originals(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -32,6 +32,7 @@ from lowrank_pl.models.settings import Base
 from lowrank_pl.models.shapes import SHAPES, random_blocks
 from lowrank_pl.models.tiny import FAMILIES, MIXTURES, byte_tokenizer, tiny_model
 from lowrank_pl.utils.files import at_home
+from lowrank_pl.utils.json_files import is_figures
 
 __all__ = [
     "DTYPES",
@@ -40,6 +41,7 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "loads_in_parts",
+    "model_files",
     "pop_shapes",
     "read_config",
     "resolve_base",
@@ -112,6 +114,18 @@ def resolve_base(base: str) -> BaseSpec:
     if path.suffix == ".gguf" or base.startswith(("/", "./", "../", "~")) or base.count("/") > 1:
         raise ValueError(f"base model {base!r}: no such file or folder; give {FORMS}")
     return BaseSpec(name=base, path=base)
+
+
+def model_files(base: str | Path | None) -> list[Path]:
+    """Return the files of a model on disk, of which none may be overwritten; none if it is on the hub or in a package.
+
+    Figures that commands wrote into its folder are not among them.
+    """
+    path = None if base is None else at_home(base)
+    if path is None or not path.is_dir():
+        return [] if path is None or not path.is_file() else [path]
+    files = (file for file in path.iterdir() if file.is_file())
+    return [file for file in files if file.name == "plan.json" or not is_figures(file)]
 
 
 def load_base(base: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:

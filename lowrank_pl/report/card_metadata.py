@@ -102,7 +102,8 @@ def _results(record: RunRecord) -> list[EvalResult]:
         results += _perplexities(text, *(None if row is None else row.perplexity for row in rows))
     texts = record.evidence.texts
     for own in record.evidence.own_texts:
-        dense = next((one.perplexity for one in texts if (one.model, one.text) == (record.base, own.text)), None)
+        same = (one.perplexity for one in texts if (one.model, one.text) == (record.base, own.text))
+        dense = next(same, own.dense_perplexity)
         results += _perplexities(own.text, own.perplexity, dense)
     own_tasks = [one for one in record.evidence.tasks if record.evidence.is_own(one)]
     dense_tasks = next((one.figures for one in record.evidence.tasks if one.source == "dense"), {})

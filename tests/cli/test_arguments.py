@@ -46,6 +46,7 @@ def words(text):
         ("--model.base x", ["--model.base.name", "x"]),
         ("--model.base=x --model.base.name y", ["--model.base.name=x", "--model.base.name", "y"]),
         ("-h --print_config", ["-h", "--print_config"]),
+        ("--run dry_run --dry-run", ["--run", "dry_run", "--dry_run=true"]),
     ],
 )
 def test_lists_and_flags(given, expected):

@@ -70,13 +70,24 @@ def test_evaluate_scores_a_smaller_size_of_an_export_under_a_name_of_its_own(tmp
         ({"position_bins": 0}, "position_bins is 0"),
         ({"position_bins": 4}, "evaluate without --text and --reference has no use for position_bins"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"length": 0}, "length is 0"),
+        ({"batch_size": 2, "reference": "random:llama"}, "evaluate with --reference has no use for batch_size"),
         ({"prompts": ["A"], "max_new_tokens": 2048}, "2048 positions: give a shorter prompt or fewer max_new_tokens"),
     ],
 )
 def test_what_can_not_be_done_is_refused_before_anything_is_scored(settings, said, monkeypatch):
     monkeypatch.setattr("lowrank_pl.evaluate.divergence.score_texts", None)
     with pytest.raises(ValueError, match=said):
-        evaluate("random:llama", text=TEXT, length=32, sequences=1, **settings)
+        evaluate("random:llama", **{"text": TEXT, "length": 32, "sequences": 1, **settings})
+
+
+def test_figures_replace_earlier_ones_and_no_file_of_the_model(tmp_path):
+    for part in (tiny_model("llama"), byte_tokenizer()):
+        part.save_pretrained(tmp_path)
+    for _ in range(2):
+        evaluate(str(tmp_path), text=TEXT, length=32, sequences=1, json=tmp_path / "scores.json")
+    with pytest.raises(ValueError, match=r"config\.json' is read by this command, which would overwrite it"):
+        evaluate(str(tmp_path), text=TEXT, length=32, sequences=1, json=tmp_path / "config.json")
 
 
 def test_scores_stay_where_a_later_part_fails(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from lowrank_pl.models.hf_layers import LowRankLinear, PivotedLinear
 from lowrank_pl.models.tiny import byte_tokenizer, tiny_model
 from lowrank_pl.report import finish
 from lowrank_pl.text.sequences import Calibration
+from lowrank_pl.utils.json_files import is_figures
 from tests.helpers.commands import failing
 from tests.helpers.hub_server import logged_in
 
@@ -32,6 +33,7 @@ def test_allocate_export_evaluate_is_one_road(plan_file, tmp_path, capsys):
     figures = tmp_path / "export.json"
     folder = export(plan_file, output=tmp_path / "model", json=figures)
     assert folder == tmp_path / "model"
+    assert is_figures(figures)
     written = json.loads(figures.read_text())
     assert (written["merged"], written["modules"], written["method"]) == (False, 14, "uniform")
     assert written["bytes"] == (folder / "model.safetensors").stat().st_size
@@ -90,6 +92,10 @@ def test_export_refuses_what_does_not_belong_together(plan_file, tmp_path):
     plan_file.write_text(json.dumps({**data, "origin": {}}))
     with pytest.raises(ValueError, match="does not say which base it is for: name it with --base"):
         export(plan_file, output=tmp_path / "model")
+    plan_file.write_text(json.dumps({**data, "origin": {**data["origin"], "base": "./base"}}))
+    with pytest.raises(ValueError, match=r"base model '\./base': no such file .* where the plan was made: give --base"):
+        export(plan_file, output=tmp_path / "model")
+    plan_file.write_text(json.dumps({**data, "origin": {}}))
     with pytest.raises(ValueError, match="does not say what its factors were made from: name their folder with --st"):
         export(plan_file, output=tmp_path / "model", parts=PlanParts(base="random:llama"))
     assert not (tmp_path / "model").exists()

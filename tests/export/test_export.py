@@ -544,6 +544,9 @@ def test_files_of_others_in_an_export_are_not_deleted(tmp_path, monkeypatch):
     (folder / "notes.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"would be deleted: adapter, notes\.json; name a new folder"):
         check_destination(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="is the model that this is made from"):
+        check_destination(folder, sources=["~/small"])
     monkeypatch.chdir(folder / "adapter")
     with pytest.raises(ValueError, match="is the current folder, or holds it"):
         check_destination(folder)
