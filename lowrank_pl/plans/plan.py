@@ -432,7 +432,7 @@ class RankPlan:
     def requested(self) -> str:
         """The size that was asked for, in words."""
         size = self.origin.get(BYTE_BUDGET)
-        return f"{percent(self.keep)} of the targeted parameters" if size is None else f"{size:,} bytes"
+        return f"{size:,} bytes" if isinstance(size, int) else f"{percent(self.keep)} of the targeted parameters"
 
     @property
     def named_base(self) -> str:
