@@ -120,7 +120,7 @@ def plan_line(plan: RankPlan) -> str:
     """Return how much ``plan`` keeps, in one line."""
     rounded = f", {plan.keep_bytes:.2%} of its bytes" if plan.is_rounded else ""
     return (
-        f"{plan.method}: {plan.requested} requested; kept {plan.keep_targeted:.4%} of the targeted parameters, "
+        f"{plan.method}: kept {plan.keep_targeted:.4%} of the targeted parameters ({plan.requested} requested), "
         f"{plan.keep_model:.2%} of the model, {plan.bytes / 1e6:,.1f} MB{rounded}"
     )
 

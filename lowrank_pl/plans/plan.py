@@ -430,9 +430,9 @@ class RankPlan:
 
     @property
     def requested(self) -> str:
-        """The size that was asked for, in words."""
+        """The size that was asked for: bytes, or the fraction of the targeted parameters."""
         size = self.origin.get(BYTE_BUDGET)
-        return f"{size:,} bytes" if isinstance(size, int) else f"{percent(self.keep)} of the targeted parameters"
+        return f"{size:,} bytes" if isinstance(size, int) else percent(self.keep)
 
     @property
     def named_base(self) -> str:

@@ -218,7 +218,7 @@ def _by_measurement(speeds: Sequence[Speed]) -> dict[str, list[Speed]]:
 
 def _tiles(record: RunRecord) -> list[Tile]:
     plan = record.plan
-    kept = f"of the targeted layers' parameters; requested: {plan.requested}"
+    kept = f"of the targeted layers' parameters; {plan.requested} requested"
     tiles = [
         _health_tile(record),
         *_perplexity_tile(record),

@@ -122,7 +122,9 @@ def test_a_plan_on_it_remembers_the_base(half, plan_file):
     plan = RankPlan.load(plan_file)
     assert plan.origin["narrowed"] == {"base": half.base, "width": half.width, "left": f"{half.width // 2:,}"}
     share = f"{half.targeted.kept / half.targeted.dense:.1%}".replace("%", " %")
-    pruned = f"pruned to {half.width // 2} of {half.width} hidden neurons in each MLP: {share} of the targeted parameters"
+    pruned = (
+        f"pruned to {half.width // 2} of {half.width} hidden neurons in each MLP: {share} of the targeted parameters"
+    )
     assert any(pruned in note for note in plan.notes)
 
 
