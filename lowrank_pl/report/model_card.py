@@ -325,9 +325,8 @@ def _nested(size: int) -> str:
 def _made(plan: RankPlan, command: str, noted: dict[str, Any]) -> str:
     # The folder of the factor store means nothing on another machine.
     origin = {**{key: value for key, value in plan.origin.items() if key != "store"}, **noted}
-    lines = [
-        f"Method {code(plan.method)}. Of the targeted parameters {percent(plan.keep_targeted)} are kept; {plan.requested} were requested."
-    ]
+    kept = f"Of the targeted parameters {percent(plan.keep_targeted)} are kept; {plan.requested} were requested."
+    lines = [f"Method {code(plan.method)}. {kept}"]
     lines += ["", _code_block(command, "bash")] if command else []
     lines += ["", *(f"* {escaped(key)}: {code(_brief(value))}" for key, value in origin.items())] if origin else []
     if plan.fingerprint:
