@@ -28,7 +28,7 @@ def test_allocate_writes_a_plan_with_its_origin(plan_file, tmp_path):
     assert plan.origin["store"] == str(tmp_path / "store")
     assert plan.origin["calibration"] == {"text": TEXT, "length": 32, "windows": 8}
     shown = (tmp_path / "shown.txt").read_text()
-    assert f"uniform: kept {plan.keep_targeted:.4%} of the targeted parameters (asked 50.0000%)" in shown
+    assert f"uniform: kept {plan.keep_targeted:.4%} of the targeted parameters (50.0 % requested)" in shown
     assert "uniform: kept 49." in shown
     assert "module type" in shown
 

@@ -280,7 +280,7 @@ def test_a_file_that_is_read_is_not_overwritten(capsys, tmp_path, words):
         ("evaluate no/model --text python-docs --fewshot 1", "without --tasks has no use for fewshot"),
         ("evaluate no/model --text python-docs --max_new_tokens 40", "without --prompts has no use for max_new_tokens"),
         ("evaluate no/model --prompts A --length 16", "without --text has no use for length, which is 16"),
-        ("evaluate no/model --prompts A --batch_size 2", "without --text and --tasks has no use for batch_size"),
+        ("evaluate no/model --prompts A --batch_size 2", "without --text has no use for batch_size"),
         ("evaluate-plan no.json --text python-docs --output a.png", "without --keep_curve has no use for output"),
     ],
 )
