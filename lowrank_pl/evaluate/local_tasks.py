@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_pl.evaluate.public_tasks import FILES, RELEASES, PublicTask, first_row, release_of, rows_of, shown
-from lowrank_pl.text.sources import NAMED
 from lowrank_pl.utils.files import at_home
 
 __all__ = ["YAML", "LocalTask", "Task", "named_tasks"]
 
 YAML = (".yaml", ".yml")
+NAMED = re.compile(r"([\w.-]+)=(.+)", flags=re.DOTALL)
 QUESTION = '{"query": text, "choices": [two texts or more], "gold": index of the answer, from 0}'
 CURE = "write one such question in every line"
 

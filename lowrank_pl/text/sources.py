@@ -65,19 +65,7 @@ from lowrank_pl.text.local_files import is_saved_dataset, local_files
 from lowrank_pl.text.records import record_text
 from lowrank_pl.utils.files import at_home, sha256_of
 
-__all__ = [
-    "NAMED",
-    "TextSource",
-    "named_texts",
-    "parse_mixture",
-    "parse_text",
-    "read_stream",
-    "source_identity",
-    "text_files",
-]
-
-NAMED = re.compile(r"([\w.-]+)=(.+)", flags=re.DOTALL)
-"""``NAME=SOURCE``, as texts and files of tasks may be given."""
+__all__ = ["TextSource", "named_texts", "parse_mixture", "parse_text", "read_stream", "source_identity", "text_files"]
 
 PYTHON_DOCS = "python-docs"
 HUB = "hub:"
@@ -412,7 +400,7 @@ def named_texts(entries: Sequence[str]) -> dict[str, str]:
 
 def _named_text(entry: str) -> tuple[str, str]:
     """Return the name and the text of one entry of ``named_texts``."""
-    named = NAMED.fullmatch(entry)
+    named = re.fullmatch(r"([\w.-]+)=(.+)", entry, flags=re.DOTALL)
     if named:
         return named[1], named[2]
     return Path(entry.partition("::")[0]).stem, entry
