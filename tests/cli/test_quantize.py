@@ -28,7 +28,9 @@ def test_allocate_takes_a_budget_in_bytes(tmp_path, capsys):
     assert plan.method == "bytes"
     assert plan.keep_bytes <= 0.3
     assert plan.requested == f"{int(0.3 * plan.model_parameters * 4):,} bytes"
-    assert f"{plan.requested} requested" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{plan.requested} requested" in shown
+    assert "of its bytes" in shown
 
 
 @pytest.mark.parametrize(

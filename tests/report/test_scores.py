@@ -305,7 +305,8 @@ def test_card_names_no_local_folder_as_base_model(tmp_path, monkeypatch):
 def test_card_says_what_how_and_how_many():
     text = card()
     assert "5 of 6 linear layers are replaced by low-rank factors, stored as two thin matrices each" in text
-    assert "kept; 80.0 % were requested." in text
+    assert "Method `ara`. Of the targeted parameters " in text
+    assert " are kept; 80.0 % were requested." in text
     assert "```bash\nlowrank fit -c configs/demo.yaml\n```" in text
     assert '* text: `python-docs`\n* settings: `{"windows": 64}`\n' in text
     assert "/home/me" not in text
