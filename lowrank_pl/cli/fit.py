@@ -46,7 +46,7 @@ class RankCLI(ForecastingCLI):
 
     default_run = "runs/fit"
     about_run = "Folder of the run: plan, model, scores, logs."
-    files = (*ForecastingCLI.files, "model.start.plan")
+    files = (*ForecastingCLI.files, "model.base.name", "model.start.plan")
     texts = (*ForecastingCLI.texts, "finish.score.text")
 
     def __init__(self, args: Sequence[str]) -> None:

@@ -54,7 +54,7 @@ class HealCLI(ForecastingCLI):
 
     default_run = "runs/heal"
     about_run = "Folder of the run: plan, factors, model or adapter, figures, logs."
-    files = (*ForecastingCLI.files, "model.plan")
+    files = (*ForecastingCLI.files, "model.plan", "model.teacher")
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(args, Healer, HealingTrainer)

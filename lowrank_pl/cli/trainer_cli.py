@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lowrank_pl.costs.machine import Machine, machine_of
+from lowrank_pl.models.base import model_files
 from lowrank_pl.text.sources import text_files
 from lowrank_pl.training.checkpointing import AtomicCheckpoints, mark_of, read_checkpoint
 from lowrank_pl.training.data import CalibrationData
@@ -50,7 +51,7 @@ class TrainerCLI(HookedCLI):
     Attributes:
         default_run: The folder, if none is named.
         about_run: What ``--help`` says of it.
-        files: The settings that name files that the command reads.
+        files: The settings that name files, or models, that the command reads.
         texts: The settings that name its texts.
 
     Args:
@@ -111,7 +112,10 @@ class TrainerCLI(HookedCLI):
         texts = [self.setting(name) for name in self.texts] if self.runs() else []
         check_output_files(
             self.setting("json"),
-            inputs=[*(self.setting(name) for name in self.files), *text_files(*filter(None, texts))],
+            inputs=[
+                *(file for name in self.files for file in model_files(self.setting(name))),
+                *text_files(*filter(None, texts)),
+            ],
         )
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:

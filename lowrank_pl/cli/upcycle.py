@@ -49,6 +49,7 @@ class UpcycleCLI(TrainerCLI):
 
     default_run = "runs/upcycle"
     about_run = "Folder of the run: model, figures, logs."
+    files = (*TrainerCLI.files, "model.base.name")
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(args, Upcycler, UpcyclingTrainer)

@@ -259,17 +259,23 @@ def test_a_file_where_a_folder_is_meant_is_refused_before_anything_is_loaded(cap
         "evaluate-plan {plan} --text {text} --json {text}",
         "export {plan} --json {plan}",
         "fit -c smoke --data.learning.text {text} --json {text}",
+        "fit -c smoke --model.base.name {model} --json {model}/config.json",
+        "heal -c heal --model.plan {model} --json {model}/config.json",
+        "heal -c heal --model.plan {plan} --model.teacher {model} --json {model}/config.json",
         "heal -c heal --model.plan {plan} --json {plan}",
         "quantize {plan} --json {plan}",
         "refit {plan} --json {plan}",
         "report no/run --scores {text} --output {text}",
+        "upcycle -c upcycle --model.base.name {model} --json {model}/config.json",
     ],
 )
 def test_a_file_that_is_read_is_not_overwritten(capsys, tmp_path, words):
     (tmp_path / "text.txt").write_text("A text.")
     (tmp_path / "task.jsonl").write_text('{"query": "Who?", "choices": ["me", "you"], "gold": 0}')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
     plan_of().save(tmp_path / "plan.json")
-    named = {name.partition(".")[0]: tmp_path / name for name in ("text.txt", "task.jsonl", "plan.json")}
+    named = {name.partition(".")[0]: tmp_path / name for name in ("text.txt", "task.jsonl", "plan.json", "model")}
     assert "which would overwrite it: name another file" in failing(capsys, *words.format(**named).split())
 
 
