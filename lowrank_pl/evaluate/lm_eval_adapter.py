@@ -164,15 +164,16 @@ def load_tasks(
                 raise ValueError(f"task {twice[0]!r} was given twice, the second time by {_shown(task)}: give it once")
             for kind, entries in found.items():
                 loaded[kind].update(entries)
-    if fewshot and (closed := [name for name, task in loaded["tasks"].items() if task.get_config("num_fewshot") == 0]):
-        _log.warning("these tasks allow no examples, and are asked without: %s", ", ".join(closed))
-    for task in loaded["tasks"].values():
+    closed = []
+    for name, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
-        if fewshot is not None and own != 0:
-            task.set_config(key="num_fewshot", value=fewshot)
-        elif own is None:
-            task.set_config(key="num_fewshot", value=0)
+        if fewshot and own == 0:
+            closed.append(name)
+        elif own is None or fewshot is not None:
+            task.set_config(key="num_fewshot", value=fewshot or 0)
         task.set_fewshot_seed(seed=seed)
+    if closed:
+        _log.warning("these tasks allow no examples, and are asked without: %s", ", ".join(closed))
     return loaded
 
 
