@@ -120,8 +120,7 @@ def apply_pruning(
         # Of equal losses, the widest.
         chosen = [min(sorted(tried, reverse=True), key=tried.__getitem__)] * len(hidden)
         if settings.by_block:
-            chosen = known.best(limit, chosen[0])
-            by_block = known.loss(chosen, limit)
+            chosen, by_block = known.best(limit, chosen[0])
     if min(chosen) == present:
         return ChosenWidths(present, tuple(chosen), tried=tried, by_block=by_block)
 

@@ -108,8 +108,8 @@ class WidthLosses:
         chosen = (option[width].layers for option, width in zip(self.options, widths, strict=True))
         return {**self.others, **{name: entry for layers in chosen for name, entry in layers.items()}}
 
-    def best(self, limit: int, width: int) -> list[int]:
-        """Return a width for each MLP; together with the best ranks they lose no more than ``width`` for all of them.
+    def best(self, limit: int, width: int) -> tuple[list[int], float]:
+        """Return a width for each MLP, and the nats lost with the best ranks: no more than with ``width`` for all.
 
         A Lagrange multiplier sets the cost of a parameter in nats. At a given cost, each linear layer takes its best
         rank and each MLP its best width. Bisection finds the lowest cost at which the total is within ``limit``. The
@@ -133,9 +133,12 @@ class WidthLosses:
                 low = middle
             else:
                 high = middle
-        chosen, alike = _spent(10.0**high, rest, mlps)[1], [width] * len(mlps)
-        enough = _parameters(self._layers(chosen)) >= limit
-        return chosen if enough and self.loss(chosen, limit) <= self.loss(alike, limit) else alike
+        alike = [width] * len(mlps)
+        loss_alike = self.loss(alike, limit)
+        chosen = _spent(10.0**high, rest, mlps)[1]
+        if _parameters(self._layers(chosen)) < limit or (loss := self.loss(chosen, limit)) > loss_alike:
+            return alike, loss_alike
+        return chosen, loss
 
 
 def measure_widths(
