@@ -236,7 +236,7 @@ class SaveConfig(SaveConfigCallback):
     """Writes the whole configuration to ``config.yaml`` in the run's folder, from which the run can be repeated."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that all processes have the same configuration, and write it.
+        """Check that all processes have the same configuration.
 
         Raises:
             ValueError: A setting differs; the processes would wait for each other once only some of them have ended.
@@ -252,7 +252,10 @@ class SaveConfig(SaveConfigCallback):
                         f"{name} is {first} in process 0 and {other} in process {rank}: start all processes of a run "
                         "with the same settings"
                     )
-        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it, now that budget and checkpoint were found to fit: a refused start leaves an earlier run's file."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it, on the first process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -228,6 +229,16 @@ def test_a_store_of_another_model(capsys, tmp_path):
     main(["allocate", "random:qwen2", *words])
     message = failing_fit(capsys, tmp_path, "--model.store", store)
     assert f"the factors store at {store} was made from something else" in message
+
+
+def test_a_refused_start_leaves_the_configuration_of_the_run(capsys, tmp_path, run):
+    folder = tmp_path / "copy"
+    shutil.copytree(run[0], folder)
+    before = (folder / "config.yaml").read_bytes()
+    last = folder / "checkpoints" / "last.ckpt"
+    for refused in (["--model.keep", "0.01"], ["--ckpt_path", last, "--model.base.name", "random:qwen2"]):
+        failing(capsys, "fit", "-c", "smoke", "--run", folder, *refused)
+    assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_checkpoints_that_do_not_fit(capsys, tmp_path, run):
