@@ -144,11 +144,20 @@ class FinishHealing(ScoreHealing):
         self.json = json
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the folders, so that a mistake fails now, not after hours."""
+        """Check the folders, so that a mistake fails now, not after hours.
+
+        Raises:
+            ValueError: A folder can't be written, or holds the plan or model that is healed.
+        """
         assert isinstance(pl_module, Healer)
         run = Path(trainer.default_root_dir)
         if _exports(pl_module):
             start = pl_module.start
+            if start.path.resolve() == (run / "plan.json").resolve():
+                raise ValueError(
+                    f"{str(start.path)!r} is the plan that is healed, which would be replaced: give this run another "
+                    "folder with --run"
+                )
             check_destination(run / "model", sources=[start.path, start.base.name, start.teacher.name])
         if pl_module.settings.train == "lora":
             _check_adapter(run / "adapter")

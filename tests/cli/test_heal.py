@@ -37,6 +37,8 @@ def test_a_plan_becomes_a_healed_model(plan_file, tmp_path, capsys):
     main(words(plan_file, tmp_path, "--model.settings.lr", "3e-3", "--ckpt_path", "last"))
     again = json.loads((tmp_path / "run" / "heal.json").read_text())
     assert (again["before"], again["after"]) == (found["before"], found["after"])
+    # Its own plan can't be healed into the same folder, which would lose it.
+    assert "another folder with --run" in failing(capsys, *words(tmp_path / "run" / "plan.json", tmp_path))
 
 
 @pytest.mark.parametrize(
