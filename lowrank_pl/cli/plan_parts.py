@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["PlanParts", "finish_plan", "plan_figures", "plan_line"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class PlanParts:
         """
         from lowrank_pl.calibration.subject import Subject
         from lowrank_pl.plans.constraints import Constraints
+        from lowrank_pl.text.sequences import sequences_fingerprint
         from lowrank_pl.text.settings import Calibration
         from lowrank_pl.utils.environment import pick_device
 
@@ -82,8 +86,12 @@ class PlanParts:
         base = self.base_of(plan, path)
         model, tokenizer = base.load().to(pick_device(device)), base.tokenizer()
         own = Calibration(origin["text"], origin["length"], origin["windows"])
+        sequences = own.tokens(tokenizer)
+        # A path may name another file here.
+        if plan.fingerprint.get("text") not in (None, sequences_fingerprint(sequences)):
+            _log.warning("%s was made from another text than the one that %r is here", path, own.text)
         constraints = Constraints(include=plan.layers, shared_experts=plan.shares_experts)
-        return Subject(model, tokenizer, own.tokens(tokenizer), constraints, base=base, calibration=own)
+        return Subject(model, tokenizer, sequences, constraints, base=base, calibration=own)
 
     def factors_of(self, plan: RankPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FactorStore:
         """Return the factors that ``plan`` was made for: those on disk, or built again in the cache.

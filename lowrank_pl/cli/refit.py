@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from lowrank_pl.plans.plan import RankPlan
 
 __all__ = ["refit"]
+
+_log = logging.getLogger(__name__)
 
 
 def refit(
@@ -55,11 +58,13 @@ def refit(
     subject = parts.subject_of(given, plan, device)
     own = subject.calibration
     assert own is not None
+    used = replace(own, text=text or own.text, sequences=settings.sequences)
+    _log.info("refit: %d sequences of %d tokens of %r", used.sequences, used.length, used.text)
     refitted, factors = refitting.refit(
         given,
         parts.factors_of(given, subject.model, subject.tokenizer),
         subject,
-        sequences=replace(own, text=text or own.text, sequences=settings.sequences).tokens(subject.tokenizer),
+        sequences=used.tokens(subject.tokenizer),
         settings=settings,
     )
     finish_plan(refitted, factors, output, json)

@@ -25,6 +25,18 @@ def test_a_joint_refit_from_the_command_line(plan_file, tmp_path):
     assert (joint["method"], joint["sweeps"]) == ("adamw", 1)
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_plan_whose_text_has_changed_is_said(tmp_path, caplog, changed):
+    text, plan = tmp_path / "text.txt", tmp_path / "plan.json"
+    text.write_text("one two three " * 100)
+    words = ["--length", "16", "--sequences", "8", "--store", str(tmp_path / "store"), "--output", str(plan)]
+    main(["allocate", "random:llama", "--text", str(text), *words])
+    if changed:
+        text.write_text("four five six " * 100)
+    refit(plan, output=tmp_path / "refitted.json", settings=Refit(sequences=8))
+    assert ("was made from another text" in caplog.text) == changed
+
+
 def test_refit_goes_between_allocate_and_export(plan_file, tmp_path, capsys):
     output = tmp_path / "refitted.json"
     settings = Refit(sequences=10, margin=0.0)
