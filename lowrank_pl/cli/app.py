@@ -135,6 +135,7 @@ def command_line(command: str | None = None) -> cyclopts.App:
     """
     app = cyclopts.App(
         name="lowrank",
+        suppress_keyboard_interrupt=False,  # `main` says what an interruption leaves.
         help="Compress large language models with low-rank factors whose ranks are learned.",
         help_epilogue=(
             "``lowrank COMMAND --help`` lists the options of a command; ``-c FILE`` reads them from YAML, and "
