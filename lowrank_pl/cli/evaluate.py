@@ -205,6 +205,7 @@ def evaluate_plan(
     picture = None if keep_curve is None else output or beside
     check_output_files(picture, json, inputs=[plan, *text_files(text)])
     given = RankPlan.load(plan)
+    parts.check_outputs(given, picture, json)
     # Impossible sizes are refused before anything is loaded.
     sizes = [] if keep_curve is None else _sizes(given, keep_curve)
     base = parts.base_of(given, plan)

@@ -60,17 +60,19 @@ def export(
     """
     from lowrank_pl.export.export import check_destination, smaller_plan
     from lowrank_pl.export.hub import announce_upload, upload
+    from lowrank_pl.models.base import model_files
     from lowrank_pl.plans.plan import RankPlan
     from lowrank_pl.plans.resize import components_below, nested
     from lowrank_pl.report.finish import ExportForm, export_cut, export_plan
     from lowrank_pl.report.scores import Row, bits_and_memory, row_table
     from lowrank_pl.utils.environment import pick_device
 
-    check_output_files(json, inputs=[plan, plan / "plan.json"])
+    check_output_files(json, inputs=model_files(plan))
     form = ExportForm(merge=merge, any_size=any_size)
     repo = _repository(push_to_hub, private=private, revision=revision, sizes=keep)
     source = plan if plan.is_dir() else None
     given = RankPlan.load(plan) if source is None else _exported_plan(source, keep, parts)
+    parts.check_outputs(given, json)
     # Impossible sizes and folders are refused before anything is loaded.
     if keep is None:
         todo = {output: given}

@@ -37,6 +37,17 @@ class PlanParts:
     store: Path | None = None
     trust_remote_code: bool = False
 
+    def check_outputs(self, plan: RankPlan, *paths: Path | None) -> None:
+        """Refuse to write ``paths`` over files of the base of ``plan``.
+
+        Raises:
+            ValueError: A path is one of them.
+        """
+        from lowrank_pl.models.base import model_files
+        from lowrank_pl.utils.files import check_output_files
+
+        check_output_files(*paths, inputs=model_files(self.base or plan.origin.get("base")))
+
     def base_of(self, plan: RankPlan, path: Path) -> Base:
         """Return the base of ``plan``, in the type that the plan was made in.
 

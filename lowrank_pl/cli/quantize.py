@@ -48,6 +48,7 @@ def quantize(
     # A plan may be replaced by the one that is made from it, but not by figures.
     check_output_files(json, inputs=[plan])
     given = RankPlan.load(plan)
+    parts.check_outputs(given, output, json)
     quantizing.check_roundable(given)
     subject = parts.subject_of(given, plan, device)
     rounded, factors = quantizing.quantize(

@@ -55,6 +55,7 @@ def refit(
     check_output_files(output, json, inputs=text_files(text) if text else [])
     check_output_files(json, inputs=[plan])
     given = RankPlan.load(plan)
+    parts.check_outputs(given, output, json)
     subject = parts.subject_of(given, plan, device)
     own = subject.calibration
     assert own is not None
