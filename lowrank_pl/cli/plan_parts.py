@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_pl.models.settings import Base
+from lowrank_pl.utils.files import check_output_files
 from lowrank_pl.utils.json_files import write_figures
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ class PlanParts:
             ValueError: A path is one of them.
         """
         from lowrank_pl.models.base import model_files
-        from lowrank_pl.utils.files import check_output_files
 
         check_output_files(*paths, inputs=model_files(self.base or plan.origin.get("base")))
 
